@@ -1,0 +1,130 @@
+"""A prompt in, text out: completion, a chat in the terminal, beam search.
+
+    python sample.py                                             # continues a prompt with out/python
+    python sample.py --model=out/shakespeare --prompt="ROMEO:" --num_samples=3
+    echo "def main(" | python sample.py --prompt=- --temperature=0
+    python sample.py --model=out/sft --chat
+
+--model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Prints the prompt and its
+continuation.
+"""
+
+from config import configure
+
+model = "out/python"  # a checkpoint folder
+prompt = "import os\n\n\ndef "  # the text to continue; - reads it from standard input
+prompt_file: str | None = None  # a text file with the prompt, or .jsonl with a `prompt` a line
+max_new_tokens = 200  # tokens to add, at most
+temperature = 0.8  # 0 is greedy; below 1 sharper, above 1 flatter
+top_k = 200  # draw among so many likeliest tokens; 0: all
+top_p = 1.0  # draw among the likeliest with this much probability together
+min_p = 0.0  # draw among those at least this fraction as likely as the likeliest
+repetition_penalty = 1.0  # above 1: tokens already there become less likely
+num_samples = 1  # continuations of each prompt, made at once
+num_beams = 1  # above 1: beam search, the likeliest text it finds
+stop: list | None = None  # strings that end the text: '["\n\n"]'
+chat = False  # a conversation
+system: str | None = None  # its system message
+seed = 0  # the same seed gives the same text
+device = "auto"  # auto, cpu, cuda, cuda:1
+dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
+
+if __name__ == "__main__":
+    configure(globals())
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import model as core
+from model import UserError
+
+
+def read_prompts():
+    """The prompts that the settings name, as a list of texts."""
+    name = "-" if prompt == "-" and not prompt_file else prompt_file
+    if not name:
+        return [prompt]
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        if not name.endswith(".jsonl"):
+            return [text.removesuffix("\n") if name == "-" else text]
+        return [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read as text: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{name}: expected {{"prompt": "..."}} on each line: {error!r}') from None
+
+
+def choices():
+    """The settings of a generation, by the names that `generate` has for them."""
+    names = "max_new_tokens temperature top_k top_p min_p repetition_penalty seed num_beams"
+    return {name: globals()[name] for name in names.split()} | {"stop": stop or []}
+
+
+def show(text):
+    print(text, end="", flush=True)
+
+
+def complete(net, tok):
+    """Continue every prompt num_samples times: one as it is made, several when they are done."""
+    prompts = [p for p in read_prompts() for _ in range(num_samples)]
+    if len(prompts) == 1:
+        show(prompts[0])
+        core.generate(net, tok, prompts, **choices(), on_text=lambda i, piece: show(piece))
+        show("\n")
+        return
+    for i, g in enumerate(core.generate(net, tok, prompts, **choices())):
+        print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})\n{prompts[i]}{g.text}")
+
+
+def fit_context(net, tok, messages):
+    """The ids of a conversation, its oldest turns dropped until an answer fits behind it."""
+    first = int(messages[0]["role"] == "system")
+    while True:
+        ids, _ = tok.chat(messages, add_generation_prompt=True)
+        room = net.config.n_ctx - min(max_new_tokens, net.config.n_ctx // 2)
+        if len(ids) <= room:
+            return ids
+        if len(messages) <= first + 1:
+            raise UserError(f"this message has {len(ids)} tokens, but only {room} fit before an answer")
+        del messages[first : first + 2]
+
+
+def converse(net, tok):
+    """A conversation on the terminal; an empty line or the end of the input ends it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    # An answer also ends with the token that the template puts behind an assistant's words.
+    ids, said = tok.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    tok.eos_ids = [*tok.eos_ids, *(i for i, s in zip(ids, said) if s and i in tok.special.values())]
+    while True:
+        show("you> " if sys.stdin.isatty() else "")
+        text = sys.stdin.readline().strip()
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        show("model> ")
+        ids = fit_context(net, tok, messages)
+        [g] = core.generate(net, tok, [ids], **choices(), on_text=lambda i, piece: show(piece))
+        show("\n")
+        messages.append({"role": "assistant", "content": g.text})
+
+
+def main():
+    run = core.setup(device)
+    kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
+    if dtype != "auto":
+        kind = core.choose_dtype(run.device, dtype)[0]
+    if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise UserError("expected num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1")
+    net, tok = core.load(model, run.device, kind)
+    converse(net, tok) if chat else complete(net, tok)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -77,7 +77,9 @@ def complete(net, tok):
         show("\n")
         return
     for i, g in enumerate(core.generate(net, tok, prompts, **choices())):
-        print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})\n{prompts[i]}{g.text}")
+        print(
+            f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})\n{prompts[i]}{g.text}"
+        )
 
 
 def fit_context(net, tok, messages):
@@ -89,7 +91,9 @@ def fit_context(net, tok, messages):
         if len(ids) <= room:
             return ids
         if len(messages) <= first + 1:
-            raise UserError(f"this message has {len(ids)} tokens, but only {room} fit before an answer")
+            raise UserError(
+                f"this message has {len(ids)} tokens, but only {room} fit before an answer"
+            )
         del messages[first : first + 2]
 
 
@@ -118,7 +122,9 @@ def main():
     if dtype != "auto":
         kind = core.choose_dtype(run.device, dtype)[0]
     if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-        raise UserError("expected num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1")
+        raise UserError(
+            "expected num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
+        )
     net, tok = core.load(model, run.device, kind)
     converse(net, tok) if chat else complete(net, tok)
 

@@ -5,8 +5,8 @@
     python train.py --init_from=resume                # goes on, bit for bit, where the run stopped
     torchrun --nproc_per_node=8 train.py config/small.py
 
-Writes out_dir/: the checkpoint, best/ (the lowest validation loss), state.pt (to resume), log.jsonl,
-run.json. Ctrl-C and SIGTERM save and exit.
+Writes out_dir/: the checkpoint, best/ (the lowest validation loss), state.pt (to resume),
+log.jsonl, run.json. Ctrl-C and SIGTERM save and exit.
 """
 
 from config import configure, settings
@@ -93,6 +93,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ from model import UserError
 
 BAD_STEPS = 5  # non-finite steps in a row that end a run
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data: windows of token shards, in an order that is a pure function
 
 
@@ -116,34 +117,31 @@ def open_shard(path):
     if len(header) < 256 or kind is None:
         raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
     if os.path.getsize(path) != 1024 + int(header[2]) * kind.itemsize:
-        raise UserError(
-            f"{path}: cut short: its header promises {header[2]} tokens; prepare it again"
-        )
+        raise UserError(f"{path}: cut short: {header[2]} tokens were written; prepare it again")
     return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(int(header[2]),))
 
 
 class Windows:
-    """Windows of seq_len tokens from shards. Position i of the one global sequence is window
-    permutation(seed, epoch)[i mod n] of epoch i // n: the number of windows consumed is its state."""
+    """Windows of seq_len tokens from shards, in one global sequence: position i is window
+    permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
+
+    partial: the last window of a shard may be short, so that every token is a target once.
+    """
 
     def __init__(self, paths, seq_len, seed=0, partial=False):
-        """partial: the last window of a shard may be short, so that every token is a target once."""
         self.shards, self.seq_len, self.seed = [open_shard(p) for p in paths], seq_len, seed
-        count = lambda s: max(
-            0, -(-(len(s) - 1) // seq_len) if partial else (len(s) - 1) // seq_len
-        )
-        self.ends = np.cumsum([count(s) for s in self.shards])
-        self.n, self.order = int(self.ends[-1]) if len(paths) else 0, {}
+        tokens = np.array([len(shard) for shard in self.shards], dtype=np.int64)
+        self.ends = np.cumsum(np.maximum(tokens - 1 + partial * (seq_len - 1), 0) // seq_len)
+        self.n, self.order = int(self.ends[-1]) if paths else 0, {}
 
     def window(self, i):
-        """Window i: (inputs, targets) int64 (seq_len,), the targets -100 past the shard's end."""
+        """Inputs and targets (seq_len + 1,) int64 of window i, -100 past the shard's end."""
         s = int(np.searchsorted(self.ends, i, side="right"))
         first = (i - (int(self.ends[s - 1]) if s else 0)) * self.seq_len
-        tokens = self.shards[s][first : first + self.seq_len + 1].astype(np.int64)
-        missing = self.seq_len + 1 - len(tokens)
-        return np.pad(tokens[:-1], (0, missing)), np.pad(
-            tokens[1:], (0, missing), constant_values=-100
-        )
+        out = np.full(self.seq_len + 1, -100, dtype=np.int64)
+        tokens = self.shards[s][first : first + self.seq_len + 1]
+        out[: len(tokens)] = tokens
+        return out
 
     def at(self, position):
         """The window at a position of the global sequence."""
@@ -154,48 +152,42 @@ class Windows:
 
     def batch(self, indices, device):
         """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""
-        pairs = [self.window(i) for i in indices]
-        both = torch.from_numpy(np.stack([np.stack(column) for column in zip(*pairs)]))
+        both = torch.from_numpy(np.stack([self.window(i) for i in indices]))
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
-        return both[0], both[1]
+        return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
 
 
 def open_dataset():
     """(tokenizer, training windows, validation windows, a hash that names the data)."""
     folder = Path("data") / dataset
     if not (folder / "meta.json").is_file():
-        raise UserError(
-            f"{folder}: no prepared data here: run python prepare.py --dataset={dataset} first"
-        )
+        raise UserError(f"{folder}: no prepared data: python prepare.py --dataset={dataset} first")
     tok = model.Tokenizer.from_folder(folder)
     train = Windows(sorted(folder.glob("train_*.bin")), seq_len, seed)
     if train.n == 0:
-        raise UserError(
-            f"{folder}: no window of {seq_len + 1} training tokens: lower --seq_len or add text"
-        )
+        raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
     val = Windows(sorted(folder.glob("val_*.bin")), seq_len, partial=True)
     digest = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
     return tok, train, val, digest
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The batch, the horizon and the schedule
 
 
 def split_batch(world, fits):
-    """(windows per step, per process, per micro-batch); fits: windows that a device's memory holds."""
+    """(windows per step, per process, per micro-batch), where `fits` windows fit the memory."""
     unit = seq_len * world
     if batch_tokens < unit or batch_tokens % unit:
-        near = f"{batch_tokens // unit * unit or unit} or {-(-batch_tokens // unit) * unit}"
-        near = str(unit) if batch_tokens < unit else near
+        near = sorted({max(1, batch_tokens // unit) * unit, -(-batch_tokens // unit) * unit})
         raise UserError(
-            f"batch_tokens={batch_tokens} is not a multiple of seq_len={seq_len} x {world} processes: use {near}"
+            f"batch_tokens={batch_tokens}: expected a multiple of seq_len={seq_len} x {world} "
+            f"processes, such as {' or '.join(map(str, near))}"
         )
-    rows = batch_tokens // seq_len
-    limit = micro_batch or max(1, fits)
-    micro = max(d for d in range(1, rows // world + 1) if rows // world % d == 0 and d <= limit)
-    return rows, rows // world, micro
+    share, limit = batch_tokens // unit, micro_batch or max(1, fits)
+    micro = max(d for d in range(1, share + 1) if share % d == 0 and d <= limit)
+    return share * world, share, micro
 
 
 def progress_at(step, tokens, windows_per_epoch, seconds):
@@ -227,42 +219,40 @@ def lr_scale(step, progress):
     return warm * (min_lr + (1 - min_lr) * down)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network and its checkpoints
 
 
-def open_run(run, tok, train, digest):
-    """The network, and the state to go on from (None for a new run)."""
-    out = Path(out_dir)
-    held = (out / "model.safetensors").exists()
+def open_run(tok, digest):
+    """(network, its tokenizer, the state to go on from or None): scratch, resume, or a folder."""
+    out, held = Path(out_dir), (Path(out_dir) / "model.safetensors").exists()
     start = init_from if init_from != "auto" else "resume" if held else "scratch"
-    fields = {k: globals()[k] for k in model.GPTConfig.__dataclass_fields__ if k in globals()}
-    config = model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, n_ctx=seq_len, **fields)
+    shape = {k: globals()[k] for k in model.GPTConfig.__dataclass_fields__ if k in globals()}
+    config = model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, n_ctx=seq_len, **shape)
     if start != "resume" and held and not overwrite:
         raise UserError(
-            f"{out} holds a run: --init_from=resume goes on with it, --overwrite replaces it, --out_dir=... keeps it"
+            f"{out} holds a run: --init_from=resume goes on with it, --overwrite replaces it, "
+            f"--out_dir=... leaves it alone"
         )
     if start == "scratch":
         torch.manual_seed(seed)
         return model.GPT(config), tok, None
     folder = out if start == "resume" else Path(start)
-    state = None
-    if start == "resume":
-        state = model.load_state(folder, finish=run.main)
+    state = model.load_state(folder) if start == "resume" else None
     net, folder_tok = model.load(folder)
     if folder_tok.spec != tok.spec:
         raise UserError(
-            f"data/{dataset} and {folder} have different tokenizers: prepare the data with --tokenizer={folder}"
+            f"data/{dataset} and {folder} have different tokenizers: prepare the data with "
+            f"--tokenizer={folder}"
         )
-    if start == "resume":
-        differ = [k for k in vars(config) if k not in ("dropout", "init")]
-        differ = [k for k in differ if getattr(config, k) != getattr(net.config, k)]
-        was = {"data": digest, "seed": seed, "optimizer": optimizer}
-        differ += [k for k, v in was.items() if state["settings"][k] != v]
+    if state:
+        differ = [k for k in vars(config) if getattr(config, k) != getattr(net.config, k)]
+        differ = [k for k in differ if k not in ("dropout", "init")]
+        differ += [k for k, v in state["made_by"].items() if made_by(digest)[k] != v]
         if differ:
             raise UserError(
-                f"{folder}: cannot resume with another {', '.join(differ)}: use the run's own settings "
-                f"(run.json has them), or another --out_dir"
+                f"{folder}: no resume with another {', '.join(differ)}: take the run's own settings "
+                f"(its run.json has them), or start anew in another --out_dir"
             )
     elif seq_len > net.config.n_ctx:
         raise UserError(f"seq_len={seq_len}, but the context of {folder} is {net.config.n_ctx}")
@@ -270,8 +260,13 @@ def open_run(run, tok, train, digest):
     return net, folder_tok, state
 
 
+def made_by(digest):
+    """What, besides the architecture, a resumed run must have in common with its first part."""
+    return {"dataset": digest, "seed": seed, "optimizer": optimizer}
+
+
 def cut_log(path, step):
-    """Keep the log's rows up to `step`; later or torn ones belong to steps that will be run again."""
+    """Keep the log's rows up to `step`; later or torn ones belong to steps that will run again."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -285,23 +280,20 @@ def cut_log(path, step):
 
 def run_record():
     """What run.json keeps: the full config, the command, versions, the commit."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = (
+        subprocess.run(ask, capture_output=True, text=True).stdout.strip() if which("git") else ""
     )
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    return {
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {
         "config": settings(globals()),
         "command": " ".join(sys.argv),
-        "versions": versions,
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
     }
+    return record | {"versions": versions | {"numpy": np.__version__}}
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluation, and what it says
 
 
@@ -326,338 +318,300 @@ def evaluate(net, val, token_bytes, run, cast, rows):
     return loss / max(count, 1), loss / max(size, 1) / math.log(2)
 
 
-def documents(ids):
-    """With document_mask, the document of each token (B, T), counted by end-of-text; else None."""
-    return (ids == end_of_text).cumsum(1) if document_mask else None
-
-
 end_of_text = -1  # the id that starts a document, set by main
 
 
+def documents(ids):
+    """With document_mask, which document each token (B, T) is of, counted by end-of-text."""
+    return (ids == end_of_text).cumsum(1) if document_mask else None
+
+
 def remarks(history):
-    """What the validations so far say, in words: [(step, train loss, validation loss)], oldest first."""
+    """What the validations say, in words: history [(step, training loss, validation loss)]."""
     if len(history) < 3:
         return []
-    (_, train0, val0), (_, train1, val1), (_, train2, val2) = history[-3:]
-    if val2 > val1 > val0 and train2 < train0:
-        return [
-            "validation loss has risen twice while training loss fell: over-fitting; best/ has the best"
-        ]
+    (_, _, val0), (_, train1, val1), (_, train2, val2) = history[-3:]
     if val2 > 1.5 * min(val for *_, val in history):
-        return ["the loss is half as much again as its best: exploding; lower learning_rate"]
+        return ["the loss is half as much again as its best: it explodes; lower learning_rate"]
+    if val2 > val1 > val0 and train2 < train1:
+        return ["validation loss rises while training loss falls: over-fitting; best/ has the best"]
     if abs(val0 - val2) < 2e-3 * val0:
-        return ["validation loss has moved by less than 0.2 % in two validations: a plateau"]
+        return ["validation loss moved by less than 0.2 % in two validations: a plateau"]
     return []
 
 
 def show_sample(net, tok, cast):
+    """A few tokens of what the model writes by now, each line set off."""
     with cast:
-        start = sample_prompt or ([tok.bos_id] if tok.bos_id is not None else tok.decode([0]))
-        [g] = model.generate(
-            net, tok, [start], max_new_tokens=sample_tokens, temperature=0.8, top_k=50
-        )
+        start = tok.encode(sample_prompt) or [end_of_text if end_of_text >= 0 else 0]
+        how = dict(max_new_tokens=min(sample_tokens, net.config.n_ctx - len(start)), top_k=50)
+        [g] = model.generate(net, tok, [start], temperature=0.8, **how)
     return "  | " + (sample_prompt + g.text).replace("\n", "\n  | ")
 
 
-class Trackers:
-    """TensorBoard and Weights & Biases, where asked for."""
+def make_trackers():
+    """A function that sends a log row to TensorBoard and Weights & Biases, where asked for."""
+    senders = []
+    try:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self):
-        self.writer = self.wandb = None
-        try:
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out_dir)
+            numbers = lambda row: ((k, v) for k, v in row.items() if k != "step" and v is not None)
+            senders.append(lambda row: [writer.add_scalar(*kv, row["step"]) for kv in numbers(row)])
+        if wandb_project:
+            import wandb
 
-                self.writer = SummaryWriter(out_dir)
-            if wandb_project:
-                import wandb
-
-                self.wandb = wandb.init(
-                    project=wandb_project, name=out_dir, config=settings(globals())
-                )
-        except ImportError as error:
-            raise UserError(
-                f"{error.name} is not installed: pip install {error.name}, or leave it off"
-            ) from None
-
-    def __call__(self, row):
-        for key, value in row.items():
-            if self.writer and key != "step" and value is not None:
-                self.writer.add_scalar(key, value, row["step"])
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
+            run = wandb.init(project=wandb_project, name=out_dir, config=settings(globals()))
+            senders.append(lambda row: run.log(row, step=row["step"]))
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install {error.name}") from None
+    return lambda row: [send(row) for send in senders]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
+
+
+def agreed(run, mine, norm=0.0):
+    """`mine` (numbers or 0-dim tensors) summed over all processes, and `norm`, which is the same on
+    all, behind: a list of floats. The one exchange of a step and its one wait for the device."""
+    as64 = lambda x: torch.as_tensor(x, dtype=torch.float64, device=run.device)
+    vector = torch.stack([as64(x) for x in mine])
+    if run.world > 1:
+        dist.all_reduce(vector)
+    return [*vector.tolist(), float(norm)]
+
+
+def try_compile(net, run, attempt):
+    """The compiled network, once `attempt(network)` has run through on every process; else net."""
+    pays = run.device.type == "cuda" or net.config.n_embd >= 384 and (max_steps or 1000) >= 200
+    if compile is False or (compile is None and not pays):
+        why = "as asked" if compile is False else "it gains little at this size on a CPU; --compile"
+        return net, f"off ({why})"
+    begun, body, failed = time.monotonic(), torch.compile(net), ""
+    try:
+        attempt(body)
+    except Exception as error:  # no compiler on this machine, or one that fails
+        if out_of_memory(error):
+            raise
+        failed = (str(error).strip() or type(error).__name__).splitlines()[0]
+    net.zero_grad(set_to_none=True)
+    if agreed(run, [bool(failed)])[0]:
+        return net, f"off, since it failed: {failed or 'on another process'}"
+    return body, f"on, after {model.duration(time.monotonic() - begun)}"
+
+
+def memory_used(device):
+    """The most memory that this process has held, in bytes: on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "enough memory" in str(error)
 
 
 def main():
     global end_of_text
     run = model.setup(device)
-    say = print if run.main else lambda *_, **__: None
-    progress = model.Progress() if run.main else lambda *_, **__: None
+    say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
+    progress = model.Progress()
     if not any((max_steps, max_tokens, max_epochs, max_minutes)):
         raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")
     lr_scale(0, 0.0)  # refuses an unknown schedule
     tok, train, val, digest = open_dataset()
     end_of_text = tok.bos_id if tok.bos_id is not None else -1
-    net, tok, state = open_run(run, tok, train, digest)
+    net, tok, state = open_run(tok, digest)
+    agreed(run, [0])  # nobody writes before everybody has read
     net.to(run.device).train()
     net.checkpoint = checkpoint_blocks
-    c = net.config
+    c, params = net.config, model.n_params(net)
     kind, why = model.choose_dtype(run.device, dtype, c.n_embd)
     cast = model.autocast(run.device, kind)
     scaler = torch.amp.GradScaler(run.device.type) if kind == torch.float16 else None
 
-    params = model.n_params(net)
-    weights, row = model.memory_estimate(
-        c, params, 1, seq_len, kind, checkpoint_blocks, 2 if optimizer == "adamw" else 1
-    )
+    moments = 2 if optimizer == "adamw" else 1
+    sizes = model.memory_estimate(c, params, 1, seq_len, kind, checkpoint_blocks, moments)
     free = model.free_memory(run.device) / (1 if run.device.type == "cuda" else run.world)
-    fits = int((0.8 * free - weights) / row)
+    fits = int((0.8 * free - sizes[0]) / sizes[1])
     if run.device.type == "cpu":
         fits = min(fits, max(1, 4096 // seq_len))  # more at once is no faster on a CPU
     rows, share, micro = split_batch(run.world, fits)
-    peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
     say(
-        f"model: {model.family(c)}, {params:,} parameters, {c.n_layer} layers of width {c.n_embd}, context {c.n_ctx}"
+        f"model: {model.family(c)}, {params:,} parameters: {c.n_layer} layers of width {c.n_embd}, "
+        f"context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
+        f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {share // micro} "
+        f"micro-batch(es) x {micro} window(s) x {seq_len} tokens\n"
+        f"data: {train.n:,} windows, {train.n * seq_len:,} tokens an epoch; {val.n:,} for validation\n"
+        f"memory: about {(sizes[0] + micro * sizes[1]) / 2**30:.2f} GiB a process of "
+        f"{free / 2**30:.1f} GiB free\n"
+        f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
     )
-    say(
-        f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {share // micro} micro-batch(es) x {micro} "
-        f"window(s) x {seq_len} tokens; {train.n:,} windows ({train.n * seq_len:,} tokens) an epoch"
-    )
-    say(
-        f"memory: about {(weights + row * micro) / 2**30:.2f} GiB a process, {free / 2**30:.1f} GiB free"
-    )
-    say(f"device: {run.device}; computing in {str(kind).removeprefix('torch.')} ({why})")
-
     optimizers = model.make_optimizer(
         net, optimizer, learning_rate, weight_decay, (beta1, beta2), momentum
     )
+    begun = time.monotonic()
     step = windows = bad = 0
     seconds, best, history = 0.0, math.inf, []
     if state:
-        step, windows, seconds = state["step"], state["windows"], state["seconds"]
-        best, history = state["best"], [tuple(h) for h in state["history"]]
-        for o, s in zip(optimizers, state["optimizers"], strict=True):
-            o.load_state_dict(s)
+        step, windows, seconds, best, history = (
+            state[k] for k in ("step", "windows", "seconds", "best", "history")
+        )
+        for o, saved in zip(optimizers, state["optimizers"], strict=True):
+            o.load_state_dict(saved)
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         say(f"resumed {out_dir} at step {step}")
 
-    out = Path(out_dir)
-    log, trackers = None, lambda row: None
+    def micro_step(network, ids, targets, last=True):
+        """Forward, and backward of the loss over the global batch's mean; returns the loss sum."""
+        ddp = isinstance(network, DistributedDataParallel)
+        with network.no_sync() if ddp and not last else nullcontext():
+            with cast:
+                loss, _ = network(ids, targets, docs=documents(ids))
+            scaled = loss * (run.world / batch_tokens)  # DDP divides by the number of processes
+            (scaler.scale(scaled) if scaler else scaled).backward()
+        return loss.detach()
+
+    first = train.batch([0] * micro, run.device)
+    body, told = try_compile(net, run, lambda network: micro_step(network, *first))
+    say(f"compile: {told}")
+    network = DistributedDataParallel(body, gradient_as_bucket_view=True) if run.world > 1 else body
+    token_bytes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]
+    token_bytes = torch.tensor(token_bytes, device=run.device)
+
+    out, log = Path(out_dir), None
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not state:
-            for old in ("state.pt", "state.pt.tmp", "model.safetensors"):
+        if not state:  # what a replaced run has left must never be taken for this one's
+            for old in ("state.pt", "state.pt.tmp", "model.safetensors", "best/model.safetensors"):
                 (out / old).unlink(missing_ok=True)
+        elif state["temporary"]:
+            os.replace(out / "state.pt.tmp", out / "state.pt")
         cut_log(out / "log.jsonl", step if state else -1)
         model.write_json(out / "run.json", run_record())
-        log, trackers = open(out / "log.jsonl", "a", encoding="utf-8"), Trackers()
+        log, track = open(out / "log.jsonl", "a", encoding="utf-8"), make_trackers()
 
     def record(row):
         if run.main:
             log.write(json.dumps(row) + "\n")
             log.flush()
-            trackers(row)
+            track(row)
 
-    wrap = lambda n: (
-        DistributedDataParallel(n, gradient_as_bucket_view=True) if run.world > 1 else n
-    )
-    forward = wrap(net)
-    sizes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]
-    token_bytes = torch.tensor(sizes, device=run.device)
+    def save(folder=out, full=True):
+        if run.main:
+            state = {"windows": windows, "seconds": seconds, "best": best, "history": history}
+            state |= {
+                "optimizers": [o.state_dict() for o in optimizers],
+                "made_by": made_by(digest),
+            }
+            state |= {"scaler": scaler.state_dict() if scaler else None}
+            model.save(folder, net, tok, step, state if full else None)
 
-    def micro_step(ids, targets, last):
-        """Forward and backward; the loss sum. Gradients are of the loss over the global batch's mean."""
-        quiet = forward.no_sync() if run.world > 1 and not last else nullcontext()
-        with quiet:
-            with cast:
-                loss, _ = forward(ids, targets, docs=documents(ids))
-            scaled = loss * (run.world / batch_tokens)  # DDP divides by the number of processes
-            (scaler.scale(scaled) if scaler else scaled).backward()
-        return loss.detach()
-
-    pays = run.device.type == "cuda" or c.n_embd >= 384 and (max_steps or 1000) >= 200
-    if compile or (compile is None and pays):
-        say("compiling the forward and backward pass ...", flush=True)
-        begun = time.monotonic()
-        plain, forward = forward, wrap(torch.compile(net))
-        try:
-            ids, targets = train.batch([0] * micro, run.device)
-            micro_step(ids, targets, last=False)
-            failed = None
-        except Exception as error:  # no compiler on this machine, or one that fails: run without
-            failed = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
-        net.zero_grad(set_to_none=True)
-        if agreed(run, [float(failed is not None)])[0]:
-            forward = plain
-            say(f"compile: off, since it failed: {failed or 'on another process'}")
-        else:
-            say(f"compile: on, after {model.duration(time.monotonic() - begun)}")
-    elif compile is None:
-        say("compile: off, since it gains little at this size on a CPU (--compile turns it on)")
-
-    caught = []  # signals received
+    caught = []  # signals
 
     def on_signal(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
 
-    def checkpoint(folder=out, full=True):
-        if run.main:
-            state = {
-                "windows": windows,
-                "seconds": seconds,
-                "best": best,
-                "history": [list(h) for h in history],
-                "optimizers": [o.state_dict() for o in optimizers],
-                "scaler": scaler.state_dict() if scaler else None,
-                "settings": {"data": digest, "seed": seed, "optimizer": optimizer},
-            }
-            model.save(folder, net, tok, step, state if full else None)
-
-    start, last_row, mean_loss = time.monotonic() - seconds, {}, math.nan
+    begun -= seconds
+    row, mean_loss, stop = {}, math.nan, False
     done = progress_at(step, windows * seq_len, train.n, seconds)
+    peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
     tick = time.monotonic()
-    while done < 1:
+    while done < 1 and not stop:
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
         scale = lr_scale(step, done)
-        for g in (g for o in optimizers for g in o.param_groups):
-            g["lr"] = g["initial_lr"] * scale
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * scale
         mine = [train.at(windows + i) for i in range(run.rank, rows, run.world)]
         total = torch.zeros((), device=run.device)
         for i in range(0, share, micro):
-            ids, targets = train.batch(mine[i : i + micro], run.device)
-            total += micro_step(ids, targets, last=i + micro == share)
+            batch = train.batch(mine[i : i + micro], run.device)
+            total += micro_step(network, *batch, last=i + micro == share)
         for o in optimizers if scaler else ():
             scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
-        # The one exchange of a step: loss sum, targets, stop flag, rank 0's clock, and the norm.
-        seconds = time.monotonic() - start
-        mine = [total, share * seq_len, float(bool(caught)), seconds if run.main else 0.0]
-        loss, count, stop, seconds, norm = agreed(run, mine, norm)
-        loss, ok = loss / count, math.isfinite(loss) and math.isfinite(norm)
-        if ok:
-            for o in optimizers:
-                o.step()
+        clock = time.monotonic() - begun if run.main else 0.0  # rank 0's clock is everyone's
+        sums = agreed(run, [total, share * seq_len, bool(caught), clock], norm)
+        loss, count, stop, seconds, norm = sums
+        loss /= count
+        finite = math.isfinite(loss) and math.isfinite(norm)
         for o in optimizers:
+            if finite:
+                o.step()
             o.zero_grad(set_to_none=True)
         if scaler:
             scaler.update()
-        bad = 0 if ok else bad + (scaler is None or scaler.get_scale() < 2)
         step, windows = step + 1, windows + rows
-        tokens = windows * seq_len
-        before, done = done, progress_at(step, tokens, train.n, seconds)
-        mean_loss = (
-            loss if mean_loss != mean_loss else 0.9 * mean_loss + 0.1 * loss if ok else mean_loss
-        )
-        tick, dt = time.monotonic(), time.monotonic() - tick
+        done = progress_at(step, windows * seq_len, train.n, seconds)
+        dt, tick = time.monotonic() - tick, time.monotonic()
         mfu = flops * batch_tokens / dt / (peak * run.world) if peak else None
-        last_row = {
-            "step": step,
-            "tokens": tokens,
-            "loss": loss if ok else None,
-            "lr": learning_rate * scale,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "dt": dt,
-            "tok_s": batch_tokens / dt,
-            "mfu": mfu,
-            "mem": memory_used(run.device),
-        }
-        record(last_row)
-        left = seconds * (1 - done) / done
-        progress(
-            f"step {step} ({100 * done:.0f} %)  loss {loss:.4f}  lr {last_row['lr']:.2e}  norm {norm:.2f}  "
-            f"{last_row['tok_s']:,.0f} tok/s  mfu {f'{100 * mfu:.1f} %' if mfu else 'n/a'}  "
-            f"mem {last_row['mem'] / 2**30:.2f} GiB  left {model.duration(left)}"
-        )
-        if not ok:
-            say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
-        if bad >= BAD_STEPS:
-            raise UserError(
-                f"{bad} steps in a row were not finite: lower learning_rate ({learning_rate:g}), raise "
-                f"warmup_steps ({warmup_steps}), or use --dtype=float32; {out_dir} keeps the last checkpoint"
+        tokens, tok_s, mem = windows * seq_len, batch_tokens / dt, memory_used(run.device)
+        row = {"step": step, "tokens": tokens, "loss": loss, "lr": learning_rate * scale}
+        row |= {"grad_norm": norm, "dt": dt, "tok_s": tok_s, "mfu": mfu, "mem": mem}
+        record(row if finite else row | {"loss": None, "grad_norm": None})
+        if run.main:
+            progress(
+                f"step {step} ({100 * done:.0f} %)  loss {loss:.4f}  lr {row['lr']:.2e}  norm "
+                f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {f'{100 * mfu:.1f} %' if mfu else 'n/a'}  mem "
+                f"{mem / 2**30:.2f} GiB  left {model.duration(seconds * (1 - done) / done)}"
             )
-        ended = done >= 1 or stop
+        if finite:
+            bad, mean_loss = 0, loss if step == 1 or mean_loss != mean_loss else mean_loss
+            mean_loss += 0.1 * (loss - mean_loss)
+        else:
+            bad += scaler is None or scaler.get_scale() < 2  # a scaler's first steps may overflow
+            say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: the update is skipped")
+        if bad == BAD_STEPS:
+            raise UserError(
+                f"{bad} steps in a row were not finite: lower learning_rate ({learning_rate:g}), "
+                f"raise warmup_steps ({warmup_steps}) or use --dtype=float32; {out_dir} keeps what "
+                f"was saved before"
+            )
         if val.n and (step % eval_every == 0 or done >= 1):
             val_loss, bpb = evaluate(net, val, token_bytes, run, cast, micro)
-            ppl = math.exp(min(val_loss, 700))
-            evaluation = {
-                "step": step,
-                "tokens": tokens,
+            verdict = {
                 "val_loss": val_loss,
-                "val_ppl": ppl,
+                "val_ppl": math.exp(min(val_loss, 700)),
                 "val_bpb": bpb,
             }
-            record(evaluation)
-            last_row = last_row | evaluation
-            history.append((step, mean_loss, val_loss))
+            record({"step": step, "tokens": tokens} | verdict)
+            row |= verdict
+            history = [*history, [step, mean_loss, val_loss]]
             if run.main:
-                progress.note(
-                    f"step {step}: val_loss {val_loss:.4f}  val_ppl {ppl:.2f}  val_bpb {bpb:.4f}"
-                )
+                numbers = "  ".join(f"{k} {v:.4f}" for k, v in verdict.items())
+                progress.note(f"step {step}: {numbers}")
                 for remark in remarks(history):
                     progress.note(f"note: {remark}")
-                if sample_tokens and not ended:
+                if sample_tokens and done < 1:
                     progress.note(show_sample(net, tok, cast))
             if val_loss < best:
                 best = val_loss
-                checkpoint(out / "best", full=False)
-        if step % save_every == 0 or ended:
-            checkpoint()
+                save(out / "best", full=False)
+        if step % save_every == 0 or done >= 1 or stop:
+            save()
         tick = time.monotonic()
-        if stop and done < 1:
-            say(f"\nstopped at step {step}: saved in {out_dir}; --init_from=resume goes on")
-            break
-    if run.main and last_row:
-        print(f"\nsaved in {out_dir}")
-        for key, value in last_row.items():
-            print(
-                f"{key}: {'n/a' if value is None else f'{value:.6g}' if isinstance(value, float) else value}"
-            )
-    elif run.main:
-        print(f"nothing to do: {out_dir} is at its horizon (step {step}); raise max_steps to go on")
+    if run.main:
+        progress.note("")
+    if not row:
+        say(f"nothing to do: {out_dir} is at its horizon (step {step}); raise max_steps to go on")
+    elif done < 1:
+        say(f"stopped at step {step} and saved; --init_from=resume goes on")
+    for key, value in row.items():
+        say(f"{key}: {'n/a' if value is None else f'{value:.6g}'}")
     if run.world > 1:
         dist.destroy_process_group()
-    if caught and done < 1:
-        sys.exit(128 + caught[0])
-
-
-def agreed(run, mine, norm=None):
-    """`mine` summed over all processes, as floats, with `norm` (the same on all) behind: one sync."""
-    parts = [v.double() if torch.is_tensor(v) else v for v in mine]
-    vector = torch.stack(
-        [torch.as_tensor(v, dtype=torch.float64, device=run.device) for v in parts]
-    )
-    if run.world > 1:
-        dist.all_reduce(vector)
-    return (vector if norm is None else torch.cat([vector, norm.double()[None]])).tolist()
-
-
-def memory_used(device):
-    """The largest memory that this process has held, in bytes: on the GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def out_of_memory(error):
-    """Whether an exception says that the device's memory is full."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(
-        error
-    )
+    if stop and done < 1:
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":
@@ -667,6 +621,6 @@ if __name__ == "__main__":
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory: lower micro_batch (now {micro_batch or 'by memory'}), lower seq_len (now "
-            f"{seq_len}), or set checkpoint_blocks (now {checkpoint_blocks})"
+            f"out of memory: lower micro_batch (now {micro_batch or 'by memory'}), lower seq_len "
+            f"(now {seq_len}), or set checkpoint_blocks (now {checkpoint_blocks})"
         ) from None

@@ -1027,7 +1027,7 @@ def from_hf_config(d, where="config.json"):
     rope = d.get("rope_parameters") or {}  # transformers 5; below it, two keys of their own
     scaling = d.get("rope_scaling") or rope
     scaling = {"rope_type": scaling.get("type", "default")} | scaling
-    theta = d.get("rope_theta") or rope.get("rope_theta", 10000.0)
+    theta = scaling.pop("rope_theta", d.get("rope_theta")) or 10000.0
     scaling = None if scaling["rope_type"] == "default" else scaling
     return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=scaling)
 

@@ -1,5 +1,5 @@
-"""Configuration: the lower-case literals at the top of a script, overridden in order by recipe files
-and by flags: `python train.py config/tiny.py --max_steps=20 --compile=false`.
+"""Configuration: the lower-case literals at the top of a script, overridden in order by recipe
+files and by flags: `python train.py config/tiny.py --max_steps=20 --compile=false`.
 
 A script calls `configure(globals())` under `if __name__ == "__main__":`, before `import torch`, so
 that --help is instant. A recipe is plain Python that assigns keys and may be given to every script:
@@ -9,35 +9,68 @@ a key of another script is skipped, a key of none is refused. Names that start w
 import ast
 import difflib
 import os
-import re
 import sys
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 
 def script_keys(path):
-    """The keys of the script at `path`, read with `ast`: {name: (default, types allowed, comment)}."""
-    source = Path(path).read_text(encoding="utf-8")
-    lines, keys = source.splitlines(), {}
-    for node in ast.parse(source).body:
+    """The keys of the script at `path`, read with `ast`: {name: (default, its types, comment)}."""
+    lines, keys = Path(path).read_text(encoding="utf-8").split("\n"), {}
+    for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             break
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name) or not target.id.islower() or target.id[0] == "_":
             continue
-        try:
-            default = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
-            continue
-        types = ["none" if default is None else type(default).__name__]
-        if isinstance(node, ast.AnnAssign):
-            types = re.sub(r"\[.*?\]|\s", "", ast.unparse(node.annotation)).lower().split("|")
-        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-        keys[target.id] = (default, types, comment.strip(" #"))
+        with suppress(ValueError, TypeError):  # what is no literal is no key
+            default = ast.literal_eval(getattr(node, "value", None))
+            annotated = isinstance(node, ast.AnnAssign)
+            types = ast.unparse(node.annotation).lower() if annotated else type(default).__name__
+            types = [name.partition("[")[0] for name in types.split(" | ")]
+            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            keys[target.id] = (default, types, comment.strip(" #"))
     return keys
 
 
-def fit(value, types):
+def read_flag(arg, argv, keys):
+    """{key: value} of the flag `arg`: a Python literal, or text where it is none or a string is
+    expected. Without `=` the next of `argv` is the value, or a boolean is true."""
+    flag, equals, text = arg.partition("=")
+    key, following = flag[2:].replace("-", "_"), (argv or ["--"])[0]
+    if key == "local_rank":  # torch.distributed.launch passes it; torchrun's RANK says the same
+        return {}
+    types = (
+        keys[key][1] if key in keys else ["bool"]
+    )  # an unknown one is refused by its name, later
+    if not equals and "bool" in types and following.lower() not in ("true", "false", "none"):
+        return {key: True}
+    if not equals and following.startswith("--"):
+        raise ValueError(f"no value: expected {' or '.join(types)}")
+    text = text if equals else argv.pop(0)
+    word = text.capitalize() if text.lower() in ("true", "false", "none") else text
+    if "str" in types and not ("none" in types and word == "None"):
+        return {key: text}
+    try:
+        return {key: ast.literal_eval(word)}
+    except (ValueError, SyntaxError, TypeError):
+        return {key: text}
+
+
+def run_recipe(path, values):
+    """What the recipe at `path` leaves in its namespace, which are `values` when it starts."""
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError("no such recipe (config/NAME.py; a flag is --key=value)")
+    space = dict(values)
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), space)
+    except Exception as error:  # whatever the recipe's own code raises, or its file
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    aside = lambda key: key[0] == "_" or hasattr(space[key], "__name__")  # a module, a function
+    return {key: value for key, value in space.items() if key in values or not aside(key)}
+
+
+def fit(key, value, types):
     """`value` as one of `types`: an int becomes a float where one is expected, 1e3 a whole int."""
     name = "none" if value is None else type(value).__name__
     if name in types:
@@ -46,45 +79,7 @@ def fit(value, types):
         return float(value)
     if name == "float" and "int" in types and value.is_integer():
         return int(value)
-    raise ValueError
-
-
-def parse(text, types):
-    """The value of a flag: a Python literal, or the text as it stands where the key is a string."""
-    if text.lower() in ("none", "true", "false"):
-        text = text.capitalize() if "str" not in types or text.lower() in types else text
-    if "str" in types and not (text == "None" and "none" in types):
-        return text
-    return fit(ast.literal_eval(text), types)
-
-
-def stop(code, where, key, value, types=(), names=()):
-    """Say in one line what is wrong with a key (its type, or that it is unknown), and exit."""
-    near = difflib.get_close_matches(key, names, 1)
-    hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-    message = f"{key} = {value!r}: expected {' or '.join(types)}"
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{where}: {message if types else f'unknown key {key!r} ({hint})'}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def run_recipe(path, keys, others):
-    """What the recipe at `path` assigns to `keys`, run with the values so far as its namespace."""
-    space = {key: default for key, (default, *_) in (others | keys).items()}
-    try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), space)
-    except Exception as error:  # whatever the recipe's own code raises, or its file
-        sys.exit(f"{path}: {type(error).__name__}: {error}")
-    for key, value in space.items():
-        if key[0] == "_" or isinstance(value, ModuleType) or callable(value):
-            continue
-        if key not in keys and key not in others:
-            stop(1, path, key, value, names=[*keys, *others])
-        try:
-            space[key] = fit(value, (others | keys)[key][1])
-        except ValueError:
-            stop(1, path, key, value, types=(others | keys)[key][1])
-    return {key: space[key] for key in keys}
+    raise ValueError(f"{key} = {value!r}: expected {' or '.join(types)}")
 
 
 def settings(space):
@@ -93,45 +88,31 @@ def settings(space):
 
 
 def configure(space):
-    """Override the globals `space` of the running script by the command line's recipes and flags."""
-    script, argv = Path(space["__file__"]), sys.argv[1:]
-    keys, others = script_keys(script), {}
-    for path in sorted(script.resolve().parent.glob("*.py")):
-        others |= {k: v for k, v in script_keys(path).items() if k not in keys}
+    """Override the globals of the running script, `space`, by the command line's recipes, flags."""
+    script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
+    keys, values = script_keys(script), {}  # values: those of every script, this one's above all
     if "--help" in argv or "-h" in argv:
         print(f"{(space.get('__doc__') or '').strip()}\n\nkeys, with their defaults:\n")
-        print(
-            "\n".join(f"  {f'--{key}={default}':<32} {c}" for key, (default, _, c) in keys.items())
-        )
-        sys.exit(0)
+        for key, (default, _, comment) in keys.items():
+            print(f"  {f'--{key}={default}':<32} {comment}")
+        raise SystemExit(0)
+    for path in [*sorted(script.parent.glob("*.py")), script]:
+        with suppress(SyntaxError, UnicodeDecodeError):  # a neighbour that is no script has no keys
+            values |= {key: default for key, (default, *_) in script_keys(path).items()}
     while argv:
         arg = argv.pop(0)
-        if not arg.startswith("--"):
-            if not arg.endswith(".py") or not os.path.isfile(arg):
-                print(
-                    f"{arg}: no such recipe (config/NAME.py; a flag is --key=value)",
-                    file=sys.stderr,
-                )
-                sys.exit(2)
-            values = run_recipe(arg, keys, others)
-            keys = {key: (values[key], *rest) for key, (_, *rest) in keys.items()}
-            continue
-        key, equals, text = arg[2:].partition("=")
-        key = key.replace("-", "_")
-        if key == "local_rank":  # torch.distributed.launch passes it; torchrun's RANK says the same
-            continue
-        if key not in keys:
-            stop(2, arg.partition("=")[0], key, text, names=keys)
-        _, types, comment = keys[key]
-        if not equals:
-            text = "true" if "bool" in types else ""
-            following = argv[0].lower() if argv else "--"
-            if following in ("true", "false", "none") or not (
-                "bool" in types or following[:2] == "--"
-            ):
-                text = argv.pop(0)
+        is_flag = arg.startswith("--")
         try:
-            keys[key] = (parse(text, types), types, comment)
-        except (ValueError, SyntaxError):
-            stop(2, f"--{key}", key, text, types=types)
-    space.update({key: value for key, (value, *_) in keys.items()})
+            given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values)
+            names = keys if is_flag else values
+            for key, value in given.items():
+                if key not in names:
+                    near = difflib.get_close_matches(key, names, 1)
+                    hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
+                    raise ValueError(f"unknown key {key!r} ({hint})")
+                values[key] = fit(key, value, keys[key][1]) if key in keys else value
+        except (ValueError, OverflowError) as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{arg.partition('=')[0]}: {error}", file=sys.stderr)
+            raise SystemExit(1 if os.path.isfile(arg) else 2) from None
+    space.update({key: values[key] for key in keys})

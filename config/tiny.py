@@ -1,5 +1,7 @@
-# Seconds instead of minutes, on any machine: what the tests use, and a quick check that a change runs.
-#   python prepare.py config/tiny.py && python train.py config/tiny.py && python sample.py config/tiny.py
+# Seconds instead of minutes, on any machine: what the tests use, and a quick check of a change.
+#   python prepare.py config/tiny.py
+#   python train.py config/tiny.py
+#   python sample.py config/tiny.py
 
 # prepare.py
 dataset = "tiny"

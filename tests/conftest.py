@@ -28,7 +28,9 @@ def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen
         **popen,
     )
     if check and done.returncode:
-        raise AssertionError(f"{script} {args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(
+            f"{script} {args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
     return done
 
 

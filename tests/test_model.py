@@ -1,0 +1,567 @@
+"""model.py against independent references: naive loops, the papers' formulas, transformers."""
+
+import json
+import math
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+import prepare
+from model import GPT, GPTConfig, KVCache, Tokenizer, UserError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+QWEN3 = dict(n_head=4, n_kv_head=2, n_embd=32)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
+GPT2 = dict(n_head=4, n_embd=32, norm="layer", pos="learned", mlp="gelu", bias=True, qk_norm=False)
+SHAPES = {
+    "qwen3": QWEN3,
+    "qwen3-untied-wide-heads": dict(n_head=4, n_kv_head=1, n_embd=24, head_dim=16, tie=False),
+    "qwen2": QWEN3 | dict(qk_norm=False, qkv_bias=True),
+    "llama": QWEN3 | dict(qk_norm=False, tie=False),
+    "llama3": QWEN3 | dict(qk_norm=False, rope_theta=5e5, rope_scaling=LLAMA3),
+    "llama-linear": QWEN3 | dict(qk_norm=False, rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "gpt2": GPT2,
+    "gpt2-untied": GPT2 | dict(tie=False, n_hidden=40),
+}
+OURS = {  # what no Hugging Face class holds
+    "post-sinusoidal-relu2": QWEN3 | dict(norm_place="post", pos="sinusoidal", mlp="relu2"),
+    "both-none-relu": QWEN3 | dict(norm_place="both", pos="none", mlp="relu", bias=True),
+}
+
+
+def make_net(vocab_size=64, n_ctx=32, n_layer=2, **shape):
+    """A small random network whose norms and biases are not at their start values."""
+    torch.manual_seed(1)
+    net = GPT(GPTConfig(vocab_size, n_ctx, n_layer, **shape))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.3)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+
+
+def random_ids(*shape, high=40):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(2))
+
+
+# Checkpoints and formats
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
+def test_fixture_made_by_transformers(name, tok, tmp_path):
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    model.write_json(folder / "tokenizer.json", tok.spec)
+    model.write_json(folder / "tokenizer_config.json", tok.config)
+    facts = json.loads((folder / "expected.json").read_text())
+    net, loaded = model.load(folder)
+    assert model.family(net.config) == name
+    assert loaded.eos_ids == [0]  # generation_config.json's word
+    with torch.no_grad():
+        logits = net(torch.tensor(facts["ids"]))[0]
+    torch.testing.assert_close(logits, torch.tensor(facts["logits"]), atol=2e-5, rtol=0)
+    model.save(tmp_path / "back", net, loaded)
+    theirs, _ = model.read_safetensors(folder / "model.safetensors")
+    ours, _ = model.read_safetensors(tmp_path / "back" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
+
+
+def test_fixture_made_by_tokenizers():
+    tok = Tokenizer.from_folder(FIXTURES / "tokenizer")
+    facts = json.loads((FIXTURES / "tokenizer" / "expected.json").read_text())
+    for text, ids in zip(facts["texts"], facts["ids"], strict=True):
+        assert tok.encode(text) == ids
+        assert tok.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_opens_in_transformers_and_back(name, tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    net, ids = make_net(**SHAPES[name]), random_ids(2, 20)
+    model.save(tmp_path / "ours", net, tok)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert theirs.config.model_type == name.split("-")[0].replace("llama3", "llama")
+    theirs.eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(net(ids), expected, atol=2e-5, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "ours" / file, tmp_path / "theirs")
+    back, _ = model.load(tmp_path / "theirs")
+    assert back.config == net.config
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_other_architectures_survive_a_save(name, tok, tmp_path):
+    net, ids = make_net(**OURS[name]), random_ids(2, 20)
+    model.save(tmp_path, net, tok)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "barelm"
+    with torch.no_grad():
+        assert torch.equal(model.load(tmp_path)[0](ids), net(ids))
+
+
+def test_safetensors_library_agrees(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b.c": torch.arange(5, dtype=torch.int64),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "none": torch.empty(0, 3),
+        "half": torch.randn(7).half(),
+        "flag": torch.tensor([True, False]),
+    }
+    with model.whole_file(tmp_path / "ours") as file:
+        model.write_safetensors(file, tensors, {"format": "pt"})
+    library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt", "step": "3"})
+    assert model.read_safetensors(tmp_path / "theirs")[1]["step"] == "3"
+    for read, path in (
+        (library.load_file, "ours"),
+        (lambda p: model.read_safetensors(p)[0], "theirs"),
+    ):
+        found = read(tmp_path / path)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[k], tensors[k]) for k in tensors)
+        assert all(found[k].dtype == tensors[k].dtype for k in tensors)
+
+
+def test_malformed_safetensors_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        model.write_safetensors(file, {"a": torch.ones(2, 3), "b": torch.ones(4)}, {"step": "1"})
+    good = path.read_bytes()
+    for length in range(len(good)):  # cut short anywhere
+        path.write_bytes(good[:length])
+        with pytest.raises(UserError):
+            model.read_safetensors(path)
+    rng = np.random.default_rng(0)
+    for _ in range(2000):  # a damaged header is refused or harmless, never another exception
+        broken = bytearray(good)
+        for at in rng.integers(0, len(good) - 40, 3):
+            broken[at] = rng.integers(0, 256)
+        path.write_bytes(broken)
+        try:
+            model.read_safetensors(path)
+        except UserError:
+            pass
+    for bad in (
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32"}}',
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
+        '{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
+        "[1,2]",
+    ):
+        path.write_bytes(struct.pack("<Q", len(bad)) + bad.encode() + bytes(8))
+        with pytest.raises(UserError):
+            model.read_safetensors(path)
+
+
+def test_unfit_folders_are_refused_in_a_line(tok, tmp_path):
+    net = make_net(**QWEN3)
+    model.save(tmp_path, net, tok)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, word in (
+        ({"model_type": "mamba"}, "mamba"),
+        ({"hidden_size": 64}, "embed_tokens"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"vocab_size": 3}, "tokens"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ):
+        model.write_json(tmp_path / "config.json", config | change)
+        with pytest.raises(UserError, match=word):
+            model.load(tmp_path)
+
+
+# The cache and generation
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *OURS])
+def test_ragged_cache_gives_the_logits_of_a_full_forward(name):
+    net = make_net(**(SHAPES | OURS)[name])
+    rows = [random_ids(n) for n in (3, 11, 7)]
+    chunks = [[2, 5, 1], [0, 4, 3], [1, 1, 1], [0, 1, 2]]  # tokens of each row, call by call
+    cache = KVCache(net.config, 3, 16, torch.device("cpu"), torch.float32)
+    at = [0, 0, 0]
+    for sizes in chunks:
+        ids = torch.full((3, max(sizes)), 39)  # padding that must not be seen
+        for b, n in enumerate(sizes):
+            ids[b, :n] = rows[b][at[b] : at[b] + n]
+        with torch.no_grad():
+            logits = net(ids, cache=cache, n_new=torch.tensor(sizes))
+            for b, n in enumerate(sizes):
+                full = net(rows[b][None, : at[b] + n])[0, at[b] :]
+                torch.testing.assert_close(logits[b, :n], full, atol=1e-5, rtol=1e-4)
+        at = [a + n for a, n in zip(at, sizes)]
+        assert cache.lengths.tolist() == at
+    assert cache.k.shape == cache.v.shape == (2, 3, net.config.n_kv_head, 16, net.config.head_dim)
+
+
+def naive_greedy(net, tok, prompt, n):
+    """The oracle: no cache, one row, one full forward a token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < min(len(prompt) + n, net.config.n_ctx):
+            ids.append(net(torch.tensor([ids]))[0, -1, : tok.n_vocab].argmax().item())
+            if ids[-1] in tok.eos_ids:
+                break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_greedy_batch_equals_naive_generation(name, tok):
+    net = make_net(**SHAPES[name])
+    net.lm_head.weight.data[tok.n_vocab :] += 5.0  # ids of no token, which must never come
+    prompts = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 1, 2], [4] * 30]
+    out = model.generate(net, tok, prompts, max_new_tokens=12, temperature=0)
+    for prompt, g in zip(prompts, out):
+        assert g.ids == naive_greedy(net, tok, prompt, 12)
+        assert all(i < tok.n_vocab for i in g.ids)
+        assert g.text == "".join(tok.token_bytes(i).decode() for i in g.ids)
+        ids = torch.tensor([prompt + g.ids])
+        with torch.no_grad():
+            logits = net(ids)[0, len(prompt) - 1 : -1, : tok.n_vocab].log_softmax(-1)
+        chances = logits.gather(1, torch.tensor(g.ids)[:, None])[:, 0].tolist()
+        assert g.logprobs == pytest.approx(chances, abs=1e-4)
+    assert out[3].finish_reason == "length" and len(out[3].ids) == 2  # the context's end
+
+
+def test_generation_ends_at_end_tokens_and_stop_strings(tok):
+    net = make_net(**QWEN3)
+    [free] = model.generate(net, tok, [[1, 2, 3]], max_new_tokens=12, temperature=0)
+    ended = Tokenizer(tok.spec, tok.config)
+    ended.eos_ids = [free.ids[4]]
+    [g] = model.generate(net, ended, [[1, 2, 3]], max_new_tokens=12, temperature=0)
+    first = free.ids.index(free.ids[4])
+    assert g.ids == free.ids[: first + 1] and g.finish_reason == "stop"
+    stop = free.text[3:5]
+    pieces = []
+    [g] = model.generate(
+        net,
+        tok,
+        [[1, 2, 3]],
+        max_new_tokens=12,
+        temperature=0,
+        stop=[stop],
+        on_text=lambda i, piece: pieces.append(piece),
+    )
+    assert g.text == free.text[: free.text.index(stop)] == "".join(pieces)
+    assert g.finish_reason == "stop"
+
+
+def test_samples_do_not_depend_on_their_batch_and_repeat_by_seed(tok):
+    net = make_net(**QWEN3)
+    how = dict(max_new_tokens=10, temperature=1.0, seed=3)
+    prompts = [[1, 2, 3], [4, 5]]
+    both = model.generate(net, tok, prompts, **how)
+    [alone] = model.generate(net, tok, prompts[:1], **how)
+    assert both[0].ids == alone.ids
+    assert [g.ids for g in model.generate(net, tok, prompts, **how)] == [g.ids for g in both]
+    assert model.generate(net, tok, prompts, **(how | dict(seed=4)))[0].ids != alone.ids
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        dict(),
+        dict(temperature=0.5),
+        dict(top_k=3),
+        dict(top_p=0.7),
+        dict(min_p=0.2),
+        dict(temperature=1.7, top_k=8, top_p=0.8, min_p=0.15),
+        dict(top_k=100),
+    ],
+)
+def test_drawn_tokens_follow_the_filtered_distribution(filters):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(5)) * 2
+    t, k, p, m = (
+        filters.get(x, d) for x, d in dict(temperature=1, top_k=0, top_p=1, min_p=0).items()
+    )
+    weights = {i: math.exp(x / t) for i, x in enumerate(logits.tolist())}
+    by_weight = sorted(weights, key=weights.get, reverse=True)
+    keep = by_weight[: k or None]
+    total, kept, run = sum(weights[i] for i in keep), [], 0.0
+    for i in keep:  # the smallest set that reaches p
+        if run / total < p:
+            kept.append(i)
+        run += weights[i]
+    kept = [i for i in kept if weights[i] >= m * weights[by_weight[0]]]
+    expected = {i: weights[i] / sum(weights[i] for i in kept) for i in kept}
+    n = 20_000
+    uniform = (torch.arange(n) + 0.5) / n
+    drawn = model.choose_tokens(logits.expand(n, -1), uniform, **filters)
+    counts = torch.bincount(drawn, minlength=12) / n
+    for i in range(12):
+        assert counts[i] == pytest.approx(expected.get(i, 0.0), abs=2e-4)
+
+
+def test_repetition_penalty_is_keskars(tok):
+    net = make_net(**QWEN3)
+    [g] = model.generate(
+        net, tok, [[1, 2, 3]], max_new_tokens=8, temperature=0, repetition_penalty=1.5
+    )
+    ids = [1, 2, 3]
+    for token in g.ids:
+        with torch.no_grad():
+            logits = net(torch.tensor([ids]))[0, -1, : tok.n_vocab]
+        for i in set(ids):
+            logits[i] = logits[i] / 1.5 if logits[i] > 0 else logits[i] * 1.5
+        assert token == logits.argmax()
+        ids.append(token)
+
+
+def test_streamed_text_never_splits_a_character():
+    text = "a😀é漢字!" + "\ud7ff"
+    stream, pieces = model.TextStream(), []
+    for byte in text.encode():
+        pieces.append(stream.feed(bytes([byte])))
+    assert "".join(pieces) == text and "�" not in "".join(pieces)
+    stream = model.TextStream(["END"])
+    pieces = [stream.feed(b) for b in (b"one E", b"N", b"X two ", b"EN", b"D three")]
+    assert "".join(pieces) == "one ENX two " and stream.stopped
+    cut = model.TextStream()
+    assert cut.feed("é".encode()[:1]) + cut.feed(b"", final=True) == "�"
+
+
+def test_a_wide_enough_beam_search_is_exhaustive(tok):
+    small = prepare.char_tokenizer("ab")  # 7 ids
+    small.eos_ids = [2]
+    net = make_net(**QWEN3)
+    [found] = model.generate(net, small, [[0, 1]], max_new_tokens=3, num_beams=7**3)
+
+    best = (-math.inf, None)
+    stack = [([], 0.0)]
+    while stack:
+        ids, total = stack.pop()
+        if ids and (len(ids) == 3 or ids[-1] == 2):
+            best = max(best, (total / len(ids), ids))
+            continue
+        with torch.no_grad():
+            chances = net(torch.tensor([[0, 1, *ids]]))[0, -1, :7].log_softmax(-1)
+        stack += [(ids + [i], total + chances[i].item()) for i in range(7)]
+    assert found.ids == best[1]
+    assert sum(found.logprobs) / len(found.ids) == pytest.approx(best[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", *OURS])
+def test_packed_documents_equal_documents_alone(name):
+    net = make_net(**(SHAPES | OURS)[name])
+    parts = [random_ids(n) for n in (5, 9, 4)]
+    docs = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
+    with torch.no_grad():
+        packed = net(torch.cat(parts)[None], docs=docs[None])[0]
+        alone = torch.cat([net(p[None])[0] for p in parts])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_losses_are_sums_over_real_targets():
+    net, ids = make_net(**QWEN3), random_ids(2, 9)
+    targets = ids.roll(-1, 1)
+    targets[1] = -100  # a row with no target contributes nothing
+    targets[0, :3] = -100
+    loss, count = net(ids, targets)
+    logp = net(ids).log_softmax(-1)
+    expected = -sum(logp[0, t, targets[0, t]] for t in range(3, 9))
+    torch.testing.assert_close(loss, expected)
+    assert count == 6
+    torch.testing.assert_close(model.logprobs(net, ids, targets).sum(), -loss)
+    nothing, zero = net(ids, torch.full_like(ids, -100))
+    assert nothing == 0 and zero == 0
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        net = make_net(**QWEN3).train()
+        net.checkpoint = on
+        net(random_ids(2, 9), random_ids(2, 9))[0].backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+# Chat
+
+
+def test_chat_mask_covers_what_the_assistant_says():
+    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" user": 3, b"assistant": 5}, 10))
+    messages = [
+        {"role": "system", "content": "S<|im_end|>"},
+        {"role": "user", "content": "hi <|endoftext|>"},
+        {"role": "assistant", "content": "\nyo 😀"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "ok<|im_start|>"},
+    ]
+    ids, mask = tok.chat(messages)
+    text = (
+        "<|im_start|>system\nS<|im_end|><|im_end|>\n<|im_start|>user\nhi <|endoftext|><|im_end|>\n"
+    )
+    text += "<|im_start|>assistant\n\nyo 😀<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n"
+    text += "<|im_start|>assistant\nok<|im_start|><|im_end|>\n"
+    assert tok.decode(ids) == text
+    said = tok.decode([i for i, m in zip(ids, mask) if m])
+    assert said == "\nyo 😀<|im_end|>ok<|im_start|><|im_end|>"
+    real = [i for i in ids if i in tok.special.values()]
+    assert len(real) == 10  # the template's own, none of the contents'
+    prompt, none = tok.chat(messages[:2], add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt and not any(none)
+
+
+def test_chat_ids_are_those_of_transformers(tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    bpe = prepare.bpe_tokenizer(prepare.train_bpe({b"hello": 5, b" there": 4, b"\n\n": 3}, 12))
+    model.save(tmp_path, make_net(vocab_size=320, **QWEN3), bpe)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "user", "content": "hello there\n"},
+        {"role": "assistant", "content": "\nhello"},
+        {"role": "user", "content": "a  b"},
+    ]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert bpe.chat(messages, add_generation_prompt=True)[0] == expected
+
+
+def test_a_refused_chat_is_a_line(tok):
+    plain = Tokenizer(tok.spec, {k: v for k, v in tok.config.items() if k != "chat_template"})
+    with pytest.raises(UserError, match="no chat template"):
+        plain.chat([{"role": "user", "content": "a"}])
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="roles must alternate"):
+        Tokenizer(tok.spec, tok.config | {"chat_template": strict}).chat(
+            [{"role": "user", "content": "a"}]
+        )
+
+
+# Optimizers and accounting
+
+
+def naive_muon(p, grads, lr, decay, momentum=0.95):
+    """Jordan et al. 2024 with the scale of Liu et al. 2025, a matrix at a time in float64."""
+    p, m = p.double().clone(), torch.zeros_like(p).double()
+    for g in grads:
+        g = g.double()
+        m = momentum * m + (1 - momentum) * g
+        x = (1 - momentum) * g + momentum * m
+        flip = x.shape[0] > x.shape[1]
+        x = x.T if flip else x
+        x = x / x.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.T if flip else x
+        p = p * (1 - lr * decay) - lr * 0.2 * max(p.shape) ** 0.5 * x
+    return p
+
+
+def test_muon_equals_its_formula():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 8), (4, 12), (12, 4))]
+    grads = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    expected = [naive_muon(p.data, [g[i] for g in grads], 0.1, 0.3) for i, p in enumerate(params)]
+    optimizer = model.Muon(params, lr=0.1, weight_decay=0.3)
+    for step in grads:
+        for p, g in zip(params, step):
+            p.grad = g
+        optimizer.step()
+    for p, e in zip(params, expected):
+        torch.testing.assert_close(p.data.double(), e, atol=1e-5, rtol=1e-5)
+    values = torch.linalg.svdvals(model.orthogonalize(torch.randn(3, 16, 32)))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_groups_hold_every_parameter_once(name):
+    net = make_net(**GPT2)
+    optimizers = model.make_optimizer(net, name, 1e-3, weight_decay=0.5)
+    groups = [g for o in optimizers for g in o.param_groups]
+    held = [id(p) for g in groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in net.parameters())
+    for g in groups:
+        assert {p.ndim > 1 for p in g["params"]} == {g["weight_decay"] == 0.5}
+    muon = {
+        id(p) for o in optimizers if isinstance(o, model.Muon) for p in o.param_groups[0]["params"]
+    }
+    inner = {id(p) for n, p in net.named_parameters() if ".layers." in n and p.ndim == 2}
+    assert muon == (inner if name == "muon" else set())
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *OURS])
+def test_flops_equal_the_flop_counter(name):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net, ids = make_net(**(SHAPES | OURS)[name]), random_ids(2, 16)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        loss, _ = net(ids, ids)
+    with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
+        loss.backward()
+    c = net.config
+    assert forward.get_total_flops() == 32 * model.flops_per_token(c, 16, backward=False)
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert both == 32 * model.flops_per_token(c, 16)
+
+
+@pytest.mark.parametrize("shape", [QWEN3 | dict(n_embd=64), GPT2 | dict(n_embd=64)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_estimate_is_near_what_autograd_keeps(shape, recompute):
+    net = make_net(vocab_size=256, n_ctx=128, n_layer=6, **shape).train()
+    net.checkpoint = recompute
+    own, kept = {p.data_ptr() for p in net.parameters()}, {}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss, _ = net(random_ids(4, 128), random_ids(4, 128))
+    _, estimate = model.memory_estimate(net.config, 0, 4, 128, recompute=recompute)
+    kept_bytes = sum(kept.values()) + 4 * 128 * 256 * 4  # and the gradient of the logits
+    if recompute:  # one block is recomputed at a time, in backward
+        _, all_blocks = model.memory_estimate(net.config, 0, 4, 128)
+        kept_bytes += (all_blocks - 4 * 128 * 256 * 12) / 6
+    assert 0.6 < estimate / kept_bytes < 1.7
+
+
+def test_parameters_are_counted_and_initialized_as_gpt2_is():
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(512, 32, 8, **(GPT2 | dict(n_embd=64))))
+    per_block = 12 * 64 * 64 + 13 * 64
+    assert model.n_params(net) == 512 * 64 + 32 * 64 + 8 * per_block + 2 * 64
+    block = net.model.layers[0]
+    assert block.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert F.mse_loss(block.mlp.up_proj.bias, torch.zeros(256)) == 0
+
+
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        (dict(n_head=3), "n_head"),
+        (dict(n_kv_head=3), "n_kv_head"),
+        (dict(pos="alibi"), "pos"),
+        (dict(n_layer=0), "n_layer"),
+        (dict(head_dim=7), "head_dim"),
+        (dict(dropout=1.5), "dropout"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(bad, word):
+    with pytest.raises(UserError, match=word):
+        GPTConfig(**(dict(vocab_size=64, n_ctx=8, n_layer=2) | QWEN3 | bad))

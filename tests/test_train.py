@@ -1,0 +1,446 @@
+"""train.py as a user runs it: exact resume, one loss curve on any number of processes, refusals."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+import model
+import train
+
+# A network and a data set for the runs below: some milliseconds a step.
+SMALL = ["--dataset=words", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32"]
+SMALL += ["--n_hidden=64", "--seq_len=32", "--batch_tokens=512", "--warmup_steps=3", "--seed=7"]
+SMALL += ["--sample_tokens=0", "--device=cpu", "--compile=false", "--eval_tokens=2048"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A folder with data/words: 20 kB of made-up sentences, byte by byte."""
+    folder, rng = tmp_path_factory.mktemp("words"), random.Random(0)
+    some = ["cat", "dog", "sees", "hears", "the", "a", "old", "young", "and", "sleeps", "runs"]
+    text = ".\n".join(" ".join(rng.choices(some, k=8)) for _ in range(600))
+    (folder / "words.txt").write_text(text)
+    run(folder, "prepare.py", "--source=words.txt", "--dataset=words", "--tokenizer=byte")
+    return folder
+
+
+def log(folder, out, key="loss"):
+    """The log's (step, value) rows of a key, in the order of the file."""
+    rows = map(json.loads, (folder / out / "log.jsonl").read_text().splitlines())
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def weights(folder, out):
+    return (folder / out / "model.safetensors").read_bytes()
+
+
+def start(folder, *args):
+    """Start train.py in the background."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+
+
+def rows_of(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+# Exact resume
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("plain", ["--max_steps=150", "--optimizer=muon"]),
+        ("dropout", ["--max_steps=150", "--optimizer=adamw", "--dropout=0.2"]),
+        ("epochs", ["--max_steps=none", "--max_epochs=4", "--dtype=bfloat16"]),
+        ("compiled", ["--max_steps=150", "--compile", "--dropout=0.1", "--n_layer=1"]),
+    ],
+)
+def test_killed_and_resumed_equals_never_stopped(words, name, options):
+    options = [*options, "--save_every=20", "--eval_every=50"]
+    run(words, "train.py", *SMALL, *options, f"--out_dir=out/{name}")
+    killed = f"out/{name}-killed"
+    process = start(words, *options, f"--out_dir={killed}")
+    moment = random.Random(name).randint(45, 110)
+    wait_for(process, lambda: rows_of(words / killed / "log.jsonl") >= moment)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    at = model.load_state(words / killed)["step"]
+    assert 40 <= at < 150
+    said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
+    assert f"resumed {killed} at step {at}" in said.stdout
+    assert weights(words, f"out/{name}") == weights(words, killed)
+    for key in ("loss", "lr", "grad_norm", "val_loss"):
+        assert log(words, f"out/{name}", key) == log(words, killed, key)
+    steps = [step for step, _ in log(words, killed)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert weights(words, f"out/{name}/best") == weights(words, f"{killed}/best")
+
+
+CUT = """
+import os, runpy, sys
+rename, saves = os.replace, []
+def replace(a, b):
+    rename(a, b)
+    if str(b).endswith("out/cut/model.safetensors"):
+        saves.append(b)
+        if len(saves) == 2:
+            os.kill(os.getpid(), 9)
+os.replace = replace
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_killed_between_the_two_renames_of_a_save(words):
+    options = [*SMALL, "--max_steps=30", "--save_every=10", "--eval_every=1000"]
+    run(words, "train.py", *options, "--out_dir=out/whole")
+    code = CUT.replace("sys.argv[0]", repr(str(ROOT / "train.py")))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options, "--out_dir=out/cut"],
+        cwd=words,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    cut = words / "out" / "cut"
+    assert torch.load(cut / "state.pt")["step"] == 10 and (cut / "state.pt.tmp").exists()
+    shutil.copytree(cut, words / "out" / "lost")
+    os.truncate(words / "out" / "lost" / "state.pt.tmp", 5000)
+    # Both halves of the second save are there: resumed from step 20, not from a mixture.
+    said = run(words, "train.py", *options, "--out_dir=out/cut", "--init_from=resume")
+    assert "at step 20" in said.stdout
+    assert weights(words, "out/cut") == weights(words, "out/whole")
+    # One half is lost: refused.
+    said = run(words, "train.py", *options, "--out_dir=out/lost", "--init_from=resume", check=False)
+    assert said.returncode == 1 and "no state.pt of the weights' step 20" in said.stderr
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits(words, number, code):
+    out = f"out/signal{code}"
+    process = start(words, "--max_steps=100000", "--save_every=100000", f"--out_dir={out}")
+    wait_for(process, lambda: rows_of(words / out / "log.jsonl") >= 20)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    assert process.returncode == code and "--init_from=resume goes on" in said
+    step = model.load_state(words / out)["step"]
+    assert step == len(log(words, out)) >= 20
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-5), ("muon", 2e-3)])
+def test_two_processes_have_the_losses_of_one(words, optimizer, tolerance):
+    options = [*SMALL, "--max_steps=20", f"--optimizer={optimizer}", "--dtype=float32"]
+    options += ["--eval_every=10"]
+    for processes in (1, 2):
+        out = f"--out_dir=out/{optimizer}{processes}"
+        run(words, "train.py", *options, out, processes=processes)
+    for key in ("loss", "val_loss", "val_bpb"):
+        one, two = (log(words, f"out/{optimizer}{n}", key) for n in (1, 2))
+        assert [s for s, _ in one] == [s for s, _ in two]
+        assert [v for _, v in two] == pytest.approx([v for _, v in one], abs=tolerance)
+    assert len(log(words, f"out/{optimizer}2")) == 20
+
+
+def test_started_on_two_resumed_on_one_goes_on_with_the_same_windows(words):
+    options = [*SMALL, "--max_steps=none", "--max_epochs=1", "--optimizer=adamw", "--save_every=10"]
+    run(words, "train.py", *options, "--out_dir=out/alone")
+    total = len(log(words, "out/alone"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(ROOT / "train.py"), *options, "--out_dir=out/moved"],
+        cwd=words,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(process, lambda: (words / "out" / "moved" / "state.pt").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for child in children_running("out/moved"):
+        os.kill(child, signal.SIGKILL)
+    run(words, "train.py", *options, "--out_dir=out/moved", "--init_from=resume")
+    one, two = log(words, "out/alone"), log(words, "out/moved")
+    assert [s for s, _ in two] == list(range(1, total + 1))
+    assert [v for _, v in two] == pytest.approx([v for _, v in one], abs=1e-5)
+
+
+def children_running(word):
+    """Pids of the processes that have `word` in their command line."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as file:
+                command = file.read()
+        except OSError:
+            continue
+        if word in command and "torch.distributed.run" not in command and int(pid) != os.getpid():
+            found.append(int(pid))
+    return found
+
+
+def test_a_signal_to_one_process_takes_the_others_along(words):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(ROOT / "train.py"), *SMALL, "--max_steps=1000000", "--out_dir=out/both"],
+        cwd=words,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(process, lambda: rows_of(words / "out" / "both" / "log.jsonl") >= 10)
+    ranks = children_running("out/both")
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGTERM)
+    said = process.communicate()[0]
+    assert "stopped at step" in said
+    assert model.load_state(words / "out" / "both")["step"] == len(log(words, "out/both"))
+
+
+FAULT = """
+import os, runpy, sys
+sys.argv[0] = {script!r}
+import model
+forward, calls = model.GPT.forward, []
+def faulty(self, ids, targets=None, **how):
+    out = forward(self, ids, targets, **how)
+    calls.append(1)
+    return (out[0] * float("nan"), out[1]) if len(calls) > 4 and self.training else out
+if os.environ.get("RANK", "0") == {rank!r}:
+    model.GPT.forward = faulty
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_nan_on_one_process_is_skipped_and_stops_all(words, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULT.format(script=str(ROOT / "train.py"), rank="1"))
+    done = run(
+        words,
+        script,
+        *[*SMALL, "--max_steps=30", "--save_every=2", "--eval_every=1000", "--out_dir=out/nan"],
+        processes=2,
+        check=False,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert "5 steps in a row were not finite: lower learning_rate" in done.stderr
+    losses = [loss for _, loss in log(words, "out/nan")]
+    assert None not in losses[:3] and losses[-5:] == [None] * 5
+    net, _ = model.load(words / "out" / "nan")
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_the_clock_ends_all_processes(words):
+    options = ["--max_steps=none", "--max_minutes=0.03", "--out_dir=out/clock"]
+    said = run(words, "train.py", *SMALL, *options, processes=2)
+    steps = len(log(words, "out/clock"))
+    assert f"step: {steps}\n" in said.stdout
+    assert model.load_state(words / "out" / "clock")["step"] == steps
+
+
+def test_sync_grads_sums_over_processes(tmp_path):
+    (tmp_path / "sums.py").write_text(
+        "import torch, model\n"
+        "run = model.setup('cpu')\n"
+        "a, b, c = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3, 1))\n"
+        "a.grad = torch.tensor([1.0, 2.0]) * (run.rank + 1)\n"
+        "if run.rank: b.grad = torch.ones(3)\n"
+        "model.sync_grads([a, b, c])\n"
+        "print(run.rank, a.grad.tolist(), b.grad.tolist(), c.grad.tolist(), flush=True)\n"
+    )
+    env = {"PYTHONPATH": str(ROOT)}
+    said = run(tmp_path, tmp_path / "sums.py", processes=2, env=env).stdout
+    for rank in (0, 1):
+        assert f"{rank} [3.0, 6.0] [1.0, 1.0, 1.0] [0.0]" in said
+
+
+# What a run does
+
+
+def test_validation_scores_every_position_once(words):
+    options = [*SMALL, "--max_steps=5", "--eval_tokens=0", "--out_dir=out/eval"]
+    run(words, "train.py", *options)
+    [(_, val_loss)] = log(words, "out/eval", "val_loss")
+    [(_, val_bpb)] = log(words, "out/eval", "val_bpb")
+    [(_, val_ppl)] = log(words, "out/eval", "val_ppl")
+    net, tok = model.load(words / "out" / "eval")
+    tokens = np.fromfile(words / "data" / "words" / "val_000000.bin", "<u2", offset=1024)
+    nll = []
+    for first in range(0, len(tokens) - 1, 32):  # the last window is short
+        ids = torch.tensor(tokens[first : first + 33].astype(np.int64))[None]
+        with torch.no_grad():
+            chances = net(ids[:, :-1]).log_softmax(-1)
+        nll += (-chances.gather(2, ids[:, 1:, None]).flatten()).tolist()
+    size = len(tok.decode(tokens[1:].tolist()).encode())
+    assert len(nll) == len(tokens) - 1 == size
+    assert val_loss == pytest.approx(sum(nll) / len(nll), abs=1e-5)
+    assert val_bpb == pytest.approx(sum(nll) / size / math.log(2), abs=1e-5)
+    assert val_ppl == pytest.approx(math.exp(val_loss))
+
+
+def test_accumulation_and_precision(words):
+    options = [*SMALL, "--max_steps=10", "--optimizer=adamw", "--eval_every=1000"]
+    for name, extra in {
+        "micro16": ["--dtype=float32"],
+        "micro4": ["--dtype=float32", "--micro_batch=5"],  # 4 divides the 16 windows
+        "recompute": ["--dtype=float32", "--checkpoint_blocks"],
+        "bf16": ["--dtype=bfloat16"],
+        "fp16": ["--dtype=float16"],
+    }.items():
+        said = run(words, "train.py", *options, *extra, f"--out_dir=out/{name}").stdout
+        if name == "micro4":
+            assert "4 micro-batch(es) x 4 window(s)" in said
+    base = dict(log(words, "out/micro16"))
+    for name, tolerance in {"micro4": 1e-5, "recompute": 1e-5, "bf16": 0.02, "fp16": 0.2}.items():
+        losses = dict(log(words, f"out/{name}"))
+        assert losses[10] is not None and losses[10] == pytest.approx(base[10], abs=tolerance)
+
+
+def test_best_is_the_lowest_validation_and_a_plain_folder(words):
+    options = [*SMALL, "--max_steps=60", "--eval_every=10", "--learning_rate=0.2"]
+    run(words, "train.py", *options, "--lr_schedule=linear", "--out_dir=out/best-of")
+    scores = log(words, "out/best-of", "val_loss")
+    best = min(scores, key=lambda row: row[1])[0]
+    path = words / "out" / "best-of" / "best"
+    with open(path / "model.safetensors", "rb") as file:
+        assert model.read_header(path, file)[1]["step"] == str(best)
+    assert sorted(p.name for p in path.iterdir()) == sorted(
+        ["config.json", "generation_config.json", "model.safetensors"]
+        + ["tokenizer.json", "tokenizer_config.json"]
+    )
+
+
+def test_starts_from_a_folder_and_overwrites_only_when_told(words):
+    options = [*SMALL, "--max_steps=40", "--eval_every=40"]
+    run(words, "train.py", *options, "--out_dir=out/base")
+    again = run(words, "train.py", *options, "--out_dir=out/base", check=False)
+    assert again.returncode == 1 and "--overwrite replaces it" in again.stderr
+    run(words, "train.py", *options, "--out_dir=out/next", "--init_from=out/base", "--max_steps=2")
+    (_, last), (_, first) = log(words, "out/base")[-1], log(words, "out/next")[0]
+    assert first == pytest.approx(last, abs=0.3)
+    run(words, "train.py", *options, "--out_dir=out/next", "--overwrite", "--max_steps=3")
+    assert len(log(words, "out/next")) == 3 and log(words, "out/next")[0][1] > 4
+    run(words, "train.py", *options, "--out_dir=out/next", "--init_from=auto", "--max_steps=5")
+    assert len(log(words, "out/next")) == 5
+    record = json.loads((words / "out" / "next" / "run.json").read_text())
+    assert record["config"]["max_steps"] == 5 and record["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--init_from=resume", "--out_dir=out/none"], "no checkpoint to resume"),
+        (["--init_from=resume", "--n_layer=3"], "no resume with another n_layer"),
+        (["--init_from=resume", "--seed=8", "--optimizer=adamw"], "another seed, optimizer"),
+        (["--init_from=out/nowhere", "--out_dir=out/none"], "no such folder"),
+        (["--dataset=nothing"], "python prepare.py --dataset=nothing"),
+        (["--batch_tokens=500"], "such as 480 or 512"),
+        (["--lr_schedule=cubic", "--out_dir=out/none"], "cosine, linear or trapezoid"),
+        (["--max_steps=none", "--out_dir=out/none"], "no horizon"),
+        (["--seq_len=32768", "--batch_tokens=32768"], "lower --seq_len"),
+        (["--tensorboard", "--out_dir=out/none"], "tensorboard"),
+    ],
+)
+def test_refusals_are_one_line(words, options, message):
+    if not (words / "out" / "held").exists():
+        run(words, "train.py", *SMALL, "--max_steps=2", "--out_dir=out/held")
+    said = run(words, "train.py", *SMALL, "--out_dir=out/held", *options, check=False)
+    assert said.returncode == 1, said.stdout
+    assert message in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_a_shard_cut_short_is_refused(words):
+    shutil.copytree(words / "data" / "words", words / "data" / "short")
+    os.truncate(words / "data" / "short" / "train_000000.bin", 5000)
+    said = run(words, "train.py", *SMALL, "--dataset=short", "--out_dir=out/none", check=False)
+    assert said.returncode == 1 and "train_000000.bin: cut short" in said.stderr
+
+
+def test_out_of_memory_names_what_to_change(words):
+    import resource
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    options = ["--batch_tokens=2097152", "--micro_batch=65536", "--out_dir=out/none"]
+    said = run(words, "train.py", *SMALL, *options, check=False, preexec_fn=limit)
+    assert said.returncode == 1
+    for word in ("micro_batch (now 65536)", "seq_len (now 32)", "checkpoint_blocks (now False)"):
+        assert word in said.stderr
+
+
+# Functions
+
+
+def test_every_window_comes_once_an_epoch_on_any_number_of_processes(words):
+    shards = sorted((words / "data" / "words").glob("train_*.bin"))
+    windows = train.Windows(shards, 32, seed=3)
+    n = windows.n
+    assert n == (len(windows.shards[0]) - 1) // 32
+    epochs = [[windows.at(e * n + i) for i in range(n)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != list(range(n))
+    assert [train.Windows(shards, 32, seed=3).at(i) for i in range(n)] == epochs[0]
+    assert [train.Windows(shards, 32, seed=4).at(i) for i in range(n)] != epochs[0]
+    ids, targets = windows.batch([0, 5], torch.device("cpu"))
+    raw = np.fromfile(shards[0], "<u2", offset=1024)
+    assert ids[1].tolist() == raw[160:192].tolist() and targets[1].tolist() == raw[161:193].tolist()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
+def test_schedules_equal_their_formulas(schedule, monkeypatch):
+    for key, value in dict(
+        lr_schedule=schedule, warmup_steps=10, min_lr=0.1, decay_fraction=0.25
+    ).items():
+        monkeypatch.setattr(train, key, value)
+    for step, p in ((0, 0.0), (4, 0.02), (9, 0.05), (50, 0.3), (75, 0.75), (90, 0.9), (99, 1.0)):
+        down = {
+            "cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * p)),
+            "linear": 0.1 + 0.9 * (1 - p),
+            "trapezoid": 1.0 if p <= 0.75 else 0.1 + 0.9 * (1 - p) / 0.25,
+        }[schedule]
+        warm = (step + 1) / 10 if step < 10 else 1
+        assert train.lr_scale(step, p) == pytest.approx(warm * down)
+
+
+def test_the_first_horizon_reached_ends_the_run(monkeypatch):
+    for key, value in dict(max_steps=10, max_tokens=1000, max_epochs=2.0, max_minutes=1.0).items():
+        monkeypatch.setattr(train, key, value)
+    monkeypatch.setattr(train, "seq_len", 10)
+    assert train.progress_at(5, 100, 20, 6.0) == 0.5
+    assert train.progress_at(1, 900, 100, 6.0) == 0.9
+    assert train.progress_at(1, 300, 20, 6.0) == 0.75
+    assert train.progress_at(1, 100, 20, 59.0) == pytest.approx(59 / 60)
+    assert train.progress_at(30, 100, 20, 6.0) == 1.0
+
+
+def test_remarks_name_what_happens():
+    rising = [[1, 2.0, 2.0], [2, 1.5, 2.1], [3, 1.0, 2.2]]
+    assert "over-fitting" in train.remarks(rising)[0]
+    assert "explodes" in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.0], [3, 5.0, 5.0]])[0]
+    assert "plateau" in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
+    assert train.remarks([[1, 3.0, 3.0], [2, 2.5, 2.6], [3, 2.0, 2.3]]) == []

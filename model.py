@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
 import struct
 import sys
@@ -20,6 +19,8 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -36,21 +37,11 @@ class UserError(SystemExit):
 # Set-up: device, processes, precision, progress
 
 
-@dataclass
-class Setup:
-    """Where this process runs. `main` is true on the one process that writes files."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-
 def setup(device="auto"):
-    """Choose the device and join the other processes, if torchrun started several."""
+    """Choose the device and join the other processes, if torchrun started several.
+
+    Returns (device, rank, world, main) by these names; `main` is the one process that writes files.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +57,7 @@ def setup(device="auto"):
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return Setup(place, rank, world)
+    return SimpleNamespace(device=place, rank=rank, world=world, main=rank == 0)
 
 
 def choose_dtype(device, want="auto", n_embd=0):
@@ -79,11 +70,11 @@ def choose_dtype(device, want="auto", n_embd=0):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU has fast bfloat16"
         return torch.float16, "this GPU has no fast bfloat16; gradients are scaled"
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not (has.get("avx512_bf16") or has.get("amx_bf16")):
-        return torch.float32, f"this {device.type} has no fast bfloat16"
-    if n_embd < 256:
-        return torch.float32, "below width 256 the casts cost more than bfloat16 gains"
+        return torch.float32, "this CPU has no fast bfloat16"
+    if n_embd < 128:
+        return torch.float32, "below width 128 the casts cost more than bfloat16 gains"
     return torch.bfloat16, "this CPU has fast bfloat16 and the model is wide enough to gain"
 
 
@@ -123,14 +114,6 @@ def duration(seconds):
 # --------------------------------------------------------------------------------------------------
 # The network
 
-CHOICES = {
-    "norm": ("rms", "layer"),
-    "norm_place": ("pre", "post", "both"),
-    "pos": ("rope", "learned", "sinusoidal", "none"),
-    "mlp": ("swiglu", "gelu", "relu", "relu2"),
-    "init": ("scaled", "xavier", "he"),
-}
-
 
 @dataclass
 class GPTConfig:
@@ -144,43 +127,40 @@ class GPTConfig:
     n_kv_head: int = 0  # 0: n_head; fewer is grouped-query attention (Ainslie et al. 2023)
     head_dim: int = 0  # 0: n_embd / n_head
     n_hidden: int = 0  # 0: 8/3 n_embd rounded up to 64 for swiglu, else 4 n_embd
-    norm: str = "rms"
-    norm_place: str = "pre"  # post: after the sum (Vaswani et al. 2017); both: around each part
+    norm: Literal["rms", "layer"] = "rms"
+    norm_place: Literal["pre", "post", "both"] = "pre"  # post: after the sum, as in Vaswani et al.
     norm_eps: float = 1e-6
     qk_norm: bool = True  # RMSNorm on each head's query and key, before the rotation
     qkv_bias: bool = False
     bias: bool = False  # biases in every linear layer but the head, and in LayerNorm
-    pos: str = "rope"
+    pos: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Hugging Face's dict: rope_type linear or llama3
-    mlp: str = "swiglu"
+    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"
     tie: bool = True  # the head's weights are the embedding's
     dropout: float = 0.0
-    init: str = "scaled"
+    init: Literal["scaled", "xavier", "he"] = "scaled"
 
     def __post_init__(self):
-        for key, allowed in CHOICES.items():
-            if (value := getattr(self, key)) not in allowed:
-                raise UserError(f"{key}={value!r}: expected {' or '.join(allowed)}")
-        for key in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: expected 1 or more")
+        for f in fields(self):
+            if (allowed := get_args(f.type)) and str in map(type, allowed):
+                self.check(f.name, getattr(self, f.name) in allowed, " or ".join(allowed))
+        for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
+            self.check(name, getattr(self, name) > 0, "1 or more")
+        self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head % self.n_kv_head or (not self.head_dim and self.n_embd % self.n_head):
-            raise UserError(
-                f"n_head={self.n_head}: expected to divide n_embd={self.n_embd} and to be a "
-                f"multiple of n_kv_head={self.n_kv_head}"
-            )
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         wide = -(-self.n_embd * 8 // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
         self.n_hidden = self.n_hidden or wide
-        if self.pos == "rope" and self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim}: rotary positions need an even number")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout}: expected 0 or more and less than 1")
-        scaling = (self.rope_scaling or {}).get("rope_type", "linear")
-        if scaling not in ("linear", "llama3"):
-            raise UserError(f"rope_scaling of type {scaling!r}: expected linear or llama3")
+        self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
+        self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
+        self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
+        kind = (self.rope_scaling or {}).get("rope_type", "linear")
+        self.check("rope_scaling", kind in ("linear", "llama3"), "rope_type linear or llama3")
+
+    def check(self, name, good, expected):
+        if not good:
+            raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
 
 class Norm(nn.Module):
@@ -838,13 +818,9 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face folder; safetensors read and written here
 
-SAFE_DTYPES = {  # the format's names, and torch's
-    code: getattr(torch, name)
-    for code, name in zip(
-        "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split(),
-        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split(),
-    )
-}
+TORCH_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+SAFE_DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split()  # the format's names, in order
+SAFE_DTYPES = dict(zip(SAFE_DTYPES, (getattr(torch, name) for name in TORCH_DTYPES)))
 
 
 def read_json(path, default=None):
@@ -908,18 +884,12 @@ def read_header(path, file):
 
     Offsets are from the file's start. Anything that the format forbids is a UserError.
     """
-
-    def unique(pairs):
-        if len({k for k, _ in pairs}) != len(pairs):
-            raise ValueError("a name comes twice")
-        return dict(pairs)
-
     size, prefix = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
         raise UserError(f"{path}: not a whole safetensors file (cut short, or another format)")
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=unique)
+        header = json.loads(file.read(length).decode())
         metadata = header.pop("__metadata__", {})
         entries, at = {}, 8 + length
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -953,49 +923,43 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-# GPTConfig's name for each number of a config.json, and what GPTConfig must say for each family.
-SHARED_KEYS = dict(vocab_size="vocab_size", tie="tie_word_embeddings")
-LLAMA_KEYS = SHARED_KEYS | dict(
-    n_ctx="max_position_embeddings",
-    n_layer="num_hidden_layers",
-    n_head="num_attention_heads",
-    n_kv_head="num_key_value_heads",
-    n_embd="hidden_size",
-    n_hidden="intermediate_size",
-    head_dim="head_dim",
-    norm_eps="rms_norm_eps",
-)
-GPT2_KEYS = SHARED_KEYS | dict(n_ctx="n_positions", n_layer="n_layer", n_head="n_head")
-GPT2_KEYS |= dict(n_embd="n_embd", n_hidden="n_inner", norm_eps="layer_norm_epsilon")
-LLAMA_LIKE = dict(norm="rms", norm_place="pre", pos="rope", mlp="swiglu", qk_norm=False)
-LLAMA_LIKE |= dict(bias=False, qkv_bias=False)
-GPT2_LIKE = dict(norm="layer", norm_place="pre", pos="learned", mlp="gelu", qk_norm=False)
-FAMILIES = {  # model_type: (architecture, keys, options)
-    "qwen3": ("Qwen3ForCausalLM", LLAMA_KEYS, LLAMA_LIKE | dict(qk_norm=True)),
-    "qwen2": ("Qwen2ForCausalLM", LLAMA_KEYS, LLAMA_LIKE | dict(qkv_bias=True)),
-    "llama": ("LlamaForCausalLM", LLAMA_KEYS, LLAMA_LIKE),
-    "gpt2": ("GPT2LMHeadModel", GPT2_KEYS, GPT2_LIKE | dict(bias=True, qkv_bias=False)),
+# GPTConfig's name = config.json's, for the numbers; what GPTConfig must say for each model_type.
+LLAMA_KEYS = """vocab_size=vocab_size n_ctx=max_position_embeddings n_layer=num_hidden_layers
+n_head=num_attention_heads n_kv_head=num_key_value_heads head_dim=head_dim n_embd=hidden_size
+n_hidden=intermediate_size norm_eps=rms_norm_eps tie=tie_word_embeddings"""
+GPT2_KEYS = """vocab_size=vocab_size n_ctx=n_positions n_layer=n_layer n_head=n_head n_embd=n_embd
+n_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""
+HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama"), LLAMA_KEYS)
+HF_KEYS = {kind: dict(k.split("=") for k in keys.split()) for kind, keys in HF_KEYS.items()}
+LLAMA = dict(norm="rms", norm_place="pre", pos="rope", mlp="swiglu", bias=False)
+GPT2 = dict(norm="layer", norm_place="pre", pos="learned", mlp="gelu", bias=True)
+FAMILIES = {
+    "qwen3": LLAMA | dict(qk_norm=True, qkv_bias=False),
+    "qwen2": LLAMA | dict(qk_norm=False, qkv_bias=True),
+    "llama": LLAMA | dict(qk_norm=False, qkv_bias=False),
+    "gpt2": GPT2 | dict(qk_norm=False, qkv_bias=False),
 }
+CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+CLASSES |= {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 
 def family(c):
     """The Hugging Face model_type that holds this architecture, or "barelm" where none does."""
-    for name, (_, keys, options) in FAMILIES.items():
-        plain_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.n_embd
-        if all(getattr(c, k) == v for k, v in options.items()):
-            if keys is LLAMA_KEYS or plain_heads:
-                return name
+    plain_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.n_embd
+    for kind, options in FAMILIES.items():
+        if all(getattr(c, k) == v for k, v in options.items()) and (plain_heads or kind != "gpt2"):
+            return kind
     return "barelm"
 
 
-def to_hf_config(c, tok):
-    """config.json for a GPTConfig and its tokenizer, as a dict."""
-    kind = family(c)
-    out = {"model_type": kind, "torch_dtype": "float32", "dtype": "float32"} | token_ids(tok)
+def to_hf_config(net, tok):
+    """config.json for a network and its tokenizer, as a dict."""
+    c, kind, dtype = net.config, family(net.config), str(net.lm_head.weight.dtype)[6:]
+    out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype} | token_ids(tok)
     if kind == "barelm":
         return out | asdict(c)
-    architecture, keys, _ = FAMILIES[kind]
-    out |= {"architectures": [architecture]} | {hf: getattr(c, ours) for ours, hf in keys.items()}
+    out |= {"architectures": [CLASSES[kind]]}
+    out |= {hf: getattr(c, ours) for ours, hf in HF_KEYS[kind].items()}
     if kind == "gpt2":
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return out | drop | {"activation_function": "gelu_new", "n_ctx": c.n_ctx}
@@ -1010,7 +974,7 @@ def from_hf_config(d, where="config.json"):
         return GPTConfig(**{f.name: d[f.name] for f in fields(GPTConfig) if f.name in d})
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not supported: {', '.join(FAMILIES)} are")
-    _, keys, options = FAMILIES[kind]
+    keys, options = HF_KEYS[kind], FAMILIES[kind]
     # What transformers takes for a key that is absent, where it is the same for every family.
     usual = {"tie": kind == "gpt2", "n_kv_head": 0, "head_dim": 0, "n_hidden": 0}
     c = {ours: d.get(hf) if d.get(hf) is not None else usual.get(ours) for ours, hf in keys.items()}
@@ -1033,18 +997,11 @@ def from_hf_config(d, where="config.json"):
 
 
 # GPT-2 has its own names, writes matrices (in, out), and q, k and v as one.
-GPT2_NAMES = (
-    (r"^wte\.", "model.embed_tokens."),
-    (r"^wpe\.", "model.embed_positions."),
-    (r"^ln_f\.", "model.norm."),
-    (r"^h\.", "model.layers."),
-    (r"\.ln_1\.", ".input_layernorm."),
-    (r"\.ln_2\.", ".post_attention_layernorm."),
-    (r"\.attn\.c_attn\.", ".self_attn.qkv_proj."),
-    (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
-    (r"\.mlp\.c_fc\.", ".mlp.up_proj."),
-    (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
-)
+GPT2_NAMES = """.wte.=.model.embed_tokens. .wpe.=.model.embed_positions. .ln_f.=.model.norm.
+.h.=.model.layers. .ln_1.=.input_layernorm. .ln_2.=.post_attention_layernorm.
+.attn.c_attn.=.self_attn.qkv_proj. .attn.c_proj.=.self_attn.o_proj.
+.mlp.c_fc.=.mlp.up_proj. .mlp.c_proj.=.mlp.down_proj."""
+GPT2_NAMES = [pair.split("=") for pair in GPT2_NAMES.split()]
 TRANSPOSED = ("qkv_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
@@ -1052,14 +1009,14 @@ def from_gpt2(tensors):
     """A GPT-2 file's tensors under our names (with or without the prefix `transformer.`)."""
     out = {}
     for name, t in tensors.items():
-        name = name.removeprefix("transformer.")
-        for theirs, ours in GPT2_NAMES:
-            name = re.sub(theirs, ours, name)
+        name = "." + name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks of old files
             continue
+        for theirs, ours in GPT2_NAMES:
+            name = name.replace(theirs, ours)
         t = t.t().contiguous() if name.endswith(TRANSPOSED) else t
-        parts = zip("qkv", t.chunk(3)) if "qkv_proj" in name else [("qkv", t)]
-        out |= {name.replace("qkv_proj", f"{x}_proj"): part for x, part in parts}
+        parts = zip("qkv", t.chunk(3)) if ".qkv_proj." in name else [("", t)]
+        out |= {name[1:].replace(".qkv_", f".{x}_"): part for x, part in parts}
     return out
 
 
@@ -1067,15 +1024,14 @@ def to_gpt2(state):
     """Our tensors under a GPT-2 file's names."""
     out = {}
     for name, t in state.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            continue
         if ".q_proj." in name:
-            t = torch.cat([state[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
-            name = name.replace(".q_proj.", ".qkv_proj.")
+            t = torch.cat([state[name.replace(".q_", f".{x}_")] for x in "qkv"])
+        name = "." + name.replace(".q_proj.", ".qkv_proj.")
         t = t.t() if name.endswith(TRANSPOSED) else t
         for theirs, ours in GPT2_NAMES:
-            name = name.replace(ours, theirs.replace("\\", "").replace("^", "transformer."))
-        out[name] = t
+            name = name.replace(ours, theirs)
+        if ".k_proj." not in name and ".v_proj." not in name:
+            out["lm_head.weight" if "lm_head" in name else "transformer" + name] = t
     return out
 
 
@@ -1131,7 +1087,7 @@ def save(folder, net, tok, step=0, state=None):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t for n, t in net.state_dict().items() if not (c.tie and n == "lm_head.weight")}
     tensors = to_gpt2(tensors) if family(c) == "gpt2" else tensors
-    write_json(folder / "config.json", to_hf_config(c, tok))
+    write_json(folder / "config.json", to_hf_config(net, tok))
     write_json(folder / "generation_config.json", token_ids(tok))
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config | {"model_max_length": c.n_ctx})
@@ -1220,17 +1176,15 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer={name}: expected muon or adamw")
     named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-    inner = [p for n, p in named if name == "muon" and ".layers." in n and p.ndim == 2]
-    rest = [p for n, p in named if not (name == "muon" and ".layers." in n and p.ndim == 2)]
-    decay = {True: weight_decay, False: 0.0}
-    groups = [
-        {"params": [p for p in rest if (p.ndim > 1) is wide], "weight_decay": decay[wide]}
-        for wide in (True, False)
-    ]
+    inner = {n: p for n, p in named if name == "muon" and ".layers." in n and p.ndim == 2}
+    rest = [p for n, p in named if n not in inner]
+    wide, narrow = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim < 2]
+    groups = [{"params": wide, "weight_decay": weight_decay}]
+    groups += [{"params": narrow, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
     if inner:
-        optimizers.append(Muon(inner, lr, momentum, weight_decay))
+        optimizers.append(Muon(list(inner.values()), lr, momentum, weight_decay))
     all_groups = [g for o in optimizers for g in o.param_groups]
     covered = [id(p) for g in all_groups for p in g["params"]]
     if sorted(covered) != sorted(id(p) for _, p in named):
@@ -1255,15 +1209,13 @@ def sync_grads(params):
 # --------------------------------------------------------------------------------------------------
 # Accounting
 
-PEAK_TFLOPS = {  # dense bfloat16, by a part of the device's name (the makers' data sheets)
-    **{"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70},
-    **{"L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71},
-}
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70}
+PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}  # dense bfloat16
 
 
 def peak_flops(device):
-    """The device's peak dense bfloat16 rate in FLOP/s, or None where we do not know it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    """The device's peak rate in FLOP/s, from its maker's data sheet, or None for an unknown one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((1e12 * rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
 
 
@@ -1298,4 +1250,8 @@ def free_memory(device):
     """Bytes that this process may still take on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # what the kernel could free counts too
+        available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        return 1024 * int(available[1])
+    except OSError:  # not Linux: all that there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,12 +1,12 @@
 """A prompt in, text out: completion, a chat in the terminal, beam search.
 
-    python sample.py                                             # continues a prompt with out/python
+    python sample.py                                    # continues a prompt with out/python
     python sample.py --model=out/shakespeare --prompt="ROMEO:" --num_samples=3
     echo "def main(" | python sample.py --prompt=- --temperature=0
     python sample.py --model=out/sft --chat
 
---model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Prints the prompt and its
-continuation.
+--model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Prints the prompt
+and its continuation.
 """
 
 from config import configure
@@ -77,9 +77,8 @@ def complete(net, tok):
         show("\n")
         return
     for i, g in enumerate(core.generate(net, tok, prompts, **choices())):
-        print(
-            f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})\n{prompts[i]}{g.text}"
-        )
+        print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})")
+        print(prompts[i] + g.text)
 
 
 def fit_context(net, tok, messages):
@@ -122,9 +121,8 @@ def main():
     if dtype != "auto":
         kind = core.choose_dtype(run.device, dtype)[0]
     if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-        raise UserError(
-            "expected num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
-        )
+        limits = "num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
+        raise UserError(f"expected {limits}")
     net, tok = core.load(model, run.device, kind)
     converse(net, tok) if chat else complete(net, tok)
 

@@ -20,9 +20,9 @@ seed = 0  # of the weights, the order of the data and dropout
 
 # the network (model.GPTConfig says what each means); 0 is the usual value
 n_layer = 4  # blocks
-n_head = 4  # attention heads
-n_kv_head = 2  # heads of keys and values (grouped-query attention); 0: n_head
-n_embd = 256  # width
+n_head = 3  # attention heads
+n_kv_head = 1  # heads of keys and values (grouped-query attention); 0: n_head
+n_embd = 192  # width
 head_dim = 0  # width of a head; 0: n_embd / n_head
 n_hidden = 0  # width of the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd
 norm = "rms"  # rms or layer
@@ -40,20 +40,20 @@ dropout = 0.0  # on the embedding, attention and what each block adds
 init = "scaled"  # scaled (GPT-2's), xavier or he
 
 # the batch: one number; micro-batch and accumulation follow from it
-batch_tokens = 8192  # tokens per optimizer step, over all processes
+batch_tokens = 4096  # tokens per optimizer step, over all processes
 seq_len = 256  # tokens of a window, and the model's context
 micro_batch = 0  # windows at once on a device, at most; 0: as many as fit its memory
 document_mask = False  # attend within a document only
 
 # how long: the first of these that is reached ends the run
-max_steps: int | None = 400  # optimizer steps
+max_steps: int | None = 300  # optimizer steps
 max_tokens: int | None = None  # tokens
 max_epochs: float | None = None  # passes over the data
 max_minutes: float | None = None  # minutes of wall clock, evaluation and compilation included
 
 # the optimizer
 optimizer = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
-learning_rate = 3e-3  # the peak
+learning_rate = 5e-3  # the peak
 lr_schedule = "cosine"  # cosine, linear, or trapezoid (constant, then a linear decay)
 warmup_steps = 20  # steps of linear warm-up
 min_lr = 0.0  # the last learning rate, as a fraction of the peak
@@ -72,7 +72,7 @@ checkpoint_blocks = False  # recompute blocks in backward: less memory, a third 
 
 # looking on
 eval_every = 100  # steps between validations
-eval_tokens = 262144  # validation tokens each time, always the same; 0: all
+eval_tokens = 131072  # validation tokens each time, always the same; 0: all
 save_every = 100  # steps between checkpoints
 sample_tokens = 48  # tokens of the sample at each validation; 0: none
 sample_prompt = ""  # its prompt
@@ -230,10 +230,8 @@ def open_run(tok, digest):
     shape = {k: globals()[k] for k in model.GPTConfig.__dataclass_fields__ if k in globals()}
     config = model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, n_ctx=seq_len, **shape)
     if start != "resume" and held and not overwrite:
-        raise UserError(
-            f"{out} holds a run: --init_from=resume goes on with it, --overwrite replaces it, "
-            f"--out_dir=... leaves it alone"
-        )
+        ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
+        raise UserError(f"{out} holds a run: {ways}")
     if start == "scratch":
         torch.manual_seed(seed)
         return model.GPT(config), tok, None
@@ -241,18 +239,14 @@ def open_run(tok, digest):
     state = model.load_state(folder) if start == "resume" else None
     net, folder_tok = model.load(folder)
     if folder_tok.spec != tok.spec:
-        raise UserError(
-            f"data/{dataset} and {folder} have different tokenizers: prepare the data with "
-            f"--tokenizer={folder}"
-        )
+        mend = f"prepare the data with --tokenizer={folder}"
+        raise UserError(f"data/{dataset} and {folder} have different tokenizers: {mend}")
     if state:
-        differ = [k for k in vars(config) if getattr(config, k) != getattr(net.config, k)]
-        differ = [k for k in differ if k not in ("dropout", "init")]
-        differ += [k for k, v in state["made_by"].items() if made_by(digest)[k] != v]
+        differ = [k for k, v in made_by(digest).items() if state["made_by"].get(k) != v]
         if differ:
             raise UserError(
-                f"{folder}: no resume with another {', '.join(differ)}: take the run's own settings "
-                f"(its run.json has them), or start anew in another --out_dir"
+                f"{folder}: no resume with another {', '.join(differ)}: use the run's own settings "
+                f"({folder}/run.json has them), or start anew in another --out_dir"
             )
     elif seq_len > net.config.n_ctx:
         raise UserError(f"seq_len={seq_len}, but the context of {folder} is {net.config.n_ctx}")
@@ -261,8 +255,10 @@ def open_run(tok, digest):
 
 
 def made_by(digest):
-    """What, besides the architecture, a resumed run must have in common with its first part."""
-    return {"dataset": digest, "seed": seed, "optimizer": optimizer}
+    """What a resumed run must have in common with its first part."""
+    keys = [k for k in model.GPTConfig.__dataclass_fields__ if k in globals()]
+    keys = [k for k in keys if k not in ("dropout", "init")] + ["seq_len", "seed", "optimizer"]
+    return {k: globals()[k] for k in keys} | {"dataset": digest}
 
 
 def cut_log(path, step):
@@ -280,16 +276,12 @@ def cut_log(path, step):
 
 def run_record():
     """What run.json keeps: the full config, the command, versions, the commit."""
-    ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = (
-        subprocess.run(ask, capture_output=True, text=True).stdout.strip() if which("git") else ""
-    )
+    commit = None
+    if which("git"):
+        ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    record = {
-        "config": settings(globals()),
-        "command": " ".join(sys.argv),
-        "commit": commit or None,
-    }
+    record = {"config": settings(globals()), "command": " ".join(sys.argv), "commit": commit}
     return record | {"versions": versions | {"numpy": np.__version__}}
 
 
@@ -385,10 +377,11 @@ def agreed(run, mine, norm=0.0):
 
 def try_compile(net, run, attempt):
     """The compiled network, once `attempt(network)` has run through on every process; else net."""
+    if compile is False:
+        return net, "off, as asked"
     pays = run.device.type == "cuda" or net.config.n_embd >= 384 and (max_steps or 1000) >= 200
-    if compile is False or (compile is None and not pays):
-        why = "as asked" if compile is False else "it gains little at this size on a CPU; --compile"
-        return net, f"off ({why})"
+    if compile is None and not pays:
+        return net, "off: it gains little at this size on a CPU (--compile turns it on)"
     begun, body, failed = time.monotonic(), torch.compile(net), ""
     try:
         attempt(body)
@@ -413,7 +406,8 @@ def memory_used(device):
 
 
 def out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "enough memory" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)  # on a CPU it is the allocator's word alone
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def main():
@@ -441,27 +435,26 @@ def main():
     fits = int((0.8 * free - sizes[0]) / sizes[1])
     if run.device.type == "cpu":
         fits = min(fits, max(1, 4096 // seq_len))  # more at once is no faster on a CPU
+    fits = state["micro"] if state else fits  # whatever memory is free now: the same sums
     rows, share, micro = split_batch(run.world, fits)
     say(
         f"model: {model.family(c)}, {params:,} parameters: {c.n_layer} layers of width {c.n_embd}, "
         f"context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
         f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {share // micro} "
         f"micro-batch(es) x {micro} window(s) x {seq_len} tokens\n"
-        f"data: {train.n:,} windows, {train.n * seq_len:,} tokens an epoch; {val.n:,} for validation\n"
+        f"data: {train.n:,} windows an epoch, {train.n * seq_len:,} tokens; {val.n:,} to validate\n"
         f"memory: about {(sizes[0] + micro * sizes[1]) / 2**30:.2f} GiB a process of "
         f"{free / 2**30:.1f} GiB free\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
     )
-    optimizers = model.make_optimizer(
-        net, optimizer, learning_rate, weight_decay, (beta1, beta2), momentum
-    )
+    how = (learning_rate, weight_decay, (beta1, beta2), momentum)
+    optimizers = model.make_optimizer(net, optimizer, *how)
     begun = time.monotonic()
     step = windows = bad = 0
     seconds, best, history = 0.0, math.inf, []
     if state:
-        step, windows, seconds, best, history = (
-            state[k] for k in ("step", "windows", "seconds", "best", "history")
-        )
+        step, windows, seconds = state["step"], state["windows"], state["seconds"]
+        best, history = state["best"], state["history"]
         for o, saved in zip(optimizers, state["optimizers"], strict=True):
             o.load_state_dict(saved)
         if scaler and state["scaler"]:
@@ -506,10 +499,8 @@ def main():
     def save(folder=out, full=True):
         if run.main:
             state = {"windows": windows, "seconds": seconds, "best": best, "history": history}
-            state |= {
-                "optimizers": [o.state_dict() for o in optimizers],
-                "made_by": made_by(digest),
-            }
+            state |= {"micro": micro, "made_by": made_by(digest)}
+            state |= {"optimizers": [o.state_dict() for o in optimizers]}
             state |= {"scaler": scaler.state_dict() if scaler else None}
             model.save(folder, net, tok, step, state if full else None)
 
@@ -560,10 +551,12 @@ def main():
         row |= {"grad_norm": norm, "dt": dt, "tok_s": tok_s, "mfu": mfu, "mem": mem}
         record(row if finite else row | {"loss": None, "grad_norm": None})
         if run.main:
+            left = model.duration(seconds * (1 - done) / done)
+            share_of_peak = f"{100 * mfu:.1f} %" if mfu else "n/a"
             progress(
                 f"step {step} ({100 * done:.0f} %)  loss {loss:.4f}  lr {row['lr']:.2e}  norm "
-                f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {f'{100 * mfu:.1f} %' if mfu else 'n/a'}  mem "
-                f"{mem / 2**30:.2f} GiB  left {model.duration(seconds * (1 - done) / done)}"
+                f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {share_of_peak}  mem {mem / 2**30:.2f} GiB  "
+                f"left {left}"
             )
         if finite:
             bad, mean_loss = 0, loss if step == 1 or mean_loss != mean_loss else mean_loss
@@ -579,11 +572,8 @@ def main():
             )
         if val.n and (step % eval_every == 0 or done >= 1):
             val_loss, bpb = evaluate(net, val, token_bytes, run, cast, micro)
-            verdict = {
-                "val_loss": val_loss,
-                "val_ppl": math.exp(min(val_loss, 700)),
-                "val_bpb": bpb,
-            }
+            ppl = math.exp(min(val_loss, 700))
+            verdict = {"val_loss": val_loss, "val_ppl": ppl, "val_bpb": bpb}
             record({"step": step, "tokens": tokens} | verdict)
             row |= verdict
             history = [*history, [step, mean_loss, val_loss]]

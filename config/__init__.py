@@ -51,10 +51,9 @@ def read_flag(arg, argv, keys):
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
     if "str" in types and not ("none" in types and word == "None"):
         return {key: text}
-    try:
+    with suppress(ValueError, SyntaxError, TypeError):
         return {key: ast.literal_eval(word)}
-    except (ValueError, SyntaxError, TypeError):
-        return {key: text}
+    return {key: text}
 
 
 def run_recipe(path, values):
@@ -94,11 +93,12 @@ def configure(space):
     if "--help" in argv or "-h" in argv:
         print(f"{(space.get('__doc__') or '').strip()}\n\nkeys, with their defaults:\n")
         for key, (default, _, comment) in keys.items():
-            print(f"  {f'--{key}={default}':<32} {comment}")
+            print(f"  {f'--{key}={default!r}':<32} {comment}")
         raise SystemExit(0)
     for path in [*sorted(script.parent.glob("*.py")), script]:
-        with suppress(SyntaxError, UnicodeDecodeError):  # a neighbour that is no script has no keys
-            values |= {key: default for key, (default, *_) in script_keys(path).items()}
+        if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there
+            with suppress(SyntaxError):  # a neighbour that is being edited has no keys
+                values |= {key: default for key, (default, *_) in script_keys(path).items()}
     while argv:
         arg = argv.pop(0)
         is_flag = arg.startswith("--")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen
             f"{script} {args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         )
     return done
+
+
+def run_all(cwd, script, *commands, **how):
+    """`run` for each list of arguments, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda args: run(cwd, script, *args, **how), commands))
 
 
 @pytest.fixture(scope="session")

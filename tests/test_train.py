@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, run_all
 
 import model
 import train
@@ -78,8 +78,8 @@ def rows_of(path):
 )
 def test_killed_and_resumed_equals_never_stopped(words, name, options):
     options = [*options, "--save_every=20", "--eval_every=50"]
-    run(words, "train.py", *SMALL, *options, f"--out_dir=out/{name}")
     killed = f"out/{name}-killed"
+    whole = start(words, *options, f"--out_dir=out/{name}")
     process = start(words, *options, f"--out_dir={killed}")
     moment = random.Random(name).randint(45, 110)
     wait_for(process, lambda: rows_of(words / killed / "log.jsonl") >= moment)
@@ -89,6 +89,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     assert 40 <= at < 150
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
+    assert whole.wait() == 0, whole.stdout.read()
     assert weights(words, f"out/{name}") == weights(words, killed)
     for key in ("loss", "lr", "grad_norm", "val_loss"):
         assert log(words, f"out/{name}", key) == log(words, killed, key)
@@ -306,16 +307,16 @@ def test_validation_scores_every_position_once(words):
 
 def test_accumulation_and_precision(words):
     options = [*SMALL, "--max_steps=10", "--optimizer=adamw", "--eval_every=1000"]
-    for name, extra in {
+    kinds = {
         "micro16": ["--dtype=float32"],
         "micro4": ["--dtype=float32", "--micro_batch=5"],  # 4 divides the 16 windows
         "recompute": ["--dtype=float32", "--checkpoint_blocks"],
         "bf16": ["--dtype=bfloat16"],
         "fp16": ["--dtype=float16"],
-    }.items():
-        said = run(words, "train.py", *options, *extra, f"--out_dir=out/{name}").stdout
-        if name == "micro4":
-            assert "4 micro-batch(es) x 4 window(s)" in said
+    }
+    commands = [[*options, *extra, f"--out_dir=out/{name}"] for name, extra in kinds.items()]
+    said = run_all(words, "train.py", *commands)
+    assert "4 micro-batch(es) x 4 window(s)" in said[1].stdout
     base = dict(log(words, "out/micro16"))
     for name, tolerance in {"micro4": 1e-5, "recompute": 1e-5, "bf16": 0.02, "fp16": 0.2}.items():
         losses = dict(log(words, f"out/{name}"))
@@ -352,27 +353,31 @@ def test_starts_from_a_folder_and_overwrites_only_when_told(words):
     assert record["config"]["max_steps"] == 5 and record["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--init_from=resume", "--out_dir=out/none"], "no checkpoint to resume"),
-        (["--init_from=resume", "--n_layer=3"], "no resume with another n_layer"),
-        (["--init_from=resume", "--seed=8", "--optimizer=adamw"], "another seed, optimizer"),
-        (["--init_from=out/nowhere", "--out_dir=out/none"], "no such folder"),
-        (["--dataset=nothing"], "python prepare.py --dataset=nothing"),
-        (["--batch_tokens=500"], "such as 480 or 512"),
-        (["--lr_schedule=cubic", "--out_dir=out/none"], "cosine, linear or trapezoid"),
-        (["--max_steps=none", "--out_dir=out/none"], "no horizon"),
-        (["--seq_len=32768", "--batch_tokens=32768"], "lower --seq_len"),
-        (["--tensorboard", "--out_dir=out/none"], "tensorboard"),
-    ],
-)
-def test_refusals_are_one_line(words, options, message):
-    if not (words / "out" / "held").exists():
-        run(words, "train.py", *SMALL, "--max_steps=2", "--out_dir=out/held")
-    said = run(words, "train.py", *SMALL, "--out_dir=out/held", *options, check=False)
-    assert said.returncode == 1, said.stdout
-    assert message in said.stderr and said.stderr.count("\n") == 1
+REFUSALS = {
+    "no checkpoint to resume": ["--init_from=resume"],
+    "no resume with another n_layer": ["--init_from=resume", "--out_dir=out/held", "--n_layer=3"],
+    "another seed, optimizer": ["--init_from=resume", "--out_dir=out/held", "--seed=8"]
+    + ["--optimizer=adamw"],
+    "--overwrite replaces it": ["--out_dir=out/held"],
+    "no such folder": ["--init_from=out/nowhere"],
+    "python prepare.py --dataset=nothing": ["--dataset=nothing"],
+    "such as 480 or 512": ["--batch_tokens=500"],
+    "cosine, linear or trapezoid": ["--lr_schedule=cubic"],
+    "no horizon": ["--max_steps=none"],
+    "lower --seq_len": ["--seq_len=32768", "--batch_tokens=32768"],
+    "tensorboard": ["--tensorboard"],
+    "have different tokenizers": ["--init_from=out/held", "--dataset=letters"],
+}
+
+
+def test_refusals_are_one_line(words):
+    letters = ["--source=words.txt", "--dataset=letters", "--tokenizer=char"]
+    run(words, "prepare.py", *letters)
+    run(words, "train.py", *SMALL, "--max_steps=2", "--out_dir=out/held")
+    commands = [[*SMALL, "--out_dir=out/none", *options] for options in REFUSALS.values()]
+    for message, said in zip(REFUSALS, run_all(words, "train.py", *commands, check=False)):
+        assert said.returncode == 1, (message, said.stdout)
+        assert message in said.stderr and said.stderr.count("\n") == 1
 
 
 def test_a_shard_cut_short_is_refused(words):
@@ -385,11 +390,11 @@ def test_a_shard_cut_short_is_refused(words):
 def test_out_of_memory_names_what_to_change(words):
     import resource
 
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    options = ["--batch_tokens=2097152", "--micro_batch=65536", "--out_dir=out/none"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    options = ["--batch_tokens=524288", "--micro_batch=16384", "--out_dir=out/none"]
     said = run(words, "train.py", *SMALL, *options, check=False, preexec_fn=limit)
     assert said.returncode == 1
-    for word in ("micro_batch (now 65536)", "seq_len (now 32)", "checkpoint_blocks (now False)"):
+    for word in ("micro_batch (now 16384)", "seq_len (now 32)", "checkpoint_blocks (now False)"):
         assert word in said.stderr
 
 

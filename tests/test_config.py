@@ -1,0 +1,252 @@
+"""config: recipes and flags override a script's keys, and every mistake is refused in one line."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+SCRIPT = '''"""What the script is for."""
+
+from config import configure, settings
+
+steps = 10  # how many
+rate = 0.5  # per step; a # in the comment stays
+name = "a # b"  # what to call it
+fast = False  # hurry
+words: list[str] | None = None  # some words
+limit: int | None = None  # at most
+warmth: float | None = 1.5  # degrees
+shape = (2, 3)  # rows, columns
+letters = sorted("ab")  # no literal: no key
+_mine = 1
+
+if __name__ == "__main__":
+    configure(globals())
+
+import json
+
+
+def main():
+    print(json.dumps(settings(globals())))
+
+
+below = 1
+if __name__ == "__main__":
+    main()
+'''
+OTHER = """
+width: int = 4  # of another script
+rate = "a string here, a number in the other script"
+
+if __name__ == "__main__":
+    configure(globals())
+"""
+DEFAULTS = {"steps": 10, "rate": 0.5, "name": "a # b", "fast": False, "words": None}
+DEFAULTS |= {"limit": None, "warmth": 1.5, "shape": [2, 3]}
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A folder with two scripts, and the means to run the first: (exit code, keys, stderr)."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "other.py").write_text(OTHER)
+    # Neighbours that must not stop a script, nor count as one.
+    (tmp_path / "edited.py").write_text("def (:\n# configure(globals())\n")
+    (tmp_path / "notes.py").write_text("def (:\n")
+    (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
+
+    def call(*args, **env):
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+        command = [sys.executable, str(tmp_path / "script.py"), *args]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        keys = json.loads(done.stdout) if done.returncode == 0 else None
+        return done.returncode, keys, done.stderr
+
+    return call
+
+
+def changed(keys):
+    return {key: value for key, value in keys.items() if value != DEFAULTS[key]}
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ([], {}),
+        (["--steps=20", "--steps=30"], {"steps": 30}),  # the last one counts
+        (["--steps", "20", "--name", "x"], {"steps": 20, "name": "x"}),
+        (["--steps=1e3"], {"steps": 1000}),
+        (["--steps=-5"], {"steps": -5}),
+        (["--rate", "-1"], {"rate": -1.0}),
+        (["--rate=3"], {"rate": 3.0}),
+        (["--warmth=2"], {"warmth": 2.0}),
+        (["--limit=2e1"], {"limit": 20}),
+        (["--name=k=v=w"], {"name": "k=v=w"}),
+        (["--name="], {"name": ""}),
+        (["--name=12"], {"name": "12"}),
+        (["--name=True"], {"name": "True"}),
+        (["--name=none"], {"name": "none"}),  # a string that is not optional
+        (["--name=--x"], {"name": "--x"}),
+        (["--name", "-"], {"name": "-"}),
+        (["--fast"], {"fast": True}),
+        (["--fast", "--steps=1"], {"fast": True, "steps": 1}),
+        (["--fast=true"], {"fast": True}),
+        (["--fast", "--fast=false"], {}),
+        (["--fast", "--fast", "False"], {}),
+        (["--warmth=none"], {"warmth": None}),
+        (["--warmth", "None"], {"warmth": None}),
+        (['--words=["a", "b"]'], {"words": ["a", "b"]}),
+        (["--shape=(4, 5)"], {"shape": [4, 5]}),
+        (["--local-rank=0", "--local_rank=1", "--steps=1"], {"steps": 1}),
+    ],
+)
+def test_flags(script, args, expected):
+    code, keys, stderr = script(*args)
+    assert (code, stderr) == (0, "")
+    assert changed(keys) == expected
+
+
+def test_values_have_the_types_of_their_keys(script):
+    _, keys, _ = script("--steps=2.0", "--rate=1")
+    assert (repr(keys["steps"]), repr(keys["rate"])) == ("2", "1.0")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--steps=ten"], "--steps: steps = 'ten': expected int"),
+        (["--steps=1.5"], "--steps: steps = 1.5: expected int"),
+        (["--steps=1e999"], "--steps: steps = inf: expected int"),
+        (["--steps=none"], "--steps: steps = None: expected int"),
+        (["--steps=true"], "--steps: steps = True: expected int"),
+        (["--steps="], "--steps: steps = '': expected int"),
+        (["--steps=007"], "--steps: steps = '007': expected int"),
+        (["--steps={[]: 1}"], "--steps: steps = '{[]: 1}': expected int"),
+        (["--limit=1.5"], "--limit: limit = 1.5: expected int or none"),
+        (["--rate=x"], "--rate: rate = 'x': expected float"),
+        (["--rate=" + "9" * 400], "--rate: int too large to convert to float"),
+        (["--fast=1"], "--fast: fast = 1: expected bool"),
+        (["--words=a"], "--words: words = 'a': expected list or none"),
+        (["--name"], "--name: no value: expected str"),
+        (["--name", "--steps=1"], "--name: no value: expected str"),
+        (["--steps"], "--steps: no value: expected int"),
+        (["--step=5"], "--step: unknown key 'step' (did you mean 'steps'?)"),
+        (["--step", "5"], "--step: unknown key 'step' (did you mean 'steps'?)"),
+        (["--zzz=5"], "--zzz: unknown key 'zzz' (--help lists the keys)"),
+        (["--"], "--: unknown key '' (--help lists the keys)"),
+        (["--width=5"], "--width: unknown key 'width' (--help lists the keys)"),  # other.py's
+        (["--letters=5"], "--letters: unknown key 'letters' (--help lists the keys)"),
+        (["--below=5"], "--below: unknown key 'below' (--help lists the keys)"),
+        (["nothing.py"], "nothing.py: no such recipe (config/NAME.py; a flag is --key=value)"),
+        (["steps=5"], "steps: no such recipe (config/NAME.py; a flag is --key=value)"),
+        (["-steps=5"], "-steps: no such recipe (config/NAME.py; a flag is --key=value)"),
+    ],
+)
+def test_a_wrong_command_line_is_a_line_and_exit_2(script, args, message):
+    assert script(*args) == (2, None, message + "\n")
+
+
+@pytest.mark.parametrize(
+    "recipe, expected",
+    [
+        ("steps = 20\nname = 'x=y'\n", {"steps": 20, "name": "x=y"}),
+        ("steps = 1e3\nrate = 2\n", {"steps": 1000, "rate": 2.0}),
+        ("steps = steps * 2 + width\n", {"steps": 24}),  # width is of another script
+        ("width = 9\nsteps = width\n", {"steps": 9}),
+        ("width = 'no int, which is for other.py to say'\n", {}),
+        ("warmth = None\nwords = ['a']\n", {"warmth": None, "words": ["a"]}),
+        (
+            "import math\nfrom math import floor\n\n\ndef half(n):\n    return floor(n / 2)\n\n\n"
+            "class C:\n    pass\n\n\n_h = 2.0\nsteps = half(math.pi * _h)\n",
+            {"steps": 3},
+        ),
+    ],
+)
+def test_recipes(script, tmp_path, recipe, expected):
+    (tmp_path / "recipe.py").write_text(recipe)
+    code, keys, stderr = script("recipe.py")
+    assert (code, stderr) == (0, "")
+    assert changed(keys) == expected
+
+
+def test_recipes_and_flags_count_in_their_order(script, tmp_path):
+    (tmp_path / "a.py").write_text("steps = 2\nwidth = 7\n")
+    (tmp_path / "b.py").write_text("steps = steps * width\n")
+    assert script("a.py", "b.py")[1]["steps"] == 14
+    assert script("a.py", "--steps=3", "b.py")[1]["steps"] == 21
+    assert script("b.py", "a.py")[1]["steps"] == 2
+    assert script("a.py", "--steps=3")[1]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("steps = 'many'\n", "steps = 'many': expected int"),
+        ("steps = 2.5\n", "steps = 2.5: expected int"),
+        ("fast = 1\n", "fast = 1: expected bool"),
+        ("limit = 'x'\n", "limit = 'x': expected int or none"),
+        ("name = len\n", "name = <built-in function len>: expected str"),
+        ("step = 5\n", "unknown key 'step' (did you mean 'steps'?)"),
+        ("widht = 5\n", "unknown key 'widht' (did you mean 'width'?)"),
+        ("letters = 5\n", "unknown key 'letters' (--help lists the keys)"),
+        ("steps = \n", "SyntaxError: invalid syntax (recipe.py, line 1)"),
+        ("steps = 1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("steps = nobody\n", "NameError: name 'nobody' is not defined"),
+    ],
+)
+def test_a_wrong_recipe_is_a_line_and_exit_1(script, tmp_path, recipe, message):
+    (tmp_path / "recipe.py").write_text(recipe)
+    assert script("recipe.py") == (1, None, f"recipe.py: {message}\n")
+
+
+def test_under_torchrun_the_first_process_speaks(script, tmp_path):
+    (tmp_path / "recipe.py").write_text("step = 1\n")
+    for args, code in (["--step=1"], 2), (["recipe.py"], 1), (["nothing.py"], 2):
+        assert script(*args, RANK="0")[2].count("\n") == 1
+        assert script(*args, RANK="1") == (code, None, "")
+
+
+@pytest.mark.parametrize("name", ["prepare", "train", "sample"])
+def test_help_shows_every_key_and_imports_no_torch(name, tmp_path):
+    done = run(
+        tmp_path, f"{name}.py", "--help", "--no_such_key", env={"PYTHONPROFILEIMPORTTIME": "1"}
+    )
+    assert "torch" not in done.stderr and "numpy" not in done.stderr and "config" in done.stderr
+    source = (ROOT / f"{name}.py").read_text()
+    assert done.stdout.startswith(ast.get_docstring(ast.parse(source), clean=False).strip())
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    top = source[: source.index("configure(globals())")].splitlines()
+    keys = [line for line in top if line[:1].islower() and " = " in line]
+    assert len(keys) > 10
+    for line in keys:
+        code, _, comment = line.partition("  # ")
+        key, _, default = code.partition(" = ")
+        shown = f"--{key.partition(':')[0]}={ast.literal_eval(default)!r}"
+        assert comment and [x for x in lines if x.split("  ")[0] == shown and x.endswith(comment)]
+
+
+def test_real_scripts_refuse_and_skip(tmp_path):
+    done = run(tmp_path, "train.py", "--learning_rat=1", check=False)
+    message = "--learning_rat: unknown key 'learning_rat' (did you mean 'learning_rate'?)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    # prepare.py has no learning rate: train.py's is skipped in a recipe, refused as a flag
+    (tmp_path / "r.py").write_text("learning_rate = 1e-4\nmax_steps = int(1 / learning_rate)\n")
+    done = run(tmp_path, "prepare.py", "r.py", "--vocab_siz=3", check=False)
+    assert done.stderr == "--vocab_siz: unknown key 'vocab_siz' (did you mean 'vocab_size'?)\n"
+    (tmp_path / "r.py").write_text("learning_rat = 1e-4\n")
+    done = run(tmp_path, "prepare.py", "r.py", check=False)
+    message = "r.py: unknown key 'learning_rat' (did you mean 'learning_rate'?)\n"
+    assert (done.returncode, done.stderr) == (1, message)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "config").glob("[!_]*.py")))
+@pytest.mark.parametrize("name", ["prepare", "train", "sample"])
+def test_every_recipe_fits_every_script(name, recipe, tmp_path):
+    # Recipes are read before the flag that ends the run.
+    done = run(tmp_path, f"{name}.py", recipe, "--seed=x", check=False)
+    assert (done.returncode, done.stderr) == (2, "--seed: seed = 'x': expected int\n")

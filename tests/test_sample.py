@@ -1,0 +1,108 @@
+"""sample.py as a user runs it."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT, run, run_all
+
+import model
+
+
+def test_prints_the_prompt_and_what_generate_continues(tiny):
+    options = ["--model=out/tiny", "--max_new_tokens=20", "--top_k=0"]
+    net, tok = model.load(tiny / "out" / "tiny")
+    how = dict(max_new_tokens=20, temperature=0.8, seed=5)
+    [g] = model.generate(net, tok, ["def f(x"], **how)
+    said = run(tiny, "sample.py", *options, "--prompt=def f(x", "--seed=5").stdout
+    assert said == "def f(x" + g.text + "\n"
+    again = run(tiny, "sample.py", *options, "--prompt=-", "--seed=5", stdin="def f(x\n").stdout
+    assert again == said
+    (tiny / "prompt.txt").write_text("def f(x")
+    assert run(tiny, "sample.py", *options, "--prompt_file=prompt.txt", "--seed=5").stdout == said
+
+
+def test_several_prompts_and_samples_at_once(tiny):
+    rows = ["import os\n", "class A:\n    x"]
+    (tiny / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in rows))
+    options = ["--model=out/tiny", "--max_new_tokens=8", "--temperature=0", "--num_samples=2"]
+    said = run(tiny, "sample.py", *options, "--prompt_file=p.jsonl").stdout
+    parts = said.split("--- ")[1:]
+    assert [p.split(" ")[0] for p in parts] == ["1", "2", "3", "4"]
+    bodies = [p.partition("\n")[2] for p in parts]
+    assert bodies[0] == bodies[1] and bodies[0].startswith(rows[0])
+    assert bodies[2] == bodies[3] and bodies[2].startswith(rows[1])
+
+
+def test_beam_search_is_at_least_as_likely_as_greedy(tiny):
+    net, tok = model.load(tiny / "out" / "tiny")
+    mean = lambda g: sum(g.logprobs) / len(g.logprobs)
+    [greedy] = model.generate(net, tok, ["import "], max_new_tokens=10, temperature=0)
+    [beam] = model.generate(net, tok, ["import "], max_new_tokens=10, num_beams=4)
+    assert mean(beam) >= mean(greedy) - 1e-6
+    options = ["--model=out/tiny", "--max_new_tokens=10", "--num_beams=4", "--prompt=import "]
+    assert run(tiny, "sample.py", *options).stdout == "import " + beam.text + "\n"
+
+
+def test_chat_uses_the_template_and_keeps_within_the_context(tiny):
+    options = ["--model=out/tiny", "--chat", "--max_new_tokens=6", "--temperature=0"]
+    said = run(tiny, "sample.py", *options, stdin="hi\nand\nso\non\nx\n").stdout
+    assert said.count("model> ") == 5  # 64 tokens of context: the oldest turns were dropped
+    net, tok = model.load(tiny / "out" / "tiny")
+    ids, _ = tok.chat([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    tok.eos_ids.append(tok.special["<|im_end|>"])
+    [g] = model.generate(net, tok, [ids], max_new_tokens=6, temperature=0)
+    assert said.startswith("model> " + g.text)
+    long = run(tiny, "sample.py", *options, stdin="word " * 80 + "\n", check=False)
+    assert long.returncode == 1 and "fit before an answer" in long.stderr
+
+
+def test_streams_to_a_terminal(tiny):
+    parent, child = pty.openpty()
+    command = [sys.executable, str(ROOT / "sample.py"), "--model=out/tiny", "--max_new_tokens=5"]
+    with subprocess.Popen(command, cwd=tiny, stdin=child, stdout=child, stderr=child) as process:
+        os.close(child)
+        said = b""
+        while True:
+            try:
+                said += os.read(parent, 1000)
+            except OSError:
+                break
+    assert process.returncode == 0 and said.startswith(b"import os\r\n")
+
+
+REFUSALS = {
+    "no such folder": ["--model=out/nothing"],
+    "expected 1 to 63, the context": ["--prompt=" + "a b " * 200],
+    "nothing.txt: cannot be read": ["--prompt_file=nothing.txt"],
+    "top_p": ["--top_p=2"],
+    "temperature": ["--temperature=-1"],
+    "expected auto, float32": ["--dtype=int3"],
+    "GPU 7": ["--device=cuda:7"],
+}
+
+
+def test_refusals_are_one_line(tiny):
+    commands = [["--model=out/tiny", *options] for options in REFUSALS.values()]
+    for message, said in zip(REFUSALS, run_all(tiny, "sample.py", *commands, check=False)):
+        assert said.returncode == 1, message
+        assert message in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_refused(tiny):
+    shutil.copytree(tiny / "out" / "tiny", tiny / "out" / "damaged")
+    os.truncate(tiny / "out" / "damaged" / "model.safetensors", 20_000)
+    said = run(tiny, "sample.py", "--model=out/damaged", check=False)
+    assert said.returncode == 1 and "malformed safetensors file" in said.stderr
+
+
+def test_an_empty_prompt_starts_a_document(tiny):
+    net, tok = model.load(tiny / "out" / "tiny")
+    [g] = model.generate(net, tok, [""], max_new_tokens=5, temperature=0)
+    with torch.no_grad():
+        first = net(torch.tensor([[tok.bos_id]]))[0, -1, : tok.n_vocab].argmax().item()
+    assert g.ids[0] == first

@@ -73,8 +73,8 @@ def choose_dtype(device, want="auto", n_embd=0):
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not (has.get("avx512_bf16") or has.get("amx_bf16")):
         return torch.float32, "this CPU has no fast bfloat16"
-    if n_embd < 128:
-        return torch.float32, "below width 128 the casts cost more than bfloat16 gains"
+    if n_embd < 192:
+        return torch.float32, "below width 192 the casts cost more than bfloat16 gains"
     return torch.bfloat16, "this CPU has fast bfloat16 and the model is wide enough to gain"
 
 
@@ -659,16 +659,17 @@ def byte_letters():
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
-    n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones. Special tokens
-    are never read from text: only `chat` and `prompt` add them.
+    n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, eot_id the one
+    that starts a document. They are never read from text: only `chat` and `prompt` add them.
     """
 
     def __init__(self, spec, config):
         self.spec, self.config, self.bpe = spec, config, None
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        body, split = spec["model"], self._pattern()
-        vocab = {t: i for t, i in body.get("vocab", {}).items() if t not in self.special}
-        if body.get("type") == "BPE" and split:
+        body, split = spec.get("model") or {}, self._pattern()
+        vocab = body.get("vocab") if isinstance(body.get("vocab"), dict) else {}
+        vocab = {t: i for t, i in vocab.items() if t not in self.special}
+        if body.get("type") == "BPE" and split and vocab:
             self._init_bpe(body, vocab, split)
         elif body.get("type") == "WordLevel" and split == CHARACTERS:
             self.vocab, self.unk = vocab, self.special.get(body.get("unk_token"))
@@ -679,6 +680,7 @@ class Tokenizer:
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
+        self.eot_id = self.bos_id if self.bos_id is not None else [*self.eos_ids, None][0]
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         post = spec.get("post_processor") or {}
         singles = [p["single"][0] for p in post.get("processors", [post]) if p.get("single")]
@@ -708,7 +710,7 @@ class Tokenizer:
         steps = self.spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
         last = steps[-1].get("type") == "ByteLevel" and steps[-1]
-        if self.spec.get("normalizer") or (last and last.get("add_prefix_space")):
+        if self.spec.get("normalizer") or (last and last.get("add_prefix_space", True)):
             return None
         if len(steps) == 1 and last and last.get("use_regex", True):
             return GPT2_SPLIT

@@ -378,7 +378,7 @@ def finished_tokenizer():
     if not Path(tokenizer).is_dir():
         return tiktoken_tokenizer(tokenizer)
     tok = model.Tokenizer.from_folder(tokenizer)
-    if tok.bos_id is None and not tok.eos_ids:
+    if tok.eot_id is None:
         raise UserError(f"{tokenizer}: tokenizer_config.json names no bos_token and no eos_token")
     return tok
 
@@ -420,7 +420,7 @@ class ShardWriter:
 def write_shards(folder, tok, texts, size, workers):
     """Encode (split, text) pairs of `size` bytes: {split: ShardWriter}, closed, not yet renamed."""
     writers = {split: ShardWriter(folder, split, tok.n_vocab > 65536) for split in ("train", "val")}
-    start = np.array([tok.bos_id if tok.bos_id is not None else tok.eos_ids[0]])
+    start = np.array([tok.eot_id])
     show, begun, done = model.Progress(), time.monotonic(), 0
     parts = ((s, i == 0, p) for s, text in texts for i, p in enumerate(pieces_of(text)))
     for group in in_rounds(parts, BATCH * workers):

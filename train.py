@@ -310,7 +310,7 @@ def evaluate(net, val, token_bytes, run, cast, rows):
     return loss / max(count, 1), loss / max(size, 1) / math.log(2)
 
 
-end_of_text = -1  # the id that starts a document, set by main
+end_of_text = None  # the id that starts a document, set by main
 
 
 def documents(ids):
@@ -335,7 +335,7 @@ def remarks(history):
 def show_sample(net, tok, cast):
     """A few tokens of what the model writes by now, each line set off."""
     with cast:
-        start = tok.encode(sample_prompt) or [end_of_text if end_of_text >= 0 else 0]
+        start = tok.encode(sample_prompt) or [tok.eot_id]
         how = dict(max_new_tokens=min(sample_tokens, net.config.n_ctx - len(start)), top_k=50)
         [g] = model.generate(net, tok, [start], temperature=0.8, **how)
     return "  | " + (sample_prompt + g.text).replace("\n", "\n  | ")
@@ -419,7 +419,7 @@ def main():
         raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")
     lr_scale(0, 0.0)  # refuses an unknown schedule
     tok, train, val, digest = open_dataset()
-    end_of_text = tok.bos_id if tok.bos_id is not None else -1
+    end_of_text = tok.eot_id
     net, tok, state = open_run(tok, digest)
     agreed(run, [0])  # nobody writes before everybody has read
     net.to(run.device).train()

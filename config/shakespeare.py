@@ -18,11 +18,11 @@ seq_len = 128
 # train.py
 out_dir = "out/shakespeare"
 batch_tokens = 2048
-max_steps = 600
+max_steps = 500
 learning_rate = 5e-3
-eval_every = 200
+eval_every = 250
 eval_tokens = 0  # every validation position, once
-save_every = 200
+save_every = 250
 sample_prompt = "ROMEO:\n"
 
 # sample.py

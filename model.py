@@ -16,8 +16,10 @@ import re
 import struct
 import sys
 import time
+import unicodedata
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -45,10 +47,9 @@ def setup(device="auto"):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device={device}: no such device (auto, cpu, cuda, cuda:1)") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device={device}: expected auto, cpu, cuda or cuda:1")
+    place = torch.device(device)
     if place.type == "cuda":
         index = place.index or 0 if world == 1 else int(os.environ.get("LOCAL_RANK", rank))
         if index >= (count := torch.cuda.device_count()):
@@ -80,9 +81,7 @@ def choose_dtype(device, want="auto", n_embd=0):
 
 def autocast(device, dtype):
     """Compute in `dtype` inside this context; float32 is the plain path."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class Progress:
@@ -113,6 +112,9 @@ def duration(seconds):
 
 # --------------------------------------------------------------------------------------------------
 # The network
+
+
+LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 
 @dataclass
@@ -147,6 +149,8 @@ class GPTConfig:
                 self.check(f.name, getattr(self, f.name) in allowed, " or ".join(allowed))
         for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
             self.check(name, getattr(self, name) > 0, "1 or more")
+        for name in ("n_kv_head", "head_dim", "n_hidden"):
+            self.check(name, getattr(self, name) >= 0, "0 or more")
         self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -155,8 +159,10 @@ class GPTConfig:
         self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
         self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
         self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
-        kind = (self.rope_scaling or {}).get("rope_type", "linear")
-        self.check("rope_scaling", kind in ("linear", "llama3"), "rope_type linear or llama3")
+        needs = {"linear": ["factor"], "llama3": LLAMA3_KEYS}
+        kind = (self.rope_scaling or {}).get("rope_type")
+        whole = all(key in self.rope_scaling for key in needs.get(kind, "?")) if kind else False
+        self.check("rope_scaling", whole or not self.rope_scaling, f"rope_type and keys of {needs}")
 
     def check(self, name, good, expected):
         if not good:
@@ -342,7 +348,7 @@ class GPT(nn.Module):
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, mask, None if cache is None else cache.layer(i))
+                x = block(x, rope, mask, None if cache is None else partial(cache.write, i))
         return self.model.norm(x)
 
     def forward(self, ids, targets=None, **how):
@@ -405,19 +411,15 @@ class KVCache:
         seen = torch.arange(self.used, device=self.lengths.device)
         return positions, (seen <= positions[:, :, None])[:, None]
 
-    def layer(self, i):
-        """A function that stores layer i's new k and v and returns all that its queries may see."""
-
-        def write(k, v):
-            if self.first:
-                self.store[0, i, :, :, : k.shape[2]], self.store[1, i, :, :, : k.shape[2]] = k, v
-                return k, v
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            for place, new in zip(self.store[:, i], (k, v)):
-                place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
-            return self.store[:, i, :, :, : self.used]
-
-        return write
+    def write(self, i, k, v):
+        """Store layer i's new k and v; return all that its queries may see."""
+        if self.first:
+            self.store[0, i, :, :, : k.shape[2]], self.store[1, i, :, :, : k.shape[2]] = k, v
+            return k, v
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        for place, new in zip(self.store[:, i], (k, v)):
+            place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
+        return self.store[:, i, :, :, : self.used]
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
@@ -493,6 +495,7 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     if top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p
+        beyond[:, 0] = False  # whatever top_p, the likeliest stays
         probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
     if min_p:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
@@ -507,22 +510,9 @@ def real_logits(logits, tok):
 
 
 @torch.no_grad()
-def generate(
-    net,
-    tok,
-    prompts,
-    *,
-    max_new_tokens=100,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    seed=0,
-    stop=(),
-    num_beams=1,
-    on_text=None,
-):
+def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
+             min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), num_beams=1,
+             on_text=None):  # fmt: skip
     """Continue each prompt (a text, or token ids); returns [Generation], one a prompt.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
@@ -541,7 +531,7 @@ def generate(
     rows = [Row(tok, limit, stop, emit(i)) for i, limit in enumerate(limits)]
     net.eval()
     try:
-        if num_beams > 1:
+        if prompts and max_new_tokens > 0 and num_beams > 1:
             for prompt, row in zip(prompts, rows):
                 for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
                     row.take(token, logprob)
@@ -591,7 +581,7 @@ def to_host(*tensors):
     for copy, t in zip(copies, tensors):
         copy.copy_(t, non_blocking=True)
     ready = torch.cuda.Event()
-    ready.record()
+    ready.record(torch.cuda.current_stream(tensors[0].device))
     return lambda: ready.synchronize() or [copy.tolist() for copy in copies]
 
 
@@ -678,9 +668,12 @@ class Tokenizer:
             form = f"a {body.get('type')} tokenizer of this form"
             raise UserError(f"tokenizer.json: {form} is not supported (byte-level BPE, characters)")
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
+        shown = [
+            t for t in spec.get("added_tokens", []) if not t["special"]
+        ]  # <think> and its like
+        self.bytes |= {t["id"]: t["content"].encode() for t in shown}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
-        self.eot_id = self.bos_id if self.bos_id is not None else [*self.eos_ids, None][0]
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         post = spec.get("post_processor") or {}
         singles = [p["single"][0] for p in post.get("processors", [post]) if p.get("single")]
@@ -695,11 +688,20 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json", {})
         if (folder / "chat_template.jinja").is_file():
             config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        tok = cls(read_json(folder / "tokenizer.json"), config)
-        ends = read_json(folder / "generation_config.json", {}).get("eos_token_id")
-        if ends is not None:
+        try:
+            tok = cls(read_json(folder / "tokenizer.json"), config)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(f"{folder}/tokenizer.json: malformed: {error!r}") from None
+        ids = read_json(folder / "generation_config.json", {})
+        if (ends := ids.get("eos_token_id")) is not None:
             tok.eos_ids = ends if isinstance(ends, list) else [ends]
+        tok.bos_id = ids.get("bos_token_id") if tok.bos_id is None else tok.bos_id
         return tok
+
+    @property
+    def eot_id(self):
+        """The token that starts a document: bos, or where there is none the end token, or None."""
+        return self.bos_id if self.bos_id is not None else [*self.eos_ids, None][0]
 
     def _named(self, key):
         name = self.config.get(key)
@@ -710,7 +712,8 @@ class Tokenizer:
         steps = self.spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
         last = steps[-1].get("type") == "ByteLevel" and steps[-1]
-        if self.spec.get("normalizer") or (last and last.get("add_prefix_space", True)):
+        plain = (self.spec.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
+        if not plain or (last and last.get("add_prefix_space", True)):
             return None
         if len(steps) == 1 and last and last.get("use_regex", True):
             return GPT2_SPLIT
@@ -737,8 +740,12 @@ class Tokenizer:
         named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
         self.bpe = tiktoken.Encoding("barelm", **named)
 
+    def normal(self, text):
+        return unicodedata.normalize("NFC", text) if self.spec.get("normalizer") else text
+
     def encode(self, text):
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
+        text = self.normal(text)
         if self.bpe:
             return self.bpe.encode_ordinary(text)
         return [self.vocab.get(c, self.unk) for c in text]
@@ -746,6 +753,7 @@ class Tokenizer:
     def encode_batch(self, texts, threads=1):
         """`encode` for many texts, on several threads where the tokenizer can."""
         if self.bpe:
+            texts = [self.normal(text) for text in texts]
             return self.bpe.encode_ordinary_batch(texts, num_threads=threads)
         return [self.encode(t) for t in texts]
 
@@ -772,13 +780,18 @@ class Tokenizer:
         """
         hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in str(messages))
         special = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
-        veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], s)
+        veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], self.normal(s))
         safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
         text = self._render(safe, add_generation_prompt)
         said = bytearray(len(text))  # 1 at each character that an assistant says
         for i, message in enumerate(safe):
             if message["role"] == "assistant":
-                begin, end = len(self._render(safe[:i], True)), len(self._render(safe[: i + 1]))
+                before, after = self._render(safe[:i], True), self._render(safe[: i + 1])
+                if not text.startswith(before) or not text.startswith(after):
+                    raise UserError(
+                        "the chat template rewrites earlier turns: no loss mask fits it"
+                    )
+                begin, end = len(before), len(after)
                 end = max((m.end() for m in special.finditer(text, begin, end)), default=end)
                 said[begin:end] = b"\1" * (end - begin)
         ids, mask, at = [], [], 0
@@ -827,12 +840,10 @@ SAFE_DTYPES = dict(zip(SAFE_DTYPES, (getattr(torch, name) for name in TORCH_DTYP
 
 def read_json(path, default=None):
     """The JSON object in the file; `default`, if given, where there is no file."""
+    if default is not None and not Path(path).exists():
+        return default
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if default is not None:
-            return default
-        raise UserError(f"{path}: no such file") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -941,8 +952,6 @@ FAMILIES = {
     "llama": LLAMA | dict(qk_norm=False, qkv_bias=False),
     "gpt2": GPT2 | dict(qk_norm=False, qkv_bias=False),
 }
-CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-CLASSES |= {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 
 def family(c):
@@ -960,7 +969,8 @@ def to_hf_config(net, tok):
     out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype} | token_ids(tok)
     if kind == "barelm":
         return out | asdict(c)
-    out |= {"architectures": [CLASSES[kind]]}
+    name = "GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"
+    out |= {"architectures": [name]}
     out |= {hf: getattr(c, ours) for ours, hf in HF_KEYS[kind].items()}
     if kind == "gpt2":
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -984,7 +994,8 @@ def from_hf_config(d, where="config.json"):
     odd = ("attention_bias", "mlp_bias", "use_sliding_window", "scale_attn_by_inverse_layer_idx")
     odd = [k for k in odd if d.get(k)]
     activation = d.get("activation_function", d.get("hidden_act"))
-    odd += [] if activation in ("silu", "gelu_new") else [f"activation {activation}"]
+    expected = ("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)
+    odd += [] if activation in expected else [f"activation {activation}"]
     if missing or odd:
         fault = f"{', '.join(missing)} missing" if missing else f"{', '.join(odd)} not supported"
         raise UserError(f"{where}: {fault}")
@@ -1052,7 +1063,10 @@ def load(folder, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
-    c = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
+    try:
+        c = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json: malformed: {error}") from None
     tok = Tokenizer.from_folder(folder)
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
@@ -1093,14 +1107,15 @@ def save(folder, net, tok, step=0, state=None):
     write_json(folder / "generation_config.json", token_ids(tok))
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config | {"model_max_length": c.n_ctx})
-    with whole_file(folder / "model.safetensors", rename=False) as file:
-        write_safetensors(file, tensors, {"format": "pt", "step": str(step)})
+    metadata = {"format": "pt", "step": str(step)}
+    parts = {"model.safetensors": lambda file: write_safetensors(file, tensors, metadata)}
     if state is not None:
-        with whole_file(folder / "state.pt", rename=False) as file:
-            torch.save(state | {"step": step}, file)
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-    if state is not None:
-        os.replace(folder / "state.pt.tmp", folder / "state.pt")
+        parts["state.pt"] = lambda file: torch.save(state | {"step": step}, file)
+    for name, write in parts.items():
+        with whole_file(folder / name, rename=False) as file:
+            write(file)
+    for name in parts:
+        os.replace(folder / f"{name}.tmp", folder / name)
 
 
 def load_state(folder):
@@ -1160,7 +1175,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
             for shape, params in shapes.items():
                 grads, moments = zip(*[(p.grad, self.state[p]["momentum"]) for p in params])
                 torch._foreach_lerp_(moments, grads, 1 - group["momentum"])

@@ -33,6 +33,7 @@ import heapq
 import json
 import multiprocessing
 import os
+import shutil
 import sysconfig
 import time
 import zlib
@@ -477,7 +478,10 @@ def use_fineweb(folder):
             meta[split]["tokens"] += header[-1]
     folder.mkdir(parents=True, exist_ok=True)
     for name in meta["train"]["shards"] + meta["val"]["shards"]:
-        os.link(kept / name, folder / f"{name}.tmp")  # the same bytes on the disk, not a copy
+        try:
+            os.link(kept / name, folder / f"{name}.tmp")  # the same bytes on the disk, not a copy
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(kept / name, folder / f"{name}.tmp")
     commit(folder, tok, meta)
 
 

@@ -12,11 +12,11 @@ and its continuation.
 from config import configure
 
 model = "out/python"  # a checkpoint folder
-prompt = "import os\n\n\ndef "  # the text to continue; - reads it from standard input
+prompt = "import os\n\n\ndef"  # the text to continue; - reads it from standard input
 prompt_file: str | None = None  # a text file with the prompt, or .jsonl with a `prompt` a line
 max_new_tokens = 200  # tokens to add, at most
 temperature = 0.8  # 0 is greedy; below 1 sharper, above 1 flatter
-top_k = 200  # draw among so many likeliest tokens; 0: all
+top_k = 50  # draw among so many likeliest tokens; 0: all
 top_p = 1.0  # draw among the likeliest with this much probability together
 min_p = 0.0  # draw among those at least this fraction as likely as the likeliest
 repetition_penalty = 1.0  # above 1: tokens already there become less likely
@@ -101,7 +101,8 @@ def converse(net, tok):
     messages = [{"role": "system", "content": system}] if system else []
     # An answer also ends with the token that the template puts behind an assistant's words.
     ids, said = tok.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    tok.eos_ids = [*tok.eos_ids, *(i for i, s in zip(ids, said) if s and i in tok.special.values())]
+    ends = [i for i, s in zip(ids, said) if s and i in tok.special.values()]
+    tok.eos_ids = [*tok.eos_ids, *ends[-1:]]
     while True:
         show("you> " if sys.stdin.isatty() else "")
         text = sys.stdin.readline().strip()

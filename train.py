@@ -201,6 +201,22 @@ def progress_at(step, tokens, windows_per_epoch, seconds):
     return min(1.0, max(parts))
 
 
+def check_settings():
+    """Refuse numbers that no run can have, before anything is read or written."""
+    least = dict.fromkeys(
+        ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens"), 0
+    )
+    least |= dict.fromkeys(("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
+    least |= dict.fromkeys(("learning_rate", "weight_decay", "grad_clip", "min_lr"), 0)
+    least |= dict.fromkeys(("max_steps", "max_tokens", "max_epochs", "max_minutes"), 0)
+    for key, low in least.items():
+        if (value := globals()[key]) is not None and value < low:
+            raise UserError(f"{key}={value}: expected {low} or more")
+    if not any((max_steps, max_tokens, max_epochs, max_minutes)):
+        raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")
+    lr_scale(0, 0.0)  # refuses an unknown schedule
+
+
 def lr_scale(step, progress):
     """The learning rate over its peak: warm-up times a schedule of progress p.
 
@@ -238,7 +254,7 @@ def open_run(tok, digest):
     folder = out if start == "resume" else Path(start)
     state = model.load_state(folder) if start == "resume" else None
     net, folder_tok = model.load(folder)
-    if folder_tok.spec != tok.spec:
+    if (folder_tok.bytes, folder_tok.eot_id) != (tok.bytes, tok.eot_id):
         mend = f"prepare the data with --tokenizer={folder}"
         raise UserError(f"data/{dataset} and {folder} have different tokenizers: {mend}")
     if state:
@@ -311,6 +327,7 @@ def evaluate(net, val, token_bytes, run, cast, rows):
 
 
 end_of_text = None  # the id that starts a document, set by main
+micro = 0  # the micro-batch that split_batch chose, set by main
 
 
 def documents(ids):
@@ -335,9 +352,9 @@ def remarks(history):
 def show_sample(net, tok, cast):
     """A few tokens of what the model writes by now, each line set off."""
     with cast:
-        start = tok.encode(sample_prompt) or [tok.eot_id]
-        how = dict(max_new_tokens=min(sample_tokens, net.config.n_ctx - len(start)), top_k=50)
-        [g] = model.generate(net, tok, [start], temperature=0.8, **how)
+        start = tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :] or [tok.eot_id]
+        how = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
+        [g] = model.generate(net, tok, [start], **how)
     return "  | " + (sample_prompt + g.text).replace("\n", "\n  | ")
 
 
@@ -411,13 +428,11 @@ def out_of_memory(error):
 
 
 def main():
-    global end_of_text
+    global end_of_text, micro
     run = model.setup(device)
     say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
     progress = model.Progress()
-    if not any((max_steps, max_tokens, max_epochs, max_minutes)):
-        raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")
-    lr_scale(0, 0.0)  # refuses an unknown schedule
+    check_settings()
     tok, train, val, digest = open_dataset()
     end_of_text = tok.eot_id
     net, tok, state = open_run(tok, digest)
@@ -451,15 +466,18 @@ def main():
     optimizers = model.make_optimizer(net, optimizer, *how)
     begun = time.monotonic()
     step = windows = bad = 0
-    seconds, best, history = 0.0, math.inf, []
+    seconds, best, history, mean_loss = 0.0, math.inf, [], math.nan
     if state:
         step, windows, seconds = state["step"], state["windows"], state["seconds"]
-        best, history = state["best"], state["history"]
+        best, history, mean_loss = state["best"], state["history"], state["mean_loss"]
         for o, saved in zip(optimizers, state["optimizers"], strict=True):
-            o.load_state_dict(saved)
+            groups = o.state_dict()["param_groups"]  # of this run: its learning rate may be another
+            o.load_state_dict({"state": saved["state"], "param_groups": groups})
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         say(f"resumed {out_dir} at step {step}")
+    if agreed(run, [step])[0] != step * run.world:
+        raise UserError(f"{out_dir}: another checkpoint on another node: share the folder")
 
     def micro_step(network, ids, targets, last=True):
         """Forward, and backward of the loss over the global batch's mean; returns the loss sum."""
@@ -481,6 +499,7 @@ def main():
     out, log = Path(out_dir), None
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
+        track = make_trackers()
         if not state:  # what a replaced run has left must never be taken for this one's
             for old in ("state.pt", "state.pt.tmp", "model.safetensors", "best/model.safetensors"):
                 (out / old).unlink(missing_ok=True)
@@ -488,7 +507,7 @@ def main():
             os.replace(out / "state.pt.tmp", out / "state.pt")
         cut_log(out / "log.jsonl", step if state else -1)
         model.write_json(out / "run.json", run_record())
-        log, track = open(out / "log.jsonl", "a", encoding="utf-8"), make_trackers()
+        log = open(out / "log.jsonl", "a", encoding="utf-8")
 
     def record(row):
         if run.main:
@@ -499,7 +518,7 @@ def main():
     def save(folder=out, full=True):
         if run.main:
             state = {"windows": windows, "seconds": seconds, "best": best, "history": history}
-            state |= {"micro": micro, "made_by": made_by(digest)}
+            state |= {"micro": micro, "made_by": made_by(digest), "mean_loss": mean_loss}
             state |= {"optimizers": [o.state_dict() for o in optimizers]}
             state |= {"scaler": scaler.state_dict() if scaler else None}
             model.save(folder, net, tok, step, state if full else None)
@@ -508,13 +527,13 @@ def main():
 
     def on_signal(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
 
     begun -= seconds
-    row, mean_loss, stop = {}, math.nan, False
+    row, stop = {}, False
     done = progress_at(step, windows * seq_len, train.n, seconds)
     peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
     tick = time.monotonic()
@@ -550,7 +569,7 @@ def main():
         row = {"step": step, "tokens": tokens, "loss": loss, "lr": learning_rate * scale}
         row |= {"grad_norm": norm, "dt": dt, "tok_s": tok_s, "mfu": mfu, "mem": mem}
         record(row if finite else row | {"loss": None, "grad_norm": None})
-        if run.main:
+        if run.main and not stop:
             left = model.duration(seconds * (1 - done) / done)
             share_of_peak = f"{100 * mfu:.1f} %" if mfu else "n/a"
             progress(
@@ -598,6 +617,7 @@ def main():
         say(f"stopped at step {step} and saved; --init_from=resume goes on")
     for key, value in row.items():
         say(f"{key}: {'n/a' if value is None else f'{value:.6g}'}")
+    agreed(run, [0])  # all wait for the last save, or the launcher would end it
     if run.world > 1:
         dist.destroy_process_group()
     if stop and done < 1:
@@ -611,6 +631,6 @@ if __name__ == "__main__":
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory: lower micro_batch (now {micro_batch or 'by memory'}), lower seq_len "
-            f"(now {seq_len}), or set checkpoint_blocks (now {checkpoint_blocks})"
+            f"out of memory: lower micro_batch (now {micro}), lower seq_len (now {seq_len}), or "
+            f"set checkpoint_blocks (now {checkpoint_blocks})"
         ) from None

@@ -1,33 +1,43 @@
 """What the tests share: the scripts run as a user runs them, in a folder of their own."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: no threads that a fork would lose
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Where a fork is safe the commands below start as one, which spares each the import of torch.
+FORK = sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen):
     """`python script.py args` in the folder cwd (under torchrun for several processes)."""
-    launch = [sys.executable, str(ROOT / script)]
-    if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += [f"--nproc_per_node={processes}", str(ROOT / script)]
     args = [str(ROOT / a) if str(a).startswith("config/") else str(a) for a in args]
-    done = subprocess.run(
-        [*launch, *args],
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        **popen,
-    )
+    if FORK and processes == 1 and not env and not popen:
+        done = run_forked(cwd, script, args, stdin)
+    else:
+        launch = [sys.executable]
+        if processes > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone"]
+            launch += [f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launch, str(ROOT / script), *args],
+            cwd=cwd,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env=os.environ | (env or {}),
+            **popen,
+        )
     if check and done.returncode:
         raise AssertionError(
             f"{script} {args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -35,10 +45,27 @@ def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen
     return done
 
 
-def run_all(cwd, script, *commands, **how):
-    """`run` for each list of arguments, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda args: run(cwd, script, *args, **how), commands))
+def run_forked(cwd, script, args, stdin):
+    """The same command in a fork of this process."""
+    streams = [tempfile.TemporaryFile("w+") for _ in range(3)]
+    streams[0].write(stdin)
+    streams[0].seek(0)
+
+    def child():
+        os.chdir(cwd)
+        for number, stream in enumerate(streams):
+            os.dup2(stream.fileno(), number)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, m) for n, m in enumerate("rww"))
+        sys.argv = [str(ROOT / script), *args]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    for stream in streams:
+        stream.seek(0)
+    out, err = streams[1].read(), streams[2].read()
+    return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
 
 
 @pytest.fixture(scope="session")

@@ -192,9 +192,18 @@ def test_unfit_folders_are_refused_in_a_line(tok, tmp_path):
 
 def test_tokenizers_of_another_kind_are_refused_in_a_line(tok):
     unigram = {"type": "Unigram", "vocab": [["a", -1.0]]}
-    for change in ({"model": None}, {"model": unigram}, {"normalizer": {"type": "NFC"}}):
+    for change in ({"model": None}, {"model": unigram}, {"normalizer": {"type": "Lowercase"}}):
         with pytest.raises(UserError, match="not supported"):
             Tokenizer(tok.spec | change, {})
+
+
+def test_nfc_normalizers_are_applied(tok):
+    nfc = Tokenizer(tok.spec | {"normalizer": {"type": "NFC"}}, tok.config)
+    assert nfc.encode("e\u0301") == tok.encode("é") != tok.encode("e\u0301")
+    assert nfc.encode_batch(["e\u0301"]) == [tok.encode("é")]
+    message = [{"role": "user", "content": "e\u0301"}, {"role": "assistant", "content": "e\u0301"}]
+    ids, mask = nfc.chat(message)
+    assert [i for i, m in zip(ids, mask) if m] == tok.encode("é") + [tok.special["<|im_end|>"]]
 
 
 # The cache and generation
@@ -294,6 +303,7 @@ def test_samples_do_not_depend_on_their_batch_and_repeat_by_seed(tok):
         dict(min_p=0.2),
         dict(temperature=1.7, top_k=8, top_p=0.8, min_p=0.15),
         dict(top_k=100),
+        dict(top_p=0.0),
     ],
 )
 def test_drawn_tokens_follow_the_filtered_distribution(filters):
@@ -306,7 +316,7 @@ def test_drawn_tokens_follow_the_filtered_distribution(filters):
     keep = by_weight[: k or None]
     total, kept, run = sum(weights[i] for i in keep), [], 0.0
     for i in keep:  # the smallest set that reaches p
-        if run / total < p:
+        if run / total < p or not kept:
             kept.append(i)
         run += weights[i]
     kept = [i for i in kept if weights[i] >= m * weights[by_weight[0]]]
@@ -567,6 +577,8 @@ def test_parameters_are_counted_and_initialized_as_gpt2_is():
         (dict(n_layer=0), "n_layer"),
         (dict(head_dim=7), "head_dim"),
         (dict(dropout=1.5), "dropout"),
+        (dict(n_kv_head=-1), "n_kv_head"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "rope_scaling"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(bad, word):

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_all
+from conftest import ROOT, run
 
 import model
 import train
@@ -204,23 +204,27 @@ def children_running(word):
     return found
 
 
-def test_a_signal_to_one_process_takes_the_others_along(words):
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_a_signal_to_one_process_takes_the_others_along(words, which):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(ROOT / "train.py"), *SMALL, "--max_steps=1000000", "--out_dir=out/both"],
+        + [str(ROOT / "train.py"), *SMALL, "--max_steps=1000000", f"--out_dir=out/both-{which}"],
         cwd=words,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for(process, lambda: rows_of(words / "out" / "both" / "log.jsonl") >= 10)
-    ranks = children_running("out/both")
+    wait_for(process, lambda: rows_of(words / "out" / f"both-{which}" / "log.jsonl") >= 10)
+    ranks = children_running(f"out/both-{which}")
     assert len(ranks) == 2
-    os.kill(max(ranks), signal.SIGTERM)
+    for rank in ranks[:1] if which == "one" else ranks:
+        os.kill(rank, signal.SIGTERM)
     said = process.communicate()[0]
     assert "stopped at step" in said
-    assert model.load_state(words / "out" / "both")["step"] == len(log(words, "out/both"))
+    assert model.load_state(words / "out" / f"both-{which}")["step"] == len(
+        log(words, f"out/both-{which}")
+    )
 
 
 FAULT = """
@@ -273,7 +277,8 @@ def test_sync_grads_sums_over_processes(tmp_path):
         "a.grad = torch.tensor([1.0, 2.0]) * (run.rank + 1)\n"
         "if run.rank: b.grad = torch.ones(3)\n"
         "model.sync_grads([a, b, c])\n"
-        "print(run.rank, a.grad.tolist(), b.grad.tolist(), c.grad.tolist(), flush=True)\n"
+        "line = f'{run.rank} {a.grad.tolist()} {b.grad.tolist()} {c.grad.tolist()}\\n'\n"
+        "print(line, end='', flush=True)\n"
     )
     env = {"PYTHONPATH": str(ROOT)}
     said = run(tmp_path, tmp_path / "sums.py", processes=2, env=env).stdout
@@ -315,7 +320,7 @@ def test_accumulation_and_precision(words):
         "fp16": ["--dtype=float16"],
     }
     commands = [[*options, *extra, f"--out_dir=out/{name}"] for name, extra in kinds.items()]
-    said = run_all(words, "train.py", *commands)
+    said = [run(words, "train.py", *command) for command in commands]
     assert "4 micro-batch(es) x 4 window(s)" in said[1].stdout
     base = dict(log(words, "out/micro16"))
     for name, tolerance in {"micro4": 1e-5, "recompute": 1e-5, "bf16": 0.02, "fp16": 0.2}.items():
@@ -347,8 +352,10 @@ def test_starts_from_a_folder_and_overwrites_only_when_told(words):
     assert first == pytest.approx(last, abs=0.3)
     run(words, "train.py", *options, "--out_dir=out/next", "--overwrite", "--max_steps=3")
     assert len(log(words, "out/next")) == 3 and log(words, "out/next")[0][1] > 4
-    run(words, "train.py", *options, "--out_dir=out/next", "--init_from=auto", "--max_steps=5")
+    more = ["--out_dir=out/next", "--init_from=auto", "--max_steps=5", "--learning_rate=0.001"]
+    run(words, "train.py", *options, *more, "--lr_schedule=trapezoid", "--decay_fraction=0")
     assert len(log(words, "out/next")) == 5
+    assert log(words, "out/next", "lr")[-1] == (5, 0.001)  # the new learning rate, not the old
     record = json.loads((words / "out" / "next" / "run.json").read_text())
     assert record["config"]["max_steps"] == 5 and record["versions"]["torch"] == torch.__version__
 
@@ -364,6 +371,8 @@ REFUSALS = {
     "such as 480 or 512": ["--batch_tokens=500"],
     "cosine, linear or trapezoid": ["--lr_schedule=cubic"],
     "no horizon": ["--max_steps=none"],
+    "eval_every=0: expected 1 or more": ["--eval_every=0"],
+    "micro_batch=-1: expected 0 or more": ["--micro_batch=-1"],
     "lower --seq_len": ["--seq_len=32768", "--batch_tokens=32768"],
     "tensorboard": ["--tensorboard"],
     "have different tokenizers": ["--init_from=out/held", "--dataset=letters"],
@@ -375,7 +384,8 @@ def test_refusals_are_one_line(words):
     run(words, "prepare.py", *letters)
     run(words, "train.py", *SMALL, "--max_steps=2", "--out_dir=out/held")
     commands = [[*SMALL, "--out_dir=out/none", *options] for options in REFUSALS.values()]
-    for message, said in zip(REFUSALS, run_all(words, "train.py", *commands, check=False)):
+    for message, command in zip(REFUSALS, commands):
+        said = run(words, "train.py", *command, check=False)
         assert said.returncode == 1, (message, said.stdout)
         assert message in said.stderr and said.stderr.count("\n") == 1
 

@@ -1048,16 +1048,6 @@ def to_gpt2(state):
     return out
 
 
-def checkpoint_tensors(folder):
-    """All tensors of a folder's model.safetensors, or of the shards that its index names."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / names[0]).exists() and index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    if any(Path(name).name != name or not (folder / name).is_file() for name in names):
-        raise UserError(f"{folder}: no checkpoint, or not all of one: {names[0]} ... expected")
-    return {k: t for name in names for k, t in read_safetensors(folder / name)[0].items()}
-
-
 def load(folder, device="cpu", dtype=torch.float32):
     """Open a checkpoint folder, ours or Hugging Face's: (GPT in eval mode, Tokenizer)."""
     folder = Path(folder)
@@ -1070,7 +1060,7 @@ def load(folder, device="cpu", dtype=torch.float32):
     tok = Tokenizer.from_folder(folder)
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
-    tensors = checkpoint_tensors(folder)
+    tensors, _ = read_safetensors(folder / "model.safetensors")
     tensors = from_gpt2(tensors) if family(c) == "gpt2" else tensors
     if c.tie and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

@@ -33,6 +33,7 @@ if __name__ == "__main__":
     configure(globals())
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -133,3 +134,6 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -101,6 +101,15 @@ def test_a_damaged_checkpoint_is_refused(tiny):
     assert said.returncode == 1 and "malformed safetensors file" in said.stderr
 
 
+def test_a_reader_that_leaves_is_no_error(tiny):
+    command = [sys.executable, str(ROOT / "sample.py"), "--model=out/tiny"]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=tiny, **pipe) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_an_empty_prompt_starts_a_document(tiny):
     net, tok = model.load(tiny / "out" / "tiny")
     [g] = model.generate(net, tok, [""], max_new_tokens=5, temperature=0)

@@ -104,6 +104,7 @@ import model
 from model import UserError
 
 BAD_STEPS = 5  # non-finite steps in a row that end a run
+COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
 # --------------------------------------------------------------------------------------------------
 # Data: windows of token shards, in an order that is a pure function
@@ -392,14 +393,19 @@ def agreed(run, mine, norm=0.0):
     return [*vector.tolist(), float(norm)]
 
 
-def try_compile(net, run, attempt):
-    """The compiled network, once `attempt(network)` has run through on every process; else net."""
+def try_compile(net, run, train_tokens, attempt):
+    """The compiled network, once `attempt(network)` has run through on every process; else net.
+
+    On a CPU a block is compiled, once for all of them, which is as fast and ready in half a minute.
+    """
     if compile is False:
         return net, "off, as asked"
-    pays = run.device.type == "cuda" or net.config.n_embd >= 384 and (max_steps or 1000) >= 200
-    if compile is None and not pays:
-        return net, "off: it gains little at this size on a CPU (--compile turns it on)"
-    begun, body, failed = time.monotonic(), torch.compile(net), ""
+    cuda = run.device.type == "cuda"
+    if compile is None and not cuda and flops_of_run(net, train_tokens) < COMPILE_FLOPS * run.world:
+        return net, "off: on a CPU it would take longer than it saves here (--compile turns it on)"
+    begun, body, failed = time.monotonic(), torch.compile(net) if cuda else net, ""
+    if not cuda:
+        net.train_block = torch.compile(model.call_block)
     try:
         attempt(body)
     except Exception as error:  # no compiler on this machine, or one that fails
@@ -408,8 +414,17 @@ def try_compile(net, run, attempt):
         failed = (str(error).strip() or type(error).__name__).splitlines()[0]
     net.zero_grad(set_to_none=True)
     if agreed(run, [bool(failed)])[0]:
+        net.train_block = model.call_block
         return net, f"off, since it failed: {failed or 'on another process'}"
     return body, f"on, after {model.duration(time.monotonic() - begun)}"
+
+
+def flops_of_run(net, train_tokens):
+    """About how many FLOPs the run has before it, by the first of its horizons."""
+    tokens = [batch_tokens * (max_steps or math.inf), max_tokens or math.inf]
+    tokens += [train_tokens * (max_epochs or math.inf)]
+    limit = 60 * (max_minutes or math.inf) * 5e11  # what two cores with bfloat16 do
+    return min(min(tokens) * model.flops_per_token(net.config, seq_len), limit)
 
 
 def memory_used(device):
@@ -462,7 +477,7 @@ def main():
         f"{free / 2**30:.1f} GiB free\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
     )
-    how = (learning_rate, weight_decay, (beta1, beta2), momentum)
+    how = (learning_rate, weight_decay, (beta1, beta2), momentum, kind)
     optimizers = model.make_optimizer(net, optimizer, *how)
     begun = time.monotonic()
     step = windows = bad = 0
@@ -490,7 +505,8 @@ def main():
         return loss.detach()
 
     first = train.batch([0] * micro, run.device)
-    body, told = try_compile(net, run, lambda network: micro_step(network, *first))
+    attempt = lambda network: micro_step(network, *first)
+    body, told = try_compile(net, run, train.n * seq_len, attempt)
     say(f"compile: {told}")
     network = DistributedDataParallel(body, gradient_as_bucket_view=True) if run.world > 1 else body
     token_bytes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]

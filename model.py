@@ -19,6 +19,7 @@ import sys
 import time
 import unicodedata
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -240,10 +241,12 @@ PACKS = None  # while generating: {first layer: the product of it and its neighb
 @contextlib.contextmanager
 def generating(net):
     """Within, net is in eval mode, and a CPU keeps the matrices that it multiplies with in the
-    layout that oneDNN reads fastest for a few rows, which takes a second copy of the weights."""
+    layout that oneDNN reads fastest for a few rows, which takes a second copy of the weights. They
+    must not change meanwhile; one thread of a process at a time."""
     global PACKS
     before, training, device = PACKS, net.training, net.model.embed_tokens.weight.device
-    PACKS = {} if device.type == "cpu" and torch.backends.mkldnn.is_available() else None
+    if PACKS is None and device.type == "cpu" and torch.backends.mkldnn.is_available():
+        PACKS = {}
     net.eval()
     try:
         yield
@@ -257,14 +260,22 @@ def joint(x, *layers):
     kind, dtype = type(layers[0]), compute_dtype(x)
     if any(type(f) is not kind for f in layers) or kind not in (nn.Linear, Int8Linear):
         return torch.cat([f(x) for f in layers], -1)  # one of them is adapted
-    if PACKS is not None and (kind is Int8Linear or dtype in (torch.float32, torch.bfloat16)):
+    if len(layers) == 1 and PACKS is None:
+        return layers[0](x)
+    if not torch.is_grad_enabled():
+        if PACKS is None or kind is nn.Linear and not packs(dtype):
+            return torch.cat([f(x) for f in layers], -1)  # to join weights would read them twice
         if layers[0] not in PACKS:
             PACKS[layers[0]] = pack(layers, dtype)
         return PACKS[layers[0]](x.to(dtype))
-    if len(layers) == 1 or kind is Int8Linear:
-        return torch.cat([f(x) for f in layers], -1) if layers[1:] else layers[0](x)
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers])
     return F.linear(x, torch.cat([f.weight for f in layers]), bias)
+
+
+def packs(dtype):
+    """Whether oneDNN has packed products of this dtype on this machine."""
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return dtype == torch.float32 or dtype == torch.bfloat16 and has_bfloat16()
 
 
 def pack(layers, dtype):
@@ -279,15 +290,16 @@ def pack(layers, dtype):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 (out, in) with one float scale a row: |error| of a weight
-    is at most half its row's largest over 127. For inference."""
+    """A linear layer whose weight is int8 (out, in) with one scale a row, its largest over 127: no
+    weight is off by more than half of that. For inference."""
 
     def __init__(self, layer):
         super().__init__()
         weight = layer.weight.detach().float()
-        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(layer.weight.dtype))
+        scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # as the product takes it
+        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", weight.to(torch.int8))
+        self.register_buffer("scale", scale)
         self.bias = layer.bias
 
     def forward(self, x):
@@ -295,10 +307,10 @@ class Int8Linear(nn.Module):
 
 
 def int8_linear(x, weight, scale, bias):
-    """x (…, in) times the int8 rows, scaled: read as they are where x has few rows on a CPU."""
+    """x (…, in) times the int8 rows, scaled: read as they are for a few bfloat16 rows on a CPU."""
     flat = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and len(flat) <= 16:
-        y = torch._weight_int8pack_mm(flat.bfloat16(), weight, scale.bfloat16()).to(x.dtype)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(flat) <= 16:
+        y = torch._weight_int8pack_mm(flat, weight, scale)
     else:
         y = F.linear(flat, weight.to(x.dtype)) * scale.to(x.dtype)
     y = y.view(*x.shape[:-1], -1)
@@ -362,7 +374,8 @@ def attend(q, k, v, mask=None, dropout=0.0):
     """Attention of q (B, H, T, D) to k and v (B, n_kv_head, S, D): causal where mask is None, else
     where mask (B, 1, T, S) bool is true. The fastest of the ways that this device has."""
     T = q.shape[2]
-    if q.device.type == "cpu" and 1 < T == k.shape[2] <= 2048 and not dropout:
+    halved = q.device.type == "cpu" and q.dtype != torch.float32  # products far faster than sums
+    if halved and 1 < T == k.shape[2] <= 1024 and not dropout:
         unseen = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1) if mask is None else ~mask
         return BlockedAttention.apply(q, k, v, unseen)
     grouped, causal = q.shape[1] != k.shape[1], mask is None and T > 1
@@ -530,8 +543,11 @@ class GPT(nn.Module):
         h = self.hidden(ids, **how)
         if targets is None:
             return joint(h, self.lm_head)
-        nll = cross_entropy_sum(h.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return nll, (targets != -100).sum()
+        h, t = h.flatten(0, 1), targets.flatten()
+        if type(self.lm_head) is nn.Linear:
+            return cross_entropy_sum(h, self.lm_head.weight, t), (t != -100).sum()
+        nll = F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")  # quantized, adapted
+        return nll, (t != -100).sum()
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -559,14 +575,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dh, dw = ctx.saved_tensors
-        return dh.mul_(g), dw.mul_(g), None, None, None
+        return (dh.float() * g).to(dh.dtype), dw.mul_(g), None, None, None
+
+
+def head_rows(device_type, dtype, vocab_size):
+    """Of how many rows the logits are made at once."""
+    rows = max(256, (1 << (20 if device_type == "cpu" else 29)) // vocab_size)
+    # In float16 a piece's sum of gradients comes before the scale: keep it small.
+    return min(rows, 4096) if dtype == torch.float16 else rows
 
 
 def cross_entropy_sum(h, weight, targets):
     """The sum of -log p(target) in nats, float32, under the logits h @ weight.T: h (N, C), weight
     (V, C), targets (N,) int64 of which -100 counts for nothing."""
-    size = max(256, (1 << (20 if h.device.type == "cpu" else 29)) // len(weight))
     h = h.to(compute_dtype(h))
+    size = head_rows(h.device.type, h.dtype, len(weight))
     return LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled(), size)
 
 
@@ -967,11 +990,15 @@ class Tokenizer:
         return [self.vocab.get(c, self.unk) for c in text]
 
     def encode_batch(self, texts, threads=1):
-        """`encode` for many texts, on several threads where the tokenizer can."""
-        if self.bpe:
-            texts = [self.normal(text) for text in texts]
-            return self.bpe.encode_ordinary_batch(texts, num_threads=threads)
-        return [self.encode(t) for t in texts]
+        """`encode` for many texts, as arrays, on several threads where the tokenizer can."""
+        import numpy as np
+
+        if not self.bpe:
+            return [np.array(self.encode(text), np.uint32) for text in texts]
+        # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
+        ids = lambda t: self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(t), set())
+        with ThreadPoolExecutor(threads) as pool:
+            return [np.frombuffer(data, np.uint32) for data in pool.map(ids, texts)]
 
     def prompt(self, text):
         """The ids of a text to be continued: bos before it where the tokenizer puts one, or where
@@ -1358,10 +1385,9 @@ def orthogonalize(g, dtype=torch.float32, steps=5):
 
     The quintic of Muon (Jordan et al. 2024): singular values land between about 0.7 and 1.2.
     """
-    x = g.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
+    tall = g.shape[-2] > g.shape[-1]
+    x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
@@ -1369,7 +1395,7 @@ def orthogonalize(g, dtype=torch.float32, steps=5):
 
 
 def shared(x, f):
-    """f(x), which works on each x[i] alone, every process doing a part of them; x is alike on all."""
+    """f(x), where f works on each x[i] alone: every process does a part of x, which all have."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return f(x)
@@ -1480,15 +1506,19 @@ def flops_per_token(c, seq_len, backward=True):
     return 2 * (weights + attention) * (3 if backward else 1)
 
 
-def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2):
-    """Bytes that training needs, estimated: (parameters with gradients and optimizer state;
-    activations of a micro-batch of `rows`). moments: the optimizer's tensors a parameter."""
+def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,
+                    device_type="cpu"):  # fmt: skip
+    """Bytes that training needs, estimated: (parameters with gradients and optimizer state, and the
+    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter."""
     width, heads = dtype.itemsize, (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
     mlp = (4 if c.mlp == "swiglu" else 3) * c.n_hidden
     block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads + mlp)
+    if device_type == "cpu" and width == 2 and seq_len <= 1024:  # BlockedAttention's probabilities
+        block += width * c.n_head * max(128, 5 * seq_len // 8)
     kept = c.n_layer * 4 * c.n_embd + block if recompute else c.n_layer * block
-    head = c.vocab_size * (width + 8)  # logits, their float32 copy and its gradient
-    return params * 4 * (2 + moments), rows * seq_len * (kept + head)
+    # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
+    head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
+    return params * 4 * (2 + moments) + head, rows * seq_len * (kept + (4 + width) * c.n_embd)
 
 
 def free_memory(device):

@@ -443,7 +443,7 @@ def out_of_memory(error):
 
 
 def main():
-    global end_of_text, micro
+    global end_of_text, micro, compile
     run = model.setup(device)
     say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
     progress = model.Progress()
@@ -460,7 +460,8 @@ def main():
     scaler = torch.amp.GradScaler(run.device.type) if kind == torch.float16 else None
 
     moments = 2 if optimizer == "adamw" else 1
-    sizes = model.memory_estimate(c, params, 1, seq_len, kind, checkpoint_blocks, moments)
+    how = (kind, checkpoint_blocks, moments, run.device.type)
+    sizes = model.memory_estimate(c, params, 1, seq_len, *how)
     free = model.free_memory(run.device) / (1 if run.device.type == "cuda" else run.world)
     fits = int((0.8 * free - sizes[0]) / sizes[1])
     if run.device.type == "cpu":
@@ -477,7 +478,8 @@ def main():
         f"{free / 2**30:.1f} GiB free\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
     )
-    how = (learning_rate, weight_decay, (beta1, beta2), momentum, kind)
+    precision = torch.bfloat16 if kind == torch.bfloat16 else torch.float32  # of Muon's products
+    how = (learning_rate, weight_decay, (beta1, beta2), momentum, precision)
     optimizers = model.make_optimizer(net, optimizer, *how)
     begun = time.monotonic()
     step = windows = bad = 0
@@ -506,6 +508,8 @@ def main():
 
     first = train.batch([0] * micro, run.device)
     attempt = lambda network: micro_step(network, *first)
+    if state and compile is None:
+        compile = state["compiled"]  # as before, whatever the horizon is now: the same sums
     body, told = try_compile(net, run, train.n * seq_len, attempt)
     say(f"compile: {told}")
     network = DistributedDataParallel(body, gradient_as_bucket_view=True) if run.world > 1 else body
@@ -534,6 +538,7 @@ def main():
     def save(folder=out, full=True):
         if run.main:
             state = {"windows": windows, "seconds": seconds, "best": best, "history": history}
+            state |= {"compiled": told.startswith("on")}
             state |= {"micro": micro, "made_by": made_by(digest), "mean_loss": mean_loss}
             state |= {"optimizers": [o.state_dict() for o in optimizers]}
             state |= {"scaler": scaler.state_dict() if scaler else None}
@@ -634,15 +639,19 @@ def main():
     for key, value in row.items():
         say(f"{key}: {'n/a' if value is None else f'{value:.6g}'}")
     agreed(run, [0])  # all wait for the last save, or the launcher would end it
-    if run.world > 1:
-        dist.destroy_process_group()
-    if stop and done < 1:
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])
+    return 128 + (caught or [signal.SIGTERM])[0] if stop and done < 1 else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            if not (tensorboard or wandb_project):  # which still send what they hold
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)  # else a thread of gloo that frees a tensor late aborts the exit
+        sys.exit(status)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

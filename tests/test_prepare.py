@@ -861,3 +861,11 @@ def test_fineweb_shards_are_taken_as_they_are(server, tmp_path, monkeypatch):
     with pytest.raises(model.UserError, match="removed: not the token shard that was expected"):
         prepare.main()
     assert len(server.asked) == 1 and files(tmp_path / "data" / "d") == made
+
+
+def test_the_pattern_for_ascii_text_splits_as_the_other_does():
+    draw = random.Random(6)
+    for letters in ("aZ' \n\r\t09_-", "".join(map(chr, range(128))), "'sSdDtTlLmMrReEvV \n"):
+        for _ in range(3000):
+            text = "".join(draw.choices(letters, k=draw.randint(0, 12)))
+            assert prepare.ASCII.findall(text) == regex.findall(prepare.SPLIT, text), repr(text)

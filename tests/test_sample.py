@@ -86,6 +86,14 @@ REFUSALS = {
 }
 
 
+def test_quantized_weights_continue_a_prompt(tiny):
+    how = ["--model=out/tiny", "--prompt=def ", "--temperature=0", "--max_new_tokens=8"]
+    out = run(tiny, "sample.py", *how, "--quantize=int8").stdout
+    assert out.startswith("def ") and len(out) > 6
+    failed = run(tiny, "sample.py", *how, "--quantize=int9", check=False)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "int9" in failed.stderr
+
+
 def test_refusals_are_one_line(tiny):
     commands = [["--model=out/tiny", *options] for options in REFUSALS.values()]
     for message, command in zip(REFUSALS, commands):

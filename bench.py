@@ -305,9 +305,9 @@ def head(run):
     h = torch.randn(N, C, device=run.device, requires_grad=True)
     weight = (0.02 * torch.randn(V, C, device=run.device)).requires_grad_()
     targets = torch.randint(V, (N,), device=run.device)
-    full = lambda x, w: F.cross_entropy(x @ w.T, targets, reduction="sum")
+    full = lambda x, w: F.cross_entropy((x @ w.T).float(), targets, reduction="sum")
     ours = lambda x, w: model.cross_entropy_sum(x, w, targets)
-    both = lambda f: torch.autograd.grad(f(h.to(run.kind), weight.to(run.kind)), (h, weight))
+    both = run.cast(lambda f: torch.autograd.grad(f(h, weight), (h, weight)))
     calls = {"all logits, F.cross_entropy": partial(both, full)}
     calls = working(calls | {"ours (model.cross_entropy_sum)": partial(both, ours)})
     peaks = {name: peak_memory(call, run.device) for name, call in calls.items()}

@@ -81,8 +81,8 @@ def choose_dtype(device, want="auto", n_embd=0):
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if not (has.get("avx512_bf16") or has.get("amx_bf16")):
         return torch.float32, "this CPU has no fast bfloat16"
-    if n_embd < 192:
-        return torch.float32, "below width 192 the casts cost more than bfloat16 gains"
+    if n_embd < 128:
+        return torch.float32, "below width 128 the casts cost more than bfloat16 gains"
     return torch.bfloat16, "this CPU has fast bfloat16 and the model is wide enough to gain"
 
 
@@ -580,7 +580,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def head_rows(device_type, dtype, vocab_size):
     """Of how many rows the logits are made at once."""
-    rows = max(256, (1 << (20 if device_type == "cpu" else 29)) // vocab_size)
+    rows = max(1024, (1 << (20 if device_type == "cpu" else 29)) // vocab_size)
     # In float16 a piece's sum of gradients comes before the scale: keep it small.
     return min(rows, 4096) if dtype == torch.float16 else rows
 

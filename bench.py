@@ -311,8 +311,7 @@ def head(run):
     calls = {"all logits, F.cross_entropy": partial(both, full)}
     calls = working(calls | {"ours (model.cross_entropy_sum)": partial(both, ours)})
     peaks = {name: peak_memory(call, run.device) for name, call in calls.items()}
-    facts = dict(flops=6 * N * V * C, tokens=N, width=C, vocabulary=V)
-    table(run, "head", calls, run.dtype, peaks, **facts)
+    table(run, "head", calls, run.dtype, peaks, flops=6 * N * V * C, tokens=N, vocabulary=V)
 
 
 def loader(run):
@@ -407,7 +406,8 @@ def hugging_face(run, net):
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder, net, prepare.bpe_tokenizer([]))
-        return transformers.AutoModelForCausalLM.from_pretrained(folder).to(run.device)
+        none = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **none).to(run.device)
 
 
 def compare_steps(run, net, batch, loss_of, best):

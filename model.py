@@ -41,10 +41,11 @@ class UserError(SystemExit):
 # Set-up: device, processes, precision, progress
 
 
-def setup(device="auto"):
+def setup(device="auto", timeout=None):
     """Choose the device and join the other processes, if torchrun started several.
 
     Returns (device, rank, world, main) by these names; `main` is the one process that writes files.
+    timeout: a timedelta, how long processes wait for each other before they give up.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -64,7 +65,7 @@ def setup(device="auto"):
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     return SimpleNamespace(device=place, rank=rank, world=world, main=rank == 0)
 
 

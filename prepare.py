@@ -1,45 +1,74 @@
-"""Raw text in; a trained tokenizer and token shards out.
+"""Raw text in; clean, distinct, mixed documents, a trained tokenizer and token shards out.
 
     python prepare.py                                   # the default: Python's own standard library
     python prepare.py --source=notes.txt --dataset=notes
-    python prepare.py config/shakespeare.py             # a named download
-    python prepare.py --source=corpus.jsonl.gz --tokenizer=gpt2 --dataset=mine
+    python prepare.py config/web.py --source='crawl/**/*.html' --dataset=web --report
+    python prepare.py --source=hf:roneneldan/TinyStories --dataset=stories
+    python prepare.py --task=sft --source=alpaca --dataset=alpaca
+    torchrun --nproc_per_node=8 prepare.py config/fineweb_edu.py
 
 Writes data/<dataset>/: tokenizer.json, tokenizer_config.json, train_*.bin and val_*.bin (llm.c's
-format), meta.json. The same input gives the same bytes.
+format), meta.json; for tasks {sft,preference,classify,seq2seq}_{train,val}.jsonl. The same input
+gives the same bytes on any number of processes. A run that was killed goes on where it was.
 """
 
 from config import configure, settings
 
-source = "python"  # python, shakespeare, tinystories, fineweb10B, a file or a folder
+source = (
+    "python"  # python, a named download, file, folder, glob, URL, @file of these, hf:owner/name
+)
+sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
+task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
+field = "text"  # the field of a JSONL or parquet record that is its text
+separator: str | None = None  # a text file is cut into documents here
+max_documents: int | None = None  # read so many
+shards: int | None = None  # of a download in many files: take so many
+
+# what is done to the documents; the local steps run in this order, and these after them:
+# decontaminate, url, exact, near
+steps = "html,exact,near"  # of the above and: CLEANING
+near_threshold = 0.8  # Jaccard similarity of 5-word shingles from which documents are the same
+decontaminate: str | None = None  # drop what shares 13 words in a row with these files (a,b)
+report = False  # write report.md: what every step took away, with examples
+
+# the mix and the split
+val_fraction = 0.1  # of the documents, by their hash; of the characters under 20 documents
+mix_tokens: int | None = None  # training tokens of the mix; none: as many as the sources hold
+
+# the tokenizer
 tokenizer = "bpe"  # bpe (trained here), byte, char, a tiktoken name, a folder with tokenizer.json
 vocab_size = 4096  # tokens of a tokenizer trained here, special ones included
-val_fraction = 0.1  # of the documents, by their hash; of the characters under 20 documents
-separator: str | None = None  # a text file is cut into documents here
-max_documents: int | None = None  # stop after so many
-shards = 103  # of fineweb10B: training shards of 100M tokens to download, of 103
+tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sample by hash
+
 shard_tokens = 100_000_000  # tokens of a shard written here
-threads = 0  # for counting and encoding; 0: all cores
-seed = 0  # unused here, as yet: nothing is drawn
-device = "cpu"  # unused here, as yet
+threads = 0  # processes at work under each rank; 0: all cores
+seed = 0  # of the examples drawn for the default task sets
+device = "cpu"  # of the perplexity model
 
 if __name__ == "__main__":
     configure(globals())
 
+import ast
+import ctypes
 import gc
 import gzip
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import sysconfig
+import textwrap
 import time
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache, partial
+from glob import glob, has_magic
 from itertools import chain, islice
 from pathlib import Path
 
@@ -47,27 +76,45 @@ import numpy as np
 import regex
 import requests
 import tiktoken
+import torch.distributed as dist
 
 import model
 from model import UserError
 
-BATCH = 2_000_000  # characters that are in hand at once, for each thread
+BATCH = 1_000_000  # characters that are in hand at once in each process
 
 # --------------------------------------------------------------------------------------------------
 # Downloads
 
-HUB = "https://huggingface.co/datasets/"
-FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/"
+HUB = "https://huggingface.co/"
+FINEWEB = HUB + "datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+RAW = "https://raw.githubusercontent.com/"
 DOWNLOADS = {  # name: (address, sha256 or None, what separates its documents or None)
     "shakespeare": (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        RAW + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         None,
     ),
     "tinystories": (
-        HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+        HUB + "datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
         None,
         "<|endoftext|>",
+    ),
+    "alpaca": (RAW + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", None, None),
+    "dolly": (
+        HUB + "datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
+        None,
+        None,
+    ),
+    "gsm8k": (
+        RAW + "openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+        None,
+        None,
+    ),
+    "hh": (
+        HUB + "datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/train.jsonl.gz",
+        None,
+        None,
     ),
 }
 
@@ -122,100 +169,454 @@ def fetch(url, part, show):
 
 
 # --------------------------------------------------------------------------------------------------
-# Documents
+# Collecting: a source is files, files are cut into units, a unit gives records
 
 SUITES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-CUT = regex.compile(r"(?<=\S\n)(?=\p{L})")  # no split pattern has a piece that spans this
+RECORDS = (".jsonl", ".json", ".parquet")
+KEPT = Path("data/downloads")
 
 
-def documents(skipped):
-    """Yield the texts of `source`, always in the same order; files left out go to `skipped`."""
-    path = Path(source)
-    if source == "python":
-        yield from read_folder(sysconfig.get_path("stdlib"), skipped, ".py", SUITES)
-    elif source in DOWNLOADS:
-        url, sha256, between = DOWNLOADS[source]
-        path = download(url, Path("data/downloads") / f"{source}.txt", sha256)
-        yield from read_text(path, separator or between)
-    elif path.is_dir():
-        yield from read_folder(path, skipped)
-    elif not path.is_file():
+def files_of(spec, run):
+    """([paths], folder they are in or None, separator) of one source, downloads made. Under
+    torchrun every rank downloads its part, and waits for the others."""
+    if spec == "python":
+        folder = Path(sysconfig.get_path("stdlib"))
+        return walk(folder, ".py", SUITES), folder, None
+    if spec in DOWNLOADS:
+        url, sha256, between = DOWNLOADS[spec]
+        ending = "".join(Path(url).suffixes[-2:]) if url.endswith(".gz") else Path(url).suffix
+        path = KEPT / f"{spec}{ending}"
+        if run.main:
+            download(url, path, sha256)
+        wait(run)
+        return [path], None, separator or between
+    if re.match(r"https?://|hf:|@", spec):
+        urls, paths = addresses(spec), []
+        for i, url in enumerate(urls):
+            paths.append(KEPT / re.sub(r"[^\w.-]+", "_", url.split("://")[-1]))
+            if i % run.world == run.rank:
+                download(url, paths[-1])
+        wait(run)
+        return paths, None, separator
+    path = Path(spec)
+    if path.is_dir():
+        return walk(path), path, separator
+    if has_magic(spec) and not path.exists():
+        found = [Path(p) for p in sorted(glob(spec, recursive=True)) if os.path.isfile(p)]
+        if not found:
+            raise UserError(f"--source={spec}: no file has such a name")
+        return found, None, separator
+    if not path.is_file():
         names = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
-        raise UserError(f"--source={source}: no such file or folder, nor one of {names}")
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from read_jsonl(path)
-    else:
-        yield from read_text(path, separator)
+        raise UserError(f"--source={spec}: no such file or folder, nor one of {names}")
+    return [path], None, separator
 
 
-def read_text(path, between):
-    """The documents of a text file: what is `between` them cuts it, or else it is one."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            held = "" if between else file.read()
-            while block := file.read(1 << 20):
-                *whole, held = (held + block).split(between)
-                yield from (text.strip("\n") for text in whole)
-            yield held.strip("\n") if between else held
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}): convert it") from None
-
-
-def read_folder(folder, skipped, ending="", avoid=()):
-    """Every file of this ending in and below a folder, in the order of their names; hidden ones,
-    those in folders to avoid and those that are no UTF-8 are left out."""
-    for place, folders, files in os.walk(folder):
+def walk(folder, ending="", avoid=()):
+    """Every file of this ending in and below a folder, in the order of their names, without hidden
+    ones and those in folders to avoid."""
+    found = []
+    for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in avoid)
-        for path in (Path(place, name) for name in sorted(files) if name.endswith(ending)):
-            if path.name[0] != "." and path.is_file():
-                try:
-                    yield path.read_bytes().decode()
-                except UnicodeDecodeError:
-                    skipped.append(str(path.relative_to(folder)))
+        paths = (Path(place, name) for name in sorted(names) if name.endswith(ending))
+        found += [path for path in paths if path.name[0] != "." and path.is_file()]
+    return found
 
 
-def read_jsonl(path):
-    """The `text` fields of a JSONL file, gzipped where its name says so."""
+def addresses(spec):
+    """The URLs of a URL, of a file of URLs (@file), or of a Hub data set's training files
+    (hf:owner/name, or hf:owner/name/folder)."""
+    if spec[0] == "@":
+        if not os.path.isfile(spec[1:]):
+            raise UserError(f"--source={spec}: no such file (it has a URL a line)")
+        urls = Path(spec[1:]).read_text(encoding="utf-8").split()
+    elif spec.startswith("hf:"):
+        owner, name, *below = spec[3:].split("/", 2) if "/" in spec else (spec[3:], "")
+        try:
+            answer = requests.get(f"{HUB}api/datasets/{owner}/{name}", timeout=30)
+            answer.raise_for_status()
+            names = sorted(f["rfilename"] for f in answer.json()["siblings"])
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
+        names = [n for n in names if n.startswith(below[0] if below else "")]
+        names = [n for n in names if n.removesuffix(".gz").endswith((*RECORDS, ".txt"))]
+        names = [n for n in names if "train" in n.lower()] or names
+        kinds = [
+            [n for n in names if n.removesuffix(".gz").endswith(k)] for k in (*RECORDS, ".txt")
+        ]
+        names = next((kind for kind in kinds if kind and kind[0][-5:] != ".json"), names)
+        urls = [f"{HUB}datasets/{owner}/{name}/resolve/main/{n}" for n in names]
+    else:
+        urls = [spec]
+    if not urls:
+        raise UserError(f"--source={spec}: no JSONL, parquet or text file in it")
+    return urls[:shards]
+
+
+def plan(run):
+    """The units of all sources, in order: what one process works on alone, and what a run that was
+    killed need not do again. A unit is some small files, or a range of bytes of a large one."""
+    units = []
+    for name, (_, spec) in mixture().items():
+        paths, folder, between = files_of(spec, run)
+        sizes = [path.stat().st_size for path in paths]
+        share = min(64_000_000, max(2_000_000, sum(sizes) // 64))
+        held = share
+        for path, size in zip(paths, sizes):
+            cut = "\n" if path.name.endswith(".jsonl") else None if is_record(path) else between
+            borders = [0]
+            if (
+                cut
+                and path.suffix != ".gz"
+                and not any(cut[i:] == cut[:-i] for i in range(1, len(cut)))
+            ):
+                borders = [*range(0, max(size, 1), share)]
+            for begin, end in zip(borders, [*borders[1:], None]):
+                file = [str(path), begin, end, size, path.stat().st_mtime_ns]
+                if held >= share or len(borders) > 1:
+                    units.append({"source": name, "cut": cut, "files": [], "under": str(folder)})
+                    held = 0
+                units[-1]["files"].append(file)
+                held += size
+    for unit in units:  # its results have this name: other settings, or another file, another name
+        aside = ("threads", "device", "dataset", "report")
+        kept = {key: value for key, value in settings(globals()).items() if key not in aside}
+        unit["name"] = f"{digest(json.dumps([unit, kept]).encode()):016x}"
+    return units
+
+
+def mixture():
+    """{name: (weight or None, source)} of what was asked."""
+    if sources is None:
+        return {"all": (None, source)}
+    mix = {}
+    for name, value in sources.items():
+        weight, spec = value if isinstance(value, (tuple, list)) else (value, name)
+        if not isinstance(weight, (int, float)) or weight <= 0 or not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"sources: {name!r}: {value!r}: expected a name and a weight above 0")
+        mix[name] = (weight, spec)
+    return mix
+
+
+def is_record(path):
+    return path.name.removesuffix(".gz").endswith(RECORDS)
+
+
+def records(unit, skipped=None, bad=None):
+    """Yield the records of a unit as dicts, with their file's `path`; what is no UTF-8 in a folder
+    goes to `skipped`. A line that is no record goes to `bad`, or where there is none ends all."""
+    for path, begin, end, *_ in unit["files"]:
+        shown = os.path.relpath(path, unit["under"]) if unit["under"] != "None" else path
+        if not is_record(Path(path)):
+            page = path.removesuffix(".gz").endswith((".html", ".htm", ".xhtml"))
+            parts = read_parts(path, unit["cut"], begin, end)
+            try:
+                for part in parts:
+                    text = part.decode()
+                    text = text.strip("\n") if unit["cut"] else text
+                    yield {field: text, "path": shown, "html": page}
+            except UnicodeDecodeError as error:
+                if unit["under"] == "None":
+                    raise UserError(
+                        f"{path}: not UTF-8 text ({error.reason}): convert it"
+                    ) from None
+                skipped.append(shown)
+            continue
+        lines = (
+            read_parquet(path) if path.endswith(".parquet") else read_json(path, unit, begin, end)
+        )
+        for number, line in lines:
+            try:
+                record = line if isinstance(line, dict) else json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError
+                if bad is None:  # text: half a surrogate pair, which UTF-8 lacks, becomes U+FFFD
+                    text = record[field].encode("utf-16", "surrogatepass")
+                    record[field] = text.decode("utf-16", "replace")
+                yield record | {"path": shown}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
+                found = found[:60].decode(errors="replace")
+                if bad is None:
+                    before = Path(path).read_bytes()[:begin].count(b"\n") if begin else 0
+                    expected = f'expected {{"{field}": "..."}}, found {found!r}'
+                    raise UserError(f"{path}:{before + number}: {expected}") from None
+                bad.append(f"{shown}:{number}: {found}")
+
+
+def read_parts(path, between, begin=0, end=None):
+    """Yield the parts, bytes, of a file (gzipped by its name) that `between` cuts: those that begin
+    from `begin` to before `end`. None: all of it as one."""
     number = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for line in file:
-                number += 1
-                if line.strip():
-                    text = json.loads(line)["text"]
-                    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
-                    yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            if not between:
+                yield file.read()
+                return
+            mark, held = between.encode(), b""
+            at = max(0, begin - len(mark))  # where `held` begins
+            file.seek(at)
+            inside = begin == 0  # else the part before the first mark belongs to another range
+            while block := file.read(1 << 20):
+                *whole, held = (held + block).split(mark)
+                for part in whole:
+                    if end is not None and at >= end:
+                        return
+                    number += 1
+                    at += len(part) + len(mark)
+                    if inside:
+                        yield part
+                    inside = True
+            if inside and (end is None or at < end):
+                yield held
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged after line {number}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        found = line[:60].decode(errors="replace")
-        raise UserError(f'{path}:{number}: expected {{"text": "..."}}, found {found!r}') from None
 
 
-def divide(texts):
-    """Yield (split, text): to val by the document's hash, so that it stays where it is when others
-    are added; of fewer than 20 documents the last val_fraction of all characters."""
-    texts = islice((text for text in texts if text.strip()), max_documents)
-    first = list(islice(texts, 20))
-    if len(first) == 20:
-        for text in chain(first, texts):
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            yield ("val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"), text
+def read_json(path, unit, begin, end):
+    """(number, line or dict) of a JSONL file, or of a JSON file that is a list of records."""
+    if path.removesuffix(".gz").endswith(".json"):
+        (data,) = read_parts(path, None)
+        try:
+            found = json.loads(data)
+        except ValueError:
+            found = data.splitlines()  # JSONL by another name
+        yield from enumerate(found if isinstance(found, list) else [found], 1)
         return
-    total = sum(map(len, first))
-    left = total - round(total * val_fraction)  # characters that are for training
-    for text in first:
-        cut, left = max(0, min(len(text), left)), left - len(text)
-        yield from ((s, part) for s, part in (("train", text[:cut]), ("val", text[cut:])) if part)
+    for number, line in enumerate(read_parts(path, "\n", begin, end), 1):
+        if line.strip():
+            yield number, line
 
 
-def pieces_of(text):
-    """Cut a long text into parts that are tokenized alone as they are in the whole."""
-    at = 0
-    while len(text) - at > BATCH and (cut := CUT.search(text, at + BATCH)):
-        yield text[at : cut.start()]
-        at = cut.start()
-    yield text[at:]
+def read_parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            wanted = [c for c in (field, "url") if c in file.schema_arrow.names]
+            wanted = None if task or field not in wanted else wanted
+            batches = (batch.to_pylist() for batch in file.iter_batches(1000, columns=wanted))
+            yield from enumerate(chain.from_iterable(batches), 1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: no parquet: {str(error).splitlines()[0]}") from None
+
+
+def documents():
+    """Yield the texts of `source`, in order, as they are."""
+    alone = model.setup("cpu")
+    for unit in plan(alone):
+        yield from (record[field] for record in records(unit, []) if record[field].strip())
+
+
+def wait(run):
+    """Wait here until every rank has come."""
+    if run.world > 1:
+        dist.barrier()
+
+
+# --------------------------------------------------------------------------------------------------
+# Cleaning: each step takes a text and its record, and returns the text or raises Reject
+
+
+class Reject(Exception):
+    """A document is left out, for a reason that is counted: the same words for the same reason."""
+
+
+STEPS = {"html": lambda text, record: text}
+
+# --------------------------------------------------------------------------------------------------
+# Words and duplicates, by numpy over batches of documents
+
+PERMUTATIONS, SHINGLE, GRAM = 128, 5, 13  # GRAM: Brown et al. 2020, appendix C
+STEP = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+_rng = np.random.default_rng(20240801)
+BYTES = _rng.integers(0, 2**64, 256, dtype=np.uint64)
+FACTORS, TERMS = _rng.integers(0, 2**32, (2, PERMUTATIONS), dtype=np.uint32)
+FACTORS |= np.uint32(1)
+LETTERS = np.array([b >= 128 or chr(b).isalnum() for b in range(256)])
+
+
+def mixed(h):
+    """Spread the bits of hashes (uint64) over all 64 (Stafford 2011, as in splitmix64)."""
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
+
+
+@lru_cache(1)
+def powers(n):
+    """STEP**i and STEP**-i modulo 2**64, for i under n."""
+    inverse = pow(STEP, -1, 2**64)
+    return [np.cumprod(np.full(n, x, np.uint64)) for x in (STEP, inverse)]
+
+
+def word_hashes(texts):
+    """(hash uint64, number of its text) of every word, in order: letters and digits, in lower case;
+    a Chinese or Japanese character or a Korean syllable is a word of its own."""
+    data = np.frombuffer(("\0".join(texts) + "\0").lower().encode(), np.uint8)
+    inside = LETTERS[data]
+    wide = (data >= 0xE3) & (data <= 0xED)  # the first of the three bytes of such a character
+    before, after = np.roll(inside, 1), np.append(inside[1:], False)
+    wide_next = np.append(wide[1:], False)
+    behind = np.zeros(len(data), bool)  # the last byte of one
+    behind[2:] = wide[:-2]
+    starts = np.flatnonzero(inside & (~before | wide | np.append(False, behind[:-1])))
+    ends = np.flatnonzero(inside & (~after | wide_next | behind))
+    up, down = (p[: len(data)] for p in powers(1 << len(data).bit_length()))
+    sums = BYTES[data]
+    sums *= up
+    own = sums[starts]
+    np.cumsum(sums, out=sums)
+    hashes = mixed((sums[ends] - sums[starts] + own) * down[starts])
+    return hashes, np.searchsorted(np.flatnonzero(data == 0), starts)
+
+
+def shingles(hashes, owners, n):
+    """(hash, number of its text) of every n words in a row."""
+    m = max(0, len(hashes) - n + 1)
+    whole = owners[:m] == owners[len(owners) - m :]
+    total = np.zeros(m, np.uint64)
+    for k in range(n):
+        total = total * np.uint64(STEP) + hashes[k : k + m]
+    return mixed(total[whole]), owners[:m][whole]
+
+
+def minhash(hashes, owners, n):
+    """MinHash (Broder 1997) of the shingles of n texts: (n, PERMUTATIONS) uint16, 16 bits of each
+    smallest value; the row of a text that is shorter than a shingle is 0."""
+    values, owners = shingles(hashes, owners, SHINGLE)
+    values = (values >> np.uint64(32)).astype(np.uint32)
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    signatures = np.zeros((n, PERMUTATIONS), np.uint16)
+    for k in range(PERMUTATIONS if len(first) else 0):
+        least = np.minimum.reduceat(values * FACTORS[k] + TERMS[k], first)
+        signatures[owners[first], k] = mixed(least.astype(np.uint64)) >> np.uint64(48)
+    return signatures
+
+
+def band_shape(threshold):
+    """(bands, rows): the longest rows with which two texts of this similarity meet in a band with
+    a probability of 0.99 (Leskovec et al. 2014, section 3.4)."""
+    shapes = [(PERMUTATIONS // rows, rows) for rows in range(1, 33)]
+    return [(b, r) for b, r in shapes if 1 - (1 - threshold**r) ** b >= 0.99 or r == 1][-1]
+
+
+@lru_cache(1)
+def evaluation_grams():
+    """The hashes, sorted, of every GRAM words in a row of the files to decontaminate from."""
+    found = []
+    for path in decontaminate.split(","):
+        if not os.path.isfile(path):
+            raise UserError(f"--decontaminate={path}: no such file")
+        data = b"".join(read_parts(path, None)).decode(errors="replace")
+        texts = [data]
+        if is_record(Path(path)):
+            rows = read_json(path, None, 0, None)
+            rows = [row if isinstance(row, dict) else json.loads(row) for _, row in rows]
+            texts = ["\n".join(strings(row)) for row in rows]
+        found.append(shingles(*word_hashes(texts), GRAM)[0])
+    return np.unique(np.concatenate(found))
+
+
+def strings(value):
+    """Every text within a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return chain.from_iterable(map(strings, inner))
+
+
+def joined(n, edges):
+    """The smallest member of each one's component: (n,) int64, for edges (m, 2)."""
+    label = np.arange(n)
+    while len(edges):
+        ends = label[edges]
+        edges, ends = edges[ends[:, 0] != ends[:, 1]], ends[ends[:, 0] != ends[:, 1]]
+        np.minimum.at(label, ends.max(1), ends.min(1))
+        while not np.array_equal(label, label[label]):
+            label = label[label]
+    return label
+
+
+# --------------------------------------------------------------------------------------------------
+# The pipeline: units are cleaned apart, then duplicates are found among all
+
+LAST = ("url", "exact", "near")  # the steps that compare all documents
+
+
+def steps_of(names):
+    return [name for name in steps.split(",") if name in names]
+
+
+class Tally:
+    """What a step has taken and left: documents, bytes, seconds; and its reasons, with examples."""
+
+    def __init__(self, **saved):
+        start = dict(documents=[0, 0], bytes=[0, 0], seconds=0.0, reasons={})
+        self.__dict__ = start | saved
+
+    def count(self, before, after=None, reason=None):
+        """A document: its text before the step, and after it or the reason why it is left out."""
+        size = len(before.encode())
+        left = 0 if reason else size if after is before else len(after.encode())
+        self.documents = [self.documents[0] + 1, self.documents[1] + (reason is None)]
+        self.bytes = [self.bytes[0] + size, self.bytes[1] + left]
+        if reason:
+            n, examples = self.reasons.get(reason, (0, []))
+            example = [" ".join(before[:160].split())] if n < 3 else []
+            self.reasons[reason] = [n + 1, examples + example]
+
+    def add(self, other):
+        """Add the tally of what came later."""
+        self.documents = [a + b for a, b in zip(self.documents, other.documents)]
+        self.bytes = [a + b for a, b in zip(self.bytes, other.bytes)]
+        self.seconds += other.seconds
+        for reason, (n, examples) in other.reasons.items():
+            have, mine = self.reasons.get(reason, (0, []))
+            self.reasons[reason] = [have + n, (mine + examples)[:3]]
+
+    def line(self, name):
+        (docs, left), (size, rest) = self.documents, self.bytes
+        speed = f", {size / self.seconds / 1e6:,.0f} MB/s a process" if self.seconds else ""
+        size, rest = f"{size / 1e6:,.1f}", f"{rest / 1e6:,.1f}"
+        return f"{name}: {left:,} of {docs:,} documents, {rest} of {size} MB{speed}"
+
+
+def cleaned(unit, tallies, skipped):
+    """Yield (number, record, text) of the documents of a unit that the local steps leave."""
+    todo = [(tallies[name], STEPS[name]) for name in steps_of(STEPS)]
+    for record in records(unit, skipped):
+        text = record[field]
+        if not text.strip():
+            continue
+        if tallies["read"].documents[0] == max_documents:
+            return
+        number = tallies["read"].documents[0]
+        tallies["read"].count(text, text)
+        for tally, step in todo:
+            before, begun, reason = text, time.perf_counter(), None
+            try:
+                text = step(text, record)
+                reason = None if text.strip() else "nothing is left of it"
+            except Reject as rejected:
+                reason = str(rejected)
+            tally.seconds += time.perf_counter() - begun
+            tally.count(before, text, reason)
+            if reason:
+                break
+        else:
+            yield number, record, text
+
+
+def decontaminated(group, hashes, owners, tally):
+    """Which of a group of documents share no GRAM words in a row with the evaluation files."""
+    grams, whose = shingles(hashes, owners, GRAM)
+    found = set(whose[np.isin(grams, evaluation_grams(), kind="sort")].tolist())
+    for i, (*_, text) in enumerate(group):
+        tally.count(text, text, f"{GRAM} words in a row of an evaluation" if i in found else None)
+    return [i not in found for i in range(len(group))]
 
 
 def in_rounds(items, size):
@@ -229,6 +630,205 @@ def in_rounds(items, size):
             group, held = [], 0
     if group:
         yield group
+
+
+def digest(data):
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def plain_url(url):
+    """A URL without what does not say which page it is: scheme, www, fragment, a last slash."""
+    return re.sub(r"^https?://(www\.)?|#.*|/$|\butm_\w+=[^&]*&?", "", url.strip().lower())
+
+
+def clean(work, unit):
+    """Read a unit, run the local steps over its documents and keep what they leave in work/<name>:
+    .txt (the texts), .npz (sizes and hashes), .sig (MinHash), and last .json, which says that the
+    others are whole. Returns the bytes read."""
+    place = f"{work / unit['name']}"
+    if done := model.read_json(f"{place}.json", {}):
+        return done["tallies"]["read"]["bytes"][0]
+    tallies = defaultdict(Tally)
+    skipped, paths, special = [], [], 0
+    columns = {k: [] for k in ("size", "number", "hash", "exact", "url")}
+    with open(f"{place}.txt", "wb") as texts, open(f"{place}.sig", "wb") as signatures:
+        for group in in_rounds(cleaned(unit, tallies, skipped), BATCH):
+            begun = time.perf_counter()
+            hashes, owners = word_hashes([text for *_, text in group])
+            stay = [True] * len(group)
+            if decontaminate:
+                stay = decontaminated(group, hashes, owners, tallies["decontaminate"])
+                tallies["decontaminate"].seconds += time.perf_counter() - begun
+            if "near" in steps:
+                signatures.write(minhash(hashes, owners, len(group))[stay])
+                tallies["near"].seconds += time.perf_counter() - begun
+            for number, record, text in (document for document, ok in zip(group, stay) if ok):
+                data, url = text.encode(), record.get("url")
+                url = url if isinstance(url, str) else ""
+                texts.write(data)
+                plain = digest(" ".join(text.lower().split()).encode())
+                row = (len(data), number, digest(data), plain, digest(plain_url(url).encode()))
+                for column, value in zip(columns.values(), row):
+                    column.append(value)
+                paths.append(url or record["path"])
+                special += any(name in text for name in SPECIAL)
+    np.savez(f"{place}.npz", **{k: np.array(v, np.uint64) for k, v in columns.items()})
+    result = {"kept": len(paths), "skipped": skipped, "paths": paths, "special": special}
+    result["tallies"] = {name: tally.__dict__ for name, tally in tallies.items()}
+    model.write_json(f"{place}.json", result)
+    return tallies["read"].bytes[0]
+
+
+def texts_of(work, name, numbers):
+    """Yield the texts with these numbers, in rising order, of what `clean` left of a unit."""
+    ends = np.cumsum(np.load(work / f"{name}.npz")["size"].astype(np.int64))
+    with open(work / f"{name}.txt", "rb") as file:
+        for i in numbers:
+            begin = int(ends[i - 1]) if i else 0
+            file.seek(begin)
+            yield file.read(int(ends[i]) - begin).decode()
+
+
+def signatures_of(work, names, starts, numbers):
+    """The MinHash rows of these documents, sorted numbers among all: (len(numbers), …) uint16."""
+    rows = np.empty((len(numbers), PERMUTATIONS), np.uint16)
+    borders = np.searchsorted(numbers, starts)
+    for name, start, a, b in zip(names, starts, borders, borders[1:]):
+        if b > a:
+            table = np.memmap(work / f"{name}.sig", np.uint16, "r").reshape(-1, PERMUTATIONS)
+            rows[a:b] = table[numbers[a:b] - start]
+    return rows
+
+
+def find_near(work, key, names, band):
+    """The pairs of near-duplicates that meet in a band: its first document with this key and the
+    others, if their signatures agree in near_threshold of all places; in work/<key>.near<band>."""
+    place = work / f"{key}.near{band}.npy"
+    if place.exists():
+        return 0
+    starts, stays = np.load(work / f"{key}.starts.npy"), np.load(work / f"{key}.left.npy")
+    rows, keys = band_shape(near_threshold)[1], []
+    for name, start, end in zip(names, starts, starts[1:]):
+        part = np.zeros(end - start, np.uint64)
+        if end > start:
+            table = np.memmap(work / f"{name}.sig", np.uint16, "r").reshape(-1, PERMUTATIONS)
+            for k in range(band * rows, band * rows + rows):
+                part = part * np.uint64(STEP) + table[:, k]
+        keys.append(part)
+    keys = np.concatenate(keys)
+    live = np.flatnonzero(stays & (keys > 0))  # 0: too short for a shingle
+    order = live[np.argsort(keys[live], kind="stable")]
+    new = np.diff(keys[order], prepend=np.uint64(0)) != 0
+    heads = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+    pairs, found = np.stack([heads, order], 1)[~new], []
+    for some in np.array_split(pairs, len(pairs) // 100_000 + 1):
+        numbers, at = np.unique(some, return_inverse=True)
+        table, at = signatures_of(work, names, starts, numbers), at.reshape(-1, 2)
+        alike = (table[at[:, 0]] == table[at[:, 1]]).mean(1)
+        found.append(some[alike >= near_threshold])
+    with model.whole_file(place) as file:
+        np.save(file, np.concatenate(found))
+    return 0
+
+
+EMPTY, ALL = digest(b""), 2**62
+
+
+def columns_of(work, names, key):
+    """A column of all units' documents, in order: (N,) uint64."""
+    return np.concatenate([np.load(work / f"{name}.npz")[key] for name in names])
+
+
+def tally_of(work, names, starts, sizes, before, after, reason):
+    """The Tally of a step that left out, of the documents `before` (N,) bool, all but `after`."""
+    numbers = np.flatnonzero(before & ~after)
+    examples = []
+    for i in numbers[:3]:
+        unit = np.searchsorted(starts, i, side="right") - 1
+        (text,) = texts_of(work, names[unit], [i - starts[unit]])
+        examples.append(" ".join(text[:160].split()))
+    count = lambda mask: (int(mask.sum()), int(sizes[mask].sum()))
+    (docs, size), (left, rest) = count(before), count(after)
+    reasons = {reason: [len(numbers), examples]} if len(numbers) else {}
+    return Tally(documents=[docs, left], bytes=[size, rest], reasons=reasons)
+
+
+def compare(work, key, names):
+    """Drop documents whose URL or text came before, in any unit: {step: Tally} of all steps so far,
+    a line each. What is left is in work/<key>.left.npy, the units' borders in <key>.starts.npy."""
+    done = [model.read_json(work / f"{name}.json") for name in names]
+    tallies = defaultdict(Tally)
+    for result in done:
+        for name, saved in result["tallies"].items():
+            tallies[name].add(Tally(**saved))
+    starts = np.cumsum([0, *(result["kept"] for result in done)])
+    sizes, left = columns_of(work, names, "size"), np.ones(starts[-1], bool)
+    if max_documents:
+        read = [
+            result["tallies"].get("read", {"documents": [0]})["documents"][0] for result in done
+        ]
+        before = np.repeat(np.cumsum([0, *read])[:-1], np.diff(starts))
+        left = before + columns_of(work, names, "number").astype(np.int64) < max_documents
+    for step in steps_of(("url", "exact")):
+        values, begun = columns_of(work, names, step), time.perf_counter()
+        live = np.flatnonzero(left & (values != EMPTY))
+        first = np.unique(values[live], return_index=True)[1]
+        after = left.copy()
+        after[np.delete(live, first)] = False
+        why = {"url": "the URL came before", "exact": "the text came before"}[step]
+        tallies[step] = tally_of(work, names, starts, sizes, left, after, why)
+        tallies[step].seconds, left = time.perf_counter() - begun, after
+    np.save(work / f"{key}.starts.npy", starts)
+    np.save(work / f"{key}.left.npy", left)
+    return tallies
+
+
+def settle(work, key, units, tallies):
+    """Drop near-duplicates and divide what is left: work/<key>.cuts.npy says for each document how
+    many of its characters are for training (ALL; 0: none; -1: it is left out). A document goes to
+    validation by its hash, so that it stays where it is when others are added; of a source of fewer
+    than 20 the last val_fraction of all characters does. Returns the sizes of near-duplicate
+    clusters, with the first document of each, the largest first."""
+    names = [unit["name"] for unit in units]
+    starts, left = np.load(work / f"{key}.starts.npy"), np.load(work / f"{key}.left.npy")
+    sizes, clusters = columns_of(work, names, "size"), []
+    if steps_of(["near"]):
+        begun = time.perf_counter()
+        edges = [np.load(path) for path in sorted(work.glob(f"{key}.near*.npy"))]
+        label = joined(len(left), np.concatenate(edges))
+        after = left & (label == np.arange(len(left)))
+        tally = tally_of(work, names, starts, sizes, left, after, "a near-duplicate came before")
+        tally.seconds = tallies["near"].seconds + time.perf_counter() - begun
+        members = np.bincount(label[left], minlength=len(left))
+        clusters = [(int(members[i]), int(i)) for i in np.flatnonzero(members > 1)]
+        tallies["near"], left = tally, after
+    hashes = columns_of(work, names, "hash")
+    cuts = np.where(hashes < np.uint64(val_fraction * 2**64), 0, ALL)
+    cuts[~left] = -1
+    for name in mixture():
+        mine = [i for i, unit in enumerate(units) if unit["source"] == name]
+        some = {i: starts[i] + np.flatnonzero(left[starts[i] : starts[i + 1]]) for i in mine}
+        if sum(map(len, some.values())) < 20:
+            texts = {}
+            for i, numbers in some.items():
+                texts |= zip(numbers, texts_of(work, names[i], numbers - starts[i]))
+            total = sum(map(len, texts.values()))
+            rest = total - round(total * val_fraction)  # characters that are for training
+            for number, text in texts.items():
+                cuts[number] = max(0, min(len(text), rest))
+                rest -= len(text)
+    np.save(work / f"{key}.cuts.npy", cuts)
+    return sorted(clusters, reverse=True)
+
+
+def chosen(work, key, names, i):
+    """Yield (split, its number there, hash, text) of the documents of unit i that stay, in order."""
+    begin, end = np.load(work / f"{key}.starts.npy")[i : i + 2]
+    cuts = np.load(work / f"{key}.cuts.npy", mmap_mode="r")[begin:end]
+    numbers, hashes = np.flatnonzero(cuts >= 0), np.load(work / f"{names[i]}.npz")["hash"]
+    for number, text in zip(numbers, texts_of(work, names[i], numbers)):
+        parts = {"train": text[: cuts[number]], "val": text[cuts[number] :]}
+        yield from ((split, number, hashes[number], part) for split, part in parts.items() if part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,86 +1005,408 @@ def finished_tokenizer():
 # Shards
 
 
-class ShardWriter:
-    """Token shards of one split in llm.c's format, under temporary names until they are renamed."""
-
-    def __init__(self, folder, split, wide):
-        self.folder, self.split, self.file, self.names = folder, split, None, []
-        self.dtype, self.kind = ("<u4", (20240801, 7)) if wide else ("<u2", (20240520, 1))
-        self.tokens, self.held = 0, 0
-
-    def write(self, ids):
-        while len(ids):
-            if self.file is None:
-                self.names.append(f"{self.split}_{len(self.names):06d}.bin")
-                self.file, self.held = open(self.folder / f"{self.names[-1]}.tmp", "wb"), 0
-                self.file.write(bytes(1024))
-            here, ids = ids[: shard_tokens - self.held], ids[shard_tokens - self.held :]
-            self.file.write(here.astype(self.dtype))
-            self.held, self.tokens = self.held + len(here), self.tokens + len(here)
-            if self.held == shard_tokens:
-                self.close()
-
-    def close(self):
-        if self.file is not None:
-            self.file.seek(0)
-            self.file.write(np.array([*self.kind, self.held], "<i4").tobytes())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
+CUT = regex.compile(r"(?<=\S\n)(?=\p{L})")  # no split pattern has a piece that spans this
 
 
-def write_shards(folder, tok, texts, size, workers):
-    """Encode (split, text) pairs of `size` bytes: {split: ShardWriter}, closed, not yet renamed."""
-    writers = {split: ShardWriter(folder, split, tok.n_vocab > 65536) for split in ("train", "val")}
-    start = np.array([tok.eot_id])
-    show, begun, done = model.Progress(), time.monotonic(), 0
-    parts = ((s, i == 0, p) for s, text in texts for i, p in enumerate(pieces_of(text)))
-    for group in in_rounds(parts, BATCH * workers):
-        encoded = tok.encode_batch([text for *_, text in group], workers)
-        for (split, first, text), ids in zip(group, encoded):
-            if first:
-                writers[split].write(start)
-            writers[split].write(ids)
-            done += len(text.encode())
-        tokens, seconds = sum(w.tokens for w in writers.values()), time.monotonic() - begun
-        speed = f"{done / seconds / 1e6:.1f} MB/s, {done / tokens:.2f} bytes per token"
-        show(f"encoding: {done / 1e6:,.1f} of {size / 1e6:,.1f} MB, {speed}", last=done == size)
-    for writer in writers.values():
-        writer.close()
-    return writers
+def pieces_of(text):
+    """Cut a long text into parts that are tokenized alone as they are in the whole."""
+    at = 0
+    while len(text) - at > BATCH and (cut := CUT.search(text, at + BATCH)):
+        yield text[at : cut.start()]
+        at = cut.start()
+    yield text[at:]
 
 
-def commit(folder, tok, meta):
-    """Make finished temporary shards the dataset. meta.json goes first and comes last: a folder
+def count(work, key, names, fraction, i):
+    """{piece: count} of a sample, by hash, of unit i's training text."""
+    drawn = (
+        text
+        for split, _, hashed, text in chosen(work, key, names, i)
+        if split == "train" and int(mixed(hashed[None])[0]) < fraction * 2**64
+    )
+    pattern = {"bpe": SPLIT, "char": model.CHARACTERS}[tokenizer]
+    return count_pieces((pattern, part) for text in drawn for part in pieces_of(text))
+
+
+@lru_cache(1)
+def finished(folder):
+    return model.Tokenizer.from_folder(folder)
+
+
+def encode(work, key, names, i):
+    """Encode what stays of unit i: work/<key>.<i>.train and .val hold the tokens, .npz of every
+    document its tokens, hash and bytes. Returns bytes."""
+    place, tok = f"{work / key}.{i}", finished(work / f"{key}.tokenizer")
+    if not os.path.exists(f"{place}.npz"):
+        kind = np.uint32 if tok.n_vocab > 65536 else np.uint16
+        rows = {"train": [], "val": []}
+        with open(f"{place}.train", "wb") as train, open(f"{place}.val", "wb") as val:
+            parts = (
+                (split, hashed, j == 0, part)
+                for split, _, hashed, text in chosen(work, key, names, i)
+                for j, part in enumerate(pieces_of(text))
+            )
+            for group in in_rounds(parts, BATCH):
+                encoded = tok.encode_batch([text for *_, text in group])
+                for (split, hashed, first, text), ids in zip(group, encoded):
+                    file = train if split == "train" else val
+                    if first:
+                        file.write(np.array([tok.eot_id], kind))
+                        rows[split].append([1, hashed, 0])
+                    file.write(ids.astype(kind))
+                    rows[split][-1][0] += len(ids)
+                    rows[split][-1][2] += len(text.encode())
+        with model.whole_file(f"{place}.npz") as file:
+            np.savez(file, **{s: np.array(r, np.uint64).reshape(-1, 3) for s, r in rows.items()})
+    return sum(int(part[:, 2].sum()) for part in np.load(f"{place}.npz").values())
+
+
+def layout(work, key, units):
+    """What the shards hold, and the numbers of it: ({split: [(unit, its split, hash limit)]}, meta).
+    A mix takes each source as often as its share wants: whole first, then the documents with the
+    lowest hashes. Its val keeps the shares, without repeats; val.<source> is all of a source's."""
+    tables = [dict(np.load(work / f"{key}.{i}.npz")) for i in range(len(units))]
+    everything, plans, meta = range(len(units)), {}, {}
+    rows = lambda split, some: np.concatenate([tables[i][split] for i in some])
+    for split in ("train", "val"):
+        plans[split] = [(i, split, None) for i in everything]
+        table = rows(split, everything)
+        meta[split] = {"documents": len(table), "bytes": int(table[:, 2].sum())}
+    if sources is None:
+        return plans, meta
+    meta["sources"] = {name: {} for name in sources}
+    weights = {name: weight for name, (weight, _) in mixture().items()}
+    mine = {name: [i for i in everything if units[i]["source"] == name] for name in weights}
+    for split in ("train", "val"):
+        tokens = {name: int(rows(split, some)[:, 0].sum()) for name, some in mine.items()}
+        live = {name: w for name, w in weights.items() if tokens[name]}
+        if split == "train" and len(live) < len(weights):
+            raise UserError(f"sources: no text for training in {set(weights) - set(live)}")
+        shares = {name: w / sum(live.values()) for name, w in live.items()}
+        total = min((tokens[name] / share for name, share in shares.items()), default=0)
+        total = total if split == "val" else mix_tokens or sum(tokens.values())
+        plans[split] = []
+        for name, share in shares.items():
+            table, wanted = rows(split, mine[name]), round(total * share)
+            copies, rest = divmod(wanted, tokens[name])
+            plans[split] += [(i, split, None) for i in mine[name]] * copies
+            order = np.argsort(table[:, 1], kind="stable")
+            last = order[np.searchsorted(np.cumsum(table[order, 0]), rest)] if rest else None
+            plans[split] += [(i, split, table[last, 1]) for i in mine[name] if rest]
+            numbers = {"share": share, "tokens": tokens[name], "epochs": wanted / tokens[name]}
+            meta["sources"][name][split] = numbers
+            if split == "val":
+                plans[f"val.{name}"] = [(i, "val", None) for i in mine[name]]
+    return plans, meta
+
+
+def shard_jobs(work, key, plans):
+    """Cut every split into shards of shard_tokens: ({split: [names]}, {split: tokens}, jobs)."""
+    names, totals, jobs = {}, {}, []
+    for split, plan in plans.items():
+        places, at = [], 0
+        for i, kind, limit in plan:
+            with np.load(work / f"{key}.{i}.npz") as tables:
+                table = tables[kind]
+            n = int(table[table[:, 1] <= (ALL * 4 - 1 if limit is None else limit), 0].sum())
+            places.append((i, kind, limit, at, at + n))
+            at += n
+        names[split], totals[split] = [], at
+        for begin in range(0, at, shard_tokens):
+            end = min(at, begin + shard_tokens)
+            names[split].append(f"{split}_{begin // shard_tokens:06d}.bin")
+            parts = [place for place in places if place[3] < end and place[4] > begin]
+            jobs.append((names[split][-1], parts, begin, end))
+    return names, totals, jobs
+
+
+def write_shard(work, key, job):
+    """Write one shard in llm.c's format: the tokens from `begin` to `end` of its split."""
+    name, parts, begin, end = job
+    kind = np.uint32 if finished(work / f"{key}.tokenizer").n_vocab > 65536 else np.uint16
+    if not (work / name).exists():
+        with model.whole_file(work / name) as file:
+            head = (20240801, 7) if kind == np.uint32 else (20240520, 1)
+            file.write(np.array([*head, end - begin, *[0] * 253], "<i4"))
+            for i, split, limit, first, last in parts:
+                tokens = np.memmap(work / f"{key}.{i}.{split}", kind, "r")
+                if limit is not None:
+                    table = np.load(work / f"{key}.{i}.npz")[split]
+                    tokens = tokens[np.repeat(table[:, 1] <= limit, table[:, 0].astype(np.int64))]
+                file.write(
+                    tokens[max(0, begin - first) : end - first].astype(f"<{kind().dtype.str[1:]}")
+                )
+    return 2 * (end - begin)
+
+
+def commit(folder, work, tok, meta, more=()):
+    """Make the finished files in `work` the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
-    kept = {k: v for k, v in settings(globals()).items() if k not in ("threads", "device", "seed")}
+    kept = {
+        k: v for k, v in settings(globals()).items() if k not in ("threads", "device", "report")
+    }
     meta = {"settings": kept, "n_vocab": tok.n_vocab} | meta
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
-        model.write_json(folder / f"{name}.tmp", value)
+        model.write_json(work / name, value)
+    shown = [split for split in meta if isinstance(meta[split], dict) and "tokens" in meta[split]]
     (folder / "meta.json").unlink(missing_ok=True)
-    for old in [*folder.glob("train_*.bin"), *folder.glob("val_*.bin")]:
-        old.unlink()
-    for name in meta["train"]["shards"] + meta["val"]["shards"] + list(texts):
-        os.replace(folder / f"{name}.tmp", folder / name)
-    for split in ("train", "val"):
-        print(
-            f"{split}: " + ", ".join(f"{n:,} {k}" for k, n in meta[split].items() if k != "shards")
+    for pattern in (
+        "train_*.bin",
+        "val_*.bin",
+        "val.*.bin",
+        "*_train.jsonl",
+        "*_val.jsonl",
+        "report.md",
+    ):
+        for old in folder.glob(pattern):
+            old.unlink()
+    for name in [*chain(*(meta[split]["shards"] for split in shown)), *more, *texts]:
+        os.replace(work / name, folder / name)
+    shutil.rmtree(work)
+    for split in shown:
+        numbers = ", ".join(f"{n:,} {k}" for k, n in meta[split].items() if k != "shards")
+        print(f"{split}: {numbers}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Task sets
+
+
+def functions_of(files):
+    """Records for every task out of Python files: one of each short function with a docstring."""
+    found = []
+    for record in files:
+        lines, share = record[field].split("\n"), digest(record[field].encode())
+        with suppress(SyntaxError, ValueError, RecursionError):
+            for node in ast.walk(ast.parse(record[field])):
+                said = isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
+                if said and len(node.body) > 1:
+                    rows = lines[node.lineno - 1 : node.body[0].lineno - 1]
+                    rows += lines[node.body[0].end_lineno : node.end_lineno]
+                    code, said = textwrap.dedent("\n".join(rows)).strip("\n"), said.split("\n\n")[0]
+                    found.append((code, " ".join(said.split()), record["path"], share))
+    for code, right, path, share in found:
+        wrong = found[digest(f"{seed} {code}".encode()) % len(found)][1]
+        if wrong != right and len(code) + len(right) <= 700:
+            row = {"prompt": f"Write the docstring of this function.\n\n{code}"}
+            row |= {"completion": right, "chosen": right, "rejected": wrong, "text": code}
+            row |= {"label": path.rpartition("/")[0].split("/")[0], "source": code, "target": right}
+            yield row | {"split_by": share}
+
+
+def first_of(record, *names):
+    """The first of these fields that is a text with something in it, or ""."""
+    found = (record.get(name) for name in names)
+    return next((text for text in found if isinstance(text, str) and text.strip()), "")
+
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+
+
+def turns(value):
+    """Messages of [{"role", "content"}] or ShareGPT's [{"from", "value"}]."""
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(turn, dict) for turn in value)
+    ):
+        raise Reject("messages are no list of turns")
+    result = []
+    for turn in value:
+        role = ROLES.get(turn.get("role", turn.get("from")))
+        content = turn.get("content", turn.get("value"))
+        if role is None:
+            raise Reject("a role that is none of system, user, assistant, tool")
+        if not isinstance(content, str) or not content.strip():
+            raise Reject("a turn without text")
+        result.append({"role": role, "content": content})
+    return result
+
+
+def asked(r):
+    """The messages before the answer: of Alpaca, Dolly, prompt and completion, question and answer;
+    `system` and `history` [[user, assistant], ...] as LLaMA-Factory has them."""
+    if isinstance(r.get("prompt"), list):
+        return turns(r["prompt"])
+    ask, more = first_of(r, "instruction", "prompt", "question"), first_of(r, "input", "context")
+    if not ask:
+        raise Reject("no messages, instruction, prompt or question")
+    before = [{"role": "system", "content": first_of(r, "system")}] if first_of(r, "system") else []
+    for user, assistant in r.get("history") or []:
+        before += turns(
+            [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         )
+    return [*before, {"role": "user", "content": f"{ask}\n\n{more}" if more else ask}]
+
+
+def answer_of(value):
+    """The text of an answer: a string, or messages that end with it."""
+    text = turns(value)[-1]["content"] if isinstance(value, list) else value
+    if not isinstance(text, str) or not text.strip():
+        raise Reject("an empty answer")
+    return text
+
+
+def as_sft(r):
+    if (said := r.get("messages", r.get("conversations"))) is not None:
+        messages = turns(said)
+    else:
+        names = ("output", "response", "completion", "answer", "chosen")
+        answer = next((r[name] for name in names if r.get(name)), None)
+        messages = [*asked(r), {"role": "assistant", "content": answer_of(answer)}]
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise Reject("the last turn is not the assistant's")
+    return {"messages": messages}
+
+
+def as_preference(r):
+    chosen, rejected = r.get("chosen"), r.get("rejected")
+    if isinstance(chosen, str) and "\n\nAssistant:" in chosen and isinstance(rejected, str):  # HH
+        cut = len(os.path.commonprefix([chosen, rejected]))
+        cut = chosen.rfind("\n\nAssistant:", 0, cut + 1) + len("\n\nAssistant:")
+        parts = re.split(r"\n\n(Human|Assistant): ?", chosen[:cut].removesuffix("\n\nAssistant:"))
+        pairs = zip(parts[1::2], parts[2::2])
+        said = [
+            {"role": {"Human": "user"}.get(who, "assistant"), "content": text}
+            for who, text in pairs
+        ]
+        prompt, chosen, rejected = turns(said), chosen[cut:].strip(), rejected[cut:].strip()
+    elif (
+        isinstance(chosen, list)
+        and not first_of(r, "instruction", "prompt", "question")
+        and not r.get("prompt")
+    ):
+        prompt = turns(chosen)[:-1]
+    else:
+        prompt = asked(r)
+    chosen, rejected = answer_of(chosen), answer_of(rejected)
+    if chosen == rejected:
+        raise Reject("chosen and rejected are the same")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def as_classify(r):
+    label = next((r[k] for k in ("label", "category", "class") if r.get(k) is not None), None)
+    text = first_of(r, "text", "sentence", "content", "review")
+    if not text or not isinstance(label, (str, int)) or not str(label).strip():
+        raise Reject("no text or no label")
+    return {"text": text, "label": str(label)}
+
+
+def as_seq2seq(r):
+    for a, b in PAIRS:
+        if first_of(r, a) and first_of(r, b):
+            return {"source": first_of(r, a), "target": first_of(r, b)}
+    raise Reject("no source and target, nor another known pair of fields")
+
+
+PAIRS = [
+    ("source", "target"),
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("text", "summary"),
+]
+PAIRS += [("instruction", "output"), ("input", "output"), ("question", "answer")]
+PAIRS += [("prompt", "completion")]
+TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
+
+
+def convert(work, wanted, unit):
+    """The records of a unit as rows of the wanted tasks, in work/<name>.rows.json: {task: [(hash to
+    split by, row)]}, and the tallies of the bad ones."""
+    place = work / f"{unit['name']}.rows.json"
+    if not place.exists():
+        rows, tallies, broken = defaultdict(list), defaultdict(Tally), []
+        found = islice(records(unit, [], broken), max_documents)
+        for record in functions_of(found) if source == "python" else found:
+            for name in wanted:
+                if name == "classify" and record.get("label") == "":
+                    continue  # a module that is in no package
+                reason = None
+                try:
+                    row = json.dumps(TASKS[name](record), ensure_ascii=False)
+                    share = record.get("split_by") or digest(row.encode(errors="replace"))
+                    rows[name].append((share, row))
+                except (Reject, ValueError, TypeError, AttributeError) as why:
+                    reason = str(why) if isinstance(why, Reject) else "fields of another type"
+                text = json.dumps(record, default=str)
+                tallies[name].count(text, text, reason)
+        for name, line in ((name, line) for name in wanted for line in broken):
+            tallies[name].count(line, line, "no JSON object")
+        tallies = {name: tally.__dict__ for name, tally in tallies.items()}
+        model.write_json(place, {"rows": rows, "tallies": tallies})
+    return sum(size for *_, size, _ in unit["files"])
+
+
+def build_tasks(run, work, pool, units, wanted):
+    """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {name: rows}."""
+    each(partial(convert, work, wanted), units, run, pool, "converting")
+    made = {}
+    for name in wanted if run.main else ():
+        tally, rows = Tally(), {}
+        for unit in units:
+            result = model.read_json(work / f"{unit['name']}.rows.json")
+            tally.add(Tally(**result["tallies"].get(name, {})))
+            rows |= {row: hashed for hashed, row in result["rows"].get(name, [])}
+        for reason, (n, examples) in tally.reasons.items():
+            print(f"{name}: {n:,} bad records: {reason}, such as {examples[0]}")
+        if tally.documents[1] > len(rows):
+            print(f"{name}: {tally.documents[1] - len(rows):,} records came before, word for word")
+        if not rows and task:
+            raise UserError(f"--source={source}: no record for --task={task} in it")
+        last = list(rows)[len(rows) - round(len(rows) * val_fraction) :]
+        last = last if len(rows) < 20 else [r for r, h in rows.items() if h < val_fraction * 2**64]
+        last = set(last)
+        for split in ("train", "val"):
+            some = [row for row in rows if (row in last) == (split == "val")]
+            made[f"{name}_{split}.jsonl"] = len(some)
+            with model.whole_file(work / f"{name}_{split}.jsonl") as file:
+                file.write("".join(row + "\n" for row in some).encode(errors="replace"))
+    return made
 
 
 # --------------------------------------------------------------------------------------------------
 # Putting it together
 
 
-def use_fineweb(folder):
+def adopt(values):
+    """Start a working process: the settings, one thread, and an end with the process it serves."""
+    globals().update(values)
+    with suppress(Exception):  # Linux alone
+        ctypes.CDLL(None).prctl(1, 9)
+
+
+def each(f, items, run, pool, what=None):
+    """[f(item)] for this rank's share of the items, on several processes; f returns the bytes that
+    it did. The ranks leave together."""
+    mine, results, show, begun = (
+        items[run.rank :: run.world],
+        [],
+        model.Progress(),
+        time.monotonic(),
+    )
+    for result in (pool if len(mine) > 1 else map)(f, mine):
+        results.append(result)
+        if what and run.main:
+            done = sum(results)
+            rate = done / 1e6 / max(time.monotonic() - begun, 1e-9)
+            n = f"{len(results)} of {len(mine)} parts"
+            show(
+                f"{what}: {n}, {done / 1e6:,.1f} MB, {rate:,.1f} MB/s",
+                last=len(results) == len(mine),
+            )
+    wait(run)
+    return results
+
+
+def use_fineweb(folder, work):
     """Download FineWeb shards that are tokenized already, as they are."""
     global tokenizer
     tokenizer = "gpt2"  # whatever was asked: it made them
-    tok, meta, kept = finished_tokenizer(), {}, Path("data/downloads/fineweb10B")
-    for split, numbers in {"val": [0], "train": range(1, shards + 1)}.items():
+    tok, meta, kept = finished_tokenizer(), {}, KEPT / "fineweb10B"
+    for split, numbers in {"val": [0], "train": range(1, (shards or 103) + 1)}.items():
         meta[split] = {"tokens": 0, "shards": [f"{split}_{i:06d}.bin" for i in numbers]}
         for name in meta[split]["shards"]:
             path = download(f"{FINEWEB}fineweb_{name}", kept / name)
@@ -493,89 +1415,196 @@ def use_fineweb(folder):
                 path.unlink()
                 raise UserError(f"{path}: removed: not the token shard that was expected")
             meta[split]["tokens"] += header[-1]
-    folder.mkdir(parents=True, exist_ok=True)
     for name in meta["train"]["shards"] + meta["val"]["shards"]:
+        (work / name).unlink(missing_ok=True)
         try:
-            os.link(kept / name, folder / f"{name}.tmp")  # the same bytes on the disk, not a copy
+            os.link(kept / name, work / name)  # the same bytes on the disk, not a copy
         except OSError:  # another file system, or one without links
-            shutil.copyfile(kept / name, folder / f"{name}.tmp")
-    commit(folder, tok, meta)
+            shutil.copyfile(kept / name, work / name)
+    commit(folder, work, tok, meta)
 
 
-def survey(workers):
-    """One pass over the documents, for what there is and what a tokenizer is trained on: (totals
-    {split: Counter}, {piece or character: count}, sha256, names of files skipped)."""
-    totals, counts = {"train": Counter(), "val": Counter()}, Counter()
-    digest, skipped, show = hashlib.sha256(), [], model.Progress()
-    pattern = {"bpe": SPLIT, "char": model.CHARACTERS}.get(tokenizer)
-    with multiprocessing.Pool(workers if pattern else 1) as pool:
-        for group in in_rounds(divide(documents(skipped)), BATCH * workers):
-            for split, text in group:
-                data = text.encode()
-                digest.update(len(data).to_bytes(8, "big") + data)
-                special = any(name in text for name in SPECIAL)
-                totals[split] += Counter(documents=1, bytes=len(data), special=special)
-            if pattern:
-                texts = (text for split, text in group if split == "train")
-                parts = ((pattern, part) for text in texts for part in pieces_of(text))
-                for some in pool.imap(count_pieces, in_rounds(parts, BATCH // 4)):
-                    counts.update(some)
-            show(f"reading: {(totals['train'] + totals['val'])['bytes'] / 1e6:,.1f} MB")
-    return totals, counts, digest.hexdigest(), skipped
-
-
-def build(folder, tok, workers):
-    """Read the source, train the tokenizer unless there is one, write data/<dataset>."""
-    totals, counts, sha256, skipped = survey(workers)
-    total = totals["train"] + totals["val"]
-    if not totals["train"]["bytes"]:
-        raise UserError(f"--source={source}: no text for training in it")
-    if skipped:
-        print(f"skipped {len(skipped)} files that are not UTF-8, such as {skipped[0]}")
-    if total["special"]:
-        print(f"{total['special']} documents hold the name of a special token: it is taken as text")
+def learn_tokenizer(work, key, names, pool):
+    """Train the tokenizer on the training text, or on a sample of it by hash."""
+    cuts, sizes = np.load(work / f"{key}.cuts.npy"), columns_of(work, names, "size")
+    part, counts = tokenizer_bytes / max(int(sizes[cuts > 0].sum()), 1), Counter()
+    for some in pool(partial(count, work, key, names, part), range(len(names))):
+        counts.update(some)
     if tokenizer == "char":
-        tok = char_tokenizer(counts)
-    if tokenizer == "bpe":
-        counts = {piece.encode(): n for piece, n in counts.items()}
-        gc.disable()  # it would walk a million lists again and again, and none is in a cycle
-        tok = bpe_tokenizer(train_bpe(counts, vocab_size - 256 - len(SPECIAL), model.Progress()))
-        gc.enable()
-        if tok.n_vocab < vocab_size:
-            print("the tokenizer is smaller than vocab_size: no more pairs occur twice in the text")
-    print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
-    folder.mkdir(parents=True, exist_ok=True)
-    writers = write_shards(folder, tok, divide(documents([])), total["bytes"], workers)
-    meta = {"source_sha256": sha256, "skipped": skipped}
-    for split, writer in writers.items():
-        meta[split] = {key: totals[split][key] for key in ("documents", "bytes")}
-        meta[split] |= {"tokens": writer.tokens, "shards": writer.names}
-    commit(folder, tok, meta)
+        return char_tokenizer(counts)
+    counts = {piece.encode(): n for piece, n in counts.items()}
+    gc.disable()  # it would walk a million lists again and again, and none is in a cycle
+    tok = bpe_tokenizer(train_bpe(counts, vocab_size - 256 - len(SPECIAL), model.Progress()))
+    gc.enable()
+    return tok
+
+
+def few_units(work, units, run):
+    """The first units, in which there are max_documents documents: no more of them is read."""
+    if run.main:
+        n = read = 0
+        while n < len(units) and read < max_documents:
+            clean(work, units[n])
+            tallies = model.read_json(work / f"{units[n]['name']}.json")["tallies"]
+            read += tallies.get("read", {"documents": [0]})["documents"][0]
+            n += 1
+        model.write_json(work / "few.json", {"units": n})
+    wait(run)
+    return units[: model.read_json(work / "few.json")["units"]]
+
+
+def build(run, folder, work, pool):
+    """From the sources to the shards. Every rank does its share of a step, and all go on together;
+    what needs every result at once is rank 0's."""
+    say = print if run.main else lambda line: None
+    tok, units = finished_tokenizer(), plan(run)
+    units = few_units(work, units, run) if max_documents else units
+    each(partial(clean, work), units, run, pool, "reading")
+    names = [unit["name"] for unit in units]
+    key = f"{digest(''.join(names).encode()):016x}"
+    place = work / f"{key}.tokenizer"
+    if run.main:
+        tallies = compare(work, key, names)
+    wait(run)
+    if steps_of(["near"]):
+        bands = range(band_shape(near_threshold)[0])
+        each(partial(find_near, work, key, names), bands, run, pool)
+    if run.main:
+        clusters = settle(work, key, units, tallies)
+        order = ["read", *steps_of(STEPS), "decontaminate", *LAST]
+        tallies = {name: tallies[name] for name in order if name in tallies}
+        for name, tally in tallies.items():
+            say(tally.line(name))
+        notes = [model.read_json(work / f"{name}.json") for name in names]
+        skipped = [path for note in notes for path in note["skipped"]]
+        if skipped:
+            say(f"skipped {len(skipped)} files that are not UTF-8, such as {skipped[0]}")
+        if special := sum(note["special"] for note in notes):
+            say(f"{special} documents hold the name of a special token: it is taken as text")
+        if not (np.load(work / f"{key}.cuts.npy") > 0).any():
+            shutil.rmtree(work)
+            raise UserError(f"--source={source}: no text for training in it")
+        if tok is None:
+            tok = learn_tokenizer(work, key, names, pool)
+            if tokenizer != "char" and tok.n_vocab < vocab_size:
+                say("the tokenizer is smaller than vocab_size: the text has no more to offer")
+        say(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
+        place.mkdir(exist_ok=True)
+        model.write_json(place / "tokenizer_config.json", tok.config)
+        model.write_json(place / "tokenizer.json", tok.spec)
+    wait(run)
+    each(partial(encode, work, key, names), range(len(units)), run, pool, "encoding")
+    plans, meta = layout(work, key, units)
+    shard_names, tokens, jobs = shard_jobs(work, key, plans)
+    each(partial(write_shard, work, key), jobs, run, pool)
+    sets = build_tasks(run, work, pool, units, TASKS if source == "python" else [])
+    if run.main:
+        for split in plans:
+            numbers = {"tokens": tokens[split], "shards": shard_names[split]}
+            meta[split] = meta.get(split, {}) | numbers
+        hashes = columns_of(work, names, "hash")
+        meta |= {"source_sha256": hashlib.sha256(hashes.tobytes()).hexdigest(), "skipped": skipped}
+        if report:
+            write_report(work, key, names, tallies, clusters, meta)
+        commit(folder, work, tok, meta, [*sets, *["report.md"][:report]])
+
+
+def write_report(work, key, names, tallies, clusters, meta):
+    """report.md: what every step took and left, why, and what is left now."""
+    row = lambda *cells: "| " + " | ".join(str(cell) for cell in cells) + " |"
+    number = lambda n: f"{n:,}"
+    plain = lambda text: " ".join(text.replace("`", "'").split())
+    lines = [f"# data/{dataset}", "", f"Source: {sources or source}. Steps: {steps}.", ""]
+    lines += [row("step", "documents in", "out", "bytes in", "out"), row(*["---"] * 5)]
+    for name, tally in tallies.items():
+        lines.append(row(name, *map(number, [*tally.documents, *tally.bytes])))
+    lines += ["", "## What was left out, and why", ""]
+    for name, tally in tallies.items():
+        for reason, (n, examples) in sorted(tally.reasons.items(), key=lambda item: -item[1][0]):
+            lines += [f"**{name}: {reason}**: {n:,} documents", ""]
+            lines += [f"- `{plain(example)}`" for example in examples] + [""]
+    cuts, sizes = np.load(work / f"{key}.cuts.npy"), columns_of(work, names, "size")
+    sizes = sizes[cuts >= 0].astype(np.int64)
+    lines += ["## Lengths of the documents that are left, in bytes", "", "```"]
+    bins = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
+    for power in np.flatnonzero(bins):
+        bar = "#" * max(1, round(60 * bins[power] / bins.max()))
+        lines.append(f"{2**power:>12,} to {2 ** (power + 1) - 1:>12,} {bins[power]:>9,} {bar}")
+    lines += ["```", "", "## Near-duplicates", ""]
+    extra = sum(n - 1 for n, _ in clusters)
+    lines += [f"{len(clusters):,} clusters, {extra:,} documents left out.", ""]
+    starts = np.load(work / f"{key}.starts.npy")
+    for n, i in clusters[:10]:
+        unit = np.searchsorted(starts, i, side="right") - 1
+        (text,) = texts_of(work, names[unit], [i - starts[unit]])
+        lines.append(f"- {n:,} documents like `{plain(text[:120])}`")
+    lines += ["", "## Tokens", "", row("split", "documents", "bytes", "tokens", "bytes per token")]
+    lines.append(row(*["---"] * 5))
+    for split in ("train", "val"):
+        m = meta[split]
+        cells = [number(m[k]) for k in ("documents", "bytes", "tokens")]
+        lines.append(row(split, *cells, f"{m['bytes'] / max(m['tokens'] - m['documents'], 1):.2f}"))
+    for name, splits in meta.get("sources", {}).items():
+        for split, m in splits.items():
+            told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"
+            lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs"]
+    with model.whole_file(work / "report.md") as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+def check_settings():
+    limits = {"shard_tokens": 1, "threads": 0, "max_documents": 1, "shards": 1}
+    limits |= {"mix_tokens": 1, "tokenizer_bytes": 1}
+    limits |= {"vocab_size": 256 + len(SPECIAL) if tokenizer == "bpe" else 0}
+    for name, least in limits.items():
+        if (value := globals()[name]) is not None and value < least:
+            raise UserError(f"{name}={value}: expected {least} or more")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction={val_fraction}: expected 0 or more and less than 1")
+    if not 0 < near_threshold <= 1:
+        raise UserError(f"near_threshold={near_threshold}: expected above 0 and up to 1")
+    for name in steps.split(","):
+        if name and name not in [*STEPS, *LAST]:
+            raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")
+    if task is not None and task not in TASKS:
+        raise UserError(f"--task={task}: expected {', '.join(TASKS)}")
 
 
 def main():
-    limits = {"shard_tokens": 1, "threads": 0, "max_documents": 1, "shards": 1}
-    limits |= {"vocab_size": 256 + len(SPECIAL) if tokenizer == "bpe" else 0}
-    for key, least in limits.items():
-        if (value := globals()[key]) is not None and value < least:
-            raise UserError(f"{key}={value}: expected {least} or more")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction}: expected 0 or more and less than 1")
+    check_settings()
+    run = model.setup("cpu", timedelta(days=7))
     folder, begun = Path("data") / dataset, time.monotonic()
-    clear = lambda: [left.unlink() for left in folder.glob("*.tmp")]
-    clear()  # what a killed run left, which may be a link to a download
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    workers = threads or os.cpu_count() or 1
+    pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
-        if source == "fineweb10B":
-            use_fineweb(folder)
-        else:
-            build(folder, finished_tokenizer(), threads or os.cpu_count() or 1)
+        with pool:
+            spread = pool.map if workers > 1 else map
+            if source == "fineweb10B":
+                use_fineweb(folder, work)
+            elif task:
+                sets = build_tasks(run, work, spread, plan(run), [task])
+                for name, n in sets.items():
+                    os.replace(work / name, folder / name)
+                    print(f"{name}: {n:,} records")
+                if run.main:
+                    shutil.rmtree(work)
+            else:
+                build(run, folder, work, spread)
     except OSError as error:  # a full disk, a file that may not be read
+        shutil.rmtree(work, ignore_errors=True)
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
+    except KeyboardInterrupt:
+        raise UserError("stopped: the same command goes on from here") from None
     finally:
-        clear()
-    took = model.duration(time.monotonic() - begun)
-    print(f"wrote {folder} in {took}: python train.py --dataset={dataset}")
+        for left in (work, folder):
+            with suppress(OSError):  # what a refused run made and did not fill
+                left.rmdir()
+    if run.main:
+        took = model.duration(time.monotonic() - begun)
+        print(f"wrote {folder} in {took}: python train.py --dataset={dataset}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -184,7 +185,9 @@ def files_of(spec, run):
         return walk(folder, ".py", SUITES), folder, None
     if spec in DOWNLOADS:
         url, sha256, between = DOWNLOADS[spec]
-        ending = "".join(Path(url).suffixes[-2:]) if url.endswith(".gz") else Path(url).suffix
+        ending = (
+            "".join(Path(url).suffixes[-2:]) if url.endswith(".gz") else Path(url).suffix or ".txt"
+        )
         path = KEPT / f"{spec}{ending}"
         if run.main:
             download(url, path, sha256)
@@ -455,7 +458,8 @@ def powers(n):
 def word_hashes(texts):
     """(hash uint64, number of its text) of every word, in order: letters and digits, in lower case;
     a Chinese or Japanese character or a Korean syllable is a word of its own."""
-    data = np.frombuffer(("\0".join(texts) + "\0").lower().encode(), np.uint8)
+    plain = "".join(text.replace("\0", " ") + "\0" for text in texts).lower()
+    data = np.frombuffer(plain.encode(), np.uint8)
     inside = LETTERS[data]
     wide = (data >= 0xE3) & (data <= 0xED)  # the first of the three bytes of such a character
     before, after = np.roll(inside, 1), np.append(inside[1:], False)
@@ -1124,8 +1128,8 @@ def write_shard(work, key, job):
     """Write one shard in llm.c's format: the tokens from `begin` to `end` of its split."""
     name, parts, begin, end = job
     kind = np.uint32 if finished(work / f"{key}.tokenizer").n_vocab > 65536 else np.uint16
-    if not (work / name).exists():
-        with model.whole_file(work / name) as file:
+    if not (work / f"{key}.{name}").exists():
+        with model.whole_file(work / f"{key}.{name}") as file:
             head = (20240801, 7) if kind == np.uint32 else (20240520, 1)
             file.write(np.array([*head, end - begin, *[0] * 253], "<i4"))
             for i, split, limit, first, last in parts:
@@ -1139,8 +1143,8 @@ def write_shard(work, key, job):
     return 2 * (end - begin)
 
 
-def commit(folder, work, tok, meta, more=()):
-    """Make the finished files in `work` the dataset. meta.json goes first and comes last: a folder
+def commit(folder, work, key, tok, meta, more=()):
+    """Make the finished files in `work`, shards named <key>.<name>, the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
     kept = {
         k: v for k, v in settings(globals()).items() if k not in ("threads", "device", "report")
@@ -1161,7 +1165,9 @@ def commit(folder, work, tok, meta, more=()):
     ):
         for old in folder.glob(pattern):
             old.unlink()
-    for name in [*chain(*(meta[split]["shards"] for split in shown)), *more, *texts]:
+    for name in chain.from_iterable(meta[split]["shards"] for split in shown):
+        os.replace(work / f"{key}.{name}", folder / name)
+    for name in [*more, *texts]:
         os.replace(work / name, folder / name)
     shutil.rmtree(work)
     for split in shown:
@@ -1342,8 +1348,9 @@ def convert(work, wanted, unit):
 
 def build_tasks(run, work, pool, units, wanted):
     """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {name: rows}."""
-    each(partial(convert, work, wanted), units, run, pool, "converting")
     made = {}
+    if wanted:
+        each(partial(convert, work, wanted), units, run, pool, "converting")
     for name in wanted if run.main else ():
         tally, rows = Tally(), {}
         for unit in units:
@@ -1416,12 +1423,13 @@ def use_fineweb(folder, work):
                 raise UserError(f"{path}: removed: not the token shard that was expected")
             meta[split]["tokens"] += header[-1]
     for name in meta["train"]["shards"] + meta["val"]["shards"]:
-        (work / name).unlink(missing_ok=True)
+        place = work / f"fineweb.{name}"
+        place.unlink(missing_ok=True)
         try:
-            os.link(kept / name, work / name)  # the same bytes on the disk, not a copy
+            os.link(kept / name, place)  # the same bytes on the disk, not a copy
         except OSError:  # another file system, or one without links
-            shutil.copyfile(kept / name, work / name)
-    commit(folder, work, tok, meta)
+            shutil.copyfile(kept / name, place)
+    commit(folder, work, "fineweb", tok, meta)
 
 
 def learn_tokenizer(work, key, names, pool):
@@ -1458,6 +1466,8 @@ def build(run, folder, work, pool):
     what needs every result at once is rank 0's."""
     say = print if run.main else lambda line: None
     tok, units = finished_tokenizer(), plan(run)
+    if not units:
+        raise UserError(f"--source={source}: no text for training in it")
     units = few_units(work, units, run) if max_documents else units
     each(partial(clean, work), units, run, pool, "reading")
     names = [unit["name"] for unit in units]
@@ -1506,7 +1516,7 @@ def build(run, folder, work, pool):
         meta |= {"source_sha256": hashlib.sha256(hashes.tobytes()).hexdigest(), "skipped": skipped}
         if report:
             write_report(work, key, names, tallies, clusters, meta)
-        commit(folder, work, tok, meta, [*sets, *["report.md"][:report]])
+        commit(folder, work, key, tok, meta, [*sets, *["report.md"][:report]])
 
 
 def write_report(work, key, names, tallies, clusters, meta):
@@ -1596,12 +1606,16 @@ def main():
         shutil.rmtree(work, ignore_errors=True)
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
+    except BrokenProcessPool:
+        why = "a process was killed, for want of memory perhaps: --threads=1 takes less"
+        raise UserError(f"{why}; the same command goes on from here") from None
     except KeyboardInterrupt:
         raise UserError("stopped: the same command goes on from here") from None
     finally:
-        for left in (work, folder):
-            with suppress(OSError):  # what a refused run made and did not fill
-                left.rmdir()
+        if run.main and not any(work.glob("*.json")):  # no part is finished: nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                folder.rmdir()
     if run.main:
         took = model.duration(time.monotonic() - begun)
         print(f"wrote {folder} in {took}: python train.py --dataset={dataset}")

@@ -56,6 +56,7 @@ import gzip
 import hashlib
 import heapq
 import json
+import math
 import os
 import re
 import shutil
@@ -82,6 +83,7 @@ import torch.distributed as dist
 import model
 from model import UserError
 
+UNIT = 2_000_000  # bytes of a part of the input that one process works on alone, at least
 BATCH = 1_000_000  # characters that are in hand at once in each process
 
 # --------------------------------------------------------------------------------------------------
@@ -220,10 +222,10 @@ def walk(folder, ending="", avoid=()):
     ones and those in folders to avoid."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != "." and name not in avoid)
-        paths = (Path(place, name) for name in sorted(names) if name.endswith(ending))
+        folders[:] = [name for name in folders if name[0] != "." and name not in avoid]
+        paths = (Path(place, name) for name in names if name.endswith(ending))
         found += [path for path in paths if path.name[0] != "." and path.is_file()]
-    return found
+    return sorted(found)
 
 
 def addresses(spec):
@@ -263,23 +265,22 @@ def plan(run):
     for name, (_, spec) in mixture().items():
         paths, folder, between = files_of(spec, run)
         sizes = [path.stat().st_size for path in paths]
-        share = min(64_000_000, max(2_000_000, sum(sizes) // 64))
+        share = min(64_000_000, max(UNIT, sum(sizes) // 64))
         held = share
         for path, size in zip(paths, sizes):
-            cut = "\n" if path.name.endswith(".jsonl") else None if is_record(path) else between
-            borders = [0]
-            if (
+            cut = between if not is_record(path) else "\n" if ".jsonl" in path.suffixes else None
+            # A mark that can overlap itself, as in "---" of "----", is found from the start alone.
+            alone = (
                 cut
                 and path.suffix != ".gz"
-                and not any(cut[i:] == cut[:-i] for i in range(1, len(cut)))
-            ):
-                borders = [*range(0, max(size, 1), share)]
-            for begin, end in zip(borders, [*borders[1:], None]):
-                file = [str(path), begin, end, size, path.stat().st_mtime_ns]
+                and not any(cut.endswith(cut[:i]) for i in range(1, len(cut)))
+            )
+            borders = range(0, max(size, 1), share) if alone else [0]
+            for begin, end in zip(borders, [*borders[1:], size]):
                 if held >= share or len(borders) > 1:
-                    units.append({"source": name, "cut": cut, "files": [], "under": str(folder)})
+                    units.append({"source": name, "files": [], "under": folder and str(folder)})
                     held = 0
-                units[-1]["files"].append(file)
+                units[-1]["files"].append([str(path), begin, end, cut, path.stat().st_mtime_ns])
                 held += size
     for unit in units:  # its results have this name: other settings, or another file, another name
         aside = ("threads", "device", "dataset", "report")
@@ -308,26 +309,24 @@ def is_record(path):
 def records(unit, skipped=None, bad=None):
     """Yield the records of a unit as dicts, with their file's `path`; what is no UTF-8 in a folder
     goes to `skipped`. A line that is no record goes to `bad`, or where there is none ends all."""
-    for path, begin, end, *_ in unit["files"]:
-        shown = os.path.relpath(path, unit["under"]) if unit["under"] != "None" else path
+    for path, begin, end, cut, _ in unit["files"]:
+        shown = os.path.relpath(path, unit["under"]) if unit["under"] else path
         if not is_record(Path(path)):
             page = path.removesuffix(".gz").endswith((".html", ".htm", ".xhtml"))
-            parts = read_parts(path, unit["cut"], begin, end)
+            parts = read_parts(path, cut, begin, end)
             try:
                 for part in parts:
                     text = part.decode()
-                    text = text.strip("\n") if unit["cut"] else text
+                    text = text.strip("\n") if cut else text
                     yield {field: text, "path": shown, "html": page}
             except UnicodeDecodeError as error:
-                if unit["under"] == "None":
+                if not unit["under"]:
                     raise UserError(
                         f"{path}: not UTF-8 text ({error.reason}): convert it"
                     ) from None
                 skipped.append(shown)
             continue
-        lines = (
-            read_parquet(path) if path.endswith(".parquet") else read_json(path, unit, begin, end)
-        )
+        lines = read_parquet(path) if path.endswith(".parquet") else read_json(path, begin, end)
         for number, line in lines:
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
@@ -341,7 +340,7 @@ def records(unit, skipped=None, bad=None):
                 found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
                 found = found[:60].decode(errors="replace")
                 if bad is None:
-                    before = Path(path).read_bytes()[:begin].count(b"\n") if begin else 0
+                    before = Path(path).read_bytes()[: begin - 1].count(b"\n") + 1 if begin else 0
                     expected = f'expected {{"{field}": "..."}}, found {found!r}'
                     raise UserError(f"{path}:{before + number}: {expected}") from None
                 bad.append(f"{shown}:{number}: {found}")
@@ -358,25 +357,26 @@ def read_parts(path, between, begin=0, end=None):
                 return
             mark, held = between.encode(), b""
             at = max(0, begin - len(mark))  # where `held` begins
+            end = math.inf if end is None or path.endswith(".gz") else end
             file.seek(at)
             inside = begin == 0  # else the part before the first mark belongs to another range
             while block := file.read(1 << 20):
                 *whole, held = (held + block).split(mark)
                 for part in whole:
-                    if end is not None and at >= end:
+                    if at >= end:
                         return
                     number += 1
                     at += len(part) + len(mark)
                     if inside:
                         yield part
                     inside = True
-            if inside and (end is None or at < end):
+            if inside and at < end:
                 yield held
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged after line {number}: {error}") from None
 
 
-def read_json(path, unit, begin, end):
+def read_json(path, begin=0, end=None):
     """(number, line or dict) of a JSONL file, or of a JSON file that is a list of records."""
     if path.removesuffix(".gz").endswith(".json"):
         (data,) = read_parts(path, None)
@@ -461,13 +461,15 @@ def word_hashes(texts):
     plain = "".join(text.replace("\0", " ") + "\0" for text in texts).lower()
     data = np.frombuffer(plain.encode(), np.uint8)
     inside = LETTERS[data]
+    first, last = inside.copy(), inside.copy()
+    first[1:] &= ~inside[:-1]
+    last[:-1] &= ~inside[1:]
     wide = (data >= 0xE3) & (data <= 0xED)  # the first of the three bytes of such a character
-    before, after = np.roll(inside, 1), np.append(inside[1:], False)
-    wide_next = np.append(wide[1:], False)
-    behind = np.zeros(len(data), bool)  # the last byte of one
-    behind[2:] = wide[:-2]
-    starts = np.flatnonzero(inside & (~before | wide | np.append(False, behind[:-1])))
-    ends = np.flatnonzero(inside & (~after | wide_next | behind))
+    if wide.any():
+        third = np.append([False, False], wide[:-2])
+        first |= wide | (inside & np.append(False, third[:-1]))
+        last |= third | (inside & np.append(wide[1:], False))
+    starts, ends = np.flatnonzero(first), np.flatnonzero(last)
     up, down = (p[: len(data)] for p in powers(1 << len(data).bit_length()))
     sums = BYTES[data]
     sums *= up
@@ -517,7 +519,7 @@ def evaluation_grams():
         data = b"".join(read_parts(path, None)).decode(errors="replace")
         texts = [data]
         if is_record(Path(path)):
-            rows = read_json(path, None, 0, None)
+            rows = read_json(path)
             rows = [row if isinstance(row, dict) else json.loads(row) for _, row in rows]
             texts = ["\n".join(strings(row)) for row in rows]
         found.append(shingles(*word_hashes(texts), GRAM)[0])
@@ -642,7 +644,7 @@ def digest(data):
 
 def plain_url(url):
     """A URL without what does not say which page it is: scheme, www, fragment, a last slash."""
-    return re.sub(r"^https?://(www\.)?|#.*|/$|\butm_\w+=[^&]*&?", "", url.strip().lower())
+    return re.sub(r"^https?://(www\.)?|\butm_\w+=[^&#]*&?|[/?]?(#.*)?$", "", url.strip().lower())
 
 
 def clean(work, unit):
@@ -826,7 +828,7 @@ def settle(work, key, units, tallies):
 
 
 def chosen(work, key, names, i):
-    """Yield (split, its number there, hash, text) of the documents of unit i that stay, in order."""
+    """Yield (split, number, hash, text) of the documents of unit i that stay, in order."""
     begin, end = np.load(work / f"{key}.starts.npy")[i : i + 2]
     cuts = np.load(work / f"{key}.cuts.npy", mmap_mode="r")[begin:end]
     numbers, hashes = np.flatnonzero(cuts >= 0), np.load(work / f"{names[i]}.npz")["hash"]
@@ -1042,7 +1044,7 @@ def encode(work, key, names, i):
     document its tokens, hash and bytes. Returns bytes."""
     place, tok = f"{work / key}.{i}", finished(work / f"{key}.tokenizer")
     if not os.path.exists(f"{place}.npz"):
-        kind = np.uint32 if tok.n_vocab > 65536 else np.uint16
+        kind = "<u4" if tok.n_vocab > 65536 else "<u2"
         rows = {"train": [], "val": []}
         with open(f"{place}.train", "wb") as train, open(f"{place}.val", "wb") as val:
             parts = (
@@ -1066,7 +1068,7 @@ def encode(work, key, names, i):
 
 
 def layout(work, key, units):
-    """What the shards hold, and the numbers of it: ({split: [(unit, its split, hash limit)]}, meta).
+    """What the shards hold and its numbers: ({split: [(unit, its split, hash limit)]}, meta).
     A mix takes each source as often as its share wants: whole first, then the documents with the
     lowest hashes. Its val keeps the shares, without repeats; val.<source> is all of a source's."""
     tables = [dict(np.load(work / f"{key}.{i}.npz")) for i in range(len(units))]
@@ -1119,7 +1121,7 @@ def shard_jobs(work, key, plans):
         for begin in range(0, at, shard_tokens):
             end = min(at, begin + shard_tokens)
             names[split].append(f"{split}_{begin // shard_tokens:06d}.bin")
-            parts = [place for place in places if place[3] < end and place[4] > begin]
+            parts = [p for p in places if p[3] < end and p[4] > max(begin, p[3])]
             jobs.append((names[split][-1], parts, begin, end))
     return names, totals, jobs
 
@@ -1127,19 +1129,17 @@ def shard_jobs(work, key, plans):
 def write_shard(work, key, job):
     """Write one shard in llm.c's format: the tokens from `begin` to `end` of its split."""
     name, parts, begin, end = job
-    kind = np.uint32 if finished(work / f"{key}.tokenizer").n_vocab > 65536 else np.uint16
+    wide = finished(work / f"{key}.tokenizer").n_vocab > 65536
+    kind, head = ("<u4", (20240801, 7)) if wide else ("<u2", (20240520, 1))
     if not (work / f"{key}.{name}").exists():
         with model.whole_file(work / f"{key}.{name}") as file:
-            head = (20240801, 7) if kind == np.uint32 else (20240520, 1)
             file.write(np.array([*head, end - begin, *[0] * 253], "<i4"))
-            for i, split, limit, first, last in parts:
+            for i, split, limit, first, _ in parts:
                 tokens = np.memmap(work / f"{key}.{i}.{split}", kind, "r")
                 if limit is not None:
                     table = np.load(work / f"{key}.{i}.npz")[split]
                     tokens = tokens[np.repeat(table[:, 1] <= limit, table[:, 0].astype(np.int64))]
-                file.write(
-                    tokens[max(0, begin - first) : end - first].astype(f"<{kind().dtype.str[1:]}")
-                )
+                file.write(tokens[max(0, begin - first) : end - first])
     return 2 * (end - begin)
 
 
@@ -1343,7 +1343,7 @@ def convert(work, wanted, unit):
             tallies[name].count(line, line, "no JSON object")
         tallies = {name: tally.__dict__ for name, tally in tallies.items()}
         model.write_json(place, {"rows": rows, "tallies": tallies})
-    return sum(size for *_, size, _ in unit["files"])
+    return sum(end - begin for _, begin, end, *_ in unit["files"])
 
 
 def build_tasks(run, work, pool, units, wanted):
@@ -1362,6 +1362,7 @@ def build_tasks(run, work, pool, units, wanted):
         if tally.documents[1] > len(rows):
             print(f"{name}: {tally.documents[1] - len(rows):,} records came before, word for word")
         if not rows and task:
+            shutil.rmtree(work)
             raise UserError(f"--source={source}: no record for --task={task} in it")
         last = list(rows)[len(rows) - round(len(rows) * val_fraction) :]
         last = last if len(rows) < 20 else [r for r, h in rows.items() if h < val_fraction * 2**64]

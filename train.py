@@ -42,6 +42,7 @@ init = "scaled"  # scaled (GPT-2's), xavier or he
 # the batch: one number; micro-batch and accumulation follow from it
 batch_tokens = 4096  # tokens per optimizer step, over all processes
 seq_len = 256  # tokens of a window, and the model's context
+stride = 0  # tokens from one training window to the next; 0: seq_len; less: they overlap
 micro_batch = 0  # windows at once on a device, at most; 0: as many as fit its memory
 document_mask = False  # attend within a document only
 
@@ -126,19 +127,22 @@ class Windows:
     """Windows of seq_len tokens from shards, in one global sequence: position i is window
     permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
 
+    A window begins every `stride` tokens (0: every seq_len).
     partial: the last window of a shard may be short, so that every token is a target once.
     """
 
-    def __init__(self, paths, seq_len, seed=0, partial=False):
+    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0):
         self.shards, self.seq_len, self.seed = [open_shard(p) for p in paths], seq_len, seed
+        self.stride = stride or seq_len
         tokens = np.array([len(shard) for shard in self.shards], dtype=np.int64)
-        self.ends = np.cumsum(np.maximum(tokens - 1 + partial * (seq_len - 1), 0) // seq_len)
+        spare = tokens - 1 - seq_len + partial * (seq_len - 1)  # behind the first window
+        self.ends = np.cumsum(np.maximum(spare + self.stride, 0) // self.stride)
         self.n, self.order = int(self.ends[-1]) if paths else 0, {}
 
     def window(self, i):
         """Inputs and targets (seq_len + 1,) int64 of window i, -100 past the shard's end."""
         s = int(np.searchsorted(self.ends, i, side="right"))
-        first = (i - (int(self.ends[s - 1]) if s else 0)) * self.seq_len
+        first = (i - (int(self.ends[s - 1]) if s else 0)) * self.stride
         out = np.full(self.seq_len + 1, -100, dtype=np.int64)
         tokens = self.shards[s][first : first + self.seq_len + 1]
         out[: len(tokens)] = tokens
@@ -160,17 +164,23 @@ class Windows:
 
 
 def open_dataset():
-    """(tokenizer, training windows, validation windows, a hash that names the data)."""
+    """(tokenizer, training windows, validation windows, {source: its validation windows} of a mix,
+    a hash that names the data)."""
     folder = Path("data") / dataset
     if not (folder / "meta.json").is_file():
         raise UserError(f"{folder}: no prepared data: python prepare.py --dataset={dataset} first")
     tok = model.Tokenizer.from_folder(folder)
-    train = Windows(sorted(folder.glob("train_*.bin")), seq_len, seed)
+    train = Windows(sorted(folder.glob("train_*.bin")), seq_len, seed, stride=stride)
     if train.n == 0:
         raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
     val = Windows(sorted(folder.glob("val_*.bin")), seq_len, partial=True)
-    digest = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-    return tok, train, val, digest
+    meta = (folder / "meta.json").read_bytes()
+    shards = {
+        name: sorted(folder.glob(f"val.{name}_*.bin"))
+        for name in json.loads(meta).get("sources", {})
+    }
+    apart = {name: Windows(some, seq_len, partial=True) for name, some in shards.items() if some}
+    return tok, train, val, apart, hashlib.sha256(meta).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,7 +284,12 @@ def open_run(tok, digest):
 def made_by(digest):
     """What a resumed run must have in common with its first part."""
     keys = [k for k in model.GPTConfig.__dataclass_fields__ if k in globals()]
-    keys = [k for k in keys if k not in ("dropout", "init")] + ["seq_len", "seed", "optimizer"]
+    keys = [k for k in keys if k not in ("dropout", "init")] + [
+        "seq_len",
+        "stride",
+        "seed",
+        "optimizer",
+    ]
     return {k: globals()[k] for k in keys} | {"dataset": digest}
 
 
@@ -448,7 +463,7 @@ def main():
     say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
     progress = model.Progress()
     check_settings()
-    tok, train, val, digest = open_dataset()
+    tok, train, val, apart, digest = open_dataset()
     end_of_text = tok.eot_id
     net, tok, state = open_run(tok, digest)
     agreed(run, [0])  # nobody writes before everybody has read
@@ -614,6 +629,8 @@ def main():
             val_loss, bpb = evaluate(net, val, token_bytes, run, cast, micro)
             ppl = math.exp(min(val_loss, 700))
             verdict = {"val_loss": val_loss, "val_ppl": ppl, "val_bpb": bpb}
+            for name, some in apart.items():
+                verdict[f"val_loss.{name}"] = evaluate(net, some, token_bytes, run, cast, micro)[0]
             record({"step": step, "tokens": tokens} | verdict)
             row |= verdict
             history = [*history, [step, mean_loss, val_loss]]

@@ -1,0 +1,546 @@
+"""prepare.py as a pipeline: what is collected, what is the same, what is mixed, what becomes a task
+set, on one process and on two, whole and killed."""
+
+import gzip
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import string
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import run
+from test_prepare import (
+    SHARED,
+    documents_of,
+    done_well,
+    files,
+    made_up_documents,
+    main_here,
+    prepare_py,
+    read_split,
+    start_py,
+    write_jsonl,
+)
+
+import model
+import prepare
+import train
+
+BYTES = "--tokenizer=byte", "--val_fraction=0"
+
+
+def made_up_pages(n, words=80, seed=0):
+    """Texts of random words, no two alike."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=2 + i % 8)) for i in range(3000)]
+    return [" ".join(rng.choices(vocabulary, k=words)) for _ in range(n)]
+
+
+def shingles(text):
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+def jaccard(a, b):
+    a, b = shingles(a), shingles(b)
+    return len(a & b) / len(a | b)
+
+
+def altered(text, wanted, rng):
+    """The text with words replaced until its Jaccard similarity to itself falls to `wanted`."""
+    words = text.split()
+    for place in rng.sample(range(len(words)), len(words)):
+        if jaccard(text, " ".join(words)) <= wanted:
+            break
+        words[place] = "".join(rng.choices(string.ascii_lowercase, k=9))
+    return " ".join(words)
+
+
+def kept(cwd, *args):
+    """The documents that prepare.py keeps, in order."""
+    done_well(prepare_py(cwd, *args, *BYTES))
+    return documents_of(cwd / "data/python", "train")
+
+
+# --------------------------------------------------------------------------------------------------
+# Collecting
+
+
+@pytest.mark.parametrize("mark", ["\n", "<|endoftext|>", "ab", "---"])
+def test_ranges_of_a_file_are_its_parts(mark, tmp_path):
+    rng = random.Random(1)
+    text = "".join(rng.choice(["a", "b", "é", "-", "\n", mark, mark]) for _ in range(400))
+    (tmp_path / "f").write_bytes(text.encode())
+    size = len(text.encode())
+    whole = text.encode().split(mark.encode())
+    assert list(prepare.read_parts(str(tmp_path / "f"), mark)) == whole
+    if mark == "---":  # overlaps itself: such a file is not divided
+        return
+    for step in (1, 2, 7, 50, 1000):
+        borders = [*range(0, size, step), size]
+        ranges = itertools.pairwise(borders)
+        parts = [p for a, b in ranges for p in prepare.read_parts(str(tmp_path / "f"), mark, a, b)]
+        assert parts == (whole if whole[-1] else whole[:-1])
+
+
+def test_the_size_of_units_changes_nothing(tmp_path, monkeypatch):
+    texts = made_up_documents(300)
+    made = []
+    for unit in (2_000_000, 500):
+        place = tmp_path / str(unit)
+        place.mkdir()
+        write_jsonl(place / "docs.jsonl", texts)
+        main_here(monkeypatch, place, source="docs.jsonl", vocab_size=300, UNIT=unit, threads=1)
+        made.append(files(place / "data"))
+    assert made[0] == made[1]
+
+
+def test_a_bad_line_in_a_later_range_has_its_number(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": t}) for t in made_up_documents(300)]
+    lines[222] = "{"
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    with pytest.raises(model.UserError, match=r"docs.jsonl:223: expected .* found '\{'"):
+        main_here(monkeypatch, tmp_path, source="docs.jsonl", UNIT=500, threads=1)
+
+
+def test_globs_and_every_kind_of_file(tmp_path):
+    texts = made_up_pages(6)
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text(texts[0])
+    (folder / "b.txt.gz").write_bytes(gzip.compress(texts[1].encode()))
+    write_jsonl(folder / "c.jsonl", texts[2:3])
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": texts[3]}).encode()))
+    (folder / "e.json").write_text(json.dumps([{"text": texts[4]}]))
+    (folder / "f.html").write_text(f"<html><script>x</script><body><p>{texts[5]}</body>")
+    assert kept(tmp_path, "--source=in") == texts
+    assert kept(tmp_path, "--source=in/**/*.txt*") == texts[:2]
+    assert kept(tmp_path, "--source=in/**/*.jsonl*", "--field=text") == texts[2:4]
+    result = prepare_py(tmp_path, "--source=in/*.nothing")
+    assert result.stderr == "--source=in/*.nothing: no file has such a name\n"
+
+
+def test_parquet_or_a_line_that_says_what_it_needs(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = made_up_pages(30)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        path.write_bytes(b"PAR1")
+        result = prepare_py(tmp_path, "--source=a.parquet")
+        assert result.stderr == "a.parquet: parquet needs pyarrow: pip install pyarrow\n"
+        return
+    table = pyarrow.table({"id": list(range(30)), "text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=7)
+    assert kept(tmp_path, "--source=a.parquet") == texts
+    path.write_bytes(b"PAR1 nothing")
+    assert "a.parquet: no parquet: " in prepare_py(tmp_path, "--source=a.parquet").stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# The same
+
+
+def test_words_have_the_same_hash_where_they_are_the_same_word():
+    rng = random.Random(2)
+    letters = "abAB1é ÉßΣ .,-\n\t\0"
+    texts = ["".join(rng.choices(letters, k=rng.randint(0, 40))) for _ in range(300)]
+    texts += ["日本の", "日 本,の", "한국어 abc한", "x日y"]
+    words = []
+    for i, text in enumerate(texts):
+        found = re.findall(r"[\u3000-\ud7ff]|[^\W_\u3000-\ud7ff]+", text.lower())
+        words += [(word, i) for word in found]
+    hashes, owners = prepare.word_hashes(texts)
+    assert [i for _, i in words] == owners.tolist()
+    by_word = {}
+    for (word, _), value in zip(words, hashes.tolist()):
+        assert by_word.setdefault(word, value) == value
+    assert len(set(by_word.values())) == len(by_word)
+
+
+def test_signatures_agree_as_often_as_shingles():
+    rng = random.Random(3)
+    pages = made_up_pages(40, 300)
+    errors = []
+    for page, wanted in zip(pages, np.linspace(0.2, 0.95, 40)):
+        other = altered(page, wanted, rng)
+        a, b = prepare.minhash(*prepare.word_hashes([page, other]), 2)
+        errors.append((a == b).mean() - jaccard(page, other))
+    # of 128 draws with probability p the mean has a standard deviation of up to 0.044
+    assert abs(np.mean(errors)) < 0.02 and 0.015 < np.std(errors) < 0.05
+
+
+def test_near_duplicates_as_well_as_datasketch(tmp_path, monkeypatch):
+    rng, pages, pairs = random.Random(4), made_up_pages(1200, 250), {}
+    for page in pages[:400]:
+        other = altered(page, rng.uniform(0.5, 0.95), rng)
+        pairs[page, other] = jaccard(page, other)
+    texts = pages + [other for _, other in pairs]
+    rng.shuffle(texts)
+    write_jsonl(tmp_path / "docs.jsonl", texts)
+    result = done_well(prepare_py(tmp_path, "--source=docs.jsonl", *BYTES, "--report"))
+    left = set(documents_of(tmp_path / "data/python", "train"))
+    assert all(page in left or other in left for page, other in pairs)
+    found = {pair for pair in pairs if not left.issuperset(pair)}
+    assert len(left) + len(found) == len(texts)  # no page was taken for one that it is not like
+    truth = {pair for pair, similarity in pairs.items() if similarity >= 0.8}
+    f1 = lambda found: 2 * len(found & truth) / (len(found) + len(truth))
+    assert f1(found) > 0.8, result.stdout
+    clusters = f"{len(found):,} clusters, {len(found):,} documents left out."
+    assert clusters in (tmp_path / "data/python/report.md").read_text()
+    datasketch = pytest.importorskip("datasketch")
+    lsh, theirs = datasketch.MinHashLSH(threshold=0.8, num_perm=128), set()
+    for text in texts:
+        signature = datasketch.MinHash(128)
+        signature.update_batch([" ".join(s).encode() for s in shingles(text)])
+        for other in lsh.query(signature):
+            theirs |= {(text, other), (other, text)} & set(pairs)
+        lsh.insert(text, signature)
+    assert f1(found) >= f1(theirs)
+
+
+def test_the_first_of_the_same_texts_and_urls_stays(tmp_path):
+    pages = made_up_pages(30, 20)
+    rows = [{"text": t, "url": f"https://example.org/{i}"} for i, t in enumerate(pages)]
+    same_text = rows[3] | {"text": "  " + pages[3].upper() + "\n", "url": "https://a.org"}
+    same_url = {"text": "another text for once", "url": "http://www.Example.org/7/#top"}
+    rows = [*rows[:10], same_text, same_url, *rows[10:], {"text": "no url"}, {"text": "none"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    everything = [row["text"] for row in rows]
+    assert kept(tmp_path, "--source=d.jsonl", "--steps=") == everything
+    without = lambda *some: [row["text"] for row in rows if row not in some]
+    assert kept(tmp_path, "--source=d.jsonl", "--steps=exact") == without(same_text)
+    assert kept(tmp_path, "--source=d.jsonl", "--steps=url") == without(same_url)
+    assert kept(tmp_path, "--source=d.jsonl", "--steps=url,exact") == without(same_text, same_url)
+
+
+def test_a_component_keeps_its_first_member():
+    edges = np.array([[5, 4], [4, 9], [1, 2], [9, 3], [7, 7]])
+    assert prepare.joined(10, edges).tolist() == [0, 1, 1, 3, 3, 3, 6, 7, 8, 3]
+    rng = np.random.default_rng(5)
+    for _ in range(30):
+        edges = rng.integers(0, 60, (rng.integers(0, 50), 2))
+        label = list(range(60))
+        for _ in range(60):
+            for a, b in edges:
+                label[a] = label[b] = min(label[a], label[b])
+        assert prepare.joined(60, edges).tolist() == label
+
+
+def test_documents_with_thirteen_words_of_an_evaluation_are_dropped(tmp_path):
+    pages = [page.split() for page in made_up_pages(5, 60)]
+    question = {"question": " ".join(pages[0][:30]), "choices": [" ".join(pages[1][:20])]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(question))
+    (tmp_path / "plain.txt").write_text(" ".join(pages[4][5:25]).upper())
+    texts = {
+        "clean": " ".join(pages[2]),
+        "13 of a question": " ".join(pages[2][:9] + pages[0][10:23] + pages[2][9:]),
+        "12 of a question": " ".join(pages[3][:9] + pages[0][10:22] + pages[3][9:]),
+        "13 of a choice": "(" + "; ".join(pages[1][3:16]).upper() + "!)",
+        "13 of a text": " ".join(pages[4][5:18]),
+    }
+    write_jsonl(tmp_path / "d.jsonl", texts.values())
+    args = "--source=d.jsonl", "--decontaminate=test.jsonl,plain.txt", "--steps=near", "--report"
+    assert kept(tmp_path, *args) == [texts["clean"], texts["12 of a question"]]
+    report = (tmp_path / "data/python/report.md").read_text()
+    assert "**decontaminate: 13 words in a row of an evaluation**: 3 documents" in report
+    result = prepare_py(tmp_path, "--source=d.jsonl", "--decontaminate=nothing.txt")
+    assert result.stderr == "--decontaminate=nothing.txt: no such file\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# Mixes
+
+
+MIX = 'sources = {"web": (0.75, "web.jsonl"), "code": (0.25, "code.jsonl")}\nmix_tokens = 30000\n'
+
+
+def mixed(cwd):
+    web = made_up_pages(200, 40, seed=1)
+    code = [f"def f{i}(): return {page}" for i, page in enumerate(made_up_pages(40, 30, seed=2))]
+    write_jsonl(cwd / "web.jsonl", web)
+    write_jsonl(cwd / "code.jsonl", code)
+    (cwd / "mix.py").write_text(MIX + 'tokenizer = "byte"\ndataset = "mix"\nval_fraction = 0.2\n')
+    done_well(prepare_py(cwd, "mix.py", "--report"))
+    return web, code
+
+
+def test_a_mix_has_the_shares_that_were_asked(tmp_path):
+    web, code = mixed(tmp_path)
+    folder = tmp_path / "data" / "mix"
+    docs, meta = documents_of(folder, "train"), json.loads((folder / "meta.json").read_text())
+    counts = {"web": Counter(), "code": Counter()}
+    for doc in docs:
+        counts["code" if doc.startswith("def") else "web"][doc] += 1
+    size = {name: sum(n * (1 + len(d)) for d, n in c.items()) for name, c in counts.items()}
+    assert abs(size["web"] - 22_500) < 400 and abs(size["code"] - 7_500) < 400
+    assert meta["train"]["tokens"] == sum(size.values()) == len(read_split(folder, "train"))
+    for name, all_texts in (("web", web), ("code", code)):
+        said, val = meta["sources"][name]["train"], documents_of(folder, f"val.{name}")
+        training = set(all_texts) - set(val)
+        epochs = size[name] / sum(1 + len(text) for text in training)
+        assert abs(said["epochs"] - epochs) < 0.1
+        times = {counts[name][text] for text in training}
+        assert times <= {int(epochs), int(epochs) + 1} and not counts[name].keys() & set(val)
+    both = documents_of(folder, "val")
+    assert set(both) <= {*documents_of(folder, "val.web"), *documents_of(folder, "val.code")}
+    shares = sum(1 + len(d) for d in both if d.startswith("def")) / len(read_split(folder, "val"))
+    assert abs(shares - 0.25) < 0.06 and len(both) == len(set(both))
+    assert "epochs" in (folder / "report.md").read_text()
+
+
+def test_train_tells_the_loss_of_each_source(tmp_path):
+    mixed(tmp_path)
+    args = "--dataset=mix", "--max_steps=2", "--seq_len=64", "--batch_tokens=256", "--eval_every=2"
+    shape = "--n_layer=1", "--n_embd=32", "--n_head=2", "--n_kv_head=2", "--eval_tokens=0"
+    run(tmp_path, "train.py", *args, *shape)
+    row = json.loads((tmp_path / "out/python/log.jsonl").read_text().splitlines()[-1])
+    net, _ = model.load(tmp_path / "out/python")
+    for name in ("val", "val.web", "val.code"):
+        paths = sorted((tmp_path / "data/mix").glob(f"{name}_*.bin"))
+        windows = train.Windows(paths, 64, partial=True)
+        ids, targets = windows.batch(range(windows.n), next(net.parameters()).device)
+        loss, n = (float(x) for x in net.requires_grad_(False)(ids, targets))
+        key = "val_loss" + name.removeprefix("val")
+        assert abs(row[key] - loss / n) < 1e-4
+
+
+def test_bad_mixes_are_a_line(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", made_up_pages(30))
+    (tmp_path / "empty.jsonl").write_text("")
+    for mix, message in [
+        ("{'a b': 1}", "sources: 'a b': 1: expected a name and a weight above 0"),
+        ("{'a': 0}", "sources: 'a': 0: expected"),
+        ("{'a': (1, 'nowhere')}", "--source=nowhere: no such file"),
+        ("{'a': (1, 'a.jsonl'), 'b': (1, 'empty.jsonl')}", "sources: no text for training in"),
+    ]:
+        result = prepare_py(tmp_path, f"--sources={mix}", "--tokenizer=byte")
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert result.stderr.startswith(message)
+
+
+@pytest.mark.parametrize("stride", [0, 3, 8, 11])
+def test_windows_begin_every_stride_tokens(stride, tmp_path):
+    tokens = [100, 9, 8, 45]
+    for i, n in enumerate(tokens):
+        shard = np.array([20240520, 1, n, *[0] * 253], "<i4").tobytes()
+        shard += np.arange(1000 * i, 1000 * i + n).astype("<u2").tobytes()
+        (tmp_path / f"{i}.bin").write_bytes(shard)
+    windows = train.Windows(sorted(tmp_path.glob("*.bin")), 8, stride=stride)
+    expected = [
+        list(range(1000 * i + first, 1000 * i + first + 9))
+        for i, n in enumerate(tokens)
+        for first in range(0, n - 8, stride or 8)
+    ]
+    assert [windows.window(i).tolist() for i in range(windows.n)] == expected
+    assert sorted(windows.at(i) for i in range(windows.n)) == list(range(windows.n))
+
+
+# --------------------------------------------------------------------------------------------------
+# Task sets
+
+
+def task(cwd, name, records, *args):
+    """What prepare.py makes of some records: (rows of both splits, what it prints)."""
+    (cwd / "r.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    result = prepare_py(cwd, f"--task={name}", "--source=r.jsonl", "--dataset=t", *args)
+    done_well(result)
+    rows = []
+    for split in ("train", "val"):
+        lines = (cwd / f"data/t/{name}_{split}.jsonl").read_text().splitlines()
+        rows += map(json.loads, lines)
+    return rows, result.stdout
+
+
+def said(*contents):
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+SYSTEM = {"role": "system", "content": "S"}
+SFT = [
+    ({"messages": said("q", "a")}, said("q", "a")),
+    ({"messages": [SYSTEM, *said("q", "a", "b", "c")]}, [SYSTEM, *said("q", "a", "b", "c")]),
+    ({"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]},)
+    + (said("h", "g"),),
+    ({"instruction": "i", "input": "", "output": "o"}, said("i", "o")),
+    ({"instruction": "i", "input": "x", "output": "o"}, said("i\n\nx", "o")),
+    ({"instruction": "i", "context": "c", "response": "r", "category": 1}, said("i\n\nc", "r")),
+    ({"prompt": "p", "completion": "c"}, said("p", "c")),
+    ({"prompt": said("p2"), "completion": said("", "c")[1:]}, said("p2", "c")),
+    ({"question": "2+2?", "answer": "#### 4"}, said("2+2?", "#### 4")),
+    ({"instruction": "i", "output": "o", "system": "S", "history": [["u", "v"]]},)
+    + ([SYSTEM, *said("u", "v", "i", "o")],),
+]
+HH = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
+PREFERENCES = [
+    ({"prompt": "p1", "chosen": "c", "rejected": "r"}, said("p1")),
+    ({"prompt": "p2", "chosen": said("p2", "c"), "rejected": said("p2", "r")}, said("p2")),
+    ({"chosen": said("p3", "c"), "rejected": said("p3", "r")}, said("p3")),
+    ({"instruction": "i", "input": "x", "output": "?", "chosen": "c", "rejected": "r"},)
+    + (said("i\n\nx"),),
+    ({"chosen": HH + " c", "rejected": HH + " r"}, said("one", "two", "three")),
+]
+
+
+def test_instructions_of_every_known_form(tmp_path):
+    rows, _ = task(tmp_path, "sft", [record for record, _ in SFT])
+    assert rows == [{"messages": messages} for _, messages in SFT]
+
+
+def test_preferences_of_every_known_form(tmp_path):
+    rows, _ = task(tmp_path, "preference", [record for record, _ in PREFERENCES])
+    wanted = [{"prompt": prompt, "chosen": "c", "rejected": "r"} for _, prompt in PREFERENCES]
+    assert rows == wanted
+
+
+def test_labels_and_pairs(tmp_path):
+    records = [
+        {"text": "t", "label": 1},
+        {"sentence": "s", "label": "x"},
+        {"text": "u", "category": "c"},
+    ]
+    rows, _ = task(tmp_path, "classify", records)
+    assert rows == [{"text": t, "label": y} for t, y in (("t", "1"), ("s", "x"), ("u", "c"))]
+    records = [{"source": "a", "target": "b"}, {"article": "c", "highlights": "d"}]
+    rows, _ = task(tmp_path, "seq2seq", records)
+    assert rows == [{"source": "a", "target": "b"}, {"source": "c", "target": "d"}]
+
+
+def test_bad_records_are_counted_and_shown(tmp_path):
+    good = {"instruction": "i", "output": "o"}
+    records = [good, {"instruction": "i"}, {"body": 1}, {"body": 2}, {"messages": []}, good]
+    records += [{"messages": [{"role": "robot", "content": "x"}]}, {"messages": said("q")}]
+    (tmp_path / "r.jsonl").write_text(
+        "".join(f"{json.dumps(r)}\n" for r in records) + "{broken\n[1]\n"
+    )
+    result = prepare_py(tmp_path, "--task=sft", "--source=r.jsonl", "--dataset=t")
+    out = done_well(result).stdout
+    for line in [
+        'sft: 1 bad records: an empty answer, such as {"instruction": "i"',
+        'sft: 2 bad records: no messages, instruction, prompt or question, such as {"body": 1',
+        "sft: 1 bad records: messages are no list of turns",
+        "sft: 1 bad records: a role that is none of system, user, assistant, tool",
+        "sft: 1 bad records: the last turn is not the assistant's",
+        "sft: 2 bad records: no JSON object, such as r.jsonl:9: {broken",
+        "sft: 1 records came before, word for word",
+        "sft_train.jsonl: 1 records",
+    ]:
+        assert line in out, (line, out)
+    result = prepare_py(tmp_path, "--task=classify", "--source=r.jsonl", "--dataset=t")
+    assert result.stderr == "--source=r.jsonl: no record for --task=classify in it\n"
+    assert sorted(os.listdir(tmp_path / "data/t")) == ["sft_train.jsonl", "sft_val.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("sft", "sft/instruction-data.json"),
+        ("preference", "preference/instruction-data-with-preference.json"),
+    ],
+)
+def test_real_task_files(name, file, tmp_path):
+    if not (SHARED / file).exists():
+        pytest.skip("no such file here")
+    done_well(prepare_py(tmp_path, f"--task={name}", f"--source={SHARED / file}", "--dataset=t"))
+    rows = []
+    for split in ("train", "val"):
+        lines = (tmp_path / f"data/t/{name}_{split}.jsonl").read_text().splitlines()
+        rows += map(json.loads, lines)
+    records = json.loads((SHARED / file).read_text())
+    assert 0.97 * len(records) < len(rows) <= len(records)
+    answers = {r["chosen" if name == "preference" else "output"] for r in records}
+    for row in rows:
+        assert (
+            row["chosen"] if name == "preference" else row["messages"][-1]["content"]
+        ) in answers
+
+
+def test_the_default_source_makes_all_four_task_sets(tiny):
+    folder = tiny / "data" / "tiny"
+    library = "\n".join(prepare.documents())
+    flat = " ".join(library.split())
+    for name, check in {
+        "sft": lambda r: r["messages"][0]["content"].startswith("Write the docstring"),
+        "preference": lambda r: r["chosen"] != r["rejected"] and r["rejected"] in flat,
+        "classify": lambda r: f"{r['label']}/" in str(list(prepare.plan(model.setup("cpu")))),
+        "seq2seq": lambda r: r["target"] in flat and r["source"].split("\n")[0] in library,
+    }.items():
+        rows = [
+            json.loads(line) for line in (folder / f"{name}_train.jsonl").read_text().splitlines()
+        ]
+        assert len(rows) > 20 and all(map(check, rows[::50]))
+
+
+# --------------------------------------------------------------------------------------------------
+# At scale
+
+
+def test_two_processes_write_the_same_bytes(tmp_path):
+    rng, pages = random.Random(7), made_up_pages(150, 60)
+    pages += [altered(page, 0.9, rng) for page in pages[:40]] + pages[:10]
+    made = []
+    for processes in (1, 2):
+        place = tmp_path / str(processes)
+        (place / "in").mkdir(parents=True)
+        for i in range(5):
+            write_jsonl(place / "in" / f"{i}.jsonl", pages[i::5])
+        args = "--source=in/*.jsonl", "--vocab_size=300", "--shard_tokens=3000", "--report"
+        # five files of 2 MB would be five units; here a glob of small ones is one, so mix them
+        mix = "--sources={'a': (0.6, 'in/[0-2].jsonl'), 'b': (0.4, 'in/[34].jsonl')}"
+        run(place, "prepare.py", *args, mix, processes=processes, env={"OMP_NUM_THREADS": "1"})
+        made.append(files(place / "data"))
+    assert made[0] == made[1] and len(made[0]) > 8
+
+
+def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):
+    for place in ("whole", "killed"):
+        (tmp_path / place).mkdir()
+        write_jsonl(tmp_path / place / "docs.jsonl", made_up_pages(9000, 200))
+    args = "--source=docs.jsonl", "--vocab_size=300", "--threads=1"
+    done_well(prepare_py(tmp_path / "whole", *args))
+    cwd = tmp_path / "killed"
+    process, *_ = start_py(cwd, *args)
+    work = cwd / "data/python/work"
+    finished = lambda: sorted(work.glob("*.json")) if work.exists() else []
+    while len(finished()) < 2:
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (cwd / "data/python/meta.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in finished()}
+    # The parts that were finished are not made again: each was once renamed to its name.
+    process, out, _ = start_py(cwd, *args)
+    after = {}
+    while process.is_alive():
+        for path in before:
+            try:
+                after[path] = path.stat().st_mtime_ns
+            except OSError:
+                pass
+        time.sleep(0.001)
+    assert process.exitcode == 0 and after == before
+    assert files(cwd / "data") == files(tmp_path / "whole/data")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its /proc")
+def test_a_killed_worker_is_a_line(tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", made_up_pages(9000, 200))
+    process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2")
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    while not (found := open(children).read().split()):
+        time.sleep(0.001)
+    os.kill(int(found[0]), signal.SIGKILL)
+    process.join()
+    err.seek(0)
+    assert process.exitcode == 1 and "a process was killed" in err.read()
+    done_well(prepare_py(tmp_path, "--source=docs.jsonl", "--threads=2", "--tokenizer=byte"))

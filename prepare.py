@@ -25,10 +25,19 @@ separator: str | None = None  # a text file is cut into documents here
 max_documents: int | None = None  # read so many
 shards: int | None = None  # of a download in many files: take so many
 
-# what is done to the documents; the local steps run in this order, and these after them:
-# decontaminate, url, exact, near
-steps = "html,exact,near"  # of the above and: CLEANING
+# what is done to the documents, in this order. One by one: html, unicode, whitespace, length,
+# language, blocklist, gopher_repetition, gopher_quality, c4, fineweb, perplexity, pii; then among
+# all: url, exact, near
+steps = "html,exact,near"
 near_threshold = 0.8  # Jaccard similarity of 5-word shingles from which documents are the same
+html_documents: bool | None = None  # are they HTML; none: those named .html, .htm, .xhtml
+min_chars = 199  # 50 words of 3 letters and the blanks between them: Gopher's least, as characters
+max_chars = 1_099_999  # 100,000 words of 10 letters: its most
+language = "en"  # the ISO 639-1 code of the language that the step of this name keeps
+language_score = 0.65  # at least this share of the evidence: FineWeb's (Penedo et al. 2024)
+perplexity_model: str | None = None  # a checkpoint folder, for the step `perplexity`
+perplexity_band: list = [0.0, 1000.0]  # the perplexities that it keeps
+blocklist: str | None = None  # a file of hosts, URL prefixes, words and phrases, one on a line
 decontaminate: str | None = None  # drop what shares 13 words in a row with these files (a,b)
 report = False  # write report.md: what every step took away, with examples
 
@@ -55,6 +64,7 @@ import gc
 import gzip
 import hashlib
 import heapq
+import ipaddress
 import json
 import math
 import os
@@ -63,6 +73,7 @@ import shutil
 import sysconfig
 import textwrap
 import time
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -71,6 +82,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from glob import glob, has_magic
+from html.parser import HTMLParser
 from itertools import chain, islice
 from pathlib import Path
 
@@ -78,6 +90,7 @@ import numpy as np
 import regex
 import requests
 import tiktoken
+import torch
 import torch.distributed as dist
 
 import model
@@ -312,13 +325,12 @@ def records(unit, skipped=None, bad=None):
     for path, begin, end, cut, _ in unit["files"]:
         shown = os.path.relpath(path, unit["under"]) if unit["under"] else path
         if not is_record(Path(path)):
-            page = path.removesuffix(".gz").endswith((".html", ".htm", ".xhtml"))
             parts = read_parts(path, cut, begin, end)
             try:
                 for part in parts:
                     text = part.decode()
                     text = text.strip("\n") if cut else text
-                    yield {field: text, "path": shown, "html": page}
+                    yield {field: text, "path": shown}
             except UnicodeDecodeError as error:
                 if not unit["under"]:
                     raise UserError(
@@ -420,14 +432,484 @@ def wait(run):
 
 
 # --------------------------------------------------------------------------------------------------
-# Cleaning: each step takes a text and its record, and returns the text or raises Reject
+# Cleaning: each step takes a text and its record, and gives the text, changed perhaps, or rejects it
 
 
 class Reject(Exception):
-    """A document is left out, for a reason that is counted: the same words for the same reason."""
+    """A document that is left out; args[0] is the reason, without numbers, so that it counts."""
 
 
-STEPS = {"html": lambda text, record: text}
+def reject_if(condition, reason):
+    if condition:
+        raise Reject(reason)
+
+
+HTML_NAME = re.compile(r"\.x?html?$", re.I)
+SKIPPED = set(
+    "script style nav header footer aside form noscript svg template title button select textarea "
+    "iframe object canvas audio video".split()
+)
+BLOCKS = set(
+    "address article aside blockquote body center dd details div dl dt fieldset figcaption figure "
+    "footer form h1 h2 h3 h4 h5 h6 header hr html main nav ol p pre section table ul".split()
+)
+NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li"}  # what its own end tag has to close
+
+
+class HTMLText(HTMLParser):
+    """Collects a page's text in `out`. The open elements are a list, not a tree, and an end tag
+    closes whatever was left open inside its element."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.open, self.count = [], [], Counter()
+        self.skipping = self.row = 0
+        self.link = False
+        self.gap, self.lead = 0, None  # newlines and "- " or " | " that the next text begins with
+
+    def parse_html_declaration(self, i):
+        return self.parse_bogus_comment(i)  # as browsers do; the base class raises at <![if IE]>
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "header" and self.count["article"]:  # the title of an article, not of the site
+            tag = "div"
+        if tag in NESTING:
+            self.open.append(tag)
+            self.count[tag] += 1
+            self.skipping += tag in SKIPPED
+        if tag == "a":
+            self.link = True
+        elif tag in ("td", "th"):
+            self.gap = 0 if self.row and self.lead is None else self.gap
+            self.lead = (self.lead or "") + (" | " if self.row else "")
+            self.row = 1
+        elif tag in ("li", "tr"):
+            self.gap, self.row, self.lead = max(self.gap, 1), 0, "- " if tag == "li" else ""
+        else:
+            self.break_at(tag)
+
+    def handle_endtag(self, tag):
+        while self.count[tag]:
+            name = self.open.pop()
+            self.count[name] -= 1
+            self.skipping -= name in SKIPPED
+            if name == tag:
+                break
+        if tag == "a":
+            self.link = False
+        elif tag in ("li", "tr"):
+            self.gap, self.lead = max(self.gap, 1), None
+        elif tag != "br":
+            self.break_at(tag)
+
+    def break_at(self, tag):
+        """A line or paragraph ends here, unless an item or a cell has only just begun."""
+        if tag == "br" and self.lead is None:
+            self.gap = min(self.gap + 1, 2)
+        elif tag in BLOCKS and self.lead is None:
+            self.gap = max(self.gap, 1 if self.count["li"] else 2)
+
+    def handle_data(self, data):
+        if self.skipping or self.link and data in "¶§#":  # the latter: a heading's link to itself
+            return
+        at_start = self.gap or self.lead is not None or not self.out
+        if self.count["pre"]:
+            data = data.lstrip("\n") if at_start else data
+        else:
+            data = re.sub(r"\s+", " ", data)
+            data = data.lstrip() if at_start or self.out[-1][-1] in " \n" else data
+        if not data:
+            return
+        if self.gap and self.out:
+            while not self.out[-1].strip() and len(self.out) > 1:
+                self.out.pop()
+            self.out[-1] = self.out[-1].rstrip() + "\n" * self.gap
+        self.out += [self.lead, data] if self.lead else [data]
+        self.gap, self.lead = 0, None
+
+
+def html_to_text(text):
+    """The text of an HTML page without navigation, forms and scripts: paragraphs with a blank line
+    between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
+    page = HTMLText()
+    page.feed(text)
+    page.close()
+    return "".join(page.out).strip("\n").rstrip()
+
+
+def clean_html(text, doc):
+    """HTML to text, where the document is HTML."""
+    names = (doc.get("path") or "", (doc.get("url") or "").partition("?")[0])
+    is_html = any(map(HTML_NAME.search, names)) if html_documents is None else html_documents
+    return html_to_text(text) if is_html else text
+
+
+NEWLINE = re.compile(r"\r\n|[\r\v\f\x85\u2028\u2029]")
+# Control characters, soft hyphens, byte order marks, zero-width blanks, marks of direction. Not the
+# zero-width (non-)joiners of letters, by which Persian, Indic scripts and emoji mean something.
+INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
+)
+
+
+def clean_unicode(text, doc):
+    """NFC, \\n for every kind of line end, no invisible characters, U+FFFD for half a surrogate."""
+    text = INVISIBLE.sub("", NEWLINE.sub("\n", text))
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return unicodedata.normalize("NFC", text)
+
+
+def clean_whitespace(text, doc):
+    """For prose: one blank between words, none at the ends of lines, at most one blank line."""
+    lines = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", lines).strip("\n")
+
+
+def check_length(text, doc):
+    """min_chars to max_chars characters."""
+    reject_if(len(text) < min_chars, "length: under min_chars")
+    reject_if(len(text) > max_chars, "length: over max_chars")
+    return text
+
+
+LETTER = re.compile(r"[^\W\d_]")
+STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+
+
+def check_gopher_quality(text, doc):
+    """Rae et al. 2021, section A.1.1. A word is what stands between blanks (datatrove's tokenizers
+    make words of punctuation marks, too)."""
+    words, lines = text.split(), text.splitlines()
+    n = len(words)
+    reject_if(n < 50, "gopher: fewer than 50 words")
+    reject_if(n > 100_000, "gopher: more than 100,000 words")
+    mean = sum(map(len, words)) / n
+    reject_if(mean < 3, "gopher: words too short")
+    reject_if(mean > 10, "gopher: words too long")
+    dots = text.count("...") + text.count("…")
+    reject_if(text.count("#") / n > 0.1, "gopher: too many hashes")
+    reject_if(dots / n > 0.1, "gopher: too many ellipses")
+    bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines)
+    dotted = sum(line.rstrip().endswith(("...", "…")) for line in lines)
+    reject_if(bullets / len(lines) > 0.9, "gopher: too many bullet lines")
+    reject_if(dotted / len(lines) > 0.3, "gopher: too many lines that end in an ellipsis")
+    letters = sum(1 for _ in filter(LETTER.search, words))
+    reject_if(letters / n < 0.8, "gopher: too few words with a letter")
+    reject_if(len(STOP_WORDS.intersection(words)) < 2, "gopher: too few stop words")
+    return text
+
+
+TOP = {2: 0.20, 3: 0.18, 4: 0.16}
+DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+def duplicates(parts):
+    """How many of the parts stood before already, and their characters."""
+    unique = set(parts)
+    return len(parts) - len(unique), sum(map(len, parts)) - sum(map(len, unique))
+
+
+def check_gopher_repetition(text, doc):
+    """Rae et al. 2021, table A1, as datatrove reads it: a top n-gram counts with its blanks, the
+    duplicate ones without and without overlap. As an n-gram can occur twice only where both shorter
+    ones inside it do, few places are left to look at after the pairs."""
+    size = len(text) or 1
+    paragraphs = re.split(r"\n{2,}", text.strip())
+    lines = [line for line in text.split("\n") if line]
+    for kind, parts in {"paragraph": paragraphs, "line": lines}.items():
+        count, chars = duplicates(parts)
+        reject_if(count / (len(parts) or 1) > 0.30, f"gopher: duplicate {kind}s")
+        reject_if(chars / size > 0.20, f"gopher: characters in duplicate {kind}s")
+    words = text.split()
+    starts, grams = range(len(words)), list(zip(words, words[1:]))
+    for n in range(2, 11):
+        twice = {gram: count for gram, count in Counter(grams).items() if count > 1}
+        if n in TOP and len(words) >= n:
+            top = max(twice, key=twice.get, default=words[:n])  # of equals the first
+            chars = len(" ".join(top)) * (twice[top] if twice else 1)
+            reject_if(chars / size > TOP[n], f"gopher: top {n}-gram")
+        found = {i: gram for i, gram in zip(starts, grams) if gram in twice}
+        seen, chars, free = set(), 0, 0
+        for i, gram in found.items() if n in DUPLICATE else ():
+            if i >= free and gram in seen:
+                chars, free = chars + sum(map(len, gram)), i + n
+            elif i >= free:
+                seen.add(gram)
+        reject_if(chars / size > DUPLICATE.get(n, 1), f"gopher: duplicate {n}-grams")
+        starts = [i for i in found if i + 1 in found]
+        grams = [tuple(words[i : i + n + 1]) for i in starts]
+    return text
+
+
+CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+POLICY = re.compile("terms of use|(?:privacy|cookie) policy|uses cookies|use (?:of )?cookies")
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+(?=[^\sa-z])|[。！？](?=.)")
+
+
+def check_c4(text, doc):
+    """C4's rules (Raffel et al. 2020, section 2.2) as FineWeb used them: without the one that drops
+    lines without terminal punctuation. Unlike there blank lines stay, for the paragraphs' sake."""
+    kept, sentences = [], 0
+    for line in text.split("\n"):
+        line, words, lower = line.strip(), len(line.split()), line.lower()
+        if 0 < words < 3 or len(line) > 1000 and max(map(len, line.split())) > 1000:
+            continue
+        reject_if("lorem ipsum" in lower, "c4: lorem ipsum")
+        if "javascript" in lower:
+            continue
+        reject_if("{" in line, "c4: curly bracket")
+        if POLICY.search(lower):
+            continue
+        sentences += 1 + len(SENTENCE_END.findall(line)) if words else 0
+        kept.append(CITATION.sub("", line) if "[" in line else line)
+    reject_if(sentences < 5, "c4: fewer than 5 sentences")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
+
+
+TERMINAL = set(".!?\"'”’»。．！？｡؟۔।॥։።")  # quotation marks too, as FineWeb's list of 2024 had
+
+
+def check_fineweb(text, doc):
+    """Penedo et al. 2024, section 3.6, and the ratio of lines to words of datatrove's filter, whose
+    limit for duplicate lines is 0.01 where the paper says 0.1. Blank lines do not count."""
+    lines = [line.rstrip() for line in text.split("\n") if line.strip()]
+    reject_if(not lines, "fineweb: no text")
+    ended = sum(line[-1] in TERMINAL for line in lines)
+    short = sum(len(line) <= 30 for line in lines)
+    reject_if(ended / len(lines) < 0.12, "fineweb: too few lines end in punctuation")
+    reject_if(short / len(lines) > 0.67, "fineweb: too many short lines")
+    repeated = duplicates(lines)[1] / sum(map(len, lines))
+    reject_if(repeated > 0.1, "fineweb: characters in duplicate lines")
+    reject_if((len(lines) - 1) / len(text.split()) > 0.3, "fineweb: too few words a line")
+    return text
+
+
+SCRIPTS = {  # the languages of a script, those that nothing here tells apart joined: its letters
+    **{"ru uk be bg mk sr": r"\u0400-\u052f", "ar fa ur": r"\u0600-\u06ff\u0750-\u077f"},
+    **{"el": r"\u0370-\u03ff\u1f00-\u1fff", "he": r"\u0590-\u05ff", "hy": r"\u0531-\u058f"},
+    **{"ka": r"\u10a0-\u10ff", "am": r"\u1200-\u139f", "hi/mr/ne": r"\u0900-\u097f"},
+    **{"bn/as": r"\u0980-\u09ff", "pa": r"\u0a00-\u0a7f", "gu": r"\u0a80-\u0aff"},
+    **{"ta": r"\u0b80-\u0bff", "te": r"\u0c00-\u0c7f", "kn": r"\u0c80-\u0cff"},
+    **{"ml": r"\u0d00-\u0d7f", "th": r"\u0e00-\u0e7f", "km": r"\u1780-\u17ff"},
+    **{"ko": r"\u1100-\u11ff\uac00-\ud7a3", "ja": r"\u3041-\u30ff", "zh": r"\u3400-\u9fff"},
+}
+# A language, others that its row does not tell from it; common words; letters beyond ASCII.
+FUNCTION_WORDS = """
+en the of and to in a is that for it with as was on are this be by or from not you
+de der die und das den von zu mit ist des im nicht ein eine auf für sich werden auch oder ß ä ö ü
+nl de het een van en in is dat op te zijn voor met die niet aan er om ook wordt of als
+sv och att det som en på är av för med den till inte ett om har de kan från eller i å ä ö
+da og at det en den til er som på de med af for ikke der et kan eller fra i ved være æ ø å
+no/nn og i det som en er på til av for at med har ikke den et kan om fra eller ved være æ ø å
+fr de la le et les des en un une du que est pour dans qui par sur pas au ce vous d l é è ê à ç ù
+es de la que el en y los se del las un por con una para es no lo como al o si ñ á é í ó ú
+ca de la que i el en els per amb les un una del és no es als aquest o com d l ç à è é í ï ò
+pt/gl de que e o do da em um para com não uma os no se na por dos as ao é ou ã õ ç á é í ê
+it di e che il la un per è in non della una i con sono si le dei gli del o da à è ì ò ù
+ro de și a la pe cu care este nu un o se din să pentru sau că ce mai în fi poate ă ș ț ş ţ î â
+pl w i na z się do nie jest że to jak przez od dla po za lub są o jeśli może a ł ą ę ś ć ż ń ó
+cs a v na se je že s z do to jako pro za by nebo který k jsou není pokud o i ě ř ů š č ž ý í
+sk a v na sa je že s z do to ako pre za by alebo ktorý k sú nie ak o i ľ ť ô ä š č ž ý í
+hr/bs/sr i u je na se da za su s od o koji to kao ne ili iz će ako može što nije š č ž ć đ
+hu a az és hogy nem is egy ez meg van ha csak vagy de kell lehet azt ezt amely által á é ó ö ő ü ű
+fi ja on ei että se oli joka tai mutta myös kun ovat sen niin kuin jos voi ole tämä ä ö
+tr ve bir bu için ile de da olarak çok daha gibi olan her kadar ne değil sonra veya ise ı ş ğ ç ö ü
+id/ms yang dan di untuk dengan ini dari pada tidak dalam adalah atau akan itu ke dapat oleh
+vi và của là có được cho không trong một các những với này để khi người từ bạn hoặc đ ơ ư ạ ế ệ ộ
+ru и в не на что с по как это для из или к от то при если он так может о ы э ё ъ
+uk і в не на що з для як це до та за або від у якщо він при є може й і ї є ґ
+be і ў не на што з для як гэта да па за або ад у калі ён пры ёсць можа ў і ы э ё
+bg и на да не за от се в е с че по са като или при това ще до ако ъ щ
+mk и на да не за од се во е со што по са како или ова ќе до ако може ј љ њ ѓ ќ ѕ
+sr и у је на се да за су с од који то као не или из ће ако може што ј љ њ ћ ђ џ
+ar في من على إلى أن هذا التي لا ما مع هذه عن كان أو الذي كل ذلك بين قد لم ة ي ك ى
+fa در به از که این را با است برای آن یک تا بر می هم شده خود نیز یا پ چ گ ی ک
+ur کے میں کی ہے اور سے کا کو اس پر کہ ہیں نے یہ بھی ایک نہیں تھا جو ہو ٹ ڈ ے ں ہ ی ک
+"""
+BEYOND_LATIN = re.compile(r"[^\0-\u02ff\u1e00-\u1eff]+")
+LETTERS = re.compile(r"[^\0-\x7fа-шьюя]")  # what is a mark of a language; the others may be words
+
+
+@lru_cache(None)
+def word_table():
+    """{word or letter: the languages that have it}"""
+    table = defaultdict(list)
+    for row in FUNCTION_WORDS.strip().split("\n"):
+        name, *words = row.split()
+        for word in words:
+            table[word].append(name)
+    return table
+
+
+def built_in_rank(sample):
+    """{language: share of the evidence}. A script has its letters' share, which its languages
+    divide by the cubes of their function words; one that n languages have counts 1 / n."""
+    words = re.findall(r"[^\W\d_]+", sample.lower())
+    text, table, evidence = "".join(words), word_table(), Counter()
+    for token in words + LETTERS.findall(text):
+        for name in table.get(token, ()):
+            evidence[name] += 1 / len(table[token])
+    beyond = "".join(BEYOND_LATIN.findall(text))
+    letters = Counter({k: len(re.findall(f"[{chars}]", beyond)) for k, chars in SCRIPTS.items()})
+    latin = " ".join(name for name in evidence if name not in " ".join(SCRIPTS).split())
+    letters[latin] = len(text) - len(beyond)
+    if letters["ja"] * 10 > letters["zh"]:  # kana: then the Chinese characters are Japanese, too
+        letters["ja"] += letters.pop("zh")
+    for name in ("ja", "zh", "ko"):
+        letters[name] *= 3  # a character there says as much as several letters elsewhere
+    total, shares = sum(letters.values()), {}
+    for names, count in letters.items():
+        found = {name: evidence[name] for name in names.split()}
+        if names in SCRIPTS and " " not in names:
+            found = {names: count}
+        enough = max(found.values(), default=0) * 300 >= count  # a word in so many letters
+        if count and enough:
+            cubes = sum(value**3 for value in found.values())
+            shares |= {name: count / total * value**3 / cubes for name, value in found.items()}
+    return shares
+
+
+@lru_cache(None)
+def langid():
+    """py3langid's rank(), a naive Bayes model of 140 languages, where it is installed."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        return None
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).rank
+
+
+def language_scorer_name():
+    """Which scorer guess_language uses here; for the records, as the verdicts depend on it."""
+    return "py3langid" if langid() else "built-in"
+
+
+def guess_language(text):
+    """(language, share of the evidence, rivals) of a text's first 5,000 characters. The rivals are
+    what it can hardly be told from; the share is theirs, too. "unknown": too few words."""
+    sample = text[:5000]
+    if sum(map(str.isalpha, sample)) < 20:
+        return "unknown", 0.0, []
+    shares = dict(langid()(sample)) if langid() else built_in_rank(sample)
+    near = [name for name in shares if shares[name] * 2 >= max(shares.values())]
+    near.sort(key=shares.get, reverse=True)
+    best, *rivals = "/".join(near).split("/") if near else ["unknown"]
+    return best, sum(shares[name] for name in near), rivals
+
+
+def check_language(text, doc):
+    """Only `language`, or what cannot be told from it, with at least language_score."""
+    best, score, rivals = guess_language(text)
+    reject_if(language not in (best, *rivals), f"language: {best}")
+    reject_if(score < language_score, "language: under language_score")
+    return text
+
+
+def bare(url):
+    """example.com/page of https://user@www.example.com/page/"""
+    url = url.casefold().strip().rstrip("/")
+    return re.sub(r"^(?:\w+:)?(?://)?(?:[^/@]*@)?(?:www\.)?", "", url)
+
+
+@lru_cache(1)
+def small_model():
+    if not perplexity_model:
+        raise UserError("the step perplexity needs --perplexity_model=FOLDER, a small model")
+    torch.set_num_threads(1)  # the other cores have documents of their own
+    return model.load(perplexity_model, device)
+
+
+@torch.no_grad()
+def check_perplexity(text, doc):
+    """Perplexity of the first window under a small model of ours, as CCNet (Wenzek et al. 2020) has
+    it: what is far below is boilerplate, far above no language that the model knows."""
+    net, tok = small_model()
+    ids = [tok.eot_id, *tok.encode(text[: 16 * net.config.n_ctx])][: net.config.n_ctx + 1]
+    ids = torch.tensor([ids], device=device)
+    loss, n = net(ids[:, :-1], ids[:, 1:].contiguous())
+    low, high = perplexity_band
+    perplexity = math.exp(min(700.0, float(loss) / max(1, int(n))))
+    reject_if(perplexity < low, "perplexity: under the band")
+    reject_if(perplexity > high, "perplexity: over the band")
+    return text
+
+
+@lru_cache(None)
+def read_blocklist(path):
+    """The hosts and URL prefixes, the words, and what is neither, of a file. "# " is a comment."""
+    lines = Path(path).read_text(encoding="utf-8").casefold().splitlines()
+    lines = [" ".join(line.split()) for line in lines if line.strip() and line[:2] != "# "]
+    urls = {bare(line) for line in lines if "." in line and " " not in line}
+    words = {line for line in lines if re.fullmatch(r"\w+", line)}
+    return urls, words, [s for s in lines if s not in words and ("." not in s or " " in s)]
+
+
+def check_blocklist(text, doc):
+    """A host of `blocklist` stands for its subdomains too, a URL for all that begin with it, a word
+    or phrase for itself between non-letters, in either case (so not inside of Chinese, say)."""
+    if not blocklist:
+        return text
+    urls, words, phrases = read_blocklist(blocklist)
+    url = bare(doc.get("url") or "")
+    host = re.split(r"[/:?#]", url)[0]
+    labels = host.split(".")
+    hosts = {".".join(labels[i:]) for i in range(len(labels))}
+    prefixes = {url[:i] for i in range(len(host) + 1, len(url) + 1)}
+    reject_if(not urls.isdisjoint(hosts | prefixes), "blocklist: URL")
+    text_lower = " ".join(text.casefold().split())
+    reject_if(not words.isdisjoint(re.findall(r"\w+", text_lower)), "blocklist: word")
+    for phrase in phrases:  # looked for literally first, which is many times faster
+        found = phrase in text_lower
+        found = found and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text_lower)
+        reject_if(found, "blocklist: phrase")
+    return text
+
+
+# Not git@host:path, nor image@2x.png. Each pattern begins where a token does, to be linear.
+EMAIL = re.compile(
+    r"(?<![\w.+-])[\w.+%-]{1,64}@(?!\dx\.)(?:[\w-]+\.)+[^\W\d_]{2,}(?![\w-]|\.\w|:[\w~/])"
+)
+# Not name-1.2.3.4, Name/1.2.3.4, nor a part of something longer. IPv6: what is allotted, 2000::/3.
+IP = re.compile(
+    r"(?<![\w.])(?<![a-zA-Z][-/])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\w|-[a-zA-Z])"
+    r"|(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])"
+)
+VERSION = re.compile(r"(?:\b(?:version|release|ver|rev|v|section)|§|[=<>~!]=|~>)[\s.:]*$", re.I)
+# +, country code and groups of digits, 9 to 15 in all; or North American, with separators.
+PHONE = re.compile(
+    r"(?<![\w.+-])(?:\+(?=(?:[ .()-]{0,2}\d){9,15}(?!\d))(?!\d+\.\d+\b(?!\.))[1-9]\d{0,2}"
+    r"[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,4}"
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d([.-]))[2-9]\d\d[.-]\d{4})(?![\w-]|[.,]\d)"
+)
+
+
+def clean_pii(text, doc):
+    """E-mail addresses, public IP addresses and telephone numbers become <email>, <ip> and <phone>;
+    their counts go to doc["pii"]. Four numbers under 32 are a version rather than an address."""
+
+    def replace_ip(match):
+        try:
+            ip = ipaddress.ip_address(match[0])
+        except ValueError:
+            return match[0]
+        public = ip.is_global and not ip.is_multicast and max(ip.packed) > 31
+        version = VERSION.search(text, max(0, match.start() - 24), match.start())
+        return "<ip>" if public and not version else match[0]
+
+    before = text.count("<ip>")
+    text, emails = EMAIL.subn("<email>", text) if "@" in text else (text, 0)
+    text = IP.sub(replace_ip, text)
+    text, phones = PHONE.subn("<phone>", text)
+    doc["pii"] = {"email": emails, "ip": text.count("<ip>") - before, "phone": phones}
+    return text
+
+
+STEPS = (clean_html, clean_unicode, clean_whitespace, check_length, check_language, check_blocklist)
+STEPS += (check_gopher_repetition, check_gopher_quality, check_c4, check_fineweb)
+STEPS += (check_perplexity, clean_pii)
+STEPS = {step.__name__.partition("_")[2]: step for step in STEPS}  # by name, in FineWeb's order
+
 
 # --------------------------------------------------------------------------------------------------
 # Words and duplicates, by numpy over batches of documents
@@ -438,7 +920,7 @@ _rng = np.random.default_rng(20240801)
 BYTES = _rng.integers(0, 2**64, 256, dtype=np.uint64)
 FACTORS, TERMS = _rng.integers(0, 2**32, (2, PERMUTATIONS), dtype=np.uint32)
 FACTORS |= np.uint32(1)
-LETTERS = np.array([b >= 128 or chr(b).isalnum() for b in range(256)])
+IN_WORDS = np.array([b >= 128 or chr(b).isalnum() for b in range(256)])
 
 
 def mixed(h):
@@ -460,7 +942,7 @@ def word_hashes(texts):
     a Chinese or Japanese character or a Korean syllable is a word of its own."""
     plain = "".join(text.replace("\0", " ") + "\0" for text in texts).lower()
     data = np.frombuffer(plain.encode(), np.uint8)
-    inside = LETTERS[data]
+    inside = IN_WORDS[data]
     first, last = inside.copy(), inside.copy()
     first[1:] &= ~inside[:-1]
     last[:-1] &= ~inside[1:]

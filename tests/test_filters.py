@@ -1,0 +1,501 @@
+# ruff: noqa: E501 (sentences are easier to compare on one line each)
+"""The steps that clean and filter one document: every limit from both sides, and nasty inputs."""
+
+import random
+import time
+from collections import Counter
+
+import pytest
+
+import prepare as f
+
+
+def reason(step, text, **doc):
+    """Why `step` rejects the text, or None."""
+    try:
+        step(text, doc)
+    except f.Reject as error:
+        return error.args[0]
+
+
+def words(n, seed=0, length=5):
+    """n different pseudo-words of this length."""
+    rng = random.Random(seed)
+    found = {}
+    while len(found) < n:
+        found["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=length))] = 1
+    return list(found)
+
+
+def good(n=200, line=10):
+    """Text that passes every filter: different words, with two stop words, in sentences."""
+    text = ["the", "and", *words(n - 2)]
+    lines = [" ".join(text[i : i + line]) + "." for i in range(0, n, line)]
+    return "\n".join(s.capitalize() for s in lines).replace("The ", "the ", 1)
+
+
+def crossed(step, inside, outside, expected):
+    assert reason(step, inside) is None
+    assert reason(step, outside) == expected
+
+
+# HTML
+
+
+@pytest.mark.parametrize(
+    "page, expected",
+    [
+        ("<p>one<p>two", "one\n\ntwo"),
+        ("<p>a  b\n c</p>", "a b c"),
+        ("<b>bo</b>ld <i> it</i>", "bold it"),
+        ("a<br>b<br/>c<br><br>d", "a\nb\nc\n\nd"),
+        ("&lt;p&gt; &amp;amp; caf&eacute;&#33; &#x2014;", "<p> &amp; café! —"),
+        ("<ul><li>a<li>b<ul><li>c</ul></ul>d", "- a\n- b\n- c\n\nd"),
+        ("<ul><li><p>a</p><p>b</p></li><li></li><li><p>c</li></ul>", "- a\nb\n- c"),
+        ("<table><tr><th>x<th>y<tr><td><p>1</p></td><td></td><td>3</table>", "x | y\n1 |  | 3"),
+        ("x<pre>\n  if a:\n\n\n      b  c\n</pre>y", "x\n\n  if a:\n\n\n      b  c\n\ny"),
+        ("<pre><span>  </span>a <b>b</b></pre>", "  a b"),
+        ("<h1>Head<a href=#h>¶</a></h1>t", "Head\n\nt"),
+        ("<head><title>T</title><style>p{}</style><p>x", "x"),
+        ("<script>if (a<b) '<p>no</p>'</script>x<noscript>n</noscript>", "x"),
+        ("<div><nav>menu</div>text", "text"),  # the end of the outer element closes the inner one
+        ("<nav><b>a</p></b>menu</nav>text", "text"),
+        ("<header>site</header><article><header>title</header>x</article>", "title\n\nx"),
+        ("a<!-- <p>b --> c<![if IE]>d<![endif]>e<!x>f<?php g ?>h", "a cdefh"),
+        ("<form>f<button>b</button></form><svg><text>s</text></svg>x</svg></nav>", "x"),
+        ("", ""),
+        ("<", "<"),
+    ],
+)
+def test_html(page, expected):
+    assert f.html_to_text(page) == expected
+
+
+def test_html_of_any_kind_is_read_in_time_and_without_an_error():
+    rng = random.Random(0)
+    parts = (
+        "<p> </p> <pre> </pre> <nav </nav> <![foo[ <!-- --> <! </ < > & &#x; &#1114112; <td> <li> "
+    )
+    parts = [
+        *parts.split(" "),
+        " ",
+        "\n",
+        "x",
+        "<tr>",
+        "\0",
+        "\ud800",
+        "<script>",
+        "</script>",
+        "'",
+    ]
+    pages = ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(3000)]
+    n = 20_000
+    pages += ["<div>" * n + "x" + "</div>" * n, "<div>" * n + "</b>" * n, "<ul><li>" * n + "y"]
+    pages += ["<!" * n, "<a" * 2000, "<a href='" * 2000, "&" * n, "<pre>\n" * n, "<![foo[" * n]
+    start = time.perf_counter()
+    for page in pages:
+        assert isinstance(f.html_to_text(page), str)
+    assert time.perf_counter() - start < 30
+    assert f.html_to_text("<div>" * n + "x" + "</div>" * n) == "x"
+
+
+def test_html_only_where_the_name_says_so_or_it_is_asked_for(monkeypatch):
+    page = "<p>x</p>"
+    for name in ("a.html", "a.HTM", "b.xhtml"):
+        assert f.clean_html(page, {"path": name}) == "x"
+    assert f.clean_html(page, {"url": "http://a.org/b.html?q=1"}) == "x"
+    assert f.clean_html(page, {"path": "a.txt"}) == f.clean_html(page, {}) == page
+    monkeypatch.setattr(f, "html_documents", True)
+    assert f.clean_html(page, {}) == "x"
+    monkeypatch.setattr(f, "html_documents", False)
+    assert f.clean_html(page, {"path": "a.html"}) == page
+
+
+# Characters
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("e\u0301", "é"),
+        ("a\r\nb\rc\x0bd\u2028e\x85f", "a\nb\nc\nd\ne\nf"),
+        ("\ufeffa\u200bb\xadc\u202ed\x00\x1b\x7f\x9fe", "abcde"),
+        ("a\tb\n", "a\tb\n"),
+        ("e\u200b\u0301", "é"),  # composed after what stood between is gone
+        ("\ud800 \udc00", "\ufffd \ufffd"),
+        ("\ud83d\ude00", "😀"),
+        ("می\u200cخواهم 👩\u200d💻", "می\u200cخواهم 👩\u200d💻"),
+    ],
+)
+def test_unicode(text, expected):
+    cleaned = f.clean_unicode(text, {})
+    assert cleaned == expected == f.clean_unicode(cleaned, {})
+    cleaned.encode()
+
+
+def test_whitespace():
+    text = "\n\n a \t b\xa0c  \n \n\n\nd\ne "
+    assert f.clean_whitespace(text, {}) == "a b c\n\nd\ne"
+
+
+def test_length():
+    crossed(f.check_length, "x" * f.min_chars, "x" * (f.min_chars - 1), "length: under min_chars")
+    crossed(f.check_length, "x" * f.max_chars, "x" * (f.max_chars + 1), "length: over max_chars")
+
+
+# Gopher
+
+
+def one_line(n, length=5):
+    return " ".join(["the", "and", *words(n - 2, length=length)])
+
+
+QUALITY = [  # just inside of the limit, just outside
+    (one_line(50), one_line(49), "fewer than 50 words"),
+    ("the and " + "abcde " * 99_998, "the and " + "abcde " * 99_999, "more than 100,000 words"),
+    ("the to " + "aaa " * 97 + "bbbb", "the to " + "aaa " * 98, "words too short"),
+    (
+        " ".join(["the", "to", "a" * 15, *["b" * 10] * 97]),  # a mean of 9.9
+        " ".join(["the", "to", "a" * 26, *["b" * 10] * 97]),  # a mean of 10.01
+        "words too long",
+    ),
+    ("#x " * 10 + one_line(90), "#x " * 11 + one_line(89), "too many hashes"),
+    ("a... " * 10 + one_line(90), "a… " * 11 + one_line(89), "too many ellipses"),
+    ("- x\n" * 9 + one_line(60), "• x\n" * 10 + one_line(60), "too many bullet lines"),
+    (
+        one_line(60) + "\nx" * 6 + "\nx..." * 3,
+        one_line(60) + "\nx" * 6 + "\nx…" * 4,
+        "too many lines that end in an ellipsis",
+    ),
+    (one_line(80) + " 1234" * 20, one_line(79) + " 1234" * 21, "too few words with a letter"),
+    ("the and " + "abcde " * 60, "the The " + "abcde " * 60, "too few stop words"),
+]
+
+
+@pytest.mark.parametrize("inside, outside, expected", QUALITY)
+def test_gopher_quality(inside, outside, expected):
+    crossed(f.check_gopher_quality, inside, outside, f"gopher: {expected}")
+
+
+def naive_repetition(text):
+    """The verdict by the definitions, with nothing spared: quadratic and plain."""
+
+    def share_of_repeats(parts, by_chars):
+        again = [part for i, part in enumerate(parts) if part in parts[:i]]
+        return sum(map(len, again)) / len(text) if by_chars else len(again) / len(parts)
+
+    paragraphs = [p.lstrip("\n") for p in text.strip().split("\n\n") if p.strip("\n")]
+    lines = [line for line in text.split("\n") if line]
+    for kind, parts in ("paragraph", paragraphs), ("line", lines):
+        if share_of_repeats(parts, False) > 0.3:
+            return f"gopher: duplicate {kind}s"
+        if share_of_repeats(parts, True) > 0.2:
+            return f"gopher: characters in duplicate {kind}s"
+    tokens = text.split()
+    for n, limit in (2, 0.20), (3, 0.18), (4, 0.16):
+        grams = [" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+        if grams:
+            best = grams[0]
+            for gram in grams:
+                best = gram if grams.count(gram) > grams.count(best) else best
+            if len(best) * grams.count(best) / len(text) > limit:
+                return f"gopher: top {n}-gram"
+    for n, limit in (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10):
+        known, chars, i = [], 0, 0
+        while i + n <= len(tokens):
+            gram = tokens[i : i + n]
+            if gram in known:
+                chars += sum(len(token) for token in gram)
+                i += n
+            else:
+                known.append(gram)
+                i += 1
+        if chars / len(text) > limit:
+            return f"gopher: duplicate {n}-grams"
+    return None
+
+
+def test_gopher_repetition_is_the_naive_one_on_random_texts():
+    rng, verdicts = random.Random(1), Counter()
+    for _ in range(400):
+        vocabulary = words(rng.choice([3, 20, 200]), seed=rng.random(), length=rng.randint(3, 9))
+        text = rng.choices(vocabulary, k=rng.randint(1, 160))
+        for _ in range(rng.randrange(5)):  # repeat a piece of it, of some length, somewhere
+            i, n, j = (rng.randrange(len(text)), rng.randint(3, 14), rng.randrange(len(text)))
+            text[j:j] = text[i : i + n]
+        for _ in range(rng.randrange(10)):
+            text.insert(rng.randrange(len(text)), rng.choice(["\n", "\n\n"]))
+        text = " ".join(text).replace(" \n", "\n").replace("\n ", "\n").strip()
+        found = reason(f.check_gopher_repetition, text)
+        assert found == naive_repetition(text), text
+        verdicts[found] += 1
+    assert verdicts[None] > 20 and len(verdicts) > 8, verdicts  # most rules had their turn
+
+
+def padded(repeat, times, total, between=" "):
+    """`repeat` so many times among different words, `total` characters."""
+    rest = " ".join(words(total, length=7))
+    text = between.join(f"{repeat}{between}{w}" for w in words(times, 5, 3)) + between
+    return text + rest[: total - len(text)]
+
+
+@pytest.mark.parametrize("n, limit", [(2, 0.20), (3, 0.18), (4, 0.16)])
+def test_gopher_top_n_gram_limits(n, limit):
+    repeat, times = " ".join(words(n, 7)), 4
+    size = len(repeat) * times / limit
+    for total, expected in ((size + 3, None), (size - 3, f"gopher: top {n}-gram")):
+        text = padded(repeat, times, round(total))
+        assert reason(f.check_gopher_repetition, text) == expected
+
+
+@pytest.mark.parametrize(
+    "n, limit", [(5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)]
+)
+def test_gopher_duplicate_n_gram_limits(n, limit):
+    repeats = [" ".join(words(n, seed, 6)) for seed in range(20)]  # each stands there twice
+    size = 20 * n * 6 / limit
+    for total, expected in ((size + 3, None), (size - 3, f"gopher: duplicate {n}-grams")):
+        between = words(40, 21, 3)
+        text = " ".join(f"{r} {w}" for r, w in zip(repeats * 2, between)) + " "
+        text = (text + " ".join(words(1500, 22, 7)))[: round(total)]
+        assert reason(f.check_gopher_repetition, text) == expected
+
+
+@pytest.mark.parametrize("kind, between", [("paragraph", "\n\n"), ("line", "\n")])
+def test_gopher_duplicate_lines_and_paragraphs(kind, between):
+    different = words(70, length=30)
+    inside, outside = ["ab"] * 31 + different[:69], ["ab"] * 32 + different[:68]  # 30 and 31 again
+    join = lambda parts: between.join(random.Random(0).sample(parts, len(parts)))
+    crossed(f.check_gopher_repetition, join(inside), join(outside), f"gopher: duplicate {kind}s")
+    long = " ".join(words(33, 2))  # 197 characters once again, of 975 and 995
+    limit = f"gopher: characters in duplicate {kind}s"
+    inside, outside = (
+        between.join([long, long, *words(50, length=40)])[:size] for size in (995, 975)
+    )
+    assert reason(f.check_gopher_repetition, outside) == limit
+    assert reason(f.check_gopher_repetition, inside) != limit
+
+
+def test_gopher_repetition_of_next_to_nothing():
+    assert reason(f.check_gopher_repetition, "") is None
+    assert reason(f.check_gopher_repetition, "a b") == "gopher: top 2-gram"
+
+
+# C4 and FineWeb
+
+
+def test_c4():
+    keep = "\n".join(f"This is sentence {i}." for i in "abcde")
+    crossed(f.check_c4, keep, keep[:-22], "c4: fewer than 5 sentences")
+    assert reason(f.check_c4, "One is here. Two is here! Three, too? Four. And five") is None
+    assert reason(f.check_c4, keep + "\nIt says Lorem Ipsum dolor") == "c4: lorem ipsum"
+    assert reason(f.check_c4, keep + "\nint main() { return") == "c4: curly bracket"
+    dropped = ["Two words", "Please enable Javascript here", "See our Privacy Policy now"]
+    dropped += ["This site uses cookies, too", "a long " + "x" * 1001]
+    for line in dropped:
+        assert f.check_c4(f"{line}\n{keep}", {}) == keep
+    kept = ["a long " + "x" * 1000, "Now three words", "The cookies are useful and private"]
+    for line in kept:
+        assert f.check_c4(f"{line}\n{keep}", {}) == f"{line}\n{keep}"
+    assert f.check_c4(
+        f"As known[12] so [edit]\n\n\n\n{keep}", {}
+    ) == f"As known so\n\n{keep}".replace("so\n", "so \n")
+
+
+def lines(*groups):
+    """Lines of 10 words: (how many, what each ends in)."""
+    pool = iter(words(4000))
+    return "\n".join(
+        " ".join(next(pool) for _ in range(10)) + end for n, end in groups for _ in range(n)
+    )
+
+
+def test_fineweb():
+    crossed(
+        f.check_fineweb,
+        lines((12, "."), (88, ",")),
+        lines((11, "."), (89, ",")),
+        "fineweb: too few lines end in punctuation",
+    )
+    for end in ("!", "?", '"', "。", "؟", "”"):
+        assert reason(f.check_fineweb, lines((12, end), (88, ""))) is None
+    short, less = (
+        "\n".join(f"{w} b c d e f".ljust(n, "x") for w in words(67, 3)) for n in (30, 31)
+    )
+    long = "\n" + "\n".join(f"{w} ab cd ef gh ij kl mn op qr st uv." for w in words(33, 4))
+    reason_short = "fineweb: too many short lines"
+    crossed(f.check_fineweb, short + long, short + "\nab cd ef gh." + long, reason_short)
+    assert reason(f.check_fineweb, less + "\nab cd ef gh." + long) is None
+    line = "a b c d e f g h i " * 2 + "."
+    rest = lines((13, "."))
+    texts = [f"{line}\n{line}\n{rest}"[: len(line) * n] for n in (11, 9)]
+    crossed(f.check_fineweb, *texts, "fineweb: characters in duplicate lines")
+    three, four = ("\n".join(w + " x" * n + "x" * 30 + "." for w in words(30)) for n in (2, 3))
+    crossed(f.check_fineweb, four, three, "fineweb: too few words a line")
+    assert reason(f.check_fineweb, four.replace("\n", "\n\n")) is None  # blank lines do not count
+    assert reason(f.check_fineweb, " \n") == "fineweb: no text"
+
+
+def test_a_good_text_passes_everything_unchanged(monkeypatch):
+    text = good()
+    for name in ("unicode", "whitespace", "length", "gopher_repetition", "gopher_quality", "c4"):
+        assert f.STEPS[name](text, {}) == text
+    assert f.STEPS["fineweb"](text, {}) == f.STEPS["pii"](text, {}) == text
+    assert list(f.STEPS)[:2] == ["html", "unicode"] and len(f.STEPS) == 12
+
+
+# Languages
+
+SENTENCES = {
+    "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason.",
+    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft begabt.",
+    "nl": "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. Zij zijn begiftigd met het verstand.",
+    "sv": "Alla människor är födda fria och lika i värde och rättigheter. De har utrustats med förnuft och det är bra.",
+    "da": "Alle mennesker er født frie og lige i værdighed og rettigheder. De er udstyret med fornuft og samvittighed, og de bør handle mod hverandre af hjertet.",
+    "no": "Alle mennesker er født frie og med samme menneskeverd og menneskerettigheter. De er utstyrt med fornuft, og det har ikke noe å si hvor de kommer fra.",
+    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience.",
+    "es": "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón, deben comportarse los unos con los otros.",
+    "ca": "Tots els éssers humans neixen lliures i iguals en dignitat i en drets. Són dotats de raó i de consciència, i els cal amb això una conducta fraternal.",
+    "pt": "Todos os seres humanos nascem livres e iguais em dignidade e em direitos. São dotados de razão e não devem ser tratados com desprezo.",
+    "it": "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono dotati di ragione e di coscienza e non devono che agire con la fratellanza.",
+    "ro": "Toate ființele umane se nasc libere și egale în demnitate și în drepturi. Ele sunt înzestrate cu rațiune și trebuie să se comporte unele față de altele.",
+    "pl": "Wszyscy ludzie rodzą się wolni i równi pod względem swej godności i swych praw. Są oni obdarzeni rozumem i sumieniem.",
+    "cs": "Všichni lidé rodí se svobodní a sobě rovní co do důstojnosti a práv. Jsou nadáni rozumem a svědomím a mají spolu jednat v duchu bratrství.",
+    "sk": "Všetci ľudia sa rodia slobodní a sebe rovní, čo sa týka ich dôstojnosti a práv. Sú obdarení rozumom a majú navzájom jednať v bratskom duchu, ktorý je dobrý.",
+    "hr": "Sva ljudska bića rađaju se slobodna i jednaka u dostojanstvu i pravima. Ona su obdarena razumom i sviješću i trebaju jedna prema drugima postupati u duhu bratstva, što nije lako.",
+    "hu": "Minden emberi lény szabadon születik és egyenlő méltósága és joga van. Az emberek, ésszel és lelkiismerettel bírván, egymással szemben testvéri szellemben kell hogy viseltessenek.",
+    "fi": "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu järki ja omatunto, ja heidän on toimittava toisiaan kohtaan veljeyden hengessä.",
+    "tr": "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana sahiptirler ve birbirlerine karşı kardeşlik zihniyeti ile hareket etmelidirler.",
+    "id": "Semua orang dilahirkan merdeka dan mempunyai martabat dan hak yang sama. Mereka dikaruniai akal dan hati nurani dan hendaknya bergaul dengan satu sama lain dalam persaudaraan.",
+    "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi. Mọi con người đều được tạo hóa ban cho lý trí và lương tâm.",
+    "ru": "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом и совестью и должны поступать в отношении друг друга в духе братства.",
+    "uk": "Всі люди народжуються вільними і рівними у своїй гідності та правах. Вони наділені розумом і совістю і повинні діяти у відношенні один до одного в дусі братерства.",
+    "be": "Усе людзі нараджаюцца свабоднымі і роўнымі ў сваёй годнасці і правах. Яны надзелены розумам і сумленнем і павінны ставіцца адзін да аднаго ў духу брацтва.",
+    "bg": "Всички хора се раждат свободни и равни по достойнство и права. Те са надарени с разум и съвест и следва да се отнасят помежду си в дух на братство.",
+    "mk": "Сите човечки суштества се раѓаат слободни и еднакви по достоинство и права. Тие се обдарени со разум и совест и треба да се однесуваат еден кон друг во духот на братството.",
+    "sr": "Сва људска бића рађају се слободна и једнака у достојанству и правима. Она су обдарена разумом и свешћу и треба једни према другима да поступају у духу братства.",
+    "el": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.",
+    "he": "כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם.",
+    "ar": "يولد جميع الناس أحرارا متساوين في الكرامة والحقوق. وقد وهبوا عقلا وضميرا وعليهم أن يعامل بعضهم بعضا بروح الإخاء في كل ذلك.",
+    "fa": "تمام افراد بشر آزاد به دنیا می آیند و از لحاظ حیثیت و حقوق با هم برابرند. همه دارای عقل و وجدان هستند و باید نسبت به یکدیگر با روح برادری رفتار کنند.",
+    "hi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
+    "th": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "ko": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
+    "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
+    "zh": "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。",
+}
+
+
+@pytest.mark.parametrize("code", SENTENCES)
+@pytest.mark.parametrize("scorer", ["built-in", "py3langid"])
+def test_languages(code, scorer, monkeypatch):
+    if scorer == "built-in":
+        monkeypatch.setattr(f, "langid", lambda: None)
+    else:
+        pytest.importorskip("py3langid")
+    assert f.language_scorer_name() == scorer
+    best, score, rivals = f.guess_language(SENTENCES[code])
+    assert code in (best, *rivals) and 0 < score < 1.001
+    assert len(rivals) < 4
+    monkeypatch.setattr(f, "language_score", 0.0)
+    monkeypatch.setattr(f, "language", code)
+    assert reason(f.check_language, SENTENCES[code]) is None
+    for other in {"en", "de", "ja", "ru"} - {code, *rivals}:
+        monkeypatch.setattr(f, "language", other)
+        assert reason(f.check_language, SENTENCES[code]) == f"language: {best}"
+
+
+def test_language_of_too_little_and_of_two(monkeypatch):
+    monkeypatch.setattr(f, "langid", lambda: None)
+    for text in ("", "12 34 56", "the and of", "qwrt zxcv bnmp sdfg hjkl " * 9):
+        assert f.guess_language(text) == ("unknown", 0, [])
+        assert reason(f.check_language, text) == "language: unknown"
+    for code in ("en", "de"):
+        assert f.guess_language(SENTENCES[code])[1] > 0.85
+    assert (
+        f.guess_language("日本国憲法の前文は国民主権、基本的人権尊重、平和主義の三大原則を採用")[0]
+        == "ja"
+    )
+    rivals = f.guess_language(SENTENCES["hr"])[2]
+    assert {"bs", "sr"} <= set(rivals)  # these the table does not tell apart
+    text = SENTENCES["en"] + SENTENCES["el"] * 3  # the Greek letters are more
+    assert f.guess_language(text)[0] == "el"
+    text = SENTENCES["en"] + SENTENCES["el"][:60]
+    assert f.guess_language(text)[0] == "en"
+    score = f.guess_language(text)[1]
+    for limit, expected in ((score - 0.01, None), (score + 0.01, "language: under language_score")):
+        monkeypatch.setattr(f, "language_score", limit)
+        assert reason(f.check_language, text) == expected
+
+
+# Blocklist and personal data
+
+
+def test_blocklist(tmp_path, monkeypatch):
+    path = tmp_path / "list.txt"
+    path.write_text("# ours\n\nbad.org\nhttps://www.example.com/ads\nViagra\nfree  money\nc++\n")
+    text = "A pleasant text."
+    assert reason(f.check_blocklist, text + " viagra", url="http://bad.org/") is None  # no list
+    monkeypatch.setattr(f, "blocklist", str(path))
+    for url in ("http://bad.org", "https://a.b.BAD.org:80/x", "bad.org/p?q", "//u@www.bad.org"):
+        assert reason(f.check_blocklist, text, url=url) == "blocklist: URL"
+    for url in ("http://example.com/ads/1", "https://example.com/adsense"):
+        assert reason(f.check_blocklist, text, url=url) == "blocklist: URL"
+    for url in ("http://notbad.org", "http://bad.org.uk/", "http://a.com/bad.org", None, ""):
+        assert reason(f.check_blocklist, text, url=url) is None
+    for url in ("https://example.com/", "https://a.example.com/ads"):
+        assert reason(f.check_blocklist, text, url=url) is None
+    assert reason(f.check_blocklist, "Buy VIAGRA!") == "blocklist: word"
+    assert reason(f.check_blocklist, "Get free\nmoney.") == "blocklist: phrase"
+    assert reason(f.check_blocklist, "In C++, say") == "blocklist: phrase"
+    for fine in ("Viagras", "free moneys", "carefree money", "C + c", "the letter c"):
+        assert reason(f.check_blocklist, fine) is None
+
+
+PERSONAL = {
+    "<email>": "a@b.co Ann.Lee+x@mail.example.com mailto:a-b_c@x-y.org jürgen@müller.de",
+    "<ip>": "8.8.8.80 http://93.184.216.34/ ip=151.101.1.69 2a00:1450:4001:81b::200e 2606:4700::1111",
+    "<phone>": "+15551234567 +442079460958 (555)234-5678 555-234-5678 1-555-234-5678 555.234.5678",
+}
+PHRASES = {
+    "<phone>": ["+1 (555) 234-5678", "+33 1 23 45 67 89", "+49 (0)30 1234567", "+44 20 7946 0958",
+                "(555) 234-5678", "+91 98765 43210"],
+    }  # fmt: skip
+IMPERSONAL = """
+git@github.com:a/b  image@2x.png  @name  a@b  user@localhost  pkg@1.2.3  @app.route
+127.0.0.1  10.1.2.3  192.168.1.77  255.255.255.0  224.0.0.251  169.254.77.1  1.2.3.4  999.1.1.1
+version 93.184.216.34  v93.184.216.34  release: 40.50.60.70  ==93.184.216.34  lib-93.184.216.34
+Name/93.184.216.34  1.3.6.1.4.1.99  93.184.216.34.5  std::vector  a::b  fe80::1  2001:db8::1  12:34:56
+00:1a:2b:3c:4d:5e  2024-01-15  15.01.2024  978-3-16-148410-0  0-306-40615-2  1234567890  555-1234
+3.14159265358979  +1.23456789012  +0100  2024-01-15T10:00:00+02:00  123-45-6789  x=5552345678
+@@ -12345,67 +12345,68 @@  +1 0 0 1 0 1 0 0 1 0  100-200-3000  555-234-56789  0x5552345678  1-2-3-4
+"""
+
+
+def test_personal_data_is_replaced_and_counted():
+    for mark, cases in PERSONAL.items():
+        for case in cases.split() + ["(" + cases.split()[0] + ").", cases.split()[1] + "?"]:
+            doc = {}
+            found = f.clean_pii(f"So {case} it is", doc)
+            assert mark in found and not any(c.isdigit() for c in found), found
+            assert doc["pii"] == {"email": 0, "ip": 0, "phone": 0} | {mark[1:-1]: 1}
+    for case in PHRASES["<phone>"]:
+        assert f.clean_pii(f"Call {case}.", {}) == "Call <phone>."
+    assert f.clean_pii("at 93.184.216.34, port 80", {}) == "at <ip>, port 80"
+    doc = {}
+    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34", doc) == "<email>, <ip> <email> <ip>"
+    assert doc["pii"] == {"email": 2, "ip": 1, "phone": 0}
+
+
+@pytest.mark.parametrize("case", [c for r in IMPERSONAL.split("\n") for c in r.split("  ") if c])
+def test_what_looks_like_personal_data_stays(case):
+    doc = {}
+    assert f.clean_pii(f"So {case} it is", doc) == f"So {case} it is"
+    assert not any(doc["pii"].values())
+
+
+def test_patterns_are_linear():
+    start = time.perf_counter()
+    for piece in ("a", "1", "1.", "a@", "a.", "+1", "+1 ", "(2", "2a00:", "555-", "a@b."):
+        f.clean_pii(piece * 100_000 + "!", {})
+    assert time.perf_counter() - start < 20

@@ -52,17 +52,17 @@ def setup(device="auto"):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device={device}: expected auto, cpu, cuda or cuda:1")
     place = torch.device(device)
-    if place.type == "cpu" and sys.platform == "linux":
-        # Freed memory stays with the process: no page faults when the next step takes it again.
-        with contextlib.suppress(AttributeError):  # a C library other than glibc
-            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)
     if place.type == "cuda":
         index = place.index or 0 if world == 1 else int(os.environ.get("LOCAL_RANK", rank))
         if index >= (count := torch.cuda.device_count()):
             raise UserError(f"--device={device}: GPU {index} of {count} on this machine: use cpu")
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
+    elif sys.platform == "linux":
+        # Freed memory stays with the process: no page faults when the next step takes it again.
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, value)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     return SimpleNamespace(device=place, rank=rank, world=world, main=rank == 0)
@@ -78,7 +78,7 @@ def choose_dtype(device, want="auto", n_embd=0):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU has fast bfloat16"
         return torch.float16, "this GPU has no fast bfloat16; gradients are scaled"
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has = torch.cpu.get_capabilities()
     if not (has.get("avx512_bf16") or has.get("amx_bf16")):
         return torch.float32, "this CPU has no fast bfloat16"
     if n_embd < 128:
@@ -127,7 +127,8 @@ def duration(seconds):
 # The network
 
 
-LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPE_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPE_KEYS = {"linear": ROPE_KEYS[:1], "llama3": ROPE_KEYS}  # of rope_scaling, by its rope_type
 
 
 @dataclass
@@ -158,12 +159,11 @@ class GPTConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            if (allowed := get_args(f.type)) and str in map(type, allowed):
-                self.check(f.name, getattr(self, f.name) in allowed, " or ".join(allowed))
-        for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
-            self.check(name, getattr(self, name) > 0, "1 or more")
-        for name in ("n_kv_head", "head_dim", "n_hidden"):
-            self.check(name, getattr(self, name) >= 0, "0 or more")
+            value, allowed = getattr(self, f.name), get_args(f.type)
+            if f.type is int:  # 0 is for those that have it as their default
+                self.check(f.name, value >= (f.default != 0), f"{int(f.default != 0)} or more")
+            elif str in map(type, allowed):
+                self.check(f.name, value in allowed, " or ".join(allowed))
         self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -172,10 +172,9 @@ class GPTConfig:
         self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
         self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
         self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
-        needs = {"linear": ["factor"], "llama3": LLAMA3_KEYS}
-        kind = (self.rope_scaling or {}).get("rope_type")
-        whole = all(key in self.rope_scaling for key in needs.get(kind, "?")) if kind else False
-        self.check("rope_scaling", whole or not self.rope_scaling, f"rope_type and keys of {needs}")
+        if s := self.rope_scaling:
+            whole = all(key in s for key in ROPE_KEYS.get(s.get("rope_type"), "?"))
+            self.check("rope_scaling", whole, f"rope_type and keys of {ROPE_KEYS}")
 
     def check(self, name, good, expected):
         if not good:
@@ -192,27 +191,23 @@ def rms_norm(x, weight, eps):
     return (x * scale).to(x.dtype) * weight.to(x.dtype)
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension."""
-
-    def __init__(self, size, kind, eps, bias=False):
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias and kind == "layer" else None
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if self.kind == "rms":
-            return rms_norm(x, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(c):
+    """The norm of a block's input or output."""
+    if c.norm == "rms":
+        return RMSNorm(c.n_embd, c.norm_eps)
+    return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias)
 
 
 def rope_frequencies(c, device):
     """Radians per position of each pair of dimensions (head_dim / 2,) float32 (Su et al. 2021)."""
     f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
-    if not c.rope_scaling:
+    if not (s := c.rope_scaling):
         return f
-    s = c.rope_scaling
     if s["rope_type"] == "linear":
         return f / s["factor"]
     # llama3: slow frequencies are divided by the factor, fast ones kept, those between blended.
@@ -257,34 +252,32 @@ def generating(net):
 
 def joint(x, *layers):
     """The outputs of linear layers that read the same x, side by side: one product for all."""
-    kind, dtype = type(layers[0]), compute_dtype(x)
-    if any(type(f) is not kind for f in layers) or kind not in (nn.Linear, Int8Linear):
-        return torch.cat([f(x) for f in layers], -1)  # one of them is adapted
-    if len(layers) == 1 and PACKS is None:
-        return layers[0](x)
-    if not torch.is_grad_enabled():
-        if PACKS is None or kind is nn.Linear and not packs(dtype):
-            return torch.cat([f(x) for f in layers], -1)  # to join weights would read them twice
+    kinds, learn = {type(f) for f in layers}, torch.is_grad_enabled()
+    if PACKS is not None and not learn and kinds in ({nn.Linear}, {Int8Linear}):
+        dtype = compute_dtype(x)
         if layers[0] not in PACKS:
             PACKS[layers[0]] = pack(layers, dtype)
-        return PACKS[layers[0]](x.to(dtype))
+        if packed := PACKS[layers[0]]:
+            return packed(x.to(dtype))
+    if len(layers) == 1:
+        return layers[0](x)
+    if not learn or kinds != {nn.Linear}:  # to join weights would read them twice; or adapted
+        return torch.cat([f(x) for f in layers], -1)
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers])
     return F.linear(x, torch.cat([f.weight for f in layers]), bias)
 
 
-def packs(dtype):
-    """Whether oneDNN has packed products of this dtype on this machine."""
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return dtype == torch.float32 or dtype == torch.bfloat16 and has_bfloat16()
-
-
 def pack(layers, dtype):
-    """A function of x that multiplies with the layers' matrices, joined and packed."""
+    """A function of x that multiplies with the layers' matrices, joined and packed; or None where
+    oneDNN has no such product of this dtype."""
     weight = torch.cat([f.weight for f in layers])
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers]).to(dtype)
     if isinstance(layers[0], Int8Linear):
         scale = torch.cat([f.scale for f in layers])
         return partial(int8_linear, weight=weight, scale=scale, bias=bias)
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
+        return None
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -387,14 +380,11 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        q_size, kv_size = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        bias = c.bias or c.qkv_bias
-        self.q_proj = nn.Linear(c.n_embd, q_size, bias=bias)
-        self.k_proj = nn.Linear(c.n_embd, kv_size, bias=bias)
-        self.v_proj = nn.Linear(c.n_embd, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, c.n_embd, bias=c.bias)
-        self.q_norm = Norm(c.head_dim, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = Norm(c.head_dim, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
+        heads = lambda n: nn.Linear(c.n_embd, n * c.head_dim, bias=c.bias or c.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = map(heads, (c.n_head, c.n_kv_head, c.n_kv_head))
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim), RMSNorm(c.head_dim)
 
     def forward(self, x, rope, mask, cache=None):
         B, T, _ = x.shape
@@ -402,8 +392,8 @@ class Attention(nn.Module):
         qkv = joint(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)
         qk, v = qkv.split((H + G, G), 2)
         if self.c.qk_norm:
-            both = zip((self.q_norm.weight, self.k_norm.weight), (H, G))
-            qk = rms_norm(qk, torch.cat([w.expand(n, -1) for w, n in both]), self.c.norm_eps)
+            scales = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)
+            qk = rms_norm(qk, torch.cat(scales), self.c.norm_eps)
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, n_kv_head, T, D)
@@ -428,23 +418,18 @@ class MLP(nn.Module):
             gate, h = joint(x, self.gate_proj, self.up_proj).chunk(2, -1)
             return joint(F.silu(gate) * h, self.down_proj)
         h = joint(x, self.up_proj)
-        if self.kind == "gelu":
-            h = F.gelu(h, approximate="tanh")
-        else:
-            h = F.relu(h) if self.kind == "relu" else F.relu(h).square()
-        return joint(h, self.down_proj)
+        h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)
+        return joint(h.square() if self.kind == "relu2" else h, self.down_proj)
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        norm = lambda: Norm(c.n_embd, c.norm, c.norm_eps, c.bias)
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        both = c.norm_place == "both"
-        self.attn_out_norm = norm() if both else nn.Identity()
-        self.mlp_out_norm = norm() if both else nn.Identity()
+        self.input_layernorm, self.post_attention_layernorm = make_norm(c), make_norm(c)
+        out_norm = partial(make_norm, c) if c.norm_place == "both" else nn.Identity
+        self.attn_out_norm, self.mlp_out_norm = out_norm(), out_norm()
 
     def forward(self, x, rope, mask, cache=None):
         attend = lambda h: self.self_attn(h, rope, mask, cache)
@@ -474,8 +459,7 @@ class GPT(nn.Module):
         if c.pos == "learned":
             self.model.embed_positions = nn.Embedding(c.n_ctx, c.n_embd)
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        last = c.norm_place != "post"
-        self.model.norm = Norm(c.n_embd, c.norm, c.norm_eps, c.bias) if last else nn.Identity()
+        self.model.norm = make_norm(c) if c.norm_place != "post" else nn.Identity()
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -523,16 +507,14 @@ class GPT(nn.Module):
         elif c.pos == "sinusoidal":
             x = x + sinusoids(positions, c.n_embd).to(x.dtype)
         x = F.dropout(x, c.dropout, self.training)
+        run = self.train_block
+        if self.checkpoint:
+            run = partial(checkpoint, run, use_reentrant=False)
         for i, block in enumerate(self.model.layers):
             if self.training and cache is None:
-                args = self.train_block, block, x, rope, mask
-                x = (
-                    checkpoint(*args, use_reentrant=False)
-                    if self.checkpoint
-                    else args[0](*args[1:])
-                )
+                x = run(block, x, rope, mask)
             else:
-                x = block(x, rope, mask, None if cache is None else partial(cache.write, i))
+                x = block(x, rope, mask, cache and partial(cache.write, i))
         return self.model.norm(x)
 
     def forward(self, ids, targets=None, **how):
@@ -545,8 +527,9 @@ class GPT(nn.Module):
             return joint(h, self.lm_head)
         h, t = h.flatten(0, 1), targets.flatten()
         if type(self.lm_head) is nn.Linear:
-            return cross_entropy_sum(h, self.lm_head.weight, t), (t != -100).sum()
-        nll = F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")  # quantized, adapted
+            nll = cross_entropy_sum(h, self.lm_head.weight, t)
+        else:  # quantized or adapted
+            nll = F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
         return nll, (t != -100).sum()
 
 
@@ -559,15 +542,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device)
         dh, dw = (torch.zeros_like(h), torch.zeros_like(weight)) if learn else (None, None)
         weight = weight.to(h.dtype)
-        for x, t, *out in zip(*(x.split(size) for x in (h, targets, *([dh] if learn else [])))):
-            logp = (x @ weight.T).float().log_softmax(-1)
-            valid = (t >= 0)[:, None]
-            t = t.clamp(min=0)[:, None]
+        for i in range(0, len(h), size):
+            x, t = h[i : i + size], targets[i : i + size, None]
+            logp, valid, t = (x @ weight.T).float().log_softmax(-1), t >= 0, t.clamp(min=0)
             total -= logp.gather(1, t).where(valid, 0.0).sum()
             if learn:
                 d = logp.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=logp.dtype))
                 d = d.mul_(valid).to(h.dtype)
-                out[0].copy_(d @ weight)
+                dh[i : i + size] = d @ weight
                 dw += d.T @ x
         ctx.save_for_backward(dh, dw)
         return total

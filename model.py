@@ -160,8 +160,9 @@ class GPTConfig:
     def __post_init__(self):
         for f in fields(self):
             value, allowed = getattr(self, f.name), get_args(f.type)
-            if f.type is int:  # 0 is for those that have it as their default
-                self.check(f.name, value >= (f.default != 0), f"{int(f.default != 0)} or more")
+            if f.type is int:
+                least = int(f.default != 0)
+                self.check(f.name, value >= least, f"{least} or more")
             elif str in map(type, allowed):
                 self.check(f.name, value in allowed, " or ".join(allowed))
         self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
@@ -274,7 +275,7 @@ def pack(layers, dtype):
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers]).to(dtype)
     if isinstance(layers[0], Int8Linear):
         scale = torch.cat([f.scale for f in layers])
-        return partial(int8_linear, weight=weight, scale=scale, bias=bias)
+        return partial(Int8Linear.forward, SimpleNamespace(weight=weight, scale=scale, bias=bias))
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
         return None
@@ -296,18 +297,13 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x):
-        return int8_linear(x, self.weight, self.scale, self.bias)
-
-
-def int8_linear(x, weight, scale, bias):
-    """x (…, in) times the int8 rows, scaled: read as they are for a few bfloat16 rows on a CPU."""
-    flat = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(flat) <= 16:
-        y = torch._weight_int8pack_mm(flat, weight, scale)
-    else:
-        y = F.linear(flat, weight.to(x.dtype)) * scale.to(x.dtype)
-    y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+        flat = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(flat) <= 16:
+            y = torch._weight_int8pack_mm(flat, self.weight, self.scale)  # without a copy of them
+        else:
+            y = F.linear(flat, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def quantize_weights(net, kind="int8"):
@@ -384,7 +380,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = map(heads, (c.n_head, c.n_kv_head, c.n_kv_head))
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim), RMSNorm(c.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
 
     def forward(self, x, rope, mask, cache=None):
         B, T, _ = x.shape
@@ -608,39 +604,38 @@ class KVCache:
         The first tokens need no mask: they are right-padded, so causal attention is enough. Later
         ones see what their row holds, up to themselves.
         """
-        self.first, begin = self.used == 0, self.used
-        if self.first and T > self.max_len:
+        begin, device = self.used, self.lengths.device
+        if begin == 0 and T > self.max_len:
             raise ValueError(f"{T} tokens do not fit a cache of {self.max_len}")
-        self.used = min(begin + T, self.max_len)
+        self.first, self.used = begin == 0, min(begin + T, self.max_len)
         self.even = self.even and n_new is None and begin + T <= self.max_len
+        self.slots = slice(begin, self.used)
         if self.even:
-            self.lengths, self.slots = self.lengths + T, slice(begin, self.used)
-            positions = torch.arange(begin, self.used, device=self.lengths.device)[None]
-            seen = torch.arange(self.used, device=self.lengths.device)
-            alone = self.first or T == 1  # causal attention, or one query that sees all
-            return positions, None if alone else (seen <= positions[:, :, None])[:, None]
-        steps = torch.arange(T, device=self.lengths.device)
-        positions = self.lengths[:, None] + steps
-        kept = positions < self.max_len
-        if n_new is not None:
-            kept &= steps < n_new[:, None]
-        self.slots = torch.where(kept, positions, self.max_len)
-        self.lengths = self.lengths + kept.sum(1)
-        if self.first:
+            positions = torch.arange(begin, self.used, device=device)[None]
+            self.lengths = self.lengths + T
+        else:
+            steps = torch.arange(T, device=device)
+            positions = self.lengths[:, None] + steps
+            kept = positions < self.max_len
+            if n_new is not None:
+                kept &= steps < n_new[:, None]
+            if not self.first:
+                self.slots = torch.where(kept, positions, self.max_len)
+            self.lengths = self.lengths + kept.sum(1)
+        if self.first or self.even and T == 1:  # causal attention, or one query that sees all
             return positions, None
-        seen = torch.arange(self.used, device=self.lengths.device)
+        seen = torch.arange(self.used, device=device)
         return positions, (seen <= positions[:, :, None])[:, None]
 
     def write(self, i, k, v):
         """Store layer i's new k and v; return all that its queries may see."""
-        if self.first or self.even:
-            at = self.slots if self.even else slice(k.shape[2])
-            self.store[0, i, :, :, at], self.store[1, i, :, :, at] = k, v
-            return (k, v) if self.first else self.store[:, i, :, :, : self.used]
-        rows = torch.arange(len(k), device=k.device)[:, None]
         for place, new in zip(self.store[:, i], (k, v)):
-            place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
-        return self.store[:, i, :, :, : self.used]
+            if isinstance(self.slots, slice):
+                place[:, :, self.slots] = new
+            else:
+                rows = torch.arange(len(k), device=k.device)[:, None]
+                place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
+        return (k, v) if self.first else self.store[:, i, :, :, : self.used]
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
@@ -681,21 +676,21 @@ class TextStream:
 class Row:
     """A sequence in the making: it ends at an end token, a stop string, or `limit` tokens."""
 
-    def __init__(self, tok, limit, stop, emit):
-        self.tok, self.limit, self.emit = tok, limit, emit
+    def __init__(self, tok, limit, stop):
+        self.tok, self.limit, self.emit = tok, limit, None
         self.out, self.stream, self.done = Generation(), TextStream(stop), False
 
     def take(self, token, logprob):
         if self.done:
             return
-        self.out.ids.append(token)
-        self.out.logprobs.append(logprob)
-        ended = token in self.tok.eos_ids
-        self.done = ended or len(self.out.ids) == self.limit
-        piece = self.stream.feed(self.tok.token_bytes(token), final=self.done)
-        self.done = self.done or self.stream.stopped
-        self.out.text = self.stream.text
-        self.out.finish_reason = "stop" if ended or self.stream.stopped else "length"
+        g, ended = self.out, token in self.tok.eos_ids
+        g.ids.append(token)
+        g.logprobs.append(logprob)
+        last = ended or len(g.ids) == self.limit
+        piece, g.text = self.stream.feed(self.tok.token_bytes(token), last), self.stream.text
+        self.done = last or self.stream.stopped
+        if ended or self.stream.stopped:
+            g.finish_reason = "stop"
         if piece and self.emit:
             self.emit(piece)
 
@@ -748,17 +743,16 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     for p in prompts:
         if not 0 < len(p) < n_ctx:
             raise UserError(f"a prompt of {len(p)} tokens: expected 1 to {n_ctx - 1}, the context")
-    limits = [min(max_new_tokens, n_ctx - len(p)) for p in prompts]
-    emit = lambda i: on_text and (lambda piece: on_text(i, piece))
-    rows = [Row(tok, limit, stop, emit(i)) for i, limit in enumerate(limits)]
+    rows = [Row(tok, min(max_new_tokens, n_ctx - len(p)), stop) for p in prompts]
+    for i, row in enumerate(rows if on_text else ()):
+        row.emit = partial(on_text, i)
     with generating(net):
-        if prompts and max_new_tokens > 0 and num_beams > 1:
-            for prompt, row in zip(prompts, rows):
-                for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
-                    row.take(token, logprob)
-        elif prompts and max_new_tokens > 0:
+        if rows and max_new_tokens > 0 and num_beams == 1:
             filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
+        for prompt, row in zip(prompts, rows if max_new_tokens > 0 and num_beams > 1 else ()):
+            for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
+                row.take(token, logprob)
     return [row.out for row in rows]
 
 
@@ -768,8 +762,9 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     limit = max(row.limit for row in rows)
     logits, cache = prefill(net, prompts, max(len(p) + row.limit for p, row in zip(prompts, rows)))
     device, pending = logits.device, deque()
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(rows))]
-    draws = torch.stack([torch.rand(limit, generator=g) for g in generators]).to(device)
+    seeded = lambda i: torch.Generator().manual_seed(seed * 1_000_003 + i)
+    draws = [torch.rand(limit, generator=seeded(i)) for i in range(len(rows))]
+    draws = torch.stack(draws).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for i, p in enumerate(prompts):
         seen[i, torch.tensor(p, device=device)] = True
@@ -777,16 +772,15 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
         logits = real_logits(logits, tok)
         likely = logits
         if penalty != 1:  # Keskar et al. 2019
-            likely = torch.where(logits > 0, logits / penalty, logits * penalty)
-            likely = torch.where(seen, likely, logits)
+            lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+            likely = torch.where(seen, lower, logits)
         tokens = choose_tokens(likely, draws[:, t], **filters)
         seen.scatter_(1, tokens[:, None], True)
         chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         pending.append(to_host(tokens, chances))
         while len(pending) > (device.type == "cuda" and t + 1 < limit):
-            tokens_there, chances_there = pending.popleft()()
-            for row, token, chance in zip(rows, tokens_there, chances_there):
-                row.take(token, chance)
+            for row, *new in zip(rows, *pending.popleft()()):
+                row.take(*new)
         if all(row.done for row in rows):
             return
         logits = net(tokens[:, None], cache=cache)[:, -1]
@@ -824,10 +818,9 @@ def beam_search(net, tok, prompt, limit, num_beams):
     Returns (ids, logprobs). It ends after `limit` tokens, or when num_beams continuations have.
     """
     logits, cache = prefill(net, [prompt], len(prompt) + limit)
-    cache.reorder(torch.zeros(num_beams, dtype=torch.int64, device=logits.device))
     beams, ended = [([], [])], []  # (ids, logprobs) of each
     for t in range(limit):
-        chances = real_logits(logits, tok).log_softmax(-1)[: len(beams)]
+        chances = real_logits(logits, tok).log_softmax(-1)
         totals = chances + torch.tensor([[sum(lp)] for _, lp in beams], device=logits.device)
         best = totals.flatten().topk(min(2 * num_beams, totals.numel())).indices.tolist()
         grown = []
@@ -840,9 +833,8 @@ def beam_search(net, tok, prompt, limit, num_beams):
         beams = [beam for _, beam in grown]
         if len(ended) >= num_beams or not beams or t + 1 == limit:
             break
-        spare = num_beams - len(beams)
-        cache.reorder(torch.tensor([row for row, _ in grown] + [0] * spare, device=logits.device))
-        tokens = torch.tensor([ids[-1] for ids, _ in beams] + [0] * spare, device=logits.device)
+        cache.reorder(torch.tensor([row for row, _ in grown], device=logits.device))
+        tokens = torch.tensor([ids[-1] for ids, _ in beams], device=logits.device)
         logits = net(tokens[:, None], cache=cache)[:, -1]
     candidates = ended if len(ended) >= num_beams else ended + beams
     return max(candidates, key=lambda beam: sum(beam[1]) / len(beam[1]))

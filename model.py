@@ -746,13 +746,16 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     rows = [Row(tok, min(max_new_tokens, n_ctx - len(p)), stop) for p in prompts]
     for i, row in enumerate(rows if on_text else ()):
         row.emit = partial(on_text, i)
+    if not rows or max_new_tokens < 1:
+        return [row.out for row in rows]
     with generating(net):
-        if rows and max_new_tokens > 0 and num_beams == 1:
+        if num_beams > 1:
+            for prompt, row in zip(prompts, rows):
+                for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
+                    row.take(token, logprob)
+        else:
             filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
-        for prompt, row in zip(prompts, rows if max_new_tokens > 0 and num_beams > 1 else ()):
-            for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
-                row.take(token, logprob)
     return [row.out for row in rows]
 
 
@@ -1050,9 +1053,9 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face folder; safetensors read and written here
 
-TORCH_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
-SAFE_DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split()  # the format's names, in order
-SAFE_DTYPES = dict(zip(SAFE_DTYPES, (getattr(torch, name) for name in TORCH_DTYPES)))
+SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+SAFE_DTYPES |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+SAFE_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_json(path, default=None):
@@ -1110,10 +1113,8 @@ def write_safetensors(file, tensors, metadata):
 
 
 def read_header(path, file):
-    """Check an open safetensors file: ({name: (dtype, shape, begin, end)}, metadata).
-
-    Offsets are from the file's start. Anything that the format forbids is a UserError.
-    """
+    """Check an open safetensors file and go to its data: ({name: (dtype, shape)} in their order,
+    metadata). Anything that the format forbids is a UserError."""
     size, prefix = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
@@ -1121,16 +1122,16 @@ def read_header(path, file):
     try:
         header = json.loads(file.read(length).decode())
         metadata = header.pop("__metadata__", {})
-        entries, at = {}, 8 + length
+        entries, at = {}, 0
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, end) = SAFE_DTYPES[e["dtype"]], e["shape"], e["data_offsets"]
             natural = all(type(n) is int and n >= 0 for n in [*shape, begin, end])
             fits = natural and end - begin == math.prod(shape) * dtype.itemsize
-            if not fits or 8 + length + begin != at:
+            if not fits or begin != at:
                 raise ValueError(f"{name} does not fill its place")
-            entries[name], at = (dtype, shape, at, at + end - begin), at + end - begin
-        if at != size:
-            raise ValueError(f"{size} bytes, but the header describes {at}")
+            entries[name], at = (dtype, shape), end
+        if 8 + length + at != size:
+            raise ValueError(f"{size} bytes, but the header describes {8 + length + at}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed safetensors file: {error}") from None
     return entries, metadata
@@ -1142,12 +1143,9 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as file:
             entries, metadata = read_header(path, file)
-            for name, (dtype, shape, begin, end) in entries.items():
-                data = bytearray(end - begin)
-                file.seek(begin)
-                file.readinto(data)
-                flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-                tensors[name] = flat.view(shape)
+            for name, (dtype, shape) in entries.items():
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                file.readinto(tensors[name].view(-1).view(torch.uint8).numpy())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     return tensors, metadata
@@ -1183,7 +1181,9 @@ def family(c):
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
     c, kind, dtype = net.config, family(net.config), str(net.lm_head.weight.dtype)[6:]
-    out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype} | token_ids(tok)
+    ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
+    out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}
+    out |= {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
     if kind == "barelm":
         return out | asdict(c)
     name = "GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"
@@ -1206,24 +1206,20 @@ def from_hf_config(d, where="config.json"):
     keys, options = HF_KEYS[kind], FAMILIES[kind]
     # What transformers takes for a key that is absent, where it is the same for every family.
     usual = {"tie": kind == "gpt2", "n_kv_head": 0, "head_dim": 0, "n_hidden": 0}
-    c = {ours: d.get(hf) if d.get(hf) is not None else usual.get(ours) for ours, hf in keys.items()}
-    missing = [keys[k] for k, v in c.items() if v is None]
+    c = usual | {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
     odd = ("attention_bias", "mlp_bias", "use_sliding_window", "scale_attn_by_inverse_layer_idx")
-    odd = [k for k in odd if d.get(k)]
+    faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
+    faults += [f"{key} not supported" for key in odd if d.get(key)]
     activation = d.get("activation_function", d.get("hidden_act"))
-    expected = ("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)
-    odd += [] if activation in expected else [f"activation {activation}"]
-    if missing or odd:
-        fault = f"{', '.join(missing)} missing" if missing else f"{', '.join(odd)} not supported"
-        raise UserError(f"{where}: {fault}")
-    if kind == "gpt2":
-        return GPTConfig(**c, **options)
-    rope = d.get("rope_parameters") or {}  # transformers 5; below it, two keys of their own
-    scaling = d.get("rope_scaling") or rope
-    scaling = {"rope_type": scaling.get("type", "default")} | scaling
+    if activation not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)):
+        faults.append(f"activation {activation} not supported")
+    if faults:
+        raise UserError(f"{where}: {', '.join(faults)}")
+    # One dict in transformers 5; below it, two keys.
+    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
     theta = scaling.pop("rope_theta", d.get("rope_theta")) or 10000.0
-    scaling = None if scaling["rope_type"] == "default" else scaling
-    return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=scaling)
+    plain = scaling.setdefault("rope_type", scaling.get("type", "default")) == "default"
+    return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=None if plain else scaling)
 
 
 # GPT-2 has its own names, writes matrices (in, out), and q, k and v as one.
@@ -1294,14 +1290,9 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     net.load_state_dict({n: tensors[n].to(device, dtype) for n in want}, assign=True)
     if c.tie:
         net.lm_head.weight = net.model.embed_tokens.weight
-    net = quantize_weights(net.requires_grad_(), quantize) if quantize else net.requires_grad_()
+    if quantize:
+        quantize_weights(net, quantize)
     return net.eval(), tok
-
-
-def token_ids(tok):
-    """The special ids, by the names that config.json and generation_config.json have for them."""
-    ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
-    return {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
 
 
 def save(folder, net, tok, step=0, state=None):
@@ -1314,8 +1305,10 @@ def save(folder, net, tok, step=0, state=None):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t for n, t in net.state_dict().items() if not (c.tie and n == "lm_head.weight")}
     tensors = to_gpt2(tensors) if family(c) == "gpt2" else tensors
-    write_json(folder / "config.json", to_hf_config(net, tok))
-    write_json(folder / "generation_config.json", token_ids(tok))
+    config = to_hf_config(net, tok)
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", ids)
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config | {"model_max_length": c.n_ctx})
     metadata = {"format": "pt", "step": str(step)}
@@ -1373,10 +1366,10 @@ def shared(x, f):
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return f(x)
-    mine = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % world)).chunk(world)[dist.get_rank()]
-    out = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(out, f(mine).contiguous())
-    return torch.cat(out)[: len(x)]
+    whole = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % world))
+    mine = f(whole.chunk(world)[dist.get_rank()])
+    dist.all_gather_into_tensor(whole, mine.contiguous())
+    return whole[: len(x)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -1404,11 +1397,11 @@ class Muon(torch.optim.Optimizer):
                 grads, moments = zip(*[(p.grad, self.state[p]["momentum"]) for p in params])
                 torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, moments, group["momentum"])  # Nesterov
-                updates = shared(
-                    torch.stack(ahead), partial(orthogonalize, dtype=self.dtype)
-                ).unbind()
+                updates = shared(torch.stack(ahead), partial(orthogonalize, dtype=self.dtype))
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-lr * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_add_(
+                    params, updates.unbind(), alpha=-lr * 0.2 * math.sqrt(max(shape))
+                )
 
 
 def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
@@ -1420,21 +1413,18 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     """
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer={name}: expected muon or adamw")
-    named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-    inner = {n: p for n, p in named if name == "muon" and ".layers." in n and p.ndim == 2}
-    rest = [p for n, p in named if n not in inner]
-    wide, narrow = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim < 2]
+    inner, wide, narrow = [], [], []
+    for n, p in net.named_parameters():
+        if p.requires_grad:
+            muon = name == "muon" and ".layers." in n and p.ndim == 2
+            (inner if muon else wide if p.ndim > 1 else narrow).append(p)
     groups = [{"params": wide, "weight_decay": weight_decay}]
     groups += [{"params": narrow, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
     if inner:
-        optimizers.append(Muon(list(inner.values()), lr, momentum, weight_decay, dtype))
-    all_groups = [g for o in optimizers for g in o.param_groups]
-    covered = [id(p) for g in all_groups for p in g["params"]]
-    if sorted(covered) != sorted(id(p) for _, p in named):
-        raise AssertionError("the optimizer's groups do not hold every parameter once")
-    for g in all_groups:
+        optimizers.append(Muon(inner, lr, momentum, weight_decay, dtype))
+    for g in (g for o in optimizers for g in o.param_groups):
         g["initial_lr"] = lr
     return optimizers
 

@@ -311,10 +311,9 @@ def quantize_weights(net, kind="int8"):
     time of reading it. The embedding stays, a tied head becomes a matrix of its own."""
     if kind != "int8":
         raise UserError(f"--quantize={kind}: expected int8")
-    for module in list(net.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, Int8Linear(layer))
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, nn.Linear):
+            net.set_submodule(name, Int8Linear(layer))
     return net
 
 
@@ -719,13 +718,6 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     return (mass <= uniform[:, None] * (1 - 2**-20) * mass[:, -1:]).sum(-1)
 
 
-def real_logits(logits, tok):
-    """float32 logits, with ids that are no token of the tokenizer (padding to 64) ruled out."""
-    logits = logits.float()
-    logits[..., tok.n_vocab :] = -math.inf
-    return logits
-
-
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), num_beams=1,
@@ -763,7 +755,8 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
-    logits, cache = prefill(net, prompts, max(len(p) + row.limit for p, row in zip(prompts, rows)))
+    longest = max(len(p) + row.limit for p, row in zip(prompts, rows))
+    logits, cache = prefill(net, tok, prompts, longest)
     device, pending = logits.device, deque()
     seeded = lambda i: torch.Generator().manual_seed(seed * 1_000_003 + i)
     draws = [torch.rand(limit, generator=seeded(i)) for i in range(len(rows))]
@@ -772,7 +765,6 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     for i, p in enumerate(prompts):
         seen[i, torch.tensor(p, device=device)] = True
     for t in range(limit):
-        logits = real_logits(logits, tok)
         likely = logits
         if penalty != 1:  # Keskar et al. 2019
             lower = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -786,33 +778,37 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
                 row.take(*new)
         if all(row.done for row in rows):
             return
-        logits = net(tokens[:, None], cache=cache)[:, -1]
+        logits = feed(net, tok, cache, tokens[:, None])
 
 
 def to_host(*tensors):
     """Start copying tensors to the host; the function returned waits for them, as lists."""
-    if tensors[0].device.type != "cuda":
-        return lambda: [t.tolist() for t in tensors]
-    copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-    for copy, t in zip(copies, tensors):
-        copy.copy_(t, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record(torch.cuda.current_stream(tensors[0].device))
-    return lambda: ready.synchronize() or [copy.tolist() for copy in copies]
+    copies = [t.to("cpu", non_blocking=True) for t in tensors]  # from a GPU: to pinned memory
+    wait = lambda: None
+    if tensors[0].device.type == "cuda":
+        wait = torch.cuda.current_stream(tensors[0].device).record_event().synchronize
+    return lambda: wait() or [copy.tolist() for copy in copies]
 
 
-def prefill(net, prompts, max_len):
-    """Run the prompts, lists of ids, into a new cache: the logits (B, V) after each, the cache."""
-    table = net.model.embed_tokens.weight
-    device, lengths = table.device, [len(p) for p in prompts]
+def feed(net, tok, cache, ids, n_new=None):
+    """The logits (B, V) float32 of what follows ids (B, T), -inf for padding of the vocabulary."""
+    h = net.hidden(ids, cache=cache, n_new=n_new)
+    h = h[:, -1] if n_new is None else h[torch.arange(len(h), device=h.device), n_new - 1]
+    logits = joint(h, net.lm_head).float()
+    logits[:, tok.n_vocab :] = -math.inf
+    return logits
+
+
+def prefill(net, tok, prompts, max_len):
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
+    table, lengths = net.model.embed_tokens.weight, {len(p) for p in prompts}
     # A CPU attends to float32 faster than to less: it has to convert the rest.
-    dtype = torch.float32 if device.type == "cpu" else compute_dtype(table)
-    cache = KVCache(net.config, len(prompts), max_len, device, dtype)
-    n = torch.tensor(lengths, device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    ragged = n if len(set(lengths)) > 1 else None
-    h = net.hidden(ids.to(device), cache=cache, n_new=ragged)
-    return joint(h[torch.arange(len(prompts), device=device), n - 1], net.lm_head), cache
+    dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
+    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype)
+    rows = [torch.tensor(p, device=table.device) for p in prompts]
+    n_new = torch.tensor([*map(len, rows)], device=table.device) if len(lengths) > 1 else None
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return feed(net, tok, cache, ids, n_new), cache
 
 
 def beam_search(net, tok, prompt, limit, num_beams):
@@ -820,10 +816,10 @@ def beam_search(net, tok, prompt, limit, num_beams):
 
     Returns (ids, logprobs). It ends after `limit` tokens, or when num_beams continuations have.
     """
-    logits, cache = prefill(net, [prompt], len(prompt) + limit)
+    logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
     beams, ended = [([], [])], []  # (ids, logprobs) of each
     for t in range(limit):
-        chances = real_logits(logits, tok).log_softmax(-1)
+        chances = logits.log_softmax(-1)
         totals = chances + torch.tensor([[sum(lp)] for _, lp in beams], device=logits.device)
         best = totals.flatten().topk(min(2 * num_beams, totals.numel())).indices.tolist()
         grown = []
@@ -838,7 +834,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
             break
         cache.reorder(torch.tensor([row for row, _ in grown], device=logits.device))
         tokens = torch.tensor([ids[-1] for ids, _ in beams], device=logits.device)
-        logits = net(tokens[:, None], cache=cache)[:, -1]
+        logits = feed(net, tok, cache, tokens[:, None])
     candidates = ended if len(ended) >= num_beams else ended + beams
     return max(candidates, key=lambda beam: sum(beam[1]) / len(beam[1]))
 
@@ -1072,17 +1068,15 @@ def read_json(path, default=None):
 
 
 @contextlib.contextmanager
-def whole_file(path, rename=True):
-    """A binary file to write that appears under `path` when all of it is on the disk, or not at
-    all. Without `rename` it stays `path`.tmp, complete and synced, for the caller to rename."""
+def whole_file(path):
+    """A binary file to write that appears under `path` when all of it is on the disk, or never."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if rename:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -1223,41 +1217,41 @@ def from_hf_config(d, where="config.json"):
 
 
 # GPT-2 has its own names, writes matrices (in, out), and q, k and v as one.
-GPT2_NAMES = """.wte.=.model.embed_tokens. .wpe.=.model.embed_positions. .ln_f.=.model.norm.
-.h.=.model.layers. .ln_1.=.input_layernorm. .ln_2.=.post_attention_layernorm.
-.attn.c_attn.=.self_attn.qkv_proj. .attn.c_proj.=.self_attn.o_proj.
-.mlp.c_fc.=.mlp.up_proj. .mlp.c_proj.=.mlp.down_proj."""
+GPT2_NAMES = """model.=transformer. embed_tokens=wte embed_positions=wpe .layers.=.h. .norm.=.ln_f.
+input_layernorm=ln_1 post_attention_layernorm=ln_2 self_attn.q_proj=attn.c_attn
+self_attn.k_proj=attn.c_attn self_attn.v_proj=attn.c_attn self_attn.o_proj=attn.c_proj
+up_proj=c_fc mlp.down_proj=mlp.c_proj"""
 GPT2_NAMES = [pair.split("=") for pair in GPT2_NAMES.split()]
-TRANSPOSED = ("qkv_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
-def from_gpt2(tensors):
-    """A GPT-2 file's tensors under our names (with or without the prefix `transformer.`)."""
+def gpt2_names(names):
+    """{name in a GPT-2 file: those of our names that it holds: q, k and v, or one}."""
     out = {}
-    for name, t in tensors.items():
-        name = "." + name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks of old files
-            continue
-        for theirs, ours in GPT2_NAMES:
-            name = name.replace(theirs, ours)
-        t = t.t().contiguous() if name.endswith(TRANSPOSED) else t
-        parts = zip("qkv", t.chunk(3)) if ".qkv_proj." in name else [("", t)]
-        out |= {name[1:].replace(".qkv_", f".{x}_"): part for x, part in parts}
+    for name in names:
+        theirs = name
+        for old, new in GPT2_NAMES:
+            theirs = theirs.replace(old, new)
+        out.setdefault(theirs, []).append(name)
     return out
+
+
+def from_gpt2(tensors, names):
+    """A GPT-2 file's tensors (with or without the prefix `transformer.`) under our names."""
+    tensors, out = {n.removeprefix("transformer."): t for n, t in tensors.items()}, {}
+    for theirs, ours in gpt2_names(names).items():
+        t = tensors.pop(theirs.removeprefix("transformer."), torch.empty(0))
+        t = t.t().contiguous() if ours[0].endswith("_proj.weight") else t
+        out |= zip(ours, t.chunk(len(ours)))
+    masks = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
+    return out | {n: t for n, t in tensors.items() if not n.endswith(masks)}
 
 
 def to_gpt2(state):
     """Our tensors under a GPT-2 file's names."""
     out = {}
-    for name, t in state.items():
-        if ".q_proj." in name:
-            t = torch.cat([state[name.replace(".q_", f".{x}_")] for x in "qkv"])
-        name = "." + name.replace(".q_proj.", ".qkv_proj.")
-        t = t.t() if name.endswith(TRANSPOSED) else t
-        for theirs, ours in GPT2_NAMES:
-            name = name.replace(ours, theirs)
-        if ".k_proj." not in name and ".v_proj." not in name:
-            out["lm_head.weight" if "lm_head" in name else "transformer" + name] = t
+    for theirs, ours in gpt2_names(state).items():
+        t = torch.cat([state[n] for n in ours])
+        out[theirs] = t.t() if ours[0].endswith("_proj.weight") else t
     return out
 
 
@@ -1277,13 +1271,13 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
     tensors, _ = read_safetensors(folder / "model.safetensors")
-    tensors = from_gpt2(tensors) if family(c) == "gpt2" else tensors
-    if c.tie and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with torch.device("meta"):
         net = GPT(c)
-    want = {name: p.shape for name, p in net.state_dict().items()}
-    bad = [n for n in want if n not in tensors or tensors[n].shape != want[n]]
+    want = net.state_dict()
+    tensors = from_gpt2(tensors, want) if family(c) == "gpt2" else tensors
+    if c.tie and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    bad = [n for n in want if n not in tensors or tensors[n].shape != want[n].shape]
     bad += [n for n in tensors if n not in want and not n.endswith("rotary_emb.inv_freq")]
     if bad:
         raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
@@ -1311,15 +1305,14 @@ def save(folder, net, tok, step=0, state=None):
     write_json(folder / "generation_config.json", ids)
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config | {"model_max_length": c.n_ctx})
-    metadata = {"format": "pt", "step": str(step)}
-    parts = {"model.safetensors": lambda file: write_safetensors(file, tensors, metadata)}
-    if state is not None:
-        parts["state.pt"] = lambda file: torch.save(state | {"step": step}, file)
-    for name, write in parts.items():
-        with whole_file(folder / name, rename=False) as file:
-            write(file)
-    for name in parts:
-        os.replace(folder / f"{name}.tmp", folder / name)
+    with contextlib.ExitStack() as last:
+        if state is not None:  # on the disk before the model is renamed, and renamed after it
+            file = last.enter_context(whole_file(folder / "state.pt"))
+            torch.save(state | {"step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with whole_file(folder / "model.safetensors") as file:
+            write_safetensors(file, tensors, {"format": "pt", "step": str(step)})
 
 
 def load_state(folder):
@@ -1399,9 +1392,8 @@ class Muon(torch.optim.Optimizer):
                 ahead = torch._foreach_lerp(grads, moments, group["momentum"])  # Nesterov
                 updates = shared(torch.stack(ahead), partial(orthogonalize, dtype=self.dtype))
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(
-                    params, updates.unbind(), alpha=-lr * 0.2 * math.sqrt(max(shape))
-                )
+                scale = -lr * 0.2 * math.sqrt(max(shape))
+                torch._foreach_add_(params, updates.unbind(), alpha=scale)
 
 
 def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
@@ -1418,9 +1410,8 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
         if p.requires_grad:
             muon = name == "muon" and ".layers." in n and p.ndim == 2
             (inner if muon else wide if p.ndim > 1 else narrow).append(p)
-    groups = [{"params": wide, "weight_decay": weight_decay}]
-    groups += [{"params": narrow, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    groups = [(wide, weight_decay), (narrow, 0.0)]
+    groups = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
     optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
     if inner:
         optimizers.append(Muon(inner, lr, momentum, weight_decay, dtype))
@@ -1434,8 +1425,8 @@ def sync_grads(params):
     if not dist.is_initialized():
         return
     params = [p for p in params if p.requires_grad]
-    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]
-    flat = torch.cat(flat)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     for p, part in zip(params, flat.split([p.numel() for p in params])):
         p.grad = part.view_as(p)

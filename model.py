@@ -14,11 +14,9 @@ import json
 import math
 import os
 import re
-import struct
 import sys
 import time
 import unicodedata
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -42,10 +40,8 @@ class UserError(SystemExit):
 
 
 def setup(device="auto"):
-    """Choose the device and join the other processes, if torchrun started several.
-
-    Returns (device, rank, world, main) by these names; `main` is the one process that writes files.
-    """
+    """Choose the device and join the other processes, if torchrun started several: (device, rank,
+    world, main) by these names; `main` is the one process that writes files."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +121,6 @@ def duration(seconds):
 
 # --------------------------------------------------------------------------------------------------
 # The network
-
 
 ROPE_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPE_KEYS = {"linear": ROPE_KEYS[:1], "llama3": ROPE_KEYS}  # of rope_scaling, by its rope_type
@@ -320,11 +315,10 @@ def quantize_weights(net, kind="int8"):
 class BlockedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v as plain matrix products over blocks of queries, without the keys
     that lie behind a block: on a CPU two to three times as fast as its fused kernel in bfloat16.
+    Keeps the probabilities, in q's dtype, which the fused one computes twice.
 
     q (B, H, T, D), k and v (B, n_kv_head, T, D), unseen (1 or B, 1, T, T) bool, true where a query
-    may not look (at least at what is behind it). Keeps the probabilities, which the fused one
-    computes twice; they are rounded to q's dtype.
-    """
+    may not look (at least at what is behind it)."""
 
     @staticmethod
     def forward(ctx, q, k, v, unseen):
@@ -458,29 +452,20 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                self.init_weight(module, outward=name.endswith(("o_proj", "down_proj")))
-
-    def init_weight(self, module, outward):
-        """`scaled` is GPT-2's: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a block adds to x."""
-        c = self.config
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-        if c.init == "scaled" or isinstance(module, nn.Embedding) or module is self.lm_head:
-            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
-        elif c.init == "xavier":
-            nn.init.xavier_uniform_(module.weight)
-        else:
-            nn.init.kaiming_normal_(module.weight)
+        for name, p in self.named_parameters(remove_duplicate=False):
+            if name.endswith("proj.bias"):
+                nn.init.zeros_(p)
+            elif "proj" in name and c.init != "scaled":
+                {"xavier": nn.init.xavier_uniform_, "he": nn.init.kaiming_normal_}[c.init](p)
+            elif p.ndim == 2:  # scaled is GPT-2's, with less where a block adds to x
+                outward = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
 
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
-        """The final hidden states (B, T, C), normalized: what the head reads.
+        """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
-        ids (B, T) int64, or embeds (B, T, C) in their place. With a cache, row b's first n_new[b]
-        tokens (all T where n_new is None) continue that row. docs (B, T) int64: a token attends
-        only to tokens of its own document, and positions restart where the document changes.
-        """
+        With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
+        docs (B, T) int64: a token attends to its own document, where positions start anew."""
         c = self.config
         x = self.model.embed_tokens(ids) if embeds is None else embeds
         T, mask, rope = x.shape[1], None, None
@@ -513,10 +498,8 @@ class GPT(nn.Module):
         return self.model.norm(x)
 
     def forward(self, ids, targets=None, **how):
-        """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (loss sum, count).
-
-        The loss is the sum of -log p in nats, float32; `how` is passed on to `hidden`.
-        """
+        """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
+        nats, float32; their count). `how` is passed on to `hidden`."""
         h = self.hidden(ids, **how)
         if targets is None:
             return joint(h, self.lm_head)
@@ -598,11 +581,8 @@ class KVCache:
     v = property(lambda self: self.store[1, ..., : self.max_len, :])
 
     def extend(self, T, n_new=None):
-        """Make room for T tokens a row: their positions (B, T), and the mask (B, 1, T, used).
-
-        The first tokens need no mask: they are right-padded, so causal attention is enough. Later
-        ones see what their row holds, up to themselves.
-        """
+        """Make room for T tokens a row: their positions (B, T), and the mask (B, 1, T, used), or
+        None for the first ones: they are right-padded, so that causal attention is enough."""
         begin, device = self.used, self.lengths.device
         if begin == 0 and T > self.max_len:
             raise ValueError(f"{T} tokens do not fit a cache of {self.max_len}")
@@ -621,7 +601,7 @@ class KVCache:
             if not self.first:
                 self.slots = torch.where(kept, positions, self.max_len)
             self.lengths = self.lengths + kept.sum(1)
-        if self.first or self.even and T == 1:  # causal attention, or one query that sees all
+        if self.first or self.even and T == 1:  # one query sees all
             return positions, None
         seen = torch.arange(self.used, device=device)
         return positions, (seen <= positions[:, :, None])[:, None]
@@ -695,11 +675,9 @@ class Row:
 
 
 def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,).
-
-    top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen et al. 2024) filter in this order, as in
-    transformers. A uniform number a row makes each draw independent of the rest of the batch.
-    """
+    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
+    no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
+    et al. 2024) filter in this order, as in transformers."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -726,9 +704,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, i) alone.
-    on_text(i, piece) gets the text as it is made. num_beams > 1 is a beam search, which neither
-    draws nor filters.
-    """
+    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
     prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
     n_ctx = net.config.n_ctx
@@ -757,7 +733,7 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     limit = max(row.limit for row in rows)
     longest = max(len(p) + row.limit for p, row in zip(prompts, rows))
     logits, cache = prefill(net, tok, prompts, longest)
-    device, pending = logits.device, deque()
+    device, pending = logits.device, []
     seeded = lambda i: torch.Generator().manual_seed(seed * 1_000_003 + i)
     draws = [torch.rand(limit, generator=seeded(i)) for i in range(len(rows))]
     draws = torch.stack(draws).to(device)
@@ -774,7 +750,7 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
         chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         pending.append(to_host(tokens, chances))
         while len(pending) > (device.type == "cuda" and t + 1 < limit):
-            for row, *new in zip(rows, *pending.popleft()()):
+            for row, *new in zip(rows, *pending.pop(0)()):
                 row.take(*new)
         if all(row.done for row in rows):
             return
@@ -812,10 +788,8 @@ def prefill(net, tok, prompts, max_len):
 
 
 def beam_search(net, tok, prompt, limit, num_beams):
-    """The continuation with the best mean log p per token that a search of this width finds.
-
-    Returns (ids, logprobs). It ends after `limit` tokens, or when num_beams continuations have.
-    """
+    """(ids, logprobs) of the continuation with the best mean log p per token that a search of this
+    width finds in `limit` tokens, or until num_beams continuations have ended."""
     logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
     beams, ended = [([], [])], []  # (ids, logprobs) of each
     for t in range(limit):
@@ -1101,7 +1075,7 @@ def write_safetensors(file, tensors, metadata):
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    file.write(len(text).to_bytes(8, "little") + text)
     for t in tensors.values():
         file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -1257,9 +1231,7 @@ def to_gpt2(state):
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     """Open a checkpoint folder, ours or Hugging Face's: (GPT in eval mode, Tokenizer).
-
-    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype.
-    """
+    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
@@ -1290,11 +1262,8 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
 
 
 def save(folder, net, tok, step=0, state=None):
-    """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt.
-
-    Both large files are complete on the disk under temporary names before either is renamed, and
-    both carry the step: killed at any moment, a process leaves a pair that `load_state` can tell.
-    """
+    """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt. Both carry
+    the step: killed at any moment, a process leaves a pair that `load_state` can tell."""
     folder, c = Path(folder), net.config
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t for n, t in net.state_dict().items() if not (c.tie and n == "lm_head.weight")}
@@ -1341,10 +1310,8 @@ def load_state(folder):
 
 
 def orthogonalize(g, dtype=torch.float32, steps=5):
-    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration.
-
-    The quintic of Muon (Jordan et al. 2024): singular values land between about 0.7 and 1.2.
-    """
+    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration: the
+    quintic of Muon (Jordan et al. 2024), whose singular values land between about 0.7 and 1.2."""
     tall = g.shape[-2] > g.shape[-1]
     x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     x = x.mT if tall else x
@@ -1366,12 +1333,10 @@ def shared(x, f):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024), for matrices.
+    """Momentum, orthogonalized (Jordan et al. 2024), for matrices; equal shapes go together.
 
     Steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size (Liu et
-    al. 2025, section 2.2), so that one learning rate serves both. Equal shapes go together, each
-    process orthogonalizes its share of them, in `dtype`, and all get the result.
-    """
+    al. 2025, section 2.2), so that one learning rate serves both."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -1398,11 +1363,9 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
                    dtype=torch.float32):  # fmt: skip
-    """The optimizers of a network, a list: AdamW for all, or Muon for the blocks' matrices.
-
-    Weight decay is for parameters of two dimensions. Each group keeps the peak as `initial_lr`.
-    dtype: what Muon's products are computed in; bfloat16 serves where it is fast.
-    """
+    """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
+    blocks' matrices. Weight decay is for parameters of two dimensions. Each group keeps the peak as
+    `initial_lr`."""
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer={name}: expected muon or adamw")
     inner, wide, narrow = [], [], []
@@ -1450,15 +1413,12 @@ def n_params(net):
 
 
 def flops_per_token(c, seq_len, backward=True):
-    """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020).
-
-    Attention counts the whole seq_len x seq_len square, as is usual; backward costs twice forward.
-    """
-    heads = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
+    """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020),
+    attention as the whole seq_len x seq_len square, as is usual; backward costs twice forward."""
+    heads = 2 * c.head_dim * (c.n_embd * (c.n_head + c.n_kv_head) + c.n_head * seq_len)
     mlp = c.n_embd * c.n_hidden * (3 if c.mlp == "swiglu" else 2)
-    weights = c.n_layer * (heads + mlp) + c.n_embd * c.vocab_size
-    attention = c.n_layer * 2 * c.n_head * c.head_dim * seq_len
-    return 2 * (weights + attention) * (3 if backward else 1)
+    forward = 2 * (c.n_layer * (heads + mlp) + c.n_embd * c.vocab_size)
+    return 3 * forward if backward else forward
 
 
 def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,

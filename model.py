@@ -452,7 +452,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters(remove_duplicate=False):
+        for name, p in self.named_parameters(remove_duplicate=False):  # the seeds count both
             if name.endswith("proj.bias"):
                 nn.init.zeros_(p)
             elif "proj" in name and c.init != "scaled":
@@ -655,8 +655,8 @@ class TextStream:
 class Row:
     """A sequence in the making: it ends at an end token, a stop string, or `limit` tokens."""
 
-    def __init__(self, tok, limit, stop):
-        self.tok, self.limit, self.emit = tok, limit, None
+    def __init__(self, tok, limit, stop, emit):
+        self.tok, self.limit, self.emit = tok, limit, emit
         self.out, self.stream, self.done = Generation(), TextStream(stop), False
 
     def take(self, token, logprob):
@@ -670,7 +670,7 @@ class Row:
         self.done = last or self.stream.stopped
         if ended or self.stream.stopped:
             g.finish_reason = "stop"
-        if piece and self.emit:
+        if piece:
             self.emit(piece)
 
 
@@ -707,13 +707,12 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
     prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-    n_ctx = net.config.n_ctx
-    for p in prompts:
+    n_ctx, rows = net.config.n_ctx, []
+    for i, p in enumerate(prompts):
         if not 0 < len(p) < n_ctx:
             raise UserError(f"a prompt of {len(p)} tokens: expected 1 to {n_ctx - 1}, the context")
-    rows = [Row(tok, min(max_new_tokens, n_ctx - len(p)), stop) for p in prompts]
-    for i, row in enumerate(rows if on_text else ()):
-        row.emit = partial(on_text, i)
+        emit = partial(on_text, i) if on_text else lambda piece: None
+        rows.append(Row(tok, min(max_new_tokens, n_ctx - len(p)), stop, emit))
     if not rows or max_new_tokens < 1:
         return [row.out for row in rows]
     with generating(net):
@@ -1128,13 +1127,10 @@ n_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""
 HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama"), LLAMA_KEYS)
 HF_KEYS = {kind: dict(k.split("=") for k in keys.split()) for kind, keys in HF_KEYS.items()}
 LLAMA = dict(norm="rms", norm_place="pre", pos="rope", mlp="swiglu", bias=False)
-GPT2 = dict(norm="layer", norm_place="pre", pos="learned", mlp="gelu", bias=True)
-FAMILIES = {
-    "qwen3": LLAMA | dict(qk_norm=True, qkv_bias=False),
-    "qwen2": LLAMA | dict(qk_norm=False, qkv_bias=True),
-    "llama": LLAMA | dict(qk_norm=False, qkv_bias=False),
-    "gpt2": GPT2 | dict(qk_norm=False, qkv_bias=False),
-}
+LLAMA |= dict(qk_norm=False, qkv_bias=False)
+GPT2 = LLAMA | dict(norm="layer", pos="learned", mlp="gelu", bias=True)
+FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=True)}
+FAMILIES |= {"llama": LLAMA, "gpt2": GPT2}
 
 
 def family(c):

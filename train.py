@@ -93,7 +93,6 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from shutil import which
 
 import numpy as np
 import torch
@@ -278,9 +277,8 @@ def cut_log(path, step):
 
 def run_record():
     """What run.json keeps: the full config, the command, versions, the commit."""
-    commit = None
-    if which("git"):
-        ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit, ask = None, ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    with suppress(OSError):  # no git here
         commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {"config": settings(globals()), "command": " ".join(sys.argv), "commit": commit}
@@ -371,8 +369,7 @@ def make_trackers():
 def agreed(run, mine, norm=0.0):
     """`mine` (numbers or 0-dim tensors) summed over all processes, and `norm`, which is the same on
     all, behind: a list of floats. The one exchange of a step and its one wait for the device."""
-    as64 = lambda x: torch.as_tensor(x, dtype=torch.float64, device=run.device)
-    vector = torch.stack([as64(x) for x in mine])
+    vector = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=run.device) for x in mine])
     if run.world > 1:
         dist.all_reduce(vector)
     return [*vector.tolist(), float(norm)]
@@ -388,8 +385,7 @@ def try_compile(net, run, train_tokens, attempt):
         return net, "off: on a CPU it would take longer than it saves here (--compile turns it on)"
     begun, failed = time.monotonic(), ""
     body = torch.compile(net) if cuda else net
-    if not cuda:
-        net.train_block = torch.compile(model.call_block)
+    net.train_block = model.call_block if cuda else torch.compile(model.call_block)
     try:
         attempt(body)
     except Exception as error:  # no compiler on this machine, or one that fails
@@ -443,8 +439,7 @@ def main():
     cast = model.autocast(run.device, kind)
     scaler = torch.amp.GradScaler(run.device.type) if kind == torch.float16 else None
 
-    moments = 2 if optimizer == "adamw" else 1
-    how = (kind, checkpoint_blocks, moments, run.device.type)
+    how = (kind, checkpoint_blocks, 2 if optimizer == "adamw" else 1, run.device.type)
     fixed, per_window = model.memory_estimate(c, params, 1, seq_len, *how)
     free = model.free_memory(run.device) / (1 if run.device.type == "cuda" else run.world)
     fits = int((0.8 * free - fixed) / per_window)
@@ -480,8 +475,7 @@ def main():
 
     def micro_step(network, ids, targets, last=True):
         """Forward, and backward of the loss over the global batch's mean; returns the loss sum."""
-        ddp = isinstance(network, DistributedDataParallel)
-        with network.no_sync() if ddp and not last else nullcontext():
+        with nullcontext() if last or run.world == 1 else network.no_sync():
             with cast:
                 loss, _ = network(ids, targets, docs=documents(ids))
             scaled = loss * (run.world / batch_tokens)  # DDP divides by the number of processes
@@ -506,7 +500,7 @@ def main():
                 (out / old).unlink(missing_ok=True)
         elif state["temporary"]:
             os.replace(out / "state.pt.tmp", out / "state.pt")
-        cut_log(out / "log.jsonl", step if state else -1)
+        cut_log(out / "log.jsonl", step)
         model.write_json(out / "run.json", run_record())
         log = open(out / "log.jsonl", "a", encoding="utf-8")
 
@@ -582,8 +576,7 @@ def main():
         if bad == BAD_STEPS:
             raise UserError(
                 f"{bad} steps in a row were not finite: lower learning_rate ({learning_rate:g}), "
-                f"raise warmup_steps ({warmup_steps}) or use --dtype=float32; {out_dir} keeps what "
-                f"was saved before"
+                f"raise warmup_steps ({warmup_steps}) or use --dtype=float32; the last save is kept"
             )
         if val.n and (step % eval_every == 0 or done >= 1):
             val_loss, bpb = evaluate(net, val, token_bytes, run, cast, micro)

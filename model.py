@@ -14,11 +14,9 @@ import json
 import math
 import os
 import re
-import struct
 import sys
 import time
 import unicodedata
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -42,28 +40,26 @@ class UserError(SystemExit):
 
 
 def setup(device="auto", timeout=None):
-    """Choose the device and join the other processes, if torchrun started several.
-
-    Returns (device, rank, world, main) by these names; `main` is the one process that writes files.
-    timeout: a timedelta, how long processes wait for each other before they give up.
-    """
+    """Choose the device and join the other processes, if torchrun started several: (device, rank,
+    world, main) by these names; `main` is the one process that writes files. timeout: a timedelta,
+    how long processes wait for each other before they give up."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device={device}: expected auto, cpu, cuda or cuda:1")
     place = torch.device(device)
-    if place.type == "cpu" and sys.platform == "linux":
-        # Freed memory stays with the process: no page faults when the next step takes it again.
-        with contextlib.suppress(AttributeError):  # a C library other than glibc
-            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)
     if place.type == "cuda":
         index = place.index or 0 if world == 1 else int(os.environ.get("LOCAL_RANK", rank))
         if index >= (count := torch.cuda.device_count()):
             raise UserError(f"--device={device}: GPU {index} of {count} on this machine: use cpu")
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
+    elif sys.platform == "linux":
+        # Freed memory stays with the process: no page faults when the next step takes it again.
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, value)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
     return SimpleNamespace(device=place, rank=rank, world=world, main=rank == 0)
@@ -79,7 +75,7 @@ def choose_dtype(device, want="auto", n_embd=0):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU has fast bfloat16"
         return torch.float16, "this GPU has no fast bfloat16; gradients are scaled"
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has = torch.cpu.get_capabilities()
     if not (has.get("avx512_bf16") or has.get("amx_bf16")):
         return torch.float32, "this CPU has no fast bfloat16"
     if n_embd < 128:
@@ -127,8 +123,8 @@ def duration(seconds):
 # --------------------------------------------------------------------------------------------------
 # The network
 
-
-LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPE_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPE_KEYS = {"linear": ROPE_KEYS[:1], "llama3": ROPE_KEYS}  # of rope_scaling, by its rope_type
 
 
 @dataclass
@@ -159,12 +155,12 @@ class GPTConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            if (allowed := get_args(f.type)) and str in map(type, allowed):
-                self.check(f.name, getattr(self, f.name) in allowed, " or ".join(allowed))
-        for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"):
-            self.check(name, getattr(self, name) > 0, "1 or more")
-        for name in ("n_kv_head", "head_dim", "n_hidden"):
-            self.check(name, getattr(self, name) >= 0, "0 or more")
+            value, allowed = getattr(self, f.name), get_args(f.type)
+            if f.type is int:
+                least = int(f.default != 0)
+                self.check(f.name, value >= least, f"{least} or more")
+            elif str in map(type, allowed):
+                self.check(f.name, value in allowed, " or ".join(allowed))
         self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -173,10 +169,9 @@ class GPTConfig:
         self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
         self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
         self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
-        needs = {"linear": ["factor"], "llama3": LLAMA3_KEYS}
-        kind = (self.rope_scaling or {}).get("rope_type")
-        whole = all(key in self.rope_scaling for key in needs.get(kind, "?")) if kind else False
-        self.check("rope_scaling", whole or not self.rope_scaling, f"rope_type and keys of {needs}")
+        if s := self.rope_scaling:
+            whole = all(key in s for key in ROPE_KEYS.get(s.get("rope_type"), "?"))
+            self.check("rope_scaling", whole, f"rope_type and keys of {ROPE_KEYS}")
 
     def check(self, name, good, expected):
         if not good:
@@ -193,27 +188,23 @@ def rms_norm(x, weight, eps):
     return (x * scale).to(x.dtype) * weight.to(x.dtype)
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension."""
-
-    def __init__(self, size, kind, eps, bias=False):
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias and kind == "layer" else None
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if self.kind == "rms":
-            return rms_norm(x, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(c):
+    """The norm of a block's input or output."""
+    if c.norm == "rms":
+        return RMSNorm(c.n_embd, c.norm_eps)
+    return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias)
 
 
 def rope_frequencies(c, device):
     """Radians per position of each pair of dimensions (head_dim / 2,) float32 (Su et al. 2021)."""
     f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
-    if not c.rope_scaling:
+    if not (s := c.rope_scaling):
         return f
-    s = c.rope_scaling
     if s["rope_type"] == "linear":
         return f / s["factor"]
     # llama3: slow frequencies are divided by the factor, fast ones kept, those between blended.
@@ -258,34 +249,32 @@ def generating(net):
 
 def joint(x, *layers):
     """The outputs of linear layers that read the same x, side by side: one product for all."""
-    kind, dtype = type(layers[0]), compute_dtype(x)
-    if any(type(f) is not kind for f in layers) or kind not in (nn.Linear, Int8Linear):
-        return torch.cat([f(x) for f in layers], -1)  # one of them is adapted
-    if len(layers) == 1 and PACKS is None:
-        return layers[0](x)
-    if not torch.is_grad_enabled():
-        if PACKS is None or kind is nn.Linear and not packs(dtype):
-            return torch.cat([f(x) for f in layers], -1)  # to join weights would read them twice
+    kinds, learn = {type(f) for f in layers}, torch.is_grad_enabled()
+    if PACKS is not None and not learn and kinds in ({nn.Linear}, {Int8Linear}):
+        dtype = compute_dtype(x)
         if layers[0] not in PACKS:
             PACKS[layers[0]] = pack(layers, dtype)
-        return PACKS[layers[0]](x.to(dtype))
+        if packed := PACKS[layers[0]]:
+            return packed(x.to(dtype))
+    if len(layers) == 1:
+        return layers[0](x)
+    if not learn or kinds != {nn.Linear}:  # to join weights would read them twice; or adapted
+        return torch.cat([f(x) for f in layers], -1)
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers])
     return F.linear(x, torch.cat([f.weight for f in layers]), bias)
 
 
-def packs(dtype):
-    """Whether oneDNN has packed products of this dtype on this machine."""
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return dtype == torch.float32 or dtype == torch.bfloat16 and has_bfloat16()
-
-
 def pack(layers, dtype):
-    """A function of x that multiplies with the layers' matrices, joined and packed."""
+    """A function of x that multiplies with the layers' matrices, joined and packed; or None where
+    oneDNN has no such product of this dtype."""
     weight = torch.cat([f.weight for f in layers])
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers]).to(dtype)
     if isinstance(layers[0], Int8Linear):
         scale = torch.cat([f.scale for f in layers])
-        return partial(int8_linear, weight=weight, scale=scale, bias=bias)
+        return partial(Int8Linear.forward, SimpleNamespace(weight=weight, scale=scale, bias=bias))
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
+        return None
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -304,18 +293,14 @@ class Int8Linear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x):
-        return int8_linear(x, self.weight, self.scale, self.bias)
-
-
-def int8_linear(x, weight, scale, bias):
-    """x (…, in) times the int8 rows, scaled: read as they are for a few bfloat16 rows on a CPU."""
-    flat = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(flat) <= 16:
-        y = torch._weight_int8pack_mm(flat, weight, scale)
-    else:
-        y = F.linear(flat, weight.to(x.dtype)) * scale.to(x.dtype)
-    y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+        flat = x.reshape(-1, x.shape[-1])
+        few = len(flat) <= 16 and flat.shape[1] % 16 == 0  # other widths it reads beyond their end
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and few:
+            y = torch._weight_int8pack_mm(flat, self.weight, self.scale)  # without a copy of them
+        else:
+            y = F.linear(flat, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def quantize_weights(net, kind="int8"):
@@ -323,21 +308,19 @@ def quantize_weights(net, kind="int8"):
     time of reading it. The embedding stays, a tied head becomes a matrix of its own."""
     if kind != "int8":
         raise UserError(f"--quantize={kind}: expected int8")
-    for module in list(net.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, Int8Linear(layer))
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, nn.Linear):
+            net.set_submodule(name, Int8Linear(layer))
     return net
 
 
 class BlockedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v as plain matrix products over blocks of queries, without the keys
     that lie behind a block: on a CPU two to three times as fast as its fused kernel in bfloat16.
+    Keeps the probabilities, in q's dtype, which the fused one computes twice.
 
     q (B, H, T, D), k and v (B, n_kv_head, T, D), unseen (1 or B, 1, T, T) bool, true where a query
-    may not look (at least at what is behind it). Keeps the probabilities, which the fused one
-    computes twice; they are rounded to q's dtype.
-    """
+    may not look (at least at what is behind it)."""
 
     @staticmethod
     def forward(ctx, q, k, v, unseen):
@@ -388,14 +371,11 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        q_size, kv_size = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        bias = c.bias or c.qkv_bias
-        self.q_proj = nn.Linear(c.n_embd, q_size, bias=bias)
-        self.k_proj = nn.Linear(c.n_embd, kv_size, bias=bias)
-        self.v_proj = nn.Linear(c.n_embd, kv_size, bias=bias)
-        self.o_proj = nn.Linear(q_size, c.n_embd, bias=c.bias)
-        self.q_norm = Norm(c.head_dim, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = Norm(c.head_dim, "rms", c.norm_eps) if c.qk_norm else nn.Identity()
+        heads = lambda n: nn.Linear(c.n_embd, n * c.head_dim, bias=c.bias or c.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = map(heads, (c.n_head, c.n_kv_head, c.n_kv_head))
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
 
     def forward(self, x, rope, mask, cache=None):
         B, T, _ = x.shape
@@ -403,8 +383,8 @@ class Attention(nn.Module):
         qkv = joint(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)
         qk, v = qkv.split((H + G, G), 2)
         if self.c.qk_norm:
-            both = zip((self.q_norm.weight, self.k_norm.weight), (H, G))
-            qk = rms_norm(qk, torch.cat([w.expand(n, -1) for w, n in both]), self.c.norm_eps)
+            scales = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)
+            qk = rms_norm(qk, torch.cat(scales), self.c.norm_eps)
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, n_kv_head, T, D)
@@ -429,23 +409,18 @@ class MLP(nn.Module):
             gate, h = joint(x, self.gate_proj, self.up_proj).chunk(2, -1)
             return joint(F.silu(gate) * h, self.down_proj)
         h = joint(x, self.up_proj)
-        if self.kind == "gelu":
-            h = F.gelu(h, approximate="tanh")
-        else:
-            h = F.relu(h) if self.kind == "relu" else F.relu(h).square()
-        return joint(h, self.down_proj)
+        h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)
+        return joint(h.square() if self.kind == "relu2" else h, self.down_proj)
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c = c
-        norm = lambda: Norm(c.n_embd, c.norm, c.norm_eps, c.bias)
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        both = c.norm_place == "both"
-        self.attn_out_norm = norm() if both else nn.Identity()
-        self.mlp_out_norm = norm() if both else nn.Identity()
+        self.input_layernorm, self.post_attention_layernorm = make_norm(c), make_norm(c)
+        out_norm = partial(make_norm, c) if c.norm_place == "both" else nn.Identity
+        self.attn_out_norm, self.mlp_out_norm = out_norm(), out_norm()
 
     def forward(self, x, rope, mask, cache=None):
         attend = lambda h: self.self_attn(h, rope, mask, cache)
@@ -475,34 +450,24 @@ class GPT(nn.Module):
         if c.pos == "learned":
             self.model.embed_positions = nn.Embedding(c.n_ctx, c.n_embd)
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        last = c.norm_place != "post"
-        self.model.norm = Norm(c.n_embd, c.norm, c.norm_eps, c.bias) if last else nn.Identity()
+        self.model.norm = make_norm(c) if c.norm_place != "post" else nn.Identity()
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                self.init_weight(module, outward=name.endswith(("o_proj", "down_proj")))
-
-    def init_weight(self, module, outward):
-        """`scaled` is GPT-2's: N(0, 0.02), and 0.02 / sqrt(2 n_layer) where a block adds to x."""
-        c = self.config
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-        if c.init == "scaled" or isinstance(module, nn.Embedding) or module is self.lm_head:
-            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
-        elif c.init == "xavier":
-            nn.init.xavier_uniform_(module.weight)
-        else:
-            nn.init.kaiming_normal_(module.weight)
+        for name, p in self.named_parameters(remove_duplicate=False):  # the seeds count both
+            if name.endswith("proj.bias"):
+                nn.init.zeros_(p)
+            elif "proj" in name and c.init != "scaled":
+                {"xavier": nn.init.xavier_uniform_, "he": nn.init.kaiming_normal_}[c.init](p)
+            elif p.ndim == 2:  # scaled is GPT-2's, with less where a block adds to x
+                outward = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
 
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
-        """The final hidden states (B, T, C), normalized: what the head reads.
+        """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
-        ids (B, T) int64, or embeds (B, T, C) in their place. With a cache, row b's first n_new[b]
-        tokens (all T where n_new is None) continue that row. docs (B, T) int64: a token attends
-        only to tokens of its own document, and positions restart where the document changes.
-        """
+        With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
+        docs (B, T) int64: a token attends to its own document, where positions start anew."""
         c = self.config
         x = self.model.embed_tokens(ids) if embeds is None else embeds
         T, mask, rope = x.shape[1], None, None
@@ -524,30 +489,27 @@ class GPT(nn.Module):
         elif c.pos == "sinusoidal":
             x = x + sinusoids(positions, c.n_embd).to(x.dtype)
         x = F.dropout(x, c.dropout, self.training)
+        run = self.train_block
+        if self.checkpoint:
+            run = partial(checkpoint, run, use_reentrant=False)
         for i, block in enumerate(self.model.layers):
             if self.training and cache is None:
-                args = self.train_block, block, x, rope, mask
-                x = (
-                    checkpoint(*args, use_reentrant=False)
-                    if self.checkpoint
-                    else args[0](*args[1:])
-                )
+                x = run(block, x, rope, mask)
             else:
-                x = block(x, rope, mask, None if cache is None else partial(cache.write, i))
+                x = block(x, rope, mask, cache and partial(cache.write, i))
         return self.model.norm(x)
 
     def forward(self, ids, targets=None, **how):
-        """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (loss sum, count).
-
-        The loss is the sum of -log p in nats, float32; `how` is passed on to `hidden`.
-        """
+        """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
+        nats, float32; their count). `how` is passed on to `hidden`."""
         h = self.hidden(ids, **how)
         if targets is None:
             return joint(h, self.lm_head)
         h, t = h.flatten(0, 1), targets.flatten()
         if type(self.lm_head) is nn.Linear:
-            return cross_entropy_sum(h, self.lm_head.weight, t), (t != -100).sum()
-        nll = F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")  # quantized, adapted
+            nll = cross_entropy_sum(h, self.lm_head.weight, t)
+        else:  # quantized or adapted
+            nll = F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
         return nll, (t != -100).sum()
 
 
@@ -560,15 +522,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device)
         dh, dw = (torch.zeros_like(h), torch.zeros_like(weight)) if learn else (None, None)
         weight = weight.to(h.dtype)
-        for x, t, *out in zip(*(x.split(size) for x in (h, targets, *([dh] if learn else [])))):
-            logp = (x @ weight.T).float().log_softmax(-1)
-            valid = (t >= 0)[:, None]
-            t = t.clamp(min=0)[:, None]
+        for i in range(0, len(h), size):
+            x, t = h[i : i + size], targets[i : i + size, None]
+            logp, valid, t = (x @ weight.T).float().log_softmax(-1), t >= 0, t.clamp(min=0)
             total -= logp.gather(1, t).where(valid, 0.0).sum()
             if learn:
                 d = logp.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=logp.dtype))
                 d = d.mul_(valid).to(h.dtype)
-                out[0].copy_(d @ weight)
+                dh[i : i + size] = d @ weight
                 dw += d.T @ x
         ctx.save_for_backward(dh, dw)
         return total
@@ -622,44 +583,40 @@ class KVCache:
     v = property(lambda self: self.store[1, ..., : self.max_len, :])
 
     def extend(self, T, n_new=None):
-        """Make room for T tokens a row: their positions (B, T), and the mask (B, 1, T, used).
-
-        The first tokens need no mask: they are right-padded, so causal attention is enough. Later
-        ones see what their row holds, up to themselves.
-        """
-        self.first, begin = self.used == 0, self.used
-        if self.first and T > self.max_len:
+        """Make room for T tokens a row: their positions (B, T), and the mask (B, 1, T, used), or
+        None for the first ones: they are right-padded, so that causal attention is enough."""
+        begin, device = self.used, self.lengths.device
+        if begin == 0 and T > self.max_len:
             raise ValueError(f"{T} tokens do not fit a cache of {self.max_len}")
-        self.used = min(begin + T, self.max_len)
+        self.first, self.used = begin == 0, min(begin + T, self.max_len)
         self.even = self.even and n_new is None and begin + T <= self.max_len
+        self.slots = slice(begin, self.used)
         if self.even:
-            self.lengths, self.slots = self.lengths + T, slice(begin, self.used)
-            positions = torch.arange(begin, self.used, device=self.lengths.device)[None]
-            seen = torch.arange(self.used, device=self.lengths.device)
-            alone = self.first or T == 1  # causal attention, or one query that sees all
-            return positions, None if alone else (seen <= positions[:, :, None])[:, None]
-        steps = torch.arange(T, device=self.lengths.device)
-        positions = self.lengths[:, None] + steps
-        kept = positions < self.max_len
-        if n_new is not None:
-            kept &= steps < n_new[:, None]
-        self.slots = torch.where(kept, positions, self.max_len)
-        self.lengths = self.lengths + kept.sum(1)
-        if self.first:
+            positions = torch.arange(begin, self.used, device=device)[None]
+            self.lengths = self.lengths + T
+        else:
+            steps = torch.arange(T, device=device)
+            positions = self.lengths[:, None] + steps
+            kept = positions < self.max_len
+            if n_new is not None:
+                kept &= steps < n_new[:, None]
+            if not self.first:
+                self.slots = torch.where(kept, positions, self.max_len)
+            self.lengths = self.lengths + kept.sum(1)
+        if self.first or self.even and T == 1:  # one query sees all
             return positions, None
-        seen = torch.arange(self.used, device=self.lengths.device)
+        seen = torch.arange(self.used, device=device)
         return positions, (seen <= positions[:, :, None])[:, None]
 
     def write(self, i, k, v):
         """Store layer i's new k and v; return all that its queries may see."""
-        if self.first or self.even:
-            at = self.slots if self.even else slice(k.shape[2])
-            self.store[0, i, :, :, at], self.store[1, i, :, :, at] = k, v
-            return (k, v) if self.first else self.store[:, i, :, :, : self.used]
-        rows = torch.arange(len(k), device=k.device)[:, None]
         for place, new in zip(self.store[:, i], (k, v)):
-            place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
-        return self.store[:, i, :, :, : self.used]
+            if isinstance(self.slots, slice):
+                place[:, :, self.slots] = new
+            else:
+                rows = torch.arange(len(k), device=k.device)[:, None]
+                place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
+        return (k, v) if self.first else self.store[:, i, :, :, : self.used]
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
@@ -707,24 +664,22 @@ class Row:
     def take(self, token, logprob):
         if self.done:
             return
-        self.out.ids.append(token)
-        self.out.logprobs.append(logprob)
-        ended = token in self.tok.eos_ids
-        self.done = ended or len(self.out.ids) == self.limit
-        piece = self.stream.feed(self.tok.token_bytes(token), final=self.done)
-        self.done = self.done or self.stream.stopped
-        self.out.text = self.stream.text
-        self.out.finish_reason = "stop" if ended or self.stream.stopped else "length"
-        if piece and self.emit:
+        g, ended = self.out, token in self.tok.eos_ids
+        g.ids.append(token)
+        g.logprobs.append(logprob)
+        last = ended or len(g.ids) == self.limit
+        piece, g.text = self.stream.feed(self.tok.token_bytes(token), last), self.stream.text
+        self.done = last or self.stream.stopped
+        if ended or self.stream.stopped:
+            g.finish_reason = "stop"
+        if piece:
             self.emit(piece)
 
 
 def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,).
-
-    top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen et al. 2024) filter in this order, as in
-    transformers. A uniform number a row makes each draw independent of the rest of the batch.
-    """
+    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
+    no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
+    et al. 2024) filter in this order, as in transformers."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -743,13 +698,6 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     return (mass <= uniform[:, None] * (1 - 2**-20) * mass[:, -1:]).sum(-1)
 
 
-def real_logits(logits, tok):
-    """float32 logits, with ids that are no token of the tokenizer (padding to 64) ruled out."""
-    logits = logits.float()
-    logits[..., tok.n_vocab :] = -math.inf
-    return logits
-
-
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), num_beams=1,
@@ -758,24 +706,23 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, i) alone.
-    on_text(i, piece) gets the text as it is made. num_beams > 1 is a beam search, which neither
-    draws nor filters.
-    """
+    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
     prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-    n_ctx = net.config.n_ctx
-    for p in prompts:
+    n_ctx, rows = net.config.n_ctx, []
+    for i, p in enumerate(prompts):
         if not 0 < len(p) < n_ctx:
             raise UserError(f"a prompt of {len(p)} tokens: expected 1 to {n_ctx - 1}, the context")
-    limits = [min(max_new_tokens, n_ctx - len(p)) for p in prompts]
-    emit = lambda i: on_text and (lambda piece: on_text(i, piece))
-    rows = [Row(tok, limit, stop, emit(i)) for i, limit in enumerate(limits)]
+        emit = partial(on_text, i) if on_text else lambda piece: None
+        rows.append(Row(tok, min(max_new_tokens, n_ctx - len(p)), stop, emit))
+    if not rows or max_new_tokens < 1:
+        return [row.out for row in rows]
     with generating(net):
-        if prompts and max_new_tokens > 0 and num_beams > 1:
+        if num_beams > 1:
             for prompt, row in zip(prompts, rows):
                 for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
                     row.take(token, logprob)
-        elif prompts and max_new_tokens > 0:
+        else:
             filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]
@@ -785,68 +732,69 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
-    logits, cache = prefill(net, prompts, max(len(p) + row.limit for p, row in zip(prompts, rows)))
-    device, pending = logits.device, deque()
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(rows))]
-    draws = torch.stack([torch.rand(limit, generator=g) for g in generators]).to(device)
+    longest = max(len(p) + row.limit for p, row in zip(prompts, rows))
+    logits, cache = prefill(net, tok, prompts, longest)
+    device, pending = logits.device, []
+    seeded = lambda i: torch.Generator().manual_seed(seed * 1_000_003 + i)
+    draws = [torch.rand(limit, generator=seeded(i)) for i in range(len(rows))]
+    draws = torch.stack(draws).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for i, p in enumerate(prompts):
         seen[i, torch.tensor(p, device=device)] = True
     for t in range(limit):
-        logits = real_logits(logits, tok)
         likely = logits
         if penalty != 1:  # Keskar et al. 2019
-            likely = torch.where(logits > 0, logits / penalty, logits * penalty)
-            likely = torch.where(seen, likely, logits)
+            lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+            likely = torch.where(seen, lower, logits)
         tokens = choose_tokens(likely, draws[:, t], **filters)
         seen.scatter_(1, tokens[:, None], True)
         chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         pending.append(to_host(tokens, chances))
         while len(pending) > (device.type == "cuda" and t + 1 < limit):
-            tokens_there, chances_there = pending.popleft()()
-            for row, token, chance in zip(rows, tokens_there, chances_there):
-                row.take(token, chance)
+            for row, *new in zip(rows, *pending.pop(0)()):
+                row.take(*new)
         if all(row.done for row in rows):
             return
-        logits = net(tokens[:, None], cache=cache)[:, -1]
+        logits = feed(net, tok, cache, tokens[:, None])
 
 
 def to_host(*tensors):
     """Start copying tensors to the host; the function returned waits for them, as lists."""
-    if tensors[0].device.type != "cuda":
-        return lambda: [t.tolist() for t in tensors]
-    copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-    for copy, t in zip(copies, tensors):
-        copy.copy_(t, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record(torch.cuda.current_stream(tensors[0].device))
-    return lambda: ready.synchronize() or [copy.tolist() for copy in copies]
+    copies = [t.to("cpu", non_blocking=True) for t in tensors]  # from a GPU: to pinned memory
+    wait = lambda: None
+    if tensors[0].device.type == "cuda":
+        wait = torch.cuda.current_stream(tensors[0].device).record_event().synchronize
+    return lambda: wait() or [copy.tolist() for copy in copies]
 
 
-def prefill(net, prompts, max_len):
-    """Run the prompts, lists of ids, into a new cache: the logits (B, V) after each, the cache."""
-    table = net.model.embed_tokens.weight
-    device, lengths = table.device, [len(p) for p in prompts]
+def feed(net, tok, cache, ids, n_new=None):
+    """The logits (B, V) float32 of what follows ids (B, T), -inf for padding of the vocabulary."""
+    h = net.hidden(ids, cache=cache, n_new=n_new)
+    h = h[:, -1] if n_new is None else h[torch.arange(len(h), device=h.device), n_new - 1]
+    logits = joint(h, net.lm_head).float()
+    logits[:, tok.n_vocab :] = -math.inf
+    return logits
+
+
+def prefill(net, tok, prompts, max_len):
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
+    table, lengths = net.model.embed_tokens.weight, {len(p) for p in prompts}
     # A CPU attends to float32 faster than to less: it has to convert the rest.
-    dtype = torch.float32 if device.type == "cpu" else compute_dtype(table)
-    cache = KVCache(net.config, len(prompts), max_len, device, dtype)
-    n = torch.tensor(lengths, device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    ragged = n if len(set(lengths)) > 1 else None
-    h = net.hidden(ids.to(device), cache=cache, n_new=ragged)
-    return joint(h[torch.arange(len(prompts), device=device), n - 1], net.lm_head), cache
+    dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
+    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype)
+    rows = [torch.tensor(p, device=table.device) for p in prompts]
+    n_new = torch.tensor([*map(len, rows)], device=table.device) if len(lengths) > 1 else None
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return feed(net, tok, cache, ids, n_new), cache
 
 
 def beam_search(net, tok, prompt, limit, num_beams):
-    """The continuation with the best mean log p per token that a search of this width finds.
-
-    Returns (ids, logprobs). It ends after `limit` tokens, or when num_beams continuations have.
-    """
-    logits, cache = prefill(net, [prompt], len(prompt) + limit)
-    cache.reorder(torch.zeros(num_beams, dtype=torch.int64, device=logits.device))
+    """(ids, logprobs) of the continuation with the best mean log p per token that a search of this
+    width finds in `limit` tokens, or until num_beams continuations have ended."""
+    logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
     beams, ended = [([], [])], []  # (ids, logprobs) of each
     for t in range(limit):
-        chances = real_logits(logits, tok).log_softmax(-1)[: len(beams)]
+        chances = logits.log_softmax(-1)
         totals = chances + torch.tensor([[sum(lp)] for _, lp in beams], device=logits.device)
         best = totals.flatten().topk(min(2 * num_beams, totals.numel())).indices.tolist()
         grown = []
@@ -859,10 +807,9 @@ def beam_search(net, tok, prompt, limit, num_beams):
         beams = [beam for _, beam in grown]
         if len(ended) >= num_beams or not beams or t + 1 == limit:
             break
-        spare = num_beams - len(beams)
-        cache.reorder(torch.tensor([row for row, _ in grown] + [0] * spare, device=logits.device))
-        tokens = torch.tensor([ids[-1] for ids, _ in beams] + [0] * spare, device=logits.device)
-        logits = net(tokens[:, None], cache=cache)[:, -1]
+        cache.reorder(torch.tensor([row for row, _ in grown], device=logits.device))
+        tokens = torch.tensor([ids[-1] for ids, _ in beams], device=logits.device)
+        logits = feed(net, tok, cache, tokens[:, None])
     candidates = ended if len(ended) >= num_beams else ended + beams
     return max(candidates, key=lambda beam: sum(beam[1]) / len(beam[1]))
 
@@ -1077,9 +1024,9 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face folder; safetensors read and written here
 
-TORCH_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
-SAFE_DTYPES = "F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split()  # the format's names, in order
-SAFE_DTYPES = dict(zip(SAFE_DTYPES, (getattr(torch, name) for name in TORCH_DTYPES)))
+SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+SAFE_DTYPES |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+SAFE_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_json(path, default=None):
@@ -1096,17 +1043,15 @@ def read_json(path, default=None):
 
 
 @contextlib.contextmanager
-def whole_file(path, rename=True):
-    """A binary file to write that appears under `path` when all of it is on the disk, or not at
-    all. Without `rename` it stays `path`.tmp, complete and synced, for the caller to rename."""
+def whole_file(path):
+    """A binary file to write that appears under `path` when all of it is on the disk, or never."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if rename:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -1131,16 +1076,14 @@ def write_safetensors(file, tensors, metadata):
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    file.write(len(text).to_bytes(8, "little") + text)
     for t in tensors.values():
         file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_header(path, file):
-    """Check an open safetensors file: ({name: (dtype, shape, begin, end)}, metadata).
-
-    Offsets are from the file's start. Anything that the format forbids is a UserError.
-    """
+    """Check an open safetensors file and go to its data: ({name: (dtype, shape)} in their order,
+    metadata). Anything that the format forbids is a UserError."""
     size, prefix = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
@@ -1148,16 +1091,16 @@ def read_header(path, file):
     try:
         header = json.loads(file.read(length).decode())
         metadata = header.pop("__metadata__", {})
-        entries, at = {}, 8 + length
+        entries, at = {}, 0
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, end) = SAFE_DTYPES[e["dtype"]], e["shape"], e["data_offsets"]
             natural = all(type(n) is int and n >= 0 for n in [*shape, begin, end])
             fits = natural and end - begin == math.prod(shape) * dtype.itemsize
-            if not fits or 8 + length + begin != at:
+            if not fits or begin != at:
                 raise ValueError(f"{name} does not fill its place")
-            entries[name], at = (dtype, shape, at, at + end - begin), at + end - begin
-        if at != size:
-            raise ValueError(f"{size} bytes, but the header describes {at}")
+            entries[name], at = (dtype, shape), end
+        if 8 + length + at != size:
+            raise ValueError(f"{size} bytes, but the header describes {8 + length + at}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed safetensors file: {error}") from None
     return entries, metadata
@@ -1169,12 +1112,9 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as file:
             entries, metadata = read_header(path, file)
-            for name, (dtype, shape, begin, end) in entries.items():
-                data = bytearray(end - begin)
-                file.seek(begin)
-                file.readinto(data)
-                flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-                tensors[name] = flat.view(shape)
+            for name, (dtype, shape) in entries.items():
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                file.readinto(tensors[name].view(-1).view(torch.uint8).numpy())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     return tensors, metadata
@@ -1189,13 +1129,10 @@ n_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""
 HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama"), LLAMA_KEYS)
 HF_KEYS = {kind: dict(k.split("=") for k in keys.split()) for kind, keys in HF_KEYS.items()}
 LLAMA = dict(norm="rms", norm_place="pre", pos="rope", mlp="swiglu", bias=False)
-GPT2 = dict(norm="layer", norm_place="pre", pos="learned", mlp="gelu", bias=True)
-FAMILIES = {
-    "qwen3": LLAMA | dict(qk_norm=True, qkv_bias=False),
-    "qwen2": LLAMA | dict(qk_norm=False, qkv_bias=True),
-    "llama": LLAMA | dict(qk_norm=False, qkv_bias=False),
-    "gpt2": GPT2 | dict(qk_norm=False, qkv_bias=False),
-}
+LLAMA |= dict(qk_norm=False, qkv_bias=False)
+GPT2 = LLAMA | dict(norm="layer", pos="learned", mlp="gelu", bias=True)
+FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=True)}
+FAMILIES |= {"llama": LLAMA, "gpt2": GPT2}
 
 
 def family(c):
@@ -1210,7 +1147,9 @@ def family(c):
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
     c, kind, dtype = net.config, family(net.config), str(net.lm_head.weight.dtype)[6:]
-    out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype} | token_ids(tok)
+    ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
+    out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}
+    out |= {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
     if kind == "barelm":
         return out | asdict(c)
     name = "GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"
@@ -1233,70 +1172,64 @@ def from_hf_config(d, where="config.json"):
     keys, options = HF_KEYS[kind], FAMILIES[kind]
     # What transformers takes for a key that is absent, where it is the same for every family.
     usual = {"tie": kind == "gpt2", "n_kv_head": 0, "head_dim": 0, "n_hidden": 0}
-    c = {ours: d.get(hf) if d.get(hf) is not None else usual.get(ours) for ours, hf in keys.items()}
-    missing = [keys[k] for k, v in c.items() if v is None]
+    c = usual | {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
     odd = ("attention_bias", "mlp_bias", "use_sliding_window", "scale_attn_by_inverse_layer_idx")
-    odd = [k for k in odd if d.get(k)]
+    faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
+    faults += [f"{key} not supported" for key in odd if d.get(key)]
     activation = d.get("activation_function", d.get("hidden_act"))
-    expected = ("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)
-    odd += [] if activation in expected else [f"activation {activation}"]
-    if missing or odd:
-        fault = f"{', '.join(missing)} missing" if missing else f"{', '.join(odd)} not supported"
-        raise UserError(f"{where}: {fault}")
-    if kind == "gpt2":
-        return GPTConfig(**c, **options)
-    rope = d.get("rope_parameters") or {}  # transformers 5; below it, two keys of their own
-    scaling = d.get("rope_scaling") or rope
-    scaling = {"rope_type": scaling.get("type", "default")} | scaling
+    if activation not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)):
+        faults.append(f"activation {activation} not supported")
+    if faults:
+        raise UserError(f"{where}: {', '.join(faults)}")
+    # One dict in transformers 5; below it, two keys.
+    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
     theta = scaling.pop("rope_theta", d.get("rope_theta")) or 10000.0
-    scaling = None if scaling["rope_type"] == "default" else scaling
-    return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=scaling)
+    plain = scaling.setdefault("rope_type", scaling.get("type", "default")) == "default"
+    return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=None if plain else scaling)
 
 
 # GPT-2 has its own names, writes matrices (in, out), and q, k and v as one.
-GPT2_NAMES = """.wte.=.model.embed_tokens. .wpe.=.model.embed_positions. .ln_f.=.model.norm.
-.h.=.model.layers. .ln_1.=.input_layernorm. .ln_2.=.post_attention_layernorm.
-.attn.c_attn.=.self_attn.qkv_proj. .attn.c_proj.=.self_attn.o_proj.
-.mlp.c_fc.=.mlp.up_proj. .mlp.c_proj.=.mlp.down_proj."""
+GPT2_NAMES = """model.=transformer. embed_tokens=wte embed_positions=wpe .layers.=.h. .norm.=.ln_f.
+input_layernorm=ln_1 post_attention_layernorm=ln_2 self_attn.q_proj=attn.c_attn
+self_attn.k_proj=attn.c_attn self_attn.v_proj=attn.c_attn self_attn.o_proj=attn.c_proj
+up_proj=c_fc mlp.down_proj=mlp.c_proj"""
 GPT2_NAMES = [pair.split("=") for pair in GPT2_NAMES.split()]
-TRANSPOSED = ("qkv_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
-def from_gpt2(tensors):
-    """A GPT-2 file's tensors under our names (with or without the prefix `transformer.`)."""
+def gpt2_names(names):
+    """{name in a GPT-2 file: those of our names that it holds: q, k and v, or one}."""
     out = {}
-    for name, t in tensors.items():
-        name = "." + name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks of old files
-            continue
-        for theirs, ours in GPT2_NAMES:
-            name = name.replace(theirs, ours)
-        t = t.t().contiguous() if name.endswith(TRANSPOSED) else t
-        parts = zip("qkv", t.chunk(3)) if ".qkv_proj." in name else [("", t)]
-        out |= {name[1:].replace(".qkv_", f".{x}_"): part for x, part in parts}
+    for name in names:
+        theirs = name
+        for old, new in GPT2_NAMES:
+            theirs = theirs.replace(old, new)
+        out.setdefault(theirs, []).append(name)
     return out
+
+
+def from_gpt2(tensors, names):
+    """A GPT-2 file's tensors (with or without the prefix `transformer.`) under our names."""
+    tensors, out = {n.removeprefix("transformer."): t for n, t in tensors.items()}, {}
+    for theirs, ours in gpt2_names(names).items():
+        t = tensors.pop(theirs.removeprefix("transformer."), torch.empty(0))
+        t = t.t().contiguous() if ours[0].endswith("_proj.weight") else t
+        out |= zip(ours, t.chunk(len(ours)))
+    masks = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
+    return out | {n: t for n, t in tensors.items() if not n.endswith(masks)}
 
 
 def to_gpt2(state):
     """Our tensors under a GPT-2 file's names."""
     out = {}
-    for name, t in state.items():
-        if ".q_proj." in name:
-            t = torch.cat([state[name.replace(".q_", f".{x}_")] for x in "qkv"])
-        name = "." + name.replace(".q_proj.", ".qkv_proj.")
-        t = t.t() if name.endswith(TRANSPOSED) else t
-        for theirs, ours in GPT2_NAMES:
-            name = name.replace(ours, theirs)
-        if ".k_proj." not in name and ".v_proj." not in name:
-            out["lm_head.weight" if "lm_head" in name else "transformer" + name] = t
+    for theirs, ours in gpt2_names(state).items():
+        t = torch.cat([state[n] for n in ours])
+        out[theirs] = t.t() if ours[0].endswith("_proj.weight") else t
     return out
 
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     """Open a checkpoint folder, ours or Hugging Face's: (GPT in eval mode, Tokenizer).
-
-    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype.
-    """
+    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
@@ -1308,52 +1241,45 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
     tensors, _ = read_safetensors(folder / "model.safetensors")
-    tensors = from_gpt2(tensors) if family(c) == "gpt2" else tensors
-    if c.tie and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with torch.device("meta"):
         net = GPT(c)
-    want = {name: p.shape for name, p in net.state_dict().items()}
-    bad = [n for n in want if n not in tensors or tensors[n].shape != want[n]]
+    want = net.state_dict()
+    tensors = from_gpt2(tensors, want) if family(c) == "gpt2" else tensors
+    if c.tie and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    bad = [n for n in want if n not in tensors or tensors[n].shape != want[n].shape]
     bad += [n for n in tensors if n not in want and not n.endswith("rotary_emb.inv_freq")]
     if bad:
         raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
     net.load_state_dict({n: tensors[n].to(device, dtype) for n in want}, assign=True)
     if c.tie:
         net.lm_head.weight = net.model.embed_tokens.weight
-    net = quantize_weights(net.requires_grad_(), quantize) if quantize else net.requires_grad_()
+    if quantize:
+        quantize_weights(net, quantize)
     return net.eval(), tok
 
 
-def token_ids(tok):
-    """The special ids, by the names that config.json and generation_config.json have for them."""
-    ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
-    return {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
-
-
 def save(folder, net, tok, step=0, state=None):
-    """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt.
-
-    Both large files are complete on the disk under temporary names before either is renamed, and
-    both carry the step: killed at any moment, a process leaves a pair that `load_state` can tell.
-    """
+    """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt. Both carry
+    the step: killed at any moment, a process leaves a pair that `load_state` can tell."""
     folder, c = Path(folder), net.config
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t for n, t in net.state_dict().items() if not (c.tie and n == "lm_head.weight")}
     tensors = to_gpt2(tensors) if family(c) == "gpt2" else tensors
-    write_json(folder / "config.json", to_hf_config(net, tok))
-    write_json(folder / "generation_config.json", token_ids(tok))
+    config = to_hf_config(net, tok)
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", ids)
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config | {"model_max_length": c.n_ctx})
-    metadata = {"format": "pt", "step": str(step)}
-    parts = {"model.safetensors": lambda file: write_safetensors(file, tensors, metadata)}
-    if state is not None:
-        parts["state.pt"] = lambda file: torch.save(state | {"step": step}, file)
-    for name, write in parts.items():
-        with whole_file(folder / name, rename=False) as file:
-            write(file)
-    for name in parts:
-        os.replace(folder / f"{name}.tmp", folder / name)
+    with contextlib.ExitStack() as last:
+        if state is not None:  # on the disk before the model is renamed, and renamed after it
+            file = last.enter_context(whole_file(folder / "state.pt"))
+            torch.save(state | {"step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with whole_file(folder / "model.safetensors") as file:
+            write_safetensors(file, tensors, {"format": "pt", "step": str(step)})
 
 
 def load_state(folder):
@@ -1382,10 +1308,8 @@ def load_state(folder):
 
 
 def orthogonalize(g, dtype=torch.float32, steps=5):
-    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration.
-
-    The quintic of Muon (Jordan et al. 2024): singular values land between about 0.7 and 1.2.
-    """
+    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration: the
+    quintic of Muon (Jordan et al. 2024), whose singular values land between about 0.7 and 1.2."""
     tall = g.shape[-2] > g.shape[-1]
     x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     x = x.mT if tall else x
@@ -1400,19 +1324,17 @@ def shared(x, f):
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return f(x)
-    mine = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % world)).chunk(world)[dist.get_rank()]
-    out = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(out, f(mine).contiguous())
-    return torch.cat(out)[: len(x)]
+    whole = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % world))
+    mine = f(whole.chunk(world)[dist.get_rank()])
+    dist.all_gather_into_tensor(whole, mine.contiguous())
+    return whole[: len(x)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024), for matrices.
+    """Momentum, orthogonalized (Jordan et al. 2024), for matrices; equal shapes go together.
 
     Steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size (Liu et
-    al. 2025, section 2.2), so that one learning rate serves both. Equal shapes go together, each
-    process orthogonalizes its share of them, in `dtype`, and all get the result.
-    """
+    al. 2025, section 2.2), so that one learning rate serves both."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -1431,37 +1353,30 @@ class Muon(torch.optim.Optimizer):
                 grads, moments = zip(*[(p.grad, self.state[p]["momentum"]) for p in params])
                 torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, moments, group["momentum"])  # Nesterov
-                updates = shared(
-                    torch.stack(ahead), partial(orthogonalize, dtype=self.dtype)
-                ).unbind()
+                updates = shared(torch.stack(ahead), partial(orthogonalize, dtype=self.dtype))
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-lr * 0.2 * math.sqrt(max(shape)))
+                scale = -lr * 0.2 * math.sqrt(max(shape))
+                torch._foreach_add_(params, updates.unbind(), alpha=scale)
 
 
 def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
                    dtype=torch.float32):  # fmt: skip
-    """The optimizers of a network, a list: AdamW for all, or Muon for the blocks' matrices.
-
-    Weight decay is for parameters of two dimensions. Each group keeps the peak as `initial_lr`.
-    dtype: what Muon's products are computed in; bfloat16 serves where it is fast.
-    """
+    """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
+    blocks' matrices. Weight decay is for parameters of two dimensions. Each group keeps the peak as
+    `initial_lr`."""
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer={name}: expected muon or adamw")
-    named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-    inner = {n: p for n, p in named if name == "muon" and ".layers." in n and p.ndim == 2}
-    rest = [p for n, p in named if n not in inner]
-    wide, narrow = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim < 2]
-    groups = [{"params": wide, "weight_decay": weight_decay}]
-    groups += [{"params": narrow, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    inner, wide, narrow = [], [], []
+    for n, p in net.named_parameters():
+        if p.requires_grad:
+            muon = name == "muon" and ".layers." in n and p.ndim == 2
+            (inner if muon else wide if p.ndim > 1 else narrow).append(p)
+    groups = [(wide, weight_decay), (narrow, 0.0)]
+    groups = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
     optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
     if inner:
-        optimizers.append(Muon(list(inner.values()), lr, momentum, weight_decay, dtype))
-    all_groups = [g for o in optimizers for g in o.param_groups]
-    covered = [id(p) for g in all_groups for p in g["params"]]
-    if sorted(covered) != sorted(id(p) for _, p in named):
-        raise AssertionError("the optimizer's groups do not hold every parameter once")
-    for g in all_groups:
+        optimizers.append(Muon(inner, lr, momentum, weight_decay, dtype))
+    for g in (g for o in optimizers for g in o.param_groups):
         g["initial_lr"] = lr
     return optimizers
 
@@ -1471,8 +1386,8 @@ def sync_grads(params):
     if not dist.is_initialized():
         return
     params = [p for p in params if p.requires_grad]
-    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]
-    flat = torch.cat(flat)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     for p, part in zip(params, flat.split([p.numel() for p in params])):
         p.grad = part.view_as(p)
@@ -1496,15 +1411,12 @@ def n_params(net):
 
 
 def flops_per_token(c, seq_len, backward=True):
-    """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020).
-
-    Attention counts the whole seq_len x seq_len square, as is usual; backward costs twice forward.
-    """
-    heads = c.n_embd * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
+    """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020),
+    attention as the whole seq_len x seq_len square, as is usual; backward costs twice forward."""
+    heads = 2 * c.head_dim * (c.n_embd * (c.n_head + c.n_kv_head) + c.n_head * seq_len)
     mlp = c.n_embd * c.n_hidden * (3 if c.mlp == "swiglu" else 2)
-    weights = c.n_layer * (heads + mlp) + c.n_embd * c.vocab_size
-    attention = c.n_layer * 2 * c.n_head * c.head_dim * seq_len
-    return 2 * (weights + attention) * (3 if backward else 1)
+    forward = 2 * (c.n_layer * (heads + mlp) + c.n_embd * c.vocab_size)
+    return 3 * forward if backward else forward
 
 
 def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,

@@ -92,9 +92,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from shutil import which
 
 import numpy as np
 import torch
@@ -104,6 +103,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model
 from model import UserError
 
+SHAPE = [key for key in model.GPTConfig.__dataclass_fields__ if key in globals()]
 BAD_STEPS = 5  # non-finite steps in a row that end a run
 COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
@@ -126,10 +126,8 @@ def open_shard(path):
 class Windows:
     """Windows of seq_len tokens from shards, in one global sequence: position i is window
     permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
-
     A window begins every `stride` tokens (0: every seq_len).
-    partial: the last window of a shard may be short, so that every token is a target once.
-    """
+    partial: the last window of a shard may be short, so that every token is a target once."""
 
     def __init__(self, paths, seq_len, seed=0, partial=False, stride=0):
         self.shards, self.seq_len, self.seed = [open_shard(p) for p in paths], seq_len, seed
@@ -169,18 +167,15 @@ def open_dataset():
     folder = Path("data") / dataset
     if not (folder / "meta.json").is_file():
         raise UserError(f"{folder}: no prepared data: python prepare.py --dataset={dataset} first")
-    tok = model.Tokenizer.from_folder(folder)
     train = Windows(sorted(folder.glob("train_*.bin")), seq_len, seed, stride=stride)
     if train.n == 0:
         raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
     val = Windows(sorted(folder.glob("val_*.bin")), seq_len, partial=True)
-    meta = (folder / "meta.json").read_bytes()
-    shards = {
-        name: sorted(folder.glob(f"val.{name}_*.bin"))
-        for name in json.loads(meta).get("sources", {})
-    }
-    apart = {name: Windows(some, seq_len, partial=True) for name, some in shards.items() if some}
-    return tok, train, val, apart, hashlib.sha256(meta).hexdigest()
+    names = sorted({path.name[4:].rpartition("_")[0] for path in folder.glob("val.*.bin")})
+    apart = {name: sorted(folder.glob(f"val.{name}_*.bin")) for name in names}
+    apart = {name: Windows(paths, seq_len, partial=True) for name, paths in apart.items()}
+    digest = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+    return model.Tokenizer.from_folder(folder), train, val, apart, digest
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,23 +198,17 @@ def split_batch(world, fits):
 
 def progress_at(step, tokens, windows_per_epoch, seconds):
     """The part of the run that is done, 0 to 1: the largest over the horizons that are set."""
-    parts = [
-        step / max_steps if max_steps else 0.0,
-        tokens / max_tokens if max_tokens else 0.0,
-        tokens / (seq_len * windows_per_epoch * max_epochs) if max_epochs else 0.0,
-        seconds / (60 * max_minutes) if max_minutes else 0.0,
-    ]
-    return min(1.0, max(parts))
+    parts = [(step, max_steps), (tokens, max_tokens), (seconds, 60 * (max_minutes or 0))]
+    parts.append((tokens, seq_len * windows_per_epoch * (max_epochs or 0)))
+    return min(1.0, max(part / whole for part, whole in parts if whole))
 
 
 def check_settings():
     """Refuse numbers that no run can have, before anything is read or written."""
-    least = dict.fromkeys(
-        ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens"), 0
-    )
+    from_0 = """seed micro_batch warmup_steps sample_tokens eval_tokens learning_rate weight_decay
+    grad_clip min_lr max_steps max_tokens max_epochs max_minutes"""
+    least = dict.fromkeys(from_0.split(), 0)
     least |= dict.fromkeys(("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
-    least |= dict.fromkeys(("learning_rate", "weight_decay", "grad_clip", "min_lr"), 0)
-    least |= dict.fromkeys(("max_steps", "max_tokens", "max_epochs", "max_minutes"), 0)
     for key, low in least.items():
         if (value := globals()[key]) is not None and value < low:
             raise UserError(f"{key}={value}: expected {low} or more")
@@ -229,21 +218,17 @@ def check_settings():
 
 
 def lr_scale(step, progress):
-    """The learning rate over its peak: warm-up times a schedule of progress p.
-
-    cosine m + (1 - m)(1 + cos(pi p)) / 2, linear 1 - (1 - m) p, trapezoid 1 until the last
-    decay_fraction of the run and then linear to m; m is min_lr.
-    """
+    """The learning rate over its peak: warm-up times a schedule that falls from 1 to min_lr, the
+    trapezoid's only in the last decay_fraction of the run."""
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    if lr_schedule == "cosine":
-        down = (1 + math.cos(math.pi * progress)) / 2
-    elif lr_schedule == "linear":
-        down = 1 - progress
-    elif lr_schedule == "trapezoid":
-        down = min(1.0, (1 - progress) / decay_fraction) if decay_fraction else 1.0
-    else:
+    down = {
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "trapezoid": min(1.0, (1 - progress) / decay_fraction) if decay_fraction else 1.0,
+    }
+    if lr_schedule not in down:
         raise UserError(f"lr_schedule={lr_schedule}: expected cosine, linear or trapezoid")
-    return warm * (min_lr + (1 - min_lr) * down)
+    return warm * (min_lr + (1 - min_lr) * down[lr_schedule])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,7 +239,7 @@ def open_run(tok, digest):
     """(network, its tokenizer, the state to go on from or None): scratch, resume, or a folder."""
     out, held = Path(out_dir), (Path(out_dir) / "model.safetensors").exists()
     start = init_from if init_from != "auto" else "resume" if held else "scratch"
-    shape = {k: globals()[k] for k in model.GPTConfig.__dataclass_fields__ if k in globals()}
+    shape = {key: globals()[key] for key in SHAPE}
     config = model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, n_ctx=seq_len, **shape)
     if start != "resume" and held and not overwrite:
         ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
@@ -268,14 +253,14 @@ def open_run(tok, digest):
     if (folder_tok.bytes, folder_tok.eot_id) != (tok.bytes, tok.eot_id):
         mend = f"prepare the data with --tokenizer={folder}"
         raise UserError(f"data/{dataset} and {folder} have different tokenizers: {mend}")
-    if state:
-        differ = [k for k, v in made_by(digest).items() if state["made_by"].get(k) != v]
-        if differ:
-            raise UserError(
-                f"{folder}: no resume with another {', '.join(differ)}: use the run's own settings "
-                f"({folder}/run.json has them), or start anew in another --out_dir"
-            )
-    elif seq_len > net.config.n_ctx:
+    before = state["made_by"] if state else made_by(digest)
+    differ = [k for k, v in made_by(digest).items() if before.get(k) != v]
+    if differ:
+        raise UserError(
+            f"{folder}: no resume with another {', '.join(differ)}: use the run's own settings "
+            f"({folder}/run.json has them), or start anew in another --out_dir"
+        )
+    if not state and seq_len > net.config.n_ctx:
         raise UserError(f"seq_len={seq_len}, but the context of {folder} is {net.config.n_ctx}")
     net.config.dropout = dropout
     return net, folder_tok, state
@@ -283,13 +268,8 @@ def open_run(tok, digest):
 
 def made_by(digest):
     """What a resumed run must have in common with its first part."""
-    keys = [k for k in model.GPTConfig.__dataclass_fields__ if k in globals()]
-    keys = [k for k in keys if k not in ("dropout", "init")] + [
-        "seq_len",
-        "stride",
-        "seed",
-        "optimizer",
-    ]
+    keys = [k for k in SHAPE if k not in ("dropout", "init")]
+    keys += ["seq_len", "stride", "seed", "optimizer"]
     return {k: globals()[k] for k in keys} | {"dataset": digest}
 
 
@@ -297,20 +277,17 @@ def cut_log(path, step):
     """Keep the log's rows up to `step`; later or torn ones belong to steps that will run again."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 rows.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     with model.whole_file(path) as file:
         file.write("".join(rows).encode())
 
 
 def run_record():
     """What run.json keeps: the full config, the command, versions, the commit."""
-    commit = None
-    if which("git"):
-        ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit, ask = None, ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    with suppress(OSError):  # no git here
         commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {"config": settings(globals()), "command": " ".join(sys.argv), "commit": commit}
@@ -382,7 +359,7 @@ def make_trackers():
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(out_dir)
-            numbers = lambda row: ((k, v) for k, v in row.items() if k != "step" and v is not None)
+            numbers = lambda row: [(k, v) for k, v in row.items() if k != "step" and v is not None]
             senders.append(lambda row: [writer.add_scalar(*kv, row["step"]) for kv in numbers(row)])
         if wandb_project:
             import wandb
@@ -401,33 +378,30 @@ def make_trackers():
 def agreed(run, mine, norm=0.0):
     """`mine` (numbers or 0-dim tensors) summed over all processes, and `norm`, which is the same on
     all, behind: a list of floats. The one exchange of a step and its one wait for the device."""
-    as64 = lambda x: torch.as_tensor(x, dtype=torch.float64, device=run.device)
-    vector = torch.stack([as64(x) for x in mine])
+    vector = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=run.device) for x in mine])
     if run.world > 1:
         dist.all_reduce(vector)
     return [*vector.tolist(), float(norm)]
 
 
 def try_compile(net, run, train_tokens, attempt):
-    """The compiled network, once `attempt(network)` has run through on every process; else net.
-
-    On a CPU a block is compiled, once for all of them, which is as fast and ready in half a minute.
-    """
+    """The compiled network, once `attempt(network)` has run through on every process; else net. On
+    a CPU one block is compiled for all of them: as fast, and ready in half a minute."""
     if compile is False:
         return net, "off, as asked"
     cuda = run.device.type == "cuda"
     if compile is None and not cuda and flops_of_run(net, train_tokens) < COMPILE_FLOPS * run.world:
         return net, "off: on a CPU it would take longer than it saves here (--compile turns it on)"
-    begun, body, failed = time.monotonic(), torch.compile(net) if cuda else net, ""
-    if not cuda:
-        net.train_block = torch.compile(model.call_block)
+    begun, failed = time.monotonic(), ""
+    body = torch.compile(net) if cuda else net
+    net.train_block = model.call_block if cuda else torch.compile(model.call_block)
     try:
         attempt(body)
     except Exception as error:  # no compiler on this machine, or one that fails
         if out_of_memory(error):
             raise
         failed = (str(error).strip() or type(error).__name__).splitlines()[0]
-    net.zero_grad(set_to_none=True)
+    net.zero_grad()
     if agreed(run, [bool(failed)])[0]:
         net.train_block = model.call_block
         return net, f"off, since it failed: {failed or 'on another process'}"
@@ -436,10 +410,10 @@ def try_compile(net, run, train_tokens, attempt):
 
 def flops_of_run(net, train_tokens):
     """About how many FLOPs the run has before it, by the first of its horizons."""
-    tokens = [batch_tokens * (max_steps or math.inf), max_tokens or math.inf]
-    tokens += [train_tokens * (max_epochs or math.inf)]
+    ends = (batch_tokens, max_steps), (1, max_tokens), (train_tokens, max_epochs)
+    tokens = min(size * (n or math.inf) for size, n in ends)
     limit = 60 * (max_minutes or math.inf) * 5e11  # what two cores with bfloat16 do
-    return min(min(tokens) * model.flops_per_token(net.config, seq_len), limit)
+    return min(tokens * model.flops_per_token(net.config, seq_len), limit)
 
 
 def memory_used(device):
@@ -448,8 +422,8 @@ def memory_used(device):
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def out_of_memory(error):
@@ -460,8 +434,8 @@ def out_of_memory(error):
 def main():
     global end_of_text, micro, compile
     run = model.setup(device)
-    say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
     progress = model.Progress()
+    say = progress.note if run.main else lambda text: None
     check_settings()
     tok, train, val, apart, digest = open_dataset()
     end_of_text = tok.eot_id
@@ -474,11 +448,10 @@ def main():
     cast = model.autocast(run.device, kind)
     scaler = torch.amp.GradScaler(run.device.type) if kind == torch.float16 else None
 
-    moments = 2 if optimizer == "adamw" else 1
-    how = (kind, checkpoint_blocks, moments, run.device.type)
-    sizes = model.memory_estimate(c, params, 1, seq_len, *how)
+    how = (kind, checkpoint_blocks, 2 if optimizer == "adamw" else 1, run.device.type)
+    fixed, per_window = model.memory_estimate(c, params, 1, seq_len, *how)
     free = model.free_memory(run.device) / (1 if run.device.type == "cuda" else run.world)
-    fits = int((0.8 * free - sizes[0]) / sizes[1])
+    fits = int((0.8 * free - fixed) / per_window)
     if run.device.type == "cpu":
         fits = min(fits, max(1, 4096 // seq_len))  # more at once is no faster on a CPU
     fits = state["micro"] if state else fits  # whatever memory is free now: the same sums
@@ -489,19 +462,17 @@ def main():
         f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {share // micro} "
         f"micro-batch(es) x {micro} window(s) x {seq_len} tokens\n"
         f"data: {train.n:,} windows an epoch, {train.n * seq_len:,} tokens; {val.n:,} to validate\n"
-        f"memory: about {(sizes[0] + micro * sizes[1]) / 2**30:.2f} GiB a process of "
+        f"memory: about {(fixed + micro * per_window) / 2**30:.2f} GiB a process of "
         f"{free / 2**30:.1f} GiB free\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
     )
     precision = torch.bfloat16 if kind == torch.bfloat16 else torch.float32  # of Muon's products
     how = (learning_rate, weight_decay, (beta1, beta2), momentum, precision)
     optimizers = model.make_optimizer(net, optimizer, *how)
-    begun = time.monotonic()
-    step = windows = bad = 0
-    seconds, best, history, mean_loss = 0.0, math.inf, [], math.nan
+    fresh = dict(step=0, windows=0, seconds=0.0, best=math.inf, history=[], mean_loss=math.nan)
+    step, windows, seconds, best, history, mean_loss = ((state or fresh)[k] for k in fresh)
+    begun, bad = time.monotonic() - seconds, 0
     if state:
-        step, windows, seconds = state["step"], state["windows"], state["seconds"]
-        best, history, mean_loss = state["best"], state["history"], state["mean_loss"]
         for o, saved in zip(optimizers, state["optimizers"], strict=True):
             groups = o.state_dict()["param_groups"]  # of this run: its learning rate may be another
             o.load_state_dict({"state": saved["state"], "param_groups": groups})
@@ -513,25 +484,23 @@ def main():
 
     def micro_step(network, ids, targets, last=True):
         """Forward, and backward of the loss over the global batch's mean; returns the loss sum."""
-        ddp = isinstance(network, DistributedDataParallel)
-        with network.no_sync() if ddp and not last else nullcontext():
+        with nullcontext() if last or run.world == 1 else network.no_sync():
             with cast:
                 loss, _ = network(ids, targets, docs=documents(ids))
             scaled = loss * (run.world / batch_tokens)  # DDP divides by the number of processes
             (scaler.scale(scaled) if scaler else scaled).backward()
         return loss.detach()
 
-    first = train.batch([0] * micro, run.device)
-    attempt = lambda network: micro_step(network, *first)
+    attempt = lambda network: micro_step(network, *train.batch([0] * micro, run.device))
     if state and compile is None:
         compile = state["compiled"]  # as before, whatever the horizon is now: the same sums
     body, told = try_compile(net, run, train.n * seq_len, attempt)
     say(f"compile: {told}")
     network = DistributedDataParallel(body, gradient_as_bucket_view=True) if run.world > 1 else body
-    token_bytes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]
-    token_bytes = torch.tensor(token_bytes, device=run.device)
+    sizes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]
+    token_bytes = torch.tensor(sizes, device=run.device)
 
-    out, log = Path(out_dir), None
+    out = Path(out_dir)
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
         track = make_trackers()
@@ -540,23 +509,21 @@ def main():
                 (out / old).unlink(missing_ok=True)
         elif state["temporary"]:
             os.replace(out / "state.pt.tmp", out / "state.pt")
-        cut_log(out / "log.jsonl", step if state else -1)
+        cut_log(out / "log.jsonl", step)
         model.write_json(out / "run.json", run_record())
         log = open(out / "log.jsonl", "a", encoding="utf-8")
 
     def record(row):
         if run.main:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            print(json.dumps(row), file=log, flush=True)
             track(row)
 
     def save(folder=out, full=True):
         if run.main:
-            state = {"windows": windows, "seconds": seconds, "best": best, "history": history}
-            state |= {"compiled": told.startswith("on")}
-            state |= {"micro": micro, "made_by": made_by(digest), "mean_loss": mean_loss}
-            state |= {"optimizers": [o.state_dict() for o in optimizers]}
-            state |= {"scaler": scaler.state_dict() if scaler else None}
+            state = dict(windows=windows, seconds=seconds, best=best, history=history)
+            state |= dict(mean_loss=mean_loss, micro=micro, compiled=told.startswith("on"))
+            state |= dict(made_by=made_by(digest), optimizers=[o.state_dict() for o in optimizers])
+            state["scaler"] = scaler.state_dict() if scaler else None
             model.save(folder, net, tok, step, state if full else None)
 
     caught = []  # signals
@@ -565,10 +532,8 @@ def main():
         caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-
-    begun -= seconds
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
     row, stop = {}, False
     done = progress_at(step, windows * seq_len, train.n, seconds)
     peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
@@ -587,14 +552,13 @@ def main():
             scaler.unscale_(o)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
         clock = time.monotonic() - begun if run.main else 0.0  # rank 0's clock is everyone's
-        sums = agreed(run, [total, share * seq_len, bool(caught), clock], norm)
-        loss, count, stop, seconds, norm = sums
-        loss /= count
+        loss, stop, seconds, norm = agreed(run, [total, bool(caught), clock], norm)
+        loss /= batch_tokens
         finite = math.isfinite(loss) and math.isfinite(norm)
         for o in optimizers:
             if finite:
                 o.step()
-            o.zero_grad(set_to_none=True)
+            o.zero_grad()
         if scaler:
             scaler.update()
         step, windows = step + 1, windows + rows
@@ -606,12 +570,11 @@ def main():
         row |= {"grad_norm": norm, "dt": dt, "tok_s": tok_s, "mfu": mfu, "mem": mem}
         record(row if finite else row | {"loss": None, "grad_norm": None})
         if run.main and not stop:
-            left = model.duration(seconds * (1 - done) / done)
-            share_of_peak = f"{100 * mfu:.1f} %" if mfu else "n/a"
+            of_peak = f"{100 * mfu:.1f} %" if mfu else "n/a"
             progress(
                 f"step {step} ({100 * done:.0f} %)  loss {loss:.4f}  lr {row['lr']:.2e}  norm "
-                f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {share_of_peak}  mem {mem / 2**30:.2f} GiB  "
-                f"left {left}"
+                f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {of_peak}  mem {mem / 2**30:.2f} GiB  "
+                f"left {model.duration(seconds * (1 - done) / done)}"
             )
         if finite:
             bad, mean_loss = 0, loss if step == 1 or mean_loss != mean_loss else mean_loss
@@ -622,33 +585,28 @@ def main():
         if bad == BAD_STEPS:
             raise UserError(
                 f"{bad} steps in a row were not finite: lower learning_rate ({learning_rate:g}), "
-                f"raise warmup_steps ({warmup_steps}) or use --dtype=float32; {out_dir} keeps what "
-                f"was saved before"
+                f"raise warmup_steps ({warmup_steps}) or use --dtype=float32; the last save is kept"
             )
         if val.n and (step % eval_every == 0 or done >= 1):
             val_loss, bpb = evaluate(net, val, token_bytes, run, cast, micro)
-            ppl = math.exp(min(val_loss, 700))
-            verdict = {"val_loss": val_loss, "val_ppl": ppl, "val_bpb": bpb}
+            verdict = dict(val_loss=val_loss, val_ppl=math.exp(min(val_loss, 700)), val_bpb=bpb)
             for name, some in apart.items():
                 verdict[f"val_loss.{name}"] = evaluate(net, some, token_bytes, run, cast, micro)[0]
             record({"step": step, "tokens": tokens} | verdict)
             row |= verdict
             history = [*history, [step, mean_loss, val_loss]]
-            if run.main:
-                numbers = "  ".join(f"{k} {v:.4f}" for k, v in verdict.items())
-                progress.note(f"step {step}: {numbers}")
-                for remark in remarks(history):
-                    progress.note(f"note: {remark}")
-                if sample_tokens and done < 1:
-                    progress.note(show_sample(net, tok, cast))
+            say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in verdict.items()))
+            for remark in remarks(history):
+                say(f"note: {remark}")
+            if run.main and sample_tokens and done < 1:
+                say(show_sample(net, tok, cast))
             if val_loss < best:
                 best = val_loss
                 save(out / "best", full=False)
         if step % save_every == 0 or done >= 1 or stop:
             save()
         tick = time.monotonic()
-    if run.main:
-        progress.note("")
+    say("")
     if not row:
         say(f"nothing to do: {out_dir} is at its horizon (step {step}); raise max_steps to go on")
     elif done < 1:

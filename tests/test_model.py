@@ -567,18 +567,21 @@ def test_weights_packed_for_generation_give_the_same_logits(name, dtype):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_int8_is_the_weight_rounded_row_by_row(bias):
+@pytest.mark.parametrize("width", [24, 40, 48])  # of which torch's product takes the last alone
+def test_int8_is_the_weight_rounded_row_by_row(width, bias):
     torch.manual_seed(5)
-    layer = torch.nn.Linear(48, 24, bias=bias)
+    layer = torch.nn.Linear(width, 24, bias=bias)
     with torch.no_grad():
         layer.weight[3] = 0
     quantized, step = model.Int8Linear(layer), layer.weight.abs().amax(1, keepdim=True) / 127
     dequantized = quantized.weight.float() * quantized.scale.float()[:, None]
     assert ((dequantized - layer.weight).abs() <= step * 0.503).all()
     for rows in (2, 40):  # the product for a few rows, and for many
-        x = torch.randn(rows, 48).bfloat16().float()
-        expected = F.linear(x, dequantized, layer.bias)
-        torch.testing.assert_close(quantized(x), expected, rtol=0.02, atol=0.02)
+        x = torch.randn(rows, width).bfloat16()
+        expected = F.linear(x.float(), dequantized, layer.bias)
+        for given in (x, x.float()):
+            y = quantized(given).float()
+            torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
 def test_int8_networks_generate_near_the_original(tok):

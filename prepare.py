@@ -474,9 +474,10 @@ class HTMLText(HTMLParser):
         if tag == "header" and self.count["article"]:  # the title of an article, not of the site
             tag = "div"
         if tag in NESTING:
-            self.open.append(tag)
+            skip = tag in SKIPPED or ("role", "navigation") in attrs
+            self.open.append((tag, skip))
             self.count[tag] += 1
-            self.skipping += tag in SKIPPED
+            self.skipping += skip
         if tag == "a":
             self.link = True
         elif tag in ("td", "th"):
@@ -490,9 +491,9 @@ class HTMLText(HTMLParser):
 
     def handle_endtag(self, tag):
         while self.count[tag]:
-            name = self.open.pop()
+            name, skip = self.open.pop()
             self.count[name] -= 1
-            self.skipping -= name in SKIPPED
+            self.skipping -= skip
             if name == tag:
                 break
         if tag == "a":

@@ -56,6 +56,7 @@ def crossed(step, inside, outside, expected):
         ("x<pre>\n  if a:\n\n\n      b  c\n</pre>y", "x\n\n  if a:\n\n\n      b  c\n\ny"),
         ("<pre><span>  </span>a <b>b</b></pre>", "  a b"),
         ("<h1>Head<a href=#h>¶</a></h1>t", "Head\n\nt"),
+        ("<div>a<div role='navigation'><div>b</div>c</div>d</div>", "a\n\nd"),
         ("<head><title>T</title><style>p{}</style><p>x", "x"),
         ("<script>if (a<b) '<p>no</p>'</script>x<noscript>n</noscript>", "x"),
         ("<div><nav>menu</div>text", "text"),  # the end of the outer element closes the inner one

@@ -868,7 +868,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tokenizer: Hugging Face's tokenizer.json, run by tiktoken (byte-level BPE) or here (the others)
+# The tokenizer: Hugging Face's tokenizer.json, byte-level BPE run by tiktoken, other kinds here
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -878,13 +878,8 @@ CHATML = (
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHARACTERS = r"[\s\S]"
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
-# The models of tokenizer.json that run here, and what each must find its pieces with.
-FORMS = {
-    "BPE": "ByteLevel",
-    "Unigram": "ByteLevel",
-    "WordLevel": "Isolated",
-    "WordPiece": "Removed",
-}
+# The models that run here, and by what pre-tokenizer each must be fed.
+FORMS = dict(BPE="ByteLevel", Unigram="ByteLevel", WordLevel="Isolated", WordPiece="Removed")
 
 
 def byte_letters():
@@ -897,9 +892,10 @@ def byte_letters():
 def normalize(text, names):
     """What Hugging Face's normalizers of these names make of a text, one after another."""
     for name in names:
-        # Theirs lowers letter by letter: no sigma is the last of its word.
-        lower = name == "Lowercase"
-        text = text.replace("Σ", "σ").lower() if lower else unicodedata.normalize(name, text)
+        if name == "Lowercase":  # letter by letter, so that no sigma is the last of its word
+            text = text.replace("Σ", "σ").lower()
+        else:
+            text = unicodedata.normalize(name, text)
     return text
 
 
@@ -924,9 +920,8 @@ def best_path(data, scores, longest):
 
     Sums are taken from the left and of equals the longer last token stays, as in `tokenizers`.
     """
-    best = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(
-        data
-    )  # by end: score, start and id of the last
+    # The best path to each place: its score, and where its last token begins and which it is.
+    best = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(data)
     for start in range(len(data)):
         for end in range(start + 1, min(start + longest, len(data)) + 1):
             if token := scores.get(data[start:end]):
@@ -956,11 +951,10 @@ class Tokenizer:
         form, split = self._pattern()
         plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
         if not plain or FORMS.get(self.kind) != form:
-            forms = "byte-level BPE and Unigram, words or characters, WordPiece; " + ", ".join(
-                sorted(NORMALIZERS)
-            )
-            why = f"a {self.kind} tokenizer of this form is not supported ({forms})"
-            raise UserError(f"tokenizer.json: {why}")
+            form = f"a {self.kind} tokenizer of this form"
+            known = "byte-level BPE or Unigram, words, characters, WordPiece split by Split, "
+            known += "normalised by " + ", ".join(sorted(NORMALIZERS))
+            raise UserError(f"tokenizer.json: {form} is not supported ({known})")
         self.by_bytes = form == "ByteLevel"  # or else a token is a stretch of characters
         if self.kind == "BPE":
             self._init_bpe(body, self._of_bytes(vocab), split)
@@ -1007,24 +1001,24 @@ class Tokenizer:
         return self.special.get(name["content"] if isinstance(name, dict) else name)
 
     def _pattern(self):
-        """(form, regular expression) of the pieces that text is split into: ByteLevel, Isolated or
-        Removed (what is between matches is lost). (None, None) where the form is another."""
+        """(form, regular expression) of the pieces that text is split into: ByteLevel, Isolated, or
+        Removed where what no piece matches is lost. (None, None) where the form is another."""
         steps = self.spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
-        first, last = steps[0], steps[-1].get("type") == "ByteLevel" and steps[-1]
+        last = steps[-1].get("type") == "ByteLevel" and steps[-1]
         if last and last.get("add_prefix_space", True):
             return None, None
         if len(steps) == 1 and last and last.get("use_regex", True):
             return "ByteLevel", GPT2_SPLIT
-        form = {("Isolated", False): "Isolated", ("Removed", True): "Removed"}.get(
-            (first.get("behavior"), bool(first.get("invert")))
-        )
-        if first.get("type") == "Split" and len(steps) == 1:
-            return form, first["pattern"].get("Regex")
+        form = steps[0].get("behavior")
         bytes_then = len(steps) == 2 and last and not last.get("use_regex", True)
-        if first.get("type") == "Split" and form == "Isolated" and bytes_then:
-            return "ByteLevel", first["pattern"].get("Regex")
-        return None, None
+        if steps[0].get("type") != "Split" or not (bytes_then or len(steps) == 1):
+            return None, None
+        if bool(steps[0].get("invert")) != (form == "Removed") or (
+            bytes_then and form != "Isolated"
+        ):
+            return None, None
+        return "ByteLevel" if bytes_then else form, steps[0]["pattern"].get("Regex")
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
@@ -1054,26 +1048,24 @@ class Tokenizer:
         import regex  # which tiktoken brings along
 
         self.split, self.known = regex.compile(split), {}  # known: the ids of pieces met before
-        self.prefix = body.get("continuing_subword_prefix")
         if self.kind == "Unigram":
-            pairs = {token: (i, score) for i, (token, score) in enumerate(vocab)}
-            self.vocab = self._of_bytes(pairs)
+            numbered = {token: (i, score) for i, (token, score) in enumerate(vocab)}
+            self.vocab = self._of_bytes(numbered)
             self.longest = max(map(len, self.vocab))
             self.bytes = {i: token for token, (i, _) in self.vocab.items()}
             return
-        if (unk := vocab.get(body.get("unk_token"))) is None:
-            raise UserError("tokenizer.json: the vocabulary lacks the unknown token")
-        self.vocab, self.unk = {t: i for t, i in vocab.items() if t not in self.special}, [unk]
+        self.vocab = {t: i for t, i in vocab.items() if t not in self.special}
+        self.unk = [vocab[body["unk_token"]]]
         self.bytes = {i: token.encode() for token, i in self.vocab.items()}
         if self.kind == "WordPiece":
-            decoder = self.spec.get("decoder") or {}
-            if decoder.get("cleanup", True) or not self.prefix or decoder["prefix"] != self.prefix:
+            self.prefix, self.longest = (
+                body["continuing_subword_prefix"],
+                body["max_input_chars_per_word"],
+            )
+            if self.spec["decoder"] != dict(type="WordPiece", prefix=self.prefix, cleanup=False):
                 raise UserError("tokenizer.json: a WordPiece decoder with cleanup is not supported")
-            self.longest = body["max_input_chars_per_word"]
-            inside, mark = self.prefix.encode(), lambda t: t.startswith(self.prefix.encode())
-            self.bytes = {
-                i: t[len(inside) :] if mark(t) else b" " + t for i, t in self.bytes.items()
-            }
+            inner = lambda t: t[len(self.prefix) :] if t.startswith(self.prefix) else " " + t
+            self.bytes = {i: inner(token).encode() for token, i in self.vocab.items()}
 
     def normal(self, text):
         return normalize(text, self.normalizers)

@@ -17,12 +17,7 @@ dataset = "python"  # the result is data/<dataset>
 tokenizer = "bpe"  # bpe, unigram, wordpiece, word, char, byte, a tiktoken name, a folder with one
 vocab_size = 4096  # tokens of a tokenizer trained here, special ones included
 normalize = ""  # of the text before it is tokenized: nfc or nfkc, lower, or both with a comma
-special_tokens = [
-    "<|endoftext|>",
-    "<|pad|>",
-    "<|im_start|>",
-    "<|im_end|>",
-]  # the first starts a document, the second pads, the last two are what a chat needs
+special_tokens = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # start, pad, chat's
 inspect: str | None = None  # print this text's tokens and the vocabulary's statistics, no more
 val_fraction = 0.1  # of the documents, by their hash; of the characters under 20 documents
 separator: str | None = None  # a text file is cut into documents here
@@ -251,15 +246,14 @@ SPLIT = (  # Qwen2's, which every reader of tokenizer.json and of GGUF knows
 ASCII = SPLIT.replace(r"?\p{L}", "?[A-Za-z]").replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", r"\d")
 ASCII = re.compile(ASCII, re.ASCII)  # the same on ASCII text, for Python's own re: twice as fast
 WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # BERT's: punctuation and Chinese stand alone
-PATTERNS = {"bpe": SPLIT, "unigram": SPLIT, "word": SPLIT, "wordpiece": WORDS}  # trained here
-PATTERNS |= {"char": model.CHARACTERS}
+# Of the kinds that are trained here: what splits text into the pieces that are counted.
+PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=model.CHARACTERS)
 NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied
 UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of bytes
 BYTES = [bytes([b]) for b in range(256)]
 LETTERS = model.byte_letters()
 MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
-MAX_SEEDS = 1_000_000  # tokens that its training begins with
-MAX_TRAINING = 4_000_000  # bytes of different pieces that it is trained on: the commonest
+MAX_PIECES = 1_000_000  # bytes of the different pieces it is trained on, the commonest: 1 GB
 
 
 def count_pieces(parts):
@@ -269,15 +263,15 @@ def count_pieces(parts):
     return Counter(chain.from_iterable(finds))
 
 
-def train_bpe(pieces, n_merges, show=lambda line: None, symbols=BYTES):
+def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
     """Byte-pair encoding (Sennrich et al. 2016) over {piece: count}, pieces being bytes, or else
-    sequences of indexes into `symbols`, which are sequences of length 1.
+    sequences of indexes into `alphabet`, which holds sequences of length 1.
 
     Returns the merges in order, as pairs of bytes: each time the commonest adjacent pair, of equals
     that with the lowest ids (a byte is its own id), until no pair occurs twice. A pair whose bytes
     are a token already is passed over. Only the neighbours of the places merged are counted anew.
     """
-    tokens, known, merges = list(symbols), set(), []
+    tokens, known, merges = list(alphabet), set(), []
     # All pieces in a row, -1 between them: a token's id stands at its first and at its last byte.
     symbols, weights, places = [-1], [0], defaultdict(list)
     for piece, n in pieces.items():
@@ -351,11 +345,12 @@ def train_wordpiece(counts, n_tokens, show):
     """WordPiece's tokens, ## before those within a word, from {word: count}: as in Hugging Face the
     characters and what byte-pair encoding makes of them. Of the characters the commonest are kept,
     a quarter of n_tokens at most, and words with another teach nothing: they become unknown."""
-    letters = Counter()
+    often = Counter()
     for word, n in counts.items():
-        letters.update(dict.fromkeys(word, n))
-    letters = sorted(sorted(letters), key=letters.get, reverse=True)[: max(1, n_tokens // 4)]
-    words = {w: n for w, n in counts.items() if set(w) <= set(letters)}
+        for c in word:
+            often[c] += n
+    letters = sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)]
+    words = {w: n for w, n in counts.items() if set(w).issubset(letters)}
     symbols = sorted(letters) + sorted({"##" + c for word in words for c in word[1:]})
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     pieces = {(ids[w[0]], *(ids["##" + c] for c in w[1:])): n for w, n in words.items()}
@@ -429,17 +424,18 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
     same longer one. A round is two steps of EM, and the quarter of the tokens goes that costs the
     least: how often each is expected, times what the best other way to spell it is less likely.
     """
-    pieces, often, size = {}, Counter(), 0
+    pieces, often, size = Counter(), Counter(), 0
     for piece, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if (size := size + len(piece)) > MAX_TRAINING:
+        pieces[piece[:256]] += n  # the head of a very long one: a step a byte is what it would cost
+        if (size := size + len(piece[:256])) > MAX_PIECES:
             break
-        pieces[piece] = n
+    for piece, n in pieces.items():
         for start in range(len(piece)):
             for end in range(start + 1, min(start + MAX_TOKEN, len(piece)) + 1):
                 often[piece[start:end]] += n
     begin = {token[:-1] for token, n in often.items() if n == often[token[:-1]]}
     tokens = (t for t, n in often.items() if n > 1 and len(t) > 1 and t not in begin)
-    tokens = BYTES + sorted(tokens, key=lambda t: (-often[t] * len(t), t))[:MAX_SEEDS]
+    tokens = BYTES + sorted(tokens, key=lambda t: (-often[t], t))
     edges, ends = lattice(pieces, {token: i for i, token in enumerate(tokens)})
     weights, expected = np.array([*pieces.values()], float), np.array([often[t] for t in tokens])
     while True:
@@ -464,9 +460,9 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
 
 
 def tokenizer_files(kind, vocab, special, split, **body):
-    """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token as it is spelled there:
-    id, or for Unigram its score}, special {name: id}; body: more of the model's fields."""
-    if both := vocab.keys() & special.keys() - {UNKNOWN}:
+    """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token, spelled as there: id,
+    or Unigram's score}, special {name: id}; body: more of the model's fields."""
+    if both := vocab.keys() & special.keys():
         why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
         raise UserError(f"special_tokens: {why}")
     pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
@@ -514,7 +510,8 @@ def bpe_files(ranks, special, merges, split, ignore_merges=False):
 
 
 def special_ids(at, *more):
-    """Ids from `at` up: of `more`, then of the special tokens."""
+    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
+    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
     return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
 
 
@@ -549,7 +546,7 @@ def train_tokenizer(kind, counts, size, show=lambda line: None):
             scores = {spell(token): score for token, score in train_unigram(pieces, room, show)}
             return tokenizer_files("Unigram", scores, special_ids(len(scores)), SPLIT)
         if kind == "word":
-            words = sorted(sorted(counts), key=counts.get, reverse=True)[: room - 1]
+            words = sorted(counts, key=lambda word: (-counts[word], word))[: room - 1]
             return word_tokenizer("WordLevel", words, SPLIT)
         form = dict(continuing_subword_prefix="##", max_input_chars_per_word=100)
         return word_tokenizer("WordPiece", train_wordpiece(counts, room - 1, show), WORDS, **form)
@@ -582,7 +579,7 @@ def check_tokenizer():
 def tiktoken_tokenizer(name):
     """A named tiktoken encoding, with the special tokens that it lacks added behind."""
     if name not in tiktoken.list_encoding_names():
-        names = ", ".join([*PATTERNS, "byte", *tiktoken.list_encoding_names()])
+        names = ", ".join([*sorted([*PATTERNS, "byte"]), *tiktoken.list_encoding_names()])
         raise UserError(f"--tokenizer={name}: expected {names}, or a folder with tokenizer.json")
     try:
         encoding = tiktoken.get_encoding(name)
@@ -623,7 +620,7 @@ def show_tokens(tok, text):
 
     bar = "" if colour else "|"
     print(bar.join(paint(i, visible(id)) for i, id in enumerate(ids)))
-    print(" ".join(paint(i, id) for i, id in enumerate(ids)))
+    print(" ".join(paint(i, str(id)) for i, id in enumerate(ids)))
     print(f"tokens: {len(ids):,}")
     print(f"bytes per token: {len(text.encode()) / max(1, len(ids)):.2f}")
     lengths = Counter(len(tok.token_bytes(i)) for i in range(tok.n_vocab))

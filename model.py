@@ -1011,14 +1011,13 @@ class Tokenizer:
         if len(steps) == 1 and last and last.get("use_regex", True):
             return "ByteLevel", GPT2_SPLIT
         form = steps[0].get("behavior")
-        bytes_then = len(steps) == 2 and last and not last.get("use_regex", True)
-        if steps[0].get("type") != "Split" or not (bytes_then or len(steps) == 1):
+        if steps[0].get("type") != "Split" or bool(steps[0].get("invert")) != (form == "Removed"):
             return None, None
-        if bool(steps[0].get("invert")) != (form == "Removed") or (
-            bytes_then and form != "Isolated"
-        ):
+        if len(steps) == 2 and last and not last.get("use_regex", True) and form == "Isolated":
+            form = "ByteLevel"
+        elif len(steps) > 1:
             return None, None
-        return "ByteLevel" if bytes_then else form, steps[0]["pattern"].get("Regex")
+        return form, steps[0]["pattern"].get("Regex")
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
@@ -1058,14 +1057,12 @@ class Tokenizer:
         self.unk = [vocab[body["unk_token"]]]
         self.bytes = {i: token.encode() for token, i in self.vocab.items()}
         if self.kind == "WordPiece":
-            self.prefix, self.longest = (
-                body["continuing_subword_prefix"],
-                body["max_input_chars_per_word"],
-            )
+            self.prefix = body["continuing_subword_prefix"]
+            self.longest = body["max_input_chars_per_word"]
             if self.spec["decoder"] != dict(type="WordPiece", prefix=self.prefix, cleanup=False):
                 raise UserError("tokenizer.json: a WordPiece decoder with cleanup is not supported")
-            inner = lambda t: t[len(self.prefix) :] if t.startswith(self.prefix) else " " + t
-            self.bytes = {i: inner(token).encode() for token, i in self.vocab.items()}
+            shown = lambda t: t[len(self.prefix) :] if t.startswith(self.prefix) else " " + t
+            self.bytes = {i: shown(token).encode() for token, i in self.vocab.items()}
 
     def normal(self, text):
         return normalize(text, self.normalizers)

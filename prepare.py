@@ -7,7 +7,8 @@
     python prepare.py --inspect="def f(x):"             # its tokens, once the data is there
 
 Writes data/<dataset>/: tokenizer.json, tokenizer_config.json, train_*.bin and val_*.bin (llm.c's
-format), meta.json. The same input gives the same bytes.
+format), meta.json. The same input gives the same bytes. All tokenizers but wordpiece, which keeps
+no white space, give back a text whose words and characters they know.
 """
 
 from config import configure, settings
@@ -253,7 +254,9 @@ UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of 
 BYTES = [bytes([b]) for b in range(256)]
 LETTERS = model.byte_letters()
 MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
-MAX_PIECES = 1_000_000  # bytes of the different pieces it is trained on, the commonest: 1 GB
+MAX_PIECES = (
+    1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB of memory
+)
 
 
 def count_pieces(parts):
@@ -522,7 +525,7 @@ def bpe_tokenizer(merges):
 
 
 def word_tokenizer(kind, tokens, split, **body):
-    """A tokenizer of tokens that are text: with what they lack as the unknown token."""
+    """A tokenizer of tokens that are text, with the unknown token for text that has none."""
     vocab, special = {t: i for i, t in enumerate(tokens)}, special_ids(len(tokens), UNKNOWN)
     return tokenizer_files(kind, vocab, special, split, **body)
 
@@ -568,12 +571,13 @@ def check_tokenizer():
     names = [t for t in special_tokens if isinstance(t, str) and t]
     if len(names) < 2 or len({*names}) < len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
-    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 2}.get(tokenizer)
+    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer)
     if least is not None and vocab_size < least + len(special_tokens):
         least += len(special_tokens)
         raise UserError(f"vocab_size={vocab_size}: expected {least} or more")
-    if normalizers() and Path(tokenizer).is_dir():
-        raise UserError(f"normalize={normalize}: the tokenizer in {tokenizer} is taken as it is")
+    if normalizers() and (source == "fineweb10B" or Path(tokenizer).is_dir()):
+        which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
+        raise UserError(f"normalize={normalize}: the tokenizer {which} is taken as it is")
 
 
 def tiktoken_tokenizer(name):
@@ -628,7 +632,7 @@ def show_tokens(tok, text):
     single = sum(len(tok.token_bytes(i)) == 1 for i in ordinary)
     print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {single:,} of one byte")
     longest = sorted(ordinary, key=lambda i: -len(tok.token_bytes(i)))[:10]
-    print("longest:", " ".join(f"{visible(i)!r}" for i in longest))
+    print("longest:", "|".join(map(visible, longest)))
     most = max(lengths[n] for n in lengths if n)
     for n in sorted(lengths.keys() - {0}):
         print(f"{n:4} bytes {lengths[n]:7,} {'#' * round(50 * lengths[n] / most)}")
@@ -692,7 +696,8 @@ def write_shards(folder, tok, texts, size, workers):
 def commit(folder, tok, meta):
     """Make finished temporary shards the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
-    kept = {k: v for k, v in settings(globals()).items() if k not in ("threads", "device", "seed")}
+    aside = ("threads", "device", "seed", "inspect")
+    kept = {k: v for k, v in settings(globals()).items() if k not in aside}
     meta = {"settings": kept, "n_vocab": tok.n_vocab} | meta
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():

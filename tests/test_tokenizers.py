@@ -484,6 +484,7 @@ BAD = [
     ("--tokenizer=unigram --vocab_size=259", "vocab_size=259: expected 260 or more"),
     ("--tokenizer=words", "--tokenizer=words: expected bpe, byte, char, unigram, word, wordpiece,"),
     ("--normalize=lower --tokenizer=folder", "normalize=lower: the tokenizer in folder is taken"),
+    ("--normalize=nfc --source=fineweb10B", "normalize=nfc: the tokenizer of fineweb10B is taken"),
     ("--inspect=x", "data/python: no tokenizer.json here"),
 ]
 

@@ -254,9 +254,7 @@ UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of 
 BYTES = [bytes([b]) for b in range(256)]
 LETTERS = model.byte_letters()
 MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
-MAX_PIECES = (
-    1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB of memory
-)
+MAX_PIECES = 1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB used
 
 
 def count_pieces(parts):

@@ -365,7 +365,7 @@ def tokenizer(run):
 
     def learn():
         pieces = prepare.count_pieces((prepare.SPLIT, text) for text in texts).items()
-        merges = 4096 - 256 - len(prepare.SPECIAL)
+        merges = 4096 - 256 - len(prepare.special_tokens)
         return prepare.train_bpe({piece.encode(): n for piece, n in pieces}, merges)
 
     tok = prepare.bpe_tokenizer(learn())
@@ -384,7 +384,7 @@ def tokenizer(run):
         def learn_theirs():
             new = hf.Tokenizer(hf.models.BPE())
             new.pre_tokenizer = ours.pre_tokenizer
-            how = dict(vocab_size=4096, special_tokens=prepare.SPECIAL, show_progress=False)
+            how = dict(vocab_size=4096, special_tokens=prepare.special_tokens, show_progress=False)
             how["initial_alphabet"] = hf.pre_tokenizers.ByteLevel.alphabet()
             new.train_from_iterator(texts, hf.trainers.BpeTrainer(**how))
 

@@ -20,6 +20,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -815,7 +816,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tokenizer: Hugging Face's tokenizer.json, run by tiktoken (byte-level BPE) or here
+# The tokenizer: Hugging Face's tokenizer.json, byte-level BPE run by tiktoken, other kinds here
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -824,6 +825,9 @@ CHATML = (
 )
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHARACTERS = r"[\s\S]"
+NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
+# The models that run here, and by what pre-tokenizer each must be fed.
+FORMS = dict(BPE="ByteLevel", Unigram="ByteLevel", WordLevel="Isolated", WordPiece="Removed")
 
 
 def byte_letters():
@@ -831,6 +835,51 @@ def byte_letters():
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(rest)}
+
+
+def normalize(text, names):
+    """What Hugging Face's normalizers of these names make of a text, one after another."""
+    for name in names:
+        if name == "Lowercase":  # letter by letter, so that no sigma is the last of its word
+            text = text.replace("Σ", "σ").lower()
+        else:
+            text = unicodedata.normalize(name, text)
+    return text
+
+
+def longest_match(word, vocab, prefix):
+    """WordPiece (Devlin et al. 2019): at each place of a word the longest token of vocab {token:
+    id} that fits, `prefix` before those within the word. None where at some place none fits."""
+    ids, start = [], 0
+    while start < len(word):
+        before = prefix if start else ""
+        ends = range(len(word), start, -1)
+        end = next((end for end in ends if before + word[start:end] in vocab), None)
+        if end is None:
+            return None
+        ids.append(vocab[before + word[start:end]])
+        start = end
+    return ids
+
+
+def best_path(data, scores, longest):
+    """Viterbi for Unigram (Kudo 2018): the ids of the tokens, of at most `longest` bytes, that make
+    up data with the greatest sum of scores {bytes: (id, log-probability)}, every byte being one.
+
+    Sums are taken from the left and of equals the longer last token stays, as in `tokenizers`.
+    """
+    # The best path to each place: its score, and where its last token begins and which it is.
+    best = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(data)
+    for start in range(len(data)):
+        for end in range(start + 1, min(start + longest, len(data)) + 1):
+            if token := scores.get(data[start:end]):
+                if (score := token[1] + best[start][0]) > best[end][0]:
+                    best[end] = (score, start, token[0])
+    ids, end = [], len(data)
+    while end:
+        _, end, id = best[end]
+        ids.append(id)
+    return ids[::-1]
 
 
 class Tokenizer:
@@ -843,17 +892,22 @@ class Tokenizer:
     def __init__(self, spec, config):
         self.spec, self.config, self.bpe = spec, config, None
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        body, split = spec.get("model") or {}, self._pattern()
-        vocab = body.get("vocab") if isinstance(body.get("vocab"), dict) else {}
-        vocab = {t: i for t, i in vocab.items() if t not in self.special}
-        if body.get("type") == "BPE" and split and vocab:
-            self._init_bpe(body, vocab, split)
-        elif body.get("type") == "WordLevel" and split == CHARACTERS:
-            self.vocab, self.unk = vocab, self.special.get(body.get("unk_token"))
-            self.bytes = {i: c.encode() for c, i in vocab.items()}
+        steps = spec.get("normalizer") or {"normalizers": []}
+        self.normalizers = [s.get("type") for s in steps.get("normalizers", [steps])]
+        body = spec.get("model") or {}
+        self.kind, vocab = body.get("type"), body.get("vocab")
+        form, split = self._pattern()
+        plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
+        if not plain or FORMS.get(self.kind) != form:
+            form = f"a {self.kind} tokenizer of this form"
+            known = "byte-level BPE or Unigram, words, characters, WordPiece split by Split, "
+            known += "normalised by " + ", ".join(sorted(NORMALIZERS))
+            raise UserError(f"tokenizer.json: {form} is not supported ({known})")
+        self.by_bytes = form == "ByteLevel"  # or else a token is a stretch of characters
+        if self.kind == "BPE":
+            self._init_bpe(body, self._of_bytes(vocab), split)
         else:
-            form = f"a {body.get('type')} tokenizer of this form"
-            raise UserError(f"tokenizer.json: {form} is not supported (byte-level BPE, characters)")
+            self._init_other(body, vocab, split)
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
         shown = [
             t for t in spec.get("added_tokens", []) if not t["special"]
@@ -895,47 +949,110 @@ class Tokenizer:
         return self.special.get(name["content"] if isinstance(name, dict) else name)
 
     def _pattern(self):
-        """The regular expression that splits text into pieces; None where the form is another."""
+        """(form, regular expression) of the pieces that text is split into: ByteLevel, Isolated, or
+        Removed where what no piece matches is lost. (None, None) where the form is another."""
         steps = self.spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
         last = steps[-1].get("type") == "ByteLevel" and steps[-1]
-        plain = (self.spec.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
-        if not plain or (last and last.get("add_prefix_space", True)):
-            return None
+        if last and last.get("add_prefix_space", True):
+            return None, None
         if len(steps) == 1 and last and last.get("use_regex", True):
-            return GPT2_SPLIT
-        whole = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        bytes_then = len(steps) == 2 and last and not last.get("use_regex", True)
-        if steps[0].get("type") == "Split" and whole and (bytes_then or len(steps) == 1):
-            return steps[0]["pattern"].get("Regex")
-        return None
+            return "ByteLevel", GPT2_SPLIT
+        form = steps[0].get("behavior")
+        if steps[0].get("type") != "Split" or bool(steps[0].get("invert")) != (form == "Removed"):
+            return None, None
+        if len(steps) == 2 and last and not last.get("use_regex", True) and form == "Isolated":
+            form = "ByteLevel"
+        elif len(steps) > 1:
+            return None, None
+        return form, steps[0]["pattern"].get("Regex")
 
-    def _init_bpe(self, body, vocab, split):
-        import tiktoken  # here, since a tokenizer of characters needs none of it
-
+    def _of_bytes(self, vocab):
+        """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
         letters = {c: b for b, c in byte_letters().items()}
+        items = [(t, value) for t, value in vocab.items() if t not in self.special]
         try:
-            ranks = {bytes(letters[c] for c in token): i for token, i in vocab.items()}
+            tokens = {bytes(letters[c] for c in token): value for token, value in items}
         except KeyError as letter:
-            raise UserError(f"tokenizer.json: {letter} stands for no byte: no such BPE") from None
+            why = f"{letter} stands for no byte: no such {self.kind}"
+            raise UserError(f"tokenizer.json: {why}") from None
+        if any(bytes([b]) not in tokens for b in range(256)):
+            raise UserError("tokenizer.json: a byte is missing from the vocabulary")
+        return tokens
+
+    def _init_bpe(self, body, ranks, split):
+        import tiktoken  # here, since the other kinds need none of it
+
         pairs = (m.split(" ") if isinstance(m, str) else m for m in body["merges"])
-        made = [vocab["".join(pair)] for pair in pairs]
-        in_order = body.get("ignore_merges") or all(a < b for a, b in zip(made, made[1:]))
-        if not in_order or any(bytes([b]) not in ranks for b in range(256)):
-            raise UserError("tokenizer.json: a byte is missing, or ids are not in merge order")
+        made = [body["vocab"]["".join(pair)] for pair in pairs]
+        if not (body.get("ignore_merges") or all(a < b for a, b in zip(made, made[1:]))):
+            raise UserError("tokenizer.json: ids are not in merge order")
         self.bytes = {i: token for token, i in ranks.items()}
         named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
         self.bpe = tiktoken.Encoding("barelm", **named)
 
+    def _init_other(self, body, vocab, split):
+        import regex  # which tiktoken brings along
+
+        self.split, self.known = regex.compile(split), {}  # known: the ids of pieces met before
+        if self.kind == "Unigram":
+            numbered = {token: (i, score) for i, (token, score) in enumerate(vocab)}
+            self.vocab = self._of_bytes(numbered)
+            self.longest = max(map(len, self.vocab))
+            self.bytes = {i: token for token, (i, _) in self.vocab.items()}
+            return
+        self.vocab = {t: i for t, i in vocab.items() if t not in self.special}
+        self.unk = [vocab[body["unk_token"]]]
+        self.bytes = {i: token.encode() for token, i in self.vocab.items()}
+        if self.kind == "WordPiece":
+            self.prefix = body["continuing_subword_prefix"]
+            self.longest = body["max_input_chars_per_word"]
+            if self.spec["decoder"] != dict(type="WordPiece", prefix=self.prefix, cleanup=False):
+                raise UserError("tokenizer.json: a WordPiece decoder with cleanup is not supported")
+            shown = lambda t: t[len(self.prefix) :] if t.startswith(self.prefix) else " " + t
+            self.bytes = {i: shown(token).encode() for token, i in self.vocab.items()}
+
     def normal(self, text):
-        return unicodedata.normalize("NFC", text) if self.spec.get("normalizer") else text
+        return normalize(text, self.normalizers)
 
     def encode(self, text):
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
-        text = self.normal(text)
+        return self._encode(self.normal(text))
+
+    def _encode(self, text):
         if self.bpe:
             return self.bpe.encode_ordinary(text)
-        return [self.vocab.get(c, self.unk) for c in text]
+        ids = []
+        for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
+            if (some := self.known.get(piece)) is None:
+                if len(self.known) > 1_000_000:
+                    self.known.clear()
+                some = self.known[piece] = self._segment(piece)
+            ids += some
+        return ids
+
+    def _segment(self, piece):
+        """The ids of one piece of text."""
+        if self.kind == "Unigram":
+            return best_path(piece.encode(), self.vocab, self.longest)
+        if self.kind == "WordPiece":
+            fits = len(piece) <= self.longest
+            return fits and longest_match(piece, self.vocab, self.prefix) or self.unk
+        return [self.vocab[piece]] if piece in self.vocab else self.unk
+
+    def _placed(self, text):
+        """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
+        at = 0
+        if self.by_bytes:
+            for id in self._encode(text):
+                yield id, at
+                at += len(self.bytes[id])
+            return
+        for match in self.split.finditer(text):
+            at = match.start()
+            for id in self._segment(match[0]):
+                yield id, at
+                at += len(self.token_bytes(id).decode().strip(" "))
 
     def encode_batch(self, texts, threads=1):
         """`encode` for many texts, as arrays, on several threads where the tokenizer can."""
@@ -959,9 +1076,16 @@ class Tokenizer:
         return self.bytes.get(id, b"")
 
     def decode(self, ids):
-        """The text of ids, special tokens by their names; what is no UTF-8 becomes U+FFFD."""
-        names = {i: name.encode() for name, i in self.special.items()}
-        return b"".join(names.get(i) or self.token_bytes(i) for i in ids).decode(errors="replace")
+        """The text of ids, special tokens by their names; what is no UTF-8 becomes U+FFFD.
+
+        WordPiece keeps no white space: there a space is between words, and none before the first.
+        """
+        space = " " if self.kind == "WordPiece" else ""
+        names = {i: (space + name).encode() for name, i in self.special.items()}
+        text = b"".join(names.get(i) or self.token_bytes(i) for i in ids).decode(errors="replace")
+        if not space or not text:
+            return text
+        return text[1:] if text[0] == " " else self.prefix + text
 
     def chat(self, messages, add_generation_prompt=False):
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
@@ -971,7 +1095,7 @@ class Tokenizer:
         """
         hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in str(messages))
         special = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
-        veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], self.normal(s))
+        veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], s)
         safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
         text = self._render(safe, add_generation_prompt)
         said = bytearray(len(text))  # 1 at each character that an assistant says
@@ -988,13 +1112,16 @@ class Tokenizer:
         ids, mask, at = [], [], 0
         for match in [*special.finditer(text), None]:
             stop = match.start() if match else len(text)
-            plain = [(c, m) for c, m in zip(text[at:stop], said[at:stop]) if c != hide]
-            # A token counts as said where its first byte (its character, without BPE) does.
-            marks = [m for c, m in plain for _ in (c.encode() if self.bpe else c)]
-            for id in self.encode("".join(c for c, _ in plain)):
+            pairs = [(c, m) for c, m in zip(text[at:stop], said[at:stop]) if c != hide]
+            plain, marks = "", b""
+            for mark, run in groupby(pairs, lambda pair: pair[1]):
+                part = self.normal("".join(c for c, _ in run))
+                marks += bytes([mark]) * len(part.encode() if self.by_bytes else part)
+                plain += part
+            # A token counts as said where its first byte (or character) does.
+            for id, place in self._placed(plain):
                 ids.append(id)
-                mask.append(marks[0])
-                del marks[: len(self.bytes[id]) if self.bpe else 1]
+                mask.append(marks[place])
             if match:
                 ids.append(self.special[match[0]])
                 mask.append(said[stop])

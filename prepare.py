@@ -46,8 +46,11 @@ val_fraction = 0.1  # of the documents, by their hash; of the characters under 2
 mix_tokens: int | None = None  # training tokens of the mix; none: as many as the sources hold
 
 # the tokenizer
-tokenizer = "bpe"  # bpe (trained here), byte, char, a tiktoken name, a folder with tokenizer.json
+tokenizer = "bpe"  # bpe, unigram, wordpiece, word, char, byte, a tiktoken name, a folder with one
 vocab_size = 4096  # tokens of a tokenizer trained here, special ones included
+normalize = ""  # of the text before it is tokenized: nfc or nfkc, lower, or both with a comma
+special_tokens = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # start, pad, chat's
+inspect: str | None = None  # print this text's tokens and the vocabulary's statistics, no more
 tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sample by hash
 
 shard_tokens = 100_000_000  # tokens of a shard written here
@@ -70,6 +73,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import sysconfig
 import textwrap
 import time
@@ -729,7 +733,7 @@ fa در به از که این را با است برای آن یک تا بر می
 ur کے میں کی ہے اور سے کا کو اس پر کہ ہیں نے یہ بھی ایک نہیں تھا جو ہو ٹ ڈ ے ں ہ ی ک
 """
 BEYOND_LATIN = re.compile(r"[^\0-\u02ff\u1e00-\u1eff]+")
-LETTERS = re.compile(r"[^\0-\x7fа-шьюя]")  # what is a mark of a language; the others may be words
+MARKS = re.compile(r"[^\0-\x7fа-шьюя]")  # what is a mark of a language; the others may be words
 
 
 @lru_cache(None)
@@ -748,7 +752,7 @@ def built_in_rank(sample):
     divide by the cubes of their function words; one that n languages have counts 1 / n."""
     words = re.findall(r"[^\W\d_]+", sample.lower())
     text, table, evidence = "".join(words), word_table(), Counter()
-    for token in words + LETTERS.findall(text):
+    for token in words + MARKS.findall(text):
         for name in table.get(token, ()):
             evidence[name] += 1 / len(table[token])
     beyond = "".join(BEYOND_LATIN.findall(text))
@@ -918,7 +922,7 @@ STEPS = {step.__name__.partition("_")[2]: step for step in STEPS}  # by name, in
 PERMUTATIONS, SHINGLE, GRAM = 128, 5, 13  # GRAM: Brown et al. 2020, appendix C
 STEP = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 _rng = np.random.default_rng(20240801)
-BYTES = _rng.integers(0, 2**64, 256, dtype=np.uint64)
+BYTE_HASHES = _rng.integers(0, 2**64, 256, dtype=np.uint64)
 FACTORS, TERMS = _rng.integers(0, 2**32, (2, PERMUTATIONS), dtype=np.uint32)
 FACTORS |= np.uint32(1)
 IN_WORDS = np.array([b >= 128 or chr(b).isalnum() for b in range(256)])
@@ -954,7 +958,7 @@ def word_hashes(texts):
         last |= third | (inside & np.append(wide[1:], False))
     starts, ends = np.flatnonzero(first), np.flatnonzero(last)
     up, down = (p[: len(data)] for p in powers(1 << len(data).bit_length()))
-    sums = BYTES[data]
+    sums = BYTE_HASHES[data]
     sums *= up
     own = sums[starts]
     np.cumsum(sums, out=sums)
@@ -1160,7 +1164,7 @@ def clean(work, unit):
                 for column, value in zip(columns.values(), row):
                     column.append(value)
                 paths.append(url or record["path"])
-                special += any(name in text for name in SPECIAL)
+                special += any(name in text for name in special_tokens)
     np.savez(f"{place}.npz", **{k: np.array(v, np.uint64) for k, v in columns.items()})
     result = {"kept": len(paths), "skipped": skipped, "paths": paths, "special": special}
     result["tallies"] = {name: tally.__dict__ for name, tally in tallies.items()}
@@ -1329,8 +1333,15 @@ SPLIT = (  # Qwen2's, which every reader of tokenizer.json and of GGUF knows
 )
 ASCII = SPLIT.replace(r"?\p{L}", "?[A-Za-z]").replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", r"\d")
 ASCII = re.compile(ASCII, re.ASCII)  # the same on ASCII text, for Python's own re: twice as fast
-SPECIAL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-UNKNOWN = "<|unk|>"  # of a tokenizer of characters
+WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # BERT's: punctuation and Chinese stand alone
+# Of the kinds that are trained here: what splits text into the pieces that are counted.
+PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=model.CHARACTERS)
+NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied
+UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of bytes
+BYTES = [bytes([b]) for b in range(256)]
+LETTERS = model.byte_letters()
+MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
+MAX_PIECES = 1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB used
 
 
 def count_pieces(parts):
@@ -1340,14 +1351,15 @@ def count_pieces(parts):
     return Counter(chain.from_iterable(finds))
 
 
-def train_bpe(pieces, n_merges, show=lambda line: None):
-    """Byte-pair encoding (Sennrich et al. 2016) over {piece: count}, pieces being bytes.
+def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
+    """Byte-pair encoding (Sennrich et al. 2016) over {piece: count}, pieces being bytes, or else
+    sequences of indexes into `alphabet`, which holds sequences of length 1.
 
     Returns the merges in order, as pairs of bytes: each time the commonest adjacent pair, of equals
     that with the lowest ids (a byte is its own id), until no pair occurs twice. A pair whose bytes
     are a token already is passed over. Only the neighbours of the places merged are counted anew.
     """
-    tokens, known, merges = [bytes([b]) for b in range(256)], set(), []
+    tokens, known, merges = list(alphabet), set(), []
     # All pieces in a row, -1 between them: a token's id stands at its first and at its last byte.
     symbols, weights, places = [-1], [0], defaultdict(list)
     for piece, n in pieces.items():
@@ -1417,68 +1429,262 @@ def recover_merges(ranks):
     return merges
 
 
-def tokenizer_files(kind, vocab, merges, special, split, ignore_merges=False):
-    """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {bytes or character: id}."""
+def train_wordpiece(counts, n_tokens, show):
+    """WordPiece's tokens, ## before those within a word, from {word: count}: as in Hugging Face the
+    characters and what byte-pair encoding makes of them. Of the characters the commonest are kept,
+    a quarter of n_tokens at most, and words with another teach nothing: they become unknown."""
+    often = Counter()
+    for word, n in counts.items():
+        for c in word:
+            often[c] += n
+    letters = sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)]
+    words = {w: n for w, n in counts.items() if set(w).issubset(letters)}
+    symbols = sorted(letters) + sorted({"##" + c for word in words for c in word[1:]})
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    pieces = {(ids[w[0]], *(ids["##" + c] for c in w[1:])): n for w, n in words.items()}
+    singles = [(i,) for i in range(len(symbols))]
+    merges = train_bpe(pieces, n_tokens - len(symbols), show, singles)
+    spell = lambda token: symbols[token[0]] + "".join(symbols[i][-1] for i in token[1:])
+    return symbols + [spell(a + b) for a, b in merges]
+
+
+def lattice(pieces, ids):
+    """Every way to make up pieces, which are bytes, of tokens {bytes: id}: (edges, ends).
+
+    A node stands before each byte of a piece and behind its last, whose node `ends` names. edges
+    (4, n) int64: first node, last node, token, and the byte of its piece at which it ends, by which
+    they are in order: so one operation goes a byte forward in all pieces at once.
+    """
+
+    def found():
+        at = 0
+        for piece in pieces:
+            for end in range(1, len(piece) + 1):
+                for start in range(max(0, end - MAX_TOKEN), end):
+                    if (id := ids.get(piece[start:end])) is not None:
+                        yield at + start, at + end, id, end
+            at += len(piece) + 1
+
+    edges = np.fromiter(found(), np.dtype((np.int64, 4))).T
+    edges = edges[:, np.argsort(edges[3], kind="stable")]
+    return edges, np.cumsum([len(piece) + 1 for piece in pieces]) - 1
+
+
+def forward(edges, ends, scores, best=False):
+    """The log-probability of reaching each node, by all paths or by the best; scores: of tokens."""
+    reach, cuts = np.zeros(ends[-1] + 1), np.flatnonzero(np.diff(edges[3], prepend=0, append=-1))
+    for a, b in zip(cuts, cuts[1:]):
+        first, last, token, _ = edges[:, a:b]
+        sums, new = reach[first] + scores[token], np.flatnonzero(np.diff(last, prepend=-1))
+        top = np.maximum.reduceat(sums, new)
+        if not best:
+            parts = np.exp(sums - np.repeat(top, np.diff(new, append=b - a)))
+            top += np.log(np.add.reduceat(parts, new))
+        reach[last[new]] = top
+    return reach, cuts
+
+
+def expect(edges, ends, weights, scores):
+    """EM's first half over pieces that occur `weights` times each: (how often each token is to be
+    expected, log-likelihood of them all)."""
+    reach, cuts = forward(edges, ends, scores)
+    first, last, token, _ = edges
+    share = np.exp(reach[first] + scores[token] - reach[last])  # of the paths to its last node
+    paths = np.zeros(len(reach))
+    paths[ends] = weights
+    for b, a in zip(cuts[:0:-1], cuts[-2::-1]):
+        share[a:b] *= paths[last[a:b]]
+        paths[first[a:b]] += share[a:b]  # edges to one node begin at different ones: none is twice
+    return np.bincount(token, share, len(scores)), weights @ reach[ends]
+
+
+def likeliest(expected):
+    """EM's second half: the tokens' log-probabilities, where each is expected so often."""
+    expected = np.maximum(expected, 0.01)  # a byte that never occurs is a token for all that
+    return np.log(expected / expected.sum())
+
+
+def train_unigram(counts, n_tokens, show=lambda line: None):
+    """Unigram (Kudo 2018, section 3.2) over {piece: count}, pieces being bytes: the tokens with
+    their log-probabilities, first all bytes, then the likeliest.
+
+    It begins with the substrings that occur twice, save one that is only ever the beginning of the
+    same longer one. A round is two steps of EM, and the quarter of the tokens goes that costs the
+    least: how often each is expected, times what the best other way to spell it is less likely.
+    """
+    pieces, often, size = Counter(), Counter(), 0
+    for piece, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        pieces[piece[:256]] += n  # the head of a very long one: a step a byte is what it would cost
+        if (size := size + len(piece[:256])) > MAX_PIECES:
+            break
+    for piece, n in pieces.items():
+        for start in range(len(piece)):
+            for end in range(start + 1, min(start + MAX_TOKEN, len(piece)) + 1):
+                often[piece[start:end]] += n
+    begin = {token[:-1] for token, n in often.items() if n == often[token[:-1]]}
+    tokens = (t for t, n in often.items() if n > 1 and len(t) > 1 and t not in begin)
+    tokens = BYTES + sorted(tokens, key=lambda t: (-often[t], t))
+    edges, ends = lattice(pieces, {token: i for i, token in enumerate(tokens)})
+    weights, expected = np.array([*pieces.values()], float), np.array([often[t] for t in tokens])
+    while True:
+        show(f"tokenizer: {len(tokens):,} tokens, to become {n_tokens:,}")
+        for _ in range(2):
+            scores = likeliest(expected)
+            expected, _ = expect(edges, ends, weights, scores)
+        if len(tokens) <= n_tokens:
+            break
+        inner, bounds = lattice(tokens, {token: i for i, token in enumerate(tokens)})
+        inner = inner[:, inner[2] != np.searchsorted(bounds, inner[1])]  # not a token by itself
+        loss = expected * (scores - forward(inner, bounds, scores, best=True)[0][bounds])
+        loss[:256] = np.inf
+        kept = np.sort(np.argsort(-loss, kind="stable")[: max(n_tokens, len(tokens) * 3 // 4)])
+        tokens, expected, new = [tokens[i] for i in kept], expected[kept], np.full(len(tokens), -1)
+        new[kept] = range(len(kept))
+        edges[2] = new[edges[2]]
+        edges = edges[:, edges[2] >= 0]
+    # Six decimals, since a reader may round the last bits of a longer number in its own way.
+    pairs = [(t, round(score, 6)) for t, score in zip(tokens, likeliest(expected).tolist())]
+    return pairs[:256] + sorted(pairs[256:], key=lambda pair: (-pair[1], pair[0]))
+
+
+def tokenizer_files(kind, vocab, special, split, **body):
+    """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token, spelled as there: id,
+    or Unigram's score}, special {name: id}; body: more of the model's fields."""
+    if both := vocab.keys() & special.keys():
+        why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
+        raise UserError(f"special_tokens: {why}")
     pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-    if kind == "BPE":
-        letters = model.byte_letters()
-        spell = lambda token: "".join(letters[b] for b in token)
+    decoder, unknown = {"type": "Fuse"}, UNKNOWN if UNKNOWN in special else None
+    if kind in ("BPE", "Unigram"):
         decoder = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         pre = {"type": "Sequence", "pretokenizers": [pre, decoder]}
-        body = dict(dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None)
-        body |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges)
-        vocab = {spell(token): id for token, id in vocab.items()}
-        body |= {"merges": [[spell(a), spell(b)] for a, b in merges]}
+    if kind == "WordPiece":
+        pre |= {
+            "behavior": "Removed",
+            "invert": True,
+        }  # what is no piece goes, which is white space
+        decoder = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+    if kind == "Unigram":
+        body |= {"unk_id": None, "byte_fallback": False, "vocab": [*map(list, vocab.items())]}
     else:
-        decoder = {"type": "Fuse"}
-        body = {}
-    unknown = UNKNOWN if UNKNOWN in special else None
+        # Special tokens that the vocabulary lacks get other ids where it has gaps (cl100k_base).
+        body = {"unk_token": unknown} | body | {"vocab": vocab | special}
+    steps = [{"type": name} for name in normalizers()]
+    normalizer = {"type": "Sequence", "normalizers": steps} if steps else None
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     spec = dict(version="1.0", truncation=None, padding=None)
     spec |= {"added_tokens": [{"id": id, "content": t} | flags for t, id in special.items()]}
-    spec |= dict(normalizer=None, pre_tokenizer=pre, post_processor=None, decoder=decoder)
-    # Special tokens that the vocabulary lacks would get other ids where it has gaps (cl100k_base).
-    spec |= {"model": {"type": kind, "unk_token": unknown} | body | {"vocab": vocab | special}}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0]}
-    config |= {"eos_token": SPECIAL[0], "pad_token": SPECIAL[1], "unk_token": unknown}
-    config |= {"clean_up_tokenization_spaces": False, "chat_template": model.CHATML}
+    spec |= dict(normalizer=normalizer, pre_tokenizer=pre, post_processor=None, decoder=decoder)
+    spec |= {"model": {"type": kind} | body}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special_tokens[0]}
+    config |= {"eos_token": special_tokens[0], "pad_token": special_tokens[1]}
+    config |= {"unk_token": unknown, "clean_up_tokenization_spaces": False}
+    if {"<|im_start|>", "<|im_end|>"} <= special.keys():
+        config |= {"chat_template": model.CHATML}
     return model.Tokenizer(spec, config)
+
+
+def spell(token):
+    """A token of bytes in GPT-2's letters, as tokenizer.json has it."""
+    return "".join(map(LETTERS.__getitem__, token))
+
+
+def bpe_files(ranks, special, merges, split, ignore_merges=False):
+    """The files of a byte-level BPE tokenizer: ranks {bytes: id}, merges as pairs of bytes."""
+    body = dict(dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None)
+    body |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges)
+    body |= {"merges": [[spell(a), spell(b)] for a, b in merges]}
+    return tokenizer_files("BPE", {spell(t): i for t, i in ranks.items()}, special, split, **body)
+
+
+def special_ids(at, *more):
+    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
+    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
+    return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
 
 
 def bpe_tokenizer(merges):
     """A byte-level BPE tokenizer: bytes, merges, special tokens, with ids in this order."""
-    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    special = {token: len(tokens) + i for i, token in enumerate(SPECIAL)}
-    return tokenizer_files("BPE", {t: i for i, t in enumerate(tokens)}, merges, special, SPLIT)
+    ranks = {t: i for i, t in enumerate(BYTES + [a + b for a, b in merges])}
+    return bpe_files(ranks, special_ids(len(ranks)), merges, SPLIT)
+
+
+def word_tokenizer(kind, tokens, split, **body):
+    """A tokenizer of tokens that are text, with the unknown token for text that has none."""
+    vocab, special = {t: i for i, t in enumerate(tokens)}, special_ids(len(tokens), UNKNOWN)
+    return tokenizer_files(kind, vocab, special, split, **body)
 
 
 def char_tokenizer(characters):
     """One token a character; a character that training text lacks becomes the unknown token."""
-    vocab = {c: i for i, c in enumerate([*sorted(characters), UNKNOWN])}
-    special = {t: len(vocab) - 1 + i for i, t in enumerate([UNKNOWN, *SPECIAL])}
-    return tokenizer_files("WordLevel", vocab, [], special, model.CHARACTERS)
+    return word_tokenizer("WordLevel", sorted(characters), model.CHARACTERS)
+
+
+def train_tokenizer(kind, counts, size, show=lambda line: None):
+    """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
+    from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
+    pieces, room = {piece.encode(): n for piece, n in counts.items()}, size - len(special_tokens)
+    if kind == "char":
+        return char_tokenizer(counts)
+    gc.disable()  # it would walk a million lists again and again, and none is in a cycle
+    try:
+        if kind == "bpe":
+            return bpe_tokenizer(train_bpe(pieces, room - 256, show))
+        if kind == "unigram":
+            scores = {spell(token): score for token, score in train_unigram(pieces, room, show)}
+            return tokenizer_files("Unigram", scores, special_ids(len(scores)), SPLIT)
+        if kind == "word":
+            words = sorted(counts, key=lambda word: (-counts[word], word))[: room - 1]
+            return word_tokenizer("WordLevel", words, SPLIT)
+        form = dict(continuing_subword_prefix="##", max_input_chars_per_word=100)
+        return word_tokenizer("WordPiece", train_wordpiece(counts, room - 1, show), WORDS, **form)
+    finally:
+        gc.enable()
+
+
+def normalizers():
+    """The names in tokenizer.json of what `normalize` asks for, in the order of their work."""
+    asked = [name.strip() for name in normalize.split(",") if name.strip()]
+    for name in asked:
+        if name not in NORMALIZERS:
+            raise UserError(f"normalize={normalize}: expected some of {', '.join(NORMALIZERS)}")
+    return [NORMALIZERS[name] for name in NORMALIZERS if name in asked]
+
+
+def check_tokenizer():
+    """Refuse settings that no tokenizer can be made with."""
+    names = [t for t in special_tokens if isinstance(t, str) and t]
+    if len(names) < 2 or len({*names}) < len(special_tokens):
+        raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
+    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer)
+    if least is not None and vocab_size < least + len(special_tokens):
+        least += len(special_tokens)
+        raise UserError(f"vocab_size={vocab_size}: expected {least} or more")
+    if normalizers() and (source == "fineweb10B" or Path(tokenizer).is_dir()):
+        which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
+        raise UserError(f"normalize={normalize}: the tokenizer {which} is taken as it is")
 
 
 def tiktoken_tokenizer(name):
     """A named tiktoken encoding, with the special tokens that it lacks added behind."""
     if name not in tiktoken.list_encoding_names():
-        names = ", ".join(["bpe", "byte", "char", *tiktoken.list_encoding_names()])
+        names = ", ".join([*sorted([*PATTERNS, "byte"]), *tiktoken.list_encoding_names()])
         raise UserError(f"--tokenizer={name}: expected {names}, or a folder with tokenizer.json")
     try:
         encoding = tiktoken.get_encoding(name)
     except requests.RequestException as error:
         raise UserError(f"--tokenizer={name}: its table could not be downloaded: {error}") from None
-    vocab, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
-    for token in SPECIAL:
-        special.setdefault(token, max([*vocab.values(), *special.values()]) + 1)
+    ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
+    for token in special_tokens:
+        special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
     # Oniguruma, which reads tokenizer.json, takes {1,3}+ for a repeated repeat.
     split = regex.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
-    return tokenizer_files("BPE", vocab, recover_merges(vocab), special, split, ignore_merges=True)
+    return bpe_files(ranks, special, recover_merges(ranks), split, ignore_merges=True)
 
 
 def finished_tokenizer():
     """The tokenizer that `tokenizer` names, or None where it is to be trained on the text."""
-    if tokenizer in ("bpe", "char"):
+    if tokenizer in PATTERNS:
         return None
     if tokenizer == "byte":
         return bpe_tokenizer([])
@@ -1488,6 +1694,33 @@ def finished_tokenizer():
     if tok.eot_id is None:
         raise UserError(f"{tokenizer}: tokenizer_config.json names no bos_token and no eos_token")
     return tok
+
+
+def show_tokens(tok, text):
+    """Print a text's tokens, on alternating colours or with bars between them, their ids, and
+    what the vocabulary is made of. What is no text or not to be seen is escaped."""
+    colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
+    ids, names = tok.encode(text), {i: name.encode() for name, i in tok.special.items()}
+    paint = lambda i, s: f"\x1b[30;48;5;{(152, 223, 182)[i % 3]}m{s}\x1b[0m" if colour else s
+
+    def visible(id):
+        token = (names.get(id) or tok.token_bytes(id)).decode(errors="backslashreplace")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
+
+    bar = "" if colour else "|"
+    print(bar.join(paint(i, visible(id)) for i, id in enumerate(ids)))
+    print(" ".join(paint(i, str(id)) for i, id in enumerate(ids)))
+    print(f"tokens: {len(ids):,}")
+    print(f"bytes per token: {len(text.encode()) / max(1, len(ids)):.2f}")
+    lengths = Counter(len(tok.token_bytes(i)) for i in range(tok.n_vocab))
+    ordinary = [i for i in range(tok.n_vocab) if tok.token_bytes(i)]
+    single = sum(len(tok.token_bytes(i)) == 1 for i in ordinary)
+    print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {single:,} of one byte")
+    longest = sorted(ordinary, key=lambda i: -len(tok.token_bytes(i)))[:10]
+    print("longest:", "|".join(map(visible, longest)))
+    most = max(lengths[n] for n in lengths if n)
+    for n in sorted(lengths.keys() - {0}):
+        print(f"{n:4} bytes {lengths[n]:7,} {'#' * round(50 * lengths[n] / most)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1513,8 +1746,8 @@ def count(work, key, names, fraction, i):
         for split, _, hashed, text in chosen(work, key, names, i)
         if split == "train" and int(mixed(hashed[None])[0]) < fraction * 2**64
     )
-    pattern = {"bpe": SPLIT, "char": model.CHARACTERS}[tokenizer]
-    return count_pieces((pattern, part) for text in drawn for part in pieces_of(text))
+    drawn = (model.normalize(text, normalizers()) for text in drawn)
+    return count_pieces((PATTERNS[tokenizer], part) for text in drawn for part in pieces_of(text))
 
 
 @lru_cache(1)
@@ -1922,13 +2155,7 @@ def learn_tokenizer(work, key, names, pool):
     part, counts = tokenizer_bytes / max(int(sizes[cuts > 0].sum()), 1), Counter()
     for some in pool(partial(count, work, key, names, part), range(len(names))):
         counts.update(some)
-    if tokenizer == "char":
-        return char_tokenizer(counts)
-    counts = {piece.encode(): n for piece, n in counts.items()}
-    gc.disable()  # it would walk a million lists again and again, and none is in a cycle
-    tok = bpe_tokenizer(train_bpe(counts, vocab_size - 256 - len(SPECIAL), model.Progress()))
-    gc.enable()
-    return tok
+    return train_tokenizer(tokenizer, counts, vocab_size, model.Progress())
 
 
 def few_units(work, units, run):
@@ -2049,7 +2276,6 @@ def write_report(work, key, names, tallies, clusters, meta):
 def check_settings():
     limits = {"shard_tokens": 1, "threads": 0, "max_documents": 1, "shards": 1}
     limits |= {"mix_tokens": 1, "tokenizer_bytes": 1}
-    limits |= {"vocab_size": 256 + len(SPECIAL) if tokenizer == "bpe" else 0}
     for name, least in limits.items():
         if (value := globals()[name]) is not None and value < least:
             raise UserError(f"{name}={value}: expected {least} or more")
@@ -2062,12 +2288,15 @@ def check_settings():
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")
     if task is not None and task not in TASKS:
         raise UserError(f"--task={task}: expected {', '.join(TASKS)}")
+    check_tokenizer()
 
 
 def main():
     check_settings()
-    run = model.setup("cpu", timedelta(days=7))
     folder, begun = Path("data") / dataset, time.monotonic()
+    if inspect is not None:
+        return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
+    run = model.setup("cpu", timedelta(days=7))
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     workers = threads or os.cpu_count() or 1

@@ -93,7 +93,7 @@ def configure(space):
     if "--help" in argv or "-h" in argv:
         print(f"{(space.get('__doc__') or '').strip()}\n\nkeys, with their defaults:\n")
         for key, (default, _, comment) in keys.items():
-            print(f"  {f'--{key}={default!r}':<32} {comment}")
+            print(f"  {f'--{key}={default!r}':<31}  {comment}")
         raise SystemExit(0)
     for path in [*sorted(script.parent.glob("*.py")), script]:
         if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there

@@ -14,9 +14,7 @@ gives the same bytes on any number of processes. A run that was killed goes on w
 
 from config import configure, settings
 
-source = (
-    "python"  # python, a named download, file, folder, glob, URL, @file of these, hf:owner/name
-)
+source = "python"  # python, a named download, file, folder, glob, URL, @list of URLs, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
@@ -25,10 +23,9 @@ separator: str | None = None  # a text file is cut into documents here
 max_documents: int | None = None  # read so many
 shards: int | None = None  # of a download in many files: take so many
 
-# what is done to the documents, in this order. One by one: html, unicode, whitespace, length,
-# language, blocklist, gopher_repetition, gopher_quality, c4, fineweb, perplexity, pii; then among
-# all: url, exact, near
-steps = "html,exact,near"
+# Cleaning. One by one: html, unicode, whitespace, length, language, blocklist, gopher_repetition,
+# gopher_quality, c4, fineweb, perplexity, pii; then among all: url, exact, near.
+steps = "html,exact,near"  # what is done to the documents, in this order (see below)
 near_threshold = 0.8  # Jaccard similarity of 5-word shingles from which documents are the same
 html_documents: bool | None = None  # are they HTML; none: those named .html, .htm, .xhtml
 min_chars = 199  # 50 words of 3 letters and the blanks between them: Gopher's least, as characters
@@ -436,7 +433,7 @@ def wait(run):
 
 
 # --------------------------------------------------------------------------------------------------
-# Cleaning: each step takes a text and its record, and gives the text, changed perhaps, or rejects it
+# Cleaning: each step takes a text and its record, and gives the text or rejects it
 
 
 class Reject(Exception):
@@ -1860,8 +1857,9 @@ def write_shard(work, key, job):
 
 
 def commit(folder, work, key, tok, meta, more=()):
-    """Make the finished files in `work`, shards named <key>.<name>, the dataset. meta.json goes first and comes last: a folder
-    without it is no dataset, so that a process killed in between leaves nothing that loads."""
+    """Make the finished files in `work`, shards named <key>.<name>, the dataset. meta.json goes
+    first and comes last: a folder without it is no dataset, so that a process killed in between
+    leaves nothing that loads."""
     kept = {
         k: v for k, v in settings(globals()).items() if k not in ("threads", "device", "report")
     }
@@ -2327,8 +2325,9 @@ def main():
     finally:
         if run.main and not any(work.glob("*.json")):  # no part is finished: nothing to go on from
             shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):
+            with suppress(OSError):  # what this run made for itself, and nothing else
                 folder.rmdir()
+                folder.parent.rmdir()
     if run.main:
         took = model.duration(time.monotonic() - begun)
         print(f"wrote {folder} in {took}: python train.py --dataset={dataset}")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 def script_keys(path):
     """The keys of the script at `path`, read with `ast`: {name: (default, its types, comment)}."""
-    lines, keys = Path(path).read_text(encoding="utf-8").split("\n"), {}
+    text, keys = Path(path).read_text(encoding="utf-8"), {}
+    lines = text.partition("\nif __name__ == ")[0].split("\n")  # what is below has no keys
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             break

@@ -4,6 +4,7 @@ set, on one process and on two, whole and killed."""
 import gzip
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -15,6 +16,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import run
 from test_prepare import (
     SHARED,
@@ -254,6 +256,30 @@ def test_documents_with_thirteen_words_of_an_evaluation_are_dropped(tmp_path):
     assert "**decontaminate: 13 words in a row of an evaluation**: 3 documents" in report
     result = prepare_py(tmp_path, "--source=d.jsonl", "--decontaminate=nothing.txt")
     assert result.stderr == "--decontaminate=nothing.txt: no such file\n"
+
+
+def test_perplexity_under_a_model_of_ours(tiny, tmp_path):
+    net, tok = model.load(tiny / "out" / "tiny")
+    texts = [
+        "def f(self):\n    return self.x\n" * 4,
+        "qzxjv " * 30,
+        "import os\n",
+        made_up_pages(1)[0],
+    ]
+    perplexities = []
+    for text in texts:
+        ids = torch.tensor([[tok.eot_id, *tok.encode(text)][: net.config.n_ctx + 1]])
+        with torch.no_grad():
+            logits = net(ids[:, :-1]).float().log_softmax(-1)[0]
+        perplexities.append(math.exp(-logits.gather(1, ids[0, 1:, None]).mean()))
+    low, high = sorted(perplexities)[1] - 1e-3, sorted(perplexities)[2] + 1e-3
+    write_jsonl(tmp_path / "d.jsonl", texts)
+    args = "--source=d.jsonl", f"--perplexity_model={tiny / 'out/tiny'}", "--steps=perplexity"
+    expected = [text for text, p in zip(texts, perplexities) if low < p < high]
+    assert len(expected) == 2
+    assert kept(tmp_path, *args, f"--perplexity_band=[{low}, {high}]") == expected
+    result = prepare_py(tmp_path, "--source=d.jsonl", "--steps=perplexity")
+    assert "the step perplexity needs --perplexity_model=FOLDER" in result.stderr
 
 
 # --------------------------------------------------------------------------------------------------

@@ -819,6 +819,41 @@ def test_a_named_source_is_downloaded_once(server, tmp_path, monkeypatch):
     assert len(server.asked) == 1 and (tmp_path / "data/downloads/stories.txt").is_file()
 
 
+def hub(server, names):
+    """A Hub on the server with a data set of these files: {name: bytes}."""
+    listing = {"siblings": [{"rfilename": name} for name in names]}
+    server.files["/plain/api/datasets/o/n"] = json.dumps(listing).encode()
+    server.files |= {f"/plain/datasets/o/n/resolve/main/{k}": v for k, v in names.items()}
+    return {"HUB": f"{server.url}/plain/", "tokenizer": "byte", "val_fraction": 0.0}
+
+
+def test_a_data_set_of_the_hub_by_its_name(server, tmp_path, monkeypatch):
+    line = lambda text: json.dumps({"text": text}).encode() + b"\n"
+    names = {"README.md": b"no", "data/train-1.jsonl": line("one"), "data/train-0.jsonl": line("0")}
+    names |= {"data/test.jsonl": line("no"), "extra/train.jsonl.gz": gzip.compress(line("more"))}
+    settings = hub(server, names)
+    docs = lambda: documents_of(tmp_path / "data/python", "train")
+    main_here(monkeypatch, tmp_path, source="hf:o/n", **settings)
+    assert docs() == ["0", "one", "more"]
+    main_here(monkeypatch, tmp_path, source="hf:o/n/extra", **settings)
+    assert docs() == ["more"]
+    main_here(monkeypatch, tmp_path, source="hf:o/n", shards=1, **settings)
+    assert docs() == ["0"]
+    assert len(server.asked) == 6  # three lists and three files: none is fetched again
+    with pytest.raises(model.UserError, match="--source=hf:o/none: the Hub does not list it"):
+        main_here(monkeypatch, tmp_path, source="hf:o/none")
+
+
+def test_pages_from_a_list_of_addresses(server, tmp_path, monkeypatch):
+    for i in range(3):
+        page = f"<html><nav>menu</nav><p>page {i}</p></html>"
+        server.files[f"/plain/{i}.html"] = page.encode()
+    (tmp_path / "list.txt").write_text("".join(f"{server.url}/plain/{i}.html\n" for i in range(3)))
+    settings = {"source": f"@{tmp_path}/list.txt", "tokenizer": "byte", "val_fraction": 0.0}
+    main_here(monkeypatch, tmp_path, **settings)
+    assert documents_of(tmp_path / "data/python", "train") == ["page 0", "page 1", "page 2"]
+
+
 def test_fineweb_shards_are_taken_as_they_are(server, tmp_path, monkeypatch):
     if not (SHARED / "tiktoken").is_dir():
         pytest.skip("no tiktoken tables here")

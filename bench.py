@@ -357,7 +357,7 @@ def decode(run):
 
 
 def tokenizer(run):
-    """prepare.py's BPE on the source of the standard library."""
+    """prepare.py's BPE and MinHash on the source of the standard library."""
     prepare = stage("prepare")
     texts = list(itertools.islice(prepare.documents(), 150))  # its `source` is this by default
     size = sum(len(text.encode()) for text in texts)
@@ -390,7 +390,19 @@ def tokenizer(run):
 
         learning["training, tokenizers, all cores"] = learn_theirs
         encoding["encoding, tokenizers, all cores"] = lambda: ours.encode_batch_fast(texts)
-    for calls in (learning, encoding):
+    marking = {
+        "MinHash, one core": lambda: prepare.minhash(*prepare.word_hashes(texts), len(texts))
+    }
+    if compare and importlib.util.find_spec("datasketch"):
+        import datasketch
+
+        def mark_theirs():
+            for words in (text.lower().split() for text in texts):
+                grams = [" ".join(words[i : i + 5]).encode() for i in range(len(words) - 4)]
+                datasketch.MinHash(128).update_batch(grams)
+
+        marking["MinHash, datasketch, one core"] = mark_theirs
+    for calls in (learning, encoding, marking):
         table(run, "tokenizer", calls, factors=True, text_bytes=size)
 
 

@@ -300,11 +300,11 @@ def run_record():
 
 @torch.no_grad()
 def evaluate(net, val, token_bytes, run, cast, rows):
-    """(loss in nats per token, bits per byte) over the first eval_tokens of the validation windows,
-    each target scored once, shared out over all processes."""
+    """(loss in nats per token, bits per byte) over eval_tokens of the validation windows, evenly
+    spread, each target scored once, shared out over all processes."""
     n = min(val.n, -(-eval_tokens // seq_len)) if eval_tokens else val.n
     total = torch.zeros(3, dtype=torch.float64, device=run.device)
-    mine = range(run.rank, n, run.world)
+    mine = [i * val.n // n for i in range(run.rank, n, run.world)]
     net.eval()
     for i in range(0, len(mine), rows):
         ids, targets = val.batch(mine[i : i + rows], run.device)

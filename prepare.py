@@ -83,7 +83,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from glob import glob, has_magic
-from html.parser import HTMLParser
+from html import unescape
 from itertools import chain, islice
 from pathlib import Path
 
@@ -446,6 +446,13 @@ def reject_if(condition, reason):
 
 
 HTML_NAME = re.compile(r"\.x?html?$", re.I)
+# A comment, a tag (its slash, name and attributes) or a declaration. One that does not end goes on
+# to the end of the page, as in browsers; so each matches where it begins, and time is linear.
+TAG = re.compile(
+    r"<!--(?:-?>|.*?(?:--!?>|\Z))|<[!?][^>]*>?|</[^a-zA-Z][^>]*>?"
+    r"|<(/?[a-zA-Z][^\s/>]*)((?:[^>=]|=(?:\s*\"[^\"]*\"?|\s*'[^']*'?)?)*)>?",
+    re.S,
+)
 SKIPPED = set(
     "script style nav header footer aside form noscript svg template title button select textarea "
     "iframe object canvas audio video".split()
@@ -454,89 +461,69 @@ BLOCKS = set(
     "address article aside blockquote body center dd details div dl dt fieldset figcaption figure "
     "footer form h1 h2 h3 h4 h5 h6 header hr html main nav ol p pre section table ul".split()
 )
-NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li"}  # what its own end tag has to close
+NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li", "a"}  # what has an end tag to match
+NAVIGATION = re.compile(r"\brole\s*=\s*[\"']?navigation\b", re.I)
+# What stands for tags in the text at first: 1 line break, 2 block, 3 item, 4 row, 5 cell, 6 end.
+SIGNS = {slash + tag: "\2" for tag in BLOCKS for slash in ("", "/")}
+SIGNS |= {"br": "\1", "li": "\3", "tr": "\4", "table": "\2\4", "td": "\5", "th": "\5"}
+SIGNS |= {"/li": "\6", "/tr": "\6", "/ul": "\6\2", "/ol": "\6\2", "/table": "\6\2"}
+GAP = re.compile("(?<!\\s)\\s*[\1-\7](?:[\\s\1-\7]*[\1-\7])? ?\x1d*")
+KEPT = {" ": "\x1c", "\n": "\x1d", "\t": "\x1e"}  # the blanks of <pre>, until all others are done
 
 
-class HTMLText(HTMLParser):
-    """Collects a page's text in `out`. The open elements are a list, not a tree, and an end tag
-    closes whatever was left open inside its element."""
+def html_tags(text):
+    """(name, attributes, the text up to the next) of each tag; an end tag's name is "/p"."""
+    name, attributes, at = "", "", 0
+    while tag := TAG.search(text, at):
+        yield name, attributes, text[at : tag.start()]
+        name, attributes, at = (tag[1] or "").lower(), tag[2] or "", tag.end()
+        if name in ("script", "style") and not attributes.endswith("/"):
+            at = re.compile(rf"</{name}|\Z", re.I).search(text, at).start()
+    yield name, attributes, text[at:]
 
-    def __init__(self):
-        super().__init__()
-        self.out, self.open, self.count = [], [], Counter()
-        self.skipping = self.row = 0
-        self.link = False
-        self.gap, self.lead = 0, None  # newlines and "- " or " | " that the next text begins with
 
-    def parse_html_declaration(self, i):
-        return self.parse_bogus_comment(i)  # as browsers do; the base class raises at <![if IE]>
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "header" and self.count["article"]:  # the title of an article, not of the site
-            tag = "div"
-        if tag in NESTING:
-            skip = tag in SKIPPED or ("role", "navigation") in attrs
-            self.open.append((tag, skip))
-            self.count[tag] += 1
-            self.skipping += skip
-        if tag == "a":
-            self.link = True
-        elif tag in ("td", "th"):
-            self.gap = 0 if self.row and self.lead is None else self.gap
-            self.lead = (self.lead or "") + (" | " if self.row else "")
-            self.row = 1
-        elif tag in ("li", "tr"):
-            self.gap, self.row, self.lead = max(self.gap, 1), 0, "- " if tag == "li" else ""
-        else:
-            self.break_at(tag)
-
-    def handle_endtag(self, tag):
-        while self.count[tag]:
-            name, skip = self.open.pop()
-            self.count[name] -= 1
-            self.skipping -= skip
-            if name == tag:
-                break
-        if tag == "a":
-            self.link = False
-        elif tag in ("li", "tr"):
-            self.gap, self.lead = max(self.gap, 1), None
-        elif tag != "br":
-            self.break_at(tag)
-
-    def break_at(self, tag):
-        """A line or paragraph ends here, unless an item or a cell has only just begun."""
-        if tag == "br" and self.lead is None:
-            self.gap = min(self.gap + 1, 2)
-        elif tag in BLOCKS and self.lead is None:
-            self.gap = max(self.gap, 1 if self.count["li"] else 2)
-
-    def handle_data(self, data):
-        if self.skipping or self.link and data in "¶§#":  # the latter: a heading's link to itself
-            return
-        at_start = self.gap or self.lead is not None or not self.out
-        if self.count["pre"]:
-            data = data.lstrip("\n") if at_start else data
-        else:
-            data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if at_start or self.out[-1][-1] in " \n" else data
-        if not data:
-            return
-        if self.gap and self.out:
-            while not self.out[-1].strip() and len(self.out) > 1:
-                self.out.pop()
-            self.out[-1] = self.out[-1].rstrip() + "\n" * self.gap
-        self.out += [self.lead, data] if self.lead else [data]
-        self.gap, self.lead = 0, None
+def gap(marks):
+    """The newlines, and the "- " or " | ", that marks stand for; none is before a first cell."""
+    lines, lead = 0, ""
+    for mark in marks[0]:
+        if mark in "\3\4":
+            lines, lead = max(lines, 1), "- " if mark == "\3" else mark
+        elif mark == "\5":
+            lines, lead = lines if lead else 0, lead + " | "
+        elif mark == "\6":
+            lines, lead = max(lines, 1), ""
+        elif mark in "\1\2\7" and not lead:  # in an item or a cell that has only just begun: none
+            lines = min(lines + 1, 2) if mark == "\1" else max(lines, 2 if mark == "\2" else 1)
+    return "\n" * lines + lead.replace("\4 | ", "").replace("\4", "")
 
 
 def html_to_text(text):
     """The text of an HTML page without navigation, forms and scripts: paragraphs with a blank line
     between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
-    page = HTMLText()
-    page.feed(text)
-    page.close()
-    return "".join(page.out).strip("\n").rstrip()
+    out, opened, count, hidden = ["\2"], [], Counter(), 0
+    for tag, attributes, data in html_tags(re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text)):
+        if tag == "header" and count["article"]:  # the title of an article, not of the site
+            tag = "div"
+        if tag in NESTING and not attributes.endswith("/"):
+            opened.append((tag, tag in SKIPPED or bool(NAVIGATION.search(attributes))))
+            count[tag] += 1
+            hidden += opened[-1][1]
+        while tag[:1] == "/" and count[tag[1:]]:  # it closes what was left open inside, too
+            name, hides = opened.pop()
+            count[name] -= 1
+            hidden -= hides
+            if name == tag[1:]:
+                break
+        if hidden:
+            continue
+        mark = SIGNS.get(tag, "")
+        out.append(mark.replace("\2", "\7") if count["li"] else mark)  # 7: a block in an item
+        data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
+        if not (count["a"] and data in "¶§#"):  # a heading's link to itself
+            out.append(data.translate(str.maketrans(KEPT)) if count["pre"] else data)
+    text = re.sub(r"[^\S\x1c-\x1e]+", " ", "".join(out))
+    text = GAP.sub(gap, text)
+    return text.translate({ord(v): k for k, v in KEPT.items()}).strip("\n").rstrip()
 
 
 def clean_html(text, doc):
@@ -550,7 +537,7 @@ NEWLINE = re.compile(r"\r\n|[\r\v\f\x85\u2028\u2029]")
 # Control characters, soft hyphens, byte order marks, zero-width blanks, marks of direction. Not the
 # zero-width (non-)joiners of letters, by which Persian, Indic scripts and emoji mean something.
 INVISIBLE = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
+    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
 )
 
 
@@ -811,7 +798,7 @@ def check_language(text, doc):
 def bare(url):
     """example.com/page of https://user@www.example.com/page/"""
     url = url.casefold().strip().rstrip("/")
-    return re.sub(r"^(?:\w+:)?(?://)?(?:[^/@]*@)?(?:www\.)?", "", url)
+    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?#]*@)?(?:www\.)?", "", url)
 
 
 @lru_cache(1)
@@ -840,11 +827,11 @@ def check_perplexity(text, doc):
 @lru_cache(None)
 def read_blocklist(path):
     """The hosts and URL prefixes, the words, and what is neither, of a file. "# " is a comment."""
-    lines = Path(path).read_text(encoding="utf-8").casefold().splitlines()
-    lines = [" ".join(line.split()) for line in lines if line.strip() and line[:2] != "# "]
-    urls = {bare(line) for line in lines if "." in line and " " not in line}
+    lines = Path(path).read_text(encoding="utf-8-sig").casefold().splitlines()
+    lines = {" ".join(line.split()) for line in lines if line.split()[:1] not in ([], ["#"])}
+    urls = {line for line in lines if "." in line and " " not in line}
     words = {line for line in lines if re.fullmatch(r"\w+", line)}
-    return urls, words, [s for s in lines if s not in words and ("." not in s or " " in s)]
+    return set(map(bare, urls)), words, sorted(lines - urls - words)
 
 
 def check_blocklist(text, doc):
@@ -853,17 +840,15 @@ def check_blocklist(text, doc):
     if not blocklist:
         return text
     urls, words, phrases = read_blocklist(blocklist)
-    url = bare(doc.get("url") or "")
+    url = bare(doc.get("url") or "")[:2000]  # as there are so many beginnings
     host = re.split(r"[/:?#]", url)[0]
-    labels = host.split(".")
-    hosts = {".".join(labels[i:]) for i in range(len(labels))}
-    prefixes = {url[:i] for i in range(len(host) + 1, len(url) + 1)}
-    reject_if(not urls.isdisjoint(hosts | prefixes), "blocklist: URL")
-    text_lower = " ".join(text.casefold().split())
-    reject_if(not words.isdisjoint(re.findall(r"\w+", text_lower)), "blocklist: word")
-    for phrase in phrases:  # looked for literally first, which is many times faster
-        found = phrase in text_lower
-        found = found and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text_lower)
+    parts = {host[m.end() :] for m in re.finditer(r"^|\.", host)}
+    parts |= {url[:i] for i in range(len(host) + 1, len(url) + 1)}
+    reject_if(not urls.isdisjoint(parts), "blocklist: URL")
+    lower = " ".join(text.casefold().split())
+    reject_if(not words.isdisjoint(re.findall(r"\w+", lower)), "blocklist: word")
+    for phrase in filter(lower.__contains__, phrases):
+        found = re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", lower)
         reject_if(found, "blocklist: phrase")
     return text
 

@@ -674,17 +674,14 @@ def check_fineweb(text, doc):
     return text
 
 
-SCRIPTS = {  # the languages of a script, those that nothing here tells apart joined: its letters
-    **{"ru uk be bg mk sr": r"\u0400-\u052f", "ar fa ur": r"\u0600-\u06ff\u0750-\u077f"},
-    **{"el": r"\u0370-\u03ff\u1f00-\u1fff", "he": r"\u0590-\u05ff", "hy": r"\u0531-\u058f"},
-    **{"ka": r"\u10a0-\u10ff", "am": r"\u1200-\u139f", "hi/mr/ne": r"\u0900-\u097f"},
-    **{"bn/as": r"\u0980-\u09ff", "pa": r"\u0a00-\u0a7f", "gu": r"\u0a80-\u0aff"},
-    **{"ta": r"\u0b80-\u0bff", "te": r"\u0c00-\u0c7f", "kn": r"\u0c80-\u0cff"},
-    **{"ml": r"\u0d00-\u0d7f", "th": r"\u0e00-\u0e7f", "km": r"\u1780-\u17ff"},
-    **{"ko": r"\u1100-\u11ff\uac00-\ud7a3", "ja": r"\u3041-\u30ff", "zh": r"\u3400-\u9fff"},
-}
-# A language, others that its row does not tell from it; common words; letters beyond ASCII.
+# By the first word of a letter's name; a language that nothing here tells from another has both.
+SCRIPTS = """GREEK el HEBREW he ARMENIAN hy GEORGIAN ka ETHIOPIC am THAI th KHMER km HANGUL ko
+HIRAGANA ja KATAKANA ja CJK zh DEVANAGARI hi/mr/ne BENGALI bn/as GURMUKHI pa GUJARATI gu TAMIL ta
+TELUGU te KANNADA kn MALAYALAM ml""".split()
+SCRIPTS = dict(zip(SCRIPTS[::2], SCRIPTS[1::2]))
+# Below a script its languages: common words, letters beyond ASCII.
 FUNCTION_WORDS = """
+LATIN
 en the of and to in a is that for it with as was on are this be by or from not you
 de der die und das den von zu mit ist des im nicht ein eine auf für sich werden auch oder ß ä ö ü
 nl de het een van en in is dat op te zijn voor met die niet aan er om ook wordt of als
@@ -706,57 +703,57 @@ fi ja on ei että se oli joka tai mutta myös kun ovat sen niin kuin jos voi ole
 tr ve bir bu için ile de da olarak çok daha gibi olan her kadar ne değil sonra veya ise ı ş ğ ç ö ü
 id/ms yang dan di untuk dengan ini dari pada tidak dalam adalah atau akan itu ke dapat oleh
 vi và của là có được cho không trong một các những với này để khi người từ bạn hoặc đ ơ ư ạ ế ệ ộ
+CYRILLIC
 ru и в не на что с по как это для из или к от то при если он так может о ы э ё ъ
 uk і в не на що з для як це до та за або від у якщо він при є може й і ї є ґ
 be і ў не на што з для як гэта да па за або ад у калі ён пры ёсць можа ў і ы э ё
 bg и на да не за от се в е с че по са като или при това ще до ако ъ щ
 mk и на да не за од се во е со што по са како или ова ќе до ако може ј љ њ ѓ ќ ѕ
 sr и у је на се да за су с од који то као не или из ће ако може што ј љ њ ћ ђ џ
+ARABIC
 ar في من على إلى أن هذا التي لا ما مع هذه عن كان أو الذي كل ذلك بين قد لم ة ي ك ى
 fa در به از که این را با است برای آن یک تا بر می هم شده خود نیز یا پ چ گ ی ک
 ur کے میں کی ہے اور سے کا کو اس پر کہ ہیں نے یہ بھی ایک نہیں تھا جو ہو ٹ ڈ ے ں ہ ی ک
 """
-BEYOND_LATIN = re.compile(r"[^\0-\u02ff\u1e00-\u1eff]+")
 MARKS = re.compile(r"[^\0-\x7fа-шьюя]")  # what is a mark of a language; the others may be words
 
 
 @lru_cache(None)
 def word_table():
-    """{word or letter: the languages that have it}"""
-    table = defaultdict(list)
-    for row in FUNCTION_WORDS.strip().split("\n"):
-        name, *words = row.split()
+    """{word or letter: the languages that have it}, {script: its languages}"""
+    table, languages = defaultdict(list), defaultdict(list)
+    for name, *words in map(str.split, FUNCTION_WORDS.strip().split("\n")):
+        if name.isupper():
+            script = name
+            continue
+        languages[script].append(name)
         for word in words:
             table[word].append(name)
-    return table
+    return table, languages
 
 
 def built_in_rank(sample):
     """{language: share of the evidence}. A script has its letters' share, which its languages
     divide by the cubes of their function words; one that n languages have counts 1 / n."""
     words = re.findall(r"[^\W\d_]+", sample.lower())
-    text, table, evidence = "".join(words), word_table(), Counter()
-    for token in words + MARKS.findall(text):
+    (table, languages), evidence, letters = word_table(), Counter(), Counter()
+    text = "".join(words)
+    for token, n in Counter(words + MARKS.findall(text)).items():
         for name in table.get(token, ()):
-            evidence[name] += 1 / len(table[token])
-    beyond = "".join(BEYOND_LATIN.findall(text))
-    letters = Counter({k: len(re.findall(f"[{chars}]", beyond)) for k, chars in SCRIPTS.items()})
-    latin = " ".join(name for name in evidence if name not in " ".join(SCRIPTS).split())
-    letters[latin] = len(text) - len(beyond)
+            evidence[name] += n / len(table[token])
+    for letter, n in Counter(text).items():
+        script = unicodedata.name(letter, "?").split(" ")[0]
+        letters[SCRIPTS.get(script, script)] += n
     if letters["ja"] * 10 > letters["zh"]:  # kana: then the Chinese characters are Japanese, too
-        letters["ja"] += letters.pop("zh")
+        letters["ja"] += letters.pop("zh", 0)
     for name in ("ja", "zh", "ko"):
         letters[name] *= 3  # a character there says as much as several letters elsewhere
-    total, shares = sum(letters.values()), {}
-    for names, count in letters.items():
-        found = {name: evidence[name] for name in names.split()}
-        if names in SCRIPTS and " " not in names:
-            found = {names: count}
-        enough = max(found.values(), default=0) * 300 >= count  # a word in so many letters
-        if count and enough:
-            cubes = sum(value**3 for value in found.values())
-            shares |= {name: count / total * value**3 / cubes for name, value in found.items()}
-    return shares
+    shares = {name: letters[name] for name in SCRIPTS.values()}
+    for script, names in languages.items():
+        found = {name: evidence[name] ** 3 for name in names}
+        if max(map(evidence.__getitem__, names)) * 300 >= letters[script] > 0:  # a word in so many
+            shares |= {k: letters[script] * cube / sum(found.values()) for k, cube in found.items()}
+    return {name: share / letters.total() for name, share in shares.items() if share}
 
 
 @lru_cache(None)

@@ -431,6 +431,8 @@ def test_language_of_too_little_and_of_two(monkeypatch):
     )
     rivals = f.guess_language(SENTENCES["hr"])[2]
     assert {"bs", "sr"} <= set(rivals)  # these the table does not tell apart
+    text = SENTENCES["en"] + "ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ " * 90  # a script of none of the languages counts, too
+    assert f.guess_language(text)[0] == "en" and f.guess_language(text)[1] < 0.1
     text = SENTENCES["en"] + SENTENCES["el"] * 3  # the Greek letters are more
     assert f.guess_language(text)[0] == "el"
     text = SENTENCES["en"] + SENTENCES["el"][:60]

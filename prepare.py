@@ -1449,17 +1449,14 @@ def lattice(pieces, ids):
     return edges, np.cumsum([len(piece) + 1 for piece in pieces]) - 1
 
 
-def forward(edges, ends, scores, best=False):
-    """The log-probability of reaching each node, by all paths or by the best; scores: of tokens."""
+def forward(edges, ends, scores, add=np.logaddexp):
+    """The log-probability of reaching each node, by all paths or (add: np.maximum) by the best, and
+    where in edges the bytes begin."""
     reach, cuts = np.zeros(ends[-1] + 1), np.flatnonzero(np.diff(edges[3], prepend=0, append=-1))
     for a, b in zip(cuts, cuts[1:]):
         first, last, token, _ = edges[:, a:b]
-        sums, new = reach[first] + scores[token], np.flatnonzero(np.diff(last, prepend=-1))
-        top = np.maximum.reduceat(sums, new)
-        if not best:
-            parts = np.exp(sums - np.repeat(top, np.diff(new, append=b - a)))
-            top += np.log(np.add.reduceat(parts, new))
-        reach[last[new]] = top
+        new = np.flatnonzero(np.diff(last, prepend=-1))
+        reach[last[new]] = add.reduceat(reach[first] + scores[token], new)
     return reach, cuts
 
 
@@ -1514,7 +1511,7 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
             break
         inner, bounds = lattice(tokens, {token: i for i, token in enumerate(tokens)})
         inner = inner[:, inner[2] != np.searchsorted(bounds, inner[1])]  # not a token by itself
-        loss = expected * (scores - forward(inner, bounds, scores, best=True)[0][bounds])
+        loss = expected * (scores - forward(inner, bounds, scores, np.maximum)[0][bounds])
         loss[:256] = np.inf
         kept = np.sort(np.argsort(-loss, kind="stable")[: max(n_tokens, len(tokens) * 3 // 4)])
         tokens, expected, new = [tokens[i] for i in kept], expected[kept], np.full(len(tokens), -1)
@@ -1532,35 +1529,37 @@ def tokenizer_files(kind, vocab, special, split, **body):
     if both := vocab.keys() & special.keys():
         why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
         raise UserError(f"special_tokens: {why}")
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
     decoder, unknown = {"type": "Fuse"}, UNKNOWN if UNKNOWN in special else None
     if kind in ("BPE", "Unigram"):
-        decoder = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        pre = {"type": "Sequence", "pretokenizers": [pre, decoder]}
-    if kind == "WordPiece":
-        pre |= {
-            "behavior": "Removed",
-            "invert": True,
-        }  # what is no piece goes, which is white space
+        pre, decoder = {"type": "Sequence", "pretokenizers": [pre, level]}, level
+    if kind == "WordPiece":  # what is no piece, which is white space, is lost
+        pre |= {"behavior": "Removed", "invert": True}
         decoder = {"type": "WordPiece", "prefix": "##", "cleanup": False}
     if kind == "Unigram":
-        body |= {"unk_id": None, "byte_fallback": False, "vocab": [*map(list, vocab.items())]}
+        body = {"type": kind, "unk_id": None, "vocab": [*vocab.items()]}
     else:
         # Special tokens that the vocabulary lacks get other ids where it has gaps (cl100k_base).
-        body = {"unk_token": unknown} | body | {"vocab": vocab | special}
+        body = {"type": kind, "unk_token": unknown} | body | {"vocab": vocab | special}
     steps = [{"type": name} for name in normalizers()]
     normalizer = {"type": "Sequence", "normalizers": steps} if steps else None
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    spec = dict(version="1.0", truncation=None, padding=None)
-    spec |= {"added_tokens": [{"id": id, "content": t} | flags for t, id in special.items()]}
+    added = [{"id": id, "content": token} | flags for token, id in special.items()]
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added)
     spec |= dict(normalizer=normalizer, pre_tokenizer=pre, post_processor=None, decoder=decoder)
-    spec |= {"model": {"type": kind} | body}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special_tokens[0]}
-    config |= {"eos_token": special_tokens[0], "pad_token": special_tokens[1]}
-    config |= {"unk_token": unknown, "clean_up_tokenization_spaces": False}
+    start, pad = special_tokens[:2]
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    config |= dict(bos_token=start, eos_token=start, pad_token=pad, unk_token=unknown)
     if {"<|im_start|>", "<|im_end|>"} <= special.keys():
         config |= {"chat_template": model.CHATML}
-    return model.Tokenizer(spec, config)
+    return model.Tokenizer(spec | {"model": body}, config)
+
+
+def special_ids(at, *more):
+    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
+    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
+    return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
 
 
 def spell(token):
@@ -1568,18 +1567,10 @@ def spell(token):
     return "".join(map(LETTERS.__getitem__, token))
 
 
-def bpe_files(ranks, special, merges, split, ignore_merges=False):
+def bpe_files(ranks, special, merges, split, **body):
     """The files of a byte-level BPE tokenizer: ranks {bytes: id}, merges as pairs of bytes."""
-    body = dict(dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None)
-    body |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges)
     body |= {"merges": [[spell(a), spell(b)] for a, b in merges]}
     return tokenizer_files("BPE", {spell(t): i for t, i in ranks.items()}, special, split, **body)
-
-
-def special_ids(at, *more):
-    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
-    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
-    return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
 
 
 def bpe_tokenizer(merges):
@@ -1602,11 +1593,12 @@ def char_tokenizer(characters):
 def train_tokenizer(kind, counts, size, show=lambda line: None):
     """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
     from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
-    pieces, room = {piece.encode(): n for piece, n in counts.items()}, size - len(special_tokens)
-    if kind == "char":
-        return char_tokenizer(counts)
+    room = size - len(special_tokens)
+    pieces = {piece.encode(): n for piece, n in counts.items()}
     gc.disable()  # it would walk a million lists again and again, and none is in a cycle
     try:
+        if kind == "char":
+            return char_tokenizer(counts)
         if kind == "bpe":
             return bpe_tokenizer(train_bpe(pieces, room - 256, show))
         if kind == "unigram":
@@ -1678,28 +1670,25 @@ def finished_tokenizer():
 def show_tokens(tok, text):
     """Print a text's tokens, on alternating colours or with bars between them, their ids, and
     what the vocabulary is made of. What is no text or not to be seen is escaped."""
+    names = {i: name.encode() for name, i in tok.special.items()}
     colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-    ids, names = tok.encode(text), {i: name.encode() for name, i in tok.special.items()}
-    paint = lambda i, s: f"\x1b[30;48;5;{(152, 223, 182)[i % 3]}m{s}\x1b[0m" if colour else s
+    paint = [f"\x1b[30;48;5;{n}m%s\x1b[0m" for n in (152, 223, 182)] if colour else ["%s"] * 3
 
     def visible(id):
         token = (names.get(id) or tok.token_bytes(id)).decode(errors="backslashreplace")
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
 
-    bar = "" if colour else "|"
-    print(bar.join(paint(i, visible(id)) for i, id in enumerate(ids)))
-    print(" ".join(paint(i, str(id)) for i, id in enumerate(ids)))
-    print(f"tokens: {len(ids):,}")
-    print(f"bytes per token: {len(text.encode()) / max(1, len(ids)):.2f}")
-    lengths = Counter(len(tok.token_bytes(i)) for i in range(tok.n_vocab))
-    ordinary = [i for i in range(tok.n_vocab) if tok.token_bytes(i)]
-    single = sum(len(tok.token_bytes(i)) == 1 for i in ordinary)
-    print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {single:,} of one byte")
-    longest = sorted(ordinary, key=lambda i: -len(tok.token_bytes(i)))[:10]
+    ids, text = tok.encode(text), text.encode(errors="replace")
+    print(("" if colour else "|").join(paint[i % 3] % visible(id) for i, id in enumerate(ids)))
+    print(" ".join(paint[i % 3] % id for i, id in enumerate(ids)))
+    print(f"tokens: {len(ids):,}\nbytes per token: {len(text) / max(1, len(ids)):.2f}")
+    sizes = {i: len(tok.token_bytes(i)) for i in range(tok.n_vocab) if tok.token_bytes(i)}
+    counts = Counter(sizes.values())
+    print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {counts[1]:,} of one byte")
+    longest = sorted(sizes, key=sizes.get, reverse=True)[:10]
     print("longest:", "|".join(map(visible, longest)))
-    most = max(lengths[n] for n in lengths if n)
-    for n in sorted(lengths.keys() - {0}):
-        print(f"{n:4} bytes {lengths[n]:7,} {'#' * round(50 * lengths[n] / most)}")
+    for size, n in sorted(counts.items()):
+        print(f"{size:4} bytes {n:7,} {'#' * round(50 * n / max(counts.values()))}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -954,19 +954,17 @@ class Tokenizer:
         Removed where what no piece matches is lost. (None, None) where the form is another."""
         steps = self.spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
-        last = steps[-1].get("type") == "ByteLevel" and steps[-1]
-        if last and last.get("add_prefix_space", True):
-            return None, None
-        if len(steps) == 1 and last and last.get("use_regex", True):
+        kinds, split, level = [step.get("type") for step in steps], steps[0], steps[-1]
+        plain = not level.get("add_prefix_space", True)
+        if kinds == ["ByteLevel"] and plain and level.get("use_regex", True):
             return "ByteLevel", GPT2_SPLIT
-        form = steps[0].get("behavior")
-        if steps[0].get("type") != "Split" or bool(steps[0].get("invert")) != (form == "Removed"):
+        form = split.get("behavior")
+        if kinds == ["Split", "ByteLevel"] and form == "Isolated":
+            form = "ByteLevel" if plain and not level.get("use_regex", True) else None
+        elif kinds != ["Split"]:
             return None, None
-        if len(steps) == 2 and last and not last.get("use_regex", True) and form == "Isolated":
-            form = "ByteLevel"
-        elif len(steps) > 1:
-            return None, None
-        return form, steps[0]["pattern"].get("Regex")
+        fits = form and bool(split.get("invert")) == (form == "Removed")
+        return (form, split["pattern"].get("Regex")) if fits else (None, None)
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""

@@ -468,7 +468,7 @@ SIGNS = {slash + tag: "\2" for tag in BLOCKS for slash in ("", "/")}
 SIGNS |= {"br": "\1", "li": "\3", "tr": "\4", "table": "\2\4", "td": "\5", "th": "\5"}
 SIGNS |= {"/li": "\6", "/tr": "\6", "/ul": "\6\2", "/ol": "\6\2", "/table": "\6\2"}
 GAP = re.compile("(?<!\\s)\\s*[\1-\7](?:[\\s\1-\7]*[\1-\7])? ?\x1d*")
-KEPT = {" ": "\x1c", "\n": "\x1d", "\t": "\x1e"}  # the blanks of <pre>, until all others are done
+KEPT = str.maketrans(" \n\t", "\x1c\x1d\x1e")  # the blanks of <pre>, until all others are done
 
 
 def html_tags(text):
@@ -505,9 +505,10 @@ def html_to_text(text):
         if tag == "header" and count["article"]:  # the title of an article, not of the site
             tag = "div"
         if tag in NESTING and not attributes.endswith("/"):
-            opened.append((tag, tag in SKIPPED or bool(NAVIGATION.search(attributes))))
+            hides = tag in SKIPPED or bool(NAVIGATION.search(attributes))
+            opened.append((tag, hides))
             count[tag] += 1
-            hidden += opened[-1][1]
+            hidden += hides
         while tag[:1] == "/" and count[tag[1:]]:  # it closes what was left open inside, too
             name, hides = opened.pop()
             count[name] -= 1
@@ -520,10 +521,10 @@ def html_to_text(text):
         out.append(mark.replace("\2", "\7") if count["li"] else mark)  # 7: a block in an item
         data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
         if not (count["a"] and data in "¶§#"):  # a heading's link to itself
-            out.append(data.translate(str.maketrans(KEPT)) if count["pre"] else data)
+            out.append(data.translate(KEPT) if count["pre"] else data)
     text = re.sub(r"[^\S\x1c-\x1e]+", " ", "".join(out))
-    text = GAP.sub(gap, text)
-    return text.translate({ord(v): k for k, v in KEPT.items()}).strip("\n").rstrip()
+    text = GAP.sub(gap, text).strip("\n\x1d").rstrip()
+    return text.translate({kept: blank for blank, kept in KEPT.items()})
 
 
 def clean_html(text, doc):
@@ -583,7 +584,7 @@ def check_gopher_quality(text, doc):
     dotted = sum(line.rstrip().endswith(("...", "…")) for line in lines)
     reject_if(bullets / len(lines) > 0.9, "gopher: too many bullet lines")
     reject_if(dotted / len(lines) > 0.3, "gopher: too many lines that end in an ellipsis")
-    letters = sum(1 for _ in filter(LETTER.search, words))
+    letters = sum(map(bool, map(LETTER.search, words)))
     reject_if(letters / n < 0.8, "gopher: too few words with a letter")
     reject_if(len(STOP_WORDS.intersection(words)) < 2, "gopher: too few stop words")
     return text
@@ -1349,15 +1350,11 @@ def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
             places[pair].append(i)
     total = lambda at: sum(map(weights.__getitem__, at))
     pairs = defaultdict(int, {pair: total(at) for pair, at in places.items()})
-    floor, heap = 4 * max(pairs.values(), default=0), []  # the heap: pairs from floor up
-    while len(merges) < n_merges and (heap or floor > 2):
-        if not heap:
-            floor = max(floor // 4, 2)
-            heap = sorted((-n, pair) for pair, n in pairs.items() if n >= floor)  # is a heap
-            continue
+    heap = sorted((-n, pair) for pair, n in pairs.items() if n > 1)  # which is a heap
+    while len(merges) < n_merges and heap:
         n, pair = heapq.heappop(heap)
         if pairs[pair] != -n:  # an old count: counts only fall after a pair was pushed
-            if pairs[pair] >= floor:
+            if pairs[pair] > 1:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
         a, b = pair
@@ -1385,7 +1382,6 @@ def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
             pairs[old] -= n
             if n > 1:
                 pairs[pair], places[pair] = n, at
-            if n >= floor:
                 heapq.heappush(heap, (-n, pair))
         pairs.pop((a, b))
         show(f"tokenizer: merge {len(merges):,} of {n_merges:,}")
@@ -1624,12 +1620,11 @@ def normalizers():
 
 def check_tokenizer():
     """Refuse settings that no tokenizer can be made with."""
-    names = [t for t in special_tokens if isinstance(t, str) and t]
-    if len(names) < 2 or len({*names}) < len(special_tokens):
+    names = {t for t in special_tokens if isinstance(t, str) and t}
+    if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
-    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer)
-    if least is not None and vocab_size < least + len(special_tokens):
-        least += len(special_tokens)
+    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer, -math.inf)
+    if vocab_size < (least := least + len(special_tokens)):
         raise UserError(f"vocab_size={vocab_size}: expected {least} or more")
     if normalizers() and (source == "fineweb10B" or Path(tokenizer).is_dir()):
         which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"

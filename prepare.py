@@ -468,7 +468,7 @@ SIGNS = {slash + tag: "\2" for tag in BLOCKS for slash in ("", "/")}
 SIGNS |= {"br": "\1", "li": "\3", "tr": "\4", "table": "\2\4", "td": "\5", "th": "\5"}
 SIGNS |= {"/li": "\6", "/tr": "\6", "/ul": "\6\2", "/ol": "\6\2", "/table": "\6\2"}
 GAP = re.compile("(?<!\\s)\\s*[\1-\7](?:[\\s\1-\7]*[\1-\7])? ?\x1d*")
-KEPT = str.maketrans(" \n\t", "\x1c\x1d\x1e")  # the blanks of <pre>, until all others are done
+BLANKS = str.maketrans(" \n\t", "\x1c\x1d\x1e")  # the blanks of <pre>, until all others are done
 
 
 def html_tags(text):
@@ -521,10 +521,10 @@ def html_to_text(text):
         out.append(mark.replace("\2", "\7") if count["li"] else mark)  # 7: a block in an item
         data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
         if not (count["a"] and data in "¶§#"):  # a heading's link to itself
-            out.append(data.translate(KEPT) if count["pre"] else data)
+            out.append(data.translate(BLANKS) if count["pre"] else data)
     text = re.sub(r"[^\S\x1c-\x1e]+", " ", "".join(out))
     text = GAP.sub(gap, text).strip("\n\x1d").rstrip()
-    return text.translate({kept: blank for blank, kept in KEPT.items()})
+    return text.translate({kept: blank for blank, kept in BLANKS.items()})
 
 
 def clean_html(text, doc):

@@ -893,32 +893,33 @@ class Tokenizer:
         self.spec, self.config, self.bpe = spec, config, None
         self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
         steps = spec.get("normalizer") or {"normalizers": []}
-        self.normalizers = [s.get("type") for s in steps.get("normalizers", [steps])]
+        self.normalizers = [step["type"] for step in steps.get("normalizers", [steps])]
         body = spec.get("model") or {}
         self.kind, vocab = body.get("type"), body.get("vocab")
         form, split = self._pattern()
         plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
         if not plain or FORMS.get(self.kind) != form:
-            form = f"a {self.kind} tokenizer of this form"
             known = "byte-level BPE or Unigram, words, characters, WordPiece split by Split, "
             known += "normalised by " + ", ".join(sorted(NORMALIZERS))
-            raise UserError(f"tokenizer.json: {form} is not supported ({known})")
+            why = f"a {self.kind} tokenizer of this form is not supported ({known})"
+            raise UserError(f"tokenizer.json: {why}")
         self.by_bytes = form == "ByteLevel"  # or else a token is a stretch of characters
         if self.kind == "BPE":
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
             self._init_other(body, vocab, split)
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
-        shown = [
-            t for t in spec.get("added_tokens", []) if not t["special"]
-        ]  # <think> and its like
-        self.bytes |= {t["id"]: t["content"].encode() for t in shown}
+        for token in spec.get("added_tokens", []):
+            if not token["special"]:  # <think> and its like
+                self.bytes[token["id"]] = token["content"].encode()
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         post = spec.get("post_processor") or {}
         singles = [p["single"][0] for p in post.get("processors", [post]) if p.get("single")]
         self.start = [self.special[s["SpecialToken"]["id"]] for s in singles if "SpecialToken" in s]
+        space = " " if self.kind == "WordPiece" else ""
+        self.shown = self.bytes | {i: (space + t).encode() for t, i in self.special.items()}
 
     @classmethod
     def from_folder(cls, folder):
@@ -953,19 +954,17 @@ class Tokenizer:
         Removed where what no piece matches is lost. (None, None) where the form is another."""
         steps = self.spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
-        last = steps[-1].get("type") == "ByteLevel" and steps[-1]
-        if last and last.get("add_prefix_space", True):
-            return None, None
-        if len(steps) == 1 and last and last.get("use_regex", True):
+        kinds, split, level = [step.get("type") for step in steps], steps[0], steps[-1]
+        plain = not level.get("add_prefix_space", True)
+        if kinds == ["ByteLevel"] and plain and level.get("use_regex", True):
             return "ByteLevel", GPT2_SPLIT
-        form = steps[0].get("behavior")
-        if steps[0].get("type") != "Split" or bool(steps[0].get("invert")) != (form == "Removed"):
+        form = split.get("behavior")
+        if kinds == ["Split", "ByteLevel"] and form == "Isolated":
+            form = "ByteLevel" if plain and not level.get("use_regex", True) else None
+        elif kinds != ["Split"]:
             return None, None
-        if len(steps) == 2 and last and not last.get("use_regex", True) and form == "Isolated":
-            form = "ByteLevel"
-        elif len(steps) > 1:
-            return None, None
-        return form, steps[0]["pattern"].get("Regex")
+        fits = form and bool(split.get("invert")) == (form == "Removed")
+        return (form, split["pattern"].get("Regex")) if fits else (None, None)
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
@@ -1013,6 +1012,9 @@ class Tokenizer:
             self.bytes = {i: shown(token).encode() for token, i in self.vocab.items()}
 
     def normal(self, text):
+        """The text as the model is fed it: normalised, U+FFFD for half a surrogate pair."""
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return normalize(text, self.normalizers)
 
     def encode(self, text):
@@ -1080,10 +1082,8 @@ class Tokenizer:
 
         WordPiece keeps no white space: there a space is between words, and none before the first.
         """
-        space = " " if self.kind == "WordPiece" else ""
-        names = {i: (space + name).encode() for name, i in self.special.items()}
-        text = b"".join(names.get(i) or self.token_bytes(i) for i in ids).decode(errors="replace")
-        if not space or not text:
+        text = b"".join(self.shown.get(i, b"") for i in ids).decode(errors="replace")
+        if self.kind != "WordPiece" or not text:
             return text
         return text[1:] if text[0] == " " else self.prefix + text
 
@@ -1093,8 +1093,11 @@ class Tokenizer:
         The mask covers what assistants say, their end token included. Contents are text: the name
         of a special token inside one is broken by a letter of its own while the template runs.
         """
-        hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in str(messages))
-        special = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
+        given = json.dumps(messages, ensure_ascii=False, default=str)
+        hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
+        special = re.compile(
+            "|".join(map(re.escape, sorted(self.special, key=len)[::-1])) or "(?!)"
+        )
         veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], s)
         safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
         text = self._render(safe, add_generation_prompt)
@@ -1102,10 +1105,9 @@ class Tokenizer:
         for i, message in enumerate(safe):
             if message["role"] == "assistant":
                 before, after = self._render(safe[:i], True), self._render(safe[: i + 1])
-                if not text.startswith(before) or not text.startswith(after):
-                    raise UserError(
-                        "the chat template rewrites earlier turns: no loss mask fits it"
-                    )
+                if not (text.startswith(before) and text.startswith(after)):
+                    why = "the chat template rewrites earlier turns"
+                    raise UserError(f"{why}: no loss mask fits it")
                 begin, end = len(before), len(after)
                 end = max((m.end() for m in special.finditer(text, begin, end)), default=end)
                 said[begin:end] = b"\1" * (end - begin)

@@ -83,7 +83,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from glob import glob, has_magic
-from html.parser import HTMLParser
+from html import unescape
 from itertools import chain, islice
 from pathlib import Path
 
@@ -446,6 +446,13 @@ def reject_if(condition, reason):
 
 
 HTML_NAME = re.compile(r"\.x?html?$", re.I)
+# A comment, a tag (its slash, name and attributes) or a declaration. One that does not end goes on
+# to the end of the page, as in browsers; so each matches where it begins, and time is linear.
+TAG = re.compile(
+    r"<!--(?:-?>|.*?(?:--!?>|\Z))|<[!?][^>]*>?|</[^a-zA-Z][^>]*>?"
+    r"|<(/?[a-zA-Z][^\s/>]*)((?:[^>=]|=(?:\s*\"[^\"]*\"?|\s*'[^']*'?)?)*)>?",
+    re.S,
+)
 SKIPPED = set(
     "script style nav header footer aside form noscript svg template title button select textarea "
     "iframe object canvas audio video".split()
@@ -454,89 +461,70 @@ BLOCKS = set(
     "address article aside blockquote body center dd details div dl dt fieldset figcaption figure "
     "footer form h1 h2 h3 h4 h5 h6 header hr html main nav ol p pre section table ul".split()
 )
-NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li"}  # what its own end tag has to close
+NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li", "a"}  # what has an end tag to match
+NAVIGATION = re.compile(r"\brole\s*=\s*[\"']?navigation\b", re.I)
+# What stands for tags in the text at first: 1 line break, 2 block, 3 item, 4 row, 5 cell, 6 end.
+SIGNS = {slash + tag: "\2" for tag in BLOCKS for slash in ("", "/")}
+SIGNS |= {"br": "\1", "li": "\3", "tr": "\4", "table": "\2\4", "td": "\5", "th": "\5"}
+SIGNS |= {"/li": "\6", "/tr": "\6", "/ul": "\6\2", "/ol": "\6\2", "/table": "\6\2"}
+GAP = re.compile("(?<!\\s)\\s*[\1-\7](?:[\\s\1-\7]*[\1-\7])? ?\x1d*")
+BLANKS = str.maketrans(" \n\t", "\x1c\x1d\x1e")  # the blanks of <pre>, until all others are done
 
 
-class HTMLText(HTMLParser):
-    """Collects a page's text in `out`. The open elements are a list, not a tree, and an end tag
-    closes whatever was left open inside its element."""
+def html_tags(text):
+    """(name, attributes, the text up to the next) of each tag; an end tag's name is "/p"."""
+    name, attributes, at = "", "", 0
+    while tag := TAG.search(text, at):
+        yield name, attributes, text[at : tag.start()]
+        name, attributes, at = (tag[1] or "").lower(), tag[2] or "", tag.end()
+        if name in ("script", "style") and not attributes.endswith("/"):
+            at = re.compile(rf"</{name}|\Z", re.I).search(text, at).start()
+    yield name, attributes, text[at:]
 
-    def __init__(self):
-        super().__init__()
-        self.out, self.open, self.count = [], [], Counter()
-        self.skipping = self.row = 0
-        self.link = False
-        self.gap, self.lead = 0, None  # newlines and "- " or " | " that the next text begins with
 
-    def parse_html_declaration(self, i):
-        return self.parse_bogus_comment(i)  # as browsers do; the base class raises at <![if IE]>
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "header" and self.count["article"]:  # the title of an article, not of the site
-            tag = "div"
-        if tag in NESTING:
-            skip = tag in SKIPPED or ("role", "navigation") in attrs
-            self.open.append((tag, skip))
-            self.count[tag] += 1
-            self.skipping += skip
-        if tag == "a":
-            self.link = True
-        elif tag in ("td", "th"):
-            self.gap = 0 if self.row and self.lead is None else self.gap
-            self.lead = (self.lead or "") + (" | " if self.row else "")
-            self.row = 1
-        elif tag in ("li", "tr"):
-            self.gap, self.row, self.lead = max(self.gap, 1), 0, "- " if tag == "li" else ""
-        else:
-            self.break_at(tag)
-
-    def handle_endtag(self, tag):
-        while self.count[tag]:
-            name, skip = self.open.pop()
-            self.count[name] -= 1
-            self.skipping -= skip
-            if name == tag:
-                break
-        if tag == "a":
-            self.link = False
-        elif tag in ("li", "tr"):
-            self.gap, self.lead = max(self.gap, 1), None
-        elif tag != "br":
-            self.break_at(tag)
-
-    def break_at(self, tag):
-        """A line or paragraph ends here, unless an item or a cell has only just begun."""
-        if tag == "br" and self.lead is None:
-            self.gap = min(self.gap + 1, 2)
-        elif tag in BLOCKS and self.lead is None:
-            self.gap = max(self.gap, 1 if self.count["li"] else 2)
-
-    def handle_data(self, data):
-        if self.skipping or self.link and data in "¶§#":  # the latter: a heading's link to itself
-            return
-        at_start = self.gap or self.lead is not None or not self.out
-        if self.count["pre"]:
-            data = data.lstrip("\n") if at_start else data
-        else:
-            data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if at_start or self.out[-1][-1] in " \n" else data
-        if not data:
-            return
-        if self.gap and self.out:
-            while not self.out[-1].strip() and len(self.out) > 1:
-                self.out.pop()
-            self.out[-1] = self.out[-1].rstrip() + "\n" * self.gap
-        self.out += [self.lead, data] if self.lead else [data]
-        self.gap, self.lead = 0, None
+def gap(marks):
+    """The newlines, and the "- " or " | ", that marks stand for; none is before a first cell."""
+    lines, lead = 0, ""
+    for mark in marks[0]:
+        if mark in "\3\4":
+            lines, lead = max(lines, 1), "- " if mark == "\3" else mark
+        elif mark == "\5":
+            lines, lead = lines if lead else 0, lead + " | "
+        elif mark == "\6":
+            lines, lead = max(lines, 1), ""
+        elif mark in "\1\2\7" and not lead:  # in an item or a cell that has only just begun: none
+            lines = min(lines + 1, 2) if mark == "\1" else max(lines, 2 if mark == "\2" else 1)
+    return "\n" * lines + lead.replace("\4 | ", "").replace("\4", "")
 
 
 def html_to_text(text):
     """The text of an HTML page without navigation, forms and scripts: paragraphs with a blank line
     between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
-    page = HTMLText()
-    page.feed(text)
-    page.close()
-    return "".join(page.out).strip("\n").rstrip()
+    out, opened, count, hidden = ["\2"], [], Counter(), 0
+    for tag, attributes, data in html_tags(re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text)):
+        if tag == "header" and count["article"]:  # the title of an article, not of the site
+            tag = "div"
+        if tag in NESTING and not attributes.endswith("/"):
+            hides = tag in SKIPPED or bool(NAVIGATION.search(attributes))
+            opened.append((tag, hides))
+            count[tag] += 1
+            hidden += hides
+        while tag[:1] == "/" and count[tag[1:]]:  # it closes what was left open inside, too
+            name, hides = opened.pop()
+            count[name] -= 1
+            hidden -= hides
+            if name == tag[1:]:
+                break
+        if hidden:
+            continue
+        mark = SIGNS.get(tag, "")
+        out.append(mark.replace("\2", "\7") if count["li"] else mark)  # 7: a block in an item
+        data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
+        if not (count["a"] and data in "¶§#"):  # a heading's link to itself
+            out.append(data.translate(BLANKS) if count["pre"] else data)
+    text = re.sub(r"[^\S\x1c-\x1e]+", " ", "".join(out))
+    text = GAP.sub(gap, text).strip("\n\x1d").rstrip()
+    return text.translate({kept: blank for blank, kept in BLANKS.items()})
 
 
 def clean_html(text, doc):
@@ -550,7 +538,7 @@ NEWLINE = re.compile(r"\r\n|[\r\v\f\x85\u2028\u2029]")
 # Control characters, soft hyphens, byte order marks, zero-width blanks, marks of direction. Not the
 # zero-width (non-)joiners of letters, by which Persian, Indic scripts and emoji mean something.
 INVISIBLE = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
+    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
 )
 
 
@@ -596,7 +584,7 @@ def check_gopher_quality(text, doc):
     dotted = sum(line.rstrip().endswith(("...", "…")) for line in lines)
     reject_if(bullets / len(lines) > 0.9, "gopher: too many bullet lines")
     reject_if(dotted / len(lines) > 0.3, "gopher: too many lines that end in an ellipsis")
-    letters = sum(1 for _ in filter(LETTER.search, words))
+    letters = sum(map(bool, map(LETTER.search, words)))
     reject_if(letters / n < 0.8, "gopher: too few words with a letter")
     reject_if(len(STOP_WORDS.intersection(words)) < 2, "gopher: too few stop words")
     return text
@@ -687,17 +675,14 @@ def check_fineweb(text, doc):
     return text
 
 
-SCRIPTS = {  # the languages of a script, those that nothing here tells apart joined: its letters
-    **{"ru uk be bg mk sr": r"\u0400-\u052f", "ar fa ur": r"\u0600-\u06ff\u0750-\u077f"},
-    **{"el": r"\u0370-\u03ff\u1f00-\u1fff", "he": r"\u0590-\u05ff", "hy": r"\u0531-\u058f"},
-    **{"ka": r"\u10a0-\u10ff", "am": r"\u1200-\u139f", "hi/mr/ne": r"\u0900-\u097f"},
-    **{"bn/as": r"\u0980-\u09ff", "pa": r"\u0a00-\u0a7f", "gu": r"\u0a80-\u0aff"},
-    **{"ta": r"\u0b80-\u0bff", "te": r"\u0c00-\u0c7f", "kn": r"\u0c80-\u0cff"},
-    **{"ml": r"\u0d00-\u0d7f", "th": r"\u0e00-\u0e7f", "km": r"\u1780-\u17ff"},
-    **{"ko": r"\u1100-\u11ff\uac00-\ud7a3", "ja": r"\u3041-\u30ff", "zh": r"\u3400-\u9fff"},
-}
-# A language, others that its row does not tell from it; common words; letters beyond ASCII.
+# By the first word of a letter's name; a language that nothing here tells from another has both.
+SCRIPTS = """GREEK el HEBREW he ARMENIAN hy GEORGIAN ka ETHIOPIC am THAI th KHMER km HANGUL ko
+HIRAGANA ja KATAKANA ja CJK zh DEVANAGARI hi/mr/ne BENGALI bn/as GURMUKHI pa GUJARATI gu TAMIL ta
+TELUGU te KANNADA kn MALAYALAM ml""".split()
+SCRIPTS = dict(zip(SCRIPTS[::2], SCRIPTS[1::2]))
+# Below a script its languages: common words, letters beyond ASCII.
 FUNCTION_WORDS = """
+LATIN
 en the of and to in a is that for it with as was on are this be by or from not you
 de der die und das den von zu mit ist des im nicht ein eine auf für sich werden auch oder ß ä ö ü
 nl de het een van en in is dat op te zijn voor met die niet aan er om ook wordt of als
@@ -719,57 +704,57 @@ fi ja on ei että se oli joka tai mutta myös kun ovat sen niin kuin jos voi ole
 tr ve bir bu için ile de da olarak çok daha gibi olan her kadar ne değil sonra veya ise ı ş ğ ç ö ü
 id/ms yang dan di untuk dengan ini dari pada tidak dalam adalah atau akan itu ke dapat oleh
 vi và của là có được cho không trong một các những với này để khi người từ bạn hoặc đ ơ ư ạ ế ệ ộ
+CYRILLIC
 ru и в не на что с по как это для из или к от то при если он так может о ы э ё ъ
 uk і в не на що з для як це до та за або від у якщо він при є може й і ї є ґ
 be і ў не на што з для як гэта да па за або ад у калі ён пры ёсць можа ў і ы э ё
 bg и на да не за от се в е с че по са като или при това ще до ако ъ щ
 mk и на да не за од се во е со што по са како или ова ќе до ако може ј љ њ ѓ ќ ѕ
 sr и у је на се да за су с од који то као не или из ће ако може што ј љ њ ћ ђ џ
+ARABIC
 ar في من على إلى أن هذا التي لا ما مع هذه عن كان أو الذي كل ذلك بين قد لم ة ي ك ى
 fa در به از که این را با است برای آن یک تا بر می هم شده خود نیز یا پ چ گ ی ک
 ur کے میں کی ہے اور سے کا کو اس پر کہ ہیں نے یہ بھی ایک نہیں تھا جو ہو ٹ ڈ ے ں ہ ی ک
 """
-BEYOND_LATIN = re.compile(r"[^\0-\u02ff\u1e00-\u1eff]+")
 MARKS = re.compile(r"[^\0-\x7fа-шьюя]")  # what is a mark of a language; the others may be words
 
 
 @lru_cache(None)
 def word_table():
-    """{word or letter: the languages that have it}"""
-    table = defaultdict(list)
-    for row in FUNCTION_WORDS.strip().split("\n"):
-        name, *words = row.split()
+    """{word or letter: the languages that have it}, {script: its languages}"""
+    table, languages = defaultdict(list), defaultdict(list)
+    for name, *words in map(str.split, FUNCTION_WORDS.strip().split("\n")):
+        if name.isupper():
+            script = name
+            continue
+        languages[script].append(name)
         for word in words:
             table[word].append(name)
-    return table
+    return table, languages
 
 
 def built_in_rank(sample):
     """{language: share of the evidence}. A script has its letters' share, which its languages
     divide by the cubes of their function words; one that n languages have counts 1 / n."""
     words = re.findall(r"[^\W\d_]+", sample.lower())
-    text, table, evidence = "".join(words), word_table(), Counter()
-    for token in words + MARKS.findall(text):
+    (table, languages), evidence, letters = word_table(), Counter(), Counter()
+    text = "".join(words)
+    for token, n in Counter(words + MARKS.findall(text)).items():
         for name in table.get(token, ()):
-            evidence[name] += 1 / len(table[token])
-    beyond = "".join(BEYOND_LATIN.findall(text))
-    letters = Counter({k: len(re.findall(f"[{chars}]", beyond)) for k, chars in SCRIPTS.items()})
-    latin = " ".join(name for name in evidence if name not in " ".join(SCRIPTS).split())
-    letters[latin] = len(text) - len(beyond)
+            evidence[name] += n / len(table[token])
+    for letter, n in Counter(text).items():
+        script = unicodedata.name(letter, "?").split(" ")[0]
+        letters[SCRIPTS.get(script, script)] += n
     if letters["ja"] * 10 > letters["zh"]:  # kana: then the Chinese characters are Japanese, too
-        letters["ja"] += letters.pop("zh")
+        letters["ja"] += letters.pop("zh", 0)
     for name in ("ja", "zh", "ko"):
         letters[name] *= 3  # a character there says as much as several letters elsewhere
-    total, shares = sum(letters.values()), {}
-    for names, count in letters.items():
-        found = {name: evidence[name] for name in names.split()}
-        if names in SCRIPTS and " " not in names:
-            found = {names: count}
-        enough = max(found.values(), default=0) * 300 >= count  # a word in so many letters
-        if count and enough:
-            cubes = sum(value**3 for value in found.values())
-            shares |= {name: count / total * value**3 / cubes for name, value in found.items()}
-    return shares
+    shares = {name: letters[name] for name in SCRIPTS.values()}
+    for script, names in languages.items():
+        found = {name: evidence[name] ** 3 for name in names}
+        if max(map(evidence.__getitem__, names)) * 300 >= letters[script] > 0:  # a word in so many
+            shares |= {k: letters[script] * cube / sum(found.values()) for k, cube in found.items()}
+    return {name: share / letters.total() for name, share in shares.items() if share}
 
 
 @lru_cache(None)
@@ -811,7 +796,7 @@ def check_language(text, doc):
 def bare(url):
     """example.com/page of https://user@www.example.com/page/"""
     url = url.casefold().strip().rstrip("/")
-    return re.sub(r"^(?:\w+:)?(?://)?(?:[^/@]*@)?(?:www\.)?", "", url)
+    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?#]*@)?(?:www\.)?", "", url)
 
 
 @lru_cache(1)
@@ -840,11 +825,11 @@ def check_perplexity(text, doc):
 @lru_cache(None)
 def read_blocklist(path):
     """The hosts and URL prefixes, the words, and what is neither, of a file. "# " is a comment."""
-    lines = Path(path).read_text(encoding="utf-8").casefold().splitlines()
-    lines = [" ".join(line.split()) for line in lines if line.strip() and line[:2] != "# "]
-    urls = {bare(line) for line in lines if "." in line and " " not in line}
+    lines = Path(path).read_text(encoding="utf-8-sig").casefold().splitlines()
+    lines = {" ".join(line.split()) for line in lines if line.split()[:1] not in ([], ["#"])}
+    urls = {line for line in lines if "." in line and " " not in line}
     words = {line for line in lines if re.fullmatch(r"\w+", line)}
-    return urls, words, [s for s in lines if s not in words and ("." not in s or " " in s)]
+    return set(map(bare, urls)), words, sorted(lines - urls - words)
 
 
 def check_blocklist(text, doc):
@@ -853,17 +838,15 @@ def check_blocklist(text, doc):
     if not blocklist:
         return text
     urls, words, phrases = read_blocklist(blocklist)
-    url = bare(doc.get("url") or "")
+    url = bare(doc.get("url") or "")[:2000]  # as there are so many beginnings
     host = re.split(r"[/:?#]", url)[0]
-    labels = host.split(".")
-    hosts = {".".join(labels[i:]) for i in range(len(labels))}
-    prefixes = {url[:i] for i in range(len(host) + 1, len(url) + 1)}
-    reject_if(not urls.isdisjoint(hosts | prefixes), "blocklist: URL")
-    text_lower = " ".join(text.casefold().split())
-    reject_if(not words.isdisjoint(re.findall(r"\w+", text_lower)), "blocklist: word")
-    for phrase in phrases:  # looked for literally first, which is many times faster
-        found = phrase in text_lower
-        found = found and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text_lower)
+    parts = {host[m.end() :] for m in re.finditer(r"^|\.", host)}
+    parts |= {url[:i] for i in range(len(host) + 1, len(url) + 1)}
+    reject_if(not urls.isdisjoint(parts), "blocklist: URL")
+    lower = " ".join(text.casefold().split())
+    reject_if(not words.isdisjoint(re.findall(r"\w+", lower)), "blocklist: word")
+    for phrase in filter(lower.__contains__, phrases):
+        found = re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", lower)
         reject_if(found, "blocklist: phrase")
     return text
 
@@ -1367,15 +1350,11 @@ def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
             places[pair].append(i)
     total = lambda at: sum(map(weights.__getitem__, at))
     pairs = defaultdict(int, {pair: total(at) for pair, at in places.items()})
-    floor, heap = 4 * max(pairs.values(), default=0), []  # the heap: pairs from floor up
-    while len(merges) < n_merges and (heap or floor > 2):
-        if not heap:
-            floor = max(floor // 4, 2)
-            heap = sorted((-n, pair) for pair, n in pairs.items() if n >= floor)  # is a heap
-            continue
+    heap = sorted((-n, pair) for pair, n in pairs.items() if n > 1)  # which is a heap
+    while len(merges) < n_merges and heap:
         n, pair = heapq.heappop(heap)
         if pairs[pair] != -n:  # an old count: counts only fall after a pair was pushed
-            if pairs[pair] >= floor:
+            if pairs[pair] > 1:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
         a, b = pair
@@ -1403,7 +1382,6 @@ def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
             pairs[old] -= n
             if n > 1:
                 pairs[pair], places[pair] = n, at
-            if n >= floor:
                 heapq.heappush(heap, (-n, pair))
         pairs.pop((a, b))
         show(f"tokenizer: merge {len(merges):,} of {n_merges:,}")
@@ -1467,17 +1445,14 @@ def lattice(pieces, ids):
     return edges, np.cumsum([len(piece) + 1 for piece in pieces]) - 1
 
 
-def forward(edges, ends, scores, best=False):
-    """The log-probability of reaching each node, by all paths or by the best; scores: of tokens."""
+def forward(edges, ends, scores, add=np.logaddexp):
+    """The log-probability of reaching each node, by all paths or (add: np.maximum) by the best, and
+    where in edges the bytes begin."""
     reach, cuts = np.zeros(ends[-1] + 1), np.flatnonzero(np.diff(edges[3], prepend=0, append=-1))
     for a, b in zip(cuts, cuts[1:]):
         first, last, token, _ = edges[:, a:b]
-        sums, new = reach[first] + scores[token], np.flatnonzero(np.diff(last, prepend=-1))
-        top = np.maximum.reduceat(sums, new)
-        if not best:
-            parts = np.exp(sums - np.repeat(top, np.diff(new, append=b - a)))
-            top += np.log(np.add.reduceat(parts, new))
-        reach[last[new]] = top
+        new = np.flatnonzero(np.diff(last, prepend=-1))
+        reach[last[new]] = add.reduceat(reach[first] + scores[token], new)
     return reach, cuts
 
 
@@ -1532,7 +1507,7 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
             break
         inner, bounds = lattice(tokens, {token: i for i, token in enumerate(tokens)})
         inner = inner[:, inner[2] != np.searchsorted(bounds, inner[1])]  # not a token by itself
-        loss = expected * (scores - forward(inner, bounds, scores, best=True)[0][bounds])
+        loss = expected * (scores - forward(inner, bounds, scores, np.maximum)[0][bounds])
         loss[:256] = np.inf
         kept = np.sort(np.argsort(-loss, kind="stable")[: max(n_tokens, len(tokens) * 3 // 4)])
         tokens, expected, new = [tokens[i] for i in kept], expected[kept], np.full(len(tokens), -1)
@@ -1550,35 +1525,37 @@ def tokenizer_files(kind, vocab, special, split, **body):
     if both := vocab.keys() & special.keys():
         why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
         raise UserError(f"special_tokens: {why}")
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
     decoder, unknown = {"type": "Fuse"}, UNKNOWN if UNKNOWN in special else None
     if kind in ("BPE", "Unigram"):
-        decoder = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        pre = {"type": "Sequence", "pretokenizers": [pre, decoder]}
-    if kind == "WordPiece":
-        pre |= {
-            "behavior": "Removed",
-            "invert": True,
-        }  # what is no piece goes, which is white space
+        pre, decoder = {"type": "Sequence", "pretokenizers": [pre, level]}, level
+    if kind == "WordPiece":  # what is no piece, which is white space, is lost
+        pre |= {"behavior": "Removed", "invert": True}
         decoder = {"type": "WordPiece", "prefix": "##", "cleanup": False}
     if kind == "Unigram":
-        body |= {"unk_id": None, "byte_fallback": False, "vocab": [*map(list, vocab.items())]}
+        body = {"type": kind, "unk_id": None, "vocab": [*vocab.items()]}
     else:
         # Special tokens that the vocabulary lacks get other ids where it has gaps (cl100k_base).
-        body = {"unk_token": unknown} | body | {"vocab": vocab | special}
+        body = {"type": kind, "unk_token": unknown} | body | {"vocab": vocab | special}
     steps = [{"type": name} for name in normalizers()]
     normalizer = {"type": "Sequence", "normalizers": steps} if steps else None
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    spec = dict(version="1.0", truncation=None, padding=None)
-    spec |= {"added_tokens": [{"id": id, "content": t} | flags for t, id in special.items()]}
+    added = [{"id": id, "content": token} | flags for token, id in special.items()]
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added)
     spec |= dict(normalizer=normalizer, pre_tokenizer=pre, post_processor=None, decoder=decoder)
-    spec |= {"model": {"type": kind} | body}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special_tokens[0]}
-    config |= {"eos_token": special_tokens[0], "pad_token": special_tokens[1]}
-    config |= {"unk_token": unknown, "clean_up_tokenization_spaces": False}
+    start, pad = special_tokens[:2]
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
+    config |= dict(bos_token=start, eos_token=start, pad_token=pad, unk_token=unknown)
     if {"<|im_start|>", "<|im_end|>"} <= special.keys():
         config |= {"chat_template": model.CHATML}
-    return model.Tokenizer(spec, config)
+    return model.Tokenizer(spec | {"model": body}, config)
+
+
+def special_ids(at, *more):
+    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
+    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
+    return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
 
 
 def spell(token):
@@ -1586,18 +1563,10 @@ def spell(token):
     return "".join(map(LETTERS.__getitem__, token))
 
 
-def bpe_files(ranks, special, merges, split, ignore_merges=False):
+def bpe_files(ranks, special, merges, split, **body):
     """The files of a byte-level BPE tokenizer: ranks {bytes: id}, merges as pairs of bytes."""
-    body = dict(dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None)
-    body |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=ignore_merges)
     body |= {"merges": [[spell(a), spell(b)] for a, b in merges]}
     return tokenizer_files("BPE", {spell(t): i for t, i in ranks.items()}, special, split, **body)
-
-
-def special_ids(at, *more):
-    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
-    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
-    return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
 
 
 def bpe_tokenizer(merges):
@@ -1620,11 +1589,12 @@ def char_tokenizer(characters):
 def train_tokenizer(kind, counts, size, show=lambda line: None):
     """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
     from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
-    pieces, room = {piece.encode(): n for piece, n in counts.items()}, size - len(special_tokens)
-    if kind == "char":
-        return char_tokenizer(counts)
+    room = size - len(special_tokens)
+    pieces = {piece.encode(): n for piece, n in counts.items()}
     gc.disable()  # it would walk a million lists again and again, and none is in a cycle
     try:
+        if kind == "char":
+            return char_tokenizer(counts)
         if kind == "bpe":
             return bpe_tokenizer(train_bpe(pieces, room - 256, show))
         if kind == "unigram":
@@ -1650,12 +1620,11 @@ def normalizers():
 
 def check_tokenizer():
     """Refuse settings that no tokenizer can be made with."""
-    names = [t for t in special_tokens if isinstance(t, str) and t]
-    if len(names) < 2 or len({*names}) < len(special_tokens):
+    names = {t for t in special_tokens if isinstance(t, str) and t}
+    if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
-    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer)
-    if least is not None and vocab_size < least + len(special_tokens):
-        least += len(special_tokens)
+    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer, -math.inf)
+    if vocab_size < (least := least + len(special_tokens)):
         raise UserError(f"vocab_size={vocab_size}: expected {least} or more")
     if normalizers() and (source == "fineweb10B" or Path(tokenizer).is_dir()):
         which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
@@ -1696,28 +1665,25 @@ def finished_tokenizer():
 def show_tokens(tok, text):
     """Print a text's tokens, on alternating colours or with bars between them, their ids, and
     what the vocabulary is made of. What is no text or not to be seen is escaped."""
+    names = {i: name.encode() for name, i in tok.special.items()}
     colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-    ids, names = tok.encode(text), {i: name.encode() for name, i in tok.special.items()}
-    paint = lambda i, s: f"\x1b[30;48;5;{(152, 223, 182)[i % 3]}m{s}\x1b[0m" if colour else s
+    paint = [f"\x1b[30;48;5;{n}m%s\x1b[0m" for n in (152, 223, 182)] if colour else ["%s"] * 3
 
     def visible(id):
         token = (names.get(id) or tok.token_bytes(id)).decode(errors="backslashreplace")
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
 
-    bar = "" if colour else "|"
-    print(bar.join(paint(i, visible(id)) for i, id in enumerate(ids)))
-    print(" ".join(paint(i, str(id)) for i, id in enumerate(ids)))
-    print(f"tokens: {len(ids):,}")
-    print(f"bytes per token: {len(text.encode()) / max(1, len(ids)):.2f}")
-    lengths = Counter(len(tok.token_bytes(i)) for i in range(tok.n_vocab))
-    ordinary = [i for i in range(tok.n_vocab) if tok.token_bytes(i)]
-    single = sum(len(tok.token_bytes(i)) == 1 for i in ordinary)
-    print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {single:,} of one byte")
-    longest = sorted(ordinary, key=lambda i: -len(tok.token_bytes(i)))[:10]
+    ids, text = tok.encode(text), text.encode(errors="replace")
+    print(("" if colour else "|").join(paint[i % 3] % visible(id) for i, id in enumerate(ids)))
+    print(" ".join(paint[i % 3] % id for i, id in enumerate(ids)))
+    print(f"tokens: {len(ids):,}\nbytes per token: {len(text) / max(1, len(ids)):.2f}")
+    sizes = {i: len(tok.token_bytes(i)) for i in range(tok.n_vocab) if tok.token_bytes(i)}
+    counts = Counter(sizes.values())
+    print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {counts[1]:,} of one byte")
+    longest = sorted(sizes, key=sizes.get, reverse=True)[:10]
     print("longest:", "|".join(map(visible, longest)))
-    most = max(lengths[n] for n in lengths if n)
-    for n in sorted(lengths.keys() - {0}):
-        print(f"{n:4} bytes {lengths[n]:7,} {'#' * round(50 * lengths[n] / most)}")
+    for size, n in sorted(counts.items()):
+        print(f"{size:4} bytes {n:7,} {'#' * round(50 * n / max(counts.values()))}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -64,6 +64,9 @@ def crossed(step, inside, outside, expected):
         ("<header>site</header><article><header>title</header>x</article>", "title\n\nx"),
         ("a<!-- <p>b --> c<![if IE]>d<![endif]>e<!x>f<?php g ?>h", "a cdefh"),
         ("<form>f<button>b</button></form><svg><text>s</text></svg>x</svg></nav>", "x"),
+        ("<ul><li>a<li></ul>b<nav><ul><li>menu</ul></nav>c", "- a\n\nb\n\nc"),
+        ("<p title='a > b' class=c>x<a href=y/>z</a>", "xz"),
+        ("x &#" + "9" * 5000 + "; &#0065;", "x \ufffd A"),
         ("", ""),
         ("<", "<"),
     ],
@@ -92,7 +95,16 @@ def test_html_of_any_kind_is_read_in_time_and_without_an_error():
     pages = ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(3000)]
     n = 20_000
     pages += ["<div>" * n + "x" + "</div>" * n, "<div>" * n + "</b>" * n, "<ul><li>" * n + "y"]
-    pages += ["<!" * n, "<a" * 2000, "<a href='" * 2000, "&" * n, "<pre>\n" * n, "<![foo[" * n]
+    pages += [
+        "<!" * n,
+        "<a" * n,
+        "<a " * n,
+        "<a href='" * n,
+        "<!--" * n,
+        "&" * n,
+        "<pre>\n" * n,
+        "<![foo[" * n,
+    ]
     start = time.perf_counter()
     for page in pages:
         assert isinstance(f.html_to_text(page), str)
@@ -120,7 +132,7 @@ def test_html_only_where_the_name_says_so_or_it_is_asked_for(monkeypatch):
     [
         ("e\u0301", "é"),
         ("a\r\nb\rc\x0bd\u2028e\x85f", "a\nb\nc\nd\ne\nf"),
-        ("\ufeffa\u200bb\xadc\u202ed\x00\x1b\x7f\x9fe", "abcde"),
+        ("\ufeffa\u200bb\u061c\xadc\u202ed\x00\x1b\x7f\x9fe", "abcde"),
         ("a\tb\n", "a\tb\n"),
         ("e\u200b\u0301", "é"),  # composed after what stood between is gone
         ("\ud800 \udc00", "\ufffd \ufffd"),
@@ -419,6 +431,8 @@ def test_language_of_too_little_and_of_two(monkeypatch):
     )
     rivals = f.guess_language(SENTENCES["hr"])[2]
     assert {"bs", "sr"} <= set(rivals)  # these the table does not tell apart
+    text = SENTENCES["en"] + "ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ " * 90  # a script of none of the languages counts, too
+    assert f.guess_language(text)[0] == "en" and f.guess_language(text)[1] < 0.1
     text = SENTENCES["en"] + SENTENCES["el"] * 3  # the Greek letters are more
     assert f.guess_language(text)[0] == "el"
     text = SENTENCES["en"] + SENTENCES["el"][:60]
@@ -434,11 +448,19 @@ def test_language_of_too_little_and_of_two(monkeypatch):
 
 def test_blocklist(tmp_path, monkeypatch):
     path = tmp_path / "list.txt"
-    path.write_text("# ours\n\nbad.org\nhttps://www.example.com/ads\nViagra\nfree  money\nc++\n")
+    path.write_text(
+        "\ufeff# ours\n #\n\nbad.org\nhttps://www.example.com/ads\nViagra\nfree  money\nc++\n"
+    )
     text = "A pleasant text."
     assert reason(f.check_blocklist, text + " viagra", url="http://bad.org/") is None  # no list
     monkeypatch.setattr(f, "blocklist", str(path))
-    for url in ("http://bad.org", "https://a.b.BAD.org:80/x", "bad.org/p?q", "//u@www.bad.org"):
+    for url in (
+        "http://bad.org",
+        "https://a.b.BAD.org:80/x",
+        "bad.org/p?q",
+        "//u@www.bad.org",
+        "http://bad.org?u=a@b",
+    ):
         assert reason(f.check_blocklist, text, url=url) == "blocklist: URL"
     for url in ("http://example.com/ads/1", "https://example.com/adsense"):
         assert reason(f.check_blocklist, text, url=url) == "blocklist: URL"
@@ -446,6 +468,7 @@ def test_blocklist(tmp_path, monkeypatch):
         assert reason(f.check_blocklist, text, url=url) is None
     for url in ("https://example.com/", "https://a.example.com/ads"):
         assert reason(f.check_blocklist, text, url=url) is None
+    assert reason(f.check_blocklist, text + " #", url="data:" + "a." * 500_000) is None
     assert reason(f.check_blocklist, "Buy VIAGRA!") == "blocklist: word"
     assert reason(f.check_blocklist, "Get free\nmoney.") == "blocklist: phrase"
     assert reason(f.check_blocklist, "In C++, say") == "blocklist: phrase"

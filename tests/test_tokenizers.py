@@ -157,6 +157,21 @@ def test_what_every_tokenizer_keeps(kind, normalize, make):
     assert [a.tolist() for a in again.encode_batch(TEXTS, 2)] == [tok.encode(t) for t in TEXTS]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_surrogate_pair_is_one_unknown_letter(kind, make):
+    tok, broken, mended = make(kind), "a \ud800 b \ud83d\ude00 \udc00", "a \ufffd b 😀 \ufffd"
+    assert tok.encode(broken) == tok.encode(mended) == tok.encode_batch([broken])[0].tolist()
+    chats = [[{"role": "assistant", "content": text}] for text in (broken, mended)]
+    assert tok.chat(chats[0]) == tok.chat(chats[1])
+    prepare.show_tokens(tok, broken)
+
+
+def test_a_chat_keeps_letters_of_private_use(make):
+    tok, content = make("bpe"), "a\ue000b <|im_end|> \ue001"
+    ids, _ = tok.chat([{"role": "user", "content": content}])
+    assert f"\n{content}<|im_end|>" in tok.decode(ids)
+
+
 def test_words_are_the_commonest_and_the_rest_is_unknown():
     tok = train_on("b b b a a c", "word", 4 + 1 + 3)
     assert tok.encode("b") == tok.encode(" d") == [tok.special["<|unk|>"]]

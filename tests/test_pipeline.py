@@ -25,6 +25,7 @@ from test_prepare import (
     main_here,
     prepare_py,
     read_split,
+    source_texts,
     start_py,
     write_jsonl,
 )
@@ -466,7 +467,7 @@ def test_real_task_files(name, file, tmp_path):
 
 def test_the_default_source_makes_all_four_task_sets(tiny):
     folder = tiny / "data" / "tiny"
-    library = "\n".join(prepare.documents())
+    library = "\n".join(source_texts())
     flat = " ".join(library.split())
     for name, check in {
         "sft": lambda r: r["messages"][0]["content"].startswith("Write the docstring"),

@@ -418,13 +418,16 @@ def read_parquet(path, columns):
         raise UserError(f"{path}: no parquet: {str(error).partition(chr(10))[0]}") from None
 
 
-def wait(run):
-    """Wait here until every rank has come."""
+def wait(run, value=None):
+    """Wait here until every rank has come, and return what rank 0 brought."""
+    brought = [value]
     try:
         if run.world > 1:
             dist.barrier()
+            dist.broadcast_object_list(brought)
     except RuntimeError:  # gloo's, when a rank has left
         raise UserError("another process has stopped: see what it says") from None
+    return brought[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1178,17 +1181,14 @@ def clean(work, unit):
 def few_of(work, units, run, work_on, ending):
     """The first units, in which there are max_documents documents, the last with the `limit` of its
     own: no more is read."""
-    if run.main:
-        few, rest = [], max_documents
-        while rest > 0 and len(few) < len(units):
-            unit = units[len(few)]
-            few.append(unit | {"limit": rest, "name": f"{unit['name']}-{rest}"})
-            work_on(work, few[-1])
-            done = model.read_json(work / f"{few[-1]['name']}{ending}")
-            rest -= done["tallies"]["read"]["given"][0]
-        model.write_json(work / "few.json", {"units": few})
-    wait(run)
-    return model.read_json(work / "few.json")["units"]
+    few, rest = [], max_documents
+    while run.main and rest > 0 and len(few) < len(units):
+        unit = units[len(few)]
+        few.append(unit | {"limit": rest, "name": f"{unit['name']}-{rest}"})
+        work_on(work, few[-1])
+        done = model.read_json(work / f"{few[-1]['name']}{ending}")
+        rest -= done["tallies"]["read"]["given"][0]
+    return wait(run, few)
 
 
 def texts_of(work, name, numbers):
@@ -1213,19 +1213,20 @@ def column(work, names, key):
     return np.concatenate([part[key].copy() for part in parts])  # no file stays open
 
 
-def beginning(work, names, i, n=160):
-    """The first characters, on a line, of document i of all."""
+def text_of(work, names, i):
+    """Document i of all."""
     starts = starts_of(work, names)
     unit = np.searchsorted(starts, i, side="right") - 1
-    return one_line(*texts_of(work, names[unit], [i - starts[unit]]), n)
+    return next(texts_of(work, names[unit], [i - starts[unit]]))
 
 
-def drop(here, names, tally, left, after, reason):
+def drop(here, names, tally, left, after, reason, begun):
     """Count what a step left out, where of `left` (N,) bool it left `after`, which is returned."""
     sizes, gone = column(here.parent, names, "size"), np.flatnonzero(left & ~after)
     given, rest = ([int(some.sum()), int(sizes[some].sum())] for some in (left, after))
-    examples = [beginning(here.parent, names, i) for i in gone[:3]]
-    tally.add(given, rest, reasons={reason: [len(gone), examples]} if len(gone) else {})
+    examples = [one_line(text_of(here.parent, names, i)) for i in gone[:3]]
+    reasons = {reason: [len(gone), examples]} if len(gone) else {}
+    tally.add(given, rest, time.perf_counter() - begun, reasons)
     return after
 
 
@@ -1243,8 +1244,7 @@ def compare(here, names):
         after = left.copy()
         after[np.delete(live, np.unique(values[live], return_index=True)[1])] = False
         why = {"url": "the URL came before", "exact": "the text came before"}[step]
-        left = drop(here, names, tallies[step], left, after, why)
-        tallies[step].seconds += time.perf_counter() - begun
+        left = drop(here, names, tallies[step], left, after, why, begun)
     np.save(here / "left.npy", left)
     return tallies
 
@@ -1253,7 +1253,7 @@ def find_near(here, names, band):
     """The pairs of near-duplicates that meet in a band: its first document with this key and the
     others, if their signatures agree in near_threshold of all places; in near<band>.npy."""
     if (here / f"near{band}.npy").exists():
-        return 0
+        return
     signatures = lambda name: table(here.parent / f"{name}.rows", row_kind())["signature"]
     width, keys = band_shape(near_threshold)[1], []
     for part in map(signatures, names):
@@ -1278,7 +1278,6 @@ def find_near(here, names, band):
         found.append(some[alike >= near_threshold])
     with model.whole_file(here / f"near{band}.npy") as file:
         np.save(file, np.concatenate(found))
-    return 0
 
 
 def settle(here, units, tallies):
@@ -1296,22 +1295,17 @@ def settle(here, units, tallies):
         clusters = [(int(members[i]), int(i)) for i in np.flatnonzero(members > 1)]
         after = left & (label == np.arange(len(left)))
         why = "a near-duplicate came before"
-        left = drop(here, names, tallies["near"], left, after, why)
-        tallies["near"].seconds += time.perf_counter() - begun
+        left = drop(here, names, tallies["near"], left, after, why, begun)
     cuts = np.where(column(work, names, "hash") < np.uint64(val_fraction * 2**64), 0, ALL)
     cuts[~left] = -1
-    for source_name in mixture():
-        mine = [i for i, unit in enumerate(units) if unit["source"] == source_name]
-        some = {i: starts[i] + np.flatnonzero(left[starts[i] : starts[i + 1]]) for i in mine}
-        if sum(map(len, some.values())) < 20:
-            texts = {}
-            for i, numbers in some.items():
-                texts |= zip(numbers, texts_of(work, names[i], numbers - starts[i]))
-            total = sum(map(len, texts.values()))
-            rest = total - round(total * val_fraction)  # characters that are for training
-            for number, text in texts.items():
-                cuts[number] = max(0, min(len(text), rest))
-                rest -= len(text)
+    for name in mixture():
+        of_it = np.repeat([unit["source"] == name for unit in units], np.diff(starts))
+        numbers = np.flatnonzero(left & of_it)
+        if len(numbers) < 20:
+            lengths = np.array([len(text_of(work, names, i)) for i in numbers], int)
+            total = int(lengths.sum())
+            training = total - round(total * val_fraction)  # characters
+            cuts[numbers] = np.clip(training - (np.cumsum(lengths) - lengths), 0, lengths)
     np.save(here / "cuts.npy", cuts)
     return sorted(clusters, reverse=True)
 
@@ -1798,10 +1792,8 @@ def layout(units, documents):
     plans, told = {}, {name: {} for name in sources}
     mine = {name: [i for i in everything if units[i]["source"] == name] for name in sources}
     for split in SPLITS:
-        rows = {name: [np.empty(0, TOKENS)] for name in sources}
-        for i, unit in enumerate(units):
-            rows[unit["source"]].append(documents[i][split])
-        rows = {name: np.concatenate(some) for name, some in rows.items()}
+        rows = {name: [documents[i][split] for i in some] for name, some in mine.items()}
+        rows = {name: np.concatenate([np.empty(0, TOKENS), *rows[name]]) for name in sources}
         tokens = {name: int(rows[name]["tokens"].sum()) for name in sources if len(rows[name])}
         if split == "train" and (missing := [name for name in sources if name not in tokens]):
             raise UserError(f"sources: no text for training in {', '.join(missing)}")
@@ -1864,7 +1856,6 @@ def write_shard(here, job):
                     rows = np.load(here / f"{i}.npz")[split]
                     tokens = tokens[np.repeat(rows["hash"] <= limit, rows["tokens"].astype(int))]
                 file.write(tokens[max(0, begin - start) : end - start])
-    return 0
 
 
 def commit(folder, here, tok, meta, more=()):
@@ -2036,10 +2027,9 @@ def convert(wanted, work, unit):
                     hashed = record["split_by"] if source == "python" else hashed
                     rows[name].append((hashed, row))
                     tallies[name].count(text, text)
-                except Reject as why:
-                    tallies[name].count(text, text, str(why))
-                except (ValueError, TypeError, AttributeError):
-                    tallies[name].count(text, text, "fields of another type")
+                except (Reject, ValueError, TypeError, AttributeError) as why:
+                    reason = str(why) if isinstance(why, Reject) else "fields of another type"
+                    tallies[name].count(text, text, reason)
         for name in wanted:
             for line in broken:
                 tallies[name].count(line, line, "no JSON object")
@@ -2092,11 +2082,11 @@ def adopt(values):
 
 
 def each(f, items, run, pool, what=None):
-    """Run f, which returns the bytes that it did, on this rank's share of the items, on several
+    """Run f, which may return the bytes that it did, on this rank's share of the items, on several
     processes. The ranks leave together."""
     mine, show, begun, done = items[run.rank :: run.world], model.Progress(), time.monotonic(), 0
     for n, size in enumerate((pool if len(mine) > 1 else map)(f, mine), 1):
-        done += size
+        done += size or 0
         if what and run.main:
             rate = done / 1e6 / max(time.monotonic() - begun, 1e-9)
             told = f"{n} of {len(mine)} parts, {done / 1e6:,.1f} MB, {rate:,.1f} MB/s"
@@ -2117,7 +2107,9 @@ def use_fineweb(run, folder, here):
     wait(run)
     if not run.main:
         return
-    meta = {split: {"tokens": sum(map(read_fineweb, names[split]))} for split in names}
+    meta = {}
+    for split, some in names.items():
+        meta[split] = {"tokens": sum(map(read_fineweb, some)), "shards": some}
     here.mkdir(exist_ok=True)
     for name in names["val"] + names["train"]:
         (here / name).unlink(missing_ok=True)
@@ -2125,7 +2117,7 @@ def use_fineweb(run, folder, here):
             os.link(KEPT / "fineweb10B" / name, here / name)  # the same bytes on the disk, no copy
         except OSError:  # another file system, or one without links
             shutil.copyfile(KEPT / "fineweb10B" / name, here / name)
-    commit(folder, here, tok, {split: meta[split] | {"shards": names[split]} for split in names})
+    commit(folder, here, tok, meta)
 
 
 def read_fineweb(name):
@@ -2208,37 +2200,36 @@ def build(run, folder, work, pool):
 
 def write_report(here, names, tallies, clusters, meta):
     """report.md: what every step took and left, why, and what is left now."""
-    row = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
-    number = lambda n: f"{n:,}"
-    plain = lambda text: text.replace("`", "'")
+    shown = lambda cell: f"{cell:,}" if isinstance(cell, int) else cell
+    row = lambda *cells: "| " + " | ".join(map(shown, cells)) + " |"
+    quoted = lambda text: "`" + text.replace("`", "'") + "`"
     lines = [f"# data/{dataset}", "", f"Source: {sources or source}. Steps: {steps}.", ""]
     lines += [row("step", "documents in", "out", "bytes in", "out"), row(*["---"] * 5)]
     for name, tally in tallies.items():
-        given, left = (map(number, some) for some in (tally.given, tally.left))
-        lines.append(row(name, *chain.from_iterable(zip(given, left))))
+        lines.append(row(name, *chain.from_iterable(zip(tally.given, tally.left))))
     lines += ["", "## What was left out, and why", ""]
     for name, tally in tallies.items():
         for reason, (n, examples) in sorted(tally.reasons.items(), key=lambda item: -item[1][0]):
             lines += [f"**{name}: {reason}**: {n:,} documents", ""]
-            lines += [f"- `{plain(example)}`" for example in examples] + [""]
-    sizes = column(here.parent, names, "size")[np.load(here / "cuts.npy") >= 0]
+            lines += [f"- {quoted(example)}" for example in examples] + [""]
     lines += ["## Lengths of the documents that are left, in bytes", "", "```"]
+    sizes = column(here.parent, names, "size")[np.load(here / "cuts.npy") >= 0]
     bins = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
     for power in np.flatnonzero(bins):
         bar = "#" * max(1, round(60 * bins[power] / bins.max()))
         lines.append(f"{2**power:>12,} to {2 ** (power + 1) - 1:>12,} {bins[power]:>9,} {bar}")
-    extra = sum(n - 1 for n, _ in clusters)
     lines += ["```", "", "## Near-duplicates", ""]
+    extra = sum(n - 1 for n, _ in clusters)
     lines += [f"{len(clusters):,} clusters, {extra:,} documents left out.", ""]
     for n, i in clusters[:10]:
-        text = beginning(here.parent, names, i, 120)
-        lines.append(f"- {n:,} documents like `{plain(text)}`")
+        lines.append(
+            f"- {n:,} documents like {quoted(one_line(text_of(here.parent, names, i), 120))}"
+        )
     lines += ["", "## Tokens", "", row("split", "documents", "bytes", "tokens", "bytes per token")]
     lines.append(row(*["---"] * 5))
     for split in SPLITS:
-        docs, size, tokens = (meta[split][key] for key in ("documents", "bytes", "tokens"))
-        cells = map(number, (docs, size, tokens))
-        lines.append(row(split, *cells, f"{size / max(tokens - docs, 1):.2f}"))
+        docs, size, tokens, _ = meta[split].values()
+        lines.append(row(split, docs, size, tokens, f"{size / max(tokens - docs, 1):.2f}"))
     for name, splits in meta.get("sources", {}).items():
         for split, m in splits.items():
             told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"
@@ -2285,30 +2276,27 @@ def main():
     if inspect is not None:
         return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
     run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
-    workers, over = threads or os.cpu_count() or 1, True
+    workers, over = threads or os.cpu_count() or 1, False  # is there nothing to go on from?
     pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
         work.mkdir(parents=True, exist_ok=True)
         with pool:
             make(run, folder, work, pool.map if workers > 1 else map)
+        over = True
     except Nothing:
+        over = True
         raise
     except OSError as error:  # a full disk, a file that may not be read
         over = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
     except BrokenProcessPool:
-        over = False
         why = "a process was killed, for want of memory perhaps: --threads=1 takes less"
         raise UserError(f"{why}; the same command goes on from here") from None
     except KeyboardInterrupt:
-        over = False
         raise UserError("stopped: the same command goes on from here") from None
-    except BaseException:
-        over = False
-        raise
     finally:
-        if run.main and (over or not any(work.glob("*.json"))):  # there is nothing to go on from
+        if run.main and (over or not any(work.glob("*.json"))):
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):  # what this run made for itself, and nothing else
                 folder.rmdir()

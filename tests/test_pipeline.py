@@ -761,6 +761,7 @@ def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
     run(tmp_path, "prepare.py", *args, processes=2, env=env)
     assert sorted(os.listdir(tmp_path / "data/t")) == ["sft_train.jsonl", "sft_val.jsonl"]
     fetched = []
+    monkeypatch.setattr(prepare, "tokenizer", "gpt2")  # as it does itself
     monkeypatch.setattr(prepare, "shards", 2)
     monkeypatch.setattr(prepare, "finished_tokenizer", lambda: None)
     monkeypatch.setattr(prepare, "wait", lambda run: None)

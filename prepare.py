@@ -60,6 +60,7 @@ if __name__ == "__main__":
 
 import ast
 import ctypes
+import errno
 import gc
 import gzip
 import hashlib
@@ -70,6 +71,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import textwrap
@@ -81,11 +83,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from glob import glob, has_magic
 from html import unescape
 from itertools import chain, islice
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import regex
@@ -103,37 +106,19 @@ BATCH = 1_000_000  # characters that are in hand at once in each process
 # --------------------------------------------------------------------------------------------------
 # Downloads
 
-HUB = "https://huggingface.co/"
-FINEWEB = HUB + "datasets/kjj0/fineweb10B-gpt2/resolve/main/"
-RAW = "https://raw.githubusercontent.com/"
-DOWNLOADS = {  # name: (address, sha256 or None, what separates its documents or None)
-    "shakespeare": (
-        RAW + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        None,
-    ),
-    "tinystories": (
-        HUB + "datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
-        None,
-        "<|endoftext|>",
-    ),
-    "alpaca": (RAW + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", None, None),
-    "dolly": (
-        HUB + "datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
-        None,
-        None,
-    ),
-    "gsm8k": (
-        RAW + "openai/grade-school-math/master/grade_school_math/data/train.jsonl",
-        None,
-        None,
-    ),
-    "hh": (
-        HUB + "datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/train.jsonl.gz",
-        None,
-        None,
-    ),
+HUB, RAW = "https://huggingface.co/", "https://raw.githubusercontent.com/"
+DATA = HUB + "datasets/"
+FINEWEB, FINEWEB_SHARDS = DATA + "kjj0/fineweb10B-gpt2/resolve/main/", 103
+DOWNLOADS = {
+    "shakespeare": RAW + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "tinystories": DATA + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+    "alpaca": RAW + "tatsu-lab/stanford_alpaca/main/alpaca_data.json",
+    "dolly": DATA + "databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",
+    "gsm8k": RAW + "openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+    "hh": DATA + "Anthropic/hh-rlhf/resolve/main/harmless-base/train.jsonl.gz",
 }
+SEPARATORS = {"tinystories": "<|endoftext|>"}
+SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
 
 
 def download(url, path, sha256=None, tries=5):
@@ -149,7 +134,8 @@ def download(url, path, sha256=None, tries=5):
             break
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
-            if 400 <= status < 500 and status not in (408, 416, 429):
+            refused = 400 <= status < 500 and status not in (408, 416, 429)
+            if refused or isinstance(error, ValueError):  # requests': what is no URL
                 raise UserError(f"{error}: is the address right?") from None
             if attempt == tries:
                 raise UserError(f"{url}: {error}, {tries} times: run it again to go on") from None
@@ -189,7 +175,7 @@ def fetch(url, part, show):
 # Collecting: a source is files, files are cut into units, a unit gives records
 
 SUITES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-RECORDS = (".jsonl", ".json", ".parquet")
+RECORDS = (".jsonl", ".parquet", ".json")
 KEPT = Path("data/downloads")
 
 
@@ -199,77 +185,76 @@ def files_of(spec, run):
     if spec == "python":
         folder = Path(sysconfig.get_path("stdlib"))
         return walk(folder, ".py", SUITES), folder, None
-    if spec in DOWNLOADS:
-        url, sha256, between = DOWNLOADS[spec]
-        ending = (
-            "".join(Path(url).suffixes[-2:]) if url.endswith(".gz") else Path(url).suffix or ".txt"
-        )
-        path = KEPT / f"{spec}{ending}"
-        if run.main:
-            download(url, path, sha256)
+    if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
+        urls = addresses(spec)
+        paths = [kept_at(url) for url in urls]
+        for i in range(run.rank, len(urls), run.world):
+            download(urls[i], paths[i], SHA256.get(spec))
         wait(run)
-        return [path], None, separator or between
-    if re.match(r"https?://|hf:|@", spec):
-        urls, paths = addresses(spec), []
-        for i, url in enumerate(urls):
-            paths.append(KEPT / re.sub(r"[^\w.-]+", "_", url.split("://")[-1]))
-            if i % run.world == run.rank:
-                download(url, paths[-1])
-        wait(run)
-        return paths, None, separator
+        return paths, None, separator or SEPARATORS.get(spec)
     path = Path(spec)
     if path.is_dir():
         return walk(path), path, separator
-    if has_magic(spec) and not path.exists():
-        found = [Path(p) for p in sorted(glob(spec, recursive=True)) if os.path.isfile(p)]
-        if not found:
-            raise UserError(f"--source={spec}: no file has such a name")
-        return found, None, separator
-    if not path.is_file():
+    found = [spec] if path.exists() else sorted(glob(spec, recursive=True))
+    found = [Path(name) for name in found if os.path.isfile(name)]
+    if not found and has_magic(spec):
+        raise UserError(f"--source={spec}: no file has such a name")
+    if not found:
         names = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
         raise UserError(f"--source={spec}: no such file or folder, nor one of {names}")
-    return [path], None, separator
+    return found, None, separator
 
 
 def walk(folder, ending="", avoid=()):
     """Every file of this ending in and below a folder, in the order of their names, without hidden
     ones and those in folders to avoid."""
+
+    def refuse(error):
+        raise error
+
     found = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "." and name not in avoid]
-        paths = (Path(place, name) for name in names if name.endswith(ending))
-        found += [path for path in paths if path.name[0] != "." and path.is_file()]
+        paths = (Path(place, name) for name in names if name.endswith(ending) and name[0] != ".")
+        found += [path for path in paths if path.is_file()]
     return sorted(found)
 
 
 def addresses(spec):
-    """The URLs of a URL, of a file of URLs (@file), or of a Hub data set's training files
-    (hf:owner/name, or hf:owner/name/folder)."""
+    """The URLs of a named download, of a URL, of a file of URLs (@file), or of a Hub data set's
+    training files (hf:owner/name, or hf:owner/name/folder)."""
     if spec[0] == "@":
         if not os.path.isfile(spec[1:]):
             raise UserError(f"--source={spec}: no such file (it has a URL a line)")
-        urls = Path(spec[1:]).read_text(encoding="utf-8").split()
+        urls = Path(spec[1:]).read_text(encoding="utf-8", errors="replace").split()
     elif spec.startswith("hf:"):
-        owner, name, *below = spec[3:].split("/", 2) if "/" in spec else (spec[3:], "")
+        name, below = re.fullmatch(r"hf:([^/]*/?[^/]*)/?(.*)", spec, re.S).groups()
         try:
-            answer = requests.get(f"{HUB}api/datasets/{owner}/{name}", timeout=30)
+            answer = requests.get(f"{HUB}api/datasets/{name}", timeout=30)
             answer.raise_for_status()
             names = sorted(f["rfilename"] for f in answer.json()["siblings"])
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
-        names = [n for n in names if n.startswith(below[0] if below else "")]
-        names = [n for n in names if n.removesuffix(".gz").endswith((*RECORDS, ".txt"))]
+        folder = below.rstrip("/") + "/" if below else ""
+        names = [n for n in names if n == below or n.startswith(folder)]
+        of_kind = lambda kind: [n for n in names if n.removesuffix(".gz").endswith(kind)]
+        names = of_kind((*RECORDS, ".txt"))
         names = [n for n in names if "train" in n.lower()] or names
-        kinds = [
-            [n for n in names if n.removesuffix(".gz").endswith(k)] for k in (*RECORDS, ".txt")
-        ]
-        names = next((kind for kind in kinds if kind and kind[0][-5:] != ".json"), names)
-        urls = [f"{HUB}datasets/{owner}/{name}/resolve/main/{n}" for n in names]
+        kinds = map(of_kind, (".jsonl", ".parquet", ".txt", ".json"))
+        urls = [f"{DATA}{name}/resolve/main/{quote(n)}" for n in next(filter(None, kinds), [])]
     else:
-        urls = [spec]
+        urls = [DOWNLOADS.get(spec, spec)]
     if not urls:
         raise UserError(f"--source={spec}: no JSONL, parquet or text file in it")
-    return urls[:shards]
+    return list(dict.fromkeys(urls))[:shards]
+
+
+def kept_at(url):
+    """Where a download is kept: the end of its name says what it is, whatever query follows it, and
+    a hash tells it from another of that name."""
+    plain = url.partition("?")[0]
+    name = re.sub(r"[^\w.-]+", "_", plain if Path(plain).suffix else url)
+    return KEPT / f"{digest(url.encode()):016x}_{name[-100:]}"
 
 
 def plan(run):
@@ -278,27 +263,29 @@ def plan(run):
     units = []
     for name, (_, spec) in mixture().items():
         paths, folder, between = files_of(spec, run)
-        sizes = [path.stat().st_size for path in paths]
-        share = min(64_000_000, max(UNIT, sum(sizes) // 64))
+        stats = [path.stat() for path in paths]
+        share = min(64_000_000, max(UNIT, sum(stat.st_size for stat in stats) // 64))
         held = share
-        for path, size in zip(paths, sizes):
-            cut = between if not is_record(path) else "\n" if ".jsonl" in path.suffixes else None
+        for path, stat in zip(paths, stats):
+            cut, size = "\n" if is_record(path) else between, max(1, stat.st_size)
             # A mark that can overlap itself, as in "---" of "----", is found from the start alone.
-            alone = (
-                cut
-                and path.suffix != ".gz"
-                and not any(cut.endswith(cut[:i]) for i in range(1, len(cut)))
-            )
-            borders = range(0, max(size, 1), share) if alone else [0]
-            for begin, end in zip(borders, [*borders[1:], size]):
+            alone = cut and not any(cut.endswith(cut[:i]) for i in range(1, len(cut)))
+            alone = alone and not path.name.endswith((".gz", ".json", ".parquet"))
+            borders = range(0, size, share if alone else size)
+            for begin in borders:
                 if held >= share or len(borders) > 1:
                     units.append({"source": name, "files": [], "under": folder and str(folder)})
                     held = 0
-                units[-1]["files"].append([str(path), begin, end, cut, path.stat().st_mtime_ns])
+                end = min(begin + borders.step, stat.st_size)
+                units[-1]["files"].append([str(path), begin, end, cut, stat.st_mtime_ns])
                 held += size
-    for unit in units:  # its results have this name: other settings, or another file, another name
-        aside = ("threads", "device", "dataset", "report")
-        kept = {key: value for key, value in settings(globals()).items() if key not in aside}
+    # A unit's results have this name: other settings, or another file, another name.
+    aside = ("threads", "device", "dataset", "report")
+    kept = {key: value for key, value in settings(globals()).items() if key not in aside}
+    beside = [tokenizer, perplexity_model, blocklist, *(decontaminate or "").split(",")]
+    found = [path for name in beside if name for path in [Path(name), *Path(name).glob("*")]]
+    kept["beside"] = sorted((str(p), p.stat().st_mtime_ns) for p in found if p.exists())
+    for unit in units:
         unit["name"] = f"{digest(json.dumps([unit, kept]).encode()):016x}"
     return units
 
@@ -309,54 +296,62 @@ def mixture():
         return {"all": (None, source)}
     mix = {}
     for name, value in sources.items():
-        weight, spec = value if isinstance(value, (tuple, list)) else (value, name)
-        if not isinstance(weight, (int, float)) or weight <= 0 or not re.fullmatch(r"[\w-]+", name):
+        mix[name] = tuple(value) if isinstance(value, (tuple, list)) else (value, name)
+        kinds = [type(x) for x in (name, *mix[name])]
+        right = kinds in ([str, int, str], [str, float, str]) and 0 < mix[name][0] < math.inf
+        if not right or not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"sources: {name!r}: {value!r}: expected a name and a weight above 0")
-        mix[name] = (weight, spec)
     return mix
 
 
 def is_record(path):
-    return path.name.removesuffix(".gz").endswith(RECORDS)
+    return str(path).removesuffix(".gz").endswith(RECORDS)
 
 
-def records(unit, skipped=None, bad=None):
+def records(unit, skipped, bad=None):
     """Yield the records of a unit as dicts, with their file's `path`; what is no UTF-8 in a folder
-    goes to `skipped`. A line that is no record goes to `bad`, or where there is none ends all."""
+    goes to `skipped`. A line that is no record goes to `bad`, or where there is none ends all: then
+    `field` and `url` are texts that can be encoded."""
     for path, begin, end, cut, _ in unit["files"]:
         shown = os.path.relpath(path, unit["under"]) if unit["under"] else path
-        if not is_record(Path(path)):
-            parts = read_parts(path, cut, begin, end)
+        shown = os.fsencode(shown).decode(errors="replace")
+        if not is_record(path):
             try:
-                for part in parts:
-                    text = part.decode()
-                    text = text.strip("\n") if cut else text
-                    yield {field: text, "path": shown}
+                for part in read_parts(path, cut, begin, end):
+                    yield {field: part.decode().strip("\n" if cut else ""), "path": shown}
             except UnicodeDecodeError as error:
                 if not unit["under"]:
-                    raise UserError(
-                        f"{path}: not UTF-8 text ({error.reason}): convert it"
-                    ) from None
+                    why = f"not UTF-8 text ({error.reason}): convert it"
+                    raise UserError(f"{path}: {why}") from None
                 skipped.append(shown)
             continue
-        lines = read_parquet(path) if path.endswith(".parquet") else read_json(path, begin, end)
-        for number, line in lines:
+        columns = [field, "url"] if bad is None else []
+        parquet = path.endswith(".parquet")
+        for number, line in read_parquet(path, columns) if parquet else read_json(path, begin, end):
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError
-                if bad is None:  # text: half a surrogate pair, which UTF-8 lacks, becomes U+FFFD
-                    text = record[field].encode("utf-16", "surrogatepass")
-                    record[field] = text.decode("utf-16", "replace")
+                for name in columns:
+                    if name != field and not isinstance(record.get(name), str):
+                        record[name] = ""
+                    # half a surrogate pair, which UTF-8 lacks, becomes U+FFFD
+                    text = record[name].encode("utf-16", "surrogatepass")
+                    record[name] = text.decode("utf-16", "replace")
                 yield record | {"path": shown}
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
-                found = found[:60].decode(errors="replace")
+                found, number = found[:60].decode(errors="replace"), number + lines_to(path, begin)
                 if bad is None:
-                    before = Path(path).read_bytes()[: begin - 1].count(b"\n") + 1 if begin else 0
                     expected = f'expected {{"{field}": "..."}}, found {found!r}'
-                    raise UserError(f"{path}:{before + number}: {expected}") from None
+                    raise UserError(f"{path}:{number}: {expected}") from None
                 bad.append(f"{shown}:{number}: {found}")
+
+
+@lru_cache(1)
+def lines_to(path, begin):
+    """How many lines of a file begin before those of its range from `begin`."""
+    with open(path, "rb") as file:
+        blocks = (file.read(min(1 << 20, begin - 1 - at)) for at in range(0, begin - 1, 1 << 20))
+        return sum(block.count(b"\n") for block in blocks) + (begin > 0)
 
 
 def read_parts(path, between, begin=0, end=None):
@@ -368,68 +363,71 @@ def read_parts(path, between, begin=0, end=None):
             if not between:
                 yield file.read()
                 return
-            mark, held = between.encode(), b""
+            mark, held = between.encode(), bytearray()
             at = max(0, begin - len(mark))  # where `held` begins
             end = math.inf if end is None or path.endswith(".gz") else end
             file.seek(at)
             inside = begin == 0  # else the part before the first mark belongs to another range
             while block := file.read(1 << 20):
-                *whole, held = (held + block).split(mark)
+                seam = max(0, len(held) - len(mark) + 1)  # no mark begins before it
+                held += block
+                if held.find(mark, seam) < 0:
+                    if not inside and at + len(held) >= end:
+                        return
+                    continue
+                *whole, held = held.split(mark)
                 for part in whole:
                     if at >= end:
                         return
                     number += 1
                     at += len(part) + len(mark)
                     if inside:
-                        yield part
+                        yield bytes(part)
                     inside = True
             if inside and at < end:
-                yield held
+                yield bytes(held)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged after line {number}: {error}") from None
 
 
 def read_json(path, begin=0, end=None):
-    """(number, line or dict) of a JSONL file, or of a JSON file that is a list of records."""
+    """(number, line or value) of a JSONL file, or of a JSON file that is a list of records."""
     if path.removesuffix(".gz").endswith(".json"):
-        (data,) = read_parts(path, None)
-        try:
-            found = json.loads(data)
-        except ValueError:
-            found = data.splitlines()  # JSONL by another name
-        yield from enumerate(found if isinstance(found, list) else [found], 1)
-        return
+        with suppress(ValueError, RecursionError):  # JSONL by another name
+            found = json.loads(*read_parts(path, None))
+            yield from enumerate(found if isinstance(found, list) else [found], 1)
+            return
     for number, line in enumerate(read_parts(path, "\n", begin, end), 1):
         if line.strip():
             yield number, line
 
 
-def read_parquet(path):
+def read_parquet(path, columns):
+    """(number, record) of a parquet file, of these columns alone if the first is one of its own."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [c for c in (field, "url") if c in file.schema_arrow.names]
-            wanted = None if task or field not in wanted else wanted
+            wanted = [name for name in columns if name in file.schema_arrow.names]
+            wanted = wanted if wanted[:1] == columns[:1] != [] else None
             batches = (batch.to_pylist() for batch in file.iter_batches(1000, columns=wanted))
             yield from enumerate(chain.from_iterable(batches), 1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: no parquet: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: no parquet: {str(error).partition(chr(10))[0]}") from None
 
 
-def documents():
-    """Yield the texts of `source`, in order, as they are."""
-    alone = model.setup("cpu")
-    for unit in plan(alone):
-        yield from (record[field] for record in records(unit, []) if record[field].strip())
-
-
-def wait(run):
-    """Wait here until every rank has come."""
-    if run.world > 1:
-        dist.barrier()
+def wait(run, value=None):
+    """Wait here until every rank has come, and return what rank 0 brought."""
+    brought = [value]
+    try:
+        if run.world > 1:
+            dist.barrier()
+            dist.broadcast_object_list(brought)
+    except RuntimeError:  # gloo's, when a rank has left
+        raise UserError("another process has stopped: see what it says") from None
+    return brought[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -983,12 +981,11 @@ def evaluation_grams():
     for path in decontaminate.split(","):
         if not os.path.isfile(path):
             raise UserError(f"--decontaminate={path}: no such file")
-        data = b"".join(read_parts(path, None)).decode(errors="replace")
-        texts = [data]
-        if is_record(Path(path)):
-            rows = read_json(path)
-            rows = [row if isinstance(row, dict) else json.loads(row) for _, row in rows]
-            texts = ["\n".join(strings(row)) for row in rows]
+        bad = []
+        rows = records({"files": [(path, 0, None, None, 0)], "under": None}, [], bad)
+        texts = ["\n".join(strings(row | {"path": None})) for row in rows]
+        if bad:
+            raise UserError(f"--decontaminate={bad[0]}: expected a JSON object")
         found.append(shingles(*word_hashes(texts), GRAM)[0])
     return np.unique(np.concatenate(found))
 
@@ -1015,81 +1012,74 @@ def joined(n, edges):
 
 # --------------------------------------------------------------------------------------------------
 # The pipeline: units are cleaned apart, then duplicates are found among all
+#
+# `work` is the folder of what is under way: there are <unit>.txt, the texts of the unit's documents
+# one after another, <unit>.rows, a row_kind() for each, and <unit>.json. `here` is a folder in it,
+# of these units together; what has its final name there is whole.
 
 LAST = ("url", "exact", "near")  # the steps that compare all documents
+MOST = 2**64 - 1  # the greatest hash
+ALL = 2**62
 
 
 def steps_of(names):
     return [name for name in steps.split(",") if name in names]
 
 
+def row_kind():
+    """What is known of a document: its bytes, the hashes of its text, of its words and of its URL,
+    and where near-duplicates are wanted its MinHash."""
+    columns = [(name, "<u8") for name in ("size", "hash", "exact", "url")]
+    return np.dtype([*columns, ("signature", "<u2", (PERMUTATIONS * len(steps_of(["near"])),))])
+
+
+def table(path, kind):
+    """A file of rows of this dtype, mapped into memory."""
+    empty = not os.path.getsize(path)  # which cannot be mapped
+    return np.empty(0, kind) if empty else np.memmap(path, kind, "r")
+
+
 class Tally:
-    """What a step has taken and left: documents, bytes, seconds; and its reasons, with examples."""
+    """What a step was given and what it left, [documents, bytes] each; its seconds; and its reasons
+    to leave something out: {reason: [how often, up to three examples]}."""
 
-    def __init__(self, **saved):
-        start = dict(documents=[0, 0], bytes=[0, 0], seconds=0.0, reasons={})
-        self.__dict__ = start | saved
+    def __init__(self):
+        self.given, self.left, self.seconds, self.reasons = [0, 0], [0, 0], 0.0, {}
 
-    def count(self, before, after=None, reason=None):
-        """A document: its text before the step, and after it or the reason why it is left out."""
-        size = len(before.encode())
-        left = 0 if reason else size if after is before else len(after.encode())
-        self.documents = [self.documents[0] + 1, self.documents[1] + (reason is None)]
-        self.bytes = [self.bytes[0] + size, self.bytes[1] + left]
-        if reason:
-            n, examples = self.reasons.get(reason, (0, []))
-            example = [" ".join(before[:160].split())] if n < 3 else []
-            self.reasons[reason] = [n + 1, examples + example]
-
-    def add(self, other):
-        """Add the tally of what came later."""
-        self.documents = [a + b for a, b in zip(self.documents, other.documents)]
-        self.bytes = [a + b for a, b in zip(self.bytes, other.bytes)]
-        self.seconds += other.seconds
-        for reason, (n, examples) in other.reasons.items():
+    def add(self, given=(0, 0), left=(0, 0), seconds=0.0, reasons=None):
+        self.given = [a + b for a, b in zip(self.given, given)]
+        self.left = [a + b for a, b in zip(self.left, left)]
+        self.seconds += seconds
+        for reason, (n, examples) in (reasons or {}).items():
             have, mine = self.reasons.get(reason, (0, []))
             self.reasons[reason] = [have + n, (mine + examples)[:3]]
 
+    def count(self, before, after, reason=None):
+        """A document: its text before the step, and after it or the reason why it is left out."""
+        size = len(before.encode())
+        if reason:
+            self.add([1, size], reasons={reason: [1, [one_line(before)]]})
+        else:
+            self.add([1, size], [1, size if after is before else len(after.encode())])
+
     def line(self, name):
-        (docs, left), (size, rest) = self.documents, self.bytes
+        (docs, size), (left, rest) = self.given, self.left
         speed = f", {size / self.seconds / 1e6:,.0f} MB/s a process" if self.seconds else ""
         size, rest = f"{size / 1e6:,.1f}", f"{rest / 1e6:,.1f}"
         return f"{name}: {left:,} of {docs:,} documents, {rest} of {size} MB{speed}"
 
 
-def cleaned(unit, tallies, skipped):
-    """Yield (number, record, text) of the documents of a unit that the local steps leave."""
-    todo = [(tallies[name], STEPS[name]) for name in steps_of(STEPS)]
-    for record in records(unit, skipped):
-        text = record[field]
-        if not text.strip():
-            continue
-        if tallies["read"].documents[0] == max_documents:
-            return
-        number = tallies["read"].documents[0]
-        tallies["read"].count(text, text)
-        for tally, step in todo:
-            before, begun, reason = text, time.perf_counter(), None
-            try:
-                text = step(text, record)
-                reason = None if text.strip() else "nothing is left of it"
-            except Reject as rejected:
-                reason = str(rejected)
-            tally.seconds += time.perf_counter() - begun
-            tally.count(before, text, reason)
-            if reason:
-                break
-        else:
-            yield number, record, text
+def one_line(text, n=160):
+    return " ".join(text[:n].split())
 
 
-def decontaminated(group, hashes, owners, tally):
-    """Which of a group of documents share no GRAM words in a row with the evaluation files."""
-    grams, whose = shingles(hashes, owners, GRAM)
-    found = set(whose[np.isin(grams, evaluation_grams(), kind="sort")].tolist())
-    for i, (*_, text) in enumerate(group):
-        tally.count(text, text, f"{GRAM} words in a row of an evaluation" if i in found else None)
-    return [i not in found for i in range(len(group))]
+def digest(data):
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def plain_url(url):
+    """A URL without what does not say which page it is: scheme, www, fragment, a last slash."""
+    return re.sub(r"^https?://(www\.)?|\butm_\w+=[^&#]*&?|[/?]?(#.*)?$", "", url.strip().lower())
 
 
 def in_rounds(items, size):
@@ -1105,56 +1095,88 @@ def in_rounds(items, size):
         yield group
 
 
-def digest(data):
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+def cleaned(unit, tallies, skipped):
+    """Yield (record, text) of the documents of a unit that the local steps leave."""
+    todo = [(tallies[name], STEPS[name]) for name in steps_of(STEPS)]
+    found = (record for record in records(unit, skipped) if record[field].strip())
+    for record in islice(found, unit.get("limit")):
+        text = record[field]
+        tallies["read"].count(text, text)
+        for tally, step in todo:
+            before, begun = text, time.perf_counter()
+            try:
+                text = step(text, record)
+                reason = None if text.strip() else "nothing is left of it"
+            except Reject as rejected:
+                reason = str(rejected)
+            tally.seconds += time.perf_counter() - begun
+            tally.count(before, text, reason)
+            if reason:
+                break
+        else:
+            yield record, text
 
 
-def plain_url(url):
-    """A URL without what does not say which page it is: scheme, www, fragment, a last slash."""
-    return re.sub(r"^https?://(www\.)?|\butm_\w+=[^&#]*&?|[/?]?(#.*)?$", "", url.strip().lower())
+def described(group, tallies):
+    """(texts, their rows) of a group of (record, text), without those that share GRAM words in a
+    row with the evaluation files."""
+    texts, begun = [text for _, text in group], time.perf_counter()
+    rows, stay = np.zeros(len(group), row_kind()), np.ones(len(group), bool)
+    near = steps_of(["near"])
+    hashes, owners = word_hashes(texts) if near or decontaminate else (None, None)
+    if near:
+        rows["signature"] = minhash(hashes, owners, len(group))
+        tallies["near"].seconds += time.perf_counter() - begun
+    if decontaminate:
+        begun = time.perf_counter()
+        grams, whose = shingles(hashes, owners, GRAM)
+        stay[whose[np.isin(grams, evaluation_grams(), kind="sort")]] = False
+        for text, ok in zip(texts, stay):
+            reason = None if ok else f"{GRAM} words in a row of an evaluation"
+            tallies["decontaminate"].count(text, text, reason)
+        tallies["decontaminate"].seconds += time.perf_counter() - begun
+    for row, (record, text) in zip(rows, group):
+        row["size"], row["hash"] = len(data := text.encode()), digest(data)
+        row["exact"] = digest(" ".join(text.lower().split()).encode())
+        row["url"] = digest(plain_url(record.get("url", "")).encode())
+    return [text for text, ok in zip(texts, stay) if ok], rows[stay]
 
 
 def clean(work, unit):
-    """Read a unit, run the local steps over its documents and keep what they leave in work/<name>:
-    .txt (the texts), .npz (sizes and hashes), .sig (MinHash), and last .json, which says that the
-    others are whole. Returns the bytes read."""
+    """Read a unit, run the local steps over its documents and keep what they leave; <unit>.json,
+    which comes last, says that the other files are whole. Returns the bytes read."""
     place = f"{work / unit['name']}"
-    if done := model.read_json(f"{place}.json", {}):
-        return done["tallies"]["read"]["bytes"][0]
-    tallies = defaultdict(Tally)
-    skipped, paths, special = [], [], 0
-    columns = {k: [] for k in ("size", "number", "hash", "exact", "url")}
-    with open(f"{place}.txt", "wb") as texts, open(f"{place}.sig", "wb") as signatures:
-        for group in in_rounds(cleaned(unit, tallies, skipped), BATCH):
-            begun = time.perf_counter()
-            hashes, owners = word_hashes([text for *_, text in group])
-            stay = [True] * len(group)
-            if decontaminate:
-                stay = decontaminated(group, hashes, owners, tallies["decontaminate"])
-                tallies["decontaminate"].seconds += time.perf_counter() - begun
-            if "near" in steps:
-                signatures.write(minhash(hashes, owners, len(group))[stay])
-                tallies["near"].seconds += time.perf_counter() - begun
-            for number, record, text in (document for document, ok in zip(group, stay) if ok):
-                data, url = text.encode(), record.get("url")
-                url = url if isinstance(url, str) else ""
-                texts.write(data)
-                plain = digest(" ".join(text.lower().split()).encode())
-                row = (len(data), number, digest(data), plain, digest(plain_url(url).encode()))
-                for column, value in zip(columns.values(), row):
-                    column.append(value)
-                paths.append(url or record["path"])
-                special += any(name in text for name in special_tokens)
-    np.savez(f"{place}.npz", **{k: np.array(v, np.uint64) for k, v in columns.items()})
-    result = {"kept": len(paths), "skipped": skipped, "paths": paths, "special": special}
-    result["tallies"] = {name: tally.__dict__ for name, tally in tallies.items()}
-    model.write_json(f"{place}.json", result)
-    return tallies["read"].bytes[0]
+    if not os.path.exists(f"{place}.json"):
+        tallies, skipped, special = defaultdict(Tally), [], 0
+        tallies["read"].add()
+        with open(f"{place}.txt", "wb") as all_texts, open(f"{place}.rows", "wb") as all_rows:
+            for group in in_rounds(cleaned(unit, tallies, skipped), BATCH):
+                texts, rows = described(group, tallies)
+                all_texts.write("".join(texts).encode())
+                all_rows.write(rows.tobytes())
+                special += sum(any(name in text for name in special_tokens) for text in texts)
+        result = {"skipped": skipped, "special": special}
+        result["tallies"] = {name: vars(tally) for name, tally in tallies.items()}
+        model.write_json(f"{place}.json", result)
+    return model.read_json(f"{place}.json")["tallies"]["read"]["given"][1]
+
+
+def few_of(work, units, run, work_on, ending):
+    """The first units, in which there are max_documents documents, the last with the `limit` of its
+    own: no more is read."""
+    few, rest = [], max_documents
+    while run.main and rest > 0 and len(few) < len(units):
+        unit = units[len(few)]
+        few.append(unit | {"limit": rest, "name": f"{unit['name']}-{rest}"})
+        work_on(work, few[-1])
+        done = model.read_json(work / f"{few[-1]['name']}{ending}")
+        rest -= done["tallies"]["read"]["given"][0]
+    return wait(run, few)
 
 
 def texts_of(work, name, numbers):
     """Yield the texts with these numbers, in rising order, of what `clean` left of a unit."""
-    ends = np.cumsum(np.load(work / f"{name}.npz")["size"].astype(np.int64))
+    ends = np.cumsum(table(work / f"{name}.rows", row_kind())["size"].astype(np.int64))
     with open(work / f"{name}.txt", "rb") as file:
         for i in numbers:
             begin = int(ends[i - 1]) if i else 0
@@ -1162,146 +1184,124 @@ def texts_of(work, name, numbers):
             yield file.read(int(ends[i]) - begin).decode()
 
 
-def signatures_of(work, names, starts, numbers):
-    """The MinHash rows of these documents, sorted numbers among all: (len(numbers), …) uint16."""
-    rows = np.empty((len(numbers), PERMUTATIONS), np.uint16)
-    borders = np.searchsorted(numbers, starts)
-    for name, start, a, b in zip(names, starts, borders, borders[1:]):
-        if b > a:
-            table = np.memmap(work / f"{name}.sig", np.uint16, "r").reshape(-1, PERMUTATIONS)
-            rows[a:b] = table[numbers[a:b] - start]
-    return rows
+def starts_of(work, names):
+    """The number among all of each unit's first document, and at last how many there are."""
+    sizes = [os.path.getsize(work / f"{name}.rows") for name in names]
+    return np.cumsum([0, *sizes]) // row_kind().itemsize
 
 
-def find_near(work, key, names, band):
+def column(work, names, key):
+    """A column of all units' documents, in order: (N,) uint64."""
+    parts = (table(work / f"{name}.rows", row_kind()) for name in names)
+    return np.concatenate([part[key].copy() for part in parts])  # no file stays open
+
+
+def text_of(work, names, i):
+    """Document i of all."""
+    starts = starts_of(work, names)
+    unit = np.searchsorted(starts, i, side="right") - 1
+    return next(texts_of(work, names[unit], [i - starts[unit]]))
+
+
+def drop(here, names, tally, left, after, reason, begun):
+    """Count what a step left out, where of `left` (N,) bool it left `after`, which is returned."""
+    sizes, gone = column(here.parent, names, "size"), np.flatnonzero(left & ~after)
+    given, rest = ([int(some.sum()), int(sizes[some].sum())] for some in (left, after))
+    examples = [one_line(text_of(here.parent, names, i)) for i in gone[:3]]
+    reasons = {reason: [len(gone), examples]} if len(gone) else {}
+    tally.add(given, rest, time.perf_counter() - begun, reasons)
+    return after
+
+
+def compare(here, names):
+    """Drop documents whose URL or text came before, in any unit: {step: Tally} of all steps so far.
+    What is left is in left.npy."""
+    tallies = defaultdict(Tally)
+    for name in names:
+        for step, saved in model.read_json(here.parent / f"{name}.json")["tallies"].items():
+            tallies[step].add(**saved)
+    left = np.ones(starts_of(here.parent, names)[-1], bool)
+    for step in steps_of(("url", "exact")):
+        values, begun = column(here.parent, names, step), time.perf_counter()
+        live = np.flatnonzero(left & (values != digest(b"")))
+        after = left.copy()
+        after[np.delete(live, np.unique(values[live], return_index=True)[1])] = False
+        why = {"url": "the URL came before", "exact": "the text came before"}[step]
+        left = drop(here, names, tallies[step], left, after, why, begun)
+    np.save(here / "left.npy", left)
+    return tallies
+
+
+def find_near(here, names, band):
     """The pairs of near-duplicates that meet in a band: its first document with this key and the
-    others, if their signatures agree in near_threshold of all places; in work/<key>.near<band>."""
-    place = work / f"{key}.near{band}.npy"
-    if place.exists():
-        return 0
-    starts, stays = np.load(work / f"{key}.starts.npy"), np.load(work / f"{key}.left.npy")
-    rows, keys = band_shape(near_threshold)[1], []
-    for name, start, end in zip(names, starts, starts[1:]):
-        part = np.zeros(end - start, np.uint64)
-        if end > start:
-            table = np.memmap(work / f"{name}.sig", np.uint16, "r").reshape(-1, PERMUTATIONS)
-            for k in range(band * rows, band * rows + rows):
-                part = part * np.uint64(STEP) + table[:, k]
-        keys.append(part)
+    others, if their signatures agree in near_threshold of all places; in near<band>.npy."""
+    if (here / f"near{band}.npy").exists():
+        return
+    signatures = lambda name: table(here.parent / f"{name}.rows", row_kind())["signature"]
+    width, keys = band_shape(near_threshold)[1], []
+    for part in map(signatures, names):
+        keys.append(np.zeros(len(part), np.uint64))
+        for k in range(band * width, band * width + width):
+            keys[-1] = keys[-1] * np.uint64(STEP) + part[:, k]
     keys = np.concatenate(keys)
-    live = np.flatnonzero(stays & (keys > 0))  # 0: too short for a shingle
+    live = np.flatnonzero(np.load(here / "left.npy") & (keys > 0))  # 0: too short for a shingle
     order = live[np.argsort(keys[live], kind="stable")]
     new = np.diff(keys[order], prepend=np.uint64(0)) != 0
     heads = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
     pairs, found = np.stack([heads, order], 1)[~new], []
+    starts = starts_of(here.parent, names)
     for some in np.array_split(pairs, len(pairs) // 100_000 + 1):
         numbers, at = np.unique(some, return_inverse=True)
-        table, at = signatures_of(work, names, starts, numbers), at.reshape(-1, 2)
-        alike = (table[at[:, 0]] == table[at[:, 1]]).mean(1)
+        rows, at = np.empty((len(numbers), PERMUTATIONS), np.uint16), at.reshape(-1, 2)
+        borders = np.searchsorted(numbers, starts)
+        for name, start, a, b in zip(names, starts, borders, borders[1:]):
+            if b > a:
+                rows[a:b] = signatures(name)[numbers[a:b] - start]
+        alike = (rows[at[:, 0]] == rows[at[:, 1]]).mean(1)
         found.append(some[alike >= near_threshold])
-    with model.whole_file(place) as file:
+    with model.whole_file(here / f"near{band}.npy") as file:
         np.save(file, np.concatenate(found))
-    return 0
 
 
-EMPTY, ALL = digest(b""), 2**62
-
-
-def columns_of(work, names, key):
-    """A column of all units' documents, in order: (N,) uint64."""
-    return np.concatenate([np.load(work / f"{name}.npz")[key] for name in names])
-
-
-def tally_of(work, names, starts, sizes, before, after, reason):
-    """The Tally of a step that left out, of the documents `before` (N,) bool, all but `after`."""
-    numbers = np.flatnonzero(before & ~after)
-    examples = []
-    for i in numbers[:3]:
-        unit = np.searchsorted(starts, i, side="right") - 1
-        (text,) = texts_of(work, names[unit], [i - starts[unit]])
-        examples.append(" ".join(text[:160].split()))
-    count = lambda mask: (int(mask.sum()), int(sizes[mask].sum()))
-    (docs, size), (left, rest) = count(before), count(after)
-    reasons = {reason: [len(numbers), examples]} if len(numbers) else {}
-    return Tally(documents=[docs, left], bytes=[size, rest], reasons=reasons)
-
-
-def compare(work, key, names):
-    """Drop documents whose URL or text came before, in any unit: {step: Tally} of all steps so far,
-    a line each. What is left is in work/<key>.left.npy, the units' borders in <key>.starts.npy."""
-    done = [model.read_json(work / f"{name}.json") for name in names]
-    tallies = defaultdict(Tally)
-    for result in done:
-        for name, saved in result["tallies"].items():
-            tallies[name].add(Tally(**saved))
-    starts = np.cumsum([0, *(result["kept"] for result in done)])
-    sizes, left = columns_of(work, names, "size"), np.ones(starts[-1], bool)
-    if max_documents:
-        read = [
-            result["tallies"].get("read", {"documents": [0]})["documents"][0] for result in done
-        ]
-        before = np.repeat(np.cumsum([0, *read])[:-1], np.diff(starts))
-        left = before + columns_of(work, names, "number").astype(np.int64) < max_documents
-    for step in steps_of(("url", "exact")):
-        values, begun = columns_of(work, names, step), time.perf_counter()
-        live = np.flatnonzero(left & (values != EMPTY))
-        first = np.unique(values[live], return_index=True)[1]
-        after = left.copy()
-        after[np.delete(live, first)] = False
-        why = {"url": "the URL came before", "exact": "the text came before"}[step]
-        tallies[step] = tally_of(work, names, starts, sizes, left, after, why)
-        tallies[step].seconds, left = time.perf_counter() - begun, after
-    np.save(work / f"{key}.starts.npy", starts)
-    np.save(work / f"{key}.left.npy", left)
-    return tallies
-
-
-def settle(work, key, units, tallies):
-    """Drop near-duplicates and divide what is left: work/<key>.cuts.npy says for each document how
-    many of its characters are for training (ALL; 0: none; -1: it is left out). A document goes to
-    validation by its hash, so that it stays where it is when others are added; of a source of fewer
-    than 20 the last val_fraction of all characters does. Returns the sizes of near-duplicate
-    clusters, with the first document of each, the largest first."""
-    names = [unit["name"] for unit in units]
-    starts, left = np.load(work / f"{key}.starts.npy"), np.load(work / f"{key}.left.npy")
-    sizes, clusters = columns_of(work, names, "size"), []
+def settle(here, units, tallies):
+    """Drop near-duplicates and divide what is left: cuts.npy says for each document how many of its
+    characters are for training (ALL; 0: none; -1: it is left out). A document goes to validation by
+    its hash, so that it stays where it is when others are added; of a source of fewer than 20 the
+    last val_fraction of all characters does. Returns the sizes of near-duplicate clusters, with the
+    first document of each, the largest first."""
+    work, names = here.parent, [unit["name"] for unit in units]
+    starts, left, clusters = starts_of(work, names), np.load(here / "left.npy"), []
     if steps_of(["near"]):
         begun = time.perf_counter()
-        edges = [np.load(path) for path in sorted(work.glob(f"{key}.near*.npy"))]
-        label = joined(len(left), np.concatenate(edges))
-        after = left & (label == np.arange(len(left)))
-        tally = tally_of(work, names, starts, sizes, left, after, "a near-duplicate came before")
-        tally.seconds = tallies["near"].seconds + time.perf_counter() - begun
+        label = joined(len(left), np.concatenate([np.load(p) for p in here.glob("near*.npy")]))
         members = np.bincount(label[left], minlength=len(left))
         clusters = [(int(members[i]), int(i)) for i in np.flatnonzero(members > 1)]
-        tallies["near"], left = tally, after
-    hashes = columns_of(work, names, "hash")
-    cuts = np.where(hashes < np.uint64(val_fraction * 2**64), 0, ALL)
+        after = left & (label == np.arange(len(left)))
+        why = "a near-duplicate came before"
+        left = drop(here, names, tallies["near"], left, after, why, begun)
+    cuts = np.where(column(work, names, "hash") < np.uint64(val_fraction * 2**64), 0, ALL)
     cuts[~left] = -1
     for name in mixture():
-        mine = [i for i, unit in enumerate(units) if unit["source"] == name]
-        some = {i: starts[i] + np.flatnonzero(left[starts[i] : starts[i + 1]]) for i in mine}
-        if sum(map(len, some.values())) < 20:
-            texts = {}
-            for i, numbers in some.items():
-                texts |= zip(numbers, texts_of(work, names[i], numbers - starts[i]))
-            total = sum(map(len, texts.values()))
-            rest = total - round(total * val_fraction)  # characters that are for training
-            for number, text in texts.items():
-                cuts[number] = max(0, min(len(text), rest))
-                rest -= len(text)
-    np.save(work / f"{key}.cuts.npy", cuts)
+        of_it = np.repeat([unit["source"] == name for unit in units], np.diff(starts))
+        numbers = np.flatnonzero(left & of_it)
+        if len(numbers) < 20:
+            lengths = np.array([len(text_of(work, names, i)) for i in numbers], int)
+            total = int(lengths.sum())
+            training = total - round(total * val_fraction)  # characters
+            cuts[numbers] = np.clip(training - (np.cumsum(lengths) - lengths), 0, lengths)
+    np.save(here / "cuts.npy", cuts)
     return sorted(clusters, reverse=True)
 
 
-def chosen(work, key, names, i):
-    """Yield (split, number, hash, text) of the documents of unit i that stay, in order."""
-    begin, end = np.load(work / f"{key}.starts.npy")[i : i + 2]
-    cuts = np.load(work / f"{key}.cuts.npy", mmap_mode="r")[begin:end]
-    numbers, hashes = np.flatnonzero(cuts >= 0), np.load(work / f"{names[i]}.npz")["hash"]
-    for number, text in zip(numbers, texts_of(work, names[i], numbers)):
+def chosen(here, name, start):
+    """Yield (split, hash, text) of the documents of a unit that stay, in order; `start` is the
+    number of its first among all."""
+    hashes = table(here.parent / f"{name}.rows", row_kind())["hash"]
+    cuts = np.load(here / "cuts.npy", mmap_mode="r")[start : start + len(hashes)]
+    numbers = np.flatnonzero(cuts >= 0)
+    for number, text in zip(numbers, texts_of(here.parent, name, numbers)):
         parts = {"train": text[: cuts[number]], "val": text[cuts[number] :]}
-        yield from ((split, number, hashes[number], part) for split, part in parts.items() if part)
+        yield from ((split, hashes[number], part) for split, part in parts.items() if part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1689,8 +1689,9 @@ def show_tokens(tok, text):
 # --------------------------------------------------------------------------------------------------
 # Shards
 
-
 CUT = regex.compile(r"(?<=\S\n)(?=\p{L})")  # no split pattern has a piece that spans this
+SPLITS = ("train", "val")
+TOKENS = np.dtype([(name, "<u8") for name in ("tokens", "hash", "bytes")])  # of a document
 
 
 def pieces_of(text):
@@ -1702,33 +1703,33 @@ def pieces_of(text):
     yield text[at:]
 
 
-def count(work, key, names, fraction, i):
-    """{piece: count} of a sample, by hash, of unit i's training text."""
+def count(here, fraction, unit):
+    """{piece: count} of a sample, by hash, of a unit's training text; unit: (name, its start)."""
     drawn = (
-        text
-        for split, _, hashed, text in chosen(work, key, names, i)
+        model.normalize(text, normalizers())
+        for split, hashed, text in chosen(here, *unit)
         if split == "train" and int(mixed(hashed[None])[0]) < fraction * 2**64
     )
-    drawn = (model.normalize(text, normalizers()) for text in drawn)
     return count_pieces((PATTERNS[tokenizer], part) for text in drawn for part in pieces_of(text))
 
 
 @lru_cache(1)
 def finished(folder):
-    return model.Tokenizer.from_folder(folder)
+    tok = model.Tokenizer.from_folder(folder)
+    return tok, "<u4" if tok.n_vocab > 65536 else "<u2"
 
 
-def encode(work, key, names, i):
-    """Encode what stays of unit i: work/<key>.<i>.train and .val hold the tokens, .npz of every
-    document its tokens, hash and bytes. Returns bytes."""
-    place, tok = f"{work / key}.{i}", finished(work / f"{key}.tokenizer")
-    if not os.path.exists(f"{place}.npz"):
-        kind = "<u4" if tok.n_vocab > 65536 else "<u2"
+def encode(here, job):
+    """Encode what stays of unit i: <i>.train and <i>.val hold the tokens, <i>.npz the TOKENS of
+    each document. Returns bytes."""
+    i, *unit = job
+    tok, kind = finished(here / "tokenizer")
+    if not (here / f"{i}.npz").exists():
         rows = {"train": [], "val": []}
-        with open(f"{place}.train", "wb") as train, open(f"{place}.val", "wb") as val:
+        with open(here / f"{i}.train", "wb") as train, open(here / f"{i}.val", "wb") as val:
             parts = (
                 (split, hashed, j == 0, part)
-                for split, _, hashed, text in chosen(work, key, names, i)
+                for split, hashed, text in chosen(here, *unit)
                 for j, part in enumerate(pieces_of(text))
             )
             for group in in_rounds(parts, BATCH):
@@ -1737,122 +1738,113 @@ def encode(work, key, names, i):
                     file = train if split == "train" else val
                     if first:
                         file.write(np.array([tok.eot_id], kind))
-                        rows[split].append([1, hashed, 0])
+                        rows[split].append((1, hashed, 0))
                     file.write(ids.astype(kind))
-                    rows[split][-1][0] += len(ids)
-                    rows[split][-1][2] += len(text.encode())
-        with model.whole_file(f"{place}.npz") as file:
-            np.savez(file, **{s: np.array(r, np.uint64).reshape(-1, 3) for s, r in rows.items()})
-    return sum(int(part[:, 2].sum()) for part in np.load(f"{place}.npz").values())
+                    n, _, size = rows[split][-1]
+                    rows[split][-1] = (n + len(ids), hashed, size + len(text.encode()))
+        with model.whole_file(here / f"{i}.npz") as file:
+            np.savez(file, **{split: np.array(some, TOKENS) for split, some in rows.items()})
+    return sum(int(some["bytes"].sum()) for some in np.load(here / f"{i}.npz").values())
 
 
-def layout(work, key, units):
-    """What the shards hold and its numbers: ({split: [(unit, its split, hash limit)]}, meta).
-    A mix takes each source as often as its share wants: whole first, then the documents with the
-    lowest hashes. Its val keeps the shares, without repeats; val.<source> is all of a source's."""
-    tables = [dict(np.load(work / f"{key}.{i}.npz")) for i in range(len(units))]
-    everything, plans, meta = range(len(units)), {}, {}
-    rows = lambda split, some: np.concatenate([tables[i][split] for i in some])
-    for split in ("train", "val"):
-        plans[split] = [(i, split, None) for i in everything]
-        table = rows(split, everything)
-        meta[split] = {"documents": len(table), "bytes": int(table[:, 2].sum())}
+def layout(units, documents):
+    """What the shards hold: ({split: [(unit, its split, hash limit)]}, {source: {split: numbers}}),
+    where `documents` are the TOKENS of each unit, {split: (n,)}. A mix takes each source as often
+    as its share wants: whole first, then the documents with the lowest hashes. Its val keeps the
+    shares, without repeats; val.<source> is all of a source's."""
+    everything = range(len(units))
     if sources is None:
-        return plans, meta
-    meta["sources"] = {name: {} for name in sources}
-    weights = {name: weight for name, (weight, _) in mixture().items()}
-    mine = {name: [i for i in everything if units[i]["source"] == name] for name in weights}
-    for split in ("train", "val"):
-        tokens = {name: int(rows(split, some)[:, 0].sum()) for name, some in mine.items()}
-        live = {name: w for name, w in weights.items() if tokens[name]}
-        if split == "train" and len(live) < len(weights):
-            raise UserError(f"sources: no text for training in {set(weights) - set(live)}")
-        shares = {name: w / sum(live.values()) for name, w in live.items()}
-        total = min((tokens[name] / share for name, share in shares.items()), default=0)
-        total = total if split == "val" else mix_tokens or sum(tokens.values())
+        return {split: [(i, split, MOST) for i in everything] for split in SPLITS}, {}
+    plans, told = {}, {name: {} for name in sources}
+    mine = {name: [i for i in everything if units[i]["source"] == name] for name in sources}
+    for split in SPLITS:
+        rows = {name: [documents[i][split] for i in some] for name, some in mine.items()}
+        rows = {name: np.concatenate([np.empty(0, TOKENS), *rows[name]]) for name in sources}
+        tokens = {name: int(rows[name]["tokens"].sum()) for name in sources if len(rows[name])}
+        if split == "train" and (missing := [name for name in sources if name not in tokens]):
+            raise UserError(f"sources: no text for training in {', '.join(missing)}")
+        weights = {name: weight for name, (weight, _) in mixture().items() if name in tokens}
+        shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        total = mix_tokens or sum(tokens.values())
+        if split == "val":
+            total = min((tokens[name] / share for name, share in shares.items()), default=0)
         plans[split] = []
         for name, share in shares.items():
-            table, wanted = rows(split, mine[name]), round(total * share)
+            wanted = round(total * share)
             copies, rest = divmod(wanted, tokens[name])
-            plans[split] += [(i, split, None) for i in mine[name]] * copies
-            order = np.argsort(table[:, 1], kind="stable")
-            last = order[np.searchsorted(np.cumsum(table[order, 0]), rest)] if rest else None
-            plans[split] += [(i, split, table[last, 1]) for i in mine[name] if rest]
-            numbers = {"share": share, "tokens": tokens[name], "epochs": wanted / tokens[name]}
-            meta["sources"][name][split] = numbers
+            plans[split] += [(i, split, MOST) for i in mine[name]] * copies
+            if rest:
+                order = rows[name][np.argsort(rows[name]["hash"], kind="stable")]
+                limit = order["hash"][np.searchsorted(np.cumsum(order["tokens"]), rest)]
+                plans[split] += [(i, split, limit) for i in mine[name]]
+            epochs = wanted / tokens[name]
+            told[name][split] = {"share": share, "tokens": tokens[name], "epochs": epochs}
             if split == "val":
-                plans[f"val.{name}"] = [(i, "val", None) for i in mine[name]]
-    return plans, meta
+                plans[f"val.{name}"] = [(i, "val", MOST) for i in mine[name]]
+    return plans, told
 
 
-def shard_jobs(work, key, plans):
-    """Cut every split into shards of shard_tokens: ({split: [names]}, {split: tokens}, jobs)."""
-    names, totals, jobs = {}, {}, []
-    for split, plan in plans.items():
-        places, at = [], 0
-        for i, kind, limit in plan:
-            with np.load(work / f"{key}.{i}.npz") as tables:
-                table = tables[kind]
-            n = int(table[table[:, 1] <= (ALL * 4 - 1 if limit is None else limit), 0].sum())
-            places.append((i, kind, limit, at, at + n))
-            at += n
-        names[split], totals[split] = [], at
-        for begin in range(0, at, shard_tokens):
-            end = min(at, begin + shard_tokens)
-            names[split].append(f"{split}_{begin // shard_tokens:06d}.bin")
-            parts = [p for p in places if p[3] < end and p[4] > max(begin, p[3])]
-            jobs.append((names[split][-1], parts, begin, end))
-    return names, totals, jobs
+def shard_jobs(plans, documents):
+    """Cut every split into shards of shard_tokens: ({split: its numbers}, jobs)."""
+
+    @cache
+    def totals(i, split, limit):
+        rows = documents[i][split]
+        rows = rows[rows["hash"] <= limit]
+        return len(rows), int(rows["bytes"].sum()), int(rows["tokens"].sum())
+
+    meta, jobs = {}, []
+    for split, parts in plans.items():
+        numbers = np.array([totals(*part) for part in parts], np.int64).reshape(-1, 3)
+        meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers.sum(0).tolist()))
+        ends = np.cumsum(numbers[:, 2])
+        starts, meta[split]["shards"] = ends - numbers[:, 2], []
+        for begin in range(0, meta[split]["tokens"], shard_tokens):
+            end = min(begin + shard_tokens, meta[split]["tokens"])
+            some = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(starts, end))
+            name = f"{split}_{begin // shard_tokens:06d}.bin"
+            meta[split]["shards"].append(name)
+            jobs.append((name, parts[some], starts[some], begin, end))
+    return meta, jobs
 
 
-def write_shard(work, key, job):
+def write_shard(here, job):
     """Write one shard in llm.c's format: the tokens from `begin` to `end` of its split."""
-    name, parts, begin, end = job
-    wide = finished(work / f"{key}.tokenizer").n_vocab > 65536
-    kind, head = ("<u4", (20240801, 7)) if wide else ("<u2", (20240520, 1))
-    if not (work / f"{key}.{name}").exists():
-        with model.whole_file(work / f"{key}.{name}") as file:
+    name, parts, starts, begin, end = job
+    kind = finished(here / "tokenizer")[1]
+    head = (20240801, 7) if kind == "<u4" else (20240520, 1)
+    if not (here / name).exists():
+        with model.whole_file(here / name) as file:
             file.write(np.array([*head, end - begin, *[0] * 253], "<i4"))
-            for i, split, limit, first, _ in parts:
-                tokens = np.memmap(work / f"{key}.{i}.{split}", kind, "r")
-                if limit is not None:
-                    table = np.load(work / f"{key}.{i}.npz")[split]
-                    tokens = tokens[np.repeat(table[:, 1] <= limit, table[:, 0].astype(np.int64))]
-                file.write(tokens[max(0, begin - first) : end - first])
-    return 2 * (end - begin)
+            for (i, split, limit), start in zip(parts, starts):
+                tokens = table(here / f"{i}.{split}", kind)
+                if limit < MOST:
+                    rows = np.load(here / f"{i}.npz")[split]
+                    tokens = tokens[np.repeat(rows["hash"] <= limit, rows["tokens"].astype(int))]
+                file.write(tokens[max(0, begin - start) : end - start])
 
 
-def commit(folder, work, key, tok, meta, more=()):
-    """Make the finished files in `work`, shards named <key>.<name>, the dataset. meta.json goes
-    first and comes last: a folder without it is no dataset, so that a process killed in between
-    leaves nothing that loads."""
-    kept = {
-        k: v for k, v in settings(globals()).items() if k not in ("threads", "device", "report")
-    }
+def commit(folder, here, tok, meta, more=()):
+    """Make the finished files in `here` the dataset. meta.json goes first and comes last: a folder
+    without it is no dataset, so that a process killed in between leaves nothing that loads."""
+    aside = ("threads", "device", "report")
+    kept = {key: value for key, value in settings(globals()).items() if key not in aside}
+    splits = {key: value for key, value in meta.items() if key.partition(".")[0] in SPLITS}
     meta = {"settings": kept, "n_vocab": tok.n_vocab} | meta
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
-        model.write_json(work / name, value)
-    shown = [split for split in meta if isinstance(meta[split], dict) and "tokens" in meta[split]]
+        model.write_json(here / name, value)
     (folder / "meta.json").unlink(missing_ok=True)
-    for pattern in (
-        "train_*.bin",
-        "val_*.bin",
-        "val.*.bin",
-        "*_train.jsonl",
-        "*_val.jsonl",
-        "report.md",
-    ):
-        for old in folder.glob(pattern):
-            old.unlink()
-    for name in chain.from_iterable(meta[split]["shards"] for split in shown):
-        os.replace(work / f"{key}.{name}", folder / name)
-    for name in [*more, *texts]:
-        os.replace(work / name, folder / name)
-    shutil.rmtree(work)
-    for split in shown:
-        numbers = ", ".join(f"{n:,} {k}" for k, n in meta[split].items() if k != "shards")
-        print(f"{split}: {numbers}")
+    old = [f"{name}_{split}.jsonl" for name in TASKS for split in SPLITS]
+    for pattern in ("train_*.bin", "val_*.bin", "val.*.bin", "report.md", *old):
+        for path in folder.glob(pattern):
+            path.unlink()
+    shard_names = chain.from_iterable(numbers["shards"] for numbers in splits.values())
+    for name in [*shard_names, *more, *texts]:
+        os.replace(here / name, folder / name)
+    for split, numbers in splits.items():
+        told = ", ".join(f"{n:,} {key}" for key, n in numbers.items() if key != "shards")
+        print(f"{split}: {told}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1881,32 +1873,33 @@ def functions_of(files):
             yield row | {"split_by": share}
 
 
-def first_of(record, *names):
+ASK, MORE = ("instruction", "prompt", "question"), ("input", "context")
+ANSWER = ("output", "response", "completion", "answer", "chosen")
+TEXT, LABEL = ("text", "sentence", "content", "review"), ("label", "category", "class")
+PAIRS = [("source", "target"), ("document", "summary"), ("article", "highlights")]
+PAIRS += [("text", "summary"), ("instruction", "output"), ("input", "output")]
+PAIRS += [("question", "answer"), ("prompt", "completion")]
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+
+
+def first_of(record, names):
     """The first of these fields that is a text with something in it, or ""."""
     found = (record.get(name) for name in names)
     return next((text for text in found if isinstance(text, str) and text.strip()), "")
 
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
-
-
 def turns(value):
     """Messages of [{"role", "content"}] or ShareGPT's [{"from", "value"}]."""
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(turn, dict) for turn in value)
-    ):
+    if not isinstance(value, list) or not value or {type(turn) for turn in value} != {dict}:
         raise Reject("messages are no list of turns")
     result = []
     for turn in value:
         role = ROLES.get(turn.get("role", turn.get("from")))
+        reject_if(role is None, "a role that is none of system, user, assistant, tool")
         content = turn.get("content", turn.get("value"))
-        if role is None:
-            raise Reject("a role that is none of system, user, assistant, tool")
-        if not isinstance(content, str) or not content.strip():
-            raise Reject("a turn without text")
+        empty = not isinstance(content, str) or not content.strip()
+        reject_if(empty, "a turn without text")
         result.append({"role": role, "content": content})
     return result
 
@@ -1916,22 +1909,19 @@ def asked(r):
     `system` and `history` [[user, assistant], ...] as LLaMA-Factory has them."""
     if isinstance(r.get("prompt"), list):
         return turns(r["prompt"])
-    ask, more = first_of(r, "instruction", "prompt", "question"), first_of(r, "input", "context")
-    if not ask:
-        raise Reject("no messages, instruction, prompt or question")
-    before = [{"role": "system", "content": first_of(r, "system")}] if first_of(r, "system") else []
+    ask, more = first_of(r, ASK), first_of(r, MORE)
+    reject_if(not ask, "no messages, instruction, prompt or question")
+    said = [("system", first_of(r, ["system"]))] if first_of(r, ["system"]) else []
     for user, assistant in r.get("history") or []:
-        before += turns(
-            [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-        )
-    return [*before, {"role": "user", "content": f"{ask}\n\n{more}" if more else ask}]
+        said += [("user", user), ("assistant", assistant)]
+    said.append(("user", f"{ask}\n\n{more}" if more else ask))
+    return turns([{"role": role, "content": content} for role, content in said])
 
 
 def answer_of(value):
     """The text of an answer: a string, or messages that end with it."""
     text = turns(value)[-1]["content"] if isinstance(value, list) else value
-    if not isinstance(text, str) or not text.strip():
-        raise Reject("an empty answer")
+    reject_if(not isinstance(text, str) or not text.strip(), "an empty answer")
     return text
 
 
@@ -1939,11 +1929,10 @@ def as_sft(r):
     if (said := r.get("messages", r.get("conversations"))) is not None:
         messages = turns(said)
     else:
-        names = ("output", "response", "completion", "answer", "chosen")
-        answer = next((r[name] for name in names if r.get(name)), None)
+        answer = next((r[name] for name in ANSWER if r.get(name)), None)
         messages = [*asked(r), {"role": "assistant", "content": answer_of(answer)}]
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise Reject("the last turn is not the assistant's")
+    wrong = messages[-1]["role"] != "assistant" or len(messages) < 2
+    reject_if(wrong, "the last turn is not the assistant's")
     return {"messages": messages}
 
 
@@ -1951,106 +1940,93 @@ def as_preference(r):
     chosen, rejected = r.get("chosen"), r.get("rejected")
     if isinstance(chosen, str) and "\n\nAssistant:" in chosen and isinstance(rejected, str):  # HH
         cut = len(os.path.commonprefix([chosen, rejected]))
-        cut = chosen.rfind("\n\nAssistant:", 0, cut + 1) + len("\n\nAssistant:")
-        parts = re.split(r"\n\n(Human|Assistant): ?", chosen[:cut].removesuffix("\n\nAssistant:"))
-        pairs = zip(parts[1::2], parts[2::2])
-        said = [
-            {"role": {"Human": "user"}.get(who, "assistant"), "content": text}
-            for who, text in pairs
-        ]
+        cut = chosen.rfind("\n\nAssistant:", 0, cut)
+        reject_if(cut < 0, "chosen and rejected do not answer the same")
+        said = re.split(r"\n\n(Human|Assistant): ?", chosen[:cut])
+        said = [{"from": who.lower(), "value": text} for who, text in zip(said[1::2], said[2::2])]
+        cut += len("\n\nAssistant:")
         prompt, chosen, rejected = turns(said), chosen[cut:].strip(), rejected[cut:].strip()
-    elif (
-        isinstance(chosen, list)
-        and not first_of(r, "instruction", "prompt", "question")
-        and not r.get("prompt")
-    ):
+    elif isinstance(chosen, list) and not first_of(r, ASK) and not r.get("prompt"):
         prompt = turns(chosen)[:-1]
     else:
         prompt = asked(r)
     chosen, rejected = answer_of(chosen), answer_of(rejected)
-    if chosen == rejected:
-        raise Reject("chosen and rejected are the same")
+    reject_if(not prompt, "no messages, instruction, prompt or question")
+    reject_if(chosen == rejected, "chosen and rejected are the same")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def as_classify(r):
-    label = next((r[k] for k in ("label", "category", "class") if r.get(k) is not None), None)
-    text = first_of(r, "text", "sentence", "content", "review")
-    if not text or not isinstance(label, (str, int)) or not str(label).strip():
-        raise Reject("no text or no label")
+    text, label = first_of(r, TEXT), next((r[k] for k in LABEL if r.get(k) is not None), None)
+    known = text and isinstance(label, (str, int)) and str(label).strip()
+    reject_if(not known, "no text or no label")
     return {"text": text, "label": str(label)}
 
 
 def as_seq2seq(r):
-    for a, b in PAIRS:
-        if first_of(r, a) and first_of(r, b):
-            return {"source": first_of(r, a), "target": first_of(r, b)}
+    for pair in PAIRS:
+        source, target = (first_of(r, [name]) for name in pair)
+        if source and target:
+            return {"source": source, "target": target}
     raise Reject("no source and target, nor another known pair of fields")
 
 
-PAIRS = [
-    ("source", "target"),
-    ("document", "summary"),
-    ("article", "highlights"),
-    ("text", "summary"),
-]
-PAIRS += [("instruction", "output"), ("input", "output"), ("question", "answer")]
-PAIRS += [("prompt", "completion")]
 TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
 
 
-def convert(work, wanted, unit):
-    """The records of a unit as rows of the wanted tasks, in work/<name>.rows.json: {task: [(hash to
+def convert(wanted, work, unit):
+    """The records of a unit as rows of the wanted tasks, in <unit>.tasks.json: {task: [(hash to
     split by, row)]}, and the tallies of the bad ones."""
-    place = work / f"{unit['name']}.rows.json"
+    place = work / f"{unit['name']}.tasks.json"
     if not place.exists():
         rows, tallies, broken = defaultdict(list), defaultdict(Tally), []
-        found = islice(records(unit, [], broken), max_documents)
+        found = list(islice(records(unit, [], broken), unit.get("limit")))
+        tallies["read"].add([len(found), 0])
         for record in functions_of(found) if source == "python" else found:
             for name in wanted:
-                if name == "classify" and record.get("label") == "":
+                if source == "python" and name == "classify" and not record["label"]:
                     continue  # a module that is in no package
-                reason = None
+                text = json.dumps(record, default=str)
                 try:
                     row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                    share = record.get("split_by") or digest(row.encode(errors="replace"))
-                    rows[name].append((share, row))
+                    hashed = digest(row.encode(errors="replace"))
+                    hashed = record["split_by"] if source == "python" else hashed
+                    rows[name].append((hashed, row))
+                    tallies[name].count(text, text)
                 except (Reject, ValueError, TypeError, AttributeError) as why:
                     reason = str(why) if isinstance(why, Reject) else "fields of another type"
-                text = json.dumps(record, default=str)
-                tallies[name].count(text, text, reason)
-        for name, line in ((name, line) for name in wanted for line in broken):
-            tallies[name].count(line, line, "no JSON object")
-        tallies = {name: tally.__dict__ for name, tally in tallies.items()}
+                    tallies[name].count(text, text, reason)
+        for name in wanted:
+            for line in broken:
+                tallies[name].count(line, line, "no JSON object")
+        tallies = {name: vars(tally) for name, tally in tallies.items()}
         model.write_json(place, {"rows": rows, "tallies": tallies})
     return sum(end - begin for _, begin, end, *_ in unit["files"])
 
 
-def build_tasks(run, work, pool, units, wanted):
+def build_tasks(run, here, pool, units, wanted):
     """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {name: rows}."""
     made = {}
-    if wanted:
-        each(partial(convert, work, wanted), units, run, pool, "converting")
+    each(partial(convert, wanted, here.parent), units, run, pool, "converting")
     for name in wanted if run.main else ():
         tally, rows = Tally(), {}
         for unit in units:
-            result = model.read_json(work / f"{unit['name']}.rows.json")
-            tally.add(Tally(**result["tallies"].get(name, {})))
+            result = model.read_json(here.parent / f"{unit['name']}.tasks.json")
+            tally.add(**result["tallies"].get(name, {}))
             rows |= {row: hashed for hashed, row in result["rows"].get(name, [])}
         for reason, (n, examples) in tally.reasons.items():
             print(f"{name}: {n:,} bad records: {reason}, such as {examples[0]}")
-        if tally.documents[1] > len(rows):
-            print(f"{name}: {tally.documents[1] - len(rows):,} records came before, word for word")
+        if tally.left[0] > len(rows):
+            print(f"{name}: {tally.left[0] - len(rows):,} records came before, word for word")
         if not rows and task:
-            shutil.rmtree(work)
-            raise UserError(f"--source={source}: no record for --task={task} in it")
+            raise Nothing(f"--source={source}: no record for --task={task} in it")
         last = list(rows)[len(rows) - round(len(rows) * val_fraction) :]
         last = last if len(rows) < 20 else [r for r, h in rows.items() if h < val_fraction * 2**64]
         last = set(last)
-        for split in ("train", "val"):
+        for split in SPLITS:
             some = [row for row in rows if (row in last) == (split == "val")]
             made[f"{name}_{split}.jsonl"] = len(some)
-            with model.whole_file(work / f"{name}_{split}.jsonl") as file:
+            with model.whole_file(here / f"{name}_{split}.jsonl") as file:
                 file.write("".join(row + "\n" for row in some).encode(errors="replace"))
     return made
 
@@ -2059,158 +2035,151 @@ def build_tasks(run, work, pool, units, wanted):
 # Putting it together
 
 
+class Nothing(UserError):
+    """The sources hold nothing of use: what was made of them is not kept either."""
+
+
 def adopt(values):
     """Start a working process: the settings, one thread, and an end with the process it serves."""
     globals().update(values)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: it ends, without a word
     with suppress(Exception):  # Linux alone
         ctypes.CDLL(None).prctl(1, 9)
 
 
 def each(f, items, run, pool, what=None):
-    """[f(item)] for this rank's share of the items, on several processes; f returns the bytes that
-    it did. The ranks leave together."""
-    mine, results, show, begun = (
-        items[run.rank :: run.world],
-        [],
-        model.Progress(),
-        time.monotonic(),
-    )
-    for result in (pool if len(mine) > 1 else map)(f, mine):
-        results.append(result)
+    """Run f, which may return the bytes that it did, on this rank's share of the items, on several
+    processes. The ranks leave together."""
+    mine, show, begun, done = items[run.rank :: run.world], model.Progress(), time.monotonic(), 0
+    for n, size in enumerate((pool if len(mine) > 1 else map)(f, mine), 1):
+        done += size or 0
         if what and run.main:
-            done = sum(results)
             rate = done / 1e6 / max(time.monotonic() - begun, 1e-9)
-            n = f"{len(results)} of {len(mine)} parts"
-            show(
-                f"{what}: {n}, {done / 1e6:,.1f} MB, {rate:,.1f} MB/s",
-                last=len(results) == len(mine),
-            )
+            told = f"{n} of {len(mine)} parts, {done / 1e6:,.1f} MB, {rate:,.1f} MB/s"
+            show(f"{what}: {told}", last=n == len(mine))
     wait(run)
-    return results
 
 
-def use_fineweb(folder, work):
-    """Download FineWeb shards that are tokenized already, as they are."""
+def use_fineweb(run, folder, here):
+    """Download FineWeb shards that are tokenized already, as they are; each rank its share."""
     global tokenizer
     tokenizer = "gpt2"  # whatever was asked: it made them
-    tok, meta, kept = finished_tokenizer(), {}, KEPT / "fineweb10B"
-    for split, numbers in {"val": [0], "train": range(1, (shards or 103) + 1)}.items():
-        meta[split] = {"tokens": 0, "shards": [f"{split}_{i:06d}.bin" for i in numbers]}
-        for name in meta[split]["shards"]:
-            path = download(f"{FINEWEB}fineweb_{name}", kept / name)
-            header = np.fromfile(path, "<i4", 3).tolist()
-            if header[:2] != [20240520, 1] or path.stat().st_size != 1024 + 2 * header[-1]:
-                path.unlink()
-                raise UserError(f"{path}: removed: not the token shard that was expected")
-            meta[split]["tokens"] += header[-1]
-    for name in meta["train"]["shards"] + meta["val"]["shards"]:
-        place = work / f"fineweb.{name}"
-        place.unlink(missing_ok=True)
-        try:
-            os.link(kept / name, place)  # the same bytes on the disk, not a copy
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(kept / name, place)
-    commit(folder, work, "fineweb", tok, meta)
-
-
-def learn_tokenizer(work, key, names, pool):
-    """Train the tokenizer on the training text, or on a sample of it by hash."""
-    cuts, sizes = np.load(work / f"{key}.cuts.npy"), columns_of(work, names, "size")
-    part, counts = tokenizer_bytes / max(int(sizes[cuts > 0].sum()), 1), Counter()
-    for some in pool(partial(count, work, key, names, part), range(len(names))):
-        counts.update(some)
-    return train_tokenizer(tokenizer, counts, vocab_size, model.Progress())
-
-
-def few_units(work, units, run):
-    """The first units, in which there are max_documents documents: no more of them is read."""
-    if run.main:
-        n = read = 0
-        while n < len(units) and read < max_documents:
-            clean(work, units[n])
-            tallies = model.read_json(work / f"{units[n]['name']}.json")["tallies"]
-            read += tallies.get("read", {"documents": [0]})["documents"][0]
-            n += 1
-        model.write_json(work / "few.json", {"units": n})
+    if (shards or 1) > FINEWEB_SHARDS:
+        raise UserError(f"shards={shards}: expected up to {FINEWEB_SHARDS}")
+    tok, numbers = finished_tokenizer(), range(1, (shards or FINEWEB_SHARDS) + 1)
+    names = {"train": [f"train_{i:06d}.bin" for i in numbers], "val": ["val_000000.bin"]}
+    for name in (names["val"] + names["train"])[run.rank :: run.world]:
+        read_fineweb(name)
     wait(run)
-    return units[: model.read_json(work / "few.json")["units"]]
+    if not run.main:
+        return
+    meta = {}
+    for split, some in names.items():
+        meta[split] = {"tokens": sum(map(read_fineweb, some)), "shards": some}
+    here.mkdir(exist_ok=True)
+    for name in names["val"] + names["train"]:
+        (here / name).unlink(missing_ok=True)
+        try:
+            os.link(KEPT / "fineweb10B" / name, here / name)  # the same bytes on the disk, no copy
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(KEPT / "fineweb10B" / name, here / name)
+    commit(folder, here, tok, meta)
+
+
+def read_fineweb(name):
+    """Download a shard of FineWeb: how many tokens it has."""
+    path = download(f"{FINEWEB}fineweb_{name}", KEPT / "fineweb10B" / name)
+    header = np.fromfile(path, "<i4", 3).tolist()
+    if header[:2] != [20240520, 1] or path.stat().st_size != 1024 + 2 * header[-1]:
+        path.unlink()
+        raise UserError(f"{path}: removed: not the token shard that was expected")
+    return header[-1]
+
+
+def learn_tokenizer(here, units, pool):
+    """Train the tokenizer on the training text, or on a sample of it by hash."""
+    cuts = np.load(here / "cuts.npy")
+    sizes = column(here.parent, [name for name, _ in units], "size")
+    fraction, counts = tokenizer_bytes / max(int(sizes[cuts > 0].sum()), 1), Counter()
+    for some in pool(partial(count, here, fraction), units):
+        counts.update(some)
+    tok = train_tokenizer(tokenizer, counts, vocab_size, model.Progress())
+    if tokenizer != "char" and tok.n_vocab < vocab_size:
+        print("the tokenizer is smaller than vocab_size: the text has no more to offer")
+    return tok
 
 
 def build(run, folder, work, pool):
     """From the sources to the shards. Every rank does its share of a step, and all go on together;
     what needs every result at once is rank 0's."""
-    say = print if run.main else lambda line: None
     tok, units = finished_tokenizer(), plan(run)
     if not units:
-        raise UserError(f"--source={source}: no text for training in it")
-    units = few_units(work, units, run) if max_documents else units
+        raise Nothing(f"--source={source}: no text for training in it")
+    if max_documents:
+        units = few_of(work, units, run, clean, ".json")
     each(partial(clean, work), units, run, pool, "reading")
     names = [unit["name"] for unit in units]
-    key = f"{digest(''.join(names).encode()):016x}"
-    place = work / f"{key}.tokenizer"
+    here = work / f"{digest(''.join(names).encode()):016x}"
     if run.main:
-        tallies = compare(work, key, names)
+        here.mkdir(exist_ok=True)
+        tallies = compare(here, names)
     wait(run)
     if steps_of(["near"]):
         bands = range(band_shape(near_threshold)[0])
-        each(partial(find_near, work, key, names), bands, run, pool)
+        each(partial(find_near, here, names), bands, run, pool)
+    starts = starts_of(work, names).tolist()
     if run.main:
-        clusters = settle(work, key, units, tallies)
+        clusters = settle(here, units, tallies)
         order = ["read", *steps_of(STEPS), "decontaminate", *LAST]
         tallies = {name: tallies[name] for name in order if name in tallies}
         for name, tally in tallies.items():
-            say(tally.line(name))
+            print(tally.line(name))
         notes = [model.read_json(work / f"{name}.json") for name in names]
-        skipped = [path for note in notes for path in note["skipped"]]
+        skipped = list(dict.fromkeys(path for note in notes for path in note["skipped"]))
         if skipped:
-            say(f"skipped {len(skipped)} files that are not UTF-8, such as {skipped[0]}")
+            print(f"skipped {len(skipped)} files that are not UTF-8, such as {skipped[0]}")
         if special := sum(note["special"] for note in notes):
-            say(f"{special} documents hold the name of a special token: it is taken as text")
-        if not (np.load(work / f"{key}.cuts.npy") > 0).any():
-            shutil.rmtree(work)
-            raise UserError(f"--source={source}: no text for training in it")
-        if tok is None:
-            tok = learn_tokenizer(work, key, names, pool)
-            if tokenizer != "char" and tok.n_vocab < vocab_size:
-                say("the tokenizer is smaller than vocab_size: the text has no more to offer")
-        say(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
-        place.mkdir(exist_ok=True)
-        model.write_json(place / "tokenizer_config.json", tok.config)
-        model.write_json(place / "tokenizer.json", tok.spec)
+            print(f"{special} documents hold the name of a special token: it is taken as text")
+        if not (np.load(here / "cuts.npy") > 0).any():
+            raise Nothing(f"--source={source}: no text for training in it")
+        tok = tok or learn_tokenizer(here, list(zip(names, starts)), pool)
+        print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
+        (here / "tokenizer").mkdir(exist_ok=True)
+        model.write_json(here / "tokenizer/tokenizer_config.json", tok.config)
+        model.write_json(here / "tokenizer/tokenizer.json", tok.spec)
     wait(run)
-    each(partial(encode, work, key, names), range(len(units)), run, pool, "encoding")
-    plans, meta = layout(work, key, units)
-    shard_names, tokens, jobs = shard_jobs(work, key, plans)
-    each(partial(write_shard, work, key), jobs, run, pool)
-    sets = build_tasks(run, work, pool, units, TASKS if source == "python" else [])
+    jobs = list(zip(range(len(names)), names, starts))
+    each(partial(encode, here), jobs, run, pool, "encoding")
+    documents = [dict(np.load(here / f"{i}.npz")) for i in range(len(names))]
+    plans, mix = layout(units, documents)
+    meta, jobs = shard_jobs(plans, documents)
+    each(partial(write_shard, here), jobs, run, pool)
+    sets = build_tasks(run, here, pool, units, TASKS) if source == "python" else {}
     if run.main:
-        for split in plans:
-            numbers = {"tokens": tokens[split], "shards": shard_names[split]}
-            meta[split] = meta.get(split, {}) | numbers
-        hashes = columns_of(work, names, "hash")
-        meta |= {"source_sha256": hashlib.sha256(hashes.tobytes()).hexdigest(), "skipped": skipped}
+        hashes = hashlib.sha256(column(work, names, "hash").tobytes()).hexdigest()
+        more = {"sources": mix} if sources else {}
+        meta |= more | {"source_sha256": hashes, "skipped": skipped}
         if report:
-            write_report(work, key, names, tallies, clusters, meta)
-        commit(folder, work, key, tok, meta, [*sets, *["report.md"][:report]])
+            write_report(here, names, tallies, clusters, meta)
+        commit(folder, here, tok, meta, [*sets, *["report.md"][:report]])
 
 
-def write_report(work, key, names, tallies, clusters, meta):
+def write_report(here, names, tallies, clusters, meta):
     """report.md: what every step took and left, why, and what is left now."""
-    row = lambda *cells: "| " + " | ".join(str(cell) for cell in cells) + " |"
-    number = lambda n: f"{n:,}"
-    plain = lambda text: " ".join(text.replace("`", "'").split())
+    shown = lambda cell: f"{cell:,}" if isinstance(cell, int) else cell
+    row = lambda *cells: "| " + " | ".join(map(shown, cells)) + " |"
+    quoted = lambda text: "`" + text.replace("`", "'") + "`"
     lines = [f"# data/{dataset}", "", f"Source: {sources or source}. Steps: {steps}.", ""]
     lines += [row("step", "documents in", "out", "bytes in", "out"), row(*["---"] * 5)]
     for name, tally in tallies.items():
-        lines.append(row(name, *map(number, [*tally.documents, *tally.bytes])))
+        lines.append(row(name, *chain.from_iterable(zip(tally.given, tally.left))))
     lines += ["", "## What was left out, and why", ""]
     for name, tally in tallies.items():
         for reason, (n, examples) in sorted(tally.reasons.items(), key=lambda item: -item[1][0]):
             lines += [f"**{name}: {reason}**: {n:,} documents", ""]
-            lines += [f"- `{plain(example)}`" for example in examples] + [""]
-    cuts, sizes = np.load(work / f"{key}.cuts.npy"), columns_of(work, names, "size")
-    sizes = sizes[cuts >= 0].astype(np.int64)
+            lines += [f"- {quoted(example)}" for example in examples] + [""]
     lines += ["## Lengths of the documents that are left, in bytes", "", "```"]
+    sizes = column(here.parent, names, "size")[np.load(here / "cuts.npy") >= 0]
     bins = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
     for power in np.flatnonzero(bins):
         bar = "#" * max(1, round(60 * bins[power] / bins.max()))
@@ -2218,29 +2187,26 @@ def write_report(work, key, names, tallies, clusters, meta):
     lines += ["```", "", "## Near-duplicates", ""]
     extra = sum(n - 1 for n, _ in clusters)
     lines += [f"{len(clusters):,} clusters, {extra:,} documents left out.", ""]
-    starts = np.load(work / f"{key}.starts.npy")
     for n, i in clusters[:10]:
-        unit = np.searchsorted(starts, i, side="right") - 1
-        (text,) = texts_of(work, names[unit], [i - starts[unit]])
-        lines.append(f"- {n:,} documents like `{plain(text[:120])}`")
+        lines.append(
+            f"- {n:,} documents like {quoted(one_line(text_of(here.parent, names, i), 120))}"
+        )
     lines += ["", "## Tokens", "", row("split", "documents", "bytes", "tokens", "bytes per token")]
     lines.append(row(*["---"] * 5))
-    for split in ("train", "val"):
-        m = meta[split]
-        cells = [number(m[k]) for k in ("documents", "bytes", "tokens")]
-        lines.append(row(split, *cells, f"{m['bytes'] / max(m['tokens'] - m['documents'], 1):.2f}"))
+    for split in SPLITS:
+        docs, size, tokens, _ = meta[split].values()
+        lines.append(row(split, docs, size, tokens, f"{size / max(tokens - docs, 1):.2f}"))
     for name, splits in meta.get("sources", {}).items():
         for split, m in splits.items():
             told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"
             lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs"]
-    with model.whole_file(work / "report.md") as file:
+    with model.whole_file(here / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
 
 
 def check_settings():
-    limits = {"shard_tokens": 1, "threads": 0, "max_documents": 1, "shards": 1}
-    limits |= {"mix_tokens": 1, "tokenizer_bytes": 1}
-    for name, least in limits.items():
+    limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
+    for name, least in (limits | {"tokenizer_bytes": 1}).items():
         if (value := globals()[name]) is not None and value < least:
             raise UserError(f"{name}={value}: expected {least} or more")
     if not 0 <= val_fraction < 1:
@@ -2255,32 +2221,39 @@ def check_settings():
     check_tokenizer()
 
 
+def make(run, folder, work, pool):
+    """Whatever was asked for, in `folder`."""
+    if source == "fineweb10B" and not task:
+        return use_fineweb(run, folder, work / "fineweb")
+    if not task:
+        return build(run, folder, work, pool)
+    units, here = plan(run), work / "tasks"
+    here.mkdir(exist_ok=True)
+    if max_documents:
+        units = few_of(work, units, run, partial(convert, [task]), ".tasks.json")
+    for name, n in build_tasks(run, here, pool, units, [task]).items():
+        os.replace(here / name, folder / name)
+        print(f"{name}: {n:,} records")
+
+
 def main():
     check_settings()
     folder, begun = Path("data") / dataset, time.monotonic()
     if inspect is not None:
         return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
-    run = model.setup("cpu", timedelta(days=7))
-    work = folder / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    workers = threads or os.cpu_count() or 1
+    run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
+    workers, over = threads or os.cpu_count() or 1, False  # is there nothing to go on from?
     pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
+        work.mkdir(parents=True, exist_ok=True)
         with pool:
-            spread = pool.map if workers > 1 else map
-            if source == "fineweb10B":
-                use_fineweb(folder, work)
-            elif task:
-                sets = build_tasks(run, work, spread, plan(run), [task])
-                for name, n in sets.items():
-                    os.replace(work / name, folder / name)
-                    print(f"{name}: {n:,} records")
-                if run.main:
-                    shutil.rmtree(work)
-            else:
-                build(run, folder, work, spread)
+            make(run, folder, work, pool.map if workers > 1 else map)
+        over = True
+    except Nothing:
+        over = True
+        raise
     except OSError as error:  # a full disk, a file that may not be read
-        shutil.rmtree(work, ignore_errors=True)
+        over = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
     except BrokenProcessPool:
@@ -2289,7 +2262,7 @@ def main():
     except KeyboardInterrupt:
         raise UserError("stopped: the same command goes on from here") from None
     finally:
-        if run.main and not any(work.glob("*.json")):  # no part is finished: nothing to go on from
+        if run.main and (over or not any(work.glob("*.json"))):
             shutil.rmtree(work, ignore_errors=True)
             with suppress(OSError):  # what this run made for itself, and nothing else
                 folder.rmdir()

@@ -13,6 +13,7 @@ import string
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from test_prepare import (
     main_here,
     prepare_py,
     read_split,
+    source_texts,
     start_py,
     write_jsonl,
 )
@@ -492,7 +494,7 @@ def test_real_task_files(name, file, tmp_path):
 
 def test_the_default_source_makes_all_four_task_sets(tiny):
     folder = tiny / "data" / "tiny"
-    library = "\n".join(prepare.documents())
+    library = "\n".join(source_texts())
     flat = " ".join(library.split())
     for name, check in {
         "sft": lambda r: r["messages"][0]["content"].startswith("Write the docstring"),
@@ -570,3 +572,225 @@ def test_a_killed_worker_is_a_line(tmp_path):
     err.seek(0)
     assert process.exitcode == 1 and "a process was killed" in err.read()
     done_well(prepare_py(tmp_path, "--source=docs.jsonl", "--threads=2", "--tokenizer=byte"))
+
+
+# --------------------------------------------------------------------------------------------------
+# What once went wrong
+
+
+def line_of(cwd, *args):
+    """The one line with which prepare.py refuses."""
+    result = prepare_py(cwd, *args)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    return result.stderr
+
+
+def write_records(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_url_that_is_no_text_or_cannot_be_encoded_is_none(tmp_path):
+    rows = [{"text": f"text {i}", "url": url} for i, url in enumerate([5, None, "\ud800", ["u"]])]
+    write_records(tmp_path / "d.jsonl", [row | {"path": 1} for row in rows])
+    steps = "--steps=html,url,exact,near"
+    assert kept(tmp_path, "--source=d.jsonl", steps) == [row["text"] for row in rows]
+
+
+def test_the_name_of_a_file_need_not_be_utf8(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, text in ((b"caf\xe9.txt", b"text"), (b"\xff.txt", b"\xff")):
+        with open(os.fsencode(tmp_path / "in") + b"/" + name, "wb") as file:
+            file.write(text)
+    assert kept(tmp_path, "--source=in") == ["text"]
+    skipped = json.loads((tmp_path / "data/python/meta.json").read_text())["skipped"]
+    assert skipped == ["\ufffd.txt"]
+
+
+def test_a_name_with_several_endings_is_of_the_last(tmp_path, monkeypatch):
+    texts = made_up_documents(60)
+    (tmp_path / "d.jsonl.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (tmp_path / "e.json").write_text("\n\n".join(json.dumps({"text": text}) for text in texts))
+    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "UNIT": 500}
+    for source in ("d.jsonl.json", "e.json"):
+        main_here(monkeypatch, tmp_path, source=source, steps="", **settings)
+        assert documents_of(tmp_path / "data/python", "train") == texts
+
+
+def test_nested_too_deeply_is_a_line(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000)
+    assert line_of(tmp_path, "--source=d.jsonl").startswith("d.jsonl:2: expected")
+    (tmp_path / "d.json").write_text("[" * 200_000)
+    assert line_of(tmp_path, "--source=d.json").startswith("d.json:1: expected")
+
+
+def test_a_part_without_documents_is_not_done_twice(tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n")
+    path = str(tmp_path / "blank.txt")
+    unit = {"name": "u", "under": None, "files": [[path, 0, 2, None, 0]]}
+    assert [prepare.clean(tmp_path, unit) for _ in range(2)] == [0, 0]
+
+
+def test_a_part_is_found_in_time_that_grows_with_the_file(tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * (40 << 20))
+    begun = time.monotonic()
+    ranges = [range(n << 20, (n + 1) << 20) for n in range(40)]
+    found = (prepare.read_parts(str(tmp_path / "f"), "mark", r.start, r.stop) for r in ranges)
+    assert [sum(map(len, parts)) for parts in found] == [40 << 20] + [0] * 39
+    assert time.monotonic() - begun < 2
+
+
+def test_other_files_beside_the_source_are_another_run(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "d.jsonl", made_up_documents(5))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "source", "d.jsonl")
+    names = []
+    for key, place in (("blocklist", "list"), ("decontaminate", "list"), ("tokenizer", "folder")):
+        monkeypatch.setattr(prepare, key, place)
+        for content in ("a", "b"):
+            path = tmp_path / place / "tokenizer.json" if key == "tokenizer" else tmp_path / place
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+            os.utime(path, ns=(1, len(names)))
+            names.append(prepare.plan(model.setup("cpu"))[0]["name"])
+    assert len(set(names)) == 6
+
+
+def test_max_documents_counts_over_all_parts(tmp_path, monkeypatch, capsys):
+    texts = made_up_documents(200)
+    rows = [{"text": text, "prompt": text, "completion": "c"} for text in texts]
+    write_records(tmp_path / "d.jsonl", rows)
+    settings = {"source": "d.jsonl", "threads": 1, "UNIT": 500, "max_documents": 70}
+    main_here(monkeypatch, tmp_path, tokenizer="byte", val_fraction=0, **settings)
+    assert documents_of(tmp_path / "data/python", "train") == texts[:70]
+    assert "read: 70 of 70 documents" in capsys.readouterr().out
+    main_here(monkeypatch, tmp_path, task="sft", **settings)
+    made = (tmp_path / "data/python/sft_train.jsonl").read_text().splitlines()
+    assert [json.loads(row)["messages"][0]["content"] for row in made] == texts[:70]
+
+
+def test_a_bad_task_record_of_a_later_range_has_its_number(tmp_path, monkeypatch, capsys):
+    lines = [json.dumps({"prompt": t, "completion": "c"}) for t in made_up_documents(300)]
+    lines[222] = "{"
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    main_here(monkeypatch, tmp_path, source="docs.jsonl", task="sft", UNIT=500, threads=1)
+    assert "1 bad records: no JSON object, such as docs.jsonl:223: {" in capsys.readouterr().out
+
+
+def test_fields_that_prepare_gives_records_itself(tmp_path):
+    rows = [{"text": "t", "label": "x", "split_by": "s", "path": 3}, {"text": "u", "label": ""}]
+    made, out = task(tmp_path, "classify", rows)
+    assert made == [{"text": "t", "label": "x"}] and "no text or no label" in out
+    other = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
+    lonely = {"chosen": said("", "b")[1:], "rejected": said("", "c")[1:]}
+    good = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    made, out = task(tmp_path, "preference", [other, lonely, good])
+    assert len(made) == 1 and "chosen and rejected do not answer the same" in out
+
+
+def test_an_evaluation_in_parquet_or_damaged(tmp_path):
+    pages = made_up_pages(3)
+    write_jsonl(tmp_path / "d.jsonl", pages)
+    (tmp_path / "bad.jsonl").write_text("{}\n{\n")
+    args = "--source=d.jsonl", "--decontaminate="
+    message = line_of(tmp_path, args[0], args[1] + "bad.jsonl")
+    assert message == "--decontaminate=bad.jsonl:2: {: expected a JSON object\n"
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["short"], "question": [pages[1]]})
+    pyarrow.parquet.write_table(table, tmp_path / "e.parquet")
+    assert kept(tmp_path, args[0], args[1] + "e.parquet") == [pages[0], pages[2]]
+
+
+def test_settings_and_places_that_cannot_be_are_a_line(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", made_up_documents(5))
+    (tmp_path / "urls").write_bytes(b"caf\xe9")
+    for mix in ("{'a': (1, 5)}", "{'a': (1,)}", "{5: 1}", "{'a': 1e999}"):
+        assert line_of(tmp_path, f"--sources={mix}").startswith("sources: ")
+    assert line_of(tmp_path, "--source=@urls").endswith(": is the address right?\n")
+    fineweb = line_of(tmp_path, "--source=fineweb10B", "--shards=104", "--dataset=f")
+    assert fineweb == "shards=104: expected up to 103\n"
+    (tmp_path / "data/kept").parent.mkdir(exist_ok=True)
+    (tmp_path / "data/kept").write_text("no folder")
+    assert "data/kept" in line_of(tmp_path, "--source=d.jsonl", "--dataset=kept")
+    assert sorted(os.listdir(tmp_path / "data")) == ["downloads", "kept"]
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match="Permission denied"):
+        prepare.walk(tmp_path)
+
+
+def test_a_users_own_file_beside_the_result_stays(tmp_path):
+    (tmp_path / "data/python").mkdir(parents=True)
+    write_jsonl(tmp_path / "data/python/my_train.jsonl", made_up_documents(5))
+    (tmp_path / "data/python/sft_train.jsonl").write_text("of an older run")
+    kept(tmp_path, "--source=data/python/my_train.jsonl")
+    left = sorted(path.name for path in (tmp_path / "data/python").glob("*.jsonl"))
+    assert left == ["my_train.jsonl"]
+
+
+def test_the_numbers_of_a_mix_are_those_of_its_shards(tmp_path):
+    mixed(tmp_path)
+    folder = tmp_path / "data" / "mix"
+    meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "val", "val.web", "val.code"):
+        docs = documents_of(folder, split)
+        assert meta[split]["documents"] == len(docs)
+        assert meta[split]["bytes"] == sum(len(doc.encode()) for doc in docs)
+        assert meta[split]["tokens"] == meta[split]["documents"] + meta[split]["bytes"]
+
+
+def test_downloads_of_like_names(tmp_path):
+    urls = [
+        f"https://a.org/{name}" for name in ("x/d.jsonl?download=true", "x_d.jsonl", "d?f=e.gz")
+    ]
+    paths = [prepare.kept_at(url) for url in urls]
+    assert len(set(paths)) == 3 and [path.suffix for path in paths] == [".jsonl", ".jsonl", ".gz"]
+
+
+def hub(monkeypatch, names):
+    answer = SimpleNamespace(raise_for_status=lambda: 0)
+    answer.json = lambda: {"siblings": [{"rfilename": name} for name in names]}
+    monkeypatch.setattr(prepare.requests, "get", lambda url, timeout: answer)
+
+
+def test_the_files_of_a_hub_data_set(monkeypatch):
+    names = ["README.md", "info.json", "s/10/a.parquet", "s/100/b.parquet", "t/train#1.jsonl"]
+    hub(monkeypatch, names)
+    urls = lambda spec: [url.partition("/datasets/")[2] for url in prepare.addresses(spec)]
+    assert urls("hf:o/n/s/10") == ["o/n/resolve/main/s/10/a.parquet"]
+    assert urls("hf:n") == ["n/resolve/main/t/train%231.jsonl"]
+    with pytest.raises(model.UserError, match="no JSONL, parquet or text file in it"):
+        urls("hf:o/n/nowhere")
+
+
+def test_ctrl_c_is_a_line(tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", made_up_pages(9000, 200))
+    process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2", before=os.setsid)
+    work = tmp_path / "data/python/work"
+    while not list(work.glob("*.txt")):
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join()
+    err.seek(0)
+    assert err.read() == "stopped: the same command goes on from here\n"
+
+
+def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
+    write_records(tmp_path / "d.jsonl", [{"prompt": t, "completion": t} for t in made_up_pages(9)])
+    env = {"OMP_NUM_THREADS": "1"}
+    args = "--task=sft", "--source=d.jsonl", "--dataset=t", "--threads=1"
+    run(tmp_path, "prepare.py", *args, processes=2, env=env)
+    assert sorted(os.listdir(tmp_path / "data/t")) == ["sft_train.jsonl", "sft_val.jsonl"]
+    fetched = []
+    monkeypatch.setattr(prepare, "tokenizer", "gpt2")  # as it does itself
+    monkeypatch.setattr(prepare, "shards", 2)
+    monkeypatch.setattr(prepare, "finished_tokenizer", lambda: None)
+    monkeypatch.setattr(prepare, "wait", lambda run: None)
+    monkeypatch.setattr(prepare, "read_fineweb", fetched.append)
+    prepare.use_fineweb(SimpleNamespace(rank=1, world=2, main=False), tmp_path, tmp_path)
+    assert fetched == ["train_000001.bin"]

@@ -134,6 +134,12 @@ def documents_of(folder, split):
     return [b"".join(map(tok.token_bytes, doc)).decode() for doc in docs]
 
 
+def source_texts():
+    """The texts of prepare.py's `source`, as they are."""
+    units = prepare.plan(model.setup("cpu"))
+    return [r["text"] for unit in units for r in prepare.records(unit, []) if r["text"].strip()]
+
+
 def made_up_documents(n, seed=0):
     """Some documents of some lines each, all different."""
     rng, words = (
@@ -483,7 +489,7 @@ def test_a_folder_in_the_order_of_names_without_what_is_no_text(tmp_path):
 
 
 def test_the_default_source_is_the_standard_library_without_its_tests():
-    texts = list(prepare.documents())
+    texts = source_texts()
     library = Path(os.__file__).parent
     expected = {"argparse.py": True, "json/decoder.py": True, "test/support/__init__.py": False}
     found = set(texts)
@@ -601,7 +607,7 @@ def test_a_full_disk_is_a_line_and_changes_nothing(bad, tmp_path, limit):
     before = files(tmp_path)
     limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for dataset in "kept", "new":
-        source = "--source=docs.jsonl", f"--dataset={dataset}", "--tokenizer=byte"
+        source = "--source=docs.jsonl", f"--dataset={dataset}", "--tokenizer=byte", "--steps="
         result = prepare_py(tmp_path, *source, before=limited)
         assert result.returncode == 1
         assert result.stderr.endswith("File too large; nothing was changed\n")
@@ -811,12 +817,13 @@ def test_nobody_answers(server, tmp_path):
 def test_a_named_source_is_downloaded_once(server, tmp_path, monkeypatch):
     text = "\n<|endoftext|>\n".join(made_up_documents(30))
     server.files["/plain/stories"] = text.encode()
-    named = {"stories": (f"{server.url}/plain/stories", None, "<|endoftext|>")}
-    settings = {"source": "stories", "dataset": "d", "tokenizer": "byte", "DOWNLOADS": named}
-    main_here(monkeypatch, tmp_path, **settings)
+    named = {"DOWNLOADS": {"stories": f"{server.url}/plain/stories"}}
+    named |= {"SEPARATORS": {"stories": "<|endoftext|>"}}
+    main_here(monkeypatch, tmp_path, source="stories", dataset="d", tokenizer="byte", **named)
     docs = documents_of(tmp_path / "data" / "d", "train") + documents_of(tmp_path / "data/d", "val")
     assert sorted(docs) == sorted(doc.strip("\n") for doc in made_up_documents(30))
-    assert len(server.asked) == 1 and (tmp_path / "data/downloads/stories.txt").is_file()
+    (kept,) = (tmp_path / "data/downloads").iterdir()
+    assert len(server.asked) == 1 and kept.read_text() == text
 
 
 def hub(server, names):

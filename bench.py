@@ -359,7 +359,7 @@ def decode(run):
 def tokenizer(run):
     """prepare.py's BPE and MinHash on the source of the standard library."""
     prepare = stage("prepare")
-    texts = list(itertools.islice(prepare.documents(), 150))  # its `source` is this by default
+    texts = [p.read_text(errors="ignore") for p in prepare.files_of("python", None)[0][:150]]
     size = sum(len(text.encode()) for text in texts)
     title(f"tokenizer: {size / 1e6:.1f} MB of Python's standard library, vocabulary 4096")
 

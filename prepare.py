@@ -1123,7 +1123,8 @@ def described(group, tallies):
     texts, begun = [text for _, text in group], time.perf_counter()
     rows, stay = np.zeros(len(group), row_kind()), np.ones(len(group), bool)
     near = steps_of(["near"])
-    hashes, owners = word_hashes(texts) if near or decontaminate else (None, None)
+    if near or decontaminate:  # of a book shelf in one document the first books: memory
+        hashes, owners = word_hashes([text[: 20 * BATCH] for text in texts])
     if near:
         rows["signature"] = minhash(hashes, owners, len(group))
         tallies["near"].seconds += time.perf_counter() - begun
@@ -1773,12 +1774,12 @@ def layout(units, documents):
             wanted = round(total * share)
             copies, rest = divmod(wanted, tokens[name])
             plans[split] += [(i, split, MOST) for i in mine[name]] * copies
-            if rest:
-                order = rows[name][np.argsort(rows[name]["hash"], kind="stable")]
-                limit = order["hash"][np.searchsorted(np.cumsum(order["tokens"]), rest)]
-                plans[split] += [(i, split, limit) for i in mine[name]]
-            epochs = wanted / tokens[name]
-            told[name][split] = {"share": share, "tokens": tokens[name], "epochs": epochs}
+            order = rows[name][np.argsort(rows[name]["hash"], kind="stable")]
+            sums = np.append(0, np.cumsum(order["tokens"]))
+            n = int(np.abs(sums - rest).argmin())  # so many documents are nearest to the rest
+            plans[split] += [(i, split, order["hash"][n - 1]) for i in mine[name] if n]
+            numbers = {"tokens": tokens[name], "epochs": copies + int(sums[n]) / tokens[name]}
+            told[name][split] = {"share": share} | numbers
             if split == "val":
                 plans[f"val.{name}"] = [(i, "val", MOST) for i in mine[name]]
     return plans, told
@@ -2154,9 +2155,14 @@ def build(run, folder, work, pool):
     plans, mix = layout(units, documents)
     meta, jobs = shard_jobs(plans, documents)
     each(partial(write_shard, here), jobs, run, pool)
-    sets = build_tasks(run, here, pool, units, TASKS) if source == "python" else {}
+    sets = (
+        build_tasks(run, here, pool, units, TASKS) if (source, sources) == ("python", None) else {}
+    )
     if run.main:
         hashes = hashlib.sha256(column(work, names, "hash").tobytes()).hexdigest()
+        for name, numbers in mix.items():
+            part = numbers["train"]
+            print(f"{name}: {part['share']:.1%} of the mix was asked, {part['epochs']:.2f} epochs")
         more = {"sources": mix} if sources else {}
         meta |= more | {"source_sha256": hashes, "skipped": skipped}
         if report:

@@ -5,7 +5,7 @@
 
 # prepare.py
 dataset = "tiny"
-max_documents = 60
+max_documents = 150
 vocab_size = 512
 
 # the model

@@ -11,7 +11,7 @@ import config
 
 def test_prepare_train_sample(tiny):
     meta = json.loads((tiny / "data" / "tiny" / "meta.json").read_text())
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 60
+    assert 120 < meta["train"]["documents"] + meta["val"]["documents"] <= 150
     rows = [json.loads(r) for r in (tiny / "out" / "tiny" / "log.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in rows if "loss" in r]
     scores = [r["val_loss"] for r in rows if "val_loss" in r]

@@ -831,7 +831,8 @@ def hub(server, names):
     listing = {"siblings": [{"rfilename": name} for name in names]}
     server.files["/plain/api/datasets/o/n"] = json.dumps(listing).encode()
     server.files |= {f"/plain/datasets/o/n/resolve/main/{k}": v for k, v in names.items()}
-    return {"HUB": f"{server.url}/plain/", "tokenizer": "byte", "val_fraction": 0.0}
+    base = f"{server.url}/plain/"
+    return {"HUB": base, "DATA": f"{base}datasets/", "tokenizer": "byte", "val_fraction": 0.0}
 
 
 def test_a_data_set_of_the_hub_by_its_name(server, tmp_path, monkeypatch):

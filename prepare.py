@@ -2275,8 +2275,13 @@ def main():
                 folder.parent.rmdir()
     if run.main:
         took = model.duration(time.monotonic() - begun)
-        print(f"wrote {folder} in {took}: python train.py --dataset={dataset}")
+        then = "" if task else f": python train.py --dataset={dataset}"
+        print(f"wrote {folder} in {took}{then}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever read the tokens has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1431,10 +1431,12 @@ def load_adapted(folder, device, dtype, quantize):
         if not key.endswith(".lora_A.weight"):
             continue
         name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        leaf = name.rpartition(".")[2]
+        patterns = ("rank_pattern", "alpha_pattern")
+        found = [
+            [v for k, v in d.get(p, {}).items() if f".{name}".endswith(f".{k}")] for p in patterns
+        ]
         name = name.removeprefix("transformer.").removeprefix("model.") + ".weight"
-        r = d.get("rank_pattern", {}).get(leaf, d["r"])
-        alpha = d.get("alpha_pattern", {}).get(leaf, d["lora_alpha"])
+        r, alpha = [*found[0], d["r"]][0], [*found[1], d["lora_alpha"]][0]
         B = tensors[key.replace("lora_A", "lora_B")]
         ours = [state.get(n) for n in theirs.get(name, ())]
         rows = sum(len(p) for p in ours if p is not None)

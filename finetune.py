@@ -14,7 +14,7 @@ best/, state.pt (to resume), log.jsonl, run.json. Ctrl-C and SIGTERM save and ex
 from config import configure, settings
 
 # what, from what, to where
-method = "sft"  # sft, classify, dpo, reward, grpo; lora, qlora: sft of added weights alone
+method = "sft"  # sft, classify, dpo, reward, grpo, ppo; lora, qlora: sft of added weights alone
 model = "out/python"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has the task's JSONL
 out_dir = "out/sft"  # where the result is written
@@ -63,6 +63,19 @@ dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
 label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round
 reference_free = False  # dpo: without the reference
 
+# reinforcement learning: grpo and ppo
+reward = "overlap"  # overlap, arithmetic, gsm8k, a reward model's folder, or FILE.py:function
+group_size = 8  # grpo: samples of each prompt, which are compared with each other
+max_new_tokens = 64  # of a sample
+temperature = 1.0  # of the samples
+rl_epochs = 1  # passes over the samples of a step (ppo wants 4)
+minibatches = 1  # updates in a pass
+clip = 0.2  # the ratio of probabilities stays within 1 - clip and 1 + clip
+kl_weight = 0.0  # of the divergence from the model at the start
+value_weight = 0.5  # ppo: of the value head's loss
+gae_lambda = 0.95  # ppo: generalized advantage estimation
+gamma = 1.0  # ppo: the discount
+
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16
@@ -77,9 +90,12 @@ memorized = 40  # examples of each split that the end's check of memorization ge
 if __name__ == "__main__":
     configure(globals())
 
+import copy
 import json
 import math
 import os
+import re
+import runpy
 import signal
 import sys
 import time
@@ -222,10 +238,20 @@ class Reject(Exception):
 
 
 TASK = {"sft": "sft", "classify": "classify", "dpo": "preference", "reward": "preference"}
+TASK |= {"grpo": "sft", "ppo": "sft"}
 
 
 def read_rows(split):
-    """The records of a split of the task's file."""
+    """The records of a split of the task's file; of data set `arithmetic`, which is none, sums."""
+    if dataset == "arithmetic":
+        sums = [
+            (a, b)
+            for a in range(10)
+            for b in range(10)
+            if ((3 * a + b) % 7 == 0) == (split == "val")
+        ]
+        turns = lambda a, b: zip(("user", "assistant"), (f"{a} + {b} =", str(a + b)))
+        return [{"messages": [{"role": r, "content": c} for r, c in turns(a, b)]} for a, b in sums]
     path = Path("data") / dataset / f"{TASK[method]}_{split}.jsonl"
     if not path.is_file():
         if split == "val":
@@ -244,7 +270,8 @@ def read_rows(split):
 def load_examples(split, tok, limit, say):
     """What the method makes of every record of a split; what cannot be used is counted and shown."""
     examples, bad = [], {}
-    read = {"sft": read_sft, "classify": read_class}.get(method, read_pair)
+    read = {"sft": read_sft, "classify": read_class}
+    read = read.get(method, read_prompt if method in ("grpo", "ppo") else read_pair)
     for row in read_rows(split):
         try:
             examples.append(read(row, tok, limit))
@@ -310,6 +337,15 @@ def read_pair(row, tok, limit):
         targets = [id if s and i >= asked else -100 for i, (id, s) in enumerate(zip(ids, said))]
         pair[which] = fit(ids[:-1], targets[1:], limit)
     return pair | {"cut": pair["chosen"]["cut"] or pair["rejected"]["cut"]}
+
+
+def read_prompt(row, tok, limit):
+    """A conversation up to its last answer, and that answer, which a reward may look at."""
+    *prompt, answer = row["messages"]
+    ids, _ = tok.chat(prompt, add_generation_prompt=True)
+    if len(ids) + max_new_tokens > limit:
+        raise Reject(f"the prompt and max_new_tokens take more than {limit} tokens")
+    return {"ids": ids, "messages": prompt, "answer": answer["content"]}
 
 
 def padded(sequences, device, pad=0, key="ids"):
@@ -412,12 +448,177 @@ def reward_loss(net, pairs):
     return -F.logsigmoid(good - bad).sum(), Counter(stats)
 
 
-LOSS = {"sft": sft_loss, "classify": classify_loss, "dpo": dpo, "reward": reward_loss}
+# --------------------------------------------------------------------------------------------------
+# Reinforcement learning: roll out, advantage, loss
+
+
+def overlap(prompt, text, answer):
+    """F1 of the words of a text and of the answer that was expected."""
+    a, b = Counter(text.lower().split()), Counter(answer.lower().split())
+    both = (a & b).total()
+    return 2 * both / max(1, a.total() + b.total())
+
+
+def arithmetic(prompt, text, answer):
+    """1 where the text's last number is that of the answer, else 0."""
+    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", t) for t in (text, answer)]
+    said, right = (float(n[-1].replace(",", "")) if n else None for n in numbers)
+    return float(said is not None and said == right)
+
+
+def gsm8k(prompt, text, answer):
+    """1 where the number behind #### (or else the last one) is that of the answer, else 0."""
+    behind = lambda t: t.rpartition("####")[2]
+    return arithmetic(prompt, behind(text), behind(answer))
+
+
+def open_reward(run):
+    """A function (messages, text, answer) -> float of what `reward` names."""
+    known = {"overlap": overlap, "arithmetic": arithmetic, "gsm8k": gsm8k}
+    if reward in known:
+        return known[reward]
+    file, _, name = reward.rpartition(":")
+    if file.endswith(".py"):
+        if not os.path.isfile(file):
+            raise UserError(f"--reward={reward}: no such file")
+        space = runpy.run_path(file)
+        if not callable(space.get(name)):
+            raise UserError(f"--reward={reward}: no function {name!r} in it")
+        return space[name]
+    judge, tok = core.load(reward, run.device)
+    if judge.score is None or len(judge.labels) != 1:
+        raise UserError(f"--reward={reward}: no reward model (--method=reward makes one)")
+
+    def score(messages, text, answer):
+        ids, _ = tok.chat([*messages, {"role": "assistant", "content": text}])
+        with torch.no_grad():
+            return float(read_score(judge, [{"ids": ids[-judge.config.n_ctx :]}]))
+
+    return score
+
+
+def roll_out(net, tok, prompts, judge, seed, cast):
+    """Sample group_size (ppo: one) answers to each prompt: examples with inputs, targets (-100 on
+    the prompt), a reward, and the number of the prompt."""
+    n = group_size if method == "grpo" else 1
+    many = [p for p in prompts for _ in range(n)]
+    how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    with cast:
+        made = core.generate(net, tok, [p["ids"] for p in many], **how)
+    examples = []
+    for i, (p, g) in enumerate(zip(many, made)):
+        ids = [*g.ids, tok.eos_ids[-1]] if g.finish_reason == "stop" else g.ids
+        whole = p["ids"] + ids
+        targets = [-100] * (len(p["ids"]) - 1) + ids
+        score = judge(p["messages"], g.text, p["answer"])
+        examples.append({"ids": whole[:-1], "targets": targets, "reward": score, "group": i // n})
+    return [e for e in examples if any(t != -100 for t in e["targets"])]
+
+
+def group_advantages(rewards, groups):
+    """(N,) float: each reward less its group's mean, over its deviation (Shao et al. 2024, 4.1.2)."""
+    rewards, groups = torch.tensor(rewards), torch.tensor(groups)
+    out = torch.zeros_like(rewards)
+    for g in groups.unique():
+        mine = rewards[groups == g]
+        out[groups == g] = (mine - mine.mean()) / (mine.std(unbiased=False) + 1e-4)
+    return out
+
+
+def gae(rewards, values):
+    """Generalized advantage estimates (T,) of one answer's rewards and values (Schulman et al. 2016,
+    equation 16); behind the last token the value is 0."""
+    advantages, last, after = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        last = rewards[t] + gamma * after - values[t] + gamma * gae_lambda * last
+        advantages[t], after = last, values[t]
+    return advantages
+
+
+def policy_loss(logp, old, advantages):
+    """PPO's clipped objective (Schulman et al. 2017, equation 7), negated, per token."""
+    ratio = (logp - old).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def look(net, group):
+    """Of a padded group: log p of the targets (B, T), the entropy (B, T), the values (B, T) or
+    None, and which places count (B, T)."""
+    device = net.model.embed_tokens.weight.device
+    ids, targets = padded(group, device), padded(group, device, -100, "targets")
+    h = net.hidden(ids)
+    logp = core.joint(h, net.lm_head).float().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    value = net.score(h).float()[..., 0] if method == "ppo" else None
+    return logp.gather(2, targets.clamp(min=0)[..., None])[..., 0], entropy, value, targets >= 0
+
+
+def judge_samples(run, net, reference, examples, cast):
+    """Put what an update needs into each sample: the log-probabilities now and under the reference,
+    advantages and, for ppo, values and returns. Advantages are whitened over all processes."""
+    with torch.no_grad(), cast:
+        for group in chunks(examples, net.config.n_ctx):
+            logp, _, value, counts = look(net, group)
+            ref = look(reference, group)[0] if reference is not None else logp
+            for i, e in enumerate(group):
+                e["old"], e["kl"] = logp[i, counts[i]], (logp - ref)[i, counts[i]]
+                e["ref"] = ref[i, counts[i]]
+                e["value"] = value[i, counts[i]] if value is not None else None
+    if method == "grpo":
+        found = group_advantages([e["reward"] for e in examples], [e["group"] for e in examples])
+        for e, a in zip(examples, found):
+            e["advantage"] = torch.full_like(e["old"], float(a))
+        return
+    for e in examples:
+        rewards = -kl_weight * e["kl"]
+        rewards[-1] += e["reward"]
+        e["advantage"] = gae(rewards, e["value"])
+        e["return"] = e["advantage"] + e["value"]
+    every = torch.cat([e["advantage"] for e in examples]) if examples else torch.zeros(0)
+    sums = Counter(n=len(every), a=float(every.sum()), square=float(every.square().sum()))
+    sums = summed(run, sums)
+    mean = sums["a"] / max(1, sums["n"])
+    spread = math.sqrt(max(sums["square"] / max(1, sums["n"]) - mean**2, 1e-8))
+    for e in examples:
+        e["advantage"] = (e["advantage"] - mean) / spread
+
+
+def rl_loss(net, group):
+    """The sum over the samples' tokens of the clipped objective, the divergence from the reference
+    (grpo: Shao et al. 2024, equation 4) and ppo's clipped value loss; and what all should see."""
+    logp, entropy, value, counts = look(net, group)
+    logp, entropy = logp[counts], entropy[counts]
+    join = lambda key: torch.cat([e[key] for e in group]).to(logp)
+    old, advantage = join("old"), join("advantage")
+    loss = policy_loss(logp, old, advantage)
+    if method == "grpo" and kl_weight:
+        apart = join("ref") - logp
+        loss = loss + kl_weight * (apart.exp() - apart - 1)
+    stats = {"entropy": entropy, "approx_kl": (logp - old).exp() - 1 - (logp - old)}
+    stats["clipfrac"] = ((logp - old).exp() - 1).abs() > clip
+    if method == "ppo":
+        value, before, goal = value[counts], join("value"), join("return")
+        near = before + (value - before).clamp(-clip, clip)
+        value_loss = torch.max((value - goal) ** 2, (near - goal) ** 2)
+        loss = loss + value_weight * 0.5 * value_loss
+        stats |= {"value_loss": value_loss, "unexplained": (goal - before) ** 2}
+        stats |= {"return": goal, "return2": goal**2}
+    return loss.sum(), Counter({k: float(v.detach().float().sum()) for k, v in stats.items()})
+
+
+LOSS = {
+    "grpo": rl_loss,
+    "ppo": rl_loss,
+    "sft": sft_loss,
+    "classify": classify_loss,
+    "dpo": dpo,
+    "reward": reward_loss,
+}
 
 
 def size_of(examples):
     """What the loss over the global batch is divided by: targets, weights, or pairs."""
-    if method == "sft":
+    if method in ("sft", "grpo", "ppo"):
         return sft_size(examples)
     return sum(e.get("weight", 1.0) for e in examples)
 
@@ -569,6 +770,22 @@ def check_settings():
         raise UserError("no horizon: set max_steps or max_epochs")
 
 
+def verdict_of_samples(run, net, tok, prompts, judge, cast):
+    """The mean reward of one sample of each prompt, by all processes together."""
+    mine, total = prompts[run.rank :: run.world], Counter(n=0)
+    for i in range(0, len(mine), 32):
+        some = mine[i : i + 32]
+        how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=i)
+        with cast:
+            made = core.generate(net, tok, [p["ids"] for p in some], **how)
+        total["reward"] += sum(
+            judge(p["messages"], g.text, p["answer"]) for p, g in zip(some, made)
+        )
+        total["n"] += len(some)
+    total = summed(run, total)
+    return {"val_reward": total["reward"] / max(1, total["n"])}
+
+
 def lr_scale(step, steps):
     """The learning rate over its peak."""
     warm, done = min(1.0, (step + 1) / max(1, warmup_steps)), step / steps
@@ -598,7 +815,10 @@ def choose_weights(net):
         net.lm_head.requires_grad_(not net.config.tie and net.score is None)
     if net.score is not None:
         net.score.requires_grad_(True)
-        net.lm_head.requires_grad_(net.config.tie and net.model.embed_tokens.weight.requires_grad)
+        if method != "ppo":
+            net.lm_head.requires_grad_(
+                net.config.tie and net.model.embed_tokens.weight.requires_grad
+            )
 
 
 def make_optimizers(net):
@@ -695,7 +915,7 @@ def main():
             counts = Counter(e["label"] for e in train)
             for e in [*train, *val]:
                 e["weight"] = len(train) / (len(labels) * counts[e["label"]])
-    if method == "sft" and template is None:
+    if method != "classify" and template is None:
         tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
     val = val[:eval_examples] if eval_examples else val
     kind, why = core.choose_dtype(run.device, dtype, net.config.n_embd)
@@ -705,6 +925,11 @@ def main():
     if method == "dpo":
         reference_logprobs(run, net, train, cast)
         reference_logprobs(run, net, val, cast)
+    judge = open_reward(run) if method in ("grpo", "ppo") else None
+    reference = copy.deepcopy(net).eval() if judge and kl_weight else None
+    if method == "ppo":
+        net.set_score(["value"])
+        nn.init.zeros_(net.score.weight)
     choose_weights(net)
     net.train()
     params = trainable(net)
@@ -751,10 +976,15 @@ def main():
             print(json.dumps(row), file=log, flush=True)
 
     def write(folder):
+        head, net.score = (
+            net.score,
+            None if method == "ppo" else net.score,
+        )  # which ppo's model lacks
         if run.main and adapt == "full":
             core.save(folder, net, tok, step)
         elif run.main:
             save_adapter(folder, net, tok)
+        net.score = head
 
     def save():
         if run.main:
@@ -779,20 +1009,10 @@ def main():
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(train))
         return train[int(orders[epoch][place])]
 
-    if val and first_verdict is None:
-        first_verdict = verdict(run, net, val, limit, cast)
-        record({"step": step} | first_verdict)
-        say("step 0: " + "  ".join(f"{k} {v:.4f}" for k, v in first_verdict.items()))
-    while step < steps and not stop:
-        tick = time.monotonic()
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
-        scale = lr_scale(step, steps)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["initial_lr"] * scale
-        mine = [example_at(step * batch_size + i) for i in range(run.rank, batch_size, run.world)]
-        total = summed(run, Counter(size=size_of(mine), stop=len(caught)))
-        size, stop, stats = max(total["size"], 1e-9), total["stop"] > 0, Counter()
-        for group in chunks(mine, limit):
+    def update(examples):
+        """One optimizer step on this process's examples: (figures over all processes, norm)."""
+        size, stats = max(summed(run, Counter(size=size_of(examples)))["size"], 1e-9), Counter()
+        for group in chunks(examples, limit):
             with cast:
                 loss, some = LOSS[method](net, group)
             (loss / size).backward()
@@ -807,9 +1027,45 @@ def main():
             say(f"step {step + 1}: gradient norm {norm}: the update is skipped")
         for o in optimizers:
             o.zero_grad()
+        return {k: v / size for k, v in summed(run, stats).items()}, norm
+
+    def look_at_val():
+        if judge is not None:
+            return verdict_of_samples(run, net, tok, val, judge, cast)
+        return verdict(run, net, val, limit, cast)
+
+    if val and first_verdict is None:
+        first_verdict = look_at_val()
+        record({"step": step} | first_verdict)
+        say("step 0: " + "  ".join(f"{k} {v:.4f}" for k, v in first_verdict.items()))
+    while step < steps and not stop:
+        tick = time.monotonic()
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
+        scale = lr_scale(step, steps)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * scale
+        mine = [example_at(step * batch_size + i) for i in range(run.rank, batch_size, run.world)]
+        stop, extra = summed(run, Counter(stop=len(caught)))["stop"] > 0, {}
+        if judge is None:
+            figures, norm = update(mine)
+        else:
+            samples = roll_out(net, tok, mine, judge, step * run.world + run.rank, cast)
+            judge_samples(run, net, reference, samples, cast)
+            extra = Counter(reward=sum(e["reward"] for e in samples), n=len(samples))
+            extra["length"] = sft_size(samples)
+            extra = summed(run, extra)
+            extra = {k: extra[k] / max(1, extra["n"]) for k in ("reward", "length")}
+            for _ in range(rl_epochs):
+                order = torch.randperm(len(samples)).tolist()
+                for i in range(minibatches):
+                    figures, norm = update([samples[k] for k in order[i::minibatches]])
+            if method == "ppo":
+                spread = figures.pop("return2") - figures["return"] ** 2
+                explained = 1 - figures.pop("unexplained") / max(spread, 1e-9)
+                figures["explained_variance"] = explained
+        figures = extra | figures
         step += 1
         dt = time.monotonic() - tick
-        figures = {k: v / size for k, v in summed(run, stats).items()}
         row = {"step": step} | figures | {"lr": learning_rate * scale, "grad_norm": norm, "dt": dt}
         record(row)
         if run.main:
@@ -819,13 +1075,14 @@ def main():
                 f"step {step} of {steps}  {shown}  lr {row['lr']:.2e}  norm {norm:.2f}  left {left}"
             )
         if val and (step % eval_every == 0 or step == steps):
-            told = verdict(run, net, val, limit, cast)
+            told = look_at_val()
             record({"step": step} | told)
             row |= told
             say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in told.items()))
             since_best += 1
-            if told["val_loss"] < best:
-                best, since_best = told["val_loss"], 0
+            score = told["val_loss"] if judge is None else -told["val_reward"]
+            if score < best:
+                best, since_best = score, 0
                 write(out / "best")
             if early_stopping and since_best >= early_stopping:
                 say(f"no new best in {since_best} validations: stopped; best/ has the best")

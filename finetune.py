@@ -507,9 +507,8 @@ def roll_out(net, tok, prompts, judge, seed, cast):
         made = core.generate(net, tok, [p["ids"] for p in many], **how)
     examples = []
     for i, (p, g) in enumerate(zip(many, made)):
-        ids = [*g.ids, tok.eos_ids[-1]] if g.finish_reason == "stop" else g.ids
-        whole = p["ids"] + ids
-        targets = [-100] * (len(p["ids"]) - 1) + ids
+        whole = p["ids"] + g.ids
+        targets = [-100] * (len(p["ids"]) - 1) + g.ids
         score = judge(p["messages"], g.text, p["answer"])
         examples.append({"ids": whole[:-1], "targets": targets, "reward": score, "group": i // n})
     return [e for e in examples if any(t != -100 for t in e["targets"])]
@@ -549,7 +548,7 @@ def look(net, group):
     h = net.hidden(ids)
     logp = core.joint(h, net.lm_head).float().log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
-    value = net.score(h).float()[..., 0] if method == "ppo" else None
+    value = net.score(h).float()[..., 0] if net.score is not None else None
     return logp.gather(2, targets.clamp(min=0)[..., None])[..., 0], entropy, value, targets >= 0
 
 

@@ -446,6 +446,8 @@ class GPT(nn.Module):
         c = self.config = config
         self.checkpoint = False  # recompute each block in backward: less memory, more time
         self.train_block = call_block  # or that function compiled, once for all blocks
+        self.score = self.labels = None  # a classifier's head (n_labels, C) and its labels
+        self.pooling = "last"  # which hidden state it reads: the last token's, or the mean
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
@@ -463,6 +465,13 @@ class GPT(nn.Module):
             elif p.ndim == 2:  # scaled is GPT-2's, with less where a block adds to x
                 outward = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
+
+    def set_score(self, labels, pooling="last"):
+        """Give the network a classifier's head, or a reward model's with its one label."""
+        like = self.model.embed_tokens.weight
+        self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=like.device)
+        nn.init.normal_(self.score.weight, std=0.02)
+        self.labels, self.pooling = labels, pooling
 
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
@@ -1275,14 +1284,20 @@ def family(c):
 
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
-    c, kind, dtype = net.config, family(net.config), str(net.lm_head.weight.dtype)[6:]
+    c, kind, dtype = net.config, family(net.config), str(net.model.embed_tokens.weight.dtype)[6:]
+    kind = "barelm" if net.pooling != "last" else kind
     ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
     out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}
     out |= {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
+    name = "GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"
+    if net.score is not None:
+        name = f"{kind.upper() if kind == 'gpt2' else kind.capitalize()}ForSequenceClassification"
+        numbered = {str(i): label for i, label in enumerate(net.labels)}
+        out |= {"id2label": numbered, "label2id": {label: int(i) for i, label in numbered.items()}}
+        out |= {"pooling": net.pooling}
+    out |= {"architectures": [name]}
     if kind == "barelm":
         return out | asdict(c)
-    name = "GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"
-    out |= {"architectures": [name]}
     out |= {hf: getattr(c, ours) for ours, hf in HF_KEYS[kind].items()}
     if kind == "gpt2":
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -1362,8 +1377,11 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return load_adapted(folder, device, dtype, quantize)
     try:
-        c = from_hf_config(read_json(folder / "config.json"), folder / "config.json")
+        d = read_json(folder / "config.json")
+        c = from_hf_config(d, folder / "config.json")
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/config.json: malformed: {error}") from None
     tok = Tokenizer.from_folder(folder)
@@ -1372,6 +1390,14 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     tensors, _ = read_safetensors(folder / "model.safetensors")
     with torch.device("meta"):
         net = GPT(c)
+        if "ForSequenceClassification" in str(d.get("architectures")):
+            labels = d.get("id2label") or {
+                i: f"LABEL_{i}" for i in range(len(tensors["score.weight"]))
+            }
+            net.set_score(
+                [labels[key] for key in sorted(labels, key=int)], d.get("pooling", "last")
+            )
+            tensors.setdefault("lm_head.weight", torch.empty(c.vocab_size, c.n_embd))
     want = net.state_dict()
     tensors = from_gpt2(tensors, want) if family(c) == "gpt2" else tensors
     if c.tie and "model.embed_tokens.weight" in tensors:
@@ -1388,14 +1414,56 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     return net.eval(), tok
 
 
+def load_adapted(folder, device, dtype, quantize):
+    """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or as it is), with the
+    adapter's products added to its weights."""
+    d = read_json(folder / "adapter_config.json")
+    named = d.get("base_model_name_or_path") or ""
+    base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
+    if base is None or d.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: its base {named!r} is no folder here, or it is no LoRA adapter")
+    net, tok = load(base, device, dtype)
+    state = dict(net.named_parameters())
+    theirs = gpt2_names(state) if family(net.config) == "gpt2" else {n: [n] for n in state}
+    theirs = {
+        n.removeprefix("transformer.").removeprefix("model."): ours for n, ours in theirs.items()
+    }
+    tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
+    for key, A in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        patterns = ("rank_pattern", "alpha_pattern")
+        found = [
+            [v for k, v in d.get(p, {}).items() if f".{name}".endswith(f".{k}")] for p in patterns
+        ]
+        name = name.removeprefix("transformer.").removeprefix("model.") + ".weight"
+        r, alpha = [*found[0], d["r"]][0], [*found[1], d["lora_alpha"]][0]
+        B = tensors[key.replace("lora_A", "lora_B")]
+        ours = [state.get(n) for n in theirs.get(name, ())]
+        rows = sum(len(p) for p in ours if p is not None)
+        if not ours or (rows, ours[0].shape[1]) != (B.shape[0], A.shape[1]) or len(A) != r:
+            raise UserError(
+                f"{folder}: an adapter for another base than {base}: {key} does not fit"
+            )
+        delta = (alpha / r) * (B.float() @ A.float()).to(device)
+        with torch.no_grad():
+            for p, part in zip(ours, delta.split([len(p) for p in ours])):
+                p += part.to(p.dtype)
+    if quantize:
+        quantize_weights(net, quantize)
+    return net, Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else tok
+
+
 def save(folder, net, tok, step=0, state=None):
     """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt. Both carry
     the step: killed at any moment, a process leaves a pair that `load_state` can tell."""
     folder, c = Path(folder), net.config
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t for n, t in net.state_dict().items() if not (c.tie and n == "lm_head.weight")}
-    tensors = to_gpt2(tensors) if family(c) == "gpt2" else tensors
+    no_head = c.tie or net.score is not None
+    tensors = {n: t for n, t in net.state_dict().items() if not (no_head and n == "lm_head.weight")}
     config = to_hf_config(net, tok)
+    tensors = to_gpt2(tensors) if config["model_type"] == "gpt2" else tensors
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)

@@ -1,0 +1,1136 @@
+"""Adapt a model: instructions, classes, preferences, rewards; all weights or a few added ones.
+
+    python finetune.py config/sft.py                    # out/python learns to write docstrings
+    python finetune.py --method=lora --model=out/python --dataset=python --out_dir=out/lora
+    python finetune.py --method=classify --out_dir=out/classify
+    python finetune.py --method=dpo --model=out/sft --out_dir=out/dpo
+    torchrun --nproc_per_node=8 finetune.py config/sft.py --model=path/to/a/hugging-face-folder
+
+Reads data/<dataset>/<task>_{train,val}.jsonl (prepare.py makes them; the default source has all).
+Writes out_dir/: a checkpoint folder (for lora and qlora a PEFT adapter, with --merge a plain one),
+best/, state.pt (to resume), log.jsonl, run.json. Ctrl-C and SIGTERM save and exit.
+"""
+
+from config import configure, settings
+
+# what, from what, to where
+method = "sft"  # sft, classify, dpo, reward, grpo, ppo; lora, qlora: sft of added weights alone
+model = "out/python"  # the checkpoint folder to start from
+dataset = "python"  # data/<dataset> has the task's JSONL
+out_dir = "out/sft"  # where the result is written
+init_from = "base"  # base, or resume: go on where out_dir was stopped
+overwrite = False  # let base replace the run that out_dir holds
+seed = 0  # of the order of the data, dropout and samples
+
+# the batch: one number
+batch_size = 16  # examples (or pairs, prompts) per optimizer step, over all processes
+micro_tokens = 4096  # tokens at once on a device, at most, but one example at least
+seq_len = 0  # tokens of an example, at most; 0: the model's context
+too_long = "truncate"  # or drop: what happens to longer examples
+pack = True  # several examples in a row, which do not see each other; false: a padded row each
+
+# how long
+max_steps: int | None = None  # optimizer steps
+max_epochs: float | None = 1.0  # passes over the training examples
+early_stopping = 0  # end after so many validations without a new best; 0: never
+
+# which weights learn
+adapt = "full"  # full, lora or qlora, of any method
+train_last = 0  # only the last so many blocks (and the final norm and head); 0: all
+lora_rank = 8  # r of lora and qlora
+lora_alpha = 16.0  # the added matrices' product is scaled by alpha / r
+lora_dropout = 0.0  # on the input of the added matrices
+lora_targets = "q_proj,k_proj,v_proj,o_proj"  # layers by name; gate_proj,up_proj,down_proj too
+merge = False  # add the adapter to the weights and write a plain folder
+
+# the optimizer
+optimizer = "adamw"  # adamw or muon
+learning_rate = 3e-4  # the peak
+lr_schedule = "linear"  # linear, cosine or constant, after the warm-up
+warmup_steps = 10  # steps of linear warm-up
+layer_decay = 1.0  # the learning rate of a block over that of the one behind it
+weight_decay = 0.0  # decoupled
+grad_clip = 1.0  # the largest gradient norm; 0: no clipping
+neftune = 0.0  # noise on the embeddings of sft (Jain et al. 2023): its alpha, 5 or so
+dropout = 0.0  # in the network
+
+# the methods
+template: str | None = None  # sft of plain records: "Q: {instruction} {input} A: {output}"
+pooling = "last"  # classify: last or mean, which hidden state is read
+class_weights = False  # classify: rare labels count as much as frequent ones
+beta = 0.1  # dpo, ipo: the weight of the reference
+dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
+label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round
+reference_free = False  # dpo: without the reference
+
+# reinforcement learning: grpo and ppo
+reward = "overlap"  # overlap, arithmetic, gsm8k, a reward model's folder, or FILE.py:function
+group_size = 8  # grpo: samples of each prompt, which are compared with each other
+max_new_tokens = 64  # of a sample
+temperature = 1.0  # of the samples
+rl_epochs = 1  # passes over the samples of a step (ppo wants 4)
+minibatches = 1  # updates in a pass
+clip = 0.2  # the ratio of probabilities stays within 1 - clip and 1 + clip
+kl_weight = 0.0  # of the divergence from the model at the start
+value_weight = 0.5  # ppo: of the value head's loss
+gae_lambda = 0.95  # ppo: generalized advantage estimation
+gamma = 1.0  # ppo: the discount
+
+# the machine
+device = "auto"  # auto, cpu, cuda, cuda:1
+dtype = "auto"  # auto, float32, bfloat16
+checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
+
+# looking on
+eval_every = 100  # steps between validations; there is one at the start and one at the end
+eval_examples = 400  # validation examples each time, the first ones; 0: all
+save_every = 200  # steps between checkpoints
+memorized = 40  # examples of each split that the end's check of memorization generates; 0: none
+
+if __name__ == "__main__":
+    configure(globals())
+
+import copy
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as core
+from model import UserError
+
+# --------------------------------------------------------------------------------------------------
+# Added weights
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer plus a product of two narrow matrices (Hu et al. 2021): at the start B
+    is zero and nothing is added. `base` is nn.Linear, or NF4Linear for QLoRA."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        super().__init__()
+        out, width = base.weight.shape
+        self.base, self.scale, self.dropout = base, alpha / rank, dropout
+        self.lora_A = nn.Linear(width, rank, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(rank, out, bias=False, device=base.weight.device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        added = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
+        return self.base(x) + self.scale * added
+
+
+NF4 = (
+    torch.tensor(  # QLoRA, appendix E (Dettmers et al. 2023): quantiles of the normal distribution
+        [-1, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]
+        + [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1]
+    )
+)
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in 4 bits a weight: blocks of 64 with a scale each, the scales in 8 bits
+    by blocks of 256 (double quantization), 4.13 bits a weight in all."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.bias, w = layer.bias, layer.weight.detach().float()
+        self.shape, self.n = w.shape, w.numel()
+        blocks = F.pad(w.flatten(), (0, -self.n % 64)).view(-1, 64)
+        scale = blocks.abs().amax(1)
+        self.mean = scale.mean()
+        groups = F.pad(scale - self.mean, (0, -len(scale) % 256)).view(-1, 256)
+        top = groups.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        self.register_buffer("top", top)
+        self.register_buffer("scale", (groups / top * 127).round().to(torch.int8))
+        self.register_buffer("codebook", NF4.to(w.device))
+        unit = blocks / self.scales()[: len(blocks), None].clamp(min=1e-30)
+        middles = (NF4[1:] + NF4[:-1]).to(w.device) / 2
+        codes = torch.bucketize(unit.flatten(), middles).to(torch.uint8)
+        self.register_buffer("codes", codes[0::2] << 4 | codes[1::2])
+
+    def scales(self):
+        return ((self.scale.float() / 127) * self.top).flatten() + self.mean
+
+    @property
+    def weight(self):
+        """The matrix (out, in) that the codes stand for, made anew."""
+        codes = torch.stack((self.codes >> 4, self.codes & 15), 1).flatten()
+        blocks = self.codebook[codes.int()].view(-1, 64)
+        return (blocks * self.scales()[: len(blocks), None]).flatten()[: self.n].view(self.shape)
+
+    def forward(self, x):
+        return (
+            Dequantized.apply(x, self)
+            if self.bias is None
+            else Dequantized.apply(x, self) + self.bias
+        )
+
+
+class Dequantized(torch.autograd.Function):
+    """x @ weight.T for a packed weight, which is unpacked in forward and again in backward, so that
+    only its 4 bits are kept between the two."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        x = x.to(core.compute_dtype(x))
+        return x @ layer.weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.layer.weight.to(dy.dtype), None
+
+
+def adapt_network(net, how):
+    """Freeze the network and add LoRA to the layers that lora_targets names."""
+    names = set(lora_targets.split(","))
+    found = [(n, m) for n, m in net.named_modules() if n.rpartition(".")[2] in names]
+    if missing := names - {n.rpartition(".")[2] for n, _ in found}:
+        raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
+    net.requires_grad_(False)
+    for name, layer in found:
+        if not isinstance(layer, nn.Linear):
+            raise UserError(f"lora_targets: {name} is no linear layer")
+        base = NF4Linear(layer) if how == "qlora" and name != "lm_head" else layer
+        net.set_submodule(name, LoRA(base, lora_rank, lora_alpha, lora_dropout))
+    if how == "qlora":  # the layers without an adapter go to 4 bits too
+        for name, layer in list(net.model.named_modules()):
+            if isinstance(layer, nn.Linear) and "lora_" not in name:
+                net.model.set_submodule(name, NF4Linear(layer))
+
+
+def merged(net):
+    """Put every adapter's product into its layer's weights, in place."""
+    for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, LoRA)]:
+        weight = (
+            layer.base.weight.detach() + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+        )
+        plain = nn.Linear(*reversed(weight.shape), bias=layer.base.bias is not None)
+        plain.weight, plain.bias = nn.Parameter(weight.detach()), layer.base.bias
+        net.set_submodule(name, plain)
+    for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, NF4Linear)]:
+        plain = nn.Linear(*reversed(layer.shape), bias=layer.bias is not None)
+        plain.weight, plain.bias = nn.Parameter(layer.weight), layer.bias
+        net.set_submodule(name, plain)
+    return net
+
+
+# --------------------------------------------------------------------------------------------------
+# Examples: records become token ids once, when they are loaded
+
+
+class Reject(Exception):
+    """A record that is no example, for a reason that is counted."""
+
+
+TASK = {"sft": "sft", "classify": "classify", "dpo": "preference", "reward": "preference"}
+TASK |= {"grpo": "sft", "ppo": "sft"}
+
+
+def read_rows(split):
+    """The records of a split of the task's file; of data set `arithmetic`, which is none, sums."""
+    if dataset == "arithmetic":
+        sums = [
+            (a, b)
+            for a in range(10)
+            for b in range(10)
+            if ((3 * a + b) % 7 == 0) == (split == "val")
+        ]
+        turns = lambda a, b: zip(("user", "assistant"), (f"{a} + {b} =", str(a + b)))
+        return [{"messages": [{"role": r, "content": c} for r, c in turns(a, b)]} for a, b in sums]
+    path = Path("data") / dataset / f"{TASK[method]}_{split}.jsonl"
+    if not path.is_file():
+        if split == "val":
+            return []
+        make = f"python prepare.py --task={TASK[method]} --source=... --dataset={dataset}"
+        raise UserError(f"{path}: no such file: {make} makes it")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}:{number}: no JSON object: {line[:60]!r}") from None
+    return rows
+
+
+def load_examples(split, tok, limit, say):
+    """What the method makes of every record of a split; what cannot be used is counted and shown."""
+    examples, bad = [], {}
+    read = {"sft": read_sft, "classify": read_class}
+    read = read.get(method, read_prompt if method in ("grpo", "ppo") else read_pair)
+    for row in read_rows(split):
+        try:
+            examples.append(read(row, tok, limit))
+        except (Reject, KeyError, TypeError, AttributeError) as why:
+            reason = str(why) if isinstance(why, Reject) else f"no field {why}"
+            bad.setdefault(reason, []).append(row)
+    for reason, rows in bad.items():
+        say(f"{split}: {len(rows):,} records left out: {reason}, such as {str(rows[0])[:80]}")
+    cut = sum(example.get("cut", False) for example in examples)
+    if cut:
+        say(f"{split}: {cut:,} examples cut to {limit} tokens")
+    return examples
+
+
+def fit(ids, targets, limit):
+    """An example of these inputs and targets, of `limit` tokens at most."""
+    if len(ids) > limit and too_long == "drop":
+        raise Reject(f"longer than {limit} tokens")
+    example = {"ids": ids[:limit], "targets": targets[:limit], "cut": len(ids) > limit}
+    if all(t == -100 for t in example["targets"]):
+        raise Reject("no token of the response is within the context")
+    return example
+
+
+def read_sft(row, tok, limit):
+    """Inputs and targets of a conversation, or of a plain record by the template: the loss is on what
+    the assistant says (or {output}) and the token that ends it, nothing else."""
+    if template is None:
+        ids, said = tok.chat(row["messages"])
+    else:
+        if "messages" in row:
+            *_, ask, answer = row["messages"]
+            row = {"instruction": ask["content"], "input": "", "output": answer["content"]}
+        before, mark, after = template.partition("{output}")
+        start = [tok.eot_id] if tok.eot_id is not None else []
+        asked = start + tok.encode(before.format(**row))
+        answer = tok.encode(row["output"] + after) + start
+        ids, said = asked + answer, [0] * len(asked) + [1] * len(answer)
+    if not any(said):
+        raise Reject("no response in it")
+    targets = [id if s else -100 for id, s in zip(ids, said)]
+    return fit(ids[:-1], targets[1:], limit)
+
+
+def read_class(row, tok, limit):
+    """The last `limit` tokens of a text, and its label."""
+    ids = tok.start + tok.encode(row["text"])
+    if not ids:
+        raise Reject("an empty text")
+    return {"ids": ids[:limit], "label": str(row["label"]), "cut": len(ids) > limit}
+
+
+def read_pair(row, tok, limit):
+    """Two answers to one prompt: the inputs and targets of each."""
+    prompt = row["prompt"]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    asked = len(tok.chat(prompt, add_generation_prompt=True)[0])
+    pair = {}
+    for which in ("chosen", "rejected"):
+        if not row[which].strip():
+            raise Reject(f"{which} is empty")
+        ids, said = tok.chat([*prompt, {"role": "assistant", "content": row[which]}])
+        targets = [id if s and i >= asked else -100 for i, (id, s) in enumerate(zip(ids, said))]
+        pair[which] = fit(ids[:-1], targets[1:], limit)
+    return pair | {"cut": pair["chosen"]["cut"] or pair["rejected"]["cut"]}
+
+
+def read_prompt(row, tok, limit):
+    """A conversation up to its last answer, and that answer, which a reward may look at."""
+    *prompt, answer = row["messages"]
+    ids, _ = tok.chat(prompt, add_generation_prompt=True)
+    if len(ids) + max_new_tokens > limit:
+        raise Reject(f"the prompt and max_new_tokens take more than {limit} tokens")
+    return {"ids": ids, "messages": prompt, "answer": answer["content"]}
+
+
+def padded(sequences, device, pad=0, key="ids"):
+    """(B, T) int64 of the lists, padded on the right."""
+    T = max(len(s[key]) for s in sequences)
+    rows = [s[key] + [pad] * (T - len(s[key])) for s in sequences]
+    return torch.tensor(rows, device=device)
+
+
+def packed(examples, limit):
+    """The examples in rows of up to `limit` tokens, each with the number of its place in the row."""
+    rows = []
+    for e in sorted(examples, key=lambda e: -len(e["ids"])):  # first fit, decreasing
+        n = len(e["ids"])
+        row = next((r for r in rows if len(r["ids"]) + n <= limit), None) if pack else None
+        if row is None:
+            rows.append(row := {"ids": [], "targets": [], "docs": []})
+        row["docs"] += [1 + max(row["docs"], default=0)] * n
+        row["ids"] += e["ids"]
+        row["targets"] += e["targets"]
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Methods: each has a size (what its loss sum is divided by, over the global batch) and a loss
+
+
+def sft_size(examples):
+    return sum(t != -100 for e in examples for t in e["targets"])
+
+
+def sft_loss(net, rows):
+    """The sum of -log p over the targets of packed rows, and nothing else to log."""
+    device = net.model.embed_tokens.weight.device
+    ids, targets = padded(rows, device), padded(rows, device, -100, "targets")
+    docs = padded(rows, device, 0, "docs") if any(max(r["docs"]) > 1 for r in rows) else None
+    embeds = None
+    if neftune and net.training:
+        embeds = net.model.embed_tokens(ids)
+        reach = neftune / math.sqrt(ids.shape[1] * embeds.shape[2])
+        embeds = embeds + torch.empty_like(embeds).uniform_(-reach, reach)
+    return net(ids, targets, docs=docs, embeds=embeds)[0], Counter()
+
+
+def read_score(net, examples):
+    """(B, n_labels) float32 scores of the last token of each example, or of the mean of all."""
+    device = net.model.embed_tokens.weight.device
+    h = net.hidden(padded(examples, device))
+    n = torch.tensor([len(e["ids"]) for e in examples], device=device)
+    if net.pooling == "mean":
+        real = torch.arange(h.shape[1], device=device) < n[:, None]
+        h = (h * real[..., None]).sum(1) / n[:, None]
+    else:
+        h = h[torch.arange(len(h)), n - 1]
+    return net.score(h).float()
+
+
+def classify_loss(net, examples):
+    """Cross-entropy, weighted by label where class_weights says so; the pairs (label, guess)."""
+    scores = read_score(net, examples)
+    labels = torch.tensor([net.labels.index(e["label"]) for e in examples], device=scores.device)
+    weights = torch.tensor([e.get("weight", 1.0) for e in examples], device=scores.device)
+    loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum()
+    guesses = scores.argmax(1)
+    return loss, Counter(zip(labels.tolist(), guesses.tolist()))
+
+
+def response_logprobs(net, sequences):
+    """(B,) float32: the sum of log p over the targets of each sequence."""
+    device = net.model.embed_tokens.weight.device
+    ids, targets = padded(sequences, device), padded(sequences, device, -100, "targets")
+    return core.logprobs(net, ids, targets).sum(1)
+
+
+def preference_loss(chosen, rejected, ref_chosen, ref_rejected):
+    """(B,) losses of DPO (Rafailov et al. 2023, equation 7), with label smoothing as in cDPO, or of
+    IPO (Azar et al. 2023, equation 17), from (B,) log-probabilities; and the two rewards."""
+    reward_chosen, reward_rejected = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    margin = reward_chosen - reward_rejected
+    if dpo_loss == "ipo":
+        return (margin / beta - 1 / (2 * beta)) ** 2, reward_chosen, reward_rejected
+    loss = -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
+    return loss, reward_chosen, reward_rejected
+
+
+def dpo(net, pairs):
+    """DPO's loss over pairs, whose log-probabilities under the reference were computed once."""
+    logp = response_logprobs(net, [p[w] for w in ("chosen", "rejected") for p in pairs]).chunk(2)
+    reference = [torch.tensor([p["reference"][i] for p in pairs]).to(logp[0]) for i in (0, 1)]
+    loss, good, bad = preference_loss(*logp, *reference)
+    stats = {"reward_chosen": good, "reward_rejected": bad, "margin": good - bad}
+    stats["accuracy"] = (good > bad).float()
+    return loss.sum(), Counter({k: float(v.detach().sum()) for k, v in stats.items()})
+
+
+def reward_loss(net, pairs):
+    """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
+    good, bad = read_score(net, [p[w] for w in ("chosen", "rejected") for p in pairs]).chunk(2)
+    stats = {"margin": float((good - bad).sum()), "accuracy": int((good > bad).sum())}
+    return -F.logsigmoid(good - bad).sum(), Counter(stats)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reinforcement learning: roll out, advantage, loss
+
+
+def overlap(prompt, text, answer):
+    """F1 of the words of a text and of the answer that was expected."""
+    a, b = Counter(text.lower().split()), Counter(answer.lower().split())
+    both = (a & b).total()
+    return 2 * both / max(1, a.total() + b.total())
+
+
+def arithmetic(prompt, text, answer):
+    """1 where the text's last number is that of the answer, else 0."""
+    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", t) for t in (text, answer)]
+    said, right = (float(n[-1].replace(",", "")) if n else None for n in numbers)
+    return float(said is not None and said == right)
+
+
+def gsm8k(prompt, text, answer):
+    """1 where the number behind #### (or else the last one) is that of the answer, else 0."""
+    behind = lambda t: t.rpartition("####")[2]
+    return arithmetic(prompt, behind(text), behind(answer))
+
+
+def open_reward(run):
+    """A function (messages, text, answer) -> float of what `reward` names."""
+    known = {"overlap": overlap, "arithmetic": arithmetic, "gsm8k": gsm8k}
+    if reward in known:
+        return known[reward]
+    file, _, name = reward.rpartition(":")
+    if file.endswith(".py"):
+        if not os.path.isfile(file):
+            raise UserError(f"--reward={reward}: no such file")
+        space = runpy.run_path(file)
+        if not callable(space.get(name)):
+            raise UserError(f"--reward={reward}: no function {name!r} in it")
+        return space[name]
+    judge, tok = core.load(reward, run.device)
+    if judge.score is None or len(judge.labels) != 1:
+        raise UserError(f"--reward={reward}: no reward model (--method=reward makes one)")
+
+    def score(messages, text, answer):
+        ids, _ = tok.chat([*messages, {"role": "assistant", "content": text}])
+        with torch.no_grad():
+            return float(read_score(judge, [{"ids": ids[-judge.config.n_ctx :]}]))
+
+    return score
+
+
+def roll_out(net, tok, prompts, judge, seed, cast):
+    """Sample group_size (ppo: one) answers to each prompt: examples with inputs, targets (-100 on
+    the prompt), a reward, and the number of the prompt."""
+    n = group_size if method == "grpo" else 1
+    many = [p for p in prompts for _ in range(n)]
+    how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    with cast:
+        made = core.generate(net, tok, [p["ids"] for p in many], **how)
+    examples = []
+    for i, (p, g) in enumerate(zip(many, made)):
+        whole = p["ids"] + g.ids
+        targets = [-100] * (len(p["ids"]) - 1) + g.ids
+        score = judge(p["messages"], g.text, p["answer"])
+        examples.append({"ids": whole[:-1], "targets": targets, "reward": score, "group": i // n})
+    return [e for e in examples if any(t != -100 for t in e["targets"])]
+
+
+def group_advantages(rewards, groups):
+    """(N,) float: each reward less its group's mean, over its deviation (Shao et al. 2024, 4.1.2)."""
+    rewards, groups = torch.tensor(rewards), torch.tensor(groups)
+    out = torch.zeros_like(rewards)
+    for g in groups.unique():
+        mine = rewards[groups == g]
+        out[groups == g] = (mine - mine.mean()) / (mine.std(unbiased=False) + 1e-4)
+    return out
+
+
+def gae(rewards, values):
+    """Generalized advantage estimates (T,) of one answer's rewards and values (Schulman et al. 2016,
+    equation 16); behind the last token the value is 0."""
+    advantages, last, after = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        last = rewards[t] + gamma * after - values[t] + gamma * gae_lambda * last
+        advantages[t], after = last, values[t]
+    return advantages
+
+
+def policy_loss(logp, old, advantages):
+    """PPO's clipped objective (Schulman et al. 2017, equation 7), negated, per token."""
+    ratio = (logp - old).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def look(net, group):
+    """Of a padded group: log p of the targets (B, T), the entropy (B, T), the values (B, T) or
+    None, and which places count (B, T)."""
+    device = net.model.embed_tokens.weight.device
+    ids, targets = padded(group, device), padded(group, device, -100, "targets")
+    h = net.hidden(ids)
+    logp = core.joint(h, net.lm_head).float().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    value = net.score(h).float()[..., 0] if net.score is not None else None
+    return logp.gather(2, targets.clamp(min=0)[..., None])[..., 0], entropy, value, targets >= 0
+
+
+def judge_samples(run, net, reference, examples, cast):
+    """Put what an update needs into each sample: the log-probabilities now and under the reference,
+    advantages and, for ppo, values and returns. Advantages are whitened over all processes."""
+    with torch.no_grad(), cast:
+        for group in chunks(examples, net.config.n_ctx):
+            logp, _, value, counts = look(net, group)
+            ref = look(reference, group)[0] if reference is not None else logp
+            for i, e in enumerate(group):
+                e["old"], e["kl"] = logp[i, counts[i]], (logp - ref)[i, counts[i]]
+                e["ref"] = ref[i, counts[i]]
+                e["value"] = value[i, counts[i]] if value is not None else None
+    if method == "grpo":
+        found = group_advantages([e["reward"] for e in examples], [e["group"] for e in examples])
+        for e, a in zip(examples, found):
+            e["advantage"] = torch.full_like(e["old"], float(a))
+        return
+    for e in examples:
+        rewards = -kl_weight * e["kl"]
+        rewards[-1] += e["reward"]
+        e["advantage"] = gae(rewards, e["value"])
+        e["return"] = e["advantage"] + e["value"]
+    every = torch.cat([e["advantage"] for e in examples]) if examples else torch.zeros(0)
+    sums = Counter(n=len(every), a=float(every.sum()), square=float(every.square().sum()))
+    sums = summed(run, sums)
+    mean = sums["a"] / max(1, sums["n"])
+    spread = math.sqrt(max(sums["square"] / max(1, sums["n"]) - mean**2, 1e-8))
+    for e in examples:
+        e["advantage"] = (e["advantage"] - mean) / spread
+
+
+def rl_loss(net, group):
+    """The sum over the samples' tokens of the clipped objective, the divergence from the reference
+    (grpo: Shao et al. 2024, equation 4) and ppo's clipped value loss; and what all should see."""
+    logp, entropy, value, counts = look(net, group)
+    logp, entropy = logp[counts], entropy[counts]
+    join = lambda key: torch.cat([e[key] for e in group]).to(logp)
+    old, advantage = join("old"), join("advantage")
+    loss = policy_loss(logp, old, advantage)
+    if method == "grpo" and kl_weight:
+        apart = join("ref") - logp
+        loss = loss + kl_weight * (apart.exp() - apart - 1)
+    stats = {"entropy": entropy, "approx_kl": (logp - old).exp() - 1 - (logp - old)}
+    stats["clipfrac"] = ((logp - old).exp() - 1).abs() > clip
+    if method == "ppo":
+        value, before, goal = value[counts], join("value"), join("return")
+        near = before + (value - before).clamp(-clip, clip)
+        value_loss = torch.max((value - goal) ** 2, (near - goal) ** 2)
+        loss = loss + value_weight * 0.5 * value_loss
+        stats |= {"value_loss": value_loss, "unexplained": (goal - before) ** 2}
+        stats |= {"return": goal, "return2": goal**2}
+    return loss.sum(), Counter({k: float(v.detach().float().sum()) for k, v in stats.items()})
+
+
+LOSS = {
+    "grpo": rl_loss,
+    "ppo": rl_loss,
+    "sft": sft_loss,
+    "classify": classify_loss,
+    "dpo": dpo,
+    "reward": reward_loss,
+}
+
+
+def size_of(examples):
+    """What the loss over the global batch is divided by: targets, weights, or pairs."""
+    if method in ("sft", "grpo", "ppo"):
+        return sft_size(examples)
+    return sum(e.get("weight", 1.0) for e in examples)
+
+
+def tokens_of(example):
+    if "chosen" in example:
+        return len(example["chosen"]["ids"]) + len(example["rejected"]["ids"])
+    return len(example["ids"])
+
+
+def chunks(examples, limit):
+    """The examples in groups of about micro_tokens padded tokens; of sft packed into rows."""
+    rows = packed(examples, limit) if method == "sft" else sorted(examples, key=tokens_of)
+    group, longest = [], 0
+    for row in rows:
+        longest = max(longest, tokens_of(row))
+        if group and longest * (len(group) + 1) > micro_tokens:
+            yield group
+            group, longest = [], tokens_of(row)
+        group.append(row)
+    if group:
+        yield group
+
+
+def summed(run, values):
+    """{name: number} summed over all processes."""
+    if run.world == 1:
+        return values
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, values)
+    total = Counter()
+    for some in everyone:
+        for key, value in some.items():
+            total[key] += value
+    return total
+
+
+def verdict(run, net, examples, limit, cast):
+    """The method's loss and figures over some examples, shared out over all processes."""
+    total, training = Counter(), net.training
+    net.eval()
+    with torch.no_grad(), cast:
+        for group in chunks(examples[run.rank :: run.world], limit):
+            loss, stats = LOSS[method](net, group)
+            total.update(stats)
+            total["loss"] += float(loss)
+    net.train(training)
+    total["size"] = size_of(examples[run.rank :: run.world])
+    total = summed(run, total)
+    size = max(total.pop("size"), 1e-9)
+    out = {"val_loss": total.pop("loss") / size}
+    if method == "classify":
+        return out | confusion(total, net.labels)
+    return out | {f"val_{key}": value / size for key, value in total.items()}
+
+
+def confusion(pairs, labels):
+    """Accuracy and macro F1 of {(label, guess): count}."""
+    total = sum(pairs.values())
+    right = {i: pairs[i, i] for i in range(len(labels))}
+    seen = Counter(), Counter()
+    for (label, guess), n in pairs.items():
+        seen[0][label] += n
+        seen[1][guess] += n
+    f1 = [2 * right[i] / (seen[0][i] + seen[1][i]) for i in seen[0]]
+    return {
+        "val_accuracy": sum(right.values()) / max(1, total),
+        "val_f1": sum(f1) / max(1, len(f1)),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_adapter(folder, net, tok):
+    """Write the added matrices as a PEFT adapter, and the tokenizer. GPT-2's file has q, k and v as
+    one layer: their three products are one of three times the rank, with blocks of zeros."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = {f"{n}.weight": m for n, m in net.named_modules() if isinstance(m, LoRA)}
+    gpt2 = core.family(net.config) == "gpt2"
+    groups = core.gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
+    tensors, ranks = {}, {}
+    for theirs, ours in groups.items():
+        place = theirs.removesuffix(".weight")
+        A = torch.cat([layers[name].lora_A.weight for name in ours])
+        B = torch.block_diag(*[layers[name].lora_B.weight for name in ours])
+        tensors[f"base_model.model.{place}.lora_A.weight"] = A
+        tensors[f"base_model.model.{place}.lora_B.weight"] = B
+        ranks[place.rpartition(".")[2]] = len(A)
+    base = os.path.relpath(model, folder)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config |= {"r": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    config |= {"bias": "none", "target_modules": sorted(ranks), "fan_in_fan_out": gpt2}
+    config |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": None}
+    wide = {name: rank for name, rank in ranks.items() if rank != lora_rank}
+    alphas = {name: lora_alpha * rank / lora_rank for name, rank in wide.items()}
+    config |= {"rank_pattern": wide, "alpha_pattern": alphas}
+    with core.whole_file(folder / "adapter_model.safetensors") as file:
+        core.write_safetensors(file, tensors, {"format": "pt"})
+    core.write_json(folder / "tokenizer.json", tok.spec)
+    core.write_json(folder / "tokenizer_config.json", tok.config)
+    core.write_json(folder / "adapter_config.json", config)
+
+
+def add_chat_tokens(net, tok, say):
+    """Give a tokenizer without a chat template ChatML's, and the network rows for its two tokens."""
+    spec, config = json.loads(json.dumps(tok.spec)), dict(tok.config)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    new = [name for name in ("<|im_start|>", "<|im_end|>") if name not in tok.special]
+    for i, name in enumerate(new):
+        spec.setdefault("added_tokens", []).append({"id": tok.n_vocab + i, "content": name} | flags)
+    added = core.Tokenizer(spec, config | {"chat_template": core.CHATML})
+    added.eos_ids, rows = tok.eos_ids, net.config.vocab_size
+    if added.n_vocab > rows:
+        net.config.vocab_size = -(-added.n_vocab // 64) * 64
+        old, size = net.model.embed_tokens.weight.data, net.config.vocab_size
+        for layer in (net.model.embed_tokens, net.lm_head):
+            extra = layer.weight.data.mean(0, keepdim=True).repeat(size - rows, 1)
+            weight = torch.cat([layer.weight.data, extra]) if len(layer.weight) == rows else None
+            layer.weight = nn.Parameter(weight) if weight is not None else layer.weight
+        if net.config.tie:
+            net.lm_head.weight = net.model.embed_tokens.weight
+        del old
+    say(f"{model} has no chat template: ChatML's is added, with {len(new)} new tokens")
+    return added
+
+
+def end_of_turn(tok):
+    """The token that the template puts behind what an assistant says: after sft it ends a text."""
+    ids, said = tok.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    return [id for id, s in zip(ids, said) if s and id in tok.special.values()][-1:]
+
+
+def check_settings():
+    if method not in TASK:
+        raise UserError(f"--method={method}: expected {', '.join(TASK)}, lora or qlora")
+    for key, known in {
+        "adapt": ("full", "lora", "qlora"), "init_from": ("base", "resume"),
+        "too_long": ("truncate", "drop"), "pooling": ("last", "mean"),
+        "dpo_loss": ("sigmoid", "ipo"), "lr_schedule": ("linear", "cosine", "constant"),
+    }.items():  # fmt: skip
+        if globals()[key] not in known:
+            raise UserError(f"--{key}={globals()[key]}: expected {', '.join(known)}")
+    for key in ("batch_size", "micro_tokens", "lora_rank", "eval_every", "save_every"):
+        if globals()[key] < 1:
+            raise UserError(f"{key}={globals()[key]}: expected 1 or more")
+    if not (max_steps or max_epochs):
+        raise UserError("no horizon: set max_steps or max_epochs")
+
+
+def verdict_of_samples(run, net, tok, prompts, judge, cast):
+    """The mean reward of one sample of each prompt, by all processes together."""
+    mine, total = prompts[run.rank :: run.world], Counter(n=0)
+    for i in range(0, len(mine), 32):
+        some = mine[i : i + 32]
+        how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=i)
+        with cast:
+            made = core.generate(net, tok, [p["ids"] for p in some], **how)
+        total["reward"] += sum(
+            judge(p["messages"], g.text, p["answer"]) for p, g in zip(some, made)
+        )
+        total["n"] += len(some)
+    total = summed(run, total)
+    return {"val_reward": total["reward"] / max(1, total["n"])}
+
+
+def lr_scale(step, steps):
+    """The learning rate over its peak."""
+    warm, done = min(1.0, (step + 1) / max(1, warmup_steps)), step / steps
+    shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+    return warm * shape[lr_schedule]
+
+
+def made_by():
+    """What a resumed run must have in common with its first part."""
+    aside = ("init_from", "overwrite", "device", "max_steps", "max_epochs", "eval_every")
+    aside += ("save_every", "memorized", "micro_tokens", "early_stopping", "eval_examples")
+    return {k: v for k, v in settings(globals()).items() if k not in aside}
+
+
+def trainable(net):
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def choose_weights(net):
+    """Which parameters learn: the adapter's, those of the last blocks, or all; a score's always."""
+    if adapt != "full":
+        adapt_network(net, adapt)
+    elif train_last:
+        net.requires_grad_(False)
+        for part in (*net.model.layers[-train_last:], net.model.norm):
+            part.requires_grad_(True)
+        net.lm_head.requires_grad_(not net.config.tie and net.score is None)
+    if net.score is not None:
+        net.score.requires_grad_(True)
+        if method != "ppo":
+            net.lm_head.requires_grad_(
+                net.config.tie and net.model.embed_tokens.weight.requires_grad
+            )
+
+
+def make_optimizers(net):
+    """core.make_optimizer's, their groups divided by depth where layer_decay asks for it."""
+    optimizers = core.make_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.99))
+    if layer_decay == 1:
+        return optimizers
+    depth = {}
+    for name, p in net.named_parameters():
+        inside = name.split(".layers.")[1:]
+        outer = 0 if "embed" in name else net.config.n_layer + 1
+        depth[p] = int(inside[0].split(".")[0]) + 1 if inside else outer
+    for o in optimizers:
+        groups = []
+        for group in o.param_groups:
+            for d in sorted({depth[p] for p in group["params"]}):
+                params = [p for p in group["params"] if depth[p] == d]
+                peak = group["initial_lr"] * layer_decay ** (net.config.n_layer + 1 - d)
+                groups.append(group | {"params": params, "initial_lr": peak})
+        o.param_groups = groups
+    return optimizers
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
+def reference_logprobs(run, net, pairs, cast):
+    """Put the log-probabilities under the network as it is now into each pair, once for all."""
+    mine, net = range(run.rank, len(pairs), run.world), net.eval()
+    found = {}
+    with torch.no_grad(), cast:
+        for i in mine:
+            both = [pairs[i]["chosen"], pairs[i]["rejected"]]
+            logp = [0.0, 0.0] if reference_free else response_logprobs(net, both).tolist()
+            found[i] = logp
+    everyone = [found]
+    if run.world > 1:
+        everyone = [None] * run.world
+        dist.all_gather_object(everyone, found)
+    for some in everyone:
+        for i, logp in some.items():
+            pairs[i]["reference"] = logp
+
+
+def repeated(net, tok, examples, cast):
+    """The share of the examples' responses that greedy generation reproduces word for word."""
+    prompts, answers = [], []
+    for e in examples:
+        first = next(i for i, t in enumerate(e["targets"]) if t != -100)
+        last = next((i for i in range(first, len(e["targets"])) if e["targets"][i] == -100), None)
+        prompts.append(e["ids"][: first + 1])
+        answers.append([t for t in e["targets"][first:last] if t not in tok.special.values()])
+    longest = max(map(len, answers))
+    with cast:
+        made = core.generate(net, tok, prompts, max_new_tokens=longest + 1, temperature=0)
+    same = [g.text.strip() == tok.decode(a).strip() for g, a in zip(made, answers)]
+    return sum(same) / len(same)
+
+
+def main():
+    global method, adapt
+    if method in ("lora", "qlora"):
+        method, adapt = "sft", method
+    check_settings()
+    run, progress = core.setup(device), core.Progress()
+    say = progress.note if run.main else lambda text: None
+    out = Path(out_dir)
+    if init_from == "base" and (out / "state.pt").exists() and not overwrite:
+        ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
+        raise UserError(f"{out} holds a run: {ways}")
+    net, tok = core.load(model, run.device)
+    if (
+        method in ("sft", "dpo", "reward")
+        and template is None
+        and not tok.config.get("chat_template")
+    ):
+        tok = add_chat_tokens(net, tok, say)
+    limit = min(seq_len or net.config.n_ctx, net.config.n_ctx)
+    train, val = (load_examples(split, tok, limit, say) for split in ("train", "val"))
+    if not train:
+        raise UserError(f"data/{dataset}: no example for --method={method}")
+    torch.manual_seed(seed)
+    if method in ("classify", "reward"):
+        labels = sorted({e["label"] for e in train}) if method == "classify" else ["reward"]
+        unseen = Counter(
+            e["label"] for e in val if method == "classify" and e["label"] not in labels
+        )
+        if unseen:
+            say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
+            val = [e for e in val if e["label"] in labels]
+        net.set_score(labels, pooling)
+        if class_weights:
+            counts = Counter(e["label"] for e in train)
+            for e in [*train, *val]:
+                e["weight"] = len(train) / (len(labels) * counts[e["label"]])
+    if method != "classify" and template is None:
+        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
+    val = val[:eval_examples] if eval_examples else val
+    kind, why = core.choose_dtype(run.device, dtype, net.config.n_embd)
+    cast = core.autocast(run.device, kind)
+    net.to(run.device)
+    net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
+    if method == "dpo":
+        reference_logprobs(run, net, train, cast)
+        reference_logprobs(run, net, val, cast)
+    judge = open_reward(run) if method in ("grpo", "ppo") else None
+    reference = copy.deepcopy(net).eval() if judge and kl_weight else None
+    if method == "ppo":
+        net.set_score(["value"])
+        nn.init.zeros_(net.score.weight)
+    choose_weights(net)
+    net.train()
+    params = trainable(net)
+    n_params = sum(p.numel() for p in params.values())
+    per_epoch = len(train) / batch_size
+    steps = min(max_steps or math.inf, math.ceil(per_epoch * (max_epochs or math.inf)))
+    say(
+        f"model: {model}, {core.n_params(net):,} parameters, of which {n_params:,} learn ({adapt})\n"
+        f"data: {len(train):,} examples to train on, {len(val):,} to validate; {steps:,} steps of "
+        f"{batch_size} examples\n"
+        f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
+    )
+    optimizers = make_optimizers(net)
+    step, best, since_best, first_verdict, seconds = 0, math.inf, 0, None, 0.0
+    if init_from == "resume":
+        state = load_state(out)
+        step, best, since_best = state["step"], state["best"], state["since_best"]
+        first_verdict, seconds = state["first_verdict"], state["seconds"]
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(state["weights"][name])
+        for o, saved in zip(optimizers, state["optimizers"], strict=True):
+            groups = o.state_dict()["param_groups"]
+            o.load_state_dict({"state": saved["state"], "param_groups": groups})
+        say(f"resumed {out_dir} at step {step}")
+    if run.main:
+        out.mkdir(parents=True, exist_ok=True)
+        if init_from == "base":
+            (out / "state.pt").unlink(missing_ok=True)
+        rows = (
+            (out / "log.jsonl").read_text().splitlines()
+            if step and (out / "log.jsonl").exists()
+            else []
+        )
+        rows = [row for row in rows if json.loads(row)["step"] <= step]
+        core.write_json(
+            out / "run.json", {"config": settings(globals()), "command": " ".join(sys.argv)}
+        )
+        log = open(out / "log.jsonl", "w", encoding="utf-8")
+        log.writelines(row + "\n" for row in rows)
+
+    def record(row):
+        if run.main:
+            print(json.dumps(row), file=log, flush=True)
+
+    def write(folder):
+        head, net.score = (
+            net.score,
+            None if method == "ppo" else net.score,
+        )  # which ppo's model lacks
+        if run.main and adapt == "full":
+            core.save(folder, net, tok, step)
+        elif run.main:
+            save_adapter(folder, net, tok)
+        net.score = head
+
+    def save():
+        if run.main:
+            write(out)
+            state = dict(step=step, best=best, since_best=since_best, first_verdict=first_verdict)
+            state |= dict(seconds=time.monotonic() - begun, made_by=made_by())
+            state["weights"] = {name: p.detach() for name, p in params.items()}
+            state["optimizers"] = [o.state_dict() for o in optimizers]
+            with core.whole_file(out / "state.pt") as file:
+                torch.save(state, file)
+
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: caught.append(n))
+    begun, stop, row, told = time.monotonic() - seconds, False, {}, None
+    orders = {}
+
+    def example_at(i):
+        epoch, place = divmod(i, len(train))
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(train))
+        return train[int(orders[epoch][place])]
+
+    def update(examples):
+        """One optimizer step on this process's examples: (figures over all processes, norm)."""
+        size, stats = max(summed(run, Counter(size=size_of(examples)))["size"], 1e-9), Counter()
+        for group in chunks(examples, limit):
+            with cast:
+                loss, some = LOSS[method](net, group)
+            (loss / size).backward()
+            stats.update(some if method != "classify" else {})
+            stats["loss"] += float(loss.detach())
+        core.sync_grads(params.values())
+        norm = float(nn.utils.clip_grad_norm_(params.values(), grad_clip or math.inf))
+        if math.isfinite(norm):
+            for o in optimizers:
+                o.step()
+        else:
+            say(f"step {step + 1}: gradient norm {norm}: the update is skipped")
+        for o in optimizers:
+            o.zero_grad()
+        return {k: v / size for k, v in summed(run, stats).items()}, norm
+
+    def look_at_val():
+        if judge is not None:
+            return verdict_of_samples(run, net, tok, val, judge, cast)
+        return verdict(run, net, val, limit, cast)
+
+    if val and first_verdict is None:
+        first_verdict = look_at_val()
+        record({"step": step} | first_verdict)
+        say("step 0: " + "  ".join(f"{k} {v:.4f}" for k, v in first_verdict.items()))
+    while step < steps and not stop:
+        tick = time.monotonic()
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
+        scale = lr_scale(step, steps)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * scale
+        mine = [example_at(step * batch_size + i) for i in range(run.rank, batch_size, run.world)]
+        stop, extra = summed(run, Counter(stop=len(caught)))["stop"] > 0, {}
+        if judge is None:
+            figures, norm = update(mine)
+        else:
+            samples = roll_out(net, tok, mine, judge, step * run.world + run.rank, cast)
+            judge_samples(run, net, reference, samples, cast)
+            extra = Counter(reward=sum(e["reward"] for e in samples), n=len(samples))
+            extra["length"] = sft_size(samples)
+            extra = summed(run, extra)
+            extra = {k: extra[k] / max(1, extra["n"]) for k in ("reward", "length")}
+            for _ in range(rl_epochs):
+                order = torch.randperm(len(samples)).tolist()
+                for i in range(minibatches):
+                    figures, norm = update([samples[k] for k in order[i::minibatches]])
+            if method == "ppo":
+                spread = figures.pop("return2") - figures["return"] ** 2
+                explained = 1 - figures.pop("unexplained") / max(spread, 1e-9)
+                figures["explained_variance"] = explained
+        figures = extra | figures
+        step += 1
+        dt = time.monotonic() - tick
+        row = {"step": step} | figures | {"lr": learning_rate * scale, "grad_norm": norm, "dt": dt}
+        record(row)
+        if run.main:
+            left = core.duration((time.monotonic() - begun) * (steps - step) / step)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
+            progress(
+                f"step {step} of {steps}  {shown}  lr {row['lr']:.2e}  norm {norm:.2f}  left {left}"
+            )
+        if val and (step % eval_every == 0 or step == steps):
+            told = look_at_val()
+            record({"step": step} | told)
+            row |= told
+            say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in told.items()))
+            since_best += 1
+            score = told["val_loss"] if judge is None else -told["val_reward"]
+            if score < best:
+                best, since_best = score, 0
+                write(out / "best")
+            if early_stopping and since_best >= early_stopping:
+                say(f"no new best in {since_best} validations: stopped; best/ has the best")
+                break
+        if step % save_every == 0 or step == steps or stop:
+            save()
+    say("")
+    if stop and step < steps:
+        say(f"stopped at step {step} and saved; --init_from=resume goes on")
+        return 128 + (caught or [signal.SIGTERM])[0]
+    if merge and adapt != "full" and run.main:
+        core.save(out / "merged", merged(net).eval(), tok, step)
+        say(f"merged: {out / 'merged'}")
+    if method == "sft" and memorized and run.main:
+        for name, some in (("training", train[:memorized]), ("validation", val[:memorized])):
+            if some:
+                row[f"repeated_{name}"] = repeated(net, tok, some, cast)
+        gap = row.get("val_loss", math.nan) - row.get("loss", math.nan)
+        say(
+            f"memorization: {row.get('repeated_training', 0):.0%} of training and "
+            f"{row.get('repeated_validation', 0):.0%} of validation responses come back word for word; "
+            f"validation loss is {gap:+.2f} from the last training loss"
+        )
+    for key, value in row.items():
+        say(f"{key}: {value:.6g}")
+    if run.world > 1:
+        dist.barrier()
+    return 0
+
+
+def load_state(folder):
+    """The state of the run in a folder, if it was made with these settings."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no run to resume (--init_from=base starts one)") from None
+    differ = [k for k, v in made_by().items() if state["made_by"].get(k) != v]
+    if differ:
+        raise UserError(
+            f"{folder}: no resume with another {', '.join(differ)}: run.json has its own"
+        )
+    return state
+
+
+if __name__ == "__main__":
+    status = main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,356 @@
+"""finetune.py: every loss against its formula, every kind of added weight against the plain one,
+and the commands from start to end."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run
+from test_model import QWEN3, make_net
+
+import finetune
+import model
+
+QUICK = ["--max_steps=4", "--batch_size=4", "--eval_examples=8", "--eval_every=4", "--memorized=0"]
+QUICK += ["--model=out/tiny", "--dataset=tiny", "--warmup_steps=0", "--dtype=float32"]
+
+
+@pytest.fixture
+def tok(tiny):
+    return model.Tokenizer.from_folder(tiny / "out/tiny")
+
+
+def talk(*contents):
+    roles = ["user", "assistant"] * len(contents)
+    return [{"role": role, "content": text} for role, text in zip(roles, contents)]
+
+
+def examples_of(tok, *talks, limit=64):
+    return [finetune.read_sft({"messages": talk(*said)}, tok, limit) for said in talks]
+
+
+TALKS = [("def f", "returns x"), ("a longer question, this time", "no"), ("q", "yes", "z", "no")]
+TALKS += [("what", "a rather long answer that has many tokens")]
+
+
+def net_for(tok, **more):
+    net = make_net(vocab_size=-(-tok.n_vocab // 64) * 64, **(QWEN3 | {"n_ctx": 64} | more))
+    return net.train()
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_the_loss_is_on_what_the_assistant_says_alone(tok):
+    [e] = examples_of(tok, ("ask one", "say one", "ask two", "say two"))
+    said = [t for t in e["targets"] if t != -100]
+    end = tok.special["<|im_end|>"]
+    assert tok.decode(said) == "say one<|im_end|>say two<|im_end|>" and said.count(end) == 2
+    full, mask = tok.chat(talk("ask one", "say one", "ask two", "say two"))
+    assert e["ids"] == full[:-1] and sum(mask) == len(said)
+
+
+def test_prompt_tokens_get_no_gradient(tok):
+    net = net_for(tok)
+    [e] = examples_of(tok, ("abc", "x"))
+    embeds = net.model.embed_tokens(torch.tensor([e["ids"]])).detach().requires_grad_()
+    targets = torch.tensor([e["targets"]])
+    logits = net.lm_head(net.hidden(None, embeds=embeds))
+    logits.retain_grad()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    silent = targets[0] == -100
+    assert silent.any() and not silent.all()
+    assert logits.grad[0, silent].abs().max() == 0 < logits.grad[0, ~silent].abs().min(0)[0].max()
+    loss, _ = finetune.sft_loss(net, finetune.packed([e], 64))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_packing_and_chunks_change_no_gradient(tok, pack, monkeypatch):
+    net, examples = net_for(tok), examples_of(tok, *TALKS)
+
+    def gradients(groups):
+        net.zero_grad()
+        for group in groups:
+            (finetune.sft_loss(net, group)[0] / finetune.sft_size(examples)).backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    monkeypatch.setattr(finetune, "pack", False)
+    alone = gradients([finetune.packed([e], 64) for e in examples])  # a row each, no padding
+    monkeypatch.setattr(finetune, "pack", pack)
+    rows = finetune.packed(examples, 64)
+    assert (len(rows) < len(examples)) == pack
+    monkeypatch.setattr(finetune, "method", "sft")
+    for micro in (8, 70, 10_000):
+        monkeypatch.setattr(finetune, "micro_tokens", micro)
+        for a, b in zip(alone, gradients(finetune.chunks(examples, 64))):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dpo_is_the_papers_formula(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5, generator=g).double()
+    for beta, smoothing in ((0.1, 0.0), (0.5, 0.2)):
+        monkeypatch.setattr(finetune, "beta", beta)
+        monkeypatch.setattr(finetune, "label_smoothing", smoothing)
+        loss, *_ = finetune.preference_loss(chosen, rejected, ref_chosen, ref_rejected)
+        for i in range(5):
+            ratio = math.exp(chosen[i] - ref_chosen[i]) / math.exp(rejected[i] - ref_rejected[i])
+            p = ratio**beta / (1 + ratio**beta)
+            expected = -(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p)
+            assert abs(loss[i] - expected) < 1e-9
+    monkeypatch.setattr(finetune, "dpo_loss", "ipo")
+    monkeypatch.setattr(finetune, "beta", 0.25)
+    loss, *_ = finetune.preference_loss(chosen, rejected, ref_chosen, ref_rejected)
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    torch.testing.assert_close(loss, (h - 1 / (2 * 0.25)) ** 2)
+
+
+def test_response_logprobs_sum_over_the_answer(tok):
+    net = net_for(tok).eval()
+    row = {"prompt": "ask", "chosen": "one two three", "rejected": "no"}
+    pair = finetune.read_pair(row, tok, 64)
+    with torch.no_grad():
+        both = finetune.response_logprobs(net, [pair["chosen"], pair["rejected"]])
+        for name, got in zip(("chosen", "rejected"), both):
+            ids, said = tok.chat(talk("ask", row[name]))
+            logp = net(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+            expected = sum(logp[i - 1, ids[i]] for i in range(1, len(ids)) if said[i])
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_read_the_last_token_or_the_mean(tok):
+    net = net_for(tok).eval()
+    examples = [{"ids": tok.encode("one two three")}, {"ids": tok.encode("a")}]
+    for pooling in ("last", "mean"):
+        net.set_score(["x", "y", "z"], pooling)
+        with torch.no_grad():
+            scores = finetune.read_score(net, examples)
+            for e, got in zip(examples, scores):
+                h = net.hidden(torch.tensor([e["ids"]]))[0]
+                expected = net.score(h[-1] if pooling == "last" else h.mean(0))
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_accuracy_and_f1():
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
+    pairs = finetune.Counter(zip(labels.tolist(), guesses.tolist()))
+    out = finetune.confusion(pairs, "abcd")
+    assert out["val_accuracy"] == pytest.approx((labels == guesses).mean())
+    f1 = []
+    for k in range(4):
+        tp = ((labels == k) & (guesses == k)).sum()
+        precision, recall = tp / (guesses == k).sum(), tp / (labels == k).sum()
+        f1.append(2 * precision * recall / (precision + recall))
+    assert out["val_f1"] == pytest.approx(np.mean(f1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Added weights
+
+
+def nearest_code(x):
+    return finetune.NF4[(x[:, None] - finetune.NF4).abs().argmin(1)]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 33), (3, 7), (512, 256)])
+def test_nf4_is_the_nearest_code_of_each_block(shape):
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(shape[1], shape[0])
+    packed = finetune.NF4Linear(layer)
+    flat = layer.weight.detach().flatten()
+    got, scales = packed.weight.flatten(), packed.scales()
+    for i in range(0, len(flat), 64):
+        block, top = flat[i : i + 64], flat[i : i + 64].abs().max()
+        scale = scales[i // 64]
+        assert abs(scale - top) <= packed.top.max() / 127  # the scale itself has 8 bits
+        expected = nearest_code(block / scale) * scale
+        error = (got[i : i + 64] - block).abs(), (expected - block).abs()
+        torch.testing.assert_close(*error, rtol=1e-4, atol=1e-6)
+    bits = 8 * sum(b.nbytes for n, b in packed.named_buffers() if n != "codebook") / len(flat)
+    assert bits < 4.2 or len(flat) < 100_000
+    x = torch.randn(5, shape[1], requires_grad=True)
+    y = packed(x)
+    torch.testing.assert_close(y, F.linear(x, packed.weight, layer.bias), rtol=1e-4, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, packed.weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "o_proj,gate_proj,up_proj,down_proj"])
+def test_an_adapter_starts_as_nothing_and_merges_as_it_is(tok, targets, monkeypatch):
+    monkeypatch.setattr(finetune, "lora_targets", targets)
+    net, ids = net_for(tok).eval(), torch.randint(0, 200, (2, 9))
+    with torch.no_grad():
+        before = net(ids)
+        finetune.adapt_network(net, "lora")
+        assert torch.equal(net(ids), before)
+        layers = [m for m in net.modules() if isinstance(m, finetune.LoRA)]
+        for layer in layers:
+            layer.lora_B.weight.normal_(std=0.1)
+        adapted = net(ids)
+        assert (adapted - before).abs().max() > 1e-3
+        names = [name for name, p in net.named_parameters() if p.requires_grad]
+        assert names and all("lora_" in name for name in names)
+        merged = finetune.merged(net)
+        torch.testing.assert_close(merged(ids), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_peft_reads_our_adapters_and_we_read_peft(kind, tok, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    shape = dict(norm="layer", pos="learned", mlp="gelu", bias=True, qk_norm=False, n_kv_head=0)
+    shape |= dict(head_dim=0, n_embd=32, n_head=4)
+    net = net_for(tok, **(shape if kind == "gpt2" else {})).eval()
+    base = tmp_path / "base"
+    model.save(base, net, tok)
+    monkeypatch.setattr(finetune, "model", str(base))
+    monkeypatch.setattr(finetune, "lora_rank", 4)
+    finetune.adapt_network(net, "lora")
+    for layer in net.modules():
+        if isinstance(layer, finetune.LoRA):
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    finetune.save_adapter(tmp_path / "ours", net, tok)
+    ids = torch.randint(0, 200, (2, 9))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    reopened, _ = model.load(tmp_path / "ours")
+    with torch.no_grad():
+        expected = net(ids)
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(reopened(ids), expected, rtol=1e-3, atol=1e-3)
+    # and one that PEFT made
+    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
+    other = transformers.AutoModelForCausalLM.from_pretrained(base)
+    other = peft.get_peft_model(other, config).eval()
+    for name, p in other.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    other.save_pretrained(tmp_path / "theirs")
+    reopened, _ = model.load(tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(reopened(ids), other(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+
+def tune(folder, *args, **how):
+    return run(folder, "finetune.py", *QUICK, *args, **how)
+
+
+def log(folder, out):
+    return [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_make_the_same_steps(tiny):
+    env = {"OMP_NUM_THREADS": "1"}
+    tune(tiny, "--out_dir=out/one", env=env)
+    tune(tiny, "--out_dir=out/two", env=env, processes=2)
+    for a, b in zip(log(tiny, "out/one"), log(tiny, "out/two"), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
+    one, two = (model.load(tiny / "out" / name)[0] for name in ("one", "two"))
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [["--dropout=0.1"], ["--method=lora", "--lora_dropout=0.1"]])
+def test_killed_and_resumed_is_never_stopped(tiny, more, tmp_path):
+    args = [a for a in QUICK if "steps=4" not in a] + [*more, "--save_every=2"]
+    args += [f"--model={tiny / 'out/tiny'}"]
+    (tmp_path / "data").symlink_to(tiny / "data")
+    run(tmp_path, "finetune.py", *args, "--max_steps=30", "--out_dir=whole")
+    command = [sys.executable, str(ROOT / "finetune.py"), *args, "--max_steps=30", "--out_dir=cut"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
+    state = tmp_path / "cut/state.pt"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(state)["step"] < 30
+    run(tmp_path, "finetune.py", *args, "--max_steps=30", "--out_dir=cut", "--init_from=resume")
+    name = "adapter_model.safetensors" if "--method=lora" in more else "model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "dt"} for row in rows]
+    assert strip(log(tmp_path, "cut")) == strip(log(tmp_path, "whole"))
+
+
+@pytest.mark.parametrize("method", ["classify", "reward"])
+def test_a_score_opens_here_and_in_transformers(method, tiny):
+    tune(tiny, f"--method={method}", f"--out_dir=out/{method}")
+    net, tok = model.load(tiny / "out" / method)
+    assert len(net.labels) == len(net.score.weight) and (method == "reward") == (
+        len(net.labels) == 1
+    )
+    transformers = pytest.importorskip("transformers")
+    auto = transformers.AutoModelForSequenceClassification
+    theirs = auto.from_pretrained(tiny / "out" / method).eval()
+    examples = [{"ids": tok.encode("def f(x):\n    return x")}]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([examples[0]["ids"]])).logits
+        torch.testing.assert_close(
+            finetune.read_score(net, examples), expected, rtol=1e-3, atol=1e-3
+        )
+    if method == "classify":
+        assert list(theirs.config.id2label.values()) == net.labels
+
+
+def test_dpo_raises_the_margin(tiny):
+    args = ["--max_steps=12", "--eval_every=12", "--learning_rate=1e-3", "--eval_examples=40"]
+    tune(tiny, "--method=dpo", *args, "--out_dir=out/dpo")
+    rows = [row for row in log(tiny, "out/dpo") if "val_loss" in row]
+    assert rows[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert rows[0]["val_margin"] == pytest.approx(0, abs=1e-3)
+    assert rows[-1]["val_margin"] > 0 and rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
+BAD = [
+    (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, lora or qlora"),
+    (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
+    (["--model=none"], "none: no such folder"),
+    (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
+    (["--batch_size=0"], "batch_size=0: expected 1 or more"),
+    (["--init_from=resume"], "out/new: no run to resume"),
+    (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON object: '{broken'"),
+    (["--dataset=empty"], "data/empty: no example for --method=sft"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD)
+def test_bad_input_is_a_line(args, message, tiny):
+    for name, lines in (("broken", ['{"messages": []}', "{broken"]), ("empty", ['{"text": 1}'])):
+        (tiny / "data" / name).mkdir(exist_ok=True)
+        (tiny / "data" / name / "sft_train.jsonl").write_text("\n".join(lines))
+    done = tune(tiny, "--out_dir=out/new", *args, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(message)
+    assert not (tiny / "out/new").exists()
+
+
+def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
+    tune(tiny, "--method=lora", "--out_dir=out/lora")
+    small, tok = net_for(model.Tokenizer.from_folder(tiny / "out/tiny")), None
+    tok = model.Tokenizer.from_folder(tiny / "out/tiny")
+    model.save(tmp_path / "small", small, tok)
+    config = json.loads((tiny / "out/lora/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "small")
+    (tmp_path / "a").mkdir()
+    for file in (tiny / "out/lora").glob("adapter_model*"):
+        (tmp_path / "a" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(model.UserError, match="an adapter for another base than .*does not fit"):
+        model.load(tmp_path / "a")

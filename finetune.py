@@ -142,8 +142,8 @@ NF4 = (
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer in 4 bits a weight: blocks of 64 with a scale each, the scales in 8 bits
-    by blocks of 256 (double quantization), 4.13 bits a weight in all."""
+    """A frozen linear layer in 4 bits a weight: blocks of 64 with a scale each, the scales in 8
+    bits by blocks of 256 (double quantization), 4.13 bits a weight in all."""
 
     def __init__(self, layer):
         super().__init__()
@@ -297,8 +297,8 @@ def fit(ids, targets, limit):
 
 
 def read_sft(row, tok, limit):
-    """Inputs and targets of a conversation, or of a plain record by the template: the loss is on what
-    the assistant says (or {output}) and the token that ends it, nothing else."""
+    """Inputs and targets of a conversation, or of a plain record by the template: the loss is on
+    what the assistant says (or {output}) and the token that ends it, nothing else."""
     if template is None:
         ids, said = tok.chat(row["messages"])
     else:
@@ -515,7 +515,7 @@ def roll_out(net, tok, prompts, judge, seed, cast):
 
 
 def group_advantages(rewards, groups):
-    """(N,) float: each reward less its group's mean, over its deviation (Shao et al. 2024, 4.1.2)."""
+    """(N,) float: each reward less its group's mean, over its deviation (Shao et al. 2024)."""
     rewards, groups = torch.tensor(rewards), torch.tensor(groups)
     out = torch.zeros_like(rewards)
     for g in groups.unique():
@@ -525,8 +525,8 @@ def group_advantages(rewards, groups):
 
 
 def gae(rewards, values):
-    """Generalized advantage estimates (T,) of one answer's rewards and values (Schulman et al. 2016,
-    equation 16); behind the last token the value is 0."""
+    """Generalized advantage estimates (T,) of one answer's rewards and values (Schulman et al.
+    2016, equation 16); behind the last token the value is 0."""
     advantages, last, after = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(len(rewards))):
         last = rewards[t] + gamma * after - values[t] + gamma * gae_lambda * last
@@ -724,7 +724,7 @@ def save_adapter(folder, net, tok):
 
 
 def add_chat_tokens(net, tok, say):
-    """Give a tokenizer without a chat template ChatML's, and the network rows for its two tokens."""
+    """Give a tokenizer without a chat template ChatML's, the network rows for its two tokens."""
     spec, config = json.loads(json.dumps(tok.spec)), dict(tok.config)
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     new = [name for name in ("<|im_start|>", "<|im_end|>") if name not in tok.special]
@@ -936,7 +936,7 @@ def main():
     per_epoch = len(train) / batch_size
     steps = min(max_steps or math.inf, math.ceil(per_epoch * (max_epochs or math.inf)))
     say(
-        f"model: {model}, {core.n_params(net):,} parameters, of which {n_params:,} learn ({adapt})\n"
+        f"model: {model}, {core.n_params(net):,} parameters, {n_params:,} of them learn ({adapt})\n"
         f"data: {len(train):,} examples to train on, {len(val):,} to validate; {steps:,} steps of "
         f"{batch_size} examples\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
@@ -1102,8 +1102,8 @@ def main():
         gap = row.get("val_loss", math.nan) - row.get("loss", math.nan)
         say(
             f"memorization: {row.get('repeated_training', 0):.0%} of training and "
-            f"{row.get('repeated_validation', 0):.0%} of validation responses come back word for word; "
-            f"validation loss is {gap:+.2f} from the last training loss"
+            f"{row.get('repeated_validation', 0):.0%} of validation responses come back word for "
+            f"word; validation loss is {gap:+.2f} from the last training loss"
         )
     for key, value in row.items():
         say(f"{key}: {value:.6g}")

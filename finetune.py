@@ -268,7 +268,7 @@ def read_rows(split):
 
 
 def load_examples(split, tok, limit, say):
-    """What the method makes of every record of a split; what cannot be used is counted and shown."""
+    """What the method makes of each record of a split; what cannot be used is counted, shown."""
     examples, bad = [], {}
     read = {"sft": read_sft, "classify": read_class}
     read = read.get(method, read_prompt if method in ("grpo", "ppo") else read_pair)
@@ -356,7 +356,7 @@ def padded(sequences, device, pad=0, key="ids"):
 
 
 def packed(examples, limit):
-    """The examples in rows of up to `limit` tokens, each with the number of its place in the row."""
+    """The examples in rows of up to `limit` tokens, each with the number of its place in one."""
     rows = []
     for e in sorted(examples, key=lambda e: -len(e["ids"])):  # first fit, decreasing
         n = len(e["ids"])

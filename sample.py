@@ -4,6 +4,7 @@
     python sample.py --model=out/shakespeare --prompt="ROMEO:" --num_samples=3
     echo "def main(" | python sample.py --prompt=- --temperature=0
     python sample.py --model=out/sft --chat
+    python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
 
 --model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Prints the prompt
 and its continuation.
@@ -83,6 +84,21 @@ def complete(net, tok):
         print(prompts[i] + g.text)
 
 
+def classify(net, tok):
+    """The labels of each prompt with their probabilities, the likeliest first; a reward model's
+    score, which is no probability, as it is."""
+    for text in read_prompts():
+        ids = (tok.start + tok.encode(text))[: net.config.n_ctx]
+        if not ids:
+            raise UserError("an empty text has no label")
+        with torch.no_grad():
+            h = net.hidden(torch.tensor([ids], device=net.score.weight.device))[0]
+            scores = net.score(h.mean(0) if net.pooling == "mean" else h[-1]).float()
+        shares = scores.softmax(0) if len(scores) > 1 else scores
+        for i in shares.argsort(descending=True)[:10].tolist():
+            print(f"{net.labels[i]}  {shares[i]:.4f}")
+
+
 def fit_context(net, tok, messages):
     """The ids of a conversation, its oldest turns dropped until an answer fits behind it."""
     first = int(messages[0]["role"] == "system")
@@ -129,6 +145,8 @@ def main():
     if quantize and dtype == "auto" and run.device.type == "cpu":
         kind = torch.bfloat16  # what the int8 product takes and gives
     net, tok = core.load(model, run.device, kind, quantize)
+    if net.score is not None:
+        return classify(net, tok)
     with core.generating(net):  # all turns of a conversation
         converse(net, tok) if chat else complete(net, tok)
 

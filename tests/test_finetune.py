@@ -307,6 +307,12 @@ def test_a_score_opens_here_and_in_transformers(method, tiny):
         )
     if method == "classify":
         assert list(theirs.config.id2label.values()) == net.labels
+    prompt = "def f(x):\n    return x"
+    done = run(tiny, "sample.py", f"--model=out/{method}", f"--prompt={prompt}")
+    shown = dict(line.split("  ") for line in done.stdout.splitlines())
+    shares = expected[0].softmax(0) if method == "classify" else expected[0]
+    for label, share in zip(net.labels, shares.tolist()):
+        assert float(shown[label]) == pytest.approx(share, abs=2e-3)
 
 
 def test_dpo_raises_the_margin(tiny):
@@ -318,8 +324,72 @@ def test_dpo_raises_the_margin(tiny):
     assert rows[-1]["val_margin"] > 0 and rows[-1]["val_loss"] < rows[0]["val_loss"]
 
 
+def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
+    net, tok = model.load(tiny / "out/tiny")
+    tok.config.pop("chat_template")
+    model.save(tiny / "out/plain", net, tok)
+    done = tune(tiny, "--model=out/plain", "--out_dir=out/chat")
+    assert "out/plain has no chat template: ChatML's is added" in done.stdout
+    net, tok = model.load(tiny / "out/chat")
+    assert tok.chat(talk("a", "b"))[1].count(1) > 1 and tok.special["<|im_end|>"] in tok.eos_ids
+    # and one that lacks the tokens too: they get rows of their own
+    spec = tok.spec | {
+        "added_tokens": [t for t in tok.spec["added_tokens"] if "im_" not in t["content"]]
+    }
+    spec["model"] = spec["model"] | {
+        "vocab": {k: v for k, v in spec["model"]["vocab"].items() if "im_" not in k}
+    }
+    bare = model.Tokenizer(spec, {k: v for k, v in tok.config.items() if k != "chat_template"})
+    net = make_net(vocab_size=bare.n_vocab, **(QWEN3 | {"n_ctx": 64}))
+    ids = torch.randint(0, bare.n_vocab, (1, 8))
+    before = net(ids)
+    added = finetune.add_chat_tokens(net, bare, print)
+    assert added.n_vocab == bare.n_vocab + 2 <= net.config.vocab_size == len(net.lm_head.weight)
+    torch.testing.assert_close(net(ids)[..., : bare.n_vocab], before)
+
+
+def test_plain_records_by_a_template(tok, monkeypatch):
+    monkeypatch.setattr(finetune, "template", "Q: {instruction} {input} A: {output} END")
+    row = {"instruction": "add", "input": "1 2", "output": "3"}
+    e = finetune.read_sft(row, tok, 64)
+    asked = [tok.eot_id, *tok.encode("Q: add 1 2 A: ")]
+    answer = [*tok.encode("3 END"), tok.eot_id]
+    assert e["ids"] == (asked + answer)[:-1]
+    assert e["targets"] == [-100] * (len(asked) - 1) + answer
+    again = finetune.read_sft({"messages": talk("add", "3")}, tok, 64)
+    assert [t for t in again["targets"] if t != -100] == answer
+
+
+def test_learning_rates_fall_with_depth(tok, monkeypatch):
+    monkeypatch.setattr(finetune, "layer_decay", 0.5)
+    net = net_for(tok)
+    peaks = {}
+    for o in finetune.make_optimizers(net):
+        for group in o.param_groups:
+            peaks |= {id(p): group["initial_lr"] / finetune.learning_rate for p in group["params"]}
+    L = net.config.n_layer
+    for name, p in net.named_parameters():
+        depth = (
+            int(name.split(".")[2]) + 1 if ".layers." in name else 0 if "embed" in name else L + 1
+        )
+        assert peaks[id(p)] == pytest.approx(0.5 ** (L + 1 - depth)), name
+
+
+def test_only_the_last_blocks_learn(tiny):
+    before, _ = model.load(tiny / "out/tiny")
+    tune(tiny, "--train_last=1", "--out_dir=out/last")
+    after, _ = model.load(tiny / "out/last")
+    changed = {
+        n for (n, a), b in zip(before.named_parameters(), after.parameters()) if not a.equal(b)
+    }
+    assert changed and all(".layers.1." in n or n == "model.norm.weight" for n in changed)
+
+
 BAD = [
-    (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, lora or qlora"),
+    (
+        ["--method=dqo"],
+        "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, lora or qlora",
+    ),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
     (["--model=none"], "none: no such folder"),
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),

@@ -707,7 +707,8 @@ def save_adapter(folder, net, tok):
         B = torch.block_diag(*[layers[name].lora_B.weight for name in ours])
         tensors[f"base_model.model.{place}.lora_A.weight"] = A
         tensors[f"base_model.model.{place}.lora_B.weight"] = B
-        ranks[place.rpartition(".")[2]] = len(A)
+        # GPT-2 has a c_proj in attention and one in the MLP: two names tell them apart.
+        ranks[".".join(place.split(".")[-2 if gpt2 else -1 :])] = len(A)
     base = os.path.relpath(model, folder)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     config |= {"r": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}

@@ -14,7 +14,7 @@ best/, state.pt (to resume), log.jsonl, run.json. Ctrl-C and SIGTERM save and ex
 from config import configure, settings
 
 # what, from what, to where
-method = "sft"  # sft, classify, dpo, reward, grpo, ppo; lora, qlora: sft of added weights alone
+method = "sft"  # sft, classify, dpo, reward, grpo, ppo; or sft of added weights, by adapt's names
 model = "out/python"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has the task's JSONL
 out_dir = "out/sft"  # where the result is written
@@ -35,12 +35,14 @@ max_epochs: float | None = 1.0  # passes over the training examples
 early_stopping = 0  # end after so many validations without a new best; 0: never
 
 # which weights learn
-adapt = "full"  # full, lora or qlora, of any method
+adapt = "full"  # full, lora, qlora, adapter (bottlenecks) or prompt (soft prompts), of any method
 train_last = 0  # only the last so many blocks (and the final norm and head); 0: all
 lora_rank = 8  # r of lora and qlora
 lora_alpha = 16.0  # the added matrices' product is scaled by alpha / r
 lora_dropout = 0.0  # on the input of the added matrices
 lora_targets = "q_proj,k_proj,v_proj,o_proj"  # layers by name; gate_proj,up_proj,down_proj too
+adapter_size = 16  # width of the bottlenecks
+prompt_tokens = 8  # number of soft prompts
 merge = False  # add the adapter to the weights and write a plain folder
 
 # the optimizer
@@ -724,27 +726,42 @@ def save_adapter(folder, net, tok):
     core.write_json(folder / "adapter_config.json", config)
 
 
-def add_chat_tokens(net, tok, say):
-    """Give a tokenizer without a chat template ChatML's, the network rows for its two tokens."""
-    spec, config = json.loads(json.dumps(tok.spec)), dict(tok.config)
+def add_tokens(net, tok, names, template):
+    """A tokenizer with more special tokens and this chat template; the network gets rows for those
+    that it has none for, each the mean of the others."""
+    spec, rows = json.loads(json.dumps(tok.spec)), net.config.vocab_size
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    new = [name for name in ("<|im_start|>", "<|im_end|>") if name not in tok.special]
-    for i, name in enumerate(new):
-        spec.setdefault("added_tokens", []).append({"id": tok.n_vocab + i, "content": name} | flags)
-    added = core.Tokenizer(spec, config | {"chat_template": core.CHATML})
-    added.eos_ids, rows = tok.eos_ids, net.config.vocab_size
+    new = [name for name in names if name not in tok.special]
+    more = [{"id": tok.n_vocab + i, "content": name} | flags for i, name in enumerate(new)]
+    spec["added_tokens"] = spec.get("added_tokens", []) + more
+    added = core.Tokenizer(spec, tok.config | {"chat_template": template})
+    added.eos_ids = tok.eos_ids
     if added.n_vocab > rows:
         net.config.vocab_size = -(-added.n_vocab // 64) * 64
-        old, size = net.model.embed_tokens.weight.data, net.config.vocab_size
         for layer in (net.model.embed_tokens, net.lm_head):
-            extra = layer.weight.data.mean(0, keepdim=True).repeat(size - rows, 1)
-            weight = torch.cat([layer.weight.data, extra]) if len(layer.weight) == rows else None
-            layer.weight = nn.Parameter(weight) if weight is not None else layer.weight
+            w = layer.weight.data
+            extra = w[:rows].mean(0, keepdim=True).repeat(net.config.vocab_size - rows, 1)
+            layer.weight = nn.Parameter(torch.cat([w, extra]))
         if net.config.tie:
             net.lm_head.weight = net.model.embed_tokens.weight
-        del old
-    say(f"{model} has no chat template: ChatML's is added, with {len(new)} new tokens")
     return added
+
+
+def add_prompts(net, tok):
+    """Soft prompts (Lester et al. 2021) as tokens of their own before every conversation: rows of
+    the embedding, which alone learn, so that every reader of the folder has them."""
+    names = [f"<|prompt_{i}|>" for i in range(prompt_tokens)]
+    tok = add_tokens(net, tok, names, "".join(names) + tok.config["chat_template"])
+    ids = [tok.special[name] for name in names]
+    weight = net.model.embed_tokens.weight
+    with torch.no_grad():
+        weight[ids] = weight[torch.randint(min(ids), (len(ids),))]
+    mine = torch.zeros(len(weight), 1, device=weight.device)
+    mine[ids] = 1
+    net.requires_grad_(False)
+    weight.requires_grad_(True)
+    weight.register_hook(lambda grad: grad * mine)
+    return tok
 
 
 def end_of_turn(tok):
@@ -755,9 +772,10 @@ def end_of_turn(tok):
 
 def check_settings():
     if method not in TASK:
-        raise UserError(f"--method={method}: expected {', '.join(TASK)}, lora or qlora")
+        known = [*TASK, "lora", "qlora", "adapter", "prompt"]
+        raise UserError(f"--method={method}: expected {', '.join(known)}")
     for key, known in {
-        "adapt": ("full", "lora", "qlora"), "init_from": ("base", "resume"),
+        "adapt": ("full", "lora", "qlora", "adapter", "prompt"), "init_from": ("base", "resume"),
         "too_long": ("truncate", "drop"), "pooling": ("last", "mean"),
         "dpo_loss": ("sigmoid", "ipo"), "lr_schedule": ("linear", "cosine", "constant"),
     }.items():  # fmt: skip
@@ -766,6 +784,8 @@ def check_settings():
     for key in ("batch_size", "micro_tokens", "lora_rank", "eval_every", "save_every"):
         if globals()[key] < 1:
             raise UserError(f"{key}={globals()[key]}: expected 1 or more")
+    if adapt == "prompt" and (weight_decay or template or method in ("classify", "reward", "ppo")):
+        raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
     if not (max_steps or max_epochs):
         raise UserError("no horizon: set max_steps or max_epochs")
 
@@ -806,8 +826,11 @@ def trainable(net):
 
 def choose_weights(net):
     """Which parameters learn: the adapter's, those of the last blocks, or all; a score's always."""
-    if adapt != "full":
+    if adapt in ("lora", "qlora"):
         adapt_network(net, adapt)
+    elif adapt == "adapter":
+        net.requires_grad_(False)
+        core.add_adapters(net, adapter_size)
     elif train_last:
         net.requires_grad_(False)
         for part in (*net.model.layers[-train_last:], net.model.norm):
@@ -881,7 +904,7 @@ def repeated(net, tok, examples, cast):
 
 def main():
     global method, adapt
-    if method in ("lora", "qlora"):
+    if method in ("lora", "qlora", "adapter", "prompt"):
         method, adapt = "sft", method
     check_settings()
     run, progress = core.setup(device), core.Progress()
@@ -896,12 +919,15 @@ def main():
         and template is None
         and not tok.config.get("chat_template")
     ):
-        tok = add_chat_tokens(net, tok, say)
+        tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), core.CHATML)
+        say(f"{model} has no chat template: ChatML's is added")
+    torch.manual_seed(seed)
+    if adapt == "prompt":
+        tok = add_prompts(net, tok)
     limit = min(seq_len or net.config.n_ctx, net.config.n_ctx)
     train, val = (load_examples(split, tok, limit, say) for split in ("train", "val"))
     if not train:
         raise UserError(f"data/{dataset}: no example for --method={method}")
-    torch.manual_seed(seed)
     if method in ("classify", "reward"):
         labels = sorted({e["label"] for e in train}) if method == "classify" else ["reward"]
         unseen = Counter(
@@ -980,7 +1006,7 @@ def main():
             net.score,
             None if method == "ppo" else net.score,
         )  # which ppo's model lacks
-        if run.main and adapt == "full":
+        if run.main and adapt not in ("lora", "qlora"):
             core.save(folder, net, tok, step)
         elif run.main:
             save_adapter(folder, net, tok)
@@ -1093,7 +1119,7 @@ def main():
     if stop and step < steps:
         say(f"stopped at step {step} and saved; --init_from=resume goes on")
         return 128 + (caught or [signal.SIGTERM])[0]
-    if merge and adapt != "full" and run.main:
+    if merge and adapt in ("lora", "qlora") and run.main:
         core.save(out / "merged", merged(net).eval(), tok, step)
         say(f"merged: {out / 'merged'}")
     if method == "sft" and memorized and run.main:

@@ -304,6 +304,30 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Adapter(nn.Module):
+    """A linear layer and a bottleneck behind it (Houlsby et al. 2019), which starts as nothing."""
+
+    def __init__(self, base, size):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.out_features, size, device=base.weight.device)
+        self.up = nn.Linear(size, base.out_features, device=base.weight.device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+def add_adapters(net, size):
+    """Put a bottleneck of this size behind each attention and each MLP, in place."""
+    net.adapter_size = size
+    for block in net.model.layers:
+        block.self_attn.o_proj = Adapter(block.self_attn.o_proj, size)
+        block.mlp.down_proj = Adapter(block.mlp.down_proj, size)
+
+
 def quantize_weights(net, kind="int8"):
     """Make the network's linear layers int8, in place: half the memory of bfloat16, and about the
     time of reading it. The embedding stays, a tied head becomes a matrix of its own."""
@@ -448,6 +472,7 @@ class GPT(nn.Module):
         self.train_block = call_block  # or that function compiled, once for all blocks
         self.score = self.labels = None  # a classifier's head (n_labels, C) and its labels
         self.pooling = "last"  # which hidden state it reads: the last token's, or the mean
+        self.adapter_size = 0  # of add_adapters
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
@@ -1285,7 +1310,7 @@ def family(c):
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
     c, kind, dtype = net.config, family(net.config), str(net.model.embed_tokens.weight.dtype)[6:]
-    kind = "barelm" if net.pooling != "last" else kind
+    kind = "barelm" if net.pooling != "last" or net.adapter_size else kind
     ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
     out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}
     out |= {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
@@ -1297,7 +1322,7 @@ def to_hf_config(net, tok):
         out |= {"pooling": net.pooling}
     out |= {"architectures": [name]}
     if kind == "barelm":
-        return out | asdict(c)
+        return out | asdict(c) | {"adapter_size": net.adapter_size}
     out |= {hf: getattr(c, ours) for ours, hf in HF_KEYS[kind].items()}
     if kind == "gpt2":
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -1390,13 +1415,12 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     tensors, _ = read_safetensors(folder / "model.safetensors")
     with torch.device("meta"):
         net = GPT(c)
+        if size := d.get("adapter_size"):
+            add_adapters(net, size)
         if "ForSequenceClassification" in str(d.get("architectures")):
-            labels = d.get("id2label") or {
-                i: f"LABEL_{i}" for i in range(len(tensors["score.weight"]))
-            }
-            net.set_score(
-                [labels[key] for key in sorted(labels, key=int)], d.get("pooling", "last")
-            )
+            named = d.get("id2label", {})
+            labels = [named.get(str(i), f"LABEL_{i}") for i in range(len(tensors["score.weight"]))]
+            net.set_score(labels, d.get("pooling", "last"))
             tensors.setdefault("lm_head.weight", torch.empty(c.vocab_size, c.n_embd))
     want = net.state_dict()
     tensors = from_gpt2(tensors, want) if family(c) == "gpt2" else tensors

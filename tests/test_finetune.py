@@ -205,6 +205,49 @@ def test_an_adapter_starts_as_nothing_and_merges_as_it_is(tok, targets, monkeypa
         torch.testing.assert_close(merged(ids), adapted, rtol=1e-4, atol=1e-4)
 
 
+def test_bottlenecks_start_as_nothing_and_open_again(tiny):
+    before, _ = model.load(tiny / "out/tiny")
+    tune(
+        tiny, "--method=adapter", "--adapter_size=4", "--learning_rate=0.01", "--out_dir=out/bottle"
+    )
+    after, _ = model.load(tiny / "out/bottle")
+    ids = torch.randint(0, 200, (2, 9))
+    with torch.no_grad():
+        assert (after(ids) - before(ids)).abs().max() > 1e-3
+        for m in after.modules():
+            if isinstance(m, model.Adapter):
+                m.up.weight.zero_()
+                m.up.bias.zero_()
+        assert torch.equal(after(ids), before(ids))  # nothing else has changed
+        model.add_adapters(before, 7)
+        assert torch.equal(before(ids), after(ids))
+        x, bottle = torch.randn(3, 64), before.model.layers[0].mlp.down_proj
+        bottle = model.Adapter(torch.nn.Linear(64, 8), 3)
+        torch.nn.init.normal_(bottle.up.weight)
+        y = F.linear(x, bottle.base.weight, bottle.base.bias)
+        inner = F.gelu(y @ bottle.down.weight.T + bottle.down.bias)
+        torch.testing.assert_close(bottle(x), y + inner @ bottle.up.weight.T + bottle.up.bias)
+
+
+def test_soft_prompts_are_rows_of_the_embedding_that_alone_learn(tiny):
+    before, tok = model.load(tiny / "out/tiny")
+    args = ["--method=prompt", "--prompt_tokens=5", "--learning_rate=0.01", "--out_dir=out/prompt"]
+    tune(tiny, *args, "--max_steps=20", "--eval_every=20")
+    after, new = model.load(tiny / "out/prompt")
+    ids = [new.special[f"<|prompt_{i}|>"] for i in range(5)]
+    chat = talk("a", "b")
+    assert new.chat(chat)[0] == ids + tok.chat(chat)[0] and new.n_vocab == tok.n_vocab + 5
+    rows = before.config.vocab_size
+    for (name, a), b in zip(after.named_parameters(), before.parameters()):
+        if "embed" in name:
+            old = [i for i in range(rows) if i not in ids]
+            assert torch.equal(a[old], b[old]) and not torch.equal(a[ids[0]], a[ids[1]])
+        else:
+            assert torch.equal(a, b), name
+    rows = [row for row in log(tiny, "out/prompt") if "val_loss" in row]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_peft_reads_our_adapters_and_we_read_peft(kind, tok, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
@@ -343,7 +386,7 @@ def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
     net = make_net(vocab_size=bare.n_vocab, **(QWEN3 | {"n_ctx": 64}))
     ids = torch.randint(0, bare.n_vocab, (1, 8))
     before = net(ids)
-    added = finetune.add_chat_tokens(net, bare, print)
+    added = finetune.add_tokens(net, bare, ("<|im_start|>", "<|im_end|>"), model.CHATML)
     assert added.n_vocab == bare.n_vocab + 2 <= net.config.vocab_size == len(net.lm_head.weight)
     torch.testing.assert_close(net(ids)[..., : bare.n_vocab], before)
 
@@ -388,7 +431,7 @@ def test_only_the_last_blocks_learn(tiny):
 BAD = [
     (
         ["--method=dqo"],
-        "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, lora or qlora",
+        "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, lora, qlora, adapter, prompt",
     ),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
     (["--model=none"], "none: no such folder"),

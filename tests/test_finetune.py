@@ -431,7 +431,7 @@ def test_only_the_last_blocks_learn(tiny):
 BAD = [
     (
         ["--method=dqo"],
-        "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, lora, qlora, adapter, prompt",
+        "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, lora, qlora, adapter, pro",
     ),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
     (["--model=none"], "none: no such folder"),

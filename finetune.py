@@ -205,8 +205,8 @@ def adapt_network(net, how):
         raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
     net.requires_grad_(False)
     for name, layer in found:
-        if not isinstance(layer, nn.Linear):
-            raise UserError(f"lora_targets: {name} is no linear layer")
+        if not isinstance(layer, nn.Linear) or (name == "lm_head" and net.config.tie):
+            raise UserError(f"lora_targets: {name} is no linear layer, or is the embedding too")
         base = NF4Linear(layer) if how == "qlora" and name != "lm_head" else layer
         net.set_submodule(name, LoRA(base, lora_rank, lora_alpha, lora_dropout))
     if how == "qlora":  # the layers without an adapter go to 4 bits too
@@ -261,24 +261,27 @@ def read_rows(split):
         make = f"python prepare.py --task={TASK[method]} --source=... --dataset={dataset}"
         raise UserError(f"{path}: no such file: {make} makes it")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # at \n and \r alone
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{path}:{number}: no JSON object: {line[:60]!r}") from None
+            raise UserError(
+                f"{path}:{number}: no JSON object: {line[:60].decode(errors='replace')!r}"
+            ) from None
     return rows
 
 
 def load_examples(split, tok, limit, say):
-    """What the method makes of each record of a split; what cannot be used is counted, shown."""
+    """What the method makes of each record of a split; what is no example is counted and shown."""
     examples, bad = [], {}
     read = {"sft": read_sft, "classify": read_class}
     read = read.get(method, read_prompt if method in ("grpo", "ppo") else read_pair)
     for row in read_rows(split):
         try:
             examples.append(read(row, tok, limit))
-        except (Reject, KeyError, TypeError, AttributeError) as why:
-            reason = str(why) if isinstance(why, Reject) else f"no field {why}"
+        except (Reject, LookupError, TypeError, ValueError, AttributeError) as why:
+            missing = f"no field {why}" if isinstance(why, KeyError) else f"malformed: {why}"
+            reason = str(why) if isinstance(why, Reject) else missing
             bad.setdefault(reason, []).append(row)
     for reason, rows in bad.items():
         say(f"{split}: {len(rows):,} records left out: {reason}, such as {str(rows[0])[:80]}")
@@ -319,10 +322,12 @@ def read_sft(row, tok, limit):
 
 
 def read_class(row, tok, limit):
-    """The last `limit` tokens of a text, and its label."""
+    """The first `limit` tokens of a text, and its label."""
     ids = tok.start + tok.encode(row["text"])
     if not ids:
         raise Reject("an empty text")
+    if len(ids) > limit and too_long == "drop":
+        raise Reject(f"longer than {limit} tokens")
     return {"ids": ids[:limit], "label": str(row["label"]), "cut": len(ids) > limit}
 
 
@@ -358,7 +363,7 @@ def padded(sequences, device, pad=0, key="ids"):
 
 
 def packed(examples, limit):
-    """The examples in rows of up to `limit` tokens, each with the number of its place in one."""
+    """The examples in rows of up to `limit` tokens, each numbered by its place in the row."""
     rows = []
     for e in sorted(examples, key=lambda e: -len(e["ids"])):  # first fit, decreasing
         n = len(e["ids"])
@@ -480,6 +485,8 @@ def open_reward(run):
     if reward in known:
         return known[reward]
     file, _, name = reward.rpartition(":")
+    if reward.endswith(".py"):
+        raise UserError(f"--reward={reward}: expected {reward}:FUNCTION")
     if file.endswith(".py"):
         if not os.path.isfile(file):
             raise UserError(f"--reward={reward}: no such file")
@@ -511,9 +518,9 @@ def roll_out(net, tok, prompts, judge, seed, cast):
     for i, (p, g) in enumerate(zip(many, made)):
         whole = p["ids"] + g.ids
         targets = [-100] * (len(p["ids"]) - 1) + g.ids
-        score = judge(p["messages"], g.text, p["answer"])
+        score = float(judge(p["messages"], g.text, p["answer"]))
         examples.append({"ids": whole[:-1], "targets": targets, "reward": score, "group": i // n})
-    return [e for e in examples if any(t != -100 for t in e["targets"])]
+    return examples
 
 
 def group_advantages(rewards, groups):
@@ -543,35 +550,40 @@ def policy_loss(logp, old, advantages):
 
 
 def look(net, group):
-    """Of a padded group: log p of the targets (B, T), the entropy (B, T), the values (B, T) or
-    None, and which places count (B, T)."""
+    """Of the N targets of a group, sample after sample, under the distribution that they are drawn
+    from: log p (N,), the entropy (N,) and the values (N,) or None."""
     device = net.model.embed_tokens.weight.device
-    ids, targets = padded(group, device), padded(group, device, -100, "targets")
-    h = net.hidden(ids)
-    logp = core.joint(h, net.lm_head).float().log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    value = net.score(h).float()[..., 0] if net.score is not None else None
-    return logp.gather(2, targets.clamp(min=0)[..., None])[..., 0], entropy, value, targets >= 0
+    h = net.hidden(padded(group, device))[padded(group, device, -100, "targets") >= 0]
+    logits = core.joint(h, net.lm_head)[:, : net.n_vocab].float() / temperature
+    logp = logits.log_softmax(-1)
+    ids = torch.tensor([t for e in group for t in e["targets"] if t != -100], device=device)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+    value = net.score(h).float()[:, 0] if net.score is not None else None
+    return logp.gather(1, ids[:, None])[:, 0], entropy, value
 
 
 def judge_samples(run, net, reference, examples, cast):
     """Put what an update needs into each sample: the log-probabilities now and under the reference,
     advantages and, for ppo, values and returns. Advantages are whitened over all processes."""
+    net.eval()  # dropout would take the old log-probabilities from another network
     with torch.no_grad(), cast:
         for group in chunks(examples, net.config.n_ctx):
-            logp, _, value, counts = look(net, group)
-            ref = look(reference, group)[0] if reference is not None else logp
-            for i, e in enumerate(group):
-                e["old"], e["kl"] = logp[i, counts[i]], (logp - ref)[i, counts[i]]
-                e["ref"] = ref[i, counts[i]]
-                e["value"] = value[i, counts[i]] if value is not None else None
+            old, _, value = look(net, group)
+            found = {"old": old, "ref": look(reference, group)[0] if reference else old}
+            found |= {"value": value} if value is not None else {}
+            lengths = [sft_size([e]) for e in group]
+            for key, all_of_them in found.items():
+                for e, mine in zip(group, all_of_them.cpu().split(lengths)):
+                    e[key] = mine
+    net.train()
     if method == "grpo":
         found = group_advantages([e["reward"] for e in examples], [e["group"] for e in examples])
         for e, a in zip(examples, found):
             e["advantage"] = torch.full_like(e["old"], float(a))
         return
     for e in examples:
-        rewards = -kl_weight * e["kl"]
+        rewards = -kl_weight * (e["old"] - e["ref"])
         rewards[-1] += e["reward"]
         e["advantage"] = gae(rewards, e["value"])
         e["return"] = e["advantage"] + e["value"]
@@ -587,8 +599,7 @@ def judge_samples(run, net, reference, examples, cast):
 def rl_loss(net, group):
     """The sum over the samples' tokens of the clipped objective, the divergence from the reference
     (grpo: Shao et al. 2024, equation 4) and ppo's clipped value loss; and what all should see."""
-    logp, entropy, value, counts = look(net, group)
-    logp, entropy = logp[counts], entropy[counts]
+    logp, entropy, value = look(net, group)
     join = lambda key: torch.cat([e[key] for e in group]).to(logp)
     old, advantage = join("old"), join("advantage")
     loss = policy_loss(logp, old, advantage)
@@ -598,7 +609,7 @@ def rl_loss(net, group):
     stats = {"entropy": entropy, "approx_kl": (logp - old).exp() - 1 - (logp - old)}
     stats["clipfrac"] = ((logp - old).exp() - 1).abs() > clip
     if method == "ppo":
-        value, before, goal = value[counts], join("value"), join("return")
+        before, goal = join("value"), join("return")
         near = before + (value - before).clamp(-clip, clip)
         value_loss = torch.max((value - goal) ** 2, (near - goal) ** 2)
         loss = loss + value_weight * 0.5 * value_loss
@@ -781,9 +792,14 @@ def check_settings():
     }.items():  # fmt: skip
         if globals()[key] not in known:
             raise UserError(f"--{key}={globals()[key]}: expected {', '.join(known)}")
-    for key in ("batch_size", "micro_tokens", "lora_rank", "eval_every", "save_every"):
-        if globals()[key] < 1:
-            raise UserError(f"{key}={globals()[key]}: expected 1 or more")
+    least = "batch_size micro_tokens lora_rank eval_every save_every max_new_tokens rl_epochs"
+    least = dict.fromkeys(f"{least} minibatches adapter_size prompt_tokens".split(), 1)
+    least |= {"train_last": 0, "group_size": 2 if method == "grpo" else 1}
+    for key, number in least.items():
+        if globals()[key] < number:
+            raise UserError(f"{key}={globals()[key]}: expected {number} or more")
+    if temperature <= 0:
+        raise UserError(f"temperature={temperature}: expected more than 0")
     if adapt == "prompt" and (weight_decay or template or method in ("classify", "reward", "ppo")):
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
     if not (max_steps or max_epochs):
@@ -835,7 +851,7 @@ def choose_weights(net):
         net.requires_grad_(False)
         for part in (*net.model.layers[-train_last:], net.model.norm):
             part.requires_grad_(True)
-        net.lm_head.requires_grad_(not net.config.tie and net.score is None)
+        net.lm_head.requires_grad_(not net.config.tie)
     if net.score is not None:
         net.score.requires_grad_(True)
         if method != "ppo":
@@ -908,17 +924,26 @@ def main():
         method, adapt = "sft", method
     check_settings()
     run, progress = core.setup(device), core.Progress()
+    most = -(-batch_size // run.world) * (group_size if method == "grpo" else 1)
+    if minibatches > most:
+        raise UserError(f"minibatches={minibatches}: a process has {most} samples a step")
     say = progress.note if run.main else lambda text: None
     out = Path(out_dir)
     if init_from == "base" and (out / "state.pt").exists() and not overwrite:
         ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
         raise UserError(f"{out} holds a run: {ways}")
+    if out.resolve() == Path(model).resolve() and init_from == "base":
+        raise UserError(f"--out_dir={out_dir}: it is the model to start from: take another")
     net, tok = core.load(model, run.device)
     if (
         method in ("sft", "dpo", "reward")
         and template is None
         and not tok.config.get("chat_template")
     ):
+        if adapt in ("lora", "qlora"):
+            raise UserError(
+                f"{model} has no chat template, and its new tokens could not learn: sft"
+            )
         tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), core.CHATML)
         say(f"{model} has no chat template: ChatML's is added")
     torch.manual_seed(seed)
@@ -945,6 +970,8 @@ def main():
         tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
     val = val[:eval_examples] if eval_examples else val
     kind, why = core.choose_dtype(run.device, dtype, net.config.n_embd)
+    if kind == torch.float16:
+        kind, why = torch.float32, "float16 would need a scaler, which is not here"
     cast = core.autocast(run.device, kind)
     net.to(run.device)
     net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
@@ -952,6 +979,7 @@ def main():
         reference_logprobs(run, net, train, cast)
         reference_logprobs(run, net, val, cast)
     judge = open_reward(run) if method in ("grpo", "ppo") else None
+    net.n_vocab = tok.n_vocab  # ids from here on are padding, which is never sampled
     reference = copy.deepcopy(net).eval() if judge and kl_weight else None
     if method == "ppo":
         net.set_score(["value"])
@@ -961,7 +989,8 @@ def main():
     params = trainable(net)
     n_params = sum(p.numel() for p in params.values())
     per_epoch = len(train) / batch_size
-    steps = min(max_steps or math.inf, math.ceil(per_epoch * (max_epochs or math.inf)))
+    by_epochs = math.ceil(per_epoch * max_epochs) if max_epochs else math.inf
+    steps = min(max_steps or math.inf, by_epochs)
     say(
         f"model: {model}, {core.n_params(net):,} parameters, {n_params:,} of them learn ({adapt})\n"
         f"data: {len(train):,} examples to train on, {len(val):,} to validate; {steps:,} steps of "
@@ -983,8 +1012,10 @@ def main():
         say(f"resumed {out_dir} at step {step}")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if init_from == "base":
-            (out / "state.pt").unlink(missing_ok=True)
+        if init_from == "base":  # what a replaced run has left must never be taken for this one's
+            for name in ("state.pt", "config.json", "model.safetensors", "adapter_config.json"):
+                (out / name).unlink(missing_ok=True)
+                (out / "best" / name).unlink(missing_ok=True)
         rows = (
             (out / "log.jsonl").read_text().splitlines()
             if step and (out / "log.jsonl").exists()
@@ -1008,6 +1039,8 @@ def main():
         )  # which ppo's model lacks
         if run.main and adapt not in ("lora", "qlora"):
             core.save(folder, net, tok, step)
+        elif run.main and net.score is not None:  # PEFT's file has no place for our score
+            core.save(folder, merged(copy.deepcopy(net)), tok, step)
         elif run.main:
             save_adapter(folder, net, tok)
         net.score = head
@@ -1064,7 +1097,8 @@ def main():
         first_verdict = look_at_val()
         record({"step": step} | first_verdict)
         say("step 0: " + "  ".join(f"{k} {v:.4f}" for k, v in first_verdict.items()))
-    while step < steps and not stop:
+    ended = False  # early
+    while step < steps and not (stop or ended):
         tick = time.monotonic()
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
         scale = lr_scale(step, steps)
@@ -1075,7 +1109,8 @@ def main():
         if judge is None:
             figures, norm = update(mine)
         else:
-            samples = roll_out(net, tok, mine, judge, step * run.world + run.rank, cast)
+            draw = (seed * 1_000_003 + step) * run.world + run.rank
+            samples = roll_out(net, tok, mine, judge, draw, cast)
             judge_samples(run, net, reference, samples, cast)
             extra = Counter(reward=sum(e["reward"] for e in samples), n=len(samples))
             extra["length"] = sft_size(samples)
@@ -1112,14 +1147,16 @@ def main():
                 write(out / "best")
             if early_stopping and since_best >= early_stopping:
                 say(f"no new best in {since_best} validations: stopped; best/ has the best")
-                break
-        if step % save_every == 0 or step == steps or stop:
+                ended = True
+        if step % save_every == 0 or step == steps or stop or ended:
             save()
     say("")
-    if stop and step < steps:
+    if stop and step < steps and not ended:
         say(f"stopped at step {step} and saved; --init_from=resume goes on")
+        summed(run, Counter(saved=1))  # all wait, or the launcher would end the save
         return 128 + (caught or [signal.SIGTERM])[0]
     if merge and adapt in ("lora", "qlora") and run.main:
+        net.score = None if method == "ppo" else net.score
         core.save(out / "merged", merged(net).eval(), tok, step)
         say(f"merged: {out / 'merged'}")
     if method == "sft" and memorized and run.main:

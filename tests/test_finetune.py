@@ -429,10 +429,7 @@ def test_only_the_last_blocks_learn(tiny):
 
 
 BAD = [
-    (
-        ["--method=dqo"],
-        "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, lora, qlora, adapter, pro",
-    ),
+    (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, "),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
     (["--model=none"], "none: no such folder"),
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
@@ -467,3 +464,27 @@ def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(model.UserError, match="an adapter for another base than .*does not fit"):
         model.load(tmp_path / "a")
+
+
+def test_early_stopping_saves_the_last_state(tiny):
+    args = ["--max_steps=9", "--eval_every=1", "--early_stopping=2", "--learning_rate=0"]
+    tune(tiny, *args, "--out_dir=out/early")  # the first is the best, and no other is better
+    assert torch.load(tiny / "out/early/state.pt")["step"] == 3
+    model.load(tiny / "out/early")
+
+
+def test_steps_alone_are_a_horizon(tiny):
+    tune(tiny, "--max_epochs=0", "--max_steps=1", "--out_dir=out/steps")
+    assert log(tiny, "out/steps")[-1]["step"] == 1
+
+
+def test_a_bad_record_is_left_out(tiny):
+    bad = ["5", "[]", '{"messages": []}', '{"messages": "x"}', '{"messages": [5]}', '{"text": 1}']
+    good = json.dumps({"messages": talk("a \u2028 b \x85", "c")}, ensure_ascii=False)
+    (tiny / "data/mixed").mkdir()
+    text = "\n".join([*bad, *[good] * 4]) + "\n"
+    (tiny / "data/mixed/sft_train.jsonl").write_text(text, encoding="utf-8")
+    for method in ("sft", "grpo"):
+        args = [f"--method={method}", "--dataset=mixed", "--max_steps=1", "--group_size=2"]
+        done = tune(tiny, *args, "--max_new_tokens=4", f"--out_dir=out/mixed_{method}")
+        assert "data: 4 examples to train on" in done.stdout

@@ -93,6 +93,7 @@ if __name__ == "__main__":
     configure(globals())
 
 import copy
+import functools
 import json
 import math
 import os
@@ -235,10 +236,6 @@ def merged(net):
 # Examples: records become token ids once, when they are loaded
 
 
-class Reject(Exception):
-    """A record that is no example, for a reason that is counted."""
-
-
 TASK = {"sft": "sft", "classify": "classify", "dpo": "preference", "reward": "preference"}
 TASK |= {"grpo": "sft", "ppo": "sft"}
 
@@ -279,9 +276,9 @@ def load_examples(split, tok, limit, say):
     for row in read_rows(split):
         try:
             examples.append(read(row, tok, limit))
-        except (Reject, LookupError, TypeError, ValueError, AttributeError) as why:
+        except (UserError, LookupError, TypeError, ValueError, AttributeError) as why:
             missing = f"no field {why}" if isinstance(why, KeyError) else f"malformed: {why}"
-            reason = str(why) if isinstance(why, Reject) else missing
+            reason = str(why) if isinstance(why, UserError) else missing
             bad.setdefault(reason, []).append(row)
     for reason, rows in bad.items():
         say(f"{split}: {len(rows):,} records left out: {reason}, such as {str(rows[0])[:80]}")
@@ -294,10 +291,10 @@ def load_examples(split, tok, limit, say):
 def fit(ids, targets, limit):
     """An example of these inputs and targets, of `limit` tokens at most."""
     if len(ids) > limit and too_long == "drop":
-        raise Reject(f"longer than {limit} tokens")
+        raise UserError(f"longer than {limit} tokens")
     example = {"ids": ids[:limit], "targets": targets[:limit], "cut": len(ids) > limit}
     if all(t == -100 for t in example["targets"]):
-        raise Reject("no token of the response is within the context")
+        raise UserError("no token of the response is within the context")
     return example
 
 
@@ -316,7 +313,7 @@ def read_sft(row, tok, limit):
         answer = tok.encode(row["output"] + after) + start
         ids, said = asked + answer, [0] * len(asked) + [1] * len(answer)
     if not any(said):
-        raise Reject("no response in it")
+        raise UserError("no response in it")
     targets = [id if s else -100 for id, s in zip(ids, said)]
     return fit(ids[:-1], targets[1:], limit)
 
@@ -325,9 +322,9 @@ def read_class(row, tok, limit):
     """The first `limit` tokens of a text, and its label."""
     ids = tok.start + tok.encode(row["text"])
     if not ids:
-        raise Reject("an empty text")
+        raise UserError("an empty text")
     if len(ids) > limit and too_long == "drop":
-        raise Reject(f"longer than {limit} tokens")
+        raise UserError(f"longer than {limit} tokens")
     return {"ids": ids[:limit], "label": str(row["label"]), "cut": len(ids) > limit}
 
 
@@ -339,7 +336,7 @@ def read_pair(row, tok, limit):
     pair = {}
     for which in ("chosen", "rejected"):
         if not row[which].strip():
-            raise Reject(f"{which} is empty")
+            raise UserError(f"{which} is empty")
         ids, said = tok.chat([*prompt, {"role": "assistant", "content": row[which]}])
         targets = [id if s and i >= asked else -100 for i, (id, s) in enumerate(zip(ids, said))]
         pair[which] = fit(ids[:-1], targets[1:], limit)
@@ -349,9 +346,11 @@ def read_pair(row, tok, limit):
 def read_prompt(row, tok, limit):
     """A conversation up to its last answer, and that answer, which a reward may look at."""
     *prompt, answer = row["messages"]
+    if answer["role"] != "assistant" or not isinstance(answer["content"], str):
+        raise UserError("its last message is no assistant's text")
     ids, _ = tok.chat(prompt, add_generation_prompt=True)
     if len(ids) + max_new_tokens > limit:
-        raise Reject(f"the prompt and max_new_tokens take more than {limit} tokens")
+        raise UserError(f"the prompt and max_new_tokens take more than {limit} tokens")
     return {"ids": ids, "messages": prompt, "answer": answer["content"]}
 
 
@@ -427,6 +426,11 @@ def response_logprobs(net, sequences):
     return core.logprobs(net, ids, targets).sum(1)
 
 
+def both_logprobs(net, pairs):
+    """(B,) float32 twice: response_logprobs of the chosen and of the rejected answers."""
+    return response_logprobs(net, [p[w] for w in ("chosen", "rejected") for p in pairs]).chunk(2)
+
+
 def preference_loss(chosen, rejected, ref_chosen, ref_rejected):
     """(B,) losses of DPO (Rafailov et al. 2023, equation 7), with label smoothing as in cDPO, or of
     IPO (Azar et al. 2023, equation 17), from (B,) log-probabilities; and the two rewards."""
@@ -440,11 +444,11 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected):
 
 def dpo(net, pairs):
     """DPO's loss over pairs, whose log-probabilities under the reference were computed once."""
-    logp = response_logprobs(net, [p[w] for w in ("chosen", "rejected") for p in pairs]).chunk(2)
+    logp = both_logprobs(net, pairs)
     reference = [torch.tensor([p["reference"][i] for p in pairs]).to(logp[0]) for i in (0, 1)]
     loss, good, bad = preference_loss(*logp, *reference)
     stats = {"reward_chosen": good, "reward_rejected": bad, "margin": good - bad}
-    stats["accuracy"] = (good > bad).float()
+    stats["accuracy"] = (good > bad) + 0.5 * (good == bad)  # at the start all are equal
     return loss.sum(), Counter({k: float(v.detach().sum()) for k, v in stats.items()})
 
 
@@ -637,7 +641,7 @@ def size_of(examples):
 
 def tokens_of(example):
     if "chosen" in example:
-        return len(example["chosen"]["ids"]) + len(example["rejected"]["ids"])
+        return 2 * max(len(example[which]["ids"]) for which in ("chosen", "rejected"))
     return len(example["ids"])
 
 
@@ -802,7 +806,10 @@ def check_settings():
         raise UserError(f"temperature={temperature}: expected more than 0")
     if adapt == "prompt" and (weight_decay or template or method in ("classify", "reward", "ppo")):
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
-    if not (max_steps or max_epochs):
+    for key in ("max_steps", "max_epochs"):
+        if globals()[key] is not None and globals()[key] <= 0:
+            raise UserError(f"{key}={globals()[key]}: expected more than 0, or none")
+    if max_steps is None and max_epochs is None:
         raise UserError("no horizon: set max_steps or max_epochs")
 
 
@@ -834,10 +841,6 @@ def made_by():
     aside = ("init_from", "overwrite", "device", "max_steps", "max_epochs", "eval_every")
     aside += ("save_every", "memorized", "micro_tokens", "early_stopping", "eval_examples")
     return {k: v for k, v in settings(globals()).items() if k not in aside}
-
-
-def trainable(net):
-    return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
 def choose_weights(net):
@@ -887,20 +890,20 @@ def make_optimizers(net):
 
 def reference_logprobs(run, net, pairs, cast):
     """Put the log-probabilities under the network as it is now into each pair, once for all."""
-    mine, net = range(run.rank, len(pairs), run.world), net.eval()
-    found = {}
+    mine = pairs[run.rank :: run.world]
+    for pair, number in zip(mine, range(run.rank, len(pairs), run.world)):
+        pair["number"] = number
+    found, training = Counter(), net.training
+    net.eval()
     with torch.no_grad(), cast:
-        for i in mine:
-            both = [pairs[i]["chosen"], pairs[i]["rejected"]]
-            logp = [0.0, 0.0] if reference_free else response_logprobs(net, both).tolist()
-            found[i] = logp
-    everyone = [found]
-    if run.world > 1:
-        everyone = [None] * run.world
-        dist.all_gather_object(everyone, found)
-    for some in everyone:
-        for i, logp in some.items():
-            pairs[i]["reference"] = logp
+        for group in chunks(mine, net.config.n_ctx):
+            logp = [[0.0] * len(group)] * 2 if reference_free else both_logprobs(net, group)
+            found.update({(p["number"], 0): float(x) for p, x in zip(group, logp[0])})
+            found.update({(p["number"], 1): float(x) for p, x in zip(group, logp[1])})
+    net.train(training)
+    found = summed(run, found)
+    for number, pair in enumerate(pairs):
+        pair["reference"] = [found[number, 0], found[number, 1]]
 
 
 def repeated(net, tok, examples, cast):
@@ -909,13 +912,95 @@ def repeated(net, tok, examples, cast):
     for e in examples:
         first = next(i for i, t in enumerate(e["targets"]) if t != -100)
         last = next((i for i in range(first, len(e["targets"])) if e["targets"][i] == -100), None)
-        prompts.append(e["ids"][: first + 1])
-        answers.append([t for t in e["targets"][first:last] if t not in tok.special.values()])
-    longest = max(map(len, answers))
+        if first + 1 < net.config.n_ctx:
+            prompts.append(e["ids"][: first + 1])
+            answers.append([t for t in e["targets"][first:last] if t not in tok.special.values()])
     with cast:
+        longest = max(map(len, answers), default=0)
         made = core.generate(net, tok, prompts, max_new_tokens=longest + 1, temperature=0)
     same = [g.text.strip() == tok.decode(a).strip() for g, a in zip(made, answers)]
-    return sum(same) / len(same)
+    return sum(same) / max(1, len(same))
+
+
+def open_model(run, say):
+    """The network and tokenizer to start from, with chat markers where the method wants them."""
+    net, tok = core.load(model, run.device)
+    chats = method in ("sft", "dpo", "reward") and template is None
+    if chats and not tok.config.get("chat_template"):
+        if adapt in ("lora", "qlora"):
+            raise UserError(f"{model} has no chat template, and new tokens need --method=sft first")
+        tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), core.CHATML)
+        say(f"{model} has no chat template: ChatML's is added")
+    torch.manual_seed(seed)
+    if adapt == "prompt":
+        tok = add_prompts(net, tok)
+    if method != "classify" and template is None:
+        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
+    net.n_vocab = tok.n_vocab  # ids from here on are padding, which is never sampled
+    net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
+    return net.to(run.device), tok
+
+
+def open_data(net, tok, limit, say):
+    """The examples to train on and to validate with; the labels of a classifier become its head."""
+    train, val = (load_examples(split, tok, limit, say) for split in ("train", "val"))
+    if not train:
+        raise UserError(f"data/{dataset}: no example for --method={method}")
+    if method == "reward":
+        net.set_score(["reward"])
+    if method == "classify":
+        counts = Counter(e["label"] for e in train)
+        unseen = Counter(e["label"] for e in val if e["label"] not in counts)
+        if unseen:
+            say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
+        val = [e for e in val if e["label"] in counts]
+        net.set_score(sorted(counts), pooling)
+        for e in [*train, *val] if class_weights else []:
+            e["weight"] = len(train) / (len(counts) * counts[e["label"]])
+    return train, val[: eval_examples or None]
+
+
+@functools.lru_cache(2)
+def order_of(epoch, n):
+    """The order of an epoch's n examples."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def write(folder, run, net, tok, step):
+    """Save what was learned: a checkpoint folder, or an adapter."""
+    head = net.score
+    if method == "ppo":  # the value head is no part of the policy
+        net.score = None
+    if run.main and adapt not in ("lora", "qlora"):
+        core.save(folder, net, tok, step)
+    elif run.main and net.score is not None:  # PEFT's file has no place for our score
+        core.save(folder, merged(copy.deepcopy(net)), tok, step)
+    elif run.main:
+        save_adapter(folder, net, tok)
+    net.score = head
+
+
+def open_log(out, step):
+    """out_dir's log.jsonl to append to, cut after `step`; what a replaced run has left goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if init_from == "base":  # it must never be taken for this run's
+        for name in ("state.pt", "config.json", "model.safetensors", "adapter_config.json"):
+            (out / name).unlink(missing_ok=True)
+            (out / "best" / name).unlink(missing_ok=True)
+    elif (out / "log.jsonl").exists():
+        rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if json.loads(row)["step"] <= step]
+    core.write_json(
+        out / "run.json", {"config": settings(globals()), "command": " ".join(sys.argv)}
+    )
+    log = open(out / "log.jsonl", "w", encoding="utf-8")
+    log.writelines(row + "\n" for row in kept)
+    return log
+
+
+def words(figures):
+    return "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
 
 
 def main():
@@ -932,141 +1017,63 @@ def main():
     if init_from == "base" and (out / "state.pt").exists() and not overwrite:
         ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
         raise UserError(f"{out} holds a run: {ways}")
-    if out.resolve() == Path(model).resolve() and init_from == "base":
+    if init_from == "base" and out.resolve() == Path(model).resolve():
         raise UserError(f"--out_dir={out_dir}: it is the model to start from: take another")
-    net, tok = core.load(model, run.device)
-    if (
-        method in ("sft", "dpo", "reward")
-        and template is None
-        and not tok.config.get("chat_template")
-    ):
-        if adapt in ("lora", "qlora"):
-            raise UserError(
-                f"{model} has no chat template, and its new tokens could not learn: sft"
-            )
-        tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), core.CHATML)
-        say(f"{model} has no chat template: ChatML's is added")
-    torch.manual_seed(seed)
-    if adapt == "prompt":
-        tok = add_prompts(net, tok)
+    state = load_state(out) if init_from == "resume" else None
+    net, tok = open_model(run, say)
     limit = min(seq_len or net.config.n_ctx, net.config.n_ctx)
-    train, val = (load_examples(split, tok, limit, say) for split in ("train", "val"))
-    if not train:
-        raise UserError(f"data/{dataset}: no example for --method={method}")
-    if method in ("classify", "reward"):
-        labels = sorted({e["label"] for e in train}) if method == "classify" else ["reward"]
-        unseen = Counter(
-            e["label"] for e in val if method == "classify" and e["label"] not in labels
-        )
-        if unseen:
-            say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
-            val = [e for e in val if e["label"] in labels]
-        net.set_score(labels, pooling)
-        if class_weights:
-            counts = Counter(e["label"] for e in train)
-            for e in [*train, *val]:
-                e["weight"] = len(train) / (len(labels) * counts[e["label"]])
-    if method != "classify" and template is None:
-        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
-    val = val[:eval_examples] if eval_examples else val
+    train, val = open_data(net, tok, limit, say)
+    by_epochs = math.ceil(len(train) / batch_size * max_epochs) if max_epochs else math.inf
+    steps = min(max_steps or math.inf, by_epochs)
     kind, why = core.choose_dtype(run.device, dtype, net.config.n_embd)
     if kind == torch.float16:
         kind, why = torch.float32, "float16 would need a scaler, which is not here"
     cast = core.autocast(run.device, kind)
-    net.to(run.device)
-    net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
     if method == "dpo":
-        reference_logprobs(run, net, train, cast)
+        first = order_of(0, len(train))[: min(steps * batch_size, len(train))]
+        reference_logprobs(run, net, [train[i] for i in first], cast)
         reference_logprobs(run, net, val, cast)
     judge = open_reward(run) if method in ("grpo", "ppo") else None
-    net.n_vocab = tok.n_vocab  # ids from here on are padding, which is never sampled
     reference = copy.deepcopy(net).eval() if judge and kl_weight else None
     if method == "ppo":
         net.set_score(["value"])
         nn.init.zeros_(net.score.weight)
     choose_weights(net)
     net.train()
-    params = trainable(net)
-    n_params = sum(p.numel() for p in params.values())
-    per_epoch = len(train) / batch_size
-    by_epochs = math.ceil(per_epoch * max_epochs) if max_epochs else math.inf
-    steps = min(max_steps or math.inf, by_epochs)
+    params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    learn = sum(p.numel() for p in params.values())
     say(
-        f"model: {model}, {core.n_params(net):,} parameters, {n_params:,} of them learn ({adapt})\n"
+        f"model: {model}, {core.n_params(net):,} parameters, {learn:,} of them learn ({adapt})\n"
         f"data: {len(train):,} examples to train on, {len(val):,} to validate; {steps:,} steps of "
         f"{batch_size} examples\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"
     )
     optimizers = make_optimizers(net)
-    step, best, since_best, first_verdict, seconds = 0, math.inf, 0, None, 0.0
-    if init_from == "resume":
-        state = load_state(out)
-        step, best, since_best = state["step"], state["best"], state["since_best"]
-        first_verdict, seconds = state["first_verdict"], state["seconds"]
+    done = dict(step=0, best=math.inf, since_best=0, first_verdict=None, seconds=0.0)
+    if state:
+        done = {key: state[key] for key in done}
         with torch.no_grad():
             for name, p in params.items():
                 p.copy_(state["weights"][name])
         for o, saved in zip(optimizers, state["optimizers"], strict=True):
             groups = o.state_dict()["param_groups"]
             o.load_state_dict({"state": saved["state"], "param_groups": groups})
-        say(f"resumed {out_dir} at step {step}")
-    if run.main:
-        out.mkdir(parents=True, exist_ok=True)
-        if init_from == "base":  # what a replaced run has left must never be taken for this one's
-            for name in ("state.pt", "config.json", "model.safetensors", "adapter_config.json"):
-                (out / name).unlink(missing_ok=True)
-                (out / "best" / name).unlink(missing_ok=True)
-        rows = (
-            (out / "log.jsonl").read_text().splitlines()
-            if step and (out / "log.jsonl").exists()
-            else []
-        )
-        rows = [row for row in rows if json.loads(row)["step"] <= step]
-        core.write_json(
-            out / "run.json", {"config": settings(globals()), "command": " ".join(sys.argv)}
-        )
-        log = open(out / "log.jsonl", "w", encoding="utf-8")
-        log.writelines(row + "\n" for row in rows)
+        say(f"resumed {out_dir} at step {done['step']}")
+    log = open_log(out, done["step"]) if run.main else None
+    begun = time.monotonic() - done["seconds"]
 
     def record(row):
         if run.main:
             print(json.dumps(row), file=log, flush=True)
 
-    def write(folder):
-        head, net.score = (
-            net.score,
-            None if method == "ppo" else net.score,
-        )  # which ppo's model lacks
-        if run.main and adapt not in ("lora", "qlora"):
-            core.save(folder, net, tok, step)
-        elif run.main and net.score is not None:  # PEFT's file has no place for our score
-            core.save(folder, merged(copy.deepcopy(net)), tok, step)
-        elif run.main:
-            save_adapter(folder, net, tok)
-        net.score = head
-
     def save():
+        write(out, run, net, tok, done["step"])
         if run.main:
-            write(out)
-            state = dict(step=step, best=best, since_best=since_best, first_verdict=first_verdict)
-            state |= dict(seconds=time.monotonic() - begun, made_by=made_by())
-            state["weights"] = {name: p.detach() for name, p in params.items()}
-            state["optimizers"] = [o.state_dict() for o in optimizers]
+            saved = done | {"seconds": time.monotonic() - begun, "made_by": made_by()}
+            saved["weights"] = {name: p.detach() for name, p in params.items()}
+            saved["optimizers"] = [o.state_dict() for o in optimizers]
             with core.whole_file(out / "state.pt") as file:
-                torch.save(state, file)
-
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, frame: caught.append(n))
-    begun, stop, row, told = time.monotonic() - seconds, False, {}, None
-    orders = {}
-
-    def example_at(i):
-        epoch, place = divmod(i, len(train))
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(train))
-        return train[int(orders[epoch][place])]
+                torch.save(saved, file)
 
     def update(examples):
         """One optimizer step on this process's examples: (figures over all processes, norm)."""
@@ -1083,81 +1090,82 @@ def main():
             for o in optimizers:
                 o.step()
         else:
-            say(f"step {step + 1}: gradient norm {norm}: the update is skipped")
+            say(f"step {done['step'] + 1}: gradient norm {norm}: the update is skipped")
         for o in optimizers:
             o.zero_grad()
         return {k: v / size for k, v in summed(run, stats).items()}, norm
 
+    def reinforce(prompts, draw):
+        """Samples of these prompts, and updates on them: (figures over all processes, norm)."""
+        samples = roll_out(net, tok, prompts, judge, draw, cast)
+        judge_samples(run, net, reference, samples, cast)
+        sums = Counter(reward=sum(e["reward"] for e in samples), n=len(samples))
+        sums["length"] = sft_size(samples)
+        sums = summed(run, sums)
+        for _ in range(rl_epochs):
+            order = torch.randperm(len(samples)).tolist()
+            for i in range(minibatches):
+                figures, norm = update([samples[k] for k in order[i::minibatches]])
+        if method == "ppo":
+            spread = figures.pop("return2") - figures["return"] ** 2
+            figures["explained_variance"] = 1 - figures.pop("unexplained") / max(spread, 1e-9)
+        return {key: sums[key] / sums["n"] for key in ("reward", "length")} | figures, norm
+
     def look_at_val():
         if judge is not None:
-            return verdict_of_samples(run, net, tok, val, judge, cast)
-        return verdict(run, net, val, limit, cast)
-
-    if val and first_verdict is None:
-        first_verdict = look_at_val()
-        record({"step": step} | first_verdict)
-        say("step 0: " + "  ".join(f"{k} {v:.4f}" for k, v in first_verdict.items()))
-    ended = False  # early
-    while step < steps and not (stop or ended):
-        tick = time.monotonic()
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
-        scale = lr_scale(step, steps)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["initial_lr"] * scale
-        mine = [example_at(step * batch_size + i) for i in range(run.rank, batch_size, run.world)]
-        stop, extra = summed(run, Counter(stop=len(caught)))["stop"] > 0, {}
-        if judge is None:
-            figures, norm = update(mine)
+            found = verdict_of_samples(run, net, tok, val, judge, cast)
         else:
-            draw = (seed * 1_000_003 + step) * run.world + run.rank
-            samples = roll_out(net, tok, mine, judge, draw, cast)
-            judge_samples(run, net, reference, samples, cast)
-            extra = Counter(reward=sum(e["reward"] for e in samples), n=len(samples))
-            extra["length"] = sft_size(samples)
-            extra = summed(run, extra)
-            extra = {k: extra[k] / max(1, extra["n"]) for k in ("reward", "length")}
-            for _ in range(rl_epochs):
-                order = torch.randperm(len(samples)).tolist()
-                for i in range(minibatches):
-                    figures, norm = update([samples[k] for k in order[i::minibatches]])
-            if method == "ppo":
-                spread = figures.pop("return2") - figures["return"] ** 2
-                explained = 1 - figures.pop("unexplained") / max(spread, 1e-9)
-                figures["explained_variance"] = explained
-        figures = extra | figures
-        step += 1
-        dt = time.monotonic() - tick
-        row = {"step": step} | figures | {"lr": learning_rate * scale, "grad_norm": norm, "dt": dt}
+            found = verdict(run, net, val, limit, cast)
+        record({"step": done["step"]} | found)
+        say(f"step {done['step']}: {words(found)}")
+        return found
+
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, frame: caught.append(n))
+    if val and done["first_verdict"] is None:
+        done["first_verdict"] = look_at_val()
+    stop, ended, row = False, False, {}  # ended: early
+    while done["step"] < steps and not (stop or ended):
+        step, tick = done["step"], time.monotonic()
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
+        rate = learning_rate * lr_scale(step, steps)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = group["initial_lr"] * lr_scale(step, steps)
+        places = range(step * batch_size + run.rank, (step + 1) * batch_size, run.world)
+        places = [divmod(i, len(train)) for i in places]
+        mine = [train[order_of(epoch, len(train))[i]] for epoch, i in places]
+        draw = (seed * 1_000_003 + step) * run.world + run.rank
+        figures, norm = reinforce(mine, draw) if judge else update(mine)
+        done["step"] = step = step + 1
+        row = {"step": step} | figures | {"lr": rate, "grad_norm": norm}
+        row["dt"] = time.monotonic() - tick
         record(row)
         if run.main:
             left = core.duration((time.monotonic() - begun) * (steps - step) / step)
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
-            progress(
-                f"step {step} of {steps}  {shown}  lr {row['lr']:.2e}  norm {norm:.2f}  left {left}"
-            )
+            shown = f"{words(figures)}  lr {rate:.2e}  norm {norm:.2f}"
+            progress(f"step {step} of {steps}  {shown}  {1 / row['dt']:.1f} steps/s  left {left}")
         if val and (step % eval_every == 0 or step == steps):
-            told = look_at_val()
-            record({"step": step} | told)
-            row |= told
-            say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in told.items()))
-            since_best += 1
+            row |= (told := look_at_val())
             score = told["val_loss"] if judge is None else -told["val_reward"]
-            if score < best:
-                best, since_best = score, 0
-                write(out / "best")
-            if early_stopping and since_best >= early_stopping:
-                say(f"no new best in {since_best} validations: stopped; best/ has the best")
-                ended = True
+            done["since_best"] += 1
+            if score < done["best"]:
+                done |= {"best": score, "since_best": 0}
+                write(out / "best", run, net, tok, step)
+            if ended := bool(early_stopping) and done["since_best"] >= early_stopping:
+                count = done["since_best"]
+                say(f"no new best in {count} validations: stopped; best/ has the best")
+        stop = summed(run, Counter(stop=len(caught)))["stop"] > 0
         if step % save_every == 0 or step == steps or stop or ended:
             save()
     say("")
-    if stop and step < steps and not ended:
-        say(f"stopped at step {step} and saved; --init_from=resume goes on")
+    if stop and done["step"] < steps and not ended:
+        say(f"stopped at step {done['step']} and saved; --init_from=resume goes on")
         summed(run, Counter(saved=1))  # all wait, or the launcher would end the save
         return 128 + (caught or [signal.SIGTERM])[0]
     if merge and adapt in ("lora", "qlora") and run.main:
         net.score = None if method == "ppo" else net.score
-        core.save(out / "merged", merged(net).eval(), tok, step)
+        core.save(out / "merged", merged(net).eval(), tok, done["step"])
         say(f"merged: {out / 'merged'}")
     if method == "sft" and memorized and run.main:
         for name, some in (("training", train[:memorized]), ("validation", val[:memorized])):
@@ -1169,6 +1177,12 @@ def main():
             f"{row.get('repeated_validation', 0):.0%} of validation responses come back word for "
             f"word; validation loss is {gap:+.2f} from the last training loss"
         )
+    if run.world > 1:  # the sum of all weights, in the same order everywhere: equal or not at all
+        sums = [None] * run.world
+        dist.all_gather_object(sums, float(sum(p.double().sum() for p in params.values())))
+        if len(set(sums)) > 1:
+            raise UserError(f"the processes' weights have come apart: {sums}")
+        say(f"weights: equal on {run.world} processes")
     for key, value in row.items():
         say(f"{key}: {value:.6g}")
     if run.world > 1:

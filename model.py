@@ -591,8 +591,12 @@ def cross_entropy_sum(h, weight, targets):
 
 
 def logprobs(net, ids, targets):
-    """log p(targets) (B, T) float32 under net at each position of ids (B, T); 0 where -100."""
-    return -F.cross_entropy(net(ids).float().transpose(1, 2), targets, reduction="none")
+    """log p(targets) (B, T) float32 under net at each position of ids (B, T); 0 where -100, and
+    no logits are made there."""
+    wanted = targets != -100
+    logits = joint(net.hidden(ids)[wanted], net.lm_head).float()
+    found = -F.cross_entropy(logits, targets[wanted], reduction="none")
+    return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(wanted, found)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # GRPO: sums of two digits. The reward is 1 for the right number, else 0; a sample is compared with
-# the other samples of its prompt. A short SFT has to come first: without it no sample is right.
+# the other samples of its prompt. A short SFT comes first.
 #   python finetune.py --dataset=arithmetic --out_dir=out/sums --max_epochs=10 --learning_rate=1e-3
 #   python finetune.py config/grpo.py
 #   echo "3 + 4 =" | python sample.py config/grpo.py --model=out/grpo --temperature=0
@@ -14,7 +14,7 @@ reward = "arithmetic"
 out_dir = "out/grpo"
 batch_size = 32
 max_steps = 120
-max_epochs = 1000.0
+max_epochs = None
 group_size = 8
 max_new_tokens = 4
 kl_weight = 0.02

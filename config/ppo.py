@@ -13,10 +13,10 @@ reward = "arithmetic"
 out_dir = "out/ppo"
 batch_size = 64
 max_steps = 100
-max_epochs = 1000.0
+max_epochs = None
 max_new_tokens = 4
 rl_epochs = 4
-kl_weight = 0.05  # without it the policy forgets how to stop
+kl_weight = 0.05
 learning_rate = 5e-4
 eval_every = 20
 

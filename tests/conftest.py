@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: no threads that a fork would lose
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no threads that a fork would lose
 import pytest
 import torch
 
+torch.set_num_threads(1)  # whatever MKL_NUM_THREADS says
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Where a fork is safe the commands below start as one, which spares each the import of torch.

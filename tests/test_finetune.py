@@ -474,7 +474,7 @@ def test_early_stopping_saves_the_last_state(tiny):
 
 
 def test_steps_alone_are_a_horizon(tiny):
-    tune(tiny, "--max_epochs=0", "--max_steps=1", "--out_dir=out/steps")
+    tune(tiny, "--max_epochs=none", "--max_steps=1", "--out_dir=out/steps")
     assert log(tiny, "out/steps")[-1]["step"] == 1
 
 

@@ -154,7 +154,7 @@ class NF4Linear(nn.Module):
         self.shape, self.n = w.shape, w.numel()
         blocks = F.pad(w.flatten(), (0, -self.n % 64)).view(-1, 64)
         scale = blocks.abs().amax(1)
-        self.mean = scale.mean()
+        self.register_buffer("mean", scale.mean())
         groups = F.pad(scale - self.mean, (0, -len(scale) % 256)).view(-1, 256)
         top = groups.abs().amax(1, keepdim=True).clamp(min=1e-30)
         self.register_buffer("top", top)
@@ -924,7 +924,7 @@ def repeated(net, tok, examples, cast):
 
 def open_model(run, say):
     """The network and tokenizer to start from, with chat markers where the method wants them."""
-    net, tok = core.load(model, run.device)
+    net, tok = core.load(model, "cpu" if adapt == "qlora" else run.device)
     chats = method in ("sft", "dpo", "reward") and template is None
     if chats and not tok.config.get("chat_template"):
         if adapt in ("lora", "qlora"):
@@ -938,7 +938,7 @@ def open_model(run, say):
         tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
     net.n_vocab = tok.n_vocab  # ids from here on are padding, which is never sampled
     net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
-    return net.to(run.device), tok
+    return net, tok
 
 
 def open_data(net, tok, limit, say):
@@ -1029,17 +1029,17 @@ def main():
     if kind == torch.float16:
         kind, why = torch.float32, "float16 would need a scaler, which is not here"
     cast = core.autocast(run.device, kind)
+    if method == "ppo":
+        net.set_score(["value"])
+        nn.init.zeros_(net.score.weight)
+    choose_weights(net)
+    net.to(run.device).train()  # of qlora the 4 bits alone
     if method == "dpo":
         first = order_of(0, len(train))[: min(steps * batch_size, len(train))]
         reference_logprobs(run, net, [train[i] for i in first], cast)
         reference_logprobs(run, net, val, cast)
     judge = open_reward(run) if method in ("grpo", "ppo") else None
     reference = copy.deepcopy(net).eval() if judge and kl_weight else None
-    if method == "ppo":
-        net.set_score(["value"])
-        nn.init.zeros_(net.score.weight)
-    choose_weights(net)
-    net.train()
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     learn = sum(p.numel() for p in params.values())
     say(

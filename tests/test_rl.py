@@ -256,7 +256,8 @@ METHODS = {"grpo": ["--kl_weight=0.01"], "ppo": ["--rl_epochs=4", "--minibatches
 def test_the_reward_rises(method, processes, toy):
     started = time.monotonic()
     args = [*RL, f"--method={method}", *METHODS[method], "--out_dir=out/rl", "--max_steps=30"]
-    run(toy, "finetune.py", *args, processes=processes)
+    done = run(toy, "finetune.py", *args, processes=processes)
+    assert ("weights: equal on 2 processes" in done.stdout) == (processes == 2)
     rows = log(toy / "out/rl")
     first, *_, last = [row["val_reward"] for row in rows if "val_reward" in row]
     print(f"{method}, {processes}: {first:.3f} -> {last:.3f}, {time.monotonic() - started:.1f} s")

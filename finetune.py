@@ -131,17 +131,19 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
+    @property
+    def weight(self):
+        """The sum (out, in), which a plain layer would have."""
+        return self.base.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
+
     def forward(self, x):
         added = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
         return self.base(x) + self.scale * added
 
 
-NF4 = (
-    torch.tensor(  # QLoRA, appendix E (Dettmers et al. 2023): quantiles of the normal distribution
-        [-1, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]
-        + [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1]
-    )
-)
+NF4 = [-1, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]
+NF4 += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1]
+NF4 = torch.tensor(NF4)  # quantiles of the normal distribution: QLoRA (Dettmers et al. 2023), E
 
 
 class NF4Linear(nn.Module):
@@ -176,11 +178,8 @@ class NF4Linear(nn.Module):
         return (blocks * self.scales()[: len(blocks), None]).flatten()[: self.n].view(self.shape)
 
     def forward(self, x):
-        return (
-            Dequantized.apply(x, self)
-            if self.bias is None
-            else Dequantized.apply(x, self) + self.bias
-        )
+        y = Dequantized.apply(x, self)
+        return y if self.bias is None else y + self.bias
 
 
 class Dequantized(torch.autograd.Function):
@@ -217,18 +216,13 @@ def adapt_network(net, how):
 
 
 def merged(net):
-    """Put every adapter's product into its layer's weights, in place."""
-    for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, LoRA)]:
-        weight = (
-            layer.base.weight.detach() + layer.scale * layer.lora_B.weight @ layer.lora_A.weight
-        )
-        plain = nn.Linear(*reversed(weight.shape), bias=layer.base.bias is not None)
-        plain.weight, plain.bias = nn.Parameter(weight.detach()), layer.base.bias
-        net.set_submodule(name, plain)
-    for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, NF4Linear)]:
-        plain = nn.Linear(*reversed(layer.shape), bias=layer.bias is not None)
-        plain.weight, plain.bias = nn.Parameter(layer.weight), layer.bias
-        net.set_submodule(name, plain)
+    """Make plain layers of adapted and of packed ones, in place."""
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, (LoRA, NF4Linear)) and not name.endswith(".base"):
+            weight, bias = layer.weight.detach(), getattr(layer, "base", layer).bias
+            plain = nn.Linear(*reversed(weight.shape), bias=bias is not None, device=weight.device)
+            plain.weight, plain.bias = nn.Parameter(weight), bias
+            net.set_submodule(name, plain)
     return net
 
 
@@ -622,14 +616,8 @@ def rl_loss(net, group):
     return loss.sum(), Counter({k: float(v.detach().float().sum()) for k, v in stats.items()})
 
 
-LOSS = {
-    "grpo": rl_loss,
-    "ppo": rl_loss,
-    "sft": sft_loss,
-    "classify": classify_loss,
-    "dpo": dpo,
-    "reward": reward_loss,
-}
+LOSS = {"sft": sft_loss, "classify": classify_loss, "dpo": dpo, "reward": reward_loss}
+LOSS |= {"grpo": rl_loss, "ppo": rl_loss}
 
 
 def size_of(examples):
@@ -687,11 +675,12 @@ def verdict(run, net, examples, limit, cast):
     size = max(total.pop("size"), 1e-9)
     out = {"val_loss": total.pop("loss") / size}
     if method == "classify":
-        return out | confusion(total, net.labels)
+        net.guesses = total  # for the table at the end
+        return out | accuracies(total, net.labels)
     return out | {f"val_{key}": value / size for key, value in total.items()}
 
 
-def confusion(pairs, labels):
+def accuracies(pairs, labels):
     """Accuracy and macro F1 of {(label, guess): count}."""
     total = sum(pairs.values())
     right = {i: pairs[i, i] for i in range(len(labels))}
@@ -700,10 +689,21 @@ def confusion(pairs, labels):
         seen[0][label] += n
         seen[1][guess] += n
     f1 = [2 * right[i] / (seen[0][i] + seen[1][i]) for i in seen[0]]
-    return {
-        "val_accuracy": sum(right.values()) / max(1, total),
-        "val_f1": sum(f1) / max(1, len(f1)),
-    }
+    accuracy = sum(right.values()) / max(1, total)
+    return {"val_accuracy": accuracy, "val_f1": sum(f1) / max(1, len(f1))}
+
+
+def confusion(pairs, labels):
+    """The table of {(label, guess): count}: a line for each label that there is."""
+    numbers = range(len(labels))
+    width, cell = max(map(len, labels)), max(4, len(str(max(pairs.values()))) + 1)
+    lines = ["confusion (a row: the label, a column: the guess)"]
+    lines += [" " * (width + 4) + "".join(f"{j:{cell}}" for j in numbers)]
+    for i in numbers:
+        if any(pairs[i, j] for j in numbers):
+            cells = "".join(f"{pairs[i, j] or '.':>{cell}}" for j in numbers)
+            lines.append(f"{i:3} {labels[i]:{width}}{cells}")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -821,9 +821,8 @@ def verdict_of_samples(run, net, tok, prompts, judge, cast):
         how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=i)
         with cast:
             made = core.generate(net, tok, [p["ids"] for p in some], **how)
-        total["reward"] += sum(
-            judge(p["messages"], g.text, p["answer"]) for p, g in zip(some, made)
-        )
+        for p, g in zip(some, made):
+            total["reward"] += judge(p["messages"], g.text, p["answer"])
         total["n"] += len(some)
     total = summed(run, total)
     return {"val_reward": total["reward"] / max(1, total["n"])}
@@ -857,10 +856,9 @@ def choose_weights(net):
         net.lm_head.requires_grad_(not net.config.tie)
     if net.score is not None:
         net.score.requires_grad_(True)
-        if method != "ppo":
-            net.lm_head.requires_grad_(
-                net.config.tie and net.model.embed_tokens.weight.requires_grad
-            )
+        if method != "ppo":  # the head is not read; a tied one is the embedding
+            learns = net.config.tie and net.model.embed_tokens.weight.requires_grad
+            net.lm_head.requires_grad_(learns)
 
 
 def make_optimizers(net):
@@ -1167,6 +1165,8 @@ def main():
         net.score = None if method == "ppo" else net.score
         core.save(out / "merged", merged(net).eval(), tok, done["step"])
         say(f"merged: {out / 'merged'}")
+    if method == "classify" and val:
+        say(confusion(net.guesses, net.labels))
     if method == "sft" and memorized and run.main:
         for name, some in (("training", train[:memorized]), ("validation", val[:memorized])):
             if some:

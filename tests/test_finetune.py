@@ -145,7 +145,7 @@ def test_accuracy_and_f1():
     rng = np.random.default_rng(0)
     labels, guesses = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
     pairs = finetune.Counter(zip(labels.tolist(), guesses.tolist()))
-    out = finetune.confusion(pairs, "abcd")
+    out = finetune.accuracies(pairs, "abcd")
     assert out["val_accuracy"] == pytest.approx((labels == guesses).mean())
     f1 = []
     for k in range(4):
@@ -153,6 +153,10 @@ def test_accuracy_and_f1():
         precision, recall = tp / (guesses == k).sum(), tp / (labels == k).sum()
         f1.append(2 * precision * recall / (precision + recall))
     assert out["val_f1"] == pytest.approx(np.mean(f1))
+    table = [line.split() for line in finetune.confusion(pairs, "abcd").splitlines()[2:]]
+    for i, (number, label, *row) in enumerate(table):
+        assert (number, label) == (str(i), "abcd"[i])
+        assert row == [str(((labels == i) & (guesses == j)).sum()) for j in range(4)]
 
 
 # --------------------------------------------------------------------------------------------------

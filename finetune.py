@@ -92,7 +92,9 @@ memorized = 40  # examples of each split that the end's check of memorization ge
 if __name__ == "__main__":
     configure(globals())
 
+import contextlib
 import copy
+import ctypes
 import functools
 import json
 import math
@@ -161,7 +163,8 @@ class NF4Linear(nn.Module):
         top = groups.abs().amax(1, keepdim=True).clamp(min=1e-30)
         self.register_buffer("top", top)
         self.register_buffer("scale", (groups / top * 127).round().to(torch.int8))
-        self.register_buffer("codebook", NF4.to(w.device))
+        pairs = torch.cartesian_prod(NF4, NF4)  # of each byte, one complex number to the machine
+        self.register_buffer("pairs", torch.view_as_complex(pairs).to(w.device))
         unit = blocks / self.scales()[: len(blocks), None].clamp(min=1e-30)
         middles = (NF4[1:] + NF4[:-1]).to(w.device) / 2
         codes = torch.bucketize(unit.flatten(), middles).to(torch.uint8)
@@ -173,8 +176,7 @@ class NF4Linear(nn.Module):
     @property
     def weight(self):
         """The matrix (out, in) that the codes stand for, made anew."""
-        codes = torch.stack((self.codes >> 4, self.codes & 15), 1).flatten()
-        blocks = self.codebook[codes.int()].view(-1, 64)
+        blocks = torch.view_as_real(self.pairs.index_select(0, self.codes.int())).view(-1, 64)
         return (blocks * self.scales()[: len(blocks), None]).flatten()[: self.n].view(self.shape)
 
     def forward(self, x):
@@ -198,21 +200,27 @@ class Dequantized(torch.autograd.Function):
 
 
 def adapt_network(net, how):
-    """Freeze the network and add LoRA to the layers that lora_targets names."""
+    """Freeze the network and add LoRA to the layers that lora_targets names; of qlora, the other
+    linear layers go to 4 bits too."""
     names = set(lora_targets.split(","))
-    found = [(n, m) for n, m in net.named_modules() if n.rpartition(".")[2] in names]
-    if missing := names - {n.rpartition(".")[2] for n, _ in found}:
+    found = [n for n, m in net.named_modules() if n.rpartition(".")[2] in names]
+    if missing := names - {n.rpartition(".")[2] for n in found}:
         raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
     net.requires_grad_(False)
-    for name, layer in found:
-        if not isinstance(layer, nn.Linear) or (name == "lm_head" and net.config.tie):
+    linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    for name in found:
+        if name not in linear or (name == "lm_head" and net.config.tie):
             raise UserError(f"lora_targets: {name} is no linear layer, or is the embedding too")
-        base = NF4Linear(layer) if how == "qlora" and name != "lm_head" else layer
-        net.set_submodule(name, LoRA(base, lora_rank, lora_alpha, lora_dropout))
-    if how == "qlora":  # the layers without an adapter go to 4 bits too
-        for name, layer in list(net.model.named_modules()):
-            if isinstance(layer, nn.Linear) and "lora_" not in name:
-                net.model.set_submodule(name, NF4Linear(layer))
+    for name in linear:
+        layer = net.get_submodule(name)
+        if how == "qlora" and name.startswith("model."):
+            layer = NF4Linear(layer)
+        if name in found:
+            layer = LoRA(layer, lora_rank, lora_alpha, lora_dropout)
+        net.set_submodule(name, layer)
+    if how == "qlora" and sys.platform == "linux":  # the machine gets back what the layers took
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def merged(net):
@@ -1030,6 +1038,7 @@ def main():
     if method == "ppo":
         net.set_score(["value"])
         nn.init.zeros_(net.score.weight)
+    n_params = core.n_params(net)
     choose_weights(net)
     net.to(run.device).train()  # of qlora the 4 bits alone
     if method == "dpo":
@@ -1041,7 +1050,7 @@ def main():
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     learn = sum(p.numel() for p in params.values())
     say(
-        f"model: {model}, {core.n_params(net):,} parameters, {learn:,} of them learn ({adapt})\n"
+        f"model: {model}, {n_params:,} parameters; {learn:,} learn ({adapt})\n"
         f"data: {len(train):,} examples to train on, {len(val):,} to validate; {steps:,} steps of "
         f"{batch_size} examples\n"
         f"device: {run.device}, computing in {str(kind).removeprefix('torch.')}: {why}"

@@ -2,8 +2,8 @@
 #   python finetune.py --dataset=arithmetic --out_dir=out/sums --max_epochs=10 --learning_rate=1e-3
 #   python finetune.py config/ppo.py
 #   echo "3 + 4 =" | python sample.py config/ppo.py --model=out/ppo --temperature=0
-# 40 seconds on two CPU cores. The mean reward of the samples rises from 0.27 (the first 10 steps)
-# to 0.73 (the last 10); of one sample of each of the 15 held-out sums, from 0.20 to 0.47.
+# 40 seconds on two CPU cores. The mean reward of the samples rises from 0.30 (the first 10 steps)
+# to 0.82 (the last 10); of one sample of each of the 15 held-out sums, from 0.20 to 0.53.
 
 # finetune.py
 method = "ppo"

@@ -19,8 +19,10 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from functools import partial
-from itertools import groupby
+from heapq import heappop, heappush
+from itertools import groupby, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -851,6 +853,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
 
 # --------------------------------------------------------------------------------------------------
 # The tokenizer: Hugging Face's tokenizer.json, byte-level BPE run by tiktoken, other kinds here
+# (SentencePiece's BPE, Unigram, WordPiece, words and characters)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -858,10 +861,20 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Each numeral apart, then GPT2_SPLIT: white space before a numeral is the end of its piece.
+DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 CHARACTERS = r"[\s\S]"
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 # The models that run here, and by what pre-tokenizer each must be fed.
-FORMS = dict(BPE="ByteLevel", Unigram="ByteLevel", WordLevel="Isolated", WordPiece="Removed")
+FORMS = dict(BPE=("ByteLevel", "Metaspace"), Unigram=("ByteLevel",))
+FORMS |= dict(WordLevel=("Isolated",), WordPiece=("Removed",))
+# SentencePiece writes a space as ▁. Llama 2's normalizers and decoders:
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+BACK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+BACK = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+NO_TOKEN = 1 << 20  # from here up: ids for tiktoken's sake, of bytes that a vocabulary lacks
 
 
 def byte_letters():
@@ -916,42 +929,86 @@ def best_path(data, scores, longest):
     return ids[::-1]
 
 
+def merge_pairs(ids, merges):
+    """BPE (Sennrich et al. 2016): of all neighbours in ids the pair of least rank in merges {pair:
+    (rank, id)}, and of equals the leftmost, becomes that id, until no pair is in merges."""
+    ids, n = list(ids), len(ids)
+    before, after, queue = [*range(-1, n - 1)], [*range(1, n + 1)], []
+
+    def look(i):
+        """Queue the pair that begins at place i."""
+        if i >= 0 and after[i] < n and (found := merges.get(pair := (ids[i], ids[after[i]]))):
+            heappush(queue, (found[0], i, pair, found[1]))
+
+    for i in range(n):
+        look(i)
+    while queue:
+        _, i, pair, new = heappop(queue)
+        if (j := after[i]) == n or pair != (ids[i], ids[j]):
+            continue  # one of the two is in another token by now
+        ids[i], ids[j], after[i] = new, None, after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        look(i)
+        look(before[i])
+    return [id for id in ids if id is not None]
+
+
+def any_of(names):
+    """A pattern that finds any of these in a text: the leftmost, and there the longest."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len)[::-1])) or "(?!)")
+
+
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
     n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, eot_id the one
-    that starts a document. They are never read from text: only `chat` and `prompt` add them.
+    that starts a document. They are never read from text: only `chat` and `prompt` add them. Added
+    tokens that the file does not call special (<think>) are text, and are read as in `tokenizers`.
     """
 
     def __init__(self, spec, config):
         self.spec, self.config, self.bpe = spec, config, None
-        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        added = spec.get("added_tokens", [])
+        self.special = {t["content"]: t["id"] for t in added}
+        self.names = any_of(self.special)
+        self.plain = any_of(t["content"] for t in added if not t["special"])
         steps = spec.get("normalizer") or {"normalizers": []}
-        self.normalizers = [step["type"] for step in steps.get("normalizers", [steps])]
+        steps = steps.get("normalizers", [steps])
+        # Whether a space goes before a text: each (stretch), always or first (if it has none), no.
+        self.lead = "each" if steps[-2:] == [PREPEND, REPLACE] else "never"
+        self.normalizers = [t["type"] for t in (steps[:-2] if self.lead == "each" else steps)]
         body = spec.get("model") or {}
-        self.kind, vocab = body.get("type"), body.get("vocab")
+        # Old files, such as GPT-2's, do not name the kind.
+        self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
         plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
-        if not plain or FORMS.get(self.kind) != form:
-            known = "byte-level BPE or Unigram, words, characters, WordPiece split by Split, "
-            known += "normalised by " + ", ".join(sorted(NORMALIZERS))
+        if not plain or form not in FORMS.get(self.kind, ()):
+            known = (
+                "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece split "
+            )
+            known += "by Split, normalised by " + ", ".join(sorted(NORMALIZERS))
             why = f"a {self.kind} tokenizer of this form is not supported ({known})"
             raise UserError(f"tokenizer.json: {why}")
-        self.by_bytes = form == "ByteLevel"  # or else a token is a stretch of characters
-        if self.kind == "BPE":
+        self._refuse_others(body, added)
+        self.by_bytes = form in ("ByteLevel", "Metaspace")  # or a token is a stretch of characters
+        if form == "Metaspace":
+            self._init_sentencepiece(body, vocab, split)
+        elif self.kind == "BPE":
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
             self._init_other(body, vocab, split)
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
-        for token in spec.get("added_tokens", []):
-            if not token["special"]:  # <think> and its like
+        for token in added:
+            if not token["special"]:
                 self.bytes[token["id"]] = token["content"].encode()
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         post = spec.get("post_processor") or {}
-        singles = [p["single"][0] for p in post.get("processors", [post]) if p.get("single")]
-        self.start = [self.special[s["SpecialToken"]["id"]] for s in singles if "SpecialToken" in s]
+        singles = [p.get("single", []) for p in post.get("processors", [post])]
+        before = [s for single in singles for s in takewhile(lambda s: "SpecialToken" in s, single)]
+        self.start = [self.special[s["SpecialToken"]["id"]] for s in before]
         space = " " if self.kind == "WordPiece" else ""
         self.shown = self.bytes | {i: (space + t).encode() for t, i in self.special.items()}
 
@@ -961,14 +1018,17 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json here (python prepare.py makes one)")
-        config = read_json(folder / "tokenizer_config.json", {})
+        config = read_json(folder / "special_tokens_map.json", {})
+        config |= read_json(folder / "tokenizer_config.json", {})
         if (folder / "chat_template.jinja").is_file():
             config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         try:
             tok = cls(read_json(folder / "tokenizer.json"), config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{folder}/tokenizer.json: malformed: {error!r}") from None
-        ids = read_json(folder / "generation_config.json", {})
+        ids = read_json(folder / "config.json", {}) | read_json(
+            folder / "generation_config.json", {}
+        )
         if (ends := ids.get("eos_token_id")) is not None:
             tok.eos_ids = ends if isinstance(ends, list) else [ends]
         tok.bos_id = ids.get("bos_token_id") if tok.bos_id is None else tok.bos_id
@@ -983,15 +1043,44 @@ class Tokenizer:
         name = self.config.get(key)
         return self.special.get(name["content"] if isinstance(name, dict) else name)
 
+    def _refuse_others(self, body, added):
+        """What would change ids, and is not done here, is refused by its name."""
+        odd = [
+            k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if body.get(k)
+        ]
+        odd = odd if self.kind == "BPE" else []
+        post = self.spec.get("post_processor") or {"type": "ByteLevel"}
+        kinds = {p["type"] for p in post.get("processors", [post])}
+        odd += kinds - {"ByteLevel", "TemplateProcessing"}
+        changed = self.lead != "never" or self.normalizers
+        for t in added:
+            flags = [k for k in ("lstrip", "rstrip", "single_word") if t.get(k)]
+            flags += ["normalized"] * bool(changed and t.get("normalized") and not t["special"])
+            odd += [f"the added token {t['content']} with {flag}" for flag in flags]
+        if odd:
+            raise UserError(f"tokenizer.json: not supported: {', '.join(odd[:3])}")
+
     def _pattern(self):
-        """(form, regular expression) of the pieces that text is split into: ByteLevel, Isolated, or
-        Removed where what no piece matches is lost. (None, None) where the form is another."""
+        """(form, regular expression) of the pieces that text is split into: ByteLevel, Metaspace,
+        Isolated, or Removed where what no piece matches is lost. (None, None): another form."""
         steps = self.spec.get("pre_tokenizer") or {}
+        if not steps and self.lead == "each":
+            return "Metaspace", CHARACTERS + "+"
+        if (
+            steps.get("type") == "Metaspace"
+            and steps["replacement"] == "▁"
+            and self.lead == "never"
+        ):
+            given = "always" if steps.get("add_prefix_space", True) else "never"
+            self.lead = steps.get("prepend_scheme", given)
+            return "Metaspace", " [^ ]*|[^ ]+" if steps.get("split", True) else CHARACTERS + "+"
         steps = steps.get("pretokenizers", [steps])
         kinds, split, level = [step.get("type") for step in steps], steps[0], steps[-1]
         plain = not level.get("add_prefix_space", True)
         if kinds == ["ByteLevel"] and plain and level.get("use_regex", True):
             return "ByteLevel", GPT2_SPLIT
+        if kinds == ["Digits", "ByteLevel"] and plain and level.get("use_regex", True):
+            return ("ByteLevel", DIGITS_SPLIT) if split["individual_digits"] else (None, None)
         form = split.get("behavior")
         if kinds == ["Split", "ByteLevel"] and form == "Isolated":
             form = "ByteLevel" if plain and not level.get("use_regex", True) else None
@@ -1009,20 +1098,50 @@ class Tokenizer:
         except KeyError as letter:
             why = f"{letter} stands for no byte: no such {self.kind}"
             raise UserError(f"tokenizer.json: {why}") from None
-        if any(bytes([b]) not in tokens for b in range(256)):
+        self.lacking = bytes(b for b in range(256) if bytes([b]) not in tokens)
+        if self.lacking and self.kind != "BPE":
             raise UserError("tokenizer.json: a byte is missing from the vocabulary")
         return tokens
 
     def _init_bpe(self, body, ranks, split):
         import tiktoken  # here, since the other kinds need none of it
 
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in body["merges"])
-        made = [body["vocab"]["".join(pair)] for pair in pairs]
-        if not (body.get("ignore_merges") or all(a < b for a, b in zip(made, made[1:]))):
+        made = [body["vocab"]["".join(pair)] for pair in self._merges(body)]
+        whole = body.get("ignore_merges", False)  # then a token may be made in several ways
+        ordered = all(a < b or whole and a == b for a, b in zip(made, made[1:]))
+        if not ordered or not whole and len(made) + 256 - len(self.lacking) != len(ranks):
             raise UserError("tokenizer.json: ids are not in merge order")
-        self.bytes = {i: token for token, i in ranks.items()}
+        self.bytes, self.split = {i: token for token, i in ranks.items()}, split
+        ranks = ranks | {bytes([b]): NO_TOKEN + b for b in self.lacking}
         named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
         self.bpe = tiktoken.Encoding("barelm", **named)
+
+    def _merges(self, body):
+        return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in body["merges"]]
+
+    def _init_sentencepiece(self, body, vocab, split):
+        import regex
+
+        steps = (self.spec.get("decoder") or {}).get("decoders", [])
+        byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
+        whole = body.get("byte_fallback") and None not in byte_ids and not body.get("ignore_merges")
+        if not whole or steps[:3] != BACK or steps[3:] not in ([], [STRIP]):
+            why = "a SentencePiece BPE is supported with all bytes and Llama 2's decoder alone"
+            raise UserError(f"tokenizer.json: {why}")
+        self.strip = " " if steps[3:] else ""
+        pairs = self._merges(body)
+        if split == CHARACTERS + "+" and not any(re.search("[^▁]▁", a + b) for a, b in pairs):
+            split = " *[^ ]+| +"  # no token goes on behind a word: words apart give the same ids
+        self.split, self.known = regex.compile(split), {}
+        self.merges = {
+            (vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)
+        }
+        # A space stands here for ▁: texts with the one and with the other have the same ids.
+        letters = {t.replace("▁", " "): [i] for t, i in vocab.items() if len(t) == 1 and t != " "}
+        self.letters = lambda c: letters.get(c) or [byte_ids[b] for b in c.encode()]
+        tokens = {t: i for t, i in vocab.items() if t not in self.special}
+        self.bytes = {i: t.replace("▁", " ").encode() for t, i in tokens.items()}
+        self.bytes |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
 
     def _init_other(self, body, vocab, split):
         import regex  # which tiktoken brings along
@@ -1049,16 +1168,35 @@ class Tokenizer:
         """The text as the model is fed it: normalised, U+FFFD for half a surrogate pair."""
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return normalize(text, self.normalizers)
+        text = normalize(text, self.normalizers)
+        return text.replace("▁", " ") if self.kind == "BPE" and not self.bpe else text
 
     def encode(self, text):
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
-        return self._encode(self.normal(text))
+        ids, at = [], 0
+        for match in self.plain.finditer(text) if self.plain.pattern != "(?!)" else ():
+            ids += [*self._encode(self.normal(text[at : match.start()]), at == 0)]
+            ids.append(self.special[match[0]])
+            at = match.end()
+        rest = self._encode(self.normal(text[at:]), at == 0)
+        return ids + rest if ids else rest
 
-    def _encode(self, text):
+    def _led(self, text, first):
+        """A normal text with the space before it that SentencePiece puts there. first: nothing
+        comes before it, not even a special token."""
+        has_one = text[:1] == " " and self.lead != "each"
+        none = not text or has_one or self.lead == "never" or self.lead == "first" and not first
+        return text if none else " " + text
+
+    def _encode(self, text, first=True):
         if self.bpe:
-            return self.bpe.encode_ordinary(text)
-        ids = []
+            ids = self.bpe.encode_ordinary(text)
+            return (
+                self._without_lacking(text)
+                if self.lacking and max(ids, default=0) >= NO_TOKEN
+                else ids
+            )
+        text, ids = self._led(text, first), []
         for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
             if (some := self.known.get(piece)) is None:
                 if len(self.known) > 1_000_000:
@@ -1071,17 +1209,29 @@ class Tokenizer:
         """The ids of one piece of text."""
         if self.kind == "Unigram":
             return best_path(piece.encode(), self.vocab, self.longest)
+        if self.kind == "BPE":
+            return merge_pairs([id for c in piece for id in self.letters(c)], self.merges)
         if self.kind == "WordPiece":
             fits = len(piece) <= self.longest
             return fits and longest_match(piece, self.vocab, self.prefix) or self.unk
         return [self.vocab[piece]] if piece in self.vocab else self.unk
 
-    def _placed(self, text):
+    def _without_lacking(self, text):
+        """The ids of a text with bytes that have no token: what is beside them may merge."""
+        import regex
+
+        pieces = (p.encode().translate(None, self.lacking) for p in regex.findall(self.split, text))
+        return [id for p in pieces if p for id in self.bpe._core_bpe.encode_single_piece(p)]
+
+    def _placed(self, text, first=True):
         """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
-        at = 0
         if self.by_bytes:
-            for id in self._encode(text):
-                yield id, at
+            kept = [
+                i for i, b in enumerate(text.encode()) if not self.lacking or b not in self.lacking
+            ]
+            at = len(text) - len(self._led(text, first))
+            for id in self._encode(text, first):
+                yield id, kept[max(at, 0)]
                 at += len(self.bytes[id])
             return
         for match in self.split.finditer(text):
@@ -1096,10 +1246,16 @@ class Tokenizer:
 
         if not self.bpe:
             return [np.array(self.encode(text), np.uint32) for text in texts]
-        # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
-        ids = lambda t: self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(t), set())
+
+        def ids(text):
+            # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
+            data = self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(text), set())
+            odd = self.lacking and (np.frombuffer(data, np.uint32) >= NO_TOKEN).any()
+            odd = odd or self.plain.pattern != "(?!)" and self.plain.search(text)
+            return np.array(self.encode(text), np.uint32) if odd else np.frombuffer(data, np.uint32)
+
         with ThreadPoolExecutor(threads) as pool:
-            return [np.frombuffer(data, np.uint32) for data in pool.map(ids, texts)]
+            return [*pool.map(ids, texts)]
 
     def prompt(self, text):
         """The ids of a text to be continued: bos before it where the tokenizer puts one, or where
@@ -1115,8 +1271,11 @@ class Tokenizer:
         """The text of ids, special tokens by their names; what is no UTF-8 becomes U+FFFD.
 
         WordPiece keeps no white space: there a space is between words, and none before the first.
+        SentencePiece's space before the first word is taken away again.
         """
         text = b"".join(self.shown.get(i, b"") for i in ids).decode(errors="replace")
+        if self.kind == "BPE" and not self.bpe:
+            return text.removeprefix(self.strip)
         if self.kind != "WordPiece" or not text:
             return text
         return text[1:] if text[0] == " " else self.prefix + text
@@ -1124,29 +1283,23 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=False):
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
 
-        The mask covers what assistants say, their end token included. Contents are text: the name
-        of a special token inside one is broken by a letter of its own while the template runs.
+        The mask covers what assistants say, their end token included, and nothing of a prompt.
+        Contents are text: the name of a special token inside one is broken by a letter of its own
+        while the template runs.
         """
         given = json.dumps(messages, ensure_ascii=False, default=str)
         hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
-        special = re.compile(
-            "|".join(map(re.escape, sorted(self.special, key=len)[::-1])) or "(?!)"
-        )
+        special = any_of(t["content"] for t in self.spec.get("added_tokens", []) if t["special"])
         veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], s)
         safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
         text = self._render(safe, add_generation_prompt)
         said = bytearray(len(text))  # 1 at each character that an assistant says
         for i, message in enumerate(safe):
-            if message["role"] == "assistant":
-                before, after = self._render(safe[:i], True), self._render(safe[: i + 1])
-                if not (text.startswith(before) and text.startswith(after)):
-                    why = "the chat template rewrites earlier turns"
-                    raise UserError(f"{why}: no loss mask fits it")
-                begin, end = len(before), len(after)
-                end = max((m.end() for m in special.finditer(text, begin, end)), default=end)
+            if message["role"] == "assistant" and not add_generation_prompt:
+                begin, end = self._span(safe, i, text)
                 said[begin:end] = b"\1" * (end - begin)
         ids, mask, at = [], [], 0
-        for match in [*special.finditer(text), None]:
+        for match in [*self.names.finditer(text), None]:
             stop = match.start() if match else len(text)
             pairs = [(c, m) for c, m in zip(text[at:stop], said[at:stop]) if c != hide]
             plain, marks = "", b""
@@ -1155,7 +1308,7 @@ class Tokenizer:
                 marks += bytes([mark]) * len(part.encode() if self.by_bytes else part)
                 plain += part
             # A token counts as said where its first byte (or character) does.
-            for id, place in self._placed(plain):
+            for id, place in self._placed(plain, at == 0):
                 ids.append(id)
                 mask.append(marks[place])
             if match:
@@ -1164,23 +1317,49 @@ class Tokenizer:
                 at = match.end()
         return ids, mask
 
+    def _span(self, messages, i, text):
+        """From where to where in text, which the template made of messages, message i is said."""
+        before, content = self._render(messages[:i], True), messages[i]["content"].strip()
+        if text.startswith(before):
+            end = re.compile(rf"\s*{re.escape(content)}\s*(?:{self.names.pattern})")
+            if found := end.match(text, len(before)):
+                return found.span()
+        # The template changes the words, or no token ends them.
+        after = self._render(messages[: i + 1])
+        if not (text.startswith(before) and text.startswith(after)):
+            raise UserError("the chat template rewrites earlier turns: no loss mask fits it")
+        ends = [m.end() for m in self.names.finditer(text, len(before), len(after))]
+        return len(before), max(ends, default=len(after))
+
     def _render(self, messages, add_generation_prompt=False):
+        """The text that the chat template makes, with what transformers lets a template have."""
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        if not (template := self.config.get("chat_template")):
+        template = self.config.get("chat_template")
+        if isinstance(template, list):  # several, by their names
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not template:
             raise UserError("this tokenizer has no chat template: chat needs a model tuned for it")
+        # {% generation %} marks what assistants say for a mask of transformers' own.
+        tag = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
+        template = tag.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), template)
 
         def raise_exception(message):
             raise TemplateError(message)
 
-        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        loops = ["jinja2.ext.loopcontrols"]
+        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+        room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        for name in ("bos_token", "eos_token"):
-            given[name] = "" if self._named(name) is None else self.decode([self._named(name)])
+        given |= {"tools": None, "documents": None, "raise_exception": raise_exception}
+        given["strftime_now"] = lambda form: datetime.now().strftime(form)
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            if named := self.config.get(name):
+                given[name] = named["content"] if isinstance(named, dict) else named
         try:
-            return room.from_string(template).render(raise_exception=raise_exception, **given)
-        except TemplateError as error:
+            return room.from_string(template).render(given)
+        except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from None
 
 

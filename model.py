@@ -10,6 +10,7 @@ tokenizer, checkpoints, optimizers, accounting. It knows no stage and imports no
 import codecs
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -121,6 +122,71 @@ def duration(seconds):
     """Seconds as a person reads them: 42s, 3m10s, 2h05m."""
     m, s = divmod(int(seconds), 60)
     return f"{s}s" if m == 0 else f"{m}m{s:02d}s" if m < 60 else f"{m // 60}h{m % 60:02d}m"
+
+
+# --------------------------------------------------------------------------------------------------
+# Downloads
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
+
+
+def download(url, path, sha256=None, tries=5, headers=None, optional=False):
+    """Fetch url into path: resumed, retried, checked, and under its name only when it is whole.
+    None where it is optional and the server has no such file."""
+    import requests  # here, since most runs need none of it
+
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, show = path.with_name(path.name + ".part"), Progress()
+    part.touch()
+    for attempt in range(1, tries + 1):
+        try:
+            fetch(url, part, show, headers or {})
+            break
+        except requests.RequestException as error:
+            status = error.response.status_code if error.response is not None else 0
+            if optional and status == 404:
+                return part.unlink()
+            refused = 400 <= status < 500 and status not in (408, 416, 429)
+            if refused or isinstance(error, ValueError):  # requests': what is no URL
+                raise UserError(f"{error}: is the address right?") from None
+            if attempt == tries:
+                raise UserError(f"{url}: {error}, {tries} times: run it again to go on") from None
+            show.note(f"{path.name}: {error}; trying again ({attempt + 1} of {tries})")
+            time.sleep(min(2 ** (attempt - 1), 30))
+        except OSError as error:
+            raise UserError(f"{part}: cannot be written: {error.strerror}") from None
+    show(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
+    if sha256 and (found := hashlib.sha256(part.read_bytes()).hexdigest()) != sha256:
+        part.unlink()
+        raise UserError(f"{url}: removed: its sha256 is {found}, not {sha256}")
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part, show, headers):
+    """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
+    import requests
+
+    have = part.stat().st_size
+    headers = headers | ({"Range": f"bytes={have}-"} if have else {})
+    headers["Accept-Encoding"] = "identity"  # so that Content-Length counts the bytes we write
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+        if answer.status_code == 416:  # the part is longer than the file, or is all of it
+            os.truncate(part, 0)
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            have = 0  # the server does not resume: from the beginning
+        length = answer.headers.get("Content-Length")
+        size = have + int(length) if length else None
+        with open(part, "ab" if have else "wb") as file:
+            for piece in answer.iter_content(1 << 16):
+                file.write(piece)
+                have += len(piece)
+                show(f"{part.stem}: {have / 1e6:,.1f} of {(size or have) / 1e6:,.1f} MB")
+    if size is not None and have != size:
+        raise requests.ConnectionError(f"{have} of {size} bytes came")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -968,7 +1034,7 @@ class Tokenizer:
     """
 
     def __init__(self, spec, config):
-        self.spec, self.config, self.bpe = spec, config, None
+        self.spec, self.config, self.bpe, self.lacking = spec, config, None, b""
         added = spec.get("added_tokens", [])
         self.special = {t["content"]: t["id"] for t in added}
         self.names = any_of(self.special)
@@ -1109,7 +1175,7 @@ class Tokenizer:
         made = [body["vocab"]["".join(pair)] for pair in self._merges(body)]
         whole = body.get("ignore_merges", False)  # then a token may be made in several ways
         ordered = all(a < b or whole and a == b for a, b in zip(made, made[1:]))
-        if not ordered or not whole and len(made) + 256 - len(self.lacking) != len(ranks):
+        if not ordered or len({*made}) + 256 - len(self.lacking) != len(ranks):
             raise UserError("tokenizer.json: ids are not in merge order")
         self.bytes, self.split = {i: token for token, i in ranks.items()}, split
         ranks = ranks | {bytes([b]): NO_TOKEN + b for b in self.lacking}
@@ -1226,9 +1292,7 @@ class Tokenizer:
     def _placed(self, text, first=True):
         """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
         if self.by_bytes:
-            kept = [
-                i for i, b in enumerate(text.encode()) if not self.lacking or b not in self.lacking
-            ]
+            kept = [i for i, b in enumerate(text.encode()) if b not in self.lacking]
             at = len(text) - len(self._led(text, first))
             for id in self._encode(text, first):
                 yield id, kept[max(at, 0)]
@@ -1369,6 +1433,7 @@ class Tokenizer:
 SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 SAFE_DTYPES |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
 SAFE_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+INDEX = "model.safetensors.index.json"  # of weights in several files
 
 
 def read_json(path, default=None):
@@ -1468,13 +1533,14 @@ n_head=num_attention_heads n_kv_head=num_key_value_heads head_dim=head_dim n_emb
 n_hidden=intermediate_size norm_eps=rms_norm_eps tie=tie_word_embeddings"""
 GPT2_KEYS = """vocab_size=vocab_size n_ctx=n_positions n_layer=n_layer n_head=n_head n_embd=n_embd
 n_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""
-HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama"), LLAMA_KEYS)
+HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama", "mistral"), LLAMA_KEYS)
 HF_KEYS = {kind: dict(k.split("=") for k in keys.split()) for kind, keys in HF_KEYS.items()}
 LLAMA = dict(norm="rms", norm_place="pre", pos="rope", mlp="swiglu", bias=False)
 LLAMA |= dict(qk_norm=False, qkv_bias=False)
 GPT2 = LLAMA | dict(norm="layer", pos="learned", mlp="gelu", bias=True)
 FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=True)}
-FAMILIES |= {"llama": LLAMA, "gpt2": GPT2}
+# Mistral is Llama with a sliding window, within which it is saved as Llama.
+FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
 
 
 def family(c):
@@ -1518,19 +1584,32 @@ def from_hf_config(d, where="config.json"):
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not supported: {', '.join(FAMILIES)} are")
     keys, options = HF_KEYS[kind], FAMILIES[kind]
-    # What transformers takes for a key that is absent, where it is the same for every family.
-    usual = {"tie": kind == "gpt2", "n_kv_head": 0, "head_dim": 0, "n_hidden": 0}
+    # What transformers takes for a key that is absent, where that follows from the others.
+    usual = {"tie": True, "n_hidden": 0} if kind == "gpt2" else {"tie": False}
+    usual |= {"head_dim": 0} if kind != "qwen3" else {}
+    usual |= {"n_kv_head": 0} if kind == "llama" else {}
     c = usual | {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
-    odd = ("attention_bias", "mlp_bias", "use_sliding_window", "scale_attn_by_inverse_layer_idx")
+    if kind == "mistral" and (window := d.get("sliding_window", 4096)):
+        c["n_ctx"] = min(c.get("n_ctx", window), window)
+    # One dict in transformers 5; below it, two keys.
+    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
+    rotary = scaling.pop("partial_rotary_factor", d.get("partial_rotary_factor", 1)) != 1
+    odd = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
+    odd += " add_cross_attention quantization_config"
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
-    faults += [f"{key} not supported" for key in odd if d.get(key)]
+    faults += [f"{key} not supported" for key in odd.split() if d.get(key)]
+    faults += ["partial_rotary_factor not supported"] if rotary else []
+    faults += (
+        ["scale_attn_weights false not supported"] if not d.get("scale_attn_weights", 1) else []
+    )
+    layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
+    faults += [f"layers of {name} not supported" for name in layers]
     activation = d.get("activation_function", d.get("hidden_act"))
-    if activation not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)):
+    tanh = (None, "gelu_new", "gelu_pytorch_tanh")
+    if activation not in (tanh if kind == "gpt2" else (None, "silu", "swish")):
         faults.append(f"activation {activation} not supported")
     if faults:
         raise UserError(f"{where}: {', '.join(faults)}")
-    # One dict in transformers 5; below it, two keys.
-    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
     theta = scaling.pop("rope_theta", d.get("rope_theta")) or 10000.0
     plain = scaling.setdefault("rope_type", scaling.get("type", "default")) == "default"
     return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=None if plain else scaling)
@@ -1575,23 +1654,87 @@ def to_gpt2(state):
     return out
 
 
-def load(folder, device="cpu", dtype=torch.float32, quantize=None):
-    """Open a checkpoint folder, ours or Hugging Face's: (GPT in eval mode, Tokenizer).
-    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def find(name):
+    """The folder of a model: one that is here, or else a Hub model's (owner/name, or name), which
+    is downloaded once, to ~/.cache/barelm. Environment: HF_ENDPOINT, HF_TOKEN."""
+    folder, owner = Path(name), str(name).partition("/")[0]
+    if folder.is_dir():
+        return folder
+    local = owner == "out" or Path(owner).exists()
+    if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
         raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return load_adapted(folder, device, dtype, quantize)
+    cached = Path.home() / ".cache/barelm" / str(name).replace("/", "--")
+    while int(os.environ.get("LOCAL_RANK", 0)) and not cached.is_dir():
+        time.sleep(1)  # the machine's first process downloads; where it fails, torchrun ends all
+    if not cached.is_dir():
+        download_model(str(name), cached)
+    return cached
+
+
+def download_model(name, folder):
+    """Fetch the files of a Hub model that are read here. The folder has its name when it has all;
+    what was refused, or cut, goes on from where it was."""
+    token, part = os.environ.get("HF_TOKEN"), folder.with_name(folder.name + ".part")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    get = lambda file, **how: download(
+        f"{HUB}{name}/resolve/main/{file}", part / file, headers=headers, **how
+    )
+    try:
+        get("config.json", tries=1)
+    except UserError as error:
+        why = f"neither a folder here nor a model that {HUB} gives (some need HF_TOKEN): {error}"
+        raise UserError(f"{name}: {why}") from None
+    read_config(part)
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        get(file, optional=True)
+    get("generation_config.json", optional=True)
+    get("tokenizer.json", optional=True)
+    Tokenizer.from_folder(part)  # what does not run here is refused before its weights come
+    if not get("model.safetensors", optional=True):
+        get(INDEX, optional=True)
+        for path in weights_of(part):
+            get(path.name)
+    os.replace(part, folder)
+
+
+def read_config(folder):
+    """A folder's config.json, as a dict and as a GPTConfig."""
     try:
         d = read_json(folder / "config.json")
-        c = from_hf_config(d, folder / "config.json")
+        return d, from_hf_config(d, folder / "config.json")
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/config.json: malformed: {error}") from None
+
+
+def weights_of(folder):
+    """The paths of the files that hold a folder's tensors: one, or those that an index names."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if not whole.is_file() and index.is_file():
+        names = read_json(index).get("weight_map")
+        names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
+        if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
+            raise UserError(f"{index}: malformed: expected names of safetensors files")
+        return [folder / name for name in names]
+    if not whole.is_file():
+        why = "no model.safetensors here, nor its index (a pytorch_model.bin is a pickle, "
+        raise UserError(f"{folder}: {why}which may run code: convert it where you trust it)")
+    return [whole]
+
+
+def load(folder, device="cpu", dtype=torch.float32, quantize=None):
+    """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
+    eval mode, Tokenizer).
+    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
+    folder = find(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return load_adapted(folder, device, dtype, quantize)
+    d, c = read_config(folder)
+    if c.n_ctx < d.get("max_position_embeddings", 0):
+        print(f"{folder}: the context ends with the sliding window, at {c.n_ctx} tokens")
     tok = Tokenizer.from_folder(folder)
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
-    tensors, _ = read_safetensors(folder / "model.safetensors")
+    tensors = {n: t for p in weights_of(folder) for n, t in read_safetensors(p)[0].items()}
     with torch.device("meta"):
         net = GPT(c)
         if size := d.get("adapter_size"):

@@ -57,7 +57,7 @@ def random_ids(*shape, high=40):
 # Checkpoints and formats
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "qwen2", "smollm2", "mistral"])
 def test_fixture_made_by_transformers(name, tok, tmp_path):
     folder = shutil.copytree(FIXTURES / name, tmp_path / name)
     model.write_json(folder / "tokenizer.json", tok.spec)

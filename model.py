@@ -1,7 +1,7 @@
 """The one file that every stage shares: set-up, the network and its cache, generation, the
 tokenizer, checkpoints, optimizers, accounting. It knows no stage and imports nothing of ours.
 
-    net, tok = load("out/python")            # a checkpoint is a Hugging Face folder
+    net, tok = load("out/python")            # a Hugging Face folder, or a Hub model's name
     loss_sum, n_targets = net(ids, targets)  # ids, targets (B, T) int64
     [g] = generate(net, tok, ["import os\\n"], max_new_tokens=50)
     print(g.text, g.finish_reason)
@@ -1038,7 +1038,9 @@ class Tokenizer:
         added = spec.get("added_tokens", [])
         self.special = {t["content"]: t["id"] for t in added}
         self.names = any_of(self.special)
-        self.plain = any_of(t["content"] for t in added if not t["special"])
+        self.marks = any_of(t["content"] for t in added if t["special"])
+        plain = [t["content"] for t in added if not t["special"]]
+        self.plain = any_of(plain) if plain else None
         steps = spec.get("normalizer") or {"normalizers": []}
         steps = steps.get("normalizers", [steps])
         # Whether a space goes before a text: each (stretch), always or first (if it has none), no.
@@ -1051,7 +1053,7 @@ class Tokenizer:
         plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
         if not plain or form not in FORMS.get(self.kind, ()):
             known = (
-                "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece split "
+                "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece; split "
             )
             known += "by Split, normalised by " + ", ".join(sorted(NORMALIZERS))
             why = f"a {self.kind} tokenizer of this form is not supported ({known})"
@@ -1092,9 +1094,8 @@ class Tokenizer:
             tok = cls(read_json(folder / "tokenizer.json"), config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{folder}/tokenizer.json: malformed: {error!r}") from None
-        ids = read_json(folder / "config.json", {}) | read_json(
-            folder / "generation_config.json", {}
-        )
+        ids = read_json(folder / "config.json", {})
+        ids |= read_json(folder / "generation_config.json", {})
         if (ends := ids.get("eos_token_id")) is not None:
             tok.eos_ids = ends if isinstance(ends, list) else [ends]
         tok.bos_id = ids.get("bos_token_id") if tok.bos_id is None else tok.bos_id
@@ -1111,10 +1112,8 @@ class Tokenizer:
 
     def _refuse_others(self, body, added):
         """What would change ids, and is not done here, is refused by its name."""
-        odd = [
-            k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if body.get(k)
-        ]
-        odd = odd if self.kind == "BPE" else []
+        parts = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        odd = [part for part in parts if self.kind == "BPE" and body.get(part)]
         post = self.spec.get("post_processor") or {"type": "ByteLevel"}
         kinds = {p["type"] for p in post.get("processors", [post])}
         odd += kinds - {"ByteLevel", "TemplateProcessing"}
@@ -1132,11 +1131,8 @@ class Tokenizer:
         steps = self.spec.get("pre_tokenizer") or {}
         if not steps and self.lead == "each":
             return "Metaspace", CHARACTERS + "+"
-        if (
-            steps.get("type") == "Metaspace"
-            and steps["replacement"] == "▁"
-            and self.lead == "never"
-        ):
+        space = steps.get("type") == "Metaspace" and steps["replacement"] == "▁"
+        if space and self.lead == "never":
             given = "always" if steps.get("add_prefix_space", True) else "never"
             self.lead = steps.get("prepend_scheme", given)
             return "Metaspace", " [^ ]*|[^ ]+" if steps.get("split", True) else CHARACTERS + "+"
@@ -1240,8 +1236,8 @@ class Tokenizer:
     def encode(self, text):
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
         ids, at = [], 0
-        for match in self.plain.finditer(text) if self.plain.pattern != "(?!)" else ():
-            ids += [*self._encode(self.normal(text[at : match.start()]), at == 0)]
+        for match in self.plain.finditer(text) if self.plain else ():
+            ids += self._encode(self.normal(text[at : match.start()]), at == 0)
             ids.append(self.special[match[0]])
             at = match.end()
         rest = self._encode(self.normal(text[at:]), at == 0)
@@ -1257,11 +1253,8 @@ class Tokenizer:
     def _encode(self, text, first=True):
         if self.bpe:
             ids = self.bpe.encode_ordinary(text)
-            return (
-                self._without_lacking(text)
-                if self.lacking and max(ids, default=0) >= NO_TOKEN
-                else ids
-            )
+            lacks = self.lacking and max(ids, default=0) >= NO_TOKEN
+            return self._without_lacking(text) if lacks else ids
         text, ids = self._led(text, first), []
         for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
             if (some := self.known.get(piece)) is None:
@@ -1315,7 +1308,7 @@ class Tokenizer:
             # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
             data = self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(text), set())
             odd = self.lacking and (np.frombuffer(data, np.uint32) >= NO_TOKEN).any()
-            odd = odd or self.plain.pattern != "(?!)" and self.plain.search(text)
+            odd = odd or self.plain and self.plain.search(text)
             return np.array(self.encode(text), np.uint32) if odd else np.frombuffer(data, np.uint32)
 
         with ThreadPoolExecutor(threads) as pool:
@@ -1353,8 +1346,7 @@ class Tokenizer:
         """
         given = json.dumps(messages, ensure_ascii=False, default=str)
         hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
-        special = any_of(t["content"] for t in self.spec.get("added_tokens", []) if t["special"])
-        veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], s)
+        veil = lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s)
         safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
         text = self._render(safe, add_generation_prompt)
         said = bytearray(len(text))  # 1 at each character that an assistant says
@@ -1382,18 +1374,14 @@ class Tokenizer:
         return ids, mask
 
     def _span(self, messages, i, text):
-        """From where to where in text, which the template made of messages, message i is said."""
-        before, content = self._render(messages[:i], True), messages[i]["content"].strip()
-        if text.startswith(before):
-            end = re.compile(rf"\s*{re.escape(content)}\s*(?:{self.names.pattern})")
-            if found := end.match(text, len(before)):
-                return found.span()
-        # The template changes the words, or no token ends them.
-        after = self._render(messages[: i + 1])
-        if not (text.startswith(before) and text.startswith(after)):
+        """From where to where in text, which the template made of messages, message i is said: to
+        the first special token, which is none of its content's."""
+        before, after = self._render(messages[:i], True), self._render(messages[: i + 1])
+        whole = text.startswith(after)  # Qwen3's has thoughts in the last turn alone
+        found = self.marks.search(text, len(before), len(after) if whole else len(text))
+        if not text.startswith(before) or not (whole or found):
             raise UserError("the chat template rewrites earlier turns: no loss mask fits it")
-        ends = [m.end() for m in self.names.finditer(text, len(before), len(after))]
-        return len(before), max(ends, default=len(after))
+        return len(before), found.end() if found else len(after)
 
     def _render(self, messages, add_generation_prompt=False):
         """The text that the chat template makes, with what transformers lets a template have."""
@@ -1598,10 +1586,8 @@ def from_hf_config(d, where="config.json"):
     odd += " add_cross_attention quantization_config"
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
     faults += [f"{key} not supported" for key in odd.split() if d.get(key)]
-    faults += ["partial_rotary_factor not supported"] if rotary else []
-    faults += (
-        ["scale_attn_weights false not supported"] if not d.get("scale_attn_weights", 1) else []
-    )
+    faults += ["partial_rotary_factor not supported"] * rotary
+    faults += ["scale_attn_weights false not supported"] * (not d.get("scale_attn_weights", True))
     layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
     faults += [f"layers of {name} not supported" for name in layers]
     activation = d.get("activation_function", d.get("hidden_act"))
@@ -1761,13 +1747,13 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
 
 
 def load_adapted(folder, device, dtype, quantize):
-    """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or as it is), with the
-    adapter's products added to its weights."""
+    """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or what `find` takes),
+    with the adapter's products added to its weights."""
     d = read_json(folder / "adapter_config.json")
     named = d.get("base_model_name_or_path") or ""
-    base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
-    if base is None or d.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: its base {named!r} is no folder here, or it is no LoRA adapter")
+    if not named or d.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: no LoRA adapter, or one that does not name its base")
+    base = folder / named if (folder / named).is_dir() else find(named)
     net, tok = load(base, device, dtype)
     state = dict(net.named_parameters())
     theirs = gpt2_names(state) if family(net.config) == "gpt2" else {n: [n] for n in state}

@@ -1681,7 +1681,8 @@ def encode(here, job):
             parts = (
                 (split, hashed, j == 0, part)
                 for split, hashed, text in chosen(here, *unit)
-                for j, part in enumerate(pieces_of(text))
+                # A text in the manner of SentencePiece begins with a space that its parts lack.
+                for j, part in enumerate(pieces_of(text) if tok.lead == "never" else [text])
             )
             for group in in_rounds(parts, BATCH):
                 encoded = tok.encode_batch([text for *_, text in group])

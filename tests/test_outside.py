@@ -45,6 +45,20 @@ def folder_of(family, path):
     return path
 
 
+def tune(folder, base, adapt):
+    """Two steps of finetune.py on a few conversations; the folder that they are saved in."""
+    rows = [TALK[1:2] + [{"role": "assistant", "content": f"word {i}"}] for i in range(12)]
+    text = "\n".join(json.dumps({"messages": row}) for row in rows)
+    data = folder / "data/set"
+    data.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (data / f"sft_{split}.jsonl").write_text(text)
+    settings = ["--dataset=set", "--max_steps=2", "--batch_size=4", "--device=cpu"]
+    settings += [f"--model={base}", f"--adapt={adapt}", f"--out_dir=out/{adapt}"]
+    run(folder, "finetune.py", *settings)
+    return f"out/{adapt}"
+
+
 def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -194,6 +208,40 @@ def test_the_forms_that_files_have_on_the_hub(tmp_path):
         torch.testing.assert_close(logits(folder, ids), expected)
 
 
+# The published shapes: hidden size, layers, heads, and theirs of keys; MLP, vocabulary; parameters.
+PUBLISHED = {
+    "SmolLM2-135M": ("llama", 576, 30, 9, 3, 1536, 49152, True, 134_515_008),
+    "TinyLlama-1.1B": ("llama", 2048, 22, 32, 4, 5632, 32000, False, 1_100_048_384),
+    "Llama-2-7b": ("llama", 4096, 32, 32, 32, 11008, 32000, False, 6_738_415_616),
+    "Meta-Llama-3-8B": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
+    "Mistral-7B-v0.1": ("mistral", 4096, 32, 32, 8, 14336, 32000, False, 7_241_732_096),
+    "Qwen2.5-0.5B": ("qwen2", 896, 24, 14, 2, 4864, 151936, True, 494_032_768),
+    "Qwen3-0.6B": ("qwen3", 1024, 28, 16, 8, 3072, 151936, True, 596_049_920),
+    "gpt2": ("gpt2", 768, 12, 12, 12, None, 50257, None, 124_439_808),
+    "gpt2-medium": ("gpt2", 1024, 24, 16, 16, None, 50257, None, 354_823_168),
+    "gpt2-large": ("gpt2", 1280, 36, 20, 20, None, 50257, None, 774_030_080),
+    "gpt2-xl": ("gpt2", 1600, 48, 25, 25, None, 50257, None, 1_557_611_200),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(name):
+    kind, width, layers, heads, kv, mlp, vocab, tie, expected = PUBLISHED[name]
+    d = {"model_type": kind, "vocab_size": vocab}
+    if kind == "gpt2":
+        d |= {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024}
+        d |= {"layer_norm_epsilon": 1e-5}
+    else:
+        d |= {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        d |= {"num_key_value_heads": kv, "intermediate_size": mlp, "rms_norm_eps": 1e-5}
+        d |= {"max_position_embeddings": 32768, "tie_word_embeddings": tie}
+        d |= {"head_dim": 128} if kind == "qwen3" else {}
+    config = model.from_hf_config(d)
+    assert config.n_ctx == {"gpt2": 1024, "mistral": 4096}.get(kind, 32768)
+    with torch.device("meta"):
+        assert model.n_params(model.GPT(config)) == expected
+
+
 def test_what_is_not_exact_is_refused_by_name(tmp_path):
     configs = {n: read(FIXTURES / n / "config.json") for n in ("llama", "qwen2", "qwen3", "gpt2")}
     rope = configs["llama"]["rope_parameters"]
@@ -300,9 +348,14 @@ def test_a_hub_model_in_several_files_is_fetched_once_and_resumed(hub, tmp_path,
 
 def test_the_command_downloads_a_model_by_its_bare_name(hub, tmp_path):
     hub.models["tiny-llama"] = folder_of("llama2", tmp_path / "source")
-    args = ["--model=tiny-llama", "--prompt=def f", "--max_new_tokens=4", "--device=cpu"]
-    done = run(tmp_path, "sample.py", *args, env=hub.env)
-    assert "def f" in done.stdout and (hub.cache / "tiny-llama").is_dir()
+    args = ["--prompt=def f", "--max_new_tokens=4", "--device=cpu"]
+    done = run(tmp_path, "sample.py", "--model=tiny-llama", *args)
+    assert "model.safetensors" in done.stdout and "def f" in done.stdout
+    assert (hub.cache / "tiny-llama").is_dir()
+    tune(tmp_path, "tiny-llama", "lora")  # an adapter's base may have such a name
+    named = read(tmp_path / "out/lora/adapter_config.json")["base_model_name_or_path"]
+    assert named == "tiny-llama"
+    assert "def f" in run(tmp_path, "sample.py", "--model=out/lora", *args).stdout
 
 
 def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
@@ -337,12 +390,6 @@ def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["llama2", "mistral"])
 def test_the_commands_sample_tune_and_save(family, tmp_path):
     base = folder_of(family, tmp_path / "base")
-    rows = [TALK[1:2] + [{"role": "assistant", "content": f"word {i}"}] for i in range(12)]
-    text = "\n".join(json.dumps({"messages": row}) for row in rows)
-    data = tmp_path / "data/set"
-    data.mkdir(parents=True)
-    for split in ("train", "val"):
-        (data / f"sft_{split}.jsonl").write_text(text)
     done = run(tmp_path, "sample.py", "--model=base", "--prompt=a b", "--max_new_tokens=5")
     assert done.stdout.splitlines()[-1].startswith("a b") or "a b" in done.stdout
     window = "the context ends with the sliding window, at 96 tokens"
@@ -350,10 +397,8 @@ def test_the_commands_sample_tune_and_save(family, tmp_path):
     prompt = "word " * 60
     done = run(tmp_path, "sample.py", "--model=base", f"--prompt={prompt}", check=False)
     assert (done.returncode == 1 and "95, the context" in done.stderr) or family == "llama2"
-    settings = ["--model=base", "--dataset=set", "--max_steps=2", "--batch_size=4", "--device=cpu"]
     for adapt in ("full", "lora"):
-        out = f"out/{adapt}"
-        run(tmp_path, "finetune.py", *settings, f"--adapt={adapt}", f"--out_dir={out}")
+        out = tune(tmp_path, "base", adapt)
         done = run(tmp_path, "sample.py", f"--model={out}", "--prompt=a b", "--max_new_tokens=5")
         assert "a b" in done.stdout
         net, tok = model.load(tmp_path / out)

@@ -21,9 +21,9 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from heapq import heappop, heappush
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -998,7 +998,8 @@ def best_path(data, scores, longest):
 def merge_pairs(ids, merges):
     """BPE (Sennrich et al. 2016): of all neighbours in ids the pair of least rank in merges {pair:
     (rank, id)}, and of equals the leftmost, becomes that id, until no pair is in merges."""
-    ids, n = list(ids), len(ids)
+    ids = list(ids)
+    n = len(ids)
     before, after, queue = [*range(-1, n - 1)], [*range(1, n + 1)], []
 
     def look(i):
@@ -1185,9 +1186,10 @@ class Tokenizer:
         import regex
 
         steps = (self.spec.get("decoder") or {}).get("decoders", [])
-        byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
-        whole = body.get("byte_fallback") and None not in byte_ids and not body.get("ignore_merges")
-        if not whole or steps[:3] != BACK or steps[3:] not in ([], [STRIP]):
+        self.byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
+        plain = body.get("byte_fallback") and not body.get("ignore_merges")
+        known = plain and steps[:3] == BACK and steps[3:] in ([], [STRIP])
+        if not known or None in self.byte_ids:
             why = "a SentencePiece BPE is supported with all bytes and Llama 2's decoder alone"
             raise UserError(f"tokenizer.json: {why}")
         self.strip = " " if steps[3:] else ""
@@ -1199,11 +1201,10 @@ class Tokenizer:
             (vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)
         }
         # A space stands here for ▁: texts with the one and with the other have the same ids.
-        letters = {t.replace("▁", " "): [i] for t, i in vocab.items() if len(t) == 1 and t != " "}
-        self.letters = lambda c: letters.get(c) or [byte_ids[b] for b in c.encode()]
+        self.vocab = {t.replace("▁", " "): i for t, i in vocab.items() if " " not in t}
         tokens = {t: i for t, i in vocab.items() if t not in self.special}
         self.bytes = {i: t.replace("▁", " ").encode() for t, i in tokens.items()}
-        self.bytes |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
+        self.bytes |= {i: bytes([b]) for b, i in enumerate(self.byte_ids)}
 
     def _init_other(self, body, vocab, split):
         import regex  # which tiktoken brings along
@@ -1269,7 +1270,9 @@ class Tokenizer:
         if self.kind == "Unigram":
             return best_path(piece.encode(), self.vocab, self.longest)
         if self.kind == "BPE":
-            return merge_pairs([id for c in piece for id in self.letters(c)], self.merges)
+            bytes_of = lambda c: [self.byte_ids[b] for b in c.encode()]
+            spelt = (bytes_of(c) if c not in self.vocab else [self.vocab[c]] for c in piece)
+            return merge_pairs(chain.from_iterable(spelt), self.merges)
         if self.kind == "WordPiece":
             fits = len(piece) <= self.longest
             return fits and longest_match(piece, self.vocab, self.prefix) or self.unk
@@ -1384,35 +1387,41 @@ class Tokenizer:
         return len(before), found.end() if found else len(after)
 
     def _render(self, messages, add_generation_prompt=False):
-        """The text that the chat template makes, with what transformers lets a template have."""
+        """The text that the chat template makes of messages."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by their names
             template = {t["name"]: t["template"] for t in template}.get("default")
         if not template:
             raise UserError("this tokenizer has no chat template: chat needs a model tuned for it")
-        # {% generation %} marks what assistants say for a mask of transformers' own.
-        tag = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
-        template = tag.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), template)
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        loops = ["jinja2.ext.loopcontrols"]
-        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-        room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        given |= {"tools": None, "documents": None, "raise_exception": raise_exception}
-        given["strftime_now"] = lambda form: datetime.now().strftime(form)
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             if named := self.config.get(name):
                 given[name] = named["content"] if isinstance(named, dict) else named
         try:
-            return room.from_string(template).render(given)
+            return compile_template(template).render(given)
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from None
+
+
+@lru_cache(8)
+def compile_template(text):
+    """A chat template in jinja2's sandbox, with what transformers lets a template use."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    loops = ["jinja2.ext.loopcontrols"]
+    room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+    room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    room.globals |= {"tools": None, "documents": None, "raise_exception": raise_exception}
+    room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # {% generation %} marks what assistants say for a mask of transformers' own.
+    tag = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
+    return room.from_string(tag.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), text))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1671,10 +1680,9 @@ def download_model(name, folder):
         why = f"neither a folder here nor a model that {HUB} gives (some need HF_TOKEN): {error}"
         raise UserError(f"{name}: {why}") from None
     read_config(part)
-    for file in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        get(file, optional=True)
-    get("generation_config.json", optional=True)
-    get("tokenizer.json", optional=True)
+    for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
+        get(f"{file}.json", optional=True)
+    get("chat_template.jinja", optional=True)
     Tokenizer.from_folder(part)  # what does not run here is refused before its weights come
     if not get("model.safetensors", optional=True):
         get(INDEX, optional=True)

@@ -734,7 +734,7 @@ def save_adapter(folder, net, tok):
         tensors[f"base_model.model.{place}.lora_B.weight"] = B
         # GPT-2 has a c_proj in attention and one in the MLP: two names tell them apart.
         ranks[".".join(place.split(".")[-2 if gpt2 else -1 :])] = len(A)
-    base = os.path.relpath(model, folder)
+    base = os.path.relpath(model, folder) if os.path.isdir(model) else model  # a Hub model's name
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     config |= {"r": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     config |= {"bias": "none", "target_modules": sorted(ranks), "fan_in_fan_out": gpt2}

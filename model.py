@@ -1,7 +1,7 @@
 """The one file that every stage shares: set-up, the network and its cache, generation, the
 tokenizer, checkpoints, optimizers, accounting. It knows no stage and imports nothing of ours.
 
-    net, tok = load("out/python")            # a checkpoint is a Hugging Face folder
+    net, tok = load("out/python")            # a Hugging Face folder, or a Hub model's name
     loss_sum, n_targets = net(ids, targets)  # ids, targets (B, T) int64
     [g] = generate(net, tok, ["import os\\n"], max_new_tokens=50)
     print(g.text, g.finish_reason)
@@ -10,6 +10,7 @@ tokenizer, checkpoints, optimizers, accounting. It knows no stage and imports no
 import codecs
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -19,8 +20,10 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
-from itertools import groupby
+from datetime import datetime
+from functools import lru_cache, partial
+from heapq import heappop, heappush
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -119,6 +122,71 @@ def duration(seconds):
     """Seconds as a person reads them: 42s, 3m10s, 2h05m."""
     m, s = divmod(int(seconds), 60)
     return f"{s}s" if m == 0 else f"{m}m{s:02d}s" if m < 60 else f"{m // 60}h{m % 60:02d}m"
+
+
+# --------------------------------------------------------------------------------------------------
+# Downloads
+
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
+
+
+def download(url, path, sha256=None, tries=5, headers=None, optional=False):
+    """Fetch url into path: resumed, retried, checked, and under its name only when it is whole.
+    None where it is optional and the server has no such file."""
+    import requests  # here, since most runs need none of it
+
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, show = path.with_name(path.name + ".part"), Progress()
+    part.touch()
+    for attempt in range(1, tries + 1):
+        try:
+            fetch(url, part, show, headers or {})
+            break
+        except requests.RequestException as error:
+            status = error.response.status_code if error.response is not None else 0
+            if optional and status == 404:
+                return part.unlink()
+            refused = 400 <= status < 500 and status not in (408, 416, 429)
+            if refused or isinstance(error, ValueError):  # requests': what is no URL
+                raise UserError(f"{error}: is the address right?") from None
+            if attempt == tries:
+                raise UserError(f"{url}: {error}, {tries} times: run it again to go on") from None
+            show.note(f"{path.name}: {error}; trying again ({attempt + 1} of {tries})")
+            time.sleep(min(2 ** (attempt - 1), 30))
+        except OSError as error:
+            raise UserError(f"{part}: cannot be written: {error.strerror}") from None
+    show(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
+    if sha256 and (found := hashlib.sha256(part.read_bytes()).hexdigest()) != sha256:
+        part.unlink()
+        raise UserError(f"{url}: removed: its sha256 is {found}, not {sha256}")
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part, show, headers):
+    """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
+    import requests
+
+    have = part.stat().st_size
+    headers = headers | ({"Range": f"bytes={have}-"} if have else {})
+    headers["Accept-Encoding"] = "identity"  # so that Content-Length counts the bytes we write
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+        if answer.status_code == 416:  # the part is longer than the file, or is all of it
+            os.truncate(part, 0)
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            have = 0  # the server does not resume: from the beginning
+        length = answer.headers.get("Content-Length")
+        size = have + int(length) if length else None
+        with open(part, "ab" if have else "wb") as file:
+            for piece in answer.iter_content(1 << 16):
+                file.write(piece)
+                have += len(piece)
+                show(f"{part.stem}: {have / 1e6:,.1f} of {(size or have) / 1e6:,.1f} MB")
+    if size is not None and have != size:
+        raise requests.ConnectionError(f"{have} of {size} bytes came")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -855,6 +923,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
 
 # --------------------------------------------------------------------------------------------------
 # The tokenizer: Hugging Face's tokenizer.json, byte-level BPE run by tiktoken, other kinds here
+# (SentencePiece's BPE, Unigram, WordPiece, words and characters)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -862,10 +931,20 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Each numeral apart, then GPT2_SPLIT: white space before a numeral is the end of its piece.
+DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 CHARACTERS = r"[\s\S]"
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 # The models that run here, and by what pre-tokenizer each must be fed.
-FORMS = dict(BPE="ByteLevel", Unigram="ByteLevel", WordLevel="Isolated", WordPiece="Removed")
+FORMS = dict(BPE=("ByteLevel", "Metaspace"), Unigram=("ByteLevel",))
+FORMS |= dict(WordLevel=("Isolated",), WordPiece=("Removed",))
+# SentencePiece writes a space as ▁. Llama 2's normalizers and decoders:
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+BACK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+BACK = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+NO_TOKEN = 1 << 20  # from here up: ids for tiktoken's sake, of bytes that a vocabulary lacks
 
 
 def byte_letters():
@@ -920,42 +999,89 @@ def best_path(data, scores, longest):
     return ids[::-1]
 
 
+def merge_pairs(ids, merges):
+    """BPE (Sennrich et al. 2016): of all neighbours in ids the pair of least rank in merges {pair:
+    (rank, id)}, and of equals the leftmost, becomes that id, until no pair is in merges."""
+    ids = list(ids)
+    n = len(ids)
+    before, after, queue = [*range(-1, n - 1)], [*range(1, n + 1)], []
+
+    def look(i):
+        """Queue the pair that begins at place i."""
+        if i >= 0 and after[i] < n and (found := merges.get(pair := (ids[i], ids[after[i]]))):
+            heappush(queue, (found[0], i, pair, found[1]))
+
+    for i in range(n):
+        look(i)
+    while queue:
+        _, i, pair, new = heappop(queue)
+        if (j := after[i]) == n or pair != (ids[i], ids[j]):
+            continue  # one of the two is in another token by now
+        ids[i], ids[j], after[i] = new, None, after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        look(i)
+        look(before[i])
+    return [id for id in ids if id is not None]
+
+
+def any_of(names):
+    """A pattern that finds any of these in a text: the leftmost, and there the longest."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len)[::-1])) or "(?!)")
+
+
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
     n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, eot_id the one
-    that starts a document. They are never read from text: only `chat` and `prompt` add them.
+    that starts a document. They are never read from text: only `chat` and `prompt` add them. Added
+    tokens that the file does not call special (<think>) are text, and are read as in `tokenizers`.
     """
 
     def __init__(self, spec, config):
-        self.spec, self.config, self.bpe = spec, config, None
-        self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        self.spec, self.config, self.bpe, self.lacking = spec, config, None, b""
+        added = spec.get("added_tokens", [])
+        self.special = {t["content"]: t["id"] for t in added}
+        self.names = any_of(self.special)
+        self.marks = any_of(t["content"] for t in added if t["special"])
+        plain = [t["content"] for t in added if not t["special"]]
+        self.plain = any_of(plain) if plain else None
         steps = spec.get("normalizer") or {"normalizers": []}
-        self.normalizers = [step["type"] for step in steps.get("normalizers", [steps])]
+        steps = steps.get("normalizers", [steps])
+        # Whether a space goes before a text: each (stretch), always or first (if it has none), no.
+        self.lead = "each" if steps[-2:] == [PREPEND, REPLACE] else "never"
+        self.normalizers = [t["type"] for t in (steps[:-2] if self.lead == "each" else steps)]
         body = spec.get("model") or {}
-        self.kind, vocab = body.get("type"), body.get("vocab")
+        # Old files, such as GPT-2's, do not name the kind.
+        self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
         plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
-        if not plain or FORMS.get(self.kind) != form:
-            known = "byte-level BPE or Unigram, words, characters, WordPiece split by Split, "
-            known += "normalised by " + ", ".join(sorted(NORMALIZERS))
+        if not plain or form not in FORMS.get(self.kind, ()):
+            known = (
+                "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece; split "
+            )
+            known += "by Split, normalised by " + ", ".join(sorted(NORMALIZERS))
             why = f"a {self.kind} tokenizer of this form is not supported ({known})"
             raise UserError(f"tokenizer.json: {why}")
-        self.by_bytes = form == "ByteLevel"  # or else a token is a stretch of characters
-        if self.kind == "BPE":
+        self._refuse_others(body, added)
+        self.by_bytes = form in ("ByteLevel", "Metaspace")  # or a token is a stretch of characters
+        if form == "Metaspace":
+            self._init_sentencepiece(body, vocab, split)
+        elif self.kind == "BPE":
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
             self._init_other(body, vocab, split)
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
-        for token in spec.get("added_tokens", []):
-            if not token["special"]:  # <think> and its like
+        for token in added:
+            if not token["special"]:
                 self.bytes[token["id"]] = token["content"].encode()
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         post = spec.get("post_processor") or {}
-        singles = [p["single"][0] for p in post.get("processors", [post]) if p.get("single")]
-        self.start = [self.special[s["SpecialToken"]["id"]] for s in singles if "SpecialToken" in s]
+        singles = [p.get("single", []) for p in post.get("processors", [post])]
+        before = [s for single in singles for s in takewhile(lambda s: "SpecialToken" in s, single)]
+        self.start = [self.special[s["SpecialToken"]["id"]] for s in before]
         space = " " if self.kind == "WordPiece" else ""
         self.shown = self.bytes | {i: (space + t).encode() for t, i in self.special.items()}
 
@@ -965,14 +1091,16 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json here (python prepare.py makes one)")
-        config = read_json(folder / "tokenizer_config.json", {})
+        config = read_json(folder / "special_tokens_map.json", {})
+        config |= read_json(folder / "tokenizer_config.json", {})
         if (folder / "chat_template.jinja").is_file():
             config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         try:
             tok = cls(read_json(folder / "tokenizer.json"), config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(f"{folder}/tokenizer.json: malformed: {error!r}") from None
-        ids = read_json(folder / "generation_config.json", {})
+        ids = read_json(folder / "config.json", {})
+        ids |= read_json(folder / "generation_config.json", {})
         if (ends := ids.get("eos_token_id")) is not None:
             tok.eos_ids = ends if isinstance(ends, list) else [ends]
         tok.bos_id = ids.get("bos_token_id") if tok.bos_id is None else tok.bos_id
@@ -987,15 +1115,39 @@ class Tokenizer:
         name = self.config.get(key)
         return self.special.get(name["content"] if isinstance(name, dict) else name)
 
+    def _refuse_others(self, body, added):
+        """What would change ids, and is not done here, is refused by its name."""
+        parts = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        odd = [part for part in parts if self.kind == "BPE" and body.get(part)]
+        post = self.spec.get("post_processor") or {"type": "ByteLevel"}
+        kinds = {p["type"] for p in post.get("processors", [post])}
+        odd += kinds - {"ByteLevel", "TemplateProcessing"}
+        changed = self.lead != "never" or self.normalizers
+        for t in added:
+            flags = [k for k in ("lstrip", "rstrip", "single_word") if t.get(k)]
+            flags += ["normalized"] * bool(changed and t.get("normalized") and not t["special"])
+            odd += [f"the added token {t['content']} with {flag}" for flag in flags]
+        if odd:
+            raise UserError(f"tokenizer.json: not supported: {', '.join(odd[:3])}")
+
     def _pattern(self):
-        """(form, regular expression) of the pieces that text is split into: ByteLevel, Isolated, or
-        Removed where what no piece matches is lost. (None, None) where the form is another."""
+        """(form, regular expression) of the pieces that text is split into: ByteLevel, Metaspace,
+        Isolated, or Removed where what no piece matches is lost. (None, None): another form."""
         steps = self.spec.get("pre_tokenizer") or {}
+        if not steps and self.lead == "each":
+            return "Metaspace", CHARACTERS + "+"
+        space = steps.get("type") == "Metaspace" and steps["replacement"] == "▁"
+        if space and self.lead == "never":
+            given = "always" if steps.get("add_prefix_space", True) else "never"
+            self.lead = steps.get("prepend_scheme", given)
+            return "Metaspace", " [^ ]*|[^ ]+" if steps.get("split", True) else CHARACTERS + "+"
         steps = steps.get("pretokenizers", [steps])
         kinds, split, level = [step.get("type") for step in steps], steps[0], steps[-1]
         plain = not level.get("add_prefix_space", True)
         if kinds == ["ByteLevel"] and plain and level.get("use_regex", True):
             return "ByteLevel", GPT2_SPLIT
+        if kinds == ["Digits", "ByteLevel"] and plain and level.get("use_regex", True):
+            return ("ByteLevel", DIGITS_SPLIT) if split["individual_digits"] else (None, None)
         form = split.get("behavior")
         if kinds == ["Split", "ByteLevel"] and form == "Isolated":
             form = "ByteLevel" if plain and not level.get("use_regex", True) else None
@@ -1013,20 +1165,50 @@ class Tokenizer:
         except KeyError as letter:
             why = f"{letter} stands for no byte: no such {self.kind}"
             raise UserError(f"tokenizer.json: {why}") from None
-        if any(bytes([b]) not in tokens for b in range(256)):
+        self.lacking = bytes(b for b in range(256) if bytes([b]) not in tokens)
+        if self.lacking and self.kind != "BPE":
             raise UserError("tokenizer.json: a byte is missing from the vocabulary")
         return tokens
 
     def _init_bpe(self, body, ranks, split):
         import tiktoken  # here, since the other kinds need none of it
 
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in body["merges"])
-        made = [body["vocab"]["".join(pair)] for pair in pairs]
-        if not (body.get("ignore_merges") or all(a < b for a, b in zip(made, made[1:]))):
+        made = [body["vocab"]["".join(pair)] for pair in self._merges(body)]
+        whole = body.get("ignore_merges", False)  # then a token may be made in several ways
+        ordered = all(a < b or whole and a == b for a, b in zip(made, made[1:]))
+        if not ordered or len({*made}) + 256 - len(self.lacking) != len(ranks):
             raise UserError("tokenizer.json: ids are not in merge order")
-        self.bytes = {i: token for token, i in ranks.items()}
+        self.bytes, self.split = {i: token for token, i in ranks.items()}, split
+        ranks = ranks | {bytes([b]): NO_TOKEN + b for b in self.lacking}
         named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
         self.bpe = tiktoken.Encoding("barelm", **named)
+
+    def _merges(self, body):
+        return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in body["merges"]]
+
+    def _init_sentencepiece(self, body, vocab, split):
+        import regex
+
+        steps = (self.spec.get("decoder") or {}).get("decoders", [])
+        self.byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
+        plain = body.get("byte_fallback") and not body.get("ignore_merges")
+        known = plain and steps[:3] == BACK and steps[3:] in ([], [STRIP])
+        if not known or None in self.byte_ids:
+            why = "a SentencePiece BPE is supported with all bytes and Llama 2's decoder alone"
+            raise UserError(f"tokenizer.json: {why}")
+        self.strip = " " if steps[3:] else ""
+        pairs = self._merges(body)
+        if split == CHARACTERS + "+" and not any(re.search("[^▁]▁", a + b) for a, b in pairs):
+            split = " *[^ ]+| +"  # no token goes on behind a word: words apart give the same ids
+        self.split, self.known = regex.compile(split), {}
+        self.merges = {
+            (vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)
+        }
+        # A space stands here for ▁: texts with the one and with the other have the same ids.
+        self.vocab = {t.replace("▁", " "): i for t, i in vocab.items() if " " not in t}
+        tokens = {t: i for t, i in vocab.items() if t not in self.special}
+        self.bytes = {i: t.replace("▁", " ").encode() for t, i in tokens.items()}
+        self.bytes |= {i: bytes([b]) for b, i in enumerate(self.byte_ids)}
 
     def _init_other(self, body, vocab, split):
         import regex  # which tiktoken brings along
@@ -1053,16 +1235,32 @@ class Tokenizer:
         """The text as the model is fed it: normalised, U+FFFD for half a surrogate pair."""
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return normalize(text, self.normalizers)
+        text = normalize(text, self.normalizers)
+        return text.replace("▁", " ") if self.kind == "BPE" and not self.bpe else text
 
     def encode(self, text):
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
-        return self._encode(self.normal(text))
+        ids, at = [], 0
+        for match in self.plain.finditer(text) if self.plain else ():
+            ids += self._encode(self.normal(text[at : match.start()]), at == 0)
+            ids.append(self.special[match[0]])
+            at = match.end()
+        rest = self._encode(self.normal(text[at:]), at == 0)
+        return ids + rest if ids else rest
 
-    def _encode(self, text):
+    def _led(self, text, first):
+        """A normal text with the space before it that SentencePiece puts there. first: nothing
+        comes before it, not even a special token."""
+        has_one = text[:1] == " " and self.lead != "each"
+        none = not text or has_one or self.lead == "never" or self.lead == "first" and not first
+        return text if none else " " + text
+
+    def _encode(self, text, first=True):
         if self.bpe:
-            return self.bpe.encode_ordinary(text)
-        ids = []
+            ids = self.bpe.encode_ordinary(text)
+            lacks = self.lacking and max(ids, default=0) >= NO_TOKEN
+            return self._without_lacking(text) if lacks else ids
+        text, ids = self._led(text, first), []
         for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
             if (some := self.known.get(piece)) is None:
                 if len(self.known) > 1_000_000:
@@ -1075,17 +1273,29 @@ class Tokenizer:
         """The ids of one piece of text."""
         if self.kind == "Unigram":
             return best_path(piece.encode(), self.vocab, self.longest)
+        if self.kind == "BPE":
+            bytes_of = lambda c: [self.byte_ids[b] for b in c.encode()]
+            spelt = (bytes_of(c) if c not in self.vocab else [self.vocab[c]] for c in piece)
+            return merge_pairs(chain.from_iterable(spelt), self.merges)
         if self.kind == "WordPiece":
             fits = len(piece) <= self.longest
             return fits and longest_match(piece, self.vocab, self.prefix) or self.unk
         return [self.vocab[piece]] if piece in self.vocab else self.unk
 
-    def _placed(self, text):
+    def _without_lacking(self, text):
+        """The ids of a text with bytes that have no token: what is beside them may merge."""
+        import regex
+
+        pieces = (p.encode().translate(None, self.lacking) for p in regex.findall(self.split, text))
+        return [id for p in pieces if p for id in self.bpe._core_bpe.encode_single_piece(p)]
+
+    def _placed(self, text, first=True):
         """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
-        at = 0
         if self.by_bytes:
-            for id in self._encode(text):
-                yield id, at
+            kept = [i for i, b in enumerate(text.encode()) if b not in self.lacking]
+            at = len(text) - len(self._led(text, first))
+            for id in self._encode(text, first):
+                yield id, kept[max(at, 0)]
                 at += len(self.bytes[id])
             return
         for match in self.split.finditer(text):
@@ -1100,10 +1310,16 @@ class Tokenizer:
 
         if not self.bpe:
             return [np.array(self.encode(text), np.uint32) for text in texts]
-        # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
-        ids = lambda t: self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(t), set())
+
+        def ids(text):
+            # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
+            data = self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(text), set())
+            odd = self.lacking and (np.frombuffer(data, np.uint32) >= NO_TOKEN).any()
+            odd = odd or self.plain and self.plain.search(text)
+            return np.array(self.encode(text), np.uint32) if odd else np.frombuffer(data, np.uint32)
+
         with ThreadPoolExecutor(threads) as pool:
-            return [np.frombuffer(data, np.uint32) for data in pool.map(ids, texts)]
+            return [*pool.map(ids, texts)]
 
     def prompt(self, text):
         """The ids of a text to be continued: bos before it where the tokenizer puts one, or where
@@ -1119,8 +1335,11 @@ class Tokenizer:
         """The text of ids, special tokens by their names; what is no UTF-8 becomes U+FFFD.
 
         WordPiece keeps no white space: there a space is between words, and none before the first.
+        SentencePiece's space before the first word is taken away again.
         """
         text = b"".join(self.shown.get(i, b"") for i in ids).decode(errors="replace")
+        if self.kind == "BPE" and not self.bpe:
+            return text.removeprefix(self.strip)
         if self.kind != "WordPiece" or not text:
             return text
         return text[1:] if text[0] == " " else self.prefix + text
@@ -1128,29 +1347,22 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=False):
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
 
-        The mask covers what assistants say, their end token included. Contents are text: the name
-        of a special token inside one is broken by a letter of its own while the template runs.
+        The mask covers what assistants say, their end token included, and nothing of a prompt.
+        Contents are text: the name of a special token inside one is broken by a letter of its own
+        while the template runs.
         """
         given = json.dumps(messages, ensure_ascii=False, default=str)
         hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
-        special = re.compile(
-            "|".join(map(re.escape, sorted(self.special, key=len)[::-1])) or "(?!)"
-        )
-        veil = lambda s: special.sub(lambda m: m[0][0] + hide + m[0][1:], s)
+        veil = lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s)
         safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
         text = self._render(safe, add_generation_prompt)
         said = bytearray(len(text))  # 1 at each character that an assistant says
         for i, message in enumerate(safe):
-            if message["role"] == "assistant":
-                before, after = self._render(safe[:i], True), self._render(safe[: i + 1])
-                if not (text.startswith(before) and text.startswith(after)):
-                    why = "the chat template rewrites earlier turns"
-                    raise UserError(f"{why}: no loss mask fits it")
-                begin, end = len(before), len(after)
-                end = max((m.end() for m in special.finditer(text, begin, end)), default=end)
+            if message["role"] == "assistant" and not add_generation_prompt:
+                begin, end = self._span(safe, i, text)
                 said[begin:end] = b"\1" * (end - begin)
         ids, mask, at = [], [], 0
-        for match in [*special.finditer(text), None]:
+        for match in [*self.names.finditer(text), None]:
             stop = match.start() if match else len(text)
             pairs = [(c, m) for c, m in zip(text[at:stop], said[at:stop]) if c != hide]
             plain, marks = "", b""
@@ -1159,7 +1371,7 @@ class Tokenizer:
                 marks += bytes([mark]) * len(part.encode() if self.by_bytes else part)
                 plain += part
             # A token counts as said where its first byte (or character) does.
-            for id, place in self._placed(plain):
+            for id, place in self._placed(plain, at == 0):
                 ids.append(id)
                 mask.append(marks[place])
             if match:
@@ -1168,24 +1380,52 @@ class Tokenizer:
                 at = match.end()
         return ids, mask
 
+    def _span(self, messages, i, text):
+        """From where to where in text, which the template made of messages, message i is said: to
+        the first special token, which is none of its content's."""
+        before, after = self._render(messages[:i], True), self._render(messages[: i + 1])
+        whole = text.startswith(after)  # Qwen3's has thoughts in the last turn alone
+        found = self.marks.search(text, len(before), len(after) if whole else len(text))
+        if not text.startswith(before) or not (whole or found):
+            raise UserError("the chat template rewrites earlier turns: no loss mask fits it")
+        return len(before), found.end() if found else len(after)
+
     def _render(self, messages, add_generation_prompt=False):
+        """The text that the chat template makes of messages."""
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        if not (template := self.config.get("chat_template")):
+        template = self.config.get("chat_template")
+        if isinstance(template, list):  # several, by their names
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not template:
             raise UserError("this tokenizer has no chat template: chat needs a model tuned for it")
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        for name in ("bos_token", "eos_token"):
-            given[name] = "" if self._named(name) is None else self.decode([self._named(name)])
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            if named := self.config.get(name):
+                given[name] = named["content"] if isinstance(named, dict) else named
         try:
-            return room.from_string(template).render(raise_exception=raise_exception, **given)
-        except TemplateError as error:
+            return compile_template(template).render(given)
+        except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from None
+
+
+@lru_cache(8)
+def compile_template(text):
+    """A chat template in jinja2's sandbox, with what transformers lets a template use."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    loops = ["jinja2.ext.loopcontrols"]
+    room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+    room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    room.globals |= {"tools": None, "documents": None, "raise_exception": raise_exception}
+    room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # {% generation %} marks what assistants say for a mask of transformers' own.
+    tag = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
+    return room.from_string(tag.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), text))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1194,6 +1434,7 @@ class Tokenizer:
 SAFE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 SAFE_DTYPES |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
 SAFE_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+INDEX = "model.safetensors.index.json"  # of weights in several files
 
 
 def read_json(path, default=None):
@@ -1293,13 +1534,14 @@ n_head=num_attention_heads n_kv_head=num_key_value_heads head_dim=head_dim n_emb
 n_hidden=intermediate_size norm_eps=rms_norm_eps tie=tie_word_embeddings"""
 GPT2_KEYS = """vocab_size=vocab_size n_ctx=n_positions n_layer=n_layer n_head=n_head n_embd=n_embd
 n_hidden=n_inner norm_eps=layer_norm_epsilon tie=tie_word_embeddings"""
-HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama"), LLAMA_KEYS)
+HF_KEYS = {"gpt2": GPT2_KEYS} | dict.fromkeys(("qwen3", "qwen2", "llama", "mistral"), LLAMA_KEYS)
 HF_KEYS = {kind: dict(k.split("=") for k in keys.split()) for kind, keys in HF_KEYS.items()}
 LLAMA = dict(norm="rms", norm_place="pre", pos="rope", mlp="swiglu", bias=False)
 LLAMA |= dict(qk_norm=False, qkv_bias=False)
 GPT2 = LLAMA | dict(norm="layer", pos="learned", mlp="gelu", bias=True)
 FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=True)}
-FAMILIES |= {"llama": LLAMA, "gpt2": GPT2}
+# Mistral is Llama with a sliding window, within which it is saved as Llama.
+FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
 
 
 def family(c):
@@ -1343,19 +1585,30 @@ def from_hf_config(d, where="config.json"):
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not supported: {', '.join(FAMILIES)} are")
     keys, options = HF_KEYS[kind], FAMILIES[kind]
-    # What transformers takes for a key that is absent, where it is the same for every family.
-    usual = {"tie": kind == "gpt2", "n_kv_head": 0, "head_dim": 0, "n_hidden": 0}
+    # What transformers takes for a key that is absent, where that follows from the others.
+    usual = {"tie": True, "n_hidden": 0} if kind == "gpt2" else {"tie": False}
+    usual |= {"head_dim": 0} if kind != "qwen3" else {}
+    usual |= {"n_kv_head": 0} if kind == "llama" else {}
     c = usual | {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
-    odd = ("attention_bias", "mlp_bias", "use_sliding_window", "scale_attn_by_inverse_layer_idx")
+    if kind == "mistral" and (window := d.get("sliding_window", 4096)):
+        c["n_ctx"] = min(c.get("n_ctx", window), window)
+    # One dict in transformers 5; below it, two keys.
+    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
+    rotary = scaling.pop("partial_rotary_factor", d.get("partial_rotary_factor", 1)) != 1
+    odd = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
+    odd += " add_cross_attention quantization_config"
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
-    faults += [f"{key} not supported" for key in odd if d.get(key)]
+    faults += [f"{key} not supported" for key in odd.split() if d.get(key)]
+    faults += ["partial_rotary_factor not supported"] * rotary
+    faults += ["scale_attn_weights false not supported"] * (not d.get("scale_attn_weights", True))
+    layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
+    faults += [f"layers of {name} not supported" for name in layers]
     activation = d.get("activation_function", d.get("hidden_act"))
-    if activation not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)):
+    tanh = (None, "gelu_new", "gelu_pytorch_tanh")
+    if activation not in (tanh if kind == "gpt2" else (None, "silu", "swish")):
         faults.append(f"activation {activation} not supported")
     if faults:
         raise UserError(f"{where}: {', '.join(faults)}")
-    # One dict in transformers 5; below it, two keys.
-    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
     theta = scaling.pop("rope_theta", d.get("rope_theta")) or 10000.0
     plain = scaling.setdefault("rope_type", scaling.get("type", "default")) == "default"
     return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=None if plain else scaling)
@@ -1400,23 +1653,86 @@ def to_gpt2(state):
     return out
 
 
-def load(folder, device="cpu", dtype=torch.float32, quantize=None):
-    """Open a checkpoint folder, ours or Hugging Face's: (GPT in eval mode, Tokenizer).
-    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def find(name):
+    """The folder of a model: one that is here, or else a Hub model's (owner/name, or name), which
+    is downloaded once, to ~/.cache/barelm. Environment: HF_ENDPOINT, HF_TOKEN."""
+    folder, owner = Path(name), str(name).partition("/")[0]
+    if folder.is_dir():
+        return folder
+    local = owner == "out" or Path(owner).exists()
+    if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
         raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return load_adapted(folder, device, dtype, quantize)
+    cached = Path.home() / ".cache/barelm" / str(name).replace("/", "--")
+    while int(os.environ.get("LOCAL_RANK", 0)) and not cached.is_dir():
+        time.sleep(1)  # the machine's first process downloads; where it fails, torchrun ends all
+    if not cached.is_dir():
+        download_model(str(name), cached)
+    return cached
+
+
+def download_model(name, folder):
+    """Fetch the files of a Hub model that are read here. The folder has its name when it has all;
+    what was refused, or cut, goes on from where it was."""
+    token, part = os.environ.get("HF_TOKEN"), folder.with_name(folder.name + ".part")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    get = lambda file, **how: download(
+        f"{HUB}{name}/resolve/main/{file}", part / file, headers=headers, **how
+    )
+    try:
+        get("config.json", tries=1)
+    except UserError as error:
+        why = f"neither a folder here nor a model that {HUB} gives (some need HF_TOKEN): {error}"
+        raise UserError(f"{name}: {why}") from None
+    read_config(part)
+    for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
+        get(f"{file}.json", optional=True)
+    get("chat_template.jinja", optional=True)
+    Tokenizer.from_folder(part)  # what does not run here is refused before its weights come
+    if not get("model.safetensors", optional=True):
+        get(INDEX, optional=True)
+        for path in weights_of(part):
+            get(path.name)
+    os.replace(part, folder)
+
+
+def read_config(folder):
+    """A folder's config.json, as a dict and as a GPTConfig."""
     try:
         d = read_json(folder / "config.json")
-        c = from_hf_config(d, folder / "config.json")
+        return d, from_hf_config(d, folder / "config.json")
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/config.json: malformed: {error}") from None
+
+
+def weights_of(folder):
+    """The paths of the files that hold a folder's tensors: one, or those that an index names."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if not whole.is_file() and index.is_file():
+        names = read_json(index).get("weight_map")
+        names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
+        if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
+            raise UserError(f"{index}: malformed: expected names of safetensors files")
+        return [folder / name for name in names]
+    if not whole.is_file():
+        why = "no model.safetensors here, nor its index (a pytorch_model.bin is a pickle, "
+        raise UserError(f"{folder}: {why}which may run code: convert it where you trust it)")
+    return [whole]
+
+
+def load(folder, device="cpu", dtype=torch.float32, quantize=None):
+    """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
+    eval mode, Tokenizer).
+    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
+    folder = find(folder)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return load_adapted(folder, device, dtype, quantize)
+    d, c = read_config(folder)
+    if c.n_ctx < d.get("max_position_embeddings", 0):
+        print(f"{folder}: the context ends with the sliding window, at {c.n_ctx} tokens")
     tok = Tokenizer.from_folder(folder)
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
-    tensors, _ = read_safetensors(folder / "model.safetensors")
+    tensors = {n: t for p in weights_of(folder) for n, t in read_safetensors(p)[0].items()}
     with torch.device("meta"):
         net = GPT(c)
         if size := d.get("adapter_size"):
@@ -1443,13 +1759,13 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
 
 
 def load_adapted(folder, device, dtype, quantize):
-    """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or as it is), with the
-    adapter's products added to its weights."""
+    """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or what `find` takes),
+    with the adapter's products added to its weights."""
     d = read_json(folder / "adapter_config.json")
     named = d.get("base_model_name_or_path") or ""
-    base = next((p for p in (folder / named, Path(named)) if named and p.is_dir()), None)
-    if base is None or d.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: its base {named!r} is no folder here, or it is no LoRA adapter")
+    if not named or d.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: no LoRA adapter, or one that does not name its base")
+    base = folder / named if (folder / named).is_dir() else find(named)
     net, tok = load(base, device, dtype)
     state = dict(net.named_parameters())
     theirs = gpt2_names(state) if family(net.config) == "gpt2" else {n: [n] for n in state}

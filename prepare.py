@@ -98,7 +98,7 @@ import torch
 import torch.distributed as dist
 
 import model
-from model import UserError
+from model import HUB, UserError, download
 
 UNIT = 2_000_000  # bytes of a part of the input that one process works on alone, at least
 BATCH = 1_000_000  # characters that are in hand at once in each process
@@ -106,7 +106,7 @@ BATCH = 1_000_000  # characters that are in hand at once in each process
 # --------------------------------------------------------------------------------------------------
 # Downloads
 
-HUB, RAW = "https://huggingface.co/", "https://raw.githubusercontent.com/"
+RAW = "https://raw.githubusercontent.com/"
 DATA = HUB + "datasets/"
 FINEWEB, FINEWEB_SHARDS = DATA + "kjj0/fineweb10B-gpt2/resolve/main/", 103
 DOWNLOADS = {
@@ -119,56 +119,6 @@ DOWNLOADS = {
 }
 SEPARATORS = {"tinystories": "<|endoftext|>"}
 SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
-
-
-def download(url, path, sha256=None, tries=5):
-    """Fetch url into path: resumed, retried, checked, and under its name only when it is whole."""
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, show = path.with_name(path.name + ".part"), model.Progress()
-    part.touch()
-    for attempt in range(1, tries + 1):
-        try:
-            fetch(url, part, show)
-            break
-        except requests.RequestException as error:
-            status = error.response.status_code if error.response is not None else 0
-            refused = 400 <= status < 500 and status not in (408, 416, 429)
-            if refused or isinstance(error, ValueError):  # requests': what is no URL
-                raise UserError(f"{error}: is the address right?") from None
-            if attempt == tries:
-                raise UserError(f"{url}: {error}, {tries} times: run it again to go on") from None
-            show.note(f"{path.name}: {error}; trying again ({attempt + 1} of {tries})")
-            time.sleep(min(2 ** (attempt - 1), 30))
-    show(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
-    if sha256 and (found := hashlib.sha256(part.read_bytes()).hexdigest()) != sha256:
-        part.unlink()
-        raise UserError(f"{url}: removed: its sha256 is {found}, not {sha256}")
-    os.replace(part, path)
-    return path
-
-
-def fetch(url, part, show):
-    """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
-    have = part.stat().st_size
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    headers["Accept-Encoding"] = "identity"  # so that Content-Length counts the bytes we write
-    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
-        if answer.status_code == 416:  # the part is longer than the file, or is all of it
-            os.truncate(part, 0)
-        answer.raise_for_status()
-        if answer.status_code != 206:
-            have = 0  # the server does not resume: from the beginning
-        length = answer.headers.get("Content-Length")
-        size = have + int(length) if length else None
-        with open(part, "ab" if have else "wb") as file:
-            for piece in answer.iter_content(1 << 16):
-                file.write(piece)
-                have += len(piece)
-                show(f"{part.stem}: {have / 1e6:,.1f} of {(size or have) / 1e6:,.1f} MB")
-    if size is not None and have != size:
-        raise requests.ConnectionError(f"{have} of {size} bytes came")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1731,7 +1681,8 @@ def encode(here, job):
             parts = (
                 (split, hashed, j == 0, part)
                 for split, hashed, text in chosen(here, *unit)
-                for j, part in enumerate(pieces_of(text))
+                # A text in the manner of SentencePiece begins with a space that its parts lack.
+                for j, part in enumerate(pieces_of(text) if tok.lead == "never" else [text])
             )
             for group in in_rounds(parts, BATCH):
                 encoded = tok.encode_batch([text for *_, text in group])

@@ -6,13 +6,13 @@
     python sample.py --model=out/sft --chat
     python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
 
---model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Prints the prompt
-and its continuation.
+--model is a run of ours, a Hugging Face folder or a model's name on its Hub (Qwen3, Qwen2, Llama,
+SmolLM2, Mistral, GPT-2), which is downloaded once. Prints the prompt and its continuation.
 """
 
 from config import configure
 
-model = "out/python"  # a checkpoint folder
+model = "out/python"  # a checkpoint folder, or a Hub model such as HuggingFaceTB/SmolLM2-135M
 prompt = "import os\n\n\ndef"  # the text to continue; - reads it from standard input
 prompt_file: str | None = None  # a text file with the prompt, or .jsonl with a `prompt` a line
 max_new_tokens = 200  # tokens to add, at most

@@ -439,7 +439,7 @@ def test_only_the_last_blocks_learn(tiny):
 BAD = [
     (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, "),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
-    (["--model=none"], "none: no such folder"),
+    (["--model=out/none"], "out/none: no such folder"),
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
     (["--batch_size=0"], "batch_size=0: expected 1 or more"),
     (["--max_steps=0"], "max_steps=0: expected more than 0, or none"),

@@ -178,15 +178,17 @@ def compare_runs():
     for metric in dict.fromkeys(metric for _, metric in keys):
         tasks = [task for task, its in keys if its == metric]
         bars = []
-        for i, run in enumerate(runs):
+        for run in filter(scores.get, runs):
             at = [(j, scores[run].get((task, metric))) for j, task in enumerate(tasks)]
             points = [(j, cell[0], cell[1]) for j, cell in at if cell]
-            bars.append((run, i, "bars", points))
+            bars.append((run, runs.index(run), "bars", points))
         better = "lower" if lower_is_better(metric) else "higher"
         panels.append((f"{metric} ({better} is better; ± 1 standard error)", "", bars, tasks))
     lines = []
+    begin = max(row.get(x, 0) for rows in logs.values() for row in rows) / 100  # all alike before
     for i, (run, rows) in enumerate(logs.items()):
-        lines.append(("", i, "thin", smooth(curve(rows, "loss", x))))
+        thin = [p for p in smooth(curve(rows, "loss", x)) if p[0] >= begin]
+        lines.append(("", i, "thin", thin))
         lines.append((run, i, "line", curve(rows, "val_loss", x)))
     panels.append(("loss: thin in training, smoothed; thick in validation", x, lines, None))
     print("\n".join(out[2:-2]))
@@ -244,8 +246,8 @@ def svg(panels, width=960, tall=320):
         out += draw_panel(html.escape(title), html.escape(x_name), series, names, y0, high)
         y0 += high
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y0}" role="img">'
-    return "\n".join([head, f"<style>{css}</style>", '<rect class="bg" width="100%" height="100%"/>',
-                      *out, "</svg>\n"])  # fmt: skip
+    paper = '<rect class="bg" width="100%" height="100%"/>'
+    return "\n".join([head, f"<style>{css}</style>", paper, *out, "</svg>\n"])
 
 
 def draw_panel(title, x_name, series, names, y0, high, left=70, right=640):
@@ -375,6 +377,8 @@ def suggest_shape(n, vocab_size, seq_len):
         shape["n_kv_head"] = 8 if n > 1e9 else n_head
         with torch.device("meta"):  # networks without memory: what one layer adds, what none has
             one, two = (core.n_params(core.GPT(core.GPTConfig(n_layer=i, **shape))) for i in (1, 2))
+        if one > 1.1 * n:  # and so are all wider ones
+            break
         n_layer = max(1, round((n - one) / (two - one)) + 1)
         off = math.log((one + (n_layer - 1) * (two - one)) / n)
         if abs(off) < math.log(1.1):
@@ -423,7 +427,7 @@ def make_plan():
         f"memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB a window of a "
         "micro-batch",
         f"vocabulary: {vocab_size:,}, {source}",
-        "batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), fitted at 1e17 to 2e19 FLOPs",
+        "batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), from 1e17 to 2e19 FLOPs",
     ]
     if meta:
         epochs = d / max(1, meta.get("train", {}).get("tokens", 0))
@@ -591,40 +595,42 @@ def hashes(x, n):
     return h * np.uint64(BASE)
 
 
-def look_up(shards, texts, n, overlap=None):
-    """Which n-grams of the texts, arrays of ids, stand in the shards, exactly: a list of bool
-    arrays (len(text) - n + 1,). Also, with `overlap` (the longest text), the stretches of the
-    shards that these n-grams cover, with GAP behind each, as one array.
+def pieces(shards, longest):
+    """The shards in pieces that overlap so that no text of up to `longest` tokens is cut."""
+    for shard in shards:
+        for start in range(0, len(shard), PIECE):
+            yield np.asarray(shard[start : start + PIECE + longest - 1])
+
+
+def look_up(parts, texts, n, keep=False):
+    """Which n-grams of the texts, arrays of ids, stand in the parts of the shards, exactly: a list
+    of bool arrays (len(text) - n + 1,). With `keep` also what these n-grams cover of each part.
 
     The texts are the index, not the shards, which are read through once, a piece at a time: the
     memory does not depend on their size. A filter of 2^22 bits and a binary search find the
     candidates; each is compared token by token."""
     mine = [hashes(text, n) for text in texts]
-    grams = [np.lib.stride_tricks.sliding_window_view(t, n) if len(t) >= n else t[:0].reshape(0, n)
-             for t in texts]  # fmt: skip
+    windows = np.lib.stride_tricks.sliding_window_view
+    grams = np.concatenate([windows(t, n) if len(t) >= n else t[:0].reshape(0, n) for t in texts])
     index, first, which = np.unique(np.concatenate(mine), return_index=True, return_inverse=True)
-    rows = np.concatenate(grams)
-    grams = rows[first]
-    if (grams[which] != rows).any():
-        raise RuntimeError("two n-grams share a hash")
-    seen, maybe, kept = np.zeros(len(index), bool), np.zeros(1 << 22, bool), []
+    if (grams[first][which] != grams).any():
+        raise RuntimeError("two n-grams share a 64-bit hash: change BASE")
+    grams, kept = grams[first], []
+    seen, maybe = np.zeros(len(index), bool), np.zeros(1 << 22, bool)
     maybe[index >> np.uint64(42)] = True
-    for shard in shards:
-        for start in range(0, len(shard), PIECE):
-            piece = np.asarray(shard[start : start + PIECE + (overlap or n) - 1])
-            h = hashes(piece, n)
-            at = np.flatnonzero(maybe[h >> np.uint64(42)])
-            found = np.searchsorted(index, h[at]).clip(max=len(index) - 1)
-            good = index[found] == h[at]
+    for piece in parts:
+        h = hashes(piece, n)
+        at = np.flatnonzero(maybe[h >> np.uint64(42)])
+        found = np.searchsorted(index, h[at]).clip(max=len(index) - 1)
+        good = index[found] == h[at]
+        at, found = at[good], found[good]
+        for k in range(n):
+            good = piece[at + k] == grams[found, k]
             at, found = at[good], found[good]
-            for k in range(n):
-                good = piece[at + k] == grams[found, k]
-                at, found = at[good], found[good]
-            seen[found] = True
-            if overlap and len(at):
-                kept.append(stretches(piece, at, n))
-    parts = np.split(seen[which], np.cumsum([len(h) for h in mine])[:-1])
-    return parts, np.concatenate(kept) if kept else np.zeros(0, np.uint32)
+        seen[found] = True
+        if keep and len(at):
+            kept.append(stretches(piece, at, n))
+    return np.split(seen[which], np.cumsum([len(h) for h in mine])[:-1]), kept
 
 
 def stretches(piece, at, n):
@@ -646,14 +652,14 @@ def longest_runs(shards, texts, n):
     texts cover, which is less with each token."""
     texts = [np.asarray(text, np.uint32) for text in texts]
     runs, widest = np.zeros(len(texts), int), max(map(len, texts))
-    found, kept = look_up(shards, texts, n, widest)
+    found, kept = look_up(pieces(shards, widest), texts, n, keep=True)
     alive, hits, length = range(len(texts)), found, n
     while alive := [i for i, hit in zip(alive, hits) if hit.any()]:
         runs[alive], length = length, length + 1
-        hits, kept = look_up([kept], [texts[i] for i in alive], length, widest)
+        hits, kept = look_up(kept, [texts[i] for i in alive], length, keep=True)
     for length in range(n - 1, 0, -1):  # the others
         if alive := [i for i in range(len(texts)) if not runs[i]]:
-            hits, _ = look_up(shards, [texts[i] for i in alive], length)
+            hits, _ = look_up(pieces(shards, length), [texts[i] for i in alive], length)
             runs[[i for i, hit in zip(alive, hits) if hit.any()]] = length
     return found, runs
 
@@ -694,10 +700,11 @@ def measure_memorized():
         ([w[:prompt_tokens].tolist() for w in windows], 0),
         ([[tok.eot_id]] * num_texts, 1),
     ):
-        how = dict(max_new_tokens=text_tokens, temperature=temperature, seed=seed)
-        parts = [prompts[i : i + 32] for i in range(0, num_texts, 32)]
-        made.append([np.array(g.ids) for i, part in enumerate(parts)
-                     for g in core.generate(net, tok, part, **how | {"seed": seed + i})])  # fmt: skip
+        made.append([])
+        for i in range(0, num_texts, 32):  # at once
+            how = dict(max_new_tokens=text_tokens, temperature=temperature, seed=seed + i)
+            texts = core.generate(net, tok, prompts[i : i + 32], **how)
+            made[-1] += [np.array(g.ids, np.int64) for g in texts]
     whole = [np.array_equal(g, w[prompt_tokens:]) for g, w in zip(made[0], windows)]
     cut = [shard[i : i + text_tokens] for shard in val for i in range(0, len(shard), text_tokens)]
     made.append(cut[: PIECE // text_tokens])
@@ -723,8 +730,10 @@ def measure_memorized():
     scores["reproduced"] = {"value": p, "stderr": error, "n": num_texts}
     print(f"{model} against {sum(map(len, train)):,} training tokens of data/{dataset}")
     print("\n".join(table(rows)))
-    print(f"{sum(whole)} of {num_texts} continuations are the training text word for word for "
-          f"{text_tokens} tokens behind a prompt of {prompt_tokens}: {p:.4f} ± {error:.4f}")  # fmt: skip
+    print(
+        f"{sum(whole)} of {num_texts} continuations of {prompt_tokens} training tokens go on as "
+        f"training does, word for word, for {text_tokens} tokens: {p:.4f} ± {error:.4f}"
+    )
     return scores
 
 

@@ -82,8 +82,11 @@ def read_scores(folder):
     try:
         found = core.read_json(path, {"scores": {}})
         cells = {(t, m): cell for t, ms in found["scores"].items() for m, cell in ms.items()}
-        read = lambda cell: (float(cell["value"]), cell.get("stderr"), cell.get("n"))
-        return {key: read(cell) for key, cell in cells.items()}, dict(found.get("settings", {}))
+        number = lambda x: None if x is None or not math.isfinite(x) else float(x)
+        read = lambda cell: (number(cell["value"]), number(cell.get("stderr")), cell.get("n"))
+        cells = {key: read(cell) for key, cell in cells.items()}
+        cells = {key: cell for key, cell in cells.items() if cell[0] is not None}
+        return cells, dict(found.get("settings", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not results of eval.py ({error!r}): evaluate again") from None
 
@@ -541,6 +544,10 @@ def fit_runs():
         told.append("Without one of the runs the exponent of " + ", of ".join(
             f"{x} is {low:.2f} to {high:.2f}"
             for x, low, high in zip(letters, ranges.min(0), ranges.max(0))))  # fmt: skip
+    if law[1][0] == 0:
+        told.append(
+            "E is 0, the least it may be: these runs are too far from their floor to see it."
+        )
     told += [
         f"It may be read between the smallest and the largest {both}, to about the error above.",
         "It does not show what E is (E and the exponents trade off), what holds far beyond the "

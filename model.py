@@ -28,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -1717,6 +1718,18 @@ def weights_of(folder):
         why = "no model.safetensors here, nor its index (a pytorch_model.bin is a pickle, "
         raise UserError(f"{folder}: {why}which may run code: convert it where you trust it)")
     return [whole]
+
+
+def open_shard(path):
+    """The tokens of an llm.c .bin shard, as a memory map (N,) uint16 or uint32."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    kinds = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
+    kind = kinds.get(tuple(header[:2].tolist()))
+    if len(header) < 256 or kind is None:
+        raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
+    if os.path.getsize(path) != 1024 + int(header[2]) * kind.itemsize:
+        raise UserError(f"{path}: cut short: {header[2]} tokens were written; prepare it again")
+    return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(int(header[2]),))
 
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):

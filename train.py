@@ -111,18 +111,6 @@ COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 
 # Data: windows of token shards, in an order that is a pure function
 
 
-def open_shard(path):
-    """The tokens of an llm.c .bin shard, as a memory map (N,) uint16 or uint32."""
-    header = np.fromfile(path, dtype="<i4", count=256)
-    kinds = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
-    kind = kinds.get(tuple(header[:2].tolist()))
-    if len(header) < 256 or kind is None:
-        raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
-    if os.path.getsize(path) != 1024 + int(header[2]) * kind.itemsize:
-        raise UserError(f"{path}: cut short: {header[2]} tokens were written; prepare it again")
-    return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(int(header[2]),))
-
-
 class Windows:
     """Windows of seq_len tokens from shards, in one global sequence: position i is window
     permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
@@ -130,7 +118,7 @@ class Windows:
     partial: the last window of a shard may be short, so that every token is a target once."""
 
     def __init__(self, paths, seq_len, seed=0, partial=False, stride=0):
-        self.shards, self.seq_len, self.seed = [open_shard(p) for p in paths], seq_len, seed
+        self.shards, self.seq_len, self.seed = [model.open_shard(p) for p in paths], seq_len, seed
         self.stride = stride or seq_len
         tokens = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         spare = tokens - 1 - seq_len + partial * (seq_len - 1)  # behind the first window

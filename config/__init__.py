@@ -41,14 +41,14 @@ def read_flag(arg, argv, keys):
     key, following = flag[2:].replace("-", "_"), (argv or ["--"])[0]
     if key == "local_rank":  # torch.distributed.launch passes it; torchrun's RANK says the same
         return {}
-    types = (
-        keys[key][1] if key in keys else ["bool"]
-    )  # an unknown one is refused by its name, later
+    types = keys[key][1] if key in keys else ["bool"]  # an unknown one is refused later
     if not equals and "bool" in types and following.lower() not in ("true", "false", "none"):
         return {key: True}
     if not equals and following.startswith("--"):
         raise ValueError(f"no value: expected {' or '.join(types)}")
     text = text if equals else argv.pop(0)
+    while "list" in types and not equals and argv and argv[0][:2] != "--" and argv[0][-3:] != ".py":
+        text += f",{argv.pop(0)}"  # the words up to the next flag or recipe
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
     if "str" in types and not ("none" in types and word == "None"):
         return {key: text}

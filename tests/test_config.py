@@ -21,6 +21,7 @@ words: list[str] | None = None  # some words
 limit: int | None = None  # at most
 warmth: float | None = 1.5  # degrees
 shape = (2, 3)  # rows, columns
+runs: str | list = ""  # a,b or words
 letters = sorted("ab")  # no literal: no key
 _mine = 1
 
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     configure(globals())
 """
 DEFAULTS = {"steps": 10, "rate": 0.5, "name": "a # b", "fast": False, "words": None}
-DEFAULTS |= {"limit": None, "warmth": 1.5, "shape": [2, 3]}
+DEFAULTS |= {"limit": None, "warmth": 1.5, "shape": [2, 3], "runs": ""}
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def script(tmp_path):
     # Neighbours that must not stop a script, nor count as one.
     (tmp_path / "edited.py").write_text("def (:\n# configure(globals())\n")
     (tmp_path / "notes.py").write_text("def (:\n")
+    (tmp_path / "r.py").write_text("steps = 7\n")
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
 
     def call(*args, **env):
@@ -101,6 +103,9 @@ def changed(keys):
         (["--warmth", "None"], {"warmth": None}),
         (['--words=["a", "b"]'], {"words": ["a", "b"]}),
         (["--shape=(4, 5)"], {"shape": [4, 5]}),
+        (["--runs", "a", "b", "c", "--steps=1"], {"runs": "a,b,c", "steps": 1}),
+        (["--runs", "a", "r.py"], {"runs": "a", "steps": 7}),  # a recipe is no word of a list
+        (["--runs=a,b"], {"runs": "a,b"}),
         (["--local-rank=0", "--local_rank=1", "--steps=1"], {"steps": 1}),
     ],
 )
@@ -142,6 +147,7 @@ def test_values_have_the_types_of_their_keys(script):
         (["--letters=5"], "--letters: unknown key 'letters' (--help lists the keys)"),
         (["--below=5"], "--below: unknown key 'below' (--help lists the keys)"),
         (["nothing.py"], "nothing.py: no such recipe (config/NAME.py; a flag is --key=value)"),
+        (["--runs=a", "b"], "b: no such recipe (config/NAME.py; a flag is --key=value)"),
         (["steps=5"], "steps: no such recipe (config/NAME.py; a flag is --key=value)"),
         (["-steps=5"], "-steps: no such recipe (config/NAME.py; a flag is --key=value)"),
     ],

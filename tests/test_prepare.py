@@ -431,7 +431,7 @@ def test_a_large_vocabulary_is_written_in_32_bits(folders):
     folder = folders("cl100k_base")
     ids, width = read_shard(folder / "train_000000.bin")
     assert width == 4 and ids[0] == 100257 and max(ids[1:]) > 65535
-    assert train.open_shard(folder / "train_000000.bin").tolist() == ids
+    assert model.open_shard(folder / "train_000000.bin").tolist() == ids
     ids, width = read_shard(folders("gpt2") / "train_000000.bin")
     assert width == 2 and ids[0] == 50256
 

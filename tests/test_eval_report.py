@@ -1,0 +1,267 @@
+"""eval.py's reports, plans and look-up of memorized text, against other ways to find the same."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+
+import eval as stage
+import model
+
+
+def make_run(folder, name, losses, scores=None, tokens=1000, val=None):
+    """A run as its files say it: its folder's name."""
+    out = folder / name
+    out.mkdir(parents=True)
+    rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    if val is not None:
+        rows.append({"step": len(losses), "val_loss": val, "val_bpb": val / 2})
+    rows = [row | ({"tokens": tokens * row["step"]} if tokens else {}) for row in rows]
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
+    if scores is not None:
+        keys = ("value", "stderr", "n")
+        scores = {t: {m: dict(zip(keys, c)) for m, c in ms.items()} for t, ms in scores.items()}
+        (out / "results.json").write_text(json.dumps({"settings": {"shots": 0}, "scores": scores}))
+    return name
+
+
+def test_compare_says_what_the_errors_allow(tmp_path):
+    good = {"mmlu": {"acc": (0.5, 0.03, 100)}, "text": {"loss": (2.0, 0.01, 50)}}
+    near = {"mmlu": {"acc": (0.42, 0.03, 100)}, "text": {"loss": (2.5, 0.01, 50)}}
+    make_run(tmp_path, "out/a<&|b", [4, 3, 2], good, val=2.5)
+    make_run(tmp_path, "out/b", [4, 3.5, 3], near, val=3.25)
+    make_run(tmp_path, "out/c", [5, None, 4], val=4.5)
+    words = ["out/a<&|b", "out/b", "out/c"]
+    done = run(tmp_path, "eval.py", "--compare", *words)
+    assert done.stdout == run(tmp_path, "eval.py", f"--compare={','.join(words)}").stdout
+    # 0.08 is under twice sqrt(2) x 0.03 = 0.085; 0.5 is far over twice 0.014, and less is better.
+    assert "mmlu acc: out/a<&|b is best; out/b is not to be told apart (0.08, within" in done.stdout
+    assert "text loss: out/a<&|b is best; out/b is worse by 0.5, beyond 2 standard" in done.stdout
+    assert "out/c: no results.json" in done.stdout
+    report = (tmp_path / "report.md").read_text()
+    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+             for line in report.splitlines() if line.startswith("| out")]  # fmt: skip
+    assert cells[0] == [r"out/a<&\|b", "0.5 ± 0.03 (n 100) *", "2 ± 0.01 (n 50) *"]
+    assert cells[2] == ["out/c", "", ""]
+    assert [c[0] + " " + c[4] for c in cells[3:]] == [r"out/a<&\|b 2.5000", "out/b 3.2500",
+                                                      "out/c 4.5000"]  # fmt: skip
+
+    text = (tmp_path / "report.svg").read_text()
+    tree = ET.fromstring(text)  # well formed, so that names are escaped
+    assert "prefers-color-scheme:dark" in text
+    tag = lambda name: [e for e in tree.iter() if e.tag.endswith("}" + name)]
+    shown = [e.text for e in tag("text")]
+    assert shown.count("out/a<&|b") == 3 and shown.count("out/c") == 1  # of three panels
+    bars = [
+        e for e in tag("rect") if "height" in e.attrib and e.get("height") not in ("12", "100%")
+    ]
+    heights = [float(e.get("height")) for e in bars]
+    assert heights[0] / heights[1] == pytest.approx(0.5 / 0.42, 0.01)  # from zero
+    assert heights[3] / heights[2] == pytest.approx(2.5 / 2.0, 0.01)
+    assert len([e for e in tag("path") if e.get("class") == "err"]) == 4
+    assert len([e for e in tag("path") if e.get("class") == "thin"]) == 3
+
+
+def test_runs_without_tokens_are_shown_by_step(tmp_path):
+    make_run(tmp_path, "a", [4, 3, 2], val=2.5)
+    make_run(tmp_path, "b", [1, 0.5], tokens=0, val=0.7)
+    done = run(tmp_path, "eval.py", "--compare", "a", "b", "--report=x/../r.md", check=False)
+    assert done.returncode == 1 and "cannot be written" in done.stderr
+    done = run(tmp_path, "eval.py", "--compare", "a", "b", "--report=r.md")
+    assert "not logged" in done.stdout and ">step</text>" in (tmp_path / "r.svg").read_text()
+
+
+def test_smoothing_is_the_bias_corrected_mean():
+    points = [(i, float(v)) for i, v in enumerate(np.random.default_rng(0).normal(size=200))]
+    smoothed, span = stage.smooth(points), 4
+    for i in (0, 7, 199):  # the definition: weights (1 - 1/span)^age, normalized
+        weights = [(1 - 1 / span) ** (i - j) for j in range(i + 1)]
+        mean = sum(w * y for w, (_, y) in zip(weights, points)) / sum(weights)
+        assert smoothed[i] == (i, pytest.approx(mean))
+    assert len(stage.smooth([(i, 1.0) for i in range(9999)])) <= 402
+
+
+@pytest.mark.parametrize("low, high, log", [(0, 1, 0), (3.1, 3.3, 0), (1e4, 3e9, 1), (2, 11, 1)])
+def test_ticks_are_round_and_inside(low, high, log):
+    marks = stage.ticks(low, high, log)
+    assert 2 <= len(marks) <= 11 and marks == sorted(set(marks))
+    for mark in marks:
+        assert low <= mark <= high * 1.001
+        digits = f"{mark:.9e}".split("e")[0].rstrip("0").rstrip(".")
+        assert len(digits) <= 4 and (not log or digits in "125")
+
+
+def test_the_optimum_is_where_a_search_finds_it():
+    for c in (1e16, 1e20, 5.76e23):
+        n = np.geomspace(1e5, 1e13, 200001)
+        best = n[np.argmin(stage.chinchilla_loss(n, c / (6 * n)))]
+        assert stage.chinchilla_params(c) == pytest.approx(best, 1e-3)
+    # Chinchilla's own budget: about 70B parameters and 20 tokens for each, as Besiroglu et al. say.
+    n = stage.chinchilla_params(5.76e23)
+    assert 6e10 < n < 8e10 and 15 < 5.76e23 / (6 * n * n) < 22
+
+
+def recipe_of(text):
+    values = {}
+    exec(text, values)
+    return values
+
+
+@pytest.mark.parametrize("flag, n", [("flops=1e18", 8.05e7), ("params=124e6", 124e6),
+                                     ("tokens=2e9", None), ("params=7e9", 7e9)])  # fmt: skip
+def test_a_plan_is_a_recipe_of_that_size(tmp_path, flag, n):
+    done = run(tmp_path, "eval.py", "--plan", f"--{flag}", "--device=a100", "--devices=3")
+    r = recipe_of(done.stdout)
+    shape = {k: r[k] for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")}
+    config = model.GPTConfig(vocab_size=50304, n_ctx=r["seq_len"], **shape)
+    with torch.device("meta"):
+        count = model.n_params(model.GPT(config))
+    n = n or stage.chinchilla_params(6 * 2e9 * 8.05e7)  # near the optimum for that many tokens
+    assert abs(count / n - 1) < (0.1 if "tokens" not in flag else 0.3)
+    assert f"{count:,} parameters" in done.stdout
+    assert r["batch_tokens"] % (3 * r["seq_len"]) == 0
+    flops = model.flops_per_token(config, r["seq_len"])
+    if flag == "flops=1e18":
+        assert r["max_tokens"] * flops == pytest.approx(1e18, 0.02)
+    if flag == "tokens=2e9":
+        assert r["max_tokens"] == pytest.approx(2e9, 0.01)
+    seconds = r["max_tokens"] * flops / (3 * 0.4 * 312e12)
+    hours, minutes = re.search(r"time: (?:(\d+)h)?(\d+)m", done.stdout).groups()
+    assert int(hours or 0) * 60 + int(minutes) == pytest.approx(seconds / 60, abs=1 + seconds / 3e3)
+
+
+def test_train_takes_the_plan(tiny, tmp_path):
+    for what in ("data", "out"):
+        (tmp_path / what).symlink_to(tiny / what)
+    plan = run(tmp_path, "eval.py", "--plan", "--params=1e5", "--dataset=tiny").stdout
+    (tmp_path / "mine.py").write_text(plan)
+    flags = ["--max_steps=1", "--max_tokens=none", f"--out_dir={tmp_path}/new", "--eval_tokens=256"]
+    done = run(tmp_path, "train.py", str(tmp_path / "mine.py"), *flags)
+    count = int(re.search(r"([\d,]+) parameters:", done.stdout)[1].replace(",", ""))
+    assert abs(count / 1e5 - 1) < 0.1 and "step: 1" in done.stdout
+
+
+def test_a_law_is_found_again():
+    n, d = (m.ravel() for m in np.meshgrid([1e6, 4e6, 2e7], [1e7, 1e8, 3e8]))
+    law = lambda n, d: 1.5 + 300 / n**0.35 + 900 / d**0.4
+    _, terms, powers = stage.fit_law(np.c_[n, d], law(n, d))
+    assert powers == pytest.approx([0.35, 0.4], 1e-3)
+    assert terms == pytest.approx([1.5, 300, 900], 0.02)
+    far = np.array([1e9, 1e10])
+    assert stage.predict((0, terms, powers), far) == pytest.approx(law(*far), 1e-3)
+    # with the exponents held it is linear least squares, here without a coefficient below zero
+    noisy = law(n, d) + np.random.default_rng(0).normal(size=9) / 100
+    error, terms, _ = stage.fit_law(np.c_[n, d], noisy, [0.3, 0.3])
+    columns = np.c_[np.ones(9), n**-0.3, d**-0.3]
+    assert terms == pytest.approx(np.linalg.lstsq(columns, noisy, rcond=None)[0], 1e-6)
+    assert error == pytest.approx(np.sqrt(np.mean((columns @ terms - noisy) ** 2)))
+    assert stage.least_squares(np.c_[[1.0, 1], [1.0, 2]], np.array([2.0, 1]))[1].min() == 0
+
+
+def test_a_curve_through_runs(tmp_path):
+    losses = {}
+    for width in (8, 16, 32, 64):
+        net = model.GPT(model.GPTConfig(vocab_size=64, n_ctx=8, n_layer=1, n_head=1, n_embd=width))
+        n = model.n_params(net)
+        losses[n] = 1 + 20 / n**0.5
+        name = make_run(tmp_path, f"w{width}", [3.0], val=losses[n])
+        weights = {k: v for k, v in net.state_dict().items() if k != "lm_head.weight"}  # tied
+        with open(tmp_path / name / "model.safetensors", "wb") as file:
+            model.write_safetensors(file, weights, {"step": "1"})
+    names = [f"w{width}" for width in (8, 16, 32, 64)]
+    done = run(tmp_path, "eval.py", "--plan", "--compare", *names)
+    e, a, p = map(float, re.search(r"L = ([\d.]+) \+ ([\d.]+) / N\^([\d.]+)", done.stdout).groups())
+    assert (e, a, p) == pytest.approx((1, 20, 0.5), rel=0.02)
+    for n, loss in losses.items():
+        assert f"{n:,}" in done.stdout and f"{loss:.4f}" in done.stdout
+    assert "4 runs; rms error 0.0000" in done.stdout
+    circles = ET.parse(tmp_path / "scaling.svg").iter("{http://www.w3.org/2000/svg}circle")
+    assert len([*circles]) == 4
+    done = run(tmp_path, "eval.py", "--plan", "--compare", *names[:3])
+    assert "exponents held at Chinchilla's" in done.stdout
+
+
+def naive_longest(text, shards):
+    """The longest run of the text's tokens in the shards, by trying every pair of places."""
+    best = 0
+    for shard in shards:
+        for i in range(len(text)):
+            for j in range(len(shard)):
+                k = 0
+                while i + k < len(text) and j + k < len(shard) and text[i + k] == shard[j + k]:
+                    k += 1
+                best = max(best, k)
+    return best
+
+
+@pytest.mark.parametrize("n, piece", [(3, 1 << 20), (3, 7), (8, 20)])
+def test_longest_runs_and_shares_equal_a_naive_search(n, piece, monkeypatch):
+    monkeypatch.setattr(stage, "PIECE", piece)  # runs that lie across pieces too
+    rng = np.random.default_rng(n)
+    shards = [
+        rng.integers(0, 4, size=k).astype(t) for k, t in ((150, "<u2"), (90, "<u4"), (2, "<u2"))
+    ]
+    texts = [rng.integers(0, 4, size=k) for k in (1, 2, 5, 12, 30)]
+    texts += [shards[0][40:75], shards[1][60:], np.full(20, 3), np.array([9, 9, 9, 9])]
+    texts.append(np.concatenate([shards[0][-10:], shards[1][:10]]))  # no run goes over shards
+    found, runs = stage.longest_runs(shards, texts, n)
+    assert runs.tolist() == [naive_longest(text, shards) for text in texts]
+    assert {35, 30, 0} <= set(runs.tolist())
+    for text, hits in zip(texts, found):
+        grams = [tuple(text[i : i + n].tolist()) for i in range(len(text) - n + 1)]
+        there = {tuple(s[i : i + n].tolist()) for s in shards for i in range(len(s) - n + 1)}
+        assert hits.tolist() == [gram in there for gram in grams]
+
+
+def test_memorized_on_a_model(tiny):
+    flags = ["--model=out/tiny", "--dataset=tiny", "--num_texts=8", "--prompt_tokens=8"]
+    flags += ["--text_tokens=16", "--ngram=4"]
+    done = run(tiny, "eval.py", "--memorized", *flags)
+    assert done.stdout == run(tiny, "eval.py", "--memorized", *flags).stdout
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in done.stdout.splitlines()[3:6]]
+    assert [row[0] for row in rows] == [
+        "prompted by training",
+        "without a prompt",
+        "validation text",
+    ]
+    shard = np.fromfile(tiny / "data/tiny/train_000000.bin", "<u2", offset=1024).tolist()
+    there = {tuple(shard[i : i + 4]) for i in range(len(shard) - 3)}
+    val = np.fromfile(tiny / "data/tiny/val_000000.bin", "<u2", offset=1024).tolist()
+    texts = [val[i : i + 16] for i in range(0, len(val), 16)]
+    grams = [tuple(t[i : i + 4]) for t in texts for i in range(len(t) - 3)]
+    share = sum(gram in there for gram in grams) / len(grams)
+    assert rows[2][-1].startswith(f"{share:.4f} ±") and int(rows[2][1]) == len(texts)
+    assert re.search(r"\d of 8 continuations of 8 training tokens go on", done.stdout)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--compare=nobody"], "nobody: no such run"),
+    (["--compare=empty"], "no row of a step in it"),
+    (["--compare=bare"], "bare: no log.jsonl in this folder"),
+    (["--compare", "wrong"], "results.json: not results of eval.py"),
+    (["--plan"], "expected --flops or --hours"),
+    (["--plan", "--flops=-1"], "flops=-1: expected a number above 0"),
+    (["--plan", "--hours=2", "--device=abacus"], "--device=abacus: with --plan expected one"),
+    (["--plan", "--hours=2", "--mfu=40"], "mfu=40"),
+    (["--plan", "--params=50"], "no shape of 50 parameters"),
+    (["--plan", "--hours=1", "--flops=1"], "expected --flops or --hours"),
+    (["--plan", "--compare=empty"], "needs 3 runs or more, not 1"),
+    (["--plan", "--compare", "wrong", "w2", "w3"], "wrong: its log has no val_loss"),
+    (["--memorized", "--dataset=none"], "data/none: no train shards"),
+    (["--memorized", "--num_texts=0"], "num_texts=0: expected 1 or more"),
+    ([], "nothing to do"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, args, words):
+    make_run(tmp_path, "wrong", [1])
+    (tmp_path / "wrong/results.json").write_text('{"scores": {"a": {"b": 1}}}')
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/log.jsonl").write_text("\n")
+    done = run(tmp_path, "eval.py", *args, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert words in done.stderr
+    assert not [*tmp_path.glob("*.svg")]

@@ -245,7 +245,6 @@ def test_humaneval(holes):
 def test_humaneval_program_ends_at_a_stop():
     row = {"prompt": "def f():\n", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"}
     answer = "    return 1\n\nprint(f())\nraise ValueError\n"
-    assert ev.humaneval_prompt(row) == "def f():\n"
     assert ev.humaneval_program(row, answer) == (
         "def f():\n    return 1\n\ndef check(f):\n    assert f() == 1\ncheck(f)\n"
     )
@@ -257,7 +256,8 @@ def test_mbpp():
     row = {"text": "Double.", "test_list": [f"assert d({i}) == {2 * i}" for i in range(3)]}
     head = "You are an expert Python programmer, and here is your task: "
     middle = " Your code should pass these tests:\n\n"
-    assert ev.mbpp_prompt(row, [shot]) == (
+    ask, solved = ev.TASKS["mbpp"].read(shot)
+    assert f"{ask}{solved}\n\n{ev.mbpp_prompt(row)}" == (
         f"{head}Add.{middle}assert 1\nassert 1\nassert 1\n[BEGIN]\ndef a(x, y):\n    return x + y\n"
         f"[DONE]\n\n{head}Double.{middle}assert d(0) == 0\nassert d(1) == 2\nassert d(2) == 4\n"
         "[BEGIN]\n"
@@ -339,12 +339,14 @@ def test_strict_and_loose():
         {"instruction_id_list": ["startend:quotation", "punctuation:no_comma"], "kwargs": [{}, {}]},
         {"instruction_id_list": ["detectable_format:json_format"], "kwargs": [{}]},
     ]
-    assert ev.ifeval_accuracy(rows, ['Sure, here:\n*"yes"*', "Here it is:\n[1]\nEnjoy!"]) == {
-        "prompt_level_strict_acc": [False, False],
-        "inst_level_strict_acc": [False, False, False],
-        "prompt_level_loose_acc": [True, True],
-        "inst_level_loose_acc": [True, True, True],
-    }
+    verdicts = [
+        ev.judge_ifeval(row, [text])
+        for row, text in zip(rows, ['Sure, here:\n*"yes"*', "Here it is:\n[1]\nEnjoy!"])
+    ]
+    assert [list(v.values()) for v in verdicts] == [
+        [False, [False, False], True, [True, True]],
+        [False, [False], True, [True]],
+    ]
 
 
 def test_instructions_as_lm_eval(monkeypatch):

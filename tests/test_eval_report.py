@@ -23,9 +23,12 @@ def make_run(folder, name, losses, scores=None, tokens=1000, val=None):
     rows = [row | ({"tokens": tokens * row["step"]} if tokens else {}) for row in rows]
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
     if scores is not None:
-        keys = ("value", "stderr", "n")
-        scores = {t: {m: dict(zip(keys, c)) for m, c in ms.items()} for t, ms in scores.items()}
-        (out / "results.json").write_text(json.dumps({"settings": {"shots": 0}, "scores": scores}))
+        results = {}
+        for task, its in scores.items():
+            for metric, (value, error, n) in its.items():
+                cell = {metric: value, f"{metric}_stderr": error, "n": n, "seconds": 1.5}
+                results[task] = results.get(task, {}) | cell
+        (out / "results.json").write_text(json.dumps({"model": name, "results": results}))
     return name
 
 
@@ -218,11 +221,13 @@ def test_longest_runs_and_shares_equal_a_naive_search(n, piece, monkeypatch):
 
 
 def test_memorized_on_a_model(tiny):
-    flags = ["--model=out/tiny", "--dataset=tiny", "--num_texts=8", "--prompt_tokens=8"]
-    flags += ["--text_tokens=16", "--ngram=4"]
+    flags = ["--model=out/tiny", "--dataset=tiny", "--num_texts=8", "--prompt_length=8"]
+    flags += ["--text_length=16", "--ngram=4"]
     done = run(tiny, "eval.py", "--memorized", *flags)
-    assert done.stdout == run(tiny, "eval.py", "--memorized", *flags).stdout
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in done.stdout.splitlines()[3:6]]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    again = run(tiny, "eval.py", "--memorized", *flags).stdout.splitlines()
+    assert table == [line for line in again if line.startswith("|")]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table[2:5]]
     assert [row[0] for row in rows] == [
         "prompted by training",
         "without a prompt",
@@ -236,6 +241,11 @@ def test_memorized_on_a_model(tiny):
     share = sum(gram in there for gram in grams) / len(grams)
     assert rows[2][-1].startswith(f"{share:.4f} ±") and int(rows[2][1]) == len(texts)
     assert re.search(r"\d of 8 continuations of 8 training tokens go on", done.stdout)
+    results = json.loads((tiny / "out/tiny/results.json").read_text())["results"]["memorized"]
+    assert results["validation text, share of 4-grams"] == pytest.approx(share)
+    for bad, words in (("--dataset=none", "data/none: no train"), ("--num_texts=0", "expected 1")):
+        done = run(tiny, "eval.py", "--memorized", *flags, bad, check=False)
+        assert done.returncode == 1 and words in done.stderr
 
 
 @pytest.mark.parametrize("args, words", [
@@ -251,13 +261,11 @@ def test_memorized_on_a_model(tiny):
     (["--plan", "--hours=1", "--flops=1"], "expected --flops or --hours"),
     (["--plan", "--compare=empty"], "needs 3 runs or more, not 1"),
     (["--plan", "--compare", "wrong", "w2", "w3"], "wrong: its log has no val_loss"),
-    (["--memorized", "--dataset=none"], "data/none: no train shards"),
-    (["--memorized", "--num_texts=0"], "num_texts=0: expected 1 or more"),
-    ([], "nothing to do"),
+    (["--memorized"], "out/python: no such folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, args, words):
     make_run(tmp_path, "wrong", [1])
-    (tmp_path / "wrong/results.json").write_text('{"scores": {"a": {"b": 1}}}')
+    (tmp_path / "wrong/results.json").write_text('{"results": {"a": {"b": 1, "b_stderr": 1}}}')
     (tmp_path / "bare").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/log.jsonl").write_text("\n")

@@ -373,6 +373,7 @@ def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^no/model: neither a folder here .*404"):
         model.load("no/model")
+    assert not any(hub.cache.iterdir())
     pickled = hub.models["old/model"] = folder_of("llama2", tmp_path / "source")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):

@@ -1682,6 +1682,9 @@ def download_model(name, folder):
     try:
         get("config.json", tries=1)
     except UserError as error:
+        (part / "config.json.part").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something of an earlier try is there
+            part.rmdir()
         why = f"neither a folder here nor a model that {HUB} gives (some need HF_TOKEN): {error}"
         raise UserError(f"{name}: {why}") from None
     read_config(part)

@@ -130,6 +130,16 @@ def test_chats_have_the_ids_of_transformers_and_a_mask(family):
     assert [i for i in tok.chat(worse)[0] if i in tok.special.values()] == real
 
 
+def test_a_mask_holds_beside_bytes_that_have_no_token():
+    tok, join = open_tokenizer("smollm2"), "{% for m in messages %}{{ m.content }}{% endfor %}"
+    lost, tok = chr(min(tok.lacking)), Tokenizer(tok.spec, {"chat_template": join})
+    assert lost not in tok.decode(tok.encode(f"a{lost}b")) == "ab"
+    talk = [{"role": "user", "content": f"a{lost * 5}b!"}, {"role": "assistant", "content": "cd e"}]
+    ids, mask = tok.chat(talk)
+    assert ids == tok.encode(f"a{lost * 5}b!cd e")
+    assert tok.decode([i for i, m in zip(ids, mask) if m]) == "cd e"
+
+
 def test_templates_have_their_forms_and_refusals(tmp_path):
     tok = open_tokenizer("llama2")
     with pytest.raises(UserError, match="roles must alternate"):
@@ -363,6 +373,7 @@ def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^no/model: neither a folder here .*404"):
         model.load("no/model")
+    assert not any(hub.cache.iterdir())
     pickled = hub.models["old/model"] = folder_of("llama2", tmp_path / "source")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):

@@ -187,7 +187,8 @@ def test_shared_beginnings_and_contexts_change_no_score(small):
         context = beginning + tok.encode(" ".join(WORDS[i : 2 * i + 1]))
         choices = [tok.encode(" " + " ".join(WORDS[j : j * 2 + 1])) for j in range(1 + i % 4)]
         requests.append(("same", context, choices))
-    for batch in (requests, requests[:1], requests[3:4], [requests[0], requests[4]]):
+    alone = ("", beginning, [tok.encode(" " + " ".join(WORDS))])  # longer than any choice
+    for batch in (requests, requests[:1], requests[3:4], [alone, requests[3]]):
         expected = [[naive(net, c, cont) for cont in conts] for _, c, conts in batch]
         for ours, theirs in zip(evaluation.score(net, batch), expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)

@@ -1197,7 +1197,7 @@ def score(net, requests):
     common = min(len(os.path.commonprefix(trunks)), min(len(r[1]) for r in requests) - 1)
     common = common if common * len(requests) >= 256 else 0  # else the cache costs more
     B, T = len(requests), max(map(len, trunks)) - common
-    S = max(len(c) - 1 for _, _, conts in requests for c in conts)
+    S = max((len(c) - 1 for _, _, conts in requests if len(conts) > 1 for c in conts), default=0)
     branches, spots, lengths = [], [], []  # spots: (index into all hidden states, token there)
     for b, (_, context, conts) in enumerate(requests):
         last = b * T + len(context) - 1 - common  # the place that predicts a continuation

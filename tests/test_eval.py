@@ -3,10 +3,11 @@ against what it said (fixtures/lm_eval.json) where it is not."""
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def rows_of_choices():
 def rows_to_generate():
     rows = [{"question": " ".join(WORDS[i : i + 4]) + "?", "answer": "#### 7"} for i in range(8)]
     rows[2]["question"] = " ".join(WORDS * 20)
+    rows[1]["answer"] = rows[7]["answer"] = "#### 95"
     return rows
 
 
@@ -56,6 +58,7 @@ def small(tmp_path_factory):
             if p.ndim > 1:
                 wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) ** 1.5 + k)
                 p.copy_(wave.view(p.shape) * (0.8 if k else 0.3))
+        net.lm_head.weight[tok.n_vocab :] = 0  # padding, which transformers would write
         for byte in b"0123456789# $":
             net.lm_head.weight[tok.encode(chr(byte))[0]] *= 1.5
     model.save(folder / "net", net, tok)
@@ -83,7 +86,7 @@ def harness(folder):
     metric = lambda *names: [{"metric": n, "higher_is_better": True} for n in names]
     letters = "{% for c in choices %}{{'\n' + 'ABCDE'[loop.index0] + '. ' + c}}{% endfor %}"
     about = "The following are multiple choice questions (with answers) about cats.\n\n"
-    ignore = [",", r"\$", r"(?s).*#### ", r"\.$"]
+    same = {"regexes_to_ignore": [",", r"\$", r"(?s).*#### ", r"\.$"], "ignore_case": True}
     regex = lambda name, pattern, which: {
         "name": name,
         "filter": [
@@ -106,7 +109,7 @@ def harness(folder):
         | dict(task="gsm8k", output_type="generate_until", num_fewshot=2, fewshot_split="train")
         | dict(doc_to_text="Question: {{question}}\nAnswer:", doc_to_target="{{answer}}")
         | dict(generation_kwargs={"until": ["Question:"], "do_sample": False, "max_gen_toks": 24})
-        | dict(metric_list=[metric("exact_match")[0] | {"regexes_to_ignore": ignore, "ignore_case": True}])
+        | dict(metric_list=[metric("exact_match")[0] | same])
         | dict(filter_list=[
             regex("strict_match", r"#### (\-?[0-9\.\,]+)", 0),
             regex("flexible_match", r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
@@ -165,6 +168,223 @@ def test_scores_are_the_harness_s(small, reference):
     assert [s["answers"][0] for s in log] == reference["texts"]
     for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity"):
         assert ours["loss"][metric] == pytest.approx(theirs["loss"][metric], rel=1e-6)
+
+
+def naive(net, context, continuation):
+    """log p of one continuation: one row, no cache, no padding."""
+    ids = torch.tensor([context + continuation])
+    logp = net(ids).log_softmax(-1)[0]
+    at = range(len(context) - 1, ids.shape[1] - 1)
+    return sum(logp[i, ids[0, i + 1]].item() for i in at)
+
+
+@torch.no_grad()
+def test_shared_beginnings_and_contexts_change_no_score(small):
+    net, tok = model.load(small / "net")
+    beginning = tok.encode(" ".join(WORDS * 6))
+    requests = []
+    for i in range(6):
+        context = beginning + tok.encode(" ".join(WORDS[i : 2 * i + 1]))
+        choices = [tok.encode(" " + " ".join(WORDS[j : j * 2 + 1])) for j in range(1 + i % 4)]
+        requests.append(("same", context, choices))
+    alone = ("", beginning, [tok.encode(" " + " ".join(WORDS))])  # longer than any choice
+    for batch in (requests, requests[:1], requests[3:4], [alone, requests[3]]):
+        expected = [[naive(net, c, cont) for cont in conts] for _, c, conts in batch]
+        for ours, theirs in zip(evaluation.score(net, batch), expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_loss_of_shards_is_the_one_that_training_logs(tiny):
+    run(tiny, "eval.py", "config/tiny.py", "--model=out/tiny", "--out_dir=all")
+    rows = [json.loads(line) for line in (tiny / "out/tiny/log.jsonl").open()]
+    logged = [row for row in rows if "val_bpb" in row][-1]
+    ours = results(tiny, "all")["loss"]
+    assert ours["loss"] == pytest.approx(logged["val_loss"], abs=1e-5)
+    assert ours["bits_per_byte"] == pytest.approx(logged["val_bpb"], abs=1e-5)
+    assert ours["loss_stderr"] > 0 and ours["n"] > 1
+
+
+def test_processes_and_batches_change_no_result(small):
+    common = ["--model=net", "--data=rows", "--tasks=mmlu,gsm8k", "--shots=1", "--samples"]
+    common += ["--max_new_tokens=5", "--micro_tokens=900"]
+    run(small, "eval.py", *common, "--out_dir=p1")
+    run(small, "eval.py", *common, "--out_dir=p2", processes=2)
+    for name in ("samples_mmlu.jsonl", "samples_gsm8k.jsonl"):
+        assert (small / "p1" / name).read_bytes() == (small / "p2" / name).read_bytes()
+    assert not [*(small / "p2").glob("answers_*")]
+
+
+def test_a_killed_run_continues(small):
+    """What was answered before a kill is read, not computed: a planted answer comes through."""
+    args = ["--model=net", "--data=rows", "--tasks=arc_easy", "--shots=0", "--out_dir=cut"]
+    command = [sys.executable, "-u", str(ROOT / "eval.py"), *args, "--micro_tokens=1", "--samples"]
+    with subprocess.Popen(command, cwd=small, stdout=subprocess.PIPE, text=True) as process:
+        while "requests" not in process.stdout.readline():  # the first request is answered
+            pass
+        process.terminate()
+    assert process.returncode == -15 and not (small / "cut/results.json").exists()
+    kept = small / "cut/answers_0.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines() if line]
+    assert rows
+    rows[0][1] = [-1.25 for _ in rows[0][1]]
+    kept.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"torn')
+    out = run(small, *["eval.py", *args, "--micro_tokens=1", "--samples"]).stdout
+    assert f"{len(rows)} of before" in out and not kept.exists()
+    log = [json.loads(line) for line in (small / "cut/samples_arc_easy.jsonl").open()]
+    assert sum(-1.25 in sample["logprobs"] for sample in log) == 1
+
+
+OWN = {"kind": "generate", "prompt": "{question} answer:", "extract": "([0-9])", "stop": ["\n"]}
+
+
+def test_tasks_of_your_own(small):
+    rows = rows_to_generate()[:4]
+    header = {"kind": "choice", "prompt": "{q}", "choices": ["yes", "no"], "answer": "a"}
+    lines = [header, {"q": "is it warm?", "a": "yes"}, {"q": "is it?", "a": 1}]
+    (small / "own.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (small / "own.py").write_text(
+        "def lengths():\n"
+        f"    return {OWN | {'rows': rows, 'shots': 1}!r} | {{'judge': judge}}\n"
+        "def judge(row, texts):\n    return {'length': min(1, len(texts[0]) / 100)}\n"
+    )
+    tasks = "--tasks=own.jsonl,own.py:lengths"
+    run(small, "eval.py", "--model=net", tasks, "--out_dir=own", "--samples", "--max_new_tokens=9")
+    found = results(small, "own")
+    [choice, answer] = [found[name] for name in ("own.jsonl", "own.py:lengths")]
+    assert choice["n"] == 2 and 0 <= choice["acc"] <= 1
+    log = [json.loads(line) for line in (small / "own/samples_own.py_lengths.jsonl").open()]
+    lengths = [len(sample["answers"][0]) / 100 for sample in log]
+    assert answer["length"] == pytest.approx(sum(lengths) / 4)
+    assert all(s["prompt"].count("answer:") == 2 for s in log)
+
+
+def test_rows_of_other_shapes():
+    lines = {"question": "q", "options": "A. x y\nB. z", "answer": "B. z"}
+    assert evaluation.choices_of(lines) == (["x y", "z"], 1)
+    arc = {"choices": {"text": ["u", "v"], "label": ["1", "2"]}, "answerKey": "2"}
+    assert evaluation.choices_of(arc) == (["u", "v"], 1)
+    assert evaluation.choices_of({"choices": ["B", "A"], "answer": "A"}) == (["B", "A"], 1)
+    row = dict(activity_label="Cut", ctx_a="He [x] takes.", ctx_b="she", endings=["a [title] b"])
+    assert evaluation.read_hellaswag(row | {"label": "0"}) == ("Cut: He takes. She", ["a. b"], 0)
+    with pytest.raises(evaluation.BadRow):
+        evaluation.choices_of({"choices": ["a", "b"], "answer": 2})
+
+
+MATH = """\\frac12=\\frac{1}{2} \\dfrac{3}{4}=\\frac{3}{4} 1/2=\\frac{1}{2} .5=\\frac{1}{2}
+\\sqrt3=\\sqrt{3} x=5=5 90^\\circ=90 \\frac1{72}=\\frac{1}{72} 10\\%=10 \\left(1,2\\right)=(1,2)"""
+
+
+def test_mathematics_is_compared_in_one_spelling():
+    for pair in MATH.split():
+        text, _, plain = pair.rpartition("=")
+        assert evaluation.normal_math(text) == plain
+    assert evaluation.boxed(r"so \boxed{1} or \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert evaluation.boxed(r"\boxed 5$ x") == "5" and evaluation.boxed(r"\boxed{1") is None
+    if importlib.util.find_spec("lm_eval"):
+        from lm_eval.tasks.hendrycks_math.utils import strip_string
+
+        more = [r"5\text{ cm}", r"\$3", "0.5", "-1/2", r"a\!b", "k = 2", r"\frac ab"]
+        for text in [*more, *(pair.rpartition("=")[0] for pair in MATH.split())]:
+            assert evaluation.normal_math(text) == strip_string(text), text
+
+
+def test_rows_come_from_the_hub_on_request(small):
+    """A local server in the Hub's place, which cuts the first answer short."""
+    rows = [row | {"note": "x" * 30_000} for row in rows_of_choices()[:4]]
+    body = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Range")))
+            names = ["ARC-Easy/test-0.jsonl", "ARC-Challenge/test-0.jsonl", "README.md"]
+            data = json.dumps({"siblings": [{"rfilename": n} for n in names]}).encode()
+            if "resolve" in self.path:
+                data = body
+            begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(data) - begin))
+            self.end_headers()
+            cut = "resolve" in self.path and not begin
+            self.wfile.write(data[begin : 70_000 if cut else None])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}/"}
+    args = ["--model=net", "--tasks=arc_easy", "--data=fetched", "--download", "--out_dir=hub"]
+    run(small, "eval.py", *args, env=env)
+    assert results(small, "hub")["arc_easy"]["n"] == 4
+    assert asked[-1] == (
+        "/datasets/allenai/ai2_arc/resolve/main/ARC-Easy/test-0.jsonl",
+        "bytes=65536-",
+    )
+    assert (small / "fetched/arc_easy/ARC-Easy/test-0.jsonl").read_bytes() == body
+    before = len(asked)
+    run(small, "eval.py", *args[:-2], "--out_dir=hub")  # and none is made unasked
+    server.shutdown()
+    assert len(asked) == before
+
+
+def test_a_classifier(tiny):
+    rows = [{"text": f"def f(x{i}): return x", "label": "ab"[i % 3 == 0]} for i in range(12)]
+    net, tok = model.load(tiny / "out/tiny")
+    net.set_score(["a", "b"])
+    model.save(tiny / "out/classes", net, tok)
+    (tiny / "data/classes").mkdir()
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (tiny / "data/classes/classify_val.jsonl").write_text(lines)
+    run(
+        tiny, "eval.py", "--model=out/classes", "--tasks=classify", "--dataset=classes", "--samples"
+    )
+    found = results(tiny, "out/classes")["classify"]
+    log = [json.loads(x) for x in (tiny / "out/classes/samples_classify.jsonl").open()]
+    guesses = [s["answer"] for s in log]
+    with torch.no_grad():
+        h = net.hidden(torch.tensor([tok.start + tok.encode(rows[0]["text"])]))[0, -1]
+    assert log[0]["scores"] == pytest.approx(net.score(h).tolist(), abs=1e-4)
+    right = sum(g == r["label"] for g, r in zip(guesses, rows))
+    assert found["accuracy"] == pytest.approx(right / 12)
+    f1 = []
+    for label in "ab":
+        hits = sum(g == r["label"] == label for g, r in zip(guesses, rows))
+        f1.append(2 * hits / (guesses.count(label) + sum(r["label"] == label for r in rows)))
+    assert found["f1"] == pytest.approx(sum(f1) / 2)
+    said = run(tiny, "eval.py", "--model=out/classes", check=False)
+    assert said.returncode == 1 and "--tasks=classify" in said.stderr
+
+
+REFUSALS = {
+    "did you mean 'hellaswag'": ["--tasks=helaswag"],
+    "no rows": ["--tasks=hellaswag", "--data=rows"],
+    "3 shots": ["--tasks=mmlu", "--data=rows", "--shots=3"],
+    "leave no room": ["--tasks=gsm8k", "--data=rows", "--shots=1"],
+    "bad.jsonl:2: no JSON": ["--tasks=bad.jsonl"],
+    "answer 7 is none of its 2 choices": ["--tasks=wrong.jsonl"],
+    "the context is 192": ["--tasks=long.jsonl"],
+    "colour": ["--tasks=header.jsonl"],
+    "no function": ["--tasks=own2.py:nothing"],
+    "none.txt: cannot be read": ["--text=none.txt"],
+    "data/python: no validation shards": [],
+    "greedy answers": ["--num_samples=3"],
+    "limit=-1": ["--limit=-1"],
+}
+
+
+def test_refusals_are_one_line(small):
+    (small / "bad.jsonl").write_text('{"a": 1}\n{oops\n')
+    row = {"question": "q", "choices": ["a", "b"], "answer": 7}
+    (small / "wrong.jsonl").write_text(json.dumps(row))
+    row = {"question": "q", "choices": ["a", " ".join(WORDS * 20)], "answer": 0}
+    (small / "long.jsonl").write_text(json.dumps(row))
+    (small / "header.jsonl").write_text('{"kind": "choice", "colour": 1}\n{"question": 1}')
+    for message, args in REFUSALS.items():
+        said = run(small, "eval.py", "--model=net", "--out_dir=no", *args, check=False)
+        assert said.returncode == 1 and message in said.stderr, (message, said.stderr, said.stdout)
+        assert said.stderr.count("\n") == 1
+    assert not (small / "no/results.json").exists()
 
 
 if __name__ == "__main__":  # the child of `reference`; copy its file to FIXTURE to renew that

@@ -2,7 +2,8 @@
 #   python finetune.py config/sft.py               # out/sft
 #   python finetune.py config/reward.py
 # 90 seconds on two CPU cores. On pairs of held-out modules the share in which the right docstring
-# has the higher score rises from 0.46 (guessing: 0.5) to 0.68, the loss falls from 0.71 to 0.60.
+# has the higher score rises from 0.46 (guessing: 0.5) to 0.65, the loss falls from 0.71 to 0.63
+# (the best state, in out/reward/best, at half the steps).
 
 # finetune.py
 method = "reward"

@@ -78,10 +78,6 @@ from model import UserError
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-class BadRow(Exception):
-    """A row that is no example of its task, and why."""
-
-
 # --------------------------------------------------------------------------------------------------
 # A task is a record: how to read a row, and how to judge an answer
 
@@ -120,13 +116,13 @@ def choices_of(row):
         texts = [t.strip() for t in re.split(r"(?:^|\n)[A-Z][.)] ?", given)[1:]]
         answer = answer[0] if re.match(r"[A-Z]([.)]|$)", answer) else answer
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-        raise BadRow("expected a list of choices")
+        raise ValueError("expected a list of choices")
     if isinstance(answer, str):
         known = [list(labels[: len(texts)]), texts]
         known = known if labels is not LETTERS else known[::-1]
         answer = next((k.index(answer) for k in known if answer in k), answer)
     if type(answer) is not int or not 0 <= answer < len(texts):
-        raise BadRow(f"answer {answer!r} is none of its {len(texts)} choices")
+        raise ValueError(f"answer {answer!r} is none of its {len(texts)} choices")
     return texts, answer
 
 
@@ -219,7 +215,7 @@ def judge_math(row, texts):
         found = extract(r"[Tt]he final answer is \$?(.*?)\$?\.(?:\s|$)", texts[0])
     right = boxed(row["solution"]) if "solution" in row else row["answer"]
     if right is None:
-        raise BadRow("no \\boxed{} in its solution")
+        raise ValueError("no \\boxed{} in its solution")
     return {"exact_match": exact_match(normal_math(found), normal_math(right))}
 
 
@@ -395,7 +391,7 @@ def own_task(name, header, rows):
         return prompt, *choices_of({"choices": choices, "answer": row[h["answer"]]})
 
     def judge(row, texts):
-        found = extract(h["extract"], texts[0]) if h["extract"] else texts[0].strip()
+        found = extract(h["extract"], texts[0], h["which"]) if h["extract"] else texts[0].strip()
         return {"exact_match": exact_match(found, str(row[h["answer"]]), h["ignore"], h["lower"])}
 
     same = {key: h[key] for key in ("kind", "delimiter", "shots", "stop", "max_new_tokens")}
@@ -439,7 +435,7 @@ def read_row(task, row):
     """What task.read makes of a row; a row that is none is refused in a line."""
     try:
         return task.read(row)
-    except (BadRow, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         why = f"no field {error}" if isinstance(error, KeyError) else str(error)
         shown = json.dumps(row, ensure_ascii=False, default=str)[:100]
         raise UserError(f"{task.name}: {why}, in the row {shown}") from None
@@ -491,9 +487,9 @@ def encode_pair(tok, context, continuation):
 def fit_pair(context, continuation, n_ctx):
     """The pair, its context cut from the left so that every token that is scored has a place."""
     if not continuation:
-        raise BadRow("a choice that adds no token to its prompt cannot be scored")
+        raise ValueError("a choice that adds no token to its prompt cannot be scored")
     if len(continuation) > n_ctx or context == [None]:
-        raise BadRow(f"a choice of {len(continuation)} tokens: the context is {n_ctx}")
+        raise ValueError(f"a choice of {len(continuation)} tokens: the context is {n_ctx}")
     return context[-(n_ctx + 1 - len(continuation)) :], continuation
 
 
@@ -507,7 +503,7 @@ def choice_requests(task, net, tok):
             pairs = [encode_pair(tok, before + prompt, task.delimiter + c) for c in choices]
             whole, n_ctx = pairs[0][0], net.config.n_ctx
             pairs = [fit_pair(*pair, n_ctx) for pair in pairs]
-        except BadRow as error:
+        except ValueError as error:
             raise UserError(f"{task.name}: {error}: {prompt[:80]!r}") from None
         contexts = [context for context, _ in pairs]
         cut += min(map(len, contexts)) < len(whole)
@@ -588,10 +584,9 @@ class Answers:
 
     def close(self):
         """All is in results.json: nothing needs to be kept."""
-        agree(self.run)
         self.file.close()
-        (self.folder / f"answers_{self.run.rank}.jsonl").unlink()
-        for path in self.folder.glob("answers_*.jsonl") if self.run.world == 1 else ():
+        agree(self.run)
+        for path in self.folder.glob("answers_*.jsonl") if self.run.main else ():
             path.unlink()
 
 
@@ -729,7 +724,7 @@ def judged(task, questions, answers):
         else:
             try:
                 found = {metric: float(x) for metric, x in task.judge(row, mine[0]).items()}
-            except (BadRow, LookupError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
             sample["answers"] = mine[0]
         for metric, value in found.items():
@@ -850,13 +845,11 @@ def read_text(path):
             found = [row["text"] for row in read_rows(path)]
         else:
             found = [path.read_text(encoding="utf-8")]
-        if any(found) and all(isinstance(t, str) for t in found):
-            return [t for t in found if t]
+        if found := [document for document in found if document]:
+            return [str(document) for document in found]
         raise UserError(f"{path}: no text in it")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
-    except KeyError:
-        raise UserError(f"{path}: expected a field `text` in each record") from None
+    except (OSError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as text, or has no field: {error}") from None
 
 
 def run_classify(net, tok, answers, say):
@@ -925,26 +918,15 @@ def identity(kind):
 
 def open_folder(run):
     """Where the results go, which must be possible to write before hours are spent."""
-    if out_dir is None and not Path(model).is_dir():
-        raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     folder = Path(out_dir or model)
+    if out_dir is None and not folder.is_dir():
+        raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     try:
-        if run.main:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"answers_{run.rank}.jsonl").touch()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}: give --out_dir") from None
-    agree(run)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: cannot be written: give --out_dir")
+        raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
     return folder
-
-
-def write_samples(folder, name, log):
-    """samples_TASK.jsonl: each prompt, answer and verdict."""
-    plain = re.sub(r"[^\w.-]+", "_", name)
-    with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
-        for sample in log:
-            file.write((json.dumps(sample, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def check_settings():
@@ -989,10 +971,13 @@ def main():
         entry["settings"]["shots"] = getattr(task, "shots", None)
         results[name] = entry | ({"by": by} if by else {})
         for subject, some in by.items():
-            value, (metric, score) = some["n"], [*some.items()][-4 if name == "loss" else 1]
-            say(f"  {name} {subject}: {metric} {score:.4f} (n {value})")
+            shown = [f"{k} {v:.6g}" for k, v in some.items() if not k.endswith("_stderr")]
+            say(f"  {name} {subject}: {', '.join(shown)}")
         if samples and run.main:
-            write_samples(folder, name, log)
+            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in log]
+            plain = re.sub(r"[^\w.-]+", "_", name)
+            with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
+                file.write("".join(lines).encode(errors="replace"))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         record = {"model": model, "identity": mark, "results": results, "versions": versions}
         if run.main:  # after each task: what is done is done
@@ -1013,7 +998,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError):
-            if "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if "DefaultCPUAllocator" not in str(error):  # a CPU's allocator says no more
                 raise
         raise UserError(f"out of memory: lower micro_tokens (now {micro_tokens})") from None

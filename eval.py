@@ -380,6 +380,10 @@ def own_task(name, header, rows):
     h = HEADER | header
     if h["kind"] not in ("choice", "generate"):
         raise UserError(f"{name}: header: kind={h['kind']!r}: expected choice or generate")
+    try:
+        [re.compile(pattern) for pattern in (h["extract"], *h["ignore"])]
+    except (re.error, TypeError) as error:
+        raise UserError(f"{name}: header: extract, ignore: no pattern: {error}") from None
 
     def read(row):
         prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), h["prompt"])
@@ -531,7 +535,9 @@ def prompt_requests(task, net, tok):
         if chat:
             ids, _ = tok.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         cut += len(ids) > room
-        questions.append((row, prompt, None, right, [("", ids[-room:] or [tok.eot_id], [])]))
+        questions.append(
+            (row, prompt, None, right, [("", ids[-room:] or [tok.eot_id], [[]] * num_samples)])
+        )
     return questions, cut
 
 
@@ -594,7 +600,8 @@ def batches(requests):
     """Indices of requests in groups of micro_tokens at most, the longest first, so that the time
     left is no surprise; what shares its beginning stays together."""
     width = lambda r: max(map(len, r[2]), default=0)
-    size = lambda r: (len(r[1]) + width(r)) * (len(r[2]) if width(r) > 1 else 1)
+    rows = lambda r: 1 if width(r) == 1 else max(1, len(r[2]))  # single tokens need no row each
+    size = lambda r: (len(r[1]) + width(r)) * rows(r)
     groups, widest = [], 0
     for i in sorted(range(len(requests)), key=lambda i: (requests[i][0], -size(requests[i]), i)):
         same = groups and requests[i][0] == requests[groups[-1][0]][0]
@@ -615,7 +622,8 @@ def score(net, requests):
     """For each request (shared, context, continuations) the sums of log p of its continuations, in
     nats. The batch's common beginning is computed once, a context once for all that continue it,
     and logits only where something is scored."""
-    device = net.model.embed_tokens.weight.device
+    table = net.model.embed_tokens.weight
+    device = table.device
     trunks = [c + conts[0][:-1] if len(conts) == 1 else c for _, c, conts in requests]
     common = min(len(os.path.commonprefix(trunks)), min(len(r[1]) for r in requests) - 1)
     common = common if common * len(requests) >= 256 else 0  # else the cache costs more
@@ -635,7 +643,7 @@ def score(net, requests):
     ids, n = padded([trunk[common:] for trunk in trunks], device)
     if common or branches:
         room = common + T + (S if branches else 0)
-        dtype = torch.float32 if device.type == "cpu" else core.compute_dtype(net.lm_head.weight)
+        dtype = torch.float32 if device.type == "cpu" else core.compute_dtype(table)
         cache, n_new = core.KVCache(net.config, 1 if common else B, room, device, dtype), n
     if common:
         net.hidden(torch.tensor([trunks[0][:common]], device=device), cache=cache)
@@ -796,7 +804,7 @@ def run_loss(net, tok, answers, say):
     if text:
         whole = {"": read_text(Path(text))}
         encoded = [tok.start + tok.encode(document) for document in whole[""]]
-        windows = [[*text_windows(ids, tok.eot_id, length)] for ids in encoded]
+        windows = [[*text_windows(ids, tok.eot_id, length)] if ids else [] for ids in encoded]
         if tok.eot_id is None:
             raise UserError("this tokenizer has no token that could stand before a text")
         pieces = {"": [(w, len(d.encode()), d) for w, d in zip(windows, whole[""])]}

@@ -603,8 +603,10 @@ def batches(requests):
     rows = lambda r: 1 if width(r) == 1 else max(1, len(r[2]))  # single tokens need no row each
     size = lambda r: (len(r[1]) + width(r)) * rows(r)
     groups, widest = [], 0
-    for i in sorted(range(len(requests)), key=lambda i: (requests[i][0], -size(requests[i]), i)):
+    by_length = lambda i: (requests[i][0], -len(requests[i][1]), -width(requests[i]), i)
+    for i in sorted(range(len(requests)), key=by_length):
         same = groups and requests[i][0] == requests[groups[-1][0]][0]
+        widest = max(widest, size(requests[i]))
         if not same or widest * (len(groups[-1]) + 1) > micro_tokens:
             groups.append([])
             widest = size(requests[i])
@@ -626,7 +628,8 @@ def score(net, requests):
     device = table.device
     trunks = [c + conts[0][:-1] if len(conts) == 1 else c for _, c, conts in requests]
     common = min(len(os.path.commonprefix(trunks)), min(len(r[1]) for r in requests) - 1)
-    common = common if common * len(requests) >= 256 else 0  # else the cache costs more
+    if 4 * common < max(map(len, trunks)) or len(requests) == 1:  # then a cache costs more
+        common = 0
     B, T = len(requests), max(map(len, trunks)) - common
     S = max((len(c) - 1 for _, _, conts in requests if len(conts) > 1 for c in conts), default=0)
     branches, spots, lengths = [], [], []  # spots: (index into all hidden states, token there)

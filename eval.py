@@ -122,10 +122,6 @@ JUDGE_WAIT = 1.0  # seconds before the judge is asked again; then three, then se
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-class BadRow(Exception):
-    """A row that is no example of its task, and why."""
-
-
 # --------------------------------------------------------------------------------------------------
 # A task is a record: how to read a row, and how to judge an answer
 
@@ -165,13 +161,13 @@ def choices_of(row):
         texts = [t.strip() for t in re.split(r"(?:^|\n)[A-Z][.)] ?", given)[1:]]
         answer = answer[0] if re.match(r"[A-Z]([.)]|$)", answer) else answer
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-        raise BadRow("expected a list of choices")
+        raise ValueError("expected a list of choices")
     if isinstance(answer, str):
         known = [list(labels[: len(texts)]), texts]
         known = known if labels is not LETTERS else known[::-1]
         answer = next((k.index(answer) for k in known if answer in k), answer)
     if type(answer) is not int or not 0 <= answer < len(texts):
-        raise BadRow(f"answer {answer!r} is none of its {len(texts)} choices")
+        raise ValueError(f"answer {answer!r} is none of its {len(texts)} choices")
     return texts, answer
 
 
@@ -264,7 +260,7 @@ def judge_math(row, texts):
         found = extract(r"[Tt]he final answer is \$?(.*?)\$?\.(?:\s|$)", texts[0])
     right = boxed(row["solution"]) if "solution" in row else row["answer"]
     if right is None:
-        raise BadRow("no \\boxed{} in its solution")
+        raise ValueError("no \\boxed{} in its solution")
     return {"exact_match": exact_match(normal_math(found), normal_math(right))}
 
 
@@ -947,6 +943,10 @@ def own_task(name, header, rows):
     h = HEADER | header
     if h["kind"] not in ("choice", "generate"):
         raise UserError(f"{name}: header: kind={h['kind']!r}: expected choice or generate")
+    try:
+        [re.compile(pattern) for pattern in (h["extract"], *h["ignore"])]
+    except (re.error, TypeError) as error:
+        raise UserError(f"{name}: header: extract, ignore: no pattern: {error}") from None
 
     def read(row):
         prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), h["prompt"])
@@ -965,7 +965,7 @@ def own_task(name, header, rows):
             key = os.environ.get("JUDGE_API_KEY")
             asked = (judge_url, judge_model, read(row)[0], texts[0], h["rubric"], key)
             return {"rating": ask_judge(*asked)}
-        found = extract(h["extract"], texts[0]) if h["extract"] else texts[0].strip()
+        found = extract(h["extract"], texts[0], h["which"]) if h["extract"] else texts[0].strip()
         return {"exact_match": exact_match(found, str(row[h["answer"]]), h["ignore"], h["lower"])}
 
     same = {key: h[key] for key in ("kind", "delimiter", "shots", "stop", "max_new_tokens")}
@@ -1011,7 +1011,7 @@ def read_row(task, row):
     """What task.read makes of a row; a row that is none is refused in a line."""
     try:
         return task.read(row)
-    except (BadRow, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         why = f"no field {error}" if isinstance(error, KeyError) else str(error)
         shown = json.dumps(row, ensure_ascii=False, default=str)[:100]
         raise UserError(f"{task.name}: {why}, in the row {shown}") from None
@@ -1063,9 +1063,9 @@ def encode_pair(tok, context, continuation):
 def fit_pair(context, continuation, n_ctx):
     """The pair, its context cut from the left so that every token that is scored has a place."""
     if not continuation:
-        raise BadRow("a choice that adds no token to its prompt cannot be scored")
+        raise ValueError("a choice that adds no token to its prompt cannot be scored")
     if len(continuation) > n_ctx or context == [None]:
-        raise BadRow(f"a choice of {len(continuation)} tokens: the context is {n_ctx}")
+        raise ValueError(f"a choice of {len(continuation)} tokens: the context is {n_ctx}")
     return context[-(n_ctx + 1 - len(continuation)) :], continuation
 
 
@@ -1079,7 +1079,7 @@ def choice_requests(task, net, tok):
             pairs = [encode_pair(tok, before + prompt, task.delimiter + c) for c in choices]
             whole, n_ctx = pairs[0][0], net.config.n_ctx
             pairs = [fit_pair(*pair, n_ctx) for pair in pairs]
-        except BadRow as error:
+        except ValueError as error:
             raise UserError(f"{task.name}: {error}: {prompt[:80]!r}") from None
         contexts = [context for context, _ in pairs]
         cut += min(map(len, contexts)) < len(whole)
@@ -1107,7 +1107,9 @@ def prompt_requests(task, net, tok):
         if chat:
             ids, _ = tok.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         cut += len(ids) > room
-        questions.append((row, prompt, None, right, [("", ids[-room:] or [tok.eot_id], [])]))
+        questions.append(
+            (row, prompt, None, right, [("", ids[-room:] or [tok.eot_id], [[]] * num_samples)])
+        )
     return questions, cut
 
 
@@ -1160,10 +1162,9 @@ class Answers:
 
     def close(self):
         """All is in results.json: nothing needs to be kept."""
-        agree(self.run)
         self.file.close()
-        (self.folder / f"answers_{self.run.rank}.jsonl").unlink()
-        for path in self.folder.glob("answers_*.jsonl") if self.run.world == 1 else ():
+        agree(self.run)
+        for path in self.folder.glob("answers_*.jsonl") if self.run.main else ():
             path.unlink()
 
 
@@ -1171,10 +1172,13 @@ def batches(requests, most):
     """Indices of requests in groups of `most` tokens, the longest first, so that the time
     left is no surprise; what shares its beginning stays together."""
     width = lambda r: max(map(len, r[2]), default=0)
-    size = lambda r: (len(r[1]) + width(r)) * (len(r[2]) if width(r) > 1 else 1)
+    rows = lambda r: 1 if width(r) == 1 else max(1, len(r[2]))  # single tokens need no row each
+    size = lambda r: (len(r[1]) + width(r)) * rows(r)
     groups, widest = [], 0
-    for i in sorted(range(len(requests)), key=lambda i: (requests[i][0], -size(requests[i]), i)):
+    by_length = lambda i: (requests[i][0], -len(requests[i][1]), -width(requests[i]), i)
+    for i in sorted(range(len(requests)), key=by_length):
         same = groups and requests[i][0] == requests[groups[-1][0]][0]
+        widest = max(widest, size(requests[i]))
         if not same or widest * (len(groups[-1]) + 1) > most:
             groups.append([])
             widest = size(requests[i])
@@ -1192,10 +1196,12 @@ def score(net, requests):
     """For each request (shared, context, continuations) the sums of log p of its continuations, in
     nats. The batch's common beginning is computed once, a context once for all that continue it,
     and logits only where something is scored."""
-    device = net.model.embed_tokens.weight.device
+    table = net.model.embed_tokens.weight
+    device = table.device
     trunks = [c + conts[0][:-1] if len(conts) == 1 else c for _, c, conts in requests]
     common = min(len(os.path.commonprefix(trunks)), min(len(r[1]) for r in requests) - 1)
-    common = common if common * len(requests) >= 256 else 0  # else the cache costs more
+    if 4 * common < max(map(len, trunks)) or len(requests) == 1:  # then a cache costs more
+        common = 0
     B, T = len(requests), max(map(len, trunks)) - common
     S = max((len(c) - 1 for _, _, conts in requests if len(conts) > 1 for c in conts), default=0)
     branches, spots, lengths = [], [], []  # spots: (index into all hidden states, token there)
@@ -1212,7 +1218,7 @@ def score(net, requests):
     ids, n = padded([trunk[common:] for trunk in trunks], device)
     if common or branches:
         room = common + T + (S if branches else 0)
-        dtype = torch.float32 if device.type == "cpu" else core.compute_dtype(net.lm_head.weight)
+        dtype = torch.float32 if device.type == "cpu" else core.compute_dtype(table)
         cache, n_new = core.KVCache(net.config, 1 if common else B, room, device, dtype), n
     if common:
         net.hidden(torch.tensor([trunks[0][:common]], device=device), cache=cache)
@@ -1305,7 +1311,7 @@ def judged(task, questions, answers):
         else:
             try:
                 found = task.judge(row, mine[0])
-            except (BadRow, LookupError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
             sample["answers"] = mine[0]
         for metric, value in found.items():
@@ -1373,7 +1379,7 @@ def run_loss(net, tok, answers, say):
     if text:
         whole = {"": read_text(Path(text))}
         encoded = [tok.start + tok.encode(document) for document in whole[""]]
-        windows = [[*text_windows(ids, tok.eot_id, length)] for ids in encoded]
+        windows = [[*text_windows(ids, tok.eot_id, length)] if ids else [] for ids in encoded]
         if tok.eot_id is None:
             raise UserError("this tokenizer has no token that could stand before a text")
         pieces = {"": [(w, len(d.encode()), d) for w, d in zip(windows, whole[""])]}
@@ -1423,13 +1429,11 @@ def read_text(path):
             found = [row["text"] for row in read_rows(path)]
         else:
             found = [path.read_text(encoding="utf-8")]
-        if any(found) and all(isinstance(t, str) for t in found):
-            return [t for t in found if t]
+        if found := [document for document in found if document]:
+            return [str(document) for document in found]
         raise UserError(f"{path}: no text in it")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
-    except KeyError:
-        raise UserError(f"{path}: expected a field `text` in each record") from None
+    except (OSError, UnicodeDecodeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as text, or has no field: {error}") from None
 
 
 def run_classify(net, tok, answers, say):
@@ -2175,26 +2179,15 @@ def identity(kind):
 
 def open_folder(run):
     """Where the results go, which must be possible to write before hours are spent."""
-    if out_dir is None and not Path(model).is_dir():
-        raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     folder = Path(out_dir or model)
+    if out_dir is None and not folder.is_dir():
+        raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     try:
-        if run.main:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"answers_{run.rank}.jsonl").touch()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}: give --out_dir") from None
-    agree(run)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: cannot be written: give --out_dir")
+        raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
     return folder
-
-
-def write_samples(folder, name, log):
-    """samples_TASK.jsonl: each prompt, answer and verdict."""
-    plain = re.sub(r"[^\w.-]+", "_", name)
-    with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
-        for sample in log:
-            file.write((json.dumps(sample, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def check_settings():
@@ -2241,10 +2234,13 @@ def main():
         entry["settings"]["shots"] = getattr(task, "shots", None)
         results[name] = entry | ({"by": by} if by else {})
         for subject, some in by.items():
-            metric = "bits_per_byte" if name == "loss" else next(iter(some))
-            say(f"  {name} {subject}: {metric} {some[metric]:.4f} (n {some['n']})")
+            shown = [f"{k} {v:.6g}" for k, v in some.items() if not k.endswith("_stderr")]
+            say(f"  {name} {subject}: {', '.join(shown)}")
         if samples and run.main:
-            write_samples(folder, name, log)
+            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in log]
+            plain = re.sub(r"[^\w.-]+", "_", name)
+            with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
+                file.write("".join(lines).encode(errors="replace"))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         record = {"model": model, "identity": mark, "results": results, "versions": versions}
         if run.main:  # after each task: what is done is done
@@ -2265,7 +2261,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError):
-            if "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if "DefaultCPUAllocator" not in str(error):  # a CPU's allocator says no more
                 raise
         raise UserError(f"out of memory: lower micro_tokens (now {micro_tokens})") from None

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import run as run_script
+
 import eval as ev
 from model import UserError
 
@@ -213,6 +215,8 @@ libc, long = ctypes.CDLL(None), ctypes.c_long
 assert libc.prctl(38, long(1), long(0), long(0), long(0)) == 0
 filter = struct.pack("@HP", 4, ctypes.addressof(code))
 assert libc.prctl(22, long(2), filter, long(0), long(0)) == 0
+from conftest import run as run_script
+
 import eval as ev
 print(ev.run_program("1", weak=True), ev.run_program("import os; os.fork()", weak=True))
 ev.allow_code_exec = True
@@ -438,3 +442,45 @@ def test_judge_is_away(judge):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(UserError, match="four attempts .ConnectionError"):
             ev.ask_judge(url, "m", "q", "a", "r")
+
+
+# ------------------------------------------------------------------------------------- The command
+
+
+def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge, holes):
+    url, replies, asked = judge
+    replies += [(200, "Rating: [[3]]"), (200, "Rating: [[6]]")]
+    rows = {
+        "humaneval": [{"prompt": "x = 1\n", "canonical_solution": "", "entry_point": "abs"}
+                      | {"test": f"def check(f):\n    assert f(-1) == {i}"} for i in (1, 2)],
+        "ifeval": [{"prompt": "Write.", "instruction_id_list": ids, "kwargs": [{}] * len(ids)}
+                   for ids in (["punctuation:no_comma"], ["startend:quotation"] * 2)],
+        "mine": [{"kind": "generate", "rubric": "Be kind."}] + [{"question": q} for q in "ab"],
+    }  # fmt: skip
+    for name, some in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    mine = str(tmp_path / "mine.jsonl")
+    flags = [
+        "--model=out/tiny",
+        f"--data={tmp_path}",
+        f"--out_dir={tmp_path}",
+        "--max_new_tokens=8",
+    ]
+    flags += [f"--tasks=humaneval,ifeval,{mine}", f"--judge_url={url}", "--judge_model=m"]
+    refused = run_script(tiny, "eval.py", *flags, check=False)
+    assert refused.returncode == 1 and "--allow_code_exec allows it" in refused.stderr
+    weak = ["--allow_weak_sandbox"] * bool(holes)
+    run_script(tiny, "eval.py", *flags, "--allow_code_exec", "--samples", *weak)
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    samples = lambda name: [json.loads(line) for line in open(tmp_path / f"samples_{name}.jsonl")]
+    passed = [sample["verdicts"] == ["passed"] for sample in samples("humaneval")]
+    for sample, row in zip(samples("humaneval"), rows["humaneval"]):
+        program = ev.humaneval_program(row, sample["answers"][0])
+        assert [ev.run_program(program, weak=True)] == sample["verdicts"]
+    assert found["humaneval"]["pass@1"] == sum(passed) / 2
+    strict = [ev.ifeval_verdicts(row, sample["answers"][0])[0]
+              for row, sample in zip(rows["ifeval"], samples("ifeval"))]  # fmt: skip
+    assert found["ifeval"]["prompt_level_strict_acc"] == sum(map(all, strict)) / 2
+    assert found["ifeval"]["inst_level_strict_acc"] == pytest.approx(sum(sum(strict, [])) / 3)
+    assert found[mine]["rating"] == 4.5 and "Be kind." in asked[0][2]["messages"][0]["content"]

@@ -313,7 +313,7 @@ def test_rows_come_from_the_hub_on_request(small, monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setattr(model, "HUB", f"http://127.0.0.1:{server.server_address[1]}/")
     args = ["--model=net", "--tasks=arc_easy", "--data=fetched", "--download", "--out_dir=hub"]
     run(small, "eval.py", *args)
     assert results(small, "hub")["arc_easy"]["n"] == 4

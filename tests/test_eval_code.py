@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-
 from conftest import run as run_script
 
 import eval as ev
@@ -215,8 +214,6 @@ libc, long = ctypes.CDLL(None), ctypes.c_long
 assert libc.prctl(38, long(1), long(0), long(0), long(0)) == 0
 filter = struct.pack("@HP", 4, ctypes.addressof(code))
 assert libc.prctl(22, long(2), filter, long(0), long(0)) == 0
-from conftest import run as run_script
-
 import eval as ev
 print(ev.run_program("1", weak=True), ev.run_program("import os; os.fork()", weak=True))
 ev.allow_code_exec = True

@@ -87,7 +87,7 @@ checkpoint_blocks = False  # recompute blocks in backward: less memory, a third 
 eval_every = 100  # steps between validations; there is one at the start and one at the end
 eval_examples = 400  # validation examples each time, the first ones; 0: all
 save_every = 200  # steps between checkpoints
-memorized = 40  # examples of each split that the end's check of memorization generates; 0: none
+check_memorized = 40  # examples of each split that are tried word for word at the end; 0: none
 
 if __name__ == "__main__":
     configure(globals())
@@ -846,7 +846,7 @@ def lr_scale(step, steps):
 def made_by():
     """What a resumed run must have in common with its first part."""
     aside = ("init_from", "overwrite", "device", "max_steps", "max_epochs", "eval_every")
-    aside += ("save_every", "memorized", "micro_tokens", "early_stopping", "eval_examples")
+    aside += ("save_every", "check_memorized", "micro_tokens", "early_stopping", "eval_examples")
     return {k: v for k, v in settings(globals()).items() if k not in aside}
 
 
@@ -1176,8 +1176,9 @@ def main():
         say(f"merged: {out / 'merged'}")
     if method == "classify" and val:
         say(confusion(net.guesses, net.labels))
-    if method == "sft" and memorized and run.main:
-        for name, some in (("training", train[:memorized]), ("validation", val[:memorized])):
+    if method == "sft" and check_memorized and run.main:
+        for name, some in (("training", train), ("validation", val)):
+            some = some[:check_memorized]
             if some:
                 row[f"repeated_{name}"] = repeated(net, tok, some, cast)
         gap = row.get("val_loss", math.nan) - row.get("loss", math.nan)

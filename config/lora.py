@@ -16,7 +16,7 @@ lora_rank = 16
 lora_alpha = 32.0
 lora_targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 learning_rate = 5e-3
-memorized = 0
+check_memorized = 0
 
 # sample.py
 chat = True

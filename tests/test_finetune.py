@@ -18,7 +18,13 @@ from test_model import QWEN3, make_net
 import finetune
 import model
 
-QUICK = ["--max_steps=4", "--batch_size=4", "--eval_examples=8", "--eval_every=4", "--memorized=0"]
+QUICK = [
+    "--max_steps=4",
+    "--batch_size=4",
+    "--eval_examples=8",
+    "--eval_every=4",
+    "--check_memorized=0",
+]
 QUICK += ["--model=out/tiny", "--dataset=tiny", "--warmup_steps=0", "--dtype=float32"]
 
 

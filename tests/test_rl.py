@@ -229,7 +229,13 @@ def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monk
 # --------------------------------------------------------------------------------------------------
 # The commands: more of one letter
 
-RL = ["--model=out/tiny", "--dataset=tiny", "--dtype=float32", "--warmup_steps=0", "--memorized=0"]
+RL = [
+    "--model=out/tiny",
+    "--dataset=tiny",
+    "--dtype=float32",
+    "--warmup_steps=0",
+    "--check_memorized=0",
+]
 RL += ["--batch_size=8", "--group_size=4", "--max_new_tokens=12", "--learning_rate=3e-3"]
 RL += ["--eval_examples=32", "--eval_every=1000", "--reward=letters.py:share"]
 SHARE = "def share(messages, text, answer):\n    return text.count('e') / max(1, len(text))\n"

@@ -664,7 +664,8 @@ def spot_logprobs(net, h, spots):
     """log p of tokens (N,) float32, from hidden states h (M, C) and [(index into h, token)]."""
     at, tokens = torch.tensor(spots, device=h.device).T
     rows, at = at.unique(return_inverse=True)
-    size, out = core.head_rows(h.device.type, h.dtype, net.config.vocab_size), h.new_zeros(len(at))
+    size = core.head_rows(h.device.type, h.dtype, net.config.vocab_size)
+    out = torch.zeros(len(at), device=h.device)
     for i, part in enumerate(rows.split(size)):
         logits, mine = core.joint(h[part], net.lm_head).float(), at // size == i
         row = at[mine] - i * size

@@ -79,6 +79,7 @@ quantize: str | None = None  # int8: weights of one byte
 if __name__ == "__main__":
     configure(globals())
 
+import copy
 import difflib
 import hashlib
 import html
@@ -1203,31 +1204,38 @@ def score(net, requests):
     if 4 * common < max(map(len, trunks)) or len(requests) == 1:  # then a cache costs more
         common = 0
     B, T = len(requests), max(map(len, trunks)) - common
-    S = max((len(c) - 1 for _, _, conts in requests if len(conts) > 1 for c in conts), default=0)
-    branches, spots, lengths = [], [], []  # spots: (index into all hidden states, token there)
+    apart = [(b, i) for b, r in enumerate(requests) for i in range(len(r[2])) if len(r[2]) > 1]
+    ahead = lambda key: requests[key[0]][2][key[1]][:-1]  # what of a continuation is fed
+    apart = sorted(filter(ahead, apart), key=lambda key: -len(ahead(key)))
+    pieces = [apart[i : i + 64] for i in range(0, len(apart), 64)]  # alike in length
+    begin, end = {}, B * T  # where the hidden states of each begin, when all are in a row
+    for piece in pieces:
+        S = len(ahead(piece[0]))
+        begin |= {key: end + i * S for i, key in enumerate(piece)}
+        end += S * len(piece)
+    spots, lengths = [], []  # (index into all hidden states, the token that should follow)
     for b, (_, context, conts) in enumerate(requests):
         last = b * T + len(context) - 1 - common  # the place that predicts a continuation
-        for cont in conts:
-            rest = last + 1
-            if len(conts) > 1 and len(cont) > 1:
-                rest = B * T + len(branches) * S
-                branches.append((b, cont[:-1]))
+        for i, cont in enumerate(conts):
+            rest = begin.get((b, i), last + 1)
             spots += [(last, cont[0]), *((rest + j, t) for j, t in enumerate(cont[1:]))]
             lengths.append(len(cont))
     cache, n_new = None, None
     ids, n = padded([trunk[common:] for trunk in trunks], device)
-    if common or branches:
-        room = common + T + (S if branches else 0)
+    if common or apart:
+        room = common + T + (len(ahead(apart[0])) if apart else 0)
         dtype = torch.float32 if device.type == "cpu" else core.compute_dtype(table)
         cache, n_new = core.KVCache(net.config, 1 if common else B, room, device, dtype), n
     if common:
         net.hidden(torch.tensor([trunks[0][:common]], device=device), cache=cache)
         cache.reorder(torch.zeros(B, dtype=torch.int64, device=device))
-    h = net.hidden(ids, cache=cache, n_new=n_new).flatten(0, 1)
-    if branches:
-        cache.reorder(torch.tensor([b for b, _ in branches], device=device))
-        ids, n = padded([cont for _, cont in branches], device)
-        h = torch.cat((h, net.hidden(ids, cache=cache, n_new=n).flatten(0, 1)))
+    states = [net.hidden(ids, cache=cache, n_new=n_new).flatten(0, 1)]
+    for piece in pieces:
+        branch = copy.copy(cache)  # whose tensors reorder replaces
+        branch.reorder(torch.tensor([b for b, _ in piece], device=device))
+        ids, n = padded([ahead(key) for key in piece], device)
+        states.append(net.hidden(ids, cache=branch, n_new=n).flatten(0, 1))
+    h = torch.cat(states)
     sums = iter([part.sum().item() for part in spot_logprobs(net, h, spots).cpu().split(lengths)])
     return [[next(sums) for _ in conts] for _, _, conts in requests]
 
@@ -1236,7 +1244,8 @@ def spot_logprobs(net, h, spots):
     """log p of tokens (N,) float32, from hidden states h (M, C) and [(index into h, token)]."""
     at, tokens = torch.tensor(spots, device=h.device).T
     rows, at = at.unique(return_inverse=True)
-    size, out = core.head_rows(h.device.type, h.dtype, net.config.vocab_size), h.new_zeros(len(at))
+    size = core.head_rows(h.device.type, h.dtype, net.config.vocab_size)
+    out = torch.zeros(len(at), device=h.device)
     for i, part in enumerate(rows.split(size)):
         logits, mine = core.joint(h[part], net.lm_head).float(), at // size == i
         row = at[mine] - i * size

@@ -202,6 +202,8 @@ def test_loss_of_shards_is_the_one_that_training_logs(tiny):
     assert ours["loss"] == pytest.approx(logged["val_loss"], abs=1e-5)
     assert ours["bits_per_byte"] == pytest.approx(logged["val_bpb"], abs=1e-5)
     assert ours["loss_stderr"] > 0 and ours["n"] > 1
+    run(tiny, "eval.py", "config/tiny.py", "--out_dir=int8", "--quantize=int8")
+    assert results(tiny, "int8")["loss"]["loss"] == pytest.approx(logged["val_loss"], rel=0.02)
 
 
 def test_processes_and_batches_change_no_result(small):

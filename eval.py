@@ -2180,7 +2180,7 @@ def agree(run):
 def identity(kind):
     """What tells this model's answers from another's: its files, and what it computes in."""
     parts = [str(kind), quantize, model]
-    for path in sorted(Path(model).glob("*")) if Path(model).is_dir() else ():
+    for path in sorted(core.find(model).glob("*")):
         if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
             parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

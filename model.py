@@ -402,7 +402,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
 
-    def forward(self, x, rope, mask, cache=None):
+    def qkv(self, x, rope):
+        """q (B, n_head, T, D), k and v (B, n_kv_head, T, D) of x (B, T, C), as they are attended."""
         B, T, _ = x.shape
         H, G = self.c.n_head, self.c.n_kv_head
         qkv = joint(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)
@@ -412,12 +413,14 @@ class Attention(nn.Module):
             qk = rms_norm(qk, torch.cat(scales), self.c.norm_eps)
         if rope is not None:
             qk = rotate(qk, rope)
-        q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, n_kv_head, T, D)
-        v = v.transpose(1, 2)
+        return *qk.transpose(1, 2).split((H, G), 1), v.transpose(1, 2)
+
+    def forward(self, x, rope, mask, cache=None):
+        q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache(k, v)
         y = attend(q, k, v, mask, self.c.dropout if self.training else 0.0)
-        return joint(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)
+        return joint(y.transpose(1, 2).flatten(2), self.o_proj)
 
 
 class MLP(nn.Module):

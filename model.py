@@ -404,7 +404,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
 
     def qkv(self, x, rope):
-        """q (B, n_head, T, D), k and v (B, n_kv_head, T, D) of x (B, T, C), as they are attended."""
+        """q (B, n_head, T, D), k and v (B, n_kv_head, T, D) of x (B, T, C), normed and turned."""
         B, T, _ = x.shape
         H, G = self.c.n_head, self.c.n_kv_head
         qkv = joint(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)

@@ -37,8 +37,11 @@ if __name__ == "__main__":
     configure(globals())
 
 import asyncio
+import base64
+import bisect
 import codecs
 import difflib
+import hashlib
 import hmac
 import json
 import math
@@ -52,10 +55,12 @@ import time
 from collections import Counter, deque
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 import model as core
 from model import UserError
@@ -940,14 +945,6 @@ async def metrics_text(request: Request):
     return Response(state.metrics.text(state.engine), media_type=kind)
 
 
-@app.get("/")
-async def page(request: Request):
-    file = Path(__file__).with_name("serve.html")
-    if not file.is_file():
-        return Response(f"{request.app.state.name} is served at /v1\n", media_type="text/plain")
-    return Response(file.read_bytes(), media_type="text/html")
-
-
 @app.exception_handler(ApiError)
 async def on_api_error(request, error):
     return error_reply(error)
@@ -1041,6 +1038,169 @@ class PatientProtocol(H11Protocol):
 
 
 # --------------------------------------------------------------------------------------------------
+# Looking inside: the page, and what it shows of the network and its run. Nothing here changes them
+
+MAP_TOKENS = 128  # the longest text whose attention is shown
+LOG_ROWS = 2000  # the most rows of training in one answer: of more, every so manieth
+
+
+def model_parts(net):
+    """The network's layers in their order, each with its shape and number of parameters, which is
+    0 for a head whose matrix is the embedding's: together, all parameters there are."""
+    parts, counted = [], set()
+    for name, layer in net.named_modules():
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if weight is None:
+            continue
+        tied = id(weight) in counted
+        counted.add(id(weight))
+        params = 0 if tied else weight.numel() + (0 if bias is None else bias.numel())
+        parts.append(dict(name=name, shape=list(weight.shape), params=params, tied=tied))
+    return parts
+
+
+def attention_maps(net, ids, layer):
+    """softmax(q k^T / sqrt(D)) (n_head, T, T) float32 of one layer, from the q and k that it makes
+    in a pass over ids, a list: row i is what token i looks at."""
+    attention, seen = net.model.layers[layer].self_attn, []
+    hook = attention.register_forward_pre_hook(lambda module, args: seen.extend(args[:2]))
+    try:
+        net.hidden(torch.tensor([ids], device=net.model.embed_tokens.weight.device))
+    finally:
+        hook.remove()
+    q, k = (x[0].float() for x in attention.qkv(*seen)[:2])
+    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / math.sqrt(q.shape[-1])
+    behind = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(behind, -math.inf).softmax(-1).cpu()
+
+
+def nearest(net, n_vocab, token, n):
+    """[(id, cosine)] of the n tokens whose embeddings point most nearly where that of `token` does,
+    itself left out."""
+    table = net.model.embed_tokens.weight[:n_vocab]
+    parts = table.split(8192)  # not all of them in float32 at once
+    cosines = [F.cosine_similarity(part.float(), table[token].float(), dim=-1) for part in parts]
+    cosines = torch.cat(cosines)
+    cosines[token] = -math.inf
+    found = cosines.topk(min(n, n_vocab - 1))
+    return list(zip(found.indices.tolist(), found.values.tolist()))
+
+
+def log_rows(path, after):
+    """(the rows of a log.jsonl behind step `after`, the last step there is or -1). Many are
+    thinned, but for the evaluations; a row that is being written waits for the next time."""
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    row = lambda line: json.loads(line, parse_constant=lambda word: None)  # NaN is no JSON
+    new = lines[bisect.bisect_right(lines, after, key=lambda line: row(line)["step"]) :]
+    every = max(1, -(-len(new) // LOG_ROWS))
+    kept = [line for i, line in enumerate(new) if i % every == 0 or b'"val_' in line]
+    return [row(line) for line in kept[-2 * LOG_ROWS :]], row(lines[-1])["step"] if lines else -1
+
+
+def read_whole(body, name, least, most, default=None):
+    """A whole number of the request."""
+    value = body.get(name, default)
+    if type(value) is not int or not least <= value <= most:
+        why = f"{name} = {short(value)}: expected a whole number from {least} to {most}"
+        raise ApiError(400, why, name)
+    return value
+
+
+async def read_text(engine, body, bare):
+    """The ids of the request's text, or its ids."""
+    if isinstance(text := body.get("text"), str):
+        [ids] = await asyncio.to_thread(encode_all, engine, [text], bare)
+        return ids
+    if not is_ids(body.get("ids"), engine.tok.n_vocab):
+        raise ApiError(400, f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}", "text")
+    return body["ids"]
+
+
+@app.get("/inspect/model")
+async def inspect_model(request: Request):
+    """What the network is made of."""
+    net, parts = request.app.state.engine.net, model_parts(request.app.state.engine.net)
+    tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}.values()
+    table = net.model.embed_tokens.weight
+    out = described(request) | {"config": asdict(net.config), "parts": parts}
+    out |= {"params": sum(p["params"] for p in parts), "bytes": sum(t.nbytes for t in tensors)}
+    return reply(out | {"dtype": str(table.dtype)[6:], "device": str(table.device)})
+
+
+@app.post("/inspect/attention")
+async def inspect_attention(request: Request):
+    """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token: what it
+    looks at, up to itself."""
+    engine, body = request.app.state.engine, await read_body(request)
+    c, tok = engine.net.config, engine.tok
+    layer = read_whole(body, "layer", 0, c.n_layer - 1, 0)
+    ids, most = await read_text(engine, body, False), min(MAP_TOKENS, c.n_ctx)
+    if not 0 < len(ids) <= most:
+        raise ApiError(400, f"{len(ids)} tokens: attention is shown of 1 to {most}", "text")
+    some = slice(None)
+    if body.get("head") is not None:
+        head = read_whole(body, "head", 0, c.n_head - 1)
+        some = slice(head, head + 1)
+    maps = await asyncio.wrap_future(engine.call(attention_maps, engine.net, ids, layer))
+    heads = [[row[: i + 1] for i, row in enumerate(rows)] for rows in maps[some].tolist()]
+    heads = [[[round(w, 5) for w in row] for row in rows] for rows in heads]
+    names = [token_name(tok, id) for id in ids]
+    return reply({"tokens": ids, "token_strs": names, "layer": layer, "heads": heads})
+
+
+@app.post("/inspect/neighbours")
+async def inspect_neighbours(request: Request):
+    """{"token": an id, or "text" of one token, "n"} → the n tokens with the nearest embeddings."""
+    engine, body = request.app.state.engine, await read_body(request)
+    net, tok, n = engine.net, engine.tok, read_whole(body, "n", 1, 100, 10)
+    if "token" in body:
+        token = read_whole(body, "token", 0, tok.n_vocab - 1)
+    else:
+        ids = await read_text(engine, body, True)
+        if len(ids) != 1:
+            raise ApiError(400, f"{len(ids)} tokens: neighbours are of one", "text")
+        token = ids[0]
+    found = await asyncio.wrap_future(engine.call(nearest, net, tok.n_vocab, token, n))
+    near = [{"token": i, "text": token_name(tok, i), "cosine": round(c, 6)} for i, c in found]
+    return reply({"token": token, "text": token_name(tok, token), "neighbours": near})
+
+
+@app.get("/inspect/log")
+async def inspect_log(request: Request):
+    """?after=a step → the rows of the run's log.jsonl behind it, and its last step."""
+    after = request.query_params.get("after", "-1")
+    if not (after.removeprefix("-").isdecimal() and len(after) < 16):
+        raise ApiError(400, f"after = {short(after)}: expected a step", "after")
+    path = Path(request.app.state.folder) / "log.jsonl"
+    try:
+        rows, last = await asyncio.to_thread(log_rows, path, int(after))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ApiError(500, f"log.jsonl cannot be read: {short(str(error))}") from None
+    return reply({"rows": rows, "last": last})
+
+
+def page_policy(html):
+    """The Content-Security-Policy of the page: its own script and style, by their hashes, and this
+    server; nothing else is run, loaded or sent to, and no site may put it into a frame."""
+    allow = {}
+    for tag in ("script", "style"):
+        inner = html[html.index(f"<{tag}>") + len(tag) + 2 : html.index(f"</{tag}>")]
+        allow[tag] = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+    policy = [f"{tag}-src 'sha256-{digest}'" for tag, digest in allow.items()]
+    policy += ["connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    return "; ".join(["default-src 'none'", *policy, "frame-ancestors 'none'"])
+
+
+@app.get("/")
+async def page(request: Request):
+    html = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": page_policy(html), "X-Content-Type-Options": "nosniff"}
+    headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    return Response(html, headers=headers, media_type="text/html")
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def check_settings(n_ctx):
@@ -1084,7 +1244,7 @@ def main():
     check_settings(net.config.n_ctx)
     length = max_len or net.config.n_ctx
     state = app.state
-    state.metrics, state.name = Metrics(), Path(model).resolve().name
+    state.metrics, state.name, state.folder = Metrics(), Path(model).resolve().name, model
     state.created = int((Path(model) / "config.json").stat().st_mtime)
     state.engine = Engine(net, tok, max_batch, length, prefill_chunk, max_queue, state.metrics)
     state.log = open(log, "a", encoding="utf-8") if log else None

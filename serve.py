@@ -373,7 +373,7 @@ class Engine(threading.Thread):
         """The logits after each job's penalties."""
         for job in jobs:
             if job.seen is None:
-                job.seen, job.counts = torch.zeros_like(logits[:2])
+                job.seen, job.counts = logits.new_zeros(2, logits.shape[1])
                 job.seen[torch.tensor(job.ids, device=logits.device)] = 1
         seen, counts = (torch.stack([getattr(j, s) for j in jobs]) for s in ("seen", "counts"))
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -277,7 +277,7 @@ def pack(layers, dtype):
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
         return None
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 16)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

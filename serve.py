@@ -39,7 +39,6 @@ if __name__ == "__main__":
 import asyncio
 import base64
 import bisect
-import codecs
 import difflib
 import hashlib
 import hmac
@@ -79,107 +78,92 @@ except ImportError as error:
 # --------------------------------------------------------------------------------------------------
 # Metrics
 
-
-class Histogram:
-    """How many values were at most each bound, as Prometheus counts them."""
-
-    bounds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, math.inf)
-
-    def __init__(self):
-        self.counts, self.sum = [0] * len(self.bounds), 0.0
-
-    def add(self, value):
-        self.counts[next(i for i, bound in enumerate(self.bounds) if value <= bound)] += 1
-        self.sum += value
-
-    def lines(self, name):
-        total = 0
-        for bound, count in zip(self.bounds, self.counts):
-            total += count
-            yield f'{name}_bucket{{le="{"+Inf" if bound == math.inf else bound}"}} {total}'
-        yield f"{name}_sum {self.sum}"
-        yield f"{name}_count {total}"
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, math.inf)
+METRICS = {  # name: (type, what it counts)
+    "requests_total": ("counter", "Requests answered."),
+    "prompt_tokens_total": ("counter", "Tokens of prompts."),
+    "reused_tokens_total": ("counter", "Of these, those that the cache held already."),
+    "generated_tokens_total": ("counter", "Tokens generated."),
+    "steps_total": ("counter", "Steps of the engine."),
+    "queue_length": ("gauge", "Sequences that wait for a place in the batch."),
+    "batch_size": ("gauge", "Sequences in the batch."),
+    "batch_limit": ("gauge", "Places in the batch."),
+    "first_token_seconds": ("histogram", "From a sequence's arrival to its first token."),
+    "between_tokens_seconds": ("histogram", "From one token of a sequence to its next."),
+    "request_seconds": ("histogram", "From a generating request's arrival to its end."),
+}
 
 
 class Metrics:
     """What /metrics shows. Each number is written by one thread."""
 
     def __init__(self):
-        self.requests = Counter()  # by (path, status)
-        self.prompt_tokens = self.reused_tokens = self.generated_tokens = self.steps = 0
-        self.first_token, self.between_tokens, self.request = (Histogram() for _ in range(3))
+        self.counts = Counter()  # by the line's name with its labels
+        self.sums = Counter()  # of the histograms
 
-    def text(self, engine):
+    def observe(self, name, seconds):
+        self.sums[name] += seconds
+        self.counts[name, next(bound for bound in BOUNDS if seconds <= bound)] += 1
+
+    def text(self, gauges):
         """The Prometheus text format, version 0.0.4."""
-        out = []
-
-        def show(name, kind, what, lines):
-            out.extend((f"# HELP barelm_{name} {what}", f"# TYPE barelm_{name} {kind}", *lines))
-
-        named = [
-            f'barelm_requests_total{{path="{path}",status="{status}"}} {n}'
-            for (path, status), n in sorted(self.requests.items())
-        ]
-        show("requests_total", "counter", "Requests answered.", named)
-        for name, kind, what, value in (
-            ("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
-            ("reused_tokens_total", "counter", "Of these, found in the cache.", self.reused_tokens),
-            ("generated_tokens_total", "counter", "Tokens generated.", self.generated_tokens),
-            ("steps_total", "counter", "Steps of the engine.", self.steps),
-            ("queue_length", "gauge", "Sequences that wait.", len(engine.waiting)),
-            ("batch_size", "gauge", "Sequences in the batch.", len(engine.jobs)),
-            ("batch_limit", "gauge", "Sequences that the batch can hold.", engine.max_batch),
-        ):
-            show(name, kind, what, [f"barelm_{name} {value}"])
-        for name, what in (
-            ("first_token", "From the arrival of a request to its first token."),
-            ("between_tokens", "From one token of a sequence to the next."),
-            ("request", "From the arrival of a generating request to its end."),
-        ):
-            lines = getattr(self, name).lines(f"barelm_{name}_seconds")
-            show(f"{name}_seconds", "histogram", what, lines)
-        return "\n".join(out) + "\n"
+        lines, values = [], Counter(self.counts | gauges)
+        for name, (kind, what) in METRICS.items():
+            lines += [f"# HELP barelm_{name} {what}", f"# TYPE barelm_{name} {kind}"]
+            if kind == "histogram":
+                total = 0
+                for bound in BOUNDS:
+                    total += values[name, bound]
+                    le = "+Inf" if bound == math.inf else bound
+                    lines.append(f'barelm_{name}_bucket{{le="{le}"}} {total}')
+                lines += [f"barelm_{name}_sum {self.sums[name]}", f"barelm_{name}_count {total}"]
+                continue
+            labels = sorted(key for key in values if str(key).startswith(name + "{"))
+            lines += [f"barelm_{key} {values[key]}" for key in labels or [name]]
+        return "\n".join(lines) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
-# The engine: one thread, one network, one cache, a batch that changes between steps
+# The engine: one thread, one network, one cache, and a batch that changes between steps
 
 
 class Job:
-    """One sequence: a prompt, how to continue it, and what has become of it.
+    """One sequence in the making.
 
-    ids: the prompt. options: those of `choose_tokens` and `penalize`, by name. top: how many
-    alternatives of each token to tell, None for no log-probabilities at all. notify(job, piece,
-    tokens, done) is called in the engine's thread: new text, and the tokens since the last call as
-    (id, log p, {alternative: log p}); piece is an Exception where the job failed."""
+    ids: the prompt. options: those of `choose_tokens` and `penalize`, with seed and stop. top: how
+    many alternatives of each token to tell; None: no log-probabilities either. echo: the prompt's
+    text where it belongs to the answer. What is new is told in the engine's thread by notify(job,
+    text, tokens, done), tokens being (id, log p, {alternative: log p}); text is None where the job
+    failed."""
 
-    def __init__(self, tok, ids, limit, options, *, seed=0, index=0, stop=(), ends=(), top=None,
-                 echo=False, notify=None):  # fmt: skip
+    def __init__(self, tok, ids, limit, options, index=0, ends=(), top=None, echo=None):
         self.ids, self.options, self.index, self.top, self.echo = ids, options, index, top, echo
-        self.pieces, self.tokens, self.prompt_tokens = [], [], []
-        self.row = core.Row(tok, limit, stop, self.pieces.append, ends)
-        self.uniform = core.draws(seed, index, limit).tolist()
-        self.notify, self.gone, self.reused = notify, False, 0
-        self.arrived, self.last = time.monotonic(), None  # when the job came; its last token
-        self.first = None
-        changed = ("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0)
-        self.penalized = any(options[name] != usual for name, usual in changed)
-        self.seen = self.counts = None
+        self.scored = echo is not None and top is not None  # the prompt gets log-probabilities
+        self.pieces, self.tokens = [echo or ""], [(ids[0], None, {})] if self.scored else []
+        self.row = core.Row(tok, limit, options["stop"], self.pieces.append, ends)
+        self.uniform = core.draws(options["seed"], index, limit).tolist()
+        self.arrived, self.first, self.last = time.monotonic(), None, None  # of its tokens
+        self.notify, self.gone, self.reused = None, False, 0
+        self.placed = core.TextStream()  # the text of all tokens told so far
+        neutral = dict(repetition_penalty=1, presence_penalty=0, frequency_penalty=0)
+        self.penalized = any(options[name] != value for name, value in neutral.items())
+        self.counts = None  # (2, V): whether each token was seen, how often it was generated
 
-
-class Busy(Exception):
-    """The queue is full."""
+    def tell(self, done):
+        text, tokens, self.tokens = "".join(self.pieces), self.tokens, []
+        self.pieces.clear()
+        self.notify(self, text, tokens, done)
 
 
 class Engine(threading.Thread):
     """The thread that owns the network.
 
     jobs[i] has row i of the cache: first those that decode, then at most one whose prompt is being
-    read. Rows that no job has keep what they held, for prompts that begin alike."""
+    read. Rows without a job keep what they held, for prompts that begin alike."""
 
-    def __init__(self, net, tok, max_batch, max_len, chunk, max_queue, metrics):
+    def __init__(self, net, tok, max_batch, max_len, chunk, max_queue):
         super().__init__(daemon=True)
-        self.net, self.tok, self.metrics = net, tok, metrics
+        self.net, self.tok, self.metrics = net, tok, Metrics()
         self.max_batch, self.max_len, self.chunk = max_batch, max_len, chunk
         self.max_queue = max_queue
         self.longest = max(map(len, tok.bytes.values()))  # bytes of a token, at most
@@ -188,27 +172,25 @@ class Engine(threading.Thread):
         kind = torch.float32 if table.device.type == "cpu" else table.dtype  # as in core.prefill
         self.cache = core.KVCache(net.config, max_batch, max_len, table.device, kind)
         self.jobs, self.waiting, self.calls = [], deque(), deque()
-        self.held = [[] for _ in range(max_batch)]  # the ids whose keys and values a row holds
-        self.used_at = [0] * max_batch  # the step in which a row was last used
+        self.held = [[] for _ in range(max_batch)]  # the ids whose keys and values a row has
+        self.used_at = [0] * max_batch  # the step in which a row's last job left
         self.wake, self.stopping = threading.Condition(), False
 
-    # What other threads call.
-
     def submit(self, jobs):
-        """Queue the jobs, all or none: Busy where they do not fit."""
+        """Queue the jobs, all or none: whether there was room."""
         with self.wake:
-            if self.waiting and len(self.waiting) + len(jobs) > self.max_queue:
-                raise Busy
-            self.waiting.extend(jobs)
+            room = not self.waiting or len(self.waiting) + len(jobs) <= self.max_queue
+            self.waiting.extend(jobs if room else ())
             self.wake.notify()
+        return room
 
     def cancel(self, jobs):
         """Nobody waits for these any more: they leave before the next step."""
         with self.wake:
             for job in jobs:
                 job.gone = True
-            for job in [job for job in self.waiting if job.gone]:
-                self.waiting.remove(job)
+                with suppress(ValueError):
+                    self.waiting.remove(job)
             self.wake.notify()
 
     def call(self, f, *args):
@@ -224,10 +206,10 @@ class Engine(threading.Thread):
             self.stopping = True
             self.wake.notify()
 
-    # What its own thread does.
-
     def run(self):
         with core.generating(self.net), torch.inference_mode():
+            # The first step packs the weights, for which no client should wait.
+            core.feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
             while True:
                 with self.wake:
                     while not (self.jobs or self.waiting or self.calls or self.stopping):
@@ -235,42 +217,33 @@ class Engine(threading.Thread):
                 if self.stopping:
                     return
                 while self.calls:
-                    self.answer(*self.calls.popleft())
+                    future, f, args = self.calls.popleft()
+                    try:
+                        future.set_result(f(*args))
+                    except Exception as error:
+                        future.set_exception(error)
                 try:
                     self.step()
-                except Exception as error:  # of memory, say: who is in the batch must know
+                except Exception as error:  # no memory, say: the batch is lost, the server is not
                     print(f"serve.py: a step failed: {error!r}", file=sys.stderr, flush=True)
-                    self.fail(error)
-
-    def answer(self, future, f, args):
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(f(*args))
-        except (Exception, UserError) as error:
-            future.set_exception(error if isinstance(error, Exception) else ValueError(str(error)))
-
-    def fail(self, error):
-        for job in self.jobs:
-            job.notify(job, error, [], True)
-        self.jobs, self.held = [], [[] for _ in range(self.max_batch)]
+                    for job in self.jobs:
+                        job.notify(job, None, [], True)
+                    self.jobs, self.held = [], [[] for _ in self.held]
 
     def step(self):
-        """Every sequence gets its next token; so do those whose prompts a chunk completes."""
-        self.metrics.steps += 1
+        """Every sequence gets its next token, those too whose prompts a chunk completes."""
+        self.metrics.counts["steps_total"] += 1
         for i in reversed(range(len(self.jobs))):
             if self.jobs[i].gone:
                 self.release(i)
-        ready = [job for i, job in enumerate(self.jobs) if len(self.held[i]) >= len(job.ids)]
-        logits = []
+        ready = [job for job, ids in zip(self.jobs, self.held) if len(ids) >= len(job.ids)]
+        logits, room = [], self.chunk
         if ready:
-            last = [job.row.out.ids[-1] for job in ready]
             part = self.cache.part(0, [len(ids) for ids in self.held[: len(ready)]])
-            ids = torch.tensor(last, device=part.lengths.device)[:, None]
-            logits.append(core.feed(self.net, self.tok, part, ids))
-            for ids, token in zip(self.held, last):
-                ids.append(token)
-        room = self.chunk
+            for ids, job in zip(self.held, ready):
+                ids.append(job.row.out.ids[-1])
+            new = torch.tensor([ids[-1:] for ids in self.held[: len(ready)]])
+            logits.append(core.feed(self.net, self.tok, part, new.to(part.lengths.device)))
         while room > 0 and (len(self.jobs) > len(ready) or self.admit()):
             room -= self.read_prompt(room, ready, logits)
         if ready:
@@ -285,34 +258,31 @@ class Engine(threading.Thread):
                 return False
             job = self.waiting.popleft()
             self.jobs.append(job)
-        found, source = 0, n
-        if not (job.echo and job.top is not None):  # which needs the logits after every token
-            most = len(job.ids) - 1
-            found, source = max((common(ids, job.ids, most), i) for i, ids in enumerate(self.held))
-        oldest = min(range(n, self.max_batch), key=self.used_at.__getitem__)
-        # A row that would be continued is taken; else the one that was idle longest is given up.
-        row = source if source >= n and 2 * found >= len(self.held[source]) else oldest
-        if row != source and found:
+        most = 0 if job.scored else len(job.ids) - 1  # logits come from what is fed
+        found, source = max((common(ids, job.ids, most), i) for i, ids in enumerate(self.held))
+        # A row that is to be continued is taken; else the one that was idle longest.
+        row = min(range(n, self.max_batch), key=self.used_at.__getitem__)
+        if source >= n and 2 * found >= len(self.held[source]):
+            row = source
+        elif found:
             self.cache.copy([row], [source], found)
-            self.held[row] = self.held[source][:found]
         self.swap(n, row)
-        del self.held[n][found:]
+        self.held[n] = job.ids[:found]
         job.reused = found
-        self.metrics.prompt_tokens += len(job.ids)
-        self.metrics.reused_tokens += found
+        self.metrics.counts["prompt_tokens_total"] += len(job.ids)
+        self.metrics.counts["reused_tokens_total"] += found
         return True
 
     def swap(self, i, j):
         """Exchange two rows of the cache."""
         if i != j:
-            length = max(len(self.held[i]), len(self.held[j]))
-            self.cache.copy([i, j], [j, i], length)
+            self.cache.copy([i, j], [j, i], max(len(self.held[i]), len(self.held[j])))
             for rows in (self.held, self.used_at):
                 rows[i], rows[j] = rows[j], rows[i]
 
     def release(self, i):
-        """The job in row i leaves. Decoding ones stay together, and before the one in prefill."""
-        self.used_at[i], n = self.metrics.steps, len(self.jobs)
+        """The job in row i leaves: those that decode stay together, before the one that reads."""
+        self.used_at[i], n = self.metrics.counts["steps_total"], len(self.jobs)
         decoding = n - (len(self.held[n - 1]) < len(self.jobs[n - 1].ids))
         for j in (decoding - 1, n - 1):
             if i < j:
@@ -323,108 +293,88 @@ class Engine(threading.Thread):
     def read_prompt(self, room, ready, logits):
         """Feed at most `room` tokens of the last job's prompt: how many. With the prompt's end the
         job is ready, and the logits after it are added."""
-        row, job = len(self.jobs) - 1, self.jobs[-1]
-        held = self.held[row]
-        new = job.ids[len(held) : len(held) + room]
-        part, begin = self.cache.part(row, [len(held)]), len(held)
-        ids = torch.tensor([new], device=part.lengths.device)
-        h = self.net.hidden(ids, cache=part)
+        job, held = self.jobs[-1], self.held[len(self.jobs) - 1]
+        begin, new = len(held), job.ids[len(held) : len(held) + room]
+        part = self.cache.part(len(self.jobs) - 1, [begin])
+        h = self.net.hidden(torch.tensor([new], device=part.lengths.device), cache=part)
         held += new
-        if job.echo and job.top is not None:
-            targets = job.ids[begin + 1 : begin + 1 + len(new)]
-            some = core.head(self.net, self.tok, h[0, : len(targets)])
-            job.prompt_tokens += self.describe(some, targets, [job.top] * len(targets))
-        if len(held) < len(job.ids):
-            return len(new)
-        if job.row.limit:
+        if job.scored and (targets := job.ids[begin + 1 : len(held) + 1]):
+            scores = core.head(self.net, self.tok, h[0, : len(targets)])
+            job.tokens += self.describe(scores, targets, [job.top] * len(targets))
+        if len(held) == len(job.ids) and job.row.limit:
             ready.append(job)
             logits.append(core.head(self.net, self.tok, h[:, -1]))
-        else:  # only the prompt was asked about
-            job.notify(job, "", [], True)
-            self.release(row)
+        elif len(held) == len(job.ids):  # only the prompt was asked about
+            job.tell(True)
+            self.release(len(self.jobs) - 1)
         return len(new)
 
-    def describe(self, logits, ids, tops):
-        """[(id, log p, {alternative: log p})] of the ids, one a row of logits; the alternatives are
-        as many as `tops` says, None: nothing to tell."""
-        if not ids or all(top is None for top in tops):
-            return [(id, 0.0, {}) for id in ids]
-        chances = logits.log_softmax(-1)
-        chosen = chances.gather(1, torch.tensor(ids, device=chances.device)[:, None])[:, 0].tolist()
-        k = min(max(top or 0 for top in tops), self.tok.n_vocab)
-        values, order = (t.tolist() for t in chances.topk(k)) if k else ([[]] * len(ids),) * 2
-        rows = zip(ids, chosen, tops, order, values)
-        return [(id, lp, dict(zip(o[: top or 0], v))) for id, lp, top, o, v in rows]
-
     def take(self, ready, logits):
-        """Choose a token for each job that is ready, by its row of logits."""
+        """Choose each ready job's token by its row of logits, and tell those who wait for it."""
         likely, some = logits, [i for i, job in enumerate(ready) if job.penalized]
         if some:
             likely = logits.clone()
-            likely[some] = self.penalized([ready[i] for i in some], logits[some])
-        uniform = [job.uniform[len(job.row.out.ids)] for job in ready]
+            likely[some] = self.penalize([ready[i] for i in some], logits[some])
         names = ("temperature", "top_k", "top_p", "min_p")
         filters = {name: [job.options[name] for job in ready] for name in names}
-        uniform = torch.tensor(uniform, device=logits.device)
-        tokens = core.choose_tokens(likely, uniform, **filters).tolist()
-        for job, told in zip(ready, self.describe(logits, tokens, [job.top for job in ready])):
-            self.tell(job, told)
-        done = {id(job) for job in ready if job.row.done}
+        uniform = torch.tensor([job.uniform[len(job.row.out.ids)] for job in ready])
+        tokens = core.choose_tokens(likely, uniform.to(logits.device), **filters).tolist()
+        told, now = self.describe(logits, tokens, [job.top for job in ready]), time.monotonic()
+        self.metrics.counts["generated_tokens_total"] += len(ready)
+        for job, token in zip(ready, told):
+            name = "between_tokens_seconds" if job.first else "first_token_seconds"
+            self.metrics.observe(name, now - (job.last or job.arrived))
+            job.first, job.last = job.first or now, now
+            job.tokens.append(token)
+            job.row.take(*token[:2])
+            if job.counts is not None:
+                job.counts[0, token[0]] = 1
+                job.counts[1, token[0]] += 1
+            if any(job.pieces) or job.row.done:
+                job.tell(job.row.done)
         for i in reversed(range(len(self.jobs))):
-            if id(self.jobs[i]) in done:
+            if self.jobs[i].row.done:
                 self.release(i)
 
-    def penalized(self, jobs, logits):
-        """The logits after each job's penalties."""
-        for job in jobs:
-            if job.seen is None:
-                job.seen, job.counts = torch.zeros_like(logits[:2])
-                job.seen[torch.tensor(job.ids, device=logits.device)] = 1
-        seen, counts = (torch.stack([getattr(j, s) for j in jobs]) for s in ("seen", "counts"))
-        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        column = lambda name: torch.tensor([[job.options[name]] for job in jobs])
-        repetition, presence, frequency = (column(name).to(logits) for name in names)
-        return core.penalize(logits, seen > 0, repetition, counts, presence, frequency)
+    def describe(self, logits, ids, tops):
+        """[(id, log p, {alternative: log p})] of ids by their rows of logits; of as many
+        alternatives as `tops` says for each row, None: nothing."""
+        if all(top is None for top in tops):
+            return [(id, 0.0, {}) for id in ids]
+        chances = logits.log_softmax(-1)
+        chosen = chances.gather(1, torch.tensor(ids, device=chances.device)[:, None])[:, 0]
+        best = chances.topk(min(max(top or 0 for top in tops), self.tok.n_vocab))
+        rows = zip(ids, chosen.tolist(), tops, best.indices.tolist(), best.values.tolist())
+        return [(id, lp, dict(zip(other[: top or 0], v))) for id, lp, top, other, v in rows]
 
-    def tell(self, job, told):
-        """A job's next token: its row takes it, whoever waits hears of it."""
-        now, token = time.monotonic(), told[0]
-        if job.last is None:
-            job.first = now
-            self.metrics.first_token.add(now - job.arrived)
-        else:
-            self.metrics.between_tokens.add(now - job.last)
-        job.last = now
-        self.metrics.generated_tokens += 1
-        if job.seen is not None:
-            job.seen[token] = 1
-            job.counts[token] += 1
-        job.row.take(token, told[1])
-        job.tokens.append(told)
-        if job.pieces or job.row.done:
-            piece, tokens, job.tokens = "".join(job.pieces), job.tokens, []
-            job.pieces.clear()
-            job.notify(job, piece, tokens, job.row.done)
+    def penalize(self, jobs, logits):
+        for job in jobs:
+            if job.counts is None:
+                job.counts = logits.new_zeros(2, logits.shape[1])
+                job.counts[0, torch.tensor(job.ids, device=logits.device)] = 1
+        seen, counts = torch.stack([job.counts for job in jobs], 1)
+        column = lambda name: logits.new_tensor([[job.options[name]] for job in jobs])
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        repetition, presence, frequency = map(column, names)
+        return core.penalize(logits, seen > 0, repetition, counts, presence, frequency)
 
 
 def common(a, b, most):
     """How many items two lists have in common from their beginnings on, at most `most`."""
     most = min(most, len(a), len(b))
-    if a[:most] == b[:most]:
-        return most
-    return next(i for i in range(most) if a[i] != b[i])
+    return most if a[:most] == b[:most] else next(i for i in range(most) if a[i] != b[i])
 
 
 # --------------------------------------------------------------------------------------------------
 # The protocol: what a request may say, and how it is answered
 
 
-class ApiError(Exception):
-    """An answer that is an error: its HTTP status and what OpenAI's clients read of it."""
+class ApiError(HTTPException):
+    """An answer that is an error: its status, and what OpenAI's clients read of it."""
 
     def __init__(self, status, message, param=None, code=None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(status, message)
+        self.param, self.code = param, code
 
 
 def reply(value, status=200, headers=None):
@@ -434,39 +384,37 @@ def reply(value, status=200, headers=None):
 
 
 def error_body(error):
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    kind = "rate_limit_error" if error.status == 429 else kind
-    told = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    return {"error": told}
+    kind = {429: "rate_limit_error"}.get(error.status_code, "invalid_request_error")
+    kind = "server_error" if error.status_code >= 500 else kind
+    more = {"param": getattr(error, "param", None), "code": getattr(error, "code", None)}
+    return {"error": {"message": error.detail, "type": kind} | more}
 
 
 def error_reply(error):
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-    return reply(error_body(error), error.status, headers.get(error.status))
+    extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    return reply(error_body(error), error.status_code, extra.get(error.status_code, error.headers))
 
 
 def short(value):
     """A value as an error message shows it."""
-    text = ascii(value) if not isinstance(value, (list, dict)) else type(value).__name__
+    text = type(value).__name__ if isinstance(value, (list, dict)) else ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 async def read_body(request):
     """The JSON object of a request."""
-    data = bytearray()
+    data, declared = bytearray(), request.headers.get("content-length", "0")
 
     async def read():
         async for piece in request.stream():
             data.extend(piece)
-            if len(data) > max_body:
+            if max(len(data), int(declared)) > max_body:
                 raise ApiError(413, f"the body has more than {max_body} bytes (--max_body)")
 
     def refuse(word):
-        raise ValueError(f"{word} is no JSON")
+        raise ValueError(f"{word} is no number of JSON's")
 
     try:
-        if int(request.headers.get("content-length", 0)) > max_body:
-            raise ApiError(413, f"the body has more than {max_body} bytes (--max_body)")
         await asyncio.wait_for(read(), client_timeout)
         body = json.loads(data.decode(), parse_constant=refuse)
     except asyncio.TimeoutError:
@@ -480,94 +428,62 @@ async def read_body(request):
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 NAMES |= {list: "a list", dict: "an object"}
-
-# What a request may say: name: (type, least, most, default).
-COMMON = {
-    "model": (str, None, None, None),
-    "max_tokens": (int, 0, 2**31, None),
-    "temperature": (float, 0, 100, 1.0),
-    "top_k": (int, -1, 2**31, 0),
-    "top_p": (float, 0, 1, 1.0),
-    "min_p": (float, 0, 1, 0.0),
-    "repetition_penalty": (float, 0.01, 100, 1.0),
-    "presence_penalty": (float, -2, 2, 0.0),
-    "frequency_penalty": (float, -2, 2, 0.0),
-    "n": (int, 1, 128, 1),
-    "seed": (int, -(2**63), 2**63 - 1, None),
-    "stop": (object, None, None, None),
-    "ignore_eos": (bool, None, None, False),
-    "stream": (bool, None, None, False),
-    "stream_options": (dict, None, None, {}),
+PENALTIES = {"presence_penalty": (float, 0.0, -2, 2), "frequency_penalty": (float, 0.0, -2, 2)}
+PENALTIES |= {"repetition_penalty": (float, 1.0, 0.01, 100)}
+BOTH = PENALTIES | {  # name: (type, default, least, most)
+    "model": (str, None),
+    "max_tokens": (int, None, 0, 2**31),
+    "temperature": (float, 1.0, 0, 100),
+    "top_k": (int, 0, -1, 2**31),
+    "top_p": (float, 1.0, 0, 1),
+    "min_p": (float, 0.0, 0, 1),
+    "n": (int, 1, 1, 128),
+    "seed": (int, None, -(2**63), 2**63 - 1),
+    "stop": (object, []),
+    "ignore_eos": (bool, False),
+    "stream": (bool, False),
+    "stream_options": (dict, {}),
 }
-COMPLETION = COMMON | {
-    "prompt": (object, None, None, None),
-    "echo": (bool, None, None, False),
-    "logprobs": (int, 0, 20, None),
-    "best_of": (int, 1, 128, None),
-}
-CHAT = COMMON | {
-    "messages": (list, None, None, None),
-    "max_completion_tokens": (int, 0, 2**31, None),
-    "logprobs": (bool, None, None, False),
-    "top_logprobs": (int, 0, 20, 0),
-}
+COMPLETION = {"prompt": (object, None), "echo": (bool, False), "logprobs": (int, None, 0, 20)}
+COMPLETION |= BOTH | {"best_of": (int, None, 1, 128)}
+CHAT = {"messages": (list, []), "logprobs": (bool, False), "top_logprobs": (int, 0, 0, 20)}
+CHAT |= BOTH | {"max_completion_tokens": (int, None, 0, 2**31)}
 # What changes no answer, so that it may be there.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-PICKS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-PICKS += ("presence_penalty", "frequency_penalty")  # what a Job takes as its options
 
 
-def read_options(body, fields):
-    """The request's values by name, checked, with the defaults of `fields`."""
+def read_fields(body, known):
+    """The request's values by name, checked, with the defaults of `known`."""
     for key, value in body.items():
-        if key not in fields and key not in IGNORED and value not in (None, False, [], {}):
-            near = difflib.get_close_matches(key, fields, 1)
+        if key not in known and key not in IGNORED and value not in (None, False, [], {}):
+            near = difflib.get_close_matches(key, known, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ApiError(400, f"{short(key)} is not supported{hint}", short(key))
-    options = {}
-    for name, (kind, least, most, default) in fields.items():
-        value = body.get(name)
-        if value is None:
-            options[name] = default
+    o = {}
+    for name, (kind, default, *ends) in known.items():
+        value = o[name] = default if body.get(name) is None else body[name]
+        if value is default or kind is object:
             continue
-        good = type(value) in ((int, float) if kind is float else (kind,)) or kind is object
-        if not good or least is not None and not least <= value <= most:
-            range_ = f" from {least} to {most}" if least is not None else ""
-            expected = f"expected {NAMES[kind]}{range_}"
-            raise ApiError(400, f"{name} = {short(value)}: {expected}", name)
-        options[name] = value
-    options["top_k"] = max(options["top_k"], 0)
-    if options.get("best_of") not in (None, options["n"]):
+        good = type(value) is kind or kind is float and type(value) is int
+        if not good or ends and not ends[0] <= value <= ends[1]:
+            limits = f" from {ends[0]} to {ends[1]}" if ends else ""
+            raise ApiError(400, f"{name} = {short(value)}: expected {NAMES[kind]}{limits}", name)
+    return o
+
+
+def read_options(body, known):
+    """The same for a request to generate."""
+    o = read_fields(body, known)
+    if o.get("best_of") not in (None, o["n"]):
         raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
-    if options["seed"] is None:
-        options["seed"] = random.getrandbits(48) if seed is None else seed
-    stop = options["stop"] or []
-    options["stop"] = stop = [stop] if isinstance(stop, str) else stop
+    stop = [o["stop"]] if isinstance(o["stop"], str) else o["stop"]
     texts = isinstance(stop, list) and all(isinstance(s, str) and len(s) <= 256 for s in stop)
     if not texts or len(stop) > 16:
         raise ApiError(400, "stop: expected a string, or up to 16, of up to 256 characters", "stop")
-    options["stop"] = [s for s in stop if s]
-    return options
-
-
-def plainly(f, *args):
-    """f(*args), whose refusal of its input is the client's error. For another thread."""
-    try:
-        return f(*args)
-    except UserError as error:
-        raise ApiError(400, str(error)) from None
-    except BaseException as error:  # tiktoken panics at what its regular expressions cannot split
-        raise ApiError(400, f"this text cannot be tokenized: {short(str(error))}") from None
-
-
-def encode_all(engine, texts, bare=False):
-    """The ids of texts to be continued; bare: of texts alone."""
-    most = 4 * engine.longest * engine.max_len
-    for text in texts:
-        if len(text) > most:
-            raise too_long(engine, f"{len(text)} characters")
-    f = engine.tok.encode if bare else engine.tok.prompt
-    return plainly(lambda: [f(text) for text in texts])
+    o["stop"], o["top_k"] = [s for s in stop if s], max(o["top_k"], 0)
+    if o["seed"] is None:
+        o["seed"] = random.getrandbits(48) if seed is None else seed
+    return o
 
 
 def too_long(engine, what):
@@ -575,63 +491,82 @@ def too_long(engine, what):
     return ApiError(400, why, code="context_length_exceeded")
 
 
-def is_ids(value, n_vocab):
-    return isinstance(value, list) and all(type(i) is int and 0 <= i < n_vocab for i in value)
+async def tokenized(engine, size, f, *args):
+    """f(*args), which tokenizes about `size` characters, in another thread; what it refuses is the
+    client's error."""
+    if size > 4 * engine.longest * engine.max_len:
+        raise too_long(engine, f"{size} characters")
+
+    def plainly():
+        try:
+            return f(*args)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        except BaseException as error:  # tiktoken panics where its regular expressions fail
+            raise ApiError(400, f"not to be tokenized: {short(str(error))}") from None
+
+    return await asyncio.to_thread(plainly)
+
+
+def is_ids(tok, value):
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < tok.n_vocab for i in value)
 
 
 async def read_prompts(engine, value):
-    """The prompts of a completion, as lists of ids: a text or ids, or a list of either."""
-    n_vocab = engine.tok.n_vocab
-    several = isinstance(value, list) and value and type(value[0]) is not int
-    prompts = value if several else [value]
+    """The prompts of a completion as ids: a text, ids, or a list of either."""
+    one = not isinstance(value, list) or value and type(value[0]) is int
+    prompts = [value] if one else value
     if len(prompts) > engine.max_queue:
         raise ApiError(400, f"{len(prompts)} prompts: expected {engine.max_queue} at most")
-    if all(isinstance(p, str) for p in prompts):
-        prompts = await asyncio.to_thread(encode_all, engine, prompts)
-    elif not all(is_ids(p, n_vocab) for p in prompts):
-        why = f"expected a text, or ids from 0 to {n_vocab - 1}, or a list of either"
-        raise ApiError(400, f"prompt: {why}", "prompt")
-    if not all(prompts):
-        raise ApiError(400, "prompt: an empty one has nothing to continue", "prompt")
+    if prompts and all(isinstance(p, str) for p in prompts):
+        encode, size = engine.tok.prompt, max(map(len, prompts))
+        prompts = await tokenized(engine, size, lambda: [encode(p) for p in prompts])
+    if not prompts or not all(p and is_ids(engine.tok, p) for p in prompts):
+        why = f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}, or a list of either"
+        raise ApiError(400, f"prompt: {why}; none of them empty", "prompt")
     return prompts
 
 
 async def read_messages(engine, messages):
-    """The ids of a conversation, ready for its next turn."""
-    safe = []
-    for m in messages or []:
-        role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
-        if isinstance(content, list):  # of parts
-            texts = [p.get("text") if isinstance(p, dict) else None for p in content]
-            content = "".join(texts) if all(isinstance(t, str) for t in texts) else None
-        if role not in ("system", "developer", "user", "assistant") or not isinstance(content, str):
-            why = "expected [{'role': system, user or assistant, 'content': a text}]"
-            raise ApiError(400, f"messages: {why}", "messages")
-        safe.append({"role": "system" if role == "developer" else role, "content": content})
+    """The ids of a conversation, ready for the answer."""
+    safe, why = [], "expected [{'role': system, user or assistant, 'content': a text}]"
+    for m in messages if isinstance(messages, list) else ():
+        role, text = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
+        if isinstance(text, list):  # of parts
+            parts = [p.get("text") if isinstance(p, dict) else None for p in text]
+            text = "".join(parts) if all(isinstance(p, str) for p in parts) else None
+        if role not in ("system", "developer", "user", "assistant") or not isinstance(text, str):
+            raise ApiError(400, f"messages[{len(safe)}]: {why}", "messages")
+        safe.append({"role": "system" if role == "developer" else role, "content": text})
     if not safe:
-        raise ApiError(400, "messages: expected one or more", "messages")
+        raise ApiError(400, f"messages: {why}", "messages")
+    if len(safe) > engine.max_len:
+        raise too_long(engine, f"{len(safe)} messages")
     size = sum(len(m["content"]) for m in safe)
-    if len(safe) > engine.max_len or size > 4 * engine.longest * engine.max_len:
-        raise too_long(engine, f"{len(safe)} messages of {size} characters")
-    ids, _ = await asyncio.to_thread(plainly, engine.tok.chat, safe, True)
+    ids, _ = await tokenized(engine, size, engine.tok.chat, safe, True)
     return ids
 
 
-def make_jobs(engine, prompts, o, usual, ends, top, echo=False):
-    """n jobs for each prompt, by the options o; `usual`: the most tokens where the request does
-    not say. Their index is the choice's."""
-    jobs = []
+def make_jobs(engine, prompts, o, chat):
+    """n jobs for each prompt by the request's options o; a job's index is its choice's."""
+    tok, jobs = engine.tok, []
     if len(prompts) * o["n"] > engine.max_queue:
-        raise ApiError(400, f"{len(prompts)} x n = {o['n']}: over --max_queue={engine.max_queue}")
-    for ids in prompts:
-        room = engine.max_len - len(ids)
-        limit = min(usual, room) if o["max_tokens"] is None else o["max_tokens"]
-        if room < limit or room < 1 and o["max_tokens"] is None:
-            raise too_long(engine, f"{len(ids)} tokens of prompt and {max(limit, 1)} of answer")
+        why = f"{len(prompts)} prompts, each {o['n']} times: expected {engine.max_queue} at most"
+        raise ApiError(400, why, "n")
+    top = o["logprobs"] if not chat else o["top_logprobs"] if o["logprobs"] else None
+    ends = [] if o["ignore_eos"] else [*tok.eos_ids, *engine.turn_ends[: int(chat)]]
+    texts = o["prompt"] if not chat and isinstance(o["prompt"], list) else [o.get("prompt")]
+    for i, ids in enumerate(prompts):
+        room, limit = engine.max_len - len(ids), o["max_tokens"]
+        if limit is None:
+            limit = max(min(room, room if chat else 16), 1)
+        if limit > room:
+            raise too_long(engine, f"a prompt of {len(ids)} tokens and {limit} more")
+        echo = None
+        if o.get("echo"):
+            echo = texts[i] if isinstance(texts[0], str) else decode(tok, ids)
         for _ in range(o["n"]):
-            how = dict(seed=o["seed"], index=len(jobs), stop=o["stop"], top=top, echo=echo)
-            how["ends"] = () if o["ignore_eos"] else ends
-            jobs.append(Job(engine.tok, ids, limit, {name: o[name] for name in PICKS}, **how))
+            jobs.append(Job(tok, ids, limit, o, len(jobs), ends, top, echo))
     return jobs
 
 
@@ -645,54 +580,53 @@ def start(request, jobs):
 
     for job in jobs:
         job.notify = notify
-    try:
-        request.app.state.engine.submit(jobs)
-    except Busy:
-        raise ApiError(429, "the queue is full: try again", code="queue_full") from None
-    request.scope["barelm"].jobs = jobs  # for the log; and the Front cancels what is not done
+    if not app.state.engine.submit(jobs):
+        raise ApiError(429, "the queue is full: try again", code="queue_full")
+    request.scope["record"].jobs = jobs  # the Front cancels what is not done at the end
     return queue
 
 
 async def follow(request, jobs, queue):
-    """What the jobs tell, (job, piece, tokens, done), until all are done, the client has left, or
+    """What the jobs tell, (job, text, tokens, done), until all are done, the client has left, or
     the time is over."""
 
     async def watch():
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        queue.put_nowait((None, ClientDisconnect(), [], True))
+        queue.put_nowait(ClientDisconnect())
 
     late = ApiError(504, f"the request took more than {timeout:g} s (--timeout)", code="timeout")
-    loop, left = asyncio.get_running_loop(), len(jobs)
-    watcher = asyncio.create_task(watch())
-    clock = loop.call_later(timeout, queue.put_nowait, (None, late, [], True))
+    clock = asyncio.get_running_loop().call_later(timeout, queue.put_nowait, late)
+    watcher, left = asyncio.create_task(watch()), len(jobs)
     try:
         while left:
-            job, piece, tokens, done = await queue.get()
-            if isinstance(piece, (ApiError, ClientDisconnect)):
-                raise piece
-            if isinstance(piece, Exception):
-                raise ApiError(500, "the step that this request was in failed")
-            left -= done
-            yield job, piece, tokens, done
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event[1] is None:
+                raise ApiError(500, "the step that this sequence was in failed")
+            left -= event[3]
+            yield event
     finally:
         watcher.cancel()
         clock.cancel()
 
 
 def usage(jobs):
-    """Tokens of a request's prompts, each counted once, and of its answers."""
-    n = max(1, len(jobs))
-    asked = sum(len(ids) for ids in {id(job.ids): job.ids for job in jobs}.values())
-    made = sum(len(job.row.out.ids) for job in jobs[:n])
-    reused = {id(job.ids): job.reused for job in reversed(jobs)}
-    details = {"cached_tokens": sum(reused.values())}
+    """The tokens of a request: of its prompts, each counted once, and of its answers."""
+    first = {id(job.ids): job for job in reversed(jobs)}.values()
+    asked, made = sum(len(j.ids) for j in first), sum(len(j.row.out.ids) for j in jobs)
     out = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-    return out | {"prompt_tokens_details": details}
+    return out | {"prompt_tokens_details": {"cached_tokens": sum(j.reused for j in first)}}
 
 
-def token_name(tok, id):
-    """A token as the protocol shows it: what is no whole UTF-8 as its bytes."""
+def decode(tok, ids):
+    """The text of ids without special tokens."""
+    return b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
+
+
+def name_of(tok, id):
+    """A token as the protocol shows it: as its bytes where they are no whole UTF-8."""
     data = tok.shown.get(id, b"")
     try:
         return data.decode()
@@ -700,264 +634,177 @@ def token_name(tok, id):
         return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
 
 
-def reason(job):
-    return job.row.out.finish_reason
-
-
-def completion_logprobs(tok, told, decoder):
-    """OpenAI's arrays for tokens (id, log p, alternatives); the first of a text has no log p.
-    decoder: an incremental one, with `at`, where in the text the next token begins."""
+def completion_logprobs(tok, job, tokens):
+    """OpenAI's arrays for (id, log p, alternatives); a text's first token has no log p."""
     out = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for id, lp, tops in told:
-        out["tokens"].append(token_name(tok, id))
+    for id, lp, tops in tokens:
+        out["tokens"].append(name_of(tok, id))
         out["token_logprobs"].append(lp)
-        # Two tokens may look alike: the likelier one's number stays.
-        named = {token_name(tok, i): p for i, p in [(id, lp), *reversed(tops.items())]}
+        # Of tokens that look alike the likeliest is told.
+        named = {name_of(tok, i): p for i, p in [(id, lp), *reversed(tops.items())]}
         out["top_logprobs"].append(None if lp is None else named)
-        out["text_offset"].append(decoder.at)
-        decoder.at += len(decoder.decode(tok.token_bytes(id)))
+        out["text_offset"].append(len(job.placed.text))
+        job.placed.feed(tok.token_bytes(id))
     return out
 
 
-def chat_logprobs(tok, told):
-    entry = lambda id, lp: (
-        {"token": token_name(tok, id), "logprob": lp} | {"bytes": list(tok.shown.get(id, b""))}
-    )
-    return {
-        "content": [
-            entry(id, lp) | {"top_logprobs": [entry(*alternative) for alternative in tops.items()]}
-            for id, lp, tops in told
-        ]
-    }
+def chat_logprobs(tok, job, tokens):
+    def entry(id, lp):
+        data = list(tok.shown.get(id, b""))
+        return {"token": name_of(tok, id), "logprob": lp, "bytes": data}
+
+    tops = lambda others: {"top_logprobs": [entry(*other) for other in others.items()]}
+    return {"content": [entry(id, lp) | tops(others) for id, lp, others in tokens]}
 
 
-def check_model(request, name):
-    mine = request.app.state.name
-    if name not in (None, mine):
-        why = f"no model {short(name)} here: this server has {mine!r}"
+def check_model(name):
+    if name not in (None, app.state.name):
+        why = f"no model {short(name)} here: this server has {app.state.name!r}"
         raise ApiError(404, why, "model", "model_not_found")
 
 
-async def stream_reply(request, jobs, queue, chunk, first, last):
-    """A response of server-sent events: the chunks first(job) of each job, those of what the jobs
-    tell by chunk(job, piece, tokens, done), and `last` when all is done."""
-    line = lambda value: f"data: {json.dumps(value, allow_nan=False)}\n\n"
-
-    async def lines():
-        try:
-            for job in jobs:
-                for value in first(job):
-                    yield line(value)
-            async for event in follow(request, jobs, queue):
-                for value in chunk(*event):
-                    yield line(value)
-            for value in last():
-                yield line(value)
-            yield "data: [DONE]\n\n"
-        except ApiError as error:  # too late for a status
-            yield line(error_body(error))
-
-    return StreamingResponse(
-        lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-    )
-
-
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+app.exception_handler(HTTPException)(lambda request, error: error_reply(error))
 
 
 @app.post("/v1/completions")
 async def completions(request: Request):
-    engine = request.app.state.engine
-    tok = engine.tok
-    body = await read_body(request)
-    o = read_options(body, COMPLETION)
-    check_model(request, o["model"])
-    prompts = await read_prompts(engine, o["prompt"])
-    jobs = make_jobs(engine, prompts, o, 16, tok.eos_ids, o["logprobs"], o["echo"])
-    head = answer_head(request, "cmpl-", "text_completion")
-    texts = o["prompt"] if isinstance(o["prompt"], list) else [o["prompt"]]
-
-    def choice(job, text, logprobs, finish):
-        named = {"text": text, "index": job.index, "logprobs": logprobs, "finish_reason": finish}
-        return named
-
-    def asked(job):
-        """The prompt as text."""
-        text = texts[job.index // o["n"]] if isinstance(texts[0], str) else None
-        return text if text is not None else decode(tok, job.ids)
-
-    def logprobs(job, told):
-        if job.top is None:
-            return None
-        if not hasattr(job, "decoder"):
-            job.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            job.decoder.at = 0
-            told = ([(job.ids[0], None, {}), *job.prompt_tokens] if job.echo else []) + told
-        return completion_logprobs(tok, told, job.decoder)
-
-    queue = start(request, jobs)
-    if o["stream"]:
-        counted = o["stream_options"].get("include_usage") is True
-        extra = {"usage": None} if counted else {}
-
-        def chunk(job, piece, tokens, done):
-            fresh = job.echo and not hasattr(job, "echoed")
-            job.echoed = True
-            text = asked(job) + piece if fresh else piece
-            finish = reason(job) if done else None
-            yield head | {"choices": [choice(job, text, logprobs(job, tokens), finish)]} | extra
-
-        last = lambda: [head | {"choices": [], "usage": usage(jobs)}] if counted else []
-        return await stream_reply(request, jobs, queue, chunk, lambda job: (), last)
-    told = await gather(request, jobs, queue)
-    choices = []
-    for job in jobs:
-        text = (asked(job) if job.echo else "") + job.row.out.text
-        choices.append(choice(job, text, logprobs(job, told[job.index]), reason(job)))
-    return reply(head | {"choices": choices, "usage": usage(jobs)})
+    o = read_options(await read_body(request), COMPLETION)
+    check_model(o["model"])
+    prompts = await read_prompts(app.state.engine, o["prompt"])
+    return await answer(request, o, prompts, chat=False)
 
 
 @app.post("/v1/chat/completions")
 async def chat_completions(request: Request):
-    engine = request.app.state.engine
-    tok = engine.tok
-    body = await read_body(request)
-    o = read_options(body, CHAT)
-    check_model(request, o["model"])
+    o = read_options(await read_body(request), CHAT)
+    check_model(o["model"])
     if o["max_completion_tokens"] is not None:
         o["max_tokens"] = o["max_completion_tokens"]
-    ids = await read_messages(engine, o["messages"])
-    top = o["top_logprobs"] if o["logprobs"] else None
-    ends = [*tok.eos_ids, *engine.turn_ends]
-    jobs = make_jobs(engine, [ids], o, engine.max_len, ends, top)
-    head = answer_head(request, "chatcmpl-", "chat.completion" + ".chunk" * o["stream"])
-    logprobs = lambda job, told: None if job.top is None else chat_logprobs(tok, told)
+    prompt = await read_messages(app.state.engine, o["messages"])
+    return await answer(request, o, [prompt], chat=True)
+
+
+async def answer(request, o, prompts, chat):
+    """The response to a request of options o: one JSON object, or a stream of them."""
+    engine, stream = app.state.engine, o["stream"]
+    jobs = make_jobs(engine, prompts, o, chat)
     queue = start(request, jobs)
-    if o["stream"]:
+    kind = "chat.completion" + ".chunk" * stream if chat else "text_completion"
+    head = {"id": ("chatcmpl-" if chat else "cmpl-") + os.urandom(12).hex(), "object": kind}
+    head |= {"created": int(time.time()), "model": app.state.name}
+    describe = chat_logprobs if chat else completion_logprobs
+
+    def choice(job, said, tokens=(), done=False):
+        logprobs = describe(engine.tok, job, tokens) if tokens and job.top is not None else None
+        finish = job.row.out.finish_reason if done else None
+        return {"index": job.index} | said | {"logprobs": logprobs, "finish_reason": finish}
+
+    if stream:
+        choices = stream_choices(request, jobs, queue, choice, chat)
         counted = o["stream_options"].get("include_usage") is True
-        extra = {"usage": None} if counted else {}
-
-        def delta(job, delta, logprobs=None, finish=None):
-            choice = {"index": job.index, "delta": delta, "logprobs": logprobs}
-            return head | {"choices": [choice | {"finish_reason": finish}]} | extra
-
-        def chunk(job, piece, tokens, done):
-            if piece or tokens:
-                yield delta(job, {"content": piece}, logprobs(job, tokens))
-            if done:
-                yield delta(job, {}, None, reason(job))
-
-        first = lambda job: [delta(job, {"role": "assistant", "content": ""})]
-        last = lambda: [head | {"choices": [], "usage": usage(jobs)}] if counted else []
-        return await stream_reply(request, jobs, queue, chunk, first, last)
-    told = await gather(request, jobs, queue)
-    choices = []
-    for job in jobs:
-        message = {"role": "assistant", "content": job.row.out.text}
-        choice = {"index": job.index, "message": message, "finish_reason": reason(job)}
-        choices.append(choice | {"logprobs": logprobs(job, told[job.index])})
+        lines = stream_lines(head, choices, counted, jobs)
+        return StreamingResponse(lines, media_type="text/event-stream")
+    texts, told = [""] * len(jobs), [[] for _ in jobs]
+    async for job, text, tokens, _ in follow(request, jobs, queue):
+        texts[job.index] += text
+        told[job.index] += tokens
+    if chat:
+        said = [{"message": {"role": "assistant", "content": text}} for text in texts]
+    else:
+        said = [{"text": text} for text in texts]
+    choices = [choice(job, *more, True) for job, *more in zip(jobs, said, told)]
     return reply(head | {"choices": choices, "usage": usage(jobs)})
 
 
-def decode(tok, ids):
-    """The text of ids without special tokens."""
-    return b"".join(tok.token_bytes(id) for id in ids).decode(errors="replace")
+async def stream_choices(request, jobs, queue, choice, chat):
+    """The choices of a stream's chunks, as choice(job, what is said, tokens, done) makes them."""
+    for job in jobs if chat else ():
+        yield choice(job, {"delta": {"role": "assistant", "content": ""}})
+    async for job, text, tokens, done in follow(request, jobs, queue):
+        if not chat:
+            yield choice(job, {"text": text}, tokens, done)
+            continue
+        if text or tokens:
+            yield choice(job, {"delta": {"content": text}}, tokens)
+        if done:
+            yield choice(job, {"delta": {}}, (), True)
 
 
-def answer_head(request, prefix, kind):
-    """What all the answers and chunks of a request begin with."""
-    name = request.app.state.name
-    head = {"id": prefix + os.urandom(12).hex(), "object": kind, "created": int(time.time())}
-    return head | {"model": name}
-
-
-async def gather(request, jobs, queue):
-    """Wait for all jobs: the tokens that each told."""
-    told = [[] for _ in jobs]
-    async for job, _, tokens, _ in follow(request, jobs, queue):
-        told[job.index] += tokens
-    return told
-
-
-def described(request):
-    state = request.app.state
-    named = {"id": state.name, "object": "model", "created": state.created, "owned_by": "barelm"}
-    return named | {"max_model_len": state.engine.max_len}
+async def stream_lines(head, choices, counted, jobs):
+    """Server-sent events of a stream: a chunk for each choice, at the end the usage if counted."""
+    line = lambda value: f"data: {json.dumps(value, allow_nan=False)}\n\n"
+    try:
+        async for choice in choices:
+            yield line(head | {"choices": [choice]} | ({"usage": None} if counted else {}))
+        if counted:
+            yield line(head | {"choices": [], "usage": usage(jobs)})
+        yield "data: [DONE]\n\n"
+    except ApiError as error:  # too late for a status
+        yield line(error_body(error))
 
 
 @app.get("/v1/models")
-async def models(request: Request):
-    return reply({"object": "list", "data": [described(request)]})
+async def models():
+    return reply({"object": "list", "data": [app.state.card]})
 
 
 @app.get("/v1/models/{name:path}")
-async def one_model(request: Request, name: str):
-    check_model(request, name)
-    return reply(described(request))
+async def one_model(name: str):
+    check_model(name)
+    return reply(app.state.card)
 
 
 @app.post("/tokenize")
 async def tokenize(request: Request):
-    """{"prompt"} → its ids, bare unless "add_special_tokens"; or {"messages"} by the template."""
-    engine, body = request.app.state.engine, await read_body(request)
-    if isinstance(body.get("messages"), list):
-        ids = await read_messages(engine, body["messages"])
-    elif isinstance(text := body.get("prompt"), str):
+    """The ids of {"prompt"}, a text (bare unless "add_special_tokens"), or of {"messages"}."""
+    engine, body = app.state.engine, await read_body(request)
+    if isinstance(text := body.get("prompt"), str):
         bare = body.get("add_special_tokens", True) is False
-        [ids] = await asyncio.to_thread(encode_all, engine, [text], bare)
+        f = engine.tok.encode if bare else engine.tok.prompt
+        ids = await tokenized(engine, len(text), f, text)
     else:
-        raise ApiError(400, "expected a prompt, which is a text, or messages", "prompt")
+        ids = await read_messages(engine, body.get("messages"))
     out = {"tokens": ids, "count": len(ids), "max_model_len": engine.max_len}
     if body.get("return_token_strs") is True:
-        out["token_strs"] = [token_name(engine.tok, id) for id in ids]
+        out["token_strs"] = [name_of(engine.tok, id) for id in ids]
     return reply(out)
 
 
 @app.post("/detokenize")
 async def detokenize(request: Request):
-    tok, body = request.app.state.engine.tok, await read_body(request)
-    if not is_ids(body.get("tokens"), tok.n_vocab):
-        why = f"expected a list of ids from 0 to {tok.n_vocab - 1}"
-        raise ApiError(400, f"tokens: {why}", "tokens")
+    tok, body = app.state.engine.tok, await read_body(request)
+    if not is_ids(tok, body.get("tokens")):
+        raise ApiError(400, f"tokens: expected ids from 0 to {tok.n_vocab - 1}", "tokens")
     return reply({"prompt": tok.decode(body["tokens"])})
 
 
 @app.get("/tokenizer_info")
-async def tokenizer_info(request: Request):
-    tok = request.app.state.engine.tok
-    name = lambda id: None if id is None else tok.decode([id])
-    ends = {"bos_token": name(tok.bos_id), "eos_token": name([*tok.eos_ids, None][0])}
-    ends |= {"pad_token": name(tok.pad_id), "chat_template": tok.config.get("chat_template")}
-    return reply({"tokenizer_class": "PreTrainedTokenizerFast"} | ends)
+async def tokenizer_info():
+    tok = app.state.engine.tok
+    special = {"bos_token": tok.bos_id, "eos_token": [*tok.eos_ids, None][0]}
+    special["pad_token"] = tok.pad_id
+    named = {key: None if id is None else tok.decode([id]) for key, id in special.items()}
+    return reply(named | {"chat_template": tok.config.get("chat_template")})
 
 
 @app.get("/health")
-async def health(request: Request):
-    if not request.app.state.engine.is_alive():
+async def health():
+    if not app.state.engine.is_alive():
         raise ApiError(503, "the engine has stopped")
     return reply({"status": "ok"})
 
 
 @app.get("/metrics")
-async def metrics_text(request: Request):
-    state = request.app.state
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(state.metrics.text(state.engine), media_type=kind)
-
-
-@app.exception_handler(ApiError)
-async def on_api_error(request, error):
-    return error_reply(error)
-
-
-@app.exception_handler(HTTPException)
-async def on_http_error(request, error):  # of the router: 404, 405
-    where = f"{request.method} {short(request.url.path)}"
-    return error_reply(ApiError(error.status_code, f"{where}: {error.detail}"))
+async def metrics():
+    engine = app.state.engine
+    gauges = {"queue_length": len(engine.waiting), "batch_size": len(engine.jobs)}
+    text = engine.metrics.text(gauges | {"batch_limit": engine.max_batch})
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class Front:
-    """What every request passes first: the key, the time for each write; then the books."""
+    """What every request passes: the key, the time for each write, the books."""
 
     def __init__(self, app):
         self.app = app
@@ -965,76 +812,72 @@ class Front:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        record = scope["barelm"] = SimpleNamespace(jobs=[], status=None, begun=time.monotonic())
+        record = scope["record"] = SimpleNamespace(jobs=[], status=None, begun=time.monotonic())
 
         async def patient_send(message):
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
+            record.status = message.get("status", record.status)
             await asyncio.wait_for(send(message), client_timeout)
 
         try:
-            if self.may_pass(scope):
-                await self.app(scope, receive, patient_send)
-            else:
-                wrong = ApiError(401, "wrong API key: Authorization: Bearer KEY", code="no_key")
-                await error_reply(wrong)(scope, receive, patient_send)
+            if not may_pass(scope):
+                wrong = ApiError(401, "expected Authorization: Bearer KEY", code="invalid_api_key")
+                return await error_reply(wrong)(scope, receive, patient_send)
+            await self.app(scope, receive, patient_send)
         except (ClientDisconnect, asyncio.TimeoutError):
-            record.status = record.status or 499  # nobody reads the answer
+            record.status = record.status or 499  # nginx's: the client left before the answer
         except Exception as error:
             print(f"serve.py: {scope['path']!r}: {error!r}", file=sys.stderr, flush=True)
             if record.status is None:
                 broken = ApiError(500, "the server failed at this request")
                 await error_reply(broken)(scope, receive, patient_send)
         finally:
-            scope["app"].state.engine.cancel(record.jobs)
-            self.book(scope, record)
+            app.state.engine.cancel(record.jobs)
+            book(scope, record)
 
-    def may_pass(self, scope):
-        if not api_key or scope["path"] in ("/", "/health", "/metrics"):
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, f"Bearer {api_key}".encode())
 
-    def book(self, scope, record):
-        """Count the request, and write its line to the log."""
-        state, jobs, took = scope["app"].state, record.jobs, time.monotonic() - record.begun
-        known = getattr(scope.get("route"), "path", "other")  # no label for each wrong path
-        state.metrics.requests[known, record.status] += 1
-        if jobs:
-            state.metrics.request.add(took)
-        if state.log is None:
-            return
-        row = {"time": round(time.time(), 3), "client": (scope["client"] or ["?"])[0]}
-        row |= {"method": scope["method"], "path": scope["path"], "status": record.status}
-        row |= {"seconds": round(took, 4)}
-        if jobs:
-            first = min((job.first for job in jobs if job.first), default=None)
-            row |= usage(jobs) | {"finish": [None if j.gone else reason(j) for j in jobs]}
-            row |= {"first_token": first and round(first - record.begun, 4)}
-            if log_prompts:
-                tok = state.engine.tok
-                row |= {"prompts": [decode(tok, job.ids) for job in jobs]}
-                row |= {"answers": [job.row.out.text for job in jobs]}
-        state.log.write(json.dumps(row) + "\n")
-        state.log.flush()
+def may_pass(scope):
+    if not api_key or scope["path"] in ("/", "/health", "/metrics"):
+        return True
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    return hmac.compare_digest(given, f"Bearer {api_key}".encode())
+
+
+def book(scope, record):
+    """Count a request that has ended, and write its line to the log."""
+    engine, jobs, took = app.state.engine, record.jobs, time.monotonic() - record.begun
+    path = getattr(scope.get("route"), "path", "other")  # wrong ones are no names of metrics
+    engine.metrics.counts[f'requests_total{{path="{path}",status="{record.status}"}}'] += 1
+    if jobs:
+        engine.metrics.observe("request_seconds", took)
+    if not app.state.log:
+        return
+    row = {"time": round(time.time(), 3), "client": (scope["client"] or ["?"])[0]}
+    row |= {"method": scope["method"], "path": scope["path"], "status": record.status}
+    row |= {"seconds": round(took, 4)}
+    if jobs:
+        firsts = [job.first - record.begun for job in jobs if job.first]
+        row |= usage(jobs) | {"first_token": round(min(firsts), 4) if firsts else None}
+        row["finish"] = [job.row.out.finish_reason if job.row.done else None for job in jobs]
+        if log_prompts:
+            row["prompts"] = [decode(engine.tok, job.ids) for job in jobs]
+            row["answers"] = [job.row.out.text for job in jobs]
+    app.state.log.write(json.dumps(row) + "\n")
+    app.state.log.flush()
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection on which no request begins for client_timeout seconds, or
-    one begins and its head does not end."""
+    """HTTP/1.1 that closes a connection where for client_timeout seconds no request is under way
+    and none begins, or the head of one does not end."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.before = None  # the request at the last look
-        self.loop.call_later(client_timeout, self.look)
+        self.look(None)
 
-    def look(self):
+    def look(self, before):
         idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.cycle is self.before:
-            self.transport.close()
-        else:
-            self.before = self.cycle
-            self.loop.call_later(client_timeout, self.look)
+        if before and idle and before == [self.cycle]:
+            return self.transport.close()
+        self.loop.call_later(client_timeout, self.look, [self.cycle])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1098,32 +941,23 @@ def log_rows(path, after):
     return [row(line) for line in kept[-2 * LOG_ROWS :]], row(lines[-1])["step"] if lines else -1
 
 
-def read_whole(body, name, least, most, default=None):
-    """A whole number of the request."""
-    value = body.get(name, default)
-    if type(value) is not int or not least <= value <= most:
-        why = f"{name} = {short(value)}: expected a whole number from {least} to {most}"
-        raise ApiError(400, why, name)
-    return value
-
-
-async def read_text(engine, body, bare):
-    """The ids of the request's text, or its ids."""
-    if isinstance(text := body.get("text"), str):
-        [ids] = await asyncio.to_thread(encode_all, engine, [text], bare)
-        return ids
-    if not is_ids(body.get("ids"), engine.tok.n_vocab):
-        raise ApiError(400, f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}", "text")
-    return body["ids"]
+async def read_text(engine, o, encode):
+    """The ids of the request's text by `encode`, or its ids."""
+    if o["text"] is not None:
+        return await tokenized(engine, len(o["text"]), encode, o["text"])
+    if not is_ids(engine.tok, o["ids"]):
+        why = f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}"
+        raise ApiError(400, why, "text")
+    return o["ids"]
 
 
 @app.get("/inspect/model")
-async def inspect_model(request: Request):
+async def inspect_model():
     """What the network is made of."""
-    net, parts = request.app.state.engine.net, model_parts(request.app.state.engine.net)
+    net, parts = app.state.engine.net, model_parts(app.state.engine.net)
     tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}.values()
     table = net.model.embed_tokens.weight
-    out = described(request) | {"config": asdict(net.config), "parts": parts}
+    out = app.state.card | {"config": asdict(net.config), "parts": parts}
     out |= {"params": sum(p["params"] for p in parts), "bytes": sum(t.nbytes for t in tensors)}
     return reply(out | {"dtype": str(table.dtype)[6:], "device": str(table.device)})
 
@@ -1132,38 +966,35 @@ async def inspect_model(request: Request):
 async def inspect_attention(request: Request):
     """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token: what it
     looks at, up to itself."""
-    engine, body = request.app.state.engine, await read_body(request)
-    c, tok = engine.net.config, engine.tok
-    layer = read_whole(body, "layer", 0, c.n_layer - 1, 0)
-    ids, most = await read_text(engine, body, False), min(MAP_TOKENS, c.n_ctx)
+    engine = app.state.engine
+    c, tok, most = engine.net.config, engine.tok, min(MAP_TOKENS, engine.max_len)
+    known = {"text": (str, None), "ids": (list, None), "layer": (int, 0, 0, c.n_layer - 1)}
+    known["head"] = (int, None, 0, c.n_head - 1)
+    o = read_fields(await read_body(request), known)
+    ids = await read_text(engine, o, tok.prompt)
     if not 0 < len(ids) <= most:
         raise ApiError(400, f"{len(ids)} tokens: attention is shown of 1 to {most}", "text")
-    some = slice(None)
-    if body.get("head") is not None:
-        head = read_whole(body, "head", 0, c.n_head - 1)
-        some = slice(head, head + 1)
-    maps = await asyncio.wrap_future(engine.call(attention_maps, engine.net, ids, layer))
-    heads = [[row[: i + 1] for i, row in enumerate(rows)] for rows in maps[some].tolist()]
-    heads = [[[round(w, 5) for w in row] for row in rows] for rows in heads]
-    names = [token_name(tok, id) for id in ids]
-    return reply({"tokens": ids, "token_strs": names, "layer": layer, "heads": heads})
+    maps = await asyncio.wrap_future(engine.call(attention_maps, engine.net, ids, o["layer"]))
+    heads = range(c.n_head) if o["head"] is None else [o["head"]]
+    cut = lambda rows: [[round(w, 5) for w in row[: i + 1]] for i, row in enumerate(rows)]
+    names = [name_of(tok, id) for id in ids]
+    told = {"tokens": ids, "token_strs": names, "layer": o["layer"]}
+    return reply(told | {"heads": [cut(maps[h].tolist()) for h in heads]})
 
 
 @app.post("/inspect/neighbours")
 async def inspect_neighbours(request: Request):
     """{"token": an id, or "text" of one token, "n"} → the n tokens with the nearest embeddings."""
-    engine, body = request.app.state.engine, await read_body(request)
-    net, tok, n = engine.net, engine.tok, read_whole(body, "n", 1, 100, 10)
-    if "token" in body:
-        token = read_whole(body, "token", 0, tok.n_vocab - 1)
-    else:
-        ids = await read_text(engine, body, True)
-        if len(ids) != 1:
-            raise ApiError(400, f"{len(ids)} tokens: neighbours are of one", "text")
-        token = ids[0]
-    found = await asyncio.wrap_future(engine.call(nearest, net, tok.n_vocab, token, n))
-    near = [{"token": i, "text": token_name(tok, i), "cosine": round(c, 6)} for i, c in found]
-    return reply({"token": token, "text": token_name(tok, token), "neighbours": near})
+    engine = app.state.engine
+    net, tok, last = engine.net, engine.tok, engine.tok.n_vocab - 1
+    known = {"text": (str, None), "token": (int, None, 0, last), "n": (int, 10, 1, 100)}
+    o = read_fields(await read_body(request), known) | {"ids": None}
+    ids = [o["token"]] if o["token"] is not None else await read_text(engine, o, tok.encode)
+    if len(ids) != 1:
+        raise ApiError(400, f"{len(ids)} tokens: neighbours are of one", "text")
+    found = await asyncio.wrap_future(engine.call(nearest, net, tok.n_vocab, ids[0], o["n"]))
+    near = [{"token": i, "text": name_of(tok, i), "cosine": round(c, 6)} for i, c in found]
+    return reply({"token": ids[0], "text": name_of(tok, ids[0]), "neighbours": near})
 
 
 @app.get("/inspect/log")
@@ -1172,7 +1003,7 @@ async def inspect_log(request: Request):
     after = request.query_params.get("after", "-1")
     if not (after.removeprefix("-").isdecimal() and len(after) < 16):
         raise ApiError(400, f"after = {short(after)}: expected a step", "after")
-    path = Path(request.app.state.folder) / "log.jsonl"
+    path = Path(model) / "log.jsonl"
     try:
         rows, last = await asyncio.to_thread(log_rows, path, int(after))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1193,7 +1024,7 @@ def page_policy(html):
 
 
 @app.get("/")
-async def page(request: Request):
+async def page():
     html = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": page_policy(html), "X-Content-Type-Options": "nosniff"}
     headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
@@ -1209,22 +1040,51 @@ def check_settings(n_ctx):
             raise UserError(f"--{name}={globals()[name]}: expected 1 or more")
     for name in ("timeout", "client_timeout", "drain"):
         if not 0 < globals()[name] < math.inf:
-            raise UserError(f"--{name}={globals()[name]:g}: expected seconds, more than 0")
+            raise UserError(f"--{name}={globals()[name]}: expected seconds, more than 0")
     if not 0 <= max_len <= n_ctx or max_len == 1:
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
 
 
 def listen():
-    """The socket that clients connect to."""
+    """The socket that clients will connect to."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except (OSError, OverflowError) as error:
-        why = "--port=0 takes a free one"
-        raise UserError(f"--host={host} --port={port}: {error} ({why})") from None
+        why = f"{error}; --port=0 takes a free one"
+        raise UserError(f"--host={host} --port={port}: {why}") from None
     return sock
+
+
+def serve(net, tok):
+    """Answer requests until a signal comes, and those that run then."""
+    check_settings(net.config.n_ctx)
+    if net.score is not None:
+        raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
+    length, state = max_len or net.config.n_ctx, app.state
+    state.engine = Engine(net, tok, max_batch, length, prefill_chunk, max_queue)
+    state.name = Path(model).resolve().name
+    state.card = {"id": state.name, "object": "model", "created": int(time.time())}
+    state.card |= {"owned_by": "barelm", "max_model_len": length}
+    state.log = open(log, "a", encoding="utf-8") if log else None
+    app.add_middleware(Front)
+    if cors:
+        sites = [site.strip() for site in cors.split(",")]
+        every = dict.fromkeys(("allow_methods", "allow_headers"), ["*"])
+        app.add_middleware(CORSMiddleware, allow_origins=sites, **every)
+    sock = listen()
+    state.engine.start()
+    # uvicorn handles both signals while it runs, and raises them again when it is done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    size = state.engine.cache.store.nbytes / 1e6
+    print(f"{max_batch} sequences of up to {length} tokens: {size:,.0f} MB of keys and values")
+    where = f"[{host}]" if ":" in host else host
+    print(f"serving {state.name} at http://{where}:{sock.getsockname()[1]}", flush=True)
+    how = dict(http=PatientProtocol, ws="none", log_level="error", access_log=False)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=drain, **how)
+    uvicorn.Server(config).run(sockets=[sock])
 
 
 def main():
@@ -1237,37 +1097,8 @@ def main():
     if quantize and dtype == "auto" and run.device.type == "cpu":
         kind = torch.bfloat16  # what the int8 product takes and gives
     net, tok = core.load(model, run.device, kind, quantize)
-    if net.score is not None:
-        raise UserError(
-            f"{model} is a classifier, which generates no text: sample.py labels with it"
-        )
-    check_settings(net.config.n_ctx)
-    length = max_len or net.config.n_ctx
-    state = app.state
-    state.metrics, state.name, state.folder = Metrics(), Path(model).resolve().name, model
-    state.created = int((Path(model) / "config.json").stat().st_mtime)
-    state.engine = Engine(net, tok, max_batch, length, prefill_chunk, max_queue, state.metrics)
-    state.log = open(log, "a", encoding="utf-8") if log else None
-    app.add_middleware(Front)
-    if cors:
-        sites = [site.strip() for site in cors.split(",")]
-        app.add_middleware(
-            CORSMiddleware, allow_origins=sites, allow_methods=["*"], allow_headers=["*"]
-        )
-    sock = listen()
-    state.engine.start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it is done
-    size = state.engine.cache.store.nbytes / 1e6
     print(f"{model}: {core.n_params(net) / 1e6:.1f}M parameters, {str(kind)[6:]} on {run.device}")
-    print(f"{max_batch} sequences of up to {length} tokens: {size:,.0f} MB of keys and values")
-    where = f"[{host}]" if ":" in host else host
-    print(f"serving {state.name} at http://{where}:{sock.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(
-        app, http=PatientProtocol, ws="none", log_level="error", access_log=False,
-        timeout_graceful_shutdown=drain,
-    )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[sock])
-    state.engine.stop()
+    serve(net, tok)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def test_a_long_log_is_thinned_and_an_unfinished_row_waits(tmp_path):
         ("neighbours", {"token": 1, "n": 101}, "n = 101"),
         ("neighbours", {"text": "def f"}, "2 tokens: neighbours are of one"),
         ("neighbours", {}, "expected a text"),
+        ("neighbours", {"tokn": 1}, "did you mean 'token'"),
     ],
 )
 def test_bad_questions_are_answered_in_words(server, path, body, said):

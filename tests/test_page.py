@@ -225,6 +225,10 @@ def page(browser, server):
     page, errors = context.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(server.url)
+    page.wait_for_selector("#error:has-text('This server wants an API key.')")
+    page.get_by_label("API key").fill("wrong")
+    page.get_by_role("button", name="Use").click()
+    page.wait_for_selector("#error:has-text('does not accept this API key')")
     page.get_by_label("API key").fill(KEY)
     page.get_by_role("button", name="Use").click()
     page.wait_for_selector("#status:text-is('Ready')")

@@ -107,7 +107,7 @@ class Metrics:
 
     def text(self, gauges):
         """The Prometheus text format, version 0.0.4."""
-        lines, values = [], Counter(self.counts | gauges)
+        lines, values = [], Counter({**self.counts, **gauges})
         for name, (kind, what) in METRICS.items():
             lines += [f"# HELP barelm_{name} {what}", f"# TYPE barelm_{name} {kind}"]
             if kind == "histogram":

@@ -1025,7 +1025,9 @@ def page_policy(html):
 
 @app.get("/")
 async def page():
-    html = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    if not (file := Path(__file__).with_name("serve.html")).is_file():
+        raise ApiError(404, "serve.html is not beside serve.py: the API is at /v1")
+    html = file.read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": page_policy(html), "X-Content-Type-Options": "nosniff"}
     headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
     return Response(html, headers=headers, media_type="text/html")

@@ -99,8 +99,16 @@ def test_many_at_once_get_what_generate_gives_each_alone(site, loaded):
         assert choice["text"] == g.text and choice["finish_reason"] == g.finish_reason
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(g.logprobs, abs=1e-4)
         assert answer["usage"]["completion_tokens"] == len(g.ids)
-    again = site.complete(prompt=CODE[:50], max_tokens=1, temperature=0)
-    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_beginning_that_is_known_is_not_read_again(site, loaded):
+    net, tok = loaded
+    ids, said = tok.encode(CODE[300:380]), []
+    for prompt, known in ((ids, None), (ids + [5], len(ids)), (ids[:9] + [7] * 9, 9)):
+        answer = site.complete(prompt=prompt, max_tokens=9, temperature=0)
+        [g] = model.generate(net, tok, [prompt], max_new_tokens=9, temperature=0)
+        assert answer["choices"][0]["text"] == g.text
+        assert known in (None, answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
 def test_presence_and_frequency_penalties_are_openais(site, loaded):

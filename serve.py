@@ -757,12 +757,14 @@ async def one_model(name: str):
 
 @app.post("/tokenize")
 async def tokenize(request: Request):
-    """The ids of {"prompt"}, a text (bare unless "add_special_tokens"), or of {"messages"}."""
+    """The ids of {"prompt"}, a text (bare unless "add_special_tokens"), or of {"messages"}.
+    A bare prompt that is the name of a special token is that token: so lm-eval finds out its id."""
     engine, body = app.state.engine, await read_body(request)
     if isinstance(text := body.get("prompt"), str):
         bare = body.get("add_special_tokens", True) is False
         f = engine.tok.encode if bare else engine.tok.prompt
-        ids = await tokenized(engine, len(text), f, text)
+        known = engine.tok.special.get(text) if bare else None
+        ids = [known] if known is not None else await tokenized(engine, len(text), f, text)
     else:
         ids = await read_messages(engine, body.get("messages"))
     out = {"tokens": ids, "count": len(ids), "max_model_len": engine.max_len}
@@ -1054,6 +1056,7 @@ def listen():
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen()
     except (OSError, OverflowError) as error:
         why = f"{error}; --port=0 takes a free one"
         raise UserError(f"--host={host} --port={port}: {why}") from None

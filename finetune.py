@@ -787,12 +787,6 @@ def add_prompts(net, tok):
     return tok
 
 
-def end_of_turn(tok):
-    """The token that the template puts behind what an assistant says: after sft it ends a text."""
-    ids, said = tok.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    return [id for id, s in zip(ids, said) if s and id in tok.special.values()][-1:]
-
-
 def check_settings():
     if method not in TASK:
         known = [*TASK, "lora", "qlora", "adapter", "prompt"]
@@ -941,7 +935,7 @@ def open_model(run, say):
     if adapt == "prompt":
         tok = add_prompts(net, tok)
     if method != "classify" and template is None:
-        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *end_of_turn(tok)]))
+        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *tok.end_of_turn()]))
     net.n_vocab = tok.n_vocab  # ids from here on are padding, which is never sampled
     net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
     return net, tok

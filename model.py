@@ -9,6 +9,7 @@ tokenizer, checkpoints, optimizers, accounting. It knows no stage and imports no
 
 import codecs
 import contextlib
+import copy
 import ctypes
 import hashlib
 import json
@@ -345,7 +346,7 @@ def pack(layers, dtype):
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
         return None
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 16)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -471,7 +472,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
 
-    def forward(self, x, rope, mask, cache=None):
+    def qkv(self, x, rope):
+        """q (B, n_head, T, D), k and v (B, n_kv_head, T, D) of x (B, T, C), normed and turned."""
         B, T, _ = x.shape
         H, G = self.c.n_head, self.c.n_kv_head
         qkv = joint(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)
@@ -481,12 +483,14 @@ class Attention(nn.Module):
             qk = rms_norm(qk, torch.cat(scales), self.c.norm_eps)
         if rope is not None:
             qk = rotate(qk, rope)
-        q, k = qk.transpose(1, 2).split((H, G), 1)  # (B, H, T, D), (B, n_kv_head, T, D)
-        v = v.transpose(1, 2)
+        return *qk.transpose(1, 2).split((H, G), 1), v.transpose(1, 2)
+
+    def forward(self, x, rope, mask, cache=None):
+        q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache(k, v)
         y = attend(q, k, v, mask, self.c.dropout if self.training else 0.0)
-        return joint(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)
+        return joint(y.transpose(1, 2).flatten(2), self.o_proj)
 
 
 class MLP(nn.Module):
@@ -730,6 +734,19 @@ class KVCache:
         """Row i becomes what row rows[i] was (beam search)."""
         self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
 
+    def part(self, begin, lengths):
+        """The rows from `begin` on as a cache of their own, in the same memory: as many as there
+        are lengths (a list), which it starts with."""
+        part = copy.copy(self)
+        part.store = self.store[:, :, begin : begin + len(lengths)]
+        part.lengths = torch.tensor(lengths, device=self.store.device)
+        part.used, part.even = max(lengths), len(set(lengths)) == 1
+        return part
+
+    def copy(self, to, rows, length):
+        """The first `length` places of the rows `to` become what they were in `rows` (lists)."""
+        self.store[:, :, to, :, :length] = self.store[:, :, rows, :, :length]
+
 
 @dataclass
 class Generation:
@@ -763,16 +780,18 @@ class TextStream:
 
 
 class Row:
-    """A sequence in the making: it ends at an end token, a stop string, or `limit` tokens."""
+    """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
+    a stop string, or `limit` tokens."""
 
-    def __init__(self, tok, limit, stop, emit):
+    def __init__(self, tok, limit, stop, emit, ends=None):
         self.tok, self.limit, self.emit = tok, limit, emit
+        self.ends = tok.eos_ids if ends is None else ends
         self.out, self.stream, self.done = Generation(), TextStream(stop), False
 
     def take(self, token, logprob):
         if self.done:
             return
-        g, ended = self.out, token in self.tok.eos_ids
+        g, ended = self.out, token in self.ends
         g.ids.append(token)
         g.logprobs.append(logprob)
         last = ended or len(g.ids) == self.limit
@@ -784,26 +803,49 @@ class Row:
             self.emit(piece)
 
 
+def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
+    """Logits (B, V), lower where a token is `seen` (B, V) bool (Keskar et al. 2019), and by how
+    often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
+    penalty is a number, or (B, 1)."""
+    lower = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(seen, lower, logits)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
 def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
     no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
-    et al. 2024) filter in this order, as in transformers."""
-    if temperature == 0:
+    et al. 2024) filter in this order, as in transformers. Each is a number, or a list with one for
+    each row; temperature 0 takes the likeliest."""
+    host = [torch.tensor(o, dtype=torch.float32) for o in (temperature, top_k, top_p, min_p)]
+    host = [o.expand(len(logits))[:, None] for o in host]  # on the host, which waits for no device
+    if not host[0].any():
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probs.sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
+    temperature, top_k, top_p, min_p = (o.to(logits.device) for o in host)
+    scaled = logits / temperature.where(temperature > 0, 1.0)
+    if k := min(int(host[1].max()), logits.shape[-1]):
+        best = scaled.topk(k).values
+        kth = best.gather(1, top_k.long().clamp(1, k) - 1)
+        scaled = scaled.masked_fill((scaled < kth) & (top_k > 0), -math.inf)
+    probs = scaled.softmax(-1)
+    some = (host[2][:, 0] < 1).nonzero()[:, 0].to(logits.device)  # to sort is slow
+    if len(some):
+        ordered, order = probs[some].sort(descending=True, stable=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p[some]
         beyond[:, 0] = False  # whatever top_p, the likeliest stays
-        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
-    if min_p:
+        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)
+        probs[some] = probs[some].masked_fill(beyond, 0.0)
+    if host[3].any():
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     mass = probs.cumsum(-1)
-    return (mass <= uniform[:, None] * (1 - 2**-20) * mass[:, -1:]).sum(-1)
+    drawn = (mass <= uniform[:, None] * (1 - 2**-20) * mass[:, -1:]).sum(-1)
+    return drawn.where(temperature[:, 0] > 0, logits.argmax(-1))
+
+
+def draws(seed, i, n):
+    """The n uniform numbers of row i: they depend on nothing else."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
+    return torch.rand(n, generator=generator)
 
 
 @torch.no_grad()
@@ -843,18 +885,13 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     longest = max(len(p) + row.limit for p, row in zip(prompts, rows))
     logits, cache = prefill(net, tok, prompts, longest)
     device, pending = logits.device, []
-    seeded = lambda i: torch.Generator().manual_seed(seed * 1_000_003 + i)
-    draws = [torch.rand(limit, generator=seeded(i)) for i in range(len(rows))]
-    draws = torch.stack(draws).to(device)
+    uniform = torch.stack([draws(seed, i, limit) for i in range(len(rows))]).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for i, p in enumerate(prompts):
         seen[i, torch.tensor(p, device=device)] = True
     for t in range(limit):
-        likely = logits
-        if penalty != 1:  # Keskar et al. 2019
-            lower = torch.where(logits > 0, logits / penalty, logits * penalty)
-            likely = torch.where(seen, lower, logits)
-        tokens = choose_tokens(likely, draws[:, t], **filters)
+        likely = penalize(logits, seen, penalty) if penalty != 1 else logits
+        tokens = choose_tokens(likely, uniform[:, t], **filters)
         seen.scatter_(1, tokens[:, None], True)
         chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         pending.append(to_host(tokens, chances))
@@ -879,8 +916,13 @@ def feed(net, tok, cache, ids, n_new=None):
     """The logits (B, V) float32 of what follows ids (B, T), -inf for padding of the vocabulary."""
     h = net.hidden(ids, cache=cache, n_new=n_new)
     h = h[:, -1] if n_new is None else h[torch.arange(len(h), device=h.device), n_new - 1]
+    return head(net, tok, h)
+
+
+def head(net, tok, h):
+    """The logits (…, V) float32 of hidden states, -inf for padding of the vocabulary."""
     logits = joint(h, net.lm_head).float()
-    logits[:, tok.n_vocab :] = -math.inf
+    logits[..., tok.n_vocab :] = -math.inf
     return logits
 
 
@@ -1390,6 +1432,12 @@ class Tokenizer:
         if not text.startswith(before) or not (whole or found):
             raise UserError("the chat template rewrites earlier turns: no loss mask fits it")
         return len(before), found.end() if found else len(after)
+
+    def end_of_turn(self):
+        """The token (a list of one, or none) that the template ends an assistant's words with."""
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        ids, said = self.chat(talk)
+        return [i for i, s in zip(ids, said) if s and i in self.special.values()][-1:]
 
     def _render(self, messages, add_generation_prompt=False):
         """The text that the chat template makes of messages."""

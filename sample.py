@@ -118,9 +118,7 @@ def converse(net, tok):
     """A conversation on the terminal; an empty line or the end of the input ends it."""
     messages = [{"role": "system", "content": system}] if system else []
     # An answer also ends with the token that the template puts behind an assistant's words.
-    ids, said = tok.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
-    ends = [i for i, s in zip(ids, said) if s and i in tok.special.values()]
-    tok.eos_ids = [*tok.eos_ids, *ends[-1:]]
+    tok.eos_ids = [*tok.eos_ids, *tok.end_of_turn()]
     while True:
         show("you> " if sys.stdin.isatty() else "")
         text = sys.stdin.readline().strip()

@@ -1,0 +1,1113 @@
+"""A checkpoint as a server that speaks OpenAI's protocol, with a page to try it in a browser.
+
+    python serve.py                                     # http://127.0.0.1:8000 with out/python
+    python serve.py --model=out/sft --port=9000 --max_batch=32
+    curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 20}'
+    python serve.py --host=0.0.0.0 --api_key=SECRET     # open to others: give it a key
+
+--model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Any client of
+OpenAI's works with base_url="http://127.0.0.1:8000/v1". One thread owns the network and advances
+all requests by one token a step; they join and leave between steps. Ctrl-C or SIGTERM lets the
+running requests finish. Needs fastapi and uvicorn: pip install -r requirements-serve.txt
+"""
+
+from config import configure
+
+model = "out/python"  # a checkpoint folder
+host = "127.0.0.1"  # who may connect: 127.0.0.1 this machine alone, 0.0.0.0 everyone
+port = 8000  # 0: any free one
+api_key: str | None = None  # asked of every client; or set BARELM_API_KEY, which ps does not show
+cors: str | None = None  # web sites that may call, "https://a.org,https://b.org", or "*"
+max_batch = 16  # sequences that are generated at once
+max_len = 0  # tokens of a prompt and its answer, at most; 0: the model's context
+max_queue = 256  # sequences that may wait for a place in the batch; more are answered 429
+prefill_chunk = 128  # tokens of prompts read in one step, which the others wait for
+max_body = 4_000_000  # bytes of a request, at most
+timeout = 600.0  # seconds that a request may take
+client_timeout = 20.0  # seconds that a client may take to send its request, or to read a piece
+drain = 30.0  # seconds that running requests have to finish in after SIGTERM
+log: str | None = None  # a file that gets a line of JSON for each request
+log_prompts = False  # with what was asked and answered
+seed: int | None = None  # of requests that bring none; None: another for each
+device = "auto"  # auto, cpu, cuda, cuda:1
+dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
+quantize: str | None = None  # int8: weights of one byte, for half the memory or less
+
+if __name__ == "__main__":
+    configure(globals())
+
+import asyncio
+import base64
+import bisect
+import difflib
+import hashlib
+import hmac
+import json
+import math
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import model as core
+from model import UserError
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.middleware.cors import CORSMiddleware
+    from fastapi.responses import Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise UserError(f"{error}: pip install -r requirements-serve.txt") from None
+
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, math.inf)
+METRICS = {  # name: (type, what it counts)
+    "requests_total": ("counter", "Requests answered."),
+    "prompt_tokens_total": ("counter", "Tokens of prompts."),
+    "reused_tokens_total": ("counter", "Of these, those that the cache held already."),
+    "generated_tokens_total": ("counter", "Tokens generated."),
+    "steps_total": ("counter", "Steps of the engine."),
+    "queue_length": ("gauge", "Sequences that wait for a place in the batch."),
+    "batch_size": ("gauge", "Sequences in the batch."),
+    "batch_limit": ("gauge", "Places in the batch."),
+    "first_token_seconds": ("histogram", "From a sequence's arrival to its first token."),
+    "between_tokens_seconds": ("histogram", "From one token of a sequence to its next."),
+    "request_seconds": ("histogram", "From a generating request's arrival to its end."),
+}
+
+
+class Metrics:
+    """What /metrics shows. Each number is written by one thread."""
+
+    def __init__(self):
+        self.counts = Counter()  # by the line's name with its labels
+        self.sums = Counter()  # of the histograms
+
+    def observe(self, name, seconds):
+        self.sums[name] += seconds
+        self.counts[name, next(bound for bound in BOUNDS if seconds <= bound)] += 1
+
+    def text(self, gauges):
+        """The Prometheus text format, version 0.0.4."""
+        lines, values = [], Counter({**self.counts, **gauges})
+        for name, (kind, what) in METRICS.items():
+            lines += [f"# HELP barelm_{name} {what}", f"# TYPE barelm_{name} {kind}"]
+            if kind == "histogram":
+                total = 0
+                for bound in BOUNDS:
+                    total += values[name, bound]
+                    le = "+Inf" if bound == math.inf else bound
+                    lines.append(f'barelm_{name}_bucket{{le="{le}"}} {total}')
+                lines += [f"barelm_{name}_sum {self.sums[name]}", f"barelm_{name}_count {total}"]
+                continue
+            labels = sorted(key for key in values if str(key).startswith(name + "{"))
+            lines += [f"barelm_{key} {values[key]}" for key in labels or [name]]
+        return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine: one thread, one network, one cache, and a batch that changes between steps
+
+
+class Job:
+    """One sequence in the making.
+
+    ids: the prompt. options: those of `choose_tokens` and `penalize`, with seed and stop. top: how
+    many alternatives of each token to tell; None: no log-probabilities either. echo: the prompt's
+    text where it belongs to the answer. What is new is told in the engine's thread by notify(job,
+    text, tokens, done), tokens being (id, log p, {alternative: log p}); text is None where the job
+    failed."""
+
+    def __init__(self, tok, ids, limit, options, index=0, ends=(), top=None, echo=None):
+        self.ids, self.options, self.index, self.top, self.echo = ids, options, index, top, echo
+        self.scored = echo is not None and top is not None  # the prompt gets log-probabilities
+        self.pieces, self.tokens = [echo or ""], [(ids[0], None, {})] if self.scored else []
+        self.row = core.Row(tok, limit, options["stop"], self.pieces.append, ends)
+        self.uniform = core.draws(options["seed"], index, limit).tolist()
+        self.arrived, self.first, self.last = time.monotonic(), None, None  # of its tokens
+        self.notify, self.gone, self.reused = None, False, 0
+        self.placed = core.TextStream()  # the text of all tokens told so far
+        neutral = dict(repetition_penalty=1, presence_penalty=0, frequency_penalty=0)
+        self.penalized = any(options[name] != value for name, value in neutral.items())
+        self.counts = None  # (2, V): whether each token was seen, how often it was generated
+
+    def tell(self, done):
+        text, tokens, self.tokens = "".join(self.pieces), self.tokens, []
+        self.pieces.clear()
+        self.notify(self, text, tokens, done)
+
+
+class Engine(threading.Thread):
+    """The thread that owns the network.
+
+    jobs[i] has row i of the cache: first those that decode, then at most one whose prompt is being
+    read. Rows without a job keep what they held, for prompts that begin alike."""
+
+    def __init__(self, net, tok, max_batch, max_len, chunk, max_queue):
+        super().__init__(daemon=True)
+        self.net, self.tok, self.metrics = net, tok, Metrics()
+        self.max_batch, self.max_len, self.chunk = max_batch, max_len, chunk
+        self.max_queue = max_queue
+        self.longest = max(map(len, tok.bytes.values()))  # bytes of a token, at most
+        self.turn_ends = tok.end_of_turn() if tok.config.get("chat_template") else []
+        table = net.model.embed_tokens.weight
+        kind = torch.float32 if table.device.type == "cpu" else table.dtype  # as in core.prefill
+        self.cache = core.KVCache(net.config, max_batch, max_len, table.device, kind)
+        self.jobs, self.waiting, self.calls = [], deque(), deque()
+        self.held = [[] for _ in range(max_batch)]  # the ids whose keys and values a row has
+        self.used_at = [0] * max_batch  # the step in which a row's last job left
+        self.wake, self.stopping = threading.Condition(), False
+
+    def submit(self, jobs):
+        """Queue the jobs, all or none: whether there was room."""
+        with self.wake:
+            room = not self.waiting or len(self.waiting) + len(jobs) <= self.max_queue
+            self.waiting.extend(jobs if room else ())
+            self.wake.notify()
+        return room
+
+    def cancel(self, jobs):
+        """Nobody waits for these any more: they leave before the next step."""
+        with self.wake:
+            for job in jobs:
+                job.gone = True
+                with suppress(ValueError):
+                    self.waiting.remove(job)
+            self.wake.notify()
+
+    def call(self, f, *args):
+        """A Future of f(*args), called between two steps: for whoever else needs the network."""
+        future = Future()
+        with self.wake:
+            self.calls.append((future, f, args))
+            self.wake.notify()
+        return future
+
+    def stop(self):
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+
+    def run(self):
+        with core.generating(self.net), torch.inference_mode():
+            # The first step packs the weights, for which no client should wait.
+            core.feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
+            while True:
+                with self.wake:
+                    while not (self.jobs or self.waiting or self.calls or self.stopping):
+                        self.wake.wait()
+                if self.stopping:
+                    return
+                while self.calls:
+                    future, f, args = self.calls.popleft()
+                    try:
+                        future.set_result(f(*args))
+                    except Exception as error:
+                        future.set_exception(error)
+                try:
+                    self.step()
+                except Exception as error:  # no memory, say: the batch is lost, the server is not
+                    print(f"serve.py: a step failed: {error!r}", file=sys.stderr, flush=True)
+                    for job in self.jobs:
+                        job.notify(job, None, [], True)
+                    self.jobs, self.held = [], [[] for _ in self.held]
+
+    def step(self):
+        """Every sequence gets its next token, those too whose prompts a chunk completes."""
+        self.metrics.counts["steps_total"] += 1
+        for i in reversed(range(len(self.jobs))):
+            if self.jobs[i].gone:
+                self.release(i)
+        ready = [job for job, ids in zip(self.jobs, self.held) if len(ids) >= len(job.ids)]
+        logits, room = [], self.chunk
+        if ready:
+            part = self.cache.part(0, [len(ids) for ids in self.held[: len(ready)]])
+            for ids, job in zip(self.held, ready):
+                ids.append(job.row.out.ids[-1])
+            new = torch.tensor([ids[-1:] for ids in self.held[: len(ready)]])
+            logits.append(core.feed(self.net, self.tok, part, new.to(part.lengths.device)))
+        while room > 0 and (len(self.jobs) > len(ready) or self.admit()):
+            room -= self.read_prompt(room, ready, logits)
+        if ready:
+            self.take(ready, torch.cat(logits))
+
+    def admit(self):
+        """Give the next job that waits the first free row: whether there were both. The row starts
+        with the longest beginning of the prompt that any row holds."""
+        n = len(self.jobs)
+        with self.wake:
+            if not self.waiting or n == self.max_batch:
+                return False
+            job = self.waiting.popleft()
+            self.jobs.append(job)
+        most = 0 if job.scored else len(job.ids) - 1  # logits come from what is fed
+        found, source = max((common(ids, job.ids, most), i) for i, ids in enumerate(self.held))
+        # A row that is to be continued is taken; else the one that was idle longest.
+        row = min(range(n, self.max_batch), key=self.used_at.__getitem__)
+        if source >= n and 2 * found >= len(self.held[source]):
+            row = source
+        elif found:
+            self.cache.copy([row], [source], found)
+        self.swap(n, row)
+        self.held[n] = job.ids[:found]
+        job.reused = found
+        self.metrics.counts["prompt_tokens_total"] += len(job.ids)
+        self.metrics.counts["reused_tokens_total"] += found
+        return True
+
+    def swap(self, i, j):
+        """Exchange two rows of the cache."""
+        if i != j:
+            self.cache.copy([i, j], [j, i], max(len(self.held[i]), len(self.held[j])))
+            for rows in (self.held, self.used_at):
+                rows[i], rows[j] = rows[j], rows[i]
+
+    def release(self, i):
+        """The job in row i leaves: those that decode stay together, before the one that reads."""
+        self.used_at[i], n = self.metrics.counts["steps_total"], len(self.jobs)
+        decoding = n - (len(self.held[n - 1]) < len(self.jobs[n - 1].ids))
+        for j in (decoding - 1, n - 1):
+            if i < j:
+                self.swap(i, j)
+                self.jobs[i], self.jobs[j], i = self.jobs[j], self.jobs[i], j
+        self.jobs.pop()
+
+    def read_prompt(self, room, ready, logits):
+        """Feed at most `room` tokens of the last job's prompt: how many. With the prompt's end the
+        job is ready, and the logits after it are added."""
+        job, held = self.jobs[-1], self.held[len(self.jobs) - 1]
+        begin, new = len(held), job.ids[len(held) : len(held) + room]
+        part = self.cache.part(len(self.jobs) - 1, [begin])
+        h = self.net.hidden(torch.tensor([new], device=part.lengths.device), cache=part)
+        held += new
+        if job.scored and (targets := job.ids[begin + 1 : len(held) + 1]):
+            scores = core.head(self.net, self.tok, h[0, : len(targets)])
+            job.tokens += self.describe(scores, targets, [job.top] * len(targets))
+        if len(held) == len(job.ids) and job.row.limit:
+            ready.append(job)
+            logits.append(core.head(self.net, self.tok, h[:, -1]))
+        elif len(held) == len(job.ids):  # only the prompt was asked about
+            job.tell(True)
+            self.release(len(self.jobs) - 1)
+        return len(new)
+
+    def take(self, ready, logits):
+        """Choose each ready job's token by its row of logits, and tell those who wait for it."""
+        likely, some = logits, [i for i, job in enumerate(ready) if job.penalized]
+        if some:
+            likely = logits.clone()
+            likely[some] = self.penalize([ready[i] for i in some], logits[some])
+        names = ("temperature", "top_k", "top_p", "min_p")
+        filters = {name: [job.options[name] for job in ready] for name in names}
+        uniform = torch.tensor([job.uniform[len(job.row.out.ids)] for job in ready])
+        tokens = core.choose_tokens(likely, uniform.to(logits.device), **filters).tolist()
+        told, now = self.describe(logits, tokens, [job.top for job in ready]), time.monotonic()
+        self.metrics.counts["generated_tokens_total"] += len(ready)
+        for job, token in zip(ready, told):
+            name = "between_tokens_seconds" if job.first else "first_token_seconds"
+            self.metrics.observe(name, now - (job.last or job.arrived))
+            job.first, job.last = job.first or now, now
+            job.tokens.append(token)
+            job.row.take(*token[:2])
+            if job.counts is not None:
+                job.counts[0, token[0]] = 1
+                job.counts[1, token[0]] += 1
+            if any(job.pieces) or job.row.done:
+                job.tell(job.row.done)
+        for i in reversed(range(len(self.jobs))):
+            if self.jobs[i].row.done:
+                self.release(i)
+
+    def describe(self, logits, ids, tops):
+        """[(id, log p, {alternative: log p})] of ids by their rows of logits; of as many
+        alternatives as `tops` says for each row, None: nothing."""
+        if all(top is None for top in tops):
+            return [(id, 0.0, {}) for id in ids]
+        chances = logits.log_softmax(-1)
+        chosen = chances.gather(1, torch.tensor(ids, device=chances.device)[:, None])[:, 0]
+        best = chances.topk(min(max(top or 0 for top in tops), self.tok.n_vocab))
+        rows = zip(ids, chosen.tolist(), tops, best.indices.tolist(), best.values.tolist())
+        return [(id, lp, dict(zip(other[: top or 0], v))) for id, lp, top, other, v in rows]
+
+    def penalize(self, jobs, logits):
+        for job in jobs:
+            if job.counts is None:
+                job.counts = logits.new_zeros(2, logits.shape[1])
+                job.counts[0, torch.tensor(job.ids, device=logits.device)] = 1
+        seen, counts = torch.stack([job.counts for job in jobs], 1)
+        column = lambda name: logits.new_tensor([[job.options[name]] for job in jobs])
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        repetition, presence, frequency = map(column, names)
+        return core.penalize(logits, seen > 0, repetition, counts, presence, frequency)
+
+
+def common(a, b, most):
+    """How many items two lists have in common from their beginnings on, at most `most`."""
+    most = min(most, len(a), len(b))
+    return most if a[:most] == b[:most] else next(i for i in range(most) if a[i] != b[i])
+
+
+# --------------------------------------------------------------------------------------------------
+# The protocol: what a request may say, and how it is answered
+
+
+class ApiError(HTTPException):
+    """An answer that is an error: its status, and what OpenAI's clients read of it."""
+
+    def __init__(self, status, message, param=None, code=None):
+        super().__init__(status, message)
+        self.param, self.code = param, code
+
+
+def reply(value, status=200, headers=None):
+    """A response of JSON, in ASCII: half a surrogate pair has no UTF-8."""
+    text = json.dumps(value, allow_nan=False)
+    return Response(text, status, headers, media_type="application/json")
+
+
+def error_body(error):
+    kind = {429: "rate_limit_error"}.get(error.status_code, "invalid_request_error")
+    kind = "server_error" if error.status_code >= 500 else kind
+    more = {"param": getattr(error, "param", None), "code": getattr(error, "code", None)}
+    return {"error": {"message": error.detail, "type": kind} | more}
+
+
+def error_reply(error):
+    extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    return reply(error_body(error), error.status_code, extra.get(error.status_code, error.headers))
+
+
+def short(value):
+    """A value as an error message shows it."""
+    text = type(value).__name__ if isinstance(value, (list, dict)) else ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+async def read_body(request):
+    """The JSON object of a request."""
+    data, declared = bytearray(), request.headers.get("content-length", "0")
+
+    async def read():
+        async for piece in request.stream():
+            data.extend(piece)
+            if max(len(data), int(declared)) > max_body:
+                raise ApiError(413, f"the body has more than {max_body} bytes (--max_body)")
+
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON's")
+
+    try:
+        await asyncio.wait_for(read(), client_timeout)
+        body = json.loads(data.decode(), parse_constant=refuse)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body took more than {client_timeout:g} s") from None
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {short(str(error))}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"expected a JSON object, not {short(body)}")
+    return body
+
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+NAMES |= {list: "a list", dict: "an object"}
+PENALTIES = {"presence_penalty": (float, 0.0, -2, 2), "frequency_penalty": (float, 0.0, -2, 2)}
+PENALTIES |= {"repetition_penalty": (float, 1.0, 0.01, 100)}
+BOTH = PENALTIES | {  # name: (type, default, least, most)
+    "model": (str, None),
+    "max_tokens": (int, None, 0, 2**31),
+    "temperature": (float, 1.0, 0, 100),
+    "top_k": (int, 0, -1, 2**31),
+    "top_p": (float, 1.0, 0, 1),
+    "min_p": (float, 0.0, 0, 1),
+    "n": (int, 1, 1, 128),
+    "seed": (int, None, -(2**63), 2**63 - 1),
+    "stop": (object, []),
+    "ignore_eos": (bool, False),
+    "stream": (bool, False),
+    "stream_options": (dict, {}),
+}
+COMPLETION = {"prompt": (object, None), "echo": (bool, False), "logprobs": (int, None, 0, 20)}
+COMPLETION |= BOTH | {"best_of": (int, None, 1, 128)}
+CHAT = {"messages": (list, []), "logprobs": (bool, False), "top_logprobs": (int, 0, 0, 20)}
+CHAT |= BOTH | {"max_completion_tokens": (int, None, 0, 2**31)}
+# What changes no answer, so that it may be there.
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+
+
+def read_fields(body, known):
+    """The request's values by name, checked, with the defaults of `known`."""
+    for key, value in body.items():
+        if key not in known and key not in IGNORED and value not in (None, False, [], {}):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ApiError(400, f"{short(key)} is not supported{hint}", short(key))
+    o = {}
+    for name, (kind, default, *ends) in known.items():
+        value = o[name] = default if body.get(name) is None else body[name]
+        if value is default or kind is object:
+            continue
+        good = type(value) is kind or kind is float and type(value) is int
+        if not good or ends and not ends[0] <= value <= ends[1]:
+            limits = f" from {ends[0]} to {ends[1]}" if ends else ""
+            raise ApiError(400, f"{name} = {short(value)}: expected {NAMES[kind]}{limits}", name)
+    return o
+
+
+def read_options(body, known):
+    """The same for a request to generate."""
+    o = read_fields(body, known)
+    if o.get("best_of") not in (None, o["n"]):
+        raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
+    stop = [o["stop"]] if isinstance(o["stop"], str) else o["stop"]
+    texts = isinstance(stop, list) and all(isinstance(s, str) and len(s) <= 256 for s in stop)
+    if not texts or len(stop) > 16:
+        raise ApiError(400, "stop: expected a string, or up to 16, of up to 256 characters", "stop")
+    o["stop"], o["top_k"] = [s for s in stop if s], max(o["top_k"], 0)
+    if o["seed"] is None:
+        o["seed"] = random.getrandbits(48) if seed is None else seed
+    return o
+
+
+def too_long(engine, what):
+    why = f"{what} do not fit the {engine.max_len} tokens for a prompt and its answer"
+    return ApiError(400, why, code="context_length_exceeded")
+
+
+async def tokenized(engine, size, f, *args):
+    """f(*args), which tokenizes about `size` characters, in another thread; what it refuses is the
+    client's error."""
+    if size > 4 * engine.longest * engine.max_len:
+        raise too_long(engine, f"{size} characters")
+
+    def plainly():
+        try:
+            return f(*args)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        except BaseException as error:  # tiktoken panics where its regular expressions fail
+            raise ApiError(400, f"not to be tokenized: {short(str(error))}") from None
+
+    return await asyncio.to_thread(plainly)
+
+
+def is_ids(tok, value):
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < tok.n_vocab for i in value)
+
+
+async def read_prompts(engine, value):
+    """The prompts of a completion as ids: a text, ids, or a list of either."""
+    one = not isinstance(value, list) or value and type(value[0]) is int
+    prompts = [value] if one else value
+    if len(prompts) > engine.max_queue:
+        raise ApiError(400, f"{len(prompts)} prompts: expected {engine.max_queue} at most")
+    if prompts and all(isinstance(p, str) for p in prompts):
+        encode, size = engine.tok.prompt, max(map(len, prompts))
+        prompts = await tokenized(engine, size, lambda: [encode(p) for p in prompts])
+    if not prompts or not all(p and is_ids(engine.tok, p) for p in prompts):
+        why = f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}, or a list of either"
+        raise ApiError(400, f"prompt: {why}; none of them empty", "prompt")
+    return prompts
+
+
+async def read_messages(engine, messages):
+    """The ids of a conversation, ready for the answer."""
+    safe, why = [], "expected [{'role': system, user or assistant, 'content': a text}]"
+    for m in messages if isinstance(messages, list) else ():
+        role, text = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
+        if isinstance(text, list):  # of parts
+            parts = [p.get("text") if isinstance(p, dict) else None for p in text]
+            text = "".join(parts) if all(isinstance(p, str) for p in parts) else None
+        if role not in ("system", "developer", "user", "assistant") or not isinstance(text, str):
+            raise ApiError(400, f"messages[{len(safe)}]: {why}", "messages")
+        safe.append({"role": "system" if role == "developer" else role, "content": text})
+    if not safe:
+        raise ApiError(400, f"messages: {why}", "messages")
+    if len(safe) > engine.max_len:
+        raise too_long(engine, f"{len(safe)} messages")
+    size = sum(len(m["content"]) for m in safe)
+    ids, _ = await tokenized(engine, size, engine.tok.chat, safe, True)
+    return ids
+
+
+def make_jobs(engine, prompts, o, chat):
+    """n jobs for each prompt by the request's options o; a job's index is its choice's."""
+    tok, jobs = engine.tok, []
+    if len(prompts) * o["n"] > engine.max_queue:
+        why = f"{len(prompts)} prompts, each {o['n']} times: expected {engine.max_queue} at most"
+        raise ApiError(400, why, "n")
+    top = o["logprobs"] if not chat else o["top_logprobs"] if o["logprobs"] else None
+    ends = [] if o["ignore_eos"] else [*tok.eos_ids, *engine.turn_ends[: int(chat)]]
+    texts = o["prompt"] if not chat and isinstance(o["prompt"], list) else [o.get("prompt")]
+    for i, ids in enumerate(prompts):
+        room, limit = engine.max_len - len(ids), o["max_tokens"]
+        if limit is None:
+            limit = max(min(room, room if chat else 16), 1)
+        if limit > room:
+            raise too_long(engine, f"a prompt of {len(ids)} tokens and {limit} more")
+        echo = None
+        if o.get("echo"):
+            echo = texts[i] if isinstance(texts[0], str) else decode(tok, ids)
+        for _ in range(o["n"]):
+            jobs.append(Job(tok, ids, limit, o, len(jobs), ends, top, echo))
+    return jobs
+
+
+def start(request, jobs):
+    """Queue the jobs: an asyncio.Queue of what they tell."""
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+    def notify(*event):
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    for job in jobs:
+        job.notify = notify
+    if not app.state.engine.submit(jobs):
+        raise ApiError(429, "the queue is full: try again", code="queue_full")
+    request.scope["record"].jobs = jobs  # the Front cancels what is not done at the end
+    return queue
+
+
+async def follow(request, jobs, queue):
+    """What the jobs tell, (job, text, tokens, done), until all are done, the client has left, or
+    the time is over."""
+
+    async def watch():
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        queue.put_nowait(ClientDisconnect())
+
+    late = ApiError(504, f"the request took more than {timeout:g} s (--timeout)", code="timeout")
+    clock = asyncio.get_running_loop().call_later(timeout, queue.put_nowait, late)
+    watcher, left = asyncio.create_task(watch()), len(jobs)
+    try:
+        while left:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event[1] is None:
+                raise ApiError(500, "the step that this sequence was in failed")
+            left -= event[3]
+            yield event
+    finally:
+        watcher.cancel()
+        clock.cancel()
+
+
+def usage(jobs):
+    """The tokens of a request: of its prompts, each counted once, and of its answers."""
+    first = {id(job.ids): job for job in reversed(jobs)}.values()
+    asked, made = sum(len(j.ids) for j in first), sum(len(j.row.out.ids) for j in jobs)
+    out = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+    return out | {"prompt_tokens_details": {"cached_tokens": sum(j.reused for j in first)}}
+
+
+def decode(tok, ids):
+    """The text of ids without special tokens."""
+    return b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
+
+
+def name_of(tok, id):
+    """A token as the protocol shows it: as its bytes where they are no whole UTF-8."""
+    data = tok.shown.get(id, b"")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
+
+
+def completion_logprobs(tok, job, tokens):
+    """OpenAI's arrays for (id, log p, alternatives); a text's first token has no log p."""
+    out = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for id, lp, tops in tokens:
+        out["tokens"].append(name_of(tok, id))
+        out["token_logprobs"].append(lp)
+        # Of tokens that look alike the likeliest is told.
+        named = {name_of(tok, i): p for i, p in [(id, lp), *reversed(tops.items())]}
+        out["top_logprobs"].append(None if lp is None else named)
+        out["text_offset"].append(len(job.placed.text))
+        job.placed.feed(tok.token_bytes(id))
+    return out
+
+
+def chat_logprobs(tok, job, tokens):
+    def entry(id, lp):
+        data = list(tok.shown.get(id, b""))
+        return {"token": name_of(tok, id), "logprob": lp, "bytes": data}
+
+    tops = lambda others: {"top_logprobs": [entry(*other) for other in others.items()]}
+    return {"content": [entry(id, lp) | tops(others) for id, lp, others in tokens]}
+
+
+def check_model(name):
+    if name not in (None, app.state.name):
+        why = f"no model {short(name)} here: this server has {app.state.name!r}"
+        raise ApiError(404, why, "model", "model_not_found")
+
+
+app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+app.exception_handler(HTTPException)(lambda request, error: error_reply(error))
+
+
+@app.post("/v1/completions")
+async def completions(request: Request):
+    o = read_options(await read_body(request), COMPLETION)
+    check_model(o["model"])
+    prompts = await read_prompts(app.state.engine, o["prompt"])
+    return await answer(request, o, prompts, chat=False)
+
+
+@app.post("/v1/chat/completions")
+async def chat_completions(request: Request):
+    o = read_options(await read_body(request), CHAT)
+    check_model(o["model"])
+    if o["max_completion_tokens"] is not None:
+        o["max_tokens"] = o["max_completion_tokens"]
+    prompt = await read_messages(app.state.engine, o["messages"])
+    return await answer(request, o, [prompt], chat=True)
+
+
+async def answer(request, o, prompts, chat):
+    """The response to a request of options o: one JSON object, or a stream of them."""
+    engine, stream = app.state.engine, o["stream"]
+    jobs = make_jobs(engine, prompts, o, chat)
+    queue = start(request, jobs)
+    kind = "chat.completion" + ".chunk" * stream if chat else "text_completion"
+    head = {"id": ("chatcmpl-" if chat else "cmpl-") + os.urandom(12).hex(), "object": kind}
+    head |= {"created": int(time.time()), "model": app.state.name}
+    describe = chat_logprobs if chat else completion_logprobs
+
+    def choice(job, said, tokens=(), done=False):
+        logprobs = describe(engine.tok, job, tokens) if tokens and job.top is not None else None
+        finish = job.row.out.finish_reason if done else None
+        return {"index": job.index} | said | {"logprobs": logprobs, "finish_reason": finish}
+
+    if stream:
+        choices = stream_choices(request, jobs, queue, choice, chat)
+        counted = o["stream_options"].get("include_usage") is True
+        lines = stream_lines(head, choices, counted, jobs)
+        return StreamingResponse(lines, media_type="text/event-stream")
+    texts, told = [""] * len(jobs), [[] for _ in jobs]
+    async for job, text, tokens, _ in follow(request, jobs, queue):
+        texts[job.index] += text
+        told[job.index] += tokens
+    if chat:
+        said = [{"message": {"role": "assistant", "content": text}} for text in texts]
+    else:
+        said = [{"text": text} for text in texts]
+    choices = [choice(job, *more, True) for job, *more in zip(jobs, said, told)]
+    return reply(head | {"choices": choices, "usage": usage(jobs)})
+
+
+async def stream_choices(request, jobs, queue, choice, chat):
+    """The choices of a stream's chunks, as choice(job, what is said, tokens, done) makes them."""
+    for job in jobs if chat else ():
+        yield choice(job, {"delta": {"role": "assistant", "content": ""}})
+    async for job, text, tokens, done in follow(request, jobs, queue):
+        if not chat:
+            yield choice(job, {"text": text}, tokens, done)
+            continue
+        if text or tokens:
+            yield choice(job, {"delta": {"content": text}}, tokens)
+        if done:
+            yield choice(job, {"delta": {}}, (), True)
+
+
+async def stream_lines(head, choices, counted, jobs):
+    """Server-sent events of a stream: a chunk for each choice, at the end the usage if counted."""
+    line = lambda value: f"data: {json.dumps(value, allow_nan=False)}\n\n"
+    try:
+        async for choice in choices:
+            yield line(head | {"choices": [choice]} | ({"usage": None} if counted else {}))
+        if counted:
+            yield line(head | {"choices": [], "usage": usage(jobs)})
+        yield "data: [DONE]\n\n"
+    except ApiError as error:  # too late for a status
+        yield line(error_body(error))
+
+
+@app.get("/v1/models")
+async def models():
+    return reply({"object": "list", "data": [app.state.card]})
+
+
+@app.get("/v1/models/{name:path}")
+async def one_model(name: str):
+    check_model(name)
+    return reply(app.state.card)
+
+
+@app.post("/tokenize")
+async def tokenize(request: Request):
+    """The ids of {"prompt"}, a text (bare unless "add_special_tokens"), or of {"messages"}.
+    A bare prompt that is the name of a special token is that token: so lm-eval finds out its id."""
+    engine, body = app.state.engine, await read_body(request)
+    if isinstance(text := body.get("prompt"), str):
+        bare = body.get("add_special_tokens", True) is False
+        f = engine.tok.encode if bare else engine.tok.prompt
+        known = engine.tok.special.get(text) if bare else None
+        ids = [known] if known is not None else await tokenized(engine, len(text), f, text)
+    else:
+        ids = await read_messages(engine, body.get("messages"))
+    out = {"tokens": ids, "count": len(ids), "max_model_len": engine.max_len}
+    if body.get("return_token_strs") is True:
+        out["token_strs"] = [name_of(engine.tok, id) for id in ids]
+    return reply(out)
+
+
+@app.post("/detokenize")
+async def detokenize(request: Request):
+    tok, body = app.state.engine.tok, await read_body(request)
+    if not is_ids(tok, body.get("tokens")):
+        raise ApiError(400, f"tokens: expected ids from 0 to {tok.n_vocab - 1}", "tokens")
+    return reply({"prompt": tok.decode(body["tokens"])})
+
+
+@app.get("/tokenizer_info")
+async def tokenizer_info():
+    tok = app.state.engine.tok
+    special = {"bos_token": tok.bos_id, "eos_token": [*tok.eos_ids, None][0]}
+    special["pad_token"] = tok.pad_id
+    named = {key: None if id is None else tok.decode([id]) for key, id in special.items()}
+    return reply(named | {"chat_template": tok.config.get("chat_template")})
+
+
+@app.get("/health")
+async def health():
+    if not app.state.engine.is_alive():
+        raise ApiError(503, "the engine has stopped")
+    return reply({"status": "ok"})
+
+
+@app.get("/metrics")
+async def metrics():
+    engine = app.state.engine
+    gauges = {"queue_length": len(engine.waiting), "batch_size": len(engine.jobs)}
+    text = engine.metrics.text(gauges | {"batch_limit": engine.max_batch})
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+class Front:
+    """What every request passes: the key, the time for each write, the books."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        record = scope["record"] = SimpleNamespace(jobs=[], status=None, begun=time.monotonic())
+
+        async def patient_send(message):
+            record.status = message.get("status", record.status)
+            await asyncio.wait_for(send(message), client_timeout)
+
+        try:
+            if not may_pass(scope):
+                wrong = ApiError(401, "expected Authorization: Bearer KEY", code="invalid_api_key")
+                return await error_reply(wrong)(scope, receive, patient_send)
+            await self.app(scope, receive, patient_send)
+        except (ClientDisconnect, asyncio.TimeoutError):
+            record.status = record.status or 499  # nginx's: the client left before the answer
+        except Exception as error:
+            print(f"serve.py: {scope['path']!r}: {error!r}", file=sys.stderr, flush=True)
+            if record.status is None:
+                broken = ApiError(500, "the server failed at this request")
+                await error_reply(broken)(scope, receive, patient_send)
+        finally:
+            app.state.engine.cancel(record.jobs)
+            book(scope, record)
+
+
+def may_pass(scope):
+    if not api_key or scope["path"] in ("/", "/health", "/metrics"):
+        return True
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    return hmac.compare_digest(given, f"Bearer {api_key}".encode())
+
+
+def book(scope, record):
+    """Count a request that has ended, and write its line to the log."""
+    engine, jobs, took = app.state.engine, record.jobs, time.monotonic() - record.begun
+    path = getattr(scope.get("route"), "path", "other")  # wrong ones are no names of metrics
+    engine.metrics.counts[f'requests_total{{path="{path}",status="{record.status}"}}'] += 1
+    if jobs:
+        engine.metrics.observe("request_seconds", took)
+    if not app.state.log:
+        return
+    row = {"time": round(time.time(), 3), "client": (scope["client"] or ["?"])[0]}
+    row |= {"method": scope["method"], "path": scope["path"], "status": record.status}
+    row |= {"seconds": round(took, 4)}
+    if jobs:
+        firsts = [job.first - record.begun for job in jobs if job.first]
+        row |= usage(jobs) | {"first_token": round(min(firsts), 4) if firsts else None}
+        row["finish"] = [job.row.out.finish_reason if job.row.done else None for job in jobs]
+        if log_prompts:
+            row["prompts"] = [decode(engine.tok, job.ids) for job in jobs]
+            row["answers"] = [job.row.out.text for job in jobs]
+    app.state.log.write(json.dumps(row) + "\n")
+    app.state.log.flush()
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection where for client_timeout seconds no request is under way
+    and none begins, or the head of one does not end."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.look(None)
+
+    def look(self, before):
+        idle = self.cycle is None or self.cycle.response_complete
+        if before and idle and before == [self.cycle]:
+            return self.transport.close()
+        self.loop.call_later(client_timeout, self.look, [self.cycle])
+
+
+# --------------------------------------------------------------------------------------------------
+# Looking inside: the page, and what it shows of the network and its run. Nothing here changes them
+
+MAP_TOKENS = 128  # the longest text whose attention is shown
+LOG_ROWS = 2000  # the most rows of training in one answer: of more, every so manieth
+
+
+def model_parts(net):
+    """The network's layers in their order, each with its shape and number of parameters, which is
+    0 for a head whose matrix is the embedding's: together, all parameters there are."""
+    parts, counted = [], set()
+    for name, layer in net.named_modules():
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if weight is None:
+            continue
+        tied = id(weight) in counted
+        counted.add(id(weight))
+        params = 0 if tied else weight.numel() + (0 if bias is None else bias.numel())
+        parts.append(dict(name=name, shape=list(weight.shape), params=params, tied=tied))
+    return parts
+
+
+def attention_maps(net, ids, layer):
+    """softmax(q k^T / sqrt(D)) (n_head, T, T) float32 of one layer, from the q and k that it makes
+    in a pass over ids, a list: row i is what token i looks at."""
+    attention, seen = net.model.layers[layer].self_attn, []
+    hook = attention.register_forward_pre_hook(lambda module, args: seen.extend(args[:2]))
+    try:
+        net.hidden(torch.tensor([ids], device=net.model.embed_tokens.weight.device))
+    finally:
+        hook.remove()
+    q, k = (x[0].float() for x in attention.qkv(*seen)[:2])
+    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / math.sqrt(q.shape[-1])
+    behind = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(behind, -math.inf).softmax(-1).cpu()
+
+
+def nearest(net, n_vocab, token, n):
+    """[(id, cosine)] of the n tokens whose embeddings point most nearly where that of `token` does,
+    itself left out."""
+    table = net.model.embed_tokens.weight[:n_vocab]
+    parts = table.split(8192)  # not all of them in float32 at once
+    cosines = [F.cosine_similarity(part.float(), table[token].float(), dim=-1) for part in parts]
+    cosines = torch.cat(cosines)
+    cosines[token] = -math.inf
+    found = cosines.topk(min(n, n_vocab - 1))
+    return list(zip(found.indices.tolist(), found.values.tolist()))
+
+
+def log_rows(path, after):
+    """(the rows of a log.jsonl behind step `after`, the last step there is or -1). Many are
+    thinned, but for the evaluations; a row that is being written waits for the next time."""
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    row = lambda line: json.loads(line, parse_constant=lambda word: None)  # NaN is no JSON
+    new = lines[bisect.bisect_right(lines, after, key=lambda line: row(line)["step"]) :]
+    every = max(1, -(-len(new) // LOG_ROWS))
+    kept = [line for i, line in enumerate(new) if i % every == 0 or b'"val_' in line]
+    return [row(line) for line in kept[-2 * LOG_ROWS :]], row(lines[-1])["step"] if lines else -1
+
+
+async def read_text(engine, o, encode):
+    """The ids of the request's text by `encode`, or its ids."""
+    if o["text"] is not None:
+        return await tokenized(engine, len(o["text"]), encode, o["text"])
+    if not is_ids(engine.tok, o["ids"]):
+        why = f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}"
+        raise ApiError(400, why, "text")
+    return o["ids"]
+
+
+@app.get("/inspect/model")
+async def inspect_model():
+    """What the network is made of."""
+    net, parts = app.state.engine.net, model_parts(app.state.engine.net)
+    tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}.values()
+    table = net.model.embed_tokens.weight
+    out = app.state.card | {"config": asdict(net.config), "parts": parts}
+    out |= {"params": sum(p["params"] for p in parts), "bytes": sum(t.nbytes for t in tensors)}
+    return reply(out | {"dtype": str(table.dtype)[6:], "device": str(table.device)})
+
+
+@app.post("/inspect/attention")
+async def inspect_attention(request: Request):
+    """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token: what it
+    looks at, up to itself."""
+    engine = app.state.engine
+    c, tok, most = engine.net.config, engine.tok, min(MAP_TOKENS, engine.max_len)
+    known = {"text": (str, None), "ids": (list, None), "layer": (int, 0, 0, c.n_layer - 1)}
+    known["head"] = (int, None, 0, c.n_head - 1)
+    o = read_fields(await read_body(request), known)
+    ids = await read_text(engine, o, tok.prompt)
+    if not 0 < len(ids) <= most:
+        raise ApiError(400, f"{len(ids)} tokens: attention is shown of 1 to {most}", "text")
+    maps = await asyncio.wrap_future(engine.call(attention_maps, engine.net, ids, o["layer"]))
+    heads = range(c.n_head) if o["head"] is None else [o["head"]]
+    cut = lambda rows: [[round(w, 5) for w in row[: i + 1]] for i, row in enumerate(rows)]
+    names = [name_of(tok, id) for id in ids]
+    told = {"tokens": ids, "token_strs": names, "layer": o["layer"]}
+    return reply(told | {"heads": [cut(maps[h].tolist()) for h in heads]})
+
+
+@app.post("/inspect/neighbours")
+async def inspect_neighbours(request: Request):
+    """{"token": an id, or "text" of one token, "n"} → the n tokens with the nearest embeddings."""
+    engine = app.state.engine
+    net, tok, last = engine.net, engine.tok, engine.tok.n_vocab - 1
+    known = {"text": (str, None), "token": (int, None, 0, last), "n": (int, 10, 1, 100)}
+    o = read_fields(await read_body(request), known) | {"ids": None}
+    ids = [o["token"]] if o["token"] is not None else await read_text(engine, o, tok.encode)
+    if len(ids) != 1:
+        raise ApiError(400, f"{len(ids)} tokens: neighbours are of one", "text")
+    found = await asyncio.wrap_future(engine.call(nearest, net, tok.n_vocab, ids[0], o["n"]))
+    near = [{"token": i, "text": name_of(tok, i), "cosine": round(c, 6)} for i, c in found]
+    return reply({"token": ids[0], "text": name_of(tok, ids[0]), "neighbours": near})
+
+
+@app.get("/inspect/log")
+async def inspect_log(request: Request):
+    """?after=a step → the rows of the run's log.jsonl behind it, and its last step."""
+    after = request.query_params.get("after", "-1")
+    if not (after.removeprefix("-").isdecimal() and len(after) < 16):
+        raise ApiError(400, f"after = {short(after)}: expected a step", "after")
+    path = Path(model) / "log.jsonl"
+    try:
+        rows, last = await asyncio.to_thread(log_rows, path, int(after))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ApiError(500, f"log.jsonl cannot be read: {short(str(error))}") from None
+    return reply({"rows": rows, "last": last})
+
+
+def page_policy(html):
+    """The Content-Security-Policy of the page: its own script and style, by their hashes, and this
+    server; nothing else is run, loaded or sent to, and no site may put it into a frame."""
+    allow = {}
+    for tag in ("script", "style"):
+        inner = html[html.index(f"<{tag}>") + len(tag) + 2 : html.index(f"</{tag}>")]
+        allow[tag] = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+    policy = [f"{tag}-src 'sha256-{digest}'" for tag, digest in allow.items()]
+    policy += ["connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    return "; ".join(["default-src 'none'", *policy, "frame-ancestors 'none'"])
+
+
+@app.get("/")
+async def page():
+    if not (file := Path(__file__).with_name("serve.html")).is_file():
+        raise ApiError(404, "serve.html is not beside serve.py: the API is at /v1")
+    html = file.read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": page_policy(html), "X-Content-Type-Options": "nosniff"}
+    headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    return Response(html, headers=headers, media_type="text/html")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def check_settings(n_ctx):
+    for name in ("max_batch", "max_queue", "prefill_chunk", "max_body"):
+        if globals()[name] < 1:
+            raise UserError(f"--{name}={globals()[name]}: expected 1 or more")
+    for name in ("timeout", "client_timeout", "drain"):
+        if not 0 < globals()[name] < math.inf:
+            raise UserError(f"--{name}={globals()[name]}: expected seconds, more than 0")
+    if not 0 <= max_len <= n_ctx or max_len == 1:
+        raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
+
+
+def listen():
+    """The socket that clients will connect to."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen()
+    except (OSError, OverflowError) as error:
+        why = f"{error}; --port=0 takes a free one"
+        raise UserError(f"--host={host} --port={port}: {why}") from None
+    return sock
+
+
+def serve(net, tok):
+    """Answer requests until a signal comes, and those that run then."""
+    check_settings(net.config.n_ctx)
+    if net.score is not None:
+        raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
+    length, state = max_len or net.config.n_ctx, app.state
+    state.engine = Engine(net, tok, max_batch, length, prefill_chunk, max_queue)
+    state.name = Path(model).resolve().name
+    state.card = {"id": state.name, "object": "model", "created": int(time.time())}
+    state.card |= {"owned_by": "barelm", "max_model_len": length}
+    state.log = open(log, "a", encoding="utf-8") if log else None
+    app.add_middleware(Front)
+    if cors:
+        sites = [site.strip() for site in cors.split(",")]
+        every = dict.fromkeys(("allow_methods", "allow_headers"), ["*"])
+        app.add_middleware(CORSMiddleware, allow_origins=sites, **every)
+    sock = listen()
+    state.engine.start()
+    # uvicorn handles both signals while it runs, and raises them again when it is done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    size = state.engine.cache.store.nbytes / 1e6
+    print(f"{max_batch} sequences of up to {length} tokens: {size:,.0f} MB of keys and values")
+    where = f"[{host}]" if ":" in host else host
+    print(f"serving {state.name} at http://{where}:{sock.getsockname()[1]}", flush=True)
+    how = dict(http=PatientProtocol, ws="none", log_level="error", access_log=False)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=drain, **how)
+    uvicorn.Server(config).run(sockets=[sock])
+
+
+def main():
+    global api_key
+    api_key = api_key or os.environ.get("BARELM_API_KEY")
+    run = core.setup(device)
+    kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
+    if dtype != "auto":
+        kind = core.choose_dtype(run.device, dtype)[0]
+    if quantize and dtype == "auto" and run.device.type == "cpu":
+        kind = torch.bfloat16  # what the int8 product takes and gives
+    net, tok = core.load(model, run.device, kind, quantize)
+    print(f"{model}: {core.n_params(net) / 1e6:.1f}M parameters, {str(kind)[6:]} on {run.device}")
+    serve(net, tok)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

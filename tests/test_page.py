@@ -1,0 +1,363 @@
+"""serve.py's look inside against naive references, and its page in a real browser if there is one
+(Python's playwright and a chromium)."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import requests
+import torch
+from conftest import ROOT
+
+import model as core
+
+pytest.importorskip("fastapi")
+KEY = "open sesame"
+TEXT = 'def f(x):\n    return "<b>é</b>"'
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    """A server of a copy of out/tiny: its url, its folder, get and post with the key; net, tok."""
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    shutil.copytree(tiny / "out/tiny", folder)
+    command = [sys.executable, ROOT / "serve.py", f"--model={folder}", "--port=0"]
+    command += [f"--api_key={KEY}", "--device=cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lines = iter(process.stdout.readline, "")
+    url = next(m[1] for line in lines if (m := re.search(r"(http://\S+)", line)))
+    head = {"Authorization": f"Bearer {KEY}"}
+    get = lambda path: requests.get(url + path, headers=head, timeout=60)
+    post = lambda path, **body: requests.post(url + path, json=body, headers=head, timeout=60)
+    net, tok = core.load(folder)
+    yield SimpleNamespace(url=url, folder=folder, get=get, post=post, net=net.eval(), tok=tok)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+
+
+def naive_attention(net, ids, layer):
+    """The weights of each head as lists, one query, one key at a time; rotations by complex
+    numbers (Su et al. 2021), dimension i paired with i + D/2."""
+    c, inputs = net.config, []
+    block = net.model.layers[layer]
+    hook = block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        net(torch.tensor([ids]))
+    hook.remove()
+    rms = lambda v, w: [
+        x * g / math.sqrt(sum(y * y for y in v) / len(v) + c.norm_eps) for x, g in zip(v, w)
+    ]
+    x = [rms(v, block.input_layernorm.weight.tolist()) for v in inputs[0][0].tolist()]
+
+    def heads(linear, norm):
+        out, D = [], c.head_dim
+        for t, v in enumerate(x):
+            y = [sum(a * b for a, b in zip(row, v)) for row in linear.weight.tolist()]
+            row = []
+            for h in range(0, len(y), D):
+                u = rms(y[h : h + D], norm.weight.tolist())
+                turn = [
+                    math.cos(a) + 1j * math.sin(a)
+                    for a in (t * c.rope_theta ** (-2 * i / D) for i in range(D // 2))
+                ]
+                row.append([complex(*u[i :: D // 2]) * turn[i] for i in range(D // 2)])
+            out.append(row)
+        return out
+
+    a = block.self_attn
+    q, k = heads(a.q_proj, a.q_norm), heads(a.k_proj, a.k_norm)
+    maps = []
+    for h in range(c.n_head):
+        g = h * c.n_kv_head // c.n_head
+        dot = lambda i, j: sum((a * b.conjugate()).real for a, b in zip(q[i][h], k[j][g]))
+        rows = [
+            [math.exp(dot(i, j) / math.sqrt(c.head_dim)) for j in range(i + 1)]
+            for i in range(len(x))
+        ]
+        maps.append([[e / sum(row) for e in row] for row in rows])
+    return maps
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_attention_is_the_softmax_of_q_times_k(server, layer):
+    told = server.post("/inspect/attention", text=TEXT, layer=layer).json()
+    assert told["tokens"] == server.tok.encode(TEXT)
+    assert b"".join(map(server.tok.token_bytes, told["tokens"])).decode() == TEXT
+    expected = naive_attention(server.net, told["tokens"], layer)
+    assert len(told["heads"]) == len(expected) == server.net.config.n_head
+    for rows, naive in zip(told["heads"], expected):
+        assert [len(row) for row in rows] == [i + 1 for i in range(len(told["tokens"]))]
+        for row, right in zip(rows, naive):
+            assert sum(row) == pytest.approx(1, abs=1e-4 * len(row))
+            assert row == pytest.approx(right, abs=2e-5)
+
+
+def test_attention_does_not_change_with_what_follows(server):
+    whole = server.post("/inspect/attention", text=TEXT, layer=1).json()
+    part = {"ids": whole["tokens"][:5], "layer": 1, "head": 2}
+    [rows] = server.post("/inspect/attention", **part).json()["heads"]
+    for row, same in zip(rows, whole["heads"][2]):
+        assert row == pytest.approx(same, abs=2e-5)
+
+
+def test_parts_are_those_of_the_file_and_add_up(server):
+    told = server.get("/inspect/model").json()
+    data = (server.folder / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    shapes = {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    assert told["params"] == sum(math.prod(shape) for shape in shapes.values())
+    assert told["params"] == sum(part["params"] for part in told["parts"])
+    parts = {f"{part['name']}.weight": part for part in told["parts"]}
+    assert parts.pop("lm_head.weight")["tied"]
+    assert {name: part["shape"] for name, part in parts.items()} == shapes
+    assert told["bytes"] == 4 * told["params"]
+    assert told["config"]["n_kv_head"] == 2
+
+
+def test_neighbours_have_the_greatest_cosines(server):
+    table = server.net.model.embed_tokens.weight[: server.tok.n_vocab].tolist()
+    [token] = server.tok.encode(" return")
+    length = lambda v: math.sqrt(sum(x * x for x in v))
+    cosine = lambda v: (
+        sum(a * b for a, b in zip(v, table[token])) / length(v) / length(table[token])
+    )
+    naive = sorted(((cosine(v), i) for i, v in enumerate(table) if i != token), reverse=True)[:7]
+    for body in {"token": token}, {"text": " return"}:
+        told = server.post("/inspect/neighbours", n=7, **body).json()["neighbours"]
+        assert [near["token"] for near in told] == [i for _, i in naive]
+        assert [near["cosine"] for near in told] == pytest.approx([c for c, _ in naive], abs=1e-5)
+
+
+def test_the_log_is_told_from_a_step_on(server):
+    rows = [json.loads(line) for line in (server.folder / "log.jsonl").read_text().splitlines()]
+    told = server.get("/inspect/log").json()
+    assert told == {"rows": rows, "last": 60}
+    assert server.get("/inspect/log?after=58").json()["rows"] == [r for r in rows if r["step"] > 58]
+    assert server.get("/inspect/log?after=60").json() == {"rows": [], "last": 60}
+
+
+def test_a_long_log_is_thinned_and_an_unfinished_row_waits(tmp_path):
+    import serve
+
+    path = tmp_path / "log.jsonl"
+    assert serve.log_rows(path, -1) == ([], -1)
+    rows = [{"step": i, "loss": 1 / i} for i in range(1, 10_001)] + [
+        {"step": 10_000, "val_loss": 2}
+    ]
+    rows.insert(7, {"step": 7, "val_loss": 3})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10001, "lo')
+    told, last = serve.log_rows(path, -1)
+    assert last == 10_000 and len(told) <= serve.LOG_ROWS + 2
+    assert [row for row in told if "val_loss" in row] == [rows[7], rows[-1]]
+    assert [row["step"] for row in told] == sorted(row["step"] for row in told)
+    path.write_text('{"step": 1, "loss": NaN}\n')
+    assert serve.log_rows(path, 0) == ([{"step": 1, "loss": None}], 1)
+
+
+@pytest.mark.parametrize(
+    "path, body, said",
+    [
+        ("attention", {"text": "a", "layer": 2}, "layer = 2: expected a whole number from 0 to 1"),
+        (
+            "attention",
+            {"text": "a", "head": "0"},
+            "head = '0': expected a whole number from 0 to 3",
+        ),
+        ("attention", {"ids": [10**6]}, "expected a text, or ids from 0 to"),
+        ("attention", {"ids": []}, "0 tokens: attention is shown of 1 to 64"),
+        ("attention", {"ids": [1] * 65}, "65 tokens"),
+        ("neighbours", {"token": -1}, "token = -1"),
+        ("neighbours", {"token": 1, "n": 101}, "n = 101"),
+        ("neighbours", {"text": "def f"}, "2 tokens: neighbours are of one"),
+        ("neighbours", {}, "expected a text"),
+        ("neighbours", {"tokn": 1}, "did you mean 'token'"),
+    ],
+)
+def test_bad_questions_are_answered_in_words(server, path, body, said):
+    answer = server.post(f"/inspect/{path}", **body)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_the_page_allows_itself_alone(server):
+    page = requests.get(server.url, timeout=60)
+    policy = dict(
+        rule.split(" ", 1) for rule in page.headers["Content-Security-Policy"].split("; ")
+    )
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    for tag in ("script", "style"):
+        [inner] = re.findall(f"<{tag}>(.*?)</{tag}>", page.text, re.S)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert re.findall(r"https?://[^\"\s]+", page.text) == ["http://www.w3.org/2000/svg"]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|eval\(|style=| on\w+=", page.text)
+
+
+# --------------------------------------------------------------------------------------------------
+# The page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium on this machine")
+    flags = "--no-sandbox --disable-gpu --disable-background-networking"
+    flags += " --disable-component-update --disable-sync"
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=flags.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """The page, its key given; it may not log an error."""
+    context = browser.new_context(viewport={"width": 360, "height": 740})
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("#error:has-text('This server wants an API key.')")
+    page.get_by_label("API key").fill("wrong")
+    page.get_by_role("button", name="Use").click()
+    page.wait_for_selector("#error:has-text('does not accept this API key')")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Use").click()
+    page.wait_for_selector("#status:text-is('Ready')")
+    yield page
+    context.close()
+    assert not errors
+
+
+def open_view(page, name):
+    page.get_by_role("tab", name=name).click()
+    return page.get_by_role("tabpanel", name=name)
+
+
+def set_greedy(page, tokens):
+    page.get_by_text("Sampling", exact=True).click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Tokens, at most").fill(str(tokens))
+
+
+def test_a_completion_and_the_alternatives_of_its_tokens(page, server):
+    prompt = "<img src=x onerror=alert(1)>\ndef"
+    [g] = core.generate(server.net, server.tok, [prompt], max_new_tokens=9, temperature=0)
+    set_greedy(page, 9)
+    page.get_by_label("Text to continue").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("#made-note:has-text('9 tokens')")
+    assert page.locator("#result").text_content().strip() == (prompt + g.text).strip()
+    assert page.locator("img").count() == 0
+    tokens = page.get_by_role("listbox", name="Tokens of the completion")
+    tokens.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    with torch.no_grad():
+        ids = server.tok.prompt(prompt) + g.ids[:2]
+        logits = server.net(torch.tensor([ids]))[0, -1, : server.tok.n_vocab]
+    best = logits.softmax(0).topk(5)
+    rows = page.locator("#chosen tbody tr").all()
+    shares = [row.locator("td").nth(1).text_content() for row in rows]
+    expected = [100 * p for p in best.values.tolist()]
+    assert [float(share.split()[0]) for share in shares] == pytest.approx(expected, abs=0.051)
+    assert page.locator("#chosen tr.here").count() == 1
+
+
+def test_a_conversation_of_two_turns(page, server):
+    messages = [{"role": "system", "content": "Be brief."}]
+    open_view(page, "Chat")
+    set_greedy(page, 6)
+    page.locator("summary", has_text="System prompt").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    for n, text in enumerate(["Hi", "And <i>"]):
+        messages.append({"role": "user", "content": text})
+        answer = server.post("/v1/chat/completions", messages=messages, max_tokens=6, temperature=0)
+        messages.append(answer.json()["choices"][0]["message"])
+        page.get_by_label("Your message").fill(text)
+        page.keyboard.press("Enter")
+        page.locator(".turn.assistant").nth(n).locator("[role=option]").first.wait_for()
+        page.wait_for_selector("#status:text-is('Ready')")
+    said = [text.strip() for text in page.locator(".turn .text").all_text_contents()]
+    assert said == [m["content"].strip() for m in messages[1:]]
+    page.get_by_role("button", name="New conversation").click()
+    assert page.locator(".turn").count() == 0
+
+
+def test_tokens_attention_and_parts(page, server):
+    panel = open_view(page, "Tokens")
+    panel.get_by_label("Text").fill(TEXT)
+    ids = server.tok.encode(TEXT)
+    page.wait_for_selector(f"#raw-note:has-text('{len(ids)} tokens')")
+    assert panel.locator("small").all_text_contents() == [str(id) for id in ids]
+    panel.get_by_role("option").nth(1).click()
+    near = server.post("/inspect/neighbours", token=ids[1], n=12).json()["neighbours"]
+    page.locator("#near td").first.wait_for()
+    told = page.locator("#near td:nth-child(2)").all_text_contents()
+    assert told == [str(n["token"]) for n in near]
+
+    panel = open_view(page, "Attention")
+    panel.get_by_label("Text").fill(TEXT)
+    page.wait_for_selector(f"#looked-note:has-text('{len(ids)} tokens')")
+    panel.get_by_label("Layer", exact=True).select_option("1")
+    page.wait_for_selector("#map[aria-label^='Attention of layer 1']")
+    panel.locator("#map").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    row = server.post("/inspect/attention", text=TEXT, layer=1).json()["heads"][0][-2]
+    told = page.locator("#pair-text").text_content()
+    assert f"at {len(ids) - 1} looks at" in told and " at 2 with" in told
+    share = float(re.search(r"with ([\d.]+)", told)[1])
+    assert share == pytest.approx(100 * row[1], abs=0.051)
+
+    panel = open_view(page, "Model")
+    total = server.get("/inspect/model").json()["params"]
+    assert panel.locator("#sum").text_content().startswith(f"{total:,} parameters")
+    assert panel.locator("details").count() == server.net.config.n_layer
+
+
+def test_curves_are_live(page, server):
+    open_view(page, "Training")
+    path = server.folder / "log.jsonl"
+    before = path.read_text()
+    page.wait_for_selector("#run:has-text('60 steps')")
+    line = page.locator("#charts svg").first.locator("polyline").first
+    assert len(line.get_attribute("points").split()) == 60
+    try:
+        with path.open("a") as log:
+            log.write('{"step": 61, "loss": 1.5}\n{"step": 61, "val_loss": 1.25}\n')
+        page.wait_for_selector("#run:has-text('validation 1.25 at step 61')")
+        assert len(line.get_attribute("points").split()) == 61
+        page.get_by_label("Logarithmic steps").check()
+        points = [p.split(",") for p in line.get_attribute("points").split()]
+        x = [float(p[0]) for p in points]  # on a logarithmic axis 1 to 8 is as far as 7 to 56
+        assert x[7] - x[0] == pytest.approx(x[55] - x[6], abs=0.3)
+    finally:
+        path.write_text(before)
+
+
+def test_by_keyboard_on_a_phone_and_without_the_server(page):
+    page.get_by_role("tab", name="Complete").focus()
+    wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    for name in ("Chat", "Tokens", "Attention", "Training", "Model"):
+        page.keyboard.press("ArrowRight")
+        assert page.get_by_role("tab", name=name, selected=True).count() == 1
+        assert page.get_by_role("tabpanel", name=name).is_visible()
+        page.wait_for_load_state("networkidle")
+        assert not page.evaluate(wide), name
+    page.keyboard.press("Home")
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_selector("#error:has-text('The server does not answer')")
+    assert page.locator("#status").text_content() == "No connection"
+    page.context.set_offline(False)
+    page.wait_for_selector("#status:text-is('Ready')")
+    assert not page.locator("#error").is_visible()

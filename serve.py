@@ -283,7 +283,7 @@ class Engine(threading.Thread):
             if i < j:
                 self.swap(i, j)
                 self.jobs[i], self.jobs[j], i = self.jobs[j], self.jobs[i], j
-        self.jobs.pop()
+        self.jobs.pop().counts = None
 
     def read_prompt(self, room, ready, logits):
         """Feed at most `room` tokens of the last job's prompt: how many. With the prompt's end the
@@ -832,6 +832,7 @@ class Front:
         finally:
             app.state.engine.cancel(record.jobs)
             book(scope, record)
+            record.jobs = []  # the connection may keep the record for a while
 
 
 def may_pass(scope):

@@ -212,11 +212,7 @@ class Engine(threading.Thread):
                 if self.stopping:
                     return
                 while self.calls:
-                    future, f, args = self.calls.popleft()
-                    try:
-                        future.set_result(f(*args))
-                    except Exception as error:
-                        future.set_exception(error)
+                    self.answer(*self.calls.popleft())
                 try:
                     self.step()
                 except Exception as error:  # no memory, say: the batch is lost, the server is not
@@ -224,6 +220,17 @@ class Engine(threading.Thread):
                     for job in self.jobs:
                         job.notify(job, None, [], True)
                     self.jobs, self.held = [], [[] for _ in self.held]
+
+    def answer(self, future, f, args):
+        """Make the call, for a Future that may have been given up meanwhile."""
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(f(*args))
+        except UserError as error:
+            future.set_exception(ApiError(400, str(error)))
+        except Exception as error:
+            future.set_exception(error)
 
     def step(self):
         """Every sequence gets its next token, those too whose prompts a chunk completes."""
@@ -261,8 +268,8 @@ class Engine(threading.Thread):
             row = source
         elif found:
             self.cache.copy([row], [source], found)
+        self.held[row] = job.ids[:found]
         self.swap(n, row)
-        self.held[n] = job.ids[:found]
         job.reused = found
         self.metrics.counts["prompt_tokens_total"] += len(job.ids)
         self.metrics.counts["reused_tokens_total"] += found
@@ -918,7 +925,10 @@ def serve(net, tok):
     state.name = Path(model).resolve().name
     state.card = {"id": state.name, "object": "model", "created": int(time.time())}
     state.card |= {"owned_by": "barelm", "max_model_len": length}
-    state.log = open(log, "a", encoding="utf-8") if log else None
+    try:
+        state.log = open(log, "a", encoding="utf-8") if log else None
+    except OSError as error:
+        raise UserError(f"--log={log}: {error.strerror}") from None
     app.add_middleware(Front)
     if cors:
         sites = [site.strip() for site in cors.split(",")]

@@ -217,11 +217,7 @@ class Engine(threading.Thread):
                 if self.stopping:
                     return
                 while self.calls:
-                    future, f, args = self.calls.popleft()
-                    try:
-                        future.set_result(f(*args))
-                    except Exception as error:
-                        future.set_exception(error)
+                    self.answer(*self.calls.popleft())
                 try:
                     self.step()
                 except Exception as error:  # no memory, say: the batch is lost, the server is not
@@ -229,6 +225,17 @@ class Engine(threading.Thread):
                     for job in self.jobs:
                         job.notify(job, None, [], True)
                     self.jobs, self.held = [], [[] for _ in self.held]
+
+    def answer(self, future, f, args):
+        """Make the call, for a Future that may have been given up meanwhile."""
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(f(*args))
+        except UserError as error:
+            future.set_exception(ApiError(400, str(error)))
+        except Exception as error:
+            future.set_exception(error)
 
     def step(self):
         """Every sequence gets its next token, those too whose prompts a chunk completes."""
@@ -266,8 +273,8 @@ class Engine(threading.Thread):
             row = source
         elif found:
             self.cache.copy([row], [source], found)
+        self.held[row] = job.ids[:found]
         self.swap(n, row)
-        self.held[n] = job.ids[:found]
         job.reused = found
         self.metrics.counts["prompt_tokens_total"] += len(job.ids)
         self.metrics.counts["reused_tokens_total"] += found
@@ -288,7 +295,7 @@ class Engine(threading.Thread):
             if i < j:
                 self.swap(i, j)
                 self.jobs[i], self.jobs[j], i = self.jobs[j], self.jobs[i], j
-        self.jobs.pop()
+        self.jobs.pop().counts = None
 
     def read_prompt(self, room, ready, logits):
         """Feed at most `room` tokens of the last job's prompt: how many. With the prompt's end the
@@ -835,6 +842,7 @@ class Front:
         finally:
             app.state.engine.cancel(record.jobs)
             book(scope, record)
+            record.jobs = []  # the connection may keep the record for a while
 
 
 def may_pass(scope):
@@ -1073,7 +1081,10 @@ def serve(net, tok):
     state.name = Path(model).resolve().name
     state.card = {"id": state.name, "object": "model", "created": int(time.time())}
     state.card |= {"owned_by": "barelm", "max_model_len": length}
-    state.log = open(log, "a", encoding="utf-8") if log else None
+    try:
+        state.log = open(log, "a", encoding="utf-8") if log else None
+    except OSError as error:
+        raise UserError(f"--log={log}: {error.strerror}") from None
     app.add_middleware(Front)
     if cors:
         sites = [site.strip() for site in cors.split(",")]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -103,12 +104,38 @@ def test_many_at_once_get_what_generate_gives_each_alone(site, loaded):
 
 def test_a_beginning_that_is_known_is_not_read_again(site, loaded):
     net, tok = loaded
-    ids, said = tok.encode(CODE[300:380]), []
+    ids = tok.encode(CODE[300:380])
     for prompt, known in ((ids, None), (ids + [5], len(ids)), (ids[:9] + [7] * 9, 9)):
         answer = site.complete(prompt=prompt, max_tokens=9, temperature=0)
         [g] = model.generate(net, tok, [prompt], max_new_tokens=9, temperature=0)
         assert answer["choices"][0]["text"] == g.text
         assert known in (None, answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_rows_that_move_keep_what_they_hold(loaded):
+    net, tok = loaded
+    import serve
+
+    engine, jobs = serve.Engine(net, tok, max_batch=9, max_len=64, chunk=9, max_queue=99), []
+    options = dict(serve.read_options({}, serve.COMPLETION), temperature=0.0, seed=0)
+    draw = random.Random(0)
+    beginnings = [tok.encode(CODE[i : i + 70])[:30] for i in (0, 400, 800)]
+    with torch.inference_mode():
+        for _ in range(900):
+            if len(jobs) < 60 and draw.random() < 0.15:
+                ids = draw.choice(beginnings)[: draw.choice([0, 0, 5, 28, 30])]
+                ids += draw.choices(range(500), k=draw.randrange(1, 4))
+                jobs.append(serve.Job(tok, ids, draw.choice([1, 2, 25]), options))
+                jobs[-1].notify = lambda *event: None
+                engine.submit(jobs[-1:])
+            if draw.random() < 0.01 and engine.jobs:
+                engine.cancel([draw.choice(engine.jobs)])
+            engine.step()
+    done = [job for job in jobs if not job.gone]
+    assert 40 < len(done) < len(jobs) == 60 and sum(job.reused for job in done) > 200
+    for job in done:
+        [g] = model.generate(net, tok, [job.ids], max_new_tokens=job.row.limit, temperature=0)
+        assert job.row.done and job.row.out.ids[: len(g.ids)] == g.ids[: len(job.row.out.ids)]
 
 
 def test_presence_and_frequency_penalties_are_openais(site, loaded):

@@ -342,7 +342,7 @@ def quantized_product(x, codes, scale, bias, packed=None):
     else:
         y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
     y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class Adapter(nn.Module):

@@ -40,6 +40,7 @@ import struct
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def show_report(run):
     kind = kind if dtype == "auto" else core.choose_dtype(run.device, dtype)[0]
     net, tok = core.load(model, run.device, kind)
     if net.score is not None:
-        raise UserError(f"{model} is a classifier: it has no bits per byte; eval.py measures it")
+        return print(f"{model} is a classifier: no bits per byte; eval.py measures it")
     windows = validation_windows(tok, min(net.config.n_ctx, 1024))
     print(f"{'':<22}{'MB':>10}{'bits/byte':>11}{'tokens/s':>10}{'zeros':>8}")
     names = " ".join(f"{a}{b}" for a, b in (("pruned ", prune), ("", quantize)) if b)
@@ -199,16 +200,14 @@ def check_family(net):
         mend = "--export=barelm saves it, --gguf_type=Q8_0 is GGUF's own 8 bits"
         raise UserError(f"--export={export} cannot hold {net.quantize} weights: {mend}")
     if net.adapter_size or net.pooling != "last":
-        odd = "mean pooling" if net.pooling != "last" else "bottleneck adapters"
+        odd = "bottleneck adapters" if net.adapter_size else "mean pooling"
         raise UserError(f"--export={export}: no Hugging Face architecture has {odd}")
     if (kind := core.family(c)) != "barelm":
         return kind
-    differ = {
-        kind: [f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in o.items() if getattr(c, k) != v]
-        for kind, o in core.FAMILIES.items()
-    }
-    kind = min(differ, key=lambda kind: len(differ[kind]))
-    wanted = ", ".join(differ[kind]) or "n_kv_head=n_head, head_dim=n_embd/n_head"
+    differ = lambda kind: {k: v for k, v in core.FAMILIES[kind].items() if getattr(c, k) != v}
+    kind = min(core.FAMILIES, key=lambda kind: len(differ(kind)))
+    wanted = ", ".join(f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in differ(kind).items())
+    wanted = wanted or "n_kv_head=n_head, head_dim=n_embd/n_head"
     raise UserError(f"--export={export} cannot hold this architecture: {kind} wants {wanted}")
 
 
@@ -296,11 +295,10 @@ def gguf_tensors(net, kind):
                 theirs = theirs.replace(f"attn_{letter}.", "attn_qkv.")
         out[theirs] = torch.cat((out[theirs], t)) if theirs in out else t
     if (c.rope_scaling or {}).get("rope_type") == "llama3":
-        plain = copy.replace(c, rope_scaling=None) if hasattr(copy, "replace") else copy.copy(c)
-        plain.rope_scaling = None
-        out["rope_freqs.weight"] = core.rope_frequencies(plain, "cpu") / core.rope_frequencies(
-            c, "cpu"
+        plain, scaled = (
+            core.rope_frequencies(x, "cpu") for x in (replace(c, rope_scaling=None), c)
         )
+        out["rope_freqs.weight"] = plain / scaled
     return out
 
 
@@ -327,10 +325,6 @@ def gguf_bytes(t, kind):
     codes = x.trunc() + (2 * x.frac()).trunc()  # to the nearest, halves away from zero
     codes = codes.to(torch.int8).view(torch.uint8)
     return torch.cat((scale.half().view(torch.uint8), codes), 1).numpy().tobytes()
-
-
-def gguf_size(t, kind):
-    return {"F32": 4 * t.numel(), "F16": 2 * t.numel(), "Q8_0": t.numel() // 32 * 34}[kind]
 
 
 def gguf_value(value, typed=True):
@@ -363,7 +357,8 @@ def export_gguf(net, tok, folder):
         as_type, dims = gguf_dtype(n, t), t.shape[::-1]
         header += gguf_value(n, False) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
         header += struct.pack("<IQ", GGUF_TYPES[as_type][0], at)
-        at += -(-gguf_size(t, as_type) // 32) * 32
+        bits = {"F32": 32, "F16": 16, "Q8_0": 8.5}[as_type]
+        at += -(-int(t.numel() * bits / 8) // 32) * 32
     path = folder / f"{name}-{gguf_type}.gguf"
     with core.whole_file(path) as file:
         file.write(header + b"\0" * (-len(header) % 32))
@@ -375,17 +370,6 @@ def export_gguf(net, tok, folder):
 
 # --------------------------------------------------------------------------------------------------
 # Export: ONNX
-
-
-class Logits(torch.nn.Module):
-    """ids (B, T) int64 -> logits (B, T, V) float32."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, ids):
-        return self.net(ids)
 
 
 def export_onnx(net, tok, folder):
@@ -405,17 +389,18 @@ def export_onnx(net, tok, folder):
     draw = torch.Generator().manual_seed(seed)
     ids = lambda *shape: torch.randint(tok.n_vocab, shape, generator=draw)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=c.n_ctx)}
-    names = dict(input_names=["ids"], output_names=["logits"], dynamic_shapes=({**sizes},))
+    how = dict(input_names=["ids"], output_names=["logits"], dynamic_shapes=(sizes,))
+    how |= dict(dynamo=True, verbose=False, external_data=size > 1.5e9)  # protobuf ends at 2 GB
     with tempfile.TemporaryDirectory(dir=folder, prefix="onnx.") as temporary:
-        path, logger = Path(temporary) / "model.onnx", logging.getLogger("torch.onnx")
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
+        path = Path(temporary) / "model.onnx"
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            with contextlib.redirect_stdout(nowhere), torch.no_grad():
-                torch.onnx.export(
-                    Logits(net), (ids(2, min(8, c.n_ctx)),), path, dynamo=True,
-                    external_data=size > 1.5e9, **names,
-                )  # fmt: skip
+            try:
+                torch.onnx.export(net, (ids(2, min(8, c.n_ctx)),), path, **how)
+            except torch.onnx.OnnxExporterError as error:
+                why = str(error).strip().splitlines()[-1]
+                raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
         session, worst = onnxruntime.InferenceSession(str(path)), 0.0
         for given in (ids(1, 3), ids(3, min(c.n_ctx, 64)), ids(1, c.n_ctx)):
             with torch.no_grad():

@@ -341,13 +341,14 @@ def gguf_value(value, typed=True):
     return struct.pack(f"<I{code}", kind, value)
 
 
-def export_gguf(net, tok, folder):
-    """Write folder/<name>-<type>.gguf (version 3: a header, keys, tensor places, then data)."""
+def export_gguf(net, tok, path):
+    """Write a GGUF file (version 3: a header, keys, tensor places, then data)."""
     kind, c = check_family(net), net.config
     if net.score is not None:
         raise UserError(f"{model} is a classifier: --export=gguf has text models only")
-    name = Path(model).resolve().name
-    keys = gguf_keys(c, kind, name) | gguf_tokenizer(tok, c.vocab_size)
+    keys = gguf_keys(c, kind, path.stem.removesuffix(f"-{gguf_type}")) | gguf_tokenizer(
+        tok, c.vocab_size
+    )
     tensors = gguf_tensors(net, kind)
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     for key, value in keys.items():
@@ -359,21 +360,19 @@ def export_gguf(net, tok, folder):
         header += struct.pack("<IQ", GGUF_TYPES[as_type][0], at)
         bits = {"F32": 32, "F16": 16, "Q8_0": 8.5}[as_type]
         at += -(-int(t.numel() * bits / 8) // 32) * 32
-    path = folder / f"{name}-{gguf_type}.gguf"
     with core.whole_file(path) as file:
         file.write(header + b"\0" * (-len(header) % 32))
         for n, t in tensors.items():
             data = gguf_bytes(t, gguf_dtype(n, t))
             file.write(data + b"\0" * (-len(data) % 32))
-    return path
 
 
 # --------------------------------------------------------------------------------------------------
 # Export: ONNX
 
 
-def export_onnx(net, tok, folder):
-    """Write folder/model.onnx (ids -> logits, any batch and length) and the tokenizer, after
+def export_onnx(net, tok, path):
+    """Write an ONNX file (ids -> logits, any batch and length) and the tokenizer beside it, after
     onnxruntime has computed our logits from it."""
     if net.quantize or net.score is not None:
         what = f"{net.quantize} weights" if net.quantize else "a classifier"
@@ -391,17 +390,17 @@ def export_onnx(net, tok, folder):
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=c.n_ctx)}
     how = dict(input_names=["ids"], output_names=["logits"], dynamic_shapes=(sizes,))
     how |= dict(dynamo=True, verbose=False, external_data=size > 1.5e9)  # protobuf ends at 2 GB
-    with tempfile.TemporaryDirectory(dir=folder, prefix="onnx.") as temporary:
-        path = Path(temporary) / "model.onnx"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="onnx.") as temporary:
+        unchecked = Path(temporary) / path.name
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
-                torch.onnx.export(net, (ids(2, min(8, c.n_ctx)),), path, **how)
+                torch.onnx.export(net, (ids(2, min(8, c.n_ctx)),), unchecked, **how)
             except torch.onnx.OnnxExporterError as error:
                 why = str(error).strip().splitlines()[-1]
                 raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
-        session, worst = onnxruntime.InferenceSession(str(path)), 0.0
+        session, worst = onnxruntime.InferenceSession(str(unchecked)), 0.0
         for given in (ids(1, 3), ids(3, min(c.n_ctx, 64)), ids(1, c.n_ctx)):
             with torch.no_grad():
                 ours = net(given)
@@ -411,10 +410,9 @@ def export_onnx(net, tok, folder):
         if not worst < 1e-4:
             raise UserError("--export=onnx: these are not the model's logits; nothing was written")
         for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
-    core.write_json(folder / "tokenizer.json", tok.spec)
-    core.write_json(folder / "tokenizer_config.json", tok.config)
-    return folder / "model.onnx"
+            os.replace(file, path.with_name(file.name))
+    core.write_json(path.with_name("tokenizer.json"), tok.spec)
+    core.write_json(path.with_name("tokenizer_config.json"), tok.config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,9 +429,10 @@ def convert(run):
     done = [prune and prune.replace(":", "of"), quantize, export if export != "barelm" else None]
     done = [word for word in done if word and (word != "hf" or not prune)]
     folder = Path(out_dir or "-".join([str(Path(model)), *done]))
-    held = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    if export and held and not overwrite:
-        raise UserError(f"{folder} holds {held[0]}: --overwrite, or another --out_dir")
+    files = {"gguf": f"{Path(model).resolve().name}-{gguf_type}.gguf", "onnx": "model.onnx"}
+    path, new = folder / files.get(export, "model.safetensors"), not folder.exists()
+    if export and path.exists() and not overwrite:
+        raise UserError(f"{path} is there already: --overwrite, or another --out_dir")
     if not export:
         return show_report(run)
     net, tok = compressed(run)
@@ -441,15 +440,12 @@ def convert(run):
         check_family(net)
     if prune or quantize:
         show_report(run)
-    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if export in ("hf", "barelm"):
             core.save(folder, net, tok)
-            path = folder / "model.safetensors"
         else:
-            net = net.float().cpu()
-            path = (export_gguf if export == "gguf" else export_onnx)(net, tok, folder)
+            {"gguf": export_gguf, "onnx": export_onnx}[export](net.float().cpu(), tok, path)
     except BaseException:
         if new:
             shutil.rmtree(folder, ignore_errors=True)

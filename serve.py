@@ -219,7 +219,10 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GGUF_PRE = {core.GPT2_SPLIT: "gpt-2", QWEN2_SPLIT: "qwen2"}
+TIKTOKEN_GPT2 = (  # the same pieces as GPT2_SPLIT's; its cl100k_base has no such name
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+)
+GGUF_PRE = {core.GPT2_SPLIT: "gpt-2", TIKTOKEN_GPT2: "gpt-2", QWEN2_SPLIT: "qwen2"}
 GGUF_PRE[QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")] = "llama-bpe"
 GGUF_NAMES = """model.layers=blk model.embed_tokens=token_embd model.embed_positions=position_embd
 model.norm=output_norm lm_head=output input_layernorm=attn_norm post_attention_layernorm=ffn_norm

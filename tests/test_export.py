@@ -1,9 +1,12 @@
 """Quantization, pruning and export, against naive loops and other programs' readers."""
 
+import importlib.util
 import json
 import math
+import random
 import re
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -344,7 +347,16 @@ def test_gguf_of_every_architecture(name, tok, tmp_path):
 
 
 def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
+    import regex
+    from tiktoken_ext import openai_public
+
     assert serve.GGUF_PRE[prepare.SPLIT] == "qwen2"
+    pieces = [openai_public.r50k_pat_str, model.GPT2_SPLIT]
+    assert {serve.GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices(" \n\r\ta1.'sS\u00a0é", k=8))
+        assert len({tuple(regex.findall(pattern, text)) for pattern in pieces}) == 1
     spec = json.loads(json.dumps(tok.spec))
     spec["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
     keys = serve.gguf_tokenizer(Tokenizer(spec, tok.config), tok.n_vocab)
@@ -361,14 +373,12 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
 def test_onnx_computes_the_logits(name, tok, tmp_path):
     net, _ = saved(tmp_path / "m", tok, **(SHAPES | OURS)[name])
     done = run(tmp_path, "serve.py", "--model=m", "--export=onnx", check=False)
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         assert done.returncode == 1 and "pip install onnx onnxscript onnxruntime" in done.stderr
         assert not (tmp_path / "m-onnx").exists()
         return
+    import onnxruntime
+
     assert done.returncode == 0, done.stderr
     session = onnxruntime.InferenceSession(str(tmp_path / "m-onnx" / "model.onnx"))
     for shape in ((1, 5), (4, 17)):
@@ -381,6 +391,13 @@ def test_onnx_computes_the_logits(name, tok, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_onnx_says_what_to_install(tok, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
+        serve.export_onnx(make_net(**QWEN3), tok, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 # What cannot be had

@@ -337,9 +337,12 @@ def decode(run):
     tok.eos_ids, n, m = [], 64, 128  # new tokens, prompt
     note = "bytes: all weights once, but an embedding only as a tied head; no cache"
     title(f"decode: {n} tokens behind {m}, greedy; a row is a step of its batch", note)
-    for kind in ("float32", "bfloat16", "int8"):
-        net = build(run, max(seq_len, m + n)).to(getattr(torch, kind.replace("int8", "bfloat16")))
-        net = model.quantize_weights(net, kind) if kind == "int8" else net
+    for kind in ("float32", "bfloat16", "int8", "int4"):
+        net = build(run, max(seq_len, m + n))
+        if kind.startswith("int"):
+            net = model.quantize_weights(net, kind)
+        else:
+            net = net.to(getattr(torch, kind))
         readers = [module for module in net.modules() if not isinstance(module, torch.nn.Embedding)]
         tensors = [t for r in readers for t in (*r.parameters(False), *r.buffers(False))]
         weights = sum({t.data_ptr(): t.nbytes for t in tensors}.values())

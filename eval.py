@@ -74,7 +74,7 @@ mfu = 0.4  # the fraction of their peak that training reaches
 micro_tokens = 8192  # tokens at once on a device, at most, but one request at least
 device = "auto"  # auto, cpu, cuda, cuda:1; with --plan h100 (auto) and its like
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
-quantize: str | None = None  # int8: weights of one byte
+quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 
 if __name__ == "__main__":
     configure(globals())
@@ -2223,8 +2223,6 @@ def main():
     kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
     if dtype != "auto":
         kind = core.choose_dtype(run.device, dtype)[0]
-    if quantize and dtype == "auto" and run.device.type == "cpu":
-        kind = torch.bfloat16  # what the int8 product takes and gives
     net, tok = core.load(model, run.device, kind, quantize)
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"

@@ -321,7 +321,7 @@ def generating(net):
 def joint(x, *layers):
     """The outputs of linear layers that read the same x, side by side: one product for all."""
     kinds, learn = {type(f) for f in layers}, torch.is_grad_enabled()
-    if PACKS is not None and not learn and kinds in ({nn.Linear}, {Int8Linear}):
+    if PACKS is not None and not learn and kinds in ({nn.Linear}, {QuantizedLinear}):
         dtype = compute_dtype(x)
         if layers[0] not in PACKS:
             PACKS[layers[0]] = pack(layers, dtype)
@@ -340,9 +340,13 @@ def pack(layers, dtype):
     oneDNN has no such product of this dtype."""
     weight = torch.cat([f.weight for f in layers])
     bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers]).to(dtype)
-    if isinstance(layers[0], Int8Linear):
-        scale = torch.cat([f.scale for f in layers])
-        return partial(Int8Linear.forward, SimpleNamespace(weight=weight, scale=scale, bias=bias))
+    if isinstance(layers[0], QuantizedLinear):
+        scale, packed = torch.cat([f.scale for f in layers]), None
+        if weight.dtype == torch.uint8 and len(weight) % 16 == 0:
+            codes = unpack_int4(weight).int()
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+            packed = packed, scale.transpose(0, 1).contiguous()
+        return lambda x: quantized_product(x, weight, scale, bias, packed)
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
         return None
@@ -350,28 +354,66 @@ def pack(layers, dtype):
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 (out, in) with one scale a row, its largest over 127: no
-    weight is off by more than half of that. For inference."""
+class QuantizedLinear(nn.Module):
+    """A linear layer of 1 byte or half of one a weight, for inference. int8: codes (out, in) and a
+    scale a row, its largest weight over 127. int4: two codes a byte (out, in / 2), and for
+    each group of 64 in a row a step and a middle (out, in / 64, 2), by which its minimum and its
+    maximum are kept: a weight is (code - 8) step + middle. Rows are padded to whole groups."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, kind):
         super().__init__()
-        weight = layer.weight.detach().float()
-        scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # as the product takes it
-        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127)
-        self.register_buffer("weight", weight.to(torch.int8))
+        w = layer.weight.detach().float()
+        if kind == "int8":
+            scale = (w.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # as the product takes it
+            codes = (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            groups = F.pad(w, (0, -w.shape[1] % 64)).unflatten(1, (-1, 64))
+            low, high = groups.amin(2), groups.amax(2)
+            step = ((high - low) / 15).clamp(min=1e-30).bfloat16()
+            scale = torch.stack((step, (low + 8 * step.float()).bfloat16()), 2)
+            codes = (groups - scale[..., 1:].float()) / step.float()[..., None] + 8
+            codes = codes.round().clamp(0, 15).to(torch.uint8).flatten(1)
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
         self.bias = layer.bias
 
     def forward(self, x):
-        flat = x.reshape(-1, x.shape[-1])
-        few = len(flat) <= 16 and flat.shape[1] % 16 == 0  # other widths it reads beyond their end
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and few:
-            y = torch._weight_int8pack_mm(flat, self.weight, self.scale)  # without a copy of them
-        else:
-            y = F.linear(flat, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return quantized_product(x, self.weight, self.scale, self.bias)
+
+
+def unpack_int4(codes):
+    """The codes (out, in) uint8 of two a byte (out, in / 2)."""
+    return torch.stack((codes & 15, codes >> 4), 2).flatten(1)
+
+
+def dequantize(codes, scale):
+    """The weights (out, in) float32 that a QuantizedLinear's codes stand for."""
+    if codes.dtype == torch.int8:
+        return codes.float() * scale.float()[:, None]
+    step, middle = scale.float().split(1, 2)
+    return ((unpack_int4(codes).float() - 8).unflatten(1, (-1, 64)) * step + middle).flatten(1)
+
+
+def quantized_product(x, codes, scale, bias, packed=None):
+    """x (..., in) times a quantized weight, plus bias. packed: int4's codes and scale in the layout
+    of torch's product on a CPU. It and int8's take bfloat16 and make no copy of the weights, which
+    pays for a few rows (measured at 4096 x 768)."""
+    rows, eight = x.reshape(-1, x.shape[-1]), codes.dtype == torch.int8
+    few = x.device.type == "cpu" and len(rows) <= (16 if eight else 512)
+    if not eight:
+        rows = F.pad(rows, (0, -rows.shape[1] % 64))
+    if few and eight and rows.shape[1] % 16 == 0:  # other widths it reads beyond their end
+        y = torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(x.dtype)
+    elif few and packed:
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(x.dtype)
+    elif eight:
+        y = F.linear(rows, codes.to(x.dtype)) * scale.to(x.dtype)
+    else:
+        y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class Adapter(nn.Module):
@@ -398,15 +440,32 @@ def add_adapters(net, size):
         block.mlp.down_proj = Adapter(block.mlp.down_proj, size)
 
 
-def quantize_weights(net, kind="int8"):
-    """Make the network's linear layers int8, in place: half the memory of bfloat16, and about the
-    time of reading it. The embedding stays, a tied head becomes a matrix of its own."""
-    if kind != "int8":
-        raise UserError(f"--quantize={kind}: expected int8")
+def quantize_weights(net, kind):
+    """Make the network's linear layers int8 or int4, in place: the head too (a tied embedding then
+    has the head's values), but not a classifier's."""
+    if kind not in ("int8", "int4"):
+        raise UserError(f"--quantize={kind}: expected int8 or int4")
+    if net.quantize not in (None, kind):
+        raise UserError(f"--quantize={kind}: this model is {net.quantize} already")
+    kept = () if net.score is None else (net.score, net.lm_head)
     for name, layer in list(net.named_modules()):
-        if isinstance(layer, nn.Linear):
-            net.set_submodule(name, Int8Linear(layer))
+        if isinstance(layer, nn.Linear) and layer not in kept:
+            # The head (and embedding) of a small model is much of it, and int4 costs it most.
+            width = "int8" if name == "lm_head" else kind
+            net.set_submodule(name, QuantizedLinear(layer, width))
+    net.quantize = kind
+    tie_embedding(net, net.model.embed_tokens.weight.dtype)
     return net
+
+
+def tie_embedding(net, dtype):
+    """Make one of the embedding and the head, where the config ties them."""
+    table = net.model.embed_tokens
+    if net.config.tie and isinstance(net.lm_head, QuantizedLinear):
+        weight = dequantize(net.lm_head.weight, net.lm_head.scale)[:, : net.config.n_embd]
+        table.weight = nn.Parameter(weight.to(dtype))
+    elif net.config.tie:
+        net.lm_head.weight = table.weight
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -457,7 +516,7 @@ def attend(q, k, v, mask=None, dropout=0.0):
     if halved and 1 < T == k.shape[2] <= 1024 and not dropout:
         unseen = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1) if mask is None else ~mask
         return BlockedAttention.apply(q, k, v, unseen)
-    grouped, causal = q.shape[1] != k.shape[1], mask is None and T > 1
+    grouped, causal = q.shape[1] != k.shape[1], mask is None and bool(T > 1)  # T may be symbolic
     args = (q.to(k.dtype), k, v, mask, dropout, causal)
     return F.scaled_dot_product_attention(*args, enable_gqa=grouped).to(q.dtype)
 
@@ -546,6 +605,7 @@ class GPT(nn.Module):
         self.score = self.labels = None  # a classifier's head (n_labels, C) and its labels
         self.pooling = "last"  # which hidden state it reads: the last token's, or the mean
         self.adapter_size = 0  # of add_adapters
+        self.quantize = None  # or what quantize_weights made of it: int8 or int4
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
@@ -1605,7 +1665,7 @@ def family(c):
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
     c, kind, dtype = net.config, family(net.config), str(net.model.embed_tokens.weight.dtype)[6:]
-    kind = "barelm" if net.pooling != "last" or net.adapter_size else kind
+    kind = "barelm" if net.pooling != "last" or net.adapter_size or net.quantize else kind
     ends = tok.eos_ids if len(tok.eos_ids) != 1 else tok.eos_ids[0]
     out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}
     out |= {"bos_token_id": tok.bos_id, "eos_token_id": ends, "pad_token_id": tok.pad_id}
@@ -1617,7 +1677,7 @@ def to_hf_config(net, tok):
         out |= {"pooling": net.pooling}
     out |= {"architectures": [name]}
     if kind == "barelm":
-        return out | asdict(c) | {"adapter_size": net.adapter_size}
+        return out | asdict(c) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
     out |= {hf: getattr(c, ours) for ours, hf in HF_KEYS[kind].items()}
     if kind == "gpt2":
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -1786,7 +1846,7 @@ def open_shard(path):
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
     eval mode, Tokenizer).
-    quantize="int8" makes the linear layers int8; what is left of the network stays in dtype."""
+    quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype."""
     folder = find(folder)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return load_adapted(folder, device, dtype, quantize)
@@ -1806,17 +1866,22 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
             labels = [named.get(str(i), f"LABEL_{i}") for i in range(len(tensors["score.weight"]))]
             net.set_score(labels, d.get("pooling", "last"))
             tensors.setdefault("lm_head.weight", torch.empty(c.vocab_size, c.n_embd))
+        if d.get("quantize"):
+            quantize_weights(net, d["quantize"])
     want = net.state_dict()
-    tensors = from_gpt2(tensors, want) if family(c) == "gpt2" else tensors
+    if c.tie and isinstance(net.lm_head, QuantizedLinear):
+        del want["model.embed_tokens.weight"]
+    tensors = from_gpt2(tensors, want) if d["model_type"] == "gpt2" else tensors
     if c.tie and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     bad = [n for n in want if n not in tensors or tensors[n].shape != want[n].shape]
     bad += [n for n in tensors if n not in want and not n.endswith("rotary_emb.inv_freq")]
     if bad:
         raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
-    net.load_state_dict({n: tensors[n].to(device, dtype) for n in want}, assign=True)
-    if c.tie:
-        net.lm_head.weight = net.model.embed_tokens.weight
+    for n, t in want.items():  # codes and their scales keep their types
+        tensors[n] = tensors[n].to(device, dtype if t.dtype == torch.float32 else t.dtype)
+    net.load_state_dict({n: tensors[n] for n in want}, strict=False, assign=True)
+    tie_embedding(net, dtype)
     if quantize:
         quantize_weights(net, quantize)
     return net.eval(), tok
@@ -1863,14 +1928,20 @@ def load_adapted(folder, device, dtype, quantize):
     return net, Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else tok
 
 
+def saved_tensors(net):
+    """The tensors that a network's file holds, by our names: of tied ones, the one that is read."""
+    absent = "lm_head.weight" if net.config.tie or net.score is not None else None
+    if net.config.tie and isinstance(net.lm_head, QuantizedLinear):
+        absent = "model.embed_tokens.weight"
+    return {n: t for n, t in net.state_dict().items() if n != absent}
+
+
 def save(folder, net, tok, step=0, state=None):
     """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt. Both carry
     the step: killed at any moment, a process leaves a pair that `load_state` can tell."""
     folder, c = Path(folder), net.config
     folder.mkdir(parents=True, exist_ok=True)
-    no_head = c.tie or net.score is not None
-    tensors = {n: t for n, t in net.state_dict().items() if not (no_head and n == "lm_head.weight")}
-    config = to_hf_config(net, tok)
+    tensors, config = saved_tensors(net), to_hf_config(net, tok)
     tensors = to_gpt2(tensors) if config["model_type"] == "gpt2" else tensors
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
@@ -1971,6 +2042,8 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     `initial_lr`."""
     if name not in ("adamw", "muon"):
         raise UserError(f"--optimizer={name}: expected muon or adamw")
+    if net.quantize:
+        raise UserError(f"{net.quantize} weights are not trained: start from what they were")
     inner, wide, narrow = [], [], []
     for n, p in net.named_parameters():
         if p.requires_grad:

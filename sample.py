@@ -29,7 +29,7 @@ system: str | None = None  # its system message
 seed = 0  # the same seed gives the same text
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
-quantize: str | None = None  # int8: weights of one byte, for half the memory or less
+quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 
 if __name__ == "__main__":
     configure(globals())
@@ -140,8 +140,6 @@ def main():
     if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         limits = "num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
         raise UserError(f"expected {limits}")
-    if quantize and dtype == "auto" and run.device.type == "cpu":
-        kind = torch.bfloat16  # what the int8 product takes and gives
     net, tok = core.load(model, run.device, kind, quantize)
     if net.score is not None:
         return classify(net, tok)

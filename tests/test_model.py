@@ -568,39 +568,6 @@ def test_weights_packed_for_generation_give_the_same_logits(name, dtype):
     assert model.PACKS is None
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("width", [24, 40, 48])  # of which torch's product takes the last alone
-def test_int8_is_the_weight_rounded_row_by_row(width, bias):
-    torch.manual_seed(5)
-    layer = torch.nn.Linear(width, 24, bias=bias)
-    with torch.no_grad():
-        layer.weight[3] = 0
-    quantized, step = model.Int8Linear(layer), layer.weight.abs().amax(1, keepdim=True) / 127
-    dequantized = quantized.weight.float() * quantized.scale.float()[:, None]
-    assert ((dequantized - layer.weight).abs() <= step * 0.503).all()
-    for rows in (2, 40):  # the product for a few rows, and for many
-        x = torch.randn(rows, width).bfloat16()
-        expected = F.linear(x.float(), dequantized, layer.bias)
-        for given in (x, x.float()):
-            y = quantized(given).float()
-            torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
-
-
-def test_int8_networks_generate_near_the_original(tok):
-    net = make_net(vocab_size=tok.n_vocab, **QWEN3)
-    ids, logits = random_ids(2, 8, high=tok.n_vocab), {}
-    for kind in (None, "int8"):
-        net = model.quantize_weights(net, kind) if kind else net
-        with torch.no_grad():
-            logits[kind] = net(ids).float()
-        [g] = model.generate(net, tok, [[1, 2, 3]], max_new_tokens=5, temperature=0)
-        assert len(g.ids) == 5
-    error = (logits["int8"] - logits[None]).norm() / logits[None].norm()
-    assert 0 < error < 0.05
-    with pytest.raises(UserError, match="expected int8"):
-        model.quantize_weights(net, "int3")
-
-
 def test_muon_equals_its_formula():
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 8), (4, 12), (12, 4))]

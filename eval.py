@@ -1265,18 +1265,6 @@ def complete(net, tok, task, requests):
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 
 
-def classify(net, requests):
-    """The scores of a classifier's labels for each text."""
-    ids, n = padded([r[1] for r in requests], net.score.weight.device)
-    h = net.hidden(ids)
-    if net.pooling == "mean":
-        real = torch.arange(h.shape[1], device=h.device) < n[:, None]
-        h = (h * real[..., None]).sum(1) / n[:, None]
-    else:
-        h = h[torch.arange(len(h), device=h.device), n - 1]
-    return net.score(h).float().tolist()
-
-
 # --------------------------------------------------------------------------------------------------
 # Scores: {metric: (value, standard error)}
 
@@ -1460,7 +1448,9 @@ def run_classify(net, tok, answers, say):
     if not all(ids) or not rows:
         raise UserError(f"{path}: an empty text has no label")
     requests = [("", some, []) for some in ids]
-    found = answers("classify", "classify", requests, lambda some: classify(net, some))
+    found = answers(
+        "classify", "classify", requests, lambda some: net.scores([r[1] for r in some]).tolist()
+    )
     right = np.array([known.index(label) for label in labels])
     guess = np.array([int(np.argmax(x)) for x in found])
     rng = np.random.default_rng(seed)

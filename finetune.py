@@ -398,22 +398,9 @@ def sft_loss(net, rows):
     return net(ids, targets, docs=docs, embeds=embeds)[0], Counter()
 
 
-def read_score(net, examples):
-    """(B, n_labels) float32 scores of the last token of each example, or of the mean of all."""
-    device = net.model.embed_tokens.weight.device
-    h = net.hidden(padded(examples, device))
-    n = torch.tensor([len(e["ids"]) for e in examples], device=device)
-    if net.pooling == "mean":
-        real = torch.arange(h.shape[1], device=device) < n[:, None]
-        h = (h * real[..., None]).sum(1) / n[:, None]
-    else:
-        h = h[torch.arange(len(h)), n - 1]
-    return net.score(h).float()
-
-
 def classify_loss(net, examples):
     """Cross-entropy, weighted by label where class_weights says so; the pairs (label, guess)."""
-    scores = read_score(net, examples)
+    scores = net.scores([e["ids"] for e in examples])
     labels = torch.tensor([net.labels.index(e["label"]) for e in examples], device=scores.device)
     weights = torch.tensor([e.get("weight", 1.0) for e in examples], device=scores.device)
     loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum()
@@ -456,7 +443,8 @@ def dpo(net, pairs):
 
 def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
-    good, bad = read_score(net, [p[w] for w in ("chosen", "rejected") for p in pairs]).chunk(2)
+    rows = [p[which]["ids"] for which in ("chosen", "rejected") for p in pairs]
+    good, bad = net.scores(rows).chunk(2)
     stats = {"margin": float((good - bad).sum()), "accuracy": int((good > bad).sum())}
     return -F.logsigmoid(good - bad).sum(), Counter(stats)
 
@@ -507,7 +495,7 @@ def open_reward(run):
     def score(messages, text, answer):
         ids, _ = tok.chat([*messages, {"role": "assistant", "content": text}])
         with torch.no_grad():
-            return float(read_score(judge, [{"ids": ids[-judge.config.n_ctx :]}]))
+            return float(judge.scores([ids[-judge.config.n_ctx :]]))
 
     return score
 

@@ -631,6 +631,19 @@ class GPT(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
         self.labels, self.pooling = labels, pooling
 
+    def scores(self, rows):
+        """(B, labels) float32 of texts, lists of ids: by the last token's state, or the mean's."""
+        device = self.score.weight.device
+        n = torch.tensor([len(ids) for ids in rows], device=device)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
+        h = self.hidden(ids.to(device))
+        if self.pooling == "mean":
+            real = torch.arange(h.shape[1], device=device) < n[:, None]
+            h = (h * real[..., None]).sum(1) / n[:, None]
+        else:
+            h = h[torch.arange(len(h), device=device), n - 1]
+        return self.score(h).float()
+
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 

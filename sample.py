@@ -92,8 +92,7 @@ def classify(net, tok):
         if not ids:
             raise UserError("an empty text has no label")
         with torch.no_grad():
-            h = net.hidden(torch.tensor([ids], device=net.score.weight.device))[0]
-            scores = net.score(h.mean(0) if net.pooling == "mean" else h[-1]).float()
+            scores = net.scores([ids])[0]
         shares = scores.softmax(0) if len(scores) > 1 else scores
         for i in shares.argsort(descending=True)[:10].tolist():
             print(f"{net.labels[i]}  {shares[i]:.4f}")

@@ -140,7 +140,7 @@ def test_scores_read_the_last_token_or_the_mean(tok):
     for pooling in ("last", "mean"):
         net.set_score(["x", "y", "z"], pooling)
         with torch.no_grad():
-            scores = finetune.read_score(net, examples)
+            scores = net.scores([e["ids"] for e in examples])
             for e, got in zip(examples, scores):
                 h = net.hidden(torch.tensor([e["ids"]]))[0]
                 expected = net.score(h[-1] if pooling == "last" else h.mean(0))
@@ -360,7 +360,7 @@ def test_a_score_opens_here_and_in_transformers(method, tiny):
     with torch.no_grad():
         expected = theirs(torch.tensor([examples[0]["ids"]])).logits
         torch.testing.assert_close(
-            finetune.read_score(net, examples), expected, rtol=1e-3, atol=1e-3
+            net.scores([e["ids"] for e in examples]), expected, rtol=1e-3, atol=1e-3
         )
     if method == "classify":
         assert list(theirs.config.id2label.values()) == net.labels

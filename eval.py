@@ -2210,9 +2210,7 @@ def main():
     names = ["memorized"] if memorized else [n.strip() for n in tasks.split(",") if n.strip()]
     whole = {"loss": run_loss, "classify": run_classify, "memorized": run_memorized}
     opened = [None if n in whole else open_task(n, run) for n in names]
-    kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
-    if dtype != "auto":
-        kind = core.choose_dtype(run.device, dtype)[0]
+    kind, _ = core.choose_dtype(run.device, dtype)
     net, tok = core.load(model, run.device, kind, quantize)
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"

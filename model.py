@@ -72,7 +72,8 @@ def setup(device="auto", timeout=None):
 
 
 def choose_dtype(device, want="auto", n_embd=0):
-    """The dtype to compute in, and why: (dtype, reason). In training, parameters are float32."""
+    """The dtype to compute in, and why: (dtype, reason). In training, parameters are float32; a CPU
+    gains by less only then, so that only training says its n_embd."""
     if want in ("float32", "bfloat16", "float16"):
         return getattr(torch, want), "as asked"
     if want != "auto":
@@ -362,6 +363,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, layer, kind):
         super().__init__()
+        self.shape = layer.weight.shape
         w = layer.weight.detach().float()
         if kind == "int8":
             scale = (w.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # as the product takes it

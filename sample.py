@@ -133,9 +133,7 @@ def converse(net, tok):
 
 def main():
     run = core.setup(device)
-    kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
-    if dtype != "auto":
-        kind = core.choose_dtype(run.device, dtype)[0]
+    kind, _ = core.choose_dtype(run.device, dtype)
     if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         limits = "num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
         raise UserError(f"expected {limits}")

@@ -57,7 +57,6 @@ if __name__ == "__main__":
 import asyncio
 import base64
 import bisect
-import contextlib
 import copy
 import difflib
 import hashlib
@@ -105,7 +104,7 @@ def prune_weights(net, how):
     """Make the smallest weights of each matrix zero, in place (Han et al. 2015). how: the share of
     them, "0.5"; or "2:4": two of each four neighbours in a row, which GPUs multiply faster."""
     if how != "2:4":
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             how = float(how)
         if not isinstance(how, float) or not 0 < how < 1:
             raise UserError(f"--prune={how}: expected a share between 0 and 1, such as 0.5, or 2:4")
@@ -206,8 +205,7 @@ def decoding_rate(net, tok):
 
 def show_report(run):
     """The table of the model as it is and as compressed: size, bits per byte, tokens/s, zeros."""
-    kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
-    kind = kind if dtype == "auto" else core.choose_dtype(run.device, dtype)[0]
+    kind, _ = core.choose_dtype(run.device, dtype)
     net, tok = core.load(model, run.device, kind)
     if net.score is not None:
         return print(f"{model} is a classifier: no bits per byte; eval.py measures it")
@@ -480,6 +478,11 @@ def convert(run):
         show_report(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(None, "cannot be written to")
+    except OSError as error:
+        raise UserError(f"--out_dir={folder}: {error.strerror}") from None
+    try:
         if export in ("hf", "barelm"):
             core.save(folder, net, tok)
         else:
@@ -572,7 +575,7 @@ class Job:
         self.scored = echo is not None and top is not None  # the prompt gets log-probabilities
         self.pieces, self.tokens = [echo or ""], [(ids[0], None, {})] if self.scored else []
         self.row = core.Row(tok, limit, options["stop"], self.pieces.append, ends)
-        self.uniform = core.draws(options["seed"], index, limit).tolist()
+        self.uniform = core.draws(options["seed"], index, limit)
         self.arrived, self.first, self.last = time.monotonic(), None, None  # of its tokens
         self.notify, self.gone, self.reused = None, False, 0
         self.placed = core.TextStream()  # the text of all tokens told so far
@@ -605,7 +608,7 @@ class Engine(threading.Thread):
         self.jobs, self.waiting, self.calls = [], deque(), deque()
         self.held = [[] for _ in range(max_batch)]  # the ids whose keys and values a row has
         self.used_at = [0] * max_batch  # the step in which a row's last job left
-        self.wake, self.stopping = threading.Condition(), False
+        self.wake = threading.Condition()
 
     def submit(self, jobs):
         """Queue the jobs, all or none: whether there was room."""
@@ -632,22 +635,15 @@ class Engine(threading.Thread):
             self.wake.notify()
         return future
 
-    def stop(self):
-        with self.wake:
-            self.stopping = True
-            self.wake.notify()
-
     def run(self):
         with core.generating(self.net), torch.inference_mode():
             # The first step packs the weights, for which no client should wait.
             core.feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
             while True:
                 with self.wake:
-                    while not (self.jobs or self.waiting or self.calls or self.stopping):
+                    while not (self.jobs or self.waiting or self.calls):
                         self.wake.wait()
-                if self.stopping:
-                    return
-                while self.calls:
+                if self.calls:  # one a step: many do not hold up the tokens
                     self.answer(*self.calls.popleft())
                 try:
                     self.step()
@@ -755,7 +751,7 @@ class Engine(threading.Thread):
             likely[some] = self.penalize([ready[i] for i in some], logits[some])
         names = ("temperature", "top_k", "top_p", "min_p")
         filters = {name: [job.options[name] for job in ready] for name in names}
-        uniform = torch.tensor([job.uniform[len(job.row.out.ids)] for job in ready])
+        uniform = torch.stack([job.uniform[len(job.row.out.ids)] for job in ready])
         tokens = core.choose_tokens(likely, uniform.to(logits.device), **filters).tolist()
         told, now = self.describe(logits, tokens, [job.top for job in ready]), time.monotonic()
         self.metrics.counts["generated_tokens_total"] += len(ready)
@@ -1265,6 +1261,8 @@ class Front:
             await self.app(scope, receive, patient_send)
         except (ClientDisconnect, asyncio.TimeoutError):
             record.status = record.status or 499  # nginx's: the client left before the answer
+        except asyncio.CancelledError:
+            print(f"serve.py: {scope['path']}: cut off after --drain={drain:g} s", file=sys.stderr)
         except Exception as error:
             print(f"serve.py: {scope['path']!r}: {error!r}", file=sys.stderr, flush=True)
             if record.status is None:
@@ -1331,17 +1329,15 @@ LOG_ROWS = 2000  # the most rows of training in one answer: of more, every so ma
 def model_parts(net):
     """The network's layers in their order, each with its shape and number of parameters, which is
     0 for a head whose matrix is the embedding's: together, all parameters there are."""
-    parts, counted = [], set()
+    parts = []
     for name, layer in net.named_modules():
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
         if weight is None:
             continue
-        if isinstance(layer, core.QuantizedLinear):
-            weight = core.dequantize(weight, layer.scale)
-        tied = id(weight) in counted
-        counted.add(id(weight))
-        params = 0 if tied else weight.numel() + (0 if bias is None else bias.numel())
-        parts.append(dict(name=name, shape=list(weight.shape), params=params, tied=tied))
+        quantized, tied = isinstance(layer, core.QuantizedLinear), net.config.tie
+        shape, tied = layer.shape if quantized else weight.shape, tied and name == "lm_head"
+        params = 0 if tied else math.prod(shape) + (0 if bias is None else bias.numel())
+        parts.append(dict(name=name, shape=list(shape), params=params, tied=tied))
     return parts
 
 
@@ -1486,6 +1482,8 @@ def check_settings(n_ctx):
     for name in ("timeout", "client_timeout", "drain"):
         if not 0 < globals()[name] < math.inf:
             raise UserError(f"--{name}={globals()[name]}: expected seconds, more than 0")
+    if not 0 <= port < 2**16:  # of a greater one the C library takes the last 16 bits
+        raise UserError(f"--port={port}: expected 0 to 65535")
     if not 0 <= max_len <= n_ctx or max_len == 1:
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
 
@@ -1510,7 +1508,11 @@ def serve(net, tok):
     if net.score is not None:
         raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
     length, state = max_len or net.config.n_ctx, app.state
-    state.engine = Engine(net, tok, max_batch, length, prefill_chunk, max_queue)
+    try:
+        state.engine = Engine(net, tok, max_batch, length, prefill_chunk, max_queue)
+    except RuntimeError:  # torch's word for no memory
+        why = f"no memory for the keys and values of {max_batch} times {length} tokens"
+        raise UserError(f"{why}: lower --max_batch or --max_len") from None
     state.name = Path(model).resolve().name
     state.card = {"id": state.name, "object": "model", "created": int(time.time())}
     state.card |= {"owned_by": "barelm", "max_model_len": length}
@@ -1540,11 +1542,12 @@ def main():
     global api_key
     api_key = api_key or os.environ.get("BARELM_API_KEY")
     run = core.setup(device)
-    kind = torch.float32 if run.device.type == "cpu" else core.choose_dtype(run.device)[0]
-    if dtype != "auto":
-        kind = core.choose_dtype(run.device, dtype)[0]
+    if prune:
+        raise UserError(f"--prune={prune} serves nothing: --export=hf, and serve what that writes")
+    kind, _ = core.choose_dtype(run.device, dtype)
     net, tok = core.load(model, run.device, kind, quantize)
-    print(f"{model}: {core.n_params(net) / 1e6:.1f}M parameters, {str(kind)[6:]} on {run.device}")
+    params = sum(part["params"] for part in model_parts(net))
+    print(f"{model}: {params / 1e6:.1f}M parameters, {str(kind)[6:]} on {run.device}")
     serve(net, tok)
 
 

@@ -418,6 +418,8 @@ def test_onnx_says_what_to_install(tok, tmp_path, monkeypatch):
         (QWEN3, "--export=barelm --quantize=int3", "expected int8 or int4"),
         (QWEN3, "--report", "--report compares"),
         (QWEN3, "--export=hf --out_dir=m", "--overwrite"),
+        (QWEN3, "--export=hf --out_dir=m/config.json", "--out_dir=m/config.json: File exists"),
+        (QWEN3, "--prune=0.5", "--prune=0.5 serves nothing"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(shape, args, words, tok, tmp_path):

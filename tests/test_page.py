@@ -16,10 +16,13 @@ import pytest
 import requests
 import torch
 from conftest import ROOT
+from test_model import QWEN3, make_net
 
 import model as core
 
 pytest.importorskip("fastapi")
+import serve
+
 KEY = "open sesame"
 TEXT = 'def f(x):\n    return "<b>é</b>"'
 
@@ -120,6 +123,15 @@ def test_parts_are_those_of_the_file_and_add_up(server):
     assert {name: part["shape"] for name, part in parts.items()} == shapes
     assert told["bytes"] == 4 * told["params"]
     assert told["config"]["n_kv_head"] == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_parts_of_quantized_networks_have_the_shapes_of_their_weights(kind, tie, tmp_path):
+    net = make_net(**QWEN3 | dict(n_hidden=40, tie=tie))
+    before = serve.model_parts(net)
+    assert serve.model_parts(core.quantize_weights(net, kind)) == before
+    assert sum(part["params"] for part in before) == core.n_params(make_net(**net.config.__dict__))
 
 
 def test_neighbours_have_the_greatest_cosines(server):

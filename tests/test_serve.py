@@ -389,6 +389,8 @@ def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
     assert "no such folder" in refusal("--model=out/none")
     assert "--max_len=65: expected 2 to 64" in refusal("--model=out/tiny", "--max_len=65")
     assert "--max_batch=0" in refusal("--model=out/tiny", "--max_batch=0")
+    assert "--port=65536" in refusal("--model=out/tiny", "--port=65536")
+    assert "no memory for the keys" in refusal("--model=out/tiny", f"--max_batch={10**12}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert "--port=0 takes a free one" in refusal("--model=out/tiny", f"--port={port}")

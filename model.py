@@ -1785,7 +1785,7 @@ def find(name):
         return folder
     local = owner == "out" or Path(owner).exists()
     if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
-        raise UserError(f"{folder}: no such folder (python train.py makes out/python)")
+        raise UserError(f"{folder}: no such folder (train.py and finetune.py write out/NAME)")
     cached = Path.home() / ".cache/barelm" / str(name).replace("/", "--")
     while int(os.environ.get("LOCAL_RANK", 0)) and not cached.is_dir():
         time.sleep(1)  # the machine's first process downloads; where it fails, torchrun ends all

@@ -12,7 +12,7 @@ format), meta.json; for tasks {sft,preference,classify,seq2seq}_{train,val}.json
 gives the same bytes on any number of processes. A run that was killed goes on where it was.
 """
 
-from config import configure, settings
+from config import configure, same_recipes, settings
 
 source = "python"  # python, a named download, file, folder, glob, URL, @list of URLs, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
@@ -2226,7 +2226,7 @@ def main():
                 folder.parent.rmdir()
     if run.main:
         took = model.duration(time.monotonic() - begun)
-        then = "" if task else f": python train.py --dataset={dataset}"
+        then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
         print(f"wrote {folder} in {took}{then}")
 
 

@@ -9,7 +9,7 @@ Writes out_dir/: the checkpoint, best/ (the lowest validation loss), state.pt (t
 log.jsonl, run.json. Ctrl-C and SIGTERM save and exit.
 """
 
-from config import configure, settings
+from config import configure, same_recipes, settings
 
 # data and run
 dataset = "python"  # data/<dataset>, made by prepare.py
@@ -154,7 +154,9 @@ def open_dataset():
     a hash that names the data)."""
     folder = Path("data") / dataset
     if not (folder / "meta.json").is_file():
-        raise UserError(f"{folder}: no prepared data: python prepare.py --dataset={dataset} first")
+        of = same_recipes() or ("" if dataset == "python" else "--source=... ")
+        make = f"python prepare.py {of}--dataset={dataset}"
+        raise UserError(f"{folder}: no prepared data: {make} first")
     train = Windows(sorted(folder.glob("train_*.bin")), seq_len, seed, stride=stride)
     if train.n == 0:
         raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")

@@ -87,14 +87,23 @@ def settings(space):
     return {key: space[key] for key in script_keys(space["__file__"])}
 
 
+def same_recipes():
+    """The recipes of this command line, each with a space behind it, to name the next command."""
+    return "".join(f"{arg} " for arg in sys.argv[1:] if arg[:2] != "--" and arg[-3:] == ".py")
+
+
 def configure(space):
     """Override the globals of the running script, `space`, by the command line's recipes, flags."""
     script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
     keys, values = script_keys(script), {}  # values: those of every script, this one's above all
     if "--help" in argv or "-h" in argv:
-        print(f"{(space.get('__doc__') or '').strip()}\n\nkeys, with their defaults:\n")
+        told = [(space.get("__doc__") or "").strip(), "\nkeys, with their defaults:\n"]
         for key, (default, _, comment) in keys.items():
-            print(f"  {f'--{key}={default!r}':<31}  {comment}")
+            told.append(f"  {f'--{key}={default!r}':<31}  {comment}")
+        try:
+            print(*told, sep="\n", flush=True)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     for path in [*sorted(script.parent.glob("*.py")), script]:
         if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there

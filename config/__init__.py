@@ -94,6 +94,8 @@ def same_recipes():
 
 def configure(space):
     """Override the globals of the running script, `space`, by the command line's recipes, flags."""
+    hook = sys.excepthook
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or hook(kind, *rest)  # Ctrl-C
     script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
     keys, values = script_keys(script), {}  # values: those of every script, this one's above all
     if "--help" in argv or "-h" in argv:

@@ -235,6 +235,22 @@ def test_help_shows_every_key_and_imports_no_torch(name, tmp_path):
         assert comment and [x for x in lines if x.split("  ")[0] == shown and x.endswith(comment)]
 
 
+def test_ctrl_c_and_a_reader_that_left_are_quiet(script, tmp_path):
+    (tmp_path / "c.py").write_text("raise KeyboardInterrupt\n")  # wherever it comes
+    code, _, said = script("c.py")
+    assert code != 0 and said == ""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_real_scripts_refuse_and_skip(tmp_path):
     done = run(tmp_path, "train.py", "--learning_rat=1", check=False)
     message = "--learning_rat: unknown key 'learning_rat' (did you mean 'learning_rate'?)\n"

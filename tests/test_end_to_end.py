@@ -35,7 +35,7 @@ def test_transformers_opens_what_was_trained_and_continues_alike(tiny):
 
 def test_the_readme_has_every_key_with_its_home_and_default():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = ("prepare.py", "train.py", "finetune.py", "sample.py", "serve.py", "bench.py")
+    scripts = "prepare.py train.py finetune.py eval.py sample.py serve.py bench.py".split()
     for script in scripts:
         for key, (default, _, comment) in config.script_keys(ROOT / script).items():
             assert f"| `{key}` | `{script}` | `{default!r}` | {comment} |" in readme

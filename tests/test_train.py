@@ -368,6 +368,7 @@ REFUSALS = {
     "--overwrite replaces it": ["--out_dir=out/held"],
     "no such folder": ["--init_from=out/nowhere"],
     "python prepare.py --source=... --dataset=nothing": ["--dataset=nothing"],
+    "config/tiny.py --dataset=nothing first": ["config/tiny.py", "--dataset=nothing"],
     "such as 480 or 512": ["--batch_tokens=500"],
     "cosine, linear or trapezoid": ["--lr_schedule=cubic"],
     "no horizon": ["--max_steps=none"],

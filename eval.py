@@ -1387,6 +1387,8 @@ def run_loss(net, tok, answers, say):
             files.setdefault(path.name[4:].rpartition("_")[0], []).append(path)
         if not any(files.values()):
             raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
+        if core.Tokenizer.from_folder(folder).bytes != tok.bytes:
+            raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
         size = lambda ids: sum(len(tok.token_bytes(id)) for id in ids)
         pieces = {}
         for name, paths in files.items():

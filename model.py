@@ -1567,6 +1567,8 @@ def read_json(path, default=None):
         return default
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: is {Path(path).parent} what was meant?") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):

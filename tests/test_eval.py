@@ -204,6 +204,10 @@ def test_loss_of_shards_is_the_one_that_training_logs(tiny):
     assert ours["loss_stderr"] > 0 and ours["n"] > 1
     run(tiny, "eval.py", "config/tiny.py", "--out_dir=int8", "--quantize=int8")
     assert results(tiny, "int8")["loss"]["loss"] == pytest.approx(logged["val_loss"], rel=0.02)
+    words = [f"--source={ROOT / 'model.py'}", "--dataset=words", "--tokenizer=word"]
+    run(tiny, "prepare.py", *words)  # whose ids mean nothing to this model
+    said = run(tiny, "eval.py", "--model=out/tiny", "--dataset=words", check=False)
+    assert said.returncode == 1 and "have different tokenizers" in said.stderr
 
 
 def test_processes_and_batches_change_no_result(small):

@@ -25,7 +25,7 @@ shards: int | None = None  # of a download in many files: take so many
 
 # Cleaning. One by one: html, unicode, whitespace, length, language, blocklist, gopher_repetition,
 # gopher_quality, c4, fineweb, perplexity, pii; then among all: url, exact, near.
-steps = "html,exact,near"  # what is done to the documents, in this order (see below)
+steps = "html,exact,near"  # what is done to the documents, in this order (the README says what)
 near_threshold = 0.8  # Jaccard similarity of 5-word shingles from which documents are the same
 html_documents: bool | None = None  # are they HTML; none: those named .html, .htm, .xhtml
 min_chars = 199  # 50 words of 3 letters and the blanks between them: Gopher's least, as characters

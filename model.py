@@ -156,7 +156,8 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
                 raise UserError(f"{error}: is the address right?") from None
             if attempt == tries:
                 raise UserError(f"{url}: {error}, {tries} times: run it again to go on") from None
-            show.note(f"{path.name}: {error}; trying again ({attempt + 1} of {tries})")
+            why = f"HTTP {status}" if status else type(error).__name__
+            show.note(f"{url}: {why}; trying again ({attempt + 1} of {tries})")
             time.sleep(min(2 ** (attempt - 1), 30))
         except OSError as error:
             raise UserError(f"{part}: cannot be written: {error.strerror}") from None

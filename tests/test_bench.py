@@ -5,9 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import requests
+import torch
 from conftest import ROOT, run
 
 import bench
@@ -155,6 +158,17 @@ def test_a_load_is_what_the_server_counts(tmp_path):
         names += ("between_p50", "between_p95")
         told = [float(cell.replace(",", "")) for cell in line[1:]]
         assert told == pytest.approx([row[name] for name in names], 1e-4, 0.006)
+
+
+def test_transformers_is_timed_token_by_token():
+    pytest.importorskip("transformers")
+    config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
+    place = SimpleNamespace(device=torch.device("cpu"))
+    hf, lock = bench.hugging_face(place, model.GPT(config)), threading.Lock()
+    for prompt in ([5] * 32, [5] * 96):
+        times, made = bench.ask_alone(hf, lock, prompt)
+        assert made == 64 and len(times) == 65 and times == sorted(times)
+    assert not lock.locked()
 
 
 def test_a_server_of_the_bench_ends_with_it(tmp_path):

@@ -455,7 +455,7 @@ def ask_alone(hf, lock, prompt):
 
 
 def crowd(name, way, prompts, n):
-    """A row of n clients, each of which asks anew when it has its answer."""
+    """A row of n clients, each asking anew when it has its answer, while prompts are left."""
     try:
         way([0] * PROMPT[0])  # warm-up
         begun = time.perf_counter()
@@ -474,7 +474,7 @@ def crowd(name, way, prompts, n):
 
 
 def load(run):
-    """serve.py under load, and transformers beside it."""
+    """serve.py under load, transformers beside it: 16 requests a row, or one of each client."""
     draw, folder = random.Random(seed), serve
     with contextlib.ExitStack() as stack:
         if serve is True:
@@ -492,7 +492,7 @@ def load(run):
         print(f"\nload: {ANSWER} tokens behind {low} to {high}; ms to the first token, between two")
         print(f"  {'':<19}" + "".join(f"{name:>13}" for name in LOAD))
         for n in map(int, clients.split(",")):
-            sizes = [draw.randint(low, high) for _ in range(max(16, 2 * n))]
+            sizes = [draw.randint(low, high) for _ in range(max(16, n))]
             prompts = [draw.choices(range(64), k=size) for size in sizes]  # every model has these
             for name, way in ways.items():
                 crowd(name, way, prompts, n)

@@ -4,6 +4,7 @@
     python bench.py config/small.py --only=model     # the shape of a recipe, one part
     python bench.py --compare --nanogpt=../nanoGPT   # others beside ours, in the same run
     python bench.py --profile                        # bench_trace.json, of three training steps
+    python bench.py config/gpt2.py --serve --compare # a server of this shape, loaded by clients
 
 Measures the ceilings first, then each part against them. What is compared is timed in turn, A B A
 B, so that all else on the machine slows all alike. The last line is a JSON object with every row.
@@ -41,9 +42,11 @@ seed = 0  # of the weights and the inputs
 # what to measure, and how long
 only = ""  # parts to run, as in --only=attention,model; empty: all
 seconds = 2.0  # time of the rows that are timed in turn, if five rounds fit it
-compare = False  # also time transformers, tokenizers and tiktoken
+compare = False  # also time transformers, tokenizers, tiktoken; with --serve its generate
 nanogpt: str | None = None  # with --compare: a checkout of nanoGPT, to time its step too
 profile = False  # write bench_trace.json, and nothing else
+serve: bool | str = False  # only load a server: of a random network, of =FOLDER, or at =http://...
+clients = "1,4,16,64"  # with --serve: how many ask at once, a row of the table each
 
 if __name__ == "__main__":
     configure(globals())
@@ -56,14 +59,22 @@ import json
 import math
 import os
 import platform
+import random
+import re
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import requests
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -75,8 +86,11 @@ stage = importlib.import_module
 
 SHORTEST = 0.002  # seconds: a sample of a quicker call is the mean of several
 LONGEST = 15.0  # seconds: rows that take longer make do with three rounds
+# The work of a call.
 UNITS = {"flops": (1e9, "GFLOP/s"), "bytes": (1e9, "GB/s"), "text_bytes": (1e6, "MB/s")}
-UNITS |= {"tokens": (1, "tokens/s")}  # the work of a call
+UNITS |= {"tokens": (1, "tokens/s")}
+PROMPT, ANSWER = (32, 96), 64  # tokens that a client sends, at least and at most, and gets
+LOAD = ["clients", "tokens_per_s", "ratio", "first_p50", "first_p95", "between_p50", "between_p95"]
 ROWS, CEILINGS = [], {}  # all that was measured; {"float32": FLOP/s, "read": byte/s, ...}
 
 
@@ -102,6 +116,10 @@ def measure(calls, seconds, sync=lambda: None, clock=time.perf_counter):
     return times
 
 
+def keep(out):
+    ROWS.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in out.items()})
+
+
 def row(part, name, times, ceiling=None, peak=None, **facts):
     """Keep and print a measurement. Those of the facts that UNITS names are the work of one call;
     the first of them is what the ceiling of this name is for."""
@@ -119,7 +137,7 @@ def row(part, name, times, ceiling=None, peak=None, **facts):
     if peak is not None:
         out["peak_bytes"] = peak
         told.append(f"peak {peak / 2**20:,.0f} MiB")
-    ROWS.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in out.items()})
+    keep(out)
     line = f"  {name:<33} {1e3 * mid:>10.3f}  {f'{1e3 * low:.3f} to {1e3 * high:.3f}':<21}"
     line += f" {''.join(told[:1]):>15}  {share:<18}  {'  '.join(told[1:])}"
     print(line.rstrip(), flush=True)
@@ -252,27 +270,26 @@ def train_step(run):
     train.compile, begun = compile is not False, time.perf_counter()
     body, told = train.try_compile(net, run, math.inf, lambda network: loss(network).backward())
     print(f"  {n:,} tokens, {params:,} parameters, compile: {told}")
-    networks = {"compiled": (body, net.train_block)} if told.startswith("on") else {}
-    networks = {"eager": (net, model.call_block)} | networks
+    networks = {"eager": (net, model.call_block)}
+    if told.startswith("on"):
+        networks["compiled"] = (body, net.train_block)
+        row("model", "compilation, for training", [time.perf_counter() - begun])
+    best = [*networks][-1]
 
     def loss_of(how):
         network, net.train_block = networks[how]
         return loss(network)
 
-    if "compiled" in networks:
-        row("model", "compilation, for training", [time.perf_counter() - begun])
     make = partial(model.make_optimizer, net, lr=1e-5, dtype=run.kind)
     optimizers = {name: make(name) for name in ("muon", "adamw")}
     step = partial(whole_step, net=net, optimizers=optimizers[optimizer])
     if profile:
-        step(partial(loss_of, [*networks][-1]))  # warm-up
+        step(partial(loss_of, best))  # warm-up
         with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU if there is one
-            for _ in range(3):
-                step(partial(loss_of, [*networks][-1]))
+            [step(partial(loss_of, best)) for _ in range(3)]
             run.sync()
         profiler.export_chrome_trace("bench_trace.json")
-        print("wrote bench_trace.json: open it in https://ui.perfetto.dev or chrome://tracing")
-        return
+        return print("wrote bench_trace.json, for https://ui.perfetto.dev or chrome://tracing")
     for how in networks:
         forward = partial(loss_of, how)
         calls[f"forward, {how}"] = torch.no_grad()(forward)
@@ -295,7 +312,7 @@ def train_step(run):
             flops = n * model.flops_per_token(net.config, seq_len, "forward," not in name)
             row("model", name, times, run.dtype, peaks[name], flops=flops, tokens=n)
     if compare:
-        compare_steps(run, net, batch, loss_of, [*networks][-1])
+        compare_steps(run, net, batch, loss_of, best)
 
 
 def head(run):
@@ -314,27 +331,17 @@ def head(run):
     table(run, "head", calls, run.dtype, peaks, flops=6 * N * V * C, tokens=N, vocabulary=V)
 
 
-def loader(run):
-    """train.Windows over a shard of random tokens."""
-    train = stage("train")
-    n, count = max(1 << 22, 2 * seq_len), max(1, tokens // seq_len)
-    title(f"loader: train.Windows.batch of {count} x {seq_len} tokens, a shard of {n:,}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train_000000.bin"
-        header = np.array([20240520, 1, n] + [0] * 253, "<i4").tobytes()
-        path.write_bytes(header + np.random.default_rng(seed).bytes(2 * n))
-        windows, at = train.Windows([path], seq_len, seed), itertools.count()
-        batch = lambda: windows.batch([windows.at(next(at)) for _ in range(count)], run.device)
-        table(run, "loader", {"batch": batch}, tokens=count * seq_len)
+def every_token():
+    """A tokenizer with a token for each id of the network, none of which ends a text."""
+    pairs = itertools.product((bytes([b]) for b in range(256)), repeat=2)
+    tok = stage("prepare").bpe_tokenizer(list(itertools.islice(pairs, max(0, vocab_size - 260))))
+    tok.eos_ids = []
+    return tok
 
 
 def decode(run):
     """model.generate, greedy; the time of the prompt and the first token is taken off."""
-    prepare = stage("prepare")
-    # A token for each id of the network, so that none is masked; and none that ends a text.
-    pairs = itertools.product((bytes([b]) for b in range(256)), repeat=2)
-    tok = prepare.bpe_tokenizer(list(itertools.islice(pairs, max(0, vocab_size - 260))))
-    tok.eos_ids, n, m = [], 64, 128  # new tokens, prompt
+    tok, n, m = every_token(), 64, 128  # new tokens, prompt
     note = "bytes: all weights once, but an embedding only as a tied head; no cache"
     title(f"decode: {n} tokens behind {m}, greedy; a row is a step of its batch", note)
     for kind in ("float32", "bfloat16", "int8", "int4"):
@@ -373,9 +380,9 @@ def tokenizer(run):
 
     tok = prepare.bpe_tokenizer(learn())
     learning = {"training, one core": learn}
-    encoding = {"encoding, all cores": lambda: tok.encode_batch(texts, run.cores)}
+    encoding = {"encoding, all cores": lambda: tok.encode_batch(texts, os.cpu_count())}
     if compare:
-        bare = partial(tok.bpe.encode_ordinary_batch, texts, num_threads=run.cores)
+        bare = partial(tok.bpe.encode_ordinary_batch, texts, num_threads=os.cpu_count())
         encoding["encoding, tiktoken alone"] = bare
     if compare and not importlib.util.find_spec("tokenizers"):
         skip("tokenizers", "not installed")
@@ -411,7 +418,6 @@ def tokenizer(run):
 
 def hugging_face(run, net):
     """transformers' network of the same architecture and weights, or None where there is none."""
-    prepare = stage("prepare")
     if not importlib.util.find_spec("transformers"):
         return skip("transformers", "not installed")
     import transformers
@@ -420,7 +426,7 @@ def hugging_face(run, net):
         return skip("transformers", "it has no network of this shape")
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model.save(folder, net, prepare.bpe_tokenizer([]))
+        model.save(folder, net, stage("prepare").bpe_tokenizer([]))
         none = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **none).to(run.device)
 
@@ -475,8 +481,97 @@ def compare_decode(run, tok, n, m):
     table(run, "compare", calls, factors=True, tokens=n, same_ids=same)
 
 
-PARTS = {"ceilings": ceilings, "attention": attention, "model": train_step, "head": head}
-PARTS |= {"loader": loader, "decode": decode, "tokenizer": tokenizer}
+@contextlib.contextmanager
+def served(folder):
+    """The address of serve.py with this folder, on a free port; its process ends with the block."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they end the block
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    command = [sys.executable, Path(__file__).with_name("serve.py"), f"--model={folder}"]
+    command += ["--port=0", f"--device={device}", f"--dtype={dtype}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if line.startswith("serving "):
+                    yield line.split()[-1]
+                    return
+            raise SystemExit(process.wait())  # it has said why
+        finally:
+            process.kill()
+
+
+def ask(url, prompt):
+    """One client's request: ([when it began, when each token came, in seconds], tokens made)."""
+    times, made = [time.perf_counter()], 0
+    body = dict(prompt=prompt, max_tokens=ANSWER, ignore_eos=True, stream=True)
+    body["stream_options"] = {"include_usage": True}
+    key = {"Authorization": f"Bearer {os.environ.get('BARELM_API_KEY')}"}  # serve.py reads it too
+    for line in requests.post(url, json=body, headers=key, stream=True).iter_lines():
+        if b'"choices"' in line:
+            event = json.loads(line.removeprefix(b"data: "))
+            times += [time.perf_counter()] * len(event["choices"])
+            made = (event.get("usage") or {}).get("completion_tokens", made)
+        elif line not in (b"", b"data: [DONE]"):
+            raise ValueError(line.decode(errors="replace"))
+    return times, made
+
+
+def ask_alone(hf, lock, prompt):
+    """The same of transformers' generate, which knows one request at a time; HTTP costs nothing."""
+    times, ids = [time.perf_counter()], torch.tensor([prompt], device=hf.device)
+    stream = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
+    how = dict(max_new_tokens=ANSWER, do_sample=True, top_k=0, pad_token_id=0, streamer=stream)
+    with lock:
+        hf.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    return times[:1] + times[2:], len(times) - 2  # times[1] is the prompt's
+
+
+def crowd(name, way, prompts, n):
+    """A row of n clients, each asking anew when it has its answer, while prompts are left."""
+    try:
+        way([0] * PROMPT[0])  # warm-up
+        begun = time.perf_counter()
+        with ThreadPool(n) as pool:  # which waits for nobody where it is cut off
+            answers = pool.map(way, prompts, 1)
+    except (requests.RequestException, ValueError) as error:
+        raise model.UserError(f"--serve={serve}: {error}") from None
+    spent, made = time.perf_counter() - begun, sum(made for _, made in answers)
+    firsts = [times[1] - times[0] for times, _ in answers]
+    gaps = np.concatenate([np.diff(times[1:]) for times, _ in answers])
+    ms = [1e3 * t for x in (firsts, gaps) for t in np.percentile(x, [50, 95]).tolist()]
+    alone = next((r["tokens_per_s"] for r in ROWS if r["name"] == name), made / spent)
+    cells = dict(zip(LOAD, [n, made / spent, made / spent / alone, *ms]))
+    keep(dict(part="serve", name=name, requests=len(prompts), tokens=made, seconds=spent) | cells)
+    print(f"  {name:<19}" + "".join(f"{round(x, 2):>13,}" for x in cells.values()), flush=True)
+
+
+def load(run):
+    """serve.py under load, transformers beside it: 16 requests a row, or one of each client."""
+    draw, folder = random.Random(seed), serve
+    with contextlib.ExitStack() as stack:
+        if serve is True:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            model.save(folder, build(run, max(seq_len, PROMPT[1] + ANSWER)), every_token())
+        there = re.match("https?://", folder)
+        url = folder.rstrip("/") if there else stack.enter_context(served(folder))
+        ways = {"serve.py": partial(ask, f"{url}/v1/completions")}
+        if compare and there:
+            skip("transformers", "it needs the folder")
+        elif compare and (hf := hugging_face(run, model.load(folder)[0])):
+            hf.eval().to(run.kind).generation_config.eos_token_id = None
+            ways["generate and a lock"] = partial(ask_alone, hf, threading.Lock())
+        low, high = PROMPT
+        print(f"\nload: {ANSWER} tokens behind {low} to {high}; ms to the first token, between two")
+        print(f"  {'':<19}" + "".join(f"{name:>13}" for name in LOAD))
+        for n in map(int, clients.split(",")):
+            sizes = [draw.randint(low, high) for _ in range(max(16, n))]
+            prompts = [draw.choices(range(64), k=size) for size in sizes]  # every model has these
+            for name, way in ways.items():
+                crowd(name, way, prompts, n)
+
+
+PARTS = dict(ceilings=ceilings, attention=attention, model=train_step, head=head)
+PARTS |= dict(decode=decode, tokenizer=tokenizer)
 
 
 def main():
@@ -485,27 +580,29 @@ def main():
         raise model.UserError(f"--only={name}: expected some of {', '.join(PARTS)}")
     if min(tokens, seq_len) < 1:
         raise model.UserError(f"tokens={tokens}, seq_len={seq_len}: expected 1 or more")
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", clients):
+        raise model.UserError(f"--clients={clients}: expected numbers of them, as in 1,4,16")
     if nanogpt and not (Path(nanogpt) / "model.py").is_file():
         raise model.UserError(f"--nanogpt={nanogpt}: no model.py there; expected its checkout")
     warnings.simplefilter("ignore")  # torch warns of what it then raises, which we tell
     begun, run = time.perf_counter(), model.setup(device)
-    run.cuda, run.cores = run.device.type == "cuda", os.cpu_count() or 1
+    run.cuda, cores = run.device.type == "cuda", os.cpu_count() or 1
     run.sync = torch.cuda.synchronize if run.cuda else lambda: None
-    run.kind, why = model.choose_dtype(run.device, dtype, n_embd)
+    run.kind, why = model.choose_dtype(run.device, dtype, 0 if serve else n_embd)
     run.dtype, run.cast = str(run.kind)[6:], model.autocast(run.device, run.kind)
     net = build(run)  # which refuses a wrong shape before anything is timed
     run.config, _ = net.config, model.make_optimizer(net, optimizer)  # so does this an optimizer
     chip = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):  # Linux names it here
         chip = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    machine = {"cpu": chip, "cores": run.cores, "threads": torch.get_num_threads()}
+    machine = {"cpu": chip, "cores": cores, "threads": torch.get_num_threads()}
     machine["gpu"] = torch.cuda.get_device_name(run.device) if run.cuda else None
     machine |= {"platform": platform.platform(), "python": platform.python_version()}
-    print(f"{machine['gpu'] or chip}, {machine['threads']} thread(s) of {run.cores} core(s)")
-    print(f"torch {torch.__version__}, computing in {run.dtype}: {why}")
-    parts = {"model"} if profile else {"ceilings", *wanted}  # all are compared with the ceilings
-    for name in (name for name in PARTS if name in parts):
-        PARTS[name](run)
+    print(f"{machine['gpu'] or chip}, {machine['threads']} thread(s) of {cores} core(s)")
+    print(f"torch {torch.__version__}, computing in {run.dtype}{'' if serve else f': {why}'}")
+    wanted = ["model"] if profile else ["ceilings", *wanted]  # all are compared with the ceilings
+    for part in [load] if serve else [PARTS[name] for name in PARTS if name in wanted]:
+        part(run)
     print(f"\nmeasured in {model.duration(time.perf_counter() - begun)}")
     record = {"machine": machine, "torch": torch.__version__, "dtype": run.dtype}
     print(json.dumps(record | {"settings": settings(globals()), "rows": ROWS}))

@@ -50,7 +50,8 @@ def read_flag(arg, argv, keys):
     while "list" in types and not equals and argv and argv[0][:2] != "--" and argv[0][-3:] != ".py":
         text += f",{argv.pop(0)}"  # the words up to the next flag or recipe
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
-    if "str" in types and not ("none" in types and word == "None"):
+    literal = {"None": "none", "True": "bool", "False": "bool"}.get(word)
+    if "str" in types and literal not in types:
         return {key: text}
     with suppress(ValueError, SyntaxError, TypeError):
         return {key: ast.literal_eval(word)}

@@ -1,20 +1,30 @@
 """bench.py: its rows add up, its helpers are fair, its refusals are one line."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
-from conftest import run
+import requests
+import torch
+from conftest import ROOT, run
 
 import bench
+import model
+import prepare
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=128", "--seq_len=16"]
 TINY += ["--tokens=64", "--device=cpu", "--compile=false", "--seconds=0.01"]
 
 
 def test_rows_agree_with_the_shapes(tmp_path):
-    done = run(tmp_path, "bench.py", *TINY, "--dtype=float32", "--only=attention,head,loader")
+    done = run(tmp_path, "bench.py", *TINY, "--dtype=float32", "--only=attention,head")
     result = json.loads(done.stdout.splitlines()[-1])
-    rows = {part: [] for part in ("ceilings", "attention", "head", "loader")}
+    rows = {part: [] for part in ("ceilings", "attention", "head")}
     for row in result["rows"]:  # another part would be a KeyError
         rows[row["part"]].append(row)
         assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"] and row["samples"] >= 3
@@ -45,19 +55,18 @@ def test_rows_agree_with_the_shapes(tmp_path):
         flops = 3 * 2 * 64 * 32 * 50304  # 64 rows of 32 against 50304: forward, and twice that back
         percent = 100 * flops / (row["ms"] / 1e3) / best["float32"]["flops_per_s"]
         assert row["percent"] == pytest.approx(percent, 1e-4) and row["peak_bytes"] >= 0
-    [row] = rows["loader"]
-    assert row["tokens_per_s"] == pytest.approx(64 / (row["ms"] / 1e3), 1e-4)
     assert "cudnn: left out: " in done.stdout  # what this device lacks is said
     assert done.stdout.count("cudnn: left out: ") == 1
 
 
 def test_wrong_settings_are_refused(tmp_path):
     for flag, words in {
-        "--only=foo": "ceilings, attention, model, head, loader, decode, tokenizer",
+        "--only=foo": "ceilings, attention, model, head, decode, tokenizer",
         "--nanogpt=nowhere": "no model.py there",
         "--optimizer=sgd": "muon or adamw",
         "--n_head=3": "n_head to divide it",
         "--tokens=0": "1 or more",
+        "--clients=1,0": "numbers of them",
     }.items():
         done = run(tmp_path, "bench.py", *TINY, flag, check=False)
         assert (done.returncode, done.stdout) == (1, "")
@@ -116,3 +125,76 @@ def test_what_fails_is_left_out_with_its_reason(capsys):
     good = lambda: None
     assert bench.working({"good": good, "bad": fails}) == {"good": good}
     assert capsys.readouterr().out == "  bad: left out: no kernel\n"
+
+
+def test_a_load_is_what_the_server_counts(tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    from test_serve import served
+
+    config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
+    model.save(tmp_path / "out" / "tiny", model.GPT(config), prepare.bpe_tokenizer([]))
+    with served(tmp_path) as site:
+        done = run(tmp_path, "bench.py", "--device=cpu", f"--serve={site.url}/", "--clients=1,20")
+        asked = site.metric('requests_total{path="/v1/completions",status="200"}')
+        names = ("prompt_tokens_total", "generated_tokens_total", "first_token_seconds_count")
+        prompts, made, firsts = map(site.metric, names)
+        gaps, seconds = map(site.metric, ("between_tokens_seconds_count", "request_seconds_sum"))
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    printed = [line.split() for line in done.stdout.splitlines() if line.startswith("  serve.py")]
+    assert [row["clients"] for row in rows] == [1, 20] and len(printed) == 2
+    sent = sum(row["requests"] for row in rows)
+    assert asked == firsts == sent + 2  # one warms up for each row
+    assert made == sum(row["tokens"] for row in rows) + 2 * 64 == asked + gaps
+    assert 32 <= (prompts - 2 * 32) / sent <= 96
+    assert seconds < 1.1 * sum(row["clients"] * row["seconds"] for row in rows) + 2
+    for row, line in zip(rows, printed):
+        assert row["tokens"] == 64 * row["requests"]
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"], 1e-4)
+        assert row["ratio"] == pytest.approx(row["tokens_per_s"] / rows[0]["tokens_per_s"], 1e-4)
+        assert 0 < row["first_p50"] <= row["first_p95"] < 1e3 * row["seconds"]
+        assert 0 < row["between_p50"] <= row["between_p95"] < 1e3 * row["seconds"]
+        names = ("clients", "tokens_per_s", "ratio", "first_p50", "first_p95")
+        names += ("between_p50", "between_p95")
+        told = [float(cell.replace(",", "")) for cell in line[1:]]
+        assert told == pytest.approx([row[name] for name in names], 1e-4, 0.006)
+
+
+def test_transformers_is_timed_token_by_token():
+    pytest.importorskip("transformers")
+    config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
+    place = SimpleNamespace(device=torch.device("cpu"))
+    hf, lock = bench.hugging_face(place, model.GPT(config)), threading.Lock()
+    for prompt in ([5] * 32, [5] * 96):
+        times, made = bench.ask_alone(hf, lock, prompt)
+        assert made == 64 and len(times) == 65 and times == sorted(times)
+    assert not lock.locked()
+
+
+def test_a_server_of_the_bench_ends_with_it(tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    command = [sys.executable, ROOT / "bench.py", *TINY, "--vocab_size=512", "--serve"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*command, "--clients=900"], cwd=tmp_path, **pipes) as bench:
+        lines = iter(bench.stdout.readline, "")
+        url = next(m[1] for line in lines if (m := re.search(r"serving \S+ at (\S+)", line)))
+        while "batch_size 16" not in requests.get(f"{url}/metrics").text:
+            pass
+        bench.send_signal(signal.SIGTERM)  # Ctrl-C's SIGINT goes the same way
+        assert bench.wait() == 128 + signal.SIGTERM and bench.stderr.read() == ""
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{url}/metrics")
+
+
+def test_servers_that_there_are_not(tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    for where, words in {
+        "out/nowhere": "no such folder",
+        "http://127.0.0.1:9": "refused",
+        "http://": "No host",
+    }.items():
+        done = run(tmp_path, "bench.py", *TINY, f"--serve={where}", check=False)
+        assert done.returncode == 1 and '"rows"' not in done.stdout
+        assert words in done.stderr and len(done.stderr.splitlines()) == 1

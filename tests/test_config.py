@@ -22,6 +22,7 @@ limit: int | None = None  # at most
 warmth: float | None = 1.5  # degrees
 shape = (2, 3)  # rows, columns
 runs: str | list = ""  # a,b or words
+site: bool | str = False  # one, or which
 letters = sorted("ab")  # no literal: no key
 _mine = 1
 
@@ -47,7 +48,7 @@ if __name__ == "__main__":
     configure(globals())
 """
 DEFAULTS = {"steps": 10, "rate": 0.5, "name": "a # b", "fast": False, "words": None}
-DEFAULTS |= {"limit": None, "warmth": 1.5, "shape": [2, 3], "runs": ""}
+DEFAULTS |= {"limit": None, "warmth": 1.5, "shape": [2, 3], "runs": "", "site": False}
 
 
 @pytest.fixture
@@ -106,6 +107,9 @@ def changed(keys):
         (["--runs", "a", "b", "c", "--steps=1"], {"runs": "a,b,c", "steps": 1}),
         (["--runs", "a", "r.py"], {"runs": "a", "steps": 7}),  # a recipe is no word of a list
         (["--runs=a,b"], {"runs": "a,b"}),
+        (["--site"], {"site": True}),
+        (["--site", "--site=false"], {}),
+        (["--site=out/a"], {"site": "out/a"}),
         (["--local-rank=0", "--local_rank=1", "--steps=1"], {"steps": 1}),
     ],
 )

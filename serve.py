@@ -130,13 +130,12 @@ def zeros_share(net):
 
 
 def stored_dtype():
-    """The dtype of the model's file, or float32 where an adapter is merged into a base."""
-    path = Path(model) / "model.safetensors"
-    if not path.is_file():
-        return torch.float32
-    with open(path, "rb") as file:
-        entries, _ = core.read_header(path, file)
-    kinds = {kind for kind, _ in entries.values() if kind.is_floating_point}
+    """The dtype of the model's files, or float32 where an adapter is merged into a base."""
+    folder, kinds = core.find(model), set()
+    for path in core.weights_of(folder) if (folder / "config.json").is_file() else ():
+        with open(path, "rb") as file:
+            entries, _ = core.read_header(path, file)
+        kinds |= {kind for kind, _ in entries.values() if kind.is_floating_point}
     return torch.float32 if len(kinds) != 1 else kinds.pop()
 
 

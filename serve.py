@@ -67,6 +67,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -129,13 +130,12 @@ def zeros_share(net):
 
 
 def stored_dtype():
-    """The dtype of the model's file, or float32 where an adapter is merged into a base."""
-    path = Path(model) / "model.safetensors"
-    if not path.is_file():
-        return torch.float32
-    with open(path, "rb") as file:
-        entries, _ = core.read_header(path, file)
-    kinds = {kind for kind, _ in entries.values() if kind.is_floating_point}
+    """The dtype of the model's files, or float32 where an adapter is merged into a base."""
+    folder, kinds = core.find(model), set()
+    for path in core.weights_of(folder) if (folder / "config.json").is_file() else ():
+        with open(path, "rb") as file:
+            entries, _ = core.read_header(path, file)
+        kinds |= {kind for kind, _ in entries.values() if kind.is_floating_point}
     return torch.float32 if len(kinds) != 1 else kinds.pop()
 
 
@@ -601,7 +601,11 @@ class Engine(threading.Thread):
         self.max_batch, self.max_len, self.chunk = max_batch, max_len, chunk
         self.max_queue = max_queue
         self.longest = max(map(len, tok.bytes.values()))  # bytes of a token, at most
-        self.turn_ends = tok.end_of_turn() if tok.config.get("chat_template") else []
+        self.turn_ends = []  # the token that ends an answer in a chat
+        try:
+            self.turn_ends = tok.end_of_turn() if tok.config.get("chat_template") else []
+        except UserError as error:  # completions need no template
+            print(f"chat ends at the end token alone: {error}")
         table = net.model.embed_tokens.weight
         kind = torch.float32 if table.device.type == "cpu" else table.dtype  # as in core.prefill
         self.cache = core.KVCache(net.config, max_batch, max_len, table.device, kind)
@@ -882,17 +886,19 @@ COMPLETION = {"prompt": (object, None), "echo": (bool, False), "logprobs": (int,
 COMPLETION |= BOTH | {"best_of": (int, None, 1, 128)}
 CHAT = {"messages": (list, []), "logprobs": (bool, False), "top_logprobs": (int, 0, 0, 20)}
 CHAT |= BOTH | {"max_completion_tokens": (int, None, 0, 2**31)}
-# What changes no answer, so that it may be there.
+# What changes no answer, so that it may be there; and values of others that ask for nothing.
+NEUTRAL = (None, False, "", [], {}, {"type": "text"})
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 def read_fields(body, known):
     """The request's values by name, checked, with the defaults of `known`."""
     for key, value in body.items():
-        if key not in known and key not in IGNORED and value not in (None, False, [], {}):
+        if key not in known and key not in IGNORED and value not in NEUTRAL:
+            key = key[:60]
             near = difflib.get_close_matches(key, known, 1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ApiError(400, f"{short(key)} is not supported{hint}", short(key))
+            raise ApiError(400, f"{short(key)} is not supported{hint}", key)
     o = {}
     for name, (kind, default, *ends) in known.items():
         value = o[name] = default if body.get(name) is None else body[name]
@@ -1255,30 +1261,44 @@ class Front:
             await asyncio.wait_for(send(message), client_timeout)
 
         try:
-            if not may_pass(scope):
-                wrong = ApiError(401, "expected Authorization: Bearer KEY", code="invalid_api_key")
-                return await error_reply(wrong)(scope, receive, patient_send)
-            await self.app(scope, receive, patient_send)
+            answer = self.app if (wrong := refusal(scope)) is None else error_reply(wrong)
+            await answer(scope, receive, patient_send)
         except (ClientDisconnect, asyncio.TimeoutError):
             record.status = record.status or 499  # nginx's: the client left before the answer
-        except asyncio.CancelledError:
-            print(f"serve.py: {scope['path']}: cut off after --drain={drain:g} s", file=sys.stderr)
-        except Exception as error:
-            print(f"serve.py: {scope['path']!r}: {error!r}", file=sys.stderr, flush=True)
+        except (Exception, asyncio.CancelledError) as error:
+            wrong, why = ApiError(500, "the server failed at this request"), repr(error)
+            if isinstance(error, asyncio.CancelledError):  # uvicorn stops
+                wrong = ApiError(503, "the server is stopping")
+                why = f"cut off after --drain={drain:g} s"
+            print(f"serve.py: {scope['path']!r}: {why}", file=sys.stderr, flush=True)
             if record.status is None:
-                broken = ApiError(500, "the server failed at this request")
-                await error_reply(broken)(scope, receive, patient_send)
+                await error_reply(wrong)(scope, receive, patient_send)
         finally:
             app.state.engine.cancel(record.jobs)
             book(scope, record)
             record.jobs = []  # the connection may keep the record for a while
 
 
-def may_pass(scope):
-    if not api_key or scope["path"] in ("/", "/health", "/metrics"):
-        return True
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    return hmac.compare_digest(given, f"Bearer {api_key}".encode())
+def refusal(scope):
+    """The ApiError of a request without the key, or which a web page of another site makes its
+    visitor's browser send to this machine; None where it may pass."""
+    headers = dict(scope["headers"])
+    if api_key:
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        known = kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
+        if not known and scope["path"] not in ("/", "/health", "/metrics"):
+            return ApiError(401, "expected Authorization: Bearer KEY", code="invalid_api_key")
+        return None
+    text = lambda name: headers.get(name, b"").decode("latin-1").lower()
+    name, dot, end = re.sub(r"\.?(:\d*)?$", "", text(b"host")).rpartition(".")
+    public = dot and end[:1].isalpha() and end not in ("localhost", "local", "internal")
+    if public and host in ("127.0.0.1", "::1", "localhost"):  # DNS rebinding
+        why = f"{short(name + dot + end)} is no name of this machine's: --api_key lets others in"
+        return ApiError(403, why)
+    if scope["method"] == "POST" and text(b"sec-fetch-site") == "cross-site":
+        if cors != "*" and text(b"origin") not in (cors or "").replace(" ", "").split(","):
+            return ApiError(403, "a page of another site asks: --cors=SITE lets it")
+    return None
 
 
 def book(scope, record):
@@ -1313,9 +1333,13 @@ class PatientProtocol(H11Protocol):
         self.look(None)
 
     def look(self, before):
+        if self not in self.connections:  # it has ended
+            return
+        if self.transport.is_closing():  # and its client does not read what is left
+            return self.transport.abort()
         idle = self.cycle is None or self.cycle.response_complete
         if before and idle and before == [self.cycle]:
-            return self.transport.close()
+            self.transport.close()
         self.loop.call_later(client_timeout, self.look, [self.cycle])
 
 
@@ -1540,7 +1564,9 @@ def serve(net, tok):
 
 def main():
     global api_key
-    api_key = api_key or os.environ.get("BARELM_API_KEY")
+    if api_key is not None and not api_key.strip():
+        raise UserError("--api_key= is empty: it would let everyone in")
+    api_key = (api_key or os.environ.get("BARELM_API_KEY", "")).strip()
     run = core.setup(device)
     if prune:
         raise UserError(f"--prune={prune} serves nothing: --export=hf, and serve what that writes")

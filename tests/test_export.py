@@ -183,6 +183,22 @@ def test_pruning_zeroes_the_smallest(how):
 # Hugging Face
 
 
+def test_an_export_keeps_the_dtype_of_a_model_in_several_files(tok, tmp_path):
+    net, folder = saved(tmp_path / "whole", tok, **QWEN3)
+    tensors, index = model.saved_tensors(net), {}
+    for i, name in enumerate(tensors):
+        index[name] = f"model-{i % 2 + 1}.safetensors"
+    for file in set(index.values()):
+        part = {n: t.bfloat16() for n, t in tensors.items() if index[n] == file}
+        with open(folder / file, "wb") as out:
+            model.write_safetensors(out, part, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    run(tmp_path, "serve.py", "--model=whole", "--prune=0.5", "--export=hf", "--out_dir=half")
+    kept, _ = model.read_safetensors(tmp_path / "half" / "model.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16}
+
+
 def test_hf_export_merges_an_adapter(tok, tmp_path):
     net, base = saved(tmp_path / "base", tok, **QWEN3)
     A, B = torch.randn(2, 32), torch.randn(32, 2)

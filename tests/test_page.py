@@ -23,7 +23,7 @@ import model as core
 pytest.importorskip("fastapi")
 import serve
 
-KEY = "open sesame"
+KEY = "sésame, ouvre-toi"
 TEXT = 'def f(x):\n    return "<b>é</b>"'
 
 
@@ -37,7 +37,7 @@ def server(tiny, tmp_path_factory):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     lines = iter(process.stdout.readline, "")
     url = next(m[1] for line in lines if (m := re.search(r"(http://\S+)", line)))
-    head = {"Authorization": f"Bearer {KEY}"}
+    head = {"Authorization": f"Bearer {KEY}".encode()}
     get = lambda path: requests.get(url + path, headers=head, timeout=60)
     post = lambda path, **body: requests.post(url + path, json=body, headers=head, timeout=60)
     net, tok = core.load(folder)

@@ -294,6 +294,12 @@ def test_a_malformed_request_is_told_what_is_wrong(site, body, why):
     error = answer.json()["error"]
     assert answer.status_code == 400 and why in error["message"] and len(error["message"]) < 250
     assert error["type"] == "invalid_request_error" and set(error) >= {"param", "code"}
+    assert error["param"] is None or error["param"].isidentifier()
+
+
+def test_fields_that_ask_for_nothing_are_passed_over(site):
+    neutral = dict(response_format={"type": "text"}, suffix="", tools=[], logit_bias={}, user="me")
+    assert site.complete(prompt="import", max_tokens=1, **neutral)["choices"]
 
 
 def test_errors_have_one_shape_and_the_server_lives_on(site):
@@ -380,6 +386,120 @@ def test_a_key_a_site_and_time_limits_when_asked_for(tiny):
     assert [r["prompts"] for r in rows if r["status"] == 200 and "prompts" in r] == [["import"]] * 2
 
 
+def test_a_cut_off_request_is_told_so_and_a_key_is_read_as_rfc_9110_has_it(tiny):
+    with served(tiny, "--drain=0.1", env={"BARELM_API_KEY": " clé\n"}) as site:
+        for given, status in (("bearer  clé", 200), ("Bearer clé", 200), ("clé", 401), ("é", 401)):
+            key = {"Authorization": given.encode()}
+            answer = site.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=key)
+            assert answer.status_code == status
+        with ThreadPoolExecutor() as pool:
+            key = {"Authorization": "Bearer clé".encode()}
+            long = LONG | {"stream": False, "n": 128}
+            cut = pool.submit(site.post, "/v1/completions", long, headers=key)
+            site.until("batch_size", 16)
+            site.process.terminate()
+            assert cut.result().status_code == 503
+            assert cut.result().json()["error"]["message"] == "the server is stopping"
+
+
+def test_pages_of_other_sites_cannot_use_a_server_on_this_machine(site, tiny):
+    ask = lambda site, **headers: (
+        site.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=headers).status_code
+    )
+    for name in (
+        "localhost:80",
+        "127.0.0.1",
+        "[::1]:80",
+        "10.0.0.7",
+        "box",
+        "host.docker.internal",
+    ):
+        assert ask(site, Host=name) == 200
+    for name in ("evil.com", "EVIL.com.:8000"):  # whose DNS says 127.0.0.1
+        assert ask(site, Host=name) == 403
+        assert site.get("/inspect/log", headers={"Host": name}).status_code == 403
+    cross = {"Sec-Fetch-Site": "cross-site", "Origin": "https://b.org"}
+    assert ask(site, **cross) == 403 and ask(site, **cross | {"Sec-Fetch-Site": "same-site"}) == 200
+    assert site.get("/", headers=cross).status_code == 200  # a link
+    with served(tiny, "--cors=https://a.org, https://b.org") as site:
+        assert ask(site, **cross) == 200 and ask(site, **cross | {"Origin": "https://c.org"}) == 403
+
+
+def test_connections_that_end_in_the_middle_leave_nothing(tiny):
+    import asyncio
+    import gc
+
+    import uvicorn
+
+    import serve
+
+    async def never(scope, receive, send):
+        if scope["type"] == "lifespan":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def count():
+        quiet = dict(log_level="critical", lifespan="off", port=0)
+        server = uvicorn.Server(uvicorn.Config(never, http=serve.PatientProtocol, **quiet))
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        address = server.servers[0].sockets[0].getsockname()
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.read(12)
+            writer.close()
+        await asyncio.sleep(10 * serve.client_timeout)
+        gc.collect()
+        left = sum(type(o) is serve.PatientProtocol for o in gc.get_objects())
+        server.should_exit = True
+        await task
+        return left
+
+    before, serve.client_timeout = serve.client_timeout, 0.05
+    try:
+        assert asyncio.run(count()) == 0
+    finally:
+        serve.client_timeout = before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="Linux tells of its sockets")
+def test_a_client_that_reads_nothing_is_cut_off(tiny):
+    with served(tiny, "--client_timeout=0.3", "--max_batch=32") as site, socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        wire.connect(("127.0.0.1", int(site.url.rsplit(":", 1)[1])))
+        body = json.dumps(LONG | {"logprobs": 20, "n": 128})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+        wire.sendall(f"{head}\r\n\r\n{body}".encode())
+        ends = [f":{end[1]:04X}" for end in (wire.getpeername(), wire.getsockname())]
+
+        def open_there():
+            with open("/proc/net/tcp") as file:
+                rows = [line.split() for line in file]
+            return any([r[1][-5:], r[2][-5:], r[3]] == [*ends, "01"] for r in rows)
+
+        assert open_there()
+        while open_there():
+            time.sleep(0.1)
+
+
+def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded):
+    import serve
+
+    net, tok = loaded
+    # DeepSeek-R1's way: the generation prompt opens a thought that earlier turns do not have.
+    think = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>{% endif %}"""
+    for template in (think, "{% for m in %}", [{"name": "tools", "template": think}]):
+        odd = model.Tokenizer(tok.spec, tok.config | {"chat_template": template})
+        assert serve.Engine(net, odd, 1, 64, 9, 9).turn_ends == []
+    assert len(serve.Engine(net, tok, 1, 64, 9, 9).turn_ends) == 1
+
+
 def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
     def refusal(*args):
         done = run(tiny, "serve.py", *args, check=False)
@@ -389,6 +509,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
     assert "no such folder" in refusal("--model=out/none")
     assert "--max_len=65: expected 2 to 64" in refusal("--model=out/tiny", "--max_len=65")
     assert "--max_batch=0" in refusal("--model=out/tiny", "--max_batch=0")
+    assert "--api_key= is empty" in refusal("--model=out/tiny", "--api_key=")
     assert "--port=65536" in refusal("--model=out/tiny", "--port=65536")
     assert "no memory for the keys" in refusal("--model=out/tiny", f"--max_batch={10**12}")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -428,7 +428,9 @@ def hugging_face(run, net):
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder, net, stage("prepare").bpe_tokenizer([]))
         none = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **none).to(run.device)
+        hf = transformers.AutoModelForCausalLM.from_pretrained(folder, **none).to(run.device)
+        hf.generation_config.eos_token_id = None  # nothing ends a text early
+        return hf
 
 
 def compare_steps(run, net, batch, loss_of, best):
@@ -469,7 +471,7 @@ def compare_decode(run, tok, n, m):
         [p.mul_(4) for p in net.model.layers.parameters() if p.ndim == 2]
     if not (hf := hugging_face(run, net)):
         return
-    hf.eval().generation_config.eos_token_id = None
+    hf.eval()
     ids = torch.randint(min(vocab_size, tok.n_vocab), (1, m), device=run.device)
     how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
     ours = lambda: model.generate(net, tok, ids.tolist(), max_new_tokens=n, temperature=0)[0].ids
@@ -558,7 +560,7 @@ def load(run):
         if compare and there:
             skip("transformers", "it needs the folder")
         elif compare and (hf := hugging_face(run, model.load(folder)[0])):
-            hf.eval().to(run.kind).generation_config.eos_token_id = None
+            hf.eval().to(run.kind)
             ways["generate and a lock"] = partial(ask_alone, hf, threading.Lock())
         low, high = PROMPT
         print(f"\nload: {ANSWER} tokens behind {low} to {high}; ms to the first token, between two")

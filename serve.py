@@ -642,7 +642,11 @@ class Engine(threading.Thread):
     def run(self):
         with core.generating(self.net), torch.inference_mode():
             # The first step packs the weights, for which no client should wait.
-            core.feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
+            try:
+                core.feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
+            except Exception as error:  # then no other would succeed
+                print(f"serve.py: the first step failed: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
             while True:
                 with self.wake:
                     while not (self.jobs or self.waiting or self.calls):
@@ -1230,7 +1234,7 @@ async def tokenizer_info():
     return reply(named | {"chat_template": tok.config.get("chat_template")})
 
 
-@app.get("/health")
+@app.api_route("/health", methods=["GET", "HEAD"])
 async def health():
     if not app.state.engine.is_alive():
         raise ApiError(503, "the engine has stopped")
@@ -1486,7 +1490,7 @@ def page_policy(html):
     return "; ".join(["default-src 'none'", *policy, "frame-ancestors 'none'"])
 
 
-@app.get("/")
+@app.api_route("/", methods=["GET", "HEAD"])
 async def page():
     if not (file := Path(__file__).with_name("serve.html")).is_file():
         raise ApiError(404, "serve.html is not beside serve.py: the API is at /v1")

@@ -319,6 +319,9 @@ def test_errors_have_one_shape_and_the_server_lives_on(site):
             wire.sendall(data)
     assert site.complete(prompt="import os", max_tokens=1)["choices"]
     assert site.get("/health").json() == {"status": "ok"} and site.get("/").status_code == 200
+    for path in ("/", "/health"):  # as probes ask
+        seen = requests.head(site.url + path)
+        assert seen.status_code == 200 and seen.content == b""
 
 
 LONG = dict(prompt="import", n=40, max_tokens=60, ignore_eos=True, stream=True)

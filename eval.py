@@ -1545,16 +1545,16 @@ def verdict(key, scores):
     have = {run: cells[key] for run, cells in scores.items() if key in cells}
     best = (min if lower_is_better(key[1]) else max)(have, key=lambda run: have[run][0])
     value, error, _ = have.pop(best)
-    told = []
+    told = f"{' '.join(key)}: {best} is best"
     for run, (other, its_error, _) in have.items():
         gap = abs(value - other)
         if error is None or its_error is None:
-            told.append(f"{run} is {gap:.4g} away, with no standard error to judge it by")
+            told += f"; {run} is {gap:.4g} away, with no standard error to judge it by"
         elif gap > 2 * math.hypot(error, its_error):
-            told.append(f"{run} is worse by {gap:.4g}, beyond 2 standard errors")
+            told += f"; {run} is worse by {gap:.4g}, beyond 2 standard errors"
         else:
-            told.append(f"{run} is not to be told apart ({gap:.4g}, within 2 standard errors)")
-    return best, f"{' '.join(key)}: {best} is best" + "".join(f"; {line}" for line in told)
+            told += f"; {run} is not to be told apart ({gap:.4g}, within 2 standard errors)"
+    return best, told
 
 
 def table(rows):
@@ -1570,55 +1570,46 @@ def compare_runs():
     runs = runs_to_compare()
     logs, scores = {run: read_log(run) for run in runs}, {run: read_scores(run) for run in runs}
     keys = list(dict.fromkeys(key for cells in scores.values() for key in cells))
-    verdicts = {key: verdict(key, scores) for key in keys}
-    lines = [f"{run}: no results.json (python eval.py --model={run})" for run in runs]
-    lines = [line for run, line in zip(runs, lines) if not scores[run]]
-
-    def cell(run, key):
-        if key not in scores[run]:
-            return ""
-        value, error, n = scores[run][key]
-        text = f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
-        return text + f" (n {n})" * (n is not None) + " *" * (verdicts[key][0] == run)
-
-    out = ["# Runs compared", ""]
+    rows, out = [["run", *map(" ".join, keys)], *([run] for run in runs)], ["# Runs compared", ""]
+    told = [f"{run}: no results.json (python eval.py --model={run})" for run in runs]
+    told = [line for run, line in zip(runs, told) if not scores[run]]
+    for key in keys:
+        best, sentence = verdict(key, scores)
+        told.append(sentence)
+        for run, row in zip(runs, rows[1:]):
+            value, error, n = scores[run].get(key, (None, None, None))
+            spread = "" if error is None else f" ± {error:.2g}"
+            cell = f"{value:.4g}{spread} (n {n})" if key in scores[run] else ""
+            row.append(cell + " *" * (run == best))
     if keys:
-        rows = [[run] + [cell(run, key) for key in keys] for run in runs]
-        out += [*table([["run", *map(" ".join, keys)], *rows]), ""]
-        out += ["Value ± standard error; * marks the best.", ""]
-    out += [f"- {line}" for line in lines + [line for _, line in verdicts.values()]] + [""]
-    x = "tokens" if all(curve(rows, "loss", "tokens") for rows in logs.values()) else "step"
-    columns = ("loss", "val_loss", "val_bpb")
-    last = lambda points: f"{points[-1][1]:.4f}" if points else ""
-    shown = [["run", "steps", "tokens", "loss (smoothed)", "val_loss", "val_bpb"]]
-    for run, rows in logs.items():
-        seen = curve(rows, "tokens", "tokens")
-        ends = [
-            last(smooth(curve(rows, "loss", x))),
-            *(last(curve(rows, k, x)) for k in columns[1:]),
-        ]
-        shown.append([run, rows[-1]["step"], f"{seen[-1][0]:,}" if seen else "not logged", *ends])
-    picture = Path(report).with_suffix(".svg")
-    out += [*table(shown), "", f"![scores and losses](<{picture.name}>)"]
-    panels = []
+        out += [*table(rows), "", "Value ± standard error; * marks the best.", ""]
+    x = "tokens" if all(curve(log, "loss", "tokens") for log in logs.values()) else "step"
+    rows = [["run", "steps", "tokens", "loss (smoothed)", "val_loss", "val_bpb"]]
+    for run, log in logs.items():
+        seen = curve(log, "tokens", "tokens")
+        curves = smooth(curve(log, "loss", x)), curve(log, "val_loss", x), curve(log, "val_bpb", x)
+        ends = [f"{points[-1][1]:.4f}" if points else "" for points in curves]
+        rows.append([run, log[-1]["step"], f"{seen[-1][0]:,}" if seen else "not logged", *ends])
+    out += [*(f"- {line}" for line in told), "", *table(rows)]
+
+    panels, lines = [], []
     for metric in dict.fromkeys(metric for _, metric in keys):
-        tasks = [task for task, its in keys if its == metric]
-        bars = []
-        for run in filter(scores.get, runs):
-            at = [(j, scores[run].get((task, metric))) for j, task in enumerate(tasks)]
-            points = [(j, cell[0], cell[1]) for j, cell in at if cell]
-            bars.append((run, runs.index(run), "bars", points))
+        tasks, bars = [task for task, its in keys if its == metric], []
+        for i, run in enumerate(runs):
+            cells = [(j, scores[run].get((task, metric))) for j, task in enumerate(tasks)]
+            if its := [(j, cell[0], cell[1]) for j, cell in cells if cell]:
+                bars.append((run, i, "bars", its))
         better = "lower" if lower_is_better(metric) else "higher"
         panels.append((f"{metric} ({better} is better; ± 1 standard error)", "", bars, tasks))
-    lines = []
-    begin = max(row.get(x, 0) for rows in logs.values() for row in rows) / 100  # all alike before
-    for i, (run, rows) in enumerate(logs.items()):
-        thin = [p for p in smooth(curve(rows, "loss", x)) if p[0] >= begin]
-        lines.append(("", i, "thin", thin))
-        lines.append((run, i, "line", curve(rows, "val_loss", x)))
+    begin = max(row.get(x, 0) for log in logs.values() for row in log) / 100  # all alike before
+    for i, (run, log) in enumerate(logs.items()):
+        thin = [point for point in smooth(curve(log, "loss", x)) if point[0] >= begin]
+        lines += [("", i, "thin", thin), (run, i, "line", curve(log, "val_loss", x))]
     panels.append(("loss: thin in training, smoothed; thick in validation", x, lines, None))
-    print("\n".join(out[2:-2]))
-    write_report(Path(report), "\n".join(out) + "\n")
+    print("\n".join(out[2:]))
+    picture = Path(report).with_suffix(".svg")
+    out += ["", f"![scores and losses](<{picture.name}>)", ""]
+    write_report(Path(report), "\n".join(out))
     write_report(picture, svg(panels))
 
 
@@ -1628,11 +1619,14 @@ def write_report(path, text):
     print(f"written: {path}")
 
 
-PALETTE = """#0072b2 #d55e00 #00856a #b8518d #8a6d00 #3a6fd8 #7a5195 #666666
-#4aa8e0 #ff8c42 #2fd0a0 #f0a0cc #e6c34a #9db8ff #c79be0 #bbbbbb""".split()  # light, then dark
-STYLE = "text{fill:currentColor}.axis{stroke:currentColor}.grid{stroke:currentColor;opacity:.15}"
-STYLE += ".line,.thin,.err{fill:none;stroke:currentColor;stroke-width:2}.dots,.bars{opacity:.85}"
-STYLE += ".thin{stroke-width:1;opacity:.6}.err{color:#222}.dots,.bars{fill:currentColor}"
+PALETTE = "#2a7fc0 #d55e00 #00946a #c4609c #a07c00 #7a86f0 #9a62b8 #808080".split()
+STYLE = """
+svg { color: #222; font: 13px sans-serif } .paper { fill: #fff } .err { color: #222 }
+@media (prefers-color-scheme:dark) { svg, .err { color: #ddd } .paper { fill: #14171a } }
+text, .dots, .bars { fill: currentColor }
+.axis, .grid, .line, .thin, .err { fill: none; stroke: currentColor }
+.grid { opacity: .15 } .line, .err { stroke-width: 2 } .thin { opacity: .6 }
+"""
 
 
 def short(x):
@@ -1645,96 +1639,93 @@ def short(x):
 def ticks(low, high, log):
     """Round numbers between low and high: some 1, 2, 5 of each decade, or evenly spaced ones."""
     if log and high / low > 5:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        every = -(-len(decades) // 8)
-        parts = (1, 2, 5) if len(decades) < 4 else (1,)
-        marks = [m * 10.0**e for e in [*decades][::every] for m in parts]
-        return [x for x in [*marks, 10.0 ** decades[-1] * 10] if low <= x <= high * 1.0001]
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        parts = (1, 2, 5) if len(decades) < 5 else (1,)
+        marks = [m * 10.0**e for e in decades[:: -(-len(decades) // 8)] for m in parts]
+        return [x for x in marks if low <= x <= high * 1.0001]
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= max(m for m in (1, 2, 5) if (high - low) / (m * step) >= 4)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
-def svg(panels, width=960, tall=320):
+def axis(values, start, end, factor, padding):
+    """(value -> place between start and end, ticks): logarithmic where the values are positive and
+    span more than `factor`; `padding` is a share of their span."""
+    low, high = min(values), max(values)
+    log = low > 0 and high / low > factor
+    if log:
+        high *= (high / low) ** padding
+    else:
+        spare = (high - low or abs(high) or 1) * padding
+        low, high = low - spare * (low != 0), high + spare
+    f = math.log10 if log else float
+    place = lambda v: start + (f(v) - f(low)) / (f(high) - f(low) or 1) * (end - start)
+    return place, ticks(low, high, log)
+
+
+def svg(panels, width=960):
     """A picture of panels below each other. A panel: (title, name of x, series, names of x =
     0, 1, … for bars, or None); a series: (name, colour, "line" "thin" "dots" or "bars", points
-    (x, y) or (x, y, standard error)). An axis is logarithmic where its values span a factor of 20
-    (y: of 4) and are positive."""
-    css = "svg{color:#222;font:13px sans-serif}.bg{fill:#fff}" + STYLE
-    light, dark = (
-        [f".c{i}{{color:{c}}}" for i, c in enumerate(PALETTE[k : k + 8])] for k in (0, 8)
-    )
-    night = "svg,.err{color:#ddd}.bg{fill:#14171a}" + "".join(dark)
-    css += "".join(light) + f"@media(prefers-color-scheme:dark){{{night}}}"
+    (x, y) or (x, y, standard error))."""
     out, y0 = [], 0
-    for title, x_name, series, names in panels:
-        high = max(tall, 100 + 18 * len(series))
-        out += draw_panel(html.escape(title), html.escape(x_name), series, names, y0, high)
+    for panel in panels:
+        high = max(320, 100 + 18 * len(panel[2]))
+        out += [f'<g transform="translate(0 {y0})">', *draw_panel(*panel, high - 60), "</g>"]
         y0 += high
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y0}" role="img">'
-    paper = '<rect class="bg" width="100%" height="100%"/>'
-    return "\n".join([head, f"<style>{css}</style>", paper, *out, "</svg>\n"])
+    paper = '<rect class="paper" width="100%" height="100%"/>'
+    return "\n".join([head, f"<style>{STYLE}</style>", paper, *out, "</svg>\n"])
 
 
-def draw_panel(title, x_name, series, names, y0, high, left=70, right=640):
-    """The elements of one panel of `svg`, whose top is at y0."""
-    top, bottom = y0 + 40, y0 + high - 60
-    points = [(p[0], p[1], (p[2] if len(p) > 2 else None) or 0) for s in series for p in s[3]]
+def draw_panel(title, x_name, series, names, bottom, top=40, left=70, right=640):
+    """The elements of one panel of `svg`."""
+    out = []
+
+    def write(x, y, text, place=""):
+        out.append(f'<text x="{x:.1f}" y="{y:.1f}"{place}>{html.escape(text)}</text>')
+
+    write(left, 24, title, ' font-weight="bold"')
+    points = [(x, y, error[0] or 0 if error else 0) for s in series for x, y, *error in s[3]]
     if not points:
-        return [f'<text x="{left}" y="{top}">{title}: nothing to show</text>']
-    xs = [-0.5, len(names) - 0.5] if names else [p[0] for p in points]
-    ys = [p[1] + sign * p[2] for p in points for sign in (-1, 1)] + [0.0] * bool(names)
-
-    def axis(values, start, end, factor, padding):
-        low, up = min(values), max(values)
-        log = low > 0 and up / low > factor
-        spare = (up - low or abs(up) or 1) * padding
-        low, up = (
-            (low, up * (up / low) ** padding) if log else (low - spare * (low != 0), up + spare)
-        )
-        f = math.log10 if log else float
-        place = lambda v: start + (f(v) - f(low)) / (f(up) - f(low) or 1) * (end - start)
-        return place, ticks(low, up, log)
-
+        write(left, top + 20, "nothing to show")
+        return out
+    xs = [-0.5, len(names) - 0.5] if names else [x for x, _, _ in points]
+    ys = [y + sign * error for _, y, error in points for sign in (-1, 1)] + [0.0] * bool(names)
     x_at, x_ticks = axis(xs, left, right, 20, 0 if names else 0.03)
     y_at, y_ticks = axis(ys, bottom, top, 4, 0.05)
-    out = [f'<text x="{left}" y="{y0 + 24}" font-weight="bold">{title}</text>']
     for y in y_ticks:
-        h = f"{y_at(y):.1f}"
-        out.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{h}" y2="{h}"/>')
-        out.append(f'<text x="{left - 6}" y="{h}" dy="4" text-anchor="end">{short(y)}</text>')
+        out.append(f'<path class="grid" d="M{left} {y_at(y):.1f}H{right}"/>')
+        write(left - 6, y_at(y) + 4, short(y), ' text-anchor="end"')
     for x, name in enumerate(names) if names else ((x, short(x)) for x in x_ticks):
-        place = f'x="{x_at(x):.1f}" y="{bottom + 18}"'
+        place, below = ' text-anchor="middle"', bottom + 18
         if names and 7 * len(name) > (right - left) / len(names):  # too long to lie flat
-            place += f' transform="rotate(-20 {x_at(x):.1f} {bottom + 18})"'
-        out.append(f'<text {place} text-anchor="middle">{html.escape(name)}</text>')
-    out.append(f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>')
-    out.append(f'<text x="{right}" y="{bottom + 40}" text-anchor="end">{x_name}</text>')
+            place += f' transform="rotate(-20 {x_at(x):.1f} {below})"'
+        write(x_at(x), below, name, place)
+    out.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
+    write(right, bottom + 40, x_name, ' text-anchor="end"')
     slot = (right - left) / len(names) * 0.8 / len(series) if names else 0
     for k, (_, colour, kind, its) in enumerate(series):
-        dash = ' stroke-dasharray="6 3"' * (colour // 8 % 2)  # colours come again after eight
-        out.append(f'<g class="c{colour % 8}">')
+        out.append(f'<g color="{PALETTE[colour % 8]}">')
         if kind in ("line", "thin") and its:
-            path = "L".join(f"{x_at(p[0]):.1f} {y_at(p[1]):.1f}" for p in its)
+            path = "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in its)
+            dash = ' stroke-dasharray="6 3"' * (colour // 8 % 2)  # colours come again after eight
             out.append(f'<path class="{kind}"{dash} d="M{path}"/>')
         for x, y, *error in its:
-            h, w = y_at(y), x_at(x) + (k - len(series) / 2) * slot
+            begin = x_at(x) + (k - len(series) / 2) * slot
             if kind == "bars":
-                a, b = sorted((h, y_at(0)))
-                size = f'width="{0.9 * slot:.1f}" height="{b - a:.1f}"'
-                out.append(f'<rect class="bars" x="{w:.1f}" y="{a:.1f}" {size}/>')
+                high, low = sorted((y_at(y), y_at(0)))
+                size = f'width="{0.9 * slot:.1f}" height="{low - high:.1f}"'
+                out.append(f'<rect class="bars" x="{begin:.1f}" y="{high:.1f}" {size}/>')
             elif kind == "dots" or kind == "line" and len(its) < 30:
-                out.append(f'<circle class="dots" cx="{x_at(x):.1f}" cy="{h:.1f}" r="3.5"/>')
+                out.append(f'<circle class="dots" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>')
             if error and error[0]:
                 ends = f"{y_at(y - error[0]):.1f}V{y_at(y + error[0]):.1f}"
-                out.append(f'<path class="err" d="M{w + 0.45 * slot:.1f} {ends}"/>')
+                out.append(f'<path class="err" d="M{begin + 0.45 * slot:.1f} {ends}"/>')
         out.append("</g>")
-    named = [(name, colour) for name, colour, _, its in series if name]
-    for k, (name, colour) in enumerate(named):
-        h = top + 18 * k
-        out.append(f'<rect class="c{colour % 8} bars" x="{right + 20}" y="{h}" width="12" '
-                   f'height="12"/><text x="{right + 38}" y="{h + 11}">'
-                   f"{html.escape(name[-38:])}</text>")  # fmt: skip
+    for k, (name, colour, *_) in enumerate(s for s in series if s[0]):
+        place = f'x="{right + 20}" y="{top + 18 * k}" width="12" height="12"'
+        out.append(f'<rect fill="{PALETTE[colour % 8]}" {place}/>')
+        write(right + 38, top + 18 * k + 11, name[-38:])
     return out
 
 
@@ -1743,59 +1734,44 @@ def draw_panel(title, x_name, series, names, y0, high, left=70, right=640):
 
 # Expected loss E + A / N^alpha + B / D^beta of N parameters after D tokens: the form of Hoffmann et
 # al. 2022 (Chinchilla), approach 3, with the constants that Besiroglu et al. 2024 found for it.
-CHINCHILLA = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
+E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
+# It is least where 6 N D = c FLOPs at N = G (c / 6)^SHARE (Hoffmann et al. 2022, equation 4).
+G, SHARE = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)), BETA / (ALPHA + BETA)
 
 
 def chinchilla_loss(n, d):
     """Nats per token of Chinchilla's tokenizer and data."""
-    k = CHINCHILLA
-    return k["E"] + k["A"] / n ** k["alpha"] + k["B"] / d ** k["beta"]
+    return E + A / n**ALPHA + B / d**BETA
 
 
 def chinchilla_params(c):
-    """The N that minimizes the loss where 6 N D = c FLOPs (Hoffmann et al. 2022, equation 4)."""
-    k = CHINCHILLA
-    ratio = k["alpha"] * k["A"] / (k["beta"] * k["B"])
-    return ratio ** (1 / (k["alpha"] + k["beta"])) * (c / 6) ** (1 / (1 + k["alpha"] / k["beta"]))
+    """The best number of parameters for c FLOPs."""
+    return G * (c / 6) ** SHARE
 
 
 def budget(peak):
-    """(N, D) that the settings ask for; what they leave open is compute-optimal."""
-    given = {
-        key: globals()[key] for key in ("flops", "hours", "params", "tokens", "devices", "mfu")
-    }
-    for key, value in given.items():
+    """(N, D, FLOPs) that the settings ask for; what they leave open is compute-optimal."""
+    for key in ("flops", "hours", "params", "tokens", "devices", "mfu"):
+        value = globals()[key]
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{key}={value:g}: expected a number above 0")
     if mfu > 1:
         raise UserError(f"mfu={mfu}: expected a fraction of the peak, at most 1")
-    wanted = [key for key in ("flops", "hours", "params", "tokens") if given[key]]
-    if not 1 <= len(wanted) <= 2 or wanted == ["flops", "hours"]:
+    given = [key for key in ("flops", "hours", "params", "tokens") if globals()[key]]
+    if not 1 <= len(given) <= 2 or given == ["flops", "hours"]:
         raise UserError("--plan: expected --flops or --hours, --params or --tokens, or two of them")
     c = flops or (hours and 3600 * hours * peak * devices * mfu)
-    if c is None and len(wanted) == 1:  # the budget for which this one is optimal
-        low, high = 0.0, 60.0  # decades
-        for _ in range(100):
-            mid = (low + high) / 2
-            n = chinchilla_params(10**mid)
-            small = n < params if params else 10**mid / (6 * n) < tokens
-            low, high = (mid, high) if small else (low, mid)
-        c = 10**low
+    if given == ["params"]:  # the budget for which they are best
+        c = 6 * (params / G) ** (1 / SHARE)
+    elif given == ["tokens"]:
+        c = 6 * (tokens * G) ** (1 / (1 - SHARE))
     n = params or (c / (6 * tokens) if tokens else chinchilla_params(c))
     return n, tokens or c / (6 * n), c
 
 
-def peak_of(name):
-    """(device, its peak FLOP/s) for a name in model.PEAK_TFLOPS, of any case."""
-    known = {known.lower(): known for known in core.PEAK_TFLOPS}
-    if name.lower() not in known:
-        raise UserError(f"--device={name}: with --plan expected one of {', '.join(known.values())}")
-    return known[name.lower()], 1e12 * core.PEAK_TFLOPS[known[name.lower()]]
-
-
 def suggest_shape(n, vocab_size, seq_len):
-    """The GPTConfig of about n parameters (at most 10 % off), near 64 of width a layer, which is
-    GPT-2's; the loss hardly depends on it (Kaplan et al. 2020, 3.1)."""
+    """A GPTConfig of about n parameters (at most 10 % off) and its count of them: near 64 of width
+    a layer, which is GPT-2's; the loss hardly depends on it (Kaplan et al. 2020, 3.1)."""
     found = []
     head_dim, every = 32 if n < 5e6 else 64 if n < 3e9 else 128, 8 if n > 1e9 else 1
     for n_head in range(every, 257, every):
@@ -1806,28 +1782,34 @@ def suggest_shape(n, vocab_size, seq_len):
         if one > 1.1 * n:  # and so are all wider ones
             break
         n_layer = max(1, round((n - one) / (two - one)) + 1)
-        off = math.log((one + (n_layer - 1) * (two - one)) / n)
-        if abs(off) < math.log(1.1):
-            odd = abs(math.log(head_dim * n_head / n_layer / 64)) + 5 * abs(off)
-            found.append((odd, n_layer, shape, one + (n_layer - 1) * (two - one)))
+        count = one + (n_layer - 1) * (two - one)
+        off = abs(math.log(count / n))
+        if off < math.log(1.1):
+            odd = abs(math.log(head_dim * n_head / n_layer / 64)) + 5 * off
+            found.append((odd, count, core.GPTConfig(n_layer=n_layer, **shape)))
     if not found:
         why = f"no shape of {n:.3g} parameters with a vocabulary of {vocab_size:,}"
         raise UserError(f"{why}: ask for another size, or prepare data with a smaller --vocab_size")
-    _, n_layer, shape, count = min(found, key=lambda f: f[:2])
-    return core.GPTConfig(n_layer=n_layer, **shape), count
+    _, count, shape = min(found, key=lambda f: f[0])
+    return shape, count
 
 
 def make_plan():
     """Print a recipe for train.py, with what speaks for it as comments."""
-    name, peak = peak_of("H100" if device == "auto" else device)
+    known = {name.lower(): name for name in core.PEAK_TFLOPS}
+    gpu = known.get("h100" if device == "auto" else device.lower())
+    if not gpu:
+        names = ", ".join(known.values())
+        raise UserError(f"--device={device}: with --plan expected one of {names}")
+    peak = 1e12 * core.PEAK_TFLOPS[gpu]
     n, d, c = budget(peak)
     meta = core.read_json(Path("data") / dataset / "meta.json", {})
-    vocab_size = -(-meta.get("n_vocab", 50257) // 64) * 64
+    vocab_size = -(-meta.get("n_vocab", 50257) // 64) * 64  # or else GPT-2's
     seq_len = next((t for t, least in ((2048, 1e9), (1024, 5e7), (512, 1e7)) if n >= least), 256)
     shape, count = suggest_shape(n, vocab_size, seq_len)
     each = core.flops_per_token(shape, seq_len)
-    if c and not tokens:
-        d = c / each if not params or flops or hours else d  # the budget holds in real FLOPs
+    if (flops or hours) and not tokens:
+        d = c / each  # the budget holds in real FLOPs, which 6 N D leaves attention out of
     total = each * d
     # Batch and peak rate by compute: Bi et al. 2024 (DeepSeek LLM), equation 1.
     unit = seq_len * devices
@@ -1837,38 +1819,29 @@ def make_plan():
         shape, count, 1, seq_len, torch.bfloat16, moments=1, device_type="cuda"
     )
     seconds = total / (peak * devices * mfu)
-    k = CHINCHILLA
-    source = f"that of data/{dataset}" if meta else f"GPT-2's: data/{dataset} is not prepared"
-    told = [
-        f"A plan for {total:.3g} FLOPs: {count:,} parameters on {d:.3g} tokens",
-        "Chinchilla, approach 3 (Hoffmann et al. 2022; constants of Besiroglu et al. 2024):",
-        f"  L(N, D) = {k['E']} + {k['A']} / N^{k['alpha']} + {k['B']} / D^{k['beta']}",
-        f"  asked for or optimal: N = {n:.4g}, {d / count:.1f} tokens a parameter",
-        f"  expected loss {chinchilla_loss(count, d):.3f}, in nats per token of their data and "
-        "tokenizer:",
-        "  compare plans by it; it is not the loss or the bits per byte that this run will have",
-        f"FLOPs per token: {each:.4g} of this shape, {each / (6 * count):.2f} times 6 N",
-        f"  (which leaves out the attention over {seq_len} tokens)",
-        f"time: {core.duration(seconds)} on {devices} {name} at {100 * mfu:.0f} % of the peak",
-        f"memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB a window of a "
-        "micro-batch",
-        f"vocabulary: {vocab_size:,}, {source}",
-        "batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), from 1e17 to 2e19 FLOPs",
-    ]
     if meta:
         epochs = d / max(1, meta.get("train", {}).get("tokens", 0))
-        told.append(f"data: {epochs:.2g} epochs of data/{dataset}"
-                    + (": beyond 4, repeated text teaches little (Muennighoff et al. 2023)"
-                       if epochs > 4 else ""))  # fmt: skip
+        about = f"{epochs:.2g} epochs; beyond 4 little is learned (Muennighoff et al. 2023)"
+    else:
+        about = "not prepared: the vocabulary is GPT-2's"
+    print(f"""\
+# A plan for {total:.3g} FLOPs: {count:,} parameters on {d:.3g} tokens, {d / count:.1f} for each
+# L(N, D) = {E} + {A} / N^{ALPHA} + {B} / D^{BETA} (Hoffmann et al. 2022, approach 3;
+#   constants of Besiroglu et al. 2024): asked for or optimal N = {n:.4g}
+# expected loss {chinchilla_loss(count, d):.3f}, in nats per token of their data and tokenizer, to
+#   compare plans by: it is not the loss that this run will have
+# time: {core.duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak
+# memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB for each window at once
+# data/{dataset}: {about}
+# batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), from 1e17 to 2e19 FLOPs""")
     recipe = dict(dataset=dataset, out_dir="out/plan", n_layer=shape.n_layer, n_head=shape.n_head)
     recipe |= dict(n_kv_head=shape.n_kv_head, n_embd=shape.n_embd, n_hidden=shape.n_hidden)
     recipe |= dict(seq_len=seq_len, batch_tokens=batch, max_steps=None, max_tokens=steps * batch)
     recipe |= dict(learning_rate=float(f"{0.3118 * total**-0.125:.1e}"))
     recipe |= dict(warmup_steps=min(1000, steps // 20), eval_every=-(-steps // 20))
     recipe |= dict(save_every=-(-steps // 20))
-    print(
-        "\n".join([*(f"# {line}" for line in told), *(f"{a} = {b!r}" for a, b in recipe.items())])
-    )
+    for key, value in recipe.items():
+        print(f"{key} = {value!r}")
 
 
 def finished(run):
@@ -1922,75 +1895,51 @@ def predict(law, sizes):
 
 
 def fit_runs():
-    """Fit a scaling curve through the last validation losses of `compare`; print what it says and
-    what it cannot, and draw it."""
+    """Fit a scaling curve through the last validation losses of `compare`; print how well, and
+    draw it."""
     runs = runs_to_compare()
     if len(runs) < 3:
         raise UserError(f"a scaling curve needs 3 runs or more, not {len(runs)}")
     n, d, losses, same = zip(*map(finished, runs))
     if odd := [key for key in same[0] if any(s[key] != same[0][key] for s in same)]:
         raise UserError(f"the runs differ in {', '.join(odd)}: their losses are not comparable")
-    all_sizes, losses = np.array([n, d], float).T, np.array(losses)
-    varies = [k for k in (0, 1) if len(set(all_sizes[:, k])) > 1]
-    if not varies:
-        raise UserError("the runs are all of one size and length: nothing to fit")
-    sizes, letters = all_sizes[:, varies], [("N", "D")[k] for k in varies]
-    free = len(runs) > 1 + 2 * len(varies)
-    powers = None if free else [CHINCHILLA[("alpha", "beta")[k]] for k in varies]
-    unknowns = 1 + len(varies) * (2 if free else 1)
-    if len(runs) <= unknowns:
-        raise UserError(f"{len(runs)} runs that differ in N and D: expected {unknowns + 1} or more")
-    law = fit_law(sizes, losses, powers)
-    without = [fit_law(np.delete(sizes, i, 0), np.delete(losses, i), powers)
-               for i in range(len(runs))]  # fmt: skip
-    errors = np.array([abs(predict(w, sizes[i]) - losses[i]) for i, w in enumerate(without)])
+    both, losses = np.array([n, d], float).T, np.array(losses)
+    varies = [k for k in (0, 1) if len(set(both[:, k])) > 1]
+    free = len(runs) > 1 + 2 * len(varies)  # or else the exponents are Chinchilla's
+    powers = None if free else [(ALPHA, BETA)[k] for k in varies]
+    if not varies or len(runs) < 2 + len(varies):
+        raise UserError(f"{len(runs)} runs that differ in {len(varies)} of parameters and tokens: "
+                        f"expected {2 + len(varies)} runs or more that differ")  # fmt: skip
+    sizes = both[:, varies]
+    law, guesses = fit_law(sizes, losses, powers), []
+    for i in range(len(runs)):
+        others = fit_law(np.delete(sizes, i, 0), np.delete(losses, i), powers)
+        guesses.append(predict(others, sizes[i]))
     rows = [["run", "parameters N", "tokens D", "val_loss", "fitted", "predicted by the others"]]
-    for i, run in enumerate(runs):
-        made = [f"{losses[i]:.4f}", f"{predict(law, sizes[i]):.4f}"]
-        rows.append([run, f"{n[i]:,}", f"{d[i]:,}", *made, f"{predict(without[i], sizes[i]):.4f}"])
-    terms = [f"{a:.4g} / {x}^{p:.3f}" for a, x, p in zip(law[1][1:], letters, law[2])]
-    far = predict(law, 10 * sizes.max(0)), [predict(w, 10 * sizes.max(0)) for w in without]
-    held = (
-        "" if free else f", exponents held at Chinchilla's for want of {2 + 2 * len(varies)} runs"
-    )
-    both = " and ".join(letters)
-    told = [
-        f"L = {' + '.join([f'{law[1][0]:.4f}', *terms])}, in nats per token of this data",
-        f"{unknowns} unknowns from {len(runs)} runs{held}; rms error {law[0]:.4f}",
-        f"Leave one out: a run is predicted by the others {errors.mean():.4f} off on average, "
-        f"{errors.max():.4f} at worst, where the losses span {np.ptp(losses):.4f}.",
-        f"At ten times the largest {both}: {far[0]:.3f}; without one of the runs {min(far[1]):.3f} "
-        f"to {max(far[1]):.3f}.",
-    ]
-    if free:
-        ranges = np.array([w[2] for w in without])
-        told.append("Without one of the runs the exponent of " + ", of ".join(
-            f"{x} is {low:.2f} to {high:.2f}"
-            for x, low, high in zip(letters, ranges.min(0), ranges.max(0))))  # fmt: skip
-    if law[1][0] == 0:
-        told.append(
-            "E is 0, the least it may be: these runs are too far from their floor to see it."
-        )
-    told += [
-        f"It may be read between the smallest and the largest {both}, to about the error above.",
-        "It does not show what E is (E and the exponents trade off), what holds far beyond the "
-        "largest run,",
-        "or a difference below the noise of one seed a size; and it blames the size for what a "
-        "learning rate",
-        "that fits one size better than another has done.",
-    ]
-    print("\n".join([*table(rows), "", *told]))
-    series, x = [], varies[0]
-    others = sorted({size[1 - x] for size in all_sizes})
+    for run, *counts, size, loss, guess in zip(runs, n, d, sizes, losses, guesses):
+        figures = [f"{x:.4f}" for x in (loss, predict(law, size), guess)]
+        rows.append([run, *(f"{count:,}" for count in counts), *figures])
+    terms = [f"{a:.4g} / {'ND'[k]}^{p:.3f}" for k, a, p in zip(varies, law[1][1:], law[2])]
+    formula = " + ".join([f"{law[1][0]:.4f}", *terms])
+    off = np.abs(np.array(guesses) - losses)
+    held = "" if free else "; exponents held at Chinchilla's for want of runs"
+    print("\n".join([*table(rows), ""]))
+    print(f"L = {formula}, in nats per token of this data")
+    print(f"fitted to {len(runs)} runs; rms error {law[0]:.4f}{held}")
+    print(f"a run is predicted by the others {off.mean():.4f} off, {off.max():.4f} at worst")
+    far = predict(law, 10 * sizes.max(0))
+    print(f"at ten times the largest {far:.3f}, a guess: E and the exponents trade off")
+    x, series = varies[0], []
+    along = np.geomspace(both[:, x].min() / 1.2, both[:, x].max() * 3, 60)
+    others = sorted(set(both[:, 1 - x]))  # a curve for each, where both vary
     for colour, other in enumerate(others):
-        its = [(s[x], loss) for s, loss in zip(all_sizes, losses) if s[1 - x] == other]
-        along = np.geomspace(all_sizes[:, x].min() / 1.2, all_sizes[:, x].max() * 3, 60)
-        line = [[size, other] if x == 0 else [other, size] for size in along]
-        points = list(zip(along, predict(law, np.array(line)[:, varies])))
-        label = f"{'DN'[x]} = {short(float(f'{other:.3g}'))}" if len(others) > 1 else "fit"
-        series += [(label, colour, "thin", points), ("", colour, "dots", its)]
-    name = "parameters" if x == 0 else "tokens"
-    panel = (f"validation loss and L = {' + '.join(['E', *terms])}", name, series, None)
+        curve_sizes = np.full((60, 2), other)
+        curve_sizes[:, x] = along
+        points = [*zip(along, predict(law, curve_sizes[:, varies]))]
+        name = f"{'DN'[x]} = {short(float(f'{other:.3g}'))}" if len(others) > 1 else "fit"
+        its = [(size[x], loss) for size, loss in zip(both, losses) if size[1 - x] == other]
+        series += [(name, colour, "thin", points), ("", colour, "dots", its)]
+    panel = f"validation loss and L = {formula}", ("parameters", "tokens")[x], series, None
     write_report(Path(report).with_name("scaling.svg"), svg([panel]))
 
 
@@ -2000,14 +1949,6 @@ def fit_runs():
 BASE = 0x9E3779B97F4A7C15  # odd, of 64 bits
 PIECE = 1 << 20  # tokens of a shard looked through at once
 GAP = np.uint32(2**32 - 1)  # between what is kept of the shards: no id of a token
-
-
-def open_shards(kind):
-    """The token shards of the dataset, train or val, as memory maps."""
-    paths = sorted((Path("data") / dataset).glob(f"{kind}_*.bin"))
-    if not paths:
-        raise UserError(f"data/{dataset}: no {kind} shards: python prepare.py --dataset={dataset}")
-    return [core.open_shard(path) for path in paths]
 
 
 def hashes(x, n):
@@ -2027,7 +1968,8 @@ def pieces(shards, longest):
 
 def look_up(parts, texts, n, keep=False):
     """Which n-grams of the texts, arrays of ids, stand in the parts of the shards, exactly: a list
-    of bool arrays (len(text) - n + 1,). With `keep` also what these n-grams cover of each part.
+    of bool arrays (len(text) - n + 1,). With `keep` also what these n-grams cover of each part,
+    a GAP for what lies between.
 
     The texts are the index, not the shards, which are read through once, a piece at a time: about
     60 bytes a token of PIECE, whatever their size, beside what is kept (4 bytes a token).
@@ -2036,8 +1978,6 @@ def look_up(parts, texts, n, keep=False):
     windows = np.lib.stride_tricks.sliding_window_view
     grams = np.concatenate([windows(t, n) if len(t) >= n else t[:0].reshape(0, n) for t in texts])
     index, first, which = np.unique(np.concatenate(mine), return_index=True, return_inverse=True)
-    if (grams[first][which] != grams).any():
-        raise RuntimeError("two n-grams share a 64-bit hash: change BASE")
     grams, kept = grams[first], []
     seen, maybe = np.zeros(len(index), bool), np.zeros(1 << 22, bool)
     maybe[index >> np.uint64(42)] = True
@@ -2052,21 +1992,12 @@ def look_up(parts, texts, n, keep=False):
             at, found = at[good], found[good]
         seen[found] = True
         if keep and len(at):
-            kept.append(stretches(piece, at, n))
+            covered = np.zeros(len(piece), bool)
+            for k in range(n):
+                covered[at + k] = True
+            one_gap = covered | np.append(True, covered[:-1])
+            kept.append(np.where(covered, piece, GAP)[one_gap])
     return np.split(seen[which], np.cumsum([len(h) for h in mine])[:-1]), kept
-
-
-def stretches(piece, at, n):
-    """The tokens of `piece` that the n-grams at the ascending positions `at` cover, with GAP behind
-    each stretch of positions in a row."""
-    new = np.flatnonzero(np.diff(at, prepend=-2) > 1)
-    starts, ends = at[new], at[np.append(new[1:], len(at)) - 1] + n
-    sizes = ends - starts + 1
-    begins = np.cumsum(sizes) - sizes
-    index = np.arange(sizes.sum()) + np.repeat(starts - begins, sizes)
-    out = piece[index.clip(max=len(piece) - 1)].astype(np.uint32)
-    out[begins + sizes - 1] = GAP
-    return out
 
 
 def longest_runs(shards, texts, n):
@@ -2105,56 +2036,53 @@ def draw_windows(shards, size, many, without):
 def run_memorized(net, tok, answers, say):
     """Generate with prompts from training and without, and look the texts up in the training
     shards, validation text beside them: shares of n-grams, and of texts reproduced."""
-    for key in ("num_texts", "prompt_length", "text_length", "ngram"):
-        if globals()[key] < 1:
-            raise UserError(f"{key}={globals()[key]}: expected 1 or more")
     if text_length < ngram:
         raise UserError(f"text_length={text_length}: expected {ngram} (ngram) or more")
-    train, val = open_shards("train"), open_shards("val")
-    theirs = core.Tokenizer.from_folder(Path("data") / dataset)
-    if (theirs.bytes, theirs.eot_id) != (tok.bytes, tok.eot_id):
-        raise UserError(f"data/{dataset} and {model} have different tokenizers")
     if prompt_length + text_length > net.config.n_ctx:
         raise UserError(f"prompt_length + text_length: over {net.config.n_ctx}, the context")
+    folder = Path("data") / dataset
+    train, val = ([*map(core.open_shard, sorted(folder.glob(f"{kind}_*.bin")))]
+                  for kind in ("train", "val"))  # fmt: skip
+    if not train or not val:
+        raise UserError(f"{folder}: no train and val shards: python prepare.py --dataset={dataset}")
+    theirs = core.Tokenizer.from_folder(folder)
+    if (theirs.bytes, theirs.eot_id) != (tok.bytes, tok.eot_id):
+        raise UserError(f"{folder} and {model} have different tokenizers")
     windows = draw_windows(train, prompt_length + text_length, num_texts, tok.eot_id)
-    made = []  # greedy behind prompts, drawn without
-    for prompts, temperature in (
-        ([w[:prompt_length].tolist() for w in windows], 0),
-        ([[tok.eot_id]] * num_texts, 1),
-    ):
-        made.append([])
+
+    def continued(prompts, temperature):
+        made = []
         for i in range(0, num_texts, 32):  # at once
             how = dict(max_new_tokens=text_length, temperature=temperature, seed=seed + i)
-            texts = core.generate(net, tok, prompts[i : i + 32], **how)
-            made[-1] += [np.array(g.ids, np.int64) for g in texts]
-    whole = [np.array_equal(g, w[prompt_length:]) for g, w in zip(made[0], windows)]
+            made += core.generate(net, tok, prompts[i : i + 32], **how)
+        return [np.array(g.ids, np.int64) for g in made]
+
     cut = [shard[i : i + text_length] for shard in val for i in range(0, len(shard), text_length)]
-    made.append(cut[: PIECE // text_length])
-    names = ["prompted by training", "without a prompt", "validation text"]
-    found, runs = longest_runs(train, sum(made, []), ngram)
-    rows = [
-        ["text", "texts", "tokens", "longest run: median", "mean", "most", f"{ngram}-grams found"]
-    ]
-    scores, at = {}, 0
-    for name, texts in zip(names, made):
-        its, hits = runs[at : at + len(texts)], found[at : at + len(texts)]
-        at += len(texts)
-        hits = [h for h in hits if len(h)]
-        total, hit = sum(map(len, hits)), sum(int(h.sum()) for h in hits)
-        share = hit / max(1, total)  # of all n-grams; its error is that of a ratio over texts
-        error = math.sqrt(sum((h.sum() - share * len(h)) ** 2 for h in hits)) / max(1, total)
+    kinds = {
+        "prompted by training": continued([w[:prompt_length].tolist() for w in windows], 0),
+        "without a prompt": continued([[tok.eot_id]] * num_texts, 1),
+        "validation text": cut[: PIECE // text_length],
+    }
+    looked_up = zip(*longest_runs(train, sum(kinds.values(), []), ngram))
+    head = ["text", "texts", "tokens", "longest run: median", "mean", "most"]
+    rows, scores = [[*head, f"{ngram}-grams found"]], {}
+    for name, texts in kinds.items():
+        hits, runs = zip(*(next(looked_up) for _ in texts))
+        hits = [h for h in hits if len(h)] or [np.zeros(1)]
+        share, error = ratio([h.sum() for h in hits], [len(h) for h in hits])
         scores[f"{name}, share of {ngram}-grams"] = share, error
-        middle = [f"{np.median(its):g}", f"{its.mean():.1f}", int(its.max())]
-        shown = f"{share:.4f} ± {error:.4f}"
+        middle = [f"{np.median(runs):g}", f"{np.mean(runs):.1f}", max(runs)]
+        shown = f"{share:.4f} ± {error or 0:.4f}"
         rows.append([name, len(texts), sum(map(len, texts)), *middle, shown])
-    scores["reproduced"] = mean(whole)
-    say(f"{model} against {sum(map(len, train)):,} training tokens of data/{dataset}")
+    prompted = zip(kinds["prompted by training"], windows)
+    whole = [np.array_equal(text, window[prompt_length:]) for text, window in prompted]
+    say(f"{model} against {sum(map(len, train)):,} training tokens of {folder}")
     say("\n".join(table(rows)))
     say(
         f"{sum(whole)} of {num_texts} continuations of {prompt_length} training tokens go on as "
         f"training does, word for word, for {text_length} tokens"
     )
-    return scores, num_texts, {}, []
+    return scores | {"reproduced": mean(whole)}, num_texts, {}, []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2192,7 +2120,8 @@ def open_folder(run):
 def check_settings():
     """Refuse what no run can have before anything is read."""
     least = dict.fromkeys("limit shots seq_len eval_tokens max_new_tokens temperature".split(), 0)
-    for key, low in (least | {"num_samples": 1, "micro_tokens": 1}).items():
+    counts = "num_samples micro_tokens num_texts prompt_length text_length ngram"
+    for key, low in (least | dict.fromkeys(counts.split(), 1)).items():
         if (value := globals()[key]) is not None and value < low:
             raise UserError(f"{key}={value}: expected {low} or more")
     if num_samples > 1 and temperature == 0:

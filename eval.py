@@ -128,22 +128,36 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass
-class Task:
-    """choice: read(row) -> (prompt, [choices], the right one's index), scored by log-likelihood.
-    generate: read(row) -> (prompt, right answer); judge(row, [answers]) -> {metric: 0 to 1}."""
+class Header:
+    """What the header of a task of your own may say, and what it means when it does not."""
 
-    kind: str  # choice or generate
-    read: Callable
+    kind: str = "choice"  # choices are scored by log-likelihood; or generate
+    prompt: str = "Question: {question}\nAnswer:"  # with fields of a row in braces
+    choices: list | str | None = None  # the same for every row, or their field; or see choices_of
+    answer: str = "answer"  # the field with the right one
+    description: str = ""  # what comes before the shots
+    delimiter: str = " "  # between a prompt and its answer
+    shots: int = 0  # how many examples are usual
+    stop: list = field(default_factory=lambda: ["\n"])  # strings that end an answer
+    max_new_tokens: int = 64
+    extract: str = ""  # the pattern of the part of an answer that is compared
+    which: int = 0  # of its matches: 0 the first, -1 the last
+    ignore: list = field(default_factory=list)  # patterns of what makes no difference
+    lower: bool = False  # nor do capitals
+    rubric: str = ""  # by which the model at judge_url rates an answer instead
+    judge: Callable | None = None  # (row, [answers]) -> {metric: 0 to 1}; in Python only
+
+
+@dataclass
+class Task(Header):
+    """A header, and what those of the tasks below need beside it."""
+
+    read: Callable | None = None  # row -> (prompt, right answer) or (prompt, choices, right index)
+    describe: Callable | None = None  # row -> description
+    program: Callable | None = None  # (row, answer) -> the program that tells whether it is right
     hub: str = ""  # owner/name/folder of its rows on the Hub
     split: str = "test"  # which of its files has the questions
-    shots: int = 0  # how many examples are usual
-    first: bool = False  # they are the subject's first ones; or else drawn anew for each question
-    describe: Callable = lambda row: ""  # what comes before them
-    delimiter: str = " "  # between a prompt and its answer
-    judge: Callable | None = None
-    program: Callable | None = None  # of a code task: (row, answer) -> the program that tells
-    stop: list = field(default_factory=list)  # strings that end an answer
-    max_new_tokens: int = 256
+    first: bool = False  # shots are the subject's first examples; or else drawn for each question
     name: str = ""
     rows: list = field(default_factory=list)
     examples: list = field(default_factory=list)  # the rows that shots are taken from
@@ -172,6 +186,26 @@ def choices_of(row):
     return texts, answer
 
 
+def read_row(task, row):
+    """(prompt, right answer) of a row, or (prompt, choices, index of the right one); a row that is
+    none is refused in a line."""
+    try:
+        if task.read:
+            return task.read(row)
+        prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), task.prompt)
+        if task.kind == "generate":
+            needed = not task.judge and not task.rubric
+            return prompt, str(row[task.answer] if needed else row.get(task.answer, ""))
+        if task.choices is None:
+            return prompt, *choices_of(row)
+        choices = row[task.choices] if isinstance(task.choices, str) else task.choices
+        return prompt, *choices_of({"choices": choices, "answer": row[task.answer]})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        shown = json.dumps(row, ensure_ascii=False, default=str)[:100]
+        raise UserError(f"{task.name}: {why}, in the row {shown}") from None
+
+
 def read_mmlu(row):
     """The question with its choices by letter; what is scored is the letter."""
     choices, right = choices_of(row)
@@ -182,11 +216,6 @@ def read_mmlu(row):
 def describe_mmlu(row):
     about = f" about {row['subject'].replace('_', ' ')}" if row.get("subject") else ""
     return f"The following are multiple choice questions (with answers){about}.\n\n"
-
-
-def read_question(row):
-    """A question whose choices are scored as they are, as in ARC."""
-    return f"Question: {row['question']}\nAnswer:", *choices_of(row)
 
 
 def read_hellaswag(row):
@@ -213,6 +242,17 @@ def extract(pattern, text, which=0):
         return "[invalid]"
     parts = [found[which]] if isinstance(found[which], str) else [*filter(None, found[which])]
     return parts[0].strip() if parts else "[invalid]"
+
+
+def judge(task, row, texts):
+    """{metric: value} of the answers to a row's prompt."""
+    if task.judge:
+        return task.judge(row, texts)
+    if task.rubric:
+        question = read_row(task, row)[0]
+        return {"rating": ask_judge(judge_url, judge_model, question, texts[0], task.rubric)}
+    found = extract(task.extract, texts[0], task.which) if task.extract else texts[0].strip()
+    return {"exact_match": exact_match(found, str(row[task.answer]), task.ignore, task.lower)}
 
 
 def judge_gsm8k(row, texts):
@@ -263,11 +303,6 @@ def judge_math(row, texts):
     if right is None:
         raise ValueError("no \\boxed{} in its solution")
     return {"exact_match": exact_match(normal_math(found), normal_math(right))}
-
-
-def judge_bbh(row, texts):
-    found = extract(r"(?<=the answer is )(.*)(?=.)", texts[0])
-    return {"exact_match": exact_match(found, row["target"])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -635,95 +670,68 @@ def nth_word(text, k):
     return filled == k.num_paragraphs and word == k.first_word.lower()
 
 
-def postscript(text, k):
-    spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-    return count(spaced.get(k.postscript_marker, re.escape(k.postscript_marker.strip())), text) > 0
-
-
 def highlights(text):
-    return [h for stars in (r"\*", r"\*\*") for h in re.findall(rf"{stars}[^\n*]*{stars}", text)]
+    found = [h for stars in (r"\*", r"\*\*") for h in re.findall(rf"{stars}[^\n*]*{stars}", text)]
+    return sum(bool(h.strip("*").strip()) for h in found)
 
 
+POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}  # others stand as they are
 ANSWERS = ["My answer is yes.", "My answer is no.", "My answer is maybe."]
-CAPITALS = r"\w+(?:[-.]\w+)*"  # a word with its hyphens
-INSTRUCTIONS = {  # by group and name: does text t follow it, with arguments k of the set's names
-    "keywords": {
-        "existence": lambda t, k: all(count(re.escape(w), t) for w in k.keywords),
-        "frequency": lambda t, k: holds(
-            count(re.escape(k.keyword.strip()), t), k.relation, k.frequency
-        ),
-        "forbidden_words": lambda t, k: (
-            not any(count(rf"\b{re.escape(w)}\b", t) for w in k.forbidden_words)
-        ),
-        "letter_frequency": lambda t, k: holds(
-            t.lower().count(k.letter.lower()), k.let_relation, k.let_frequency
-        ),
-    },
-    "language": {"response_language": lambda t, k: k.language in languages(t)},
-    "length_constraints": {
-        "number_sentences": lambda t, k: holds(count_sentences(t), k.relation, k.num_sentences),
-        "number_paragraphs": lambda t, k: (
-            all(divide(t, "***")) and len(divide(t, "***")) == k.num_paragraphs
-        ),
-        "number_words": lambda t, k: holds(count(r"\w+", t), k.relation, k.num_words),
-        "nth_paragraph_first_word": nth_word,
-    },
-    "detectable_content": {
-        "number_placeholders": lambda t, k: count(r"\[.*?\]", t) >= k.num_placeholders,
-        "postscript": postscript,
-    },
-    "detectable_format": {
-        "number_bullet_lists": lambda t, k: (
-            sum(count(rf"^\s*{mark}.*$", t, re.MULTILINE) for mark in (r"\*[^*]", "-"))
-            == k.num_bullets
-        ),
-        "constrained_response": lambda t, k: any(answer in t for answer in ANSWERS),
-        "number_highlighted_sections": lambda t, k: (
-            sum(bool(h.strip("*").strip()) for h in highlights(t)) >= k.num_highlights
-        ),
-        "multiple_sections": lambda t, k: (
-            count(rf"{re.escape(k.section_spliter.strip())}\s?\d", t, 0) >= k.num_sections
-        ),
-        "json_format": lambda t, k: is_json(t),
-        "title": lambda t, k: any(x.strip("<>").strip() for x in re.findall(r"<<[^\n]+>>", t)),
-    },
-    "combination": {
-        "two_responses": lambda t, k: (
-            len(divide(t, "******")) == 2 == len(set(divide(t, "******")) - {""})
-        ),
-        "repeat_prompt": lambda t, k: (
-            t.strip().lower().startswith(k.prompt_to_repeat.strip().lower())
-        ),
-    },
-    "startend": {
-        "end_checker": lambda t, k: (
-            t.strip().strip('"').lower().endswith(k.end_phrase.strip().lower())
-        ),
-        "quotation": lambda t, k: re.fullmatch('".*"', t.strip(), re.DOTALL) is not None,
-    },
-    "change_case": {
-        "capital_word_frequency": lambda t, k: holds(
-            sum(word.isupper() for word in re.findall(CAPITALS, t)),
-            k.capital_relation,
-            k.capital_frequency,
-        ),
-        "english_capital": lambda t, k: t.isupper() and "en" in languages(t),
-        "english_lowercase": lambda t, k: t.islower() and "en" in languages(t),
-    },
-    "punctuation": {"no_comma": lambda t, k: "," not in t},
-}
+INSTRUCTIONS = {  # does text t follow it, with arguments k of the set's names
+    "keywords:existence": lambda t, k: all(count(re.escape(w), t) for w in k.keywords),
+    "keywords:frequency": lambda t, k: holds(
+        count(re.escape(k.keyword.strip()), t), k.relation, k.frequency),
+    "keywords:forbidden_words": lambda t, k: not any(
+        count(rf"\b{re.escape(w)}\b", t) for w in k.forbidden_words),
+    "keywords:letter_frequency": lambda t, k: holds(
+        t.lower().count(k.letter.lower()), k.let_relation, k.let_frequency),
+    "language:response_language": lambda t, k: k.language in languages(t),
+    "length_constraints:number_sentences": lambda t, k: holds(
+        count_sentences(t), k.relation, k.num_sentences),
+    "length_constraints:number_paragraphs": lambda t, k:
+        all(divide(t, "***")) and len(divide(t, "***")) == k.num_paragraphs,
+    "length_constraints:number_words": lambda t, k: holds(
+        count(r"\w+", t), k.relation, k.num_words),
+    "length_constraints:nth_paragraph_first_word": nth_word,
+    "detectable_content:number_placeholders": lambda t, k:
+        count(r"\[.*?\]", t) >= k.num_placeholders,
+    "detectable_content:postscript": lambda t, k: count(
+        POSTSCRIPTS.get(k.postscript_marker, re.escape(k.postscript_marker.strip())), t),
+    "detectable_format:number_bullet_lists": lambda t, k:
+        count(r"^\s*\*[^*].*$", t, re.M) + count(r"^\s*-.*$", t, re.M) == k.num_bullets,
+    "detectable_format:constrained_response": lambda t, k: any(answer in t for answer in ANSWERS),
+    "detectable_format:number_highlighted_sections": lambda t, k:
+        highlights(t) >= k.num_highlights,
+    "detectable_format:multiple_sections": lambda t, k:
+        count(rf"{re.escape(k.section_spliter.strip())}\s?\d", t, 0) >= k.num_sections,
+    "detectable_format:json_format": lambda t, k: is_json(t),
+    "detectable_format:title": lambda t, k: any(
+        x.strip("<>").strip() for x in re.findall(r"<<[^\n]+>>", t)),
+    "combination:two_responses": lambda t, k:
+        len(divide(t, "******")) == 2 == len({*divide(t, "******")} - {""}),
+    "combination:repeat_prompt": lambda t, k:
+        t.strip().lower().startswith(k.prompt_to_repeat.strip().lower()),
+    "startend:end_checker": lambda t, k:
+        t.strip().strip('"').lower().endswith(k.end_phrase.strip().lower()),
+    "startend:quotation": lambda t, k: re.fullmatch('".*"', t.strip(), re.DOTALL),
+    "change_case:capital_word_frequency": lambda t, k: holds(  # a word with its hyphens
+        sum(word.isupper() for word in re.findall(r"\w+(?:[-.]\w+)*", t)),
+        k.capital_relation, k.capital_frequency),
+    "change_case:english_capital": lambda t, k: t.isupper() and "en" in languages(t),
+    "change_case:english_lowercase": lambda t, k: t.islower() and "en" in languages(t),
+    "punctuation:no_comma": lambda t, k: "," not in t,
+}  # fmt: skip
 
 
 def follows(instruction_id, kwargs, text):
     """Whether a text follows one instruction ("group:name"); an empty text follows none."""
-    group, _, name = instruction_id.partition(":")
-    check = INSTRUCTIONS.get(group, {}).get(name)
-    if check is None:
+    if instruction_id not in INSTRUCTIONS:
         raise UserError(f"{instruction_id}: not one of IFEval's instructions")
     try:
-        return bool(check(text, SimpleNamespace(**kwargs))) and bool(text.strip())
+        kept = INSTRUCTIONS[instruction_id](text, SimpleNamespace(**kwargs))
     except (AttributeError, TypeError) as error:  # missing, or null
         raise UserError(f"{instruction_id}: kwargs {kwargs}: {error}") from None
+    return bool(kept) and bool(text.strip())
 
 
 def ifeval_verdicts(row, text):
@@ -740,11 +748,9 @@ def ifeval_verdicts(row, text):
 
 def judge_ifeval(row, texts):
     """The four published accuracies: of prompts, and (a list) of instructions."""
-    found = zip(("strict", "loose"), ifeval_verdicts(row, texts[0]))
     scores = {}
-    for kind, kept in found:
-        scores[f"prompt_level_{kind}_acc"] = all(kept)
-        scores[f"inst_level_{kind}_acc"] = kept
+    for kind, kept in zip(("strict", "loose"), ifeval_verdicts(row, texts[0])):
+        scores |= {f"prompt_level_{kind}_acc": all(kept), f"inst_level_{kind}_acc": kept}
     return scores
 
 
@@ -752,7 +758,7 @@ def judge_ifeval(row, texts):
 # A judge: another model behind an OpenAI-compatible URL (Zheng et al. 2023, figure 6)
 
 
-def ask_judge(url, model, question, answer, rubric, key=None):
+def ask_judge(url, model, question, answer, rubric):
     """A score of 1 to 10 by the model at url (…/v1). No answer: three times more, then an error;
     a reply without a rating is an error. The answer that is judged may talk the judge round."""
     prompt = (
@@ -762,6 +768,7 @@ def ask_judge(url, model, question, answer, rubric, key=None):
         f"[Question]\n{question}\n\n[Answer]\n{answer}\n[End of the answer]"
     )
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+    key = os.environ.get("JUDGE_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     address = url.rstrip("/") + "/chat/completions"
     import requests
@@ -794,68 +801,38 @@ def ask_judge(url, model, question, answer, rubric, key=None):
 # The tasks
 
 TASKS = {
-    "mmlu": Task("choice", read_mmlu, "cais/mmlu/all", shots=5, first=True, describe=describe_mmlu),
-    "arc_easy": Task("choice", read_question, "allenai/ai2_arc/ARC-Easy"),
-    "arc_challenge": Task("choice", read_question, "allenai/ai2_arc/ARC-Challenge"),
-    "hellaswag": Task("choice", read_hellaswag, "Rowan/hellaswag", "validation"),
+    "mmlu": Task(read=read_mmlu, describe=describe_mmlu, shots=5, first=True, hub="cais/mmlu/all"),
+    "arc_easy": Task(hub="allenai/ai2_arc/ARC-Easy"),
+    "arc_challenge": Task(hub="allenai/ai2_arc/ARC-Challenge"),
+    "hellaswag": Task(read=read_hellaswag, hub="Rowan/hellaswag", split="validation"),
     "gsm8k": Task(
-        "generate",
-        lambda row: (f"Question: {row['question']}\nAnswer:", row["answer"]),
-        "openai/gsm8k/main",
-        shots=5,
-        judge=judge_gsm8k,
-        stop=["Question:", "</s>", "<|im_end|>"],
+        "generate", judge=judge_gsm8k, stop=["Question:", "</s>", "<|im_end|>"],
+        shots=5, max_new_tokens=256, hub="openai/gsm8k/main",
     ),
     "math": Task(
-        "generate",
-        lambda row: (f"Problem:\n{row['problem']}\n\nSolution:", row["solution"]),
-        "EleutherAI/hendrycks_math",
-        shots=4,
-        first=True,
-        judge=judge_math,
-        stop=["Problem:"],
-        max_new_tokens=512,
+        "generate", "Problem:\n{problem}\n\nSolution:", answer="solution", judge=judge_math,
+        stop=["Problem:"], shots=4, first=True, max_new_tokens=512, hub="EleutherAI/hendrycks_math",
     ),
     "bbh": Task(
-        "generate",
-        lambda row: (f"Q: {row['input']}\nA: Let's think step by step.\n", row["target"]),
-        "SaylorTwift/bbh",
-        shots=3,
-        first=True,
-        describe=lambda row: row.get("description", ""),
-        delimiter="",
-        judge=judge_bbh,
-        stop=["</s>", "Q", "\n\n"],
-        max_new_tokens=1024,
+        "generate", "Q: {input}\nA: Let's think step by step.\n", answer="target", delimiter="",
+        extract="(?<=the answer is )(.*)(?=.)", describe=lambda row: row.get("description", ""),
+        stop=["</s>", "Q", "\n\n"], shots=3, first=True, max_new_tokens=1024, hub="SaylorTwift/bbh",
     ),
     "humaneval": Task(
-        "generate",
-        lambda row: (row["prompt"], row["canonical_solution"]),
-        "openai/openai_humaneval/openai_humaneval",
-        delimiter="",
-        program=humaneval_program,
-        stop=HUMANEVAL_STOP,
-        max_new_tokens=1024,
+        "generate", "{prompt}", answer="canonical_solution", delimiter="", stop=HUMANEVAL_STOP,
+        program=humaneval_program, max_new_tokens=1024,
+        hub="openai/openai_humaneval/openai_humaneval",
     ),
     "mbpp": Task(
-        "generate",
-        lambda row: (mbpp_prompt(row), f"{row['code']}\n[DONE]"),
-        "google-research-datasets/mbpp/full",
-        shots=3,
-        first=True,
-        delimiter="",
-        program=mbpp_program,
-        stop=MBPP_STOP,
+        "generate", read=lambda row: (mbpp_prompt(row), f"{row['code']}\n[DONE]"), delimiter="",
+        program=mbpp_program, stop=MBPP_STOP, shots=3, first=True, max_new_tokens=256,
+        hub="google-research-datasets/mbpp/full",
     ),
     "ifeval": Task(
-        "generate",
-        lambda row: (row["prompt"], ""),
-        "google/IFEval",
-        "ifeval",
-        judge=judge_ifeval,
-        max_new_tokens=1280,
+        "generate", "{prompt}", judge=judge_ifeval, stop=[], max_new_tokens=1280,
+        hub="google/IFEval", split="ifeval",
     ),
-}
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Rows: local files, the Hub, a task of your own
@@ -925,53 +902,24 @@ def fetch_rows(name, task):
         core.download(f"{core.HUB}datasets/{owner}/{repo}/resolve/main/{path}", place / path)
 
 
-# What the header of a task of your own may say, and what it means when it does not.
-HEADER = dict(kind="choice", prompt="Question: {question}\nAnswer:", choices=None, answer="answer")
-HEADER |= dict(description="", delimiter=" ", shots=0, stop=["\n"], max_new_tokens=64)
-HEADER |= dict(extract="", which=0, ignore=[], lower=False, rubric="", judge=None)
-
-
-def own_task(name, header, rows):
-    """A task as its header describes it: prompt is a template with fields of a row in braces,
-    choices (of kind choice) a list or the name of a field, answer a field's name; of an answer of
-    kind generate the pattern `extract` is compared, or the model at judge_url rates it by `rubric`.
-    `judge` can be given by Python only."""
+def own_task(name, header):
+    """A task as its header says."""
+    usual = vars(Header())
     for key, value in header.items():
-        like = HEADER.get(key, "no key of a header")
-        if key not in HEADER or like is not None and type(value) is not type(like):
-            expected = f"its keys, such as {HEADER}" if key not in HEADER else f"one like {like!r}"
-            raise UserError(f"{name}: header: {key}={value!r}: expected {expected}")
-    h = HEADER | header
-    if h["kind"] not in ("choice", "generate"):
-        raise UserError(f"{name}: header: kind={h['kind']!r}: expected choice or generate")
+        if key not in usual:
+            raise UserError(f"{name}: header: {key}={value!r}: expected its keys, such as {usual}")
+        if usual[key] is not None and type(value) is not type(usual[key]):
+            raise UserError(f"{name}: header: {key}={value!r}: expected one like {usual[key]!r}")
+    task = Task(**header)
+    if task.kind not in ("choice", "generate"):
+        raise UserError(f"{name}: header: kind={task.kind!r}: expected choice or generate")
     try:
-        [re.compile(pattern) for pattern in (h["extract"], *h["ignore"])]
+        [re.compile(pattern) for pattern in (task.extract, *task.ignore)]
     except (re.error, TypeError) as error:
         raise UserError(f"{name}: header: extract, ignore: no pattern: {error}") from None
-
-    def read(row):
-        prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), h["prompt"])
-        if h["kind"] == "generate":
-            return prompt, str(row.get(h["answer"], ""))
-        if h["choices"] is None:
-            return prompt, *choices_of(row)
-        choices = row[h["choices"]] if isinstance(h["choices"], str) else h["choices"]
-        return prompt, *choices_of({"choices": choices, "answer": row[h["answer"]]})
-
-    if h["rubric"] and not judge_url:
+    if task.rubric and not judge_url:
         raise UserError(f"{name}: its rubric needs --judge_url and --judge_model")
-
-    def judge(row, texts):
-        if h["rubric"]:
-            key = os.environ.get("JUDGE_API_KEY")
-            asked = (judge_url, judge_model, read(row)[0], texts[0], h["rubric"], key)
-            return {"rating": ask_judge(*asked)}
-        found = extract(h["extract"], texts[0], h["which"]) if h["extract"] else texts[0].strip()
-        return {"exact_match": exact_match(found, str(row[h["answer"]]), h["ignore"], h["lower"])}
-
-    same = {key: h[key] for key in ("kind", "delimiter", "shots", "stop", "max_new_tokens")}
-    describe = lambda row: h["description"]
-    return Task(read=read, judge=h["judge"] or judge, describe=describe, rows=rows, **same)
+    return task
 
 
 def open_task(name, run):
@@ -979,13 +927,15 @@ def open_task(name, run):
     file, _, function = name.rpartition(":")
     if name.endswith(".jsonl"):
         rows = read_rows(Path(name))
-        header = rows.pop(0) if rows and "kind" in rows[0] else {}
-        task = own_task(name, header, rows)
+        task = own_task(name, rows.pop(0) if rows and "kind" in rows[0] else {})
+        task.rows = rows
     elif file.endswith(".py"):
         if not os.path.isfile(file) or not callable(make := runpy.run_path(file).get(function)):
             raise UserError(f"--tasks={name}: no such file, or no function {function!r} in it")
         header = dict(make())
-        task = own_task(name, header, header.pop("rows"))
+        rows = header.pop("rows", [])
+        task = own_task(name, header)
+        task.rows = rows
     elif name in TASKS:
         task = replace(TASKS[name])
         if download and run.main:
@@ -1006,16 +956,6 @@ def open_task(name, run):
 
 # --------------------------------------------------------------------------------------------------
 # Requests: rows become token ids
-
-
-def read_row(task, row):
-    """What task.read makes of a row; a row that is none is refused in a line."""
-    try:
-        return task.read(row)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        shown = json.dumps(row, ensure_ascii=False, default=str)[:100]
-        raise UserError(f"{task.name}: {why}, in the row {shown}") from None
 
 
 def limited(rows):
@@ -1042,75 +982,64 @@ def with_shots(task):
             pool = [e for e in rng.sample(task.rows, n + 1) if e != row][:n] if n else []
         elif not task.first:
             pool = rng.sample(pool, n)
-        before = task.describe(row)
+        before = task.describe(row) if task.describe else task.description
         for example in pool:
-            prompt, *answer = read_row(task, example)
-            answer = answer[0][answer[1]] if task.kind == "choice" else answer[0]
+            prompt, *choices, answer = read_row(task, example)
+            answer = choices[0][answer] if choices else answer
             before += f"{prompt}{task.delimiter}{answer}\n\n"
         yield row, before
 
 
-def encode_pair(tok, context, continuation):
+def encode_pair(tok, context, continuation, n_ctx):
     """(ids of the context, ids of the continuation), encoded jointly, the white space at the end
-    of the context with what follows it, as in the harness."""
+    of the context with what follows it, as in the harness; the context is cut from the left so that
+    every token that is scored has a place. And whether it was."""
     kept = context.rstrip()
     continuation, context = context[len(kept) :] + continuation, kept
-    if not context:
-        return [tok.eot_id], tok.encode(continuation)
-    ids = tok.start + tok.encode(context)
-    return ids, (tok.start + tok.encode(context + continuation))[len(ids) :]
-
-
-def fit_pair(context, continuation, n_ctx):
-    """The pair, its context cut from the left so that every token that is scored has a place."""
-    if not continuation:
+    if context:
+        ids = tok.start + tok.encode(context)
+        rest = (tok.start + tok.encode(context + continuation))[len(ids) :]
+    else:
+        ids, rest = [tok.eot_id], tok.encode(continuation)
+    if not rest:
         raise ValueError("a choice that adds no token to its prompt cannot be scored")
-    if len(continuation) > n_ctx or context == [None]:
-        raise ValueError(f"a choice of {len(continuation)} tokens: the context is {n_ctx}")
-    return context[-(n_ctx + 1 - len(continuation)) :], continuation
+    if len(rest) > n_ctx or ids == [None]:
+        raise ValueError(f"a choice of {len(rest)} tokens: the context is {n_ctx}")
+    room = n_ctx + 1 - len(rest)
+    return ids[-room:], rest, len(ids) > room
 
 
-def choice_requests(task, net, tok):
-    """[(row, prompt, choices, right, its requests)]; a request is (shared, context, [choices]): its
-    choices are scored together. shared: what questions with the same beginning have in common."""
-    cut, questions = 0, []
+def ask(task, net, tok):
+    """[(row, prompt, [choices] or [], right answer, its requests)] of a task's questions, and how
+    many prompts are cut from the left. A request is (shared, context, continuations): choices, or
+    an empty one for each answer to be made. shared: what the questions of a subject begin with."""
+    n_ctx, questions, cut = net.config.n_ctx, [], 0
+    room = n_ctx - (max_new_tokens or task.max_new_tokens)
+    if task.kind == "generate" and room < 1:
+        raise UserError(f"{task.name}: {n_ctx - room} new tokens leave no room for a prompt in the "
+                        f"context of {n_ctx}: lower --max_new_tokens")  # fmt: skip
     for row, before in with_shots(task):
-        prompt, choices, right = read_row(task, row)
-        try:
-            pairs = [encode_pair(tok, before + prompt, task.delimiter + c) for c in choices]
-            whole, n_ctx = pairs[0][0], net.config.n_ctx
-            pairs = [fit_pair(*pair, n_ctx) for pair in pairs]
-        except ValueError as error:
-            raise UserError(f"{task.name}: {error}: {prompt[:80]!r}") from None
-        contexts = [context for context, _ in pairs]
-        cut += min(map(len, contexts)) < len(whole)
-        shared = before if task.first else ""
-        if all(c == contexts[0] for c in contexts):
-            asked = [(shared, contexts[0], [c for _, c in pairs])]
+        prompt, *choices, right = read_row(task, row)
+        text = before + prompt
+        if task.kind == "choice":
+            try:
+                tried = [encode_pair(tok, text, task.delimiter + c, n_ctx) for c in choices[0]]
+            except ValueError as error:
+                raise UserError(f"{task.name}: {error}: {prompt[:80]!r}") from None
+            contexts, rest, short = zip(*tried)
+            cut += any(short)
+            shared = before if task.first else ""
+            if all(context == contexts[0] for context in contexts):
+                asked = [(shared, contexts[0], list(rest))]
+            else:
+                asked = [(shared, context, [ids]) for context, ids in zip(contexts, rest)]
         else:
-            asked = [(shared, context, [c]) for context, c in pairs]
-        questions.append((row, before + prompt, choices, right, asked))
-    return questions, cut
-
-
-def prompt_requests(task, net, tok):
-    """([(row, prompt, None, right answer, its one request)], how many were cut from the left)."""
-    room, questions, cut = net.config.n_ctx - (max_new_tokens or task.max_new_tokens), [], 0
-    if room < 1:
-        raise UserError(
-            f"{task.name}: {net.config.n_ctx - room} new tokens leave no room for a prompt in the "
-            f"context of {net.config.n_ctx}: lower --max_new_tokens"
-        )
-    for row, before in with_shots(task):
-        prompt, right = read_row(task, row)
-        prompt = before + prompt
-        ids = tok.start + tok.encode(prompt)
-        if chat:
-            ids, _ = tok.chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        cut += len(ids) > room
-        questions.append(
-            (row, prompt, None, right, [("", ids[-room:] or [tok.eot_id], [[]] * num_samples)])
-        )
+            ids = tok.start + tok.encode(text)
+            if chat:
+                ids, _ = tok.chat([{"role": "user", "content": text}], add_generation_prompt=True)
+            cut += len(ids) > room
+            asked = [("", ids[-room:] or [tok.eot_id], [[]] * num_samples)]
+        questions.append((row, text, choices, right, asked))
     return questions, cut
 
 
@@ -1297,17 +1226,18 @@ def judged(task, questions, answers):
         sample = {"prompt": prompt, "right": right}
         if task.kind == "choice":
             sums = [p for answer in mine for p in answer]
-            norms = [p / len(c) if c else -math.inf for p, c in zip(sums, choices)]
+            [texts] = choices
+            norms = [p / len(c) if c else -math.inf for p, c in zip(sums, texts)]
             found = {"acc": sums, "acc_norm": norms}
             found = {metric: float(x.index(max(x)) == right) for metric, x in found.items()}
-            sample |= {"choices": choices, "logprobs": sums, "answer": sums.index(max(sums))}
+            sample |= {"choices": texts, "logprobs": sums, "answer": sums.index(max(sums))}
         elif task.program:
             sample["answers"], sample["verdicts"] = mine[0]
             n, c = len(mine[0][1]), mine[0][1].count("passed")
             found = {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 10, 100) if k <= n}
         else:
             try:
-                found = task.judge(row, mine[0])
+                found = judge(task, row, mine[0])
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
             sample["answers"] = mine[0]
@@ -1319,8 +1249,7 @@ def judged(task, questions, answers):
 
 def run_questions(task, net, tok, answers, say):
     """Scores of a task of questions, overall and by subject, and its samples."""
-    make = choice_requests if task.kind == "choice" else prompt_requests
-    questions, cut = make(task, net, tok)
+    questions, cut = ask(task, net, tok)
     if cut:
         say(f"{task.name}: {cut} of {len(questions)} prompts are cut from the left to the context")
     requests = [request for question in questions for request in question[-1]]

@@ -324,8 +324,7 @@ def test_instruction(name, arguments, yes, no):
 
 
 def test_instructions_are_all_there_or_refused():
-    ids = {f"{group}:{name}" for group in ev.INSTRUCTIONS for name in ev.INSTRUCTIONS[group]}
-    assert len(ids) == 25 and ids == {case[0] for case in CASES}
+    assert len(ev.INSTRUCTIONS) == 25 and set(ev.INSTRUCTIONS) == {case[0] for case in CASES}
     with pytest.raises(UserError, match="keywords:nothing: not one"):
         ev.follows("keywords:nothing", {}, "x")
     with pytest.raises(UserError, match="keyword"):
@@ -406,10 +405,11 @@ def judge(monkeypatch):
     server.server_close()
 
 
-def test_judge(judge):
+def test_judge(judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "k")
     url, replies, asked = judge
     replies += [(503, "busy"), (429, "wait"), (200, "I saw [[1]]. Rating: [[10]]")]
-    assert ev.ask_judge(url, "m", "why?", "because [[7]]", "Be strict.", key="k") == 10
+    assert ev.ask_judge(url, "m", "why?", "because [[7]]", "Be strict.") == 10
     path, key, body = asked[-1]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer k", "m") and not replies
     said = body["messages"][0]["content"]

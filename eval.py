@@ -467,7 +467,7 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
     token, said, status = secrets.token_hex(16).encode(), b"", None
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "program.py").write_bytes(source.encode("utf-8", "replace"))
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-I", "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -475,21 +475,19 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
             cwd=folder,
             env={"OMP_NUM_THREADS": "1"},  # numpy's threads would take memory on a large machine
             start_new_session=True,
-        )
-        deadline = time.monotonic() + timeout
-        try:
-            with suppress(BrokenPipeError):
-                process.stdin.write(token)
-                process.stdin.close()
-            if select.select([process.stdout], [], [], timeout)[0]:
-                said = os.read(process.stdout.fileno(), 1000)
-            with suppress(subprocess.TimeoutExpired):
-                status = process.wait(max(0, deadline - time.monotonic()))
-        finally:
-            with suppress(ProcessLookupError, PermissionError):  # none is left
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+        ) as process:
+            deadline = time.monotonic() + timeout
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(token)
+                    process.stdin.close()
+                if select.select([process.stdout], [], [], timeout)[0]:
+                    said = os.read(process.stdout.fileno(), 1000)
+                with suppress(subprocess.TimeoutExpired):
+                    status = process.wait(max(0, deadline - time.monotonic()))
+            finally:
+                with suppress(ProcessLookupError, PermissionError):  # none is left
+                    os.killpg(process.pid, signal.SIGKILL)
     text = " ".join(said.decode("utf-8", "replace").split())
     if text.startswith("no sandbox:"):
         raise UserError(f"{text}; --allow_weak_sandbox runs programs without it")
@@ -522,32 +520,31 @@ def check_sandbox():
             os.chmod(place, mode)
         refused, at_limit = "failed: PermissionError", "failed: BlockingIOError"
         address = server.getsockname()
-        attacks = [
-            ("run as root", "import os\nos.geteuid() and 1 / 0", "failed: ZeroDivisionError"),
-            ("open connections", f"import socket\nsocket.create_connection({address})", refused),
-            ("read your files", f"open({str(path)!r}).read()", refused),
-            ("write your files", f"open({str(path)!r}, 'a').write('y')", refused),
-            ("create files", f"open({str(path)!r} + '2', 'x')", refused),
-            ("fill its folder", "open('y', 'wb').write(b'y')", refused),
-            ("start processes", "import os\nos.fork() or os._exit(0)", (refused, at_limit)),
-            ("signal processes", "import os\nos.kill(os.getppid(), 0)", refused),
-            ("take more memory than its share", "bytearray(2 << 30)", "failed: MemoryError"),
-            ("run for ever", "while True:\n    pass", "timed out"),
-        ]
-        verdicts = [run_program(source, 2, weak=True) for _, source, _ in attacks]
-    return [
-        f"a program can {what} (its attempt: {verdict})"
-        for (what, _, expected), verdict in zip(attacks, verdicts)
-        if not verdict.startswith(expected)
-    ]
+        attacks = {
+            "run as root": ("import os\nos.geteuid() and 1 / 0", "failed: ZeroDivisionError"),
+            "open connections": (f"import socket\nsocket.create_connection({address})", refused),
+            "read your files": (f"open({str(path)!r}).read()", refused),
+            "write your files": (f"open({str(path)!r}, 'a').write('y')", refused),
+            "create files": (f"open({str(path)!r} + '2', 'x')", refused),
+            "fill its folder": ("open('y', 'wb').write(b'y')", refused),
+            "start processes": ("import os\nos.fork() or os._exit(0)", (refused, at_limit)),
+            "signal processes": ("import os\nos.kill(os.getppid(), 0)", refused),
+            "take more memory than its share": ("bytearray(2 << 30)", "failed: MemoryError"),
+            "run for ever": ("while True:\n    pass", "timed out"),
+        }
+        holes = []
+        for what, (source, expected) in attacks.items():
+            verdict = run_program(source, 2, weak=True)
+            if not verdict.startswith(expected):
+                holes.append(f"a program can {what} (its attempt: {verdict})")
+    return holes
 
 
 def require_sandbox():
     """The user's leave to run programs; an error without it, or in a sandbox with holes."""
     if not allow_code_exec:
-        raise UserError(
-            "this task runs programs that the model wrote: --allow_code_exec allows it, sandboxed"
-        )
+        why = "this task runs programs that the model wrote"
+        raise UserError(f"{why}: --allow_code_exec allows it, sandboxed")
     holes = check_sandbox()
     for hole in holes:
         print(f"sandbox: {hole}")
@@ -590,8 +587,6 @@ def mbpp_program(row, completion):
 def pass_at_k(n, c, k):
     """The chance that k of n samples, c of them right, have a right one: 1 - C(n-c, k) / C(n, k)
     (Chen et al. 2021, equation 1)."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise UserError(f"pass@{k} needs at least {max(k, 1)} samples of each problem, not {n}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -643,9 +638,7 @@ def count(pattern, text, flags=re.IGNORECASE):
 
 
 def holds(number, relation, limit):
-    if relation not in ("less than", "at least"):
-        raise UserError(f"IFEval: relation {relation!r}: expected 'less than' or 'at least'")
-    return number < limit if relation == "less than" else number >= limit
+    return {"less than": number < limit, "at least": number >= limit}[relation]
 
 
 def divide(text, divider):
@@ -729,7 +722,7 @@ def follows(instruction_id, kwargs, text):
         raise UserError(f"{instruction_id}: not one of IFEval's instructions")
     try:
         kept = INSTRUCTIONS[instruction_id](text, SimpleNamespace(**kwargs))
-    except (AttributeError, TypeError) as error:  # missing, or null
+    except (AttributeError, TypeError, KeyError) as error:  # missing, null, or no relation
         raise UserError(f"{instruction_id}: kwargs {kwargs}: {error}") from None
     return bool(kept) and bool(text.strip())
 
@@ -773,16 +766,16 @@ def ask_judge(url, model, question, answer, rubric):
     address = url.rstrip("/") + "/chat/completions"
     import requests
 
-    for attempt in range(4):
-        time.sleep((2**attempt - 1) * JUDGE_WAIT)
+    for wait in (0, 1, 3, 7):
+        time.sleep(wait * JUDGE_WAIT)
         try:
             reply = requests.post(address, json=body, headers=headers, timeout=120)
         except requests.RequestException as error:
-            why = f"{type(error).__name__}"
+            why = type(error).__name__
             continue
+        why = f"status {reply.status_code}: {reply.text[:200]!r}"
         if reply.ok:
             break
-        why = f"status {reply.status_code}: {reply.text[:200]!r}"
         if reply.status_code != 429 and reply.status_code < 500:
             raise UserError(f"{address}: {why}")
     else:
@@ -902,15 +895,15 @@ def fetch_rows(name, task):
         core.download(f"{core.HUB}datasets/{owner}/{repo}/resolve/main/{path}", place / path)
 
 
-def own_task(name, header):
-    """A task as its header says."""
+def own_task(name, header, rows):
+    """The task of these rows, as its header says."""
     usual = vars(Header())
     for key, value in header.items():
         if key not in usual:
             raise UserError(f"{name}: header: {key}={value!r}: expected its keys, such as {usual}")
         if usual[key] is not None and type(value) is not type(usual[key]):
             raise UserError(f"{name}: header: {key}={value!r}: expected one like {usual[key]!r}")
-    task = Task(**header)
+    task = Task(rows=rows, **header)
     if task.kind not in ("choice", "generate"):
         raise UserError(f"{name}: header: kind={task.kind!r}: expected choice or generate")
     try:
@@ -927,15 +920,13 @@ def open_task(name, run):
     file, _, function = name.rpartition(":")
     if name.endswith(".jsonl"):
         rows = read_rows(Path(name))
-        task = own_task(name, rows.pop(0) if rows and "kind" in rows[0] else {})
-        task.rows = rows
+        task = own_task(name, rows.pop(0) if rows and "kind" in rows[0] else {}, rows)
     elif file.endswith(".py"):
         if not os.path.isfile(file) or not callable(make := runpy.run_path(file).get(function)):
             raise UserError(f"--tasks={name}: no such file, or no function {function!r} in it")
         header = dict(make())
         rows = header.pop("rows", [])
-        task = own_task(name, header)
-        task.rows = rows
+        task = own_task(name, header, rows)
     elif name in TASKS:
         task = replace(TASKS[name])
         if download and run.main:
@@ -1048,10 +1039,16 @@ def ask(task, net, tok):
 
 
 class Answers:
-    """What was answered, {key: answer}, and the file where this process keeps it."""
+    """What was answered, {key: answer}, and the file where this process keeps it; a folder that
+    cannot be written is refused before hours are spent."""
 
     def __init__(self, folder, identity, run):
         self.folder, self.identity, self.run, self.known = folder, identity, run, {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / f"answers_{run.rank}.jsonl", "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
         for path in folder.glob("answers_*.jsonl"):
             for line in path.read_bytes().splitlines():
                 try:
@@ -1059,7 +1056,6 @@ class Answers:
                 except (ValueError, TypeError):
                     continue  # what a killed process left unfinished
         agree(run)
-        self.file = open(folder / f"answers_{run.rank}.jsonl", "a", encoding="utf-8")
         self.file.write("\n")
 
     def __call__(self, name, how, requests, work, most=None):
@@ -1198,17 +1194,12 @@ def complete(net, tok, task, requests):
 # Scores: {metric: (value, standard error)}
 
 
-def mean(values):
-    """The mean and its standard error; of right and wrong, sqrt(p (1 - p) / (n - 1))."""
-    x = np.array(values, dtype=np.float64)
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
-
-
-def ratio(amounts, sizes):
-    """sum(amounts) / sum(sizes) over independent pieces, and its standard error, linearised."""
-    a, b = np.array(amounts, dtype=np.float64), np.array(sizes, dtype=np.float64)
+def mean(amounts, sizes=1):
+    """sum(amounts) / sum(sizes) over independent pieces and its standard error, linearised; of
+    right and wrong that is sqrt(p (1 - p) / (n - 1))."""
+    a, b = np.broadcast_arrays(np.array(amounts, np.float64), np.array(sizes, np.float64))
     r, n = a.sum() / b.sum(), len(a)
-    error = math.sqrt(n / (n - 1) * ((a - r * b) ** 2).sum()) / b.sum() if n > 1 else None
+    error = float(math.sqrt(n / (n - 1) * ((a - r * b) ** 2).sum()) / b.sum()) if n > 1 else None
     return float(r), error
 
 
@@ -1218,33 +1209,36 @@ def perplexity(nats):
     return value, None if error is None else value * error
 
 
-def judged(task, questions, answers):
-    """({metric: [a value a question]}, [sample])."""
-    values, log = {}, []
-    for row, prompt, choices, right, asked in questions:
-        mine = [next(answers) for _ in asked]
-        sample = {"prompt": prompt, "right": right}
-        if task.kind == "choice":
-            sums = [p for answer in mine for p in answer]
-            [texts] = choices
-            norms = [p / len(c) if c else -math.inf for p, c in zip(sums, texts)]
-            found = {"acc": sums, "acc_norm": norms}
-            found = {metric: float(x.index(max(x)) == right) for metric, x in found.items()}
-            sample |= {"choices": texts, "logprobs": sums, "answer": sums.index(max(sums))}
-        elif task.program:
-            sample["answers"], sample["verdicts"] = mine[0]
-            n, c = len(mine[0][1]), mine[0][1].count("passed")
-            found = {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 10, 100) if k <= n}
-        else:
-            try:
-                found = judge(task, row, mine[0])
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
-            sample["answers"] = mine[0]
-        for metric, value in found.items():
-            values.setdefault(metric, []).extend(value if type(value) is list else [value])
-        log.append(sample | found)
-    return values, log
+def flat(scores):
+    """{metric: value, metric_stderr: its standard error}."""
+    out = {}
+    for metric, (value, error) in scores.items():
+        out |= {metric: value, f"{metric}_stderr": error}
+    return out
+
+
+def judged(task, row, prompt, choices, right, answer):
+    """({metric: value, or a list of values}, what --samples shows) of the answer to one question:
+    a list of what came back for each of its requests."""
+    sample = {"prompt": prompt, "right": right}
+    if task.kind == "choice":
+        texts, sums = choices[0], [p for some in answer for p in some]
+        norms = [p / len(text) if text else -math.inf for p, text in zip(sums, texts)]
+        found = {"acc": sums, "acc_norm": norms}
+        found = {metric: float(x.index(max(x)) == right) for metric, x in found.items()}
+        sample |= {"choices": texts, "logprobs": sums, "answer": sums.index(max(sums))}
+    elif task.program:
+        [(texts, verdicts)] = answer
+        n, c = len(verdicts), verdicts.count("passed")
+        found = {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 10, 100) if k <= n}
+        sample |= {"answers": texts, "verdicts": verdicts}
+    else:
+        try:
+            found = judge(task, row, answer[0])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
+        sample["answers"] = answer[0]
+    return found, sample
 
 
 def run_questions(task, net, tok, answers, say):
@@ -1265,15 +1259,18 @@ def run_questions(task, net, tok, answers, say):
         asked = [("", [source], []) for source in sources]
         passed = iter(answers(f"{task.name}, programs", "run", asked, work, most=32))
         found = [(texts, [next(passed) for _ in texts]) for texts in found]
-    values, log = judged(task, questions, iter(found))
-    scores = {metric: mean(x) for metric, x in values.items()}
-    subjects = [question[0].get("subject") or "" for question in questions]
-    by = {}
-    for subject in sorted(set(subjects) - {""}) if len(set(subjects)) > 1 else ():
-        mine = [i for i, s in enumerate(subjects) if s == subject]
-        some = {metric: mean([x[i] for i in mine]) for metric, x in values.items()}
-        by[subject] = flat(some) | {"n": len(mine)}
-    return scores, len(questions), by, log
+    found, values, log = iter(found), {}, []  # values: of all, "", and of each subject
+    subjects = Counter(row.get("subject") or "" for row, *_ in questions)
+    for row, *rest in questions:
+        its, sample = judged(task, row, *rest[:-1], [next(found) for _ in rest[-1]])
+        log.append(sample | its)
+        for group in {"", row.get("subject") or ""}:
+            for metric, value in its.items():
+                some = value if type(value) is list else [value]
+                values.setdefault(group, {}).setdefault(metric, []).extend(some)
+    scores = {group: {m: mean(x) for m, x in its.items()} for group, its in values.items()}
+    by = {s: flat(scores[s]) | {"n": subjects[s]} for s in sorted(subjects) if s}
+    return scores[""], len(questions), by if len(subjects) > 1 else {}, log
 
 
 def shard_windows(paths, length):
@@ -1290,62 +1287,9 @@ def shard_windows(paths, length):
 def text_windows(ids, prefix, length):
     """The requests that score each of a document's ids once: full windows, the last one with as
     much before it as fits (the harness's rolling log-likelihood)."""
-    yield "", [prefix], [ids[:length]]
-    for i in range(length, len(ids), length):
+    for i in range(0, len(ids), length):
         end = min(i + length, len(ids))
-        yield "", ids[max(0, end - length - 1) : i], [ids[i:end]]
-
-
-def run_loss(net, tok, answers, say):
-    """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
-    texts, whose first token follows the one that starts a document."""
-    length = seq_len or net.config.n_ctx
-    if length > net.config.n_ctx:
-        raise UserError(f"seq_len={length}, but the context of {model} is {net.config.n_ctx}")
-    if text:
-        whole = {"": read_text(Path(text))}
-        encoded = [tok.start + tok.encode(document) for document in whole[""]]
-        windows = [[*text_windows(ids, tok.eot_id, length)] if ids else [] for ids in encoded]
-        if tok.eot_id is None:
-            raise UserError("this tokenizer has no token that could stand before a text")
-        pieces = {"": [(w, len(d.encode()), d) for w, d in zip(windows, whole[""])]}
-    else:
-        folder = Path("data") / dataset
-        files = {"": sorted(folder.glob("val_*.bin"))}
-        for path in sorted(folder.glob("val.*.bin")):
-            files.setdefault(path.name[4:].rpartition("_")[0], []).append(path)
-        if not any(files.values()):
-            raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
-        size = lambda ids: sum(len(tok.token_bytes(id)) for id in ids)
-        pieces = {}
-        for name, paths in files.items():
-            some = list(shard_windows(paths, length)) if paths else []
-            pieces[name] = [([w], size(w[2][0]), None) for w in some]
-            top = max((max(w[1] + w[2][0]) for w in some), default=0)
-            if top >= net.config.vocab_size:
-                raise UserError(f"{folder}: token {top}, but {model} knows {net.config.vocab_size}")
-    requests = [w for some in pieces.values() for windows, *_ in some for w in windows]
-    found = iter(answers("loss", "score", requests, lambda some: score(net, some)))
-    kept, log = {}, []
-    for name, some in pieces.items():
-        nats = [-sum(next(found)[0] for _ in windows) for windows, *_ in some]
-        tokens = [sum(len(w[2][0]) for w in windows) for windows, *_ in some]
-        if not sum(tokens):
-            continue
-        sizes = [max(size, 1e-9) for _, size, _ in some]
-        loss, per_byte = ratio(nats, tokens), ratio(nats, sizes)
-        scores = {"loss": loss, "perplexity": perplexity(loss)}
-        scores["bits_per_byte"] = tuple(x and x / math.log(2) for x in per_byte)
-        if text:
-            scores["byte_perplexity"] = perplexity(per_byte)
-            words = [len(re.split(r"\s+", document)) for *_, document in some]
-            scores["word_perplexity"] = perplexity(ratio(nats, words))
-        kept[name] = scores, len(some)
-        rows = zip(nats, tokens, sizes)
-        log += [{"source": name, "nats": x, "tokens": t, "bytes": s} for x, t, s in rows]
-    whole = kept.pop("", None) or next(iter(kept.values()))
-    by = {name: flat(scores) | {"n": n} for name, (scores, n) in kept.items()}
-    return *whole, by, log
+        yield "", ids[max(0, end - length - 1) : i] or [prefix], [ids[i:end]]
 
 
 def read_text(path):
@@ -1355,11 +1299,67 @@ def read_text(path):
             found = [row["text"] for row in read_rows(path)]
         else:
             found = [path.read_text(encoding="utf-8")]
-        if found := [document for document in found if document]:
-            return [str(document) for document in found]
-        raise UserError(f"{path}: no text in it")
     except (OSError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as text, or has no field: {error}") from None
+    if not any(found):
+        raise UserError(f"{path}: no text in it")
+    return [str(document) for document in found if document]
+
+
+def loss_pieces(net, tok, length):
+    """What loss is the loss of, by source, all of it first: {source: [(requests, bytes, words)]},
+    one a document, or one a window of the validation shards."""
+    if text:
+        if tok.eot_id is None:
+            raise UserError("this tokenizer has no token that could stand before a text")
+        pieces = []
+        for document in read_text(Path(text)):
+            windows = text_windows(tok.start + tok.encode(document), tok.eot_id, length)
+            pieces.append(([*windows], len(document.encode()), len(re.split(r"\s+", document))))
+        return {"": pieces}
+    folder, pieces = Path("data") / dataset, {}
+    for path in sorted(folder.glob("val_*.bin")) + sorted(folder.glob("val.*.bin")):
+        source = path.name[4:].rpartition("_")[0] if path.name[3] == "." else ""
+        pieces.setdefault(source, []).append(path)
+    if not pieces:
+        raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
+    for source, paths in pieces.items():
+        windows = [*shard_windows(paths, length)]
+        top = max((max(begin + ids) for _, begin, [ids] in windows), default=0)
+        if top >= net.config.vocab_size:
+            raise UserError(f"{folder}: token {top}, but {model} knows {net.config.vocab_size}")
+        size = lambda ids: sum(len(tok.token_bytes(id)) for id in ids)
+        pieces[source] = [([w], size(w[2][0]), 0) for w in windows]
+    return pieces
+
+
+def run_loss(net, tok, answers, say):
+    """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
+    texts, whose first token follows the one that starts a document."""
+    length = seq_len or net.config.n_ctx
+    if length > net.config.n_ctx:
+        raise UserError(f"seq_len={length}, but the context of {model} is {net.config.n_ctx}")
+    pieces, kept, log = loss_pieces(net, tok, length), {}, []
+    requests = [w for some in pieces.values() for windows, *_ in some for w in windows]
+    found = iter(answers("loss", "score", requests, lambda some: score(net, some)))
+    for source, some in pieces.items():
+        nats = [-sum(next(found)[0] for _ in windows) for windows, *_ in some]
+        tokens = [sum(len(ids) for _, _, [ids] in windows) for windows, *_ in some]
+        if not sum(tokens):
+            continue
+        sizes = [max(size, 1e-9) for _, size, _ in some]
+        loss, per_byte = mean(nats, tokens), mean(nats, sizes)
+        scores = {"loss": loss, "perplexity": perplexity(loss)}
+        scores["bits_per_byte"] = tuple(x and x / math.log(2) for x in per_byte)
+        if text:
+            scores["byte_perplexity"] = perplexity(per_byte)
+            scores["word_perplexity"] = perplexity(mean(nats, [words for *_, words in some]))
+        kept[source] = scores, len(some)
+        rows = zip(nats, tokens, sizes)
+        log += [{"source": source, "nats": x, "tokens": t, "bytes": s} for x, t, s in rows]
+    whole = kept.pop("", None) or next(iter(kept.values()))
+    by = {source: flat(scores) | {"n": n} for source, (scores, n) in kept.items()}
+    return *whole, by, log
 
 
 def run_classify(net, tok, answers, say):
@@ -1376,12 +1376,10 @@ def run_classify(net, tok, answers, say):
         raise UserError(f"{path}: label {strange[0]!r} is none of {model}'s: {', '.join(known)}")
     if not all(ids) or not rows:
         raise UserError(f"{path}: an empty text has no label")
-    requests = [("", some, []) for some in ids]
-    found = answers(
-        "classify", "classify", requests, lambda some: net.scores([r[1] for r in some]).tolist()
-    )
+    work = lambda some: net.scores([r[1] for r in some]).tolist()
+    found = answers("classify", "classify", [("", some, []) for some in ids], work)
     right = np.array([known.index(label) for label in labels])
-    guess = np.array([int(np.argmax(x)) for x in found])
+    guess = np.argmax(found, axis=1)
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(0, len(right), len(right)) for _ in range(200))
     spread = [macro_f1(right[i], guess[i]) for i in drawn]
@@ -1399,14 +1397,6 @@ def macro_f1(right, guess):
         hits = ((right == label) & (guess == label)).sum()
         f1.append(2 * hits / ((right == label).sum() + (guess == label).sum()))
     return float(np.mean(f1))
-
-
-def flat(scores):
-    """{metric: value, metric_stderr: its standard error}."""
-    out = {}
-    for metric, (value, error) in scores.items():
-        out |= {metric: value, f"{metric}_stderr": error}
-    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1468,22 +1458,16 @@ def lower_is_better(metric):
     return any(word in metric for word in ("loss", "perplexity", "ppl", "bpb", "bits_per"))
 
 
-def verdict(key, scores):
-    """(the best run of a score, a sentence: which of the others are beyond 2 standard errors of
-    the difference; the runs count as independent, so that equal questions make it cautious)."""
-    have = {run: cells[key] for run, cells in scores.items() if key in cells}
-    best = (min if lower_is_better(key[1]) else max)(have, key=lambda run: have[run][0])
-    value, error, _ = have.pop(best)
-    told = f"{' '.join(key)}: {best} is best"
-    for run, (other, its_error, _) in have.items():
-        gap = abs(value - other)
-        if error is None or its_error is None:
-            told += f"; {run} is {gap:.4g} away, with no standard error to judge it by"
-        elif gap > 2 * math.hypot(error, its_error):
-            told += f"; {run} is worse by {gap:.4g}, beyond 2 standard errors"
-        else:
-            told += f"; {run} is not to be told apart ({gap:.4g}, within 2 standard errors)"
-    return best, told
+def cell(score, best):
+    """A (value, standard error, n) as the table shows it, * the best one, ~ what is not told apart
+    from it: within 2 standard errors of their difference, if the runs are independent."""
+    if score is None:
+        return ""
+    value, error, n = score
+    spread = "" if error is None else f" ± {error:.2g}"
+    both = math.inf if error is None or best[1] is None else math.hypot(error, best[1])
+    mark = " *" if score is best else " ~" * (abs(value - best[0]) <= 2 * both < math.inf)
+    return f"{value:.4g}{spread} (n {n}){mark}"
 
 
 def table(rows):
@@ -1495,23 +1479,22 @@ def table(rows):
 
 
 def compare_runs():
-    """Print the table of scores and of losses; write them to `report` with a picture beside."""
+    """Print the tables of scores and of losses; write them to `report` with a picture beside."""
     runs = runs_to_compare()
     logs, scores = {run: read_log(run) for run in runs}, {run: read_scores(run) for run in runs}
     keys = list(dict.fromkeys(key for cells in scores.values() for key in cells))
-    rows, out = [["run", *map(" ".join, keys)], *([run] for run in runs)], ["# Runs compared", ""]
-    told = [f"{run}: no results.json (python eval.py --model={run})" for run in runs]
-    told = [line for run, line in zip(runs, told) if not scores[run]]
+    rows = [["run", *map(" ".join, keys)], *([run] for run in runs)]
     for key in keys:
-        best, sentence = verdict(key, scores)
-        told.append(sentence)
-        for run, row in zip(runs, rows[1:]):
-            value, error, n = scores[run].get(key, (None, None, None))
-            spread = "" if error is None else f" ± {error:.2g}"
-            cell = f"{value:.4g}{spread} (n {n})" if key in scores[run] else ""
-            row.append(cell + " *" * (run == best))
+        have = {run: cells[key] for run, cells in scores.items() if key in cells}
+        better = min if lower_is_better(key[1]) else max
+        best = better(have.values(), key=lambda score: score[0])
+        for row in rows[1:]:
+            row.append(cell(have.get(row[0]), best))
+    out = [f"{run}: no results.json (python eval.py --model={run})\n" for run in runs
+           if not scores[run]]  # fmt: skip
     if keys:
-        out += [*table(rows), "", "Value ± standard error; * marks the best.", ""]
+        out += [*table(rows), "", "Value ± standard error; * the best, ~ not told apart from it "
+                "(within 2 standard errors).", ""]  # fmt: skip
     x = "tokens" if all(curve(log, "loss", "tokens") for log in logs.values()) else "step"
     rows = [["run", "steps", "tokens", "loss (smoothed)", "val_loss", "val_bpb"]]
     for run, log in logs.items():
@@ -1519,25 +1502,26 @@ def compare_runs():
         curves = smooth(curve(log, "loss", x)), curve(log, "val_loss", x), curve(log, "val_bpb", x)
         ends = [f"{points[-1][1]:.4f}" if points else "" for points in curves]
         rows.append([run, log[-1]["step"], f"{seen[-1][0]:,}" if seen else "not logged", *ends])
-    out += [*(f"- {line}" for line in told), "", *table(rows)]
+    out += table(rows)
 
     panels, lines = [], []
     for metric in dict.fromkeys(metric for _, metric in keys):
-        tasks, bars = [task for task, its in keys if its == metric], []
+        tasks, series = [task for task, its in keys if its == metric], []
         for i, run in enumerate(runs):
-            cells = [(j, scores[run].get((task, metric))) for j, task in enumerate(tasks)]
-            if its := [(j, cell[0], cell[1]) for j, cell in cells if cell]:
-                bars.append((run, i, "bars", its))
+            beside = 0.6 * ((i + 0.5) / len(runs) - 0.5)
+            its = [(j + beside, *scores[run][task, metric][:2])
+                   for j, task in enumerate(tasks) if (task, metric) in scores[run]]  # fmt: skip
+            series += [(run, i, "dots", its)] if its else []
         better = "lower" if lower_is_better(metric) else "higher"
-        panels.append((f"{metric} ({better} is better; ± 1 standard error)", "", bars, tasks))
+        panels.append((f"{metric} ({better} is better; ± 1 standard error)", "", series, tasks))
     begin = max(row.get(x, 0) for log in logs.values() for row in log) / 100  # all alike before
     for i, (run, log) in enumerate(logs.items()):
         thin = [point for point in smooth(curve(log, "loss", x)) if point[0] >= begin]
         lines += [("", i, "thin", thin), (run, i, "line", curve(log, "val_loss", x))]
-    panels.append(("loss: thin in training, smoothed; thick in validation", x, lines, None))
-    print("\n".join(out[2:]))
+    panels.append(("loss: thin in training, smoothed; thick in validation", x, lines, []))
+    print("\n".join(out))
     picture = Path(report).with_suffix(".svg")
-    out += ["", f"![scores and losses](<{picture.name}>)", ""]
+    out = ["# Runs compared", "", *out, "", f"![scores and losses](<{picture.name}>)", ""]
     write_report(Path(report), "\n".join(out))
     write_report(picture, svg(panels))
 
@@ -1550,10 +1534,9 @@ def write_report(path, text):
 
 PALETTE = "#2a7fc0 #d55e00 #00946a #c4609c #a07c00 #7a86f0 #9a62b8 #808080".split()
 STYLE = """
-svg { color: #222; font: 13px sans-serif } .paper { fill: #fff } .err { color: #222 }
-@media (prefers-color-scheme:dark) { svg, .err { color: #ddd } .paper { fill: #14171a } }
-text, .dots, .bars { fill: currentColor }
-.axis, .grid, .line, .thin, .err { fill: none; stroke: currentColor }
+svg { color: #222; font: 13px sans-serif } .paper { fill: #fff }
+@media (prefers-color-scheme:dark) { svg { color: #ddd } .paper { fill: #14171a } }
+text, circle { fill: currentColor } path { fill: none; stroke: currentColor }
 .grid { opacity: .15 } .line, .err { stroke-width: 2 } .thin { opacity: .6 }
 """
 
@@ -1593,9 +1576,8 @@ def axis(values, start, end, factor, padding):
 
 
 def svg(panels, width=960):
-    """A picture of panels below each other. A panel: (title, name of x, series, names of x =
-    0, 1, … for bars, or None); a series: (name, colour, "line" "thin" "dots" or "bars", points
-    (x, y) or (x, y, standard error))."""
+    """A picture of panels below each other. A panel: (title, name of x, series, the names of x = 0,
+    1, … or []); a series: (name, colour, line thin or dots, points (x, y[, standard error]))."""
     out, y0 = [], 0
     for panel in panels:
         high = max(320, 100 + 18 * len(panel[2]))
@@ -1619,42 +1601,35 @@ def draw_panel(title, x_name, series, names, bottom, top=40, left=70, right=640)
         write(left, top + 20, "nothing to show")
         return out
     xs = [-0.5, len(names) - 0.5] if names else [x for x, _, _ in points]
-    ys = [y + sign * error for _, y, error in points for sign in (-1, 1)] + [0.0] * bool(names)
     x_at, x_ticks = axis(xs, left, right, 20, 0 if names else 0.03)
+    ys = [y + sign * error for _, y, error in points for sign in (-1, 1)]
     y_at, y_ticks = axis(ys, bottom, top, 4, 0.05)
     for y in y_ticks:
         out.append(f'<path class="grid" d="M{left} {y_at(y):.1f}H{right}"/>')
         write(left - 6, y_at(y) + 4, short(y), ' text-anchor="end"')
     for x, name in enumerate(names) if names else ((x, short(x)) for x in x_ticks):
-        place, below = ' text-anchor="middle"', bottom + 18
-        if names and 7 * len(name) > (right - left) / len(names):  # too long to lie flat
-            place += f' transform="rotate(-20 {x_at(x):.1f} {below})"'
-        write(x_at(x), below, name, place)
-    out.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
+        turn = -20 if names and 7 * len(name) > (right - left) / len(names) else 0
+        place = f' text-anchor="middle" transform="rotate({turn} {x_at(x):.1f} {bottom + 18})"'
+        write(x_at(x), bottom + 18, name, place)
+    out.append(f'<path d="M{left} {top}V{bottom}H{right}"/>')
     write(right, bottom + 40, x_name, ' text-anchor="end"')
-    slot = (right - left) / len(names) * 0.8 / len(series) if names else 0
-    for k, (_, colour, kind, its) in enumerate(series):
+    shown = 0
+    for name, colour, kind, its in series:
         out.append(f'<g color="{PALETTE[colour % 8]}">')
-        if kind in ("line", "thin") and its:
+        if kind != "dots" and its:
             path = "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in its)
             dash = ' stroke-dasharray="6 3"' * (colour // 8 % 2)  # colours come again after eight
             out.append(f'<path class="{kind}"{dash} d="M{path}"/>')
-        for x, y, *error in its:
-            begin = x_at(x) + (k - len(series) / 2) * slot
-            if kind == "bars":
-                high, low = sorted((y_at(y), y_at(0)))
-                size = f'width="{0.9 * slot:.1f}" height="{low - high:.1f}"'
-                out.append(f'<rect class="bars" x="{begin:.1f}" y="{high:.1f}" {size}/>')
-            elif kind == "dots" or kind == "line" and len(its) < 30:
-                out.append(f'<circle class="dots" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>')
+        for x, y, *error in its if kind == "dots" or kind == "line" and len(its) < 30 else ():
+            out.append(f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>')
             if error and error[0]:
                 ends = f"{y_at(y - error[0]):.1f}V{y_at(y + error[0]):.1f}"
-                out.append(f'<path class="err" d="M{begin + 0.45 * slot:.1f} {ends}"/>')
+                out.append(f'<path class="err" d="M{x_at(x):.1f} {ends}"/>')
+        if name:
+            out.append(f'<circle cx="{right + 24}" cy="{top + 18 * shown}" r="5"/>')
+            write(right + 38, top + 18 * shown + 4, name[-38:])
+            shown += 1
         out.append("</g>")
-    for k, (name, colour, *_) in enumerate(s for s in series if s[0]):
-        place = f'x="{right + 20}" y="{top + 18 * k}" width="12" height="12"'
-        out.append(f'<rect fill="{PALETTE[colour % 8]}" {place}/>')
-        write(right + 38, top + 18 * k + 11, name[-38:])
     return out
 
 
@@ -1777,14 +1752,14 @@ def finished(run):
     """(parameters, tokens, last validation loss, settings that the loss depends on) of a run."""
     if not (seen := curve(read_log(run), "val_loss", "tokens")):
         raise UserError(f"{run}: its log has no val_loss with tokens: only train.py's runs fit")
-    path = Path(run) / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{run}: no model.safetensors to count parameters in")
-    with open(path, "rb") as file:
-        tensors, _ = core.read_header(path, file)
+    count = 0
+    for path in core.weights_of(Path(run)):
+        with open(path, "rb") as file:
+            tensors, _ = core.read_header(path, file)
+        count += sum(math.prod(shape) for _, shape in tensors.values())
     config = core.read_json(Path(run) / "run.json", {}).get("config", {})
     same = {key: config.get(key) for key in ("dataset", "seq_len", "eval_tokens")}
-    return sum(math.prod(shape) for _, shape in tensors.values()), *seen[-1], same
+    return count, *seen[-1], same
 
 
 def least_squares(columns, y):
@@ -1868,98 +1843,68 @@ def fit_runs():
         name = f"{'DN'[x]} = {short(float(f'{other:.3g}'))}" if len(others) > 1 else "fit"
         its = [(size[x], loss) for size, loss in zip(both, losses) if size[1 - x] == other]
         series += [(name, colour, "thin", points), ("", colour, "dots", its)]
-    panel = f"validation loss and L = {formula}", ("parameters", "tokens")[x], series, None
+    panel = f"validation loss and L = {formula}", ("parameters", "tokens")[x], series, []
     write_report(Path(report).with_name("scaling.svg"), svg([panel]))
 
 
 # --------------------------------------------------------------------------------------------------
 # Memorization: generated text that stands word for word in the training shards
 
-BASE = 0x9E3779B97F4A7C15  # odd, of 64 bits
+GAP = 2**32 - 1  # behind every text and every piece of a shard: no id of a token
 PIECE = 1 << 20  # tokens of a shard looked through at once
-GAP = np.uint32(2**32 - 1)  # between what is kept of the shards: no id of a token
 
 
-def hashes(x, n):
-    """A 64-bit hash of each n-gram of x: (len(x) - n + 1,) uint64. Its high bits are the best."""
-    x, h = x.astype(np.uint64), np.zeros(max(0, len(x) - n + 1), np.uint64)
-    for k in range(n):
-        h = h * np.uint64(BASE) + x[k : k + len(h)] + np.uint64(1)
-    return h * np.uint64(BASE)
-
-
-def pieces(shards, longest):
-    """The shards in pieces that overlap so that no text of up to `longest` tokens is cut."""
-    for shard in shards:
-        for start in range(0, len(shard), PIECE):
-            yield np.asarray(shard[start : start + PIECE + longest - 1])
-
-
-def look_up(parts, texts, n, keep=False):
-    """Which n-grams of the texts, arrays of ids, stand in the parts of the shards, exactly: a list
-    of bool arrays (len(text) - n + 1,). With `keep` also what these n-grams cover of each part,
-    a GAP for what lies between.
-
-    The texts are the index, not the shards, which are read through once, a piece at a time: about
-    60 bytes a token of PIECE, whatever their size, beside what is kept (4 bytes a token).
-    A filter of 2^22 bits and a binary search find candidates, each compared token by token."""
-    mine = [hashes(text, n) for text in texts]
-    windows = np.lib.stride_tricks.sliding_window_view
-    grams = np.concatenate([windows(t, n) if len(t) >= n else t[:0].reshape(0, n) for t in texts])
-    index, first, which = np.unique(np.concatenate(mine), return_index=True, return_inverse=True)
-    grams, kept = grams[first], []
-    seen, maybe = np.zeros(len(index), bool), np.zeros(1 << 22, bool)
-    maybe[index >> np.uint64(42)] = True
-    for piece in parts:
-        h = hashes(piece, n)
-        at = np.flatnonzero(maybe[h >> np.uint64(42)])
-        found = np.searchsorted(index, h[at]).clip(max=len(index) - 1)
-        good = index[found] == h[at]
-        at, found = at[good], found[good]
-        for k in range(n):
-            good = piece[at + k] == grams[found, k]
-            at, found = at[good], found[good]
-        seen[found] = True
-        if keep and len(at):
-            covered = np.zeros(len(piece), bool)
-            for k in range(n):
-                covered[at + k] = True
-            one_gap = covered | np.append(True, covered[:-1])
-            kept.append(np.where(covered, piece, GAP)[one_gap])
-    return np.split(seen[which], np.cumsum([len(h) for h in mine])[:-1]), kept
+def walk(levels, ids):
+    """Walk a trie from all places of ids at once: for each of its levels, (the places from which it
+    is reached, the nodes there). A level is a sorted array of parent * 2^32 + token, and a node's
+    number its index there."""
+    ids = np.append(ids, GAP).astype(np.uint64)
+    at, node = np.arange(len(ids)), np.zeros(len(ids), np.uint64)
+    for depth, keys in enumerate(levels):
+        key = node << np.uint64(32) | ids[at + depth]
+        found = np.searchsorted(keys, key).clip(max=len(keys) - 1)
+        good = keys[found] == key
+        at, node = at[good], found[good].astype(np.uint64)
+        yield at, node
 
 
 def longest_runs(shards, texts, n):
     """For each text, an array of ids: (which of its n-grams stand in the shards; the length of its
-    longest run of tokens that does). Runs longer than n are looked for only in what n-grams of the
-    texts cover, which is less with each token."""
-    texts = [np.asarray(text, np.uint32) for text in texts]
-    runs, widest = np.zeros(len(texts), int), max(map(len, texts))
-    found, kept = look_up(pieces(shards, widest), texts, n, keep=True)
-    alive, hits, length = range(len(texts)), found, n
-    while alive := [i for i, hit in zip(alive, hits) if hit.any()]:
-        runs[alive], length = length, length + 1
-        hits, kept = look_up(kept, [texts[i] for i in alive], length, keep=True)
-    for length in range(n - 1, 0, -1):  # the others
-        if alive := [i for i in range(len(texts)) if not runs[i]]:
-            hits, _ = look_up(pieces(shards, length), [texts[i] for i in alive], length)
-            runs[[i for i, hit in zip(alive, hits) if hit.any()]] = length
-    return found, runs
+    longest run of tokens that does). The texts become a trie, 9 bytes for each of their tokens and
+    each level; the shards, whatever their size, are read through once, a piece at a time."""
+    mine = np.concatenate([np.append(text, GAP) for text in texts]).astype(np.uint64)
+    levels, at, node = [], np.arange(len(mine)), np.zeros(len(mine), np.uint64)
+    while (inside := mine[at + len(levels)] != GAP).any():
+        at, node = at[inside], node[inside]
+        key = node << np.uint64(32) | mine[at + len(levels)]
+        keys, node = np.unique(key, return_inverse=True)
+        node = node.astype(np.uint64)
+        levels.append(keys)
+    seen = [np.zeros(len(keys), bool) for keys in levels]
+    for shard in shards:
+        for start in range(0, len(shard), PIECE):  # pieces overlap: no run is cut
+            piece = shard[start : start + PIECE + len(levels) - 1]
+            for hit, (_, node) in zip(seen, walk(levels, piece)):
+                hit[node] = True
+    runs = np.zeros(len(mine), int)  # from each place of the texts
+    for depth, (at, node) in enumerate(walk(levels, mine)):
+        runs[at[seen[depth][node]]] = depth + 1
+    runs = [r[:-1] for r in np.split(runs, np.cumsum([len(text) + 1 for text in texts])[:-1])]
+    longest = np.array([r.max(initial=0) for r in runs])
+    return [r[: max(0, len(r) - n + 1)] >= n for r in runs], longest
 
 
 def draw_windows(shards, size, many, without):
     """`many` windows of `size` tokens from anywhere in the shards, none with the id `without`."""
-    rng, ends = np.random.default_rng(seed), np.cumsum([max(0, len(s) - size) for s in shards])
-    windows = []
-    for _ in range(20 * many if ends[-1] else 0):
-        at = int(rng.integers(ends[-1]))
-        s = int(np.searchsorted(ends, at, side="right"))
-        at -= int(ends[s - 1]) if s else 0
-        window = np.asarray(shards[s][at : at + size]).astype(np.int64)
+    begins, windows = np.cumsum([0] + [max(0, len(s) - size) for s in shards]), []
+    draws = np.random.default_rng(seed).integers(max(1, begins[-1]), size=20 * many)
+    for at in draws if begins[-1] else ():
+        s = int(np.searchsorted(begins, at, side="right")) - 1
+        window = shards[s][at - begins[s] :][:size].astype(np.int64)
         windows += [window] if without not in window else []
-        if len(windows) == many:
-            return windows
-    raise UserError(f"data/{dataset}: too few stretches of {size} tokens within a document")
+    if len(windows) < many:
+        raise UserError(f"data/{dataset}: too few stretches of {size} tokens within a document")
+    return windows[:many]
 
 
 def run_memorized(net, tok, answers, say):
@@ -1990,7 +1935,7 @@ def run_memorized(net, tok, answers, say):
     kinds = {
         "prompted by training": continued([w[:prompt_length].tolist() for w in windows], 0),
         "without a prompt": continued([[tok.eot_id]] * num_texts, 1),
-        "validation text": cut[: PIECE // text_length],
+        "validation text": cut[: max(num_texts, (1 << 24) // text_length**2)],  # 75 MB of trie
     }
     looked_up = zip(*longest_runs(train, sum(kinds.values(), []), ngram))
     head = ["text", "texts", "tokens", "longest run: median", "mean", "most"]
@@ -1998,7 +1943,7 @@ def run_memorized(net, tok, answers, say):
     for name, texts in kinds.items():
         hits, runs = zip(*(next(looked_up) for _ in texts))
         hits = [h for h in hits if len(h)] or [np.zeros(1)]
-        share, error = ratio([h.sum() for h in hits], [len(h) for h in hits])
+        share, error = mean([h.sum() for h in hits], [len(h) for h in hits])
         scores[f"{name}, share of {ngram}-grams"] = share, error
         middle = [f"{np.median(runs):g}", f"{np.mean(runs):.1f}", max(runs)]
         shown = f"{share:.4f} ± {error or 0:.4f}"
@@ -2033,19 +1978,6 @@ def identity(kind):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def open_folder(run):
-    """Where the results go, which must be possible to write before hours are spent."""
-    folder = Path(out_dir or model)
-    if out_dir is None and not folder.is_dir():
-        raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"answers_{run.rank}.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-    return folder
-
-
 def check_settings():
     """Refuse what no run can have before anything is read."""
     least = dict.fromkeys("limit shots seq_len eval_tokens max_new_tokens temperature".split(), 0)
@@ -2073,7 +2005,9 @@ def main():
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"
         raise UserError(f"{model} with --tasks={tasks}: expected {fit}")
-    folder, mark = open_folder(run), identity(kind)
+    folder, mark = Path(out_dir or model), identity(kind)
+    if not out_dir and not folder.is_dir():
+        raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     answers = Answers(folder, mark, run)
     before = core.read_json(folder / "results.json", {})
     results = before.get("results", {}) if before.get("identity") == mark else {}

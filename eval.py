@@ -198,8 +198,9 @@ def read_row(task, row):
             return task.read(row)
         prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), task.prompt)
         if task.kind == "generate":
-            needed = not task.judge and not task.rubric
-            return prompt, str(row[task.answer] if needed else row.get(task.answer, ""))
+            if not task.hub and (task.judge or task.rubric):  # which may do without
+                return prompt, str(row.get(task.answer, ""))
+            return prompt, str(row[task.answer])
         if task.choices is None:
             return prompt, *choices_of(row)
         choices = row[task.choices] if isinstance(task.choices, str) else task.choices
@@ -1390,8 +1391,8 @@ TASKS = {
         hub="google-research-datasets/mbpp/full",
     ),
     "ifeval": Task(
-        "generate", "{prompt}", judge=judge_ifeval, stop=[], max_new_tokens=1280,
-        hub="google/IFEval", split="ifeval",
+        "generate", read=lambda row: (row["prompt"], ""), judge=judge_ifeval, stop=[],
+        max_new_tokens=1280, hub="google/IFEval", split="ifeval",
     ),
 }  # fmt: skip
 
@@ -1678,12 +1679,13 @@ def suggest_shape(n, vocab_size, seq_len):
     for n_head in range(every, 257, every):
         shape = dict(vocab_size=vocab_size, n_ctx=seq_len, n_head=n_head, n_embd=head_dim * n_head)
         shape["n_kv_head"] = 8 if n > 1e9 else n_head
-        with torch.device("meta"):  # networks without memory: what one layer adds, what none has
-            one, two = (core.n_params(core.GPT(core.GPTConfig(n_layer=i, **shape))) for i in (1, 2))
+        with torch.device("meta"):  # a network without memory
+            net = core.GPT(core.GPTConfig(n_layer=1, **shape))
+        one, layer = core.n_params(net), core.n_params(net.model.layers[0])
         if one > 1.1 * n:  # and so are all wider ones
             break
-        n_layer = max(1, round((n - one) / (two - one)) + 1)
-        count = one + (n_layer - 1) * (two - one)
+        n_layer = max(1, round((n - one) / layer) + 1)
+        count = one + (n_layer - 1) * layer
         off = abs(math.log(count / n))
         if off < math.log(1.1):
             odd = abs(math.log(head_dim * n_head / n_layer / 64)) + 5 * off

@@ -273,8 +273,6 @@ def test_pass_at_k():
     for n, c, k in ((5, 0, 2), (5, 2, 1), (6, 2, 3), (6, 5, 2), (4, 4, 4)):
         subsets = [any(i < c for i in s) for s in itertools.combinations(range(n), k)]
         assert ev.pass_at_k(n, c, k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
-    with pytest.raises(UserError, match="at least 10 samples"):
-        ev.pass_at_k(5, 1, 10)
 
 
 # ------------------------------------------------------------------------------------------ IFEval
@@ -324,8 +322,7 @@ def test_instruction(name, arguments, yes, no):
 
 
 def test_instructions_are_all_there_or_refused():
-    ids = {f"{group}:{name}" for group in ev.INSTRUCTIONS for name in ev.INSTRUCTIONS[group]}
-    assert len(ids) == 25 and ids == {case[0] for case in CASES}
+    assert len(ev.INSTRUCTIONS) == 25 and set(ev.INSTRUCTIONS) == {case[0] for case in CASES}
     with pytest.raises(UserError, match="keywords:nothing: not one"):
         ev.follows("keywords:nothing", {}, "x")
     with pytest.raises(UserError, match="keyword"):
@@ -406,10 +403,11 @@ def judge(monkeypatch):
     server.server_close()
 
 
-def test_judge(judge):
+def test_judge(judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "k")
     url, replies, asked = judge
     replies += [(503, "busy"), (429, "wait"), (200, "I saw [[1]]. Rating: [[10]]")]
-    assert ev.ask_judge(url, "m", "why?", "because [[7]]", "Be strict.", key="k") == 10
+    assert ev.ask_judge(url, "m", "why?", "because [[7]]", "Be strict.") == 10
     path, key, body = asked[-1]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer k", "m") and not replies
     said = body["messages"][0]["content"]

@@ -41,14 +41,13 @@ def test_compare_says_what_the_errors_allow(tmp_path):
     words = ["out/a<&|b", "out/b", "out/c"]
     done = run(tmp_path, "eval.py", "--compare", *words)
     assert done.stdout == run(tmp_path, "eval.py", f"--compare={','.join(words)}").stdout
-    # 0.08 is under twice sqrt(2) x 0.03 = 0.085; 0.5 is far over twice 0.014, and less is better.
-    assert "mmlu acc: out/a<&|b is best; out/b is not to be told apart (0.08, within" in done.stdout
-    assert "text loss: out/a<&|b is best; out/b is worse by 0.5, beyond 2 standard" in done.stdout
     assert "out/c: no results.json" in done.stdout
     report = (tmp_path / "report.md").read_text()
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
              for line in report.splitlines() if line.startswith("| out")]  # fmt: skip
+    # 0.08 is under twice sqrt(2) x 0.03 = 0.085; 0.5 is far over twice 0.014, and less is better.
     assert cells[0] == [r"out/a<&\|b", "0.5 ± 0.03 (n 100) *", "2 ± 0.01 (n 50) *"]
+    assert cells[1] == ["out/b", "0.42 ± 0.03 (n 100) ~", "2.5 ± 0.01 (n 50)"]
     assert cells[2] == ["out/c", "", ""]
     assert [c[0] + " " + c[4] for c in cells[3:]] == [r"out/a<&\|b 2.5000", "out/b 3.2500",
                                                       "out/c 4.5000"]  # fmt: skip
@@ -59,13 +58,12 @@ def test_compare_says_what_the_errors_allow(tmp_path):
     tag = lambda name: [e for e in tree.iter() if e.tag.endswith("}" + name)]
     shown = [e.text for e in tag("text")]
     assert shown.count("out/a<&|b") == 3 and shown.count("out/c") == 1  # of three panels
-    bars = [
-        e for e in tag("rect") if "height" in e.attrib and e.get("height") not in ("12", "100%")
-    ]
-    heights = [float(e.get("height")) for e in bars]
-    assert heights[0] / heights[1] == pytest.approx(0.5 / 0.42, 0.01)  # from zero
-    assert heights[3] / heights[2] == pytest.approx(2.5 / 2.0, 0.01)
-    assert len([e for e in tag("path") if e.get("class") == "err"]) == 4
+    dots = [float(e.get("cy")) for e in tag("circle") if e.get("r") == "3.5"]
+    ends = [re.findall(r"[\d.]+", e.get("d"))[1:] for e in tag("path") if e.get("class") == "err"]
+    errors = [(float(a) - float(b)) / 2 for a, b in ends]
+    assert (dots[1] - dots[0]) / errors[0] == pytest.approx(0.08 / 0.03, 0.02)  # better is higher
+    assert (dots[2] - dots[3]) / errors[2] == pytest.approx(0.5 / 0.01, 0.1)
+    assert len(errors) == 4
     assert len([e for e in tag("path") if e.get("class") == "thin"]) == 3
 
 
@@ -183,7 +181,7 @@ def test_a_curve_through_runs(tmp_path):
         assert f"{n:,}" in done.stdout and f"{loss:.4f}" in done.stdout
     assert "4 runs; rms error 0.0000" in done.stdout
     circles = ET.parse(tmp_path / "scaling.svg").iter("{http://www.w3.org/2000/svg}circle")
-    assert len([*circles]) == 4
+    assert len([c for c in circles if c.get("r") == "3.5"]) == 4
     done = run(tmp_path, "eval.py", "--plan", "--compare", *names[:3])
     assert "exponents held at Chinchilla's" in done.stdout
 

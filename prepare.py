@@ -1194,8 +1194,8 @@ def divide(here, units, starts, left):
     cuts = np.where(rows["hash"] < np.uint64(val_fraction * 2**64), 0, ALL)
     cuts[~left] = -1
     for name in mixture():
-        of_it = np.repeat([unit["source"] == name for unit in units], np.diff(starts))
-        numbers = np.flatnonzero(left & of_it)
+        of_it = np.array([unit["source"] == name for unit in units], bool)
+        numbers = np.flatnonzero(left & np.repeat(of_it, np.diff(starts)))
         if len(numbers) < 20:
             lengths = np.array([len(text) for text in texts_of(here.parent, rows[numbers])], int)
             total = int(lengths.sum())

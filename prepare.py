@@ -732,9 +732,10 @@ def check_language(text, doc):
 
 
 def bare(url):
-    """example.com/page of https://user@www.example.com/page/"""
-    url = url.casefold().strip().rstrip("/")
-    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?#]*@)?(?:www\.)?", "", url)
+    """example.com/page of https://user@www.example.com/page/?utm_source=x#top: what says which page
+    it is."""
+    url = re.sub(r"\butm_\w+=[^&#]*&?|#.*", "", url.strip().casefold())
+    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?]*@)?(?:www\.)?|[/?&]+$", "", url)
 
 
 @lru_cache(1)
@@ -1027,22 +1028,16 @@ def hashed_name(text):
     return f"{digest(text.encode()):016x}"
 
 
-def plain_url(url):
-    """A URL without what does not say which page it is: scheme, www, fragment, a last slash."""
-    return re.sub(r"^https?://(www\.)?|\butm_\w+=[^&#]*&?|[/?]?(#.*)?$", "", url.strip().lower())
-
-
 def in_rounds(items, size):
     """Group (…, text) tuples into lists of about `size` characters."""
-    group, held = [], 0
-    for item in items:
-        group.append(item)
+    held = 0
+
+    def round_of(item):
+        nonlocal held
         held += len(item[-1])
-        if held >= size:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
+        return held // size
+
+    return ([*group] for _, group in groupby(items, round_of))
 
 
 def cleaned(unit, tallies, skipped):
@@ -1089,7 +1084,7 @@ def described(group, tallies):
     for row, (record, text) in zip(rows, group):
         row["size"], row["hash"] = len(data := text.encode()), digest(data)
         row["exact"] = digest(" ".join(text.lower().split()).encode())
-        row["url"] = digest(plain_url(record.get("url", "")).encode())
+        row["url"] = digest(bare(record.get("url", "")).encode())
     return [text for text, ok in zip(texts, stay) if ok], rows[stay]
 
 
@@ -1581,7 +1576,8 @@ def show_tokens(tok, text):
 
 CUT = regex.compile(r"(?<=\S\n)(?=\p{L})")  # no split pattern has a piece that spans this
 SPLITS = ("train", "val")
-TOKENS = np.dtype([("tokens", "<i8"), ("hash", "<u8"), ("bytes", "<i8")])  # of a document
+# Of an encoded document: which of SPLITS it is in, its hash, its numbers of tokens and of bytes.
+TOKENS = np.dtype([("split", "u1"), ("hash", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 
 
 def pieces_of(text):
@@ -1610,44 +1606,48 @@ def finished(folder):
 
 
 def encode(here, job):
-    """Encode what stays of unit i, job (i, its first document, its end): <i>.train and <i>.val hold
-    the tokens, <i>.npz the TOKENS of each document. Returns bytes."""
+    """Encode what stays of unit i, in a job (i, its first document, their end): <i>.tokens has the
+    tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
     tok, kind = finished(here / "tokenizer")
-    if not (here / f"{i}.npz").exists():
-        rows = {"train": [], "val": []}
-        with open(here / f"{i}.train", "wb") as train, open(here / f"{i}.val", "wb") as val:
-            parts = (
-                (split, hashed, j == 0, part)
-                for split, hashed, text in chosen(here, *unit)
-                # A text in the manner of SentencePiece begins with a space that its parts lack.
-                for j, part in enumerate(pieces_of(text) if tok.lead == "never" else [text])
-            )
+    if not (here / f"{i}.npy").exists():
+        rows = []
+        parts = (
+            (split, hashed, j == 0, part)
+            for split, hashed, text in chosen(here, *unit)
+            # A text in the manner of SentencePiece begins with a space that its parts lack.
+            for j, part in enumerate(pieces_of(text) if tok.lead == "never" else [text])
+        )
+        with open(here / f"{i}.tokens", "wb") as file:
             for group in in_rounds(parts, BATCH):
                 encoded = tok.encode_batch([text for *_, text in group])
                 for (split, hashed, first, text), ids in zip(group, encoded):
-                    file = train if split == "train" else val
                     if first:
                         file.write(np.array([tok.eot_id], kind))
-                        rows[split].append((1, hashed, 0))
+                        rows.append([SPLITS.index(split), hashed, 1, 0])
                     file.write(ids.astype(kind))
-                    n, _, size = rows[split][-1]
-                    rows[split][-1] = (n + len(ids), hashed, size + len(text.encode()))
-        with model.whole_file(here / f"{i}.npz") as file:
-            np.savez(file, **{split: np.array(some, TOKENS) for split, some in rows.items()})
-    return sum(int(some["bytes"].sum()) for some in np.load(here / f"{i}.npz").values())
+                    rows[-1][2] += len(ids)
+                    rows[-1][3] += len(text.encode())
+        with model.whole_file(here / f"{i}.npy") as file:
+            np.save(file, np.array([*map(tuple, rows)], TOKENS))
+    return int(np.load(here / f"{i}.npy")["bytes"].sum())
+
+
+def within(rows, split, limit=MOST):
+    """Which of the encoded documents are in this split, with a hash up to `limit`: (n,) bool."""
+    return (rows["split"] == SPLITS.index(split)) & (rows["hash"] <= limit)
 
 
 def layout(units, documents):
     """What the shards hold: ({split: [(unit, its split, hash limit)]}, {source: {split: numbers}}),
-    where `documents` are the TOKENS of each unit, {split: (n,)}. A mix takes each source as often
+    where `documents` are the TOKENS of each unit. A mix takes each source as often
     as its share wants: whole first, then the documents with the lowest hashes. Its val keeps the
     shares, without repeats; val.<source> is all of a source's."""
     plans, told = {}, {name: {} for name in mixture()}
     mine = {name: [i for i, unit in enumerate(units) if unit["source"] == name] for name in told}
     for split in SPLITS:
-        rows = {name: [documents[i][split] for i in some] for name, some in mine.items()}
-        rows = {name: np.concatenate([np.empty(0, TOKENS), *rows[name]]) for name in told}
+        rows = {name: np.concatenate([documents[i] for i in some]) for name, some in mine.items()}
+        rows = {name: some[within(some, split)] for name, some in rows.items()}
         tokens = {name: int(rows[name]["tokens"].sum()) for name in told if len(rows[name])}
         if split == "train" and (missing := [name for name in told if name not in tokens]):
             raise UserError(f"sources: no text for training in {', '.join(missing)}")
@@ -1677,15 +1677,13 @@ def write_shards(here, plans, documents):
     head = (20240801, 7) if kind == "<u4" else (20240520, 1)
 
     def tokens_of(i, split, limit):
-        tokens, rows = table(here / f"{i}.{split}", kind), documents[i][split]
-        whole = limit == MOST
-        return tokens if whole else tokens[np.repeat(rows["hash"] <= limit, rows["tokens"])]
+        taken = np.repeat(within(documents[i], split, limit), documents[i]["tokens"])
+        return table(here / f"{i}.tokens", kind)[taken]
 
     for split, parts in plans.items():
         numbers = []
         for i, which, limit in parts:
-            rows = documents[i][which]
-            rows = rows[rows["hash"] <= limit]
+            rows = documents[i][within(documents[i], which, limit)]
             numbers.append((len(rows), rows["bytes"].sum(), rows["tokens"].sum()))
         numbers = np.array(numbers, np.int64).reshape(-1, 3).sum(0).tolist()
         meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers)) | {"shards": []}
@@ -2019,7 +2017,7 @@ def build(run, folder, work, pool):
     makes_tasks = (source, sources) == ("python", None)
     sets = build_tasks(run, here, pool, units, TASKS) if makes_tasks else {}
     if run.main:
-        documents = [dict(np.load(here / f"{i}.npz")) for i in range(len(names))]
+        documents = [np.load(here / f"{i}.npy") for i in range(len(names))]
         plans, mix = layout(units, documents)
         meta = write_shards(here, plans, documents)
         for name in sources or ():

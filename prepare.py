@@ -958,7 +958,9 @@ def joined(n, edges):
 # one after another, <unit>.rows, a row_kind() for each, and <unit>.json. `here` is a folder in it,
 # of these units together: its `rows` are those of all, in order.
 
-LAST = ("url", "exact", "near")  # the steps that compare all documents
+# The steps that compare all documents: why each leaves one out.
+LAST = {"url": "the URL came before", "exact": "the text came before"}
+LAST["near"] = "a near-duplicate came before"
 MOST = 2**64 - 1  # the greatest hash
 ALL = 2**62
 
@@ -1030,14 +1032,15 @@ def hashed_name(text):
 
 def in_rounds(items, size):
     """Group (…, text) tuples into lists of about `size` characters."""
-    held = 0
-
-    def round_of(item):
-        nonlocal held
+    group, held = [], 0
+    for item in items:
+        group.append(item)
         held += len(item[-1])
-        return held // size
-
-    return ([*group] for _, group in groupby(items, round_of))
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def cleaned(unit, tallies, skipped):
@@ -1142,10 +1145,6 @@ def find_near(here, band):
     return np.concatenate(found)
 
 
-WHY = {"url": "the URL came before", "exact": "the text came before"}
-WHY["near"] = "a near-duplicate came before"
-
-
 def deduplicate(here, names, pool):
     """Drop documents whose URL or text came before, in any unit: (what is left, (N,) bool; {step:
     Tally} of all steps; the sizes of the clusters of near-duplicates, with the first document of
@@ -1174,7 +1173,7 @@ def deduplicate(here, names, pool):
         given, rest = ([int(some.sum()), int(rows["size"][some].sum())] for some in (left, after))
         gone = np.flatnonzero(left & ~after)
         examples = [one_line(text) for text in texts_of(here.parent, rows[gone[:3]])]
-        reasons = {WHY[step]: [len(gone), examples]} if len(gone) else {}
+        reasons = {LAST[step]: [len(gone), examples]} if len(gone) else {}
         tallies[step].add(given, rest, time.perf_counter() - begun, reasons)
         left = after
     return left, tallies, sorted(clusters, reverse=True)
@@ -1204,7 +1203,7 @@ def chosen(here, begin, end):
     """Yield (split, hash, text) of documents `begin` to before `end` that stay."""
     rows, cuts = all_rows(here)[begin:end], np.load(here / "cuts.npy", mmap_mode="r")[begin:end]
     numbers = np.flatnonzero(cuts >= 0)
-    for i, text in zip(numbers, texts_of(here.parent, map(rows.__getitem__, numbers))):
+    for i, text in zip(numbers, texts_of(here.parent, (rows[i] for i in numbers))):
         parts = {"train": text[: cuts[i]], "val": text[cuts[i] :]}
         yield from ((split, rows["hash"][i], part) for split, part in parts.items() if part)
 
@@ -1849,54 +1848,46 @@ def as_seq2seq(r):
 TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
 
 
-def convert(wanted, work, unit):
-    """The records of a unit as rows of the wanted tasks, in <unit>.tasks.json: {task: [(hash to
-    split by, row)]}, and the tallies of the bad ones."""
-    place = work / f"{unit['name']}.tasks.json"
-    if not place.exists():
-        rows, tallies, broken = defaultdict(list), defaultdict(Tally), []
-        found = islice(records(unit, [], broken), max_documents)
-        for record in functions_of(found) if source == "python" else found:
-            for name in wanted:
-                if source == "python" and name == "classify" and not record["label"]:
-                    continue  # a module that is in no package
-                text = json.dumps(record, default=str)
-                try:
-                    row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                    hashed = digest(row.encode(errors="replace"))
-                    hashed = record["split_by"] if source == "python" else hashed
-                    rows[name].append((hashed, row))
-                    tallies[name].count(text, text)
-                except (Reject, ValueError, TypeError, AttributeError) as why:
-                    reason = str(why) if isinstance(why, Reject) else "fields of another type"
-                    tallies[name].count(text, text, reason)
-        for name in wanted:
-            for line in broken:
-                tallies[name].count(line, line, "no JSON object")
-        tallies = {name: vars(tally) for name, tally in tallies.items()}
-        model.write_json(place, {"rows": rows, "tallies": tallies})
-    return sum(end - begin for _, begin, end, *_ in unit["files"])
+def convert(wanted, unit):
+    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
+    made, broken = {name: ({}, Tally()) for name in wanted}, []
+    found = islice(records(unit, [], broken), max_documents)
+    for record in functions_of(found) if source == "python" else found:
+        text = json.dumps(record, default=str)
+        for name, (rows, tally) in made.items():
+            if source == "python" and name == "classify" and not record["label"]:
+                continue  # a module that is in no package
+            try:
+                row = json.dumps(TASKS[name](record), ensure_ascii=False)
+                hashed = digest(row.encode(errors="replace"))
+                rows[row] = record["split_by"] if source == "python" else hashed
+                tally.count(text, text)
+            except (Reject, ValueError, TypeError, AttributeError) as why:
+                reason = str(why) if isinstance(why, Reject) else "fields of another type"
+                tally.count(text, text, reason)
+    for _, tally in made.values():
+        for line in broken:
+            tally.count(line, line, "no JSON object")
+    return made
 
 
-def build_tasks(run, here, pool, units, wanted):
-    """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {name: rows}."""
-    made = {}
-    each(partial(convert, wanted, here.parent), units, run, pool, "converting")
-    for name in wanted if run.main else ():
-        tally, rows = Tally(), {}
-        for unit in units:
-            result = model.read_json(here.parent / f"{unit['name']}.tasks.json")
-            tally.add(**result["tallies"].get(name, {}))
-            rows |= {row: hashed for hashed, row in result["rows"].get(name, [])}
+def build_tasks(here, pool, units, wanted):
+    """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {file name: its rows}."""
+    parts, made = list(pool(partial(convert, wanted), units)), {}
+    for name in wanted:
+        rows, tally = {}, Tally()
+        for part in parts:
+            rows |= part[name][0]
+            tally.add(**vars(part[name][1]))
         for reason, (n, examples) in tally.reasons.items():
             print(f"{name}: {n:,} bad records: {reason}, such as {examples[0]}")
         if tally.left[0] > len(rows):
             print(f"{name}: {tally.left[0] - len(rows):,} records came before, word for word")
         if not rows and task:
             raise Nothing(f"--source={source}: no record for --task={task} in it")
-        last = list(rows)[len(rows) - round(len(rows) * val_fraction) :]
-        last = last if len(rows) < 20 else [r for r, h in rows.items() if h < val_fraction * 2**64]
-        last = set(last)
+        last = set(list(rows)[len(rows) - round(len(rows) * val_fraction) :])
+        if len(rows) >= 20:
+            last = {row for row, hashed in rows.items() if hashed < val_fraction * 2**64}
         for split in SPLITS:
             some = [row for row in rows if (row in last) == (split == "val")]
             made[f"{name}_{split}.jsonl"] = len(some)
@@ -2014,8 +2005,6 @@ def build(run, folder, work, pool):
         model.write_json(here / "tokenizer/tokenizer.json", tok.spec)
     wait(run)
     each(partial(encode, here), jobs, run, pool, "encoding")
-    makes_tasks = (source, sources) == ("python", None)
-    sets = build_tasks(run, here, pool, units, TASKS) if makes_tasks else {}
     if run.main:
         documents = [np.load(here / f"{i}.npy") for i in range(len(names))]
         plans, mix = layout(units, documents)
@@ -2026,9 +2015,12 @@ def build(run, folder, work, pool):
         meta |= {"sources": mix} if sources else {}
         hashes = hashlib.sha256(all_rows(here)["hash"].tobytes()).hexdigest()
         meta |= {"source_sha256": hashes, "skipped": skipped}
+        of_python = (source, sources) == ("python", None)
+        more = list(build_tasks(here, pool, units, TASKS)) if of_python else []
         if report:
             write_report(here, tallies, clusters, meta)
-        commit(folder, here, tok, meta, [*sets, *["report.md"][:report]])
+            more.append("report.md")
+        commit(folder, here, tok, meta, more)
 
 
 def write_report(here, tallies, clusters, meta):
@@ -2104,10 +2096,9 @@ def make(run, folder, work, pool):
         return use_fineweb(run, folder, work / "fineweb")
     if not task:
         return build(run, folder, work, pool)
-    here = work / "tasks"
-    here.mkdir(exist_ok=True)
-    for name, n in build_tasks(run, here, pool, plan(run), [task]).items():
-        os.replace(here / name, folder / name)
+    units = plan(run)
+    for name, n in build_tasks(work, pool, units, [task]).items() if run.main else ():
+        os.replace(work / name, folder / name)
         print(f"{name}: {n:,} records")
 
 

@@ -20,7 +20,7 @@ dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
 field = "text"  # the field of a JSONL or parquet record that is its text
 separator: str | None = None  # a text file is cut into documents here
-max_documents: int | None = None  # read so many
+max_documents: int | None = None  # read so many of each source, in one process
 shards: int | None = None  # of a download in many files: take so many
 
 # Cleaning. One by one: html, unicode, whitespace, length, language, blocklist, gopher_repetition,
@@ -277,8 +277,8 @@ def records(unit, skipped, bad=None):
                     raise UserError(f"{path}: {why}") from None
                 skipped.append(shown)
             continue
-        found = read_parquet(path) if path.endswith(".parquet") else read_json(path, begin, end)
-        for number, line in found:
+        parquet = path.endswith(".parquet")
+        for number, line in read_parquet(path) if parquet else read_json(path, begin, end):
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
                 if bad is None:
@@ -1152,7 +1152,8 @@ def deduplicate(here, names, pool):
     tallies, clusters = defaultdict(Tally), []
     with open(here / "rows", "wb") as file:
         for name in names:
-            file.write((here.parent / f"{name}.rows").read_bytes())
+            with open(here.parent / f"{name}.rows", "rb") as part:
+                shutil.copyfileobj(part, file)
             for step, saved in model.read_json(here.parent / f"{name}.json")["tallies"].items():
                 tallies[step].add(**saved)
     rows = all_rows(here)
@@ -1676,8 +1677,12 @@ def write_shards(here, plans, documents):
     head = (20240801, 7) if kind == "<u4" else (20240520, 1)
 
     def tokens_of(i, split, limit):
-        taken = np.repeat(within(documents[i], split, limit), documents[i]["tokens"])
-        return table(here / f"{i}.tokens", kind)[taken]
+        tokens, at = table(here / f"{i}.tokens", kind), 0
+        for first in range(0, len(documents[i]), 1000):
+            rows = documents[i][first : first + 1000]
+            taken = np.repeat(within(rows, split, limit), rows["tokens"])
+            yield tokens[at : at + len(taken)][taken]
+            at += len(taken)
 
     for split, parts in plans.items():
         numbers = []
@@ -1686,7 +1691,8 @@ def write_shards(here, plans, documents):
             numbers.append((len(rows), rows["bytes"].sum(), rows["tokens"].sum()))
         numbers = np.array(numbers, np.int64).reshape(-1, 3).sum(0).tolist()
         meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers)) | {"shards": []}
-        found, rest = (tokens_of(*part) for part in parts), np.empty(0, kind)
+        found = chain.from_iterable(tokens_of(*part) for part in parts)
+        rest = np.empty(0, kind)
         for begin in range(0, meta[split]["tokens"], shard_tokens):
             left = size = min(shard_tokens, meta[split]["tokens"] - begin)
             meta[split]["shards"].append(f"{split}_{begin // shard_tokens:06d}.bin")
@@ -1912,13 +1918,13 @@ def adopt(values):
         ctypes.CDLL(None).prctl(1, 9)
 
 
-def each(f, items, run, pool, what=None):
-    """Run f, which may return the bytes that it did, on this rank's share of the items, on several
+def each(f, items, run, pool, what):
+    """Run f, which returns the bytes that it did, on this rank's share of the items, on several
     processes. The ranks leave together."""
     mine, show, begun, done = items[run.rank :: run.world], model.Progress(), time.monotonic(), 0
     for n, size in enumerate((pool if len(mine) > 1 else map)(f, mine), 1):
-        done += size or 0
-        if what and run.main:
+        done += size
+        if run.main:
             rate = done / 1e6 / max(time.monotonic() - begun, 1e-9)
             told = f"{n} of {len(mine)} parts, {done / 1e6:,.1f} MB, {rate:,.1f} MB/s"
             show(f"{what}: {told}", last=n == len(mine))

@@ -809,8 +809,8 @@ PHONE = re.compile(
 
 
 def clean_pii(text, doc):
-    """E-mail addresses, public IP addresses and telephone numbers become <email>, <ip> and <phone>;
-    their counts go to doc["pii"]. Four numbers under 32 are a version rather than an address."""
+    """E-mail addresses, public IP addresses and telephone numbers become <email>, <ip> and <phone>.
+    Four numbers under 32 are a version rather than an address."""
 
     def replace_ip(match):
         try:
@@ -821,12 +821,9 @@ def clean_pii(text, doc):
         version = VERSION.search(text, max(0, match.start() - 24), match.start())
         return "<ip>" if public and not version else match[0]
 
-    before = text.count("<ip>")
-    text, emails = EMAIL.subn("<email>", text) if "@" in text else (text, 0)
+    text = EMAIL.sub("<email>", text) if "@" in text else text
     text = IP.sub(replace_ip, text)
-    text, phones = PHONE.subn("<phone>", text)
-    doc["pii"] = {"email": emails, "ip": text.count("<ip>") - before, "phone": phones}
-    return text
+    return PHONE.sub("<phone>", text)
 
 
 STEPS = (clean_html, clean_unicode, clean_whitespace, check_length, check_language, check_blocklist)
@@ -1119,12 +1116,6 @@ def texts_of(work, rows):
             for row in some:
                 file.seek(row["begin"])
                 yield file.read(row["size"]).decode()
-
-
-def starts_of(work, names):
-    """The number among all of each unit's first document, and at last how many there are."""
-    sizes = [os.path.getsize(work / f"{name}.rows") for name in names]
-    return np.cumsum([0, *sizes]) // row_kind().itemsize
 
 
 def find_near(here, band):
@@ -1986,7 +1977,8 @@ def build(run, folder, work, pool):
     each(partial(clean, work), units, run, pool, "reading")
     names = [unit["name"] for unit in units]
     here = work / hashed_name("".join(names))
-    starts = starts_of(work, names).tolist()
+    sizes = [os.path.getsize(work / f"{name}.rows") for name in names]
+    starts = (np.cumsum([0, *sizes]) // row_kind().itemsize).tolist()  # of each unit's documents
     jobs = list(zip(range(len(names)), starts, starts[1:]))
     if run.main:
         here.mkdir(exist_ok=True)

@@ -494,26 +494,21 @@ Name/93.184.216.34  1.3.6.1.4.1.99  93.184.216.34.5  std::vector  a::b  fe80::1 
 """
 
 
-def test_personal_data_is_replaced_and_counted():
+def test_personal_data_is_replaced():
     for mark, cases in PERSONAL.items():
         for case in cases.split() + ["(" + cases.split()[0] + ").", cases.split()[1] + "?"]:
-            doc = {}
-            found = f.clean_pii(f"So {case} it is", doc)
-            assert mark in found and not any(c.isdigit() for c in found), found
-            assert doc["pii"] == {"email": 0, "ip": 0, "phone": 0} | {mark[1:-1]: 1}
+            found = f.clean_pii(f"So {case} it is", {})
+            assert found.count("<") == found.count(mark) == 1, found
+            assert not any(c.isdigit() for c in found), found
     for case in PHRASES["<phone>"]:
         assert f.clean_pii(f"Call {case}.", {}) == "Call <phone>."
     assert f.clean_pii("at 93.184.216.34, port 80", {}) == "at <ip>, port 80"
-    doc = {}
-    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34", doc) == "<email>, <ip> <email> <ip>"
-    assert doc["pii"] == {"email": 2, "ip": 1, "phone": 0}
+    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34", {}) == "<email>, <ip> <email> <ip>"
 
 
 @pytest.mark.parametrize("case", [c for r in IMPERSONAL.split("\n") for c in r.split("  ") if c])
 def test_what_looks_like_personal_data_stays(case):
-    doc = {}
-    assert f.clean_pii(f"So {case} it is", doc) == f"So {case} it is"
-    assert not any(doc["pii"].values())
+    assert f.clean_pii(f"So {case} it is", {}) == f"So {case} it is"
 
 
 def test_patterns_are_linear():

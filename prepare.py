@@ -1308,7 +1308,7 @@ def train_wordpiece(counts, n_tokens, show):
     for word, n in counts.items():
         for c in word:
             often[c] += n
-    letters = sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)]
+    letters = set(sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)])
     words = {w: n for w, n in counts.items() if set(w).issubset(letters)}
     symbols = sorted(letters) + sorted({"##" + c for word in words for c in word[1:]})
     ids = numbered(symbols)
@@ -1600,7 +1600,7 @@ def encode(here, job):
     """Encode what stays of unit i, in a job (i, its first document, their end): <i>.tokens has the
     tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
-    tok, kind = finished(here / "tokenizer")
+    tok, kind = finished(here)
     if not (here / f"{i}.npy").exists():
         rows = []
         parts = (
@@ -1664,7 +1664,7 @@ def layout(units, documents):
 
 def write_shards(here, plans, documents):
     """Write every split in shards of shard_tokens, in llm.c's format: {split: its numbers}."""
-    kind, meta = finished(here / "tokenizer")[1], {}
+    kind, meta = finished(here)[1], {}
     head = (20240801, 7) if kind == "<u4" else (20240520, 1)
 
     def tokens_of(i, split, limit):
@@ -1951,11 +1951,11 @@ def use_fineweb(run, folder, here):
 def read_fineweb(name):
     """Download a shard of FineWeb: how many tokens it has."""
     path = download(f"{FINEWEB}fineweb_{name}", KEPT / "fineweb10B" / name)
-    header = np.fromfile(path, "<i4", 3).tolist()
-    if header[:2] != [20240520, 1] or path.stat().st_size != 1024 + 2 * header[-1]:
+    try:
+        return len(model.open_shard(path))
+    except UserError:
         path.unlink()
-        raise UserError(f"{path}: removed: not the token shard that was expected")
-    return header[-1]
+        raise UserError(f"{path}: removed: not the token shard that was expected") from None
 
 
 def learn_tokenizer(here, jobs, pool):
@@ -1998,9 +1998,8 @@ def build(run, folder, work, pool):
             raise Nothing(f"--source={source}: no text for training in it")
         tok = tok or learn_tokenizer(here, jobs, pool)
         print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
-        (here / "tokenizer").mkdir(exist_ok=True)
-        model.write_json(here / "tokenizer/tokenizer_config.json", tok.config)
-        model.write_json(here / "tokenizer/tokenizer.json", tok.spec)
+        model.write_json(here / "tokenizer_config.json", tok.config)
+        model.write_json(here / "tokenizer.json", tok.spec)
     wait(run)
     each(partial(encode, here), jobs, run, pool, "encoding")
     if run.main:

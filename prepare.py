@@ -953,7 +953,8 @@ def joined(n, edges):
 #
 # `work` is the folder of what is under way: there are <unit>.txt, the texts of the unit's documents
 # one after another, <unit>.rows, a row_kind() for each, and <unit>.json. `here` is a folder in it,
-# of these units together: its `rows` are those of all, in order.
+# of these units together: its `rows` are those of all, in order, cuts.npy says what becomes of each
+# document, and <i>.tokens and <i>.npy are the i-th unit encoded.
 
 # The steps that compare all documents: why each leaves one out.
 LAST = {"url": "the URL came before", "exact": "the text came before"}

@@ -20,7 +20,7 @@ dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
 field = "text"  # the field of a JSONL or parquet record that is its text
 separator: str | None = None  # a text file is cut into documents here
-max_documents: int | None = None  # read so many
+max_documents: int | None = None  # read so many of each source, in one process
 shards: int | None = None  # of a download in many files: take so many
 
 # Cleaning. One by one: html, unicode, whitespace, length, language, blocklist, gopher_repetition,
@@ -83,10 +83,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache, lru_cache, partial
-from glob import glob, has_magic
+from functools import lru_cache, partial
+from glob import glob
 from html import unescape
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from urllib.parse import quote
 
@@ -133,7 +134,7 @@ def files_of(spec, run):
     """([paths], folder they are in or None, separator) of one source, downloads made. Under
     torchrun every rank downloads its part, and waits for the others."""
     if spec == "python":
-        folder = Path(sysconfig.get_path("stdlib"))
+        folder = sysconfig.get_path("stdlib")
         return walk(folder, ".py", SUITES), folder, None
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
         urls = addresses(spec)
@@ -142,13 +143,10 @@ def files_of(spec, run):
             download(urls[i], paths[i], SHA256.get(spec))
         wait(run)
         return paths, None, separator or SEPARATORS.get(spec)
-    path = Path(spec)
-    if path.is_dir():
-        return walk(path), path, separator
-    found = [spec] if path.exists() else sorted(glob(spec, recursive=True))
+    if os.path.isdir(spec):
+        return walk(spec), spec, separator
+    found = [spec] if os.path.exists(spec) else sorted(glob(spec, recursive=True))
     found = [Path(name) for name in found if os.path.isfile(name)]
-    if not found and has_magic(spec):
-        raise UserError(f"--source={spec}: no file has such a name")
     if not found:
         names = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
         raise UserError(f"--source={spec}: no such file or folder, nor one of {names}")
@@ -158,15 +156,14 @@ def files_of(spec, run):
 def walk(folder, ending="", avoid=()):
     """Every file of this ending in and below a folder, in the order of their names, without hidden
     ones and those in folders to avoid."""
-
-    def refuse(error):
-        raise error
-
     found = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != "." and name not in avoid]
-        paths = (Path(place, name) for name in names if name.endswith(ending) and name[0] != ".")
-        found += [path for path in paths if path.is_file()]
+    for entry in os.scandir(folder):
+        if entry.name[0] == "." or entry.name in avoid:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            found += walk(entry.path, ending, avoid)
+        elif entry.name.endswith(ending) and entry.is_file():
+            found.append(Path(entry.path))
     return sorted(found)
 
 
@@ -204,7 +201,7 @@ def kept_at(url):
     a hash tells it from another of that name."""
     plain = url.partition("?")[0]
     name = re.sub(r"[^\w.-]+", "_", plain if Path(plain).suffix else url)
-    return KEPT / f"{digest(url.encode()):016x}_{name[-100:]}"
+    return KEPT / f"{hashed_name(url)}_{name[-100:]}"
 
 
 def plan(run):
@@ -215,6 +212,8 @@ def plan(run):
         paths, folder, between = files_of(spec, run)
         stats = [path.stat() for path in paths]
         share = min(64_000_000, max(UNIT, sum(stat.st_size for stat in stats) // 64))
+        if max_documents:  # one process reads them all, and no further
+            share = sys.maxsize
         held = share
         for path, stat in zip(paths, stats):
             cut, size = "\n" if is_record(path) else between, max(1, stat.st_size)
@@ -224,26 +223,29 @@ def plan(run):
             borders = range(0, size, share if alone else size)
             for begin in borders:
                 if held >= share or len(borders) > 1:
-                    units.append({"source": name, "files": [], "under": folder and str(folder)})
+                    units.append({"source": name, "files": [], "under": folder})
                     held = 0
                 end = min(begin + borders.step, stat.st_size)
                 units[-1]["files"].append([str(path), begin, end, cut, stat.st_mtime_ns])
                 held += size
     # A unit's results have this name: other settings, or another file, another name.
-    aside = ("threads", "device", "dataset", "report")
-    kept = {key: value for key, value in settings(globals()).items() if key not in aside}
+    kept = settings_but("threads", "device", "dataset", "report")
     beside = [tokenizer, perplexity_model, blocklist, *(decontaminate or "").split(",")]
     found = [path for name in beside if name for path in [Path(name), *Path(name).glob("*")]]
     kept["beside"] = sorted((str(p), p.stat().st_mtime_ns) for p in found if p.exists())
     for unit in units:
-        unit["name"] = f"{digest(json.dumps([unit, kept]).encode()):016x}"
+        unit["name"] = hashed_name(json.dumps([unit, kept]))
     return units
 
 
+def settings_but(*names):
+    return {key: value for key, value in settings(globals()).items() if key not in names}
+
+
 def mixture():
-    """{name: (weight or None, source)} of what was asked."""
+    """{name: (weight, source)} of what was asked."""
     if sources is None:
-        return {"all": (None, source)}
+        return {"all": (1, source)}
     mix = {}
     for name, value in sources.items():
         mix[name] = tuple(value) if isinstance(value, (tuple, list)) else (value, name)
@@ -275,17 +277,14 @@ def records(unit, skipped, bad=None):
                     raise UserError(f"{path}: {why}") from None
                 skipped.append(shown)
             continue
-        columns = [field, "url"] if bad is None else []
         parquet = path.endswith(".parquet")
-        for number, line in read_parquet(path, columns) if parquet else read_json(path, begin, end):
+        for number, line in read_parquet(path) if parquet else read_json(path, begin, end):
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
-                for name in columns:
-                    if name != field and not isinstance(record.get(name), str):
-                        record[name] = ""
-                    # half a surrogate pair, which UTF-8 lacks, becomes U+FFFD
-                    text = record[name].encode("utf-16", "surrogatepass")
-                    record[name] = text.decode("utf-16", "replace")
+                if bad is None:
+                    url = record.get("url")
+                    url = mended(url) if isinstance(url, str) else ""
+                    record = {"url": url, field: mended(record[field])}
                 yield record | {"path": shown}
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
@@ -296,6 +295,11 @@ def records(unit, skipped, bad=None):
                 bad.append(f"{shown}:{number}: {found}")
 
 
+def mended(text):
+    """The text with U+FFFD for half a surrogate pair, which UTF-8 lacks."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 @lru_cache(1)
 def lines_to(path, begin):
     """How many lines of a file begin before those of its range from `begin`."""
@@ -304,7 +308,7 @@ def lines_to(path, begin):
         return sum(block.count(b"\n") for block in blocks) + (begin > 0)
 
 
-def read_parts(path, between, begin=0, end=None):
+def read_parts(path, between, begin=0, end=math.inf):
     """Yield the parts, bytes, of a file (gzipped by its name) that `between` cuts: those that begin
     from `begin` to before `end`. None: all of it as one."""
     number = 0
@@ -313,34 +317,28 @@ def read_parts(path, between, begin=0, end=None):
             if not between:
                 yield file.read()
                 return
-            mark, held = between.encode(), bytearray()
-            at = max(0, begin - len(mark))  # where `held` begins
-            end = math.inf if end is None or path.endswith(".gz") else end
-            file.seek(at)
-            inside = begin == 0  # else the part before the first mark belongs to another range
-            while block := file.read(1 << 20):
-                seam = max(0, len(held) - len(mark) + 1)  # no mark begins before it
-                held += block
-                if held.find(mark, seam) < 0:
-                    if not inside and at + len(held) >= end:
-                        return
-                    continue
-                *whole, held = held.split(mark)
+            mark, held, inside = between.encode(), b"", begin == 0
+            end = math.inf if path.endswith(".gz") else end  # which is of the file as it is
+            at = file.seek(max(0, begin - len(mark)))  # where `held` begins
+            while block := file.read(max(1 << 20, len(held))):
+                *whole, held = (held + block).split(mark)
                 for part in whole:
                     if at >= end:
                         return
                     number += 1
                     at += len(part) + len(mark)
-                    if inside:
-                        yield bytes(part)
+                    if inside:  # else it belongs to the range before
+                        yield part
                     inside = True
+                if not inside and at + len(held) >= end:
+                    return
             if inside and at < end:
-                yield bytes(held)
+                yield held
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged after line {number}: {error}") from None
 
 
-def read_json(path, begin=0, end=None):
+def read_json(path, begin=0, end=math.inf):
     """(number, line or value) of a JSONL file, or of a JSON file that is a list of records."""
     if path.removesuffix(".gz").endswith(".json"):
         with suppress(ValueError, RecursionError):  # JSONL by another name
@@ -352,32 +350,27 @@ def read_json(path, begin=0, end=None):
             yield number, line
 
 
-def read_parquet(path, columns):
-    """(number, record) of a parquet file, of these columns alone if the first is one of its own."""
+def read_parquet(path):
+    """(number, record) of a parquet file."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [name for name in columns if name in file.schema_arrow.names]
-            wanted = wanted if wanted[:1] == columns[:1] != [] else None
-            batches = (batch.to_pylist() for batch in file.iter_batches(1000, columns=wanted))
+            batches = (batch.to_pylist() for batch in file.iter_batches(1000))
             yield from enumerate(chain.from_iterable(batches), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: no parquet: {str(error).partition(chr(10))[0]}") from None
 
 
-def wait(run, value=None):
-    """Wait here until every rank has come, and return what rank 0 brought."""
-    brought = [value]
+def wait(run):
+    """Wait here until every rank has come."""
     try:
         if run.world > 1:
             dist.barrier()
-            dist.broadcast_object_list(brought)
     except RuntimeError:  # gloo's, when a rank has left
         raise UserError("another process has stopped: see what it says") from None
-    return brought[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,12 +404,11 @@ BLOCKS = set(
 )
 NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li", "a"}  # what has an end tag to match
 NAVIGATION = re.compile(r"\brole\s*=\s*[\"']?navigation\b", re.I)
-# What stands for tags in the text at first: 1 line break, 2 block, 3 item, 4 row, 5 cell, 6 end.
-SIGNS = {slash + tag: "\2" for tag in BLOCKS for slash in ("", "/")}
-SIGNS |= {"br": "\1", "li": "\3", "tr": "\4", "table": "\2\4", "td": "\5", "th": "\5"}
-SIGNS |= {"/li": "\6", "/tr": "\6", "/ul": "\6\2", "/ol": "\6\2", "/table": "\6\2"}
-GAP = re.compile("(?<!\\s)\\s*[\1-\7](?:[\\s\1-\7]*[\1-\7])? ?\x1d*")
-BLANKS = str.maketrans(" \n\t", "\x1c\x1d\x1e")  # the blanks of <pre>, until all others are done
+# What a tag means for the line breaks before the text behind it.
+SIGNS = {slash + tag: ["block"] for tag in BLOCKS for slash in ("", "/")}
+SIGNS |= {"br": ["line"], "li": ["item"], "tr": ["row"], "td": ["cell"], "th": ["cell"]}
+SIGNS |= {"table": ["block", "row"], "/table": ["end", "block"], "/tr": ["end"]}
+SIGNS |= {"/ul": ["end", "block"], "/ol": ["end", "block"], "/li": ["end"]}
 
 
 def html_tags(text):
@@ -430,26 +422,23 @@ def html_tags(text):
     yield name, attributes, text[at:]
 
 
-def gap(marks):
-    """The newlines, and the "- " or " | ", that marks stand for; none is before a first cell."""
-    lines, lead = 0, ""
-    for mark in marks[0]:
-        if mark in "\3\4":
-            lines, lead = max(lines, 1), "- " if mark == "\3" else mark
-        elif mark == "\5":
-            lines, lead = lines if lead else 0, lead + " | "
-        elif mark == "\6":
-            lines, lead = max(lines, 1), ""
-        elif mark in "\1\2\7" and not lead:  # in an item or a cell that has only just begun: none
-            lines = min(lines + 1, 2) if mark == "\1" else max(lines, 2 if mark == "\2" else 1)
-    return "\n" * lines + lead.replace("\4 | ", "").replace("\4", "")
-
-
 def html_to_text(text):
     """The text of an HTML page without navigation, forms and scripts: paragraphs with a blank line
     between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
-    out, opened, count, hidden = ["\2"], [], Counter(), 0
+    out, run, opened, count, hidden = [], [], [], Counter(), 0
+    lines, lead = 0, ""  # the line breaks, and the "- " or " | ", that are due before the next text
+
+    def end_run(pre):
+        nonlocal lines, lead
+        text = "".join(run)
+        text = text.rstrip().lstrip("\n") if pre else " ".join(text.split())
+        run.clear()
+        if text:
+            out.append("\n" * lines + lead.replace("\0 | ", "").replace("\0", "") + text)
+            lines, lead = 0, ""
+
     for tag, attributes, data in html_tags(re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text)):
+        pre = count["pre"]
         if tag == "header" and count["article"]:  # the title of an article, not of the site
             tag = "div"
         if tag in NESTING and not attributes.endswith("/"):
@@ -465,14 +454,23 @@ def html_to_text(text):
                 break
         if hidden:
             continue
-        mark = SIGNS.get(tag, "")
-        out.append(mark.replace("\2", "\7") if count["li"] else mark)  # 7: a block in an item
+        if tag in SIGNS:
+            end_run(pre)
+        for sign in SIGNS.get(tag, ()):
+            if sign in ("item", "row"):
+                lines, lead = max(lines, 1), "- " if sign == "item" else "\0"
+            elif sign == "cell":  # \0 is before a first one, which has no " | "
+                lines, lead = lines if lead else 0, lead + " | "
+            elif sign == "end":
+                lines, lead = max(lines, 1), ""
+            elif not lead:  # else an item or a cell has only just begun
+                least = 1 if count["li"] else 2
+                lines = min(lines + 1, 2) if sign == "line" else max(lines, least)
         data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
         if not (count["a"] and data in "¶§#"):  # a heading's link to itself
-            out.append(data.translate(BLANKS) if count["pre"] else data)
-    text = re.sub(r"[^\S\x1c-\x1e]+", " ", "".join(out))
-    text = GAP.sub(gap, text).strip("\n\x1d").rstrip()
-    return text.translate({kept: blank for blank, kept in BLANKS.items()})
+            run.append(data)
+    end_run(count["pre"])
+    return "".join(out).lstrip("\n")
 
 
 def clean_html(text, doc):
@@ -491,11 +489,8 @@ INVISIBLE = re.compile(
 
 
 def clean_unicode(text, doc):
-    """NFC, \\n for every kind of line end, no invisible characters, U+FFFD for half a surrogate."""
-    text = INVISIBLE.sub("", NEWLINE.sub("\n", text))
-    if not text.isascii():
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return unicodedata.normalize("NFC", text)
+    """NFC, \\n for every kind of line end, no invisible characters."""
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", NEWLINE.sub("\n", text)))
 
 
 def clean_whitespace(text, doc):
@@ -715,11 +710,6 @@ def langid():
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).rank
 
 
-def language_scorer_name():
-    """Which scorer guess_language uses here; for the records, as the verdicts depend on it."""
-    return "py3langid" if langid() else "built-in"
-
-
 def guess_language(text):
     """(language, share of the evidence, rivals) of a text's first 5,000 characters. The rivals are
     what it can hardly be told from; the share is theirs, too. "unknown": too few words."""
@@ -742,9 +732,10 @@ def check_language(text, doc):
 
 
 def bare(url):
-    """example.com/page of https://user@www.example.com/page/"""
-    url = url.casefold().strip().rstrip("/")
-    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?#]*@)?(?:www\.)?", "", url)
+    """example.com/page of https://user@www.example.com/page/?utm_source=x#top: what says which page
+    it is."""
+    url = re.sub(r"\butm_\w+=[^&#]*&?|#.*", "", url.strip().casefold())
+    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?]*@)?(?:www\.)?|[/?&]+$", "", url)
 
 
 @lru_cache(1)
@@ -818,8 +809,8 @@ PHONE = re.compile(
 
 
 def clean_pii(text, doc):
-    """E-mail addresses, public IP addresses and telephone numbers become <email>, <ip> and <phone>;
-    their counts go to doc["pii"]. Four numbers under 32 are a version rather than an address."""
+    """E-mail addresses, public IP addresses and telephone numbers become <email>, <ip> and <phone>.
+    Four numbers under 32 are a version rather than an address."""
 
     def replace_ip(match):
         try:
@@ -830,12 +821,9 @@ def clean_pii(text, doc):
         version = VERSION.search(text, max(0, match.start() - 24), match.start())
         return "<ip>" if public and not version else match[0]
 
-    before = text.count("<ip>")
-    text, emails = EMAIL.subn("<email>", text) if "@" in text else (text, 0)
+    text = EMAIL.sub("<email>", text) if "@" in text else text
     text = IP.sub(replace_ip, text)
-    text, phones = PHONE.subn("<phone>", text)
-    doc["pii"] = {"email": emails, "ip": text.count("<ip>") - before, "phone": phones}
-    return text
+    return PHONE.sub("<phone>", text)
 
 
 STEPS = (clean_html, clean_unicode, clean_whitespace, check_length, check_language, check_blocklist)
@@ -932,7 +920,7 @@ def evaluation_grams():
         if not os.path.isfile(path):
             raise UserError(f"--decontaminate={path}: no such file")
         bad = []
-        rows = records({"files": [(path, 0, None, None, 0)], "under": None}, [], bad)
+        rows = records({"files": [(path, 0, math.inf, None, 0)], "under": None}, [], bad)
         texts = ["\n".join(strings(row | {"path": None})) for row in rows]
         if bad:
             raise UserError(f"--decontaminate={bad[0]}: expected a JSON object")
@@ -965,9 +953,12 @@ def joined(n, edges):
 #
 # `work` is the folder of what is under way: there are <unit>.txt, the texts of the unit's documents
 # one after another, <unit>.rows, a row_kind() for each, and <unit>.json. `here` is a folder in it,
-# of these units together; what has its final name there is whole.
+# of these units together: its `rows` are those of all, in order, cuts.npy says what becomes of each
+# document, and <i>.tokens and <i>.npy are the i-th unit encoded.
 
-LAST = ("url", "exact", "near")  # the steps that compare all documents
+# The steps that compare all documents: why each leaves one out.
+LAST = {"url": "the URL came before", "exact": "the text came before"}
+LAST["near"] = "a near-duplicate came before"
 MOST = 2**64 - 1  # the greatest hash
 ALL = 2**62
 
@@ -977,9 +968,10 @@ def steps_of(names):
 
 
 def row_kind():
-    """What is known of a document: its bytes, the hashes of its text, of its words and of its URL,
-    and where near-duplicates are wanted its MinHash."""
-    columns = [(name, "<u8") for name in ("size", "hash", "exact", "url")]
+    """What is known of a document: its unit's name (16 hex digits), the bytes before it in the
+    unit's .txt and its own, the hashes of its text, of its words and of its URL, and where
+    near-duplicates are wanted its MinHash."""
+    columns = [(name, "<u8") for name in ("unit", "begin", "size", "hash", "exact", "url")]
     return np.dtype([*columns, ("signature", "<u2", (PERMUTATIONS * len(steps_of(["near"])),))])
 
 
@@ -987,6 +979,10 @@ def table(path, kind):
     """A file of rows of this dtype, mapped into memory."""
     empty = not os.path.getsize(path)  # which cannot be mapped
     return np.empty(0, kind) if empty else np.memmap(path, kind, "r")
+
+
+def all_rows(here):
+    return table(here / "rows", row_kind())
 
 
 class Tally:
@@ -1027,9 +1023,9 @@ def digest(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def plain_url(url):
-    """A URL without what does not say which page it is: scheme, www, fragment, a last slash."""
-    return re.sub(r"^https?://(www\.)?|\butm_\w+=[^&#]*&?|[/?]?(#.*)?$", "", url.strip().lower())
+def hashed_name(text):
+    """16 hex digits."""
+    return f"{digest(text.encode()):016x}"
 
 
 def in_rounds(items, size):
@@ -1049,7 +1045,7 @@ def cleaned(unit, tallies, skipped):
     """Yield (record, text) of the documents of a unit that the local steps leave."""
     todo = [(tallies[name], STEPS[name]) for name in steps_of(STEPS)]
     found = (record for record in records(unit, skipped) if record[field].strip())
-    for record in islice(found, unit.get("limit")):
+    for record in islice(found, max_documents):
         text = record[field]
         tallies["read"].count(text, text)
         for tally, step in todo:
@@ -1089,22 +1085,24 @@ def described(group, tallies):
     for row, (record, text) in zip(rows, group):
         row["size"], row["hash"] = len(data := text.encode()), digest(data)
         row["exact"] = digest(" ".join(text.lower().split()).encode())
-        row["url"] = digest(plain_url(record.get("url", "")).encode())
+        row["url"] = digest(bare(record.get("url", "")).encode())
     return [text for text, ok in zip(texts, stay) if ok], rows[stay]
 
 
 def clean(work, unit):
     """Read a unit, run the local steps over its documents and keep what they leave; <unit>.json,
     which comes last, says that the other files are whole. Returns the bytes read."""
-    place = f"{work / unit['name']}"
+    place, at = f"{work / unit['name']}", 0
     if not os.path.exists(f"{place}.json"):
         tallies, skipped, special = defaultdict(Tally), [], 0
         tallies["read"].add()
-        with open(f"{place}.txt", "wb") as all_texts, open(f"{place}.rows", "wb") as all_rows:
+        with open(f"{place}.txt", "wb") as all_texts, open(f"{place}.rows", "wb") as rows_file:
             for group in in_rounds(cleaned(unit, tallies, skipped), BATCH):
                 texts, rows = described(group, tallies)
-                all_texts.write("".join(texts).encode())
-                all_rows.write(rows.tobytes())
+                ends = at + np.cumsum(rows["size"])
+                rows["unit"], rows["begin"] = int(unit["name"], 16), ends - rows["size"]
+                at += all_texts.write("".join(texts).encode())
+                rows_file.write(rows.tobytes())
                 special += sum(any(name in text for name in special_tokens) for text in texts)
         result = {"skipped": skipped, "special": special}
         result["tallies"] = {name: vars(tally) for name, tally in tallies.items()}
@@ -1112,147 +1110,95 @@ def clean(work, unit):
     return model.read_json(f"{place}.json")["tallies"]["read"]["given"][1]
 
 
-def few_of(work, units, run, work_on, ending):
-    """The first units, in which there are max_documents documents, the last with the `limit` of its
-    own: no more is read."""
-    few, rest = [], max_documents
-    while run.main and rest > 0 and len(few) < len(units):
-        unit = units[len(few)]
-        few.append(unit | {"limit": rest, "name": f"{unit['name']}-{rest}"})
-        work_on(work, few[-1])
-        done = model.read_json(work / f"{few[-1]['name']}{ending}")
-        rest -= done["tallies"]["read"]["given"][0]
-    return wait(run, few)
+def texts_of(work, rows):
+    """Yield the texts, as `clean` left them, of the documents with these rows."""
+    for unit, some in groupby(rows, itemgetter("unit")):
+        with open(work / f"{unit:016x}.txt", "rb") as file:
+            for row in some:
+                file.seek(row["begin"])
+                yield file.read(row["size"]).decode()
 
 
-def texts_of(work, name, numbers):
-    """Yield the texts with these numbers, in rising order, of what `clean` left of a unit."""
-    ends = np.cumsum(table(work / f"{name}.rows", row_kind())["size"].astype(np.int64))
-    with open(work / f"{name}.txt", "rb") as file:
-        for i in numbers:
-            begin = int(ends[i - 1]) if i else 0
-            file.seek(begin)
-            yield file.read(int(ends[i]) - begin).decode()
-
-
-def starts_of(work, names):
-    """The number among all of each unit's first document, and at last how many there are."""
-    sizes = [os.path.getsize(work / f"{name}.rows") for name in names]
-    return np.cumsum([0, *sizes]) // row_kind().itemsize
-
-
-def column(work, names, key):
-    """A column of all units' documents, in order: (N,) uint64."""
-    parts = (table(work / f"{name}.rows", row_kind()) for name in names)
-    return np.concatenate([part[key].copy() for part in parts])  # no file stays open
-
-
-def text_of(work, names, i):
-    """Document i of all."""
-    starts = starts_of(work, names)
-    unit = np.searchsorted(starts, i, side="right") - 1
-    return next(texts_of(work, names[unit], [i - starts[unit]]))
-
-
-def drop(here, names, tally, left, after, reason, begun):
-    """Count what a step left out, where of `left` (N,) bool it left `after`, which is returned."""
-    sizes, gone = column(here.parent, names, "size"), np.flatnonzero(left & ~after)
-    given, rest = ([int(some.sum()), int(sizes[some].sum())] for some in (left, after))
-    examples = [one_line(text_of(here.parent, names, i)) for i in gone[:3]]
-    reasons = {reason: [len(gone), examples]} if len(gone) else {}
-    tally.add(given, rest, time.perf_counter() - begun, reasons)
-    return after
-
-
-def compare(here, names):
-    """Drop documents whose URL or text came before, in any unit: {step: Tally} of all steps so far.
-    What is left is in left.npy."""
-    tallies = defaultdict(Tally)
-    for name in names:
-        for step, saved in model.read_json(here.parent / f"{name}.json")["tallies"].items():
-            tallies[step].add(**saved)
-    left = np.ones(starts_of(here.parent, names)[-1], bool)
-    for step in steps_of(("url", "exact")):
-        values, begun = column(here.parent, names, step), time.perf_counter()
-        live = np.flatnonzero(left & (values != digest(b"")))
-        after = left.copy()
-        after[np.delete(live, np.unique(values[live], return_index=True)[1])] = False
-        why = {"url": "the URL came before", "exact": "the text came before"}[step]
-        left = drop(here, names, tallies[step], left, after, why, begun)
-    np.save(here / "left.npy", left)
-    return tallies
-
-
-def find_near(here, names, band):
-    """The pairs of near-duplicates that meet in a band: its first document with this key and the
-    others, if their signatures agree in near_threshold of all places; in near<band>.npy."""
-    if (here / f"near{band}.npy").exists():
-        return
-    signatures = lambda name: table(here.parent / f"{name}.rows", row_kind())["signature"]
-    width, keys = band_shape(near_threshold)[1], []
-    for part in map(signatures, names):
-        keys.append(np.zeros(len(part), np.uint64))
-        for k in range(band * width, band * width + width):
-            keys[-1] = keys[-1] * np.uint64(STEP) + part[:, k]
-    keys = np.concatenate(keys)
+def find_near(here, band):
+    """The pairs of near-duplicates that meet in a band, (n, 2): its first document with this key
+    and the others, if their signatures agree in near_threshold of all places."""
+    signatures, width = all_rows(here)["signature"], band_shape(near_threshold)[1]
+    keys = np.zeros(len(signatures), np.uint64)
+    for values in signatures[:, band * width : (band + 1) * width].copy().T:
+        keys = keys * np.uint64(STEP) + values
     live = np.flatnonzero(np.load(here / "left.npy") & (keys > 0))  # 0: too short for a shingle
     order = live[np.argsort(keys[live], kind="stable")]
     new = np.diff(keys[order], prepend=np.uint64(0)) != 0
     heads = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
     pairs, found = np.stack([heads, order], 1)[~new], []
-    starts = starts_of(here.parent, names)
     for some in np.array_split(pairs, len(pairs) // 100_000 + 1):
-        numbers, at = np.unique(some, return_inverse=True)
-        rows, at = np.empty((len(numbers), PERMUTATIONS), np.uint16), at.reshape(-1, 2)
-        borders = np.searchsorted(numbers, starts)
-        for name, start, a, b in zip(names, starts, borders, borders[1:]):
-            if b > a:
-                rows[a:b] = signatures(name)[numbers[a:b] - start]
-        alike = (rows[at[:, 0]] == rows[at[:, 1]]).mean(1)
+        alike = (signatures[some[:, 0]] == signatures[some[:, 1]]).mean(1)
         found.append(some[alike >= near_threshold])
-    with model.whole_file(here / f"near{band}.npy") as file:
-        np.save(file, np.concatenate(found))
+    return np.concatenate(found)
 
 
-def settle(here, units, tallies):
-    """Drop near-duplicates and divide what is left: cuts.npy says for each document how many of its
-    characters are for training (ALL; 0: none; -1: it is left out). A document goes to validation by
-    its hash, so that it stays where it is when others are added; of a source of fewer than 20 the
-    last val_fraction of all characters does. Returns the sizes of near-duplicate clusters, with the
-    first document of each, the largest first."""
-    work, names = here.parent, [unit["name"] for unit in units]
-    starts, left, clusters = starts_of(work, names), np.load(here / "left.npy"), []
-    if steps_of(["near"]):
-        begun = time.perf_counter()
-        label = joined(len(left), np.concatenate([np.load(p) for p in here.glob("near*.npy")]))
-        members = np.bincount(label[left], minlength=len(left))
-        clusters = [(int(members[i]), int(i)) for i in np.flatnonzero(members > 1)]
-        after = left & (label == np.arange(len(left)))
-        why = "a near-duplicate came before"
-        left = drop(here, names, tallies["near"], left, after, why, begun)
-    cuts = np.where(column(work, names, "hash") < np.uint64(val_fraction * 2**64), 0, ALL)
+def deduplicate(here, names, pool):
+    """Drop documents whose URL or text came before, in any unit: (what is left, (N,) bool; {step:
+    Tally} of all steps; the sizes of the clusters of near-duplicates, with the first document of
+    each, the largest first)."""
+    tallies, clusters = defaultdict(Tally), []
+    with open(here / "rows", "wb") as file:
+        for name in names:
+            with open(here.parent / f"{name}.rows", "rb") as part:
+                shutil.copyfileobj(part, file)
+            for step, saved in model.read_json(here.parent / f"{name}.json")["tallies"].items():
+                tallies[step].add(**saved)
+    rows = all_rows(here)
+    left = np.ones(len(rows), bool)
+    for step in [*steps_of(["url", "exact"]), *steps_of(["near"])]:
+        if step == "near":
+            np.save(here / "left.npy", left)
+            bands = range(band_shape(near_threshold)[0])
+            pairs = np.concatenate([*pool(partial(find_near, here), bands)])
+            begun, label = time.perf_counter(), joined(len(left), pairs)
+            members = np.bincount(label[left], minlength=len(left))
+            clusters = [(int(members[i]), int(i)) for i in np.flatnonzero(members > 1)]
+            after = left & (label == np.arange(len(left)))
+        else:
+            begun, values, after = time.perf_counter(), rows[step].copy(), left.copy()
+            live = np.flatnonzero(left & (values != digest(b"")))
+            after[np.delete(live, np.unique(values[live], return_index=True)[1])] = False
+        given, rest = ([int(some.sum()), int(rows["size"][some].sum())] for some in (left, after))
+        gone = np.flatnonzero(left & ~after)
+        examples = [one_line(text) for text in texts_of(here.parent, rows[gone[:3]])]
+        reasons = {LAST[step]: [len(gone), examples]} if len(gone) else {}
+        tallies[step].add(given, rest, time.perf_counter() - begun, reasons)
+        left = after
+    return left, tallies, sorted(clusters, reverse=True)
+
+
+def divide(here, units, starts, left):
+    """Divide what is left: cuts.npy says for each document how many of its characters are for
+    training (ALL; 0: none; -1: it is left out). A document goes to validation by its hash, so that
+    it stays where it is when others are added; of a source of fewer than 20 the last val_fraction
+    of all characters does."""
+    rows = all_rows(here)
+    cuts = np.where(rows["hash"] < np.uint64(val_fraction * 2**64), 0, ALL)
     cuts[~left] = -1
     for name in mixture():
-        of_it = np.repeat([unit["source"] == name for unit in units], np.diff(starts))
-        numbers = np.flatnonzero(left & of_it)
+        of_it = np.array([unit["source"] == name for unit in units], bool)
+        numbers = np.flatnonzero(left & np.repeat(of_it, np.diff(starts)))
         if len(numbers) < 20:
-            lengths = np.array([len(text_of(work, names, i)) for i in numbers], int)
+            lengths = np.array([len(text) for text in texts_of(here.parent, rows[numbers])], int)
             total = int(lengths.sum())
             training = total - round(total * val_fraction)  # characters
             cuts[numbers] = np.clip(training - (np.cumsum(lengths) - lengths), 0, lengths)
     np.save(here / "cuts.npy", cuts)
-    return sorted(clusters, reverse=True)
+    return cuts
 
 
-def chosen(here, name, start):
-    """Yield (split, hash, text) of the documents of a unit that stay, in order; `start` is the
-    number of its first among all."""
-    hashes = table(here.parent / f"{name}.rows", row_kind())["hash"]
-    cuts = np.load(here / "cuts.npy", mmap_mode="r")[start : start + len(hashes)]
+def chosen(here, begin, end):
+    """Yield (split, hash, text) of documents `begin` to before `end` that stay."""
+    rows, cuts = all_rows(here)[begin:end], np.load(here / "cuts.npy", mmap_mode="r")[begin:end]
     numbers = np.flatnonzero(cuts >= 0)
-    for number, text in zip(numbers, texts_of(here.parent, name, numbers)):
-        parts = {"train": text[: cuts[number]], "val": text[cuts[number] :]}
-        yield from ((split, hashes[number], part) for split, part in parts.items() if part)
+    for i, text in zip(numbers, texts_of(here.parent, (rows[i] for i in numbers))):
+        parts = {"train": text[: cuts[i]], "val": text[cuts[i] :]}
+        yield from ((split, rows["hash"][i], part) for split, part in parts.items() if part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1363,10 +1309,10 @@ def train_wordpiece(counts, n_tokens, show):
     for word, n in counts.items():
         for c in word:
             often[c] += n
-    letters = sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)]
+    letters = set(sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)])
     words = {w: n for w, n in counts.items() if set(w).issubset(letters)}
     symbols = sorted(letters) + sorted({"##" + c for word in words for c in word[1:]})
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    ids = numbered(symbols)
     pieces = {(ids[w[0]], *(ids["##" + c] for c in w[1:])): n for w, n in words.items()}
     singles = [(i,) for i in range(len(symbols))]
     merges = train_bpe(pieces, n_tokens - len(symbols), show, singles)
@@ -1447,7 +1393,7 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
     begin = {token[:-1] for token, n in often.items() if n == often[token[:-1]]}
     tokens = (t for t, n in often.items() if n > 1 and len(t) > 1 and t not in begin)
     tokens = BYTES + sorted(tokens, key=lambda t: (-often[t], t))
-    edges, ends = lattice(pieces, {token: i for i, token in enumerate(tokens)})
+    edges, ends = lattice(pieces, numbered(tokens))
     weights, expected = np.array([*pieces.values()], float), np.array([often[t] for t in tokens])
     while True:
         show(f"tokenizer: {len(tokens):,} tokens, to become {n_tokens:,}")
@@ -1456,7 +1402,7 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
             expected, _ = expect(edges, ends, weights, scores)
         if len(tokens) <= n_tokens:
             break
-        inner, bounds = lattice(tokens, {token: i for i, token in enumerate(tokens)})
+        inner, bounds = lattice(tokens, numbered(tokens))
         inner = inner[:, inner[2] != np.searchsorted(bounds, inner[1])]  # not a token by itself
         loss = expected * (scores - forward(inner, bounds, scores, np.maximum)[0][bounds])
         loss[:256] = np.inf
@@ -1470,9 +1416,13 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
     return pairs[:256] + sorted(pairs[256:], key=lambda pair: (-pair[1], pair[0]))
 
 
-def tokenizer_files(kind, vocab, special, split, **body):
+def tokenizer_files(kind, vocab, split, special=None, **body):
     """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token, spelled as there: id,
-    or Unigram's score}, special {name: id}; body: more of the model's fields."""
+    or Unigram's score}, special {name: id}; body: more of the model's fields. The first special
+    token starts a document, the second pads; with <|im_start|> and <|im_end|> it has ChatML."""
+    if special is None:  # their ids come last; a kind that has words has a token for all others
+        names = [UNKNOWN] * (kind in ("WordLevel", "WordPiece")) + special_tokens
+        special = {t: i for i, t in enumerate(dict.fromkeys(names), len(vocab))}
     if both := vocab.keys() & special.keys():
         why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
         raise UserError(f"special_tokens: {why}")
@@ -1503,38 +1453,24 @@ def tokenizer_files(kind, vocab, special, split, **body):
     return model.Tokenizer(spec | {"model": body}, config)
 
 
-def special_ids(at, *more):
-    """Ids from `at` up: of `more`, then of the special tokens (the first starts a document, the
-    second pads, and only with <|im_start|> and <|im_end|> among them is there a chat template)."""
-    return {t: at + i for i, t in enumerate(dict.fromkeys([*more, *special_tokens]))}
-
-
 def spell(token):
     """A token of bytes in GPT-2's letters, as tokenizer.json has it."""
     return "".join(map(LETTERS.__getitem__, token))
 
 
-def bpe_files(ranks, special, merges, split, **body):
-    """The files of a byte-level BPE tokenizer: ranks {bytes: id}, merges as pairs of bytes."""
-    body |= {"merges": [[spell(a), spell(b)] for a, b in merges]}
-    return tokenizer_files("BPE", {spell(t): i for t, i in ranks.items()}, special, split, **body)
+def numbered(tokens):
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def bpe_tokenizer(merges):
     """A byte-level BPE tokenizer: bytes, merges, special tokens, with ids in this order."""
-    ranks = {t: i for i, t in enumerate(BYTES + [a + b for a, b in merges])}
-    return bpe_files(ranks, special_ids(len(ranks)), merges, SPLIT)
-
-
-def word_tokenizer(kind, tokens, split, **body):
-    """A tokenizer of tokens that are text, with the unknown token for text that has none."""
-    vocab, special = {t: i for i, t in enumerate(tokens)}, special_ids(len(tokens), UNKNOWN)
-    return tokenizer_files(kind, vocab, special, split, **body)
+    vocab = numbered(map(spell, BYTES + [a + b for a, b in merges]))
+    return tokenizer_files("BPE", vocab, SPLIT, merges=[[spell(a), spell(b)] for a, b in merges])
 
 
 def char_tokenizer(characters):
     """One token a character; a character that training text lacks becomes the unknown token."""
-    return word_tokenizer("WordLevel", sorted(characters), model.CHARACTERS)
+    return tokenizer_files("WordLevel", numbered(sorted(characters)), model.CHARACTERS)
 
 
 def train_tokenizer(kind, counts, size, show=lambda line: None):
@@ -1550,12 +1486,13 @@ def train_tokenizer(kind, counts, size, show=lambda line: None):
             return bpe_tokenizer(train_bpe(pieces, room - 256, show))
         if kind == "unigram":
             scores = {spell(token): score for token, score in train_unigram(pieces, room, show)}
-            return tokenizer_files("Unigram", scores, special_ids(len(scores)), SPLIT)
+            return tokenizer_files("Unigram", scores, SPLIT)
         if kind == "word":
             words = sorted(counts, key=lambda word: (-counts[word], word))[: room - 1]
-            return word_tokenizer("WordLevel", words, SPLIT)
+            return tokenizer_files("WordLevel", numbered(words), SPLIT)
         form = dict(continuing_subword_prefix="##", max_input_chars_per_word=100)
-        return word_tokenizer("WordPiece", train_wordpiece(counts, room - 1, show), WORDS, **form)
+        pieces = train_wordpiece(counts, room - 1, show)
+        return tokenizer_files("WordPiece", numbered(pieces), WORDS, **form)
     finally:
         gc.enable()
 
@@ -1567,19 +1504,6 @@ def normalizers():
         if name not in NORMALIZERS:
             raise UserError(f"normalize={normalize}: expected some of {', '.join(NORMALIZERS)}")
     return [NORMALIZERS[name] for name in NORMALIZERS if name in asked]
-
-
-def check_tokenizer():
-    """Refuse settings that no tokenizer can be made with."""
-    names = {t for t in special_tokens if isinstance(t, str) and t}
-    if not 2 <= len(names) == len(special_tokens):
-        raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
-    least = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}.get(tokenizer, -math.inf)
-    if vocab_size < (least := least + len(special_tokens)):
-        raise UserError(f"vocab_size={vocab_size}: expected {least} or more")
-    if normalizers() and (source == "fineweb10B" or Path(tokenizer).is_dir()):
-        which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
-        raise UserError(f"normalize={normalize}: the tokenizer {which} is taken as it is")
 
 
 def tiktoken_tokenizer(name):
@@ -1596,7 +1520,9 @@ def tiktoken_tokenizer(name):
         special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
     # Oniguruma, which reads tokenizer.json, takes {1,3}+ for a repeated repeat.
     split = regex.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
-    return bpe_files(ranks, special, recover_merges(ranks), split, ignore_merges=True)
+    vocab, merges = {spell(t): i for t, i in ranks.items()}, recover_merges(ranks)
+    merges = [[spell(a), spell(b)] for a, b in merges]
+    return tokenizer_files("BPE", vocab, split, special, ignore_merges=True, merges=merges)
 
 
 def finished_tokenizer():
@@ -1642,7 +1568,8 @@ def show_tokens(tok, text):
 
 CUT = regex.compile(r"(?<=\S\n)(?=\p{L})")  # no split pattern has a piece that spans this
 SPLITS = ("train", "val")
-TOKENS = np.dtype([(name, "<u8") for name in ("tokens", "hash", "bytes")])  # of a document
+# Of an encoded document: which of SPLITS it is in, its hash, its numbers of tokens and of bytes.
+TOKENS = np.dtype([("split", "u1"), ("hash", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 
 
 def pieces_of(text):
@@ -1654,11 +1581,11 @@ def pieces_of(text):
     yield text[at:]
 
 
-def count(here, fraction, unit):
-    """{piece: count} of a sample, by hash, of a unit's training text; unit: (name, its start)."""
+def count(here, fraction, job):
+    """{piece: count} of a sample, by hash, of a unit's training text."""
     drawn = (
         model.normalize(text, normalizers())
-        for split, hashed, text in chosen(here, *unit)
+        for split, hashed, text in chosen(here, *job[1:])
         if split == "train" and int(mixed(hashed[None])[0]) < fraction * 2**64
     )
     return count_pieces((PATTERNS[tokenizer], part) for text in drawn for part in pieces_of(text))
@@ -1671,49 +1598,50 @@ def finished(folder):
 
 
 def encode(here, job):
-    """Encode what stays of unit i: <i>.train and <i>.val hold the tokens, <i>.npz the TOKENS of
-    each document. Returns bytes."""
+    """Encode what stays of unit i, in a job (i, its first document, their end): <i>.tokens has the
+    tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
-    tok, kind = finished(here / "tokenizer")
-    if not (here / f"{i}.npz").exists():
-        rows = {"train": [], "val": []}
-        with open(here / f"{i}.train", "wb") as train, open(here / f"{i}.val", "wb") as val:
-            parts = (
-                (split, hashed, j == 0, part)
-                for split, hashed, text in chosen(here, *unit)
-                # A text in the manner of SentencePiece begins with a space that its parts lack.
-                for j, part in enumerate(pieces_of(text) if tok.lead == "never" else [text])
-            )
+    tok, kind = finished(here)
+    if not (here / f"{i}.npy").exists():
+        rows = []
+        parts = (
+            (split, hashed, j == 0, part)
+            for split, hashed, text in chosen(here, *unit)
+            # A text in the manner of SentencePiece begins with a space that its parts lack.
+            for j, part in enumerate(pieces_of(text) if tok.lead == "never" else [text])
+        )
+        with open(here / f"{i}.tokens", "wb") as file:
             for group in in_rounds(parts, BATCH):
                 encoded = tok.encode_batch([text for *_, text in group])
                 for (split, hashed, first, text), ids in zip(group, encoded):
-                    file = train if split == "train" else val
                     if first:
                         file.write(np.array([tok.eot_id], kind))
-                        rows[split].append((1, hashed, 0))
+                        rows.append([SPLITS.index(split), hashed, 1, 0])
                     file.write(ids.astype(kind))
-                    n, _, size = rows[split][-1]
-                    rows[split][-1] = (n + len(ids), hashed, size + len(text.encode()))
-        with model.whole_file(here / f"{i}.npz") as file:
-            np.savez(file, **{split: np.array(some, TOKENS) for split, some in rows.items()})
-    return sum(int(some["bytes"].sum()) for some in np.load(here / f"{i}.npz").values())
+                    rows[-1][2] += len(ids)
+                    rows[-1][3] += len(text.encode())
+        with model.whole_file(here / f"{i}.npy") as file:
+            np.save(file, np.array([*map(tuple, rows)], TOKENS))
+    return int(np.load(here / f"{i}.npy")["bytes"].sum())
+
+
+def within(rows, split, limit=MOST):
+    """Which of the encoded documents are in this split, with a hash up to `limit`: (n,) bool."""
+    return (rows["split"] == SPLITS.index(split)) & (rows["hash"] <= limit)
 
 
 def layout(units, documents):
     """What the shards hold: ({split: [(unit, its split, hash limit)]}, {source: {split: numbers}}),
-    where `documents` are the TOKENS of each unit, {split: (n,)}. A mix takes each source as often
+    where `documents` are the TOKENS of each unit. A mix takes each source as often
     as its share wants: whole first, then the documents with the lowest hashes. Its val keeps the
     shares, without repeats; val.<source> is all of a source's."""
-    everything = range(len(units))
-    if sources is None:
-        return {split: [(i, split, MOST) for i in everything] for split in SPLITS}, {}
-    plans, told = {}, {name: {} for name in sources}
-    mine = {name: [i for i in everything if units[i]["source"] == name] for name in sources}
+    plans, told = {}, {name: {} for name in mixture()}
+    mine = {name: [i for i, unit in enumerate(units) if unit["source"] == name] for name in told}
     for split in SPLITS:
-        rows = {name: [documents[i][split] for i in some] for name, some in mine.items()}
-        rows = {name: np.concatenate([np.empty(0, TOKENS), *rows[name]]) for name in sources}
-        tokens = {name: int(rows[name]["tokens"].sum()) for name in sources if len(rows[name])}
-        if split == "train" and (missing := [name for name in sources if name not in tokens]):
+        rows = {name: np.concatenate([documents[i] for i in some]) for name, some in mine.items()}
+        rows = {name: some[within(some, split)] for name, some in rows.items()}
+        tokens = {name: int(rows[name]["tokens"].sum()) for name in told if len(rows[name])}
+        if split == "train" and (missing := [name for name in told if name not in tokens]):
             raise UserError(f"sources: no text for training in {', '.join(missing)}")
         weights = {name: weight for name, (weight, _) in mixture().items() if name in tokens}
         shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
@@ -1722,8 +1650,7 @@ def layout(units, documents):
             total = min((tokens[name] / share for name, share in shares.items()), default=0)
         plans[split] = []
         for name, share in shares.items():
-            wanted = round(total * share)
-            copies, rest = divmod(wanted, tokens[name])
+            copies, rest = divmod(round(total * share), tokens[name])
             plans[split] += [(i, split, MOST) for i in mine[name]] * copies
             order = rows[name][np.argsort(rows[name]["hash"], kind="stable")]
             sums = np.append(0, np.cumsum(order["tokens"]))
@@ -1731,57 +1658,50 @@ def layout(units, documents):
             plans[split] += [(i, split, order["hash"][n - 1]) for i in mine[name] if n]
             numbers = {"tokens": tokens[name], "epochs": copies + int(sums[n]) / tokens[name]}
             told[name][split] = {"share": share} | numbers
-            if split == "val":
+            if split == "val" and sources:
                 plans[f"val.{name}"] = [(i, "val", MOST) for i in mine[name]]
     return plans, told
 
 
-def shard_jobs(plans, documents):
-    """Cut every split into shards of shard_tokens: ({split: its numbers}, jobs)."""
-
-    @cache
-    def totals(i, split, limit):
-        rows = documents[i][split]
-        rows = rows[rows["hash"] <= limit]
-        return len(rows), int(rows["bytes"].sum()), int(rows["tokens"].sum())
-
-    meta, jobs = {}, []
-    for split, parts in plans.items():
-        numbers = np.array([totals(*part) for part in parts], np.int64).reshape(-1, 3)
-        meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers.sum(0).tolist()))
-        ends = np.cumsum(numbers[:, 2])
-        starts, meta[split]["shards"] = ends - numbers[:, 2], []
-        for begin in range(0, meta[split]["tokens"], shard_tokens):
-            end = min(begin + shard_tokens, meta[split]["tokens"])
-            some = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(starts, end))
-            name = f"{split}_{begin // shard_tokens:06d}.bin"
-            meta[split]["shards"].append(name)
-            jobs.append((name, parts[some], starts[some], begin, end))
-    return meta, jobs
-
-
-def write_shard(here, job):
-    """Write one shard in llm.c's format: the tokens from `begin` to `end` of its split."""
-    name, parts, starts, begin, end = job
-    kind = finished(here / "tokenizer")[1]
+def write_shards(here, plans, documents):
+    """Write every split in shards of shard_tokens, in llm.c's format: {split: its numbers}."""
+    kind, meta = finished(here)[1], {}
     head = (20240801, 7) if kind == "<u4" else (20240520, 1)
-    if not (here / name).exists():
-        with model.whole_file(here / name) as file:
-            file.write(np.array([*head, end - begin, *[0] * 253], "<i4"))
-            for (i, split, limit), start in zip(parts, starts):
-                tokens = table(here / f"{i}.{split}", kind)
-                if limit < MOST:
-                    rows = np.load(here / f"{i}.npz")[split]
-                    tokens = tokens[np.repeat(rows["hash"] <= limit, rows["tokens"].astype(int))]
-                file.write(tokens[max(0, begin - start) : end - start])
+
+    def tokens_of(i, split, limit):
+        tokens, at = table(here / f"{i}.tokens", kind), 0
+        for first in range(0, len(documents[i]), 1000):
+            rows = documents[i][first : first + 1000]
+            taken = np.repeat(within(rows, split, limit), rows["tokens"])
+            yield tokens[at : at + len(taken)][taken]
+            at += len(taken)
+
+    for split, parts in plans.items():
+        numbers = []
+        for i, which, limit in parts:
+            rows = documents[i][within(documents[i], which, limit)]
+            numbers.append((len(rows), rows["bytes"].sum(), rows["tokens"].sum()))
+        numbers = np.array(numbers, np.int64).reshape(-1, 3).sum(0).tolist()
+        meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers)) | {"shards": []}
+        found = chain.from_iterable(tokens_of(*part) for part in parts)
+        rest = np.empty(0, kind)
+        for begin in range(0, meta[split]["tokens"], shard_tokens):
+            left = size = min(shard_tokens, meta[split]["tokens"] - begin)
+            meta[split]["shards"].append(f"{split}_{begin // shard_tokens:06d}.bin")
+            with model.whole_file(here / meta[split]["shards"][-1]) as file:
+                file.write(np.array([*head, size, *[0] * 253], "<i4"))
+                while left:
+                    rest = rest if len(rest) else next(found)
+                    file.write(rest[:left])
+                    left, rest = left - len(rest[:left]), rest[left:]
+    return meta
 
 
 def commit(folder, here, tok, meta, more=()):
     """Make the finished files in `here` the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
-    aside = ("threads", "device", "report")
-    kept = {key: value for key, value in settings(globals()).items() if key not in aside}
     splits = {key: value for key, value in meta.items() if key.partition(".")[0] in SPLITS}
+    kept = settings_but("threads", "device", "report")
     meta = {"settings": kept, "n_vocab": tok.n_vocab} | meta
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
@@ -1926,55 +1846,50 @@ def as_seq2seq(r):
 TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
 
 
-def convert(wanted, work, unit):
-    """The records of a unit as rows of the wanted tasks, in <unit>.tasks.json: {task: [(hash to
-    split by, row)]}, and the tallies of the bad ones."""
-    place = work / f"{unit['name']}.tasks.json"
-    if not place.exists():
-        rows, tallies, broken = defaultdict(list), defaultdict(Tally), []
-        found = list(islice(records(unit, [], broken), unit.get("limit")))
-        tallies["read"].add([len(found), 0])
-        for record in functions_of(found) if source == "python" else found:
-            for name in wanted:
-                if source == "python" and name == "classify" and not record["label"]:
-                    continue  # a module that is in no package
-                text = json.dumps(record, default=str)
-                try:
-                    row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                    hashed = digest(row.encode(errors="replace"))
-                    hashed = record["split_by"] if source == "python" else hashed
-                    rows[name].append((hashed, row))
-                    tallies[name].count(text, text)
-                except (Reject, ValueError, TypeError, AttributeError) as why:
-                    reason = str(why) if isinstance(why, Reject) else "fields of another type"
-                    tallies[name].count(text, text, reason)
-        for name in wanted:
-            for line in broken:
-                tallies[name].count(line, line, "no JSON object")
-        tallies = {name: vars(tally) for name, tally in tallies.items()}
-        model.write_json(place, {"rows": rows, "tallies": tallies})
-    return sum(end - begin for _, begin, end, *_ in unit["files"])
+def convert(wanted, unit):
+    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
+    made, broken = {name: ({}, Tally()) for name in wanted}, []
+    found = islice(records(unit, [], broken), max_documents)
+    for record in functions_of(found) if source == "python" else found:
+        text = json.dumps(record, default=str)
+        for name, (rows, tally) in made.items():
+            if source == "python" and name == "classify" and not record["label"]:
+                continue  # a module that is in no package
+            try:
+                row = json.dumps(TASKS[name](record), ensure_ascii=False)
+                hashed = digest(row.encode(errors="replace"))
+                rows[row] = record["split_by"] if source == "python" else hashed
+                tally.count(text, text)
+            except (Reject, ValueError, TypeError, AttributeError) as why:
+                reason = str(why) if isinstance(why, Reject) else "fields of another type"
+                tally.count(text, text, reason)
+    for _, tally in made.values():
+        for line in broken:
+            tally.count(line, line, "no JSON object")
+    return made
 
 
-def build_tasks(run, here, pool, units, wanted):
-    """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {name: rows}."""
-    made = {}
-    each(partial(convert, wanted, here.parent), units, run, pool, "converting")
-    for name in wanted if run.main else ():
-        tally, rows = Tally(), {}
-        for unit in units:
-            result = model.read_json(here.parent / f"{unit['name']}.tasks.json")
-            tally.add(**result["tallies"].get(name, {}))
-            rows |= {row: hashed for hashed, row in result["rows"].get(name, [])}
+def build_tasks(here, pool, units, wanted):
+    """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {file name: its rows}."""
+    parts, made, show = [], {}, model.Progress()
+    for part in pool(partial(convert, wanted), units):
+        parts.append(part)
+        count = f"{len(parts)} of {len(units)} parts"
+        show(f"converting: {count}", last=len(parts) == len(units))
+    for name in wanted:
+        rows, tally = {}, Tally()
+        for part in parts:
+            rows |= part[name][0]
+            tally.add(**vars(part[name][1]))
         for reason, (n, examples) in tally.reasons.items():
             print(f"{name}: {n:,} bad records: {reason}, such as {examples[0]}")
         if tally.left[0] > len(rows):
             print(f"{name}: {tally.left[0] - len(rows):,} records came before, word for word")
         if not rows and task:
             raise Nothing(f"--source={source}: no record for --task={task} in it")
-        last = list(rows)[len(rows) - round(len(rows) * val_fraction) :]
-        last = last if len(rows) < 20 else [r for r, h in rows.items() if h < val_fraction * 2**64]
-        last = set(last)
+        last = set(list(rows)[len(rows) - round(len(rows) * val_fraction) :])
+        if len(rows) >= 20:
+            last = {row for row, hashed in rows.items() if hashed < val_fraction * 2**64}
         for split in SPLITS:
             some = [row for row in rows if (row in last) == (split == "val")]
             made[f"{name}_{split}.jsonl"] = len(some)
@@ -1999,13 +1914,13 @@ def adopt(values):
         ctypes.CDLL(None).prctl(1, 9)
 
 
-def each(f, items, run, pool, what=None):
-    """Run f, which may return the bytes that it did, on this rank's share of the items, on several
+def each(f, items, run, pool, what):
+    """Run f, which returns the bytes that it did, on this rank's share of the items, on several
     processes. The ranks leave together."""
     mine, show, begun, done = items[run.rank :: run.world], model.Progress(), time.monotonic(), 0
     for n, size in enumerate((pool if len(mine) > 1 else map)(f, mine), 1):
-        done += size or 0
-        if what and run.main:
+        done += size
+        if run.main:
             rate = done / 1e6 / max(time.monotonic() - begun, 1e-9)
             told = f"{n} of {len(mine)} parts, {done / 1e6:,.1f} MB, {rate:,.1f} MB/s"
             show(f"{what}: {told}", last=n == len(mine))
@@ -2016,44 +1931,43 @@ def use_fineweb(run, folder, here):
     """Download FineWeb shards that are tokenized already, as they are; each rank its share."""
     global tokenizer
     tokenizer = "gpt2"  # whatever was asked: it made them
-    if (shards or 1) > FINEWEB_SHARDS:
+    wanted = shards or FINEWEB_SHARDS
+    if wanted > FINEWEB_SHARDS:
         raise UserError(f"shards={shards}: expected up to {FINEWEB_SHARDS}")
-    tok, numbers = finished_tokenizer(), range(1, (shards or FINEWEB_SHARDS) + 1)
-    names = {"train": [f"train_{i:06d}.bin" for i in numbers], "val": ["val_000000.bin"]}
-    for name in (names["val"] + names["train"])[run.rank :: run.world]:
+    names = {"train": [f"train_{i:06d}.bin" for i in range(1, wanted + 1)]}
+    names["val"] = ["val_000000.bin"]
+    tok, every = finished_tokenizer(), names["val"] + names["train"]
+    for name in every[run.rank :: run.world]:
         read_fineweb(name)
     wait(run)
-    if not run.main:
-        return
-    meta = {}
-    for split, some in names.items():
-        meta[split] = {"tokens": sum(map(read_fineweb, some)), "shards": some}
-    here.mkdir(exist_ok=True)
-    for name in names["val"] + names["train"]:
-        (here / name).unlink(missing_ok=True)
-        try:
-            os.link(KEPT / "fineweb10B" / name, here / name)  # the same bytes on the disk, no copy
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(KEPT / "fineweb10B" / name, here / name)
-    commit(folder, here, tok, meta)
+    if run.main:
+        here.mkdir(exist_ok=True)
+        for name in every:
+            (here / name).unlink(missing_ok=True)
+            try:
+                os.link(KEPT / "fineweb10B" / name, here / name)  # the same bytes on the disk
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(KEPT / "fineweb10B" / name, here / name)
+        tokens = {split: sum(map(read_fineweb, some)) for split, some in names.items()}
+        meta = {split: {"tokens": tokens[split], "shards": names[split]} for split in names}
+        commit(folder, here, tok, meta)
 
 
 def read_fineweb(name):
     """Download a shard of FineWeb: how many tokens it has."""
     path = download(f"{FINEWEB}fineweb_{name}", KEPT / "fineweb10B" / name)
-    header = np.fromfile(path, "<i4", 3).tolist()
-    if header[:2] != [20240520, 1] or path.stat().st_size != 1024 + 2 * header[-1]:
+    try:
+        return len(model.open_shard(path))
+    except UserError:
         path.unlink()
-        raise UserError(f"{path}: removed: not the token shard that was expected")
-    return header[-1]
+        raise UserError(f"{path}: removed: not the token shard that was expected") from None
 
 
-def learn_tokenizer(here, units, pool):
+def learn_tokenizer(here, jobs, pool):
     """Train the tokenizer on the training text, or on a sample of it by hash."""
-    cuts = np.load(here / "cuts.npy")
-    sizes = column(here.parent, [name for name, _ in units], "size")
-    fraction, counts = tokenizer_bytes / max(int(sizes[cuts > 0].sum()), 1), Counter()
-    for some in pool(partial(count, here, fraction), units):
+    sizes, counts = all_rows(here)["size"][np.load(here / "cuts.npy") > 0], Counter()
+    fraction = tokenizer_bytes / max(int(sizes.sum()), 1)
+    for some in pool(partial(count, here, fraction), jobs):
         counts.update(some)
     tok = train_tokenizer(tokenizer, counts, vocab_size, model.Progress())
     if tokenizer != "char" and tok.n_vocab < vocab_size:
@@ -2065,23 +1979,16 @@ def build(run, folder, work, pool):
     """From the sources to the shards. Every rank does its share of a step, and all go on together;
     what needs every result at once is rank 0's."""
     tok, units = finished_tokenizer(), plan(run)
-    if not units:
-        raise Nothing(f"--source={source}: no text for training in it")
-    if max_documents:
-        units = few_of(work, units, run, clean, ".json")
     each(partial(clean, work), units, run, pool, "reading")
     names = [unit["name"] for unit in units]
-    here = work / f"{digest(''.join(names).encode()):016x}"
+    here = work / hashed_name("".join(names))
+    sizes = [os.path.getsize(work / f"{name}.rows") for name in names]
+    starts = (np.cumsum([0, *sizes]) // row_kind().itemsize).tolist()  # of each unit's documents
+    jobs = list(zip(range(len(names)), starts, starts[1:]))
     if run.main:
         here.mkdir(exist_ok=True)
-        tallies = compare(here, names)
-    wait(run)
-    if steps_of(["near"]):
-        bands = range(band_shape(near_threshold)[0])
-        each(partial(find_near, here, names), bands, run, pool)
-    starts = starts_of(work, names).tolist()
-    if run.main:
-        clusters = settle(here, units, tallies)
+        left, tallies, clusters = deduplicate(here, names, pool)
+        cuts = divide(here, units, starts, left)
         order = ["read", *steps_of(STEPS), "decontaminate", *LAST]
         tallies = {name: tallies[name] for name in order if name in tallies}
         for name, tally in tallies.items():
@@ -2092,36 +1999,33 @@ def build(run, folder, work, pool):
             print(f"skipped {len(skipped)} files that are not UTF-8, such as {skipped[0]}")
         if special := sum(note["special"] for note in notes):
             print(f"{special} documents hold the name of a special token: it is taken as text")
-        if not (np.load(here / "cuts.npy") > 0).any():
+        if not (cuts > 0).any():
             raise Nothing(f"--source={source}: no text for training in it")
-        tok = tok or learn_tokenizer(here, list(zip(names, starts)), pool)
+        tok = tok or learn_tokenizer(here, jobs, pool)
         print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
-        (here / "tokenizer").mkdir(exist_ok=True)
-        model.write_json(here / "tokenizer/tokenizer_config.json", tok.config)
-        model.write_json(here / "tokenizer/tokenizer.json", tok.spec)
+        model.write_json(here / "tokenizer_config.json", tok.config)
+        model.write_json(here / "tokenizer.json", tok.spec)
     wait(run)
-    jobs = list(zip(range(len(names)), names, starts))
     each(partial(encode, here), jobs, run, pool, "encoding")
-    documents = [dict(np.load(here / f"{i}.npz")) for i in range(len(names))]
-    plans, mix = layout(units, documents)
-    meta, jobs = shard_jobs(plans, documents)
-    each(partial(write_shard, here), jobs, run, pool)
-    sets = (
-        build_tasks(run, here, pool, units, TASKS) if (source, sources) == ("python", None) else {}
-    )
     if run.main:
-        hashes = hashlib.sha256(column(work, names, "hash").tobytes()).hexdigest()
-        for name, numbers in mix.items():
-            part = numbers["train"]
+        documents = [np.load(here / f"{i}.npy") for i in range(len(names))]
+        plans, mix = layout(units, documents)
+        meta = write_shards(here, plans, documents)
+        for name in sources or ():
+            part = mix[name]["train"]
             print(f"{name}: {part['share']:.1%} of the mix was asked, {part['epochs']:.2f} epochs")
-        more = {"sources": mix} if sources else {}
-        meta |= more | {"source_sha256": hashes, "skipped": skipped}
+        meta |= {"sources": mix} if sources else {}
+        hashes = hashlib.sha256(all_rows(here)["hash"].tobytes()).hexdigest()
+        meta |= {"source_sha256": hashes, "skipped": skipped}
+        of_python = (source, sources) == ("python", None)
+        more = list(build_tasks(here, pool, units, TASKS)) if of_python else []
         if report:
-            write_report(here, names, tallies, clusters, meta)
-        commit(folder, here, tok, meta, [*sets, *["report.md"][:report]])
+            write_report(here, tallies, clusters, meta)
+            more.append("report.md")
+        commit(folder, here, tok, meta, more)
 
 
-def write_report(here, names, tallies, clusters, meta):
+def write_report(here, tallies, clusters, meta):
     """report.md: what every step took and left, why, and what is left now."""
     shown = lambda cell: f"{cell:,}" if isinstance(cell, int) else cell
     row = lambda *cells: "| " + " | ".join(map(shown, cells)) + " |"
@@ -2136,7 +2040,8 @@ def write_report(here, names, tallies, clusters, meta):
             lines += [f"**{name}: {reason}**: {n:,} documents", ""]
             lines += [f"- {quoted(example)}" for example in examples] + [""]
     lines += ["## Lengths of the documents that are left, in bytes", "", "```"]
-    sizes = column(here.parent, names, "size")[np.load(here / "cuts.npy") >= 0]
+    rows = all_rows(here)
+    sizes = rows["size"][np.load(here / "cuts.npy") >= 0]
     bins = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
     for power in np.flatnonzero(bins):
         bar = "#" * max(1, round(60 * bins[power] / bins.max()))
@@ -2144,10 +2049,9 @@ def write_report(here, names, tallies, clusters, meta):
     lines += ["```", "", "## Near-duplicates", ""]
     extra = sum(n - 1 for n, _ in clusters)
     lines += [f"{len(clusters):,} clusters, {extra:,} documents left out.", ""]
-    for n, i in clusters[:10]:
-        lines.append(
-            f"- {n:,} documents like {quoted(one_line(text_of(here.parent, names, i), 120))}"
-        )
+    texts = texts_of(here.parent, rows[[i for _, i in clusters[:10]]])
+    for (n, _), text in zip(clusters, texts):
+        lines.append(f"- {n:,} documents like {quoted(one_line(text, 120))}")
     lines += ["", "## Tokens", "", row("split", "documents", "bytes", "tokens", "bytes per token")]
     lines.append(row(*["---"] * 5))
     for split in SPLITS:
@@ -2162,8 +2066,16 @@ def write_report(here, names, tallies, clusters, meta):
 
 
 def check_settings():
+    """Refuse settings with which nothing can be made."""
     limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
-    for name, least in (limits | {"tokenizer_bytes": 1}).items():
+    limits |= {"tokenizer_bytes": 1}
+    smallest = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}
+    if tokenizer in smallest:
+        limits |= {"vocab_size": smallest[tokenizer] + len(special_tokens)}
+    names = {t for t in special_tokens if isinstance(t, str) and t}
+    if not 2 <= len(names) == len(special_tokens):
+        raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
+    for name, least in limits.items():
         if (value := globals()[name]) is not None and value < least:
             raise UserError(f"{name}={value}: expected {least} or more")
     if not 0 <= val_fraction < 1:
@@ -2175,7 +2087,9 @@ def check_settings():
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")
     if task is not None and task not in TASKS:
         raise UserError(f"--task={task}: expected {', '.join(TASKS)}")
-    check_tokenizer()
+    if normalizers() and (source == "fineweb10B" or Path(tokenizer).is_dir()):
+        which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
+        raise UserError(f"normalize={normalize}: the tokenizer {which} is taken as it is")
 
 
 def make(run, folder, work, pool):
@@ -2184,12 +2098,9 @@ def make(run, folder, work, pool):
         return use_fineweb(run, folder, work / "fineweb")
     if not task:
         return build(run, folder, work, pool)
-    units, here = plan(run), work / "tasks"
-    here.mkdir(exist_ok=True)
-    if max_documents:
-        units = few_of(work, units, run, partial(convert, [task]), ".tasks.json")
-    for name, n in build_tasks(run, here, pool, units, [task]).items():
-        os.replace(here / name, folder / name)
+    units = plan(run)
+    for name, n in build_tasks(work, pool, units, [task]).items() if run.main else ():
+        os.replace(work / name, folder / name)
         print(f"{name}: {n:,} records")
 
 

@@ -56,6 +56,7 @@ def crossed(step, inside, outside, expected):
         ("x<pre>\n  if a:\n\n\n      b  c\n</pre>y", "x\n\n  if a:\n\n\n      b  c\n\ny"),
         ("<pre><span>  </span>a <b>b</b></pre>", "  a b"),
         ("<h1>Head<a href=#h>¶</a></h1>t", "Head\n\nt"),
+        ("<pre>│\xa0 x</pre>", "│\xa0 x"),
         ("<div>a<div role='navigation'><div>b</div>c</div>d</div>", "a\n\nd"),
         ("<head><title>T</title><style>p{}</style><p>x", "x"),
         ("<script>if (a<b) '<p>no</p>'</script>x<noscript>n</noscript>", "x"),
@@ -135,8 +136,6 @@ def test_html_only_where_the_name_says_so_or_it_is_asked_for(monkeypatch):
         ("\ufeffa\u200bb\u061c\xadc\u202ed\x00\x1b\x7f\x9fe", "abcde"),
         ("a\tb\n", "a\tb\n"),
         ("e\u200b\u0301", "é"),  # composed after what stood between is gone
-        ("\ud800 \udc00", "\ufffd \ufffd"),
-        ("\ud83d\ude00", "😀"),
         ("می\u200cخواهم 👩\u200d💻", "می\u200cخواهم 👩\u200d💻"),
     ],
 )
@@ -406,7 +405,6 @@ def test_languages(code, scorer, monkeypatch):
         monkeypatch.setattr(f, "langid", lambda: None)
     else:
         pytest.importorskip("py3langid")
-    assert f.language_scorer_name() == scorer
     best, score, rivals = f.guess_language(SENTENCES[code])
     assert code in (best, *rivals) and 0 < score < 1.001
     assert len(rivals) < 4
@@ -496,26 +494,21 @@ Name/93.184.216.34  1.3.6.1.4.1.99  93.184.216.34.5  std::vector  a::b  fe80::1 
 """
 
 
-def test_personal_data_is_replaced_and_counted():
+def test_personal_data_is_replaced():
     for mark, cases in PERSONAL.items():
         for case in cases.split() + ["(" + cases.split()[0] + ").", cases.split()[1] + "?"]:
-            doc = {}
-            found = f.clean_pii(f"So {case} it is", doc)
-            assert mark in found and not any(c.isdigit() for c in found), found
-            assert doc["pii"] == {"email": 0, "ip": 0, "phone": 0} | {mark[1:-1]: 1}
+            found = f.clean_pii(f"So {case} it is", {})
+            assert found.count("<") == found.count(mark) == 1, found
+            assert not any(c.isdigit() for c in found), found
     for case in PHRASES["<phone>"]:
         assert f.clean_pii(f"Call {case}.", {}) == "Call <phone>."
     assert f.clean_pii("at 93.184.216.34, port 80", {}) == "at <ip>, port 80"
-    doc = {}
-    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34", doc) == "<email>, <ip> <email> <ip>"
-    assert doc["pii"] == {"email": 2, "ip": 1, "phone": 0}
+    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34", {}) == "<email>, <ip> <email> <ip>"
 
 
 @pytest.mark.parametrize("case", [c for r in IMPERSONAL.split("\n") for c in r.split("  ") if c])
 def test_what_looks_like_personal_data_stays(case):
-    doc = {}
-    assert f.clean_pii(f"So {case} it is", doc) == f"So {case} it is"
-    assert not any(doc["pii"].values())
+    assert f.clean_pii(f"So {case} it is", {}) == f"So {case} it is"
 
 
 def test_patterns_are_linear():

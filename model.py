@@ -251,12 +251,7 @@ class GPTConfig:
 
 def rms_norm(x, weight, eps):
     """RMSNorm (Zhang and Sennrich 2019) of x (…, C) by weight (C,) or (H, C)."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
-        return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
-    # On a CPU torch's is a dozen operations, which is what decoding waits for.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.addcmul(size.new_tensor(eps), size, size, value=1 / x.shape[-1]).rsqrt_()
-    return (x * scale).to(x.dtype) * weight.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -907,8 +902,7 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
         ordered, order = probs[some].sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p[some]
         beyond[:, 0] = False  # whatever top_p, the likeliest stays
-        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)
-        probs[some] = probs[some].masked_fill(beyond, 0.0)
+        probs[some] = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(beyond, 0))
     if host[3].any():
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     mass = probs.cumsum(-1)

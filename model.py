@@ -395,19 +395,20 @@ def quantized_product(x, codes, scale, bias, packed=None):
     """x (..., in) times a quantized weight, plus bias. packed: int4's codes and scale in the layout
     of torch's product on a CPU. It and int8's take bfloat16 and make no copy of the weights, which
     pays for a few rows (measured at 4096 x 768)."""
-    rows, eight = x.reshape(-1, x.shape[-1]), codes.dtype == torch.int8
-    few = x.device.type == "cpu" and len(rows) <= (16 if eight else 512)
-    if not eight:
-        rows = F.pad(rows, (0, -rows.shape[1] % 64))
-    if few and eight and rows.shape[1] % 16 == 0:  # other widths it reads beyond their end
-        y = torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(x.dtype)
-    elif few and packed:
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(x.dtype)
-    elif eight:
-        y = F.linear(rows, codes.to(x.dtype)) * scale.to(x.dtype)
+    rows, cpu = x.reshape(-1, x.shape[-1]), x.device.type == "cpu"
+    if codes.dtype == torch.int8:
+        whole = rows.shape[1] % 16 == 0  # other widths torch's product reads beyond their end
+        if cpu and whole and len(rows) <= 16:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(x.dtype)
+        else:
+            y = F.linear(rows, codes.to(x.dtype)) * scale.to(x.dtype)
     else:
-        y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
+        rows = F.pad(rows, (0, -rows.shape[1] % 64))
+        if cpu and packed and len(rows) <= 512:
+            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+            y = multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(x.dtype)
+        else:
+            y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
     y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -1645,8 +1646,9 @@ FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=
 # Mistral is Llama with a sliding window, within which it is saved as Llama.
 FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
 # The values of these keys, where a config.json has them, with which we are exact.
-EXACT = dict(activation_function=(None, "gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=[True])
+EXACT = dict(activation_function=(None, "gelu_new", "gelu_pytorch_tanh"))
 EXACT |= dict(hidden_act=(None, "silu", "swish"), partial_rotary_factor=(None, 1))
+EXACT |= dict(scale_attn_weights=(None, True))
 OFF = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
 EXACT |= dict.fromkeys(f"{OFF} add_cross_attention quantization_config".split(), (None, False))
 
@@ -1703,7 +1705,7 @@ def from_hf_config(d, where="config.json"):
     rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
     d = d | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
-    odd = [key for key, exact in EXACT.items() if key in d and d[key] not in exact]
+    odd = [key for key, exact in EXACT.items() if d.get(key) not in exact]
     faults += [f"{key}={d[key]!r} not supported" for key in odd]
     layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
     faults += [f"layers of {name} not supported" for name in layers]
@@ -1887,14 +1889,16 @@ def load_adapted(folder, device, dtype, quantize):
     weights = dict(net.named_parameters())
     names = gpt2_names(weights) if family(net.config) == "gpt2" else {n: [n] for n in weights}
     tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
-    for key, A in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        B = tensors[key.replace("lora_A", "lora_B")]
+    pairs = {key: key.replace("lora_A", "lora_B") for key in tensors if ".lora_A.weight" in key}
+    if d.get("use_rslora") or tensors.keys() != {*pairs, *pairs.values()}:
+        why = "only LoRA's two matrices a layer are read, not rsLoRA, DoRA or modules_to_save"
+        raise UserError(f"{folder}: {why}")
+    for key, other in pairs.items():
+        A, B = tensors[key], tensors[other]
         name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         ours = [weights[n] for n in names.get(f"{name}.weight", ())]
         rows = [len(p) for p in ours]
-        if not ours or (sum(rows), ours[0].shape[1]) != (len(B), A.shape[1]):
+        if not ours or ours[0].shape[1] != A.shape[1] or B.shape != (sum(rows), len(A)):
             why = f"an adapter for another base than {base}: {key} does not fit"
             raise UserError(f"{folder}: {why}")
         own = [a for k, a in d.get("alpha_pattern", {}).items() if f".{name}".endswith(f".{k}")]

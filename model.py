@@ -1313,8 +1313,9 @@ class Tokenizer:
         tokens = {t: i for t, i in vocab.items() if t not in self.special}
         self.bytes = {i: t.replace("▁", " ").encode() for t, i in tokens.items()}
         self.bytes |= {i: bytes([b]) for b, i in enumerate(self.byte_ids)}
-        within = any(re.search("[^▁]▁", a + b) for a, b in pairs)  # a token, a word's end
-        return split if within or split != CHARACTERS + "+" else " *[^ ]+| +"
+        if split == CHARACTERS + "+" and not any(re.search("[^▁]▁", a + b) for a, b in pairs):
+            return " *[^ ]+| +"  # no token goes on behind a word: words apart give the same ids
+        return split
 
     def _init_other(self, body, vocab):
         if self.kind == "Unigram":
@@ -1463,8 +1464,7 @@ class Tokenizer:
             stop = match.start() if match else len(text)
             plain, marks = "", b""
             for run in re.finditer(b"\0+|\1+", said[at:stop]):
-                part = text[at + run.start() : at + run.end()].replace(hide, "")
-                part = self.normal(part)
+                part = self.normal(text[at + run.start() : at + run.end()].replace(hide, ""))
                 marks += run[0][:1] * len(part.encode() if self.by_bytes else part)
                 plain += part
             # A token counts as said where its first byte (or character) does.
@@ -1706,7 +1706,7 @@ def from_hf_config(d, where="config.json"):
     d = d | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
     odd = [key for key, exact in EXACT.items() if d.get(key) not in exact]
-    faults += [f"{key}={d[key]!r} not supported" for key in odd]
+    faults += [f"{key}={d[key]!r:.60} not supported" for key in odd]
     layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
     faults += [f"layers of {name} not supported" for name in layers]
     if faults:

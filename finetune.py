@@ -245,12 +245,8 @@ TASK |= {"grpo": "sft", "ppo": "sft"}
 def read_rows(split):
     """The records of a split of the task's file; of data set `arithmetic`, which is none, sums."""
     if dataset == "arithmetic":
-        sums = [
-            (a, b)
-            for a in range(10)
-            for b in range(10)
-            if ((3 * a + b) % 7 == 0) == (split == "val")
-        ]
+        sums = [divmod(n, 10) for n in range(100)]
+        sums = [(a, b) for a, b in sums if ((3 * a + b) % 7 == 0) == (split == "val")]
         turns = lambda a, b: zip(("user", "assistant"), (f"{a} + {b} =", str(a + b)))
         return [{"messages": [{"role": r, "content": c} for r, c in turns(a, b)]} for a, b in sums]
     path = Path("data") / dataset / f"{TASK[method]}_{split}.jsonl"
@@ -500,10 +496,9 @@ def open_reward(run):
     return score
 
 
-def roll_out(net, tok, prompts, judge, seed, cast):
-    """Sample group_size (ppo: one) answers to each prompt: examples with inputs, targets (-100 on
-    the prompt), a reward, and the number of the prompt."""
-    n = group_size if method == "grpo" else 1
+def roll_out(net, tok, prompts, judge, seed, cast, n=1):
+    """Sample n answers to each prompt: examples with inputs, targets (-100 on the prompt), a
+    reward, and the number of the prompt."""
     many = [p for p in prompts for _ in range(n)]
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with cast:
@@ -807,13 +802,9 @@ def verdict_of_samples(run, net, tok, prompts, judge, cast):
     """The mean reward of one sample of each prompt, by all processes together."""
     mine, total = prompts[run.rank :: run.world], Counter(n=0)
     for i in range(0, len(mine), 32):
-        some = mine[i : i + 32]
-        how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=i)
-        with cast:
-            made = core.generate(net, tok, [p["ids"] for p in some], **how)
-        for p, g in zip(some, made):
-            total["reward"] += judge(p["messages"], g.text, p["answer"])
-        total["n"] += len(some)
+        samples = roll_out(net, tok, mine[i : i + 32], judge, i, cast)
+        total["reward"] += sum(e["reward"] for e in samples)
+        total["n"] += len(samples)
     total = summed(run, total)
     return {"val_reward": total["reward"] / max(1, total["n"])}
 
@@ -878,16 +869,15 @@ def make_optimizers(net):
 
 def reference_logprobs(run, net, pairs, cast):
     """Put the log-probabilities under the network as it is now into each pair, once for all."""
-    mine = pairs[run.rank :: run.world]
-    for pair, number in zip(mine, range(run.rank, len(pairs), run.world)):
+    for number, pair in enumerate(pairs):
         pair["number"] = number
     found, training = Counter(), net.training
     net.eval()
     with torch.no_grad(), cast:
-        for group in chunks(mine, net.config.n_ctx):
+        for group in chunks(pairs[run.rank :: run.world], net.config.n_ctx):
             logp = [[0.0] * len(group)] * 2 if reference_free else both_logprobs(net, group)
-            found.update({(p["number"], 0): float(x) for p, x in zip(group, logp[0])})
-            found.update({(p["number"], 1): float(x) for p, x in zip(group, logp[1])})
+            for which, values in enumerate(logp):
+                found.update({(p["number"], which): float(x) for p, x in zip(group, values)})
     net.train(training)
     found = summed(run, found)
     for number, pair in enumerate(pairs):
@@ -1086,7 +1076,8 @@ def main():
 
     def reinforce(prompts, draw):
         """Samples of these prompts, and updates on them: (figures over all processes, norm)."""
-        samples = roll_out(net, tok, prompts, judge, draw, cast)
+        n = group_size if method == "grpo" else 1
+        samples = roll_out(net, tok, prompts, judge, draw, cast, n)
         judge_samples(run, net, reference, samples, cast)
         sums = Counter(reward=sum(e["reward"] for e in samples), n=len(samples))
         sums["length"] = sft_size(samples)

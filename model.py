@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, groupby, takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -140,9 +140,7 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
 
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part, show = path.with_name(path.name + ".part"), Progress()
-    part.touch()
     for attempt in range(1, tries + 1):
         try:
             fetch(url, part, show, headers or {})
@@ -150,7 +148,7 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 0
             if optional and status == 404:
-                return part.unlink()
+                return None
             refused = 400 <= status < 500 and status not in (408, 416, 429)
             if refused or isinstance(error, ValueError):  # requests': what is no URL
                 raise UserError(f"{error}: is the address right?") from None
@@ -173,7 +171,7 @@ def fetch(url, part, show, headers):
     """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
     import requests
 
-    have = part.stat().st_size
+    have = part.stat().st_size if part.exists() else 0
     headers = headers | ({"Range": f"bytes={have}-"} if have else {})
     headers["Accept-Encoding"] = "identity"  # so that Content-Length counts the bytes we write
     with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
@@ -184,6 +182,7 @@ def fetch(url, part, show, headers):
             have = 0  # the server does not resume: from the beginning
         length = answer.headers.get("Content-Length")
         size = have + int(length) if length else None
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if have else "wb") as file:
             for piece in answer.iter_content(1 << 16):
                 file.write(piece)
@@ -253,12 +252,7 @@ class GPTConfig:
 
 def rms_norm(x, weight, eps):
     """RMSNorm (Zhang and Sennrich 2019) of x (…, C) by weight (C,) or (H, C)."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
-        return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
-    # On a CPU torch's is a dozen operations, which is what decoding waits for.
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.addcmul(size.new_tensor(eps), size, size, value=1 / x.shape[-1]).rsqrt_()
-    return (x * scale).to(x.dtype) * weight.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -402,19 +396,20 @@ def quantized_product(x, codes, scale, bias, packed=None):
     """x (..., in) times a quantized weight, plus bias. packed: int4's codes and scale in the layout
     of torch's product on a CPU. It and int8's take bfloat16 and make no copy of the weights, which
     pays for a few rows (measured at 4096 x 768)."""
-    rows, eight = x.reshape(-1, x.shape[-1]), codes.dtype == torch.int8
-    few = x.device.type == "cpu" and len(rows) <= (16 if eight else 512)
-    if not eight:
-        rows = F.pad(rows, (0, -rows.shape[1] % 64))
-    if few and eight and rows.shape[1] % 16 == 0:  # other widths it reads beyond their end
-        y = torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(x.dtype)
-    elif few and packed:
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(x.dtype)
-    elif eight:
-        y = F.linear(rows, codes.to(x.dtype)) * scale.to(x.dtype)
+    rows, cpu = x.reshape(-1, x.shape[-1]), x.device.type == "cpu"
+    if codes.dtype == torch.int8:
+        whole = rows.shape[1] % 16 == 0  # other widths torch's product reads beyond their end
+        if cpu and whole and len(rows) <= 16:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(x.dtype)
+        else:
+            y = F.linear(rows, codes.to(x.dtype)) * scale.to(x.dtype)
     else:
-        y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
+        rows = F.pad(rows, (0, -rows.shape[1] % 64))
+        if cpu and packed and len(rows) <= 512:
+            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+            y = multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(x.dtype)
+        else:
+            y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
     y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -909,8 +904,7 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
         ordered, order = probs[some].sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p[some]
         beyond[:, 0] = False  # whatever top_p, the likeliest stays
-        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)
-        probs[some] = probs[some].masked_fill(beyond, 0.0)
+        probs[some] = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(beyond, 0))
     if host[3].any():
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     mass = probs.cumsum(-1)
@@ -1054,9 +1048,11 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 CHARACTERS = r"[\s\S]"
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
-# The models that run here, and by what pre-tokenizer each must be fed.
-FORMS = dict(BPE=("ByteLevel", "Metaspace"), Unigram=("ByteLevel",))
-FORMS |= dict(WordLevel=("Isolated",), WordPiece=("Removed",))
+# The models that run here, and by what form of pre-tokenizer each is fed.
+FORMS = [("BPE", "ByteLevel"), ("BPE", "Metaspace"), ("Unigram", "ByteLevel")]
+FORMS += [("WordLevel", "Isolated"), ("WordPiece", "Removed")]
+SUPPORTED = "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece; split by "
+SUPPORTED += "Split, normalised by " + ", ".join(sorted(NORMALIZERS))
 # SentencePiece writes a space as ▁. Llama 2's normalizers and decoders:
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -1158,13 +1154,15 @@ class Tokenizer:
     """
 
     def __init__(self, spec, config):
+        import regex  # which tiktoken brings along
+
         self.spec, self.config, self.bpe, self.lacking = spec, config, None, b""
         added = spec.get("added_tokens", [])
         self.special = {t["content"]: t["id"] for t in added}
         self.names = any_of(self.special)
         self.marks = any_of(t["content"] for t in added if t["special"])
-        plain = [t["content"] for t in added if not t["special"]]
-        self.plain = any_of(plain) if plain else None
+        plain = {t["id"]: t["content"] for t in added if not t["special"]}
+        self.plain = any_of(plain.values()) if plain else None
         steps = spec.get("normalizer") or {"normalizers": []}
         steps = steps.get("normalizers", [steps])
         # Whether a space goes before a text: each (stretch), always or first (if it has none), no.
@@ -1174,33 +1172,29 @@ class Tokenizer:
         # Old files, such as GPT-2's, do not name the kind.
         self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
-        plain = NORMALIZERS.issuperset(self.normalizers) and split and vocab
-        if not plain or form not in FORMS.get(self.kind, ()):
-            known = (
-                "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece; split "
-            )
-            known += "by Split, normalised by " + ", ".join(sorted(NORMALIZERS))
-            why = f"a {self.kind} tokenizer of this form is not supported ({known})"
+        fits = (self.kind, form) in FORMS and NORMALIZERS.issuperset(self.normalizers)
+        if not (fits and split and vocab):
+            why = f"a {self.kind} tokenizer of this form is not supported ({SUPPORTED})"
             raise UserError(f"tokenizer.json: {why}")
-        self._refuse_others(body, added)
+        post = spec.get("post_processor") or {"type": "ByteLevel"}
+        post = post.get("processors", [post])
+        self._refuse_others(body, added, {step["type"] for step in post})
         self.by_bytes = form in ("ByteLevel", "Metaspace")  # or a token is a stretch of characters
         if form == "Metaspace":
-            self._init_sentencepiece(body, vocab, split)
+            split = self._init_sentencepiece(body, vocab, split)
         elif self.kind == "BPE":
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
-            self._init_other(body, vocab, split)
+            self._init_other(body, vocab)
+        self.split, self.known = regex.compile(split), {}  # known: the ids of pieces met before
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
-        for token in added:
-            if not token["special"]:
-                self.bytes[token["id"]] = token["content"].encode()
+        self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
-        post = spec.get("post_processor") or {}
-        singles = [p.get("single", []) for p in post.get("processors", [post])]
-        before = [s for single in singles for s in takewhile(lambda s: "SpecialToken" in s, single)]
-        self.start = [self.special[s["SpecialToken"]["id"]] for s in before]
+        leading = lambda step: takewhile(lambda s: "SpecialToken" in s, step.get("single", []))
+        before = [s["SpecialToken"]["id"] for step in post for s in leading(step)]
+        self.start = [self.special[name] for name in before]
         space = " " if self.kind == "WordPiece" else ""
         self.shown = self.bytes | {i: (space + t).encode() for t, i in self.special.items()}
 
@@ -1234,13 +1228,11 @@ class Tokenizer:
         name = self.config.get(key)
         return self.special.get(name["content"] if isinstance(name, dict) else name)
 
-    def _refuse_others(self, body, added):
+    def _refuse_others(self, body, added, post):
         """What would change ids, and is not done here, is refused by its name."""
         parts = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
         odd = [part for part in parts if self.kind == "BPE" and body.get(part)]
-        post = self.spec.get("post_processor") or {"type": "ByteLevel"}
-        kinds = {p["type"] for p in post.get("processors", [post])}
-        odd += kinds - {"ByteLevel", "TemplateProcessing"}
+        odd += post - {"ByteLevel", "TemplateProcessing"}
         changed = self.lead != "never" or self.normalizers
         for t in added:
             flags = [k for k in ("lstrip", "rstrip", "single_word") if t.get(k)]
@@ -1252,28 +1244,27 @@ class Tokenizer:
     def _pattern(self):
         """(form, regular expression) of the pieces that text is split into: ByteLevel, Metaspace,
         Isolated, or Removed where what no piece matches is lost. (None, None): another form."""
-        steps = self.spec.get("pre_tokenizer") or {}
+        whole, steps = CHARACTERS + "+", self.spec.get("pre_tokenizer") or {}
         if not steps and self.lead == "each":
-            return "Metaspace", CHARACTERS + "+"
-        space = steps.get("type") == "Metaspace" and steps["replacement"] == "▁"
-        if space and self.lead == "never":
-            given = "always" if steps.get("add_prefix_space", True) else "never"
-            self.lead = steps.get("prepend_scheme", given)
-            return "Metaspace", " [^ ]*|[^ ]+" if steps.get("split", True) else CHARACTERS + "+"
-        steps = steps.get("pretokenizers", [steps])
-        kinds, split, level = [step.get("type") for step in steps], steps[0], steps[-1]
-        plain = not level.get("add_prefix_space", True)
-        if kinds == ["ByteLevel"] and plain and level.get("use_regex", True):
-            return "ByteLevel", GPT2_SPLIT
-        if kinds == ["Digits", "ByteLevel"] and plain and level.get("use_regex", True):
-            return ("ByteLevel", DIGITS_SPLIT) if split["individual_digits"] else (None, None)
-        form = split.get("behavior")
-        if kinds == ["Split", "ByteLevel"] and form == "Isolated":
-            form = "ByteLevel" if plain and not level.get("use_regex", True) else None
-        elif kinds != ["Split"]:
-            return None, None
-        fits = form and bool(split.get("invert")) == (form == "Removed")
-        return (form, split["pattern"].get("Regex")) if fits else (None, None)
+            return "Metaspace", whole
+        usual = dict(add_prefix_space=True, use_regex=True, split=True, invert=False)
+        match [usual | step for step in steps.get("pretokenizers", [steps])]:
+            case [{"type": "Metaspace", "replacement": "▁"} as step] if self.lead == "never":
+                old = "always" if step["add_prefix_space"] else "never"
+                self.lead = step.get("prepend_scheme", old)
+                return "Metaspace", " [^ ]*|[^ ]+" if step["split"] else whole
+            case [*rest, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": own}]:
+                match own, rest:
+                    case True, []:
+                        return "ByteLevel", GPT2_SPLIT
+                    case True, [{"type": "Digits", "individual_digits": True}]:
+                        return "ByteLevel", DIGITS_SPLIT
+                    case False, [{"type": "Split", "behavior": "Isolated", "invert": False}]:
+                        return "ByteLevel", rest[0]["pattern"].get("Regex")
+            case [{"type": "Split", "behavior": form, "invert": invert, "pattern": pattern}]:
+                if (form, invert) in [("Isolated", False), ("Removed", True)]:
+                    return form, pattern.get("Regex")
+        return None, None
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
@@ -1292,12 +1283,12 @@ class Tokenizer:
     def _init_bpe(self, body, ranks, split):
         import tiktoken  # here, since the other kinds need none of it
 
-        made = [body["vocab"]["".join(pair)] for pair in self._merges(body)]
+        made = [body["vocab"][a + b] for a, b in self._merges(body)]
         whole = body.get("ignore_merges", False)  # then a token may be made in several ways
         ordered = all(a < b or whole and a == b for a, b in zip(made, made[1:]))
         if not ordered or len({*made}) + 256 - len(self.lacking) != len(ranks):
             raise UserError("tokenizer.json: ids are not in merge order")
-        self.bytes, self.split = {i: token for token, i in ranks.items()}, split
+        self.bytes = {i: token for token, i in ranks.items()}
         ranks = ranks | {bytes([b]): NO_TOKEN + b for b in self.lacking}
         named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
         self.bpe = tiktoken.Encoding("barelm", **named)
@@ -1306,8 +1297,7 @@ class Tokenizer:
         return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in body["merges"]]
 
     def _init_sentencepiece(self, body, vocab, split):
-        import regex
-
+        """Returns the pattern of the pieces that may be merged apart from each other."""
         steps = (self.spec.get("decoder") or {}).get("decoders", [])
         self.byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
         plain = body.get("byte_fallback") and not body.get("ignore_merges")
@@ -1317,22 +1307,18 @@ class Tokenizer:
             raise UserError(f"tokenizer.json: {why}")
         self.strip = " " if steps[3:] else ""
         pairs = self._merges(body)
-        if split == CHARACTERS + "+" and not any(re.search("[^▁]▁", a + b) for a, b in pairs):
-            split = " *[^ ]+| +"  # no token goes on behind a word: words apart give the same ids
-        self.split, self.known = regex.compile(split), {}
-        self.merges = {
-            (vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)
-        }
+        number = lambda pair: (vocab[pair[0]], vocab[pair[1]])
+        self.merges = {number(p): (rank, vocab["".join(p)]) for rank, p in enumerate(pairs)}
         # A space stands here for ▁: texts with the one and with the other have the same ids.
         self.vocab = {t.replace("▁", " "): i for t, i in vocab.items() if " " not in t}
         tokens = {t: i for t, i in vocab.items() if t not in self.special}
         self.bytes = {i: t.replace("▁", " ").encode() for t, i in tokens.items()}
         self.bytes |= {i: bytes([b]) for b, i in enumerate(self.byte_ids)}
+        if split == CHARACTERS + "+" and not any(re.search("[^▁]▁", a + b) for a, b in pairs):
+            return " *[^ ]+| +"  # no token goes on behind a word: words apart give the same ids
+        return split
 
-    def _init_other(self, body, vocab, split):
-        import regex  # which tiktoken brings along
-
-        self.split, self.known = regex.compile(split), {}  # known: the ids of pieces met before
+    def _init_other(self, body, vocab):
         if self.kind == "Unigram":
             numbered = {token: (i, score) for i, (token, score) in enumerate(vocab)}
             self.vocab = self._of_bytes(numbered)
@@ -1377,8 +1363,8 @@ class Tokenizer:
     def _encode(self, text, first=True):
         if self.bpe:
             ids = self.bpe.encode_ordinary(text)
-            lacks = self.lacking and max(ids, default=0) >= NO_TOKEN
-            return self._without_lacking(text) if lacks else ids
+            if not self.lacking or max(ids, default=0) < NO_TOKEN:
+                return ids
         text, ids = self._led(text, first), []
         for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
             if (some := self.known.get(piece)) is None:
@@ -1390,6 +1376,9 @@ class Tokenizer:
 
     def _segment(self, piece):
         """The ids of one piece of text."""
+        if self.bpe:  # without the bytes that have no token: what is beside them may merge
+            data = piece.encode().translate(None, self.lacking)
+            return self.bpe._core_bpe.encode_single_piece(data) if data else []
         if self.kind == "Unigram":
             return best_path(piece.encode(), self.vocab, self.longest)
         if self.kind == "BPE":
@@ -1400,13 +1389,6 @@ class Tokenizer:
             fits = len(piece) <= self.longest
             return fits and longest_match(piece, self.vocab, self.prefix) or self.unk
         return [self.vocab[piece]] if piece in self.vocab else self.unk
-
-    def _without_lacking(self, text):
-        """The ids of a text with bytes that have no token: what is beside them may merge."""
-        import regex
-
-        pieces = (p.encode().translate(None, self.lacking) for p in regex.findall(self.split, text))
-        return [id for p in pieces if p for id in self.bpe._core_bpe.encode_single_piece(p)]
 
     def _placed(self, text, first=True):
         """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
@@ -1425,8 +1407,6 @@ class Tokenizer:
 
     def encode_batch(self, texts, threads=1):
         """`encode` for many texts, as arrays, on several threads where the tokenizer can."""
-        import numpy as np
-
         if not self.bpe:
             return [np.array(self.encode(text), np.uint32) for text in texts]
 
@@ -1483,11 +1463,10 @@ class Tokenizer:
         ids, mask, at = [], [], 0
         for match in [*self.names.finditer(text), None]:
             stop = match.start() if match else len(text)
-            pairs = [(c, m) for c, m in zip(text[at:stop], said[at:stop]) if c != hide]
             plain, marks = "", b""
-            for mark, run in groupby(pairs, lambda pair: pair[1]):
-                part = self.normal("".join(c for c, _ in run))
-                marks += bytes([mark]) * len(part.encode() if self.by_bytes else part)
+            for run in re.finditer(b"\0+|\1+", said[at:stop]):
+                part = self.normal(text[at + run.start() : at + run.end()].replace(hide, ""))
+                marks += run[0][:1] * len(part.encode() if self.by_bytes else part)
                 plain += part
             # A token counts as said where its first byte (or character) does.
             for id, place in self._placed(plain, at == 0):
@@ -1628,10 +1607,10 @@ def read_header(path, file):
         metadata = header.pop("__metadata__", {})
         entries, at = {}, 0
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (begin, end) = SAFE_DTYPES[e["dtype"]], e["shape"], e["data_offsets"]
-            natural = all(type(n) is int and n >= 0 for n in [*shape, begin, end])
-            fits = natural and end - begin == math.prod(shape) * dtype.itemsize
-            if not fits or begin != at:
+            dtype, shape = SAFE_DTYPES[e["dtype"]], e["shape"]
+            end = at + math.prod(shape) * dtype.itemsize
+            natural = all(type(n) is int and n >= 0 for n in shape)
+            if not natural or e["data_offsets"] != [at, end]:
                 raise ValueError(f"{name} does not fill its place")
             entries[name], at = (dtype, shape), end
         if 8 + length + at != size:
@@ -1669,6 +1648,12 @@ GPT2 = LLAMA | dict(norm="layer", pos="learned", mlp="gelu", bias=True)
 FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=True)}
 # Mistral is Llama with a sliding window, within which it is saved as Llama.
 FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
+# The values of these keys, where a config.json has them, with which we are exact.
+EXACT = dict(activation_function=(None, "gelu_new", "gelu_pytorch_tanh"))
+EXACT |= dict(hidden_act=(None, "silu", "swish"), partial_rotary_factor=(None, 1))
+EXACT |= dict(scale_attn_weights=(None, True))
+OFF = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
+EXACT |= dict.fromkeys(f"{OFF} add_cross_attention quantization_config".split(), (None, False))
 
 
 def family(c):
@@ -1711,7 +1696,7 @@ def from_hf_config(d, where="config.json"):
         return GPTConfig(**{f.name: d[f.name] for f in fields(GPTConfig) if f.name in d})
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not supported: {', '.join(FAMILIES)} are")
-    keys, options = HF_KEYS[kind], FAMILIES[kind]
+    keys = HF_KEYS[kind]
     # What transformers takes for a key that is absent, where that follows from the others.
     usual = {"tie": True, "n_hidden": 0} if kind == "gpt2" else {"tie": False}
     usual |= {"head_dim": 0} if kind != "qwen3" else {}
@@ -1719,26 +1704,19 @@ def from_hf_config(d, where="config.json"):
     c = usual | {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
     if kind == "mistral" and (window := d.get("sliding_window", 4096)):
         c["n_ctx"] = min(c.get("n_ctx", window), window)
-    # One dict in transformers 5; below it, two keys.
-    scaling = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
-    rotary = scaling.pop("partial_rotary_factor", d.get("partial_rotary_factor", 1)) != 1
-    odd = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
-    odd += " add_cross_attention quantization_config"
+    # One dict in transformers 5; below it, keys beside it.
+    rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
+    d = d | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
-    faults += [f"{key} not supported" for key in odd.split() if d.get(key)]
-    faults += ["partial_rotary_factor not supported"] * rotary
-    faults += ["scale_attn_weights false not supported"] * (not d.get("scale_attn_weights", True))
+    odd = [key for key, exact in EXACT.items() if d.get(key) not in exact]
+    faults += [f"{key}={d[key]!r:.60} not supported" for key in odd]
     layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
     faults += [f"layers of {name} not supported" for name in layers]
-    activation = d.get("activation_function", d.get("hidden_act"))
-    tanh = (None, "gelu_new", "gelu_pytorch_tanh")
-    if activation not in (tanh if kind == "gpt2" else (None, "silu", "swish")):
-        faults.append(f"activation {activation} not supported")
     if faults:
         raise UserError(f"{where}: {', '.join(faults)}")
-    theta = scaling.pop("rope_theta", d.get("rope_theta")) or 10000.0
-    plain = scaling.setdefault("rope_type", scaling.get("type", "default")) == "default"
-    return GPTConfig(**c, **options, rope_theta=theta, rope_scaling=None if plain else scaling)
+    plain = rope.setdefault("rope_type", rope.get("type", "default")) == "default"
+    options = FAMILIES[kind] | {"rope_theta": d.get("rope_theta") or 10000.0}
+    return GPTConfig(**c, **options, rope_scaling=None if plain else rope)
 
 
 # GPT-2 has its own names, writes matrices (in, out), and q, k and v as one.
@@ -1808,9 +1786,6 @@ def download_model(name, folder):
     try:
         get("config.json", tries=1)
     except UserError as error:
-        (part / "config.json.part").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something of an earlier try is there
-            part.rmdir()
         why = f"neither a folder here nor a model that {HUB} gives (some need HF_TOKEN): {error}"
         raise UserError(f"{name}: {why}") from None
     read_config(part)
@@ -1914,32 +1889,26 @@ def load_adapted(folder, device, dtype, quantize):
         raise UserError(f"{folder}: no LoRA adapter, or one that does not name its base")
     base = folder / named if (folder / named).is_dir() else find(named)
     net, tok = load(base, device, dtype)
-    state = dict(net.named_parameters())
-    theirs = gpt2_names(state) if family(net.config) == "gpt2" else {n: [n] for n in state}
-    theirs = {
-        n.removeprefix("transformer.").removeprefix("model."): ours for n, ours in theirs.items()
-    }
+    weights = dict(net.named_parameters())
+    names = gpt2_names(weights) if family(net.config) == "gpt2" else {n: [n] for n in weights}
     tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
-    for key, A in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
+    pairs = {key: key.replace("lora_A", "lora_B") for key in tensors if ".lora_A.weight" in key}
+    if d.get("use_rslora") or tensors.keys() != {*pairs, *pairs.values()}:
+        why = "only LoRA's two matrices a layer are read, not rsLoRA, DoRA or modules_to_save"
+        raise UserError(f"{folder}: {why}")
+    for key, other in pairs.items():
+        A, B = tensors[key], tensors[other]
         name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-        patterns = ("rank_pattern", "alpha_pattern")
-        found = [
-            [v for k, v in d.get(p, {}).items() if f".{name}".endswith(f".{k}")] for p in patterns
-        ]
-        name = name.removeprefix("transformer.").removeprefix("model.") + ".weight"
-        r, alpha = [*found[0], d["r"]][0], [*found[1], d["lora_alpha"]][0]
-        B = tensors[key.replace("lora_A", "lora_B")]
-        ours = [state.get(n) for n in theirs.get(name, ())]
-        rows = sum(len(p) for p in ours if p is not None)
-        if not ours or (rows, ours[0].shape[1]) != (B.shape[0], A.shape[1]) or len(A) != r:
-            raise UserError(
-                f"{folder}: an adapter for another base than {base}: {key} does not fit"
-            )
-        delta = (alpha / r) * (B.float() @ A.float()).to(device)
+        ours = [weights[n] for n in names.get(f"{name}.weight", ())]
+        rows = [len(p) for p in ours]
+        if not ours or ours[0].shape[1] != A.shape[1] or B.shape != (sum(rows), len(A)):
+            why = f"an adapter for another base than {base}: {key} does not fit"
+            raise UserError(f"{folder}: {why}")
+        own = [a for k, a in d.get("alpha_pattern", {}).items() if f".{name}".endswith(f".{k}")]
+        alpha = own[0] if own else d["lora_alpha"]
+        delta = (alpha / len(A)) * (B.float() @ A.float()).to(device)
         with torch.no_grad():
-            for p, part in zip(ours, delta.split([len(p) for p in ours])):
+            for p, part in zip(ours, delta.split(rows)):
                 p += part.to(p.dtype)
     if quantize:
         quantize_weights(net, quantize)

@@ -479,6 +479,9 @@ def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(model.UserError, match="an adapter for another base than .*does not fit"):
         model.load(tmp_path / "a")
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    with pytest.raises(model.UserError, match="not rsLoRA"):
+        model.load(tmp_path / "a")
 
 
 def test_early_stopping_saves_the_last_state(tiny):

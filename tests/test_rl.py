@@ -202,8 +202,8 @@ def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monk
     monkeypatch.setattr(finetune.core, "generate", keep)
     cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
     judge = lambda messages, text, answer: len(text)
-    samples = finetune.roll_out(net, tok, prompts, judge, 5, cast)
     n = 3 if method == "grpo" else 1
+    samples = finetune.roll_out(net, tok, prompts, judge, 5, cast, n)
     assert len(samples) == len(made) == 2 * n
     assert [e["group"] for e in samples] == [i // n for i in range(2 * n)]
     for i, (e, g) in enumerate(zip(samples, made)):

@@ -232,9 +232,6 @@ def judge(task, row, texts):
     """{metric: value} of the answers to a row's prompt."""
     if task.judge:
         return task.judge(row, texts)
-    if task.rubric:
-        question = read_row(task, row)[0]
-        return {"rating": ask_judge(judge_url, judge_model, question, texts[0], task.rubric)}
     found = extract(task.extract, texts[0], task.which) if task.extract else texts[0].strip()
     return {"exact_match": exact_match(found, str(row[task.answer]), task.ignore, task.lower)}
 
@@ -637,6 +634,9 @@ def judged(task, row, prompt, choices, right, answer):
         n, c = len(verdicts), verdicts.count("passed")
         found = {f"pass@{k}": pass_at_k(n, c, k) for k in (1, 10, 100) if k <= n}
         sample |= {"answers": texts, "verdicts": verdicts}
+    elif task.rubric and not task.judge:
+        [(sample["answers"], rating)] = answer
+        found = {"rating": rating}
     else:
         try:
             found = judge(task, row, answer[0])
@@ -664,6 +664,15 @@ def run_questions(task, net, tok, answers, say):
         asked = [("", [source], []) for source in sources]
         passed = iter(answers(f"{task.name}, programs", "run", asked, work, most=32))
         found = [(texts, [next(passed) for _ in texts]) for texts in found]
+    if task.rubric and not task.judge:
+        rate = lambda r: ask_judge(judge_url, judge_model, *r[1], task.rubric)
+        asked = [read_row(task, question[0])[0] for question in questions]
+        asked = [("", [text, texts[0]], []) for text, texts in zip(asked, found)]
+        work, how = (
+            lambda some: [rate(r) for r in some],
+            ["rate", judge_url, judge_model, task.rubric],
+        )
+        found = zip(found, answers(f"{task.name}, ratings", how, asked, work, most=2))  # one by one
     found, values, log = iter(found), {}, []  # values: of all, "", and of each subject
     subjects = Counter(row.get("subject") or "" for row, *_ in questions)
     for row, *rest in questions:

@@ -479,3 +479,21 @@ def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge, hol
     assert found["ifeval"]["prompt_level_strict_acc"] == sum(map(all, strict)) / 2
     assert found["ifeval"]["inst_level_strict_acc"] == pytest.approx(sum(sum(strict, [])) / 3)
     assert found[mine]["rating"] == 4.5 and "Be kind." in asked[0][2]["messages"][0]["content"]
+
+
+def test_ratings_that_were_given_are_not_asked_again(tiny, tmp_path, judge):
+    url, replies, asked = judge
+    mine = tmp_path / "mine.jsonl"
+    header = {"kind": "generate", "rubric": "Be kind."}
+    mine.write_text(
+        "".join(json.dumps(r) + "\n" for r in [header, {"question": "a"}, {"question": "b"}])
+    )
+    flags = ["--model=out/tiny", f"--out_dir={tmp_path}", "--max_new_tokens=4", f"--tasks={mine}"]
+    flags += [f"--judge_url={url}", "--judge_model=m"]
+    replies += [(200, "Rating: [[3]]"), (400, "")]
+    assert run_script(tiny, "eval.py", *flags, check=False).returncode == 1
+    replies += [(200, "Rating: [[6]]")]
+    run_script(tiny, "eval.py", *flags)
+    assert len(asked) == 3 and asked[1] == asked[2] != asked[0] and not replies
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert found[str(mine)]["rating"] == 4.5

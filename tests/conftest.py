@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +18,16 @@ import torch
 torch.set_num_threads(1)  # whatever MKL_NUM_THREADS says
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for scripts that stand elsewhere
 # Where a fork is safe the commands below start as one, which spares each the import of torch.
 FORK = sys.platform == "linux" and not torch.cuda.is_available()
 
 
 def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen):
-    """`python script.py args` in the folder cwd (under torchrun for several processes)."""
+    """`python script.py args` in the folder cwd (for several processes, what torchrun starts)."""
     args = [str(ROOT / a) if str(a).startswith("config/") else str(a) for a in args]
-    if FORK and processes == 1 and not env and not popen:
-        done = run_forked(cwd, script, args, stdin)
+    if FORK and not env and not popen:
+        done = run_forked(cwd, script, args, stdin, processes)
     else:
         launch = [sys.executable]
         if processes > 1:
@@ -46,13 +49,19 @@ def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen
     return done
 
 
-def run_forked(cwd, script, args, stdin):
-    """The same command in a fork of this process."""
+def run_forked(cwd, script, args, stdin, processes):
+    """The same command in forks of this process."""
     streams = [tempfile.TemporaryFile("w+") for _ in range(3)]
     streams[0].write(stdin)
     streams[0].seek(0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
-    def child():
+    def child(rank):
+        if processes > 1:
+            os.environ.update(
+                ranks, WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank)
+            )
         os.chdir(cwd)
         for number, stream in enumerate(streams):
             os.dup2(stream.fileno(), number)
@@ -60,13 +69,20 @@ def run_forked(cwd, script, args, stdin):
         sys.argv = [str(ROOT / script), *args]
         runpy.run_path(sys.argv[0], run_name="__main__")
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
+    fork = multiprocessing.get_context("fork")
+    forks = [fork.Process(target=child, args=(rank,)) for rank in range(processes)]
+    for process in forks:
+        process.start()
+    while alive := [process for process in forks if process.is_alive()]:
+        wait([process.sentinel for process in alive])
+        if any(process.exitcode for process in forks):  # one that fails ends the others
+            for process in alive:
+                process.terminate()
     for stream in streams:
         stream.seek(0)
     out, err = streams[1].read(), streams[2].read()
-    return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
+    failed = [process.exitcode for process in forks if process.exitcode]
+    return SimpleNamespace(returncode=[*failed, 0][0], stdout=out, stderr=err)
 
 
 @pytest.fixture(scope="session")

@@ -524,7 +524,7 @@ def test_two_processes_write_the_same_bytes(tmp_path):
         args = "--source=in/*.jsonl", "--vocab_size=300", "--shard_tokens=3000", "--report"
         # five files of 2 MB would be five units; here a glob of small ones is one, so mix them
         mix = "--sources={'a': (0.6, 'in/[0-2].jsonl'), 'b': (0.4, 'in/[34].jsonl')}"
-        run(place, "prepare.py", *args, mix, processes=processes, env={"OMP_NUM_THREADS": "1"})
+        run(place, "prepare.py", *args, mix, processes=processes)
         made.append(files(place / "data"))
     assert made[0] == made[1] and len(made[0]) > 8
 
@@ -782,9 +782,8 @@ def test_ctrl_c_is_a_line(tmp_path):
 
 def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
     write_records(tmp_path / "d.jsonl", [{"prompt": t, "completion": t} for t in made_up_pages(9)])
-    env = {"OMP_NUM_THREADS": "1"}
     args = "--task=sft", "--source=d.jsonl", "--dataset=t", "--threads=1"
-    run(tmp_path, "prepare.py", *args, processes=2, env=env)
+    run(tmp_path, "prepare.py", *args, processes=2)
     assert sorted(os.listdir(tmp_path / "data/t")) == ["sft_train.jsonl", "sft_val.jsonl"]
     fetched = []
     monkeypatch.setattr(prepare, "tokenizer", "gpt2")  # as it does itself

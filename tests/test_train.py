@@ -251,7 +251,6 @@ def test_a_nan_on_one_process_is_skipped_and_stops_all(words, tmp_path):
         *[*SMALL, "--max_steps=30", "--save_every=2", "--eval_every=1000", "--out_dir=out/nan"],
         processes=2,
         check=False,
-        env={"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1
     assert "5 steps in a row were not finite: lower learning_rate" in done.stderr
@@ -280,8 +279,7 @@ def test_sync_grads_sums_over_processes(tmp_path):
         "line = f'{run.rank} {a.grad.tolist()} {b.grad.tolist()} {c.grad.tolist()}\\n'\n"
         "print(line, end='', flush=True)\n"
     )
-    env = {"PYTHONPATH": str(ROOT)}
-    said = run(tmp_path, tmp_path / "sums.py", processes=2, env=env).stdout
+    said = run(tmp_path, tmp_path / "sums.py", processes=2).stdout
     for rank in (0, 1):
         assert f"{rank} [3.0, 6.0] [1.0, 1.0, 1.0] [0.0]" in said
 

@@ -2111,10 +2111,6 @@ def main():
         return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
     run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
     workers, over = threads or os.cpu_count() or 1, False  # is there nothing to go on from?
-    with suppress(
-        AttributeError
-    ):  # where processes fork: Ctrl-C ends one in silence from the first
-        os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
         work.mkdir(parents=True, exist_ok=True)

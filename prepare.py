@@ -210,6 +210,8 @@ def plan(run):
     units = []
     for name, (_, spec) in mixture().items():
         paths, folder, between = files_of(spec, run)
+        if not paths:
+            raise Nothing(f"--source={spec}: no file in it")
         stats = [path.stat() for path in paths]
         share = min(64_000_000, max(UNIT, sum(stat.st_size for stat in stats) // 64))
         if max_documents:  # one process reads them all, and no further
@@ -228,10 +230,11 @@ def plan(run):
                 end = min(begin + borders.step, stat.st_size)
                 units[-1]["files"].append([str(path), begin, end, cut, stat.st_mtime_ns])
                 held += size
-    # A unit's results have this name: other settings, or another file, another name.
+    # A unit's results have this name: other settings, another file or script, another name.
     kept = settings_but("threads", "device", "dataset", "report")
     beside = [tokenizer, perplexity_model, blocklist, *(decontaminate or "").split(",")]
     found = [path for name in beside if name for path in [Path(name), *Path(name).glob("*")]]
+    kept["script"] = digest(Path(__file__).read_bytes())
     kept["beside"] = sorted((str(p), p.stat().st_mtime_ns) for p in found if p.exists())
     for unit in units:
         unit["name"] = hashed_name(json.dumps([unit, kept]))
@@ -278,7 +281,7 @@ def records(unit, skipped, bad=None):
                 skipped.append(shown)
             continue
         parquet = path.endswith(".parquet")
-        for number, line in read_parquet(path) if parquet else read_json(path, begin, end):
+        for number, line in read_parquet(path, bad) if parquet else read_json(path, begin, end):
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
                 if bad is None:
@@ -350,15 +353,16 @@ def read_json(path, begin=0, end=math.inf):
             yield number, line
 
 
-def read_parquet(path):
-    """(number, record) of a parquet file."""
+def read_parquet(path, bad):
+    """(number, record) of a parquet file, whose other columns may be large: see `records`."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(1000))
+            some = bad is None and {field, "url"}.intersection(file.schema_arrow.names)
+            batches = (batch.to_pylist() for batch in file.iter_batches(1000, columns=some or None))
             yield from enumerate(chain.from_iterable(batches), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: no parquet: {str(error).partition(chr(10))[0]}") from None
@@ -425,10 +429,10 @@ def html_tags(text):
 def html_to_text(text):
     """The text of an HTML page without navigation, forms and scripts: paragraphs with a blank line
     between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
-    out, run, opened, count, hidden = [], [], [], Counter(), 0
+    out, run, opened, count, hidden, pre = [], [], [], Counter(), 0, 0  # pre: is the run in <pre>?
     lines, lead = 0, ""  # the line breaks, and the "- " or " | ", that are due before the next text
 
-    def end_run(pre):
+    def end_run():
         nonlocal lines, lead
         text = "".join(run)
         text = text.rstrip().lstrip("\n") if pre else " ".join(text.split())
@@ -438,7 +442,6 @@ def html_to_text(text):
             lines, lead = 0, ""
 
     for tag, attributes, data in html_tags(re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text)):
-        pre = count["pre"]
         if tag == "header" and count["article"]:  # the title of an article, not of the site
             tag = "div"
         if tag in NESTING and not attributes.endswith("/"):
@@ -455,7 +458,7 @@ def html_to_text(text):
         if hidden:
             continue
         if tag in SIGNS:
-            end_run(pre)
+            end_run()
         for sign in SIGNS.get(tag, ()):
             if sign in ("item", "row"):
                 lines, lead = max(lines, 1), "- " if sign == "item" else "\0"
@@ -469,7 +472,8 @@ def html_to_text(text):
         data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
         if not (count["a"] and data in "¶§#"):  # a heading's link to itself
             run.append(data)
-    end_run(count["pre"])
+            pre = count["pre"]
+    end_run()
     return "".join(out).lstrip("\n")
 
 
@@ -732,10 +736,9 @@ def check_language(text, doc):
 
 
 def bare(url):
-    """example.com/page of https://user@www.example.com/page/?utm_source=x#top: what says which page
-    it is."""
-    url = re.sub(r"\butm_\w+=[^&#]*&?|#.*", "", url.strip().casefold())
-    return re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?]*@)?(?:www\.)?|[/?&]+$", "", url)
+    """example.com/page of https://user@www.example.com/page/"""
+    url = re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?#]*@)?(?:www\.)?", "", url.strip().casefold())
+    return url.rstrip("/?&")
 
 
 @lru_cache(1)
@@ -964,7 +967,7 @@ ALL = 2**62
 
 
 def steps_of(names):
-    return [name for name in steps.split(",") if name in names]
+    return [name for name in dict.fromkeys(steps.split(",")) if name in names]
 
 
 def row_kind():
@@ -1085,7 +1088,8 @@ def described(group, tallies):
     for row, (record, text) in zip(rows, group):
         row["size"], row["hash"] = len(data := text.encode()), digest(data)
         row["exact"] = digest(" ".join(text.lower().split()).encode())
-        row["url"] = digest(bare(record.get("url", "")).encode())
+        page = re.sub(r"\butm_\w+=[^&#]*&?|#.*", "", record.get("url", ""))
+        row["url"] = digest(bare(page).encode())
     return [text for text, ok in zip(texts, stay) if ok], rows[stay]
 
 
@@ -1849,16 +1853,16 @@ TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "s
 def convert(wanted, unit):
     """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
     made, broken = {name: ({}, Tally()) for name in wanted}, []
+    python = (source, sources) == ("python", None)
     found = islice(records(unit, [], broken), max_documents)
-    for record in functions_of(found) if source == "python" else found:
+    for record in functions_of(found) if python else found:
         text = json.dumps(record, default=str)
         for name, (rows, tally) in made.items():
-            if source == "python" and name == "classify" and not record["label"]:
+            if python and name == "classify" and not record["label"]:
                 continue  # a module that is in no package
             try:
                 row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                hashed = digest(row.encode(errors="replace"))
-                rows[row] = record["split_by"] if source == "python" else hashed
+                rows[row] = record["split_by"] if python else digest(row.encode(errors="replace"))
                 tally.count(text, text)
             except (Reject, ValueError, TypeError, AttributeError) as why:
                 reason = str(why) if isinstance(why, Reject) else "fields of another type"
@@ -1874,8 +1878,7 @@ def build_tasks(here, pool, units, wanted):
     parts, made, show = [], {}, model.Progress()
     for part in pool(partial(convert, wanted), units):
         parts.append(part)
-        count = f"{len(parts)} of {len(units)} parts"
-        show(f"converting: {count}", last=len(parts) == len(units))
+        show(f"converting: {len(parts)} of {len(units)} parts", last=len(parts) == len(units))
     for name in wanted:
         rows, tally = {}, Tally()
         for part in parts:
@@ -1886,7 +1889,7 @@ def build_tasks(here, pool, units, wanted):
         if tally.left[0] > len(rows):
             print(f"{name}: {tally.left[0] - len(rows):,} records came before, word for word")
         if not rows and task:
-            raise Nothing(f"--source={source}: no record for --task={task} in it")
+            raise Nothing(f"--source={sources or source}: no record for --task={task} in it")
         last = set(list(rows)[len(rows) - round(len(rows) * val_fraction) :])
         if len(rows) >= 20:
             last = {row for row, hashed in rows.items() if hashed < val_fraction * 2**64}
@@ -1969,6 +1972,8 @@ def learn_tokenizer(here, jobs, pool):
     fraction = tokenizer_bytes / max(int(sizes.sum()), 1)
     for some in pool(partial(count, here, fraction), jobs):
         counts.update(some)
+    if not counts:
+        raise UserError(f"tokenizer_bytes={tokenizer_bytes}: the documents are too long for so few")
     tok = train_tokenizer(tokenizer, counts, vocab_size, model.Progress())
     if tokenizer != "char" and tok.n_vocab < vocab_size:
         print("the tokenizer is smaller than vocab_size: the text has no more to offer")
@@ -2000,7 +2005,7 @@ def build(run, folder, work, pool):
         if special := sum(note["special"] for note in notes):
             print(f"{special} documents hold the name of a special token: it is taken as text")
         if not (cuts > 0).any():
-            raise Nothing(f"--source={source}: no text for training in it")
+            raise Nothing(f"--source={sources or source}: no text for training in it")
         tok = tok or learn_tokenizer(here, jobs, pool)
         print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
         model.write_json(here / "tokenizer_config.json", tok.config)

@@ -8,11 +8,13 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import string
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,7 +144,8 @@ def test_parquet_or_a_line_that_says_what_it_needs(tmp_path):
         result = prepare_py(tmp_path, "--source=a.parquet")
         assert result.stderr == "a.parquet: parquet needs pyarrow: pip install pyarrow\n"
         return
-    table = pyarrow.table({"id": list(range(30)), "text": texts})
+    far = pyarrow.array([10**15] * 30, pyarrow.timestamp("s"))  # a year that Python lacks
+    table = pyarrow.table({"id": list(range(30)), "text": texts, "not read": far})
     pyarrow.parquet.write_table(table, path, row_group_size=7)
     assert kept(tmp_path, "--source=a.parquet") == texts
     path.write_bytes(b"PAR1 nothing")
@@ -224,6 +227,7 @@ def test_the_first_of_the_same_texts_and_urls_stays(tmp_path):
     assert kept(tmp_path, "--source=d.jsonl", "--steps=exact") == without(same_text)
     assert kept(tmp_path, "--source=d.jsonl", "--steps=url") == without(same_url)
     assert kept(tmp_path, "--source=d.jsonl", "--steps=url,exact") == without(same_text, same_url)
+    assert kept(tmp_path, "--source=d.jsonl", "--steps=exact,near,near") == without(same_text)
 
 
 def test_a_component_keeps_its_first_member():
@@ -344,11 +348,13 @@ def test_train_tells_the_loss_of_each_source(tmp_path):
 def test_bad_mixes_are_a_line(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", made_up_pages(30))
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "nothing").mkdir()
     for mix, message in [
         ("{'a b': 1}", "sources: 'a b': 1: expected a name and a weight above 0"),
         ("{'a': 0}", "sources: 'a': 0: expected"),
         ("{'a': (1, 'nowhere')}", "--source=nowhere: no such file"),
         ("{'a': (1, 'a.jsonl'), 'b': (1, 'empty.jsonl')}", "sources: no text for training in"),
+        ("{'a': (1, 'a.jsonl'), 'b': (1, 'nothing')}", "--source=nothing: no file in it"),
     ]:
         result = prepare_py(tmp_path, f"--sources={mix}", "--tokenizer=byte")
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -652,7 +658,10 @@ def test_other_files_beside_the_source_are_another_run(tmp_path, monkeypatch):
             path.write_text(content)
             os.utime(path, ns=(1, len(names)))
             names.append(prepare.plan(model.setup("cpu"))[0]["name"])
-    assert len(set(names)) == 6
+    (tmp_path / "changed.py").write_text(Path(prepare.__file__).read_text() + "# a step does more")
+    monkeypatch.setattr(prepare, "__file__", "changed.py")
+    names.append(prepare.plan(model.setup("cpu"))[0]["name"])
+    assert len(set(names)) == 7
 
 
 def test_max_documents_counts_over_all_parts(tmp_path, monkeypatch, capsys):
@@ -666,6 +675,9 @@ def test_max_documents_counts_over_all_parts(tmp_path, monkeypatch, capsys):
     main_here(monkeypatch, tmp_path, task="sft", **settings)
     made = (tmp_path / "data/python/sft_train.jsonl").read_text().splitlines()
     assert [json.loads(row)["messages"][0]["content"] for row in made] == texts[:70]
+    settings |= {"source": "python", "sources": {"a": (1, "d.jsonl"), "b": (2, "d.jsonl")}}
+    main_here(monkeypatch, tmp_path, task="sft", **settings)  # of a mix, too: here the same twice
+    assert "sft: 70 records came before, word for word" in capsys.readouterr().out
 
 
 def test_a_bad_task_record_of_a_later_range_has_its_number(tmp_path, monkeypatch, capsys):
@@ -712,6 +724,9 @@ def test_settings_and_places_that_cannot_be_are_a_line(tmp_path):
     (tmp_path / "data/kept").parent.mkdir(exist_ok=True)
     (tmp_path / "data/kept").write_text("no folder")
     assert "data/kept" in line_of(tmp_path, "--source=d.jsonl", "--dataset=kept")
+    too_few = line_of(tmp_path, "--source=d.jsonl", "--tokenizer_bytes=1", "--dataset=f")
+    assert too_few == "tokenizer_bytes=1: the documents are too long for so few\n"
+    shutil.rmtree(tmp_path / "data/f")
     assert os.listdir(tmp_path / "data") == ["kept"]
 
 

@@ -550,7 +550,7 @@ BAD = [
     ("--source=nowhere", "--source=nowhere: no such file or folder, nor one of python, shakesp"),
     ("--source=empty.txt", "--source=empty.txt: no text for training in it"),
     ("--source=blank.txt", "--source=blank.txt: no text for training in it"),
-    ("--source=nothing", "--source=nothing: no text for training in it"),
+    ("--source=nothing", "--source=nothing: no file in it"),
     ("--source=latins", "--source=latins: no text for training in it"),
     ("--source=latin.txt", "latin.txt: not UTF-8 text (unexpected end of data): convert it"),
     ("--source=nofield.jsonl", f'nofield.jsonl:3: {EXPECTED}\'{{"body": "x"}}'),

@@ -1283,7 +1283,8 @@ def read_hellaswag(row):
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
     query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return clean(query), [clean(e) for e in row["endings"]], int(row["label"])
+    choices = {"choices": [clean(e) for e in row["endings"]], "answer": int(row["label"])}
+    return clean(query), *choices_of(choices)
 
 
 def judge_gsm8k(row, texts):

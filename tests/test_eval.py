@@ -286,6 +286,8 @@ def test_rows_of_other_shapes():
     assert evaluation.read_hellaswag(row | {"label": "0"}) == ("Cut: He takes. She", ["a. b"], 0)
     with pytest.raises(ValueError):
         evaluation.choices_of({"choices": ["a", "b"], "answer": 2})
+    with pytest.raises(ValueError):  # not an ending that is never chosen
+        evaluation.read_hellaswag(row | {"label": "1"})
 
 
 MATH = """\\frac12=\\frac{1}{2} \\dfrac{3}{4}=\\frac{3}{4} 1/2=\\frac{1}{2} .5=\\frac{1}{2}

@@ -472,14 +472,16 @@ class Answers:
         number of processes. `how` is what else an answer depends on."""
         seen = lambda r: hashlib.sha256(json.dumps([self.identity, how, *r[1:]]).encode())
         keys = [seen(r).hexdigest()[:32] for r in requests]
+        once = dict(zip(keys, requests))  # so that no answer depends on who comes last
+        each, requests = [*once], [*once.values()]
         groups = batches(requests, most or micro_tokens)[self.run.rank :: self.run.world]
         total, done, begun = sum(map(len, groups)), 0, time.monotonic()
         fresh, show = 0, core.Progress() if self.run.main else lambda line, last=False: None
         for group in groups:
-            if not all(keys[i] in self.known for i in group):
+            if not all(each[i] in self.known for i in group):
                 for i, answer in zip(group, work([requests[i] for i in group])):
-                    self.known[keys[i]] = answer
-                    self.file.write(json.dumps([keys[i], answer]) + "\n")
+                    self.known[each[i]] = answer
+                    self.file.write(json.dumps([each[i], answer]) + "\n")
                 self.file.flush()
                 fresh += len(group)
             done += len(group)
@@ -488,7 +490,7 @@ class Answers:
         show(f"{name}: {done:,} of {total:,} requests, {done - fresh:,} of before", last=True)
         if self.run.world > 1:
             parts = [None] * self.run.world
-            mine = {keys[i]: self.known[keys[i]] for group in groups for i in group}
+            mine = {each[i]: self.known[each[i]] for group in groups for i in group}
             dist.all_gather_object(parts, mine)
             for part in parts:
                 self.known |= part
@@ -599,7 +601,7 @@ def mean(amounts, sizes=1):
     right and wrong that is sqrt(p (1 - p) / (n - 1))."""
     a, b = np.broadcast_arrays(np.array(amounts, np.float64), np.array(sizes, np.float64))
     r, n = float(a.sum() / b.sum()), len(a)
-    if n == 1:
+    if n < 2:
         return r, None
     spread = math.sqrt(((a - r * b) ** 2).sum() / (n - 1))
     return r, float(spread / math.sqrt(n) / b.mean())
@@ -683,7 +685,7 @@ def run_questions(task, net, tok, answers, say):
                 some = value if type(value) is list else [value]
                 values.setdefault(group, {}).setdefault(metric, []).extend(some)
     scores = {group: {m: mean(x) for m, x in its.items()} for group, its in values.items()}
-    by = {s: flat(scores[s]) | {"n": subjects[s]} for s in sorted(subjects) if s}
+    by = {s: flat(scores[s]) | {"n": subjects[s]} for s in sorted(filter(None, subjects))}
     return scores[""], len(questions), by if len(subjects) > 1 else {}, log
 
 
@@ -1281,7 +1283,8 @@ def read_hellaswag(row):
         return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
     query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return clean(query), [clean(e) for e in row["endings"]], int(row["label"])
+    choices = {"choices": [clean(e) for e in row["endings"]], "answer": int(row["label"])}
+    return clean(query), *choices_of(choices)
 
 
 def judge_gsm8k(row, texts):

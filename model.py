@@ -1172,8 +1172,8 @@ class Tokenizer:
         # Old files, such as GPT-2's, do not name the kind.
         self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
-        fits = (self.kind, form) in FORMS and NORMALIZERS.issuperset(self.normalizers)
-        if not (fits and split and vocab):
+        fits = (self.kind, form) in FORMS and (form == "Metaspace" or self.lead == "never")
+        if not (fits and split and vocab and NORMALIZERS.issuperset(self.normalizers)):
             why = f"a {self.kind} tokenizer of this form is not supported ({SUPPORTED})"
             raise UserError(f"tokenizer.json: {why}")
         post = spec.get("post_processor") or {"type": "ByteLevel"}
@@ -1186,7 +1186,8 @@ class Tokenizer:
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
             self._init_other(body, vocab)
-        self.split, self.known = regex.compile(split), {}  # known: the ids of pieces met before
+        if not self.bpe or self.lacking:  # else tiktoken splits, by Rust's kind of pattern
+            self.split, self.known = regex.compile(split), {}  # known: ids of pieces met before
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
         self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
@@ -1307,8 +1308,8 @@ class Tokenizer:
             raise UserError(f"tokenizer.json: {why}")
         self.strip = " " if steps[3:] else ""
         pairs = self._merges(body)
-        number = lambda pair: (vocab[pair[0]], vocab[pair[1]])
-        self.merges = {number(p): (rank, vocab["".join(p)]) for rank, p in enumerate(pairs)}
+        number = lambda a, b: (vocab[a], vocab[b])
+        self.merges = {number(a, b): (i, vocab[a + b]) for i, (a, b) in enumerate(pairs)}
         # A space stands here for ▁: texts with the one and with the other have the same ids.
         self.vocab = {t.replace("▁", " "): i for t, i in vocab.items() if " " not in t}
         tokens = {t: i for t, i in vocab.items() if t not in self.special}
@@ -1604,15 +1605,17 @@ def read_header(path, file):
         raise UserError(f"{path}: not a whole safetensors file (cut short, or another format)")
     try:
         header = json.loads(file.read(length).decode())
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", None) or {})
         entries, at = {}, 0
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = SAFE_DTYPES[e["dtype"]], e["shape"]
-            end = at + math.prod(shape) * dtype.itemsize
-            natural = all(type(n) is int and n >= 0 for n in shape)
-            if not natural or e["data_offsets"] != [at, end]:
+            dtype, shape, place = SAFE_DTYPES[e["dtype"]], e["shape"], e["data_offsets"]
+            natural = all(type(n) is int and n >= 0 for n in [*shape, *place])
+            if not natural or math.prod(n or 1 for n in shape) >= 1 << 60:  # as of 0 x 2^99
+                raise ValueError(f"{name} has no shape or place")
+            entries[name], begin = (dtype, shape), at
+            at += math.prod(shape) * dtype.itemsize
+            if place != [begin, at]:
                 raise ValueError(f"{name} does not fill its place")
-            entries[name], at = (dtype, shape), end
         if 8 + length + at != size:
             raise ValueError(f"{size} bytes, but the header describes {8 + length + at}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -1648,10 +1651,10 @@ GPT2 = LLAMA | dict(norm="layer", pos="learned", mlp="gelu", bias=True)
 FAMILIES = {"qwen3": LLAMA | dict(qk_norm=True), "qwen2": LLAMA | dict(qkv_bias=True)}
 # Mistral is Llama with a sliding window, within which it is saved as Llama.
 FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
-# The values of these keys, where a config.json has them, with which we are exact.
+# The values of these keys with which we are exact, the first one that of an absent key.
 EXACT = dict(activation_function=(None, "gelu_new", "gelu_pytorch_tanh"))
 EXACT |= dict(hidden_act=(None, "silu", "swish"), partial_rotary_factor=(None, 1))
-EXACT |= dict(scale_attn_weights=(None, True))
+EXACT |= dict(scale_attn_weights=(True,))
 OFF = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
 EXACT |= dict.fromkeys(f"{OFF} add_cross_attention quantization_config".split(), (None, False))
 
@@ -1708,7 +1711,8 @@ def from_hf_config(d, where="config.json"):
     rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
     d = d | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
-    odd = [key for key, exact in EXACT.items() if d.get(key) not in exact]
+    d.pop("hidden_act" if kind == "gpt2" else "activation_function", None)  # which it never reads
+    odd = [key for key, exact in EXACT.items() if d.get(key, exact[0]) not in exact]
     faults += [f"{key}={d[key]!r:.60} not supported" for key in odd]
     layers = set(d.get("layer_types") or ()) - {"full_attention"} if kind != "mistral" else ()
     faults += [f"layers of {name} not supported" for name in layers]
@@ -1904,7 +1908,8 @@ def load_adapted(folder, device, dtype, quantize):
         if not ours or ours[0].shape[1] != A.shape[1] or B.shape != (sum(rows), len(A)):
             why = f"an adapter for another base than {base}: {key} does not fit"
             raise UserError(f"{folder}: {why}")
-        own = [a for k, a in d.get("alpha_pattern", {}).items() if f".{name}".endswith(f".{k}")]
+        patterns = d.get("alpha_pattern", {}).items()  # of a name, or of what follows a dot
+        own = [a for k, a in patterns if re.fullmatch(rf"(.*\.)?({k})", name)]
         alpha = own[0] if own else d["lora_alpha"]
         delta = (alpha / len(A)) * (B.float() @ A.float()).to(device)
         with torch.no_grad():

@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +221,16 @@ def test_processes_and_batches_change_no_result(small):
     assert not [*(small / "p2").glob("answers_*")]
 
 
+def test_equal_requests_are_answered_once(tmp_path):
+    """Or else their answers would hang on which process comes last."""
+    asked, run = [], SimpleNamespace(rank=0, world=1, main=False)
+    answers = evaluation.Answers(tmp_path, "model", run)
+    rows = [("", [i], [[]]) for i in (5, 6, 5, 7)]
+    work = lambda some: [asked.append(r[1][0]) or len(asked) for r in some]
+    found = answers("task", "how", rows, work, most=2)  # two at once
+    assert asked == [5, 6, 7] and found == [1, 2, 1, 3]
+
+
 def test_a_killed_run_continues(small):
     """What was answered before a kill is read, not computed: a planted answer comes through."""
     args = ["--model=net", "--data=rows", "--tasks=arc_easy", "--shots=0", "--out_dir=cut"]
@@ -244,14 +255,14 @@ OWN = {"kind": "generate", "prompt": "{question} answer:", "extract": "([0-9])",
 
 
 def test_tasks_of_your_own(small):
-    rows = rows_to_generate()[:4]
+    rows = [row | {"subject": i % 2} for i, row in enumerate(rows_to_generate()[:4])]
     header = {"kind": "choice", "prompt": "{q}", "choices": ["yes", "no"], "answer": "a"}
     lines = [header, {"q": "is it warm?", "a": "yes"}, {"q": "is it?", "a": 1}]
     (small / "own.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (small / "own.py").write_text(
         "def lengths():\n"
         f"    return {OWN | {'rows': rows, 'shots': 1}!r} | {{'judge': judge}}\n"
-        "def judge(row, texts):\n    return {'length': min(1, len(texts[0]) / 100)}\n"
+        "def judge(row, texts):\n    return {'length': min(1, len(texts[0]) / 100), 'none': []}\n"
     )
     tasks = "--tasks=own.jsonl,own.py:lengths"
     run(small, "eval.py", "--model=net", tasks, "--out_dir=own", "--samples", "--max_new_tokens=9")
@@ -261,6 +272,7 @@ def test_tasks_of_your_own(small):
     log = [json.loads(line) for line in (small / "own/samples_own.py_lengths.jsonl").open()]
     lengths = [len(sample["answers"][0]) / 100 for sample in log]
     assert answer["length"] == pytest.approx(sum(lengths) / 4)
+    assert answer["by"]["1"]["length"] == pytest.approx((lengths[1] + lengths[3]) / 2)
     assert all(s["prompt"].count("answer:") == 2 for s in log)
 
 
@@ -274,6 +286,8 @@ def test_rows_of_other_shapes():
     assert evaluation.read_hellaswag(row | {"label": "0"}) == ("Cut: He takes. She", ["a. b"], 0)
     with pytest.raises(ValueError):
         evaluation.choices_of({"choices": ["a", "b"], "answer": 2})
+    with pytest.raises(ValueError):  # not an ending that is never chosen
+        evaluation.read_hellaswag(row | {"label": "1"})
 
 
 MATH = """\\frac12=\\frac{1}{2} \\dfrac{3}{4}=\\frac{3}{4} 1/2=\\frac{1}{2} .5=\\frac{1}{2}

@@ -205,7 +205,8 @@ def test_hf_export_merges_an_adapter(tok, tmp_path):
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
     folder = tmp_path / "lora"
     folder.mkdir()
-    config = dict(peft_type="LORA", r=2, lora_alpha=6, base_model_name_or_path="../base")
+    config = dict(peft_type="LORA", r=2, lora_alpha=9, base_model_name_or_path="../base")
+    config["alpha_pattern"] = {r"layers\.[1-3]\.self_attn\.q_proj": 6}  # a pattern, as PEFT has it
     model.write_json(folder / "adapter_config.json", config)
     with model.whole_file(folder / "adapter_model.safetensors") as file:
         tensors = {f"{name}A.weight": A, f"{name}B.weight": B}

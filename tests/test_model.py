@@ -167,6 +167,10 @@ def test_malformed_safetensors_are_refused(tmp_path):
         '{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}',
         '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}',
         '{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":["x",1000000000000000],"data_offsets":[0,8]}}',
+        '{"b":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},'
+        '"a":{"dtype":"U8","shape":[0,1000000000000,1000000000000],"data_offsets":[0,0]}}',
+        '{"__metadata__":1,"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
         "[1,2]",
     ):
         path.write_bytes(struct.pack("<Q", len(bad)) + bad.encode() + bytes(8))

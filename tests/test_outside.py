@@ -269,9 +269,12 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path):
         ("qwen3", {"head_dim": None}, "head_dim missing"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu' not"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("gpt2", {"scale_attn_weights": None}, "scale_attn_weights"),
     ]:
         with pytest.raises(UserError, match=why):
             model.from_hf_config(configs[name] | change)
+    for name, key in ("gpt2", "hidden_act"), ("llama", "activation_function"):  # which it ignores
+        assert model.from_hf_config(configs[name] | {key: "gelu"})
 
 
 def test_malformed_folders_are_a_line(tmp_path):

@@ -513,14 +513,23 @@ def test_bad_settings_are_a_line(args, message, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "data").exists()
 
 
+def test_bpe_splits_by_the_patterns_of_rust(make):
+    spec = json.loads(json.dumps(make("bpe").spec))
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\x{4E00}|\w+|\W"}
+    tok = model.Tokenizer(spec, {})
+    assert tok.decode(tok.encode("one 一, two")) == "one 一, two"
+
+
 def test_forms_that_do_not_run_here_are_refused(make):
     unigram, pieces, words = make("unigram"), make("wordpiece"), make("word")
+    llama = {"type": "Sequence", "normalizers": [model.PREPEND, model.REPLACE]}
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     cut = unigram.spec["model"] | {"vocab": unigram.spec["model"]["vocab"][1:]}
     bare = {k: v for k, v in words.spec["model"]["vocab"].items() if k != "<|unk|>"}
     for tok, change, why in [
         (unigram, {"pre_tokenizer": space}, "a Unigram tokenizer of this form is not supported"),
         (unigram, {"model": cut}, "a byte is missing"),
+        (make("bpe"), {"normalizer": llama}, "a BPE tokenizer of this form is not supported"),
         (pieces, {"pre_tokenizer": {"type": "BertPreTokenizer"}}, "a WordPiece tokenizer of this"),
         (pieces, {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "cleanup"),
         (words, {"normalizer": {"type": "StripAccents"}}, "a WordLevel tokenizer of this form"),

@@ -1895,6 +1895,8 @@ def load_adapted(folder, device, dtype, quantize):
     net, tok = load(base, device, dtype)
     weights = dict(net.named_parameters())
     names = gpt2_names(weights) if family(net.config) == "gpt2" else {n: [n] for n in weights}
+    bare = lambda n: n.removeprefix("transformer.").removeprefix("model.")
+    names |= {bare(n): ours for n, ours in names.items()}  # as transformers' AutoModel has them
     tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
     pairs = {key: key.replace("lora_A", "lora_B") for key in tensors if ".lora_A.weight" in key}
     if d.get("use_rslora") or tensors.keys() != {*pairs, *pairs.values()}:

@@ -484,6 +484,21 @@ def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
         model.load(tmp_path / "a")
 
 
+def test_an_adapter_for_a_bare_trunk_opens(tiny, tmp_path):
+    """transformers' AutoModel has no head: its layers' names begin without `model.`."""
+    tune(tiny, "--method=lora", "--out_dir=out/bare")
+    tensors, _ = model.read_safetensors(tiny / "out/bare/adapter_model.safetensors")
+    tensors = {name.replace("model.model.", "model."): t for name, t in tensors.items()}
+    assert all(name.startswith("base_model.model.layers.") for name in tensors)
+    with open(tmp_path / "adapter_model.safetensors", "wb") as file:
+        model.write_safetensors(file, tensors, {"format": "pt"})
+    config = json.loads((tiny / "out/bare/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tiny / "out/tiny")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    state, other = (model.load(folder)[0].state_dict() for folder in (tmp_path, tiny / "out/bare"))
+    assert state.keys() == other.keys() and all(state[n].equal(other[n]) for n in state)
+
+
 def test_early_stopping_saves_the_last_state(tiny):
     args = ["--max_steps=9", "--eval_every=1", "--early_stopping=2", "--learning_rate=0"]
     tune(tiny, *args, "--out_dir=out/early")  # the first is the best, and no other is better

@@ -488,7 +488,8 @@ NEWLINE = re.compile(r"\r\n|[\r\v\f\x85\u2028\u2029]")
 # Control characters, soft hyphens, byte order marks, zero-width blanks, marks of direction. Not the
 # zero-width (non-)joiners of letters, by which Persian, Indic scripts and emoji mean something.
 INVISIBLE = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
+    "[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f"
+    "\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
 )
 
 

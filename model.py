@@ -1542,16 +1542,29 @@ SAFE_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL":
 INDEX = "model.safetensors.index.json"  # of weights in several files
 
 
+def parse_json(text, where):
+    """The value of a JSON text (str or bytes). What is no JSON, or nests beyond what Python reads,
+    is a UserError that begins with `where`, such as "rows.jsonl:7"."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply to read") from None
+    except ValueError as error:
+        begin = text[:60].decode(errors="replace") if isinstance(text, bytes) else text[:60]
+        raise UserError(f"{where}: no JSON: {begin!r} ({error})") from None
+
+
 def read_json(path, default=None):
     """The JSON object in the file; `default`, if given, where there is no file."""
     if default is not None and not Path(path).exists():
         return default
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: is {Path(path).parent} what was meant?") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value

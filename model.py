@@ -472,38 +472,42 @@ class BlockedAttention(torch.autograd.Function):
     Keeps the probabilities, in q's dtype, which the fused one computes twice.
 
     q (B, H, T, D), k and v (B, n_kv_head, T, D), unseen (1 or B, 1, T, T) bool, true where a query
-    may not look (at least at what is behind it)."""
+    may not look (at least at what is behind it). Blocks are joined, not written into a result: see
+    LinearCrossEntropy."""
 
     @staticmethod
     def forward(ctx, q, k, v, unseen):
         B, H, T, D = q.shape
         G, size = k.shape[1], max(128, -(-T // 4))
         q, k, v = (q * D**-0.5).reshape(B, G, -1, T, D), k.contiguous(), v.contiguous()
-        y, kept = torch.empty_like(q), []
+        y, probabilities = [], []
         for i in range(0, T, size):
             j = min(i + size, T)
             p = q[..., i:j, :].reshape(B, G, -1, D) @ k[:, :, :j].mT
             p = p.view(B, G, -1, j - i, j).masked_fill_(unseen[:, :, None, i:j, :j], -math.inf)
-            p = p.softmax(-1).view(B, G, -1, j)
-            y[..., i:j, :] = (p @ v[:, :, :j]).view(B, G, -1, j - i, D)
-            kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
-        return y.view(B, H, T, D)
+            p = p.softmax(-1).view(B, G, -1, j)  # (B, n_kv_head, H / n_kv_head * (j - i), j)
+            y.append((p @ v[:, :, :j]).view(B, G, -1, j - i, D))
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        return torch.cat(y, -2).view(B, H, T, D)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *probabilities = ctx.saved_tensors
         B, G, _, T, D = q.shape
-        dy, dq = dy.reshape(q.shape), torch.empty_like(q)
-        dk, dv, j = torch.zeros_like(k), torch.zeros_like(v), 0
-        for p in kept:
-            i, j = j, p.shape[-1]
-            rows = lambda x: x[..., i:j, :].reshape(B, G, -1, D)
-            dv[:, :, :j] += p.mT @ rows(dy)
-            ds = torch._softmax_backward_data(rows(dy) @ v[:, :, :j].mT, p, -1, p.dtype)
-            dq[..., i:j, :] = (ds @ k[:, :, :j]).view(B, G, -1, j - i, D)
-            dk[:, :, :j] += ds.mT @ rows(q)
-        return (dq * D**-0.5).view(B, -1, T, D), dk, dv, None
+        dy, dq = dy.reshape(q.shape), []
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        i = 0
+        for p in probabilities:
+            j = p.shape[-1]
+            dy_block = dy[..., i:j, :].reshape(B, G, -1, D)
+            q_block = q[..., i:j, :].reshape(B, G, -1, D)
+            ds = torch._softmax_backward_data(dy_block @ v[:, :, :j].mT, p, -1, p.dtype)
+            dq.append((ds @ k[:, :, :j]).view(B, G, -1, j - i, D))
+            dk = dk + F.pad(ds.mT @ q_block, (0, 0, 0, T - j))  # no key behind j was seen
+            dv = dv + F.pad(p.mT @ dy_block, (0, 0, 0, T - j))
+            i = j
+        return (torch.cat(dq, -2) * D**-0.5).view(B, -1, T, D), dk, dv, None
 
 
 def attend(q, k, v, mask=None, dropout=0.0):
@@ -694,29 +698,37 @@ class GPT(nn.Module):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The head and its loss in one, some rows at a time: no more logits than one piece's exist,
-    and since the loss is a sum, each piece's gradients are made with it."""
+    and since the loss is a sum, each piece's gradients are made with it.
+
+    h (N, C), weight (V, C), targets (N,) int64, -100 meaning none; learn: whether gradients are
+    wanted; size: rows of a piece. Returns the sum of -log p in nats, float32.
+
+    What is saved for backward is made whole and is never written to, here or in backward: a
+    compiled network of torch 2.11 loses writes into a tensor that its backward reads."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, learn, size):
         total = torch.zeros((), device=h.device)
-        dh, dw = (torch.zeros_like(h), torch.zeros_like(weight)) if learn else (None, None)
-        weight = weight.to(h.dtype)
-        for i in range(0, len(h), size):
-            x, t = h[i : i + size], targets[i : i + size, None]
-            logp, valid, t = (x @ weight.T).float().log_softmax(-1), t >= 0, t.clamp(min=0)
-            total -= logp.gather(1, t).where(valid, 0.0).sum()
+        dh, dw = [], 0.0
+        grad_dtype, weight = weight.dtype, weight.to(h.dtype)
+        for x, t in zip(h.split(size), targets[:, None].split(size)):
+            logp = (x @ weight.T).float().log_softmax(-1)  # (size, V)
+            valid, t = t >= 0, t.clamp(min=0)
+            total = total - logp.gather(1, t).where(valid, 0.0).sum()
             if learn:
+                # softmax less one-hot, in the logits' own memory, which nothing else reads
                 d = logp.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=logp.dtype))
                 d = d.mul_(valid).to(h.dtype)
-                dh[i : i + size] = d @ weight
-                dw += d.T @ x
-        ctx.save_for_backward(dh, dw)
+                dh.append(d @ weight)
+                dw = dw + (d.T @ x).to(grad_dtype)
+        if learn:
+            ctx.save_for_backward(torch.cat(dh), dw)
         return total
 
     @staticmethod
     def backward(ctx, g):
         dh, dw = ctx.saved_tensors
-        return (dh.float() * g).to(dh.dtype), dw.mul_(g), None, None, None
+        return (dh.float() * g).to(dh.dtype), dw * g, None, None, None
 
 
 def head_rows(device_type, dtype, vocab_size):

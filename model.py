@@ -2078,6 +2078,32 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     return optimizers
 
 
+def check_gradient(norm, step):
+    """End a run whose gradient norm is exactly zero: it would go on, and learn nothing."""
+    if norm == 0:
+        raise UserError(
+            f"step {step}: the gradient norm is exactly zero, so that nothing is learned: try "
+            f"--compile=false, and look at what the loss depends on; the last save stands"
+        )
+
+
+def weight_sums(params):
+    """A number for each tensor (n,) int64 that another value of any of its elements changes: the
+    sum of their bits, read as integers."""
+    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.stack([p.detach().view(views[p.element_size()]).sum() for p in params])
+
+
+def check_moved(before, params, lr):
+    """End a run whose step, at learning rate lr, left every weight as it was: `before` is what
+    weight_sums gave."""
+    if torch.equal(before, weight_sums(params)):
+        raise UserError(
+            f"the first step moved no weight (learning rate {lr:g}): raise learning_rate, or look "
+            f"at what the optimizer was given; the last save stands"
+        )
+
+
 def sync_grads(params):
     """Sum the gradients over all processes, in one flat all-reduce (none counts as zero)."""
     if not dist.is_initialized():

@@ -47,7 +47,7 @@ micro_batch = 0  # windows at once on a device, at most; 0: as many as fit its m
 document_mask = False  # attend within a document only
 
 # how long: the first of these that is reached ends the run
-max_steps: int | None = 300  # optimizer steps
+max_steps: int | None = 300  # optimizer steps; 0: write the untrained model
 max_tokens: int | None = None  # tokens
 max_epochs: float | None = None  # passes over the data
 max_minutes: float | None = None  # minutes of wall clock, evaluation and compilation included
@@ -188,6 +188,8 @@ def split_batch(world, fits):
 
 def progress_at(step, tokens, windows_per_epoch, seconds):
     """The part of the run that is done, 0 to 1: the largest over the horizons that are set."""
+    if max_steps == 0:
+        return 1.0
     parts = [(step, max_steps), (tokens, max_tokens), (seconds, 60 * (max_minutes or 0))]
     parts.append((tokens, seq_len * windows_per_epoch * (max_epochs or 0)))
     return min(1.0, max(part / whole for part, whole in parts if whole))
@@ -202,7 +204,7 @@ def check_settings():
     for key, low in least.items():
         if (value := globals()[key]) is not None and value < low:
             raise UserError(f"{key}={value}: expected {low} or more")
-    if not any((max_steps, max_tokens, max_epochs, max_minutes)):
+    if max_steps != 0 and not any((max_steps, max_tokens, max_epochs, max_minutes)):
         raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")
     lr_scale(0, 0.0)  # refuses an unknown schedule
 
@@ -318,17 +320,29 @@ def documents(ids):
     return (ids == end_of_text).cumsum(1) if document_mask else None
 
 
-def remarks(history):
-    """What the validations say, in words: history [(step, training loss, validation loss)]."""
+def remarks(history, guessing=math.inf):
+    """What the validations say, in words: history [(step, training loss, validation loss)];
+    guessing: the loss of who guesses among all ids alike, ln(vocabulary), in nats."""
+    *_, (_, train_loss, val_loss) = history
+    lower = f"lower learning_rate ({learning_rate:g}) or raise warmup_steps ({warmup_steps})"
+    if not val_loss <= 1.02 * guessing:  # nor is a NaN
+        worse = f"the loss is above {guessing:.2f}, what guessing gives, ln(vocabulary)"
+        return [f"{worse}: it explodes or never learned; {lower}"]
+    if val_loss > 1.5 * min(val for _, _, val in history):
+        return [f"the loss is half as much again as its best: it explodes; {lower}"]
     if len(history) < 3:
         return []
-    (_, _, val0), (_, train1, val1), (_, train2, val2) = history[-3:]
-    if val2 > 1.5 * min(val for *_, val in history):
-        return ["the loss is half as much again as its best: it explodes; lower learning_rate"]
-    if val2 > val1 > val0 and train2 < train1:
+    (_, _, val0), (_, train1, val1) = history[-3:-1]
+    if val_loss > val1 > val0 and train_loss < train1:
         return ["validation loss rises while training loss falls: over-fitting; best/ has the best"]
-    if abs(val0 - val2) < 2e-3 * val0:
-        return ["validation loss moved by less than 0.2 % in two validations: a plateau"]
+    if abs(val0 - val_loss) < 2e-3 * val0:
+        other = "adamw" if optimizer == "muon" else "muon"
+        return [
+            "validation loss moved by less than 0.2 % in two validations: a plateau; if it came "
+            f"early, raise learning_rate ({learning_rate:g}), lengthen warmup_steps "
+            f"({warmup_steps}) where grad_norm jumps, or try --optimizer={other}; if late, a "
+            "larger network or more data"
+        ]
     return []
 
 
@@ -374,28 +388,67 @@ def agreed(run, mine, norm=0.0):
     return [*vector.tolist(), float(norm)]
 
 
-def try_compile(net, run, train_tokens, attempt):
-    """The compiled network, once `attempt(network)` has run through on every process; else net. On
-    a CPU one block is compiled for all of them: as fast, and ready in half a minute."""
+def loss_and_gradients(network, net, ids, targets, cast, pieces=1):
+    """The mean loss of a micro-batch under `network`, which is net or net compiled, and the norm of
+    each parameter's gradient (n_parameters,), float32 on the host. pieces: it goes through in so
+    many, whose gradients add up to the same."""
+    scale = 1024.0  # float16 loses smaller gradients
+    net.zero_grad()
+    total = 0.0
+    for part_ids, part_targets in zip(ids.chunk(pieces), targets.chunk(pieces)):
+        with cast:
+            loss, _ = network(part_ids, part_targets, docs=documents(part_ids))
+        (loss * (scale / targets.numel())).backward()
+        total += loss.detach().item()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+    norms = torch.stack([g.float().norm() for g in grads]).cpu() / scale
+    net.zero_grad()
+    return total / targets.numel(), norms
+
+
+def compiled_differs(compiled, eager, dropout):
+    """Whether the losses and gradient norms that `loss_and_gradients` gave differ by more than
+    rounding; with dropout, which the two draw differently, by more than chance."""
+    (loss, norms), (eager_loss, eager_norms) = compiled, eager
+    floor = 0.01 * eager_norms.norm()  # smaller gradients are mostly rounding
+    worst = ((norms - eager_norms).abs() / (eager_norms + floor)).max().item()
+    loss_difference = abs(loss - eager_loss) / abs(eager_loss)
+    tolerance = 0.5 if dropout else 0.1
+    agrees = worst <= tolerance and loss_difference <= tolerance / 5  # of a NaN neither is true
+    return not agrees
+
+
+def try_compile(net, run, train_tokens, batch, cast):
+    """(network, words): the compiled network, once its loss and its gradients on this micro-batch,
+    (ids, targets), agree with the eager one's on every process; else net. On a CPU one block is
+    compiled for all of them: as fast, and ready in half a minute."""
     if compile is False:
         return net, "off, as asked"
     cuda = run.device.type == "cuda"
     if compile is None and not cuda and flops_of_run(net, train_tokens) < COMPILE_FLOPS * run.world:
         return net, "off: on a CPU it would take longer than it saves here (--compile turns it on)"
-    begun, failed = time.monotonic(), ""
+    begun, fault = time.monotonic(), ""
+    # In quarters: an eager network takes more memory than a compiled one.
+    eager = loss_and_gradients(net, net, *batch, cast, pieces=min(4, len(batch[0])))
     body = torch.compile(net) if cuda else net
     net.train_block = model.call_block if cuda else torch.compile(model.call_block)
     try:
-        attempt(body)
+        compiled = loss_and_gradients(body, net, *batch, cast)
+        figures = [
+            f"loss {loss:.4f}, gradient norm {n.norm():.4g}" for loss, n in (compiled, eager)
+        ]
+        if compiled_differs(compiled, eager, net.config.dropout):
+            fault = f"it computes wrongly here ({figures[0]}; eager {figures[1]})"
     except Exception as error:  # no compiler on this machine, or one that fails
         if out_of_memory(error):
             raise
-        failed = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fault = f"it failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     net.zero_grad()
-    if agreed(run, [bool(failed)])[0]:
+    if agreed(run, [bool(fault)])[0]:
         net.train_block = model.call_block
-        return net, f"off, since it failed: {failed or 'on another process'}"
-    return body, f"on, after {model.duration(time.monotonic() - begun)}"
+        return net, f"off, since {fault or 'it failed or differed on another process'}"
+    spent = model.duration(time.monotonic() - begun)
+    return body, f"on, after {spent}: {figures[0]}; eager {figures[1]}"
 
 
 def flops_of_run(net, train_tokens):
@@ -481,10 +534,10 @@ def main():
             (scaler.scale(scaled) if scaler else scaled).backward()
         return loss.detach()
 
-    attempt = lambda network: micro_step(network, *train.batch([0] * micro, run.device))
     if state and compile is None:
         compile = state["compiled"]  # as before, whatever the horizon is now: the same sums
-    body, told = try_compile(net, run, train.n * seq_len, attempt)
+    first_batch = train.batch([i % train.n for i in range(micro)], run.device)
+    body, told = try_compile(net, run, train.n * seq_len, first_batch, cast)
     say(f"compile: {told}")
     network = DistributedDataParallel(body, gradient_as_bucket_view=True) if run.world > 1 else body
     sizes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]
@@ -524,7 +577,7 @@ def main():
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    row, stop = {}, False
+    row, stop, first_update = {}, False, True
     done = progress_at(step, windows * seq_len, train.n, seconds)
     peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
     tick = time.monotonic()
@@ -545,10 +598,16 @@ def main():
         loss, stop, seconds, norm = agreed(run, [total, bool(caught), clock], norm)
         loss /= batch_tokens
         finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            model.check_gradient(norm, step + 1)
+        before = model.weight_sums(net.parameters()) if first_update and finite else None
         for o in optimizers:
             if finite:
                 o.step()
             o.zero_grad()
+        if before is not None:
+            model.check_moved(before, net.parameters(), learning_rate * scale)
+            first_update = False
         if scaler:
             scaler.update()
         step, windows = step + 1, windows + rows
@@ -586,7 +645,7 @@ def main():
             row |= verdict
             history = [*history, [step, mean_loss, val_loss]]
             say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in verdict.items()))
-            for remark in remarks(history):
+            for remark in remarks(history, math.log(c.vocab_size)):
                 say(f"note: {remark}")
             if run.main and sample_tokens and done < 1:
                 say(show_sample(net, tok, cast))
@@ -597,7 +656,10 @@ def main():
             save()
         tick = time.monotonic()
     say("")
-    if not row:
+    if max_steps == 0 and not state:
+        save()
+        say(f"wrote {out_dir}, as it is before the first step (max_steps=0)")
+    elif not row:
         say(f"nothing to do: {out_dir} is at its horizon (step {step}); raise max_steps to go on")
     elif done < 1:
         say(f"stopped at step {step} and saved; --init_from=resume goes on")

@@ -4,14 +4,31 @@ files and by flags: `python train.py config/tiny.py --max_steps=20 --compile=fal
 A script calls `configure(globals())` under `if __name__ == "__main__":`, before `import torch`, so
 that --help is instant. A recipe is plain Python that assigns keys and may be given to every script:
 a key of another script is skipped, a key of none is refused. Names that start with _ are its own.
+A recipe may also be a JSON object of keys, in which these names of other programs are read too.
 """
 
 import ast
 import difflib
+import json
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+RECIPES = (".py", ".json")  # how the names of recipes end
+# In JSON recipes: what other programs call it, and what it is called here.
+JSON_NAMES = {
+    "eval_interval": "eval_every",
+    "eval_steps": "eval_every",
+    "save_interval": "save_every",
+    "save_steps": "save_every",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_schedule",
+    "lr_scheduler_type": "lr_schedule",
+    "max_grad_norm": "grad_clip",
+    "num_epochs": "max_epochs",
+    "block_size": "seq_len",
+}
 
 
 def script_keys(path):
@@ -47,7 +64,9 @@ def read_flag(arg, argv, keys):
     if not equals and following.startswith("--"):
         raise ValueError(f"no value: expected {' or '.join(types)}")
     text = text if equals else argv.pop(0)
-    while "list" in types and not equals and argv and argv[0][:2] != "--" and argv[0][-3:] != ".py":
+    while (
+        "list" in types and not equals and argv and argv[0][:2] != "--" and not is_recipe(argv[0])
+    ):
         text += f",{argv.pop(0)}"  # the words up to the next flag or recipe
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
     literal = {"None": "none", "True": "bool", "False": "bool"}.get(word)
@@ -58,10 +77,56 @@ def read_flag(arg, argv, keys):
     return {key: text}
 
 
-def run_recipe(path, values):
+def is_recipe(argument):
+    return argument.endswith(RECIPES) and not argument.startswith("--")
+
+
+def read_json_recipe(path, values, keys):
+    """The keys in the JSON object at `path`, where every key has its value in `values` so far, and
+    `keys` are the script's own."""
+    try:
+        given = json.loads(Path(path).read_bytes())
+    except RecursionError:
+        raise ValueError("JSON nested too deeply to read") from None
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError('expected a JSON object, such as {"learning_rate": 1e-3}')
+    recipe = {}
+    for name, value in given.items():
+        key = JSON_NAMES.get(name, name)
+        if key in recipe:
+            raise ValueError(f"{key} is given twice")
+        recipe[key] = value
+    return whole_batch(recipe, values, keys)
+
+
+def whole_batch(recipe, values, keys):
+    """The recipe with batch_size and gradient_accumulation_steps made into this script's one number
+    for the batch of an optimizer step: batch_tokens of seq_len each, or batch_size."""
+    accumulation = recipe.pop("gradient_accumulation_steps", 1)
+    if "batch_size" not in recipe:
+        if accumulation != 1:
+            raise ValueError("gradient_accumulation_steps: expected batch_size beside it")
+        return recipe
+    size = recipe.pop("batch_size")
+    for name, number in (("batch_size", size), ("gradient_accumulation_steps", accumulation)):
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name} = {number!r}: expected a whole number, 1 or more")
+    if "batch_tokens" not in keys:
+        return recipe | {"batch_size": size * accumulation}
+    if "batch_tokens" in recipe:
+        raise ValueError("batch_size and batch_tokens both say how large a step is: leave one")
+    seq_len = fit("seq_len", recipe.get("seq_len", values["seq_len"]), ["int"])
+    return {"micro_batch": size} | recipe | {"batch_tokens": size * accumulation * seq_len}
+
+
+def run_recipe(path, values, keys):
     """What the recipe at `path` leaves in its namespace, which are `values` when it starts."""
-    if not path.endswith(".py") or not os.path.isfile(path):
-        raise ValueError("no such recipe (config/NAME.py; a flag is --key=value)")
+    if not path.endswith(RECIPES) or not os.path.isfile(path):
+        raise ValueError("no such recipe (config/NAME.py or NAME.json; a flag is --key=value)")
+    if path.endswith(".json"):
+        return read_json_recipe(path, values, keys)
     space = dict(values)
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), space)
@@ -90,7 +155,7 @@ def settings(space):
 
 def same_recipes():
     """The recipes of this command line, each with a space behind it, to name the next command."""
-    return "".join(f"{arg} " for arg in sys.argv[1:] if arg[:2] != "--" and arg[-3:] == ".py")
+    return "".join(f"{arg} " for arg in sys.argv[1:] if is_recipe(arg))
 
 
 def configure(space):
@@ -116,7 +181,7 @@ def configure(space):
         arg = argv.pop(0)
         is_flag = arg.startswith("--")
         try:
-            given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values)
+            given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values, keys)
             names = keys if is_flag else values
             for key, value in given.items():
                 if key not in names:

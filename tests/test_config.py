@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, run
 
+import config
+
 SCRIPT = '''"""What the script is for."""
 
 from config import configure, settings
@@ -70,6 +72,9 @@ def script(tmp_path):
         return done.returncode, keys, done.stderr
 
     return call
+
+
+NO_RECIPE = "no such recipe (config/NAME.py or NAME.json; a flag is --key=value)"
 
 
 def changed(keys):
@@ -150,10 +155,19 @@ def test_values_have_the_types_of_their_keys(script):
         (["--width=5"], "--width: unknown key 'width' (--help lists the keys)"),  # other.py's
         (["--letters=5"], "--letters: unknown key 'letters' (--help lists the keys)"),
         (["--below=5"], "--below: unknown key 'below' (--help lists the keys)"),
-        (["nothing.py"], "nothing.py: no such recipe (config/NAME.py; a flag is --key=value)"),
-        (["--runs=a", "b"], "b: no such recipe (config/NAME.py; a flag is --key=value)"),
-        (["steps=5"], "steps: no such recipe (config/NAME.py; a flag is --key=value)"),
-        (["-steps=5"], "-steps: no such recipe (config/NAME.py; a flag is --key=value)"),
+        (
+            ["nothing.py"],
+            f"nothing.py: {NO_RECIPE}",
+        ),
+        (
+            ["--runs=a", "b"],
+            f"b: {NO_RECIPE}",
+        ),
+        (["steps=5"], f"steps: {NO_RECIPE}"),
+        (
+            ["-steps=5"],
+            f"-steps: {NO_RECIPE}",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_a_line_and_exit_2(script, args, message):
@@ -279,3 +293,57 @@ def test_every_recipe_fits_every_script(name, recipe, tmp_path):
         2,
         f"--seed: seed = 'x': expected int{' or none' * (name == 'serve')}\n",
     )
+
+
+TRAINING = """{
+  "batch_size": 4, "gradient_accumulation_steps": 2, "seq_len": 32, "learning_rate": 1e-3,
+  "warmup_steps": 2, "max_steps": 3, "weight_decay": 0.01, "lr_scheduler": "linear",
+  "eval_interval": 3, "max_grad_norm": 0.5, "dropout": 0.0, "max_minutes": null
+}"""
+
+
+def test_a_json_recipe_with_the_names_of_other_programs_trains(tiny):
+    (tiny / "training.json").write_text(TRAINING)
+    run(tiny, "train.py", "config/tiny.py", "training.json", "--out_dir=out/json")
+    config = json.loads((tiny / "out/json/run.json").read_text())["config"]
+    said = {"batch_tokens": 4 * 2 * 32, "micro_batch": 4, "lr_schedule": "linear"}
+    said |= {"learning_rate": 1e-3, "warmup_steps": 2, "max_steps": 3, "weight_decay": 0.01}
+    said |= {"eval_every": 3, "grad_clip": 0.5, "max_minutes": None}
+    assert {key: config[key] for key in said} == said
+    rows = [json.loads(line) for line in (tiny / "out/json/log.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows if "loss" in row] == [256, 512, 768]
+
+
+def test_a_json_recipe_of_finetune_counts_examples(tmp_path):
+    (tmp_path / "r.json").write_text('{"batch_size": 3, "gradient_accumulation_steps": 4}')
+    values = {"batch_size": 16, "seq_len": 0}
+    got = config.read_json_recipe(str(tmp_path / "r.json"), values, values)
+    assert got == {"batch_size": 12}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1]", "expected a JSON object"),
+        ('{"steps": 1', "no JSON: "),
+        ("[" * 100_000, "JSON nested too deeply"),
+        ('{"step": 1}', "unknown key 'step' (did you mean 'steps'?)"),
+        ('{"steps": "many"}', "steps = 'many': expected int"),
+        ('{"lr": 1, "learning_rate": 2}', "learning_rate is given twice"),
+        ('{"batch_size": 0}', "batch_size = 0: expected a whole number, 1 or more"),
+        ('{"batch_size": true}', "batch_size = True: expected a whole number, 1 or more"),
+        ('{"gradient_accumulation_steps": 2}', "expected batch_size beside it"),
+    ],
+)
+def test_json_recipes_are_refused_in_one_line(script, tmp_path, text, message):
+    (tmp_path / "r.json").write_text(text)
+    code, _, stderr = script("r.json")
+    assert code == 1
+    assert stderr.startswith("r.json: ") and message in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_a_json_recipe_is_no_word_of_a_list(script, tmp_path):
+    (tmp_path / "r.json").write_text('{"steps": 7, "warmth": null}')
+    _, keys, _ = script("--runs", "a", "r.json")
+    assert changed(keys) == {"runs": "a", "steps": 7, "warmth": None}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,9 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
     assert whole.wait() == 0, whole.stdout.read()
+    if name == "compiled":  # and compared with the eager network before it was trusted
+        figures = r"loss [\d.]+, gradient norm [\d.]+"
+        assert re.search(f"compile: on, after .*: {figures}; eager {figures}\n", said.stdout)
     assert weights(words, f"out/{name}") == weights(words, killed)
     for key in ("loss", "lr", "grad_norm", "val_loss"):
         assert log(words, f"out/{name}", key) == log(words, killed, key)
@@ -458,3 +462,25 @@ def test_remarks_name_what_happens():
     assert "explodes" in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.0], [3, 5.0, 5.0]])[0]
     assert "plateau" in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
     assert train.remarks([[1, 3.0, 3.0], [2, 2.5, 2.6], [3, 2.0, 2.3]]) == []
+    # An explosion is said at once, and of a run that never was below guessing.
+    assert "explodes" in train.remarks([[1, 2.0, 2.0], [2, 5.0, 5.0]])[0]
+    assert "ln(vocabulary)" in train.remarks([[1, 9.0, 9.0]], math.log(256))[0]
+    assert "ln(vocabulary)" in train.remarks([[1, 9.0, math.nan]], math.log(256))[0]
+    assert train.remarks([[1, 5.54, 5.55]], math.log(256)) == []  # ln 256 is 5.545
+    for advice in ("learning_rate", "warmup_steps", "optimizer"):
+        assert advice in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
+
+
+@pytest.mark.parametrize("horizon", ["--max_epochs=3", "--max_minutes=1"])
+def test_no_step_writes_the_untrained_model(words, horizon):
+    out = f"out/untrained{len(horizon)}"
+    done = run(words, "train.py", *SMALL, "--max_steps=0", horizon, f"--out_dir={out}")
+    assert f"wrote {out}, as it is before the first step" in done.stdout
+    net, tok = model.load(words / out)
+    torch.manual_seed(7)  # as --seed of SMALL
+    untrained = model.GPT(net.config)
+    for name, p in untrained.state_dict().items():
+        assert torch.equal(net.state_dict()[name], p), name
+    run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}", "--init_from=resume")
+    run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}-at-once")
+    assert weights(words, out) == weights(words, f"{out}-at-once")

@@ -1,0 +1,193 @@
+"""A compiled network computes what the plain one does: its loss and the gradient of each parameter,
+with every option; and train.py notices where that is not so."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run
+
+import model
+import train
+
+SHAPE = dict(vocab_size=128, n_ctx=160, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= {"original_max_position_embeddings": 64}
+OPTIONS = [
+    {},
+    {"n_kv_head": 4, "head_dim": 16, "n_hidden": 80},
+    {"norm": "layer", "bias": True},
+    {"norm_place": "post"},
+    {"norm_place": "both", "norm_eps": 1e-5},
+    {"qk_norm": False, "qkv_bias": True},
+    {"pos": "learned", "mlp": "gelu"},
+    {"pos": "sinusoidal", "mlp": "relu"},
+    {"pos": "none", "mlp": "relu2"},
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"tie": False, "init": "xavier"},
+    {"dropout": 0.1, "init": "he"},
+]
+
+
+def name_of(value):
+    return ",".join(f"{k}={v}" for k, v in value.items())[:40] or "default"
+
+
+def loss_and_gradients(network, net, dtype=torch.float32, docs=None, seed=0):
+    """The mean loss, and {name: gradient}, of a batch that is the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(128, (2, 160), generator=generator)
+    targets = torch.randint(128, (2, 160), generator=generator)
+    targets[0, :9] = -100
+    net.zero_grad()
+    torch.manual_seed(seed)  # of dropout
+    with model.autocast(torch.device("cpu"), dtype):
+        loss, count = network(ids, targets, docs=docs)
+    (loss / count).backward()
+    return (loss / count).detach(), {n: p.grad.clone() for n, p in net.named_parameters()}
+
+
+def compiled(net, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(net, backend=backend)
+
+
+def assert_same(got, want, tolerance):
+    torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=0)
+    for name, grad in want[1].items():
+        assert grad.norm() > 0, name
+        assert (got[1][name] - grad).norm() <= tolerance * grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+def test_gradients_of_the_whole_network_compiled(options):
+    torch.manual_seed(1)
+    net = model.GPT(model.GPTConfig(**(SHAPE | options))).train()
+    want = loss_and_gradients(net, net)
+    assert_same(loss_and_gradients(compiled(net), net), want, 1e-4)
+
+
+def test_every_option_of_the_config_is_compiled():
+    fields = set(model.GPTConfig.__dataclass_fields__)
+    varied = set().union(*OPTIONS)
+    assert fields - varied <= {"vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"}
+
+
+def test_documents_recomputed_blocks_and_bfloat16_compiled():
+    torch.manual_seed(1)
+    net = model.GPT(model.GPTConfig(**SHAPE)).train()
+    net.checkpoint = True
+    docs = torch.arange(160).div(50, rounding_mode="floor").expand(2, -1)
+    want = loss_and_gradients(net, net, torch.bfloat16, docs)
+    assert_same(loss_and_gradients(compiled(net), net, torch.bfloat16, docs), want, 0.03)
+
+
+def test_the_whole_network_in_compiled_kernels():
+    torch.manual_seed(1)
+    net = model.GPT(model.GPTConfig(**SHAPE, mlp="relu", qk_norm=False)).train()
+    want = loss_and_gradients(net, net)
+    assert_same(loss_and_gradients(compiled(net, "inductor"), net), want, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_the_head_equals_cross_entropy(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(65, 24, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(50, 24, generator=generator).requires_grad_()
+    targets = torch.randint(50, (65,), generator=generator)
+    targets[::5] = -100
+    loss = model.LinearCrossEntropy.apply(h, weight, targets, True, size)
+    logits = (h @ weight.to(dtype).T).float()
+    reference = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    # A graph that is kept gives the same gradients again: nothing saved was written to.
+    for _ in range(2):
+        got = torch.autograd.grad(3 * loss, (h, weight), retain_graph=True)
+        want = torch.autograd.grad(3 * reference, (h, weight), retain_graph=True)
+        for a, b in zip(got, want):
+            assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
+
+
+def test_blocked_attention_gives_its_gradients_twice():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 300, 16, dtype=torch.float64) for n in (4, 2, 2))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    later = torch.ones(1, 1, 300, 300, dtype=torch.bool).triu(1)
+    ours = model.BlockedAttention.apply(q, k, v, later)
+    plain = F.scaled_dot_product_attention(q, k, v, ~later, enable_gqa=True)
+    torch.testing.assert_close(ours, plain)
+    for _ in range(2):
+        got = torch.autograd.grad(ours.square().sum(), (q, k, v), retain_graph=True)
+        want = torch.autograd.grad(plain.square().sum(), (q, k, v), retain_graph=True)
+        torch.testing.assert_close(got, want)
+
+
+# train.py trusts a compiled network only where it agrees with the eager one
+
+
+class Scaled(torch.autograd.Function):
+    """A wrong backward, such as a faulty compiler's: the gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, loss, factor):
+        ctx.factor = factor
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+@pytest.mark.parametrize(
+    "loss_factor, gradient_factor, differs",
+    [(1, 1, False), (1.001, 1.01, False), (1, 0, True), (1, 1.5, True), (1.1, 1, True),
+     (math.nan, 1, True), (1, math.nan, True)],
+)  # fmt: skip
+def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_factor, differs):
+    net = model.GPT(model.GPTConfig(**SHAPE)).train()
+    batch = torch.randint(128, (2, 3, 160))
+    cast = model.autocast(torch.device("cpu"), torch.float32)
+
+    def network(ids, targets, docs):
+        loss, count = net(ids, targets, docs=docs)
+        return loss_factor * Scaled.apply(loss, gradient_factor), count
+
+    eager = train.loss_and_gradients(net, net, *batch, cast, pieces=2)
+    other = train.loss_and_gradients(network, net, *batch, cast)
+    assert train.compiled_differs(other, eager, dropout=0.0) == differs
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_one_layer_without_gradients_is_noticed():
+    net = model.GPT(model.GPTConfig(**(SHAPE | {"n_layer": 3}))).train()
+    batch = torch.randint(128, (2, 3, 160))
+    cast = model.autocast(torch.device("cpu"), torch.float32)
+    eager = train.loss_and_gradients(net, net, *batch, cast)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
+        index = [n for n, _ in net.named_parameters()].index(name)
+        norms = eager[1].clone()
+        norms[index] = 0
+        assert train.compiled_differs((eager[0], norms), eager, dropout=0.0)
+
+
+def test_a_step_that_changes_nothing_ends_the_run():
+    params = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.zeros(2))]
+    before = model.weight_sums(params)
+    with pytest.raises(model.UserError, match="moved no weight"):
+        model.check_moved(before, params, 1e-3)
+    with torch.no_grad():
+        params[1][0] = 1e-45  # the smallest step that there is
+    model.check_moved(before, params, 1e-3)
+    with pytest.raises(model.UserError, match="step 7: the gradient norm is exactly zero"):
+        model.check_gradient(0.0, 7)
+    model.check_gradient(1e-30, 7)
+
+
+def test_a_run_without_a_learning_rate_ends(tiny):
+    command = ["config/tiny.py", "--out_dir=out/still", "--learning_rate=0", "--max_steps=3"]
+    done = run(tiny, "train.py", *command, check=False)
+    assert done.returncode == 1
+    assert "moved no weight" in done.stderr and "Traceback" not in done.stderr

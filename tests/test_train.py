@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -484,3 +485,34 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}", "--init_from=resume")
     run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}-at-once")
     assert weights(words, out) == weights(words, f"{out}-at-once")
+
+
+def test_two_machines_have_the_curve_of_one_process(words):
+    """Two launchers, as on two machines that share a folder (docs/scale.md)."""
+    options = [*SMALL, "--max_steps=6", "--eval_every=3"]
+    run(words, "train.py", *options, "--out_dir=out/one-machine")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launch += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [*launch, f"--node_rank={rank}", str(ROOT / "train.py"), *options]
+            + ["--out_dir=out/two-machines"],
+            cwd=words,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "2 process(es)" in said[0] and "step 6" not in said[1]  # the first one speaks
+    for key in ("loss", "val_loss"):
+        one, two = (log(words, f"out/{name}", key) for name in ("one-machine", "two-machines"))
+        assert len(one) == len(two) > 0
+        for (step, a), (other_step, b) in zip(one, two):
+            assert step == other_step and abs(a - b) < 1e-3 * a

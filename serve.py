@@ -83,6 +83,7 @@ from collections import Counter, deque
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -501,6 +502,7 @@ if __name__ == "__main__" and (report or export):
     sys.exit()
 
 try:
+    import h11
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.middleware.cors import CORSMiddleware
@@ -1295,7 +1297,7 @@ app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 @app.exception_handler(HTTPException)
 async def refused(request, error):
     if not isinstance(error, ApiError):  # the router's own words name no path
-        error.detail = f"{request.method} {short(request.url.path)}: {error.detail}"
+        error.detail = f"{request.method} {short(request.scope['path'])}: {error.detail}"
     return error_reply(error)
 
 
@@ -1493,14 +1495,15 @@ class Front:
             record.jobs = []  # the connection may keep the record for a while
 
 
+FULL = ApiError(503, "all connections are taken (--max_connections): try again", code="full")
+
+
 def refusal(scope):
     """The ApiError of a request on a connection too many, without the key, or which a web page of
     another site makes its visitor's browser send to this machine; None where it may pass."""
     headers = dict(scope["headers"])
     if scope.get("state", {}).get("full") and scope["path"] not in ("/health", "/metrics"):
-        return ApiError(
-            503, "all connections are taken (--max_connections): try again", code="full"
-        )
+        return FULL
     if api_key:
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         known = kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
@@ -1580,11 +1583,13 @@ def book(scope, record):
 
 class PatientProtocol(H11Protocol):
     """HTTP/1.1 that closes a connection where for client_timeout seconds no request is under way
-    and none begins, or the head of one does not end. One too many gets a second."""
+    and none begins, or the head of one does not end. A connection too many waits for its request
+    no more than a moment."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.patience = min(client_timeout, 1) if self.app_state.get("full") else client_timeout
+        self.full = self.app_state.get("full", False)
+        self.patience = min(client_timeout, 0.2) if self.full else client_timeout
         self.look(None)
 
     def look(self, before):
@@ -1594,20 +1599,36 @@ class PatientProtocol(H11Protocol):
             return self.transport.abort()
         idle = self.cycle is None or self.cycle.response_complete
         if before and idle and before == [self.cycle]:
+            if self.full and self.cycle is None:
+                self.write_error(FULL)
             self.transport.close()
         self.loop.call_later(self.patience, self.look, [self.cycle])
 
+    def send_400_response(self, msg):
+        """The answer to what is no HTTP."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else another is under way
+            self.write_error(ApiError(400, msg))
+        self.transport.close()
 
-SPARE_CONNECTIONS = 32  # beyond max_connections, to answer 503 on; further ones wait in the kernel
+    def write_error(self, error):
+        """An answer where there is no request that it belongs to."""
+        body = json.dumps(error_body(error)).encode()
+        head = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write((head + "Connection: close\r\n\r\n").encode() + body)
+
+
+SPARE_CONNECTIONS = 100  # beyond max_connections, to answer 503 on
+OWN_FILES = 32  # that the process has open at times, connections apart
 
 
 class Server(uvicorn.Server):
     """uvicorn's, which accepts so many connections alone as there may be. asyncio's own way takes
     all that come, and writes a traceback for each that finds no file descriptor left."""
 
-    def __init__(self, config, most):
+    def __init__(self, config, most, spare):
         super().__init__(config)
-        self.most, self.interrupted = most, False
+        self.most, self.spare, self.interrupted = most, spare, False
 
     def handle_exit(self, sig, frame):
         """The first signal lets requests finish, a Ctrl-C behind it ends them, a third everything,
@@ -1638,7 +1659,7 @@ class Server(uvicorn.Server):
         sock.setblocking(False)
         told = -math.inf  # when a failure was told
         while True:
-            while len(connections) >= self.most + SPARE_CONNECTIONS:
+            while len(connections) >= self.most + self.spare:
                 await asyncio.sleep(0.05)
             try:
                 client, _ = await loop.sock_accept(sock)
@@ -1830,14 +1851,14 @@ def check_settings(n_ctx):
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
 
 
-def connection_limit():
-    """max_connections, or fewer where the system lets a process open fewer files."""
+def connection_limits():
+    """How many connections are served, and on how many more 503 is answered, further ones waiting
+    in the kernel: max_connections, or fewer where the system lets a process open fewer files."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
-        return max_connections
-    ours = 64  # that the process itself has open at times
-    wanted = max_connections + SPARE_CONNECTIONS + ours
+        return max_connections, SPARE_CONNECTIONS
+    wanted = max_connections + SPARE_CONNECTIONS + OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -1845,13 +1866,15 @@ def connection_limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return max_connections
-    limit = soft - SPARE_CONNECTIONS - ours
-    if limit < 1:
-        least = SPARE_CONNECTIONS + ours + 1
-        raise UserError(f"a process may open {soft} files here: serve.py wants {least} (ulimit -n)")
-    print(f"a process may open {soft} files here (ulimit -n): connections are limited to {limit}")
-    return limit
+        return max_connections, SPARE_CONNECTIONS
+    spare = min(SPARE_CONNECTIONS, (soft - OWN_FILES) // 4)
+    limit = soft - OWN_FILES - spare
+    why = f"a process may open {soft} files here (ulimit -n)"
+    if spare < 1:
+        raise UserError(f"{why}: serve.py wants {OWN_FILES + 4} at least")
+    if limit < max_connections:
+        print(f"{why}: --max_connections={limit}")
+    return min(limit, max_connections), spare
 
 
 def listen():
@@ -1897,11 +1920,11 @@ def serve(net, tok):
     if sites := cors_sites():
         every = dict.fromkeys(("allow_methods", "allow_headers"), ["*"])
         app.add_middleware(CORSMiddleware, allow_origins=sites, **every)
-    limit, sock = connection_limit(), listen()
+    limits, sock = connection_limits(), listen()
     state.loopback = is_loopback(sock.getsockname()[0])
     how = dict(http=PatientProtocol, ws="none", lifespan="off", log_level="error", access_log=False)
     config = uvicorn.Config(app, timeout_graceful_shutdown=drain, **how)
-    server = state.server = Server(config, limit)
+    server = state.server = Server(config, *limits)
     # From here on no signal may end Python while the engine's thread computes: torch would abort.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
@@ -1935,4 +1958,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt Python's exit
         sys.exit(130)

@@ -762,6 +762,9 @@ class Engine(threading.Thread):
         part = self.cache.part(len(self.jobs) - 1, [begin])
         h = self.net.hidden(torch.tensor([new], device=part.lengths.device), cache=part)
         held += new
+        if not h.isfinite().all():  # before another prompt begins with what this one left
+            self.fail(len(self.jobs) - 1)
+            return len(new)
         if job.scored and (targets := job.ids[begin + 1 : len(held) + 1]):
             scores = core.head(self.net, self.tok, h[0, : len(targets)])
             job.tokens += self.describe(scores, targets, [job.top] * len(targets))
@@ -813,11 +816,13 @@ class Engine(threading.Thread):
         return logits[:, : self.tok.n_vocab].isfinite().all(-1).tolist()
 
     def fail(self, i):
-        """The job in row i leaves with an error, and its row without what no prompt may begin with
-        again."""
+        """The job in row i leaves with an error, and its keys and values with it: attention gives
+        what is behind a row's end no weight, but 0 times NaN is NaN."""
         self.jobs[i].fail(NOT_FINITE)
         self.release(i)
-        self.held[len(self.jobs)] = []  # where release puts the row
+        row = len(self.jobs)  # where release puts it
+        self.held[row] = []
+        self.cache.store[:, :, row] = 0
 
     def describe(self, logits, ids, tops):
         """[(id, log p, {alternative: log p})] of ids by their rows of logits; of as many
@@ -1880,8 +1885,10 @@ def connection_limits():
 def listen():
     """The socket that clients will connect to."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        # asyncio sends at once (TCP_NODELAY) where a socket names its protocol.
+        sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(2048)

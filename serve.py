@@ -1521,7 +1521,7 @@ def refusal(scope):
         return ApiError(
             403, f"{short(named)} is no name of this machine's: --api_key lets others in"
         )
-    if scope["method"] == "POST" and from_elsewhere(headers):
+    if scope["method"] == "POST" and from_elsewhere(scope["headers"]):
         return ApiError(403, "a page of another site asks: --cors=SITE lets it")
     return None
 
@@ -1540,9 +1540,11 @@ def is_local(authority):
 
 def from_elsewhere(headers):
     """Whether a page of a site asks that is neither this server's, nor on this machine, nor named
-    by --cors. Browsers say so, older ones by the Origin alone; others say nothing."""
-    text = lambda name: headers.get(name, b"").decode("latin-1").lower()
-    site, origin = text(b"sec-fetch-site"), text(b"origin")
+    by --cors. Browsers say so, older ones by the Origin alone; others say nothing. headers: ASGI's
+    pairs of bytes; of a name that is there twice all count."""
+    values = lambda name: b",".join(value for key, value in headers if key == name)
+    site = values(b"sec-fetch-site").decode("latin-1").lower()
+    origin = values(b"origin").decode("latin-1").lower()
     if site in ("same-origin", "same-site", "none") or not site and not origin:
         return False
     if not site and is_local(origin.partition("://")[2]):
@@ -1658,6 +1660,11 @@ class Server(uvicorn.Server):
         with suppress(asyncio.CancelledError):
             await self.accepting
         await super().shutdown(sockets)
+        tasks = [*self.server_state.tasks]  # uvicorn has ended them where --drain was too short
+        for task in tasks if self.force_exit else ():
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=2)  # they tell their clients
 
     async def accept(self, sock):
         loop, connections = asyncio.get_running_loop(), self.server_state.connections

@@ -608,8 +608,8 @@ def test_no_form_of_a_request_passes_by_the_check_of_the_host(site):
     body = json.dumps(TEXT | {"max_tokens": 1}).encode()
     port = int(site.url.rpartition(":")[2])
 
-    def status(target, version, *hosts):
-        lines = [f"POST {target} HTTP/{version}", *(f"Host: {host}" for host in hosts)]
+    def status(target, version, *hosts, more=()):
+        lines = [f"POST {target} HTTP/{version}", *(f"Host: {host}" for host in hosts), *more]
         lines += [f"Content-Length: {len(body)}", "Connection: close"]
         with socket.create_connection(("127.0.0.1", port)) as wire:
             wire.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
@@ -622,6 +622,9 @@ def test_no_form_of_a_request_passes_by_the_check_of_the_host(site):
         assert status(COMPLETE, version, "evil.com", "localhost") == 400
         assert status(f"http://evil.com{COMPLETE}", version, "evil.com") == 403
         assert status(f"http://evil.com{COMPLETE}", version, "localhost") == 404
+    twice = ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-origin"]
+    assert status(COMPLETE, "1.1", "localhost", more=twice) == 403
+    assert status(COMPLETE, "1.1", "localhost", more=twice[::-1]) == 403
     assert status(COMPLETE, "1.1") == 400  # which must name its host
     assert status(COMPLETE, "1.0") == 200  # which no browser sends
 
@@ -701,6 +704,25 @@ def test_malformed_requests_of_every_kind_are_refused_and_leave_nothing(site):
     assert not re.search('status="5', site.get("/metrics").text)
     site.until("batch_size", 0)
     assert site.complete(**TEXT, max_tokens=1)["choices"]
+
+
+def test_an_address_of_this_machine_is_one_however_it_is_written(monkeypatch):
+    import serve
+
+    for address, loopback in (
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("10.0.0.7", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+    ):
+        assert serve.is_loopback(address) == loopback
+    monkeypatch.setattr(serve, "port", 0)
+    with serve.listen() as sock:  # asyncio switches Nagle's algorithm off by this
+        assert sock.proto == socket.IPPROTO_TCP
 
 
 def test_connections_are_bounded_and_a_full_disk_ends_no_answer(tiny, tmp_path):

@@ -1044,16 +1044,18 @@ def check_other(name, value, known, neutral):
     if value is None or is_one_of(value, neutral.get(name, [])):
         return
     if neutral is AS_IT_IS and name in IGNORED:
-        if is_kind(value, IGNORED[name]):
-            return
-        why = f"expected {NAMES[IGNORED[name]]}"
-    elif name in neutral:
-        why = "not supported, expected " + " or ".join(map(short, neutral[name]))
-    else:
-        near = difflib.get_close_matches(name[:60], known, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ApiError(400, f"{short(name[:60])} is not supported{hint}", name[:60])
-    raise ApiError(400, f"{name} = {short(value)}: {why}", name)
+        if not is_kind(value, IGNORED[name]):
+            why = f"{name} = {short(value)}: expected {NAMES[IGNORED[name]]}"
+            raise ApiError(400, why, name)
+        return
+    name = name[:60]
+    hint = ""
+    if name in neutral:
+        expected = " or ".join(json.dumps(other) for other in neutral[name])
+        hint = f": expected {expected}, not {short(value)}"
+    elif near := difflib.get_close_matches(name, known, 1):
+        hint = f" (did you mean {near[0]!r}?)"
+    raise ApiError(400, f"{short(name)} is not supported{hint}", name)
 
 
 def read_fields(body, known, neutral=AS_IT_IS):

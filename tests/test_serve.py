@@ -141,6 +141,13 @@ def test_rows_that_move_keep_what_they_hold(loaded):
         assert job.row.done and job.row.out.ids[: len(g.ids)] == g.ids[: len(job.row.out.ids)]
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-45, 1e-40, 1e-38, 1e-30])
+def test_temperatures_too_small_to_divide_by_are_greedy(site, temperature):
+    body = dict(prompt="import os", max_tokens=9, seed=1)
+    greedy = site.complete(temperature=0, **body)["choices"][0]["text"]
+    assert site.complete(temperature=temperature, **body)["choices"][0]["text"] == greedy
+
+
 def test_presence_and_frequency_penalties_are_openais(site, loaded):
     net, tok = loaded
     start, ids = tok.encode("import os\nimport"), []

@@ -29,6 +29,7 @@ cors: str | None = None  # web sites that may call, "https://a.org,https://b.org
 max_batch = 16  # sequences that are generated at once
 max_len = 0  # tokens of a prompt and its answer, at most; 0: the model's context
 max_queue = 256  # sequences that may wait for a place in the batch; more are answered 429
+max_connections = 1000  # that clients may have open at once; more are answered 503
 prefill_chunk = 128  # tokens of prompts read in one step, which the others wait for
 max_body = 4_000_000  # bytes of a request, at most
 timeout = 600.0  # seconds that a request may take
@@ -62,6 +63,7 @@ import difflib
 import hashlib
 import hmac
 import importlib
+import ipaddress
 import json
 import logging
 import math
@@ -79,8 +81,9 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -499,6 +502,7 @@ if __name__ == "__main__" and (report or export):
     sys.exit()
 
 try:
+    import h11
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.middleware.cors import CORSMiddleware
@@ -561,6 +565,10 @@ class Metrics:
 # The engine: one thread, one network, one cache, and a batch that changes between steps
 
 
+NOT_FINITE = "the network gives NaN or infinity here: its weights are damaged, or --dtype is too "
+NOT_FINITE += "narrow for them (--dtype=float32 is the widest)"
+
+
 class Job:
     """One sequence in the making.
 
@@ -578,6 +586,7 @@ class Job:
         self.uniform = core.draws(options["seed"], index, limit)
         self.arrived, self.first, self.last = time.monotonic(), None, None  # of its tokens
         self.notify, self.gone, self.reused = None, False, 0
+        self.error = "the step that this sequence was in failed"  # said where the text is None
         self.placed = core.TextStream()  # the text of all tokens told so far
         neutral = dict(repetition_penalty=1, presence_penalty=0, frequency_penalty=0)
         self.penalized = any(options[name] != value for name, value in neutral.items())
@@ -587,6 +596,10 @@ class Job:
         text, tokens, self.tokens = "".join(self.pieces), self.tokens, []
         self.pieces.clear()
         self.notify(self, text, tokens, done)
+
+    def fail(self, why):
+        self.error, self.row.done = why, True
+        self.notify(self, None, [], True)
 
 
 class Engine(threading.Thread):
@@ -612,7 +625,7 @@ class Engine(threading.Thread):
         self.jobs, self.waiting, self.calls = [], deque(), deque()
         self.held = [[] for _ in range(max_batch)]  # the ids whose keys and values a row has
         self.used_at = [0] * max_batch  # the step in which a row's last job left
-        self.wake = threading.Condition()
+        self.wake, self.stopped = threading.Condition(), False
 
     def submit(self, jobs):
         """Queue the jobs, all or none: whether there was room."""
@@ -639,6 +652,13 @@ class Engine(threading.Thread):
             self.wake.notify()
         return future
 
+    def stop(self):
+        """End the thread after its step: Python may not end while torch computes."""
+        with self.wake:
+            self.stopped = True
+            self.wake.notify()
+        self.join()
+
     def run(self):
         with core.generating(self.net), torch.inference_mode():
             # The first step packs the weights, for which no client should wait.
@@ -649,8 +669,10 @@ class Engine(threading.Thread):
                 os._exit(1)
             while True:
                 with self.wake:
-                    while not (self.jobs or self.waiting or self.calls):
+                    while not (self.jobs or self.waiting or self.calls or self.stopped):
                         self.wake.wait()
+                if self.stopped:
+                    return
                 if self.calls:  # one a step: many do not hold up the tokens
                     self.answer(*self.calls.popleft())
                 try:
@@ -740,9 +762,15 @@ class Engine(threading.Thread):
         part = self.cache.part(len(self.jobs) - 1, [begin])
         h = self.net.hidden(torch.tensor([new], device=part.lengths.device), cache=part)
         held += new
+        if not h.isfinite().all():  # before another prompt begins with what this one left
+            self.fail(len(self.jobs) - 1)
+            return len(new)
         if job.scored and (targets := job.ids[begin + 1 : len(held) + 1]):
             scores = core.head(self.net, self.tok, h[0, : len(targets)])
             job.tokens += self.describe(scores, targets, [job.top] * len(targets))
+            if not all(self.finite(scores)):
+                self.fail(len(self.jobs) - 1)
+                return len(new)
         if len(held) == len(job.ids) and job.row.limit:
             ready.append(job)
             logits.append(core.head(self.net, self.tok, h[:, -1]))
@@ -763,7 +791,10 @@ class Engine(threading.Thread):
         tokens = core.choose_tokens(likely, uniform.to(logits.device), **filters).tolist()
         told, now = self.describe(logits, tokens, [job.top for job in ready]), time.monotonic()
         self.metrics.counts["generated_tokens_total"] += len(ready)
+        broken = [job for job, finite in zip(ready, self.finite(logits)) if not finite]
         for job, token in zip(ready, told):
+            if job in broken:
+                continue
             name = "between_tokens_seconds" if job.first else "first_token_seconds"
             self.metrics.observe(name, now - (job.last or job.arrived))
             job.first, job.last = job.first or now, now
@@ -775,8 +806,23 @@ class Engine(threading.Thread):
             if any(job.pieces) or job.row.done:
                 job.tell(job.row.done)
         for i in reversed(range(len(self.jobs))):
-            if self.jobs[i].row.done:
+            if self.jobs[i] in broken:
+                self.fail(i)
+            elif self.jobs[i].row.done:
                 self.release(i)
+
+    def finite(self, logits):
+        """Of each row (V,) whether it has a finite number for every token: [bool]."""
+        return logits[:, : self.tok.n_vocab].isfinite().all(-1).tolist()
+
+    def fail(self, i):
+        """The job in row i leaves with an error, and its keys and values with it: attention gives
+        what is behind a row's end no weight, but 0 times NaN is NaN."""
+        self.jobs[i].fail(NOT_FINITE)
+        self.release(i)
+        row = len(self.jobs)  # where release puts it
+        self.held[row] = []
+        self.cache.store[:, :, row] = 0
 
     def describe(self, logits, ids, tops):
         """[(id, log p, {alternative: log p})] of ids by their rows of logits; of as many
@@ -825,6 +871,11 @@ def reply(value, status=200, headers=None):
     return Response(text, status, headers, media_type="application/json")
 
 
+def event_line(value):
+    """A server-sent event of JSON."""
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n"
+
+
 def error_body(error):
     kind = {429: "rate_limit_error"}.get(error.status_code, "invalid_request_error")
     kind = "server_error" if error.status_code >= 500 else kind
@@ -834,6 +885,7 @@ def error_body(error):
 
 def error_reply(error):
     extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    extra[503] = {"Retry-After": "1", "Connection": "close"}
     return reply(error_body(error), error.status_code, extra.get(error.status_code, error.headers))
 
 
@@ -887,29 +939,137 @@ BOTH = PENALTIES | {  # name: (type, default, least, most)
     "stream_options": (dict, {}),
 }
 COMPLETION = {"prompt": (object, None), "echo": (bool, False), "logprobs": (int, None, 0, 20)}
-COMPLETION |= BOTH | {"best_of": (int, None, 1, 128)}
+COMPLETION |= BOTH | {"best_of": (int, None, 1, 128), "add_special_tokens": (bool, True)}
 CHAT = {"messages": (list, []), "logprobs": (bool, False), "top_logprobs": (int, 0, 0, 20)}
 CHAT |= BOTH | {"max_completion_tokens": (int, None, 0, 2**31)}
-# What changes no answer, so that it may be there; and values of others that ask for nothing.
-NEUTRAL = (None, False, "", [], {}, {"type": "text"})
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+STREAM_OPTIONS = {"include_usage": (bool, False)}
+TOKENIZE = {"prompt": (str, None), "messages": (list, None), "model": (str, None)}
+TOKENIZE |= {"add_special_tokens": (bool, None), "return_token_strs": (bool, False)}
+DETOKENIZE = {"tokens": (object, None), "model": (str, None)}
+
+# What changes no answer, so that any value of its type may be there: names of the client's own, and
+# llama.cpp's settings of samplers that are off here (AS_IT_IS refuses to turn them on).
+IGNORED = dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), str)
+IGNORED |= {"prompt_cache_retention": str, "metadata": dict, "dry_sequence_breakers": list}
+IGNORED |= dict.fromkeys(("dry_base", "mirostat_tau", "mirostat_eta", "xtc_threshold"), float)
+IGNORED |= {"dry_allowed_length": int, "dry_penalty_last_n": int, "dynatemp_exponent": float}
+# What this server does not have, with the values that ask for what it does anyway. These may be
+# there; any other is refused, so that none is taken and ignored.
+AS_IT_IS = {  # OpenAI's
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}, []],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True, False],  # no tool is called
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "suffix": [""],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "verbosity": ["medium"],
+}
+AS_IT_IS |= {  # vLLM's
+    "add_generation_prompt": [True],
+    "add_special_tokens": [False],  # of a chat, whose template puts what it wants
+    "bad_words": [[]],
+    "chat_template_kwargs": [{}],
+    "continue_final_message": [False],
+    "detokenize": [True],
+    "documents": [[]],
+    "early_stopping": [False],
+    "echo": [False],
+    "flat_logprobs": [False],
+    "include_reasoning": [True, False],  # none is told apart from the answer
+    "include_stop_str_in_output": [False],
+    "length_penalty": [1, 1.0],
+    "logits_processors": [[]],
+    "min_tokens": [0],
+    "mm_processor_kwargs": [{}],
+    "priority": [0],
+    "return_token_ids": [False],
+    "return_tokens_as_token_ids": [False],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True, False],  # the text has no special tokens
+    "stop_token_ids": [[]],
+    "use_beam_search": [False],
+    "vllm_xargs": [{}],
+}
+AS_IT_IS |= {  # llama.cpp's
+    "cache_prompt": [True],
+    "dry_multiplier": [0, 0.0],
+    "dynatemp_range": [0, 0.0],
+    "grammar": [""],
+    "id_slot": [-1],
+    "lora": [[]],
+    "min_keep": [0],
+    "mirostat": [0],
+    "n_discard": [0],
+    "n_indent": [0],
+    "n_keep": [0],
+    "n_probs": [0],
+    "parse_tool_calls": [False],
+    "penalize_nl": [False],
+    "post_sampling_probs": [False],
+    "reasoning_format": ["none"],
+    "repeat_last_n": [-1],
+    "repeat_penalty": [1, 1.0],
+    "response_fields": [[]],
+    "return_progress": [False],
+    "return_tokens": [False],
+    "tfs_z": [1, 1.0],
+    "thinking_forced_open": [False],
+    "timings_per_token": [False],
+    "top_n_sigma": [-1, -1.0],
+    "typical_p": [1, 1.0],
+    "xtc_probability": [0, 0.0],
+}
+OF_STREAMS = {"include_obfuscation": [False], "continuous_usage_stats": [False]}
 
 
-def read_fields(body, known):
-    """The request's values by name, checked, with the defaults of `known`."""
-    for key, value in body.items():
-        if key not in known and key not in IGNORED and value not in NEUTRAL:
-            key = key[:60]
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ApiError(400, f"{short(key)} is not supported{hint}", key)
+def is_one_of(value, others):
+    """Whether it is one of these values of JSON, of the same type too: True is not 1."""
+    return any(type(value) is type(other) and value == other for other in others)
+
+
+def is_kind(value, kind):
+    """Whether a value of JSON is of this type; a whole number is a number too, true is neither."""
+    return type(value) is kind or kind is float and type(value) is int
+
+
+def check_other(name, value, known, neutral):
+    """Refuse a field that the request's table `known` does not have, unless it asks for nothing
+    that is not done anyway."""
+    if value is None or is_one_of(value, neutral.get(name, [])):
+        return
+    if neutral is AS_IT_IS and name in IGNORED:
+        if not is_kind(value, IGNORED[name]):
+            why = f"{name} = {short(value)}: expected {NAMES[IGNORED[name]]}"
+            raise ApiError(400, why, name)
+        return
+    name = name[:60]
+    hint = ""
+    if name in neutral:
+        expected = " or ".join(json.dumps(other) for other in neutral[name])
+        hint = f": expected {expected}, not {short(value)}"
+    elif near := difflib.get_close_matches(name, known, 1):
+        hint = f" (did you mean {near[0]!r}?)"
+    raise ApiError(400, f"{short(name)} is not supported{hint}", name)
+
+
+def read_fields(body, known, neutral=AS_IT_IS):
+    """The request's values by name, checked, with the defaults of `known`. neutral: the values that
+    other fields may have."""
+    for name, value in body.items():
+        if name not in known:
+            check_other(name, value, known, neutral)
     o = {}
     for name, (kind, default, *ends) in known.items():
         value = o[name] = default if body.get(name) is None else body[name]
         if value is default or kind is object:
             continue
-        good = type(value) is kind or kind is float and type(value) is int
-        if not good or ends and not ends[0] <= value <= ends[1]:
+        if not is_kind(value, kind) or ends and not ends[0] <= value <= ends[1]:
             limits = f" from {ends[0]} to {ends[1]}" if ends else ""
             raise ApiError(400, f"{name} = {short(value)}: expected {NAMES[kind]}{limits}", name)
     return o
@@ -920,6 +1080,9 @@ def read_options(body, known):
     o = read_fields(body, known)
     if o.get("best_of") not in (None, o["n"]):
         raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
+    if o.get("top_logprobs") and not o["logprobs"]:
+        raise ApiError(400, "top_logprobs wants logprobs = true beside it", "top_logprobs")
+    o["stream_options"] = read_fields(o["stream_options"], STREAM_OPTIONS, OF_STREAMS)
     stop = [o["stop"]] if isinstance(o["stop"], str) else o["stop"]
     texts = isinstance(stop, list) and all(isinstance(s, str) and len(s) <= 256 for s in stop)
     if not texts or len(stop) > 16:
@@ -956,14 +1119,15 @@ def is_ids(tok, value):
     return isinstance(value, list) and all(type(i) is int and 0 <= i < tok.n_vocab for i in value)
 
 
-async def read_prompts(engine, value):
-    """The prompts of a completion as ids: a text, ids, or a list of either."""
+async def read_prompts(engine, value, bare=False):
+    """The prompts of a completion as ids: a text, ids, or a list of either. bare: a text gets no
+    special token before it."""
     one = not isinstance(value, list) or value and type(value[0]) is int
     prompts = [value] if one else value
     if len(prompts) > engine.max_queue:
         raise ApiError(400, f"{len(prompts)} prompts: expected {engine.max_queue} at most")
     if prompts and all(isinstance(p, str) for p in prompts):
-        encode, size = engine.tok.prompt, max(map(len, prompts))
+        encode, size = engine.tok.encode if bare else engine.tok.prompt, max(map(len, prompts))
         prompts = await tokenized(engine, size, lambda: [encode(p) for p in prompts])
     if not prompts or not all(p and is_ids(engine.tok, p) for p in prompts):
         why = f"expected a text, or ids from 0 to {engine.tok.n_vocab - 1}, or a list of either"
@@ -971,21 +1135,48 @@ async def read_prompts(engine, value):
     return prompts
 
 
+def message_text(content):
+    """The text of a message's content, a text or a list of parts; None where it is neither."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        # cache_control, some clients', says what is worth keeping, and changes no answer.
+        if not isinstance(part, dict) or part.keys() - {"type", "text", "cache_control"}:
+            return None
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def read_message(message, where):
+    """A message with the role and the text that it has; `where` it stands, for what is wrong."""
+    why = "expected {'role': system, user or assistant, 'content': a text}"
+    if not isinstance(message, dict):
+        raise ApiError(400, f"{where}: {why}", "messages")
+    for name, value in message.items():
+        # An earlier answer comes back with all its fields, most of which are empty.
+        empty = value is None or is_one_of(value, ["", [], {}])
+        if name not in ("role", "content") and not empty:
+            raise ApiError(400, f"{where}: {short(name)} is not supported", "messages")
+    role, text = message.get("role"), message_text(message.get("content"))
+    if role == "developer":
+        role = "system"
+    if role not in ("system", "user", "assistant") or text is None:
+        raise ApiError(400, f"{where}: {why}", "messages")
+    return {"role": role, "content": text}
+
+
 async def read_messages(engine, messages):
     """The ids of a conversation, ready for the answer."""
-    safe, why = [], "expected [{'role': system, user or assistant, 'content': a text}]"
-    for m in messages if isinstance(messages, list) else ():
-        role, text = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
-        if isinstance(text, list):  # of parts
-            parts = [p.get("text") if isinstance(p, dict) else None for p in text]
-            text = "".join(parts) if all(isinstance(p, str) for p in parts) else None
-        if role not in ("system", "developer", "user", "assistant") or not isinstance(text, str):
-            raise ApiError(400, f"messages[{len(safe)}]: {why}", "messages")
-        safe.append({"role": "system" if role == "developer" else role, "content": text})
-    if not safe:
-        raise ApiError(400, f"messages: {why}", "messages")
-    if len(safe) > engine.max_len:
-        raise too_long(engine, f"{len(safe)} messages")
+    if not messages:
+        raise ApiError(400, "messages: expected a list of {'role', 'content'}", "messages")
+    if len(messages) > engine.max_len:
+        raise too_long(engine, f"{len(messages)} messages")
+    safe = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     size = sum(len(m["content"]) for m in safe)
     ids, _ = await tokenized(engine, size, engine.tok.chat, safe, True)
     return ids
@@ -1048,7 +1239,7 @@ async def follow(request, jobs, queue):
             if isinstance(event, Exception):
                 raise event
             if event[1] is None:
-                raise ApiError(500, "the step that this sequence was in failed")
+                raise ApiError(500, event[0].error)
             left -= event[3]
             yield event
     finally:
@@ -1108,14 +1299,20 @@ def check_model(name):
 
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-app.exception_handler(HTTPException)(lambda request, error: error_reply(error))
+
+
+@app.exception_handler(HTTPException)
+async def refused(request, error):
+    if not isinstance(error, ApiError):  # the router's own words name no path
+        error.detail = f"{request.method} {short(request.scope['path'])}: {error.detail}"
+    return error_reply(error)
 
 
 @app.post("/v1/completions")
 async def completions(request: Request):
     o = read_options(await read_body(request), COMPLETION)
     check_model(o["model"])
-    prompts = await read_prompts(app.state.engine, o["prompt"])
+    prompts = await read_prompts(app.state.engine, o["prompt"], not o["add_special_tokens"])
     return await answer(request, o, prompts, chat=False)
 
 
@@ -1123,8 +1320,11 @@ async def completions(request: Request):
 async def chat_completions(request: Request):
     o = read_options(await read_body(request), CHAT)
     check_model(o["model"])
-    if o["max_completion_tokens"] is not None:
+    if o["max_tokens"] is None:
         o["max_tokens"] = o["max_completion_tokens"]
+    if o["max_completion_tokens"] not in (None, o["max_tokens"]):
+        why = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
+        raise ApiError(400, why, "max_tokens")
     prompt = await read_messages(app.state.engine, o["messages"])
     return await answer(request, o, [prompt], chat=True)
 
@@ -1146,8 +1346,9 @@ async def answer(request, o, prompts, chat):
 
     if stream:
         choices = stream_choices(request, jobs, queue, choice, chat)
-        counted = o["stream_options"].get("include_usage") is True
+        counted = o["stream_options"]["include_usage"]
         lines = stream_lines(head, choices, counted, jobs)
+        request.scope["record"].streams = True
         return StreamingResponse(lines, media_type="text/event-stream")
     texts, told = [""] * len(jobs), [[] for _ in jobs]
     async for job, text, tokens, _ in follow(request, jobs, queue):
@@ -1177,15 +1378,14 @@ async def stream_choices(request, jobs, queue, choice, chat):
 
 async def stream_lines(head, choices, counted, jobs):
     """Server-sent events of a stream: a chunk for each choice, at the end the usage if counted."""
-    line = lambda value: f"data: {json.dumps(value, allow_nan=False)}\n\n"
     try:
         async for choice in choices:
-            yield line(head | {"choices": [choice]} | ({"usage": None} if counted else {}))
+            yield event_line(head | {"choices": [choice]} | ({"usage": None} if counted else {}))
         if counted:
-            yield line(head | {"choices": [], "usage": usage(jobs)})
+            yield event_line(head | {"choices": [], "usage": usage(jobs)})
         yield "data: [DONE]\n\n"
     except ApiError as error:  # too late for a status
-        yield line(error_body(error))
+        yield event_line(error_body(error))
 
 
 @app.get("/v1/models")
@@ -1201,28 +1401,37 @@ async def one_model(name: str):
 
 @app.post("/tokenize")
 async def tokenize(request: Request):
-    """The ids of {"prompt"}, a text (bare unless "add_special_tokens"), or of {"messages"}.
+    """The ids of {"prompt"}, a text (bare where "add_special_tokens" is false), or of {"messages"}.
     A bare prompt that is the name of a special token is that token: so lm-eval finds out its id."""
-    engine, body = app.state.engine, await read_body(request)
-    if isinstance(text := body.get("prompt"), str):
-        bare = body.get("add_special_tokens", True) is False
-        f = engine.tok.encode if bare else engine.tok.prompt
-        known = engine.tok.special.get(text) if bare else None
-        ids = [known] if known is not None else await tokenized(engine, len(text), f, text)
+    engine = app.state.engine
+    o = read_fields(await read_body(request), TOKENIZE)
+    check_model(o["model"])
+    text, bare = o["prompt"], o["add_special_tokens"] is False
+    if text is None and o["add_special_tokens"]:
+        why = "the chat template alone adds special tokens to messages"
+        raise ApiError(400, f"add_special_tokens = True: {why}", "add_special_tokens")
+    if text is not None and o["messages"] is not None:
+        raise ApiError(400, "expected prompt or messages, not both", "messages")
+    if text is None:
+        ids = await read_messages(engine, o["messages"])
+    elif bare and text in engine.tok.special:
+        ids = [engine.tok.special[text]]
     else:
-        ids = await read_messages(engine, body.get("messages"))
+        encode = engine.tok.encode if bare else engine.tok.prompt
+        ids = await tokenized(engine, len(text), encode, text)
     out = {"tokens": ids, "count": len(ids), "max_model_len": engine.max_len}
-    if body.get("return_token_strs") is True:
+    if o["return_token_strs"]:
         out["token_strs"] = [name_of(engine.tok, id) for id in ids]
     return reply(out)
 
 
 @app.post("/detokenize")
 async def detokenize(request: Request):
-    tok, body = app.state.engine.tok, await read_body(request)
-    if not is_ids(tok, body.get("tokens")):
+    tok, o = app.state.engine.tok, read_fields(await read_body(request), DETOKENIZE)
+    check_model(o["model"])
+    if not is_ids(tok, o["tokens"]):
         raise ApiError(400, f"tokens: expected ids from 0 to {tok.n_vocab - 1}", "tokens")
-    return reply({"prompt": tok.decode(body["tokens"])})
+    return reply({"prompt": tok.decode(o["tokens"])})
 
 
 @app.get("/tokenizer_info")
@@ -1258,7 +1467,8 @@ class Front:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        record = scope["record"] = SimpleNamespace(jobs=[], status=None, begun=time.monotonic())
+        record = SimpleNamespace(jobs=[], status=None, streams=False, begun=time.monotonic())
+        scope["record"] = record
 
         async def patient_send(message):
             record.status = message.get("status", record.status)
@@ -1274,35 +1484,80 @@ class Front:
             if isinstance(error, asyncio.CancelledError):  # uvicorn stops
                 wrong = ApiError(503, "the server is stopping")
                 why = f"cut off after --drain={drain:g} s"
+                if app.state.server.force_exit:
+                    why = "cut off by a second Ctrl-C"
             print(f"serve.py: {scope['path']!r}: {why}", file=sys.stderr, flush=True)
             if record.status is None:
                 await error_reply(wrong)(scope, receive, patient_send)
+            elif record.streams:  # too late for a status
+                last = {
+                    "type": "http.response.body",
+                    "body": event_line(error_body(wrong)).encode(),
+                }
+                with suppress(asyncio.TimeoutError):  # a client that does not read
+                    await asyncio.wait_for(send(last), 1)
         finally:
             app.state.engine.cancel(record.jobs)
             book(scope, record)
             record.jobs = []  # the connection may keep the record for a while
 
 
+FULL = ApiError(503, "all connections are taken (--max_connections): try again", code="full")
+
+
 def refusal(scope):
-    """The ApiError of a request without the key, or which a web page of another site makes its
-    visitor's browser send to this machine; None where it may pass."""
+    """The ApiError of a request on a connection too many, without the key, or which a web page of
+    another site makes its visitor's browser send to this machine; None where it may pass."""
     headers = dict(scope["headers"])
+    if scope.get("state", {}).get("full") and scope["path"] not in ("/health", "/metrics"):
+        return FULL
     if api_key:
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         known = kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), api_key.encode())
         if not known and scope["path"] not in ("/", "/health", "/metrics"):
             return ApiError(401, "expected Authorization: Bearer KEY", code="invalid_api_key")
         return None
-    text = lambda name: headers.get(name, b"").decode("latin-1").lower()
-    name, dot, end = re.sub(r"\.?(:\d*)?$", "", text(b"host")).rpartition(".")
-    public = dot and end[:1].isalpha() and end not in ("localhost", "local", "internal")
-    if public and host in ("127.0.0.1", "::1", "localhost"):  # DNS rebinding
-        why = f"{short(name + dot + end)} is no name of this machine's: --api_key lets others in"
-        return ApiError(403, why)
-    if scope["method"] == "POST" and text(b"sec-fetch-site") == "cross-site":
-        if cors != "*" and text(b"origin") not in (cors or "").replace(" ", "").split(","):
-            return ApiError(403, "a page of another site asks: --cors=SITE lets it")
+    named = headers.get(b"host", b"").decode("latin-1").lower()
+    # No browser leaves it out, as HTTP/1.0 may.
+    if app.state.loopback and b"host" in headers and not is_local(named):  # DNS rebinding
+        return ApiError(
+            403, f"{short(named)} is no name of this machine's: --api_key lets others in"
+        )
+    if scope["method"] == "POST" and from_elsewhere(scope["headers"]):
+        return ApiError(403, "a page of another site asks: --cors=SITE lets it")
     return None
+
+
+def is_local(authority):
+    """Whether a name with or without a port, in lower case, may be this machine's: an address, one
+    word, or a name in .localhost, .local or .internal, which no stranger can register."""
+    form = r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)\.?(:[0-9]*)?"
+    if not (match := re.fullmatch(form, authority)):
+        return False
+    words = match[1].split(".")
+    if words[0].startswith("[") or len(words) == 1:
+        return True
+    return words[-1].isdigit() or words[-1] in ("localhost", "local", "internal")
+
+
+def from_elsewhere(headers):
+    """Whether a page of a site asks that is neither this server's, nor on this machine, nor named
+    by --cors. Browsers say so, older ones by the Origin alone; others say nothing. headers: ASGI's
+    pairs of bytes; of a name that is there twice all count."""
+    values = lambda name: b",".join(value for key, value in headers if key == name)
+    site = values(b"sec-fetch-site").decode("latin-1").lower()
+    origin = values(b"origin").decode("latin-1").lower()
+    if site in ("same-origin", "same-site", "none") or not site and not origin:
+        return False
+    if not site and is_local(origin.partition("://")[2]):
+        return False
+    return "*" not in cors_sites() and origin not in cors_sites()
+
+
+def cors_sites():
+    """The origins that --cors names."""
+    sites = [site.strip().lower().rstrip("/") for site in (cors or "").split(",")]
+    return [site for site in sites if site]
 
 
 def book(scope, record):
@@ -1324,16 +1579,26 @@ def book(scope, record):
         if log_prompts:
             row["prompts"] = [decode(engine.tok, job.ids) for job in jobs]
             row["answers"] = [job.row.out.text for job in jobs]
-    app.state.log.write(json.dumps(row) + "\n")
-    app.state.log.flush()
+    try:
+        app.state.log.write(json.dumps(row) + "\n")
+        app.state.log.flush()
+    except OSError as error:  # a full disk ends no answer; said once, not by each request
+        if not app.state.log_failed:
+            print(f"serve.py: --log={log}: {error.strerror}", file=sys.stderr, flush=True)
+        app.state.log_failed = True
+    else:
+        app.state.log_failed = False
 
 
 class PatientProtocol(H11Protocol):
     """HTTP/1.1 that closes a connection where for client_timeout seconds no request is under way
-    and none begins, or the head of one does not end."""
+    and none begins, or the head of one does not end. A connection too many waits for its request
+    no more than a moment."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.full = self.app_state.get("full", False)
+        self.patience = min(client_timeout, 0.2) if self.full else client_timeout
         self.look(None)
 
     def look(self, before):
@@ -1343,8 +1608,83 @@ class PatientProtocol(H11Protocol):
             return self.transport.abort()
         idle = self.cycle is None or self.cycle.response_complete
         if before and idle and before == [self.cycle]:
+            if self.full and self.cycle is None:
+                self.write_error(FULL)
             self.transport.close()
-        self.loop.call_later(client_timeout, self.look, [self.cycle])
+        self.loop.call_later(self.patience, self.look, [self.cycle])
+
+    def send_400_response(self, msg):
+        """The answer to what is no HTTP."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else another is under way
+            self.write_error(ApiError(400, msg))
+        self.transport.close()
+
+    def write_error(self, error):
+        """An answer where there is no request that it belongs to."""
+        body = json.dumps(error_body(error)).encode()
+        head = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        self.transport.write((head + "Connection: close\r\n\r\n").encode() + body)
+
+
+SPARE_CONNECTIONS = 100  # beyond max_connections, to answer 503 on
+OWN_FILES = 32  # that the process has open at times, connections apart
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which accepts so many connections alone as there may be. asyncio's own way takes
+    all that come, and writes a traceback for each that finds no file descriptor left."""
+
+    def __init__(self, config, most, spare):
+        super().__init__(config)
+        self.most, self.spare, self.interrupted = most, spare, False
+
+    def handle_exit(self, sig, frame):
+        """The first signal lets requests finish, a Ctrl-C behind it ends them, a third everything,
+        such as a thread that does not come back."""
+        if self.force_exit:
+            os._exit(128 + sig)
+        if sig == signal.SIGINT:
+            self.interrupted, self.force_exit = True, self.should_exit
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self):
+        """uvicorn's would raise the signals again when all is done; `serve` has set ours."""
+        yield
+
+    async def startup(self, sockets=None):
+        await super().startup([])
+        self.accepting = asyncio.create_task(self.accept(sockets[0]))
+
+    async def shutdown(self, sockets=None):
+        self.accepting.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.accepting
+        await super().shutdown(sockets)
+        tasks = [*self.server_state.tasks]  # uvicorn has ended them where --drain was too short
+        for task in tasks if self.force_exit else ():
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=2)  # they tell their clients
+
+    async def accept(self, sock):
+        loop, connections = asyncio.get_running_loop(), self.server_state.connections
+        sock.setblocking(False)
+        told = -math.inf  # when a failure was told
+        while True:
+            while len(connections) >= self.most + self.spare:
+                await asyncio.sleep(0.05)
+            try:
+                client, _ = await loop.sock_accept(sock)
+                state = {"full": len(connections) >= self.most}
+                protocol = PatientProtocol(self.config, self.server_state, state)
+                await loop.connect_accepted_socket(lambda: protocol, client)
+            except Exception as error:  # no descriptor left on the machine, say
+                if time.monotonic() > told + 60:
+                    print(f"serve.py: accept: {error}", file=sys.stderr, flush=True)
+                    told = time.monotonic()
+                await asyncio.sleep(0.5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1380,6 +1720,8 @@ def attention_maps(net, ids, layer):
         hook.remove()
     q, k = (x[0].float() for x in attention.qkv(*seen)[:2])
     scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / math.sqrt(q.shape[-1])
+    if not scores.isfinite().all():
+        raise ApiError(500, NOT_FINITE)
     behind = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(behind, -math.inf).softmax(-1).cpu()
 
@@ -1391,6 +1733,8 @@ def nearest(net, n_vocab, token, n):
     parts = table.split(8192)  # not all of them in float32 at once
     cosines = [F.cosine_similarity(part.float(), table[token].float(), dim=-1) for part in parts]
     cosines = torch.cat(cosines)
+    if not cosines.isfinite().all():
+        raise ApiError(500, NOT_FINITE)
     cosines[token] = -math.inf
     found = cosines.topk(min(n, n_vocab - 1))
     return list(zip(found.indices.tolist(), found.values.tolist()))
@@ -1410,6 +1754,8 @@ def log_rows(path, after):
 
 async def read_text(engine, o, encode):
     """The ids of the request's text by `encode`, or its ids."""
+    if o["text"] is not None and o["ids"] is not None:
+        raise ApiError(400, "expected a text or ids, not both", "text")
     if o["text"] is not None:
         return await tokenized(engine, len(o["text"]), encode, o["text"])
     if not is_ids(engine.tok, o["ids"]):
@@ -1437,7 +1783,7 @@ async def inspect_attention(request: Request):
     c, tok, most = engine.net.config, engine.tok, min(MAP_TOKENS, engine.max_len)
     known = {"text": (str, None), "ids": (list, None), "layer": (int, 0, 0, c.n_layer - 1)}
     known["head"] = (int, None, 0, c.n_head - 1)
-    o = read_fields(await read_body(request), known)
+    o = read_fields(await read_body(request), known, {})
     ids = await read_text(engine, o, tok.prompt)
     if not 0 < len(ids) <= most:
         raise ApiError(400, f"{len(ids)} tokens: attention is shown of 1 to {most}", "text")
@@ -1455,8 +1801,11 @@ async def inspect_neighbours(request: Request):
     engine = app.state.engine
     net, tok, last = engine.net, engine.tok, engine.tok.n_vocab - 1
     known = {"text": (str, None), "token": (int, None, 0, last), "n": (int, 10, 1, 100)}
-    o = read_fields(await read_body(request), known) | {"ids": None}
-    ids = [o["token"]] if o["token"] is not None else await read_text(engine, o, tok.encode)
+    o = read_fields(await read_body(request), known, {})
+    if o["token"] is not None and o["text"] is not None:
+        raise ApiError(400, "expected a token or a text, not both", "text")
+    o["ids"] = None if o["token"] is None else [o["token"]]
+    ids = await read_text(engine, o, tok.encode)
     if len(ids) != 1:
         raise ApiError(400, f"{len(ids)} tokens: neighbours are of one", "text")
     found = await asyncio.wrap_future(engine.call(nearest, net, tok.n_vocab, ids[0], o["n"]))
@@ -1504,7 +1853,7 @@ async def page():
 
 
 def check_settings(n_ctx):
-    for name in ("max_batch", "max_queue", "prefill_chunk", "max_body"):
+    for name in ("max_batch", "max_queue", "max_connections", "prefill_chunk", "max_body"):
         if globals()[name] < 1:
             raise UserError(f"--{name}={globals()[name]}: expected 1 or more")
     for name in ("timeout", "client_timeout", "drain"):
@@ -1516,18 +1865,52 @@ def check_settings(n_ctx):
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
 
 
+def connection_limits():
+    """How many connections are served, and on how many more 503 is answered, further ones waiting
+    in the kernel: max_connections, or fewer where the system lets a process open fewer files."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return max_connections, SPARE_CONNECTIONS
+    wanted = max_connections + SPARE_CONNECTIONS + OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):  # macOS has a lower one beside it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections, SPARE_CONNECTIONS
+    spare = min(SPARE_CONNECTIONS, (soft - OWN_FILES) // 4)
+    limit = soft - OWN_FILES - spare
+    why = f"a process may open {soft} files here (ulimit -n)"
+    if spare < 1:
+        raise UserError(f"{why}: serve.py wants {OWN_FILES + 4} at least")
+    if limit < max_connections:
+        print(f"{why}: --max_connections={limit}")
+    return min(limit, max_connections), spare
+
+
 def listen():
     """The socket that clients will connect to."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        # asyncio sends at once (TCP_NODELAY) where a socket names its protocol.
+        sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen()
+        sock.listen(2048)
     except (OSError, OverflowError) as error:
         why = f"{error}; --port=0 takes a free one"
         raise UserError(f"--host={host} --port={port}: {why}") from None
     return sock
+
+
+def is_loopback(address):
+    """Whether only this machine reaches the address, as the system writes it."""
+    address = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def serve(net, tok):
@@ -1544,26 +1927,32 @@ def serve(net, tok):
     state.name = Path(model).resolve().name
     state.card = {"id": state.name, "object": "model", "created": int(time.time())}
     state.card |= {"owned_by": "barelm", "max_model_len": length}
+    state.log_failed = False
     try:
         state.log = open(log, "a", encoding="utf-8") if log else None
     except OSError as error:
         raise UserError(f"--log={log}: {error.strerror}") from None
     app.add_middleware(Front)
-    if cors:
-        sites = [site.strip() for site in cors.split(",")]
+    if sites := cors_sites():
         every = dict.fromkeys(("allow_methods", "allow_headers"), ["*"])
         app.add_middleware(CORSMiddleware, allow_origins=sites, **every)
-    sock = listen()
+    limits, sock = connection_limits(), listen()
+    state.loopback = is_loopback(sock.getsockname()[0])
+    how = dict(http=PatientProtocol, ws="none", lifespan="off", log_level="error", access_log=False)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=drain, **how)
+    server = state.server = Server(config, *limits)
+    # From here on no signal may end Python while the engine's thread computes: torch would abort.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
     state.engine.start()
-    # uvicorn handles both signals while it runs, and raises them again when it is done.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     size = state.engine.cache.store.nbytes / 1e6
     print(f"{max_batch} sequences of up to {length} tokens: {size:,.0f} MB of keys and values")
     where = f"[{host}]" if ":" in host else host
     print(f"serving {state.name} at http://{where}:{sock.getsockname()[1]}", flush=True)
-    how = dict(http=PatientProtocol, ws="none", log_level="error", access_log=False)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=drain, **how)
-    uvicorn.Server(config).run(sockets=[sock])
+    server.run(sockets=[sock])
+    state.engine.stop()
+    if server.interrupted:
+        sys.exit(130)
 
 
 def main():
@@ -1585,4 +1974,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt Python's exit
         sys.exit(130)

@@ -356,6 +356,135 @@ def test_curves_are_live(page, server):
         path.write_text(before)
 
 
+def axis_values(texts):
+    """The numbers that an axis shows: 1.5e-3, 12.5K."""
+    scales = {"K": 1e3, "M": 1e6}
+    return [float(text.rstrip("KM")) * scales.get(text[-1], 1) for text in texts]
+
+
+COLUMNS = {  # of a log: what is easily rounded away
+    "lr": [0.0003 * i for i in range(11)],
+    "loss": [2 + 0.0004 * i for i in range(11)],
+    "tok_s": [1_000_000 + 40 * i for i in range(11)],
+    "grad_norm": [0.0012 + 1e-6 * i for i in range(11)],
+    "bpb": [0.0075 + 0.0005 * i for i in range(11)],
+    "gap": [-0.005 + 0.001 * i for i in range(11)],
+    "same": [0.00125] * 11,
+}
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_label_is_the_number_at_its_place(page, server, logarithmic):
+    path = server.folder / "log.jsonl"
+    before = path.read_text()
+    rows = [{"step": i + 1} | {key: v[i] for key, v in COLUMNS.items()} for i in range(11)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        open_view(page, "Training")
+        page.wait_for_selector("#run:has-text('11 steps')")
+        if logarithmic:
+            page.get_by_label("Logarithmic steps").check()
+            page.get_by_label("Logarithmic values").check()
+        names = ["loss", "lr", "tok_s", "grad_norm", "bpb", "gap", "same"]
+        for figure, name in zip(page.locator("#charts figure").all(), names, strict=True):
+            points = figure.locator("polyline").first.get_attribute("points").split()
+            points = [[float(n) for n in point.split(",")] for point in points]
+            for axis, data, anchor in ((0, range(1, 12), "middle"), (1, COLUMNS[name], "end")):
+                texts = figure.locator(f"text[text-anchor={anchor}]").all()
+                told = axis_values([text.text_content() for text in texts])
+                places = [float(text.get_attribute("xy"[axis])) for text in texts]
+                assert told and len({*told}) == len(told)
+                if data[0] == data[-1]:
+                    assert told == [data[0]]
+                    continue
+                logs = logarithmic and data[0] > 0
+                scale = math.log if logs else float
+                first, last = scale(data[0]), scale(data[-1])
+                for value, place in zip(told, places):
+                    share = (scale(value) - first) / (last - first)
+                    right = points[0][axis] + share * (points[-1][axis] - points[0][axis])
+                    assert place - 4 * axis == pytest.approx(right, abs=0.5), (name, value)
+    finally:
+        path.write_text(before)
+
+
+def test_nothing_of_an_older_text_stays_under_an_error(page, server):
+    long = "import " * 200
+    page.wait_for_selector("#prompt-size:has-text('tokens of 64')")
+    page.get_by_label("Text to continue").fill(long * 20)
+    page.wait_for_selector("#error:has-text('do not fit')")
+    assert page.locator("#prompt-size").text_content() == ""
+
+    panel = open_view(page, "Attention")
+    panel.get_by_label("Text").fill(TEXT)
+    page.wait_for_selector(f"#looked-note:has-text('{len(server.tok.encode(TEXT))} tokens')")
+    panel.get_by_label("Text").fill(long)
+    page.wait_for_selector("#error:has-text('attention is shown of 1 to 64')")
+    assert not panel.locator("#map").is_visible() and not panel.locator("#heads").is_visible()
+    assert panel.locator("#looked-note").text_content() == ""
+    panel.get_by_label("Text").fill("import")
+    panel.locator("#map").wait_for()
+    assert not page.locator("#error").is_visible()
+
+    panel = open_view(page, "Tokens")
+    panel.get_by_label("Text").fill(TEXT)
+    panel.get_by_role("option").nth(1).click()
+    page.locator("#near td").first.wait_for()
+    panel.get_by_label("Text").fill("import os")
+    page.wait_for_selector(f"#raw-note:has-text('{len(server.tok.encode('import os'))} tokens')")
+    assert not page.locator("#near").is_visible()
+    panel.get_by_label("Text").fill(long * 20)
+    page.wait_for_selector("#error:has-text('do not fit')")
+    assert panel.locator("#raw-note").text_content() == ""
+    assert panel.get_by_role("option").count() == 0
+
+
+# The first answer of an address comes when `late` says so, even to a request called off since.
+LATE = """(address) => {
+  const real = window.fetch;
+  let count = 0, begun, ended;
+  window.begun = new Promise((f) => begun = f);
+  window.fetch = async (path, how) => {
+    const first = path === address && !count++;
+    const response = await real(path, { ...how, signal: undefined });
+    if (first) {
+      begun();
+      await new Promise((f) => window.late = f);
+    }
+    return response;
+  };
+}"""
+
+
+def test_an_answer_that_comes_late_is_not_shown(page, server):
+    panel = open_view(page, "Tokens")
+    panel.get_by_label("Text").fill("import os")
+    panel.get_by_role("option").nth(1).wait_for()
+    names = [option.text_content() for option in panel.get_by_role("option").all()]
+    page.evaluate(LATE, "/inspect/neighbours")
+    panel.get_by_role("option").nth(0).click()
+    page.evaluate("window.begun")
+    panel.get_by_role("option").nth(1).click()
+    page.locator("#near td").first.wait_for()
+    shown = page.locator("#near h2").text_content()
+    page.evaluate("window.late()")
+    page.wait_for_timeout(100)
+    assert page.locator("#near h2").text_content() == shown
+    assert names[1].startswith(shown.removeprefix("Nearest to "))
+
+    panel = open_view(page, "Attention")
+    page.locator("#map").wait_for()
+    page.evaluate(LATE, "/inspect/attention")
+    panel.get_by_label("Text").fill("import os, sys")
+    page.evaluate("window.begun")
+    panel.get_by_label("Text").fill("import")
+    page.wait_for_selector(f"#looked-note:has-text('{len(server.tok.encode('import'))} token')")
+    shown = page.locator("#looked-text").text_content()
+    page.evaluate("window.late()")
+    page.wait_for_timeout(100)
+    assert page.locator("#looked-text").text_content() == shown == "import"
+
+
 def test_by_keyboard_on_a_phone_and_without_the_server(page):
     page.get_by_role("tab", name="Complete").focus()
     wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"

@@ -1,6 +1,8 @@
 """serve.py as its clients see it: the real server in a process of its own, on a free port."""
 
+import asyncio
 import contextlib
+import copy
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -25,10 +28,10 @@ CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
-def served(folder, *args, env=None):
+def served(folder, *args, env=None, **popen):
     """A server of folder/out/tiny: its address, and its process as `.process`."""
     command = [sys.executable, ROOT / "serve.py", "--model=out/tiny", "--port=0", *args]
-    pipe = dict(stdout=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+    pipe = dict(stdout=subprocess.PIPE, text=True, env=os.environ | (env or {})) | popen
     with subprocess.Popen(command, cwd=folder, **pipe) as process:
         try:
             lines = iter(process.stdout.readline, "")
@@ -136,6 +139,13 @@ def test_rows_that_move_keep_what_they_hold(loaded):
     for job in done:
         [g] = model.generate(net, tok, [job.ids], max_new_tokens=job.row.limit, temperature=0)
         assert job.row.done and job.row.out.ids[: len(g.ids)] == g.ids[: len(job.row.out.ids)]
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-45, 1e-40, 1e-38, 1e-30])
+def test_temperatures_too_small_to_divide_by_are_greedy(site, temperature):
+    body = dict(prompt="import os", max_tokens=9, seed=1)
+    greedy = site.complete(temperature=0, **body)["choices"][0]["text"]
+    assert site.complete(temperature=temperature, **body)["choices"][0]["text"] == greedy
 
 
 def test_presence_and_frequency_penalties_are_openais(site, loaded):
@@ -297,9 +307,139 @@ def test_a_malformed_request_is_told_what_is_wrong(site, body, why):
     assert error["param"] is None or error["param"].isidentifier()
 
 
-def test_fields_that_ask_for_nothing_are_passed_over(site):
-    neutral = dict(response_format={"type": "text"}, suffix="", tools=[], logit_bias={}, user="me")
-    assert site.complete(prompt="import", max_tokens=1, **neutral)["choices"]
+TEXT, TALK = {"prompt": "import"}, {"messages": [{"role": "user", "content": "hi"}]}
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+# What clients send, with the values that ask for what the server does anyway, and those that ask
+# for something else: (field, accepted, refused).
+OTHERS = [
+    ("audio", [], [{"voice": "a"}, {}]),
+    ("chat_template", [], ["{{ messages }}", ""]),
+    ("chat_template_kwargs", [{}], [{"enable_thinking": False}, [], ""]),
+    ("continue_final_message", [False], [True, 0, 0.0, ""]),
+    ("detokenize", [True], [False, 1, 1.0, 0]),
+    ("dry_multiplier", [0, 0.0], [0.8, False]),
+    ("early_stopping", [False], [True, 0]),
+    ("function_call", ["none", "auto"], [{"name": "f"}, "f"]),
+    ("functions", [[]], [[{"name": "f"}], {}, False, ""]),
+    ("grammar", [""], ["root ::= x", False]),
+    ("guided_choice", [], [["a"], []]),
+    ("include_stop_str_in_output", [False], [True, 0]),
+    ("length_penalty", [1, 1.0], [0.0, 0, 2, True]),
+    ("logit_bias", [{}], [{"1": 5}, {"1": 0}, False, 0]),
+    ("metadata", [{}, {"a": "b"}], ["a", False, []]),
+    ("min_tokens", [0], [3, False, 0.0]),
+    ("mirostat", [0], [2, False]),
+    ("modalities", [["text"]], [["text", "audio"], ["audio"], "text"]),
+    ("n_predict", [], [5, -1]),
+    ("parallel_tool_calls", [True, False], [1, "false"]),
+    ("prompt_cache_key", ["a"], [1, False]),
+    ("prompt_logprobs", [], [0, 1, False]),
+    ("reasoning_effort", ["none"], ["high", ""]),
+    ("repeat_penalty", [1, 1.0], [1.1, 0, 0.0, True]),
+    ("response_format", [{"type": "text"}], [{"type": "json_object"}, {}, "text", False]),
+    ("service_tier", ["auto", "default"], ["flex", 0]),
+    ("skip_special_tokens", [True], [False, 0, 1, 1.0, "true"]),
+    ("stop_token_ids", [[]], [[1], 0, False]),
+    ("store", [False], [True, 0, ""]),
+    ("tool_choice", ["none", "auto"], ["required", {"type": "function"}, False]),
+    ("tools", [[]], [[{"type": "function"}], {}, False, 0]),
+    ("top_n_sigma", [-1, -1.0], [1.0, 0]),
+    ("truncate_prompt_tokens", [], [5, -1, 0]),
+    ("typical_p", [1, 1.0], [0.5, 0.0, True]),
+    ("use_beam_search", [False], [True, 0, 0.0]),
+    ("user", ["me", ""], [5, False, []]),
+    ("verbosity", ["medium"], ["low"]),
+    ("xtc_probability", [0, 0.0], [0.1, False]),
+    ("temprature", [], [0, 1, False, "", [], {}]),
+]
+OWN = [  # fields of one address
+    (COMPLETE, TEXT, "add_special_tokens", [True, False], [0, 1, ""]),
+    (COMPLETE, TEXT, "suffix", [""], ["a", False]),
+    (COMPLETE, TEXT, "best_of", [1], [2, True, 1.0]),
+    (COMPLETE, TEXT, "logprobs", [0, 2], [True, False, 1.0, -1]),
+    (COMPLETE, TEXT, "messages", [], [[], TALK["messages"]]),
+    (COMPLETE, TEXT, "stop", ["a", ["a"], [], ""], [0, False, {}, [1], [None]]),
+    (COMPLETE, TEXT, "stream_options", [{}, {"include_usage": None}], [[], {"include_usage": 1}]),
+    (COMPLETE, TEXT, "stream_options", [{"include_usage": True}], [{"usage": True}, False]),
+    (COMPLETE, TEXT, "stream_options", [{"include_obfuscation": False}], [{"user": "me"}]),
+    (CHAT, TALK, "stream_options", [], [{"include_obfuscation": True}, {"include_usage": "yes"}]),
+    (CHAT, TALK, "add_generation_prompt", [True], [False, 1, 0]),
+    (CHAT, TALK, "add_special_tokens", [False], [True, 0]),
+    (CHAT, TALK, "echo", [False], [True, 0, ""]),
+    (CHAT, TALK, "logprobs", [True, False], [0, 1, 2]),
+    (CHAT, TALK, "max_completion_tokens", [1], [2, 1.0, True]),
+    (CHAT, TALK, "prompt", [], ["a", ""]),
+    (CHAT, TALK, "top_logprobs", [0], [1, False, 0.0]),
+    ("/tokenize", TEXT, "add_special_tokens", [True, False], [0, 1, "no"]),
+    ("/tokenize", TEXT, "return_token_strs", [True, False], [1, 0, "no"]),
+    ("/tokenize", TEXT, "model", ["tiny"], [5, "other"]),
+    ("/tokenize", TEXT, "parse_special", [], [True, False]),
+    ("/tokenize", TEXT, "messages", [], [[], TALK["messages"]]),
+    ("/tokenize", TALK, "add_special_tokens", [False], [True]),
+    ("/tokenize", TALK, "add_generation_prompt", [True], [False, 1]),
+    ("/detokenize", {"tokens": [1]}, "model", ["tiny"], ["other"]),
+    ("/detokenize", {"tokens": [1]}, "skip_special_tokens", [True], [False]),
+    ("/inspect/neighbours", {"token": 1}, "n", [2], [2.0, True, "2"]),
+    ("/inspect/neighbours", {"token": 1}, "text", [], ["a", ""]),
+    ("/inspect/attention", {"ids": [1]}, "text", [], ["a", ""]),
+    ("/inspect/attention", {"ids": [1]}, "head", [0], [False, "0"]),
+    ("/inspect/attention", {"ids": [1]}, "tools", [], [[], False]),
+]
+OWN += [(path, body, *other) for path, body in ((COMPLETE, TEXT), (CHAT, TALK)) for other in OTHERS]
+
+
+def test_what_is_asked_for_is_done_or_refused_by_name(site):
+    session = requests.Session()
+    post = lambda path, body: session.post(site.url + path, json=body)
+    for path, body, name, accepted, refused in OWN:
+        if path in (COMPLETE, CHAT):
+            body = body | {"max_tokens": 1}
+        for value in [None, *accepted]:
+            answer = post(path, body | {name: value})
+            assert answer.status_code == 200, (path, name, value, answer.text)
+        for value in refused:
+            answer = post(path, body | {name: value})
+            assert answer.status_code in (400, 404), (path, name, value)
+            told = answer.json()["error"]
+            inner = value if isinstance(value, dict) and name == "stream_options" else {}
+            assert told["param"] in (name, *inner, "max_tokens", "model"), (path, name, value)
+
+
+def test_parts_of_messages_are_read_or_refused_by_name(site):
+    say = {"role": "assistant", "content": "hi"}
+    empty = dict(refusal=None, tool_calls=[], annotations=[], audio=None, reasoning_content="")
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    wrong = [say | {"name": "Ann"}, say | {"tool_calls": [{"id": "1"}]}, say | {"prefix": True}]
+    wrong += [say | {"role": "tool"}, say | {"content": None}, say | {"content": [{"text": 1}]}]
+    wrong += [say | {"content": [{"type": "image_url", "text": "a"}]}, say | {"prefix": 0}, [], "a"]
+    wrong += [
+        say | {"content": [part | {"weight": 2}]},
+        say | {"role": None},
+        say | {"role": ["user"]},
+    ]
+    ids = site.post("/tokenize", {"messages": [say]}).json()["tokens"]
+    for message in (say | empty, say | {"content": [part]}):
+        assert site.post("/tokenize", {"messages": [message]}).json()["tokens"] == ids
+    for message in wrong:
+        answer = site.post(CHAT, {"messages": [message]})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("messages[0]: "), message
+
+
+def test_a_prompt_without_special_tokens(site, loaded):
+    import serve
+
+    _, tok = loaded
+    # Where nothing stands before the answer, bos does.
+    assert site.complete(prompt="", max_tokens=1)["usage"]["prompt_tokens"] == 1
+    bare = site.post(COMPLETE, {"prompt": "", "max_tokens": 1, "add_special_tokens": False})
+    assert bare.status_code == 400 and "none of them empty" in bare.text
+    led = model.Tokenizer(tok.spec, tok.config)
+    led.start = [tok.bos_id]  # as a Llama's tokenizer puts it
+    engine = SimpleNamespace(tok=led, max_queue=9, max_len=64, longest=99)
+    for bare, before in ((True, []), (False, [tok.bos_id])):
+        [ids] = asyncio.run(serve.read_prompts(engine, "import os", bare))
+        assert ids == before + tok.encode("import os")
 
 
 def test_errors_have_one_shape_and_the_server_lives_on(site):
@@ -406,26 +546,281 @@ def test_a_cut_off_request_is_told_so_and_a_key_is_read_as_rfc_9110_has_it(tiny)
 
 
 def test_pages_of_other_sites_cannot_use_a_server_on_this_machine(site, tiny):
-    ask = lambda site, **headers: (
-        site.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=headers).status_code
-    )
-    for name in (
+    def ask(site, **headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return site.post(COMPLETE, TEXT | {"max_tokens": 1}, headers=headers).status_code
+
+    names = [
         "localhost:80",
         "127.0.0.1",
         "[::1]:80",
+        "[::ffff:127.0.0.1]",
         "10.0.0.7",
         "box",
-        "host.docker.internal",
-    ):
-        assert ask(site, Host=name) == 200
-    for name in ("evil.com", "EVIL.com.:8000"):  # whose DNS says 127.0.0.1
-        assert ask(site, Host=name) == 403
-        assert site.get("/inspect/log", headers={"Host": name}).status_code == 403
-    cross = {"Sec-Fetch-Site": "cross-site", "Origin": "https://b.org"}
-    assert ask(site, **cross) == 403 and ask(site, **cross | {"Sec-Fetch-Site": "same-site"}) == 200
-    assert site.get("/", headers=cross).status_code == 200  # a link
-    with served(tiny, "--cors=https://a.org, https://b.org") as site:
+        "BOX.",
+    ]
+    for name in [*names, "host.docker.internal", "a.local:1", "my_box:8000", "x.localhost"]:
+        assert ask(site, Host=name) == 200, name
+    wrong = [
+        "evil.com",
+        "EVIL.com.:8000",
+        "evil.com..",
+        "evil.com..:80",
+        "evil.com:",
+        "localhost..",
+        ".",
+    ]
+    wrong += [
+        "localhost@evil.com",
+        "evil.com@localhost",
+        "localhost:80@evil.com",
+        "127.0.0.1.evil.com",
+    ]
+    wrong += [
+        "[::1].evil.com",
+        "[::1]evil.com",
+        "evil.com/localhost",
+        "evil.com:80:80",
+        "évil.com",
+        "",
+    ]
+    wrong += ["localhost, evil.com", "evil.com#.local", "evil.com?.local"]
+    for name in wrong:  # whose DNS says 127.0.0.1
+        name = name.encode()
+        assert ask(site, Host=name) == 403, name
+        assert site.get("/inspect/log", headers={"Host": name}).status_code == 403, name
+    cross = {"Sec_Fetch_Site": "cross-site", "Origin": "https://b.org"}
+    assert ask(site, **cross) == 403 and ask(site, **cross | {"Sec_Fetch_Site": "same-site"}) == 200
+    for origin in ("null", "", "HTTPS://B.ORG", "https://localhost", "file://"):
+        assert ask(site, **cross | {"Origin": origin}) == 403, origin
+    for fetch in ("cross-site", "Cross-Site", "cross-origin", "cross-site, same-origin"):
+        assert ask(site, Sec_Fetch_Site=fetch) == 403, fetch
+    for fetch in ("same-origin", "none", "Same-Site"):
+        assert ask(site, Sec_Fetch_Site=fetch) == 200, fetch
+    for origin in ("https://b.org", "null", "http://evil.com..", "file://"):  # an older browser's
+        assert ask(site, Origin=origin) == 403, origin
+    assert ask(site, Origin="http://localhost:3000") == 200
+    head = {"Sec-Fetch-Site": "cross-site", "Origin": "https://b.org"}
+    assert site.get("/", headers=head).status_code == 200  # a link
+    with served(tiny, "--cors=https://a.org, https://B.org/,") as site:
         assert ask(site, **cross) == 200 and ask(site, **cross | {"Origin": "https://c.org"}) == 403
+        assert ask(site, Sec_Fetch_Site="cross-site") == 403
+        answer = site.post(COMPLETE, TEXT, headers=head)
+        assert answer.headers["access-control-allow-origin"] == "https://b.org"
+
+
+def test_no_form_of_a_request_passes_by_the_check_of_the_host(site):
+    body = json.dumps(TEXT | {"max_tokens": 1}).encode()
+    port = int(site.url.rpartition(":")[2])
+
+    def status(target, version, *hosts, more=()):
+        lines = [f"POST {target} HTTP/{version}", *(f"Host: {host}" for host in hosts), *more]
+        lines += [f"Content-Length: {len(body)}", "Connection: close"]
+        with socket.create_connection(("127.0.0.1", port)) as wire:
+            wire.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            return int(wire.recv(1000).split()[1])
+
+    for version in ("1.0", "1.1"):
+        assert status(COMPLETE, version, "localhost") == 200
+        assert status(COMPLETE, version, "evil.com") == 403
+        assert status(COMPLETE, version, "localhost", "evil.com") == 400
+        assert status(COMPLETE, version, "evil.com", "localhost") == 400
+        assert status(f"http://evil.com{COMPLETE}", version, "evil.com") == 403
+        assert status(f"http://evil.com{COMPLETE}", version, "localhost") == 404
+    twice = ["Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-origin"]
+    assert status(COMPLETE, "1.1", "localhost", more=twice) == 403
+    assert status(COMPLETE, "1.1", "localhost", more=twice[::-1]) == 403
+    assert status(COMPLETE, "1.1") == 400  # which must name its host
+    assert status(COMPLETE, "1.0") == 200  # which no browser sends
+
+
+def test_malformed_requests_of_every_kind_are_refused_and_leave_nothing(site):
+    draw = random.Random(0)
+    port = int(site.url.rpartition(":")[2])
+    good = json.dumps(TEXT | {"max_tokens": 1}).encode()
+    chunk = lambda data: b"%x\r\n" % len(data) + data + b"\r\n"
+
+    def send(data, path=COMPLETE, head=b"", length=True):
+        """The status of the answer to these bytes; None where there is none."""
+        head = b"POST " + path.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head
+        if length:
+            head += b"Content-Length: %d\r\n" % len(data)
+        with socket.create_connection(("127.0.0.1", port)) as wire:
+            wire.sendall(head + b"\r\n" + data)
+            with contextlib.suppress(ConnectionError):
+                if answer := wire.recv(1000):
+                    return int(answer.split()[1])
+
+    deep = [b"[" * n + b"]" * n for n in (500, 990, 100_000)]
+    deep += [b'{"a":' * n + b"1" + b"}" * n for n in (500, 990, 100_000)]
+    wrong = [*deep, b"", b"null", b"\xff", b"\xef\xbb\xbf{}", good + b"x", good * 2, b"1" * 9999]
+    for name in (b"prompt", b"messages", b"tools", b"stop", b"stream_options", b"logit_bias", b"x"):
+        wrong += [b'{"prompt": "a", "%s": %s}' % (name, value) for value in deep]
+    values = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        2**70,
+        1e308,
+        "",
+        "a",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        {"a": {}},
+        [None],
+    ]
+    names = [
+        "prompt",
+        "n",
+        "seed",
+        "stop",
+        "top_k",
+        "tools",
+        "messages",
+        "stream",
+        "logprobs",
+        "model",
+    ]
+    for _ in range(150):
+        fields = {name: draw.choice(values) for name in draw.sample(names, 4)}
+        wrong.append(json.dumps({"max_tokens": 1} | fields).encode())
+    for body in wrong:
+        path = draw.choice([COMPLETE, CHAT, "/tokenize", "/detokenize", "/inspect/attention"])
+        assert send(body, path) in (200, 400, 404), (path, body[:200])
+    chunked = b"Transfer-Encoding: chunked\r\n"
+    assert send(chunk(good[:9]) + chunk(good[9:]) + b"0\r\n\r\n", head=chunked, length=False) == 200
+    for body in (b"zz\r\n", b"-1\r\n", b"f" * 40 + b"\r\n", b"0\r\n\r\n", chunk(good) + b"q\r\n"):
+        assert send(body, head=chunked, length=False) == 400, body
+    heads = [b"X : 1", b": 1", b"X: \0", b"Content-Length: 3"]
+    for head in [*heads, b"Content-Length: -1", b"Content-Length: " + b"9" * 30]:
+        assert send(good, head=head + b"\r\n") == 400, head[:40]
+    for _ in range(20):  # a client that leaves at some byte
+        body = json.dumps(TEXT | {"max_tokens": 50, "n": 3}).encode()
+        whole = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+            COMPLETE.encode(),
+            len(body),
+        )
+        with socket.create_connection(("127.0.0.1", port)) as wire:
+            wire.sendall((whole + body)[: draw.randrange(len(whole + body) + 1)])
+    assert not re.search('status="5', site.get("/metrics").text)
+    site.until("batch_size", 0)
+    assert site.complete(**TEXT, max_tokens=1)["choices"]
+
+
+def test_an_address_of_this_machine_is_one_however_it_is_written(monkeypatch):
+    import serve
+
+    for address, loopback in (
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("10.0.0.7", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+    ):
+        assert serve.is_loopback(address) == loopback
+    monkeypatch.setattr(serve, "port", 0)
+    with serve.listen() as sock:  # asyncio switches Nagle's algorithm off by this
+        assert sock.proto == socket.IPPROTO_TCP
+
+
+def test_connections_are_bounded_and_a_full_disk_ends_no_answer(tiny, tmp_path):
+    resource = pytest.importorskip("resource")
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    options = ["--max_connections=5", "--log=/dev/full"]
+    with open(tmp_path / "err", "w+") as err:
+        with served(tiny, *options, stderr=err, preexec_fn=few) as site:
+            address = ("127.0.0.1", int(site.url.rpartition(":")[2]))
+            with contextlib.ExitStack() as stack:
+                for _ in range(100):  # more than it may have open files
+                    stack.enter_context(socket.create_connection(address))
+                refused = site.get("/v1/models")
+                assert refused.status_code == 503 and refused.headers["retry-after"]
+                assert refused.json()["error"]["type"] == "server_error"
+                assert site.get("/health").status_code == 200
+            while site.get("/v1/models").status_code == 503:
+                pass
+            assert site.complete(**TEXT, max_tokens=1)["choices"]
+        err.seek(0)
+        told = err.read().splitlines()
+    if os.path.exists("/dev/full"):
+        assert told == ["serve.py: --log=/dev/full: No space left on device"]
+
+
+def test_signals_at_any_moment_end_it_in_order(tiny, tmp_path):
+    with served(tiny) as site:
+        site.process.terminate()  # at once
+        assert site.process.wait() == 0
+    with open(tmp_path / "err", "w+") as err:
+        with served(tiny, "--max_batch=1", stderr=err) as site, ThreadPoolExecutor() as pool:
+            address = ("127.0.0.1", int(site.url.rpartition(":")[2]))
+            whole = pool.submit(site.post, COMPLETE, LONG | {"stream": False, "n": 100})
+            site.until("batch_size", 1)
+            with site.post(COMPLETE, LONG, stream=True) as answer:
+                site.process.send_signal(signal.SIGINT)
+                with contextlib.suppress(OSError):  # till the port is closed
+                    while True:
+                        socket.create_connection(address).close()
+                site.process.send_signal(signal.SIGINT)
+                told = [line for line in answer.iter_lines() if line]
+            assert whole.result().status_code == 503
+            assert "the server is stopping" in told[-1].decode()
+            assert site.process.wait() == 130
+        err.seek(0)
+        told = err.read().splitlines()
+    assert told == ["serve.py: '/v1/completions': cut off by a second Ctrl-C"] * 2
+
+
+def test_a_network_that_gives_no_numbers_is_an_error_and_no_text(tiny, loaded, tmp_path):
+    net, tok = model.load(tiny / "out" / "tiny")
+    net.model.norm.weight.data.fill_(3e38)  # finite, but the product with it is not
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out" / "tiny", net, tok)
+    with served(tmp_path) as site:
+        for path, body in ((COMPLETE, TEXT), (CHAT, TALK), (COMPLETE, TEXT | {"echo": True})):
+            answer = site.post(path, body | {"max_tokens": 3, "temperature": 0})
+            assert answer.status_code == 500 and "NaN or infinity" in answer.text
+            assert answer.json()["error"]["type"] == "server_error"
+        scored = site.post(COMPLETE, TEXT | {"echo": True, "logprobs": 1, "max_tokens": 0})
+        assert scored.status_code == 500
+        with site.post(COMPLETE, TEXT | {"stream": True}, stream=True) as answer:
+            [line] = [line for line in answer.iter_lines() if line]
+        assert "NaN or infinity" in json.loads(line[6:])["error"]["message"]
+        assert site.get("/health").status_code == 200
+        assert site.metric("batch_size") == 0
+
+
+def test_a_row_without_numbers_leaves_the_others_as_they_are(loaded):
+    import serve
+
+    net, tok = copy.deepcopy(loaded[0]), loaded[1]
+    net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.detach().clone())
+    prompts = [tok.encode(CODE[i : i + 40])[:12] for i in (0, 200, 400, 600)]
+    odd = next(i for i in range(tok.n_vocab) if not any(i in p for p in prompts))
+    truth = model.generate(net, tok, prompts, max_new_tokens=9, temperature=0)
+    net.model.embed_tokens.weight.data[odd] = torch.nan
+    engine, answers = serve.Engine(net, tok, 3, 64, 9, 99), {}
+    options = dict(serve.read_options({}, serve.COMPLETION), temperature=0.0, seed=0)
+    asked = [prompts[0], [*prompts[1], odd], prompts[1], [odd], prompts[2], [*prompts[1], odd]]
+    asked += [prompts[3], prompts[1]]
+    for i, ids in enumerate(asked):
+        job = serve.Job(tok, ids, 9, options, i)
+        job.notify = lambda job, text, tokens, done: answers.setdefault(job.index, []).append(text)
+        engine.submit([job])
+    with torch.inference_mode():
+        while engine.waiting or engine.jobs:
+            engine.step()
+    for i, ids in enumerate(asked):
+        if odd in ids:
+            assert answers[i] == [None]
+        else:
+            assert "".join(answers[i]) == truth[prompts.index(ids)].text
 
 
 def test_connections_that_end_in_the_middle_leave_nothing(tiny):

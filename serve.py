@@ -1160,14 +1160,19 @@ def read_message(message, where):
     for name, value in message.items():
         # An earlier answer comes back with all its fields, most of which are empty.
         empty = value is None or is_one_of(value, ["", [], {}])
-        if name not in ("role", "content") and not empty:
+        if name not in ("role", "content", "name") and not empty:
             raise ApiError(400, f"{where}: {short(name)} is not supported", "messages")
     role, text = message.get("role"), message_text(message.get("content"))
     if role == "developer":
         role = "system"
     if role not in ("system", "user", "assistant") or text is None:
         raise ApiError(400, f"{where}: {why}", "messages")
-    return {"role": role, "content": text}
+    speaker = message.get("name")
+    if not speaker:
+        return {"role": role, "content": text}
+    if not isinstance(speaker, str):
+        raise ApiError(400, f"{where}: name: expected a text", "messages")
+    return {"role": role, "content": text, "name": speaker}  # which some templates show
 
 
 async def read_messages(engine, messages):
@@ -1177,7 +1182,7 @@ async def read_messages(engine, messages):
     if len(messages) > engine.max_len:
         raise too_long(engine, f"{len(messages)} messages")
     safe = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    size = sum(len(m["content"]) for m in safe)
+    size = sum(len(text) for m in safe for text in m.values())
     ids, _ = await tokenized(engine, size, engine.tok.chat, safe, True)
     return ids
 

@@ -18,8 +18,9 @@ source = "python"  # python, a named download, file, folder, glob, URL, @list of
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
-field = "text"  # the field of a JSONL or parquet record that is its text
-separator: str | None = None  # a text file is cut into documents here
+field = "text"  # the field of a JSONL, CSV or parquet record that is its text
+input_format: str | None = None  # text, jsonl, json, csv, tsv or parquet; none: by the file's name
+separator: str | None = None  # a text file is cut into documents here; "\n\n": at blank lines
 max_documents: int | None = None  # read so many of each source, in one process
 shards: int | None = None  # of a download in many files: take so many
 
@@ -59,12 +60,13 @@ if __name__ == "__main__":
     configure(globals())
 
 import ast
+import csv
 import ctypes
 import errno
 import gc
-import gzip
 import hashlib
 import heapq
+import io
 import ipaddress
 import json
 import math
@@ -77,12 +79,12 @@ import sysconfig
 import textwrap
 import time
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from glob import glob
 from html import unescape
@@ -126,7 +128,9 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 # Collecting: a source is files, files are cut into units, a unit gives records
 
 SUITES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-RECORDS = (".jsonl", ".parquet", ".json")
+# What files with these endings hold; all others are text.
+FORMATS = dict.fromkeys(model.JSONL, "jsonl")
+FORMATS |= {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 KEPT = Path("data/downloads")
 
 
@@ -135,7 +139,7 @@ def files_of(spec, run):
     torchrun every rank downloads its part, and waits for the others."""
     if spec == "python":
         folder = sysconfig.get_path("stdlib")
-        return walk(folder, ".py", SUITES), folder, None
+        return walk(folder, ".py", SUITES)[0], folder, None
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
         urls = addresses(spec)
         paths = [kept_at(url) for url in urls]
@@ -144,9 +148,14 @@ def files_of(spec, run):
         wait(run)
         return paths, None, separator or SEPARATORS.get(spec)
     if os.path.isdir(spec):
-        return walk(spec), spec, separator
-    found = [spec] if os.path.exists(spec) else sorted(glob(spec, recursive=True))
-    found = [Path(name) for name in found if os.path.isfile(name)]
+        found, broken = walk(spec)
+        if broken and run.main:
+            print(f"{spec}: left out {len(broken)} links to nothing, such as {broken[0]}")
+        return found, spec, separator
+    found = [spec] if os.path.exists(spec) else matching(spec)
+    found = [Path(name) for name in sorted(found) if os.path.isfile(name)]
+    has_link = lambda path: os.path.realpath(path) != os.path.abspath(path)
+    found = each_once(sorted(found, key=has_link))  # a file's own name before those of links
     if not found:
         names = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
         raise UserError(f"--source={spec}: no such file or folder, nor one of {names}")
@@ -154,17 +163,59 @@ def files_of(spec, run):
 
 
 def walk(folder, ending="", avoid=()):
-    """Every file of this ending in and below a folder, in the order of their names, without hidden
-    ones and those in folders to avoid."""
-    found = []
-    for entry in os.scandir(folder):
-        if entry.name[0] == "." or entry.name in avoid:
+    """(files of this ending in and below a folder, in the order of their names; links to nothing),
+    without hidden ones and those in folders to avoid. Links are followed, but each real file and
+    folder counts once: under its own name where that is below the folder, too."""
+    folders, links, seen = [os.fspath(folder)], [], set()
+    found, linked, broken = [], [], []
+    while folders or links:
+        # The links come last: by then it is clear which folders have names of their own.
+        place = folders.pop() if folders else links.pop(0)
+        identity = os.path.realpath(place)
+        if identity in seen:
             continue
-        if entry.is_dir(follow_symlinks=False):
-            found += walk(entry.path, ending, avoid)
-        elif entry.name.endswith(ending) and entry.is_file():
-            found.append(Path(entry.path))
-    return sorted(found)
+        seen.add(identity)
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            if entry.name[0] == "." or entry.name in avoid:
+                continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                broken.append(entry.path)
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.is_file() and entry.name.endswith(ending):
+                (linked if entry.is_symlink() else found).append(Path(entry.path))
+    return each_once([*found, *sorted(linked)]), broken
+
+
+def matching(pattern):
+    """The paths that a pattern of the shell's kind names. `**` stands for any folders, and goes
+    through links as `walk` does: in a loop of links the standard library's glob does not end."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob(pattern)
+    start = parts.index("**")
+    base, found = "/".join(parts[:start]), []
+    for folder in glob(base or ".") if base or start == 0 else ["/"]:
+        files = walk(folder)[0] if os.path.isdir(folder) else []
+        found += [file for file in files if fits(file.relative_to(folder).parts, parts[start:])]
+    return found
+
+
+def fits(names, patterns):
+    """Do the names of a path match the patterns one by one, where ** is any number of names?"""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(fits(names[i:], patterns[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and fits(names[1:], patterns[1:])
+
+
+def each_once(paths):
+    """The paths, sorted, without those that lead to the same file as one before."""
+    first = {}
+    for path in paths:
+        first.setdefault(os.path.realpath(path), path)
+    return sorted(first.values())
 
 
 def addresses(spec):
@@ -184,11 +235,14 @@ def addresses(spec):
             raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
         folder = below.rstrip("/") + "/" if below else ""
         names = [n for n in names if n == below or n.startswith(folder)]
-        of_kind = lambda kind: [n for n in names if n.removesuffix(".gz").endswith(kind)]
-        names = of_kind((*RECORDS, ".txt"))
+        names = [n for n in names if model.file_ending(n) in (*FORMATS, ".txt")]
         names = [n for n in names if "train" in n.lower()] or names
-        kinds = map(of_kind, (".jsonl", ".parquet", ".txt", ".json"))
-        urls = [f"{DATA}{name}/resolve/main/{quote(n)}" for n in next(filter(None, kinds), [])]
+        by_format = defaultdict(list)
+        for n in names:
+            by_format[format_of(n)].append(n)
+        order = ("jsonl", "parquet", "text", "json", "csv", "tsv")
+        chosen = next((by_format[kind] for kind in order if by_format[kind]), [])
+        urls = [f"{DATA}{name}/resolve/main/{quote(n)}" for n in chosen]
     else:
         urls = [DOWNLOADS.get(spec, spec)]
     if not urls:
@@ -218,14 +272,16 @@ def plan(run):
             share = sys.maxsize
         held = share
         for path, stat in zip(paths, stats):
-            cut, size = "\n" if is_record(path) else between, max(1, stat.st_size)
+            kind, size = input_format or format_of(path), max(1, stat.st_size)
+            cut = mark_in(path, between) if kind == "text" else "\n"
             # A mark that can overlap itself, as in "---" of "----", is found from the start alone.
             alone = cut and not any(cut.endswith(cut[:i]) for i in range(1, len(cut)))
-            alone = alone and not path.name.endswith((".gz", ".json", ".parquet"))
+            alone = alone and kind in ("text", "jsonl") and size > share and is_plain(path)
             borders = range(0, size, share if alone else size)
             for begin in borders:
                 if held >= share or len(borders) > 1:
                     units.append({"source": name, "files": [], "under": folder})
+                    units[-1]["format"] = input_format
                     held = 0
                 end = min(begin + borders.step, stat.st_size)
                 units[-1]["files"].append([str(path), begin, end, cut, stat.st_mtime_ns])
@@ -259,8 +315,45 @@ def mixture():
     return mix
 
 
-def is_record(path):
-    return str(path).removesuffix(".gz").endswith(RECORDS)
+def format_of(path):
+    """text, jsonl, json, csv, tsv or parquet, as the end of the name says."""
+    return FORMATS.get(model.file_ending(path), "text")
+
+
+def is_plain(path):
+    """Can a range of the file's bytes be read alone? Not of a compressed one, nor of UTF-16."""
+    with open(path, "rb") as file:
+        encoding = model.encoding_of(file.read(4))
+    return not model.is_compressed(path) and encoding in (None, "utf-8")
+
+
+def mark_in(path, between):
+    """What cuts this text file into documents: the line ends of `between` as the file has them."""
+    if not between or "\n" not in between or "\r" in between:
+        return between
+    try:
+        with model.open_input(path) as file:
+            head = file.read(1 << 16)
+    except (*model.DAMAGE, OSError, UnicodeDecodeError):
+        return between  # `records` reads it, too, and says what is wrong
+    of_windows = b"\r\n" in head and head.count(b"\n") == head.count(b"\r\n")
+    return between.replace("\n", "\r\n") if of_windows else between
+
+
+def refuse_hidden_records(path):
+    """A file of records whose name says text would be read as one text of braces and quotes."""
+    try:
+        with model.open_input(path) as file:
+            line = file.readline(1 << 20).strip()
+        value = json.loads(line) if line[:1] in (b"{", b"[") else None
+    except (*model.DAMAGE, OSError, ValueError, RecursionError):
+        return  # no JSON; if it cannot be read, reading it says so
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict) and first:
+        kind = "json" if isinstance(value, list) else "jsonl"
+        why = "its first line is JSON, but its name says text"
+        ways = f"--input_format={kind} reads its records, --input_format=text takes it as it is"
+        raise UserError(f"{path}: {why}: {ways}")
 
 
 def records(unit, skipped, bad=None):
@@ -270,18 +363,20 @@ def records(unit, skipped, bad=None):
     for path, begin, end, cut, _ in unit["files"]:
         shown = os.path.relpath(path, unit["under"]) if unit["under"] else path
         shown = os.fsencode(shown).decode(errors="replace")
-        if not is_record(path):
+        kind = unit.get("format") or format_of(path)
+        if kind == "text":
             try:
+                if begin == 0 and "format" in unit and not unit["format"]:
+                    refuse_hidden_records(path)
                 for part in read_parts(path, cut, begin, end):
-                    yield {field: part.decode().strip("\n" if cut else ""), "path": shown}
+                    yield {field: part.decode().strip("\r\n" if cut else ""), "path": shown}
             except UnicodeDecodeError as error:
                 if not unit["under"]:
                     why = f"not UTF-8 text ({error.reason}): convert it"
                     raise UserError(f"{path}: {why}") from None
                 skipped.append(shown)
             continue
-        parquet = path.endswith(".parquet")
-        for number, line in read_parquet(path, bad) if parquet else read_json(path, begin, end):
+        for number, line in read_records(path, kind, begin, end, bad):
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
                 if bad is None:
@@ -289,9 +384,11 @@ def records(unit, skipped, bad=None):
                     url = mended(url) if isinstance(url, str) else ""
                     record = {"url": url, field: mended(record[field])}
                 yield record | {"path": shown}
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
                 found, number = found[:60].decode(errors="replace"), number + lines_to(path, begin)
+                if isinstance(error, RecursionError):
+                    found += "... (nested too deeply to read)"
                 if bad is None:
                     expected = f'expected {{"{field}": "..."}}, found {found!r}'
                     raise UserError(f"{path}:{number}: {expected}") from None
@@ -311,18 +408,27 @@ def lines_to(path, begin):
         return sum(block.count(b"\n") for block in blocks) + (begin > 0)
 
 
+def damaged(path, number, error):
+    """What to raise where a compressed file cannot be read beyond this line."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return UserError(f"{path}: damaged after line {number}: {error}")
+
+
 def read_parts(path, between, begin=0, end=math.inf):
-    """Yield the parts, bytes, of a file (gzipped by its name) that `between` cuts: those that begin
-    from `begin` to before `end`. None: all of it as one."""
+    """Yield the parts, bytes, of a file (decompressed by its name) that `between` cuts: those that
+    begin from `begin` to before `end`. None: all of it as one."""
     number = 0
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        with model.open_input(path) as file:
             if not between:
                 yield file.read()
                 return
             mark, held, inside = between.encode(), b"", begin == 0
-            end = math.inf if path.endswith(".gz") else end  # which is of the file as it is
-            at = file.seek(max(0, begin - len(mark)))  # where `held` begins
+            end = end if is_plain(path) else math.inf  # which is of the file as it is
+            at = 0  # where `held` begins, which matters in a part of a file alone
+            if end < math.inf:
+                at = file.seek(max(0, begin - len(mark))) if begin else file.tell()
             while block := file.read(max(1 << 20, len(held))):
                 *whole, held = (held + block).split(mark)
                 for part in whole:
@@ -337,20 +443,65 @@ def read_parts(path, between, begin=0, end=math.inf):
                     return
             if inside and at < end:
                 yield held
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged after line {number}: {error}") from None
+    except (*model.DAMAGE, OSError) as error:
+        raise damaged(path, number, error) from None
 
 
-def read_json(path, begin=0, end=math.inf):
+def read_records(path, kind, begin, end, bad):
+    """(number, line or value) of each record of a file; see `records`."""
+    try:
+        if kind == "parquet":
+            yield from read_parquet(path, bad)
+        elif kind in ("csv", "tsv"):
+            yield from read_table(path, "," if kind == "csv" else "\t")
+        else:
+            yield from read_json(path, kind, begin, end)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not {error.encoding} text ({error.reason}): convert it") from None
+
+
+def read_json(path, kind, begin=0, end=math.inf):
     """(number, line or value) of a JSONL file, or of a JSON file that is a list of records."""
-    if path.removesuffix(".gz").endswith(".json"):
-        with suppress(ValueError, RecursionError):  # JSONL by another name
-            found = json.loads(*read_parts(path, None))
-            yield from enumerate(found if isinstance(found, list) else [found], 1)
-            return
+    if kind == "json":
+        [data] = read_parts(path, None)
+        first, _, rest = data.strip().partition(b"\n")
+        if rest and is_json(first) and not is_json(data):
+            kind = "jsonl"  # by another name
+    if kind == "json":
+        found = model.parse_json(data, path) if data.strip() else []
+        yield from enumerate(found if isinstance(found, list) else [found], 1)
+        return
     for number, line in enumerate(read_parts(path, "\n", begin, end), 1):
         if line.strip():
             yield number, line
+
+
+def is_json(data):
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_table(path, delimiter):
+    """(line, record) of a CSV or TSV file (RFC 4180), whose first row names the fields. A row of
+    more or fewer cells is no record but the list of its cells."""
+    csv.field_size_limit(2**31 - 1)
+    number = 0
+    try:
+        with io.TextIOWrapper(model.open_input(path), encoding="utf-8", newline="") as file:
+            names = None
+            for cells in csv.reader(file, delimiter=delimiter, strict=True):
+                number += 1
+                if names is None:
+                    names = cells
+                elif cells:
+                    yield number, dict(zip(names, cells)) if len(cells) == len(names) else cells
+    except (*model.DAMAGE, OSError) as error:
+        raise damaged(path, number, error) from None
+    except csv.Error as error:
+        raise UserError(f"{path}: damaged after record {number}: {error}") from None
 
 
 def read_parquet(path, bad):
@@ -390,7 +541,7 @@ def reject_if(condition, reason):
         raise Reject(reason)
 
 
-HTML_NAME = re.compile(r"\.x?html?$", re.I)
+HTML_ENDINGS = (".html", ".htm", ".xhtml", ".xhtm")
 # A comment, a tag (its slash, name and attributes) or a declaration. One that does not end goes on
 # to the end of the page, as in browsers; so each matches where it begins, and time is linear.
 TAG = re.compile(
@@ -406,6 +557,7 @@ BLOCKS = set(
     "address article aside blockquote body center dd details div dl dt fieldset figcaption figure "
     "footer form h1 h2 h3 h4 h5 h6 header hr html main nav ol p pre section table ul".split()
 )
+LINE_END = re.compile(r"\r\n?")  # of Windows and of old Macs: \n to an HTML parser
 NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li", "a"}  # what has an end tag to match
 NAVIGATION = re.compile(r"\brole\s*=\s*[\"']?navigation\b", re.I)
 # What a tag means for the line breaks before the text behind it.
@@ -441,7 +593,8 @@ def html_to_text(text):
             out.append("\n" * lines + lead.replace("\0 | ", "").replace("\0", "") + text)
             lines, lead = 0, ""
 
-    for tag, attributes, data in html_tags(re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text)):
+    text = re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text.removeprefix("\ufeff"))
+    for tag, attributes, data in html_tags(LINE_END.sub("\n", text)):
         if tag == "header" and count["article"]:  # the title of an article, not of the site
             tag = "div"
         if tag in NESTING and not attributes.endswith("/"):
@@ -469,7 +622,7 @@ def html_to_text(text):
             elif not lead:  # else an item or a cell has only just begun
                 least = 1 if count["li"] else 2
                 lines = min(lines + 1, 2) if sign == "line" else max(lines, least)
-        data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
+        data = LINE_END.sub("\n", unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data)))
         if not (count["a"] and data in "¶§#"):  # a heading's link to itself
             run.append(data)
             pre = count["pre"]
@@ -480,7 +633,8 @@ def html_to_text(text):
 def clean_html(text, doc):
     """HTML to text, where the document is HTML."""
     names = (doc.get("path") or "", (doc.get("url") or "").partition("?")[0])
-    is_html = any(map(HTML_NAME.search, names)) if html_documents is None else html_documents
+    is_html = any(model.file_ending(name) in HTML_ENDINGS for name in names)
+    is_html = is_html if html_documents is None else html_documents
     return html_to_text(text) if is_html else text
 
 
@@ -2088,6 +2242,9 @@ def check_settings():
         raise UserError(f"val_fraction={val_fraction}: expected 0 or more and less than 1")
     if not 0 < near_threshold <= 1:
         raise UserError(f"near_threshold={near_threshold}: expected above 0 and up to 1")
+    if input_format not in (None, "text", *FORMATS.values()):
+        formats = ", ".join(dict.fromkeys(["text", *FORMATS.values()]))
+        raise UserError(f"input_format={input_format}: expected one of {formats}")
     for name in steps.split(","):
         if name and name not in [*STEPS, *LAST]:
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")

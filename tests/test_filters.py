@@ -57,6 +57,7 @@ def crossed(step, inside, outside, expected):
         ("<pre><span>  </span>a <b>b</b></pre>", "  a b"),
         ("<h1>Head<a href=#h>¶</a></h1>t", "Head\n\nt"),
         ("<pre>│\xa0 x</pre>", "│\xa0 x"),
+        ("\ufeff<pre>\r\na\r\n  b\rc&#13;&#10;d&#xD;e\x85f</pre>", "a\n  b\nc\nd\ne\x85f"),
         ("<div>a<div role='navigation'><div>b</div>c</div>d</div>", "a\n\nd"),
         ("<head><title>T</title><style>p{}</style><p>x", "x"),
         ("<script>if (a<b) '<p>no</p>'</script>x<noscript>n</noscript>", "x"),

@@ -1,9 +1,13 @@
 """prepare.py as a pipeline: what is collected, what is the same, what is mixed, what becomes a task
 set, on one process and on two, whole and killed."""
 
+import bz2
+import csv
 import gzip
+import io
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -13,7 +17,7 @@ import signal
 import string
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +135,161 @@ def test_globs_and_every_kind_of_file(tmp_path):
     assert kept(tmp_path, "--source=in/**/*.jsonl*", "--field=text") == texts[2:4]
     result = prepare_py(tmp_path, "--source=in/*.nothing")
     assert result.stderr.startswith("--source=in/*.nothing: no such file or folder, nor one of ")
+
+
+def packed(ending, data):
+    """The bytes compressed as a file with this ending is."""
+    if ending == ".zst":
+        pyarrow = pytest.importorskip("pyarrow")
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+            file.write(data)
+        return sink.getvalue().to_pybytes()
+    plain = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    return plain[ending](data)
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".BZ2", ".xz", ".Zst"])
+def test_a_name_says_what_it_holds_in_any_case_and_compressed(packing, tmp_path, monkeypatch):
+    texts = made_up_documents(20)
+    rows = [{"text": text} for text in texts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["id", "text"])
+    writer.writeheader()
+    writer.writerows({"id": i, "text": text} for i, text in enumerate(texts))
+    pages = "".join(f"<p>{i}</p>" for i in range(20)).encode()
+    files_in = {"a.JSONL": lines, "b.ndjson": lines, "c.JsonLines": lines}
+    files_in |= {"d.Json": json.dumps(rows).encode(), "e.CSV": table.getvalue().encode()}
+    files_in |= {"f.Txt": texts[0].encode(), "g.MD": texts[0].encode(), "h.HTM": pages}
+    monkeypatch.chdir(tmp_path)
+    for name, data in files_in.items():
+        Path(name + packing).write_bytes(packed(packing.lower(), data))
+        monkeypatch.setattr(prepare, "source", name + packing)
+        [unit] = prepare.plan(model.setup("cpu"))
+        got = [text for _, text in prepare.cleaned(unit, defaultdict(prepare.Tally), [])]
+        one = {"f.Txt": texts[:1], "g.MD": texts[:1]}
+        one["h.HTM"] = ["\n\n".join(map(str, range(20)))]
+        assert got == one.get(name, texts), name
+
+
+def test_parquet_in_capital_letters(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    texts = made_up_pages(3)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "A.PARQUET")
+    assert kept(tmp_path, "--source=A.PARQUET") == texts
+
+
+def test_records_under_the_name_of_a_text_are_asked_about(tmp_path):
+    rows = [{"text": text} for text in made_up_pages(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.txt").write_text(lines)
+    (tmp_path / "b.log.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.md").write_text("\ufeff" + json.dumps(rows))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "d.html").write_text(lines)
+    why = ": its first line is JSON, but its name says text: --input_format="
+    for name, kind in (("a.txt", "jsonl"), ("b.log.gz", "jsonl"), ("c.md", "json")):
+        assert line_of(tmp_path, f"--source={name}").startswith(f"{name}{why}{kind} reads its")
+        texts = kept(tmp_path, f"--source={name}", f"--input_format={kind}")
+        assert texts == [row["text"] for row in rows]
+    assert line_of(tmp_path, "--source=in").startswith(f"in/d.html{why}jsonl reads its")
+    assert kept(tmp_path, "--source=a.txt", "--input_format=text") == [lines]
+    assert line_of(tmp_path, "--source=a.txt", "--input_format=xml").startswith("input_format=xml")
+    # what only begins like JSON is text
+    for text in ("{a} is a set", "[1] first reference", "{}\nbody {}", '["a", "b"]', '{"a": 1} b'):
+        (tmp_path / "a.txt").write_text(text)
+        assert kept(tmp_path, "--source=a.txt") == [text]
+
+
+def test_tables_of_cells(tmp_path):
+    rows = [["id", "text"], ["1", 'says "a, b",\r\nthen c'], ["2", "  é\u2028 "]]
+    with open(tmp_path / "a.csv", "w", encoding="utf-16", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert kept(tmp_path, "--source=a.csv") == [row[1] for row in rows[1:]]
+    (tmp_path / "b.tsv").write_text("text\tid\none\t1\n\ntwo, three\t2")
+    assert kept(tmp_path, "--source=b.tsv") == ["one", "two, three"]
+    for data, message in [
+        ("text,id\na,1\na, b,2\n", 'c.csv:3: expected {"text": "..."}, found \'["a", " b"'),
+        ("body,id\na,1\n", 'c.csv:2: expected {"text": "..."}, found \'{"body": "a"'),
+        ('text\n"a\nb', "c.csv: damaged after record 1: unexpected end of data"),
+        ('text\n"a"b\n', "c.csv: damaged after record 1: "),
+    ]:
+        (tmp_path / "c.csv").write_text(data)
+        assert line_of(tmp_path, "--source=c.csv").startswith(message)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_byte_order_mark_is_no_text(encoding, tmp_path):
+    mark = "" if encoding == "utf-8-sig" else "\ufeff"
+    texts = ["Grüße, 世界 😀", "two"]
+    rows = [{"text": text} for text in texts]
+    contents = {"a.txt": texts[0], "b.html": f"<p>{texts[0]}</p>", "c.json": json.dumps(rows)}
+    contents["d.jsonl"] = "\n".join(map(json.dumps, rows))
+    contents["e.csv"] = 'text\n"Grüße, 世界 😀"\ntwo\n'
+    contents["f.txt"] = f"{texts[0]}---two"
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes((mark + content).encode(encoding))
+        whole = name in ("a.txt", "b.html")
+        got = kept(tmp_path, f"--source={name}", "--separator=---")
+        assert got == (texts[:1] if whole else texts), name
+    (tmp_path / "g.txt").write_bytes((mark + "abcé").encode(encoding)[:-1])
+    assert line_of(tmp_path, "--source=g.txt").startswith("g.txt: not UTF-8 text (")
+    assert prepare.html_to_text("\ufeff<p>x") == "x"
+
+
+def test_ranges_of_a_file_with_a_byte_order_mark(tmp_path, monkeypatch):
+    texts = [text.strip("\n") for text in made_up_documents(60)]
+    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "UNIT": 300}
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a.txt").write_text("\n===\n".join(texts), encoding=encoding)
+        main_here(monkeypatch, tmp_path, source="a.txt", separator="\n===\n", **settings)
+        assert documents_of(tmp_path / "data/python", "train") == texts
+    path = str(tmp_path / "f")
+    for size in range(4, 12):  # wherever the ranges begin, behind the mark
+        data = b"\xef\xbb\xbfa--b--c--"
+        Path(path).write_bytes(data)
+        borders = [*range(0, len(data), size), len(data)]
+        ranges = itertools.pairwise(borders)
+        parts = [p for a, b in ranges for p in prepare.read_parts(path, "--", a, b)]
+        assert [part for part in parts if part] == [b"a", b"b", b"c"]
+
+
+def test_a_separator_as_a_shell_has_it(tmp_path):
+    (tmp_path / "a.txt").write_text("one\nline\n\ntwo")
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\n\n") == ["one\nline", "two"]
+    (tmp_path / "a.txt").write_bytes(b"one\r\nline\r\n\r\ntwo")  # the line ends of Windows
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\n\n") == ["one\r\nline", "two"]
+    (tmp_path / "a.txt").write_text("one\\ntwo\fthree")
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\\n") == ["one", "two\fthree"]
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\f") == ["one\\ntwo", "three"]
+    (tmp_path / "r.py").write_text('separator = "\\\\n"')  # a recipe says what it means
+    assert kept(tmp_path, "--source=a.txt", "r.py") == ["one", "two\fthree"]
+
+
+def test_links_are_followed_and_each_file_counts_once(tmp_path):
+    for name in ("in/a/1.txt", "far/2.txt", "far/deep/3.txt", "4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"this is {name}")
+    links = {"in/0": "in/a", "in/b": "far", "in/c": "far", "in/5.txt": "4.txt", "in/6.txt": "4.txt"}
+    links |= {"in/a/up": "in", "far/deep/round": "far", "in/7.txt": "in/a/1.txt", "in/8": "nowhere"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "in/self").symlink_to("self")
+    found, broken = prepare.walk(tmp_path / "in")
+    names = [str(path.relative_to(tmp_path)) for path in found]
+    assert names == ["in/5.txt", "in/a/1.txt", "in/b/2.txt", "in/b/deep/3.txt"]
+    assert [os.path.basename(path) for path in broken] == ["8", "self"]
+    done = prepare_py(tmp_path, "--source=in", "--steps=", *BYTES)
+    assert "in: left out 2 links to nothing, such as in/8\n" in done.stdout
+    four = documents_of(tmp_path / "data/python", "train")
+    assert four == [
+        f"this is {name}" for name in ("4.txt", "in/a/1.txt", "far/2.txt", "far/deep/3.txt")
+    ]
+    # a pattern comes to a file by many ways, too
+    (tmp_path / "far/deep/round").unlink()
+    assert sorted(kept(tmp_path, "--source=in/**/*.txt", "--steps=")) == sorted(four)
 
 
 def test_parquet_or_a_line_that_says_what_it_needs(tmp_path):
@@ -626,7 +785,7 @@ def test_nested_too_deeply_is_a_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000)
     assert line_of(tmp_path, "--source=d.jsonl").startswith("d.jsonl:2: expected")
     (tmp_path / "d.json").write_text("[" * 200_000)
-    assert line_of(tmp_path, "--source=d.json").startswith("d.json:1: expected")
+    assert line_of(tmp_path, "--source=d.json") == "d.json: JSON nested too deeply to read\n"
 
 
 def test_a_part_without_documents_is_not_done_twice(tmp_path):

@@ -1679,7 +1679,8 @@ def whole_file(path):
 
 def write_json(path, value):
     with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        file.write(text.encode(errors="backslashreplace"))  # JSON's way to write half a surrogate
 
 
 def write_safetensors(file, tensors, metadata):

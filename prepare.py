@@ -1248,11 +1248,43 @@ def described(group, tallies):
     return [text for text, ok in zip(texts, stay) if ok], rows[stay]
 
 
+def sync(file):
+    """Wait until what was written to the file is on the disk: before another file says so."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder):
+    """Wait until the names of files in the folder are on the disk, where the system can do that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+
+
+def save_array(path, array):
+    """np.save, which says why where the disk is full."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with model.whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def is_clean(place):
+    """Are a unit's files there, and as large as <unit>.json says?"""
+    try:
+        sizes = json.loads(Path(f"{place}.json").read_bytes())["sizes"]
+        return sizes == [os.path.getsize(f"{place}{ending}") for ending in (".txt", ".rows")]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def clean(work, unit):
     """Read a unit, run the local steps over its documents and keep what they leave; <unit>.json,
     which comes last, says that the other files are whole. Returns the bytes read."""
     place, at = f"{work / unit['name']}", 0
-    if not os.path.exists(f"{place}.json"):
+    if not is_clean(place):
+        Path(f"{place}.json").unlink(missing_ok=True)
         tallies, skipped, special = defaultdict(Tally), [], 0
         tallies["read"].add()
         with open(f"{place}.txt", "wb") as all_texts, open(f"{place}.rows", "wb") as rows_file:
@@ -1263,7 +1295,10 @@ def clean(work, unit):
                 at += all_texts.write("".join(texts).encode())
                 rows_file.write(rows.tobytes())
                 special += sum(any(name in text for name in special_tokens) for text in texts)
-        result = {"skipped": skipped, "special": special}
+            sync(all_texts)
+            sync(rows_file)
+        sizes = [os.path.getsize(f"{place}{ending}") for ending in (".txt", ".rows")]
+        result = {"skipped": skipped, "special": special, "sizes": sizes}
         result["tallies"] = {name: vars(tally) for name, tally in tallies.items()}
         model.write_json(f"{place}.json", result)
     return model.read_json(f"{place}.json")["tallies"]["read"]["given"][1]
@@ -1311,7 +1346,7 @@ def deduplicate(here, names, pool):
     left = np.ones(len(rows), bool)
     for step in [*steps_of(["url", "exact"]), *steps_of(["near"])]:
         if step == "near":
-            np.save(here / "left.npy", left)
+            save_array(here / "left.npy", left)
             bands = range(band_shape(near_threshold)[0])
             pairs = np.concatenate([*pool(partial(find_near, here), bands)])
             begun, label = time.perf_counter(), joined(len(left), pairs)
@@ -1347,7 +1382,7 @@ def divide(here, units, starts, left):
             total = int(lengths.sum())
             training = total - round(total * val_fraction)  # characters
             cuts[numbers] = np.clip(training - (np.cumsum(lengths) - lengths), 0, lengths)
-    np.save(here / "cuts.npy", cuts)
+    save_array(here / "cuts.npy", cuts)
     return cuts
 
 
@@ -1756,12 +1791,22 @@ def finished(folder):
     return tok, "<u4" if tok.n_vocab > 65536 else "<u2"
 
 
+def is_encoded(here, i, kind):
+    """Are the tokens of unit i there, and as many as <i>.npy says?"""
+    try:
+        tokens = int(np.load(here / f"{i}.npy")["tokens"].sum())
+        return tokens * np.dtype(kind).itemsize == os.path.getsize(here / f"{i}.tokens")
+    except (OSError, ValueError, IndexError):
+        return False
+
+
 def encode(here, job):
     """Encode what stays of unit i, in a job (i, its first document, their end): <i>.tokens has the
     tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
     tok, kind = finished(here)
-    if not (here / f"{i}.npy").exists():
+    if not is_encoded(here, i, kind):
+        (here / f"{i}.npy").unlink(missing_ok=True)
         rows = []
         parts = (
             (split, hashed, j == 0, part)
@@ -1779,8 +1824,8 @@ def encode(here, job):
                     file.write(ids.astype(kind))
                     rows[-1][2] += len(ids)
                     rows[-1][3] += len(text.encode())
-        with model.whole_file(here / f"{i}.npy") as file:
-            np.save(file, np.array([*map(tuple, rows)], TOKENS))
+            sync(file)
+        save_array(here / f"{i}.npy", np.array([*map(tuple, rows)], TOKENS))
     return int(np.load(here / f"{i}.npy")["bytes"].sum())
 
 
@@ -1865,14 +1910,27 @@ def commit(folder, here, tok, meta, more=()):
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
         model.write_json(here / name, value)
-    (folder / "meta.json").unlink(missing_ok=True)
-    old = [f"{name}_{split}.jsonl" for name in TASKS for split in SPLITS]
-    for pattern in ("train_*.bin", "val_*.bin", "val.*.bin", "report.md", *old):
-        for path in folder.glob(pattern):
-            path.unlink()
+    patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md", *map(task_file, TASKS)]
+    patterns += [task_file(name, "val") for name in TASKS]
+    old = [path for pattern in patterns for path in folder.glob(pattern)]
     shard_names = chain.from_iterable(numbers["shards"] for numbers in splits.values())
-    for name in [*shard_names, *more, *texts]:
-        os.replace(here / name, folder / name)
+    new = [*shard_names, *more, *texts]
+    for path in [*old, *(folder / name for name in new)]:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder where a file is to be: move it; nothing was changed")
+    try:
+        (folder / "meta.json").unlink(missing_ok=True)
+        sync_folder(folder)
+        for path in old:
+            path.unlink()
+        for name in new[:-1]:
+            os.replace(here / name, folder / name)
+        sync_folder(folder)
+        os.replace(here / new[-1], folder / new[-1])
+        sync_folder(folder)
+    except OSError as error:
+        why = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"{why}; {folder} is not whole: run the same command again") from None
     for split, numbers in splits.items():
         told = ", ".join(f"{n:,} {key}" for key, n in numbers.items() if key != "shards")
         print(f"{split}: {told}")
@@ -2002,6 +2060,22 @@ def as_seq2seq(r):
     raise Reject("no source and target, nor another known pair of fields")
 
 
+def task_file(name, split="train"):
+    return f"{name}_{split}.jsonl"
+
+
+def replace_rows(here, folder, name):
+    """Make the rows of a task in `here` those of the folder. Without its training rows a task
+    cannot be trained on: they go first and come last, so that no killed run leaves two halves."""
+    train, val = task_file(name), task_file(name, "val")
+    (folder / train).unlink(missing_ok=True)
+    sync_folder(folder)
+    os.replace(here / val, folder / val)
+    sync_folder(folder)
+    os.replace(here / train, folder / train)
+    sync_folder(folder)
+
+
 TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
 
 
@@ -2048,10 +2122,10 @@ def build_tasks(here, pool, units, wanted):
         last = set(list(rows)[len(rows) - round(len(rows) * val_fraction) :])
         if len(rows) >= 20:
             last = {row for row, hashed in rows.items() if hashed < val_fraction * 2**64}
-        for split in SPLITS:
+        for split in reversed(SPLITS):  # the training rows come last: see replace_rows
             some = [row for row in rows if (row in last) == (split == "val")]
-            made[f"{name}_{split}.jsonl"] = len(some)
-            with model.whole_file(here / f"{name}_{split}.jsonl") as file:
+            made[task_file(name, split)] = len(some)
+            with model.whole_file(here / task_file(name, split)) as file:
                 file.write("".join(row + "\n" for row in some).encode(errors="replace"))
     return made
 
@@ -2106,6 +2180,8 @@ def use_fineweb(run, folder, here):
                 os.link(KEPT / "fineweb10B" / name, here / name)  # the same bytes on the disk
             except OSError:  # another file system, or one without links
                 shutil.copyfile(KEPT / "fineweb10B" / name, here / name)
+            with open(here / name, "rb") as file:
+                sync(file)
         tokens = {split: sum(map(read_fineweb, some)) for split, some in names.items()}
         meta = {split: {"tokens": tokens[split], "shards": names[split]} for split in names}
         commit(folder, here, tok, meta)
@@ -2222,11 +2298,15 @@ def write_report(here, tallies, clusters, meta):
             told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"
             lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs"]
     with model.whole_file(here / "report.md") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+        file.write(("\n".join(lines) + "\n").encode(errors="replace"))
 
 
 def check_settings():
     """Refuse settings with which nothing can be made."""
+    data = Path("data").resolve()
+    nowhere = "\0" in dataset or Path("data", dataset).resolve() in (data, *data.parents)
+    if nowhere:
+        raise UserError(f"dataset={dataset!r}: expected a name: the result is data/<dataset>")
     limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
     limits |= {"tokenizer_bytes": 1}
     smallest = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}
@@ -2262,9 +2342,58 @@ def make(run, folder, work, pool):
     if not task:
         return build(run, folder, work, pool)
     units = plan(run)
-    for name, n in build_tasks(work, pool, units, [task]).items() if run.main else ():
-        os.replace(work / name, folder / name)
-        print(f"{name}: {n:,} records")
+    if run.main:
+        made = build_tasks(work, pool, units, [task])
+        for name in made:
+            if (folder / name).is_dir():
+                raise UserError(f"{folder / name}: a folder where a file is to be: move it")
+        replace_rows(work, folder, task)
+        for name in reversed(made):
+            print(f"{name}: {made[name]:,} records")
+
+
+def take_alone(work):
+    """Make the working folder, and lock it as long as the file lives that is returned: to the end
+    of the process, however it ends."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = open(work / "lock", "wb")
+    except OSError as error:
+        remove_empty(work.parent)
+        why = f"{error.filename or work}: {error.strerror or error}"
+        raise UserError(f"{why}; nothing was changed") from None
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        why = "another prepare.py is at work there: wait for it, or choose another --dataset"
+        raise UserError(f"{work.parent}: {why}") from None
+    except (ImportError, OSError) as error:
+        print(f"{work}: no lock here ({error}): see that no second prepare.py works there")
+    # What a run left that was killed while it removed its working folder.
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+    return file
+
+
+def gone_name(work):
+    return work.with_name("work.gone")
+
+
+def remove(work):
+    """Remove the working folder. Its files vouch for each other, so it loses its name first: when
+    this is killed in between, the next run takes none of them for whole."""
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+    with suppress(OSError):
+        os.replace(work, gone_name(work))
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+
+
+def remove_empty(folder):
+    """Remove the folders that this run made for itself, and nothing else."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def main():
@@ -2273,15 +2402,21 @@ def main():
     if inspect is not None:
         return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
     run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
+    lock = take_alone(work) if run.main else None  # noqa: F841 (held as long as this function runs)
+    wait(run)
     workers, over = threads or os.cpu_count() or 1, False  # is there nothing to go on from?
     pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
-        work.mkdir(parents=True, exist_ok=True)
         with pool:
             make(run, folder, work, pool.map if workers > 1 else map)
         over = True
     except Nothing:
         over = True
+        raise
+    except UserError as error:
+        over = over or "cannot be written" in str(error)  # a full disk, as model.whole_file says it
+        raise
+    except BrokenPipeError:  # see below
         raise
     except OSError as error:  # a full disk, a file that may not be read
         over = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -2294,10 +2429,8 @@ def main():
         raise UserError("stopped: the same command goes on from here") from None
     finally:
         if run.main and (over or not any(work.glob("*.json"))):
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # what this run made for itself, and nothing else
-                folder.rmdir()
-                folder.parent.rmdir()
+            remove(work)
+            remove_empty(folder)
     if run.main:
         took = model.duration(time.monotonic() - begun)
         then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
@@ -2306,7 +2439,11 @@ def main():
 
 if __name__ == "__main__":
     try:
+        if sys.stdout:  # names of files need not be UTF-8
+            sys.stdout.reconfigure(errors="backslashreplace")
         main()
-    except BrokenPipeError:  # whoever read the tokens has seen enough
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

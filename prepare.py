@@ -1117,7 +1117,6 @@ def joined(n, edges):
 # The steps that compare all documents: why each leaves one out.
 LAST = {"url": "the URL came before", "exact": "the text came before"}
 LAST["near"] = "a near-duplicate came before"
-MOST = 2**64 - 1  # the greatest hash
 ALL = 2**62
 
 
@@ -1829,22 +1828,26 @@ def encode(here, job):
     return int(np.load(here / f"{i}.npy")["bytes"].sum())
 
 
-def within(rows, split, limit=MOST):
-    """Which of the encoded documents are in this split, with a hash up to `limit`: (n,) bool."""
-    return (rows["split"] == SPLITS.index(split)) & (rows["hash"] <= limit)
+def within(rows, split):
+    """Which of the encoded documents are in this split: (n,) bool."""
+    return rows["split"] == SPLITS.index(split)
 
 
-def layout(units, documents):
-    """What the shards hold: ({split: [(unit, its split, hash limit)]}, {source: {split: numbers}}),
-    where `documents` are the TOKENS of each unit. A mix takes each source as often
-    as its share wants: whole first, then the documents with the lowest hashes. Its val keeps the
-    shares, without repeats; val.<source> is all of a source's."""
+def layout(here, units, documents):
+    """What the shards hold, where `documents` are the TOKENS of each unit: ({split: [(unit, which
+    of its documents, cuts as of `part_of`)]}, {source: {split: numbers}}). A mix takes each source
+    as often as its share wants: whole first, then a part of it. Its val keeps the shares, without
+    repeats; val.<source> is all of a source's."""
     plans, told = {}, {name: {} for name in mixture()}
     mine = {name: [i for i, unit in enumerate(units) if unit["source"] == name] for name in told}
     for split in SPLITS:
-        rows = {name: np.concatenate([documents[i] for i in some]) for name, some in mine.items()}
-        rows = {name: some[within(some, split)] for name, some in rows.items()}
-        tokens = {name: int(rows[name]["tokens"].sum()) for name in told if len(rows[name])}
+        plans[split] = []
+        whole = {
+            name: [(i, within(documents[i], split), {}) for i in some]
+            for name, some in mine.items()
+        }
+        tokens = {name: numbers_of(documents, parts)["tokens"] for name, parts in whole.items()}
+        tokens = {name: n for name, n in tokens.items() if n}
         if split == "train" and (missing := [name for name in told if name not in tokens]):
             raise UserError(f"sources: no text for training in {', '.join(missing)}")
         weights = {name: weight for name, (weight, _) in mixture().items() if name in tokens}
@@ -1852,19 +1855,90 @@ def layout(units, documents):
         total = mix_tokens or sum(tokens.values())
         if split == "val":
             total = min((tokens[name] / share for name, share in shares.items()), default=0)
-        plans[split] = []
         for name, share in shares.items():
-            copies, rest = divmod(round(total * share), tokens[name])
-            plans[split] += [(i, split, MOST) for i in mine[name]] * copies
-            order = rows[name][np.argsort(rows[name]["hash"], kind="stable")]
-            sums = np.append(0, np.cumsum(order["tokens"]))
-            n = int(np.abs(sums - rest).argmin())  # so many documents are nearest to the rest
-            plans[split] += [(i, split, order["hash"][n - 1]) for i in mine[name] if n]
-            numbers = {"tokens": tokens[name], "epochs": copies + int(sums[n]) / tokens[name]}
-            told[name][split] = {"share": share} | numbers
+            wanted = round(total * share)
+            parts = whole[name] * (wanted // tokens[name])
+            parts = parts + part_of(here, documents, whole[name], wanted % tokens[name], wanted)
+            plans[split] += parts
+            written = numbers_of(documents, parts)["tokens"]
+            numbers = {"tokens": tokens[name], "written": written}
+            told[name][split] = {"asked": share, **numbers, "epochs": written / tokens[name]}
+        for name in shares:
+            numbers = told[name][split]
+            came_out = numbers["written"] / max(1, numbers_of(documents, plans[split])["tokens"])
+            told[name][split] = {"share": came_out, **numbers}
             if split == "val" and sources:
-                plans[f"val.{name}"] = [(i, "val", MOST) for i in mine[name]]
+                plans[f"val.{name}"] = whole[name]
     return plans, told
+
+
+def numbers_of(documents, parts):
+    """How many documents, bytes and tokens the parts of a plan hold."""
+    numbers = np.zeros(3, np.int64)
+    for i, chosen, cuts in parts:
+        rows = documents[i][chosen]
+        numbers += len(rows), rows["bytes"].sum(), rows["tokens"].sum()
+        for begin, end, size in cuts.values():
+            numbers -= 0, size, end - begin
+    return dict(zip(("documents", "bytes", "tokens"), numbers.tolist()))
+
+
+MISS = 0.02  # of what is wanted of a source: documents are cut where whole ones miss by more
+
+
+def part_of(here, documents, whole, rest, wanted):
+    """About `rest` tokens of a source, of which `wanted` are wanted in all: the documents with the
+    lowest hashes, as parts of a plan. Where whole ones miss, as few long ones do, the last is cut:
+    {its number in the unit: (first token left out, first one after them, bytes left out)}."""
+    unit = np.concatenate([np.full(chosen.sum(), i) for i, chosen, _ in whole])
+    number = np.concatenate([np.flatnonzero(chosen) for _, chosen, _ in whole])
+    rows = np.concatenate([documents[i][chosen] for i, chosen, _ in whole])
+    order = np.lexsort((number, unit, rows["hash"]))
+    sums = np.append(0, np.cumsum(rows["tokens"][order]))
+    n, cut = int(np.abs(sums - rest).argmin()), None  # so many are nearest to the rest
+    if abs(int(sums[n]) - rest) > MISS * wanted:
+        n = int(np.searchsorted(sums, rest, "right"))
+        last = order[n - 1]
+        begin = int(documents[unit[last]]["tokens"][: number[last]].sum())
+        cut = cut_of(here, int(unit[last]), begin, rows[last], rest - int(sums[n - 1]))
+    parts = {}
+    for place in order[:n]:
+        i = int(unit[place])
+        if i not in parts:
+            parts[i] = (i, np.zeros(len(documents[i]), bool), {})
+        parts[i][1][number[place]] = True
+    if cut:
+        parts[int(unit[last])][2][int(number[last])] = cut
+    return [parts[i] for i in sorted(parts)]
+
+
+# The end of a line or of a sentence, and of a word, in UTF-8.
+ENDS = re.compile("\\n+|[.!?][\"')\\]]*(?=\\s)|。|！|？".encode())
+BLANK = re.compile(rb"\S(?=\s)")
+
+
+REACH = 50_000  # tokens before and after the place wanted that are looked through
+
+
+def cut_of(here, i, begin, row, wanted):
+    """Where to cut the document at token `begin` of unit i, which has the TOKENS `row`, so that
+    about `wanted` tokens are left: at the nearest end of a line or a sentence, else of a word; a
+    cut as in `part_of`."""
+    tok, kind = finished(here)
+    ids = table(here / f"{i}.tokens", kind)[begin : begin + int(row["tokens"])]
+    sizes = np.array([len(tok.token_bytes(id)) for id in range(tok.n_vocab)])[ids]
+    # What stands behind the text, as an end token does, stays.
+    body = len(ids) - 1 if len(ids) > 1 and not sizes[-1] else len(ids)
+    keep = min(max(wanted, 1), body)
+    first, last = max(0, keep - REACH), min(keep + REACH, body)
+    text = b"".join(tok.token_bytes(int(id)) for id in ids[first:last])
+    ends = np.cumsum(sizes[first:last])
+    for pattern in (BLANK, ENDS):
+        bytes_before = [match.end() for match in pattern.finditer(text)]
+        places = first + 1 + np.flatnonzero(np.isin(ends, bytes_before))
+        keep = int(min(places, key=lambda place: abs(place - wanted), default=keep))
+    left_out = sizes[keep:].sum() / max(1, sizes.sum())
+    return keep, body, round(int(row["bytes"]) * float(left_out))
 
 
 def write_shards(here, plans, documents):
@@ -1872,21 +1946,20 @@ def write_shards(here, plans, documents):
     kind, meta = finished(here)[1], {}
     head = (20240801, 7) if kind == "<u4" else (20240520, 1)
 
-    def tokens_of(i, split, limit):
+    def tokens_of(i, chosen, cuts):
         tokens, at = table(here / f"{i}.tokens", kind), 0
         for first in range(0, len(documents[i]), 1000):
             rows = documents[i][first : first + 1000]
-            taken = np.repeat(within(rows, split, limit), rows["tokens"])
+            taken = np.repeat(chosen[first : first + 1000], rows["tokens"])
+            for number, (begin, end, _) in cuts.items():
+                if first <= number < first + len(rows):
+                    start = int(rows["tokens"][: number - first].sum())
+                    taken[start + begin : start + end] = False
             yield tokens[at : at + len(taken)][taken]
             at += len(taken)
 
     for split, parts in plans.items():
-        numbers = []
-        for i, which, limit in parts:
-            rows = documents[i][within(documents[i], which, limit)]
-            numbers.append((len(rows), rows["bytes"].sum(), rows["tokens"].sum()))
-        numbers = np.array(numbers, np.int64).reshape(-1, 3).sum(0).tolist()
-        meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers)) | {"shards": []}
+        meta[split] = numbers_of(documents, parts) | {"shards": []}
         found = chain.from_iterable(tokens_of(*part) for part in parts)
         rest = np.empty(0, kind)
         for begin in range(0, meta[split]["tokens"], shard_tokens):
@@ -2245,11 +2318,12 @@ def build(run, folder, work, pool):
     each(partial(encode, here), jobs, run, pool, "encoding")
     if run.main:
         documents = [np.load(here / f"{i}.npy") for i in range(len(names))]
-        plans, mix = layout(units, documents)
+        plans, mix = layout(here, units, documents)
         meta = write_shards(here, plans, documents)
         for name in sources or ():
             part = mix[name]["train"]
-            print(f"{name}: {part['share']:.1%} of the mix was asked, {part['epochs']:.2f} epochs")
+            shares = f"{part['share']:.1%} of the mix, {part['asked']:.1%} was asked"
+            print(f"{name}: {shares}; {part['written']:,} tokens, {part['epochs']:.2f} epochs")
         meta |= {"sources": mix} if sources else {}
         hashes = hashlib.sha256(all_rows(here)["hash"].tobytes()).hexdigest()
         meta |= {"source_sha256": hashes, "skipped": skipped}
@@ -2295,8 +2369,10 @@ def write_report(here, tallies, clusters, meta):
         lines.append(row(split, docs, size, tokens, f"{size / max(tokens - docs, 1):.2f}"))
     for name, splits in meta.get("sources", {}).items():
         for split, m in splits.items():
-            told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"
-            lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs"]
+            told = (
+                f"{m['share']:.1%} of the mix, {m['asked']:.1%} was asked; {m['written']:,} tokens"
+            )
+            lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs of {m['tokens']:,}"]
     with model.whole_file(here / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode(errors="replace"))
 

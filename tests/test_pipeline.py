@@ -488,6 +488,66 @@ def test_a_mix_has_the_shares_that_were_asked(tmp_path):
     assert "epochs" in (folder / "report.md").read_text()
 
 
+BOOK = "Call me {}. Some years ago, never mind how long; I went to sea.\n"
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_source_of_one_document_is_cut_to_its_share(tokenizer, tmp_path):
+    books = {name: "".join(BOOK.format(f"{name} {i}") for i in range(900)) for name in "ab"}
+    for name, book in books.items():
+        (tmp_path / f"{name}.txt").write_text(book)
+    for weights in ((3, 7), (1, 3)):
+        mix = f"--sources={{'a': ({weights[0]}, 'a.txt'), 'b': ({weights[1]}, 'b.txt')}}"
+        args = mix, f"--tokenizer={tokenizer}", "--vocab_size=300", "--mix_tokens=20000"
+        done = done_well(prepare_py(tmp_path, *args, "--report", "--shard_tokens=7000"))
+        folder = tmp_path / "data/python"
+        meta = json.loads((folder / "meta.json").read_text())
+        assert abs(meta["train"]["tokens"] - 20_000) < 100
+        tok = model.Tokenizer.from_folder(folder)
+        docs = dict(zip("ab", documents_of(folder, "train")))
+        sizes = {name: 1 + len(tok.encode(doc)) for name, doc in docs.items()}
+        assert sum(sizes.values()) == meta["train"]["tokens"] == len(read_split(folder, "train"))
+        assert meta["train"]["bytes"] == sum(len(doc.encode()) for doc in docs.values())
+        for name, weight in zip("ab", weights):
+            assert books[name].startswith(docs[name]) and docs[name].rstrip().endswith(".")
+            said, share = meta["sources"][name]["train"], weight / sum(weights)
+            assert said["asked"] == share and said["written"] == sizes[name]
+            assert said["share"] == sizes[name] / meta["train"]["tokens"]
+            assert abs(said["share"] - share) < 0.005
+            assert said["epochs"] == sizes[name] / said["tokens"]
+            line = f"{said['share']:.1%} of the mix, {share:.1%} was asked"
+            assert line in done.stdout and line in (folder / "report.md").read_text()
+        val = documents_of(folder, "val")
+        assert sum(map(len, val)) > 3000 and meta["val"]["tokens"] == len(read_split(folder, "val"))
+
+
+def test_equal_documents_are_counted_one_by_one_in_a_mix(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["the same text"] * 100)
+    write_jsonl(tmp_path / "b.jsonl", ["another text "] * 100)
+    mix = "--sources={'a': (1, 'a.jsonl'), 'b': (3, 'b.jsonl')}", "--mix_tokens=1120"
+    got = Counter(kept(tmp_path, *mix, "--steps="))
+    assert got == {"the same text": 20, "another text ": 60}
+
+
+def test_a_document_is_cut_at_a_line_a_sentence_or_a_word(tmp_path):
+    cases = {
+        "one two. three four. five six. seven" * 30: r".*[.]",
+        "line after line\n" * 60: r".*\n",
+        "你好。世界！" * 100: r".*[。！]",
+        "words without an end " * 60: r".*\S",
+        "x" * 900: r"x+",
+    }
+    for text, expected in cases.items():
+        (tmp_path / "a.txt").write_text(text)
+        (tmp_path / "b.txt").write_text("b" * 900)
+        mix = "--sources={'a': (1, 'a.txt'), 'b': (1, 'b.txt')}", "--mix_tokens=801"
+        [doc] = [doc for doc in kept(tmp_path, *mix) if not doc.startswith("b")]
+        assert text.startswith(doc) and re.fullmatch(expected, doc, re.S)
+        assert abs(1 + len(doc.encode()) - 400) <= 12
+        if expected == r".*\S":
+            assert text[len(doc)] == " "
+
+
 def test_train_tells_the_loss_of_each_source(tmp_path):
     mixed(tmp_path)
     args = "--dataset=mix", "--max_steps=2", "--seq_len=64", "--batch_tokens=256", "--eval_every=2"

@@ -1584,6 +1584,15 @@ def encoding_of(head):
     return None
 
 
+def require_zst(where):
+    """pyarrow, which reads and writes .zst."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f"{where}: .zst needs pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
 def open_compressed(path):
     """A binary file to read, decompressed as the end of its name says."""
     ending = os.path.splitext(str(path))[1].lower()
@@ -1594,10 +1603,7 @@ def open_compressed(path):
     if ending == ".xz":
         return lzma.open(path)
     if ending == ".zst":
-        try:
-            import pyarrow
-        except ImportError:
-            raise UserError(f"{path}: .zst needs pyarrow: pip install pyarrow") from None
+        pyarrow = require_zst(path)
         packed = pyarrow.OSFile(os.fspath(path))
         return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
     return open(path, "rb")

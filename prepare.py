@@ -24,9 +24,10 @@ separator: str | None = None  # a text file is cut into documents here; "\n\n": 
 max_documents: int | None = None  # read so many of each source, in one process
 shards: int | None = None  # of a download in many files: take so many
 
-# Cleaning. One by one: html, unicode, whitespace, length, language, blocklist, gopher_repetition,
-# gopher_quality, c4, fineweb, perplexity, pii; then among all: url, exact, near.
+# Cleaning. One by one: html, unicode, symbols, whitespace, length, language, blocklist,
+# gopher_repetition, gopher_quality, c4, fineweb, perplexity, pii; then among all: url, exact, near.
 steps = "html,exact,near"  # what is done to the documents, in this order (the README says what)
+clean_symbols: bool | str = False  # drop special characters: all of SYMBOLS, or those named (a,b)
 near_threshold = 0.8  # Jaccard similarity of 5-word shingles from which documents are the same
 html_documents: bool | None = None  # are they HTML; none: those named .html, .htm, .xhtml
 min_chars = 199  # 50 words of 3 letters and the blanks between them: Gopher's least, as characters
@@ -38,6 +39,7 @@ perplexity_band: list = [0.0, 1000.0]  # the perplexities that it keeps
 blocklist: str | None = None  # a file of hosts, URL prefixes, words and phrases, one on a line
 decontaminate: str | None = None  # drop what shares 13 words in a row with these files (a,b)
 report = False  # write report.md: what every step took away, with examples
+save_cleaned = ""  # as jsonl, jsonl.gz, jsonl.bz2, jsonl.xz or jsonl.zst: the cleaned documents
 
 # the mix and the split
 val_fraction = 0.1  # of the documents, by their hash; of the characters under 20 documents
@@ -60,15 +62,18 @@ if __name__ == "__main__":
     configure(globals())
 
 import ast
+import bz2
 import csv
 import ctypes
 import errno
 import gc
+import gzip
 import hashlib
 import heapq
 import io
 import ipaddress
 import json
+import lzma
 import math
 import os
 import re
@@ -79,10 +84,11 @@ import sysconfig
 import textwrap
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -652,6 +658,38 @@ def clean_unicode(text, doc):
     return unicodedata.normalize("NFC", INVISIBLE.sub("", NEWLINE.sub("\n", text)))
 
 
+# Kinds of special characters that are to be seen, or stand where something was to be seen.
+SYMBOLS = {
+    # With skin, hair and joined parts; flags; of a keycap the digit stays. Not ©, ®, ™ and arrows.
+    "emoji": r"(?:\p{Emoji_Presentation}|[\U0001f000-\U0001faff]|\p{Extended_Pictographic}\ufe0f)"
+    r"(?:[\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]|\u200d\p{Extended_Pictographic})*"
+    r"|\p{Regional_Indicator}+|\ufe0f?\u20e3",
+    # The colours of terminals, and control characters that are neither blanks nor line ends.
+    "control": r"\x1b\[[0-?]*[ -/]*[@-~]|[^\P{Cc}\t\n\v\f\r\x85]",
+    # What has no meaning that all readers share, and what stands for characters that were lost.
+    "private": r"[\p{Co}\p{Cn}\ufffd]",
+    "box": r"[\u2500-\u259f]",  # lines, corners and blocks, of which tables and bars are drawn
+    "shapes": r"[\u25a0-\u25ff\u2800-\u28ff]",  # squares, circles; Braille, as in spinners
+    "dingbats": r"[\u2600-\u27bf]\ufe0f?",  # and symbols before them: stars, check marks, scissors
+}
+
+
+@lru_cache(None)
+def symbols_pattern(names):
+    """What the step `symbols` takes away, and each kind's name where it is none of SYMBOLS."""
+    names = SYMBOLS if names is True else [name.strip() for name in str(names).split(",")]
+    for name in names:
+        if name not in SYMBOLS:
+            expected = f"expected true, or some of {','.join(SYMBOLS)}"
+            raise UserError(f"clean_symbols={clean_symbols}: {expected}")
+    return regex.compile("|".join(f"(?:{SYMBOLS[name]})" for name in names))
+
+
+def drop_symbols(text, doc):
+    """No special characters of the kinds that clean_symbols names."""
+    return symbols_pattern(clean_symbols or True).sub("", text)
+
+
 def clean_whitespace(text, doc):
     """For prose: one blank between words, none at the ends of lines, at most one blank line."""
     lines = "\n".join(" ".join(line.split()) for line in text.split("\n"))
@@ -984,7 +1022,8 @@ def clean_pii(text, doc):
     return PHONE.sub("<phone>", text)
 
 
-STEPS = (clean_html, clean_unicode, clean_whitespace, check_length, check_language, check_blocklist)
+STEPS = (clean_html, clean_unicode, drop_symbols, clean_whitespace)
+STEPS += (check_length, check_language, check_blocklist)
 STEPS += (check_gopher_repetition, check_gopher_quality, check_c4, check_fineweb)
 STEPS += (check_perplexity, clean_pii)
 STEPS = {step.__name__.partition("_")[2]: step for step in STEPS}  # by name, in FineWeb's order
@@ -1121,7 +1160,13 @@ ALL = 2**62
 
 
 def steps_of(names):
-    return [name for name in dict.fromkeys(steps.split(",")) if name in names]
+    """Those of the steps that are among these, in their order. With clean_symbols the step
+    `symbols` is one, behind those that tell what the characters are."""
+    asked = list(dict.fromkeys(steps.split(",")))
+    if clean_symbols and "symbols" not in asked:
+        after = [i + 1 for i, name in enumerate(asked) if name in ("html", "unicode")]
+        asked.insert(max(after, default=0), "symbols")
+    return [name for name in asked if name in names]
 
 
 def row_kind():
@@ -1974,6 +2019,55 @@ def write_shards(here, plans, documents):
     return meta
 
 
+CLEANED = ("jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst")
+CLEANED_SIZE = 64_000_000  # characters of a file of them, about
+
+
+@contextmanager
+def compressed(file, name):
+    """A binary file to write into, whose bytes are compressed into `file` as the name says."""
+    ending = os.path.splitext(name)[1]
+    if ending == ".zst":
+        import pyarrow  # check_settings has seen that it is there
+
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as packing:
+            yield packing
+        file.write(sink.getvalue())
+    elif ending == ".gz":  # without a time, so that the same text gives the same bytes
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packing:
+            yield packing
+    elif ending in (".bz2", ".xz"):
+        with (bz2 if ending == ".bz2" else lzma).open(file, "wb") as packing:
+            yield packing
+    else:
+        yield file
+
+
+def write_cleaned(here, job):
+    """Write the documents of unit i that stay as they are before the tokenizer, in a job (i, its
+    first document, their end, the name of its source in a mix or None): records with the text in
+    `field`, in files of about CLEANED_SIZE characters. Returns bytes."""
+    i, begin, end, name = job
+    for path in cleaned_paths(here, i):
+        path.unlink()
+    size = 0
+    for split in SPLITS:
+        texts = ((text,) for which, _, text in chosen(here, begin, end) if which == split)
+        for number, group in enumerate(in_rounds(texts, CLEANED_SIZE)):
+            path = here / f"cleaned_{split}_{i:06d}_{number:03d}.{save_cleaned}"
+            with model.whole_file(path) as file, compressed(file, path.name) as packing:
+                for (text,) in group:
+                    row = {field: text} | ({"source": name} if name else {})
+                    size += len(text.encode())
+                    packing.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    return size
+
+
+def cleaned_paths(here, i):
+    return sorted(here.glob(f"cleaned_*_{i:06d}_*.{save_cleaned}"))
+
+
 def commit(folder, here, tok, meta, more=()):
     """Make the finished files in `here` the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
@@ -1985,6 +2079,7 @@ def commit(folder, here, tok, meta, more=()):
         model.write_json(here / name, value)
     patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md", *map(task_file, TASKS)]
     patterns += [task_file(name, "val") for name in TASKS]
+    patterns += [f"cleaned_{split}_*.{ending}" for split in SPLITS for ending in CLEANED]
     old = [path for pattern in patterns for path in folder.glob(pattern)]
     shard_names = chain.from_iterable(numbers["shards"] for numbers in splits.values())
     new = [*shard_names, *more, *texts]
@@ -2316,6 +2411,10 @@ def build(run, folder, work, pool):
         model.write_json(here / "tokenizer.json", tok.spec)
     wait(run)
     each(partial(encode, here), jobs, run, pool, "encoding")
+    if save_cleaned:
+        labels = [unit["source"] if sources else None for unit in units]
+        labelled = [(*job, label) for job, label in zip(jobs, labels)]
+        each(partial(write_cleaned, here), labelled, run, pool, "writing the cleaned documents")
     if run.main:
         documents = [np.load(here / f"{i}.npy") for i in range(len(names))]
         plans, mix = layout(here, units, documents)
@@ -2327,8 +2426,14 @@ def build(run, folder, work, pool):
         meta |= {"sources": mix} if sources else {}
         hashes = hashlib.sha256(all_rows(here)["hash"].tobytes()).hexdigest()
         meta |= {"source_sha256": hashes, "skipped": skipped}
+        more = []
+        if save_cleaned:
+            paths = chain.from_iterable(cleaned_paths(here, i) for i in range(len(names)))
+            more += sorted(path.name for path in paths)
+            print(f"cleaned: {len(more)} files, such as {more[0]}")
+            meta["cleaned"] = list(more)
         of_python = (source, sources) == ("python", None)
-        more = list(build_tasks(here, pool, units, TASKS)) if of_python else []
+        more += build_tasks(here, pool, units, TASKS) if of_python else []
         if report:
             write_report(here, tallies, clusters, meta)
             more.append("report.md")
@@ -2349,6 +2454,15 @@ def write_report(here, tallies, clusters, meta):
         for reason, (n, examples) in sorted(tally.reasons.items(), key=lambda item: -item[1][0]):
             lines += [f"**{name}: {reason}**: {n:,} documents", ""]
             lines += [f"- {quoted(example)}" for example in examples] + [""]
+    varied = diversity(here)
+    lines += ["## Diversity", ""]
+    stay = int((np.load(here / "cuts.npy") >= 0).sum())
+    whole = "all" if varied["documents"] == stay else f"of {stay:,}, a sample by hash"
+    lines += [f"Of {varied['documents']:,} documents, {varied['bytes']:,} bytes ({whole}).", ""]
+    for n, share in varied["distinct"].items():
+        what = "words" if n == 1 else f"{n} words in a row"
+        lines.append(f"- distinct-{n}: {share:.3f} of all {what} are different")
+    lines += [f"- gzip makes {varied['compression']:.2f} bytes one", ""]
     lines += ["## Lengths of the documents that are left, in bytes", "", "```"]
     rows = all_rows(here)
     sizes = rows["size"][np.load(here / "cuts.npy") >= 0]
@@ -2377,6 +2491,43 @@ def write_report(here, tallies, clusters, meta):
         file.write(("\n".join(lines) + "\n").encode(errors="replace"))
 
 
+DIVERSITY_BYTES = 20_000_000  # of text that the figures of diversity are of, a sample by hash
+
+
+def diversity(here):
+    """How varied the documents that are left are: {"documents", "bytes": of the sample, "distinct":
+    {n: share of all n words in a row that differ, for n of 1, 2, 3} (distinct-n, Li et al. 2016,
+    without regard to case), "compression": how many bytes gzip makes one of (Shaib et al. 2024)}.
+    More text has fewer new words in it, so compare samples of one size."""
+    rows = all_rows(here)
+    numbers = np.flatnonzero(np.load(here / "cuts.npy") >= 0)
+    order = numbers[np.argsort(rows["hash"][numbers], kind="stable")]
+    within_sample = np.cumsum(rows["size"][order]) <= DIVERSITY_BYTES
+    sample = np.sort(order[: max(1, int(within_sample.sum()))])
+    packer, packed, size = zlib.compressobj(9, zlib.DEFLATED, 31), 0, 0  # 31: gzip's format
+    grams = {n: [] for n in (1, 2, 3)}
+    texts = texts_of(here.parent, rows[sample])
+    for group in in_rounds(((text,) for text in texts), BATCH):
+        group = [text for (text,) in group]
+        hashes, owners = word_hashes(group)
+        for n, found in grams.items():
+            found.append(shingles(hashes, owners, n)[0])
+        data = "".join(text + "\n" for text in group).encode()
+        size += len(data)
+        packed += len(packer.compress(data))
+    packed += len(packer.flush())
+    distinct = {}
+    for n, found in grams.items():
+        values = np.concatenate(found) if found else np.empty(0)
+        distinct[n] = len(np.unique(values)) / max(1, len(values))
+    return {
+        "documents": len(sample),
+        "bytes": size - len(sample),
+        "distinct": distinct,
+        "compression": size / packed,
+    }
+
+
 def check_settings():
     """Refuse settings with which nothing can be made."""
     data = Path("data").resolve()
@@ -2401,6 +2552,11 @@ def check_settings():
     if input_format not in (None, "text", *FORMATS.values()):
         formats = ", ".join(dict.fromkeys(["text", *FORMATS.values()]))
         raise UserError(f"input_format={input_format}: expected one of {formats}")
+    symbols_pattern(clean_symbols or True)
+    if save_cleaned and save_cleaned not in CLEANED:
+        raise UserError(f"save_cleaned={save_cleaned}: expected one of {', '.join(CLEANED)}")
+    if save_cleaned.endswith(".zst"):
+        model.require_zst(f"save_cleaned={save_cleaned}")
     for name in steps.split(","):
         if name and name not in [*STEPS, *LAST]:
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")

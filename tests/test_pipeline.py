@@ -488,6 +488,72 @@ def test_a_mix_has_the_shares_that_were_asked(tmp_path):
     assert "epochs" in (folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize("packing", ["jsonl.gz", "jsonl.bz2", "jsonl.zst"])
+def test_cleaned_documents_are_written_and_read_again(packing, tmp_path, monkeypatch):
+    if packing == "jsonl.zst":
+        pytest.importorskip("pyarrow")
+    pages = made_up_pages(60)
+    write_jsonl(tmp_path / "d.jsonl", [f"\x07{page}  é " for page in pages] + pages[:9])
+    settings = {"tokenizer": "byte", "threads": 1, "steps": "unicode,whitespace,near"}
+    settings |= {"save_cleaned": packing, "UNIT": 9000, "CLEANED_SIZE": 3000}
+    main_here(monkeypatch, tmp_path, source="d.jsonl", dataset="a", **settings)
+    folder = tmp_path / "data/a"
+    names = json.loads((folder / "meta.json").read_text())["cleaned"]
+    assert names == sorted(p.name for p in folder.glob("cleaned_*")) and len(names) > 6
+    before = {split: documents_of(folder, split) for split in ("train", "val")}
+    assert sorted(before["train"] + before["val"]) == sorted(f"{page} é" for page in pages)
+    settings |= {"save_cleaned": "", "val_fraction": 0, "steps": ""}
+    for split, texts in before.items():
+        source = f"data/a/cleaned_{split}_*"
+        main_here(monkeypatch, tmp_path, source=source, dataset="b", **settings)
+        assert documents_of(tmp_path / "data/b", "train") == texts
+    if packing == "jsonl.gz":
+        datasets = pytest.importorskip("datasets")
+        found = [str(folder / name) for name in names if "_train_" in name]
+        rows = datasets.load_dataset("json", data_files=found, cache_dir=str(tmp_path / "cache"))
+        assert rows["train"]["text"][:] == before["train"]
+    # the next run without them takes the old ones away; another's file of a like name stays
+    (folder / "cleaned_mine.jsonl").write_text("{}")
+    main_here(monkeypatch, tmp_path, source="d.jsonl", dataset="a", **settings)
+    assert [p.name for p in folder.glob("cleaned_*")] == ["cleaned_mine.jsonl"]
+
+
+def test_cleaned_documents_of_a_mix_name_their_source(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(30)])
+    mix = "--sources={'a': (1, 'a.jsonl'), 'b': (3, 'b.jsonl')}", "--save_cleaned=jsonl"
+    kept(tmp_path, *mix, "--field=text")
+    rows = []
+    for path in (tmp_path / "data/python").glob("cleaned_*"):
+        rows += map(json.loads, path.read_text().splitlines())
+    assert len(rows) == 60 and all(row["text"].startswith(row["source"]) for row in rows)
+    message = line_of(tmp_path, *mix[:1], "--save_cleaned=zip")
+    assert message.startswith("save_cleaned=zip: expected one of jsonl, jsonl.gz, ")
+
+
+def test_diversity_is_the_naive_one(tmp_path, monkeypatch):
+    texts = [text.lower() for text in made_up_documents(40, 30)] + ["one", "Two two TWO"]
+    write_jsonl(tmp_path / "d.jsonl", texts)
+    seen = []
+    function = prepare.diversity
+    monkeypatch.setattr(prepare, "diversity", lambda here: seen.append(function(here)) or seen[-1])
+    main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
+    words = [re.findall(r"[一-龥]|[^\W_一-龥]+", t.lower()) for t in texts]
+    [found] = seen
+    assert (found["documents"], found["bytes"]) == (42, sum(len(t.encode()) for t in texts))
+    for n in (1, 2, 3):
+        grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+        assert found["distinct"][n] == len(set(grams)) / len(grams)
+    packed = gzip.compress("".join(text + "\n" for text in texts).encode())
+    assert abs(found["compression"] - (found["bytes"] + 42) / len(packed)) < 0.02
+    report = (tmp_path / "data/python/report.md").read_text()
+    assert f"- distinct-2: {found['distinct'][2]:.3f} of all 2 words in a row" in report
+    monkeypatch.setattr(prepare, "DIVERSITY_BYTES", 2000)
+    main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
+    assert 1000 < seen[-1]["bytes"] <= 2000
+    assert "of 42, a sample by hash" in (tmp_path / "data/python/report.md").read_text()
+
+
 BOOK = "Call me {}. Some years ago, never mind how long; I went to sea.\n"
 
 

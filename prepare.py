@@ -88,7 +88,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -393,10 +393,10 @@ def records(unit, skipped, bad=None):
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
                 found, number = found[:60].decode(errors="replace"), number + lines_to(path, begin)
-                if isinstance(error, RecursionError):
-                    found += "... (nested too deeply to read)"
                 if bad is None:
                     expected = f'expected {{"{field}": "..."}}, found {found!r}'
+                    if isinstance(error, RecursionError):
+                        expected = f"JSON nested too deeply to read: {found!r}"
                     raise UserError(f"{path}:{number}: {expected}") from None
                 bad.append(f"{shown}:{number}: {found}")
 
@@ -2068,6 +2068,22 @@ def cleaned_paths(here, i):
     return sorted(here.glob(f"cleaned_*_{i:06d}_*.{save_cleaned}"))
 
 
+def old_files(folder):
+    """What an earlier run left in the folder, without meta.json and the tokenizer."""
+    patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md", *map(task_file, TASKS)]
+    patterns += [task_file(name, "val") for name in TASKS]
+    patterns += [f"cleaned_{split}_*.{ending}" for split in SPLITS for ending in CLEANED]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def refuse_folders(folder):
+    """A folder in the place of a file of the data set cannot be replaced: say so at once."""
+    names = ("meta.json", "tokenizer.json", "tokenizer_config.json")
+    for path in [*(folder / name for name in names), *old_files(folder)]:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder where a file is to be: move it; nothing was changed")
+
+
 def commit(folder, here, tok, meta, more=()):
     """Make the finished files in `here` the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
@@ -2077,15 +2093,9 @@ def commit(folder, here, tok, meta, more=()):
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
         model.write_json(here / name, value)
-    patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md", *map(task_file, TASKS)]
-    patterns += [task_file(name, "val") for name in TASKS]
-    patterns += [f"cleaned_{split}_*.{ending}" for split in SPLITS for ending in CLEANED]
-    old = [path for pattern in patterns for path in folder.glob(pattern)]
+    old = old_files(folder)
     shard_names = chain.from_iterable(numbers["shards"] for numbers in splits.values())
     new = [*shard_names, *more, *texts]
-    for path in [*old, *(folder / name for name in new)]:
-        if path.is_dir():
-            raise UserError(f"{path}: a folder where a file is to be: move it; nothing was changed")
     try:
         (folder / "meta.json").unlink(missing_ok=True)
         sync_folder(folder)
@@ -2530,9 +2540,8 @@ def diversity(here):
 
 def check_settings():
     """Refuse settings with which nothing can be made."""
-    data = Path("data").resolve()
-    nowhere = "\0" in dataset or Path("data", dataset).resolve() in (data, *data.parents)
-    if nowhere:
+    data, place = (os.path.realpath(Path("data", name)) for name in ("", dataset.strip("\0")))
+    if "\0" in dataset or Path(place) in (Path(data), *Path(data).parents):
         raise UserError(f"dataset={dataset!r}: expected a name: the result is data/<dataset>")
     limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
     limits |= {"tokenizer_bytes": 1}
@@ -2576,22 +2585,30 @@ def make(run, folder, work, pool):
     units = plan(run)
     if run.main:
         made = build_tasks(work, pool, units, [task])
-        for name in made:
-            if (folder / name).is_dir():
-                raise UserError(f"{folder / name}: a folder where a file is to be: move it")
         replace_rows(work, folder, task)
         for name in reversed(made):
             print(f"{name}: {made[name]:,} records")
 
 
-def take_alone(work):
+def start_pool(workers):
+    """That many processes to work in, or none of them where one is enough."""
+    if workers == 1:
+        return nullcontext()
+    try:
+        return ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
+    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, no /dev/shm
+        why = str(error).partition(",")[0]
+        raise UserError(f"no processes to work in ({why}): --threads=1 needs none") from None
+
+
+def take_alone(work, fresh):
     """Make the working folder, and lock it as long as the file lives that is returned: to the end
-    of the process, however it ends."""
+    of the process, however it ends. `fresh` as in `remove_empty`."""
     try:
         work.mkdir(parents=True, exist_ok=True)
         file = open(work / "lock", "wb")
     except OSError as error:
-        remove_empty(work.parent)
+        remove_empty(fresh)
         why = f"{error.filename or work}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
     try:
@@ -2621,11 +2638,11 @@ def remove(work):
     shutil.rmtree(gone_name(work), ignore_errors=True)
 
 
-def remove_empty(folder):
-    """Remove the folders that this run made for itself, and nothing else."""
-    with suppress(OSError):
-        folder.rmdir()
-        folder.parent.rmdir()
+def remove_empty(fresh):
+    """Remove those of the folders, which were not there before this run, that are empty."""
+    for folder in fresh:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def main():
@@ -2634,13 +2651,16 @@ def main():
     if inspect is not None:
         return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
     run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
-    lock = take_alone(work) if run.main else None  # noqa: F841 (held as long as this function runs)
+    fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    if run.main:
+        if os.path.isdir(folder):
+            refuse_folders(folder)
+        run.lock = take_alone(work, fresh)  # until this function ends
     wait(run)
     workers, over = threads or os.cpu_count() or 1, False  # is there nothing to go on from?
-    pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
-        with pool:
-            make(run, folder, work, pool.map if workers > 1 else map)
+        with start_pool(workers) as pool:
+            make(run, folder, work, pool.map if pool else map)
         over = True
     except Nothing:
         over = True
@@ -2662,7 +2682,7 @@ def main():
     finally:
         if run.main and (over or not any(work.glob("*.json"))):
             remove(work)
-            remove_empty(folder)
+            remove_empty(fresh)
     if run.main:
         took = model.duration(time.monotonic() - begun)
         then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
@@ -2670,12 +2690,15 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        if sys.stdout:  # names of files need not be UTF-8
-            sys.stdout.reconfigure(errors="backslashreplace")
         main()
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"the output cannot be written: {error.strerror or error}") from None

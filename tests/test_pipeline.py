@@ -909,7 +909,7 @@ def test_a_name_with_several_endings_is_of_the_last(tmp_path, monkeypatch):
 
 def test_nested_too_deeply_is_a_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000)
-    assert line_of(tmp_path, "--source=d.jsonl").startswith("d.jsonl:2: expected")
+    assert line_of(tmp_path, "--source=d.jsonl").startswith("d.jsonl:2: JSON nested too")
     (tmp_path / "d.json").write_text("[" * 200_000)
     assert line_of(tmp_path, "--source=d.json") == "d.json: JSON nested too deeply to read\n"
 
@@ -1013,6 +1013,66 @@ def test_settings_and_places_that_cannot_be_are_a_line(tmp_path):
     assert too_few == "tokenizer_bytes=1: the documents are too long for so few\n"
     shutil.rmtree(tmp_path / "data/f")
     assert os.listdir(tmp_path / "data") == ["kept"]
+
+
+def test_places_where_no_data_can_be_are_a_line_and_nothing_changes(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", made_up_documents(5))
+    args = "--source=d.jsonl", "--tokenizer=byte", "--threads=1"
+    for name in ("", ".", "..", "../..", "/", str(tmp_path), "x/.."):
+        line = line_of(tmp_path, *args, f"--dataset={name}")
+        assert line == f"dataset={name!r}: expected a name: the result is data/<dataset>\n"
+    assert os.listdir(tmp_path) == ["d.jsonl"]
+    (tmp_path / "data/m/meta.json").mkdir(parents=True)
+    (tmp_path / "data/t/sft_val.jsonl").mkdir(parents=True)
+    (tmp_path / "data/file").write_text("x")
+    (tmp_path / "data/loop").symlink_to("loop")
+    (tmp_path / "data/empty").mkdir()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    before = sorted(tmp_path.rglob("*"))
+    for name, why in [
+        ("file", "data/file/work: Not a directory; nothing was changed"),
+        ("file/x", "data/file/x/work: Not a directory; nothing was changed"),
+        ("x" * 300, ": File name too long; nothing was changed"),
+        ("y/" + "x" * 300, ": File name too long; nothing was changed"),
+        ("loop", "data/loop"),
+        ("m", "data/m/meta.json: a folder where a file is to be: move it; nothing was changed"),
+    ]:
+        assert why in line_of(tmp_path, *args, f"--dataset={name}")
+    sft = "--task=sft", "--source=p.jsonl", "--dataset=t"
+    assert "data/t/sft_val.jsonl: a folder where a file" in line_of(tmp_path, *sft)
+    short = "--source=data/file", "--steps=length", "--dataset=empty"
+    assert "no text for training" in line_of(tmp_path, *short)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_are_no_utf8_come_back_from_the_settings(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("some text " * 30)
+    done_well(prepare_py(tmp_path, f"--source={name}", f"--dataset={name}", *BYTES, "--report"))
+    meta = json.loads((tmp_path / "data" / name / "meta.json").read_text())
+    assert meta["settings"]["source"] == name
+
+
+def test_a_reader_that_left_is_no_error(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", made_up_documents(50))
+    for reader, code in ((lambda: setattr(sys, "stdout", None), 0), (leave_the_reader, 141)):
+        result = prepare_py(tmp_path, "--source=d.jsonl", *BYTES, before=reader)
+        assert (result.returncode, result.stderr) == (code, "")
+        assert (tmp_path / "data/python/meta.json").exists() == (code == 0)
+        shutil.rmtree(tmp_path / "data")
+    done_well(prepare_py(tmp_path, "--source=d.jsonl", *BYTES))
+    full = lambda: setattr(sys, "stdout", open("/dev/full", "w"))
+    if os.path.exists("/dev/full"):
+        result = prepare_py(tmp_path, "--inspect=some text", "--tokenizer=byte", before=full)
+        why = "the output cannot be written: No space left on device\n"
+        assert (result.returncode, result.stderr) == (1, why)
+
+
+def leave_the_reader():
+    """Standard output is a pipe from now on whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = os.fdopen(writer, "w")
 
 
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):

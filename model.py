@@ -193,6 +193,8 @@ def fetch(url, part, show, headers):
                 file.write(piece)
                 have += len(piece)
                 show(f"{part.stem}: {have / 1e6:,.1f} of {(size or have) / 1e6:,.1f} MB")
+            file.flush()
+            os.fsync(file.fileno())  # its name will say that it is whole
     if size is not None and have != size:
         raise requests.ConnectionError(f"{have} of {size} bytes came")
 

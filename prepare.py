@@ -230,7 +230,7 @@ def addresses(spec):
     if spec[0] == "@":
         if not os.path.isfile(spec[1:]):
             raise UserError(f"--source={spec}: no such file (it has a URL a line)")
-        urls = Path(spec[1:]).read_text(encoding="utf-8", errors="replace").split()
+        urls = model.read_input(spec[1:]).decode(errors="replace").split()
     elif spec.startswith("hf:"):
         name, below = re.fullmatch(r"hf:([^/]*/?[^/]*)/?(.*)", spec, re.S).groups()
         try:
@@ -960,7 +960,12 @@ def check_perplexity(text, doc):
 @lru_cache(None)
 def read_blocklist(path):
     """The hosts and URL prefixes, the words, and what is neither, of a file. "# " is a comment."""
-    lines = Path(path).read_text(encoding="utf-8-sig").casefold().splitlines()
+    try:
+        lines = model.read_input(path).decode().casefold().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--blocklist={path}: not UTF-8 text ({error.reason}): convert it"
+        ) from None
     lines = {" ".join(line.split()) for line in lines if line.split()[:1] not in ([], ["#"])}
     urls = {line for line in lines if "." in line and " " not in line}
     words = {line for line in lines if re.fullmatch(r"\w+", line)}
@@ -2551,9 +2556,17 @@ def check_settings():
     names = {t for t in special_tokens if isinstance(t, str) and t}
     if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
+    # A shard's header counts in 32 bits; so many processes no machine has.
+    most = {"shard_tokens": 2**31 - 1, "threads": 10_000}
     for name, least in limits.items():
-        if (value := globals()[name]) is not None and value < least:
+        value = globals()[name]
+        if value is not None and value < least:
             raise UserError(f"{name}={value}: expected {least} or more")
+        if value is not None and value > most.get(name, 2**62):
+            raise UserError(f"{name}={value}: expected {most.get(name, 2**62)} or less")
+    numbers = [value for value in perplexity_band if type(value) in (int, float)]
+    if len(numbers) != 2 or len(perplexity_band) != 2:
+        raise UserError(f"perplexity_band={perplexity_band}: expected two numbers")
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: expected 0 or more and less than 1")
     if not 0 < near_threshold <= 1:

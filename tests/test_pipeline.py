@@ -220,6 +220,18 @@ def test_tables_of_cells(tmp_path):
         assert line_of(tmp_path, "--source=c.csv").startswith(message)
 
 
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "urls").write_text("https://a.org/1\n", encoding=encoding)
+        assert prepare.addresses(f"@{tmp_path}/urls") == ["https://a.org/1"]
+        (tmp_path / encoding).write_text("a.org\nword\n", encoding=encoding)
+        assert prepare.read_blocklist(str(tmp_path / encoding)) == ({"a.org"}, {"word"}, [])
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    write_jsonl(tmp_path / "d.jsonl", ["text"])
+    line = line_of(tmp_path, "--source=d.jsonl", "--steps=blocklist", "--blocklist=latin")
+    assert line.startswith("--blocklist=latin: not UTF-8 text (")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le"])
 def test_a_byte_order_mark_is_no_text(encoding, tmp_path):
     mark = "" if encoding == "utf-8-sig" else "\ufeff"
@@ -1004,6 +1016,10 @@ def test_settings_and_places_that_cannot_be_are_a_line(tmp_path):
     for mix in ("{'a': (1, 5)}", "{'a': (1,)}", "{5: 1}", "{'a': 1e999}"):
         assert line_of(tmp_path, f"--sources={mix}").startswith("sources: ")
     assert line_of(tmp_path, "--source=@urls").endswith(": is the address right?\n")
+    for key, value in [("max_documents", 10**30), ("threads", 10**30), ("shard_tokens", 2**31)]:
+        line = line_of(tmp_path, "--source=d.jsonl", f"--{key}={value}")
+        assert line.startswith(f"{key}={value}: expected ") and line.endswith(" or less\n")
+    assert "expected two numbers" in line_of(tmp_path, "--perplexity_band=[1, 'a']")
     fineweb = line_of(tmp_path, "--source=fineweb10B", "--shards=104", "--dataset=f")
     assert fineweb == "shards=104: expected up to 103\n"
     (tmp_path / "data/kept").parent.mkdir(exist_ok=True)

@@ -236,8 +236,14 @@ def addresses(spec):
         try:
             answer = requests.get(f"{HUB}api/datasets/{name}", timeout=30)
             answer.raise_for_status()
-            names = sorted(f["rfilename"] for f in answer.json()["siblings"])
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            names = sorted(str(f["rfilename"]) for f in answer.json()["siblings"])
+        except (
+            requests.RequestException,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
             raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
         folder = below.rstrip("/") + "/" if below else ""
         names = [n for n in names if n == below or n.startswith(folder)]
@@ -1940,6 +1946,8 @@ def part_of(here, documents, whole, rest, wanted):
     """About `rest` tokens of a source, of which `wanted` are wanted in all: the documents with the
     lowest hashes, as parts of a plan. Where whole ones miss, as few long ones do, the last is cut:
     {its number in the unit: (first token left out, first one after them, bytes left out)}."""
+    if not rest:
+        return []
     unit = np.concatenate([np.full(chosen.sum(), i) for i, chosen, _ in whole])
     number = np.concatenate([np.flatnonzero(chosen) for _, chosen, _ in whole])
     rows = np.concatenate([documents[i][chosen] for i, chosen, _ in whole])

@@ -1142,6 +1142,10 @@ def test_the_files_of_a_hub_data_set(monkeypatch):
     assert urls("hf:n") == ["n/resolve/main/t/train%231.jsonl"]
     with pytest.raises(model.UserError, match="no JSONL, parquet or text file in it"):
         urls("hf:o/n/nowhere")
+    hub(monkeypatch, ["README.md", "A.NDJSON.zst", "b.JSONL", "c.csv", "d.parquet"])
+    assert urls("hf:o/n") == ["o/n/resolve/main/A.NDJSON.zst", "o/n/resolve/main/b.JSONL"]
+    hub(monkeypatch, ["README.md", "c.CSV", "test.xyz"])
+    assert urls("hf:o/n") == ["o/n/resolve/main/c.CSV"]
 
 
 def test_ctrl_c_is_a_line(tmp_path):

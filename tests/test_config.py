@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, run
 
+import config
+
 SCRIPT = '''"""What the script is for."""
 
 from config import configure, settings
@@ -279,3 +281,18 @@ def test_every_recipe_fits_every_script(name, recipe, tmp_path):
         2,
         f"--seed: seed = 'x': expected int{' or none' * (name == 'serve')}\n",
     )
+
+
+def test_marks_and_templates_may_have_line_ends_as_a_shell_types_them():
+    text = (None, ["str", "none"], "")
+    keys = {"separator": text, "template": text, "prompt": text}
+    for typed, meant in [
+        (r"\n\n", "\n\n"),
+        (r"Q: {q}\nA: {a}", "Q: {q}\nA: {a}"),
+        (r"\t\x41\u00e9é", "\tAéé"),
+        (r"C:\\new \d \ ", "C:\\new \\d \\ "),
+        ("\n", "\n"),
+    ]:
+        assert config.read_flag(f"--separator={typed}", [], keys) == {"separator": meant}
+        assert config.read_flag("--template", [typed], keys) == {"template": meant}
+        assert config.read_flag(f"--prompt={typed}", [], keys) == {"prompt": typed}

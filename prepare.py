@@ -356,7 +356,7 @@ def refuse_hidden_records(path):
     """A file of records whose name says text would be read as one text of braces and quotes."""
     try:
         with model.open_input(path) as file:
-            line = file.readline(1 << 20).strip()
+            line = file.read(1 << 20).lstrip().partition(b"\n")[0]
         value = json.loads(line) if line[:1] in (b"{", b"[") else None
     except (*model.DAMAGE, OSError, ValueError, RecursionError):
         return  # no JSON; if it cannot be read, reading it says so

@@ -188,7 +188,7 @@ def test_records_under_the_name_of_a_text_are_asked_about(tmp_path):
     (tmp_path / "b.log.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.md").write_text("\ufeff" + json.dumps(rows))
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "d.html").write_text(lines)
+    (tmp_path / "in" / "d.html").write_text("\n" + lines)
     why = ": its first line is JSON, but its name says text: --input_format="
     for name, kind in (("a.txt", "jsonl"), ("b.log.gz", "jsonl"), ("c.md", "json")):
         assert line_of(tmp_path, f"--source={name}").startswith(f"{name}{why}{kind} reads its")

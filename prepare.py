@@ -2611,6 +2611,9 @@ def make(run, folder, work, pool):
             print(f"{name}: {made[name]:,} records")
 
 
+STOPPED = "stopped: the same command goes on from here"
+
+
 def start_pool(workers):
     """That many processes to work in, or none of them where one is enough."""
     if workers == 1:
@@ -2696,10 +2699,14 @@ def main():
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
     except BrokenProcessPool:
+        try:
+            time.sleep(0.5)  # Ctrl-C reaches the workers, too, and may have ended them first
+        except KeyboardInterrupt:
+            raise UserError(STOPPED) from None
         why = "a process was killed, for want of memory perhaps: --threads=1 takes less"
         raise UserError(f"{why}; the same command goes on from here") from None
     except KeyboardInterrupt:
-        raise UserError("stopped: the same command goes on from here") from None
+        raise UserError(STOPPED) from None
     finally:
         if run.main and (over or not any(work.glob("*.json"))):
             remove(work)

@@ -389,7 +389,7 @@ def test_a_good_text_passes_everything_unchanged(monkeypatch):
     for name in ("unicode", "whitespace", "length", "gopher_repetition", "gopher_quality", "c4"):
         assert f.STEPS[name](text, {}) == text
     assert f.STEPS["fineweb"](text, {}) == f.STEPS["pii"](text, {}) == text
-    assert list(f.STEPS)[:2] == ["html", "unicode"] and len(f.STEPS) == 12
+    assert list(f.STEPS)[:2] == ["html", "unicode"] and len(f.STEPS) == 13
 
 
 # Languages

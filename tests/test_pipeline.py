@@ -137,6 +137,30 @@ def test_globs_and_every_kind_of_file(tmp_path):
     assert result.stderr.startswith("--source=in/*.nothing: no such file or folder, nor one of ")
 
 
+@pytest.fixture
+def texts_in(tmp_path, monkeypatch):
+    """A function: the documents that prepare.py reads from a source in tmp_path, by its functions
+    in this process, with some of its settings."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(source, **settings):
+        for key, value in {"source": source, **settings}.items():
+            monkeypatch.setattr(prepare, key, value)
+        units = prepare.plan(model.setup("cpu"))
+        tallies = defaultdict(prepare.Tally)
+        return [text for unit in units for _, text in prepare.cleaned(unit, tallies, [])]
+
+    return read
+
+
+def refusal(function, *args, **kwargs):
+    """The one line with which the function refuses."""
+    with pytest.raises(model.UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def packed(ending, data):
     """The bytes compressed as a file with this ending is."""
     if ending == ".zst":
@@ -150,7 +174,7 @@ def packed(ending, data):
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".BZ2", ".xz", ".Zst"])
-def test_a_name_says_what_it_holds_in_any_case_and_compressed(packing, tmp_path, monkeypatch):
+def test_a_name_says_what_it_holds_in_any_case_and_compressed(packing, tmp_path, texts_in):
     texts = made_up_documents(20)
     rows = [{"text": text} for text in texts]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -162,15 +186,11 @@ def test_a_name_says_what_it_holds_in_any_case_and_compressed(packing, tmp_path,
     files_in = {"a.JSONL": lines, "b.ndjson": lines, "c.JsonLines": lines}
     files_in |= {"d.Json": json.dumps(rows).encode(), "e.CSV": table.getvalue().encode()}
     files_in |= {"f.Txt": texts[0].encode(), "g.MD": texts[0].encode(), "h.HTM": pages}
-    monkeypatch.chdir(tmp_path)
     for name, data in files_in.items():
-        Path(name + packing).write_bytes(packed(packing.lower(), data))
-        monkeypatch.setattr(prepare, "source", name + packing)
-        [unit] = prepare.plan(model.setup("cpu"))
-        got = [text for _, text in prepare.cleaned(unit, defaultdict(prepare.Tally), [])]
+        (tmp_path / (name + packing)).write_bytes(packed(packing.lower(), data))
         one = {"f.Txt": texts[:1], "g.MD": texts[:1]}
         one["h.HTM"] = ["\n\n".join(map(str, range(20)))]
-        assert got == one.get(name, texts), name
+        assert texts_in(name + packing) == one.get(name, texts), name
 
 
 def test_parquet_in_capital_letters(tmp_path):
@@ -181,7 +201,7 @@ def test_parquet_in_capital_letters(tmp_path):
     assert kept(tmp_path, "--source=A.PARQUET") == texts
 
 
-def test_records_under_the_name_of_a_text_are_asked_about(tmp_path):
+def test_records_under_the_name_of_a_text_are_asked_about(tmp_path, texts_in):
     rows = [{"text": text} for text in made_up_pages(3)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "a.txt").write_text(lines)
@@ -191,25 +211,25 @@ def test_records_under_the_name_of_a_text_are_asked_about(tmp_path):
     (tmp_path / "in" / "d.html").write_text("\n" + lines)
     why = ": its first line is JSON, but its name says text: --input_format="
     for name, kind in (("a.txt", "jsonl"), ("b.log.gz", "jsonl"), ("c.md", "json")):
-        assert line_of(tmp_path, f"--source={name}").startswith(f"{name}{why}{kind} reads its")
-        texts = kept(tmp_path, f"--source={name}", f"--input_format={kind}")
+        assert refusal(texts_in, name, input_format=None).startswith(f"{name}{why}{kind} reads its")
+        texts = texts_in(name, input_format=kind)
         assert texts == [row["text"] for row in rows]
-    assert line_of(tmp_path, "--source=in").startswith(f"in/d.html{why}jsonl reads its")
-    assert kept(tmp_path, "--source=a.txt", "--input_format=text") == [lines]
+    assert refusal(texts_in, "in", input_format=None).startswith(f"in/d.html{why}jsonl reads its")
+    assert texts_in("a.txt", input_format="text") == [lines]
     assert line_of(tmp_path, "--source=a.txt", "--input_format=xml").startswith("input_format=xml")
     # what only begins like JSON is text
     for text in ("{a} is a set", "[1] first reference", "{}\nbody {}", '["a", "b"]', '{"a": 1} b'):
         (tmp_path / "a.txt").write_text(text)
-        assert kept(tmp_path, "--source=a.txt") == [text]
+        assert texts_in("a.txt", input_format=None) == [text]
 
 
-def test_tables_of_cells(tmp_path):
+def test_tables_of_cells(tmp_path, texts_in):
     rows = [["id", "text"], ["1", 'says "a, b",\r\nthen c'], ["2", "  é\u2028 "]]
     with open(tmp_path / "a.csv", "w", encoding="utf-16", newline="") as file:
         csv.writer(file).writerows(rows)
-    assert kept(tmp_path, "--source=a.csv") == [row[1] for row in rows[1:]]
+    assert texts_in("a.csv") == [row[1] for row in rows[1:]]
     (tmp_path / "b.tsv").write_text("text\tid\none\t1\n\ntwo, three\t2")
-    assert kept(tmp_path, "--source=b.tsv") == ["one", "two, three"]
+    assert texts_in("b.tsv") == ["one", "two, three"]
     for data, message in [
         ("text,id\na,1\na, b,2\n", 'c.csv:3: expected {"text": "..."}, found \'["a", " b"'),
         ("body,id\na,1\n", 'c.csv:2: expected {"text": "..."}, found \'{"body": "a"'),
@@ -217,7 +237,7 @@ def test_tables_of_cells(tmp_path):
         ('text\n"a"b\n', "c.csv: damaged after record 1: "),
     ]:
         (tmp_path / "c.csv").write_text(data)
-        assert line_of(tmp_path, "--source=c.csv").startswith(message)
+        assert refusal(texts_in, "c.csv").startswith(message)
 
 
 def test_lists_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
@@ -233,7 +253,7 @@ def test_lists_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le"])
-def test_a_byte_order_mark_is_no_text(encoding, tmp_path):
+def test_a_byte_order_mark_is_no_text(encoding, tmp_path, texts_in):
     mark = "" if encoding == "utf-8-sig" else "\ufeff"
     texts = ["Grüße, 世界 😀", "two"]
     rows = [{"text": text} for text in texts]
@@ -244,10 +264,10 @@ def test_a_byte_order_mark_is_no_text(encoding, tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_bytes((mark + content).encode(encoding))
         whole = name in ("a.txt", "b.html")
-        got = kept(tmp_path, f"--source={name}", "--separator=---")
+        got = texts_in(name, separator="---")
         assert got == (texts[:1] if whole else texts), name
     (tmp_path / "g.txt").write_bytes((mark + "abcé").encode(encoding)[:-1])
-    assert line_of(tmp_path, "--source=g.txt").startswith("g.txt: not UTF-8 text (")
+    assert refusal(texts_in, "g.txt").startswith("g.txt: not UTF-8 text (")
     assert prepare.html_to_text("\ufeff<p>x") == "x"
 
 

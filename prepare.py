@@ -1919,10 +1919,10 @@ def layout(here, units, documents):
             written = numbers_of(documents, parts)["tokens"]
             numbers = {"tokens": tokens[name], "written": written}
             told[name][split] = {"asked": share, **numbers, "epochs": written / tokens[name]}
+        written = sum(told[name][split]["written"] for name in shares)
         for name in shares:
             numbers = told[name][split]
-            came_out = numbers["written"] / max(1, numbers_of(documents, plans[split])["tokens"])
-            told[name][split] = {"share": came_out, **numbers}
+            told[name][split] = {"share": numbers["written"] / max(1, written), **numbers}
             if split == "val" and sources:
                 plans[f"val.{name}"] = whole[name]
     return plans, told
@@ -1959,15 +1959,14 @@ def part_of(here, documents, whole, rest, wanted):
         last = order[n - 1]
         begin = int(documents[unit[last]]["tokens"][: number[last]].sum())
         cut = cut_of(here, int(unit[last]), begin, rows[last], rest - int(sums[n - 1]))
-    parts = {}
-    for place in order[:n]:
-        i = int(unit[place])
-        if i not in parts:
-            parts[i] = (i, np.zeros(len(documents[i]), bool), {})
-        parts[i][1][number[place]] = True
-    if cut:
-        parts[int(unit[last])][2][int(number[last])] = cut
-    return [parts[i] for i in sorted(parts)]
+    parts = []
+    for i in np.unique(unit[order[:n]]).tolist():
+        numbers = number[order[:n]][unit[order[:n]] == i]
+        chosen = np.zeros(len(documents[i]), bool)
+        chosen[numbers] = True
+        cuts = {int(number[last]): cut} if cut and unit[last] == i else {}
+        parts.append((i, chosen, cuts))
+    return parts
 
 
 # The end of a line or of a sentence, and of a word, in UTF-8.

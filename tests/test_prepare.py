@@ -732,6 +732,36 @@ def test_after_a_crash_anywhere_the_same_command_ends_as_if_there_was_none(kind,
     assert steps > 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="its /proc")
+def test_what_vouches_for_files_is_named_after_they_are_on_the_disk(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "docs.jsonl", made_up_documents(30))
+    synced, named, late = set(), [], []
+    fsync, replace = os.fsync, os.replace
+
+    def log_sync(number):
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def log_name(source, target):
+        source, target = Path(source), Path(target)
+        named.append(target.name)
+        if target.suffix == ".json" and target.parent.name == "work":
+            late.extend({f"{target.stem}.txt", f"{target.stem}.rows"} - synced)
+        if target.suffix == ".npy" and target.stem.isdigit():
+            late.extend({f"{target.stem}.tokens"} - synced)
+        if target.suffix == ".tmp" or source.suffix == ".tmp":
+            late.extend({source.name} - synced)
+        if target.name == "meta.json" and target.parent.name == "d":
+            late.extend({"d"} - synced)  # the names of the others
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", log_sync)
+    monkeypatch.setattr(os, "replace", log_name)
+    settings = {"source": "docs.jsonl", "dataset": "d", "tokenizer": "byte", "threads": 1}
+    main_here(monkeypatch, tmp_path, **settings)
+    assert late == [] and {"train_000000.bin", "0.npy", "meta.json"} <= set(named)
+
+
 def test_one_run_at_a_time_has_a_folder(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", made_up_documents(30))
     args = "--source=docs.jsonl", "--tokenizer=byte"

@@ -244,15 +244,15 @@ def read_rows(path):
     """The records of a JSONL, JSON or parquet file."""
     number = 0
     try:
-        if path.suffix == ".parquet":
+        if core.file_ending(path) == ".parquet":
             from pyarrow import parquet
 
             rows = parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_bytes())
+        elif core.file_ending(path) == ".json":
+            rows = json.loads(core.read_input(path))
         else:
             rows = []
-            for number, line in enumerate(path.read_bytes().splitlines(), 1):  # noqa: B007
+            for number, line in enumerate(core.read_input(path).splitlines(), 1):  # noqa: B007
                 rows += [json.loads(line)] if line.strip() else []
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
@@ -275,7 +275,7 @@ def find_rows(name, split):
     for path in sorted(Path(data).rglob("*")):
         inside = path.relative_to(data)
         mine = re.fullmatch(rf"{name}([_.-].*)?", inside.parts[0])
-        if not mine or path.suffix not in (".jsonl", ".json", ".parquet"):
+        if not mine or core.file_ending(path) not in (*core.JSONL, ".json", ".parquet"):
             continue
         words = re.split("[^a-z]+", inside.as_posix().lower())
         kind = next((kinds[word] for word in words if word in kinds), "test")
@@ -327,7 +327,7 @@ def own_task(name, header, rows):
 def open_task(name, run):
     """The task of this name, JSONL file or FILE.py:function, with its rows."""
     file, _, function = name.rpartition(":")
-    if name.endswith(".jsonl"):
+    if core.file_ending(name) in core.JSONL:
         rows = read_rows(Path(name))
         task = own_task(name, rows.pop(0) if rows and "kind" in rows[0] else {}, rows)
     elif file.endswith(".py"):
@@ -711,10 +711,10 @@ def text_windows(ids, prefix, length):
 def read_text(path):
     """The documents of a text file, or of a JSONL's field `text`."""
     try:
-        if path.suffix == ".jsonl":
+        if core.file_ending(path) in core.JSONL:
             found = [row["text"] for row in read_rows(path)]
         else:
-            found = [path.read_text(encoding="utf-8")]
+            found = [core.read_input(path).decode()]
     except (OSError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as text, or has no field: {error}") from None
     if not any(found):

@@ -7,18 +7,23 @@ tokenizer, checkpoints, optimizers, accounting. It knows no stage and imports no
     print(g.text, g.finish_reason)
 """
 
+import bz2
 import codecs
 import contextlib
 import copy
 import ctypes
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import math
 import os
 import re
 import sys
 import time
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -188,6 +193,8 @@ def fetch(url, part, show, headers):
                 file.write(piece)
                 have += len(piece)
                 show(f"{part.stem}: {have / 1e6:,.1f} of {(size or have) / 1e6:,.1f} MB")
+            file.flush()
+            os.fsync(file.fileno())  # its name will say that it is whole
     if size is not None and have != size:
         raise requests.ConnectionError(f"{have} of {size} bytes came")
 
@@ -1554,6 +1561,95 @@ SAFE_DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL":
 INDEX = "model.safetensors.index.json"  # of weights in several files
 
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+JSONL = (".jsonl", ".ndjson", ".jsonlines")
+# Each mark and its encoding; UTF-32's stands first, since it begins as UTF-16's does.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8",
+}
+
+
+def file_ending(path):
+    """The ending that says what a file holds, in lower case and without that of its compression:
+    .jsonl of Rows.JSONL.gz."""
+    stem, ending = os.path.splitext(str(path).lower())
+    if ending in COMPRESSED:
+        ending = os.path.splitext(stem)[1]
+    return ending
+
+
+def is_compressed(path):
+    return str(path).lower().endswith(COMPRESSED)
+
+
+# What decompressors raise; their OSErrors have no number, unlike those of a disk.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError)
+
+
+def encoding_of(head):
+    """The encoding that the first bytes of a file name by a byte order mark, or None."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    return None
+
+
+def require_zst(where):
+    """pyarrow, which reads and writes .zst."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f"{where}: .zst needs pyarrow: pip install pyarrow") from None
+    return pyarrow
+
+
+def open_compressed(path):
+    """A binary file to read, decompressed as the end of its name says."""
+    ending = os.path.splitext(str(path))[1].lower()
+    if ending == ".gz":
+        return gzip.open(path)
+    if ending == ".bz2":
+        return bz2.open(path)
+    if ending == ".xz":
+        return lzma.open(path)
+    if ending == ".zst":
+        pyarrow = require_zst(path)
+        packed = pyarrow.OSFile(os.fspath(path))
+        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
+    return open(path, "rb")
+
+
+def open_input(path):
+    """A text file's bytes to read, as UTF-8 without a byte order mark, decompressed by its name.
+    What such a mark says is UTF-16 or UTF-32 is read whole; a UnicodeDecodeError if it is not."""
+    file = open_compressed(path)
+    try:
+        encoding = encoding_of(file.peek(4)[:4])
+        if encoding == "utf-8":
+            file.read(len(codecs.BOM_UTF8))
+        if encoding in ("utf-16", "utf-32"):
+            with file:
+                return io.BytesIO(file.read().decode(encoding).encode())
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_input(path):
+    """All bytes of a text file, as `open_input` has them. A UserError where they cannot be had."""
+    try:
+        with open_input(path) as file:
+            return file.read()
+    except (*DAMAGE, OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {why}") from None
+
+
 def parse_json(text, where):
     """The value of a JSON text (str or bytes). What is no JSON, or nests beyond what Python reads,
     is a UserError that begins with `where`, such as "rows.jsonl:7"."""
@@ -1603,7 +1699,8 @@ def whole_file(path):
 
 def write_json(path, value):
     with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        file.write(text.encode(errors="backslashreplace"))  # JSON's way to write half a surrogate
 
 
 def write_safetensors(file, tensors, metadata):

@@ -18,14 +18,16 @@ source = "python"  # python, a named download, file, folder, glob, URL, @list of
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
-field = "text"  # the field of a JSONL or parquet record that is its text
-separator: str | None = None  # a text file is cut into documents here
+field = "text"  # the field of a JSONL, CSV or parquet record that is its text
+input_format: str | None = None  # text, jsonl, json, csv, tsv or parquet; none: by the file's name
+separator: str | None = None  # a text file is cut into documents here; "\n\n": at blank lines
 max_documents: int | None = None  # read so many of each source, in one process
 shards: int | None = None  # of a download in many files: take so many
 
-# Cleaning. One by one: html, unicode, whitespace, length, language, blocklist, gopher_repetition,
-# gopher_quality, c4, fineweb, perplexity, pii; then among all: url, exact, near.
+# Cleaning. One by one: html, unicode, symbols, whitespace, length, language, blocklist,
+# gopher_repetition, gopher_quality, c4, fineweb, perplexity, pii; then among all: url, exact, near.
 steps = "html,exact,near"  # what is done to the documents, in this order (the README says what)
+clean_symbols: bool | str = False  # drop special characters: all of SYMBOLS, or those named (a,b)
 near_threshold = 0.8  # Jaccard similarity of 5-word shingles from which documents are the same
 html_documents: bool | None = None  # are they HTML; none: those named .html, .htm, .xhtml
 min_chars = 199  # 50 words of 3 letters and the blanks between them: Gopher's least, as characters
@@ -37,6 +39,7 @@ perplexity_band: list = [0.0, 1000.0]  # the perplexities that it keeps
 blocklist: str | None = None  # a file of hosts, URL prefixes, words and phrases, one on a line
 decontaminate: str | None = None  # drop what shares 13 words in a row with these files (a,b)
 report = False  # write report.md: what every step took away, with examples
+save_cleaned = ""  # as jsonl, jsonl.gz, jsonl.bz2, jsonl.xz or jsonl.zst: the cleaned documents
 
 # the mix and the split
 val_fraction = 0.1  # of the documents, by their hash; of the characters under 20 documents
@@ -59,14 +62,18 @@ if __name__ == "__main__":
     configure(globals())
 
 import ast
+import bz2
+import csv
 import ctypes
 import errno
 import gc
 import gzip
 import hashlib
 import heapq
+import io
 import ipaddress
 import json
+import lzma
 import math
 import os
 import re
@@ -81,8 +88,9 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from glob import glob
 from html import unescape
@@ -126,7 +134,9 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 # Collecting: a source is files, files are cut into units, a unit gives records
 
 SUITES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-RECORDS = (".jsonl", ".parquet", ".json")
+# What files with these endings hold; all others are text.
+FORMATS = dict.fromkeys(model.JSONL, "jsonl")
+FORMATS |= {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 KEPT = Path("data/downloads")
 
 
@@ -135,7 +145,7 @@ def files_of(spec, run):
     torchrun every rank downloads its part, and waits for the others."""
     if spec == "python":
         folder = sysconfig.get_path("stdlib")
-        return walk(folder, ".py", SUITES), folder, None
+        return walk(folder, ".py", SUITES)[0], folder, None
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
         urls = addresses(spec)
         paths = [kept_at(url) for url in urls]
@@ -144,9 +154,14 @@ def files_of(spec, run):
         wait(run)
         return paths, None, separator or SEPARATORS.get(spec)
     if os.path.isdir(spec):
-        return walk(spec), spec, separator
-    found = [spec] if os.path.exists(spec) else sorted(glob(spec, recursive=True))
-    found = [Path(name) for name in found if os.path.isfile(name)]
+        found, broken = walk(spec)
+        if broken and run.main:
+            print(f"{spec}: left out {len(broken)} links to nothing, such as {broken[0]}")
+        return found, spec, separator
+    found = [spec] if os.path.exists(spec) else matching(spec)
+    found = [Path(name) for name in sorted(found) if os.path.isfile(name)]
+    has_link = lambda path: os.path.realpath(path) != os.path.abspath(path)
+    found = each_once(sorted(found, key=has_link))  # a file's own name before those of links
     if not found:
         names = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
         raise UserError(f"--source={spec}: no such file or folder, nor one of {names}")
@@ -154,17 +169,59 @@ def files_of(spec, run):
 
 
 def walk(folder, ending="", avoid=()):
-    """Every file of this ending in and below a folder, in the order of their names, without hidden
-    ones and those in folders to avoid."""
-    found = []
-    for entry in os.scandir(folder):
-        if entry.name[0] == "." or entry.name in avoid:
+    """(files of this ending in and below a folder, in the order of their names; links to nothing),
+    without hidden ones and those in folders to avoid. Links are followed, but each real file and
+    folder counts once: under its own name where that is below the folder, too."""
+    folders, links, seen = [os.fspath(folder)], [], set()
+    found, linked, broken = [], [], []
+    while folders or links:
+        # The links come last: by then it is clear which folders have names of their own.
+        place = folders.pop() if folders else links.pop(0)
+        identity = os.path.realpath(place)
+        if identity in seen:
             continue
-        if entry.is_dir(follow_symlinks=False):
-            found += walk(entry.path, ending, avoid)
-        elif entry.name.endswith(ending) and entry.is_file():
-            found.append(Path(entry.path))
-    return sorted(found)
+        seen.add(identity)
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            if entry.name[0] == "." or entry.name in avoid:
+                continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                broken.append(entry.path)
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.is_file() and entry.name.endswith(ending):
+                (linked if entry.is_symlink() else found).append(Path(entry.path))
+    return each_once([*found, *sorted(linked)]), broken
+
+
+def matching(pattern):
+    """The paths that a pattern of the shell's kind names. `**` stands for any folders, and goes
+    through links as `walk` does: in a loop of links the standard library's glob does not end."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob(pattern)
+    start = parts.index("**")
+    base, found = "/".join(parts[:start]), []
+    for folder in glob(base or ".") if base or start == 0 else ["/"]:
+        files = walk(folder)[0] if os.path.isdir(folder) else []
+        found += [file for file in files if fits(file.relative_to(folder).parts, parts[start:])]
+    return found
+
+
+def fits(names, patterns):
+    """Do the names of a path match the patterns one by one, where ** is any number of names?"""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(fits(names[i:], patterns[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and fits(names[1:], patterns[1:])
+
+
+def each_once(paths):
+    """The paths, sorted, without those that lead to the same file as one before."""
+    first = {}
+    for path in paths:
+        first.setdefault(os.path.realpath(path), path)
+    return sorted(first.values())
 
 
 def addresses(spec):
@@ -173,22 +230,31 @@ def addresses(spec):
     if spec[0] == "@":
         if not os.path.isfile(spec[1:]):
             raise UserError(f"--source={spec}: no such file (it has a URL a line)")
-        urls = Path(spec[1:]).read_text(encoding="utf-8", errors="replace").split()
+        urls = model.read_input(spec[1:]).decode(errors="replace").split()
     elif spec.startswith("hf:"):
         name, below = re.fullmatch(r"hf:([^/]*/?[^/]*)/?(.*)", spec, re.S).groups()
         try:
             answer = requests.get(f"{HUB}api/datasets/{name}", timeout=30)
             answer.raise_for_status()
-            names = sorted(f["rfilename"] for f in answer.json()["siblings"])
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            names = sorted(str(f["rfilename"]) for f in answer.json()["siblings"])
+        except (
+            requests.RequestException,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
             raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
         folder = below.rstrip("/") + "/" if below else ""
         names = [n for n in names if n == below or n.startswith(folder)]
-        of_kind = lambda kind: [n for n in names if n.removesuffix(".gz").endswith(kind)]
-        names = of_kind((*RECORDS, ".txt"))
+        names = [n for n in names if model.file_ending(n) in (*FORMATS, ".txt")]
         names = [n for n in names if "train" in n.lower()] or names
-        kinds = map(of_kind, (".jsonl", ".parquet", ".txt", ".json"))
-        urls = [f"{DATA}{name}/resolve/main/{quote(n)}" for n in next(filter(None, kinds), [])]
+        by_format = defaultdict(list)
+        for n in names:
+            by_format[format_of(n)].append(n)
+        order = ("jsonl", "parquet", "text", "json", "csv", "tsv")
+        chosen = next((by_format[kind] for kind in order if by_format[kind]), [])
+        urls = [f"{DATA}{name}/resolve/main/{quote(n)}" for n in chosen]
     else:
         urls = [DOWNLOADS.get(spec, spec)]
     if not urls:
@@ -218,14 +284,16 @@ def plan(run):
             share = sys.maxsize
         held = share
         for path, stat in zip(paths, stats):
-            cut, size = "\n" if is_record(path) else between, max(1, stat.st_size)
+            kind, size = input_format or format_of(path), max(1, stat.st_size)
+            cut = mark_in(path, between) if kind == "text" else "\n"
             # A mark that can overlap itself, as in "---" of "----", is found from the start alone.
             alone = cut and not any(cut.endswith(cut[:i]) for i in range(1, len(cut)))
-            alone = alone and not path.name.endswith((".gz", ".json", ".parquet"))
+            alone = alone and kind in ("text", "jsonl") and size > share and is_plain(path)
             borders = range(0, size, share if alone else size)
             for begin in borders:
                 if held >= share or len(borders) > 1:
                     units.append({"source": name, "files": [], "under": folder})
+                    units[-1]["format"] = input_format
                     held = 0
                 end = min(begin + borders.step, stat.st_size)
                 units[-1]["files"].append([str(path), begin, end, cut, stat.st_mtime_ns])
@@ -259,8 +327,45 @@ def mixture():
     return mix
 
 
-def is_record(path):
-    return str(path).removesuffix(".gz").endswith(RECORDS)
+def format_of(path):
+    """text, jsonl, json, csv, tsv or parquet, as the end of the name says."""
+    return FORMATS.get(model.file_ending(path), "text")
+
+
+def is_plain(path):
+    """Can a range of the file's bytes be read alone? Not of a compressed one, nor of UTF-16."""
+    with open(path, "rb") as file:
+        encoding = model.encoding_of(file.read(4))
+    return not model.is_compressed(path) and encoding in (None, "utf-8")
+
+
+def mark_in(path, between):
+    """What cuts this text file into documents: the line ends of `between` as the file has them."""
+    if not between or "\n" not in between or "\r" in between:
+        return between
+    try:
+        with model.open_input(path) as file:
+            head = file.read(1 << 16)
+    except (*model.DAMAGE, OSError, UnicodeDecodeError):
+        return between  # `records` reads it, too, and says what is wrong
+    of_windows = b"\r\n" in head and head.count(b"\n") == head.count(b"\r\n")
+    return between.replace("\n", "\r\n") if of_windows else between
+
+
+def refuse_hidden_records(path):
+    """A file of records whose name says text would be read as one text of braces and quotes."""
+    try:
+        with model.open_input(path) as file:
+            line = file.read(1 << 20).lstrip().partition(b"\n")[0]
+        value = json.loads(line) if line[:1] in (b"{", b"[") else None
+    except (*model.DAMAGE, OSError, ValueError, RecursionError):
+        return  # no JSON; if it cannot be read, reading it says so
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, dict) and first:
+        kind = "json" if isinstance(value, list) else "jsonl"
+        why = "its first line is JSON, but its name says text"
+        ways = f"--input_format={kind} reads its records, --input_format=text takes it as it is"
+        raise UserError(f"{path}: {why}: {ways}")
 
 
 def records(unit, skipped, bad=None):
@@ -270,18 +375,20 @@ def records(unit, skipped, bad=None):
     for path, begin, end, cut, _ in unit["files"]:
         shown = os.path.relpath(path, unit["under"]) if unit["under"] else path
         shown = os.fsencode(shown).decode(errors="replace")
-        if not is_record(path):
+        kind = unit.get("format") or format_of(path)
+        if kind == "text":
             try:
+                if begin == 0 and "format" in unit and not unit["format"]:
+                    refuse_hidden_records(path)
                 for part in read_parts(path, cut, begin, end):
-                    yield {field: part.decode().strip("\n" if cut else ""), "path": shown}
+                    yield {field: part.decode().strip("\r\n" if cut else ""), "path": shown}
             except UnicodeDecodeError as error:
                 if not unit["under"]:
                     why = f"not UTF-8 text ({error.reason}): convert it"
                     raise UserError(f"{path}: {why}") from None
                 skipped.append(shown)
             continue
-        parquet = path.endswith(".parquet")
-        for number, line in read_parquet(path, bad) if parquet else read_json(path, begin, end):
+        for number, line in read_records(path, kind, begin, end, bad):
             try:
                 record = line if isinstance(line, dict) else json.loads(line)
                 if bad is None:
@@ -289,11 +396,13 @@ def records(unit, skipped, bad=None):
                     url = mended(url) if isinstance(url, str) else ""
                     record = {"url": url, field: mended(record[field])}
                 yield record | {"path": shown}
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 found = line if isinstance(line, bytes) else json.dumps(line, default=str).encode()
                 found, number = found[:60].decode(errors="replace"), number + lines_to(path, begin)
                 if bad is None:
                     expected = f'expected {{"{field}": "..."}}, found {found!r}'
+                    if isinstance(error, RecursionError):
+                        expected = f"JSON nested too deeply to read: {found!r}"
                     raise UserError(f"{path}:{number}: {expected}") from None
                 bad.append(f"{shown}:{number}: {found}")
 
@@ -311,18 +420,27 @@ def lines_to(path, begin):
         return sum(block.count(b"\n") for block in blocks) + (begin > 0)
 
 
+def damaged(path, number, error):
+    """What to raise where a compressed file cannot be read beyond this line."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return UserError(f"{path}: damaged after line {number}: {error}")
+
+
 def read_parts(path, between, begin=0, end=math.inf):
-    """Yield the parts, bytes, of a file (gzipped by its name) that `between` cuts: those that begin
-    from `begin` to before `end`. None: all of it as one."""
+    """Yield the parts, bytes, of a file (decompressed by its name) that `between` cuts: those that
+    begin from `begin` to before `end`. None: all of it as one."""
     number = 0
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        with model.open_input(path) as file:
             if not between:
                 yield file.read()
                 return
             mark, held, inside = between.encode(), b"", begin == 0
-            end = math.inf if path.endswith(".gz") else end  # which is of the file as it is
-            at = file.seek(max(0, begin - len(mark)))  # where `held` begins
+            end = end if is_plain(path) else math.inf  # which is of the file as it is
+            at = 0  # where `held` begins, which matters in a part of a file alone
+            if end < math.inf:
+                at = file.seek(max(0, begin - len(mark))) if begin else file.tell()
             while block := file.read(max(1 << 20, len(held))):
                 *whole, held = (held + block).split(mark)
                 for part in whole:
@@ -337,20 +455,65 @@ def read_parts(path, between, begin=0, end=math.inf):
                     return
             if inside and at < end:
                 yield held
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged after line {number}: {error}") from None
+    except (*model.DAMAGE, OSError) as error:
+        raise damaged(path, number, error) from None
 
 
-def read_json(path, begin=0, end=math.inf):
+def read_records(path, kind, begin, end, bad):
+    """(number, line or value) of each record of a file; see `records`."""
+    try:
+        if kind == "parquet":
+            yield from read_parquet(path, bad)
+        elif kind in ("csv", "tsv"):
+            yield from read_table(path, "," if kind == "csv" else "\t")
+        else:
+            yield from read_json(path, kind, begin, end)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not {error.encoding} text ({error.reason}): convert it") from None
+
+
+def read_json(path, kind, begin=0, end=math.inf):
     """(number, line or value) of a JSONL file, or of a JSON file that is a list of records."""
-    if path.removesuffix(".gz").endswith(".json"):
-        with suppress(ValueError, RecursionError):  # JSONL by another name
-            found = json.loads(*read_parts(path, None))
-            yield from enumerate(found if isinstance(found, list) else [found], 1)
-            return
+    if kind == "json":
+        [data] = read_parts(path, None)
+        first, _, rest = data.strip().partition(b"\n")
+        if rest and is_json(first) and not is_json(data):
+            kind = "jsonl"  # by another name
+    if kind == "json":
+        found = model.parse_json(data, path) if data.strip() else []
+        yield from enumerate(found if isinstance(found, list) else [found], 1)
+        return
     for number, line in enumerate(read_parts(path, "\n", begin, end), 1):
         if line.strip():
             yield number, line
+
+
+def is_json(data):
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_table(path, delimiter):
+    """(line, record) of a CSV or TSV file (RFC 4180), whose first row names the fields. A row of
+    more or fewer cells is no record but the list of its cells."""
+    csv.field_size_limit(2**31 - 1)
+    number = 0
+    try:
+        with io.TextIOWrapper(model.open_input(path), encoding="utf-8", newline="") as file:
+            names = None
+            for cells in csv.reader(file, delimiter=delimiter, strict=True):
+                number += 1
+                if names is None:
+                    names = cells
+                elif cells:
+                    yield number, dict(zip(names, cells)) if len(cells) == len(names) else cells
+    except (*model.DAMAGE, OSError) as error:
+        raise damaged(path, number, error) from None
+    except csv.Error as error:
+        raise UserError(f"{path}: damaged after record {number}: {error}") from None
 
 
 def read_parquet(path, bad):
@@ -390,7 +553,7 @@ def reject_if(condition, reason):
         raise Reject(reason)
 
 
-HTML_NAME = re.compile(r"\.x?html?$", re.I)
+HTML_ENDINGS = (".html", ".htm", ".xhtml", ".xhtm")
 # A comment, a tag (its slash, name and attributes) or a declaration. One that does not end goes on
 # to the end of the page, as in browsers; so each matches where it begins, and time is linear.
 TAG = re.compile(
@@ -406,6 +569,7 @@ BLOCKS = set(
     "address article aside blockquote body center dd details div dl dt fieldset figcaption figure "
     "footer form h1 h2 h3 h4 h5 h6 header hr html main nav ol p pre section table ul".split()
 )
+LINE_END = re.compile(r"\r\n?")  # of Windows and of old Macs: \n to an HTML parser
 NESTING = SKIPPED | BLOCKS - {"p", "hr", "dd", "dt"} | {"li", "a"}  # what has an end tag to match
 NAVIGATION = re.compile(r"\brole\s*=\s*[\"']?navigation\b", re.I)
 # What a tag means for the line breaks before the text behind it.
@@ -441,7 +605,8 @@ def html_to_text(text):
             out.append("\n" * lines + lead.replace("\0 | ", "").replace("\0", "") + text)
             lines, lead = 0, ""
 
-    for tag, attributes, data in html_tags(re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text)):
+    text = re.sub("[\0-\x08\x0b\x0e-\x1f]", "", text.removeprefix("\ufeff"))
+    for tag, attributes, data in html_tags(LINE_END.sub("\n", text)):
         if tag == "header" and count["article"]:  # the title of an article, not of the site
             tag = "div"
         if tag in NESTING and not attributes.endswith("/"):
@@ -469,7 +634,7 @@ def html_to_text(text):
             elif not lead:  # else an item or a cell has only just begun
                 least = 1 if count["li"] else 2
                 lines = min(lines + 1, 2) if sign == "line" else max(lines, least)
-        data = unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data))
+        data = LINE_END.sub("\n", unescape(re.sub(r"&#0*[1-9]\d{7,};?", "\ufffd", data)))
         if not (count["a"] and data in "¶§#"):  # a heading's link to itself
             run.append(data)
             pre = count["pre"]
@@ -480,7 +645,8 @@ def html_to_text(text):
 def clean_html(text, doc):
     """HTML to text, where the document is HTML."""
     names = (doc.get("path") or "", (doc.get("url") or "").partition("?")[0])
-    is_html = any(map(HTML_NAME.search, names)) if html_documents is None else html_documents
+    is_html = any(model.file_ending(name) in HTML_ENDINGS for name in names)
+    is_html = is_html if html_documents is None else html_documents
     return html_to_text(text) if is_html else text
 
 
@@ -496,6 +662,38 @@ INVISIBLE = re.compile(
 def clean_unicode(text, doc):
     """NFC, \\n for every kind of line end, no invisible characters."""
     return unicodedata.normalize("NFC", INVISIBLE.sub("", NEWLINE.sub("\n", text)))
+
+
+# Kinds of special characters that are to be seen, or stand where something was to be seen.
+SYMBOLS = {
+    # With skin, hair and joined parts; flags; of a keycap the digit stays. Not ©, ®, ™ and arrows.
+    "emoji": r"(?:\p{Emoji_Presentation}|[\U0001f000-\U0001faff]|\p{Extended_Pictographic}\ufe0f)"
+    r"(?:[\ufe0f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]|\u200d\p{Extended_Pictographic})*"
+    r"|\p{Regional_Indicator}+|\ufe0f?\u20e3",
+    # The colours of terminals, and control characters that are neither blanks nor line ends.
+    "control": r"\x1b\[[0-?]*[ -/]*[@-~]|[^\P{Cc}\t\n\v\f\r\x85]",
+    # What has no meaning that all readers share, and what stands for characters that were lost.
+    "private": r"[\p{Co}\p{Cn}\ufffd]",
+    "box": r"[\u2500-\u259f]",  # lines, corners and blocks, of which tables and bars are drawn
+    "shapes": r"[\u25a0-\u25ff\u2800-\u28ff]",  # squares, circles; Braille, as in spinners
+    "dingbats": r"[\u2600-\u27bf]\ufe0f?",  # and symbols before them: stars, check marks, scissors
+}
+
+
+@lru_cache(None)
+def symbols_pattern(names):
+    """What the step `symbols` takes away, and each kind's name where it is none of SYMBOLS."""
+    names = SYMBOLS if names is True else [name.strip() for name in str(names).split(",")]
+    for name in names:
+        if name not in SYMBOLS:
+            expected = f"expected true, or some of {','.join(SYMBOLS)}"
+            raise UserError(f"clean_symbols={clean_symbols}: {expected}")
+    return regex.compile("|".join(f"(?:{SYMBOLS[name]})" for name in names))
+
+
+def drop_symbols(text, doc):
+    """No special characters of the kinds that clean_symbols names."""
+    return symbols_pattern(clean_symbols or True).sub("", text)
 
 
 def clean_whitespace(text, doc):
@@ -768,7 +966,12 @@ def check_perplexity(text, doc):
 @lru_cache(None)
 def read_blocklist(path):
     """The hosts and URL prefixes, the words, and what is neither, of a file. "# " is a comment."""
-    lines = Path(path).read_text(encoding="utf-8-sig").casefold().splitlines()
+    try:
+        lines = model.read_input(path).decode().casefold().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--blocklist={path}: not UTF-8 text ({error.reason}): convert it"
+        ) from None
     lines = {" ".join(line.split()) for line in lines if line.split()[:1] not in ([], ["#"])}
     urls = {line for line in lines if "." in line and " " not in line}
     words = {line for line in lines if re.fullmatch(r"\w+", line)}
@@ -830,7 +1033,8 @@ def clean_pii(text, doc):
     return PHONE.sub("<phone>", text)
 
 
-STEPS = (clean_html, clean_unicode, clean_whitespace, check_length, check_language, check_blocklist)
+STEPS = (clean_html, clean_unicode, drop_symbols, clean_whitespace)
+STEPS += (check_length, check_language, check_blocklist)
 STEPS += (check_gopher_repetition, check_gopher_quality, check_c4, check_fineweb)
 STEPS += (check_perplexity, clean_pii)
 STEPS = {step.__name__.partition("_")[2]: step for step in STEPS}  # by name, in FineWeb's order
@@ -963,12 +1167,17 @@ def joined(n, edges):
 # The steps that compare all documents: why each leaves one out.
 LAST = {"url": "the URL came before", "exact": "the text came before"}
 LAST["near"] = "a near-duplicate came before"
-MOST = 2**64 - 1  # the greatest hash
 ALL = 2**62
 
 
 def steps_of(names):
-    return [name for name in dict.fromkeys(steps.split(",")) if name in names]
+    """Those of the steps that are among these, in their order. With clean_symbols the step
+    `symbols` is one, behind those that tell what the characters are."""
+    asked = list(dict.fromkeys(steps.split(",")))
+    if clean_symbols and "symbols" not in asked:
+        after = [i + 1 for i, name in enumerate(asked) if name in ("html", "unicode")]
+        asked.insert(max(after, default=0), "symbols")
+    return [name for name in asked if name in names]
 
 
 def row_kind():
@@ -1094,11 +1303,43 @@ def described(group, tallies):
     return [text for text, ok in zip(texts, stay) if ok], rows[stay]
 
 
+def sync(file):
+    """Wait until what was written to the file is on the disk: before another file says so."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder):
+    """Wait until the names of files in the folder are on the disk, where the system can do that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+
+
+def save_array(path, array):
+    """np.save, which says why where the disk is full."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with model.whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def is_clean(place):
+    """Are a unit's files there, and as large as <unit>.json says?"""
+    try:
+        sizes = json.loads(Path(f"{place}.json").read_bytes())["sizes"]
+        return sizes == [os.path.getsize(f"{place}{ending}") for ending in (".txt", ".rows")]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def clean(work, unit):
     """Read a unit, run the local steps over its documents and keep what they leave; <unit>.json,
     which comes last, says that the other files are whole. Returns the bytes read."""
     place, at = f"{work / unit['name']}", 0
-    if not os.path.exists(f"{place}.json"):
+    if not is_clean(place):
+        Path(f"{place}.json").unlink(missing_ok=True)
         tallies, skipped, special = defaultdict(Tally), [], 0
         tallies["read"].add()
         with open(f"{place}.txt", "wb") as all_texts, open(f"{place}.rows", "wb") as rows_file:
@@ -1109,7 +1350,10 @@ def clean(work, unit):
                 at += all_texts.write("".join(texts).encode())
                 rows_file.write(rows.tobytes())
                 special += sum(any(name in text for name in special_tokens) for text in texts)
-        result = {"skipped": skipped, "special": special}
+            sync(all_texts)
+            sync(rows_file)
+        sizes = [os.path.getsize(f"{place}{ending}") for ending in (".txt", ".rows")]
+        result = {"skipped": skipped, "special": special, "sizes": sizes}
         result["tallies"] = {name: vars(tally) for name, tally in tallies.items()}
         model.write_json(f"{place}.json", result)
     return model.read_json(f"{place}.json")["tallies"]["read"]["given"][1]
@@ -1157,7 +1401,7 @@ def deduplicate(here, names, pool):
     left = np.ones(len(rows), bool)
     for step in [*steps_of(["url", "exact"]), *steps_of(["near"])]:
         if step == "near":
-            np.save(here / "left.npy", left)
+            save_array(here / "left.npy", left)
             bands = range(band_shape(near_threshold)[0])
             pairs = np.concatenate([*pool(partial(find_near, here), bands)])
             begun, label = time.perf_counter(), joined(len(left), pairs)
@@ -1193,7 +1437,7 @@ def divide(here, units, starts, left):
             total = int(lengths.sum())
             training = total - round(total * val_fraction)  # characters
             cuts[numbers] = np.clip(training - (np.cumsum(lengths) - lengths), 0, lengths)
-    np.save(here / "cuts.npy", cuts)
+    save_array(here / "cuts.npy", cuts)
     return cuts
 
 
@@ -1602,12 +1846,22 @@ def finished(folder):
     return tok, "<u4" if tok.n_vocab > 65536 else "<u2"
 
 
+def is_encoded(here, i, kind):
+    """Are the tokens of unit i there, and as many as <i>.npy says?"""
+    try:
+        tokens = int(np.load(here / f"{i}.npy")["tokens"].sum())
+        return tokens * np.dtype(kind).itemsize == os.path.getsize(here / f"{i}.tokens")
+    except (OSError, ValueError, IndexError):
+        return False
+
+
 def encode(here, job):
     """Encode what stays of unit i, in a job (i, its first document, their end): <i>.tokens has the
     tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
     tok, kind = finished(here)
-    if not (here / f"{i}.npy").exists():
+    if not is_encoded(here, i, kind):
+        (here / f"{i}.npy").unlink(missing_ok=True)
         rows = []
         parts = (
             (split, hashed, j == 0, part)
@@ -1625,27 +1879,31 @@ def encode(here, job):
                     file.write(ids.astype(kind))
                     rows[-1][2] += len(ids)
                     rows[-1][3] += len(text.encode())
-        with model.whole_file(here / f"{i}.npy") as file:
-            np.save(file, np.array([*map(tuple, rows)], TOKENS))
+            sync(file)
+        save_array(here / f"{i}.npy", np.array([*map(tuple, rows)], TOKENS))
     return int(np.load(here / f"{i}.npy")["bytes"].sum())
 
 
-def within(rows, split, limit=MOST):
-    """Which of the encoded documents are in this split, with a hash up to `limit`: (n,) bool."""
-    return (rows["split"] == SPLITS.index(split)) & (rows["hash"] <= limit)
+def within(rows, split):
+    """Which of the encoded documents are in this split: (n,) bool."""
+    return rows["split"] == SPLITS.index(split)
 
 
-def layout(units, documents):
-    """What the shards hold: ({split: [(unit, its split, hash limit)]}, {source: {split: numbers}}),
-    where `documents` are the TOKENS of each unit. A mix takes each source as often
-    as its share wants: whole first, then the documents with the lowest hashes. Its val keeps the
-    shares, without repeats; val.<source> is all of a source's."""
+def layout(here, units, documents):
+    """What the shards hold, where `documents` are the TOKENS of each unit: ({split: [(unit, which
+    of its documents, cuts as of `part_of`)]}, {source: {split: numbers}}). A mix takes each source
+    as often as its share wants: whole first, then a part of it. Its val keeps the shares, without
+    repeats; val.<source> is all of a source's."""
     plans, told = {}, {name: {} for name in mixture()}
     mine = {name: [i for i, unit in enumerate(units) if unit["source"] == name] for name in told}
     for split in SPLITS:
-        rows = {name: np.concatenate([documents[i] for i in some]) for name, some in mine.items()}
-        rows = {name: some[within(some, split)] for name, some in rows.items()}
-        tokens = {name: int(rows[name]["tokens"].sum()) for name in told if len(rows[name])}
+        plans[split] = []
+        whole = {
+            name: [(i, within(documents[i], split), {}) for i in some]
+            for name, some in mine.items()
+        }
+        tokens = {name: numbers_of(documents, parts)["tokens"] for name, parts in whole.items()}
+        tokens = {name: n for name, n in tokens.items() if n}
         if split == "train" and (missing := [name for name in told if name not in tokens]):
             raise UserError(f"sources: no text for training in {', '.join(missing)}")
         weights = {name: weight for name, (weight, _) in mixture().items() if name in tokens}
@@ -1653,19 +1911,91 @@ def layout(units, documents):
         total = mix_tokens or sum(tokens.values())
         if split == "val":
             total = min((tokens[name] / share for name, share in shares.items()), default=0)
-        plans[split] = []
         for name, share in shares.items():
-            copies, rest = divmod(round(total * share), tokens[name])
-            plans[split] += [(i, split, MOST) for i in mine[name]] * copies
-            order = rows[name][np.argsort(rows[name]["hash"], kind="stable")]
-            sums = np.append(0, np.cumsum(order["tokens"]))
-            n = int(np.abs(sums - rest).argmin())  # so many documents are nearest to the rest
-            plans[split] += [(i, split, order["hash"][n - 1]) for i in mine[name] if n]
-            numbers = {"tokens": tokens[name], "epochs": copies + int(sums[n]) / tokens[name]}
-            told[name][split] = {"share": share} | numbers
+            wanted = round(total * share)
+            parts = whole[name] * (wanted // tokens[name])
+            parts = parts + part_of(here, documents, whole[name], wanted % tokens[name], wanted)
+            plans[split] += parts
+            written = numbers_of(documents, parts)["tokens"]
+            numbers = {"tokens": tokens[name], "written": written}
+            told[name][split] = {"asked": share, **numbers, "epochs": written / tokens[name]}
+        written = sum(told[name][split]["written"] for name in shares)
+        for name in shares:
+            numbers = told[name][split]
+            told[name][split] = {"share": numbers["written"] / max(1, written), **numbers}
             if split == "val" and sources:
-                plans[f"val.{name}"] = [(i, "val", MOST) for i in mine[name]]
+                plans[f"val.{name}"] = whole[name]
     return plans, told
+
+
+def numbers_of(documents, parts):
+    """How many documents, bytes and tokens the parts of a plan hold."""
+    numbers = np.zeros(3, np.int64)
+    for i, chosen, cuts in parts:
+        rows = documents[i][chosen]
+        numbers += len(rows), rows["bytes"].sum(), rows["tokens"].sum()
+        for begin, end, size in cuts.values():
+            numbers -= 0, size, end - begin
+    return dict(zip(("documents", "bytes", "tokens"), numbers.tolist()))
+
+
+MISS = 0.02  # of what is wanted of a source: documents are cut where whole ones miss by more
+
+
+def part_of(here, documents, whole, rest, wanted):
+    """About `rest` tokens of a source, of which `wanted` are wanted in all: the documents with the
+    lowest hashes, as parts of a plan. Where whole ones miss, as few long ones do, the last is cut:
+    {its number in the unit: (first token left out, first one after them, bytes left out)}."""
+    if not rest:
+        return []
+    unit = np.concatenate([np.full(chosen.sum(), i) for i, chosen, _ in whole])
+    number = np.concatenate([np.flatnonzero(chosen) for _, chosen, _ in whole])
+    rows = np.concatenate([documents[i][chosen] for i, chosen, _ in whole])
+    order = np.lexsort((number, unit, rows["hash"]))
+    sums = np.append(0, np.cumsum(rows["tokens"][order]))
+    n, cut = int(np.abs(sums - rest).argmin()), None  # so many are nearest to the rest
+    if abs(int(sums[n]) - rest) > MISS * wanted:
+        n = int(np.searchsorted(sums, rest, "right"))
+        last = order[n - 1]
+        begin = int(documents[unit[last]]["tokens"][: number[last]].sum())
+        cut = cut_of(here, int(unit[last]), begin, rows[last], rest - int(sums[n - 1]))
+    parts = []
+    for i in np.unique(unit[order[:n]]).tolist():
+        numbers = number[order[:n]][unit[order[:n]] == i]
+        chosen = np.zeros(len(documents[i]), bool)
+        chosen[numbers] = True
+        cuts = {int(number[last]): cut} if cut and unit[last] == i else {}
+        parts.append((i, chosen, cuts))
+    return parts
+
+
+# The end of a line or of a sentence, and of a word, in UTF-8.
+ENDS = re.compile("\\n+|[.!?][\"')\\]]*(?=\\s)|。|！|？".encode())
+BLANK = re.compile(rb"\S(?=\s)")
+
+
+REACH = 50_000  # tokens before and after the place wanted that are looked through
+
+
+def cut_of(here, i, begin, row, wanted):
+    """Where to cut the document at token `begin` of unit i, which has the TOKENS `row`, so that
+    about `wanted` tokens are left: at the nearest end of a line or a sentence, else of a word; a
+    cut as in `part_of`."""
+    tok, kind = finished(here)
+    ids = table(here / f"{i}.tokens", kind)[begin : begin + int(row["tokens"])]
+    sizes = np.array([len(tok.token_bytes(id)) for id in range(tok.n_vocab)])[ids]
+    # What stands behind the text, as an end token does, stays.
+    body = len(ids) - 1 if len(ids) > 1 and not sizes[-1] else len(ids)
+    keep = min(max(wanted, 1), body)
+    first, last = max(0, keep - REACH), min(keep + REACH, body)
+    text = b"".join(tok.token_bytes(int(id)) for id in ids[first:last])
+    ends = np.cumsum(sizes[first:last])
+    for pattern in (BLANK, ENDS):
+        bytes_before = [match.end() for match in pattern.finditer(text)]
+        places = first + 1 + np.flatnonzero(np.isin(ends, bytes_before))
+        keep = int(min(places, key=lambda place: abs(place - wanted), default=keep))
+    left_out = sizes[keep:].sum() / max(1, sizes.sum())
+    return keep, body, round(int(row["bytes"]) * float(left_out))
 
 
 def write_shards(here, plans, documents):
@@ -1673,21 +2003,20 @@ def write_shards(here, plans, documents):
     kind, meta = finished(here)[1], {}
     head = (20240801, 7) if kind == "<u4" else (20240520, 1)
 
-    def tokens_of(i, split, limit):
+    def tokens_of(i, chosen, cuts):
         tokens, at = table(here / f"{i}.tokens", kind), 0
         for first in range(0, len(documents[i]), 1000):
             rows = documents[i][first : first + 1000]
-            taken = np.repeat(within(rows, split, limit), rows["tokens"])
+            taken = np.repeat(chosen[first : first + 1000], rows["tokens"])
+            for number, (begin, end, _) in cuts.items():
+                if first <= number < first + len(rows):
+                    start = int(rows["tokens"][: number - first].sum())
+                    taken[start + begin : start + end] = False
             yield tokens[at : at + len(taken)][taken]
             at += len(taken)
 
     for split, parts in plans.items():
-        numbers = []
-        for i, which, limit in parts:
-            rows = documents[i][within(documents[i], which, limit)]
-            numbers.append((len(rows), rows["bytes"].sum(), rows["tokens"].sum()))
-        numbers = np.array(numbers, np.int64).reshape(-1, 3).sum(0).tolist()
-        meta[split] = dict(zip(("documents", "bytes", "tokens"), numbers)) | {"shards": []}
+        meta[split] = numbers_of(documents, parts) | {"shards": []}
         found = chain.from_iterable(tokens_of(*part) for part in parts)
         rest = np.empty(0, kind)
         for begin in range(0, meta[split]["tokens"], shard_tokens):
@@ -1702,6 +2031,71 @@ def write_shards(here, plans, documents):
     return meta
 
 
+CLEANED = ("jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst")
+CLEANED_SIZE = 64_000_000  # characters of a file of them, about
+
+
+@contextmanager
+def compressed(file, name):
+    """A binary file to write into, whose bytes are compressed into `file` as the name says."""
+    ending = os.path.splitext(name)[1]
+    if ending == ".zst":
+        import pyarrow  # check_settings has seen that it is there
+
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as packing:
+            yield packing
+        file.write(sink.getvalue())
+    elif ending == ".gz":  # without a time, so that the same text gives the same bytes
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packing:
+            yield packing
+    elif ending in (".bz2", ".xz"):
+        with (bz2 if ending == ".bz2" else lzma).open(file, "wb") as packing:
+            yield packing
+    else:
+        yield file
+
+
+def write_cleaned(here, job):
+    """Write the documents of unit i that stay as they are before the tokenizer, in a job (i, its
+    first document, their end, the name of its source in a mix or None): records with the text in
+    `field`, in files of about CLEANED_SIZE characters. Returns bytes."""
+    i, begin, end, name = job
+    for path in cleaned_paths(here, i):
+        path.unlink()
+    size = 0
+    for split in SPLITS:
+        texts = ((text,) for which, _, text in chosen(here, begin, end) if which == split)
+        for number, group in enumerate(in_rounds(texts, CLEANED_SIZE)):
+            path = here / f"cleaned_{split}_{i:06d}_{number:03d}.{save_cleaned}"
+            with model.whole_file(path) as file, compressed(file, path.name) as packing:
+                for (text,) in group:
+                    row = {field: text} | ({"source": name} if name else {})
+                    size += len(text.encode())
+                    packing.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    return size
+
+
+def cleaned_paths(here, i):
+    return sorted(here.glob(f"cleaned_*_{i:06d}_*.{save_cleaned}"))
+
+
+def old_files(folder):
+    """What an earlier run left in the folder, without meta.json and the tokenizer."""
+    patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md", *map(task_file, TASKS)]
+    patterns += [task_file(name, "val") for name in TASKS]
+    patterns += [f"cleaned_{split}_*.{ending}" for split in SPLITS for ending in CLEANED]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def refuse_folders(folder):
+    """A folder in the place of a file of the data set cannot be replaced: say so at once."""
+    names = ("meta.json", "tokenizer.json", "tokenizer_config.json")
+    for path in [*(folder / name for name in names), *old_files(folder)]:
+        if path.is_dir():
+            raise UserError(f"{path}: a folder where a file is to be: move it; nothing was changed")
+
+
 def commit(folder, here, tok, meta, more=()):
     """Make the finished files in `here` the dataset. meta.json goes first and comes last: a folder
     without it is no dataset, so that a process killed in between leaves nothing that loads."""
@@ -1711,14 +2105,22 @@ def commit(folder, here, tok, meta, more=()):
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
         model.write_json(here / name, value)
-    (folder / "meta.json").unlink(missing_ok=True)
-    old = [f"{name}_{split}.jsonl" for name in TASKS for split in SPLITS]
-    for pattern in ("train_*.bin", "val_*.bin", "val.*.bin", "report.md", *old):
-        for path in folder.glob(pattern):
-            path.unlink()
+    old = old_files(folder)
     shard_names = chain.from_iterable(numbers["shards"] for numbers in splits.values())
-    for name in [*shard_names, *more, *texts]:
-        os.replace(here / name, folder / name)
+    new = [*shard_names, *more, *texts]
+    try:
+        (folder / "meta.json").unlink(missing_ok=True)
+        sync_folder(folder)
+        for path in old:
+            path.unlink()
+        for name in new[:-1]:
+            os.replace(here / name, folder / name)
+        sync_folder(folder)
+        os.replace(here / new[-1], folder / new[-1])
+        sync_folder(folder)
+    except OSError as error:
+        why = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"{why}; {folder} is not whole: run the same command again") from None
     for split, numbers in splits.items():
         told = ", ".join(f"{n:,} {key}" for key, n in numbers.items() if key != "shards")
         print(f"{split}: {told}")
@@ -1848,6 +2250,22 @@ def as_seq2seq(r):
     raise Reject("no source and target, nor another known pair of fields")
 
 
+def task_file(name, split="train"):
+    return f"{name}_{split}.jsonl"
+
+
+def replace_rows(here, folder, name):
+    """Make the rows of a task in `here` those of the folder. Without its training rows a task
+    cannot be trained on: they go first and come last, so that no killed run leaves two halves."""
+    train, val = task_file(name), task_file(name, "val")
+    (folder / train).unlink(missing_ok=True)
+    sync_folder(folder)
+    os.replace(here / val, folder / val)
+    sync_folder(folder)
+    os.replace(here / train, folder / train)
+    sync_folder(folder)
+
+
 TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
 
 
@@ -1894,10 +2312,10 @@ def build_tasks(here, pool, units, wanted):
         last = set(list(rows)[len(rows) - round(len(rows) * val_fraction) :])
         if len(rows) >= 20:
             last = {row for row, hashed in rows.items() if hashed < val_fraction * 2**64}
-        for split in SPLITS:
+        for split in reversed(SPLITS):  # the training rows come last: see replace_rows
             some = [row for row in rows if (row in last) == (split == "val")]
-            made[f"{name}_{split}.jsonl"] = len(some)
-            with model.whole_file(here / f"{name}_{split}.jsonl") as file:
+            made[task_file(name, split)] = len(some)
+            with model.whole_file(here / task_file(name, split)) as file:
                 file.write("".join(row + "\n" for row in some).encode(errors="replace"))
     return made
 
@@ -1952,6 +2370,8 @@ def use_fineweb(run, folder, here):
                 os.link(KEPT / "fineweb10B" / name, here / name)  # the same bytes on the disk
             except OSError:  # another file system, or one without links
                 shutil.copyfile(KEPT / "fineweb10B" / name, here / name)
+            with open(here / name, "rb") as file:
+                sync(file)
         tokens = {split: sum(map(read_fineweb, some)) for split, some in names.items()}
         meta = {split: {"tokens": tokens[split], "shards": names[split]} for split in names}
         commit(folder, here, tok, meta)
@@ -2013,18 +2433,29 @@ def build(run, folder, work, pool):
         model.write_json(here / "tokenizer.json", tok.spec)
     wait(run)
     each(partial(encode, here), jobs, run, pool, "encoding")
+    if save_cleaned:
+        labels = [unit["source"] if sources else None for unit in units]
+        labelled = [(*job, label) for job, label in zip(jobs, labels)]
+        each(partial(write_cleaned, here), labelled, run, pool, "writing the cleaned documents")
     if run.main:
         documents = [np.load(here / f"{i}.npy") for i in range(len(names))]
-        plans, mix = layout(units, documents)
+        plans, mix = layout(here, units, documents)
         meta = write_shards(here, plans, documents)
         for name in sources or ():
             part = mix[name]["train"]
-            print(f"{name}: {part['share']:.1%} of the mix was asked, {part['epochs']:.2f} epochs")
+            shares = f"{part['share']:.1%} of the mix, {part['asked']:.1%} was asked"
+            print(f"{name}: {shares}; {part['written']:,} tokens, {part['epochs']:.2f} epochs")
         meta |= {"sources": mix} if sources else {}
         hashes = hashlib.sha256(all_rows(here)["hash"].tobytes()).hexdigest()
         meta |= {"source_sha256": hashes, "skipped": skipped}
+        more = []
+        if save_cleaned:
+            paths = chain.from_iterable(cleaned_paths(here, i) for i in range(len(names)))
+            more += sorted(path.name for path in paths)
+            print(f"cleaned: {len(more)} files, such as {more[0]}")
+            meta["cleaned"] = list(more)
         of_python = (source, sources) == ("python", None)
-        more = list(build_tasks(here, pool, units, TASKS)) if of_python else []
+        more += build_tasks(here, pool, units, TASKS) if of_python else []
         if report:
             write_report(here, tallies, clusters, meta)
             more.append("report.md")
@@ -2045,6 +2476,15 @@ def write_report(here, tallies, clusters, meta):
         for reason, (n, examples) in sorted(tally.reasons.items(), key=lambda item: -item[1][0]):
             lines += [f"**{name}: {reason}**: {n:,} documents", ""]
             lines += [f"- {quoted(example)}" for example in examples] + [""]
+    varied = diversity(here)
+    lines += ["## Diversity", ""]
+    stay = int((np.load(here / "cuts.npy") >= 0).sum())
+    whole = "all" if varied["documents"] == stay else f"of {stay:,}, a sample by hash"
+    lines += [f"Of {varied['documents']:,} documents, {varied['bytes']:,} bytes ({whole}).", ""]
+    for n, share in varied["distinct"].items():
+        what = "words" if n == 1 else f"{n} words in a row"
+        lines.append(f"- distinct-{n}: {share:.3f} of all {what} are different")
+    lines += [f"- gzip makes {varied['compression']:.2f} bytes one", ""]
     lines += ["## Lengths of the documents that are left, in bytes", "", "```"]
     rows = all_rows(here)
     sizes = rows["size"][np.load(here / "cuts.npy") >= 0]
@@ -2065,14 +2505,56 @@ def write_report(here, tallies, clusters, meta):
         lines.append(row(split, docs, size, tokens, f"{size / max(tokens - docs, 1):.2f}"))
     for name, splits in meta.get("sources", {}).items():
         for split, m in splits.items():
-            told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"
-            lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs"]
+            told = (
+                f"{m['share']:.1%} of the mix, {m['asked']:.1%} was asked; {m['written']:,} tokens"
+            )
+            lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs of {m['tokens']:,}"]
     with model.whole_file(here / "report.md") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+        file.write(("\n".join(lines) + "\n").encode(errors="replace"))
+
+
+DIVERSITY_BYTES = 20_000_000  # of text that the figures of diversity are of, a sample by hash
+
+
+def diversity(here):
+    """How varied the documents that are left are: {"documents", "bytes": of the sample, "distinct":
+    {n: share of all n words in a row that differ, for n of 1, 2, 3} (distinct-n, Li et al. 2016,
+    without regard to case), "compression": how many bytes gzip makes one of (Shaib et al. 2024)}.
+    More text has fewer new words in it, so compare samples of one size."""
+    rows = all_rows(here)
+    numbers = np.flatnonzero(np.load(here / "cuts.npy") >= 0)
+    order = numbers[np.argsort(rows["hash"][numbers], kind="stable")]
+    within_sample = np.cumsum(rows["size"][order]) <= DIVERSITY_BYTES
+    sample = np.sort(order[: max(1, int(within_sample.sum()))])
+    packer, packed, size = zlib.compressobj(9, zlib.DEFLATED, 31), 0, 0  # 31: gzip's format
+    grams = {n: [] for n in (1, 2, 3)}
+    texts = texts_of(here.parent, rows[sample])
+    for group in in_rounds(((text,) for text in texts), BATCH):
+        group = [text for (text,) in group]
+        hashes, owners = word_hashes(group)
+        for n, found in grams.items():
+            found.append(shingles(hashes, owners, n)[0])
+        data = "".join(text + "\n" for text in group).encode()
+        size += len(data)
+        packed += len(packer.compress(data))
+    packed += len(packer.flush())
+    distinct = {}
+    for n, found in grams.items():
+        values = np.concatenate(found) if found else np.empty(0)
+        distinct[n] = len(np.unique(values)) / max(1, len(values))
+    return {
+        "documents": len(sample),
+        "bytes": size - len(sample),
+        "distinct": distinct,
+        "compression": size / packed,
+    }
 
 
 def check_settings():
     """Refuse settings with which nothing can be made."""
+    data, place = (os.path.realpath(Path("data", name)) for name in ("", dataset.strip("\0")))
+    if "\0" in dataset or Path(place) in (Path(data), *Path(data).parents):
+        raise UserError(f"dataset={dataset!r}: expected a name: the result is data/<dataset>")
     limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
     limits |= {"tokenizer_bytes": 1}
     smallest = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}
@@ -2081,13 +2563,29 @@ def check_settings():
     names = {t for t in special_tokens if isinstance(t, str) and t}
     if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
+    # A shard's header counts in 32 bits; so many processes no machine has.
+    most = {"shard_tokens": 2**31 - 1, "threads": 10_000}
     for name, least in limits.items():
-        if (value := globals()[name]) is not None and value < least:
+        value = globals()[name]
+        if value is not None and value < least:
             raise UserError(f"{name}={value}: expected {least} or more")
+        if value is not None and value > most.get(name, 2**62):
+            raise UserError(f"{name}={value}: expected {most.get(name, 2**62)} or less")
+    numbers = [value for value in perplexity_band if type(value) in (int, float)]
+    if len(numbers) != 2 or len(perplexity_band) != 2:
+        raise UserError(f"perplexity_band={perplexity_band}: expected two numbers")
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: expected 0 or more and less than 1")
     if not 0 < near_threshold <= 1:
         raise UserError(f"near_threshold={near_threshold}: expected above 0 and up to 1")
+    if input_format not in (None, "text", *FORMATS.values()):
+        formats = ", ".join(dict.fromkeys(["text", *FORMATS.values()]))
+        raise UserError(f"input_format={input_format}: expected one of {formats}")
+    symbols_pattern(clean_symbols or True)
+    if save_cleaned and save_cleaned not in CLEANED:
+        raise UserError(f"save_cleaned={save_cleaned}: expected one of {', '.join(CLEANED)}")
+    if save_cleaned.endswith(".zst"):
+        model.require_zst(f"save_cleaned={save_cleaned}")
     for name in steps.split(","):
         if name and name not in [*STEPS, *LAST]:
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")
@@ -2105,9 +2603,69 @@ def make(run, folder, work, pool):
     if not task:
         return build(run, folder, work, pool)
     units = plan(run)
-    for name, n in build_tasks(work, pool, units, [task]).items() if run.main else ():
-        os.replace(work / name, folder / name)
-        print(f"{name}: {n:,} records")
+    if run.main:
+        made = build_tasks(work, pool, units, [task])
+        replace_rows(work, folder, task)
+        for name in reversed(made):
+            print(f"{name}: {made[name]:,} records")
+
+
+STOPPED = "stopped: the same command goes on from here"
+
+
+def start_pool(workers):
+    """That many processes to work in, or none of them where one is enough."""
+    if workers == 1:
+        return nullcontext()
+    try:
+        return ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
+    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, no /dev/shm
+        why = str(error).partition(",")[0]
+        raise UserError(f"no processes to work in ({why}): --threads=1 needs none") from None
+
+
+def take_alone(work, fresh):
+    """Make the working folder, and lock it as long as the file lives that is returned: to the end
+    of the process, however it ends. `fresh` as in `remove_empty`."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = open(work / "lock", "wb")
+    except OSError as error:
+        remove_empty(fresh)
+        why = f"{error.filename or work}: {error.strerror or error}"
+        raise UserError(f"{why}; nothing was changed") from None
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        why = "another prepare.py is at work there: wait for it, or choose another --dataset"
+        raise UserError(f"{work.parent}: {why}") from None
+    except (ImportError, OSError) as error:
+        print(f"{work}: no lock here ({error}): see that no second prepare.py works there")
+    # What a run left that was killed while it removed its working folder.
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+    return file
+
+
+def gone_name(work):
+    return work.with_name("work.gone")
+
+
+def remove(work):
+    """Remove the working folder. Its files vouch for each other, so it loses its name first: when
+    this is killed in between, the next run takes none of them for whole."""
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+    with suppress(OSError):
+        os.replace(work, gone_name(work))
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+
+
+def remove_empty(fresh):
+    """Remove those of the folders, which were not there before this run, that are empty."""
+    for folder in fresh:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def main():
@@ -2116,31 +2674,42 @@ def main():
     if inspect is not None:
         return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
     run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
+    fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    if run.main:
+        if os.path.isdir(folder):
+            refuse_folders(folder)
+        run.lock = take_alone(work, fresh)  # until this function ends
+    wait(run)
     workers, over = threads or os.cpu_count() or 1, False  # is there nothing to go on from?
-    pool = ProcessPoolExecutor(workers, initializer=adopt, initargs=(settings(globals()),))
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with pool:
-            make(run, folder, work, pool.map if workers > 1 else map)
+        with start_pool(workers) as pool:
+            make(run, folder, work, pool.map if pool else map)
         over = True
     except Nothing:
         over = True
+        raise
+    except UserError as error:
+        over = over or "cannot be written" in str(error)  # a full disk, as model.whole_file says it
+        raise
+    except BrokenPipeError:  # see below
         raise
     except OSError as error:  # a full disk, a file that may not be read
         over = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         why = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
     except BrokenProcessPool:
+        try:
+            time.sleep(0.5)  # Ctrl-C reaches the workers, too, and may have ended them first
+        except KeyboardInterrupt:
+            raise UserError(STOPPED) from None
         why = "a process was killed, for want of memory perhaps: --threads=1 takes less"
         raise UserError(f"{why}; the same command goes on from here") from None
     except KeyboardInterrupt:
-        raise UserError("stopped: the same command goes on from here") from None
+        raise UserError(STOPPED) from None
     finally:
         if run.main and (over or not any(work.glob("*.json"))):
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # what this run made for itself, and nothing else
-                folder.rmdir()
-                folder.parent.rmdir()
+            remove(work)
+            remove_empty(fresh)
     if run.main:
         took = model.duration(time.monotonic() - begun)
         then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
@@ -2148,8 +2717,15 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         main()
-    except BrokenPipeError:  # whoever read the tokens has seen enough
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"the output cannot be written: {error.strerror or error}") from None

@@ -37,7 +37,6 @@ if __name__ == "__main__":
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -51,8 +50,8 @@ def read_prompts():
     if not name:
         return [prompt]
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        if not name.endswith(".jsonl"):
+        text = sys.stdin.read() if name == "-" else core.read_input(name).decode()
+        if core.file_ending(name) not in core.JSONL:
             return [text.removesuffix("\n") if name == "-" else text]
         return [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

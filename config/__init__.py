@@ -11,6 +11,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,17 @@ def script_keys(path):
     return keys
 
 
+# Keys whose flags may hold \n for a line end, which shells do not type. Prompts are not among
+# them: a prompt is text, code perhaps, and stays as it was typed.
+WITH_ESCAPES = ("separator", "template")
+ESCAPE = re.compile(r"\\(?:[nrtfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
+
+
+def unescape(text):
+    """The text with what Python means by \\n, \\t, \\\\ and their like; other backslashes stay."""
+    return ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
+
+
 def read_flag(arg, argv, keys):
     """{key: value} of the flag `arg`: a Python literal, or text where it is none or a string is
     expected. Without `=` the next of `argv` is the value, or a boolean is true."""
@@ -71,7 +83,7 @@ def read_flag(arg, argv, keys):
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
     literal = {"None": "none", "True": "bool", "False": "bool"}.get(word)
     if "str" in types and literal not in types:
-        return {key: text}
+        return {key: unescape(text) if key in WITH_ESCAPES else text}
     with suppress(ValueError, SyntaxError, TypeError):
         return {key: ast.literal_eval(word)}
     return {key: text}

@@ -347,3 +347,18 @@ def test_a_json_recipe_is_no_word_of_a_list(script, tmp_path):
     (tmp_path / "r.json").write_text('{"steps": 7, "warmth": null}')
     _, keys, _ = script("--runs", "a", "r.json")
     assert changed(keys) == {"runs": "a", "steps": 7, "warmth": None}
+
+
+def test_marks_and_templates_may_have_line_ends_as_a_shell_types_them():
+    text = (None, ["str", "none"], "")
+    keys = {"separator": text, "template": text, "prompt": text}
+    for typed, meant in [
+        (r"\n\n", "\n\n"),
+        (r"Q: {q}\nA: {a}", "Q: {q}\nA: {a}"),
+        (r"\t\x41\u00e9é", "\tAéé"),
+        (r"C:\\new \d \ ", "C:\\new \\d \\ "),
+        ("\n", "\n"),
+    ]:
+        assert config.read_flag(f"--separator={typed}", [], keys) == {"separator": meant}
+        assert config.read_flag("--template", [typed], keys) == {"template": meant}
+        assert config.read_flag(f"--prompt={typed}", [], keys) == {"prompt": typed}

@@ -1,6 +1,7 @@
 """eval.py as a user runs it; its figures against lm-evaluation-harness where that is installed, and
 against what it said (fixtures/lm_eval.json) where it is not."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -410,3 +411,19 @@ def test_refusals_are_one_line(small):
 if __name__ == "__main__":  # the child of `reference`; copy its file to FIXTURE to renew that
     found = json.dumps(harness(Path(sys.argv[1])), indent=1, default=float)
     (Path(sys.argv[1]) / "lm_eval.json").write_text(found + "\n")
+
+
+def test_rows_and_texts_by_their_names_in_any_case(tmp_path):
+    rows = [{"text": "é 1"}, {"text": "two"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for name in ("a.JSONL", "b.ndjson.gz", "c.jsonlines", "d.Json"):
+        data = json.dumps(rows).encode() if name == "d.Json" else b"\xef\xbb\xbf" + lines
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        assert evaluation.read_rows(tmp_path / name) == rows
+        if name != "d.Json":
+            assert evaluation.read_text(tmp_path / name) == ["é 1", "two"]
+    (tmp_path / "e.txt").write_text("é\n", encoding="utf-16")
+    assert evaluation.read_text(tmp_path / "e.txt") == ["é\n"]
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(lines)[:-9])
+    with pytest.raises(model.UserError, match="f.txt.gz: cannot be read: "):
+        evaluation.read_text(tmp_path / "f.txt.gz")

@@ -3,10 +3,12 @@
 
 import random
 import time
+import unicodedata
 from collections import Counter
 
 import pytest
 
+import model
 import prepare as f
 
 
@@ -57,6 +59,7 @@ def crossed(step, inside, outside, expected):
         ("<pre><span>  </span>a <b>b</b></pre>", "  a b"),
         ("<h1>Head<a href=#h>¶</a></h1>t", "Head\n\nt"),
         ("<pre>│\xa0 x</pre>", "│\xa0 x"),
+        ("\ufeff<pre>\r\na\r\n  b\rc&#13;&#10;d&#xD;e\x85f</pre>", "a\n  b\nc\nd\ne\x85f"),
         ("<div>a<div role='navigation'><div>b</div>c</div>d</div>", "a\n\nd"),
         ("<head><title>T</title><style>p{}</style><p>x", "x"),
         ("<script>if (a<b) '<p>no</p>'</script>x<noscript>n</noscript>", "x"),
@@ -144,6 +147,38 @@ def test_unicode(text, expected):
     cleaned = f.clean_unicode(text, {})
     assert cleaned == expected == f.clean_unicode(cleaned, {})
     cleaned.encode()
+
+
+def test_symbols(monkeypatch):
+    """Character by character, by Unicode's tables as Python has them."""
+    clean = lambda text: f.drop_symbols(text, {})
+    monkeypatch.setattr(f, "clean_symbols", "control,private,box,shapes,dingbats")
+    blocks = [(0x2500, 0x25FF), (0x2600, 0x27BF), (0x2800, 0x28FF), (0xFFFD, 0xFFFD)]
+    for code in [*range(0x3000), *range(0xD7FC, 0x10000, 7), *range(0x1F000, 0x1FB00), 0x10FFFF]:
+        char = chr(code)
+        if "\ud800" <= char <= "\udfff":
+            continue
+        control = unicodedata.category(char) == "Cc" and char not in "\t\n\v\f\r\x85"
+        dropped = control or unicodedata.category(char) == "Co"
+        dropped |= any(low <= code <= high for low, high in blocks)
+        if unicodedata.category(char) != "Cn":  # its tables may be older than regex's
+            assert clean(f"a{char}b") == ("ab" if dropped else f"a{char}b"), hex(code)
+    for text, expected in [
+        ("┌──┐\n│ab│\n└──┘", "\nab\n"),
+        ("\x1b[1;31mred\x1b[0m\x07 \ue000x\U000f0000\ufffdy", "red xy"),
+        ("★ ✓ done ▓▒░ ■□ ⠋⠙ wait", "  done    wait"),
+        ("1️⃣ 👍🏽 👩\u200d💻 🇩🇪 🏴\U000e0067\U000e0062\U000e007f ❤️ ⚡ ok", "1       ok"),
+        ("© ® ™ → ½ € § № 1*2#3 «x» … – हिन्दी می\u200cخواهم ñ 中文", None),
+    ]:
+        monkeypatch.setattr(f, "clean_symbols", True)
+        assert clean(text) == (text if expected is None else expected)
+    monkeypatch.setattr(f, "clean_symbols", "box, emoji")
+    assert clean("─★👍\x07") == "★\x07"
+    monkeypatch.setattr(f, "steps", "html,unicode,length")
+    assert f.steps_of(f.STEPS) == ["html", "unicode", "symbols", "length"]
+    monkeypatch.setattr(f, "clean_symbols", "runes")
+    with pytest.raises(model.UserError, match="clean_symbols=runes: expected true, or some of"):
+        f.check_settings()
 
 
 def test_whitespace():
@@ -354,7 +389,7 @@ def test_a_good_text_passes_everything_unchanged(monkeypatch):
     for name in ("unicode", "whitespace", "length", "gopher_repetition", "gopher_quality", "c4"):
         assert f.STEPS[name](text, {}) == text
     assert f.STEPS["fineweb"](text, {}) == f.STEPS["pii"](text, {}) == text
-    assert list(f.STEPS)[:2] == ["html", "unicode"] and len(f.STEPS) == 12
+    assert list(f.STEPS)[:2] == ["html", "unicode"] and len(f.STEPS) == 13
 
 
 # Languages

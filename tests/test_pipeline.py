@@ -1,9 +1,13 @@
 """prepare.py as a pipeline: what is collected, what is the same, what is mixed, what becomes a task
 set, on one process and on two, whole and killed."""
 
+import bz2
+import csv
 import gzip
+import io
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -13,7 +17,7 @@ import signal
 import string
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +135,193 @@ def test_globs_and_every_kind_of_file(tmp_path):
     assert kept(tmp_path, "--source=in/**/*.jsonl*", "--field=text") == texts[2:4]
     result = prepare_py(tmp_path, "--source=in/*.nothing")
     assert result.stderr.startswith("--source=in/*.nothing: no such file or folder, nor one of ")
+
+
+@pytest.fixture
+def texts_in(tmp_path, monkeypatch):
+    """A function: the documents that prepare.py reads from a source in tmp_path, by its functions
+    in this process, with some of its settings."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(source, **settings):
+        for key, value in {"source": source, **settings}.items():
+            monkeypatch.setattr(prepare, key, value)
+        units = prepare.plan(model.setup("cpu"))
+        tallies = defaultdict(prepare.Tally)
+        return [text for unit in units for _, text in prepare.cleaned(unit, tallies, [])]
+
+    return read
+
+
+def refusal(function, *args, **kwargs):
+    """The one line with which the function refuses."""
+    with pytest.raises(model.UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def packed(ending, data):
+    """The bytes compressed as a file with this ending is."""
+    if ending == ".zst":
+        pyarrow = pytest.importorskip("pyarrow")
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+            file.write(data)
+        return sink.getvalue().to_pybytes()
+    plain = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    return plain[ending](data)
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".BZ2", ".xz", ".Zst"])
+def test_a_name_says_what_it_holds_in_any_case_and_compressed(packing, tmp_path, texts_in):
+    texts = made_up_documents(20)
+    rows = [{"text": text} for text in texts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["id", "text"])
+    writer.writeheader()
+    writer.writerows({"id": i, "text": text} for i, text in enumerate(texts))
+    pages = "".join(f"<p>{i}</p>" for i in range(20)).encode()
+    files_in = {"a.JSONL": lines, "b.ndjson": lines, "c.JsonLines": lines}
+    files_in |= {"d.Json": json.dumps(rows).encode(), "e.CSV": table.getvalue().encode()}
+    files_in |= {"f.Txt": texts[0].encode(), "g.MD": texts[0].encode(), "h.HTM": pages}
+    for name, data in files_in.items():
+        (tmp_path / (name + packing)).write_bytes(packed(packing.lower(), data))
+        one = {"f.Txt": texts[:1], "g.MD": texts[:1]}
+        one["h.HTM"] = ["\n\n".join(map(str, range(20)))]
+        assert texts_in(name + packing) == one.get(name, texts), name
+
+
+def test_parquet_in_capital_letters(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    texts = made_up_pages(3)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "A.PARQUET")
+    assert kept(tmp_path, "--source=A.PARQUET") == texts
+
+
+def test_records_under_the_name_of_a_text_are_asked_about(tmp_path, texts_in):
+    rows = [{"text": text} for text in made_up_pages(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.txt").write_text(lines)
+    (tmp_path / "b.log.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.md").write_text("\ufeff" + json.dumps(rows))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "d.html").write_text("\n" + lines)
+    why = ": its first line is JSON, but its name says text: --input_format="
+    for name, kind in (("a.txt", "jsonl"), ("b.log.gz", "jsonl"), ("c.md", "json")):
+        assert refusal(texts_in, name, input_format=None).startswith(f"{name}{why}{kind} reads its")
+        texts = texts_in(name, input_format=kind)
+        assert texts == [row["text"] for row in rows]
+    assert refusal(texts_in, "in", input_format=None).startswith(f"in/d.html{why}jsonl reads its")
+    assert texts_in("a.txt", input_format="text") == [lines]
+    assert line_of(tmp_path, "--source=a.txt", "--input_format=xml").startswith("input_format=xml")
+    # what only begins like JSON is text
+    for text in ("{a} is a set", "[1] first reference", "{}\nbody {}", '["a", "b"]', '{"a": 1} b'):
+        (tmp_path / "a.txt").write_text(text)
+        assert texts_in("a.txt", input_format=None) == [text]
+
+
+def test_tables_of_cells(tmp_path, texts_in):
+    rows = [["id", "text"], ["1", 'says "a, b",\r\nthen c'], ["2", "  é\u2028 "]]
+    with open(tmp_path / "a.csv", "w", encoding="utf-16", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert texts_in("a.csv") == [row[1] for row in rows[1:]]
+    (tmp_path / "b.tsv").write_text("text\tid\none\t1\n\ntwo, three\t2")
+    assert texts_in("b.tsv") == ["one", "two, three"]
+    for data, message in [
+        ("text,id\na,1\na, b,2\n", 'c.csv:3: expected {"text": "..."}, found \'["a", " b"'),
+        ("body,id\na,1\n", 'c.csv:2: expected {"text": "..."}, found \'{"body": "a"'),
+        ('text\n"a\nb', "c.csv: damaged after record 1: unexpected end of data"),
+        ('text\n"a"b\n', "c.csv: damaged after record 1: "),
+    ]:
+        (tmp_path / "c.csv").write_text(data)
+        assert refusal(texts_in, "c.csv").startswith(message)
+
+
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "urls").write_text("https://a.org/1\n", encoding=encoding)
+        assert prepare.addresses(f"@{tmp_path}/urls") == ["https://a.org/1"]
+        (tmp_path / encoding).write_text("a.org\nword\n", encoding=encoding)
+        assert prepare.read_blocklist(str(tmp_path / encoding)) == ({"a.org"}, {"word"}, [])
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    write_jsonl(tmp_path / "d.jsonl", ["text"])
+    line = line_of(tmp_path, "--source=d.jsonl", "--steps=blocklist", "--blocklist=latin")
+    assert line.startswith("--blocklist=latin: not UTF-8 text (")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_byte_order_mark_is_no_text(encoding, tmp_path, texts_in):
+    mark = "" if encoding == "utf-8-sig" else "\ufeff"
+    texts = ["Grüße, 世界 😀", "two"]
+    rows = [{"text": text} for text in texts]
+    contents = {"a.txt": texts[0], "b.html": f"<p>{texts[0]}</p>", "c.json": json.dumps(rows)}
+    contents["d.jsonl"] = "\n".join(map(json.dumps, rows))
+    contents["e.csv"] = 'text\n"Grüße, 世界 😀"\ntwo\n'
+    contents["f.txt"] = f"{texts[0]}---two"
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes((mark + content).encode(encoding))
+        whole = name in ("a.txt", "b.html")
+        got = texts_in(name, separator="---")
+        assert got == (texts[:1] if whole else texts), name
+    (tmp_path / "g.txt").write_bytes((mark + "abcé").encode(encoding)[:-1])
+    assert refusal(texts_in, "g.txt").startswith("g.txt: not UTF-8 text (")
+    assert prepare.html_to_text("\ufeff<p>x") == "x"
+
+
+def test_ranges_of_a_file_with_a_byte_order_mark(tmp_path, monkeypatch):
+    texts = [text.strip("\n") for text in made_up_documents(60)]
+    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "UNIT": 300}
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a.txt").write_text("\n===\n".join(texts), encoding=encoding)
+        main_here(monkeypatch, tmp_path, source="a.txt", separator="\n===\n", **settings)
+        assert documents_of(tmp_path / "data/python", "train") == texts
+    path = str(tmp_path / "f")
+    for size in range(4, 12):  # wherever the ranges begin, behind the mark
+        data = b"\xef\xbb\xbfa--b--c--"
+        Path(path).write_bytes(data)
+        borders = [*range(0, len(data), size), len(data)]
+        ranges = itertools.pairwise(borders)
+        parts = [p for a, b in ranges for p in prepare.read_parts(path, "--", a, b)]
+        assert [part for part in parts if part] == [b"a", b"b", b"c"]
+
+
+def test_a_separator_as_a_shell_has_it(tmp_path):
+    (tmp_path / "a.txt").write_text("one\nline\n\ntwo")
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\n\n") == ["one\nline", "two"]
+    (tmp_path / "a.txt").write_bytes(b"one\r\nline\r\n\r\ntwo")  # the line ends of Windows
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\n\n") == ["one\r\nline", "two"]
+    (tmp_path / "a.txt").write_text("one\\ntwo\fthree")
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\\n") == ["one", "two\fthree"]
+    assert kept(tmp_path, "--source=a.txt", r"--separator=\f") == ["one\\ntwo", "three"]
+    (tmp_path / "r.py").write_text('separator = "\\\\n"')  # a recipe says what it means
+    assert kept(tmp_path, "--source=a.txt", "r.py") == ["one", "two\fthree"]
+
+
+def test_links_are_followed_and_each_file_counts_once(tmp_path):
+    for name in ("in/a/1.txt", "far/2.txt", "far/deep/3.txt", "4.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"this is {name}")
+    links = {"in/0": "in/a", "in/b": "far", "in/c": "far", "in/5.txt": "4.txt", "in/6.txt": "4.txt"}
+    links |= {"in/a/up": "in", "far/deep/round": "far", "in/7.txt": "in/a/1.txt", "in/8": "nowhere"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "in/self").symlink_to("self")
+    found, broken = prepare.walk(tmp_path / "in")
+    names = [str(path.relative_to(tmp_path)) for path in found]
+    assert names == ["in/5.txt", "in/a/1.txt", "in/b/2.txt", "in/b/deep/3.txt"]
+    assert [os.path.basename(path) for path in broken] == ["8", "self"]
+    done = prepare_py(tmp_path, "--source=in", "--steps=", *BYTES)
+    assert "in: left out 2 links to nothing, such as in/8\n" in done.stdout
+    four = documents_of(tmp_path / "data/python", "train")
+    assert four == [
+        f"this is {name}" for name in ("4.txt", "in/a/1.txt", "far/2.txt", "far/deep/3.txt")
+    ]
+    # a pattern comes to a file by many ways, too
+    (tmp_path / "far/deep/round").unlink()
+    assert sorted(kept(tmp_path, "--source=in/**/*.txt", "--steps=")) == sorted(four)
 
 
 def test_parquet_or_a_line_that_says_what_it_needs(tmp_path):
@@ -327,6 +518,132 @@ def test_a_mix_has_the_shares_that_were_asked(tmp_path):
     shares = sum(1 + len(d) for d in both if d.startswith("def")) / len(read_split(folder, "val"))
     assert abs(shares - 0.25) < 0.06 and len(both) == len(set(both))
     assert "epochs" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("packing", ["jsonl.gz", "jsonl.bz2", "jsonl.zst"])
+def test_cleaned_documents_are_written_and_read_again(packing, tmp_path, monkeypatch):
+    if packing == "jsonl.zst":
+        pytest.importorskip("pyarrow")
+    pages = made_up_pages(60)
+    write_jsonl(tmp_path / "d.jsonl", [f"\x07{page}  é " for page in pages] + pages[:9])
+    settings = {"tokenizer": "byte", "threads": 1, "steps": "unicode,whitespace,near"}
+    settings |= {"save_cleaned": packing, "UNIT": 9000, "CLEANED_SIZE": 3000}
+    main_here(monkeypatch, tmp_path, source="d.jsonl", dataset="a", **settings)
+    folder = tmp_path / "data/a"
+    names = json.loads((folder / "meta.json").read_text())["cleaned"]
+    assert names == sorted(p.name for p in folder.glob("cleaned_*")) and len(names) > 6
+    before = {split: documents_of(folder, split) for split in ("train", "val")}
+    assert sorted(before["train"] + before["val"]) == sorted(f"{page} é" for page in pages)
+    settings |= {"save_cleaned": "", "val_fraction": 0, "steps": ""}
+    for split, texts in before.items():
+        source = f"data/a/cleaned_{split}_*"
+        main_here(monkeypatch, tmp_path, source=source, dataset="b", **settings)
+        assert documents_of(tmp_path / "data/b", "train") == texts
+    if packing == "jsonl.gz":
+        datasets = pytest.importorskip("datasets")
+        found = [str(folder / name) for name in names if "_train_" in name]
+        rows = datasets.load_dataset("json", data_files=found, cache_dir=str(tmp_path / "cache"))
+        assert rows["train"]["text"][:] == before["train"]
+    # the next run without them takes the old ones away; another's file of a like name stays
+    (folder / "cleaned_mine.jsonl").write_text("{}")
+    main_here(monkeypatch, tmp_path, source="d.jsonl", dataset="a", **settings)
+    assert [p.name for p in folder.glob("cleaned_*")] == ["cleaned_mine.jsonl"]
+
+
+def test_cleaned_documents_of_a_mix_name_their_source(tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(30)])
+    mix = "--sources={'a': (1, 'a.jsonl'), 'b': (3, 'b.jsonl')}", "--save_cleaned=jsonl"
+    kept(tmp_path, *mix, "--field=text")
+    rows = []
+    for path in (tmp_path / "data/python").glob("cleaned_*"):
+        rows += map(json.loads, path.read_text().splitlines())
+    assert len(rows) == 60 and all(row["text"].startswith(row["source"]) for row in rows)
+    message = line_of(tmp_path, *mix[:1], "--save_cleaned=zip")
+    assert message.startswith("save_cleaned=zip: expected one of jsonl, jsonl.gz, ")
+
+
+def test_diversity_is_the_naive_one(tmp_path, monkeypatch):
+    texts = [text.lower() for text in made_up_documents(40, 30)] + ["one", "Two two TWO"]
+    write_jsonl(tmp_path / "d.jsonl", texts)
+    seen = []
+    function = prepare.diversity
+    monkeypatch.setattr(prepare, "diversity", lambda here: seen.append(function(here)) or seen[-1])
+    main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
+    words = [re.findall(r"[一-龥]|[^\W_一-龥]+", t.lower()) for t in texts]
+    [found] = seen
+    assert (found["documents"], found["bytes"]) == (42, sum(len(t.encode()) for t in texts))
+    for n in (1, 2, 3):
+        grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+        assert found["distinct"][n] == len(set(grams)) / len(grams)
+    packed = gzip.compress("".join(text + "\n" for text in texts).encode())
+    assert abs(found["compression"] - (found["bytes"] + 42) / len(packed)) < 0.02
+    report = (tmp_path / "data/python/report.md").read_text()
+    assert f"- distinct-2: {found['distinct'][2]:.3f} of all 2 words in a row" in report
+    monkeypatch.setattr(prepare, "DIVERSITY_BYTES", 2000)
+    main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
+    assert 1000 < seen[-1]["bytes"] <= 2000
+    assert "of 42, a sample by hash" in (tmp_path / "data/python/report.md").read_text()
+
+
+BOOK = "Call me {}. Some years ago, never mind how long; I went to sea.\n"
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_source_of_one_document_is_cut_to_its_share(tokenizer, tmp_path):
+    books = {name: "".join(BOOK.format(f"{name} {i}") for i in range(900)) for name in "ab"}
+    for name, book in books.items():
+        (tmp_path / f"{name}.txt").write_text(book)
+    for weights in ((3, 7), (1, 3)):
+        mix = f"--sources={{'a': ({weights[0]}, 'a.txt'), 'b': ({weights[1]}, 'b.txt')}}"
+        args = mix, f"--tokenizer={tokenizer}", "--vocab_size=300", "--mix_tokens=20000"
+        done = done_well(prepare_py(tmp_path, *args, "--report", "--shard_tokens=7000"))
+        folder = tmp_path / "data/python"
+        meta = json.loads((folder / "meta.json").read_text())
+        assert abs(meta["train"]["tokens"] - 20_000) < 100
+        tok = model.Tokenizer.from_folder(folder)
+        docs = dict(zip("ab", documents_of(folder, "train")))
+        sizes = {name: 1 + len(tok.encode(doc)) for name, doc in docs.items()}
+        assert sum(sizes.values()) == meta["train"]["tokens"] == len(read_split(folder, "train"))
+        assert meta["train"]["bytes"] == sum(len(doc.encode()) for doc in docs.values())
+        for name, weight in zip("ab", weights):
+            assert books[name].startswith(docs[name]) and docs[name].rstrip().endswith(".")
+            said, share = meta["sources"][name]["train"], weight / sum(weights)
+            assert said["asked"] == share and said["written"] == sizes[name]
+            assert said["share"] == sizes[name] / meta["train"]["tokens"]
+            assert abs(said["share"] - share) < 0.005
+            assert said["epochs"] == sizes[name] / said["tokens"]
+            line = f"{said['share']:.1%} of the mix, {share:.1%} was asked"
+            assert line in done.stdout and line in (folder / "report.md").read_text()
+        val = documents_of(folder, "val")
+        assert sum(map(len, val)) > 3000 and meta["val"]["tokens"] == len(read_split(folder, "val"))
+
+
+def test_equal_documents_are_counted_one_by_one_in_a_mix(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["the same text"] * 100)
+    write_jsonl(tmp_path / "b.jsonl", ["another text "] * 100)
+    mix = "--sources={'a': (1, 'a.jsonl'), 'b': (3, 'b.jsonl')}", "--mix_tokens=1120"
+    got = Counter(kept(tmp_path, *mix, "--steps="))
+    assert got == {"the same text": 20, "another text ": 60}
+
+
+def test_a_document_is_cut_at_a_line_a_sentence_or_a_word(tmp_path):
+    cases = {
+        "one two. three four. five six. seven" * 30: r".*[.]",
+        "line after line\n" * 60: r".*\n",
+        "你好。世界！" * 100: r".*[。！]",
+        "words without an end " * 60: r".*\S",
+        "x" * 900: r"x+",
+    }
+    for text, expected in cases.items():
+        (tmp_path / "a.txt").write_text(text)
+        (tmp_path / "b.txt").write_text("b" * 900)
+        mix = "--sources={'a': (1, 'a.txt'), 'b': (1, 'b.txt')}", "--mix_tokens=801"
+        [doc] = [doc for doc in kept(tmp_path, *mix) if not doc.startswith("b")]
+        assert text.startswith(doc) and re.fullmatch(expected, doc, re.S)
+        assert abs(1 + len(doc.encode()) - 400) <= 12
+        if expected == r".*\S":
+            assert text[len(doc)] == " "
 
 
 def test_train_tells_the_loss_of_each_source(tmp_path):
@@ -624,9 +941,9 @@ def test_a_name_with_several_endings_is_of_the_last(tmp_path, monkeypatch):
 
 def test_nested_too_deeply_is_a_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n' + "[" * 200_000)
-    assert line_of(tmp_path, "--source=d.jsonl").startswith("d.jsonl:2: expected")
+    assert line_of(tmp_path, "--source=d.jsonl").startswith("d.jsonl:2: JSON nested too")
     (tmp_path / "d.json").write_text("[" * 200_000)
-    assert line_of(tmp_path, "--source=d.json").startswith("d.json:1: expected")
+    assert line_of(tmp_path, "--source=d.json") == "d.json: JSON nested too deeply to read\n"
 
 
 def test_a_part_without_documents_is_not_done_twice(tmp_path):
@@ -719,6 +1036,10 @@ def test_settings_and_places_that_cannot_be_are_a_line(tmp_path):
     for mix in ("{'a': (1, 5)}", "{'a': (1,)}", "{5: 1}", "{'a': 1e999}"):
         assert line_of(tmp_path, f"--sources={mix}").startswith("sources: ")
     assert line_of(tmp_path, "--source=@urls").endswith(": is the address right?\n")
+    for key, value in [("max_documents", 10**30), ("threads", 10**30), ("shard_tokens", 2**31)]:
+        line = line_of(tmp_path, "--source=d.jsonl", f"--{key}={value}")
+        assert line.startswith(f"{key}={value}: expected ") and line.endswith(" or less\n")
+    assert "expected two numbers" in line_of(tmp_path, "--perplexity_band=[1, 'a']")
     fineweb = line_of(tmp_path, "--source=fineweb10B", "--shards=104", "--dataset=f")
     assert fineweb == "shards=104: expected up to 103\n"
     (tmp_path / "data/kept").parent.mkdir(exist_ok=True)
@@ -728,6 +1049,66 @@ def test_settings_and_places_that_cannot_be_are_a_line(tmp_path):
     assert too_few == "tokenizer_bytes=1: the documents are too long for so few\n"
     shutil.rmtree(tmp_path / "data/f")
     assert os.listdir(tmp_path / "data") == ["kept"]
+
+
+def test_places_where_no_data_can_be_are_a_line_and_nothing_changes(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", made_up_documents(5))
+    args = "--source=d.jsonl", "--tokenizer=byte", "--threads=1"
+    for name in ("", ".", "..", "../..", "/", str(tmp_path), "x/.."):
+        line = line_of(tmp_path, *args, f"--dataset={name}")
+        assert line == f"dataset={name!r}: expected a name: the result is data/<dataset>\n"
+    assert os.listdir(tmp_path) == ["d.jsonl"]
+    (tmp_path / "data/m/meta.json").mkdir(parents=True)
+    (tmp_path / "data/t/sft_val.jsonl").mkdir(parents=True)
+    (tmp_path / "data/file").write_text("x")
+    (tmp_path / "data/loop").symlink_to("loop")
+    (tmp_path / "data/empty").mkdir()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    before = sorted(tmp_path.rglob("*"))
+    for name, why in [
+        ("file", "data/file/work: Not a directory; nothing was changed"),
+        ("file/x", "data/file/x/work: Not a directory; nothing was changed"),
+        ("x" * 300, ": File name too long; nothing was changed"),
+        ("y/" + "x" * 300, ": File name too long; nothing was changed"),
+        ("loop", "data/loop"),
+        ("m", "data/m/meta.json: a folder where a file is to be: move it; nothing was changed"),
+    ]:
+        assert why in line_of(tmp_path, *args, f"--dataset={name}")
+    sft = "--task=sft", "--source=p.jsonl", "--dataset=t"
+    assert "data/t/sft_val.jsonl: a folder where a file" in line_of(tmp_path, *sft)
+    short = "--source=data/file", "--steps=length", "--dataset=empty"
+    assert "no text for training" in line_of(tmp_path, *short)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_are_no_utf8_come_back_from_the_settings(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("some text " * 30)
+    done_well(prepare_py(tmp_path, f"--source={name}", f"--dataset={name}", *BYTES, "--report"))
+    meta = json.loads((tmp_path / "data" / name / "meta.json").read_text())
+    assert meta["settings"]["source"] == name
+
+
+def test_a_reader_that_left_is_no_error(tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", made_up_documents(50))
+    for reader, code in ((lambda: setattr(sys, "stdout", None), 0), (leave_the_reader, 141)):
+        result = prepare_py(tmp_path, "--source=d.jsonl", *BYTES, before=reader)
+        assert (result.returncode, result.stderr) == (code, "")
+        assert (tmp_path / "data/python/meta.json").exists() == (code == 0)
+        shutil.rmtree(tmp_path / "data")
+    done_well(prepare_py(tmp_path, "--source=d.jsonl", *BYTES))
+    full = lambda: setattr(sys, "stdout", open("/dev/full", "w"))
+    if os.path.exists("/dev/full"):
+        result = prepare_py(tmp_path, "--inspect=some text", "--tokenizer=byte", before=full)
+        why = "the output cannot be written: No space left on device\n"
+        assert (result.returncode, result.stderr) == (1, why)
+
+
+def leave_the_reader():
+    """Standard output is a pipe from now on whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stdout = os.fdopen(writer, "w")
 
 
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
@@ -781,6 +1162,10 @@ def test_the_files_of_a_hub_data_set(monkeypatch):
     assert urls("hf:n") == ["n/resolve/main/t/train%231.jsonl"]
     with pytest.raises(model.UserError, match="no JSONL, parquet or text file in it"):
         urls("hf:o/n/nowhere")
+    hub(monkeypatch, ["README.md", "A.NDJSON.zst", "b.JSONL", "c.csv", "d.parquet"])
+    assert urls("hf:o/n") == ["o/n/resolve/main/A.NDJSON.zst", "o/n/resolve/main/b.JSONL"]
+    hub(monkeypatch, ["README.md", "c.CSV", "test.xyz"])
+    assert urls("hf:o/n") == ["o/n/resolve/main/c.CSV"]
 
 
 def test_ctrl_c_is_a_line(tmp_path):

@@ -669,6 +669,148 @@ def test_killed_at_any_step_of_the_end_it_leaves_the_old_data_the_new_or_none(
     assert len(seen) > 10 and not [name for name in after if "/" in name]
 
 
+def exits_at(step):
+    """Let the process end, as if killed, in the place of the renaming, removal or syncing with this
+    number: the code that runs is the real one."""
+    count = itertools.count()
+
+    def instead(function):
+        def call(*args, **kwargs):
+            if next(count) == step:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "unlink", "rmdir", "fsync"):
+        setattr(os, name, instead(getattr(os, name)))
+
+
+CRASHES = {
+    "plain": ("--source=docs.jsonl", "--tokenizer=char"),
+    "mix": (
+        "--sources={'a': (1, 'docs.jsonl'), 'b': (2, 'docs.jsonl')}",
+        "--steps=",
+        "--tokenizer=byte",
+    ),
+    "task": ("--source=docs.jsonl", "--task=sft"),
+}
+
+
+@pytest.mark.parametrize("kind", CRASHES)
+def test_after_a_crash_anywhere_the_same_command_ends_as_if_there_was_none(kind, tmp_path):
+    rows = [{"prompt": t, "completion": t[:9], "text": t} for t in made_up_documents(40)]
+    old, new = tmp_path / "old", tmp_path / "new"
+    for place, part in ((old, rows[:30]), (new, rows)):
+        place.mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (place / "docs.jsonl").write_text(text)
+        done_well(prepare_py(place, *CRASHES[kind], "--threads=1"))
+    before, after = files(old / "data"), files(new / "data")
+    pair = ["python/sft_train.jsonl", "python/sft_val.jsonl"]
+    shutil.copy(new / "docs.jsonl", tmp_path)
+    steps = 0
+    for step in itertools.count(1, {"plain": 13, "mix": 23, "task": 2}[kind]):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        shutil.copytree(old / "data", tmp_path / "data")
+        args = *CRASHES[kind], "--threads=1"
+        result = prepare_py(tmp_path, *args, before=lambda step=step: exits_at(step))
+        left = files(tmp_path / "data")
+        if kind == "task" and pair[0] in left:  # what can be trained on is the old or the new
+            assert [left.get(name) for name in pair] in (
+                [before[p] for p in pair],
+                [after[p] for p in pair],
+            )
+        elif kind != "task" and "python/meta.json" in left:
+            whole = {name: data for name, data in left.items() if "/work" not in name}
+            assert whole in (before, after)
+        if result.returncode == 0:
+            break
+        steps += 1
+        done_well(prepare_py(tmp_path, *args))
+        assert files(tmp_path / "data") == after
+    assert steps > 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its /proc")
+def test_what_vouches_for_files_is_named_after_they_are_on_the_disk(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "docs.jsonl", made_up_documents(30))
+    synced, named, late = set(), [], []
+    fsync, replace = os.fsync, os.replace
+
+    def log_sync(number):
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    def log_name(source, target):
+        source, target = Path(source), Path(target)
+        named.append(target.name)
+        if target.suffix == ".json" and target.parent.name == "work":
+            late.extend({f"{target.stem}.txt", f"{target.stem}.rows"} - synced)
+        if target.suffix == ".npy" and target.stem.isdigit():
+            late.extend({f"{target.stem}.tokens"} - synced)
+        if target.suffix == ".tmp" or source.suffix == ".tmp":
+            late.extend({source.name} - synced)
+        if target.name == "meta.json" and target.parent.name == "d":
+            late.extend({"d"} - synced)  # the names of the others
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", log_sync)
+    monkeypatch.setattr(os, "replace", log_name)
+    settings = {"source": "docs.jsonl", "dataset": "d", "tokenizer": "byte", "threads": 1}
+    main_here(monkeypatch, tmp_path, **settings)
+    assert late == [] and {"train_000000.bin", "0.npy", "meta.json"} <= set(named)
+
+
+def test_one_run_at_a_time_has_a_folder(tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", made_up_documents(30))
+    args = "--source=docs.jsonl", "--tokenizer=byte"
+    stops = lambda: os.kill(os.getpid(), signal.SIGSTOP)
+
+    def stop_at_the_end():
+        replace = os.replace
+        os.replace = lambda *args: stops() or replace(*args)
+
+    process, *_ = start_py(tmp_path, *args, "--threads=1", before=stop_at_the_end)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    before = files(tmp_path / "data")
+    second = prepare_py(tmp_path, *args)
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr.startswith("data/python: another prepare.py is at work there: wait for it")
+    assert files(tmp_path / "data") == before
+    process.kill()
+    process.join()
+    done_well(prepare_py(tmp_path, *args))  # a killed one leaves no lock
+
+
+def test_a_damaged_part_of_an_earlier_run_is_made_again(tmp_path):
+    """As a full disk or a loss of power may leave it."""
+    write_jsonl(tmp_path / "docs.jsonl", made_up_documents(30))
+    args = "--source=docs.jsonl", "--tokenizer=byte", "--threads=1"
+    done_well(prepare_py(tmp_path, *args))
+    whole, damages = files(tmp_path / "data"), 0
+    for pattern, cut in (("*.rows", False), ("*.txt", True), ("*.json", True), ("*/0.t*", True)):
+        assert prepare_py(tmp_path, *args, before=exits_at_shards).returncode == 9
+        for path in (tmp_path / "data/python/work").glob(pattern):
+            path.write_bytes(path.read_bytes()[:-1]) if cut else path.unlink()
+            damages += 1
+        done_well(prepare_py(tmp_path, *args))
+        assert files(tmp_path / "data") == whole
+    assert damages == 4
+
+
+def exits_at_shards():
+    """End where the first shard would get its name: all parts are there."""
+    replace = os.replace
+
+    def call(source, target):
+        if str(target).endswith(".bin"):
+            os._exit(9)
+        replace(source, target)
+
+    os.replace = call
+
+
 def test_killed_while_writing_it_leaves_the_old_data(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "old.jsonl", made_up_documents(40))
     (tmp_path / "new.txt").write_text("new text, line by line\n" * 200_000)

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, run
 
 import model
+import sample
 
 
 def test_prints_the_prompt_and_what_generate_continues(tiny):
@@ -124,3 +125,13 @@ def test_an_empty_prompt_starts_a_document(tiny):
     with torch.no_grad():
         first = net(torch.tensor([[tok.bos_id]]))[0, -1, : tok.n_vocab].argmax().item()
     assert g.ids[0] == first
+
+
+def test_a_file_of_prompts_by_its_name_in_any_case(tmp_path, monkeypatch):
+    for name in ("a.JSONL", "b.ndjson"):
+        (tmp_path / name).write_text('{"prompt": "é\\n"}\n{"prompt": "b"}\n', encoding="utf-8-sig")
+        monkeypatch.setattr(sample, "prompt_file", str(tmp_path / name))
+        assert sample.read_prompts() == ["é\n", "b"]
+    (tmp_path / "c.txt").write_text("é", encoding="utf-16")
+    monkeypatch.setattr(sample, "prompt_file", str(tmp_path / "c.txt"))
+    assert sample.read_prompts() == ["é"]

@@ -133,8 +133,7 @@ def stored_dtype():
     """The dtype of the model's files, or float32 where an adapter is merged into a base."""
     folder, kinds = core.find(model), set()
     for path in core.weights_of(folder) if (folder / "config.json").is_file() else ():
-        with open(path, "rb") as file:
-            entries, _ = core.read_header(path, file)
+        entries = core.entries_of(path)
         kinds |= {kind for kind, _ in entries.values() if kind.is_floating_point}
     return torch.float32 if len(kinds) != 1 else kinds.pop()
 
@@ -168,6 +167,7 @@ def validation_windows(tok, width):
         return None
     for path in paths:
         tokens = core.open_shard(path)
+        core.check_tokens(tokens, tok.n_vocab, path)
         rows += [tokens[i : i + width + 1] for i in range(0, len(tokens) - width, width)]
     count = min(len(rows), -(-eval_tokens // width))
     if not count:
@@ -240,10 +240,9 @@ def check_family(net):
         raise UserError(f"--export={export}: no Hugging Face architecture has {odd}")
     if (kind := core.family(c)) != "barelm":
         return kind
-    differ = lambda kind: {k: v for k, v in core.FAMILIES[kind].items() if getattr(c, k) != v}
-    kind = min(core.FAMILIES, key=lambda kind: len(differ(kind)))
-    wanted = ", ".join(f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in differ(kind).items())
-    wanted = wanted or "n_kv_head=n_head, head_dim=n_embd/n_head"
+    kind = min(core.FAMILIES, key=lambda kind: len(core.misfits(c, kind)))
+    differ = core.misfits(c, kind)
+    wanted = ", ".join(f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in differ.items())
     raise UserError(f"--export={export} cannot hold this architecture: {kind} wants {wanted}")
 
 

@@ -2136,8 +2136,9 @@ def read_labels(folder, d, entries):
     usual = {str(i): f"LABEL_{i}" for i in range(shape[0])}
     labels = usual if d.get("id2label") is None else d["id2label"]
     good = isinstance(labels, dict) and labels.keys() == usual.keys()
-    if not good or not all(isinstance(label, str) for label in labels.values()):
-        why = f"{labels!r:.60}: expected a name for each of 0 to {shape[0] - 1}"
+    good = good and all(isinstance(label, str) for label in labels.values())
+    if not good or len(set(labels.values())) < shape[0]:
+        why = f"{labels!r:.60}: expected a name of its own for each of 0 to {shape[0] - 1}"
         raise UserError(f"{folder}/config.json: id2label={why}")
     return [labels[number] for number in usual]
 
@@ -2284,8 +2285,10 @@ def check_adapter(path, d):
         if type(rank) is not int or not 1 <= rank <= LARGEST:
             raise UserError(f"{path}: r={rank!r:.60}: expected a whole number above 0")
     for alpha in (d.get("lora_alpha"), *patterns["alpha_pattern"].values()):
-        if type(alpha) not in (int, float) or not abs(alpha) < 3e38:
-            raise UserError(f"{path}: lora_alpha={alpha!r:.60}: expected a finite number")
+        if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST:
+            raise UserError(
+                f"{path}: lora_alpha={alpha!r:.60}: expected a number, at most {LARGEST}"
+            )
 
 
 def check_pattern(path, pattern):

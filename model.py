@@ -238,7 +238,8 @@ class GPTConfig:
         self.check("n_head", self.n_head * self.head_dim <= LARGEST, "a width that a machine holds")
         self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
         self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
-        self.check("norm_eps", 0 <= self.norm_eps < 1, "0 or more and less than 1")
+        # Of a row of zeros, as a padding token's may be, 0 would make NaN.
+        self.check("norm_eps", 1e-30 <= self.norm_eps < 1, "a number above 0 and less than 1")
         self.check("rope_theta", self.rope_theta >= 1, "1 or more")
         self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
         if self.rope_scaling is not None:
@@ -269,7 +270,7 @@ class GPTConfig:
         self.check("rope_scaling", scaling.get("rope_type") in [*ROPE_KEYS], expected)
         for key in ROPE_KEYS[scaling["rope_type"]]:
             value = scaling.get(key)
-            good = type(value) in (int, float) and 0 < value < 3e38
+            good = type(value) in (int, float) and 0 < value <= LARGEST
             self.check("rope_scaling", good, f"{expected}, {key} a number above 0")
         if scaling["rope_type"] == "llama3":
             apart = scaling["low_freq_factor"] < scaling["high_freq_factor"]
@@ -1179,6 +1180,8 @@ def check_spec(spec):
     """Refuse a tokenizer.json in which an id is no whole number, or is that of two tokens."""
     body, added = spec.get("model") or {}, spec.get("added_tokens") or []
     vocab = body.get("vocab") or {}
+    if not isinstance(body.get("merges", []), list):
+        raise UserError(f"tokenizer.json: merges={body['merges']!r:.60}: expected a list")
     if isinstance(vocab, list):  # Unigram's [token, score], numbered by their places
         for entry in vocab:
             token, score = entry
@@ -1201,12 +1204,29 @@ def check_spec(spec):
         if not isinstance(token, str) or type(id) is not int or not 0 <= id < NO_TOKEN:
             why = f"expected a whole number below {NO_TOKEN:,}"
             raise UserError(f"tokenizer.json: {token!r:.60} has the id {id!r:.60}: {why}")
+    post = spec.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing":
+            check_template(step, ids)
     if len(set(ids.values())) != len(ids):
         first = {}
         for token, id in ids.items():
             if first.setdefault(id, token) != token:
                 why = f"are both token {id}"
                 raise UserError(f"tokenizer.json: {first[id]!r:.60} and {token!r:.60} {why}")
+
+
+def check_template(step, ids):
+    """Refuse a post-processor that does not put the text between tokens of the vocabulary."""
+    texts = [part for part in step["single"] if "Sequence" in part]
+    if [part["Sequence"]["id"] for part in texts] != ["A"]:
+        raise UserError("tokenizer.json: expected a post_processor with one text in its `single`")
+    for part in step["single"]:
+        name = part["SpecialToken"]["id"] if "SpecialToken" in part else None
+        token = step["special_tokens"][name] if name is not None else {"ids": [], "tokens": []}
+        if [ids.get(text) for text in token["tokens"]] != token["ids"]:
+            why = f"{name!r:.60} has the ids {token['ids']!r:.60}, not the vocabulary's"
+            raise UserError(f"tokenizer.json: in its post_processor {why}")
 
 
 def check_names(config):
@@ -1217,8 +1237,8 @@ def check_names(config):
         if not isinstance(text, str) and name is not None:
             raise UserError(f"tokenizer_config.json: {key}={name!r:.60}: expected a token's name")
     template = config.get("chat_template")
-    several = template if isinstance(template, list) else [{"name": "", "template": template or ""}]
-    for t in several:
+    several = template if isinstance(template, list) else [{"name": "", "template": template}]
+    for t in several if template is not None else ():
         texts = (t.get("name"), t.get("template")) if isinstance(t, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"tokenizer_config.json: chat_template={template!r:.60}: expected text")
@@ -1230,9 +1250,9 @@ def read_ids(folder, key, n_vocab):
     for name in ("generation_config.json", "config.json"):
         d = read_json(folder / name, {})
         if key in d:
-            ids = d[key] if isinstance(d[key], list) else [d[key]]
-            if ids == [None]:
+            if d[key] is None:
                 return None
+            ids = d[key] if isinstance(d[key], list) else [d[key]]
             for id in ids:
                 if type(id) is not int or not 0 <= id < n_vocab:
                     why = f"{key}={d[key]!r:.60}: expected ids below {n_vocab:,}, the tokenizer's"
@@ -2181,7 +2201,7 @@ def check_finite(path, tensors, dtype=torch.float32):
     largest = torch.finfo(dtype).max
     for name, t in tensors.items():
         if t.is_floating_point() and t.numel():
-            low, high = t.detach().aminmax()  # one pass; a NaN anywhere is both
+            low, high = (x.item() for x in t.detach().aminmax())  # a NaN anywhere is both
             if not (low >= -largest and high <= largest):
                 raise UserError(f"{path}: {name} has numbers that are not finite in {dtype}")
 

@@ -1938,6 +1938,7 @@ input_layernorm=ln_1 post_attention_layernorm=ln_2 self_attn.q_proj=attn.c_attn
 self_attn.k_proj=attn.c_attn self_attn.v_proj=attn.c_attn self_attn.o_proj=attn.c_proj
 up_proj=c_fc mlp.down_proj=mlp.c_proj"""
 GPT2_NAMES = [pair.split("=") for pair in GPT2_NAMES.split()]
+GPT2_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
 
 
 def gpt2_names(names):
@@ -1960,8 +1961,7 @@ def from_gpt2(tensors, names):
         t = tensors.pop(theirs.removeprefix("transformer."))
         t = t.t().contiguous() if ours[0].endswith("_proj.weight") else t
         out |= zip(ours, t.chunk(len(ours)))
-    masks = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
-    return out | {n: t for n, t in tensors.items() if not n.endswith(masks)}
+    return out | tensors
 
 
 def to_gpt2(state):
@@ -2091,7 +2091,9 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     tok = Tokenizer.from_folder(folder)
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
-    entries = read_entries(folder)
+    gpt2 = d["model_type"] == "gpt2"
+    unread = GPT2_MASKS if gpt2 else (".rotary_emb.inv_freq",)
+    entries = read_entries(folder, unread)
     check_layers(folder, entries, c.n_layer)  # before anything of that size is built
     labels = read_labels(folder, d, entries)
     with torch.device("meta"):
@@ -2102,12 +2104,12 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
             net.set_score(labels, d.get("pooling", "last"))
         if d.get("quantize"):
             quantize_weights(net, d["quantize"])
-    check_entries(folder, entries, net, gpt2=d["model_type"] == "gpt2")
-    tensors = read_weights(folder, dtype)
+    check_entries(folder, entries, net, gpt2)
+    tensors = read_weights(folder, unread, dtype)
     want = net.state_dict()
     if c.tie and isinstance(net.lm_head, QuantizedLinear):
         del want["model.embed_tokens.weight"]
-    tensors = from_gpt2(tensors, want) if d["model_type"] == "gpt2" else tensors
+    tensors = from_gpt2(tensors, want) if gpt2 else tensors
     if c.tie and "model.embed_tokens.weight" in tensors:
         table = tensors["model.embed_tokens.weight"]
         tied = tensors.get("lm_head.weight", table)
@@ -2125,14 +2127,16 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     return net.eval(), tok
 
 
-def read_entries(folder):
-    """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others."""
+def read_entries(folder, unread):
+    """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others, but
+    for names that end with one of `unread`."""
     entries = {}
     for path in weights_of(folder):
         for name, entry in entries_of(path).items():
             if name in entries:
                 raise UserError(f"{path}: {name} is in another file of the folder too")
-            entries[name] = entry
+            if not name.endswith(unread):
+                entries[name] = entry
     return entries
 
 
@@ -2169,8 +2173,9 @@ def check_entries(folder, entries, net, gpt2):
     if gpt2:  # whose own files have no prefix
         want = {name.removeprefix("transformer."): t for name, t in to_gpt2(want).items()}
         short = {name.removeprefix("transformer."): entry for name, entry in entries.items()}
-        masks = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
-        entries = {name: e for name, e in short.items() if not name.endswith(masks)}
+        if len(short) < len(entries):
+            raise UserError(f"{folder}: tensors with and without the prefix transformer.")
+        entries = short
     spare = {"lm_head.weight": net.lm_head.weight}  # of a tied head, or beside a classifier's
     bad = []
     for name, t in (spare | want).items():
@@ -2180,17 +2185,19 @@ def check_entries(folder, entries, net, gpt2):
             if shape != list(t.shape) or not (both_float or dtype == t.dtype):
                 bad.append(name)
     for name in entries:
-        if name not in want and name not in spare and not name.endswith("rotary_emb.inv_freq"):
+        if name not in want and name not in spare:
             bad.append(name)
     if bad:
         raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
 
 
-def read_weights(folder, dtype):
-    """{name: tensor} of a folder's files. What is not finite as dtype is a UserError."""
+def read_weights(folder, unread, dtype):
+    """{name: tensor} of a folder's files, but for names that end with one of `unread`. What is not
+    finite as dtype is a UserError."""
     tensors = {}
     for path in weights_of(folder):
         part, _ = read_safetensors(path)
+        part = {name: t for name, t in part.items() if not name.endswith(unread)}
         check_finite(path, part, dtype)
         tensors |= part
     return tensors

@@ -209,7 +209,8 @@ def check_settings():
     least = dict.fromkeys(from_0.split(), 0)
     least |= dict.fromkeys(("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
     for key, low in least.items():
-        if (value := globals()[key]) is not None and value < low:
+        value = globals()[key]
+        if value is not None and not low <= value < math.inf:
             raise UserError(f"{key}={value}: expected {low} or more")
     if not any((max_steps, max_tokens, max_epochs, max_minutes)):
         raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")

@@ -1178,10 +1178,14 @@ def any_of(names):
 
 def check_spec(spec):
     """Refuse a tokenizer.json in which an id is no whole number, or is that of two tokens."""
-    body, added = spec.get("model") or {}, spec.get("added_tokens") or []
+    body, added = spec.get("model") or {}, spec.get("added_tokens", [])
     vocab = body.get("vocab") or {}
-    if not isinstance(body.get("merges", []), list):
-        raise UserError(f"tokenizer.json: merges={body['merges']!r:.60}: expected a list")
+    for key, value in (("added_tokens", added), ("merges", body.get("merges", []))):
+        if not isinstance(value, list):
+            raise UserError(f"tokenizer.json: {key}={value!r:.60}: expected a list")
+    longest = body.get("max_input_chars_per_word", 0)
+    if type(longest) is not int:
+        raise UserError(f"tokenizer.json: max_input_chars_per_word={longest!r:.60}: no number")
     if isinstance(vocab, list):  # Unigram's [token, score], numbered by their places
         for entry in vocab:
             token, score = entry
@@ -1338,6 +1342,10 @@ class Tokenizer:
         except Exception as error:  # whatever a file that is no tokenizer makes ours, or tiktoken's
             raise UserError(f"{folder}/tokenizer.json: malformed: {error!r:.200}") from None
         ends, begins = (read_ids(folder, f"{key}_token_id", tok.n_vocab) for key in ("eos", "bos"))
+        for key, ids in (("eos_token", ends), ("bos_token", begins)):
+            if ids is None and config.get(key) is not None and tok._named(key) is None:
+                why = "is no added token of tokenizer.json"
+                raise UserError(f"{folder}/tokenizer_config.json: {key}={config[key]!r:.60} {why}")
         if ends is not None:
             tok.eos_ids = ends
         if begins and tok.bos_id is None:
@@ -1801,6 +1809,7 @@ FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
 EXACT = dict(activation_function=(None, "gelu_new", "gelu_pytorch_tanh"))
 EXACT |= dict(hidden_act=(None, "silu", "swish"), partial_rotary_factor=(None, 1))
 EXACT |= dict(scale_attn_weights=(True,), is_causal=(True,))
+EXACT |= dict(original_max_position_embeddings=(None,))  # which would count before the dict's
 OFF = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
 EXACT |= dict.fromkeys(f"{OFF} add_cross_attention quantization_config".split(), (None, False))
 

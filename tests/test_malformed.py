@@ -201,6 +201,7 @@ def test_what_a_config_gets_wrong_is_told_by_the_name_that_it_has_there(folder):
         ({"head_dim": 0}, "head_dim=0"),
         ({"intermediate_size": 0}, "intermediate_size=0"),
         ({"is_causal": False}, "is_causal=False not supported"),
+        ({"original_max_position_embeddings": 4}, "original_max_position_embeddings=4"),
         ({"pooling": "mean"}, "pooling='mean' not supported"),
         ({"model_type": "mistral", "sliding_window": "16"}, "sliding_window='16'"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
@@ -265,6 +266,19 @@ def test_a_tokenizer_with_malformed_ids_is_refused_by_the_token():
     for key in ("eos_token", "bos_token", "pad_token", "chat_template"):
         for name in (3, True, ["x"], {"content": 3}, {}):
             assert f"{key}=" in refusal(model.Tokenizer, spec, {key: name})
+
+
+def test_an_end_token_that_is_none_is_refused_where_nothing_else_names_one(folder):
+    there = folder("gpt2")
+    for key in ("eos_token", "bos_token"):
+        model.write_json(there / "tokenizer_config.json", TOK.config | {key: "<nothing>"})
+        model.load(there)  # generation_config.json has the ids
+        for file in ("config.json", "generation_config.json"):
+            config = read(FIXTURES / "gpt2" / file)
+            model.write_json(there / file, config | {f"{key}_id": None})
+        assert f"tokenizer_config.json: {key}='<nothing>'" in refusal(model.load, there)
+        for file in ("config.json", "generation_config.json"):
+            shutil.copy(FIXTURES / "gpt2" / file, there / file)
 
 
 @pytest.mark.parametrize("kind, score", [("inf", -math.inf), ("nan", math.nan), ("text", "1")])

@@ -132,7 +132,7 @@ def zeros_share(net):
 def stored_dtype():
     """The dtype of the model's files, or float32 where an adapter is merged into a base."""
     folder, kinds = core.find(model), set()
-    for path in core.weights_of(folder) if (folder / "config.json").is_file() else ():
+    for path in core.weights_of(folder) if not core.is_adapter(folder) else ():
         entries = core.entries_of(path)
         kinds |= {kind for kind, _ in entries.values() if kind.is_floating_point}
     return torch.float32 if len(kinds) != 1 else kinds.pop()

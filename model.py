@@ -2282,7 +2282,9 @@ def load_adapted(folder, device, dtype, quantize, above=()):
     if quantize:
         quantize_weights(net, quantize)
     if (folder / "tokenizer.json").is_file():
-        tok = Tokenizer.from_folder(folder)
+        base_ends, tok = tok.eos_ids, Tokenizer.from_folder(folder)
+        if not (folder / "generation_config.json").is_file():  # as PEFT leaves it: the base's count
+            tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *base_ends]))
     if tok.n_vocab > net.config.vocab_size:
         why = f"{tok.n_vocab} tokens, but the base knows {net.config.vocab_size}"
         raise UserError(f"{folder}: {why}")

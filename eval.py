@@ -689,14 +689,16 @@ def run_questions(task, net, tok, answers, say):
     return scores[""], len(questions), by if len(subjects) > 1 else {}, log
 
 
-def shard_windows(paths, length):
+def shard_windows(paths, length, n_vocab):
     """The requests of eval_tokens of the shards, evenly spread: train.py's validation windows."""
     shards, starts = [core.open_shard(path) for path in paths], []
     for s, shard in enumerate(shards):
         starts += [(s, i) for i in range(0, len(shard) - 1, length)]
     n = min(len(starts), -(-eval_tokens // length)) if eval_tokens else len(starts)
     for s, i in (starts[k * len(starts) // n] for k in range(n)):
-        ids = shards[s][i : i + length + 1].tolist()
+        window = shards[s][i : i + length + 1]
+        core.check_tokens(window, n_vocab, paths[s])
+        ids = window.tolist()
         yield "", ids[:1], [ids[1:]]
 
 
@@ -742,7 +744,7 @@ def loss_pieces(net, tok, length):
     if core.Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
     for source, paths in pieces.items():
-        windows = [*shard_windows(paths, length)]
+        windows = [*shard_windows(paths, length, tok.n_vocab)]
         size = lambda ids: sum(len(tok.token_bytes(id)) for id in ids)
         pieces[source] = [([w], size(w[2][0]), 0) for w in windows]
     return pieces
@@ -1764,9 +1766,7 @@ def finished(run):
         raise UserError(f"{run}: its log has no val_loss with tokens: only train.py's runs fit")
     count = 0
     for path in core.weights_of(Path(run)):
-        with open(path, "rb") as file:
-            tensors, _ = core.read_header(path, file)
-        count += sum(math.prod(shape) for _, shape in tensors.values())
+        count += sum(math.prod(shape) for _, shape in core.entries_of(path).values())
     config = core.read_json(Path(run) / "run.json", {}).get("config", {})
     same = {key: config.get(key) for key in ("dataset", "seq_len", "eval_tokens")}
     return count, *seen[-1], same

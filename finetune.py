@@ -729,6 +729,8 @@ def save_adapter(folder, net, tok):
         core.write_safetensors(file, tensors, {"format": "pt"})
     core.write_json(folder / "tokenizer.json", tok.spec)
     core.write_json(folder / "tokenizer_config.json", tok.config)
+    ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}
+    core.write_json(folder / "generation_config.json", ids)
     core.write_json(folder / "adapter_config.json", config)
 
 

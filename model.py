@@ -25,14 +25,14 @@ import time
 import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -204,6 +204,7 @@ def fetch(url, part, show, headers):
 
 ROPE_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPE_KEYS = {"linear": ROPE_KEYS[:1], "llama3": ROPE_KEYS}  # of rope_scaling, by its rope_type
+LARGEST = 1 << 28  # of a config's whole numbers, so that torch can count the bytes of a product
 
 
 @dataclass
@@ -234,23 +235,53 @@ class GPTConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            value, allowed = getattr(self, f.name), get_args(f.type)
-            if f.type is int:
-                least = int(f.default != 0)
-                self.check(f.name, value >= least, f"{least} or more")
-            elif str in map(type, allowed):
-                self.check(f.name, value in allowed, " or ".join(allowed))
+            self.check_kind(f)
         self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         wide = -(-self.n_embd * 8 // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
         self.n_hidden = self.n_hidden or wide
+        self.check("n_hidden", self.n_hidden <= LARGEST, f"at most {LARGEST}")
+        self.check("n_head", self.n_head * self.head_dim <= LARGEST, "a width that a machine holds")
         self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
         self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
+        # Of a row of zeros, as a padding token's may be, 0 would make NaN.
+        self.check("norm_eps", 1e-30 <= self.norm_eps < 1, "a number above 0 and less than 1")
+        self.check("rope_theta", self.rope_theta >= 1, "1 or more")
         self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
-        if s := self.rope_scaling:
-            whole = all(key in s for key in ROPE_KEYS.get(s.get("rope_type"), "?"))
-            self.check("rope_scaling", whole, f"rope_type and keys of {ROPE_KEYS}")
+        if self.rope_scaling is not None:
+            self.check_scaling(self.rope_scaling)
+
+    def check_kind(self, f):
+        """Refuse a value that is not of its field's type, or that no field of the type can have."""
+        value = getattr(self, f.name)
+        if f.type is int:
+            least = 1 if f.default is MISSING else min(1, f.default)
+            good = type(value) is int and least <= value <= LARGEST  # a bool is no int here
+            self.check(f.name, good, f"a whole number from {least} to {LARGEST}")
+        elif f.type is float:
+            # Computed in float32, which ends at 3.4e38. NaN is less than nothing.
+            good = type(value) in (int, float) and abs(value) < 3e38
+            self.check(f.name, good, "a finite number")
+            setattr(self, f.name, float(value))
+        elif f.type is bool:
+            self.check(f.name, type(value) is bool, "true or false")
+        elif get_origin(f.type) is Literal:
+            allowed = get_args(f.type)
+            self.check(f.name, value in allowed, " or ".join(map(str, allowed)))
+
+    def check_scaling(self, scaling):
+        """Refuse a rope_scaling of unknown type, or with numbers that scale to nothing."""
+        expected = f"a dict with rope_type and the keys of {ROPE_KEYS}"
+        self.check("rope_scaling", isinstance(scaling, dict), expected)
+        self.check("rope_scaling", scaling.get("rope_type") in [*ROPE_KEYS], expected)
+        for key in ROPE_KEYS[scaling["rope_type"]]:
+            value = scaling.get(key)
+            good = type(value) in (int, float) and 0 < value <= LARGEST
+            self.check("rope_scaling", good, f"{expected}, {key} a number above 0")
+        if scaling["rope_type"] == "llama3":
+            apart = scaling["low_freq_factor"] < scaling["high_freq_factor"]
+            self.check("rope_scaling", apart, "high_freq_factor above low_freq_factor")
 
     def check(self, name, good, expected):
         if not good:
@@ -1164,6 +1195,95 @@ def any_of(names):
     return re.compile("|".join(map(re.escape, sorted(names, key=len)[::-1])) or "(?!)")
 
 
+def check_spec(spec):
+    """Refuse a tokenizer.json in which an id is no whole number, or is that of two tokens."""
+    body, added = spec.get("model") or {}, spec.get("added_tokens", [])
+    vocab = body.get("vocab") or {}
+    for key, value in (("added_tokens", added), ("merges", body.get("merges", []))):
+        if not isinstance(value, list):
+            raise UserError(f"tokenizer.json: {key}={value!r:.60}: expected a list")
+    longest = body.get("max_input_chars_per_word", 0)
+    if type(longest) is not int:
+        raise UserError(f"tokenizer.json: max_input_chars_per_word={longest!r:.60}: no number")
+    if isinstance(vocab, list):  # Unigram's [token, score], numbered by their places
+        for entry in vocab:
+            token, score = entry
+            if type(score) not in (int, float) or not math.isfinite(score):
+                raise UserError(f"tokenizer.json: {token!r:.60} has the score {score!r:.60}")
+        vocab = {entry[0]: i for i, entry in enumerate(vocab)}
+        if len(vocab) != len(body["vocab"]):
+            raise UserError("tokenizer.json: two entries of the vocabulary are the same token")
+    ids = dict(vocab)
+    for t in added:
+        content, id = t["content"], t["id"]
+        flags = [t.get(k, False) for k in ("lstrip", "rstrip", "single_word", "normalized")]
+        if not content or any(type(flag) is not bool for flag in [t["special"], *flags]):
+            raise UserError(f"tokenizer.json: the added token {content!r:.60} is malformed")
+        if ids.get(content, id) != id:
+            why = f"has the ids {ids[content]!r:.60} and {id!r:.60}"
+            raise UserError(f"tokenizer.json: {content!r:.60} {why}")
+        ids[content] = id
+    for token, id in ids.items():
+        if not isinstance(token, str) or type(id) is not int or not 0 <= id < NO_TOKEN:
+            why = f"expected a whole number below {NO_TOKEN:,}"
+            raise UserError(f"tokenizer.json: {token!r:.60} has the id {id!r:.60}: {why}")
+    post = spec.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing":
+            check_template(step, ids)
+    if len(set(ids.values())) != len(ids):
+        first = {}
+        for token, id in ids.items():
+            if first.setdefault(id, token) != token:
+                why = f"are both token {id}"
+                raise UserError(f"tokenizer.json: {first[id]!r:.60} and {token!r:.60} {why}")
+
+
+def check_template(step, ids):
+    """Refuse a post-processor that does not put the text between tokens of the vocabulary."""
+    texts = [part for part in step["single"] if "Sequence" in part]
+    if [part["Sequence"]["id"] for part in texts] != ["A"]:
+        raise UserError("tokenizer.json: expected a post_processor with one text in its `single`")
+    for part in step["single"]:
+        name = part["SpecialToken"]["id"] if "SpecialToken" in part else None
+        token = step["special_tokens"][name] if name is not None else {"ids": [], "tokens": []}
+        if [ids.get(text) for text in token["tokens"]] != token["ids"]:
+            why = f"{name!r:.60} has the ids {token['ids']!r:.60}, not the vocabulary's"
+            raise UserError(f"tokenizer.json: in its post_processor {why}")
+
+
+def check_names(config):
+    """Refuse a tokenizer_config.json whose special tokens or chat template are of another form."""
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        name = config.get(key)
+        text = name.get("content") if isinstance(name, dict) else name
+        if not isinstance(text, str) and name is not None:
+            raise UserError(f"tokenizer_config.json: {key}={name!r:.60}: expected a token's name")
+    template = config.get("chat_template")
+    several = template if isinstance(template, list) else [{"name": "", "template": template}]
+    for t in several if template is not None else ():
+        texts = (t.get("name"), t.get("template")) if isinstance(t, dict) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"tokenizer_config.json: chat_template={template!r:.60}: expected text")
+
+
+def read_ids(folder, key, n_vocab):
+    """The ids, a list, that generation_config.json, or else config.json, has for a key such as
+    eos_token_id; None where neither has any."""
+    for name in ("generation_config.json", "config.json"):
+        d = read_json(folder / name, {})
+        if key in d:
+            if d[key] is None:
+                return None
+            ids = d[key] if isinstance(d[key], list) else [d[key]]
+            for id in ids:
+                if type(id) is not int or not 0 <= id < n_vocab:
+                    why = f"{key}={d[key]!r:.60}: expected ids below {n_vocab:,}, the tokenizer's"
+                    raise UserError(f"{folder / name}: {why}")
+            return ids
+    return None
+
+
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
@@ -1175,6 +1295,8 @@ class Tokenizer:
     def __init__(self, spec, config):
         import regex  # which tiktoken brings along
 
+        check_spec(spec)
+        check_names(config)
         self.spec, self.config, self.bpe, self.lacking = spec, config, None, b""
         added = spec.get("added_tokens", [])
         self.special = {t["content"]: t["id"] for t in added}
@@ -1226,17 +1348,27 @@ class Tokenizer:
             raise UserError(f"{folder}: no tokenizer.json here (python prepare.py makes one)")
         config = read_json(folder / "special_tokens_map.json", {})
         config |= read_json(folder / "tokenizer_config.json", {})
-        if (folder / "chat_template.jinja").is_file():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template, spec = folder / "chat_template.jinja", read_json(folder / "tokenizer.json")
         try:
-            tok = cls(read_json(folder / "tokenizer.json"), config)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"{folder}/tokenizer.json: malformed: {error!r}") from None
-        ids = read_json(folder / "config.json", {})
-        ids |= read_json(folder / "generation_config.json", {})
-        if (ends := ids.get("eos_token_id")) is not None:
-            tok.eos_ids = ends if isinstance(ends, list) else [ends]
-        tok.bos_id = ids.get("bos_token_id") if tok.bos_id is None else tok.bos_id
+            if template.is_file():
+                config["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{template}: cannot be read as text: {error}") from None
+        try:
+            tok = cls(spec, config)
+        except UserError as error:
+            raise UserError(f"{folder}/{error}") from None
+        except Exception as error:  # whatever a file that is no tokenizer makes ours, or tiktoken's
+            raise UserError(f"{folder}/tokenizer.json: malformed: {error!r:.200}") from None
+        ends, begins = (read_ids(folder, f"{key}_token_id", tok.n_vocab) for key in ("eos", "bos"))
+        for key, ids in (("eos_token", ends), ("bos_token", begins)):
+            if ids is None and config.get(key) is not None and tok._named(key) is None:
+                why = "is no added token of tokenizer.json"
+                raise UserError(f"{folder}/tokenizer_config.json: {key}={config[key]!r:.60} {why}")
+        if ends is not None:
+            tok.eos_ids = ends
+        if begins and tok.bos_id is None:
+            tok.bos_id = begins[0]
         return tok
 
     @property
@@ -1741,8 +1873,17 @@ def read_header(path, file):
         if 8 + length + at != size:
             raise ValueError(f"{size} bytes, but the header describes {8 + length + at}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: malformed safetensors file: {error}") from None
+        raise UserError(f"{path}: malformed safetensors file: {error!r:.200}") from None
     return entries, metadata
+
+
+def entries_of(path):
+    """{name: (dtype, shape)} of a safetensors file."""
+    try:
+        with open(path, "rb") as file:
+            return read_header(path, file)[0]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_safetensors(path):
@@ -1776,16 +1917,43 @@ FAMILIES |= {"llama": LLAMA, "mistral": LLAMA, "gpt2": GPT2}
 # The values of these keys with which we are exact, the first one that of an absent key.
 EXACT = dict(activation_function=(None, "gelu_new", "gelu_pytorch_tanh"))
 EXACT |= dict(hidden_act=(None, "silu", "swish"), partial_rotary_factor=(None, 1))
-EXACT |= dict(scale_attn_weights=(True,))
+EXACT |= dict(scale_attn_weights=(True,), is_causal=(True,))
+EXACT |= dict(original_max_position_embeddings=(None,))  # which would count before the dict's
 OFF = "attention_bias mlp_bias use_sliding_window scale_attn_by_inverse_layer_idx"
 EXACT |= dict.fromkeys(f"{OFF} add_cross_attention quantization_config".split(), (None, False))
 
 
+# What shapes training alone: written under our own names, which transformers passes over.
+TRAINING = ("dropout", "init")
+PDROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2's names for our one dropout
+# What a config.json of ours has beside GPTConfig's fields.
+BESIDE = """model_type torch_dtype dtype bos_token_id eos_token_id pad_token_id architectures
+id2label label2id pooling adapter_size quantize transformers_version"""
+
+
+def default_of(f):
+    """The default of a dataclass's field; MISSING where it has none."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def misfits(c, kind):
+    """{field: the value it would have to have} of the fields of a GPTConfig that a config.json of
+    this model_type cannot hold. A field that the mapping does not name fits at its default."""
+    wanted, held = dict(FAMILIES[kind]), {*HF_KEYS[kind], *TRAINING}
+    if kind == "gpt2":
+        wanted |= {"n_kv_head": c.n_head, "head_dim": c.n_embd / c.n_head}
+    else:
+        held |= {"rope_theta", "rope_scaling"}
+    for f in fields(c):
+        if f.name not in held:
+            wanted.setdefault(f.name, default_of(f))
+    return {name: value for name, value in wanted.items() if getattr(c, name) != value}
+
+
 def family(c):
     """The Hugging Face model_type that holds this architecture, or "barelm" where none does."""
-    plain_heads = c.n_kv_head == c.n_head and c.head_dim * c.n_head == c.n_embd
-    for kind, options in FAMILIES.items():
-        if all(getattr(c, k) == v for k, v in options.items()) and (plain_heads or kind != "gpt2"):
+    for kind in FAMILIES:
+        if not misfits(c, kind):
             return kind
     return "barelm"
 
@@ -1807,8 +1975,11 @@ def to_hf_config(net, tok):
     if kind == "barelm":
         return out | asdict(c) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
     out |= {hf: getattr(c, ours) for ours, hf in HF_KEYS[kind].items()}
+    for f in fields(c):
+        if f.name in TRAINING and getattr(c, f.name) != f.default:
+            out[f.name] = getattr(c, f.name)
     if kind == "gpt2":
-        drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        drop = dict.fromkeys(PDROPS, c.dropout)
         return out | drop | {"activation_function": "gelu_new", "n_ctx": c.n_ctx}
     out |= {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling, "hidden_act": "silu"}
     return out | {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -1818,21 +1989,39 @@ def from_hf_config(d, where="config.json"):
     """The GPTConfig of a config.json, given as a dict; UserError where we cannot be exact."""
     kind = d.get("model_type")
     if kind == "barelm":
-        return GPTConfig(**{f.name: d[f.name] for f in fields(GPTConfig) if f.name in d})
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported: {', '.join(FAMILIES)} are")
+        names = {f.name for f in fields(GPTConfig)}
+        odd = [key for key in d if key not in names and key not in BESIDE.split()]
+        if odd:
+            why = "no fields of GPTConfig: a fork's, or a later version's"
+            raise UserError(f"{where}: {', '.join(odd[:3])}: {why}")
+        return checked_config({name: d[name] for name in names if name in d}, {}, where)
+    if kind not in [*FAMILIES]:
+        why = f"is not supported: {', '.join(FAMILIES)} are"
+        raise UserError(f"{where}: model_type {kind!r:.60} {why}")
     keys = HF_KEYS[kind]
     # What transformers takes for a key that is absent, where that follows from the others.
     usual = {"tie": True, "n_hidden": 0} if kind == "gpt2" else {"tie": False}
     usual |= {"head_dim": 0} if kind != "qwen3" else {}
     usual |= {"n_kv_head": 0} if kind == "llama" else {}
-    c = usual | {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
-    if kind == "mistral" and (window := d.get("sliding_window", 4096)):
-        c["n_ctx"] = min(c.get("n_ctx", window), window)
-    # One dict in transformers 5; below it, keys beside it.
-    rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
-    d = d | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    given = {ours: d[hf] for ours, hf in keys.items() if d.get(hf) is not None}
+    c = usual | given
     faults = [f"{hf} missing" for ours, hf in keys.items() if ours not in c]
+    for ours in ("n_kv_head", "head_dim", "n_hidden"):  # where 0 is our word, not theirs
+        if given.get(ours) == 0:
+            faults.append(f"{keys[ours]}=0 not supported")
+    window = d.get("sliding_window", 4096) if kind == "mistral" else None
+    if window is not None:
+        if type(window) is not int or window < 1:
+            faults.append(f"sliding_window={window!r:.60} not supported")
+        elif type(c.get("n_ctx")) is int:
+            c["n_ctx"] = min(c["n_ctx"], window)
+    # One dict in transformers 5; below it, keys beside it.
+    rope = d.get("rope_scaling") or d.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        faults.append(f"rope_parameters={rope!r:.60} not supported")
+        rope = {}
+    rope = dict(rope)
+    d = d | {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     d.pop("hidden_act" if kind == "gpt2" else "activation_function", None)  # which it never reads
     odd = [key for key, exact in EXACT.items() if d.get(key, exact[0]) not in exact]
     faults += [f"{key}={d[key]!r:.60} not supported" for key in odd]
@@ -1841,8 +2030,24 @@ def from_hf_config(d, where="config.json"):
     if faults:
         raise UserError(f"{where}: {', '.join(faults)}")
     plain = rope.setdefault("rope_type", rope.get("type", "default")) == "default"
-    options = FAMILIES[kind] | {"rope_theta": d.get("rope_theta") or 10000.0}
-    return GPTConfig(**c, **options, rope_scaling=None if plain else rope)
+    theta = d.get("rope_theta")
+    c |= FAMILIES[kind] | {"rope_theta": 10000.0 if theta is None else theta}
+    c["rope_scaling"] = None if plain else rope
+    c |= {name: d[name] for name in TRAINING if name in d}
+    drops = [d.get(name, 0.1) for name in PDROPS]  # 0.1: what transformers takes
+    if kind == "gpt2" and "dropout" not in d and drops == drops[:1] * 3:
+        c["dropout"] = drops[0]
+    return checked_config(c, keys, where)
+
+
+def checked_config(values, names, where):
+    """GPTConfig(**values). What it refuses is told by the file, and by the name that the field has
+    there: names[field], or its own."""
+    try:
+        return GPTConfig(**values)
+    except UserError as error:
+        name, _, rest = str(error).partition("=")
+        raise UserError(f"{where}: {names.get(name, name)}={rest}") from None
 
 
 # GPT-2 has its own names, writes matrices (in, out), and q, k and v as one.
@@ -1851,6 +2056,7 @@ input_layernorm=ln_1 post_attention_layernorm=ln_2 self_attn.q_proj=attn.c_attn
 self_attn.k_proj=attn.c_attn self_attn.v_proj=attn.c_attn self_attn.o_proj=attn.c_proj
 up_proj=c_fc mlp.down_proj=mlp.c_proj"""
 GPT2_NAMES = [pair.split("=") for pair in GPT2_NAMES.split()]
+GPT2_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
 
 
 def gpt2_names(names):
@@ -1868,11 +2074,12 @@ def from_gpt2(tensors, names):
     """A GPT-2 file's tensors (with or without the prefix `transformer.`) under our names."""
     tensors, out = {n.removeprefix("transformer."): t for n, t in tensors.items()}, {}
     for theirs, ours in gpt2_names(names).items():
-        t = tensors.pop(theirs.removeprefix("transformer."), torch.empty(0))
+        if theirs.removeprefix("transformer.") not in tensors:
+            continue  # a tied head, or a classifier's
+        t = tensors.pop(theirs.removeprefix("transformer."))
         t = t.t().contiguous() if ours[0].endswith("_proj.weight") else t
         out |= zip(ours, t.chunk(len(ours)))
-    masks = (".attn.bias", ".attn.masked_bias")  # causal masks of old files
-    return out | {n: t for n, t in tensors.items() if not n.endswith(masks)}
+    return out | tensors
 
 
 def to_gpt2(state):
@@ -1888,9 +2095,12 @@ def find(name):
     """The folder of a model: one that is here, or else a Hub model's (owner/name, or name), which
     is downloaded once, to ~/.cache/barelm. Environment: HF_ENDPOINT, HF_TOKEN."""
     folder, owner = Path(name), str(name).partition("/")[0]
-    if folder.is_dir():
-        return folder
-    local = owner == "out" or Path(owner).exists()
+    try:
+        if folder.is_dir():
+            return folder
+        local = owner == "out" or Path(owner).exists()
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        raise UserError(f"{str(name)[:60]!r}: no name of a folder") from None
     if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
         raise UserError(f"{folder}: no such folder (train.py and finetune.py write out/NAME)")
     cached = Path.home() / ".cache/barelm" / str(name).replace("/", "--")
@@ -1928,11 +2138,21 @@ def download_model(name, folder):
 
 def read_config(folder):
     """A folder's config.json, as a dict and as a GPTConfig."""
+    path = folder / "config.json"
+    d = read_json(path)
     try:
-        d = read_json(folder / "config.json")
-        return d, from_hf_config(d, folder / "config.json")
+        c = from_hf_config(d, path)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json: malformed: {error}") from None
+        raise UserError(f"{path}: malformed: {error}") from None
+    size = d.get("adapter_size")
+    whole = type(size) is int and 0 <= size <= LARGEST
+    pooled = ("last", "mean") if d["model_type"] == "barelm" else ("last",)
+    checks = {"adapter_size": size is None or whole, "pooling": d.get("pooling", "last") in pooled}
+    checks["quantize"] = d.get("quantize") in (None, "int8", "int4")
+    for key, good in checks.items():
+        if not good:
+            raise UserError(f"{path}: {key}={d[key]!r:.60} not supported")
+    return d, c
 
 
 def weights_of(folder):
@@ -1952,14 +2172,28 @@ def weights_of(folder):
 
 def open_shard(path):
     """The tokens of an llm.c .bin shard, as a memory map (N,) uint16 or uint32."""
-    header = np.fromfile(path, dtype="<i4", count=256)
+    try:
+        header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     kinds = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
     kind = kinds.get(tuple(header[:2].tolist()))
     if len(header) < 256 or kind is None:
         raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
-    if os.path.getsize(path) != 1024 + int(header[2]) * kind.itemsize:
-        raise UserError(f"{path}: cut short: {header[2]} tokens were written; prepare it again")
-    return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(int(header[2]),))
+    count = int(header[2])
+    if count < 0 or size != 1024 + count * kind.itemsize:
+        why = f"{size:,} bytes are not the {count:,} tokens that were written"
+        raise UserError(f"{path}: cut short, or damaged: {why}; prepare it again")
+    if count == 0:  # which no memory map can be of
+        return np.empty(0, kind)
+    return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(count,))
+
+
+def check_tokens(ids, n_vocab, path):
+    """Refuse ids, an array of the shard at path, that are not below n_vocab."""
+    if len(ids) and ids.max() >= n_vocab:
+        why = f"the tokenizer has {n_vocab:,} tokens: prepare it again"
+        raise UserError(f"{path}: token {ids.max()}, but {why}")
 
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):
@@ -1967,36 +2201,41 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     eval mode, Tokenizer).
     quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype."""
     folder = find(folder)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         return load_adapted(folder, device, dtype, quantize)
     d, c = read_config(folder)
-    if c.n_ctx < d.get("max_position_embeddings", 0):
+    if d["model_type"] == "mistral" and c.n_ctx < d["max_position_embeddings"]:
         print(f"{folder}: the context ends with the sliding window, at {c.n_ctx} tokens")
     tok = Tokenizer.from_folder(folder)
     if tok.n_vocab > c.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {c.vocab_size}")
-    tensors = {n: t for p in weights_of(folder) for n, t in read_safetensors(p)[0].items()}
+    gpt2 = d["model_type"] == "gpt2"
+    unread = GPT2_MASKS if gpt2 else (".rotary_emb.inv_freq",)
+    entries = read_entries(folder, unread)
+    check_layers(folder, entries, c.n_layer)  # before anything of that size is built
+    labels = read_labels(folder, d, entries)
     with torch.device("meta"):
         net = GPT(c)
         if size := d.get("adapter_size"):
             add_adapters(net, size)
-        if "ForSequenceClassification" in str(d.get("architectures")):
-            named = d.get("id2label", {})
-            labels = [named.get(str(i), f"LABEL_{i}") for i in range(len(tensors["score.weight"]))]
+        if labels:
             net.set_score(labels, d.get("pooling", "last"))
-            tensors.setdefault("lm_head.weight", torch.empty(c.vocab_size, c.n_embd))
         if d.get("quantize"):
             quantize_weights(net, d["quantize"])
+    check_entries(folder, entries, net, gpt2)
+    tensors = read_weights(folder, unread, dtype)
     want = net.state_dict()
     if c.tie and isinstance(net.lm_head, QuantizedLinear):
         del want["model.embed_tokens.weight"]
-    tensors = from_gpt2(tensors, want) if d["model_type"] == "gpt2" else tensors
+    tensors = from_gpt2(tensors, want) if gpt2 else tensors
     if c.tie and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    bad = [n for n in want if n not in tensors or tensors[n].shape != want[n].shape]
-    bad += [n for n in tensors if n not in want and not n.endswith("rotary_emb.inv_freq")]
-    if bad:
-        raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
+        table = tensors["model.embed_tokens.weight"]
+        tied = tensors.get("lm_head.weight", table)
+        if tied.dtype != table.dtype or not tied.equal(table):
+            raise UserError(f"{folder}: lm_head.weight is not the embedding that it is tied to")
+        tensors["lm_head.weight"] = table
+    if labels and "lm_head.weight" not in tensors:  # a classifier's file has none: nothing reads it
+        tensors["lm_head.weight"] = torch.zeros(c.vocab_size, c.n_embd)
     for n, t in want.items():  # codes and their scales keep their types
         tensors[n] = tensors[n].to(device, dtype if t.dtype == torch.float32 else t.dtype)
     net.load_state_dict({n: tensors[n] for n in want}, strict=False, assign=True)
@@ -2006,42 +2245,230 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     return net.eval(), tok
 
 
-def load_adapted(folder, device, dtype, quantize):
+def read_entries(folder, unread):
+    """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others, but
+    for names that end with one of `unread`."""
+    entries = {}
+    for path in weights_of(folder):
+        for name, entry in entries_of(path).items():
+            if name in entries:
+                raise UserError(f"{path}: {name} is in another file of the folder too")
+            if not name.endswith(unread):
+                entries[name] = entry
+    return entries
+
+
+def check_layers(folder, entries, n_layer):
+    """Refuse files whose names are those of another number of layers than config.json's."""
+    found = set()
+    for name in entries:
+        if match := re.match(r"(?:model\.layers|(?:transformer\.)?h)\.(\d{1,9})\.", name):
+            found.add(int(match[1]))
+    if len(found) != n_layer:
+        raise UserError(f"{folder}: {n_layer} layers in config.json, {len(found)} in its weights")
+
+
+def read_labels(folder, d, entries):
+    """The labels of a folder's classifier, by a config.json's dict d; none of a text model's."""
+    if "ForSequenceClassification" not in str(d.get("architectures")):
+        return []
+    _, shape = entries.get("score.weight", (None, []))
+    if len(shape) != 2 or shape[0] == 0:
+        raise UserError(f"{folder}: a classifier by its config.json, but without a score.weight")
+    usual = {str(i): f"LABEL_{i}" for i in range(shape[0])}
+    labels = usual if d.get("id2label") is None else d["id2label"]
+    good = isinstance(labels, dict) and labels.keys() == usual.keys()
+    good = good and all(isinstance(label, str) for label in labels.values())
+    if not good or len(set(labels.values())) < shape[0]:
+        why = f"{labels!r:.60}: expected a name of its own for each of 0 to {shape[0] - 1}"
+        raise UserError(f"{folder}/config.json: id2label={why}")
+    return [labels[number] for number in usual]
+
+
+def check_entries(folder, entries, net, gpt2):
+    """Refuse files whose tensors, {name: (dtype, shape)}, are not the network's."""
+    want = saved_tensors(net)
+    if gpt2:  # whose own files have no prefix
+        want = {name.removeprefix("transformer."): t for name, t in to_gpt2(want).items()}
+        short = {name.removeprefix("transformer."): entry for name, entry in entries.items()}
+        if len(short) < len(entries):
+            raise UserError(f"{folder}: tensors with and without the prefix transformer.")
+        entries = short
+    spare = {"lm_head.weight": net.lm_head.weight}  # of a tied head, or beside a classifier's
+    bad = []
+    for name, t in (spare | want).items():
+        if name in want or name in entries:
+            dtype, shape = entries.get(name, (torch.bool, []))
+            both_float = dtype.is_floating_point and t.is_floating_point()
+            if shape != list(t.shape) or not (both_float or dtype == t.dtype):
+                bad.append(name)
+    for name in entries:
+        if name not in want and name not in spare:
+            bad.append(name)
+    if bad:
+        raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
+
+
+def read_weights(folder, unread, dtype):
+    """{name: tensor} of a folder's files, but for names that end with one of `unread`. What is not
+    finite as dtype is a UserError."""
+    tensors = {}
+    for path in weights_of(folder):
+        part, _ = read_safetensors(path)
+        part = {name: t for name, t in part.items() if not name.endswith(unread)}
+        check_finite(path, part, dtype)
+        tensors |= part
+    return tensors
+
+
+def check_finite(path, tensors, dtype=torch.float32):
+    """Refuse {name: tensor} with a NaN or an infinity, or with a number that dtype has none for."""
+    largest = torch.finfo(dtype).max
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.numel():
+            low, high = (x.item() for x in t.detach().aminmax())  # a NaN anywhere is both
+            if not (low >= -largest and high <= largest):
+                raise UserError(f"{path}: {name} has numbers that are not finite in {dtype}")
+
+
+def is_adapter(folder):
+    """Whether a folder holds an adapter, and no model of its own."""
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    weights = [name for name in ("model.safetensors", INDEX) if (folder / name).is_file()]
+    if not (folder / "config.json").is_file() or not weights:
+        return True
+    if (folder / "adapter_model.safetensors").is_file():
+        why = f"{weights[0]} and adapter_model.safetensors are here: move one of them away"
+        raise UserError(f"{folder}: a model, or an adapter? {why}")
+    return False
+
+
+def load_adapted(folder, device, dtype, quantize, above=()):
     """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or what `find` takes),
-    with the adapter's products added to its weights."""
-    d = read_json(folder / "adapter_config.json")
-    named = d.get("base_model_name_or_path") or ""
-    if not named or d.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: no LoRA adapter, or one that does not name its base")
-    base = folder / named if (folder / named).is_dir() else find(named)
-    net, tok = load(base, device, dtype)
+    with the adapter's products added to its weights. above: the adapters that have it as base."""
+    path = folder / "adapter_config.json"
+    d = read_json(path)
+    check_adapter(path, d)
+    base, above = find_base(folder, d["base_model_name_or_path"]), (*above, folder.resolve())
+    if base.resolve() in above:
+        raise UserError(f"{path}: the base {base} is this adapter, or is made with it")
+    if is_adapter(base):
+        net, tok = load_adapted(base, device, dtype, None, above)
+    else:
+        net, tok = load(base, device, dtype)
     weights = dict(net.named_parameters())
     names = gpt2_names(weights) if family(net.config) == "gpt2" else {n: [n] for n in weights}
     bare = lambda n: n.removeprefix("transformer.").removeprefix("model.")
     names |= {bare(n): ours for n, ours in names.items()}  # as transformers' AutoModel has them
-    tensors, _ = read_safetensors(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    tensors, _ = read_safetensors(file)
     pairs = {key: key.replace("lora_A", "lora_B") for key in tensors if ".lora_A.weight" in key}
-    if d.get("use_rslora") or tensors.keys() != {*pairs, *pairs.values()}:
+    if tensors.keys() != {*pairs, *pairs.values()}:
         why = "only LoRA's two matrices a layer are read, not rsLoRA, DoRA or modules_to_save"
         raise UserError(f"{folder}: {why}")
+    if odd := [name for name, t in tensors.items() if not t.is_floating_point()]:
+        raise UserError(f"{file}: {odd[0]} has whole numbers, no weights")
+    check_finite(file, tensors)
     for key, other in pairs.items():
         A, B = tensors[key], tensors[other]
         name = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
         ours = [weights[n] for n in names.get(f"{name}.weight", ())]
         rows = [len(p) for p in ours]
-        if not ours or ours[0].shape[1] != A.shape[1] or B.shape != (sum(rows), len(A)):
+        fits = ours and A.ndim == 2 and ours[0].shape[1] == A.shape[1]
+        if not fits or B.shape != (sum(rows), len(A)):
             why = f"an adapter for another base than {base}: {key} does not fit"
             raise UserError(f"{folder}: {why}")
-        patterns = d.get("alpha_pattern", {}).items()  # of a name, or of what follows a dot
-        own = [a for k, a in patterns if re.fullmatch(rf"(.*\.)?({k})", name)]
-        alpha = own[0] if own else d["lora_alpha"]
-        delta = (alpha / len(A)) * (B.float() @ A.float()).to(device)
+        rank = of_pattern(d.get("rank_pattern"), name, d["r"])
+        if rank != len(A):
+            raise UserError(f"{path}: r={rank!r:.60}, but {key} has {len(A)} rows")
+        alpha = of_pattern(d.get("alpha_pattern"), name, d["lora_alpha"])
+        delta = (alpha / rank) * (B.float() @ A.float()).to(device)
         with torch.no_grad():
             for p, part in zip(ours, delta.split(rows)):
                 p += part.to(p.dtype)
+                check_finite(file, {key: p}, p.dtype)
     if quantize:
         quantize_weights(net, quantize)
-    return net, Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else tok
+    if (folder / "tokenizer.json").is_file():
+        base_ends, tok = tok.eos_ids, Tokenizer.from_folder(folder)
+        if not (folder / "generation_config.json").is_file():  # as PEFT leaves it: the base's count
+            tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *base_ends]))
+    if tok.n_vocab > net.config.vocab_size:
+        why = f"{tok.n_vocab} tokens, but the base knows {net.config.vocab_size}"
+        raise UserError(f"{folder}: {why}")
+    return net, tok
+
+
+# Of an adapter_config.json: what may be anything, since it changes no product or is checked apart.
+PEFT_NOTES = """alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out
+inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type
+peft_version qalora_group_size r rank_pattern runtime_config target_modules task_type"""
+# What else may be there with a value; any other key with one changes the product.
+PEFT_EXACT = dict(bias=("none",), revision=("main",))
+PEFT_EXACT |= dict(init_lora_weights=(True, "gaussian", "orthogonal", "eva"))
+
+
+def check_adapter(path, d):
+    """Refuse an adapter_config.json that is no plain LoRA's: adapter_config.json at path, as d."""
+    named = d.get("base_model_name_or_path")
+    if not named or not isinstance(named, str) or d.get("peft_type") != "LORA":
+        raise UserError(f"{path}: no LoRA adapter, or one that does not name its base")
+    odd = []
+    for key, value in d.items():
+        if key not in PEFT_NOTES.split() and value and value not in PEFT_EXACT.get(key, ()):
+            odd.append(f"{key}={value!r:.60}")
+    if odd:
+        what = "only plain LoRA is read, not rsLoRA, DoRA, modules_to_save or other kinds"
+        raise UserError(f"{path}: {', '.join(odd[:3])}: {what}")
+    patterns = {}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns[key] = {} if d.get(key) is None else d[key]
+        if not isinstance(patterns[key], dict):
+            raise UserError(f"{path}: {key}: expected names with a number each")
+        for name in patterns[key]:
+            check_pattern(path, name)
+    for rank in (d.get("r"), *patterns["rank_pattern"].values()):
+        if type(rank) is not int or not 1 <= rank <= LARGEST:
+            raise UserError(f"{path}: r={rank!r:.60}: expected a whole number above 0")
+    for alpha in (d.get("lora_alpha"), *patterns["alpha_pattern"].values()):
+        if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST:
+            raise UserError(
+                f"{path}: lora_alpha={alpha!r:.60}: expected a number, at most {LARGEST}"
+            )
+
+
+def check_pattern(path, pattern):
+    """Refuse what is no regular expression, or repeats a group, which may take for ever."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{path}: {pattern!r:.60}: no regular expression: {error}") from None
+    if re.search(r"\)[*+{]", pattern):
+        raise UserError(f"{path}: {pattern!r:.60}: a repeated group is not supported")
+
+
+def of_pattern(patterns, name, usual):
+    """What patterns, {regular expression: value}, have for a layer's name, or for what follows a
+    dot in it; `usual` where none matches. As in PEFT the first that matches counts."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return usual
+
+
+def find_base(folder, name):
+    """The folder of an adapter's base, by the name that the adapter in `folder` has for it."""
+    try:
+        beside = folder / name
+        if beside.is_dir():
+            return beside
+        exists = beside.exists()
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        raise UserError(f"{folder}: the base {name!r:.60} is no name of a folder") from None
+    if exists:
+        raise UserError(f"{folder}: the base {name!r:.60} is a file, not a folder")
+    return find(name)
 
 
 def saved_tensors(net):

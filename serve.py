@@ -135,9 +135,8 @@ def zeros_share(net):
 def stored_dtype():
     """The dtype of the model's files, or float32 where an adapter is merged into a base."""
     folder, kinds = core.find(model), set()
-    for path in core.weights_of(folder) if (folder / "config.json").is_file() else ():
-        with open(path, "rb") as file:
-            entries, _ = core.read_header(path, file)
+    for path in core.weights_of(folder) if not core.is_adapter(folder) else ():
+        entries = core.entries_of(path)
         kinds |= {kind for kind, _ in entries.values() if kind.is_floating_point}
     return torch.float32 if len(kinds) != 1 else kinds.pop()
 
@@ -171,6 +170,7 @@ def validation_windows(tok, width):
         return None
     for path in paths:
         tokens = core.open_shard(path)
+        core.check_tokens(tokens, tok.n_vocab, path)
         rows += [tokens[i : i + width + 1] for i in range(0, len(tokens) - width, width)]
     count = min(len(rows), -(-eval_tokens // width))
     if not count:
@@ -243,10 +243,9 @@ def check_family(net):
         raise UserError(f"--export={export}: no Hugging Face architecture has {odd}")
     if (kind := core.family(c)) != "barelm":
         return kind
-    differ = lambda kind: {k: v for k, v in core.FAMILIES[kind].items() if getattr(c, k) != v}
-    kind = min(core.FAMILIES, key=lambda kind: len(differ(kind)))
-    wanted = ", ".join(f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in differ(kind).items())
-    wanted = wanted or "n_kv_head=n_head, head_dim=n_embd/n_head"
+    kind = min(core.FAMILIES, key=lambda kind: len(core.misfits(c, kind)))
+    differ = core.misfits(c, kind)
+    wanted = ", ".join(f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in differ.items())
     raise UserError(f"--export={export} cannot hold this architecture: {kind} wants {wanted}")
 
 

@@ -115,11 +115,12 @@ class Windows:
     """Windows of seq_len tokens from shards, in one global sequence: position i is window
     permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
     A window begins every `stride` tokens (0: every seq_len).
-    partial: the last window of a shard may be short, so that every token is a target once."""
+    partial: the last window of a shard may be short, so that every token is a target once.
+    n_vocab: a batch with an id from here on is refused, by its shard's name (0: not looked at)."""
 
-    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0):
+    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0, n_vocab=0):
         self.shards, self.seq_len, self.seed = [model.open_shard(p) for p in paths], seq_len, seed
-        self.stride = stride or seq_len
+        self.stride, self.paths, self.n_vocab = stride or seq_len, list(paths), n_vocab
         tokens = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         spare = tokens - 1 - seq_len + partial * (seq_len - 1)  # behind the first window
         self.ends = np.cumsum(np.maximum(spare + self.stride, 0) // self.stride)
@@ -143,7 +144,12 @@ class Windows:
 
     def batch(self, indices, device):
         """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""
-        both = torch.from_numpy(np.stack([self.window(i) for i in indices]))
+        windows = np.stack([self.window(i) for i in indices])
+        if self.n_vocab and windows.max() >= self.n_vocab:  # on the host: no device has to wait
+            for i, window in zip(indices, windows):
+                shard = int(np.searchsorted(self.ends, i, side="right"))
+                model.check_tokens(window, self.n_vocab, self.paths[shard])
+        both = torch.from_numpy(windows)
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
         return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
@@ -157,15 +163,18 @@ def open_dataset():
         of = same_recipes() or ("" if dataset == "python" else "--source=... ")
         make = f"python prepare.py {of}--dataset={dataset}"
         raise UserError(f"{folder}: no prepared data: {make} first")
-    train = Windows(sorted(folder.glob("train_*.bin")), seq_len, seed, stride=stride)
+    tok = model.Tokenizer.from_folder(folder)
+    shards, n_vocab = sorted(folder.glob("train_*.bin")), tok.n_vocab
+    train = Windows(shards, seq_len, seed, stride=stride, n_vocab=n_vocab)
     if train.n == 0:
         raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
-    val = Windows(sorted(folder.glob("val_*.bin")), seq_len, partial=True)
+    val = Windows(sorted(folder.glob("val_*.bin")), seq_len, partial=True, n_vocab=n_vocab)
     names = sorted({path.name[4:].rpartition("_")[0] for path in folder.glob("val.*.bin")})
     apart = {name: sorted(folder.glob(f"val.{name}_*.bin")) for name in names}
-    apart = {name: Windows(paths, seq_len, partial=True) for name, paths in apart.items()}
+    for name, paths in apart.items():
+        apart[name] = Windows(paths, seq_len, partial=True, n_vocab=n_vocab)
     digest = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-    return model.Tokenizer.from_folder(folder), train, val, apart, digest
+    return tok, train, val, apart, digest
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +211,8 @@ def check_settings():
     least = dict.fromkeys(from_0.split(), 0)
     least |= dict.fromkeys(("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
     for key, low in least.items():
-        if (value := globals()[key]) is not None and value < low:
+        value = globals()[key]
+        if value is not None and not low <= value < math.inf:
             raise UserError(f"{key}={value}: expected {low} or more")
     if max_steps != 0 and not any((max_steps, max_tokens, max_epochs, max_minutes)):
         raise UserError("no horizon: set max_steps, max_tokens, max_epochs or max_minutes")

@@ -484,6 +484,20 @@ def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
         model.load(tmp_path / "a")
 
 
+def test_an_adapter_keeps_the_tokens_that_end_a_text(tok, tmp_path, monkeypatch):
+    net, ends = net_for(tok), [*tok.eos_ids, 5]
+    tok = model.Tokenizer(tok.spec, tok.config)
+    tok.eos_ids = ends  # the tokenizer's own, and the end of a turn
+    model.save(tmp_path / "base", net, tok)
+    monkeypatch.setattr(finetune, "model", str(tmp_path / "base"))
+    finetune.adapt_network(net, "lora")
+    tok.eos_ids = [*ends, 7]  # one that this training adds
+    finetune.save_adapter(tmp_path / "a", net, tok)
+    assert model.load(tmp_path / "a")[1].eos_ids == [*ends, 7]
+    (tmp_path / "a/generation_config.json").unlink()  # a folder of PEFT's has none
+    assert model.load(tmp_path / "a")[1].eos_ids == ends
+
+
 def test_an_adapter_for_a_bare_trunk_opens(tiny, tmp_path):
     """transformers' AutoModel has no head: its layers' names begin without `model.`."""
     tune(tiny, "--method=lora", "--out_dir=out/bare")

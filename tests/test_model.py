@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import shutil
 import struct
+from dataclasses import field, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 
 import model
 import prepare
+import serve
 from model import GPT, GPTConfig, KVCache, Tokenizer, UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -116,6 +119,92 @@ def test_other_architectures_survive_a_save(name, tok, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "barelm"
     with torch.no_grad():
         assert torch.equal(model.load(tmp_path)[0](ids), net(ids))
+
+
+# A value that is not its default for each field that a family holds, or may be asked to.
+FIELDS = dict(n_ctx=24, n_kv_head=4, head_dim=10, n_hidden=40, norm_eps=1e-3, rope_theta=77.0)
+FIELDS |= dict(norm="layer", norm_place="both", qk_norm=False, qkv_bias=True, bias=True)
+FIELDS |= dict(pos="none", rope_scaling=LLAMA3, mlp="relu2", tie=False, dropout=0.25, init="he")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "gpt2"])
+@pytest.mark.parametrize("key", FIELDS)
+def test_no_field_is_lost_on_saving(key, name, tok, tmp_path):
+    net, ids = make_net(**SHAPES[name] | {"n_ctx": 32} | {key: FIELDS[key]}), random_ids(2, 20)
+    model.save(tmp_path, net, tok)
+    back, _ = model.load(tmp_path)
+    assert back.config == net.config
+    with torch.no_grad():
+        expected = net(ids)
+    assert torch.equal(back(ids), expected)
+    if model.family(net.config) != "barelm":
+        transformers = pytest.importorskip("transformers")
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+        assert not any(report.values())
+        torch.testing.assert_close(theirs.eval()(ids).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+FORKED = [("softcap", float, 0.0), ("n_expert", int, 0), ("gated", bool, False)]
+FORKED += [("window", list, field(default_factory=list))]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    "key, value", [("softcap", 30.0), ("n_expert", 4), ("gated", True), ("window", [3])]
+)
+def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path, monkeypatch):
+    plain = GPTConfig
+    forked = make_dataclass("GPTConfig", FORKED, bases=(GPTConfig,))
+    shape = dict(vocab_size=64, n_ctx=32, n_layer=1) | SHAPES[name]
+    monkeypatch.setattr(model, "GPTConfig", forked)
+    assert model.family(forked(**shape)) == name  # at its default the field asks for nothing
+    net = GPT(forked(**shape, **{key: value}))
+    assert model.family(net.config) == "barelm"
+    model.save(tmp_path, net, tok)
+    back, _ = model.load(tmp_path)
+    assert back.config == net.config and getattr(back.config, key) == value
+    monkeypatch.setattr(serve, "export", "hf")
+    with pytest.raises(UserError, match=f"{key}=.*here {re.escape(repr(value))}"):
+        serve.check_family(net)
+    monkeypatch.setattr(model, "GPTConfig", plain)  # where the fork's folder is opened without it
+    with pytest.raises(UserError, match="config.json: softcap, .*no fields of GPTConfig"):
+        model.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("adapters", [0, 3])
+@pytest.mark.parametrize("pooling", [None, "last", "mean"])
+def test_heads_and_adapters_survive_a_save(pooling, adapters, quantize, name, tok, tmp_path):
+    net, ids = make_net(**SHAPES[name]), random_ids(1, 9)
+    if adapters:
+        model.add_adapters(net, adapters)
+        for block in net.model.layers:
+            torch.nn.init.normal_(block.mlp.down_proj.up.weight, std=0.3)
+    if pooling:
+        net.set_score(["no", "yes", "maybe"], pooling)
+    if quantize:
+        model.quantize_weights(net, quantize)
+    model.save(tmp_path, net, tok)
+    kind = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    ours = adapters or quantize or pooling == "mean"
+    assert kind == ("barelm" if ours else name.partition("-")[0])
+    back, _ = model.load(tmp_path)
+    assert back.config == net.config and back.quantize == quantize
+    with torch.no_grad():
+        if not pooling:
+            return torch.testing.assert_close(back(ids), net(ids), atol=1e-5, rtol=1e-5)
+        expected = net.scores(ids.tolist())
+        torch.testing.assert_close(back.scores(ids.tolist()), expected, atol=1e-5, rtol=1e-5)
+        assert (back.labels, back.pooling) == (["no", "yes", "maybe"], pooling)
+        if not ours:
+            transformers = pytest.importorskip("transformers")
+            kind = transformers.AutoModelForSequenceClassification
+            theirs = kind.from_pretrained(tmp_path).eval()
+            torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=1e-4)
+            assert [*theirs.config.id2label.values()] == back.labels
 
 
 def test_safetensors_library_agrees(tmp_path):
@@ -641,6 +730,10 @@ def test_memory_estimate_is_near_what_autograd_keeps(shape, recompute):
     assert 0.6 < estimate / kept_bytes < 1.7
 
 
+LINEAR = dict(rope_type="linear")
+BAD_FACTORS = (0, -2.0, math.nan, math.inf, True, "8", None, [8])
+
+
 def test_parameters_are_counted_and_initialized_as_gpt2_is():
     torch.manual_seed(0)
     net = GPT(GPTConfig(512, 32, 8, **(GPT2 | dict(n_embd=64))))
@@ -663,6 +756,19 @@ def test_parameters_are_counted_and_initialized_as_gpt2_is():
         (dict(dropout=1.5), "dropout"),
         (dict(n_kv_head=-1), "n_kv_head"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "rope_scaling"),
+        *[(dict(n_layer=bad), "n_layer") for bad in (True, 2.0, 2.5, "2", None, [2], 2**63)],
+        *[(dict(norm_eps=bad), "norm_eps") for bad in (math.nan, math.inf, -1e-6, 1.0, "0", True)],
+        *[(dict(rope_theta=bad), "rope_theta") for bad in (math.nan, math.inf, -1, 0, 10**400)],
+        *[(dict(dropout=bad), "dropout") for bad in (math.nan, -0.1, "0.1", None)],
+        *[(dict(tie=bad), "tie") for bad in (1, 0, "true", None)],
+        *[(dict(norm=bad), "norm") for bad in (None, True, [], "RMS")],
+        *[(dict(rope_scaling=bad), "rope_scaling") for bad in ("linear", [], {}, {"factor": 2.0})],
+        *[(dict(rope_scaling=LINEAR | dict(factor=bad)), "factor") for bad in BAD_FACTORS],
+        *[(dict(rope_scaling=LLAMA3 | dict(factor=bad)), "factor") for bad in BAD_FACTORS],
+        (dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0)), "high_freq_factor"),
+        (dict(rope_scaling=dict(rope_type=[], factor=2.0)), "rope_scaling"),
+        (dict(n_head=2**28, head_dim=2**28), "n_head"),
+        (dict(n_head=1, n_kv_head=1, n_embd=2**28, head_dim=2), "n_hidden"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(bad, word):

@@ -377,6 +377,9 @@ REFUSALS = {
     "no horizon": ["--max_steps=none"],
     "eval_every=0: expected 1 or more": ["--eval_every=0"],
     "micro_batch=-1: expected 0 or more": ["--micro_batch=-1"],
+    "learning_rate=inf: expected 0 or more": ["--learning_rate=1e400"],
+    "norm_eps=inf: expected": ["--norm_eps=1e400"],
+    "rope_theta=-1.0: expected": ["--rope_theta=-1"],
     "lower --seq_len": ["--seq_len=32768", "--batch_tokens=32768"],
     "tensorboard": ["--tensorboard"],
     "have different tokenizers": ["--init_from=out/held", "--dataset=letters"],
@@ -399,6 +402,17 @@ def test_a_shard_cut_short_is_refused(words):
     os.truncate(words / "data" / "short" / "train_000000.bin", 5000)
     said = run(words, "train.py", *SMALL, "--dataset=short", "--out_dir=out/none", check=False)
     assert said.returncode == 1 and "train_000000.bin: cut short" in said.stderr
+
+
+def test_a_shard_of_another_vocabulary_is_refused(words):
+    folder = shutil.copytree(words / "data" / "words", words / "data" / "other")
+    path = folder / "train_000000.bin"
+    data = np.fromfile(path, "<u2")
+    data[512:] = 60_000  # every token
+    data.tofile(path)
+    said = run(words, "train.py", *SMALL, "--dataset=other", "--out_dir=out/none", check=False)
+    assert said.returncode == 1 and said.stderr.count("\n") == 1
+    assert "train_000000.bin: token 60000, but the tokenizer has" in said.stderr
 
 
 def test_out_of_memory_names_what_to_change(words):

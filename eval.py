@@ -103,6 +103,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -112,6 +113,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +126,9 @@ import model as core
 from model import UserError
 
 JUDGE_WAIT = 1.0  # seconds before the judge is asked again; then three, then seven
+# What a row of another form raises in the functions that read it.
+ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError)
+JSONL = (".jsonl", ".ndjson", ".jsonlines")  # endings of files with a record on each line
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -172,7 +177,10 @@ def choices_of(row):
     `options` (a list, or text with `A. ` before each line) and an `answer` (an index, a label, or
     the choice itself)."""
     given = row["choices"] if "choices" in row else row["options"]
-    answer = next(row[k] for k in ("answer", "answerKey", "label", "gold") if k in row)
+    keys = [key for key in ("answer", "answerKey", "label", "gold") if key in row]
+    if not keys:
+        raise ValueError("no field 'answer'")
+    answer = row[keys[0]]
     labels, texts = LETTERS, given
     if isinstance(given, dict):
         labels, texts = given["label"], given["text"]
@@ -196,19 +204,40 @@ def read_row(task, row):
     try:
         if task.read:
             return task.read(row)
-        prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), task.prompt)
+        prompt = re.sub(r"\{(\w+)\}", lambda m: str(filled(row, m[1])), task.prompt)
         if task.kind == "generate":
             if not task.hub and (task.judge or task.rubric):  # which may do without
                 return prompt, str(row.get(task.answer, ""))
-            return prompt, str(row[task.answer])
+            answer = filled(row, task.answer)
+            if isinstance(answer, (list, dict)):
+                raise ValueError(f"{task.answer!r} is no text or number")
+            return prompt, str(answer)
         if task.choices is None:
             return prompt, *choices_of(row)
         choices = row[task.choices] if isinstance(task.choices, str) else task.choices
         return prompt, *choices_of({"choices": choices, "answer": row[task.answer]})
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        shown = json.dumps(row, ensure_ascii=False, default=str)[:100]
-        raise UserError(f"{task.name}: {why}, in the row {shown}") from None
+    except ROW_ERRORS as error:
+        raise bad_row(task, row, error) from None
+
+
+def filled(row, key):
+    """A field of a row that has something in it."""
+    if row[key] is None:
+        raise ValueError(f"{key!r} is null")
+    return row[key]
+
+
+def bad_row(task, row, error):
+    """The line that refuses a row."""
+    why = f"no field {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    shown = json.dumps(row, ensure_ascii=False, default=str, skipkeys=True)[:100]
+    return UserError(f"{task.name}: {why[:200]}, in the row {shown}")
+
+
+def subject_of(row):
+    """The group of a row's score, as a text; empty where the row names none."""
+    subject = row.get("subject")
+    return "" if subject is None else str(subject)
 
 
 def exact_match(text, answer, ignore=(), lower=False):
@@ -222,7 +251,7 @@ def extract(pattern, text, which=0):
     """What the pattern (or the first of its groups that is not empty) matches in text, the first
     time or with which=-1 the last; [invalid] where it does not."""
     found = re.findall(pattern, text)
-    if not found:
+    if not -len(found) <= which < len(found):
         return "[invalid]"
     parts = [found[which]] if isinstance(found[which], str) else [*filter(None, found[which])]
     return parts[0].strip() if parts else "[invalid]"
@@ -242,24 +271,25 @@ def judge(task, row, texts):
 
 def read_rows(path):
     """The records of a JSONL, JSON or parquet file."""
-    number = 0
+    ending = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
+        if ending == ".parquet":
             from pyarrow import parquet
 
             rows = parquet.read_table(path).to_pylist()
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_bytes())
+        elif ending == ".json":
+            rows = core.parse_json(path.read_bytes(), path)
         else:
             rows = []
-            for number, line in enumerate(path.read_bytes().splitlines(), 1):  # noqa: B007
-                rows += [json.loads(line)] if line.strip() else []
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                if line.strip():
+                    rows.append(core.parse_json(line, f"{path}:{number}"))
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}:{number or 1}: no JSON: {error}") from None
+    except ValueError as error:  # pyarrow's
+        raise UserError(f"{path}: no parquet file: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object on each line")
     return rows
@@ -275,7 +305,7 @@ def find_rows(name, split):
     for path in sorted(Path(data).rglob("*")):
         inside = path.relative_to(data)
         mine = re.fullmatch(rf"{name}([_.-].*)?", inside.parts[0])
-        if not mine or path.suffix not in (".jsonl", ".json", ".parquet"):
+        if not mine or path.suffix.lower() not in (*JSONL, ".json", ".parquet"):
             continue
         words = re.split("[^a-z]+", inside.as_posix().lower())
         kind = next((kinds[word] for word in words if word in kinds), "test")
@@ -292,10 +322,14 @@ def fetch_rows(name, task):
     place, listing = Path(data) / name, Path(data) / name / "listing.txt"
     listing.unlink(missing_ok=True)
     core.download(f"{core.HUB}api/datasets/{owner}/{repo}", listing)
-    paths = [f["rfilename"] for f in core.read_json(listing).get("siblings", [])]
-    kinds = f"(test|dev|train|prompt|{task.split})"
-    wanted = rf"{'/'.join(below)}.*(^|/){kinds}[^/]*\.(jsonl|parquet)"
-    paths = [path for path in paths if re.fullmatch(wanted, path)]
+    try:
+        paths = [file["rfilename"] for file in core.read_json(listing)["siblings"]]
+        kinds = f"(test|dev|train|prompt|{task.split})"
+        wanted = rf"{'/'.join(below)}.*(^|/){kinds}[^/]*\.(jsonl|parquet)"
+        paths = [path for path in paths if re.fullmatch(wanted, path) and ".." not in path]
+    except ROW_ERRORS as error:
+        why = f"{error!r}: is {core.HUB} a Hub?"
+        raise UserError(f"{name}: its list of files is malformed: {why}") from None
     if not paths:
         raise UserError(
             f"{name}: {core.HUB}datasets/{owner}/{repo} lists no JSONL or parquet for it"
@@ -304,37 +338,94 @@ def fetch_rows(name, task):
         core.download(f"{core.HUB}datasets/{owner}/{repo}/resolve/main/{path}", place / path)
 
 
-def own_task(name, header, rows):
-    """The task of these rows, as its header says."""
+def is_pattern(text):
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def check_header(name, header):
+    """Refuse a header's keys and values that mean nothing, in a line that names the key."""
     usual = vars(Header())
+    strings = lambda values: all(isinstance(value, str) for value in values)
     for key, value in header.items():
         if key not in usual:
-            raise UserError(f"{name}: header: {key}={value!r}: expected its keys, such as {usual}")
-        if usual[key] is not None and type(value) is not type(usual[key]):
-            raise UserError(f"{name}: header: {key}={value!r}: expected one like {usual[key]!r}")
+            near = difflib.get_close_matches(str(key), usual, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(usual)}"
+            raise UserError(f"{name}: header: unknown key {key!r} ({hint})")
+        expected = None
+        if key == "choices":
+            if not isinstance(value, (list, str)) or not value or not strings(value):
+                expected = "a list of texts, or the name of the rows' field with them"
+        elif key == "judge":
+            if not callable(value):
+                expected = "a function, which only a task in Python can have"
+        elif type(value) is not type(usual[key]):
+            expected = f"one like {usual[key]!r}"
+        elif key == "kind" and value not in ("choice", "generate"):
+            expected = "choice or generate"
+        elif key in ("stop", "ignore") and (not strings(value) or "" in value):
+            expected = "a list of texts, none of them empty"
+        elif key in ("shots", "max_new_tokens") and value < (key == "max_new_tokens"):
+            expected = f"{int(key == 'max_new_tokens')} or more"
+        elif key in ("extract", "ignore"):
+            patterns = [value] if key == "extract" else value
+            if not all(map(is_pattern, patterns)):
+                expected = "regular expressions of Python's re"
+        if expected:
+            shown = repr(value)[:100]
+            raise UserError(f"{name}: header: {key}={shown}: expected {expected}")
+
+
+def own_task(name, header, rows):
+    """The task of these rows, as its header says."""
+    check_header(name, header)
     task = Task(rows=rows, **header)
-    if task.kind not in ("choice", "generate"):
-        raise UserError(f"{name}: header: kind={task.kind!r}: expected choice or generate")
-    try:
-        [re.compile(pattern) for pattern in (task.extract, *task.ignore)]
-    except (re.error, TypeError) as error:
-        raise UserError(f"{name}: header: extract, ignore: no pattern: {error}") from None
     if task.rubric and not judge_url:
         raise UserError(f"{name}: its rubric needs --judge_url and --judge_model")
     return task
 
 
+def run_own_file(name):
+    """(header, rows) of a task FILE.py:function. What the user's code raises is told in a line."""
+    file, _, function = name.rpartition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"--tasks={name}: no such file")
+    try:
+        make = runpy.run_path(file).get(function)
+        if not callable(make):
+            raise UserError(f"--tasks={name}: no function {function!r} in it")
+        header = make()
+    except Exception as error:
+        raise UserError(f"--tasks={name}: {described(error, file)}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"--tasks={name}: expected a dict with rows, not {header!r:.80}")
+    header = dict(header)
+    rows = header.pop("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"--tasks={name}: rows: expected a list of dicts")
+    return header, rows
+
+
+def described(error, file):
+    """An error of the user's own code in a line: its kind, its message, and the line of `file`."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    where = f", line {lines[-1]}" if lines else ""
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message}{where}"
+
+
 def open_task(name, run):
     """The task of this name, JSONL file or FILE.py:function, with its rows."""
-    file, _, function = name.rpartition(":")
-    if name.endswith(".jsonl"):
+    if Path(name).suffix.lower() in JSONL:
         rows = read_rows(Path(name))
-        task = own_task(name, rows.pop(0) if rows and "kind" in rows[0] else {}, rows)
-    elif file.endswith(".py"):
-        if not os.path.isfile(file) or not callable(make := runpy.run_path(file).get(function)):
-            raise UserError(f"--tasks={name}: no such file, or no function {function!r} in it")
-        header = dict(make())
-        rows = header.pop("rows", [])
+        header = rows.pop(0) if rows and "kind" in rows[0] else {}
+        task = own_task(name, header, rows)
+    elif name.rpartition(":")[0].endswith(".py"):
+        header, rows = run_own_file(name)
         task = own_task(name, header, rows)
     elif name in TASKS:
         task = replace(TASKS[name])
@@ -349,7 +440,10 @@ def open_task(name, run):
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     if not task.rows:
-        raise UserError(f"{name}: no rows: {data}/{name}*.jsonl has them, or --download gets them")
+        hint = "expected one below the header"
+        if task.hub:
+            hint = f"{data}/{name}*.jsonl has them, or --download gets them"
+        raise UserError(f"{name}: no rows: {hint}")
     task.name, task.shots = name, task.shots if shots is None else shots
     return task
 
@@ -362,28 +456,50 @@ def limited(rows):
     """The first `limit` rows of each subject."""
     seen = Counter()
     for row in rows:
-        seen[row.get("subject")] += 1
-        if not limit or seen[row.get("subject")] <= limit:
+        seen[subject_of(row)] += 1
+        if not limit or seen[subject_of(row)] <= limit:
             yield row
 
 
-def with_shots(task):
-    """[(row, what comes before its prompt)]: the description and solved examples, of the harness's
-    draw with `seed`."""
-    rng, n = random.Random(seed), task.shots
-    for row in limited(task.rows):
+def draw_shots(task, row, rng):
+    """The solved examples that stand before a row: the harness's draw (its samplers.py, 0.4.13).
+    A task without a file of examples takes them from its own rows, never one that asks the same,
+    whatever else it holds: with its answer the question would be none."""
+    n = task.shots
+    if task.hub:
+        where = f"{data}/{task.name}*train*.jsonl"
         pool = task.examples
         if task.first:
-            pool = [e for e in pool if e.get("subject") == row.get("subject")][:n]
-        if n > len(pool) and (task.hub or n + 1 > len(task.rows)):
-            where = f"{data}/{task.name}*train*.jsonl" if task.hub else task.name
+            pool = [e for e in pool if subject_of(e) == subject_of(row)][:n]
+        if n > len(pool):
             raise UserError(f"{task.name}: {n} shots, but {where} has {len(pool)}: set --shots")
-        if not task.hub:  # from its own rows, and never the one that is asked
-            pool = [e for e in rng.sample(task.rows, n + 1) if e != row][:n] if n else []
-        elif not task.first:
-            pool = rng.sample(pool, n)
-        before = task.describe(row) if task.describe else task.description
-        for example in pool:
+        return pool if task.first else rng.sample(pool, n)
+    if n == 0:
+        return []
+    prompt = read_row(task, row)[0]
+    differs = lambda example: read_row(task, example)[0] != prompt
+    if n < len(task.rows):
+        drawn = [example for example in rng.sample(task.rows, n + 1) if differs(example)]
+        if len(drawn) >= n:
+            return drawn[:n]
+    pool = [example for example in task.rows if differs(example)]  # copies were drawn: once more
+    if n > len(pool):
+        why = f"{n} shots, but only {len(pool)} rows ask something else than {prompt[:60]!r}"
+        raise UserError(f"{task.name}: {why}: set --shots={len(pool)}, or add rows")
+    return rng.sample(pool, n)
+
+
+def with_shots(task):
+    """[(row, what comes before its prompt)]: the description and solved examples, drawn with
+    `seed`."""
+    rng = random.Random(seed)
+    for row in limited(task.rows):
+        shots = draw_shots(task, row, rng)
+        try:
+            before = str(task.describe(row)) if task.describe else task.description
+        except ROW_ERRORS as error:
+            raise bad_row(task, row, error) from None
+        for example in shots:
             prompt, *choices, answer = read_row(task, example)
             answer = choices[0][answer] if choices else answer
             before += f"{prompt}{task.delimiter}{answer}\n\n"
@@ -410,10 +526,11 @@ def encode_pair(tok, context, continuation, n_ctx):
 
 
 def ask(task, net, tok):
-    """[(row, prompt, [choices] or [], right answer, its requests)] of a task's questions, and how
-    many prompts are cut from the left. A request is (shared, context, continuations): choices, or
-    an empty one for each answer to be made. shared: what the questions of a subject begin with."""
-    n_ctx, questions, cut = net.config.n_ctx, [], 0
+    """[(row, prompt, [choices] or [], right answer, its requests)] of a task's questions, how many
+    prompts are cut from the left, and how many questions stand among their own shots. A request is
+    (shared, context, continuations): choices, or an empty one for each answer to be made. shared:
+    what the questions of a subject begin with."""
+    n_ctx, questions, cut, solved = net.config.n_ctx, [], 0, 0
     room = n_ctx - (max_new_tokens or task.max_new_tokens)
     if task.kind == "generate" and room < 1:
         raise UserError(f"{task.name}: {n_ctx - room} new tokens leave no room for a prompt in the "
@@ -421,6 +538,7 @@ def ask(task, net, tok):
     for row, before in with_shots(task):
         prompt, *choices, right = read_row(task, row)
         text = before + prompt
+        solved += f"{prompt}{task.delimiter}" in before
         if task.kind == "choice":
             try:
                 tried = [encode_pair(tok, text, task.delimiter + c, n_ctx) for c in choices[0]]
@@ -434,13 +552,24 @@ def ask(task, net, tok):
             else:
                 asked = [(shared, context, [ids]) for context, ids in zip(contexts, rest)]
         else:
-            ids = tok.start + tok.encode(text)
-            if chat:
-                ids, _ = tok.chat([{"role": "user", "content": text}], add_generation_prompt=True)
+            ids = prompt_ids(task, tok, text)
             cut += len(ids) > room
-            asked = [("", ids[-room:] or [tok.eot_id], [[]] * num_samples)]
+            asked = [("", ids[-room:], [[]] * num_samples)]
         questions.append((row, text, choices, right, asked))
-    return questions, cut
+    return questions, cut, solved
+
+
+def prompt_ids(task, tok, text):
+    """The ids of a prompt that an answer follows."""
+    try:
+        if chat:
+            return tok.chat([{"role": "user", "content": text}], add_generation_prompt=True)[0]
+        ids = tok.start + tok.encode(text)
+    except UnicodeEncodeError as error:  # half a pair of surrogates, which JSON can hold
+        raise UserError(f"{task.name}: {error}: {text[:80]!r}") from None
+    if not ids and tok.eot_id is None:
+        raise UserError(f"{task.name}: an empty prompt, and no token that starts a document")
+    return ids or [tok.eot_id]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,19 +582,32 @@ class Answers:
 
     def __init__(self, folder, identity, run):
         self.folder, self.identity, self.run, self.known = folder, identity, run, {}
+        self.path = folder / f"answers_{run.rank}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / f"answers_{run.rank}.jsonl", "a", encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")
+            lines = [x for p in folder.glob("answers_*.jsonl") for x in p.read_bytes().splitlines()]
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-        for path in folder.glob("answers_*.jsonl"):
-            for line in path.read_bytes().splitlines():
-                try:
-                    self.known.update([json.loads(line)])
-                except (ValueError, TypeError):
-                    continue  # what a killed process left unfinished
+        for line in lines:
+            try:
+                key, answer = json.loads(line)
+                self.known[key] = answer
+            except (ValueError, TypeError, RecursionError):
+                continue  # what a killed process left unfinished
         agree(run)
-        self.file.write("\n")
+        self.write("\n")
+
+    def write(self, lines):
+        """Append to the file, at once: a disk that is full ends the run, which can go on later."""
+        try:
+            self.file.write(lines)
+            self.file.flush()
+        except OSError as error:
+            with suppress(OSError):  # what is left in its buffer fails again
+                self.file.close()
+            why = f"cannot be written: {error.strerror}: what was answered before is kept there"
+            raise UserError(f"{self.path}: {why}: make room, and run it again") from None
 
     def __call__(self, name, how, requests, work, most=None):
         """work([request]) -> [answer] for all requests, in batches that are the same whatever the
@@ -479,10 +621,11 @@ class Answers:
         fresh, show = 0, core.Progress() if self.run.main else lambda line, last=False: None
         for group in groups:
             if not all(each[i] in self.known for i in group):
+                lines = []
                 for i, answer in zip(group, work([requests[i] for i in group])):
                     self.known[each[i]] = answer
-                    self.file.write(json.dumps([each[i], answer]) + "\n")
-                self.file.flush()
+                    lines.append(json.dumps([each[i], answer]) + "\n")
+                self.write("".join(lines))
                 fresh += len(group)
             done += len(group)
             left = (time.monotonic() - begun) / max(1, fresh) * (total - done)
@@ -600,6 +743,8 @@ def mean(amounts, sizes=1):
     """sum(amounts) / sum(sizes) over independent pieces and its standard error, linearised; of
     right and wrong that is sqrt(p (1 - p) / (n - 1))."""
     a, b = np.broadcast_arrays(np.array(amounts, np.float64), np.array(sizes, np.float64))
+    if len(a) == 0:
+        return None, None
     r, n = float(a.sum() / b.sum()), len(a)
     if n < 2:
         return r, None
@@ -611,6 +756,11 @@ def perplexity(nats):
     """exp of a mean and of its error, to the first order."""
     value, error = math.exp(min(nats[0], 700)), nats[1]
     return value, None if error is None else value * error
+
+
+def figure(value):
+    """A score as it is printed."""
+    return "n/a" if value is None else f"{value:.6g}"
 
 
 def flat(scores):
@@ -640,17 +790,46 @@ def judged(task, row, prompt, choices, right, answer):
         [(sample["answers"], rating)] = answer
         found = {"rating": rating}
     else:
-        try:
-            found = judge(task, row, answer[0])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
+        found = checked_judgement(task, row, answer[0])
         sample["answers"] = answer[0]
     return found, sample
 
 
+def checked_judgement(task, row, texts):
+    """`judge`'s metrics: finite numbers, or lists of them. What a judge of the user's own raises or
+    gives instead is told in a line."""
+    shown = str(row)[:80]
+    try:
+        metrics = judge(task, row, texts)
+    except Exception as error:
+        own = not task.hub and task.judge
+        if not own and not isinstance(error, ROW_ERRORS):
+            raise
+        why = described(error, task.name.rpartition(":")[0]) if own else repr(error)
+        raise UserError(f"{task.name}: judging {shown}: {why}") from None
+    if not isinstance(metrics, dict):
+        raise UserError(f"{task.name}: judging {shown}: expected {{metric: number}}: {metrics!r}")
+    for metric, value in metrics.items():
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, (Real, np.bool_)) or not math.isfinite(number):
+                raise UserError(f"{task.name}: judging {shown}: {metric}={number!r}: no number")
+    return metrics
+
+
+def write_program(task, row, text):
+    """The program that tells whether an answer is right."""
+    try:
+        return task.program(row, text)
+    except ROW_ERRORS as error:
+        raise bad_row(task, row, error) from None
+
+
 def run_questions(task, net, tok, answers, say):
     """Scores of a task of questions, overall and by subject, and its samples."""
-    questions, cut = ask(task, net, tok)
+    questions, cut, solved = ask(task, net, tok)
+    if solved:
+        say(f"{task.name}: {solved} of {len(questions)} questions stand among their own shots, "
+            "solved: the examples hold them, and the harness draws them too")  # fmt: skip
     if cut:
         say(f"{task.name}: {cut} of {len(questions)} prompts are cut from the left to the context")
     requests = [request for question in questions for request in question[-1]]
@@ -661,7 +840,8 @@ def run_questions(task, net, tok, answers, say):
         work = lambda some: complete(net, tok, task, some)
         found = answers(task.name, ["complete", *how], requests, work)
     if task.program:
-        sources = [task.program(q[0], text) for q, texts in zip(questions, found) for text in texts]
+        pairs = [(row, text) for (row, *_), texts in zip(questions, found) for text in texts]
+        sources = [write_program(task, row, text) for row, text in pairs]
         work = lambda some: run_programs([r[1][0] for r in some], weak=allow_weak_sandbox)
         asked = [("", [source], []) for source in sources]
         passed = iter(answers(f"{task.name}, programs", "run", asked, work, most=32))
@@ -676,13 +856,13 @@ def run_questions(task, net, tok, answers, say):
         )
         found = zip(found, answers(f"{task.name}, ratings", how, asked, work, most=2))  # one by one
     found, values, log = iter(found), {}, []  # values: of all, "", and of each subject
-    subjects = Counter(row.get("subject") or "" for row, *_ in questions)
+    subjects = Counter(subject_of(row) for row, *_ in questions)
     for row, *rest in questions:
         its, sample = judged(task, row, *rest[:-1], [next(found) for _ in rest[-1]])
         log.append(sample | its)
-        for group in {"", row.get("subject") or ""}:
+        for group in {"", subject_of(row)}:
             for metric, value in its.items():
-                some = value if type(value) is list else [value]
+                some = value if isinstance(value, list) else [value]
                 values.setdefault(group, {}).setdefault(metric, []).extend(some)
     scores = {group: {m: mean(x) for m, x in its.items()} for group, its in values.items()}
     by = {s: flat(scores[s]) | {"n": subjects[s]} for s in sorted(filter(None, subjects))}
@@ -708,18 +888,33 @@ def text_windows(ids, prefix, length):
         yield "", ids[max(0, end - length - 1) : i] or [prefix], [ids[i:end]]
 
 
+def is_record(line):
+    """Whether a line is a JSON object with a field `text`."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "text" in record
+
+
 def read_text(path):
     """The documents of a text file, or of a JSONL's field `text`."""
-    try:
-        if path.suffix == ".jsonl":
-            found = [row["text"] for row in read_rows(path)]
-        else:
-            found = [path.read_text(encoding="utf-8")]
-    except (OSError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as text, or has no field: {error}") from None
-    if not any(found):
+    if path.suffix.lower() in JSONL:
+        documents = [row.get("text") for row in read_rows(path)]
+        wrong = [number for number, text in enumerate(documents, 1) if not isinstance(text, str)]
+        if wrong:
+            raise UserError(f"{path}: record {wrong[0]}: expected a text in the field `text`")
+    else:
+        try:
+            documents = [path.read_text(encoding="utf-8-sig")]
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read as text: {why}") from None
+        if is_record(documents[0].partition("\n")[0]):
+            raise UserError(f"{path}: its first line is a record with `text`: name it .jsonl")
+    if not any(documents):
         raise UserError(f"{path}: no text in it")
-    return [str(document) for document in found if document]
+    return [document for document in documents if document]
 
 
 def loss_pieces(net, tok, length):
@@ -730,7 +925,11 @@ def loss_pieces(net, tok, length):
             raise UserError("this tokenizer has no token that could stand before a text")
         pieces = []
         for document in read_text(Path(text)):
-            windows = text_windows(tok.start + tok.encode(document), tok.eot_id, length)
+            try:
+                ids = tok.start + tok.encode(document)
+            except UnicodeEncodeError as error:
+                raise UserError(f"{text}: {error}: {document[:60]!r}") from None
+            windows = text_windows(ids, tok.eot_id, length)
             pieces.append(([*windows], len(document.encode()), len(re.split(r"\s+", document))))
         return {"": pieces}
     folder, pieces = Path("data") / dataset, {}
@@ -784,7 +983,7 @@ def run_classify(net, tok, answers, say):
     try:
         ids = [(tok.start + tok.encode(row["text"]))[: net.config.n_ctx] for row in rows]
         labels = [str(row["label"]) for row in rows]
-    except (KeyError, TypeError, AttributeError) as error:
+    except ROW_ERRORS as error:
         raise UserError(f"{path}: expected text and label in each record: {error!r}") from None
     known = [str(label) for label in net.labels]
     if strange := sorted({*labels} - {*known}):
@@ -1273,7 +1472,7 @@ def read_mmlu(row):
 
 
 def describe_mmlu(row):
-    about = f" about {row['subject'].replace('_', ' ')}" if row.get("subject") else ""
+    about = f" about {subject_of(row).replace('_', ' ')}" if subject_of(row) else ""
     return f"The following are multiple choice questions (with answers){about}.\n\n"
 
 
@@ -1415,7 +1614,11 @@ TASKS = {
 def runs_to_compare():
     """The folders that `compare` names, each once."""
     names = compare.split(",") if isinstance(compare, str) else compare
-    return list(dict.fromkeys(str(name).strip().rstrip("/") for name in names if str(name).strip()))
+    names = [str(name).strip().rstrip("/") for name in names]
+    runs = list(dict.fromkeys(name for name in names if name))
+    if not runs:
+        raise UserError(f"--compare={compare}: expected the folders of runs, such as out/a,out/b")
+    return runs
 
 
 def read_log(folder):
@@ -1424,34 +1627,67 @@ def read_log(folder):
     if not path.is_file():
         what = "no log.jsonl in this folder" if path.parent.is_dir() else "no such run"
         raise UserError(f"{folder}: {what} (train.py and finetune.py write out/NAME/log.jsonl)")
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
-            rows += [row] if math.isfinite(row["step"]) else []
+            rows += [row] if is_finite(row["step"]) else []
     if not rows:
         raise UserError(f"{path}: no row of a step in it: has the run begun?")
     return rows
 
 
-def read_scores(folder):
-    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
+def is_finite(value):
+    """Whether a value of a JSON file is a number that float holds."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # NaN is not
+
+
+def read_results(folder):
+    """(the mark of the model, {task: its entry}) of a folder's results.json; one of another form is
+    refused, before an evaluation would add to it."""
     path = Path(folder) / "results.json"
     try:
-        cells = {}
-        for task, entry in core.read_json(path, {"results": {}})["results"].items():
-            for metric in (key for key in entry if f"{key}_stderr" in entry):
-                if entry[metric] is not None and math.isfinite(entry[metric]):
-                    error = entry[f"{metric}_stderr"]
-                    cells[task, metric] = entry[metric], error, entry["n"]
-        return cells
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not results of eval.py ({error!r}): evaluate again") from None
+        record = core.read_json(path, {"results": {}})
+        results = record.get("results")
+        if not isinstance(results, dict):
+            raise UserError(f"{path}: not results of eval.py: no `results`")
+        for task, entry in results.items():
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: not results of eval.py: {task} is no object")
+            for key in metrics_of(entry):
+                for name, value in ((key, entry[key]), ("n", entry.get("n"))):
+                    number = isinstance(value, float) or is_finite(value)  # a loss may be NaN
+                    if not number and (value is not None or name == "n"):
+                        shown = f"{task}: {name}={value!r}"[:100]
+                        raise UserError(f"{path}: not results of eval.py: {shown}")
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and evaluate again") from None
+    return record.get("identity"), results
+
+
+def metrics_of(entry):
+    """The names of the scores of a task's entry, each of which has a standard error beside it."""
+    return [key for key in entry if f"{key}_stderr" in entry]
+
+
+def read_scores(folder):
+    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
+    scores = {}
+    for task, entry in read_results(folder)[1].items():
+        for metric in metrics_of(entry):
+            value, error = entry[metric], entry[f"{metric}_stderr"]
+            if is_finite(value):
+                scores[task, metric] = value, error if is_finite(error) else None, entry["n"]
+    return scores
 
 
 def curve(rows, key, x):
     """[(x, value)] of the rows that have both as finite numbers."""
-    number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-    return [(row[x], row[key]) for row in rows if number(row.get(x)) and number(row.get(key))]
+    return [(row[x], row[key]) for row in rows if is_finite(row.get(x)) and is_finite(row.get(key))]
 
 
 def smooth(points, parts=50):
@@ -1489,7 +1725,10 @@ def table(rows):
 
 def compare_runs():
     """Print the tables of scores and of losses; write them to `report` with a picture beside."""
-    runs = runs_to_compare()
+    runs, path = runs_to_compare(), Path(report)
+    if not path.name or path.suffix == ".svg":
+        why = "expected a name such as report.md: the picture, report.svg, stands beside it"
+        raise UserError(f"--report={report}: {why}")
     logs, scores = {run: read_log(run) for run in runs}, {run: read_scores(run) for run in runs}
     keys = list(dict.fromkeys(key for cells in scores.values() for key in cells))
     rows = [["run", *map(" ".join, keys)], *([run] for run in runs)]
@@ -1523,19 +1762,22 @@ def compare_runs():
             series += [(run, i, "dots", its)] if its else []
         better = "lower" if lower_is_better(metric) else "higher"
         panels.append((f"{metric} ({better} is better; ± 1 standard error)", "", series, tasks))
-    begin = max(row.get(x, 0) for log in logs.values() for row in log) / 100  # all alike before
+    ends = [point[0] for log in logs.values() for point in curve(log, x, x)]
+    begin = max(ends, default=0) / 100  # all alike before
     for i, (run, log) in enumerate(logs.items()):
         thin = [point for point in smooth(curve(log, "loss", x)) if point[0] >= begin]
         lines += [("", i, "thin", thin), (run, i, "line", curve(log, "val_loss", x))]
     panels.append(("loss: thin in training, smoothed; thick in validation", x, lines, []))
     print("\n".join(out))
-    picture = Path(report).with_suffix(".svg")
+    picture = path.with_suffix(".svg")
     out = ["# Runs compared", "", *out, "", f"![scores and losses](<{picture.name}>)", ""]
-    write_report(Path(report), "\n".join(out))
+    write_report(path, "\n".join(out))
     write_report(picture, svg(panels))
 
 
 def write_report(path, text):
+    if path.exists() and not path.is_file():  # a device is never to be replaced by a file
+        raise UserError(f"{path}: cannot be written: it is no plain file")
     with core.whole_file(path) as file:
         file.write(text.encode())
     print(f"written: {path}")
@@ -1768,6 +2010,8 @@ def finished(run):
             tensors, _ = core.read_header(path, file)
         count += sum(math.prod(shape) for _, shape in tensors.values())
     config = core.read_json(Path(run) / "run.json", {}).get("config", {})
+    if not isinstance(config, dict):
+        raise UserError(f"{run}/run.json: malformed: config is no object")
     same = {key: config.get(key) for key in ("dataset", "seq_len", "eval_tokens")}
     return count, *seen[-1], same
 
@@ -1855,7 +2099,7 @@ def fit_runs():
         its = [(size[x], loss) for size, loss in zip(both, losses) if size[1 - x] == other]
         series += [(name, colour, "thin", points), ("", colour, "dots", its)]
     panel = f"validation loss and L = {formula}", ("parameters", "tokens")[x], series, []
-    write_report(Path(report).with_name("scaling.svg"), svg([panel]))
+    write_report(Path(report).parent / "scaling.svg", svg([panel]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2010,6 +2254,8 @@ def main():
     check_settings()
     names = ["memorized"] if memorized else [n.strip() for n in tasks.split(",") if n.strip()]
     whole = {"loss": run_loss, "classify": run_classify, "memorized": run_memorized}
+    if not names:
+        raise UserError(f"--tasks={tasks}: expected a task, or some with commas between them")
     opened = [None if n in whole else open_task(n, run) for n in names]
     kind, _ = core.choose_dtype(run.device, dtype)
     net, tok = core.load(model, run.device, kind, quantize)
@@ -2017,11 +2263,13 @@ def main():
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"
         raise UserError(f"{model} with --tasks={tasks}: expected {fit}")
     folder, mark = Path(out_dir or model), identity(kind)
-    if not out_dir and not folder.is_dir():
+    if out_dir == "":
+        raise UserError("out_dir is empty: expected a folder, or none for the model's")
+    if out_dir is None and not folder.is_dir():
         raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     answers = Answers(folder, mark, run)
-    before = core.read_json(folder / "results.json", {})
-    results = before.get("results", {}) if before.get("identity") == mark else {}
+    before, results = read_results(folder)
+    results = results if before == mark else {}
     for name, task in zip(names, opened):
         begun = time.monotonic()
         with torch.inference_mode(), core.generating(net):
@@ -2032,11 +2280,11 @@ def main():
         entry["settings"]["shots"] = getattr(task, "shots", None)
         results[name] = entry | ({"by": by} if by else {})
         for subject, some in by.items():
-            shown = [f"{k} {v:.6g}" for k, v in some.items() if not k.endswith("_stderr")]
+            shown = [f"{k} {figure(v)}" for k, v in some.items() if not k.endswith("_stderr")]
             say(f"  {name} {subject}: {', '.join(shown)}")
         if samples and run.main:
             lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in log]
-            plain = re.sub(r"[^\w.-]+", "_", name)
+            plain = re.sub(r"[^\w.-]+", "_", name)[-200:]  # a file's name has an end
             with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
                 file.write("".join(lines).encode(errors="replace"))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -2047,8 +2295,7 @@ def main():
     for name in names:
         for key, value in results[name].items():
             if not isinstance(value, dict):
-                shown = "n/a" if value is None else f"{value:.6g}"
-                say(f"{name}.{key}: {shown}")
+                say(f"{name}.{key}: {figure(value)}")
 
 
 if __name__ == "__main__":

@@ -2126,6 +2126,8 @@ def main():
     except Nothing:
         over = True
         raise
+    except BrokenPipeError:  # standard output's: the script ends as `config` says
+        raise
     except OSError as error:  # a full disk, a file that may not be read
         over = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         why = f"{error.filename or folder}: {error.strerror or error}"
@@ -2148,8 +2150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # whoever read the tokens has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    main()

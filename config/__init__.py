@@ -7,6 +7,7 @@ a key of another script is skipped, a key of none is refused. Names that start w
 """
 
 import ast
+import atexit
 import difflib
 import os
 import sys
@@ -93,20 +94,51 @@ def same_recipes():
     return "".join(f"{arg} " for arg in sys.argv[1:] if arg[:2] != "--" and arg[-3:] == ".py")
 
 
+def output_error():
+    """Why standard output takes no more: a BrokenPipeError where its reader has seen enough, such
+    as `| head`, another OSError of a full disk, or None where it does."""
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()  # what could not be written before fails again
+    except OSError as error:
+        return error
+    return None
+
+
+def end_output():
+    """At the end of a script, last of all: a standard output that takes no more ends it as it ends
+    other programs, without a word of Python's. 141 is what a shell calls death by SIGPIPE."""
+    error = output_error()
+    if isinstance(error, BrokenPipeError):
+        os._exit(141)
+    if error is not None:
+        print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
+        os._exit(1)
+
+
+def handle_uncaught(hook):
+    """An excepthook that leaves Ctrl-C and a lost standard output to others (see end_output), and
+    the rest to `hook`."""
+
+    def handle(kind, error, trace):
+        lost = issubclass(kind, OSError) and output_error() is not None
+        if kind is not KeyboardInterrupt and not lost:
+            hook(kind, error, trace)
+
+    return handle
+
+
 def configure(space):
     """Override the globals of the running script, `space`, by the command line's recipes, flags."""
-    hook = sys.excepthook
-    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or hook(kind, *rest)  # Ctrl-C
+    sys.excepthook = handle_uncaught(sys.excepthook)
+    atexit.register(end_output)
     script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
     keys, values = script_keys(script), {}  # values: those of every script, this one's above all
     if "--help" in argv or "-h" in argv:
         told = [(space.get("__doc__") or "").strip(), "\nkeys, with their defaults:\n"]
         for key, (default, _, comment) in keys.items():
             told.append(f"  {f'--{key}={default!r}':<31}  {comment}")
-        try:
-            print(*told, sep="\n", flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(*told, sep="\n")
         raise SystemExit(0)
     for path in [*sorted(script.parent.glob("*.py")), script]:
         if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there

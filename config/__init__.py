@@ -9,7 +9,9 @@ a key of another script is skipped, a key of none is refused. Names that start w
 import ast
 import atexit
 import difflib
+import errno
 import os
+import select
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -94,44 +96,52 @@ def same_recipes():
     return "".join(f"{arg} " for arg in sys.argv[1:] if arg[:2] != "--" and arg[-3:] == ".py")
 
 
-def output_error():
-    """Why standard output takes no more: a BrokenPipeError where its reader has seen enough, such
-    as `| head`, another OSError of a full disk, or None where it does."""
+def reader_is_gone():
+    """Whether standard output is a pipe whose reader has seen enough, such as `| head`."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def is_lost_output(error):
+    """Whether an error is standard output's end, or a full disk's, and no fault of a script."""
+    if isinstance(error, BrokenPipeError):
+        with suppress(OSError, ValueError, AttributeError):  # a standard output that is no file
+            return reader_is_gone()
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    return isinstance(error, OSError) and error.errno in full
+
+
+def end_output(lost):
+    """The last of all at the end of a script. `lost` holds the error that ended it, if there was
+    one; or else what is still to be written may meet it. The end is quiet, as other programs' is:
+    141 is what a shell calls death by SIGPIPE."""
     try:
         if sys.stdout is not None and not sys.stdout.closed:
-            sys.stdout.flush()  # what could not be written before fails again
+            sys.stdout.flush()
     except OSError as error:
-        return error
-    return None
-
-
-def end_output():
-    """At the end of a script, last of all: a standard output that takes no more ends it as it ends
-    other programs, without a word of Python's. 141 is what a shell calls death by SIGPIPE."""
-    error = output_error()
-    if isinstance(error, BrokenPipeError):
+        lost.append(error)
+    if not lost:
+        return
+    if isinstance(lost[0], BrokenPipeError):
         os._exit(141)
-    if error is not None:
-        print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
-        os._exit(1)
-
-
-def handle_uncaught(hook):
-    """An excepthook that leaves Ctrl-C and a lost standard output to others (see end_output), and
-    the rest to `hook`."""
-
-    def handle(kind, error, trace):
-        lost = issubclass(kind, OSError) and output_error() is not None
-        if kind is not KeyboardInterrupt and not lost:
-            hook(kind, error, trace)
-
-    return handle
+    where = lost[0].filename or "the output"
+    print(f"{where}: cannot be written: {lost[0].strerror}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def configure(space):
     """Override the globals of the running script, `space`, by the command line's recipes, flags."""
-    sys.excepthook = handle_uncaught(sys.excepthook)
-    atexit.register(end_output)
+    hook, lost = sys.excepthook, []
+    atexit.register(end_output, lost)
+
+    def handle(kind, error, trace):
+        if is_lost_output(error):
+            lost.append(error)
+        elif kind is not KeyboardInterrupt:  # Ctrl-C needs no word
+            hook(kind, error, trace)
+
+    sys.excepthook = handle
     script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
     keys, values = script_keys(script), {}  # values: those of every script, this one's above all
     if "--help" in argv or "-h" in argv:

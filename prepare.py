@@ -180,8 +180,11 @@ def addresses(spec):
             answer = requests.get(f"{HUB}api/datasets/{name}", timeout=30)
             answer.raise_for_status()
             names = sorted(f["rfilename"] for f in answer.json()["siblings"])
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
+        except requests.RequestException as error:
+            why = model.why_no_answer(error, HUB)
+            raise UserError(f"--source={spec}: the Hub does not list it: {why}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--source={spec}: the Hub does not list it: {error!r}") from None
         folder = below.rstrip("/") + "/" if below else ""
         names = [n for n in names if n == below or n.startswith(folder)]
         of_kind = lambda kind: [n for n in names if n.removesuffix(".gz").endswith(kind)]
@@ -1519,7 +1522,8 @@ def tiktoken_tokenizer(name):
     try:
         encoding = tiktoken.get_encoding(name)
     except requests.RequestException as error:
-        raise UserError(f"--tokenizer={name}: its table could not be downloaded: {error}") from None
+        why = model.why_no_answer(error, "")
+        raise UserError(f"--tokenizer={name}: its table could not be downloaded: {why}") from None
     ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
     for token in special_tokens:
         special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)

@@ -1221,7 +1221,8 @@ def ask_judge(url, model, question, answer, rubric):
 
 # What a program may not ask for, with Linux's numbers on x86_64 and aarch64: other processes,
 # sockets, signals, tracing and priorities, then what Landlock does not bind (modes, owners, times,
-# attributes of files, shared memory), then wide doors into the kernel.
+# attributes of files, shared memory), then wide doors into the kernel, then sessions and users:
+# with another one the kernel forgets the signal that this process gets when eval.py is gone.
 DENIED = """
     fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, socket 41 198, socketpair 53 199,
     kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
@@ -1234,14 +1235,16 @@ DENIED = """
     shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semctl 66 191, msgget 68 186,
     msgctl 71 187, mq_open 240 180, mq_unlink 241 181, unshare 272 97, add_key 248 217,
     request_key 249 218, keyctl 250 219, perf_event_open 298 241, open_by_handle_at 304 265,
-    bpf 321 280, userfaultfd 323 282
+    bpf 321 280, userfaultfd 323 282, setsid 112 157, setpgid 109 154, setuid 105 146,
+    setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149,
+    setfsuid 122 151, setfsgid 123 152, setgroups 116 159, capset 126 91
 """
 
 
-def confine(seconds, memory_mb, strict):
+def confine(seconds, memory_mb, strict, parent):
     """Give up this process's rights for good: limits, then files, then root, then system calls.
     strict: an OSError or ValueError where the machine does not grant one; else go on without it.
-    Runs in the child, which has nothing of this file but DENIED, confine and child."""
+    Runs in the child of `parent`, which has nothing of this file but DENIED, confine and child."""
     import contextlib
     import ctypes
     import os
@@ -1297,6 +1300,8 @@ def confine(seconds, memory_mb, strict):
         call("capset", header, struct.pack("<6I", kept, kept, 0, 0, 0, 0))
     with attempt:
         call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: SIGKILL when eval.py is gone
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
 
     try:
         machine = os.uname().machine
@@ -1304,7 +1309,7 @@ def confine(seconds, memory_mb, strict):
             raise OSError(f"no table of system calls for {machine}")
         arm = machine == "aarch64"
         column, architecture = (2, 0xC00000B7) if arm else (1, 0xC000003E)
-        clone, fcntl = (220, 25) if arm else (56, 72)
+        clone, fcntl, prctl = (220, 25, 167) if arm else (56, 72, 157)
         load, equal, at_least, has_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
         allow, eperm, enosys = 0x7FFF0000, 0x50000 | 1, 0x50000 | 38
         # An instruction is (what, lines to skip if so, if not so, operand).
@@ -1319,6 +1324,9 @@ def confine(seconds, memory_mb, strict):
         # Nor may fcntl name the process that a pipe signals (F_SETOWN, F_SETOWN_EX).
         code += [(equal, 0, 5, fcntl), (load, 0, 0, 24), (equal, 2, 0, 8), (equal, 1, 0, 15)]
         code += [(leave, 0, 0, allow), (leave, 0, 0, eperm)]
+        # Of prctl a thread's name may be set and read; PR_SET_PDEATHSIG would undo the one above.
+        code += [(equal, 0, 5, prctl), (load, 0, 0, 16), (equal, 2, 0, 15), (equal, 1, 0, 16)]
+        code += [(leave, 0, 0, eperm), (leave, 0, 0, allow)]
         code += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bit, 1, 0, 0x10000)]
         code += [(leave, 0, 0, eperm), (leave, 0, 0, allow)]  # without CLONE_THREAD; all else
         lines = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in code))
@@ -1330,7 +1338,7 @@ def confine(seconds, memory_mb, strict):
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process more for this user
 
 
-def child(seconds, memory_mb, strict):
+def child(seconds, memory_mb, strict, parent):
     """Runs program.py of this folder; says on standard output how it ended, by the token that
     waits in standard input if it came to its end. The token enters this process only then."""
     import os
@@ -1343,7 +1351,7 @@ def child(seconds, memory_mb, strict):
     with open("program.py", encoding="utf-8") as file:
         source = file.read()
     try:
-        confine(seconds, memory_mb, strict)
+        confine(seconds, memory_mb, strict, parent)
     except (OSError, ValueError) as error:
         os.write(report, f"no sandbox: {error}".encode())
         os._exit(1)
@@ -1371,7 +1379,7 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
     accident. But it shares its process with its tests: one made to deceive (an object equal to
     everything, a search for the token's pipe) can pass, and it can see which paths exist.
     weak: run it where the sandbox is incomplete, too; else that is an error."""
-    code = f"{HARNESS}\n\nchild({math.ceil(timeout)}, {memory_mb}, {not weak})"
+    code = f"{HARNESS}\n\nchild({math.ceil(timeout)}, {memory_mb}, {not weak}, {os.getpid()})"
     token, said, status = secrets.token_hex(16).encode(), b"", None
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "program.py").write_bytes(source.encode("utf-8", "replace"))
@@ -1428,6 +1436,7 @@ def check_sandbox():
             os.chmod(place, mode)
         refused, at_limit = "failed: PermissionError", "failed: BlockingIOError"
         address = server.getsockname()
+        outlive = "import ctypes\nassert ctypes.CDLL(None).prctl(1, 0) == -1"  # it is refused
         attacks = {
             "run as root": ("import os\nos.geteuid() and 1 / 0", "failed: ZeroDivisionError"),
             "open connections": (f"import socket\nsocket.create_connection({address})", refused),
@@ -1438,6 +1447,7 @@ def check_sandbox():
             "start processes": ("import os\nos.fork() or os._exit(0)", (refused, at_limit)),
             "signal processes": ("import os\nos.kill(os.getppid(), 0)", refused),
             "take more memory than its share": ("bytearray(2 << 30)", "failed: MemoryError"),
+            "outlive this process": (outlive, "passed"),
             "run for ever": ("while True:\n    pass", "timed out"),
         }
         holes = []

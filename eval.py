@@ -39,6 +39,7 @@ seed = 1234  # of the shots that are drawn (the harness's) and of sampled answer
 dataset = "python"  # data/<dataset>, whose validation shards loss reads; classify: its task set
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
+context: int | None = None  # the same, beyond the model's context too, with the loss by position
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
 
 # multiple choice and generation
@@ -176,7 +177,7 @@ def choices_of(row):
     """(choices, right one's index) of a row with `choices` (a list, or ARC's text and label) or
     `options` (a list, or text with `A. ` before each line) and an `answer` (an index, a label, or
     the choice itself)."""
-    given = row["choices"] if "choices" in row else row["options"]
+    given = row["options"] if "options" in row and "choices" not in row else row["choices"]
     keys = [key for key in ("answer", "answerKey", "label", "gold") if key in row]
     if not keys:
         raise ValueError("no field 'answer'")
@@ -203,13 +204,16 @@ def read_row(task, row):
     none is refused in a line."""
     try:
         if task.read:
-            return task.read(row)
+            prompt, *rest = task.read(row)
+            if not isinstance(prompt, str):
+                raise ValueError(f"its prompt {prompt!r} is no text")
+            return prompt, *rest
         prompt = re.sub(r"\{(\w+)\}", lambda m: str(filled(row, m[1])), task.prompt)
         if task.kind == "generate":
             if not task.hub and (task.judge or task.rubric):  # which may do without
                 return prompt, str(row.get(task.answer, ""))
             answer = filled(row, task.answer)
-            if isinstance(answer, (list, dict)):
+            if not isinstance(answer, (str, int, float)):
                 raise ValueError(f"{task.answer!r} is no text or number")
             return prompt, str(answer)
         if task.choices is None:
@@ -869,14 +873,17 @@ def run_questions(task, net, tok, answers, say):
     return scores[""], len(questions), by if len(subjects) > 1 else {}, log
 
 
-def shard_windows(paths, length):
-    """The requests of eval_tokens of the shards, evenly spread: train.py's validation windows."""
+def shard_windows(paths, length, n_ids):
+    """The requests of eval_tokens of the shards, evenly spread: train.py's validation windows. A
+    token of the tokenizer's n_ids is expected at each place."""
     shards, starts = [core.open_shard(path) for path in paths], []
     for s, shard in enumerate(shards):
         starts += [(s, i) for i in range(0, len(shard) - 1, length)]
     n = min(len(starts), -(-eval_tokens // length)) if eval_tokens else len(starts)
     for s, i in (starts[k * len(starts) // n] for k in range(n)):
         ids = shards[s][i : i + length + 1].tolist()
+        if max(ids) >= n_ids:
+            raise UserError(f"{paths[s]}: token {max(ids)}, but the tokenizer has {n_ids}")
         yield "", ids[:1], [ids[1:]]
 
 
@@ -897,11 +904,16 @@ def is_record(line):
     return isinstance(record, dict) and "text" in record
 
 
+def is_text(value):
+    """Whether a value is a text that UTF-8 can write: JSON can hold halves of surrogate pairs."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
+
+
 def read_text(path):
     """The documents of a text file, or of a JSONL's field `text`."""
     if path.suffix.lower() in JSONL:
         documents = [row.get("text") for row in read_rows(path)]
-        wrong = [number for number, text in enumerate(documents, 1) if not isinstance(text, str)]
+        wrong = [number for number, text in enumerate(documents, 1) if not is_text(text)]
         if wrong:
             raise UserError(f"{path}: record {wrong[0]}: expected a text in the field `text`")
     else:
@@ -925,11 +937,7 @@ def loss_pieces(net, tok, length):
             raise UserError("this tokenizer has no token that could stand before a text")
         pieces = []
         for document in read_text(Path(text)):
-            try:
-                ids = tok.start + tok.encode(document)
-            except UnicodeEncodeError as error:
-                raise UserError(f"{text}: {error}: {document[:60]!r}") from None
-            windows = text_windows(ids, tok.eot_id, length)
+            windows = text_windows(tok.start + tok.encode(document), tok.eot_id, length)
             pieces.append(([*windows], len(document.encode()), len(re.split(r"\s+", document))))
         return {"": pieces}
     folder, pieces = Path("data") / dataset, {}
@@ -941,7 +949,7 @@ def loss_pieces(net, tok, length):
     if core.Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
     for source, paths in pieces.items():
-        windows = [*shard_windows(paths, length)]
+        windows = [*shard_windows(paths, length, tok.n_vocab)]
         size = lambda ids: sum(len(tok.token_bytes(id)) for id in ids)
         pieces[source] = [([w], size(w[2][0]), 0) for w in windows]
     return pieces
@@ -950,12 +958,18 @@ def loss_pieces(net, tok, length):
 def run_loss(net, tok, answers, say):
     """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
     texts, whose first token follows the one that starts a document."""
-    length = seq_len or net.config.n_ctx
-    if length > net.config.n_ctx:
-        raise UserError(f"seq_len={length}, but the context of {model} is {net.config.n_ctx}")
+    length = window_length(net)
     pieces, kept, log = loss_pieces(net, tok, length), {}, []
     requests = [w for some in pieces.values() for windows, *_ in some for w in windows]
-    found = iter(answers("loss", "score", requests, lambda some: score(net, some)))
+    if length > net.config.n_ctx:
+        width = -(-length // 16) if length > 4 * net.config.n_ctx else -(-net.config.n_ctx // 4)
+        work = lambda some: score_by_position(net, some, width)
+        parts = answers("loss", ["by position", width], requests, work)
+        places = loss_by_position(requests, parts, width)
+        sums = [[sum(part)] for part in parts]
+    else:
+        sums, places = answers("loss", "score", requests, lambda some: score(net, some)), {}
+    found = iter(sums)
     for source, some in pieces.items():
         nats = [-sum(next(found)[0] for _ in windows) for windows, *_ in some]
         tokens = [sum(len(ids) for _, _, [ids] in windows) for windows, *_ in some]
@@ -971,9 +985,52 @@ def run_loss(net, tok, answers, say):
         kept[source] = scores, len(some)
         rows = zip(nats, tokens, sizes)
         log += [{"source": source, "nats": x, "tokens": t, "bytes": s} for x, t, s in rows]
+    if not kept:
+        raise UserError(f"data/{dataset}: no token to score: its shards hold one, or none")
     whole = kept.pop("", None) or next(iter(kept.values()))
     by = {source: flat(scores) | {"n": n} for source, (scores, n) in kept.items()}
-    return *whole, by, log
+    return *whole, by | places, log
+
+
+def window_length(net):
+    """The tokens of a window; more than the model was trained with only where `context` asks."""
+    n_ctx = net.config.n_ctx
+    if context is None and seq_len > n_ctx:
+        hint = f"--context={seq_len} looks beyond it"
+        raise UserError(f"seq_len={seq_len}, but the context of {model} is {n_ctx}: {hint}")
+    if context is not None and context > n_ctx and net.config.pos == "learned":
+        why = f"the positions of {model} are learned ones, which end at {n_ctx}"
+        raise UserError(f"context={context}: {why}")
+    return context or seq_len or n_ctx
+
+
+def score_by_position(net, requests, width):
+    """For each request (shared, context, [continuation]) the sums of log p of the tokens that are
+    predicted at its places 0 to width - 1, width to 2 width - 1, …: lists of nats."""
+    device = net.model.embed_tokens.weight.device
+    rows = [before + ids[:-1] for _, before, [ids] in requests]
+    hidden, sums = net.hidden(padded(rows, device)[0]), []
+    for h, row, (_, before, [ids]) in zip(hidden, rows, requests):
+        states = h[len(before) - 1 : len(row)]
+        logp = token_logprobs(net, states, torch.tensor(ids, device=device)).cpu()
+        parts = torch.arange(len(before) - 1, len(row)) // width
+        sums.append(torch.zeros(len(row) // width + 1).index_add(0, parts, logp).tolist())
+    return sums
+
+
+def loss_by_position(requests, sums, width):
+    """{"positions 0 to …": its loss and the number of its tokens}, all windows together."""
+    nats, tokens = {}, {}
+    for (_, before, [ids]), parts in zip(requests, sums):
+        counts = Counter(place // width for place in range(len(before) - 1, len(before + ids) - 1))
+        for part, count in counts.items():
+            nats.setdefault(part, []).append(-parts[part])
+            tokens.setdefault(part, []).append(count)
+    by = {}
+    for part in sorted(nats):
+        name = f"positions {part * width} to {(part + 1) * width - 1}"
+        by[name] = flat({"loss": mean(nats[part], tokens[part])}) | {"n": sum(tokens[part])}
+    return by
 
 
 def run_classify(net, tok, answers, say):
@@ -1477,6 +1534,8 @@ def require_sandbox():
 def read_mmlu(row):
     """The question with its choices by letter; what is scored is the letter."""
     choices, right = choices_of(row)
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{len(choices)} choices, but there are {len(LETTERS)} letters")
     lines = "".join(f"\n{letter}. {c}" for letter, c in zip(LETTERS, choices))
     return f"{row['question'].strip()}{lines}\nAnswer:", list(LETTERS[: len(choices)]), right
 
@@ -1557,6 +1616,9 @@ def cut(text, stops):
 
 
 def humaneval_program(row, completion):
+    for key in ("prompt", "test", "entry_point"):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key!r} is no text")
     function = row["prompt"] + cut(completion, HUMANEVAL_STOP)
     return f"{function}\n{row['test']}\ncheck({row['entry_point']})\n"
 
@@ -1651,9 +1713,9 @@ def read_log(folder):
 
 
 def is_finite(value):
-    """Whether a value of a JSON file is a number that float holds."""
+    """Whether a value of a JSON file is a number that float holds, its square aside; not NaN."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # NaN is not
+    return number and abs(value) < 1e300
 
 
 def read_results(folder):
@@ -1669,7 +1731,8 @@ def read_results(folder):
             if not isinstance(entry, dict):
                 raise UserError(f"{path}: not results of eval.py: {task} is no object")
             for key in metrics_of(entry):
-                for name, value in ((key, entry[key]), ("n", entry.get("n"))):
+                for name in (key, f"{key}_stderr", "n"):
+                    value = entry.get(name)
                     number = isinstance(value, float) or is_finite(value)  # a loss may be NaN
                     if not number and (value is not None or name == "n"):
                         shown = f"{task}: {name}={value!r}"[:100]
@@ -1786,7 +1849,7 @@ def compare_runs():
 
 
 def write_report(path, text):
-    if path.exists() and not path.is_file():  # a device is never to be replaced by a file
+    if os.path.exists(path) and not os.path.isfile(path):  # no device is replaced by a file
         raise UserError(f"{path}: cannot be written: it is no plain file")
     with core.whole_file(path) as file:
         file.write(text.encode())
@@ -2246,7 +2309,7 @@ def identity(kind):
 def check_settings():
     """Refuse what no run can have before anything is read."""
     least = dict.fromkeys("limit shots seq_len eval_tokens max_new_tokens temperature".split(), 0)
-    counts = "num_samples micro_tokens num_texts prompt_length text_length ngram"
+    counts = "context num_samples micro_tokens num_texts prompt_length text_length ngram"
     for key, low in (least | dict.fromkeys(counts.split(), 1)).items():
         if (value := globals()[key]) is not None and value < low:
             raise UserError(f"{key}={value}: expected {low} or more")

@@ -166,6 +166,8 @@ def main():
     if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         limits = "num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
         raise UserError(f"expected {limits}")
+    if not all(isinstance(text, str) and text for text in stop or []):
+        raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
     net, tok = core.load(model, run.device, kind, quantize)
     if net.score is not None:
         return classify(net, tok)

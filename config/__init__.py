@@ -161,6 +161,8 @@ def configure(space):
             given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values)
             names = keys if is_flag else values
             for key, value in given.items():
+                if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                    raise ValueError(f"{key} = {value!r}: no UTF-8")
                 if key not in names:
                     near = difflib.get_close_matches(key, names, 1)
                     hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"

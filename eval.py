@@ -11,6 +11,7 @@
     python eval.py --compare out/a out/b                 # a table, report.md and report.svg
     python eval.py --plan --flops=1e18 > config/my.py    # a compute-optimal recipe for train.py
     python eval.py --plan --compare out/a out/b out/c    # a scaling curve through finished runs
+    python eval.py config/dpo.py --plan --finetune=dpo --price=2.5   # what a fine-tuning takes
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
 Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
@@ -24,7 +25,7 @@ become, answers, scores. IFEval, the judge, the sandbox, the table of tasks, rep
 memorized text follow, each to be read by itself when it is needed; then main().
 """
 
-from config import configure, settings
+from config import configure, fit, run_recipe, same_recipes, script_keys, settings
 
 model = "out/python"  # a checkpoint folder
 tasks = "loss"  # by name, or files of your own, with commas
@@ -70,10 +71,14 @@ report = "report.md"  # where it is written, with a picture (.svg) beside it
 plan = False  # print a recipe for a budget, or with --compare fit a scaling curve
 flops: float | None = None  # FLOPs of the whole run
 hours: float | None = None  # or hours on `devices` of `device` at `mfu`
+money: float | None = None  # or what those hours may cost, at `price`
 params: float | None = None  # parameters
-tokens: float | None = None  # training tokens
+tokens: float | None = None  # training tokens; of fine-tuning, of all its examples
 devices = 1  # how many of them
 mfu = 0.4  # the fraction of their peak that training reaches
+price: float | None = None  # of one device for an hour, in any currency: the plan says the cost
+finetune: str | None = None  # plan this method of finetune.py for `model`, by the recipe given
+examples: int | None = None  # ... with so many; none: those of data/<dataset>
 
 # the machine
 micro_tokens = 8192  # tokens at once on a device, at most, but one request at least
@@ -1979,16 +1984,18 @@ def chinchilla_params(c):
 
 def budget(peak):
     """(N, D, FLOPs) that the settings ask for; what they leave open is compute-optimal."""
-    for key in ("flops", "hours", "params", "tokens", "devices", "mfu"):
-        value = globals()[key]
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{key}={value:g}: expected a number above 0")
-    if mfu > 1:
-        raise UserError(f"mfu={mfu}: expected a fraction of the peak, at most 1")
-    given = [key for key in ("flops", "hours", "params", "tokens") if globals()[key]]
-    if not 1 <= len(given) <= 2 or given == ["flops", "hours"]:
-        raise UserError("--plan: expected --flops or --hours, --params or --tokens, or two of them")
-    c = flops or (hours and 3600 * hours * peak * devices * mfu)
+    given = [key for key in ("flops", "hours", "money", "params", "tokens") if globals()[key]]
+    compute = [key for key in ("flops", "hours", "money") if key in given]
+    if not 1 <= len(given) <= 2 or len(compute) > 1:
+        expected = "--flops or --hours or --money, --params or --tokens, or one of each"
+        raise UserError(f"--plan: expected {expected}")
+    if money and not price:
+        raise UserError(f"money={money:g}: expected --price too, of one device for an hour")
+    c, device_hours = flops, devices * (hours or 0)
+    if money:
+        device_hours = money / price
+    if device_hours:
+        c = 3600 * device_hours * peak * mfu
     if given == ["params"]:  # the budget for which they are best
         c = 6 * (params / G) ** (1 / SHARE)
     elif given == ["tokens"]:
@@ -2023,21 +2030,55 @@ def suggest_shape(n, vocab_size, seq_len):
     return shape, count
 
 
-def make_plan():
-    """Print a recipe for train.py, with what speaks for it as comments."""
+def planned_device():
+    """The GPU that a plan is for, as `core.PEAK_TFLOPS` and MEMORY_GBS name it; and the numbers
+    that every plan needs are checked."""
+    for key in "flops hours money params tokens devices mfu price examples".split():
+        value = globals()[key]
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key}={value:g}: expected a number above 0")
+    if mfu > 1:
+        raise UserError(f"mfu={mfu}: expected a fraction of the peak, at most 1")
     known = {name.lower(): name for name in core.PEAK_TFLOPS}
     gpu = known.get("h100" if device == "auto" else device.lower())
     if not gpu:
         names = ", ".join(known.values())
         raise UserError(f"--device={device}: with --plan expected one of {names}")
+    return gpu
+
+
+def cost_line(seconds):
+    """The line of a plan that says what it costs."""
+    if price is None:
+        return "# cost: --price=, of one device for an hour, adds it"
+    device_hours = devices * seconds / 3600
+    return f"# cost: {device_hours * price:,.2f} = {device_hours:,.2f} device-hours x {price:g}"
+
+
+def prepared():
+    """(the ids of the tokenizer, the training tokens) of data/<dataset>; None for what its
+    meta.json does not say."""
+    path = Path("data") / dataset / "meta.json"
+    meta = core.read_json(path, {})
+    train = meta.get("train", {})
+    counts = [meta.get("n_vocab"), train.get("tokens") if isinstance(train, dict) else train]
+    for count, limit in zip(counts, (1 << 31, 1 << 60)):
+        if count is not None and (type(count) is not int or not 0 < count < limit):
+            raise UserError(f"{path}: malformed: {count!r} is no count: prepare it again")
+    return counts
+
+
+def make_plan():
+    """Print a recipe for train.py, with what speaks for it as comments."""
+    gpu = planned_device()
     peak = 1e12 * core.PEAK_TFLOPS[gpu]
     n, d, c = budget(peak)
-    meta = core.read_json(Path("data") / dataset / "meta.json", {})
-    vocab_size = -(-meta.get("n_vocab", 50257) // 64) * 64  # or else GPT-2's
+    n_vocab, have = prepared()
+    vocab_size = -(-(n_vocab or 50257) // 64) * 64  # or else GPT-2's
     seq_len = next((t for t, least in ((2048, 1e9), (1024, 5e7), (512, 1e7)) if n >= least), 256)
     shape, count = suggest_shape(n, vocab_size, seq_len)
     each = core.flops_per_token(shape, seq_len)
-    if (flops or hours) and not tokens:
+    if (flops or hours or money) and not tokens:
         d = c / each  # the budget holds in real FLOPs, which 6 N D leaves attention out of
     total = each * d
     # Batch and peak rate by compute: Bi et al. 2024 (DeepSeek LLM), equation 1.
@@ -2048,11 +2089,10 @@ def make_plan():
         shape, count, 1, seq_len, torch.bfloat16, moments=1, device_type="cuda"
     )
     seconds = total / (peak * devices * mfu)
-    if meta:
-        epochs = d / max(1, meta.get("train", {}).get("tokens", 0))
-        about = f"{epochs:.2g} epochs; beyond 4 little is learned (Muennighoff et al. 2023)"
+    if have:
+        about = f"{d / have:.2g} epochs; beyond 4 little is learned (Muennighoff et al. 2023)"
     else:
-        about = "not prepared: the vocabulary is GPT-2's"
+        about = "not prepared" + ("" if n_vocab else ": the vocabulary is GPT-2's")
     print(f"""\
 # A plan for {total:.3g} FLOPs: {count:,} parameters on {d:.3g} tokens, {d / count:.1f} for each
 # L(N, D) = {E} + {A} / N^{ALPHA} + {B} / D^{BETA} (Hoffmann et al. 2022, approach 3;
@@ -2060,6 +2100,7 @@ def make_plan():
 # expected loss {chinchilla_loss(count, d):.3f}, in nats per token of their data and tokenizer, to
 #   compare plans by: it is not the loss that this run will have
 # time: {core.duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak
+{cost_line(seconds)}
 # memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB for each window at once
 # data/{dataset}: {about}
 # batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), from 1e17 to 2e19 FLOPs""")
@@ -2069,6 +2110,183 @@ def make_plan():
     recipe |= dict(learning_rate=float(f"{0.3118 * total**-0.125:.1e}"))
     recipe |= dict(warmup_steps=min(1000, steps // 20), eval_every=-(-steps // 20))
     recipe |= dict(save_every=-(-steps // 20))
+    for key, value in recipe.items():
+        print(f"{key} = {value!r}")
+
+
+# Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
+MEMORY_GBS = {"B200": 8000, "H200": 4800, "H100 PCIe": 2000, "H100": 3350, "A100": 2039}
+MEMORY_GBS |= {"A10G": 600, "L40S": 864, "L4": 300, "RTX 4090": 1008, "RTX 3090": 936}
+NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # of a QLoRA weight: a code, its block's scale, theirs
+ADAPTERS = ("lora", "qlora", "adapter", "prompt")  # methods that are an SFT of added weights
+
+
+def finetune_settings():
+    """finetune.py's settings as SimpleNamespace: its defaults, then the recipes of this command
+    line, then the method that `finetune` names."""
+    keys = script_keys(Path(__file__).with_name("finetune.py"))
+    chosen = {key: default for key, (default, *_) in keys.items()}
+    for path in same_recipes().split():
+        values = run_recipe(path, chosen)
+        try:
+            chosen = {key: fit(key, values[key], types) for key, (_, types, _) in keys.items()}
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    if finetune in ADAPTERS or chosen["method"] not in ADAPTERS:
+        chosen["method"] = finetune
+    s = SimpleNamespace(**chosen)
+    if s.method in ADAPTERS:
+        s.method, s.adapt = "sft", s.method
+    methods = ("sft", "classify", "dpo", "reward", "grpo", "ppo")
+    if s.method not in methods:
+        raise UserError(f"--finetune={finetune}: expected {', '.join((*methods, *ADAPTERS))}")
+    return s
+
+
+def planned_shape():
+    """The GPTConfig of `model`, a folder or a Hub model, of which config.json alone is read; with
+    --params that of a network of that size."""
+    if params:
+        return suggest_shape(params, 50304, seq_len or 1024)[0]
+    if Path(model).is_dir() or not core.is_hub_name(model):
+        return core.read_config(core.find(model))[1]
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"{core.HUB}{model}/resolve/main/config.json"
+        try:
+            core.download(url, Path(folder) / "config.json", tries=1)
+        except UserError as error:
+            raise UserError(f"{model}: no folder here, and {error}") from None
+        return core.read_config(Path(folder))[1]
+
+
+def planned_examples(s):
+    """(how many examples, tokens of one, how that is known)."""
+    task = {"classify": "classify", "dpo": "preference", "reward": "preference"}
+    path = Path("data") / dataset / f"{task.get(s.method, 'sft')}_train.jsonl"
+    if examples and tokens:
+        return examples, tokens / examples, "as asked"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: prepare it, or give --examples and --tokens")
+    lines = path.read_bytes().splitlines() or [b""]
+    count, length = examples or len(lines), sum(map(len, lines)) / 4 / len(lines)
+    if tokens:
+        length = tokens / count
+    return count, max(1, length), f"{path}, at 4 bytes a token" if not tokens else str(path)
+
+
+def learned_weights(net, s):
+    """How many weights learn, and how many of them are added ones."""
+    c, count = net.config, core.n_params(net)
+    if s.adapt in ("lora", "qlora"):
+        names = s.lora_targets.split(",")
+        layers = [m for n, m in net.named_modules() if n.rpartition(".")[2] in names]
+        added = sum(s.lora_rank * (m.in_features + m.out_features) for m in layers)
+        return added, added
+    if s.adapt == "adapter":  # a way down and up, with biases, behind attention and MLP
+        added = 2 * c.n_layer * (2 * c.n_embd * s.adapter_size + s.adapter_size + c.n_embd)
+        return added, added
+    if s.adapt == "prompt":  # rows of the embedding, all of which has gradients
+        return c.vocab_size * c.n_embd, 0
+    if s.train_last:
+        last = net.model.layers[-s.train_last :]
+        return sum(core.n_params(block) for block in last), 0
+    return count, 0
+
+
+def finetune_memory(net, s, length, rollouts):
+    """{what: bytes on each device} of a fine-tuning whose sequences have `length` tokens, which
+    keeps so many roll-outs at once."""
+    c, count = net.config, core.n_params(net)
+    learn, added = learned_weights(net, s)
+    weights = 4 * count
+    if s.adapt == "qlora":
+        packed = [m for m in net.model.layers.modules() if isinstance(m, nn.Linear)]
+        numbers = sum(m.weight.numel() for m in packed)
+        largest = max(m.weight.numel() for m in packed)  # unpacked while it is used
+        weights += numbers * (NF4_BYTES - 4) + 4 * largest
+    moments = 1 if s.optimizer == "muon" else 2
+    full = min(s.seq_len or c.n_ctx, c.n_ctx)
+    rows = max(1, s.micro_tokens // full)
+    head, activations = core.memory_estimate(
+        c, 0, rows, full, torch.bfloat16, s.checkpoint_blocks, device_type="cuda"
+    )
+    parts = {"weights": weights, "what learns": 4 * (added + learn * (1 + moments))}
+    if s.method in ("classify", "reward"):  # which do not read it
+        head = 0
+    parts["activations and head"] = activations + head
+    if rollouts:
+        keys_and_values = 2 * c.n_layer * c.n_kv_head * c.head_dim * 2  # bytes a token, in bfloat16
+        parts["roll-outs"] = rollouts * length * keys_and_values
+        if s.kl_weight:
+            parts["reference"] = weights
+    return parts
+
+
+def finetune_work(net, s, count, length, steps):
+    """{what: FLOPs} of a fine-tuning, as finetune.py does it, over all devices. Frozen weights have
+    no gradients: their backward pass costs as much as the forward one, not twice."""
+    c = net.config
+    learn, _ = learned_weights(net, s)
+    forward = core.flops_per_token(c, length, backward=False)
+    if s.method in ("classify", "reward"):  # the head is not read
+        forward -= 2 * c.n_embd * c.vocab_size
+    backward = forward if s.adapt != "full" else 2 * forward
+    if s.train_last:
+        backward *= min(1, s.train_last / c.n_layer)
+    added = 6 * learn if s.adapt in ("lora", "qlora", "adapter") else 0
+    update = forward + backward + added + (forward if s.checkpoint_blocks else 0)
+    seen = steps * s.batch_size * length
+    if s.method in ("dpo", "reward"):
+        seen *= 2  # the chosen and the rejected answer
+    if s.method not in ("grpo", "ppo"):
+        work = {"training": seen * update}
+        if s.method == "dpo" and not s.reference_free:  # once, before the first step
+            work["the reference"] = 2 * min(steps * s.batch_size, count) * length * forward
+        return work
+    seen *= s.group_size if s.method == "grpo" else 1
+    looks = 2 if s.kl_weight else 1  # by the policy of now, and by the reference
+    work = {"roll-outs": seen * forward, "log-probabilities": looks * seen * forward}
+    return work | {"training": s.rl_epochs * seen * update}
+
+
+def make_finetune_plan():
+    """Print what a fine-tuning takes, by arithmetic, and a recipe for finetune.py."""
+    gpu, s, c = planned_device(), finetune_settings(), planned_shape()
+    count, length, known = planned_examples(s)
+    with torch.device("meta"):  # a network without memory
+        net = core.GPT(c)
+    steps = math.ceil(count / s.batch_size * s.max_epochs) if s.max_epochs else math.inf
+    steps = min(s.max_steps or math.inf, steps)
+    if steps == math.inf:
+        raise UserError("no horizon: set max_steps or max_epochs in a recipe for finetune.py")
+    rollouts, new = 0, 0
+    if s.method in ("grpo", "ppo"):
+        rollouts = -(-s.batch_size * (s.group_size if s.method == "grpo" else 1) // devices)
+        new = s.max_new_tokens
+    length = min(length + new, s.seq_len or c.n_ctx, c.n_ctx)
+    memory = finetune_memory(net, s, length, rollouts)
+    work = finetune_work(net, s, count, length, steps)
+    rate = 1e12 * core.PEAK_TFLOPS[gpu] * devices * mfu
+    seconds = {what: total / rate for what, total in work.items()}
+    if rollouts:  # a new token reads the weights and the cache, however few rows there are
+        read = steps * new * (memory["weights"] + memory["roll-outs"])
+        seconds["roll-outs"] = max(seconds["roll-outs"], read / (1e9 * MEMORY_GBS[gpu]))
+    total = sum(seconds.values())
+    learn, _ = learned_weights(net, s)
+    gib = lambda size: f"{size / 2**30:.3g}"
+    shares = ", ".join(f"{what} {gib(size)}" for what, size in memory.items())
+    times = ", ".join(f"{what} {core.duration(part)}" for what, part in seconds.items())
+    name = f"a network of {params:.3g} parameters" if params else model
+    print(f"""\
+# A plan for {finetune} of {name}: {core.n_params(net):,} parameters, {learn:,} learn
+# examples: {count:,} of {length:.0f} tokens ({known}); {steps:,} steps of {s.batch_size}
+# FLOPs: {", ".join(f"{what} {number:.3g}" for what, number in work.items())}
+# time: {core.duration(total)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak ({times})
+{cost_line(total)}
+# memory of each device: {gib(sum(memory.values()))} GiB ({shares})
+# validation, saving and the start are not in it""")
+    recipe = dict(method=s.method, adapt=s.adapt, model=model, dataset=dataset)
+    recipe |= dict(batch_size=s.batch_size, max_steps=steps, max_epochs=None)
     for key, value in recipe.items():
         print(f"{key} = {value!r}")
 
@@ -2319,8 +2537,10 @@ def check_settings():
 
 def main():
     if plan or compare:
-        if plan and compare and any((flops, hours, params, tokens)):
+        if plan and compare and any((flops, hours, money, params, tokens, finetune)):
             raise UserError("--plan: either --compare, to fit a curve, or a budget, for a recipe")
+        if plan and finetune:
+            return make_finetune_plan()
         return compare_runs() if not plan else fit_runs() if compare else make_plan()
     run = core.setup(device, timedelta(days=30))
     say = (lambda line: print(line, flush=True)) if run.main else lambda line: None

@@ -1845,14 +1845,20 @@ def to_gpt2(state):
     return out
 
 
+def is_hub_name(name):
+    """Whether a name that is no folder here may be a Hub model's (owner/name, or name)."""
+    owner = str(name).partition("/")[0]
+    local = owner == "out" or Path(owner).exists()
+    return not local and bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)))
+
+
 def find(name):
     """The folder of a model: one that is here, or else a Hub model's (owner/name, or name), which
     is downloaded once, to ~/.cache/barelm. Environment: HF_ENDPOINT, HF_TOKEN."""
-    folder, owner = Path(name), str(name).partition("/")[0]
+    folder = Path(name)
     if folder.is_dir():
         return folder
-    local = owner == "out" or Path(owner).exists()
-    if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+    if not is_hub_name(name):
         raise UserError(f"{folder}: no such folder (train.py and finetune.py write out/NAME)")
     cached = Path.home() / ".cache/barelm" / str(name).replace("/", "--")
     while int(os.environ.get("LOCAL_RANK", 0)) and not cached.is_dir():

@@ -878,17 +878,14 @@ def run_questions(task, net, tok, answers, say):
     return scores[""], len(questions), by if len(subjects) > 1 else {}, log
 
 
-def shard_windows(paths, length, n_ids):
-    """The requests of eval_tokens of the shards, evenly spread: train.py's validation windows. A
-    token of the tokenizer's n_ids is expected at each place."""
+def shard_windows(paths, length):
+    """The requests of eval_tokens of the shards, evenly spread: train.py's validation windows."""
     shards, starts = [core.open_shard(path) for path in paths], []
     for s, shard in enumerate(shards):
         starts += [(s, i) for i in range(0, len(shard) - 1, length)]
     n = min(len(starts), -(-eval_tokens // length)) if eval_tokens else len(starts)
     for s, i in (starts[k * len(starts) // n] for k in range(n)):
         ids = shards[s][i : i + length + 1].tolist()
-        if max(ids) >= n_ids:
-            raise UserError(f"{paths[s]}: token {max(ids)}, but the tokenizer has {n_ids}")
         yield "", ids[:1], [ids[1:]]
 
 
@@ -954,7 +951,7 @@ def loss_pieces(net, tok, length):
     if core.Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
     for source, paths in pieces.items():
-        windows = [*shard_windows(paths, length, tok.n_vocab)]
+        windows = [*shard_windows(paths, length)]
         size = lambda ids: sum(len(tok.token_bytes(id)) for id in ids)
         pieces[source] = [([w], size(w[2][0]), 0) for w in windows]
     return pieces
@@ -2555,10 +2552,10 @@ def main():
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"
         raise UserError(f"{model} with --tasks={tasks}: expected {fit}")
-    folder, mark = Path(out_dir or model), identity(kind)
     if out_dir == "":
-        raise UserError("out_dir is empty: expected a folder, or none for the model's")
-    if out_dir is None and not folder.is_dir():
+        raise UserError("--out_dir is empty: expected the name of a folder")
+    folder, mark = Path(out_dir or model), identity(kind)
+    if not out_dir and not folder.is_dir():
         raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     answers = Answers(folder, mark, run)
     before, results = read_results(folder)

@@ -953,16 +953,6 @@ def write(folder, run, net, tok, step):
     net.score = head
 
 
-def rows_until(path, step):
-    """The lines of a log up to `step`; later or torn ones belong to steps that will run again."""
-    kept = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode())
-    return kept
-
-
 def open_log(out, step):
     """out_dir's log.jsonl to append to, cut after `step`; what a replaced run has left goes."""
     out.mkdir(parents=True, exist_ok=True)
@@ -972,7 +962,8 @@ def open_log(out, step):
             (out / name).unlink(missing_ok=True)
             (out / "best" / name).unlink(missing_ok=True)
     elif (out / "log.jsonl").exists():
-        kept = rows_until(out / "log.jsonl", step)
+        rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if json.loads(row)["step"] <= step]
     core.write_json(
         out / "run.json", {"config": settings(globals()), "command": " ".join(sys.argv)}
     )

@@ -148,7 +148,10 @@ def configure(space):
         told = [(space.get("__doc__") or "").strip(), "\nkeys, with their defaults:\n"]
         for key, (default, _, comment) in keys.items():
             told.append(f"  {f'--{key}={default!r}':<31}  {comment}")
-        print(*told, sep="\n")
+        try:
+            print(*told, sep="\n", flush=True)
+        except BrokenPipeError:  # `| head` has seen enough, and all is done
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     for path in [*sorted(script.parent.glob("*.py")), script]:
         if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there

@@ -1265,7 +1265,7 @@ def ask_judge(url, model, question, answer, rubric):
     try:
         said = reply.json()["choices"][0]["message"]["content"]
         ratings = re.findall(r"\[\[(10|[1-9])\]\]", said)
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise UserError(f"{address}: not a chat completion: {reply.text[:200]!r}") from None
     if not ratings:
         raise UserError(f"{address}: a reply without Rating: [[1 to 10]]: {said[-200:]!r}")
@@ -2227,7 +2227,10 @@ def finetune_work(net, s, count, length, steps):
     forward = core.flops_per_token(c, length, backward=False)
     if s.method in ("classify", "reward"):  # the head is not read
         forward -= 2 * c.n_embd * c.vocab_size
-    backward = forward if s.adapt != "full" else 2 * forward
+    backward = 2 * forward
+    if s.adapt != "full":  # the products of attention are of activations alone: they cost the same
+        attention = 4 * c.n_layer * c.n_head * c.head_dim * length
+        backward = forward + attention
     if s.train_last:
         backward *= min(1, s.train_last / c.n_layer)
     added = 6 * learn if s.adapt in ("lora", "qlora", "adapter") else 0

@@ -125,7 +125,7 @@ def end_output(lost):
         return
     if isinstance(lost[0], BrokenPipeError):
         os._exit(141)
-    where = lost[0].filename or "the output"
+    where = lost[0].filename or "standard output, or a file of the run"
     print(f"{where}: cannot be written: {lost[0].strerror}", file=sys.stderr, flush=True)
     os._exit(1)
 

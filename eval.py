@@ -2549,6 +2549,8 @@ def main():
     whole = {"loss": run_loss, "classify": run_classify, "memorized": run_memorized}
     if not names:
         raise UserError(f"--tasks={tasks}: expected a task, or some with commas between them")
+    if context and "loss" not in names:
+        raise UserError(f"context={context}: it is for --tasks=loss alone")
     opened = [None if n in whole else open_task(n, run) for n in names]
     kind, _ = core.choose_dtype(run.device, dtype)
     net, tok = core.load(model, run.device, kind, quantize)

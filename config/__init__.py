@@ -100,7 +100,7 @@ def reader_is_gone():
     """Whether standard output is a pipe whose reader has seen enough, such as `| head`."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in watch.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def is_lost_output(error):

@@ -1736,6 +1736,8 @@ def read_results(folder):
                 for name in (key, f"{key}_stderr", "n"):
                     value = entry.get(name)
                     number = isinstance(value, float) or is_finite(value)  # a loss may be NaN
+                    if name != key and number and value < 0:  # no error, nor a count
+                        number = False
                     if not number and (value is not None or name == "n"):
                         shown = f"{task}: {name}={value!r}"[:100]
                         raise UserError(f"{path}: not results of eval.py: {shown}")
@@ -2058,7 +2060,9 @@ def prepared():
     path = Path("data") / dataset / "meta.json"
     meta = core.read_json(path, {})
     train = meta.get("train", {})
-    counts = [meta.get("n_vocab"), train.get("tokens") if isinstance(train, dict) else train]
+    if not isinstance(train, dict):
+        raise UserError(f"{path}: malformed: train={train!r:.60}: prepare it again")
+    counts = [meta.get("n_vocab"), train.get("tokens")]
     for count, limit in zip(counts, (1 << 31, 1 << 60)):
         if count is not None and (type(count) is not int or not 0 < count < limit):
             raise UserError(f"{path}: malformed: {count!r} is no count: prepare it again")

@@ -216,7 +216,7 @@ RESULTS = [
     "", "{", "[]", "5", "null", DEEP, entry()[:40], '{"results": []}', '{"results": null}', "{}",
     '{"results": {"t": 5}}', '{"results": {"t": [1]}}', '{"results": {"t": "acc acc_stderr"}}',
     entry(acc="0.5"), entry(acc=True), entry(acc=[1]), entry(acc=10**400), entry(acc_stderr="0.1"),
-    entry(acc_stderr=[1]), entry(n="3"), entry(n=None),
+    entry(acc_stderr=[1]), entry(n="3"), entry(n=None), entry(acc_stderr=-1),
 ]  # fmt: skip
 
 

@@ -233,8 +233,13 @@ with ThreadPoolExecutor({len(sources)}) as pool:
     programs = children()
     parent.kill()
     parent.wait()
-    while any(map(lives, programs)):
+    for _ in range(600):  # long before the limit of their time would end them, which is no proof
+        if not any(map(lives, programs)):
+            return
         time.sleep(0.05)
+    for pid in filter(lives, programs):
+        os.kill(int(pid), 9)
+    raise AssertionError(f"{programs} live on")
 
 
 def test_no_life_where_eval_is_gone_before(run, tmp_path):

@@ -2208,9 +2208,12 @@ def finetune_memory(net, s, length, rollouts):
     moments = 1 if s.optimizer == "muon" else 2
     full = min(s.seq_len or c.n_ctx, c.n_ctx)
     rows = max(1, s.micro_tokens // full)
-    head, activations = core.memory_estimate(
+    _, activations = core.memory_estimate(
         c, 0, rows, full, torch.bfloat16, s.checkpoint_blocks, device_type="cuda"
     )
+    # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
+    made = min(rows * full, core.head_rows("cuda", torch.bfloat16, c.vocab_size))
+    head = c.vocab_size * (10 * made + 4 * c.n_embd)
     parts = {"weights": weights, "what learns": 4 * (added + learn * (1 + moments))}
     if s.method in ("classify", "reward"):  # which do not read it
         head = 0

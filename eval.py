@@ -2141,6 +2141,11 @@ def finetune_settings():
     methods = ("sft", "classify", "dpo", "reward", "grpo", "ppo")
     if s.method not in methods:
         raise UserError(f"--finetune={finetune}: expected {', '.join((*methods, *ADAPTERS))}")
+    for key in "batch_size micro_tokens group_size max_new_tokens lora_rank rl_epochs".split():
+        if vars(s)[key] < 1:
+            raise UserError(f"{key}={vars(s)[key]}: expected 1 or more")
+    if s.seq_len < 0:
+        raise UserError(f"seq_len={s.seq_len}: expected 0 or more")
     return s
 
 
@@ -2181,6 +2186,8 @@ def learned_weights(net, s):
     if s.adapt in ("lora", "qlora"):
         names = s.lora_targets.split(",")
         layers = [m for n, m in net.named_modules() if n.rpartition(".")[2] in names]
+        if not layers or not all(isinstance(m, nn.Linear) for m in layers):
+            raise UserError(f"lora_targets={s.lora_targets}: expected names of linear layers")
         added = sum(s.lora_rank * (m.in_features + m.out_features) for m in layers)
         return added, added
     if s.adapt == "adapter":  # a way down and up, with biases, behind attention and MLP
@@ -2264,7 +2271,7 @@ def make_finetune_plan():
         net = core.GPT(c)
     steps = math.ceil(count / s.batch_size * s.max_epochs) if s.max_epochs else math.inf
     steps = min(s.max_steps or math.inf, steps)
-    if steps == math.inf:
+    if not 0 < steps < math.inf:
         raise UserError("no horizon: set max_steps or max_epochs in a recipe for finetune.py")
     rollouts, new = 0, 0
     if s.method in ("grpo", "ppo"):

@@ -11,6 +11,7 @@
     python eval.py --compare out/a out/b                 # a table, report.md and report.svg
     python eval.py --plan --flops=1e18 > config/my.py    # a compute-optimal recipe for train.py
     python eval.py --plan --compare out/a out/b out/c    # a scaling curve through finished runs
+    python eval.py config/dpo.py --plan --finetune=dpo --price=2.5   # what a fine-tuning takes
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
 Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
@@ -24,7 +25,7 @@ become, answers, scores. IFEval, the judge, the sandbox, the table of tasks, rep
 memorized text follow, each to be read by itself when it is needed; then main().
 """
 
-from config import configure, settings
+from config import configure, fit, run_recipe, same_recipes, script_keys, settings
 
 model = "out/python"  # a checkpoint folder
 tasks = "loss"  # by name, or files of your own, with commas
@@ -39,6 +40,7 @@ seed = 1234  # of the shots that are drawn (the harness's) and of sampled answer
 dataset = "python"  # data/<dataset>, whose validation shards loss reads; classify: its task set
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
+context: int | None = None  # the same, beyond the model's context too, with the loss by position
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
 
 # multiple choice and generation
@@ -69,10 +71,14 @@ report = "report.md"  # where it is written, with a picture (.svg) beside it
 plan = False  # print a recipe for a budget, or with --compare fit a scaling curve
 flops: float | None = None  # FLOPs of the whole run
 hours: float | None = None  # or hours on `devices` of `device` at `mfu`
+money: float | None = None  # or what those hours may cost, at `price`
 params: float | None = None  # parameters
-tokens: float | None = None  # training tokens
+tokens: float | None = None  # training tokens; of fine-tuning, of all its examples
 devices = 1  # how many of them
 mfu = 0.4  # the fraction of their peak that training reaches
+price: float | None = None  # of one device for an hour, in any currency: the plan says the cost
+finetune: str | None = None  # plan this method of finetune.py for `model`, by the recipe given
+examples: int | None = None  # ... with so many; none: those of data/<dataset>
 
 # the machine
 micro_tokens = 8192  # tokens at once on a device, at most, but one request at least
@@ -103,6 +109,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -112,6 +119,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +132,8 @@ import model as core
 from model import UserError
 
 JUDGE_WAIT = 1.0  # seconds before the judge is asked again; then three, then seven
+# What a row of another form raises in the functions that read it.
+ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -171,8 +181,11 @@ def choices_of(row):
     """(choices, right one's index) of a row with `choices` (a list, or ARC's text and label) or
     `options` (a list, or text with `A. ` before each line) and an `answer` (an index, a label, or
     the choice itself)."""
-    given = row["choices"] if "choices" in row else row["options"]
-    answer = next(row[k] for k in ("answer", "answerKey", "label", "gold") if k in row)
+    given = row["options"] if "options" in row and "choices" not in row else row["choices"]
+    keys = [key for key in ("answer", "answerKey", "label", "gold") if key in row]
+    if not keys:
+        raise ValueError("no field 'answer'")
+    answer = row[keys[0]]
     labels, texts = LETTERS, given
     if isinstance(given, dict):
         labels, texts = given["label"], given["text"]
@@ -195,20 +208,44 @@ def read_row(task, row):
     none is refused in a line."""
     try:
         if task.read:
-            return task.read(row)
-        prompt = re.sub(r"\{(\w+)\}", lambda m: str(row[m[1]]), task.prompt)
+            prompt, *rest = task.read(row)
+            if not isinstance(prompt, str):
+                raise ValueError(f"its prompt {prompt!r} is no text")
+            return prompt, *rest
+        prompt = re.sub(r"\{(\w+)\}", lambda m: str(filled(row, m[1])), task.prompt)
         if task.kind == "generate":
             if not task.hub and (task.judge or task.rubric):  # which may do without
                 return prompt, str(row.get(task.answer, ""))
-            return prompt, str(row[task.answer])
+            answer = filled(row, task.answer)
+            if not isinstance(answer, (str, int, float)):
+                raise ValueError(f"{task.answer!r} is no text or number")
+            return prompt, str(answer)
         if task.choices is None:
             return prompt, *choices_of(row)
         choices = row[task.choices] if isinstance(task.choices, str) else task.choices
         return prompt, *choices_of({"choices": choices, "answer": row[task.answer]})
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        shown = json.dumps(row, ensure_ascii=False, default=str)[:100]
-        raise UserError(f"{task.name}: {why}, in the row {shown}") from None
+    except ROW_ERRORS as error:
+        raise bad_row(task, row, error) from None
+
+
+def filled(row, key):
+    """A field of a row that has something in it."""
+    if row[key] is None:
+        raise ValueError(f"{key!r} is null")
+    return row[key]
+
+
+def bad_row(task, row, error):
+    """The line that refuses a row."""
+    why = f"no field {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    shown = json.dumps(row, ensure_ascii=False, default=str, skipkeys=True)[:100]
+    return UserError(f"{task.name}: {why[:200]}, in the row {shown}")
+
+
+def subject_of(row):
+    """The group of a row's score, as a text; empty where the row names none."""
+    subject = row.get("subject")
+    return "" if subject is None else str(subject)
 
 
 def exact_match(text, answer, ignore=(), lower=False):
@@ -222,7 +259,7 @@ def extract(pattern, text, which=0):
     """What the pattern (or the first of its groups that is not empty) matches in text, the first
     time or with which=-1 the last; [invalid] where it does not."""
     found = re.findall(pattern, text)
-    if not found:
+    if not -len(found) <= which < len(found):
         return "[invalid]"
     parts = [found[which]] if isinstance(found[which], str) else [*filter(None, found[which])]
     return parts[0].strip() if parts else "[invalid]"
@@ -242,24 +279,24 @@ def judge(task, row, texts):
 
 def read_rows(path):
     """The records of a JSONL, JSON or parquet file."""
-    number = 0
     try:
         if core.file_ending(path) == ".parquet":
             from pyarrow import parquet
 
             rows = parquet.read_table(path).to_pylist()
         elif core.file_ending(path) == ".json":
-            rows = json.loads(core.read_input(path))
+            rows = core.parse_json(core.read_input(path), path)
         else:
             rows = []
-            for number, line in enumerate(core.read_input(path).splitlines(), 1):  # noqa: B007
-                rows += [json.loads(line)] if line.strip() else []
+            for number, line in enumerate(core.read_input(path).splitlines(), 1):
+                if line.strip():
+                    rows.append(core.parse_json(line, f"{path}:{number}"))
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}:{number or 1}: no JSON: {error}") from None
+    except ValueError as error:  # pyarrow's
+        raise UserError(f"{path}: no parquet file: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected an object on each line")
     return rows
@@ -292,10 +329,14 @@ def fetch_rows(name, task):
     place, listing = Path(data) / name, Path(data) / name / "listing.txt"
     listing.unlink(missing_ok=True)
     core.download(f"{core.HUB}api/datasets/{owner}/{repo}", listing)
-    paths = [f["rfilename"] for f in core.read_json(listing).get("siblings", [])]
-    kinds = f"(test|dev|train|prompt|{task.split})"
-    wanted = rf"{'/'.join(below)}.*(^|/){kinds}[^/]*\.(jsonl|parquet)"
-    paths = [path for path in paths if re.fullmatch(wanted, path)]
+    try:
+        paths = [file["rfilename"] for file in core.read_json(listing)["siblings"]]
+        kinds = f"(test|dev|train|prompt|{task.split})"
+        wanted = rf"{'/'.join(below)}.*(^|/){kinds}[^/]*\.(jsonl|parquet)"
+        paths = [path for path in paths if re.fullmatch(wanted, path) and ".." not in path]
+    except ROW_ERRORS as error:
+        why = f"{error!r}: is {core.HUB} a Hub?"
+        raise UserError(f"{name}: its list of files is malformed: {why}") from None
     if not paths:
         raise UserError(
             f"{name}: {core.HUB}datasets/{owner}/{repo} lists no JSONL or parquet for it"
@@ -304,37 +345,94 @@ def fetch_rows(name, task):
         core.download(f"{core.HUB}datasets/{owner}/{repo}/resolve/main/{path}", place / path)
 
 
-def own_task(name, header, rows):
-    """The task of these rows, as its header says."""
+def is_pattern(text):
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def check_header(name, header):
+    """Refuse a header's keys and values that mean nothing, in a line that names the key."""
     usual = vars(Header())
+    strings = lambda values: all(isinstance(value, str) for value in values)
     for key, value in header.items():
         if key not in usual:
-            raise UserError(f"{name}: header: {key}={value!r}: expected its keys, such as {usual}")
-        if usual[key] is not None and type(value) is not type(usual[key]):
-            raise UserError(f"{name}: header: {key}={value!r}: expected one like {usual[key]!r}")
+            near = difflib.get_close_matches(str(key), usual, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(usual)}"
+            raise UserError(f"{name}: header: unknown key {key!r} ({hint})")
+        expected = None
+        if key == "choices":
+            if not isinstance(value, (list, str)) or not value or not strings(value):
+                expected = "a list of texts, or the name of the rows' field with them"
+        elif key == "judge":
+            if not callable(value):
+                expected = "a function, which only a task in Python can have"
+        elif type(value) is not type(usual[key]):
+            expected = f"one like {usual[key]!r}"
+        elif key == "kind" and value not in ("choice", "generate"):
+            expected = "choice or generate"
+        elif key in ("stop", "ignore") and (not strings(value) or "" in value):
+            expected = "a list of texts, none of them empty"
+        elif key in ("shots", "max_new_tokens") and value < (key == "max_new_tokens"):
+            expected = f"{int(key == 'max_new_tokens')} or more"
+        elif key in ("extract", "ignore"):
+            patterns = [value] if key == "extract" else value
+            if not all(map(is_pattern, patterns)):
+                expected = "regular expressions of Python's re"
+        if expected:
+            shown = repr(value)[:100]
+            raise UserError(f"{name}: header: {key}={shown}: expected {expected}")
+
+
+def own_task(name, header, rows):
+    """The task of these rows, as its header says."""
+    check_header(name, header)
     task = Task(rows=rows, **header)
-    if task.kind not in ("choice", "generate"):
-        raise UserError(f"{name}: header: kind={task.kind!r}: expected choice or generate")
-    try:
-        [re.compile(pattern) for pattern in (task.extract, *task.ignore)]
-    except (re.error, TypeError) as error:
-        raise UserError(f"{name}: header: extract, ignore: no pattern: {error}") from None
     if task.rubric and not judge_url:
         raise UserError(f"{name}: its rubric needs --judge_url and --judge_model")
     return task
 
 
+def run_own_file(name):
+    """(header, rows) of a task FILE.py:function. What the user's code raises is told in a line."""
+    file, _, function = name.rpartition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"--tasks={name}: no such file")
+    try:
+        make = runpy.run_path(file).get(function)
+        if not callable(make):
+            raise UserError(f"--tasks={name}: no function {function!r} in it")
+        header = make()
+    except Exception as error:
+        raise UserError(f"--tasks={name}: {described(error, file)}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"--tasks={name}: expected a dict with rows, not {header!r:.80}")
+    header = dict(header)
+    rows = header.pop("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"--tasks={name}: rows: expected a list of dicts")
+    return header, rows
+
+
+def described(error, file):
+    """An error of the user's own code in a line: its kind, its message, and the line of `file`."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    where = f", line {lines[-1]}" if lines else ""
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message}{where}"
+
+
 def open_task(name, run):
     """The task of this name, JSONL file or FILE.py:function, with its rows."""
-    file, _, function = name.rpartition(":")
     if core.file_ending(name) in core.JSONL:
         rows = read_rows(Path(name))
-        task = own_task(name, rows.pop(0) if rows and "kind" in rows[0] else {}, rows)
-    elif file.endswith(".py"):
-        if not os.path.isfile(file) or not callable(make := runpy.run_path(file).get(function)):
-            raise UserError(f"--tasks={name}: no such file, or no function {function!r} in it")
-        header = dict(make())
-        rows = header.pop("rows", [])
+        header = rows.pop(0) if rows and "kind" in rows[0] else {}
+        task = own_task(name, header, rows)
+    elif name.rpartition(":")[0].endswith(".py"):
+        header, rows = run_own_file(name)
         task = own_task(name, header, rows)
     elif name in TASKS:
         task = replace(TASKS[name])
@@ -349,7 +447,10 @@ def open_task(name, run):
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     if not task.rows:
-        raise UserError(f"{name}: no rows: {data}/{name}*.jsonl has them, or --download gets them")
+        hint = "expected one below the header"
+        if task.hub:
+            hint = f"{data}/{name}*.jsonl has them, or --download gets them"
+        raise UserError(f"{name}: no rows: {hint}")
     task.name, task.shots = name, task.shots if shots is None else shots
     return task
 
@@ -362,28 +463,50 @@ def limited(rows):
     """The first `limit` rows of each subject."""
     seen = Counter()
     for row in rows:
-        seen[row.get("subject")] += 1
-        if not limit or seen[row.get("subject")] <= limit:
+        seen[subject_of(row)] += 1
+        if not limit or seen[subject_of(row)] <= limit:
             yield row
 
 
-def with_shots(task):
-    """[(row, what comes before its prompt)]: the description and solved examples, of the harness's
-    draw with `seed`."""
-    rng, n = random.Random(seed), task.shots
-    for row in limited(task.rows):
+def draw_shots(task, row, rng):
+    """The solved examples that stand before a row: the harness's draw (its samplers.py, 0.4.13).
+    A task without a file of examples takes them from its own rows, never one that asks the same,
+    whatever else it holds: with its answer the question would be none."""
+    n = task.shots
+    if task.hub:
+        where = f"{data}/{task.name}*train*.jsonl"
         pool = task.examples
         if task.first:
-            pool = [e for e in pool if e.get("subject") == row.get("subject")][:n]
-        if n > len(pool) and (task.hub or n + 1 > len(task.rows)):
-            where = f"{data}/{task.name}*train*.jsonl" if task.hub else task.name
+            pool = [e for e in pool if subject_of(e) == subject_of(row)][:n]
+        if n > len(pool):
             raise UserError(f"{task.name}: {n} shots, but {where} has {len(pool)}: set --shots")
-        if not task.hub:  # from its own rows, and never the one that is asked
-            pool = [e for e in rng.sample(task.rows, n + 1) if e != row][:n] if n else []
-        elif not task.first:
-            pool = rng.sample(pool, n)
-        before = task.describe(row) if task.describe else task.description
-        for example in pool:
+        return pool if task.first else rng.sample(pool, n)
+    if n == 0:
+        return []
+    prompt = read_row(task, row)[0]
+    differs = lambda example: read_row(task, example)[0] != prompt
+    if n < len(task.rows):
+        drawn = [example for example in rng.sample(task.rows, n + 1) if differs(example)]
+        if len(drawn) >= n:
+            return drawn[:n]
+    pool = [example for example in task.rows if differs(example)]  # copies were drawn: once more
+    if n > len(pool):
+        why = f"{n} shots, but only {len(pool)} rows ask something else than {prompt[:60]!r}"
+        raise UserError(f"{task.name}: {why}: set --shots={len(pool)}, or add rows")
+    return rng.sample(pool, n)
+
+
+def with_shots(task):
+    """[(row, what comes before its prompt)]: the description and solved examples, drawn with
+    `seed`."""
+    rng = random.Random(seed)
+    for row in limited(task.rows):
+        shots = draw_shots(task, row, rng)
+        try:
+            before = str(task.describe(row)) if task.describe else task.description
+        except ROW_ERRORS as error:
+            raise bad_row(task, row, error) from None
+        for example in shots:
             prompt, *choices, answer = read_row(task, example)
             answer = choices[0][answer] if choices else answer
             before += f"{prompt}{task.delimiter}{answer}\n\n"
@@ -410,10 +533,11 @@ def encode_pair(tok, context, continuation, n_ctx):
 
 
 def ask(task, net, tok):
-    """[(row, prompt, [choices] or [], right answer, its requests)] of a task's questions, and how
-    many prompts are cut from the left. A request is (shared, context, continuations): choices, or
-    an empty one for each answer to be made. shared: what the questions of a subject begin with."""
-    n_ctx, questions, cut = net.config.n_ctx, [], 0
+    """[(row, prompt, [choices] or [], right answer, its requests)] of a task's questions, how many
+    prompts are cut from the left, and how many questions stand among their own shots. A request is
+    (shared, context, continuations): choices, or an empty one for each answer to be made. shared:
+    what the questions of a subject begin with."""
+    n_ctx, questions, cut, solved = net.config.n_ctx, [], 0, 0
     room = n_ctx - (max_new_tokens or task.max_new_tokens)
     if task.kind == "generate" and room < 1:
         raise UserError(f"{task.name}: {n_ctx - room} new tokens leave no room for a prompt in the "
@@ -421,6 +545,7 @@ def ask(task, net, tok):
     for row, before in with_shots(task):
         prompt, *choices, right = read_row(task, row)
         text = before + prompt
+        solved += f"{prompt}{task.delimiter}" in before
         if task.kind == "choice":
             try:
                 tried = [encode_pair(tok, text, task.delimiter + c, n_ctx) for c in choices[0]]
@@ -434,13 +559,24 @@ def ask(task, net, tok):
             else:
                 asked = [(shared, context, [ids]) for context, ids in zip(contexts, rest)]
         else:
-            ids = tok.start + tok.encode(text)
-            if chat:
-                ids, _ = tok.chat([{"role": "user", "content": text}], add_generation_prompt=True)
+            ids = prompt_ids(task, tok, text)
             cut += len(ids) > room
-            asked = [("", ids[-room:] or [tok.eot_id], [[]] * num_samples)]
+            asked = [("", ids[-room:], [[]] * num_samples)]
         questions.append((row, text, choices, right, asked))
-    return questions, cut
+    return questions, cut, solved
+
+
+def prompt_ids(task, tok, text):
+    """The ids of a prompt that an answer follows."""
+    try:
+        if chat:
+            return tok.chat([{"role": "user", "content": text}], add_generation_prompt=True)[0]
+        ids = tok.start + tok.encode(text)
+    except UnicodeEncodeError as error:  # half a pair of surrogates, which JSON can hold
+        raise UserError(f"{task.name}: {error}: {text[:80]!r}") from None
+    if not ids and tok.eot_id is None:
+        raise UserError(f"{task.name}: an empty prompt, and no token that starts a document")
+    return ids or [tok.eot_id]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,19 +589,32 @@ class Answers:
 
     def __init__(self, folder, identity, run):
         self.folder, self.identity, self.run, self.known = folder, identity, run, {}
+        self.path = folder / f"answers_{run.rank}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / f"answers_{run.rank}.jsonl", "a", encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")
+            lines = [x for p in folder.glob("answers_*.jsonl") for x in p.read_bytes().splitlines()]
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-        for path in folder.glob("answers_*.jsonl"):
-            for line in path.read_bytes().splitlines():
-                try:
-                    self.known.update([json.loads(line)])
-                except (ValueError, TypeError):
-                    continue  # what a killed process left unfinished
+        for line in lines:
+            try:
+                key, answer = json.loads(line)
+                self.known[key] = answer
+            except (ValueError, TypeError, RecursionError):
+                continue  # what a killed process left unfinished
         agree(run)
-        self.file.write("\n")
+        self.write("\n")
+
+    def write(self, lines):
+        """Append to the file, at once: a disk that is full ends the run, which can go on later."""
+        try:
+            self.file.write(lines)
+            self.file.flush()
+        except OSError as error:
+            with suppress(OSError):  # what is left in its buffer fails again
+                self.file.close()
+            why = f"cannot be written: {error.strerror}: what was answered before is kept there"
+            raise UserError(f"{self.path}: {why}: make room, and run it again") from None
 
     def __call__(self, name, how, requests, work, most=None):
         """work([request]) -> [answer] for all requests, in batches that are the same whatever the
@@ -479,10 +628,11 @@ class Answers:
         fresh, show = 0, core.Progress() if self.run.main else lambda line, last=False: None
         for group in groups:
             if not all(each[i] in self.known for i in group):
+                lines = []
                 for i, answer in zip(group, work([requests[i] for i in group])):
                     self.known[each[i]] = answer
-                    self.file.write(json.dumps([each[i], answer]) + "\n")
-                self.file.flush()
+                    lines.append(json.dumps([each[i], answer]) + "\n")
+                self.write("".join(lines))
                 fresh += len(group)
             done += len(group)
             left = (time.monotonic() - begun) / max(1, fresh) * (total - done)
@@ -600,6 +750,8 @@ def mean(amounts, sizes=1):
     """sum(amounts) / sum(sizes) over independent pieces and its standard error, linearised; of
     right and wrong that is sqrt(p (1 - p) / (n - 1))."""
     a, b = np.broadcast_arrays(np.array(amounts, np.float64), np.array(sizes, np.float64))
+    if len(a) == 0:
+        return None, None
     r, n = float(a.sum() / b.sum()), len(a)
     if n < 2:
         return r, None
@@ -611,6 +763,11 @@ def perplexity(nats):
     """exp of a mean and of its error, to the first order."""
     value, error = math.exp(min(nats[0], 700)), nats[1]
     return value, None if error is None else value * error
+
+
+def figure(value):
+    """A score as it is printed."""
+    return "n/a" if value is None else f"{value:.6g}"
 
 
 def flat(scores):
@@ -640,17 +797,46 @@ def judged(task, row, prompt, choices, right, answer):
         [(sample["answers"], rating)] = answer
         found = {"rating": rating}
     else:
-        try:
-            found = judge(task, row, answer[0])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{task.name}: judging {str(row)[:80]}: {error!r}") from None
+        found = checked_judgement(task, row, answer[0])
         sample["answers"] = answer[0]
     return found, sample
 
 
+def checked_judgement(task, row, texts):
+    """`judge`'s metrics: finite numbers, or lists of them. What a judge of the user's own raises or
+    gives instead is told in a line."""
+    shown = str(row)[:80]
+    try:
+        metrics = judge(task, row, texts)
+    except Exception as error:
+        own = not task.hub and task.judge
+        if not own and not isinstance(error, ROW_ERRORS):
+            raise
+        why = described(error, task.name.rpartition(":")[0]) if own else repr(error)
+        raise UserError(f"{task.name}: judging {shown}: {why}") from None
+    if not isinstance(metrics, dict):
+        raise UserError(f"{task.name}: judging {shown}: expected {{metric: number}}: {metrics!r}")
+    for metric, value in metrics.items():
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, (Real, np.bool_)) or not math.isfinite(number):
+                raise UserError(f"{task.name}: judging {shown}: {metric}={number!r}: no number")
+    return metrics
+
+
+def write_program(task, row, text):
+    """The program that tells whether an answer is right."""
+    try:
+        return task.program(row, text)
+    except ROW_ERRORS as error:
+        raise bad_row(task, row, error) from None
+
+
 def run_questions(task, net, tok, answers, say):
     """Scores of a task of questions, overall and by subject, and its samples."""
-    questions, cut = ask(task, net, tok)
+    questions, cut, solved = ask(task, net, tok)
+    if solved:
+        say(f"{task.name}: {solved} of {len(questions)} questions stand among their own shots, "
+            "solved: the examples hold them, and the harness draws them too")  # fmt: skip
     if cut:
         say(f"{task.name}: {cut} of {len(questions)} prompts are cut from the left to the context")
     requests = [request for question in questions for request in question[-1]]
@@ -661,7 +847,8 @@ def run_questions(task, net, tok, answers, say):
         work = lambda some: complete(net, tok, task, some)
         found = answers(task.name, ["complete", *how], requests, work)
     if task.program:
-        sources = [task.program(q[0], text) for q, texts in zip(questions, found) for text in texts]
+        pairs = [(row, text) for (row, *_), texts in zip(questions, found) for text in texts]
+        sources = [write_program(task, row, text) for row, text in pairs]
         work = lambda some: run_programs([r[1][0] for r in some], weak=allow_weak_sandbox)
         asked = [("", [source], []) for source in sources]
         passed = iter(answers(f"{task.name}, programs", "run", asked, work, most=32))
@@ -676,13 +863,13 @@ def run_questions(task, net, tok, answers, say):
         )
         found = zip(found, answers(f"{task.name}, ratings", how, asked, work, most=2))  # one by one
     found, values, log = iter(found), {}, []  # values: of all, "", and of each subject
-    subjects = Counter(row.get("subject") or "" for row, *_ in questions)
+    subjects = Counter(subject_of(row) for row, *_ in questions)
     for row, *rest in questions:
         its, sample = judged(task, row, *rest[:-1], [next(found) for _ in rest[-1]])
         log.append(sample | its)
-        for group in {"", row.get("subject") or ""}:
+        for group in {"", subject_of(row)}:
             for metric, value in its.items():
-                some = value if type(value) is list else [value]
+                some = value if isinstance(value, list) else [value]
                 values.setdefault(group, {}).setdefault(metric, []).extend(some)
     scores = {group: {m: mean(x) for m, x in its.items()} for group, its in values.items()}
     by = {s: flat(scores[s]) | {"n": subjects[s]} for s in sorted(filter(None, subjects))}
@@ -710,18 +897,38 @@ def text_windows(ids, prefix, length):
         yield "", ids[max(0, end - length - 1) : i] or [prefix], [ids[i:end]]
 
 
+def is_record(line):
+    """Whether a line is a JSON object with a field `text`."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "text" in record
+
+
+def is_text(value):
+    """Whether a value is a text that UTF-8 can write: JSON can hold halves of surrogate pairs."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
+
+
 def read_text(path):
     """The documents of a text file, or of a JSONL's field `text`."""
-    try:
-        if core.file_ending(path) in core.JSONL:
-            found = [row["text"] for row in read_rows(path)]
-        else:
-            found = [core.read_input(path).decode()]
-    except (OSError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as text, or has no field: {error}") from None
-    if not any(found):
+    if core.file_ending(path) in core.JSONL:
+        documents = [row.get("text") for row in read_rows(path)]
+        wrong = [number for number, text in enumerate(documents, 1) if not is_text(text)]
+        if wrong:
+            raise UserError(f"{path}: record {wrong[0]}: expected a text in the field `text`")
+    else:
+        try:
+            documents = [core.read_input(path).decode()]
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read as text: {why}") from None
+        if is_record(documents[0].partition("\n")[0]):
+            raise UserError(f"{path}: its first line is a record with `text`: name it .jsonl")
+    if not any(documents):
         raise UserError(f"{path}: no text in it")
-    return [str(document) for document in found if document]
+    return [document for document in documents if document]
 
 
 def loss_pieces(net, tok, length):
@@ -753,12 +960,18 @@ def loss_pieces(net, tok, length):
 def run_loss(net, tok, answers, say):
     """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
     texts, whose first token follows the one that starts a document."""
-    length = seq_len or net.config.n_ctx
-    if length > net.config.n_ctx:
-        raise UserError(f"seq_len={length}, but the context of {model} is {net.config.n_ctx}")
+    length = window_length(net)
     pieces, kept, log = loss_pieces(net, tok, length), {}, []
     requests = [w for some in pieces.values() for windows, *_ in some for w in windows]
-    found = iter(answers("loss", "score", requests, lambda some: score(net, some)))
+    if length > net.config.n_ctx:
+        width = -(-length // 16) if length > 4 * net.config.n_ctx else -(-net.config.n_ctx // 4)
+        work = lambda some: score_by_position(net, some, width)
+        parts = answers("loss", ["by position", width], requests, work)
+        places = loss_by_position(requests, parts, width)
+        sums = [[sum(part)] for part in parts]
+    else:
+        sums, places = answers("loss", "score", requests, lambda some: score(net, some)), {}
+    found = iter(sums)
     for source, some in pieces.items():
         nats = [-sum(next(found)[0] for _ in windows) for windows, *_ in some]
         tokens = [sum(len(ids) for _, _, [ids] in windows) for windows, *_ in some]
@@ -774,9 +987,52 @@ def run_loss(net, tok, answers, say):
         kept[source] = scores, len(some)
         rows = zip(nats, tokens, sizes)
         log += [{"source": source, "nats": x, "tokens": t, "bytes": s} for x, t, s in rows]
+    if not kept:
+        raise UserError(f"data/{dataset}: no token to score: its shards hold one, or none")
     whole = kept.pop("", None) or next(iter(kept.values()))
     by = {source: flat(scores) | {"n": n} for source, (scores, n) in kept.items()}
-    return *whole, by, log
+    return *whole, by | places, log
+
+
+def window_length(net):
+    """The tokens of a window; more than the model was trained with only where `context` asks."""
+    n_ctx = net.config.n_ctx
+    if context is None and seq_len > n_ctx:
+        hint = f"--context={seq_len} looks beyond it"
+        raise UserError(f"seq_len={seq_len}, but the context of {model} is {n_ctx}: {hint}")
+    if context is not None and context > n_ctx and net.config.pos == "learned":
+        why = f"the positions of {model} are learned ones, which end at {n_ctx}"
+        raise UserError(f"context={context}: {why}")
+    return context or seq_len or n_ctx
+
+
+def score_by_position(net, requests, width):
+    """For each request (shared, context, [continuation]) the sums of log p of the tokens that are
+    predicted at its places 0 to width - 1, width to 2 width - 1, …: lists of nats."""
+    device = net.model.embed_tokens.weight.device
+    rows = [before + ids[:-1] for _, before, [ids] in requests]
+    hidden, sums = net.hidden(padded(rows, device)[0]), []
+    for h, row, (_, before, [ids]) in zip(hidden, rows, requests):
+        states = h[len(before) - 1 : len(row)]
+        logp = token_logprobs(net, states, torch.tensor(ids, device=device)).cpu()
+        parts = torch.arange(len(before) - 1, len(row)) // width
+        sums.append(torch.zeros(len(row) // width + 1).index_add(0, parts, logp).tolist())
+    return sums
+
+
+def loss_by_position(requests, sums, width):
+    """{"positions 0 to …": its loss and the number of its tokens}, all windows together."""
+    nats, tokens = {}, {}
+    for (_, before, [ids]), parts in zip(requests, sums):
+        counts = Counter(place // width for place in range(len(before) - 1, len(before + ids) - 1))
+        for part, count in counts.items():
+            nats.setdefault(part, []).append(-parts[part])
+            tokens.setdefault(part, []).append(count)
+    by = {}
+    for part in sorted(nats):
+        name = f"positions {part * width} to {(part + 1) * width - 1}"
+        by[name] = flat({"loss": mean(nats[part], tokens[part])}) | {"n": sum(tokens[part])}
+    return by
 
 
 def run_classify(net, tok, answers, say):
@@ -786,7 +1042,7 @@ def run_classify(net, tok, answers, say):
     try:
         ids = [(tok.start + tok.encode(row["text"]))[: net.config.n_ctx] for row in rows]
         labels = [str(row["label"]) for row in rows]
-    except (KeyError, TypeError, AttributeError) as error:
+    except ROW_ERRORS as error:
         raise UserError(f"{path}: expected text and label in each record: {error!r}") from None
     known = [str(label) for label in net.labels]
     if strange := sorted({*labels} - {*known}):
@@ -1009,7 +1265,7 @@ def ask_judge(url, model, question, answer, rubric):
     try:
         said = reply.json()["choices"][0]["message"]["content"]
         ratings = re.findall(r"\[\[(10|[1-9])\]\]", said)
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise UserError(f"{address}: not a chat completion: {reply.text[:200]!r}") from None
     if not ratings:
         raise UserError(f"{address}: a reply without Rating: [[1 to 10]]: {said[-200:]!r}")
@@ -1024,7 +1280,8 @@ def ask_judge(url, model, question, answer, rubric):
 
 # What a program may not ask for, with Linux's numbers on x86_64 and aarch64: other processes,
 # sockets, signals, tracing and priorities, then what Landlock does not bind (modes, owners, times,
-# attributes of files, shared memory), then wide doors into the kernel.
+# attributes of files, shared memory), then wide doors into the kernel, then sessions and users:
+# with another one the kernel forgets the signal that this process gets when eval.py is gone.
 DENIED = """
     fork 57 -, vfork 58 -, execve 59 221, execveat 322 281, socket 41 198, socketpair 53 199,
     kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
@@ -1037,14 +1294,16 @@ DENIED = """
     shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semctl 66 191, msgget 68 186,
     msgctl 71 187, mq_open 240 180, mq_unlink 241 181, unshare 272 97, add_key 248 217,
     request_key 249 218, keyctl 250 219, perf_event_open 298 241, open_by_handle_at 304 265,
-    bpf 321 280, userfaultfd 323 282
+    bpf 321 280, userfaultfd 323 282, setsid 112 157, setpgid 109 154, setuid 105 146,
+    setgid 106 144, setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149,
+    setfsuid 122 151, setfsgid 123 152, setgroups 116 159, capset 126 91
 """
 
 
-def confine(seconds, memory_mb, strict):
+def confine(seconds, memory_mb, strict, parent):
     """Give up this process's rights for good: limits, then files, then root, then system calls.
     strict: an OSError or ValueError where the machine does not grant one; else go on without it.
-    Runs in the child, which has nothing of this file but DENIED, confine and child."""
+    Runs in the child of `parent`, which has nothing of this file but DENIED, confine and child."""
     import contextlib
     import ctypes
     import os
@@ -1100,6 +1359,8 @@ def confine(seconds, memory_mb, strict):
         call("capset", header, struct.pack("<6I", kept, kept, 0, 0, 0, 0))
     with attempt:
         call("prctl", 1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: SIGKILL when eval.py is gone
+        if os.getppid() != parent:  # it was gone before
+            os._exit(1)
 
     try:
         machine = os.uname().machine
@@ -1107,7 +1368,7 @@ def confine(seconds, memory_mb, strict):
             raise OSError(f"no table of system calls for {machine}")
         arm = machine == "aarch64"
         column, architecture = (2, 0xC00000B7) if arm else (1, 0xC000003E)
-        clone, fcntl = (220, 25) if arm else (56, 72)
+        clone, fcntl, prctl = (220, 25, 167) if arm else (56, 72, 157)
         load, equal, at_least, has_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
         allow, eperm, enosys = 0x7FFF0000, 0x50000 | 1, 0x50000 | 38
         # An instruction is (what, lines to skip if so, if not so, operand).
@@ -1122,6 +1383,9 @@ def confine(seconds, memory_mb, strict):
         # Nor may fcntl name the process that a pipe signals (F_SETOWN, F_SETOWN_EX).
         code += [(equal, 0, 5, fcntl), (load, 0, 0, 24), (equal, 2, 0, 8), (equal, 1, 0, 15)]
         code += [(leave, 0, 0, allow), (leave, 0, 0, eperm)]
+        # Of prctl a thread's name may be set and read; PR_SET_PDEATHSIG would undo the one above.
+        code += [(equal, 0, 5, prctl), (load, 0, 0, 16), (equal, 2, 0, 15), (equal, 1, 0, 16)]
+        code += [(leave, 0, 0, eperm), (leave, 0, 0, allow)]
         code += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bit, 1, 0, 0x10000)]
         code += [(leave, 0, 0, eperm), (leave, 0, 0, allow)]  # without CLONE_THREAD; all else
         lines = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in code))
@@ -1133,7 +1397,7 @@ def confine(seconds, memory_mb, strict):
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process more for this user
 
 
-def child(seconds, memory_mb, strict):
+def child(seconds, memory_mb, strict, parent):
     """Runs program.py of this folder; says on standard output how it ended, by the token that
     waits in standard input if it came to its end. The token enters this process only then."""
     import os
@@ -1146,7 +1410,7 @@ def child(seconds, memory_mb, strict):
     with open("program.py", encoding="utf-8") as file:
         source = file.read()
     try:
-        confine(seconds, memory_mb, strict)
+        confine(seconds, memory_mb, strict, parent)
     except (OSError, ValueError) as error:
         os.write(report, f"no sandbox: {error}".encode())
         os._exit(1)
@@ -1174,7 +1438,7 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
     accident. But it shares its process with its tests: one made to deceive (an object equal to
     everything, a search for the token's pipe) can pass, and it can see which paths exist.
     weak: run it where the sandbox is incomplete, too; else that is an error."""
-    code = f"{HARNESS}\n\nchild({math.ceil(timeout)}, {memory_mb}, {not weak})"
+    code = f"{HARNESS}\n\nchild({math.ceil(timeout)}, {memory_mb}, {not weak}, {os.getpid()})"
     token, said, status = secrets.token_hex(16).encode(), b"", None
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "program.py").write_bytes(source.encode("utf-8", "replace"))
@@ -1231,6 +1495,7 @@ def check_sandbox():
             os.chmod(place, mode)
         refused, at_limit = "failed: PermissionError", "failed: BlockingIOError"
         address = server.getsockname()
+        outlive = "import ctypes\nassert ctypes.CDLL(None).prctl(1, 0) == -1"  # it is refused
         attacks = {
             "run as root": ("import os\nos.geteuid() and 1 / 0", "failed: ZeroDivisionError"),
             "open connections": (f"import socket\nsocket.create_connection({address})", refused),
@@ -1241,6 +1506,7 @@ def check_sandbox():
             "start processes": ("import os\nos.fork() or os._exit(0)", (refused, at_limit)),
             "signal processes": ("import os\nos.kill(os.getppid(), 0)", refused),
             "take more memory than its share": ("bytearray(2 << 30)", "failed: MemoryError"),
+            "outlive this process": (outlive, "passed"),
             "run for ever": ("while True:\n    pass", "timed out"),
         }
         holes = []
@@ -1270,12 +1536,14 @@ def require_sandbox():
 def read_mmlu(row):
     """The question with its choices by letter; what is scored is the letter."""
     choices, right = choices_of(row)
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{len(choices)} choices, but there are {len(LETTERS)} letters")
     lines = "".join(f"\n{letter}. {c}" for letter, c in zip(LETTERS, choices))
     return f"{row['question'].strip()}{lines}\nAnswer:", list(LETTERS[: len(choices)]), right
 
 
 def describe_mmlu(row):
-    about = f" about {row['subject'].replace('_', ' ')}" if row.get("subject") else ""
+    about = f" about {subject_of(row).replace('_', ' ')}" if subject_of(row) else ""
     return f"The following are multiple choice questions (with answers){about}.\n\n"
 
 
@@ -1350,6 +1618,9 @@ def cut(text, stops):
 
 
 def humaneval_program(row, completion):
+    for key in ("prompt", "test", "entry_point"):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key!r} is no text")
     function = row["prompt"] + cut(completion, HUMANEVAL_STOP)
     return f"{function}\n{row['test']}\ncheck({row['entry_point']})\n"
 
@@ -1417,7 +1688,11 @@ TASKS = {
 def runs_to_compare():
     """The folders that `compare` names, each once."""
     names = compare.split(",") if isinstance(compare, str) else compare
-    return list(dict.fromkeys(str(name).strip().rstrip("/") for name in names if str(name).strip()))
+    names = [str(name).strip().rstrip("/") for name in names]
+    runs = list(dict.fromkeys(name for name in names if name))
+    if not runs:
+        raise UserError(f"--compare={compare}: expected the folders of runs, such as out/a,out/b")
+    return runs
 
 
 def read_log(folder):
@@ -1426,34 +1701,70 @@ def read_log(folder):
     if not path.is_file():
         what = "no log.jsonl in this folder" if path.parent.is_dir() else "no such run"
         raise UserError(f"{folder}: {what} (train.py and finetune.py write out/NAME/log.jsonl)")
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
-            rows += [row] if math.isfinite(row["step"]) else []
+            rows += [row] if is_finite(row["step"]) else []
     if not rows:
         raise UserError(f"{path}: no row of a step in it: has the run begun?")
     return rows
 
 
-def read_scores(folder):
-    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
+def is_finite(value):
+    """Whether a value of a JSON file is a number that float holds, its square aside; not NaN."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < 1e300
+
+
+def read_results(folder):
+    """(the mark of the model, {task: its entry}) of a folder's results.json; one of another form is
+    refused, before an evaluation would add to it."""
     path = Path(folder) / "results.json"
     try:
-        cells = {}
-        for task, entry in core.read_json(path, {"results": {}})["results"].items():
-            for metric in (key for key in entry if f"{key}_stderr" in entry):
-                if entry[metric] is not None and math.isfinite(entry[metric]):
-                    error = entry[f"{metric}_stderr"]
-                    cells[task, metric] = entry[metric], error, entry["n"]
-        return cells
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not results of eval.py ({error!r}): evaluate again") from None
+        record = core.read_json(path, {"results": {}})
+        results = record.get("results")
+        if not isinstance(results, dict):
+            raise UserError(f"{path}: not results of eval.py: no `results`")
+        for task, entry in results.items():
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: not results of eval.py: {task} is no object")
+            for key in metrics_of(entry):
+                for name in (key, f"{key}_stderr", "n"):
+                    value = entry.get(name)
+                    number = isinstance(value, float) or is_finite(value)  # a loss may be NaN
+                    if name != key and number and value < 0:  # no error, nor a count
+                        number = False
+                    if not number and (value is not None or name == "n"):
+                        shown = f"{task}: {name}={value!r}"[:100]
+                        raise UserError(f"{path}: not results of eval.py: {shown}")
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and evaluate again") from None
+    return record.get("identity"), results
+
+
+def metrics_of(entry):
+    """The names of the scores of a task's entry, each of which has a standard error beside it."""
+    return [key for key in entry if f"{key}_stderr" in entry]
+
+
+def read_scores(folder):
+    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
+    scores = {}
+    for task, entry in read_results(folder)[1].items():
+        for metric in metrics_of(entry):
+            value, error = entry[metric], entry[f"{metric}_stderr"]
+            if is_finite(value):
+                scores[task, metric] = value, error if is_finite(error) else None, entry["n"]
+    return scores
 
 
 def curve(rows, key, x):
     """[(x, value)] of the rows that have both as finite numbers."""
-    number = lambda v: isinstance(v, (int, float)) and math.isfinite(v)
-    return [(row[x], row[key]) for row in rows if number(row.get(x)) and number(row.get(key))]
+    return [(row[x], row[key]) for row in rows if is_finite(row.get(x)) and is_finite(row.get(key))]
 
 
 def smooth(points, parts=50):
@@ -1491,7 +1802,10 @@ def table(rows):
 
 def compare_runs():
     """Print the tables of scores and of losses; write them to `report` with a picture beside."""
-    runs = runs_to_compare()
+    runs, path = runs_to_compare(), Path(report)
+    if not path.name or path.suffix == ".svg":
+        why = "expected a name such as report.md: the picture, report.svg, stands beside it"
+        raise UserError(f"--report={report}: {why}")
     logs, scores = {run: read_log(run) for run in runs}, {run: read_scores(run) for run in runs}
     keys = list(dict.fromkeys(key for cells in scores.values() for key in cells))
     rows = [["run", *map(" ".join, keys)], *([run] for run in runs)]
@@ -1525,19 +1839,22 @@ def compare_runs():
             series += [(run, i, "dots", its)] if its else []
         better = "lower" if lower_is_better(metric) else "higher"
         panels.append((f"{metric} ({better} is better; ± 1 standard error)", "", series, tasks))
-    begin = max(row.get(x, 0) for log in logs.values() for row in log) / 100  # all alike before
+    ends = [point[0] for log in logs.values() for point in curve(log, x, x)]
+    begin = max(ends, default=0) / 100  # all alike before
     for i, (run, log) in enumerate(logs.items()):
         thin = [point for point in smooth(curve(log, "loss", x)) if point[0] >= begin]
         lines += [("", i, "thin", thin), (run, i, "line", curve(log, "val_loss", x))]
     panels.append(("loss: thin in training, smoothed; thick in validation", x, lines, []))
     print("\n".join(out))
-    picture = Path(report).with_suffix(".svg")
+    picture = path.with_suffix(".svg")
     out = ["# Runs compared", "", *out, "", f"![scores and losses](<{picture.name}>)", ""]
-    write_report(Path(report), "\n".join(out))
+    write_report(path, "\n".join(out))
     write_report(picture, svg(panels))
 
 
 def write_report(path, text):
+    if os.path.exists(path) and not os.path.isfile(path):  # no device is replaced by a file
+        raise UserError(f"{path}: cannot be written: it is no plain file")
     with core.whole_file(path) as file:
         file.write(text.encode())
     print(f"written: {path}")
@@ -1666,16 +1983,18 @@ def chinchilla_params(c):
 
 def budget(peak):
     """(N, D, FLOPs) that the settings ask for; what they leave open is compute-optimal."""
-    for key in ("flops", "hours", "params", "tokens", "devices", "mfu"):
-        value = globals()[key]
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{key}={value:g}: expected a number above 0")
-    if mfu > 1:
-        raise UserError(f"mfu={mfu}: expected a fraction of the peak, at most 1")
-    given = [key for key in ("flops", "hours", "params", "tokens") if globals()[key]]
-    if not 1 <= len(given) <= 2 or given == ["flops", "hours"]:
-        raise UserError("--plan: expected --flops or --hours, --params or --tokens, or two of them")
-    c = flops or (hours and 3600 * hours * peak * devices * mfu)
+    given = [key for key in ("flops", "hours", "money", "params", "tokens") if globals()[key]]
+    compute = [key for key in ("flops", "hours", "money") if key in given]
+    if not 1 <= len(given) <= 2 or len(compute) > 1:
+        expected = "--flops or --hours or --money, --params or --tokens, or one of each"
+        raise UserError(f"--plan: expected {expected}")
+    if money and not price:
+        raise UserError(f"money={money:g}: expected --price too, of one device for an hour")
+    c, device_hours = flops, devices * (hours or 0)
+    if money:
+        device_hours = money / price
+    if device_hours:
+        c = 3600 * device_hours * peak * mfu
     if given == ["params"]:  # the budget for which they are best
         c = 6 * (params / G) ** (1 / SHARE)
     elif given == ["tokens"]:
@@ -1710,21 +2029,57 @@ def suggest_shape(n, vocab_size, seq_len):
     return shape, count
 
 
-def make_plan():
-    """Print a recipe for train.py, with what speaks for it as comments."""
+def planned_device():
+    """The GPU that a plan is for, as `core.PEAK_TFLOPS` and MEMORY_GBS name it; and the numbers
+    that every plan needs are checked."""
+    for key in "flops hours money params tokens devices mfu price examples".split():
+        value = globals()[key]
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key}={value:g}: expected a number above 0")
+    if mfu > 1:
+        raise UserError(f"mfu={mfu}: expected a fraction of the peak, at most 1")
     known = {name.lower(): name for name in core.PEAK_TFLOPS}
     gpu = known.get("h100" if device == "auto" else device.lower())
     if not gpu:
         names = ", ".join(known.values())
         raise UserError(f"--device={device}: with --plan expected one of {names}")
+    return gpu
+
+
+def cost_line(seconds):
+    """The line of a plan that says what it costs."""
+    if price is None:
+        return "# cost: --price=, of one device for an hour, adds it"
+    device_hours = devices * seconds / 3600
+    return f"# cost: {device_hours * price:,.2f} = {device_hours:,.2f} device-hours x {price:g}"
+
+
+def prepared():
+    """(the ids of the tokenizer, the training tokens) of data/<dataset>; None for what its
+    meta.json does not say."""
+    path = Path("data") / dataset / "meta.json"
+    meta = core.read_json(path, {})
+    train = meta.get("train", {})
+    if not isinstance(train, dict):
+        raise UserError(f"{path}: malformed: train={train!r:.60}: prepare it again")
+    counts = [meta.get("n_vocab"), train.get("tokens")]
+    for count, limit in zip(counts, (1 << 31, 1 << 60)):
+        if count is not None and (type(count) is not int or not 0 < count < limit):
+            raise UserError(f"{path}: malformed: {count!r} is no count: prepare it again")
+    return counts
+
+
+def make_plan():
+    """Print a recipe for train.py, with what speaks for it as comments."""
+    gpu = planned_device()
     peak = 1e12 * core.PEAK_TFLOPS[gpu]
     n, d, c = budget(peak)
-    meta = core.read_json(Path("data") / dataset / "meta.json", {})
-    vocab_size = -(-meta.get("n_vocab", 50257) // 64) * 64  # or else GPT-2's
+    n_vocab, have = prepared()
+    vocab_size = -(-(n_vocab or 50257) // 64) * 64  # or else GPT-2's
     seq_len = next((t for t, least in ((2048, 1e9), (1024, 5e7), (512, 1e7)) if n >= least), 256)
     shape, count = suggest_shape(n, vocab_size, seq_len)
     each = core.flops_per_token(shape, seq_len)
-    if (flops or hours) and not tokens:
+    if (flops or hours or money) and not tokens:
         d = c / each  # the budget holds in real FLOPs, which 6 N D leaves attention out of
     total = each * d
     # Batch and peak rate by compute: Bi et al. 2024 (DeepSeek LLM), equation 1.
@@ -1735,11 +2090,10 @@ def make_plan():
         shape, count, 1, seq_len, torch.bfloat16, moments=1, device_type="cuda"
     )
     seconds = total / (peak * devices * mfu)
-    if meta:
-        epochs = d / max(1, meta.get("train", {}).get("tokens", 0))
-        about = f"{epochs:.2g} epochs; beyond 4 little is learned (Muennighoff et al. 2023)"
+    if have:
+        about = f"{d / have:.2g} epochs; beyond 4 little is learned (Muennighoff et al. 2023)"
     else:
-        about = "not prepared: the vocabulary is GPT-2's"
+        about = "not prepared" + ("" if n_vocab else ": the vocabulary is GPT-2's")
     print(f"""\
 # A plan for {total:.3g} FLOPs: {count:,} parameters on {d:.3g} tokens, {d / count:.1f} for each
 # L(N, D) = {E} + {A} / N^{ALPHA} + {B} / D^{BETA} (Hoffmann et al. 2022, approach 3;
@@ -1747,6 +2101,7 @@ def make_plan():
 # expected loss {chinchilla_loss(count, d):.3f}, in nats per token of their data and tokenizer, to
 #   compare plans by: it is not the loss that this run will have
 # time: {core.duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak
+{cost_line(seconds)}
 # memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB for each window at once
 # data/{dataset}: {about}
 # batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), from 1e17 to 2e19 FLOPs""")
@@ -1760,6 +2115,196 @@ def make_plan():
         print(f"{key} = {value!r}")
 
 
+# Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
+MEMORY_GBS = {"B200": 8000, "H200": 4800, "H100 PCIe": 2000, "H100": 3350, "A100": 2039}
+MEMORY_GBS |= {"A10G": 600, "L40S": 864, "L4": 300, "RTX 4090": 1008, "RTX 3090": 936}
+NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8  # of a QLoRA weight: a code, its block's scale, theirs
+ADAPTERS = ("lora", "qlora", "adapter", "prompt")  # methods that are an SFT of added weights
+
+
+def finetune_settings():
+    """finetune.py's settings as SimpleNamespace: its defaults, then the recipes of this command
+    line, then the method that `finetune` names."""
+    keys = script_keys(Path(__file__).with_name("finetune.py"))
+    chosen = {key: default for key, (default, *_) in keys.items()}
+    for path in same_recipes().split():
+        values = run_recipe(path, chosen)
+        try:
+            chosen = {key: fit(key, values[key], types) for key, (_, types, _) in keys.items()}
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    if finetune in ADAPTERS or chosen["method"] not in ADAPTERS:
+        chosen["method"] = finetune
+    s = SimpleNamespace(**chosen)
+    if s.method in ADAPTERS:
+        s.method, s.adapt = "sft", s.method
+    methods = ("sft", "classify", "dpo", "reward", "grpo", "ppo")
+    if s.method not in methods:
+        raise UserError(f"--finetune={finetune}: expected {', '.join((*methods, *ADAPTERS))}")
+    for key in "batch_size micro_tokens group_size max_new_tokens lora_rank rl_epochs".split():
+        if vars(s)[key] < 1:
+            raise UserError(f"{key}={vars(s)[key]}: expected 1 or more")
+    if s.seq_len < 0:
+        raise UserError(f"seq_len={s.seq_len}: expected 0 or more")
+    return s
+
+
+def planned_shape():
+    """The GPTConfig of `model`, a folder or a Hub model, of which config.json alone is read; with
+    --params that of a network of that size."""
+    if params:
+        return suggest_shape(params, 50304, seq_len or 1024)[0]
+    if Path(model).is_dir() or not core.is_hub_name(model):
+        return core.read_config(core.find(model))[1]
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"{core.HUB}{model}/resolve/main/config.json"
+        try:
+            core.download(url, Path(folder) / "config.json", tries=1)
+        except UserError as error:
+            raise UserError(f"{model}: no folder here, and {error}") from None
+        return core.read_config(Path(folder))[1]
+
+
+def planned_examples(s):
+    """(how many examples, tokens of one, how that is known)."""
+    task = {"classify": "classify", "dpo": "preference", "reward": "preference"}
+    path = Path("data") / dataset / f"{task.get(s.method, 'sft')}_train.jsonl"
+    if examples and tokens:
+        return examples, tokens / examples, "as asked"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: prepare it, or give --examples and --tokens")
+    lines = path.read_bytes().splitlines() or [b""]
+    count, length = examples or len(lines), sum(map(len, lines)) / 4 / len(lines)
+    if tokens:
+        length = tokens / count
+    return count, max(1, length), f"{path}, at 4 bytes a token" if not tokens else str(path)
+
+
+def learned_weights(net, s):
+    """How many weights learn, and how many of them are added ones."""
+    c, count = net.config, core.n_params(net)
+    if s.adapt in ("lora", "qlora"):
+        names = s.lora_targets.split(",")
+        layers = [m for n, m in net.named_modules() if n.rpartition(".")[2] in names]
+        if not layers or not all(isinstance(m, nn.Linear) for m in layers):
+            raise UserError(f"lora_targets={s.lora_targets}: expected names of linear layers")
+        added = sum(s.lora_rank * (m.in_features + m.out_features) for m in layers)
+        return added, added
+    if s.adapt == "adapter":  # a way down and up, with biases, behind attention and MLP
+        added = 2 * c.n_layer * (2 * c.n_embd * s.adapter_size + s.adapter_size + c.n_embd)
+        return added, added
+    if s.adapt == "prompt":  # rows of the embedding, all of which has gradients
+        return c.vocab_size * c.n_embd, 0
+    if s.train_last:
+        last = net.model.layers[-s.train_last :]
+        return sum(core.n_params(block) for block in last), 0
+    return count, 0
+
+
+def finetune_memory(net, s, length, rollouts):
+    """{what: bytes on each device} of a fine-tuning whose sequences have `length` tokens, which
+    keeps so many roll-outs at once."""
+    c, count = net.config, core.n_params(net)
+    learn, added = learned_weights(net, s)
+    weights = 4 * count
+    if s.adapt == "qlora":
+        packed = [m for m in net.model.layers.modules() if isinstance(m, nn.Linear)]
+        numbers = sum(m.weight.numel() for m in packed)
+        largest = max(m.weight.numel() for m in packed)  # unpacked while it is used
+        weights += numbers * (NF4_BYTES - 4) + 4 * largest
+    moments = 1 if s.optimizer == "muon" else 2
+    full = min(s.seq_len or c.n_ctx, c.n_ctx)
+    rows = max(1, s.micro_tokens // full)
+    _, activations = core.memory_estimate(
+        c, 0, rows, full, torch.bfloat16, s.checkpoint_blocks, device_type="cuda"
+    )
+    # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
+    made = min(rows * full, core.head_rows("cuda", torch.bfloat16, c.vocab_size))
+    head = c.vocab_size * (10 * made + 4 * c.n_embd)
+    parts = {"weights": weights, "what learns": 4 * (added + learn * (1 + moments))}
+    if s.method in ("classify", "reward"):  # which do not read it
+        head = 0
+    parts["activations and head"] = activations + head
+    if rollouts:
+        keys_and_values = 2 * c.n_layer * c.n_kv_head * c.head_dim * 2  # bytes a token, in bfloat16
+        parts["roll-outs"] = rollouts * length * keys_and_values
+        if s.kl_weight:
+            parts["reference"] = weights
+    return parts
+
+
+def finetune_work(net, s, count, length, steps):
+    """{what: FLOPs} of a fine-tuning, as finetune.py does it, over all devices. Frozen weights have
+    no gradients: their backward pass costs as much as the forward one, not twice."""
+    c = net.config
+    learn, _ = learned_weights(net, s)
+    forward = core.flops_per_token(c, length, backward=False)
+    if s.method in ("classify", "reward"):  # the head is not read
+        forward -= 2 * c.n_embd * c.vocab_size
+    backward = 2 * forward
+    if s.adapt != "full":  # the products of attention are of activations alone: they cost the same
+        attention = 4 * c.n_layer * c.n_head * c.head_dim * length
+        backward = forward + attention
+    if s.train_last:
+        backward *= min(1, s.train_last / c.n_layer)
+    added = 6 * learn if s.adapt in ("lora", "qlora", "adapter") else 0
+    update = forward + backward + added + (forward if s.checkpoint_blocks else 0)
+    seen = steps * s.batch_size * length
+    if s.method in ("dpo", "reward"):
+        seen *= 2  # the chosen and the rejected answer
+    if s.method not in ("grpo", "ppo"):
+        work = {"training": seen * update}
+        if s.method == "dpo" and not s.reference_free:  # once, before the first step
+            work["the reference"] = 2 * min(steps * s.batch_size, count) * length * forward
+        return work
+    seen *= s.group_size if s.method == "grpo" else 1
+    looks = 2 if s.kl_weight else 1  # by the policy of now, and by the reference
+    work = {"roll-outs": seen * forward, "log-probabilities": looks * seen * forward}
+    return work | {"training": s.rl_epochs * seen * update}
+
+
+def make_finetune_plan():
+    """Print what a fine-tuning takes, by arithmetic, and a recipe for finetune.py."""
+    gpu, s, c = planned_device(), finetune_settings(), planned_shape()
+    count, length, known = planned_examples(s)
+    with torch.device("meta"):  # a network without memory
+        net = core.GPT(c)
+    steps = math.ceil(count / s.batch_size * s.max_epochs) if s.max_epochs else math.inf
+    steps = min(s.max_steps or math.inf, steps)
+    if not 0 < steps < math.inf:
+        raise UserError("no horizon: set max_steps or max_epochs in a recipe for finetune.py")
+    rollouts, new = 0, 0
+    if s.method in ("grpo", "ppo"):
+        rollouts = -(-s.batch_size * (s.group_size if s.method == "grpo" else 1) // devices)
+        new = s.max_new_tokens
+    length = min(length + new, s.seq_len or c.n_ctx, c.n_ctx)
+    memory = finetune_memory(net, s, length, rollouts)
+    work = finetune_work(net, s, count, length, steps)
+    rate = 1e12 * core.PEAK_TFLOPS[gpu] * devices * mfu
+    seconds = {what: total / rate for what, total in work.items()}
+    if rollouts:  # a new token reads the weights and the cache, however few rows there are
+        read = steps * new * (memory["weights"] + memory["roll-outs"])
+        seconds["roll-outs"] = max(seconds["roll-outs"], read / (1e9 * MEMORY_GBS[gpu]))
+    total = sum(seconds.values())
+    learn, _ = learned_weights(net, s)
+    gib = lambda size: f"{size / 2**30:.3g}"
+    shares = ", ".join(f"{what} {gib(size)}" for what, size in memory.items())
+    times = ", ".join(f"{what} {core.duration(part)}" for what, part in seconds.items())
+    name = f"a network of {params:.3g} parameters" if params else model
+    print(f"""\
+# A plan for {finetune} of {name}: {core.n_params(net):,} parameters, {learn:,} learn
+# examples: {count:,} of {length:.0f} tokens ({known}); {steps:,} steps of {s.batch_size}
+# FLOPs: {", ".join(f"{what} {number:.3g}" for what, number in work.items())}
+# time: {core.duration(total)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak ({times})
+{cost_line(total)}
+# memory of each device: {gib(sum(memory.values()))} GiB ({shares})
+# validation, saving and the start are not in it""")
+    recipe = dict(method=s.method, adapt=s.adapt, model=model, dataset=dataset)
+    recipe |= dict(batch_size=s.batch_size, max_steps=steps, max_epochs=None)
+    for key, value in recipe.items():
+        print(f"{key} = {value!r}")
+
+
 def finished(run):
     """(parameters, tokens, last validation loss, settings that the loss depends on) of a run."""
     if not (seen := curve(read_log(run), "val_loss", "tokens")):
@@ -1768,6 +2313,8 @@ def finished(run):
     for path in core.weights_of(Path(run)):
         count += sum(math.prod(shape) for _, shape in core.entries_of(path).values())
     config = core.read_json(Path(run) / "run.json", {}).get("config", {})
+    if not isinstance(config, dict):
+        raise UserError(f"{run}/run.json: malformed: config is no object")
     same = {key: config.get(key) for key in ("dataset", "seq_len", "eval_tokens")}
     return count, *seen[-1], same
 
@@ -1855,7 +2402,7 @@ def fit_runs():
         its = [(size[x], loss) for size, loss in zip(both, losses) if size[1 - x] == other]
         series += [(name, colour, "thin", points), ("", colour, "dots", its)]
     panel = f"validation loss and L = {formula}", ("parameters", "tokens")[x], series, []
-    write_report(Path(report).with_name("scaling.svg"), svg([panel]))
+    write_report(Path(report).parent / "scaling.svg", svg([panel]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1992,7 +2539,7 @@ def identity(kind):
 def check_settings():
     """Refuse what no run can have before anything is read."""
     least = dict.fromkeys("limit shots seq_len eval_tokens max_new_tokens temperature".split(), 0)
-    counts = "num_samples micro_tokens num_texts prompt_length text_length ngram"
+    counts = "context num_samples micro_tokens num_texts prompt_length text_length ngram"
     for key, low in (least | dict.fromkeys(counts.split(), 1)).items():
         if (value := globals()[key]) is not None and value < low:
             raise UserError(f"{key}={value}: expected {low} or more")
@@ -2002,26 +2549,34 @@ def check_settings():
 
 def main():
     if plan or compare:
-        if plan and compare and any((flops, hours, params, tokens)):
+        if plan and compare and any((flops, hours, money, params, tokens, finetune)):
             raise UserError("--plan: either --compare, to fit a curve, or a budget, for a recipe")
+        if plan and finetune:
+            return make_finetune_plan()
         return compare_runs() if not plan else fit_runs() if compare else make_plan()
     run = core.setup(device, timedelta(days=30))
     say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
     check_settings()
     names = ["memorized"] if memorized else [n.strip() for n in tasks.split(",") if n.strip()]
     whole = {"loss": run_loss, "classify": run_classify, "memorized": run_memorized}
+    if not names:
+        raise UserError(f"--tasks={tasks}: expected a task, or some with commas between them")
+    if context and "loss" not in names:
+        raise UserError(f"context={context}: it is for --tasks=loss alone")
     opened = [None if n in whole else open_task(n, run) for n in names]
     kind, _ = core.choose_dtype(run.device, dtype)
     net, tok = core.load(model, run.device, kind, quantize)
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"
         raise UserError(f"{model} with --tasks={tasks}: expected {fit}")
+    if out_dir == "":
+        raise UserError("--out_dir is empty: expected the name of a folder")
     folder, mark = Path(out_dir or model), identity(kind)
     if not out_dir and not folder.is_dir():
         raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
     answers = Answers(folder, mark, run)
-    before = core.read_json(folder / "results.json", {})
-    results = before.get("results", {}) if before.get("identity") == mark else {}
+    before, results = read_results(folder)
+    results = results if before == mark else {}
     for name, task in zip(names, opened):
         begun = time.monotonic()
         with torch.inference_mode(), core.generating(net):
@@ -2032,11 +2587,11 @@ def main():
         entry["settings"]["shots"] = getattr(task, "shots", None)
         results[name] = entry | ({"by": by} if by else {})
         for subject, some in by.items():
-            shown = [f"{k} {v:.6g}" for k, v in some.items() if not k.endswith("_stderr")]
+            shown = [f"{k} {figure(v)}" for k, v in some.items() if not k.endswith("_stderr")]
             say(f"  {name} {subject}: {', '.join(shown)}")
         if samples and run.main:
             lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in log]
-            plain = re.sub(r"[^\w.-]+", "_", name)
+            plain = re.sub(r"[^\w.-]+", "_", name)[-200:]  # a file's name has an end
             with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
                 file.write("".join(lines).encode(errors="replace"))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -2047,8 +2602,7 @@ def main():
     for name in names:
         for key, value in results[name].items():
             if not isinstance(value, dict):
-                shown = "n/a" if value is None else f"{value:.6g}"
-                say(f"{name}.{key}: {shown}")
+                say(f"{name}.{key}: {figure(value)}")
 
 
 if __name__ == "__main__":

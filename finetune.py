@@ -257,12 +257,7 @@ def read_rows(split):
         raise UserError(f"{path}: no such file: {make} makes it")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # at \n and \r alone
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(
-                f"{path}:{number}: no JSON object: {line[:60].decode(errors='replace')!r}"
-            ) from None
+        rows.append(core.parse_json(line, f"{path}:{number}"))
     return rows
 
 

@@ -20,6 +20,7 @@ import lzma
 import math
 import os
 import re
+import socket
 import sys
 import time
 import unicodedata
@@ -33,6 +34,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -136,6 +138,7 @@ def duration(seconds):
 # Downloads
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
+PATIENCE = 30  # seconds without a byte of a server's
 
 
 def download(url, path, sha256=None, tries=5, headers=None, optional=False):
@@ -154,14 +157,19 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
             status = error.response.status_code if error.response is not None else 0
             if optional and status == 404:
                 return None
+            why = why_no_answer(error, url)
             refused = 400 <= status < 500 and status not in (408, 416, 429)
             if refused or isinstance(error, ValueError):  # requests': what is no URL
-                raise UserError(f"{error}: is the address right?") from None
+                raise UserError(f"{url}: {why}") from None
             if attempt == tries:
-                raise UserError(f"{url}: {error}, {tries} times: run it again to go on") from None
-            why = f"HTTP {status}" if status else type(error).__name__
+                times = f", {tries} times: run it again to go on" if tries > 1 else ""
+                raise UserError(f"{url}: {why}{times}") from None
             show.note(f"{url}: {why}; trying again ({attempt + 1} of {tries})")
             time.sleep(min(2 ** (attempt - 1), 30))
+        except ValueError as error:  # of urllib3, which a few addresses meet
+            raise UserError(f"{url}: {str(error)[:100]}: is the address right?") from None
+        except BrokenPipeError:  # of the progress line: the script ends as `config` says
+            raise
         except OSError as error:
             raise UserError(f"{part}: cannot be written: {error.strerror}") from None
     show(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
@@ -172,6 +180,68 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
     return path
 
 
+def why_no_answer(error, url):
+    """What a requests.RequestException means, in a few words, and what to do about it."""
+    from requests import exceptions
+
+    if isinstance(error, exceptions.TooManyRedirects):
+        return "it leads in a circle: is the address right?"
+    if error.response is not None:
+        return why_refused(error.response.status_code)
+    if isinstance(error, ValueError):  # what is no URL
+        return f"{' '.join(str(error).split())[:100]}: is the address right?"
+    asked = error.request.url if error.request is not None else url  # others after a redirect
+    host, cause = urlsplit(asked).hostname, system_error(error)
+    reason = getattr(cause, "verify_message", None) or getattr(cause, "strerror", None)
+    because = f" ({reason})" if reason else ""
+    if isinstance(error, exceptions.ProxyError):
+        return f"the proxy cannot be reached{because}: are HTTP_PROXY and HTTPS_PROXY right?"
+    if isinstance(error, exceptions.SSLError):
+        advice = "REQUESTS_CA_BUNDLE names a file of certificates to trust"
+        return f"no secure connection to {host}{because}: {advice}"
+    if isinstance(error, exceptions.Timeout) or "timed out" in str(error):
+        return f"{host} does not answer in time: is there a network?"
+    if isinstance(cause, socket.gaierror):
+        return f"{host} is not found{because}: is there a network, and the name right?"
+    if isinstance(cause, ConnectionResetError):
+        return f"{host} cut the connection"
+    if cause is not None:
+        return f"{host} cannot be reached{because}: is there a network, and the address right?"
+    if isinstance(error, exceptions.ContentDecodingError):
+        return f"{host} sent what cannot be unpacked"
+    if error.args and isinstance(error.args[0], str):
+        return error.args[0]  # as `fetch` says it
+    return f"{host} cut the connection"
+
+
+def why_refused(status):
+    """What a server's answer of this status means, and what to do about it."""
+    if status in (401, 403):
+        hint = "it is not there, or not without a token: HF_TOKEN holds the one for the Hub"
+    elif status == 404:
+        hint = "there is no such file: is the address right?"
+    elif status == 407:
+        hint = "the proxy wants a name and a password, in HTTPS_PROXY"
+    elif status == 429:
+        hint = "too many requests: try it later"
+    elif status >= 500:
+        hint = "the server has failed: try it later"
+    else:
+        hint = "is the address right?"
+    return f"HTTP {status}: {hint}"
+
+
+def system_error(error):
+    """The operating system's OSError below requests' and urllib3's errors, or None."""
+    names = ("__cause__", "reason", "original_error")
+    for cause in [*(getattr(error, name, None) for name in names), *error.args]:
+        found = system_error(cause) if isinstance(cause, Exception) else None
+        if found is not None:
+            return found
+    own = type(error).__module__ in ("builtins", "socket", "ssl")
+    return error if own and isinstance(error, OSError) else None
+
+
 def fetch(url, part, show, headers):
     """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
     import requests
@@ -179,8 +249,8 @@ def fetch(url, part, show, headers):
     have = part.stat().st_size if part.exists() else 0
     headers = headers | ({"Range": f"bytes={have}-"} if have else {})
     headers["Accept-Encoding"] = "identity"  # so that Content-Length counts the bytes we write
-    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
-        if answer.status_code == 416:  # the part is longer than the file, or is all of it
+    with requests.get(url, headers=headers, stream=True, timeout=PATIENCE) as answer:
+        if answer.status_code == 416 and have:  # the part is longer than the file, or all of it
             os.truncate(part, 0)
         answer.raise_for_status()
         if answer.status_code != 206:
@@ -2091,17 +2161,24 @@ def to_gpt2(state):
     return out
 
 
+def is_hub_name(name):
+    """Whether a name that is no folder here may be a Hub model's (owner/name, or name)."""
+    owner = str(name).partition("/")[0]
+    local = owner == "out" or Path(owner).exists()
+    return not local and bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)))
+
+
 def find(name):
     """The folder of a model: one that is here, or else a Hub model's (owner/name, or name), which
     is downloaded once, to ~/.cache/barelm. Environment: HF_ENDPOINT, HF_TOKEN."""
-    folder, owner = Path(name), str(name).partition("/")[0]
+    folder = Path(name)
     try:
         if folder.is_dir():
             return folder
-        local = owner == "out" or Path(owner).exists()
+        on_the_hub = is_hub_name(name)
     except (OSError, ValueError):  # too long a name, or one with a NUL
         raise UserError(f"{str(name)[:60]!r}: no name of a folder") from None
-    if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+    if not on_the_hub:
         raise UserError(f"{folder}: no such folder (train.py and finetune.py write out/NAME)")
     cached = Path.home() / ".cache/barelm" / str(name).replace("/", "--")
     while int(os.environ.get("LOCAL_RANK", 0)) and not cached.is_dir():
@@ -2122,8 +2199,8 @@ def download_model(name, folder):
     try:
         get("config.json", tries=1)
     except UserError as error:
-        why = f"neither a folder here nor a model that {HUB} gives (some need HF_TOKEN): {error}"
-        raise UserError(f"{name}: {why}") from None
+        why = str(error).removeprefix(f"{HUB}{name}/resolve/main/config.json: ")
+        raise UserError(f"{name}: neither a folder here nor a model from {HUB}: {why}") from None
     read_config(part)
     for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
         get(f"{file}.json", optional=True)

@@ -237,14 +237,11 @@ def addresses(spec):
             answer = requests.get(f"{HUB}api/datasets/{name}", timeout=30)
             answer.raise_for_status()
             names = sorted(str(f["rfilename"]) for f in answer.json()["siblings"])
-        except (
-            requests.RequestException,
-            ValueError,
-            KeyError,
-            TypeError,
-            RecursionError,
-        ) as error:
-            raise UserError(f"--source={spec}: the Hub does not list it: {error}") from None
+        except requests.RequestException as error:
+            why = model.why_no_answer(error, HUB)
+            raise UserError(f"--source={spec}: the Hub does not list it: {why}") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"--source={spec}: the Hub does not list it: {error!r}") from None
         folder = below.rstrip("/") + "/" if below else ""
         names = [n for n in names if n == below or n.startswith(folder)]
         names = [n for n in names if model.file_ending(n) in (*FORMATS, ".txt")]
@@ -1763,7 +1760,8 @@ def tiktoken_tokenizer(name):
     try:
         encoding = tiktoken.get_encoding(name)
     except requests.RequestException as error:
-        raise UserError(f"--tokenizer={name}: its table could not be downloaded: {error}") from None
+        why = model.why_no_answer(error, "")
+        raise UserError(f"--tokenizer={name}: its table could not be downloaded: {why}") from None
     ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
     for token in special_tokens:
         special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
@@ -2691,7 +2689,7 @@ def main():
     except UserError as error:
         over = over or "cannot be written" in str(error)  # a full disk, as model.whole_file says it
         raise
-    except BrokenPipeError:  # see below
+    except BrokenPipeError:  # standard output's: the script ends as `config` says
         raise
     except OSError as error:  # a full disk, a file that may not be read
         over = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -2720,12 +2718,4 @@ if __name__ == "__main__":
     if sys.stdout is None:  # closed by whoever started this
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(f"the output cannot be written: {error.strerror or error}") from None
+    main()

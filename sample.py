@@ -34,9 +34,8 @@ quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 if __name__ == "__main__":
     configure(globals())
 
-import json
-import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -46,18 +45,47 @@ from model import UserError
 
 def read_prompts():
     """The prompts that the settings name, as a list of texts."""
-    name = "-" if prompt == "-" and not prompt_file else prompt_file
-    if not name:
+    if not prompt_file and prompt != "-":
         return [prompt]
+    path = Path(prompt_file or "-")
     try:
-        text = sys.stdin.read() if name == "-" else core.read_input(name).decode()
-        if core.file_ending(name) not in core.JSONL:
-            return [text.removesuffix("\n") if name == "-" else text]
-        return [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: cannot be read as text: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{name}: expected {{"prompt": "..."}} on each line: {error!r}') from None
+        if core.file_ending(path) in core.JSONL:
+            return read_records(path)
+        if str(path) == "-":
+            return [read_stdin(whole=True).removesuffix("\n")]
+        return [core.read_input(path).decode()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8: {error}") from None
+
+
+def read_records(path):
+    """The field `prompt` of each line of a JSONL file."""
+    prompts = []
+    for number, line in enumerate(core.read_input(path).splitlines(), 1):
+        if line.strip():
+            record = core.parse_json(line, f"{path}:{number}")
+            text = record.get("prompt") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                shown = line[:60].decode(errors="replace")
+                raise UserError(f'{path}:{number}: expected {{"prompt": "..."}}: {shown!r}')
+            if text != text.encode(errors="replace").decode():
+                raise UserError(f"{path}:{number}: half a surrogate pair in it, which is no text")
+            prompts.append(text)
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it")
+    return prompts
+
+
+def read_stdin(whole):
+    """The whole of standard input, or its next line."""
+    if sys.stdin is None:
+        raise UserError("-: standard input is closed")
+    try:
+        return sys.stdin.read() if whole else sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UserError(f"-: standard input is no UTF-8: {error}") from None
 
 
 def choices():
@@ -118,8 +146,8 @@ def converse(net, tok):
     # An answer also ends with the token that the template puts behind an assistant's words.
     tok.eos_ids = [*tok.eos_ids, *tok.end_of_turn()]
     while True:
-        show("you> " if sys.stdin.isatty() else "")
-        text = sys.stdin.readline().strip()
+        show("you> " if sys.stdin and sys.stdin.isatty() else "")
+        text = read_stdin(whole=False).strip()
         if not text:
             return
         messages.append({"role": "user", "content": text})
@@ -131,11 +159,15 @@ def converse(net, tok):
 
 
 def main():
+    if sys.stdin is not None:  # bytes that are no text are refused, whatever the locale
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     run = core.setup(device)
     kind, _ = core.choose_dtype(run.device, dtype)
     if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         limits = "num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
         raise UserError(f"expected {limits}")
+    if not all(isinstance(text, str) and text for text in stop or []):
+        raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
     net, tok = core.load(model, run.device, kind, quantize)
     if net.score is not None:
         return classify(net, tok)
@@ -148,6 +180,3 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the text has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

@@ -8,10 +8,13 @@ A recipe may also be a JSON object of keys, in which these names of other progra
 """
 
 import ast
+import atexit
 import difflib
+import errno
 import json
 import os
 import re
+import select
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -170,10 +173,52 @@ def same_recipes():
     return "".join(f"{arg} " for arg in sys.argv[1:] if is_recipe(arg))
 
 
+def reader_is_gone():
+    """Whether standard output is a pipe whose reader has seen enough, such as `| head`."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+
+
+def is_lost_output(error):
+    """Whether an error is standard output's end, or a full disk's, and no fault of a script."""
+    if isinstance(error, BrokenPipeError):
+        with suppress(OSError, ValueError, AttributeError):  # a standard output that is no file
+            return reader_is_gone()
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    return isinstance(error, OSError) and error.errno in full
+
+
+def end_output(lost):
+    """The last of all at the end of a script. `lost` holds the error that ended it, if there was
+    one; or else what is still to be written may meet it. The end is quiet, as other programs' is:
+    141 is what a shell calls death by SIGPIPE."""
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except OSError as error:
+        lost.append(error)
+    if not lost:
+        return
+    if isinstance(lost[0], BrokenPipeError):
+        os._exit(141)
+    where = lost[0].filename or "standard output, or a file of the run"
+    print(f"{where}: cannot be written: {lost[0].strerror}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def configure(space):
     """Override the globals of the running script, `space`, by the command line's recipes, flags."""
-    hook = sys.excepthook
-    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or hook(kind, *rest)  # Ctrl-C
+    hook, lost = sys.excepthook, []
+    atexit.register(end_output, lost)
+
+    def handle(kind, error, trace):
+        if is_lost_output(error):
+            lost.append(error)
+        elif kind is not KeyboardInterrupt:  # Ctrl-C needs no word
+            hook(kind, error, trace)
+
+    sys.excepthook = handle
     script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
     keys, values = script_keys(script), {}  # values: those of every script, this one's above all
     if "--help" in argv or "-h" in argv:
@@ -182,7 +227,7 @@ def configure(space):
             told.append(f"  {f'--{key}={default!r}':<31}  {comment}")
         try:
             print(*told, sep="\n", flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
+        except BrokenPipeError:  # `| head` has seen enough, and all is done
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     for path in [*sorted(script.parent.glob("*.py")), script]:
@@ -196,6 +241,8 @@ def configure(space):
             given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values, keys)
             names = keys if is_flag else values
             for key, value in given.items():
+                if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                    raise ValueError(f"{key} = {value!r}: no UTF-8")
                 if key not in names:
                     near = difflib.get_close_matches(key, names, 1)
                     hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"

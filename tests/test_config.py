@@ -269,6 +269,51 @@ def test_ctrl_c_and_a_reader_that_left_are_quiet(script, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
 
 
+ENDS = """from config import configure
+lines = 1
+if __name__ == "__main__":
+    configure(globals())
+import os
+try:
+    print("a line" * lines)
+finally:
+    open("finished", "w").close()
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # met at the very end, and on the way
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_no_more_ends_a_script_in_silence(tmp_path, lines, unbuffered):
+    """As the C programs of a pipe: `| head` says nothing (141), a full disk says a line (1)."""
+    (tmp_path / "s.py").write_text(ENDS)
+    command = [sys.executable, "s.py", f"--lines={lines}"]
+    how = dict(cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, text=True)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, **how)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "finished").exists()  # nothing is cut short that would be done otherwise
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, **how)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "standard output" in done.stderr and "No space left on device" in done.stderr
+
+
+def test_a_pipe_of_the_script_s_own_is_no_output(tmp_path):
+    """Its end is a fault of the script, and told."""
+    own = "read, write = os.pipe(); os.close(read); os.write(write, b'x')"
+    (tmp_path / "s.py").write_text(ENDS.replace('print("a line" * lines)', own))
+    done = subprocess.run([sys.executable, "s.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr
+
+
+def test_an_argument_that_is_no_utf_8_is_a_line(script):
+    code, _, said = script("--name=caf\udce9")
+    assert code == 2 and said.count("\n") == 1 and "no UTF-8" in said
+
+
 def test_real_scripts_refuse_and_skip(tmp_path):
     done = run(tmp_path, "train.py", "--learning_rat=1", check=False)
     message = "--learning_rat: unknown key 'learning_rat' (did you mean 'learning_rate'?)\n"

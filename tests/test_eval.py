@@ -386,7 +386,7 @@ REFUSALS = {
     "answer 7 is none of its 2 choices": ["--tasks=wrong.jsonl"],
     "the context is 192": ["--tasks=long.jsonl"],
     "colour": ["--tasks=header.jsonl"],
-    "no function": ["--tasks=own2.py:nothing"],
+    "own2.py:nothing: no such file": ["--tasks=own2.py:nothing"],
     "none.txt: cannot be read": ["--text=none.txt"],
     "data/python: no validation shards": [],
     "greedy answers": ["--num_samples=3"],

@@ -152,6 +152,9 @@ def test_no_reach(run, tmp_path):
         f"{libc}ptrace(16, {victim.pid}, 0, 0) == 0",
         f"{libc}syscall(434, {victim.pid}, 0) >= 0",  # pidfd_open
         f"{libc}shmget(0, 4096, 0o1600) >= 0",
+        f"{libc}prctl(36, 1) == 0",  # PR_SET_CHILD_SUBREAPER
+        f"{libc}prctl(4, 1) == 0",  # PR_SET_DUMPABLE
+        f"{libc}prctl(1, 0) == 0",  # PR_SET_PDEATHSIG
         "import os; os.environ['HOME']",
         "import os; assert os.geteuid() == 0",
     ):
@@ -182,24 +185,71 @@ def test_leave_is_needed(holes, monkeypatch):
         ev.require_sandbox()
 
 
+OUTLIVE = {  # what a program does before it loops, so as to go on when eval.py is gone
+    "nothing": "",
+    "the signal": "libc.prctl(1, 0, 0, 0, 0)",
+    "the signal, by x32's number": "libc.syscall(0x40000000 + 157, 1, 0, 0, 0, 0)",
+    "another session": "libc.setsid(), libc.setpgid(0, 0)",
+    "another user": "libc.setfsuid(1), libc.setfsgid(1), libc.setresuid(1, 1, 1)",
+    "no first thread": "threading.Thread(target=loop).start(), libc.syscall(EXIT, 0)",
+}
+
+
 def test_no_life_after_eval(run, tmp_path):
-    """A program dies with the process that started it."""
+    """A program dies with the process that started it, whatever it tries before."""
     run("1")
-    source = "import sys; sys.path.insert(0, sys.argv[1]); import eval as ev; ev.run_program"
-    script = f"{source}('while True: pass', 60)"
+    loop = "import ctypes, threading\nlibc = ctypes.CDLL(None)\ndef loop():\n    while True: pass\n"
+    loop += f"EXIT = {93 if os.uname().machine == 'aarch64' else 60}\n"
+    sources = [f"{loop}{attempt}\nloop()" for attempt in OUTLIVE.values()]
+    script = f"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.path.insert(0, sys.argv[1])
+import eval as ev
+with ThreadPoolExecutor({len(sources)}) as pool:
+    list(pool.map(lambda source: ev.run_program(source, 60), {sources}))
+"""
     env = os.environ | {"TMPDIR": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", script, str(ROOT)], env=env)
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    found = lambda: [pid for pid in children.read_text().split() if busy(pid)]
-    busy = lambda pid: int(Path(f"/proc/{pid}/stat").read_text().split()[13]) > 20  # it loops
-    while not found():
+    tasks = Path(f"/proc/{parent.pid}/task")
+
+    def children():
+        return [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+    def busy(pid):  # one of its threads loops: all that comes before took less
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return max(int(stat.rpartition(")")[2].split()[11]) for stat in stats) > 20
+
+    def lives(pid):
+        tasks = Path(f"/proc/{pid}/task")
+        try:
+            return any(") Z " not in (task / "stat").read_text() for task in tasks.iterdir())
+        except OSError:
+            return False
+
+    while len(children()) < len(sources) or not all(map(busy, children())):
         assert parent.poll() is None
-        time.sleep(0.05)
-    [pid] = found()
+        time.sleep(0.1)
+    programs = children()
     parent.kill()
     parent.wait()
-    while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+    for _ in range(600):  # long before the limit of their time would end them, which is no proof
+        if not any(map(lives, programs)):
+            return
         time.sleep(0.05)
+    for pid in filter(lives, programs):
+        os.kill(int(pid), 9)
+    raise AssertionError(f"{programs} live on")
+
+
+def test_no_life_where_eval_is_gone_before(run, tmp_path):
+    """Killed before its child has asked for the signal: the child sees that it is an orphan."""
+    run("1")
+    (tmp_path / "program.py").write_text("while True: pass")
+    code = f"{ev.HARNESS}\n\nchild(60, 1024, False, {os.getpid() + 1})"
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's rules are Linux's")

@@ -3,14 +3,21 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as stage
+import finetune
 import model
+import prepare
+from config import script_keys
 
 
 def make_run(folder, name, losses, scores=None, tokens=1000, val=None):
@@ -135,6 +142,88 @@ def test_a_plan_is_a_recipe_of_that_size(tmp_path, flag, n):
     assert int(hours or 0) * 60 + int(minutes) == pytest.approx(seconds / 60, abs=1 + seconds / 3e3)
 
 
+def test_a_plan_for_money_is_one_for_the_hours_that_it_buys(tmp_path):
+    plan = lambda *flags: run(tmp_path, "eval.py", "--plan", "--devices=4", *flags).stdout
+    bought, hours = plan("--money=100", "--price=2"), plan("--hours=12.5", "--price=2")
+    assert bought == hours
+    cost, device_hours, price = re.search(r"cost: ([\d.]+) = ([\d.]+) .* x (\S+)", bought).groups()
+    assert float(cost) == pytest.approx(100, 0.02) and float(price) == 2
+    assert float(cost) == pytest.approx(2 * float(device_hours), abs=0.02)
+
+
+def finetune_defaults(**changes):
+    path = Path(stage.__file__).with_name("finetune.py")
+    values = {key: default for key, (default, *_) in script_keys(path).items()}
+    return SimpleNamespace(**values | changes)
+
+
+def plan_net():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=320, n_ctx=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
+    return model.GPT(model.GPTConfig(**shape))
+
+
+@pytest.mark.parametrize("adapt", ["full", "lora", "adapter"])
+def test_a_plan_counts_the_products_that_torch_counts(adapt, monkeypatch):
+    """FLOPs forward and backward by torch's own counter, over the plain kernel of attention, whose
+    products it sees."""
+    monkeypatch.setattr(finetune, "adapt", adapt)
+    net, s = plan_net(), finetune_defaults(adapt=adapt, batch_size=3)
+    work = stage.finetune_work(net, s, count=3, length=64, steps=2)
+    learn, _ = stage.learned_weights(net, s)
+    finetune.choose_weights(net)
+    assert learn == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    ids = torch.randint(0, 128, (3, 65))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(ids[:, :-1], ids[:, 1:])[0].backward()
+    exact = 1e-9 if adapt == "full" else 0.06  # the first block's input has no gradient, ...
+    assert work["training"] / 2 == pytest.approx(counter.get_total_flops(), rel=exact)
+
+
+def test_a_plan_s_four_bits_are_those_that_are_kept(monkeypatch):
+    monkeypatch.setattr(finetune, "adapt", "qlora")
+    net, s = plan_net(), finetune_defaults(adapt="qlora")
+    memory = stage.finetune_memory(net, s, 64, 0)
+    largest = 4 * net.model.layers[0].mlp.up_proj.weight.numel()  # unpacked while it is used
+    learn, _ = stage.learned_weights(net, s)
+    finetune.choose_weights(net)
+    tensors = [*net.parameters(), *net.buffers()]
+    size = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    packed = [m for m in net.modules() if isinstance(m, finetune.NF4Linear)]
+    size -= sum(m.pairs.numel() * 8 for m in packed)  # a table of 2 kB a layer, not of a weight
+    assert memory["weights"] + 4 * learn == pytest.approx(size + largest, rel=0.02)
+    assert memory["what learns"] == 16 * learn  # a value, a gradient and AdamW's two moments
+
+
+def test_plans_of_fine_tunings(tmp_path):
+    """The reference of dpo once for each pair, the roll-outs of grpo by group; a recipe counts."""
+    net = plan_net()
+    plain = stage.finetune_work(net, finetune_defaults(), 100, 32, 5)["training"]
+    dpo = stage.finetune_work(net, finetune_defaults(method="dpo"), 100, 32, 5)
+    assert dpo["training"] == 2 * plain
+    assert dpo["the reference"] == pytest.approx(2 * plain / 3)  # all 80 pairs forward
+    again = stage.finetune_work(net, finetune_defaults(method="dpo"), 40, 32, 5)
+    assert again["the reference"] == dpo["the reference"] / 2  # two passes over 40 need them once
+    grpo = stage.finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
+    assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
+    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" some words": 9}, 8))
+    model.save(tmp_path / "net", net, tok)
+    (tmp_path / "mine.py").write_text("method = 'grpo'\nmax_steps = 30\nmax_epochs = None\n")
+    flags = ["--plan", "--finetune=grpo", "--model=net", "--examples=64", "--tokens=640"]
+    out = run(tmp_path, "eval.py", "mine.py", *flags, "--price=36").stdout
+    assert "64 of 64 tokens" in out and "30 steps of 16" in out and "roll-outs" in out
+    recipe = recipe_of(out)
+    assert (recipe["method"], recipe["max_steps"], recipe["model"]) == ("grpo", 30, "net")
+    for bad, words in {
+        "--finetune=nope": "--finetune=nope: expected sft, classify",
+        "--model=out/none": "out/none: no such folder",
+        "--tokens=none": "data/python/sft_train.jsonl: no such file",
+    }.items():
+        done = run(tmp_path, "eval.py", *flags, bad, check=False)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert words in done.stderr
+
+
 def test_train_takes_the_plan(tiny, tmp_path):
     for what in ("data", "out"):
         (tmp_path / what).symlink_to(tiny / what)
@@ -255,6 +344,10 @@ def test_memorized_on_a_model(tiny):
     (["--plan", "--flops=-1"], "flops=-1: expected a number above 0"),
     (["--plan", "--hours=2", "--device=abacus"], "--device=abacus: with --plan expected one"),
     (["--plan", "--hours=2", "--mfu=40"], "mfu=40"),
+    (["--plan", "--money=2"], "money=2: expected --price too"),
+    (["--plan", "--money=2", "--hours=2", "--price=1"], "expected --flops or --hours"),
+    (["--plan", "--hours=2", "--price=0"], "price=0: expected a number above 0"),
+    (["--plan", "--flops=1e18", "--dataset=bad"], "meta.json: malformed: 'x' is no count"),
     (["--plan", "--params=50"], "no shape of 50 parameters"),
     (["--plan", "--hours=1", "--flops=1"], "expected --flops or --hours"),
     (["--plan", "--compare=empty"], "needs 3 runs or more, not 1"),
@@ -265,6 +358,8 @@ def test_bad_input_is_one_line(tmp_path, args, words):
     make_run(tmp_path, "wrong", [1])
     (tmp_path / "wrong/results.json").write_text('{"results": {"a": {"b": 1, "b_stderr": 1}}}')
     (tmp_path / "bare").mkdir()
+    (tmp_path / "data/bad").mkdir(parents=True)
+    (tmp_path / "data/bad/meta.json").write_text('{"n_vocab": 300, "train": {"tokens": "x"}}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/log.jsonl").write_text("\n")
     done = run(tmp_path, "eval.py", *args, check=False)

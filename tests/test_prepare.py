@@ -12,6 +12,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
@@ -859,6 +860,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.end_headers()
         if kind == "deaf":  # to Range
             begin = 0
+        if kind.isdigit():
+            return self.send_error(int(kind))
         if begin >= len(body):
             return self.send_error(416)
         if kind == "packed":  # though it was asked not to
@@ -936,9 +939,56 @@ def test_a_part_longer_than_the_file_is_begun_again(server, tmp_path):
 
 
 def test_a_missing_file_is_refused_at_once(server, tmp_path):
-    with pytest.raises(model.UserError, match="404 .*/missing/file: is the address right"):
+    with pytest.raises(model.UserError, match="/missing/file: HTTP 404.*is the address right"):
         prepare.download(f"{server.url}/missing/file", tmp_path / "file")
     assert len(server.asked) == 1 and server.pauses == [] and not (tmp_path / "file").exists()
+
+
+FAILURES = {
+    "{http}/401/x": "HTTP 401: .*HF_TOKEN",
+    "{http}/403/x": "HTTP 403: .*HF_TOKEN",
+    "{http}/404/x": "HTTP 404: .*is the address right",
+    "{http}/429/x": "HTTP 429: .*try it later",
+    "{http}/503/x": "HTTP 503: .*try it later",
+    "https{rest}/plain/x": "no secure connection to 127.0.0.1",
+    "http://127.0.0.1:{closed}/x": "127.0.0.1 cannot be reached .Connection refused",
+    "http://no.invalid/x": "no.invalid is not found .*is there a network",
+    "http://10.0.0.1/x": "the proxy cannot be reached",
+    "http://[::1": "is the address right",
+    "http://" + "a" * 70 + ".invalid": "is the address right",
+}
+
+
+@pytest.mark.parametrize("url, message", FAILURES.items())
+def test_a_download_that_fails_is_a_short_line(url, message, server, tmp_path, monkeypatch):
+    """Which host, what is wrong and what to do, not the 400 characters of the libraries below."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+
+    def resolve(host, *args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    if "no.invalid" in url:
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    if "10.0.0.1" in url:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed}")
+    else:
+        monkeypatch.setenv("NO_PROXY", "*")
+    url = url.format(http=server.url, rest=server.url.removeprefix("http"), closed=closed)
+    with pytest.raises(model.UserError, match=message) as error:
+        model.download(url, tmp_path / "file", tries=1)
+    text = str(error.value)
+    assert text.startswith(url) and "\n" not in text and len(text) < len(url) + 200
+    assert not any(word in text for word in ("HTTPConnectionPool", "urllib3", "object at 0x"))
+
+
+def test_a_server_that_says_nothing_is_left(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "PATIENCE", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/x"
+        with pytest.raises(model.UserError, match="127.0.0.1 does not answer in time"):
+            model.download(url, tmp_path / "file", tries=1)
 
 
 def test_another_file_than_expected_is_removed(server, tmp_path):

@@ -1,0 +1,401 @@
+"""eval.py and sample.py on what users give them: rows that are alike, headers, rows, results, logs
+and texts of other forms, full disks; each is a right result or one line."""
+
+import json
+import random
+import resource
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run
+
+import eval as evaluation
+import model
+from model import UserError
+
+DEEP = "[" * 100_000
+
+
+def own_task(rows, **header):
+    task = evaluation.own_task("own", {"kind": "generate"} | header, rows)
+    task.name = "own"
+    return task
+
+
+def question(text, **more):
+    return {"question": text, "answer": f"answer of {text}"} | more
+
+
+def shots_of(task):
+    """For each row (its question, the questions of its shots)."""
+    found = []
+    for row, before in evaluation.with_shots(task):
+        asked = [block.removeprefix("Question: ") for block in before.split("\n\n") if block]
+        found.append((row["question"], [block.partition("\n")[0] for block in asked]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- shots
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("order", ["01200", "00012", "0110", "012345", "00000000000001234"])
+def test_shots_are_as_many_as_asked_and_none_asks_the_same(order, numbered):
+    rows = [question(f"Q{digit}") for digit in order]
+    rows = [row | ({"id": i} if numbered else {}) for i, row in enumerate(rows)]
+    for n in range(1, len(order) - max(map(order.count, order)) + 1):
+        shots = shots_of(own_task(rows, shots=n))
+        assert len(shots) == len(rows)
+        for asked, before in shots:
+            assert len(before) == n and asked not in before
+
+
+def harness_shots(rows, n, seed):
+    """The draw of lm-evaluation-harness 0.4.13, of examples from the split that is asked: one more
+    than asked for, without the row itself; where copies leave too few, again without them all."""
+    draw, found = random.Random(seed), []
+    for row in rows:
+        drawn = [other for other in draw.sample(rows, n + 1) if other != row][:n]
+        if len(drawn) < n:
+            drawn = draw.sample([other for other in rows if other != row], n)
+        found.append((row["question"], [other["question"] for other in drawn]))
+    return found
+
+
+@pytest.mark.parametrize("order", ["0123456789", "01200", "000111222", "0102030405"])
+def test_shots_are_the_harness_s_draw(order):
+    rows = [question(f"Q{digit}") for digit in order]
+    for n in (1, 2, 3):
+        if n <= len(order) - max(map(order.count, order)):
+            assert shots_of(own_task(rows, shots=n)) == harness_shots(rows, n, 1234)
+
+
+def test_too_few_different_rows_are_a_line():
+    rows = [question("Q0"), question("Q1"), question("Q0", id=3)]
+    with pytest.raises(UserError, match="2 shots, but only 1 rows ask something else than .*Q0"):
+        shots_of(own_task(rows, shots=2))
+    assert [before for _, before in shots_of(own_task(rows, shots=1))] == [["Q1"], ["Q0"], ["Q1"]]
+
+
+def test_questions_that_a_file_of_examples_holds_are_told(tmp_path, monkeypatch, capsys):
+    """The harness's draw keeps them, so that numbers compare: a line counts them."""
+    task = evaluation.replace(evaluation.TASKS["gsm8k"], name="gsm8k", shots=1, judge=None)
+    task.rows, task.examples = [question("Q0"), question("Q1")], [question("Q1")]
+    tok = SimpleNamespace(start=[], eot_id=0, encode=lambda text: [*text.encode()])
+    net = SimpleNamespace(config=SimpleNamespace(n_ctx=999))
+    questions, cut, solved = evaluation.ask(task, net, tok)
+    assert (len(questions), cut, solved) == (2, 0, 1)
+
+
+# ------------------------------------------------------------------------------ headers and rows
+
+HEADERS = [
+    ("stop", [1]), ("stop", "x"), ("stop", [""]), ("stop", None), ("stop", [["a"]]),
+    ("shots", "2"), ("shots", -1), ("shots", 1.5), ("shots", True), ("max_new_tokens", 0),
+    ("max_new_tokens", "9"), ("which", "x"), ("extract", "("), ("extract", 5), ("ignore", ["("]),
+    ("ignore", [1]), ("ignore", "x"), ("lower", 1), ("judge", "f"), ("rubric", 3), ("prompt", 5),
+    ("answer", 3), ("description", ["a"]), ("delimiter", None), ("kind", 5), ("kind", "CHOICE"),
+    ("choices", 5), ("choices", []), ("choices", [1, 2]), ("choices", {}), ("colour", 1),
+    ("extract", "(" * 5000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", HEADERS)
+def test_a_header_of_another_form_is_a_line(key, value):
+    with pytest.raises(UserError, match=f"own: header: .*{key}") as error:
+        own_task([question("Q")], **{key: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_match_that_is_not_there_is_invalid():
+    """Of two matches the eighth: an answer of the wrong form, not an error."""
+    assert evaluation.extract("([0-9])", "1 2", 7) == "[invalid]"
+    assert evaluation.extract("([0-9])", "1 2", -3) == "[invalid]"
+    assert [evaluation.extract("([0-9])", "1 2", k) for k in (1, -1, -2)] == ["2", "2", "1"]
+
+
+CHOICE_ROWS = [
+    {}, {"question": "a"}, {"question": "a", "choices": ["x"]},
+    {"question": "a", "choices": ["x", "y"], "answer": None},
+    {"question": "a", "choices": ["x", "y"], "answer": True},
+    {"question": "a", "choices": ["x", "y"], "answer": 1.0},
+    {"question": "a", "choices": ["x", "y"], "answer": 10**400},
+    {"question": "a", "choices": ["x", 1], "answer": 0},
+    {"question": "a", "choices": None, "answer": 0},
+    {"question": "a", "choices": {"text": ["x"]}, "answer": 0},
+    {"question": "a", "choices": {"text": ["x", "y"], "label": 5}, "answer": "A"},
+    {"question": None, "choices": ["x", "y"], "answer": 0},
+]  # fmt: skip
+ROWS = {
+    "generate": [{"question": "a"}, question("a", answer=None), question("a", answer=["x"])],
+    "mmlu": [question(5), {"question": "q"}, {"question": "q", "choices": ["a"] * 27, "answer": 3}],
+    "hellaswag": [
+        {"ctx_a": "x"},
+        {"activity_label": "a", "ctx_a": "a", "ctx_b": "b", "label": "0"},
+    ],
+    "ifeval": [{}, {"prompt": 5}],
+    "mbpp": [{"code": "c", "test_list": ["x"]}, {"text": "t", "code": "c", "test_list": 5}],
+}
+
+
+@pytest.mark.parametrize("row", CHOICE_ROWS, ids=str)
+def test_a_choice_row_of_another_form_is_a_line(row):
+    with pytest.raises(UserError, match="^own: .*in the row") as error:
+        evaluation.read_row(own_task([row], kind="choice"), row)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_other_forms_are_a_line(name):
+    for row in ROWS[name]:
+        if name == "generate":
+            task = own_task([row])
+        else:
+            task = evaluation.replace(evaluation.TASKS[name], name=name)
+        with pytest.raises(UserError, match="in the row") as error:
+            evaluation.read_row(task, row)
+        assert "\n" not in str(error.value)
+
+
+def test_a_program_is_made_of_texts():
+    task = evaluation.replace(evaluation.TASKS["humaneval"], name="humaneval")
+    for row in ({"prompt": "p"}, {"prompt": "p", "test": None, "entry_point": "f"}):
+        with pytest.raises(UserError, match="humaneval: .*test"):
+            evaluation.write_program(task, row, "")
+
+
+def test_subjects_are_texts_and_zero_is_one(tmp_path):
+    rows = [{"subject": 0}, {"subject": [1]}, {"subject": None}, {}, {"subject": 0}]
+    assert [*map(evaluation.subject_of, rows)] == ["0", "[1]", "", "", "0"]
+
+
+JUDGES = {
+    "lambda row, texts: 1 / 0": "ZeroDivisionError: division by zero, line 1",
+    "lambda row: {'a': 1}": "TypeError",
+    "lambda row, texts: None": "expected {metric: number}",
+    "lambda row, texts: {'a': 'x'}": "a='x': no number",
+    "lambda row, texts: {'a': float('nan')}": "a=nan: no number",
+    "lambda row, texts: {'a': [1, None]}": "a=None: no number",
+}
+FILES = {
+    "def f(: pass": "SyntaxError",
+    "raise ValueError('two\\nlines')": "ValueError: two lines",
+    "def f(): return 1 / 0": "ZeroDivisionError: division by zero, line 1",
+    "def f(): return 5": "expected a dict with rows",
+    "def f(): return {'rows': [5]}": "expected a list of dicts",
+    "def g(): return {}": "no function 'f'",
+}
+
+
+def test_what_a_task_in_python_raises_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for judge, message in JUDGES.items():
+        (tmp_path / "t.py").write_text(f"def f(): return {{'kind': 'generate', 'judge': {judge}}}")
+        task = evaluation.own_task("t.py:f", *evaluation.run_own_file("t.py:f"))
+        task.name = "t.py:f"
+        with pytest.raises(UserError) as error:
+            evaluation.checked_judgement(task, {"question": "q"}, ["text"])
+        assert message in str(error.value) and "\n" not in str(error.value)
+    for text, message in FILES.items():
+        (tmp_path / "t.py").write_text(text)
+        with pytest.raises(UserError) as error:
+            evaluation.run_own_file("t.py:f")
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert evaluation.mean([]) == (None, None)  # of a judge's empty list
+
+
+# ------------------------------------------------------------------- results, logs, texts, answers
+
+
+def entry(**figures):
+    return json.dumps({"results": {"t": {"acc": 0.5, "acc_stderr": 0.1, "n": 3} | figures}})
+
+
+RESULTS = [
+    "", "{", "[]", "5", "null", DEEP, entry()[:40], '{"results": []}', '{"results": null}', "{}",
+    '{"results": {"t": 5}}', '{"results": {"t": [1]}}', '{"results": {"t": "acc acc_stderr"}}',
+    entry(acc="0.5"), entry(acc=True), entry(acc=[1]), entry(acc=10**400), entry(acc_stderr="0.1"),
+    entry(acc_stderr=[1]), entry(n="3"), entry(n=None), entry(acc_stderr=-1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", RESULTS, ids=lambda text: text[:60])
+def test_results_of_another_form_are_a_line(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="remove it, and evaluate again") as error:
+        evaluation.read_scores(tmp_path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    path.write_text(entry())
+    assert evaluation.read_scores(tmp_path) == {("t", "acc"): (0.5, 0.1, 3)}
+    path.write_text(entry(acc=float("nan")))  # a loss may be none
+    assert evaluation.read_scores(tmp_path) == {}
+    path.write_text(entry(acc_stderr=None))
+    assert evaluation.read_scores(tmp_path) == {("t", "acc"): (0.5, None, 3)}
+
+
+def test_an_evaluation_refuses_results_of_another_form_before_it_begins(tiny, tmp_path):
+    (tmp_path / "results.json").write_text(RESULTS[7])
+    flags = ["--model=out/tiny", "--dataset=tiny", f"--out_dir={tmp_path}"]
+    done = run(tiny, "eval.py", *flags, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert (tmp_path / "results.json").read_text() == RESULTS[7]
+
+
+def test_logs_of_any_form_are_compared(tmp_path):
+    lines = [DEEP, '{"step": "1"}', "[1]", "\ufffe", '{"step": 1, "loss": 1e308, "tokens": "9"}']
+    lines += ['{"step": 2, "loss": 1' + "0" * 400 + ', "tokens": [1]}', '{"step": 3, "loss": 2.5}']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    rows = evaluation.read_log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert evaluation.curve(rows, "loss", "step") == [(3, 2.5)]
+    done = run(tmp_path, "eval.py", "--compare=.")
+    assert "2.5000" in done.stdout and (tmp_path / "report.svg").exists()
+
+
+REPORTS = {"": "expected a name", "x.svg": "expected a name", "out": "no plain file"}
+REPORTS |= {"/dev/null": "no plain file", "f/x.md": "Not a directory", "a" * 300: "too long"}
+
+
+def test_odd_places_for_a_report_are_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 2.5}')
+    (tmp_path / "f").write_text("")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(evaluation, "compare", ".")
+    for name, message in REPORTS.items():
+        monkeypatch.setattr(evaluation, "report", name)
+        with pytest.raises(UserError, match=message) as error:
+            evaluation.compare_runs()
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(evaluation, "compare", ",")
+    with pytest.raises(UserError, match="expected the folders of runs"):
+        evaluation.compare_runs()
+
+
+TEXTS = {
+    "a.txt": (b"\xff\xfe", "cannot be read as text"),
+    "b.txt": (b'{"text": "x"}\n', "name it .jsonl"),
+    "c.jsonl": (b'{"text": 5}', "record 1: expected a text"),
+    "d.jsonl": (b'{"text": "x"}\n{"x": "a"}', "record 2: expected a text"),
+    "e.jsonl": (DEEP.encode(), "nested too deeply"),
+    "f.jsonl": (b'{"text": "\\ud800"}', "record 1: expected a text"),
+    "g.jsonl": (b"", "no text in it"),
+}
+
+
+def test_texts_of_other_forms_are_a_line(tmp_path):
+    for name, (data, message) in TEXTS.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=message) as error:
+            evaluation.read_text(tmp_path / name)
+        assert "\n" not in str(error.value)
+    for name in ("h.JSONL", "h.ndjson"):
+        (tmp_path / name).write_text('{"text": "a\\nb"}\n{"text": ""}\n')
+        assert evaluation.read_text(tmp_path / name) == ["a\nb"]
+    (tmp_path / "i.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert evaluation.read_text(tmp_path / "i.txt") == ["one"]
+
+
+def test_answers_of_any_form_are_read_and_a_full_disk_ends_in_a_line(tmp_path):
+    """Torn, deep and foreign lines are left out; what was answered before the end stays."""
+    lines = [DEEP, "[1]", "{}", "5", '[["x"], 2]', '{"torn', '["key", 7]']
+    (tmp_path / "answers_3.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    answers = evaluation.Answers(tmp_path, "m", SimpleNamespace(rank=0, world=1, main=False))
+    assert answers.known == {"key": 7}
+    work = lambda some: [[0.5] * 30 for _ in some]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
+    try:
+        with pytest.raises(UserError, match="answers_0.jsonl: cannot be written: .*run it again"):
+            answers("task", "how", [("", [i], [[]]) for i in range(9)], work, most=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = evaluation.Answers(tmp_path, "m", SimpleNamespace(rank=0, world=1, main=False))
+    assert [0.5] * 30 in again.known.values() and len(again.known) < 9
+    found = again("task", "how", [("", [i], [[]]) for i in range(9)], work, most=1)
+    assert found == [[0.5] * 30] * 9
+
+
+PROMPTS = {
+    "a.txt": (b"\xff", "no UTF-8"),
+    "a.jsonl": (b"5", "a.jsonl:1: expected"),
+    "b.jsonl": (b'{"prompt": "x"}\n{"prompt": 5}', "b.jsonl:2: expected"),
+    "c.jsonl": (DEEP.encode(), "c.jsonl:1: JSON nested too deeply"),
+    "d.jsonl": (b'{"prompt": "\\ud800"}', "d.jsonl:1: half a surrogate pair"),
+    "e.jsonl": (b"", "no prompt in it"),
+}
+
+
+def test_prompts_of_other_forms_are_a_line(tmp_path, monkeypatch):
+    import sample
+
+    for name, (data, message) in PROMPTS.items():
+        (tmp_path / name).write_bytes(data)
+        monkeypatch.setattr(sample, "prompt_file", str(tmp_path / name))
+        with pytest.raises(UserError, match=message) as error:
+            sample.read_prompts()
+        assert "\n" not in str(error.value)
+    (tmp_path / "f.NDJSON").write_text('{"prompt": "a\u2028b"}\n\n{"prompt": "c"}')
+    monkeypatch.setattr(sample, "prompt_file", str(tmp_path / "f.NDJSON"))
+    assert sample.read_prompts() == ["a\u2028b", "c"]  # a separator of lines within a text
+
+
+# -------------------------------------------------------------------------- beyond the context
+
+
+def small_net(pos):
+    torch.manual_seed(0)
+    shape = dict(n_ctx=8, n_layer=2, n_head=2, n_embd=16, pos=pos)
+    return model.GPT(model.GPTConfig(vocab_size=32, **shape)).eval()
+
+
+@pytest.mark.parametrize("pos", ["rope", "sinusoidal", "none"])
+@torch.no_grad()
+def test_the_loss_by_position_is_a_plain_loop_s(pos):
+    net = small_net(pos)
+    ids = torch.randint(0, 32, (3, 21)).tolist()
+    requests = [("", row[:1], [row[1:]]) for row in ids[:2]] + [("", ids[2][:6], [ids[2][6:11]])]
+    sums = evaluation.score_by_position(net, requests, 5)
+    expected = {}
+    for _, before, [after] in requests:
+        logp = net(torch.tensor([before + after])).log_softmax(-1)[0]
+        for place in range(len(before) - 1, len(before + after) - 1):
+            nats = -logp[place, (before + after)[place + 1]].item()
+            expected.setdefault(place // 5, []).append(nats)
+    by = evaluation.loss_by_position(requests, sums, 5)
+    assert [*by] == [f"positions {5 * k} to {5 * k + 4}" for k in range(4)]
+    for part, figures in enumerate(by.values()):
+        assert figures["n"] == len(expected[part])
+        mean = sum(expected[part]) / len(expected[part])
+        assert figures["loss"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_a_longer_context_is_asked_for_and_learned_positions_refuse_it(monkeypatch):
+    for pos in ("rope", "learned"):
+        net = small_net(pos)
+        monkeypatch.setattr(evaluation, "context", None)
+        monkeypatch.setattr(evaluation, "seq_len", 9)
+        with pytest.raises(UserError, match="seq_len=9, but the context .*--context=9"):
+            evaluation.window_length(net)
+        monkeypatch.setattr(evaluation, "seq_len", 0)
+        assert evaluation.window_length(net) == 8
+        monkeypatch.setattr(evaluation, "context", 8)
+        assert evaluation.window_length(net) == 8
+        monkeypatch.setattr(evaluation, "context", 9)
+        if pos == "rope":
+            assert evaluation.window_length(net) == 9
+        else:
+            with pytest.raises(UserError, match="learned ones, which end at 8"):
+                evaluation.window_length(net)
+
+
+def test_the_command_says_the_loss_beyond_the_context(tiny, tmp_path):
+    flags = ["--model=out/tiny", "--dataset=tiny", f"--out_dir={tmp_path}", "--eval_tokens=1500"]
+    out = run(tiny, "eval.py", *flags, "--context=128").stdout
+    found = json.loads((tmp_path / "results.json").read_text())["results"]["loss"]
+    assert len(found["by"]) == 8 and "loss positions 112 to 127: loss" in out
+    tokens = sum(figures["n"] for figures in found["by"].values())
+    nats = sum(figures["n"] * figures["loss"] for figures in found["by"].values())
+    assert nats / tokens == pytest.approx(found["loss"], abs=1e-6)

@@ -275,7 +275,7 @@ def test_odd_places_for_a_report_are_a_line(tmp_path, monkeypatch, capsys):
 
 
 TEXTS = {
-    "a.txt": (b"\xff\xfe", "cannot be read as text"),
+    "a.txt": (b"\xff\xff", "cannot be read as text"),
     "b.txt": (b'{"text": "x"}\n', "name it .jsonl"),
     "c.jsonl": (b'{"text": 5}', "record 1: expected a text"),
     "d.jsonl": (b'{"text": "x"}\n{"x": "a"}', "record 2: expected a text"),

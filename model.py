@@ -1087,7 +1087,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
 
 
 # --------------------------------------------------------------------------------------------------
-# Answers that are a number, as GSM8K's (Cobbe et al. 2021): for a reward and for an evaluation alike
+# Answers that are a number, as GSM8K's (Cobbe et al. 2021), for a reward and for an evaluation
 
 NUMBER = r"\d[\d,]*(?:\.\d+)?|\.\d+"
 MINUS = "\N{MINUS SIGN}"  # U+2212, which models write as often as the hyphen

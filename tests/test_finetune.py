@@ -3,16 +3,12 @@ and the commands from start to end."""
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import run, run_killed
 from test_model import QWEN3, make_net
 
 import finetune
@@ -330,16 +326,10 @@ def test_killed_and_resumed_is_never_stopped(tiny, more, tmp_path):
     args += [f"--model={tiny / 'out/tiny'}"]
     (tmp_path / "data").symlink_to(tiny / "data")
     run(tmp_path, "finetune.py", *args, "--max_steps=30", "--out_dir=whole")
-    command = [sys.executable, str(ROOT / "finetune.py"), *args, "--max_steps=30", "--out_dir=cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
-    state = tmp_path / "cut/state.pt"
-    while not state.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(state)["step"] < 30
-    run(tmp_path, "finetune.py", *args, "--max_steps=30", "--out_dir=cut", "--init_from=resume")
+    cut = [*args, "--max_steps=30", "--out_dir=cut"]
+    run_killed(tmp_path, "finetune.py", *cut, ending="cut/state.pt", times=3)
+    assert torch.load(tmp_path / "cut/state.pt")["step"] == 6
+    run(tmp_path, "finetune.py", *cut, "--init_from=resume")
     name = "adapter_model.safetensors" if "--method=lora" in more else "model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     strip = lambda rows: [{k: v for k, v in row.items() if k != "dt"} for row in rows]

@@ -5,15 +5,12 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run, run_killed
 from test_finetune import net_for, talk
 from test_model import QWEN3, make_net
 
@@ -516,14 +513,8 @@ def test_killed_and_resumed_is_never_stopped(toy):
     args = [*RL, "--method=grpo", "--kl_weight=0.1", "--max_steps=12", "--save_every=2"]
     args += ["--dropout=0.1"]
     run(toy, "finetune.py", *args, "--out_dir=whole")
-    command = [sys.executable, str(ROOT / "finetune.py"), *args, "--out_dir=cut"]
-    process = subprocess.Popen(command, cwd=toy, stdout=subprocess.PIPE)
-    while not (toy / "cut/state.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert torch.load(toy / "cut/state.pt")["step"] < 12
+    run_killed(toy, "finetune.py", *args, "--out_dir=cut", ending="cut/state.pt", times=2)
+    assert torch.load(toy / "cut/state.pt")["step"] == 4
     run(toy, "finetune.py", *args, "--out_dir=cut", "--init_from=resume")
     cut, whole = (toy / name / "model.safetensors" for name in ("cut", "whole"))
     assert cut.read_bytes() == whole.read_bytes()

@@ -362,6 +362,58 @@ def test_a_score_opens_here_and_in_transformers(method, tiny):
         assert float(shown[label]) == pytest.approx(share, abs=2e-3)
 
 
+def logits_of(folder, ids):
+    with torch.no_grad():
+        return model.load(folder)[0](ids)
+
+
+@pytest.mark.parametrize("method", ["sft", "classify"])
+def test_qlora_merges_into_the_full_weights_or_into_its_4_bits(method, tiny):
+    """The adapter's folder opens on the full weights, and so does merged/; with --merge=quantized
+    merged/ is the network that was trained: the same products on the weights in 4 bits."""
+    ids, nets, said = torch.randint(0, 200, (2, 9)), {}, {}
+    for merge in ("--merge", "--merge=quantized"):
+        out = f"out/{method}{merge.replace('=', '-')}"
+        args = [f"--method={method}", "--adapt=qlora", "--learning_rate=0.03", f"--out_dir={out}"]
+        said[merge] = tune(tiny, *args, merge).stdout
+        nets[merge] = model.load(tiny / out / "merged")[0]
+    full, packed = nets["--merge"].state_dict(), nets["--merge=quantized"].state_dict()
+    base = model.load(tiny / "out/tiny")[0]
+    adapted = [f"{name}_proj.weight" for name in "qkvo"]
+    for name, layer in base.named_modules():
+        weight = f"{name}.weight"
+        if not isinstance(layer, torch.nn.Linear) or not name.startswith("model."):
+            continue
+        rounding = finetune.NF4Linear(layer).weight - layer.weight
+        assert rounding.abs().max() > 1e-3
+        added = packed[weight] - full[weight]  # the same products are in both
+        torch.testing.assert_close(added, rounding, rtol=1e-4, atol=1e-6)
+        changed = (full[weight] - layer.weight).abs().max() > 1e-4
+        assert changed == any(weight.endswith(word) for word in adapted), name
+    assert "merged, into the weights of out/tiny\n" in said["--merge"]
+    assert "merged, into the 4 bits of out/tiny that it was" in said["--merge=quantized"]
+    with torch.no_grad():
+        same, other = (net.hidden(ids) for net in nets.values())
+        opened = model.load(tiny / f"out/{method}--merge")[0].hidden(ids)
+    if method == "sft":
+        assert "adapter: out/sft--merge, which opens on the weights of out/tiny" in said["--merge"]
+        torch.testing.assert_close(opened, same, rtol=1e-4, atol=1e-4)
+    else:  # a score has no place in an adapter's folder
+        assert nets["--merge"].labels == nets["--merge=quantized"].labels
+        assert "plain folder: out/classify--merge, merged into the 4 bits" in said["--merge"]
+        torch.testing.assert_close(opened, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_finished_run_is_merged_when_it_is_resumed(tiny):
+    args = ["--method=lora", "--out_dir=out/later", "--learning_rate=0.03"]
+    tune(tiny, *args)
+    assert not (tiny / "out/later/merged").exists()
+    tune(tiny, *args, "--merge", "--init_from=resume")
+    ids = torch.randint(0, 200, (2, 9))
+    merged, adapter = (logits_of(tiny / place, ids) for place in ("out/later/merged", "out/later"))
+    torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-4)
+
+
 def test_dpo_raises_the_margin(tiny):
     args = ["--max_steps=12", "--eval_every=12", "--learning_rate=1e-3", "--eval_examples=40"]
     tune(tiny, "--method=dpo", *args, "--out_dir=out/dpo")
@@ -439,6 +491,10 @@ BAD = [
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
     (["--batch_size=0"], "batch_size=0: expected 1 or more"),
     (["--max_steps=0"], "max_steps=0: expected more than 0, or none"),
+    (["--merge"], "--merge: there is no adapter to merge of --adapt=full"),
+    (["--method=qlora", "--merge=full"], "--merge=full: expected nothing behind it, or quantized"),
+    (["--method=lora", "--merge=quantized"], "--merge=quantized: only qlora has weights in 4 bits"),
+    (["--method=grpo", "--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--init_from=resume"], "out/new: no run to resume"),
     (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON object: '{broken'"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),

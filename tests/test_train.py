@@ -371,7 +371,6 @@ REFUSALS = {
     "eval_every=0: expected 1 or more": ["--eval_every=0"],
     "micro_batch=-1: expected 0 or more": ["--micro_batch=-1"],
     "lower --seq_len": ["--seq_len=32768", "--batch_tokens=32768"],
-    "tensorboard": ["--tensorboard"],
     "have different tokenizers": ["--init_from=out/held", "--dataset=letters"],
 }
 
@@ -385,6 +384,27 @@ def test_refusals_are_one_line(words):
         said = run(words, "train.py", *command, check=False)
         assert said.returncode == 1, (message, said.stdout)
         assert message in said.stderr and said.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, key", [("tensorboard", "tensorboard"), ("wandb", "wandb_project")])
+def test_a_tracker_that_is_missing_is_a_line(name, key, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.setattr(train, key, "x")
+    with pytest.raises(model.UserError, match=f"{name} is not installed: pip install {name}"):
+        train.make_trackers()
+
+
+def test_tensorboard_gets_the_log(words):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(words, "train.py", *SMALL, "--max_steps=3", "--tensorboard", "--out_dir=out/board")
+    events = reader.EventAccumulator(str(words / "out/board"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = log(words, "out/board")
+    assert [step for step, _ in told] == [step for step, _ in expected]
+    values = [value for _, value in expected]
+    assert [value for _, value in told] == pytest.approx(values, rel=1e-5)
 
 
 def test_a_shard_cut_short_is_refused(words):

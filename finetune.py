@@ -454,7 +454,8 @@ def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [p[which]["ids"] for which in ("chosen", "rejected") for p in pairs]
     good, bad = net.scores(rows).chunk(2)
-    stats = {"margin": float((good - bad).sum()), "accuracy": int((good > bad).sum())}
+    margin = (good - bad).detach()
+    stats = {"margin": float(margin.sum()), "accuracy": int((margin > 0).sum())}
     return -F.logsigmoid(good - bad).sum(), Counter(stats)
 
 

@@ -441,7 +441,7 @@ def test_beam_search_is_transformers_with_early_stopping(name, tok, tmp_path):
     model.save(tmp_path, net, some)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     how = dict(do_sample=False, early_stopping=True, length_penalty=1.0, pad_token_id=0)
-    for prompt, ends, limit, width in searches(tok, name, 40):
+    for prompt, ends, limit, width in searches(tok, name, 25):
         some.eos_ids = ends
         [g] = model.generate(net, some, [prompt], max_new_tokens=limit, num_beams=width)
         ids = torch.tensor([prompt])

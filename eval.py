@@ -1558,11 +1558,15 @@ def read_hellaswag(row):
 
 
 def judge_gsm8k(row, texts):
+    """strict: the number behind the first ####, as --reward=gsm8k reads it (a text without that
+    mark has none); flexible: lm-eval's last number."""
+    said, right = core.marked_number(texts[0]), core.gsm8k_answer(row["answer"])
     ignore = [",", r"\$", r"(?s).*#### ", r"\.$"]
-    strict = extract(r"#### (\-?[0-9\.\,]+)", texts[0])
     last = extract(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", texts[0], -1)
-    match = lambda found: exact_match(found, row["answer"], ignore, lower=True)
-    return {"strict_match": match(strict), "flexible_match": match(last)}
+    return {
+        "strict_match": float(said is not None and said == right),
+        "flexible_match": exact_match(last, row["answer"], ignore, lower=True),
+    }
 
 
 def boxed(text):
@@ -1652,7 +1656,7 @@ TASKS = {
     "arc_challenge": Task(hub="allenai/ai2_arc/ARC-Challenge"),
     "hellaswag": Task(read=read_hellaswag, hub="Rowan/hellaswag", split="validation"),
     "gsm8k": Task(
-        "generate", judge=judge_gsm8k, stop=["Question:", "</s>", "<|im_end|>"],
+        "generate", judge=judge_gsm8k, stop=core.GSM8K_STOP,
         shots=5, max_new_tokens=256, hub="openai/gsm8k/main",
     ),
     "math": Task(
@@ -2543,7 +2547,7 @@ def check_settings():
     for key, low in (least | dict.fromkeys(counts.split(), 1)).items():
         if (value := globals()[key]) is not None and value < low:
             raise UserError(f"{key}={value}: expected {low} or more")
-    if num_samples > 1 and temperature == 0:
+    if num_samples > 1 and temperature < core.GREEDY:
         raise UserError("num_samples: greedy answers are all the same: give --temperature=0.8")
 
 

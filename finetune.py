@@ -43,7 +43,7 @@ lora_dropout = 0.0  # on the input of the added matrices
 lora_targets = "q_proj,k_proj,v_proj,o_proj"  # layers by name; gate_proj,up_proj,down_proj too
 adapter_size = 16  # width of the bottlenecks
 prompt_tokens = 8  # number of soft prompts
-merge = False  # add the adapter to the weights and write a plain folder
+merge: bool | str = False  # write merged/ too, a plain folder; quantized: of qlora's 4 bits
 
 # the optimizer
 optimizer = "adamw"  # adamw or muon
@@ -96,14 +96,16 @@ import contextlib
 import copy
 import ctypes
 import functools
+import inspect
 import json
 import math
+import numbers
 import os
-import re
 import runpy
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -223,6 +225,15 @@ def adapt_network(net, how):
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def unquantize(net):
+    """Give the layers in 4 bits back the weights that they were made of, in place."""
+    packed = [name for name, m in net.named_modules() if isinstance(m, NF4Linear)]
+    full, _ = core.load(model, net.model.embed_tokens.weight.device)
+    for name in packed:
+        net.set_submodule(name, full.get_submodule(name.removesuffix(".base")))
+    return net
+
+
 def merged(net):
     """Make plain layers of adapted and of packed ones, in place."""
     for name, layer in list(net.named_modules()):
@@ -266,9 +277,11 @@ def load_examples(split, tok, limit, say):
     examples, bad = [], {}
     read = {"sft": read_sft, "classify": read_class}
     read = read.get(method, read_prompt if method in ("grpo", "ppo") else read_pair)
-    for row in read_rows(split):
+    source = f"data/{dataset}/{TASK[method]}_{split}.jsonl"
+    source = "sums" if dataset == "arithmetic" else source
+    for number, row in enumerate(read_rows(split), 1):
         try:
-            examples.append(read(row, tok, limit))
+            examples.append(read(row, tok, limit) | {"row": f"{source}:{number}"})
         except (UserError, LookupError, TypeError, ValueError, AttributeError) as why:
             missing = f"no field {why}" if isinstance(why, KeyError) else f"malformed: {why}"
             reason = str(why) if isinstance(why, UserError) else missing
@@ -436,7 +449,8 @@ def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [p[which]["ids"] for which in ("chosen", "rejected") for p in pairs]
     good, bad = net.scores(rows).chunk(2)
-    stats = {"margin": float((good - bad).sum()), "accuracy": int((good > bad).sum())}
+    margin = (good - bad).detach()
+    stats = {"margin": float(margin.sum()), "accuracy": int((margin > 0).sum())}
     return -F.logsigmoid(good - bad).sum(), Counter(stats)
 
 
@@ -451,17 +465,19 @@ def overlap(prompt, text, answer):
     return 2 * both / max(1, a.total() + b.total())
 
 
-def arithmetic(prompt, text, answer):
-    """1 where the text's last number is that of the answer, else 0."""
-    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", t) for t in (text, answer)]
-    said, right = (float(n[-1].replace(",", "")) if n else None for n in numbers)
+def same_number(said, right):
     return float(said is not None and said == right)
 
 
+def arithmetic(prompt, text, answer):
+    """1 where the text's last number is that of the answer, else 0."""
+    return same_number(core.last_number(text), core.last_number(answer))
+
+
 def gsm8k(prompt, text, answer):
-    """1 where the number behind #### (or else the last one) is that of the answer, else 0."""
-    behind = lambda t: t.rpartition("####")[2]
-    return arithmetic(prompt, behind(text), behind(answer))
+    """1 where the number behind the first #### (or, without that mark, the last one) is that of the
+    answer, else 0."""
+    return same_number(core.gsm8k_answer(text), core.gsm8k_answer(answer))
 
 
 def open_reward(run):
@@ -473,12 +489,7 @@ def open_reward(run):
     if reward.endswith(".py"):
         raise UserError(f"--reward={reward}: expected {reward}:FUNCTION")
     if file.endswith(".py"):
-        if not os.path.isfile(file):
-            raise UserError(f"--reward={reward}: no such file")
-        space = runpy.run_path(file)
-        if not callable(space.get(name)):
-            raise UserError(f"--reward={reward}: no function {name!r} in it")
-        return space[name]
+        return open_function(file, name)
     judge, tok = core.load(reward, run.device)
     if judge.score is None or len(judge.labels) != 1:
         raise UserError(f"--reward={reward}: no reward model (--method=reward makes one)")
@@ -491,30 +502,95 @@ def open_reward(run):
     return score
 
 
+def open_function(file, name):
+    """The function of this name that a file of the user's defines, if it fits a reward."""
+    if not os.path.isfile(file):
+        raise UserError(f"--reward={reward}: no such file")
+    try:
+        function = runpy.run_path(file).get(name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward={reward}: {blame(error, file)}") from None
+    if not callable(function):
+        raise UserError(f"--reward={reward}: no function {name!r} in it")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"--reward={reward}: an async function: expected a plain one")
+    with contextlib.suppress(ValueError):  # some that are written in C tell no signature
+        try:
+            inspect.signature(function).bind([], "", "")
+        except TypeError as error:
+            why = f"it cannot be called as {name}(messages, text, answer): {error}"
+            raise UserError(f"--reward={reward}: {why}") from None
+    return function
+
+
+def blame(error, file):
+    """One line on an exception: its kind, what it says, and the last line of `file` it came by."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    place = f" (line {lines[-1]})" if lines else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{place}"
+
+
+def score_of(judge, prompt, text):
+    """The reward of an answer to a prompt: a finite number, or a line that says what it was."""
+    row = f"for {prompt.get('row', 'a prompt')}, where the model says {short(text)}"
+    try:
+        value = judge(prompt["messages"], text, prompt["answer"])
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        file = reward.rpartition(":")[0]
+        raise UserError(f"--reward={reward}: {blame(error, file)}, {row}") from None
+    number = to_float(value)
+    if not abs(number) <= core.LARGEST:  # NaN is not, nor what float32 has no place for
+        raise UserError(f"--reward={reward}: {short(value)} {row}: expected a finite number")
+    return number
+
+
+def to_float(value):
+    """A number of Python's, numpy's or torch's as a float; NaN of anything else."""
+    if inspect.iscoroutine(value):
+        value.close()  # or Python would warn that nobody has awaited it
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, numbers.Number) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # of several elements, complex
+        return math.nan
+
+
+def short(value):
+    """A value as a line shows it."""
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"
+
+
 def roll_out(net, tok, prompts, judge, seed, cast, n=1):
     """Sample n answers to each prompt: examples with inputs, targets (-100 on the prompt), a
     reward, and the number of the prompt."""
     many = [p for p in prompts for _ in range(n)]
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    # As in the evaluation: an answer ends where the model asks itself the next question.
+    how["stop"] = core.GSM8K_STOP if reward == "gsm8k" else ()
     with cast:
         made = core.generate(net, tok, [p["ids"] for p in many], **how)
     examples = []
     for i, (p, g) in enumerate(zip(many, made)):
         whole = p["ids"] + g.ids
         targets = [-100] * (len(p["ids"]) - 1) + g.ids
-        score = float(judge(p["messages"], g.text, p["answer"]))
+        score = score_of(judge, p, g.text)
         examples.append({"ids": whole[:-1], "targets": targets, "reward": score, "group": i // n})
     return examples
 
 
 def group_advantages(rewards, groups):
-    """(N,) float: each reward less its group's mean, over its deviation (Shao et al. 2024)."""
-    rewards, groups = torch.tensor(rewards), torch.tensor(groups)
+    """(N,) float: each reward less its group's mean, over its deviation (Shao et al. 2024); exactly
+    0 in a group of equal rewards, which says nothing."""
+    rewards, groups = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
     out = torch.zeros_like(rewards)
     for g in groups.unique():
-        mine = rewards[groups == g]
-        out[groups == g] = (mine - mine.mean()) / (mine.std(unbiased=False) + 1e-4)
-    return out
+        group = rewards[groups == g]
+        if group.min() < group.max():  # else the mean's rounding would count as a difference
+            out[groups == g] = (group - group.mean()) / (group.std(unbiased=False) + 1e-4)
+    return out.float()
 
 
 def gae(rewards, values):
@@ -572,12 +648,14 @@ def judge_samples(run, net, reference, examples, cast):
         e["advantage"] = gae(rewards, e["value"])
         e["return"] = e["advantage"] + e["value"]
     every = torch.cat([e["advantage"] for e in examples]) if examples else torch.zeros(0)
-    sums = Counter(n=len(every), a=float(every.sum()), square=float(every.square().sum()))
-    sums = summed(run, sums)
-    mean = sums["a"] / max(1, sums["n"])
-    spread = math.sqrt(max(sums["square"] / max(1, sums["n"]) - mean**2, 1e-8))
+    every = every.double()  # of large rewards that are nearly alike, float32 keeps no difference
+    sums = summed(run, Counter(n=len(every), a=float(every.sum())))
+    count = max(1, sums["n"])
+    mean = sums["a"] / count
+    square = summed(run, Counter(square=float((every - mean).square().sum())))["square"]
+    spread = math.sqrt(max(square / count, 1e-8))
     for e in examples:
-        e["advantage"] = (e["advantage"] - mean) / spread
+        e["advantage"] = ((e["advantage"].double() - mean) / spread).float()
 
 
 def rl_loss(net, group):
@@ -598,8 +676,8 @@ def rl_loss(net, group):
         value_loss = torch.max((value - goal) ** 2, (near - goal) ** 2)
         loss = loss + value_weight * 0.5 * value_loss
         stats |= {"value_loss": value_loss, "unexplained": (goal - before) ** 2}
-        stats |= {"return": goal, "return2": goal**2}
-    return loss.sum(), Counter({k: float(v.detach().float().sum()) for k, v in stats.items()})
+        stats |= {"return": goal, "return2": goal.double() ** 2}
+    return loss.sum(), Counter({k: float(v.detach().double().sum()) for k, v in stats.items()})
 
 
 LOSS = {"sft": sft_loss, "classify": classify_loss, "dpo": dpo, "reward": reward_loss}
@@ -784,10 +862,16 @@ def check_settings():
     for key, number in least.items():
         if globals()[key] < number:
             raise UserError(f"{key}={globals()[key]}: expected {number} or more")
-    if temperature <= 0:
-        raise UserError(f"temperature={temperature}: expected more than 0")
+    if not 1e-3 <= temperature < math.inf:  # below it the samples of a prompt are all the same
+        raise UserError(f"temperature={temperature}: expected 0.001 or more")
     if adapt == "prompt" and (weight_decay or template or method in ("classify", "reward", "ppo")):
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
+    if merge not in (False, True, "quantized"):
+        raise UserError(f"--merge={merge}: expected nothing behind it, or quantized")
+    if merge and adapt not in ("lora", "qlora"):
+        raise UserError(f"--merge: there is no adapter to merge of --adapt={adapt}")
+    if merge == "quantized" and adapt != "qlora":
+        raise UserError("--merge=quantized: only qlora has weights in 4 bits")
     for key in ("max_steps", "max_epochs"):
         if globals()[key] is not None and globals()[key] <= 0:
             raise UserError(f"{key}={globals()[key]}: expected more than 0, or none")
@@ -817,6 +901,7 @@ def made_by():
     """What a resumed run must have in common with its first part."""
     aside = ("init_from", "overwrite", "device", "max_steps", "max_epochs", "eval_every")
     aside += ("save_every", "check_memorized", "micro_tokens", "early_stopping", "eval_examples")
+    aside += ("merge",)
     return {k: v for k, v in settings(globals()).items() if k not in aside}
 
 
@@ -953,6 +1038,23 @@ def write(folder, run, net, tok, step):
     elif run.main:
         save_adapter(folder, net, tok)
     net.score = head
+
+
+def finish_adapter(out, net, tok, step, say):
+    """Write merged/ if asked for, and say on which weights each folder stands: qlora has learned on
+    4 bits, while a reader of its adapter adds it to the weights that these were made of."""
+    full, packed = f"the weights of {model}", f"the 4 bits of {model} that it was trained on"
+    net.score = None if method == "ppo" else net.score
+    if net.score is None:
+        say(f"adapter: {out}, which opens on {full}")
+    else:
+        say(f"plain folder: {out}, merged into {packed if adapt == 'qlora' else full}")
+    if not merge:
+        return
+    if adapt == "qlora" and merge != "quantized":
+        unquantize(net)
+    core.save(out / "merged", merged(net).eval(), tok, step)
+    say(f"merged: {out / 'merged'}, into {packed if merge == 'quantized' else full}")
 
 
 def open_log(out, step):
@@ -1113,7 +1215,13 @@ def main():
         places = [divmod(i, len(train)) for i in places]
         mine = [train[order_of(epoch, len(train))[i]] for epoch, i in places]
         draw = (seed * 1_000_003 + step) * run.world + run.rank
-        figures, norm = reinforce(mine, draw) if judge else update(mine)
+        try:
+            figures, norm = reinforce(mine, draw) if judge else update(mine)
+        except UserError:  # of a reward; nothing has been learned from these samples yet
+            if done["step"]:
+                save()
+                say(f"saved at step {done['step']}; --init_from=resume goes on")
+            raise
         done["step"] = step = step + 1
         row = {"step": step} | figures | {"lr": rate, "grad_norm": norm}
         row["dt"] = time.monotonic() - tick
@@ -1140,10 +1248,6 @@ def main():
         say(f"stopped at step {done['step']} and saved; --init_from=resume goes on")
         summed(run, Counter(saved=1))  # all wait, or the launcher would end the save
         return 128 + (caught or [signal.SIGTERM])[0]
-    if merge and adapt in ("lora", "qlora") and run.main:
-        net.score = None if method == "ppo" else net.score
-        core.save(out / "merged", merged(net).eval(), tok, done["step"])
-        say(f"merged: {out / 'merged'}")
     if method == "classify" and val:
         say(confusion(net.guesses, net.labels))
     if method == "sft" and check_memorized and run.main:
@@ -1163,6 +1267,8 @@ def main():
         if len(set(sums)) > 1:
             raise UserError(f"the processes' weights have come apart: {sums}")
         say(f"weights: equal on {run.world} processes")
+    if run.main and adapt in ("lora", "qlora"):
+        finish_adapter(out, net, tok, done["step"], say)
     for key, value in row.items():
         say(f"{key}: {value:.6g}")
     if run.world > 1:

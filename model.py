@@ -28,6 +28,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime
+from decimal import Decimal
 from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, takewhile
@@ -462,7 +463,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer of 1 byte or half of one a weight, for inference. int8: codes (out, in) and a
     scale a row, its largest weight over 127. int4: two codes a byte (out, in / 2), and for
     each group of 64 in a row a step and a middle (out, in / 64, 2), by which its minimum and its
-    maximum are kept: a weight is (code - 8) step + middle. Rows are padded to whole groups."""
+    maximum are kept: a weight is (code - 8) step + middle. Rows are padded to whole groups. A
+    weight of zero, which pruning makes, stays exactly zero in both."""
 
     def __init__(self, layer, kind):
         super().__init__()
@@ -472,10 +474,16 @@ class QuantizedLinear(nn.Module):
             scale = (w.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # as the product takes it
             codes = (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         else:
-            groups = F.pad(w, (0, -w.shape[1] % 64)).unflatten(1, (-1, 64))
+            padding = (0, -w.shape[1] % 64)
+            groups = F.pad(w, padding).unflatten(1, (-1, 64))
+            has_zero = F.pad(w == 0, padding).unflatten(1, (-1, 64)).any(2)
             low, high = groups.amin(2), groups.amax(2)
-            step = ((high - low) / 15).clamp(min=1e-30).bfloat16()
-            scale = torch.stack((step, (low + 8 * step.float()).bfloat16()), 2)
+            step = ((high - low) / 15).clamp(min=1e-30)
+            step = step.bfloat16().where(~has_zero, few_bits(step))
+            middle = low + 8 * step.float()
+            # Where a weight is zero, so is a level: the middle is a whole number of steps.
+            whole = (middle / step.float()).round().clamp(-7, 8) * step.float()
+            scale = torch.stack((step, middle.where(~has_zero, whole).bfloat16()), 2)
             codes = (groups - scale[..., 1:].float()) / step.float()[..., None] + 8
             codes = codes.round().clamp(0, 15).to(torch.uint8).flatten(1)
             codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -485,6 +493,13 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         return quantized_product(x, self.weight, self.scale, self.bias)
+
+
+def few_bits(step):
+    """Positive steps as bfloat16, rounded up to 5 bits: the product of one and a whole number below
+    8 has no more than bfloat16's 8 bits, so that it is exact."""
+    fraction, exponent = torch.frexp(step)  # from 1/2 to 1
+    return torch.ldexp((fraction * 32).ceil() / 32, exponent).bfloat16()
 
 
 def unpack_int4(codes):
@@ -994,12 +1009,17 @@ class Row:
             self.emit(piece)
 
 
+LARGEST = torch.finfo(torch.float32).max
+GREEDY = 1e-20  # below it a temperature counts as 0: what it divides would overflow float32
+
+
 def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
     """Logits (B, V), lower where a token is `seen` (B, V) bool (Keskar et al. 2019), and by how
     often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
     penalty is a number, or (B, 1)."""
     lower = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(seen, lower, logits)
+    lower = lower.clamp(-LARGEST, LARGEST)  # an infinite logit would make every chance NaN
+    logits = torch.where(seen & (logits > -math.inf), lower, logits)
     return logits - presence * (counts > 0) - frequency * counts
 
 
@@ -1007,17 +1027,20 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
     no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
     et al. 2024) filter in this order, as in transformers. Each is a number, or a list with one for
-    each row; temperature 0 takes the likeliest."""
+    each row; temperature 0, or below GREEDY, takes the likeliest."""
     host = [torch.tensor(o, dtype=torch.float32) for o in (temperature, top_k, top_p, min_p)]
     host = [o.expand(len(logits))[:, None] for o in host]  # on the host, which waits for no device
+    host[0] = host[0].where(host[0] >= GREEDY, 0.0)
     if not host[0].any():
         return logits.argmax(-1)
     temperature, top_k, top_p, min_p = (o.to(logits.device) for o in host)
-    scaled = logits / temperature.where(temperature > 0, 1.0)
+    # The likeliest becomes 0, so that no quotient is beyond float32 but by being very unlikely.
+    scaled = logits - logits.amax(-1, keepdim=True)
+    scaled = scaled / temperature.where(temperature > 0, 1.0)
     if k := min(int(host[1].max()), logits.shape[-1]):
-        best = scaled.topk(k).values
+        best = logits.topk(k).values
         kth = best.gather(1, top_k.long().clamp(1, k) - 1)
-        scaled = scaled.masked_fill((scaled < kth) & (top_k > 0), -math.inf)
+        scaled = scaled.masked_fill((logits < kth) & (top_k > 0), -math.inf)
     probs = scaled.softmax(-1)
     some = (host[2][:, 0] < 1).nonzero()[:, 0].to(logits.device)  # to sort is slow
     if len(some):
@@ -1030,6 +1053,25 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     mass = probs.cumsum(-1)
     drawn = (mass <= uniform[:, None] * (1 - 2**-20) * mass[:, -1:]).sum(-1)
     return drawn.where(temperature[:, 0] > 0, logits.argmax(-1))
+
+
+SAMPLING = {  # what `generate` takes: (least, most)
+    "temperature": (0, LARGEST),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-6, 1e6),
+    "num_beams": (1, math.inf),
+}
+
+
+def check_sampling(**options):
+    """Refuse an option of `generate` that is beyond its range, or no number."""
+    for name, value in options.items():
+        least, most = SAMPLING[name]
+        if not least <= value <= most:  # NaN is neither
+            limits = f"from {least} to {most}" if most < LARGEST else f"{least} or more, and finite"
+            raise UserError(f"{name}={value!r}: expected a number {limits}")
 
 
 def draws(seed, i, n):
@@ -1047,6 +1089,8 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, i) alone.
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
+    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
     stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
     prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
     n_ctx, rows = net.config.n_ctx, []
@@ -1063,7 +1107,6 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
                     row.take(token, logprob)
         else:
-            filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]
 
@@ -1130,28 +1173,73 @@ def prefill(net, tok, prompts, max_len):
 
 def beam_search(net, tok, prompt, limit, num_beams):
     """(ids, logprobs) of the continuation with the best mean log p per token that a search of this
-    width finds in `limit` tokens, or until num_beams continuations have ended."""
+    width finds in `limit` tokens, or until num_beams continuations have ended: transformers' search
+    with early_stopping and a length_penalty of 1."""
     logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
     beams, ended = [([], [])], []  # (ids, logprobs) of each
+    # So many candidates that, whichever of them end, num_beams are left to go on with.
+    width = num_beams * max(2, 1 + len(set(tok.eos_ids)))
     for t in range(limit):
         chances = logits.log_softmax(-1)
         totals = chances + torch.tensor([[sum(lp)] for _, lp in beams], device=logits.device)
-        best = totals.flatten().topk(min(2 * num_beams, totals.numel())).indices.tolist()
+        best = totals.flatten().topk(min(width, totals.numel())).indices.tolist()
         grown = []
-        for row, token in (divmod(b, totals.shape[1]) for b in best):
-            beam = (beams[row][0] + [token], beams[row][1] + [chances[row, token].item()])
-            if token in tok.eos_ids:
+        for rank, place in enumerate(best):
+            row, token = divmod(place, totals.shape[1])
+            ids, logprobs = beams[row]
+            beam = (ids + [token], logprobs + [chances[row, token].item()])
+            if not math.isfinite(beam[1][-1]):  # padding of the vocabulary
+                continue
+            last = token in tok.eos_ids or t + 1 == limit
+            if last and rank < num_beams:  # an end that ranks lower is not one of the search's
                 ended.append(beam)
-            elif len(grown) < num_beams and math.isfinite(beam[1][-1]):
+            elif not last and len(grown) < num_beams:
                 grown.append((row, beam))
         beams = [beam for _, beam in grown]
-        if len(ended) >= num_beams or not beams or t + 1 == limit:
+        if len(ended) >= num_beams or not beams:
             break
         cache.reorder(torch.tensor([row for row, _ in grown], device=logits.device))
         tokens = torch.tensor([ids[-1] for ids, _ in beams], device=logits.device)
         logits = feed(net, tok, cache, tokens[:, None])
-    candidates = ended if len(ended) >= num_beams else ended + beams
-    return max(candidates, key=lambda beam: sum(beam[1]) / len(beam[1]))
+    if not ended:
+        raise UserError("no beam search: the model's probabilities are not numbers")
+    return max(ended, key=lambda beam: sum(beam[1]) / len(beam[1]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers that are a number, as GSM8K's (Cobbe et al. 2021), for a reward and for an evaluation
+
+NUMBER = r"\d[\d,]*(?:\.\d+)?|\.\d+"
+MINUS = "\N{MINUS SIGN}"  # U+2212, which models write as often as the hyphen
+GSM8K_STOP = ["Question:", "</s>", "<|im_end|>"]  # where an answer ends: lm-eval's
+
+
+def to_number(sign, digits):
+    """The exact value of a sign ("", -, + or MINUS) and digits with commas."""
+    value = Decimal(digits.replace(",", ""))
+    return -value if sign in ("-", MINUS) else value
+
+
+def last_number(text):
+    """The last number of a text as a Decimal, or None."""
+    numbers = re.findall(rf"([-{MINUS}]?)\$?({NUMBER})", text)
+    return to_number(*numbers[-1]) if numbers else None
+
+
+def marked_number(text):
+    """The number right behind the first #### that has one, as a Decimal, or None."""
+    sign, space = f"([-+{MINUS}]?)", r"[^\S\n]*"
+    match = re.search(rf"####{space}{sign}{space}\$?{space}{sign}({NUMBER})", text)
+    if match is None:
+        return None
+    before_dollar, behind_dollar, digits = match.groups()
+    return to_number(before_dollar or behind_dollar, digits)
+
+
+def gsm8k_answer(text):
+    """The number that a GSM8K answer gives: the one behind its first ####, or the last one of a
+    text without that mark; None where there is none."""
+    return marked_number(text) if "####" in text else last_number(text)
 
 
 # --------------------------------------------------------------------------------------------------

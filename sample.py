@@ -163,9 +163,9 @@ def main():
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     run = core.setup(device)
     kind, _ = core.choose_dtype(run.device, dtype)
-    if num_samples < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
-        limits = "num_samples >= 1, temperature, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1"
-        raise UserError(f"expected {limits}")
+    if num_samples < 1:
+        raise UserError(f"num_samples={num_samples}: expected 1 or more")
+    core.check_sampling(**{name: globals()[name] for name in core.SAMPLING})
     if not all(isinstance(text, str) and text for text in stop or []):
         raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
     net, tok = core.load(model, run.device, kind, quantize)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +84,51 @@ def run_forked(cwd, script, args, stdin, processes):
     out, err = streams[1].read(), streams[2].read()
     failed = [process.exitcode for process in forks if process.exitcode]
     return SimpleNamespace(returncode=[*failed, 0][0], stdout=out, stderr=err)
+
+
+KILLED = """
+import os, runpy, signal, sys
+_, script, ending, times, *args = sys.argv
+times, calls, rename = int(times), [], os.replace
+def kill():
+    calls.append(1)
+    if len(calls) == times:
+        os.kill(os.getpid(), signal.SIGKILL)
+def replace(a, b):
+    rename(a, b)
+    if str(b).endswith(ending):
+        kill()
+os.replace = replace
+if ending == "step":
+    from torch.optim import AdamW
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+    register_optimizer_step_post_hook(lambda o, *_: isinstance(o, AdamW) and kill())
+sys.argv = [script, *args]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run_killed(cwd, script, *args, ending, times=1):
+    """`python script.py args` in a process that kills itself (SIGKILL): when it has renamed a file
+    to a name with this ending, or after a `step` of AdamW, so many times. A busy machine moves
+    neither, as it would a kill from without."""
+    words = [str(ROOT / script), ending, str(times), *map(str, args)]
+    command = [sys.executable, "-c", KILLED, *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, (done.returncode, done.stdout, done.stderr)
+
+
+def stalled(ending):
+    """A function that makes this process and its forks wait for ever before they rename a file to
+    a name with this ending, so that whoever wants to kill them in their work comes in time."""
+    rename = os.replace
+
+    def replace(a, b):
+        while str(b).endswith(ending):
+            signal.pause()
+        rename(a, b)
+
+    return lambda: setattr(os, "replace", replace)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -147,7 +148,9 @@ def test_a_load_is_what_the_server_counts(tmp_path):
     config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
     model.save(tmp_path / "out" / "tiny", model.GPT(config), prepare.bpe_tokenizer([]))
     with served(tmp_path) as site:
+        begun = time.monotonic()
         done = run(tmp_path, "bench.py", "--device=cpu", f"--serve={site.url}/", "--clients=1,20")
+        whole = time.monotonic() - begun  # with what warms up
         asked = site.metric('requests_total{path="/v1/completions",status="200"}')
         names = ("prompt_tokens_total", "generated_tokens_total", "first_token_seconds_count")
         prompts, made, firsts = map(site.metric, names)
@@ -159,7 +162,7 @@ def test_a_load_is_what_the_server_counts(tmp_path):
     assert asked == firsts == sent + 2  # one warms up for each row
     assert made == sum(row["tokens"] for row in rows) + 2 * 64 == asked + gaps
     assert 32 <= (prompts - 2 * 32) / sent <= 96
-    assert seconds < 1.1 * sum(row["clients"] * row["seconds"] for row in rows) + 2
+    assert seconds < 1.1 * sum(row["clients"] * row["seconds"] for row in rows) + whole
     for row, line in zip(rows, printed):
         assert row["tokens"] == 64 * row["requests"]
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"], 1e-4)

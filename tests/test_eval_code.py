@@ -31,7 +31,7 @@ def holes():
 def run(holes):
     """run_program where the sandbox is complete; elsewhere a test that it is refused."""
 
-    def run(source, timeout=10, **settings):
+    def run(source, timeout=100, **settings):  # no honest program waits for it, however busy
         if holes:
             with pytest.raises(UserError, match="allow_weak_sandbox"):
                 ev.run_program(source, timeout, **settings)
@@ -265,7 +265,7 @@ assert libc.prctl(38, long(1), long(0), long(0), long(0)) == 0
 filter = struct.pack("@HP", 4, ctypes.addressof(code))
 assert libc.prctl(22, long(2), filter, long(0), long(0)) == 0
 import eval as ev
-print(ev.run_program("1", weak=True), ev.run_program("import os; os.fork()", weak=True))
+print(*[ev.run_program(source, 100, weak=True) for source in ("1", "import os; os.fork()")])
 ev.allow_code_exec = True
 try:
     ev.require_sandbox()
@@ -287,7 +287,7 @@ ev.run_program("1")
 def test_humaneval(holes):
     rows = [json.loads(line) for line in HUMANEVAL.read_text(encoding="utf-8").splitlines()]
     right = [ev.humaneval_program(row, row["canonical_solution"]) for row in rows]
-    assert ev.run_programs(right, weak=bool(holes)) == ["passed"] * 164
+    assert ev.run_programs(right, timeout=100, weak=bool(holes)) == ["passed"] * 164
     wrong = [ev.humaneval_program(row, "    return None\n") for row in rows[::2]]
     wrong += [ev.humaneval_program(row, "    pass\n") for row in rows[1::2]]
     assert "passed" not in ev.run_programs(wrong, weak=bool(holes))
@@ -299,7 +299,7 @@ def test_humaneval_program_ends_at_a_stop():
     assert ev.humaneval_program(row, answer) == (
         "def f():\n    return 1\n\ndef check(f):\n    assert f() == 1\ncheck(f)\n"
     )
-    assert ev.run_program(ev.humaneval_program(row, answer), weak=True) == "passed"
+    assert ev.run_program(ev.humaneval_program(row, answer), timeout=100, weak=True) == "passed"
 
 
 def test_mbpp():
@@ -315,7 +315,7 @@ def test_mbpp():
     )
     for body, verdict in (("2 * x", "passed"), ("x", "failed: AssertionError:")):
         program = ev.mbpp_program(row, f"def d(x):\n    return {body}\n[DONE]\nnonsense(")
-        assert ev.run_program(program, weak=True) == verdict
+        assert ev.run_program(program, timeout=100, weak=True) == verdict
 
 
 def test_pass_at_k():
@@ -522,7 +522,7 @@ def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge, hol
     passed = [sample["verdicts"] == ["passed"] for sample in samples("humaneval")]
     for sample, row in zip(samples("humaneval"), rows["humaneval"]):
         program = ev.humaneval_program(row, sample["answers"][0])
-        assert [ev.run_program(program, weak=True)] == sample["verdicts"]
+        assert [ev.run_program(program, timeout=100, weak=True)] == sample["verdicts"]
     assert found["humaneval"]["pass@1"] == sum(passed) / 2
     strict = [ev.ifeval_verdicts(row, sample["answers"][0])[0]
               for row, sample in zip(rows["ifeval"], samples("ifeval"))]  # fmt: skip

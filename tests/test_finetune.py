@@ -3,16 +3,12 @@ and the commands from start to end."""
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import run, run_killed
 from test_model import QWEN3, make_net
 
 import finetune
@@ -330,16 +326,10 @@ def test_killed_and_resumed_is_never_stopped(tiny, more, tmp_path):
     args += [f"--model={tiny / 'out/tiny'}"]
     (tmp_path / "data").symlink_to(tiny / "data")
     run(tmp_path, "finetune.py", *args, "--max_steps=30", "--out_dir=whole")
-    command = [sys.executable, str(ROOT / "finetune.py"), *args, "--max_steps=30", "--out_dir=cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
-    state = tmp_path / "cut/state.pt"
-    while not state.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(state)["step"] < 30
-    run(tmp_path, "finetune.py", *args, "--max_steps=30", "--out_dir=cut", "--init_from=resume")
+    cut = [*args, "--max_steps=30", "--out_dir=cut"]
+    run_killed(tmp_path, "finetune.py", *cut, ending="cut/state.pt", times=3)
+    assert torch.load(tmp_path / "cut/state.pt")["step"] == 6
+    run(tmp_path, "finetune.py", *cut, "--init_from=resume")
     name = "adapter_model.safetensors" if "--method=lora" in more else "model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     strip = lambda rows: [{k: v for k, v in row.items() if k != "dt"} for row in rows]
@@ -348,7 +338,8 @@ def test_killed_and_resumed_is_never_stopped(tiny, more, tmp_path):
 
 @pytest.mark.parametrize("method", ["classify", "reward"])
 def test_a_score_opens_here_and_in_transformers(method, tiny):
-    tune(tiny, f"--method={method}", f"--out_dir=out/{method}")
+    done = tune(tiny, f"--method={method}", f"--out_dir=out/{method}")
+    assert done.stderr == ""  # torch warns where a number is taken from what has a gradient
     net, tok = model.load(tiny / "out" / method)
     assert len(net.labels) == len(net.score.weight) and (method == "reward") == (
         len(net.labels) == 1
@@ -370,6 +361,58 @@ def test_a_score_opens_here_and_in_transformers(method, tiny):
     shares = expected[0].softmax(0) if method == "classify" else expected[0]
     for label, share in zip(net.labels, shares.tolist()):
         assert float(shown[label]) == pytest.approx(share, abs=2e-3)
+
+
+def logits_of(folder, ids):
+    with torch.no_grad():
+        return model.load(folder)[0](ids)
+
+
+@pytest.mark.parametrize("method", ["sft", "classify"])
+def test_qlora_merges_into_the_full_weights_or_into_its_4_bits(method, tiny):
+    """The adapter's folder opens on the full weights, and so does merged/; with --merge=quantized
+    merged/ is the network that was trained: the same products on the weights in 4 bits."""
+    ids, nets, said = torch.randint(0, 200, (2, 9)), {}, {}
+    for merge in ("--merge", "--merge=quantized"):
+        out = f"out/{method}{merge.replace('=', '-')}"
+        args = [f"--method={method}", "--adapt=qlora", "--learning_rate=0.03", f"--out_dir={out}"]
+        said[merge] = tune(tiny, *args, merge).stdout
+        nets[merge] = model.load(tiny / out / "merged")[0]
+    full, packed = nets["--merge"].state_dict(), nets["--merge=quantized"].state_dict()
+    base = model.load(tiny / "out/tiny")[0]
+    adapted = [f"{name}_proj.weight" for name in "qkvo"]
+    for name, layer in base.named_modules():
+        weight = f"{name}.weight"
+        if not isinstance(layer, torch.nn.Linear) or not name.startswith("model."):
+            continue
+        rounding = finetune.NF4Linear(layer).weight - layer.weight
+        assert rounding.abs().max() > 1e-3
+        added = packed[weight] - full[weight]  # the same products are in both
+        torch.testing.assert_close(added, rounding, rtol=1e-4, atol=1e-6)
+        changed = (full[weight] - layer.weight).abs().max() > 1e-4
+        assert changed == any(weight.endswith(word) for word in adapted), name
+    assert "merged, into the weights of out/tiny\n" in said["--merge"]
+    assert "merged, into the 4 bits of out/tiny that it was" in said["--merge=quantized"]
+    with torch.no_grad():
+        same, other = (net.hidden(ids) for net in nets.values())
+        opened = model.load(tiny / f"out/{method}--merge")[0].hidden(ids)
+    if method == "sft":
+        assert "adapter: out/sft--merge, which opens on the weights of out/tiny" in said["--merge"]
+        torch.testing.assert_close(opened, same, rtol=1e-4, atol=1e-4)
+    else:  # a score has no place in an adapter's folder
+        assert nets["--merge"].labels == nets["--merge=quantized"].labels
+        assert "plain folder: out/classify--merge, merged into the 4 bits" in said["--merge"]
+        torch.testing.assert_close(opened, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_finished_run_is_merged_when_it_is_resumed(tiny):
+    args = ["--method=lora", "--out_dir=out/later", "--learning_rate=0.03"]
+    tune(tiny, *args)
+    assert not (tiny / "out/later/merged").exists()
+    tune(tiny, *args, "--merge", "--init_from=resume")
+    ids = torch.randint(0, 200, (2, 9))
+    merged, adapter = (logits_of(tiny / place, ids) for place in ("out/later/merged", "out/later"))
+    torch.testing.assert_close(merged, adapter, rtol=1e-4, atol=1e-4)
 
 
 def test_dpo_raises_the_margin(tiny):
@@ -449,6 +492,10 @@ BAD = [
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
     (["--batch_size=0"], "batch_size=0: expected 1 or more"),
     (["--max_steps=0"], "max_steps=0: expected more than 0, or none"),
+    (["--merge"], "--merge: there is no adapter to merge of --adapt=full"),
+    (["--method=qlora", "--merge=full"], "--merge=full: expected nothing behind it, or quantized"),
+    (["--method=lora", "--merge=quantized"], "--merge=quantized: only qlora has weights in 4 bits"),
+    (["--method=grpo", "--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--init_from=resume"], "out/new: no run to resume"),
     (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON: '{broken'"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),

@@ -1,7 +1,9 @@
 """model.py against independent references: naive loops, the papers' formulas, transformers."""
 
+import copy
 import json
 import math
+import random
 import re
 import shutil
 import struct
@@ -470,6 +472,119 @@ def test_a_wide_enough_beam_search_is_exhaustive(tok):
         stack += [(ids + [i], total + chances[i].item()) for i in range(7)]
     assert found.ids == best[1]
     assert sum(found.logprobs) / len(found.ids) == pytest.approx(best[0], abs=1e-5)
+
+
+def likely_ends(tok, **shape):
+    """A small random network of tok's vocabulary, of which some tokens are likely."""
+    net = make_net(vocab_size=tok.n_vocab, **shape)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.6 if p.ndim == 2 else 1)
+        net.lm_head.weight[[2, 3, 5, 7]] *= 2.5
+    return net
+
+
+def searches(tok, seed, count):
+    """(prompt, end tokens, limit, width) of some beam searches."""
+    draw = random.Random(seed)
+    for i in range(count):
+        prompt = draw.choices(range(tok.n_vocab), k=draw.randint(1, 12))
+        ends = [[2], [2, 5], [3, 7, 9, 11, 13], []][i % 4]
+        yield prompt, ends, draw.choice([1, 2, 3, 5, 8, 18]), draw.choice([2, 3, 4, 5, 8])
+
+
+@torch.no_grad()
+def naive_beam_search(net, prompt, ends, limit, width):
+    """Each step looks at all continuations of all beams. The best `width` that do not end go on; of
+    the best `width` of all, those that end are results, and the last step ends all."""
+    beams, results = [(0.0, [])], []
+    for step in range(1, limit + 1):
+        grown = []
+        for total, ids in beams:
+            chances = net(torch.tensor([prompt + ids]))[0, -1].double().log_softmax(-1)
+            grown += [(total + x, [*ids, i]) for i, x in enumerate(chances.tolist())]
+        grown.sort(reverse=True)
+        done = lambda ids: step == limit or ids[-1] in ends
+        results += [(total / step, ids) for total, ids in grown[:width] if done(ids)]
+        beams = [(total, ids) for total, ids in grown if not done(ids)][:width]
+        if len(results) >= width or not beams:
+            break
+    return max(results)[1]
+
+
+def test_beam_search_is_a_search_without_a_cache(tok):
+    net, reasons = likely_ends(tok, **QWEN3), set()
+    for prompt, ends, limit, width in searches(tok, 1, 24):
+        tok = copy.copy(tok)
+        tok.eos_ids = ends
+        [g] = model.generate(net, tok, [prompt], max_new_tokens=min(limit, 8), num_beams=width)
+        assert g.ids == naive_beam_search(net, prompt, ends, min(limit, 8), width)
+        reasons.add(g.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
+def test_beam_search_is_transformers_with_early_stopping(name, tok, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tok, net = copy.copy(tok), likely_ends(tok, **SHAPES[name])
+    model.save(tmp_path, net, tok)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    how = dict(do_sample=False, early_stopping=True, length_penalty=1.0, pad_token_id=0)
+    for prompt, ends, limit, width in searches(tok, name, 25):
+        tok.eos_ids = ends
+        [g] = model.generate(net, tok, [prompt], max_new_tokens=limit, num_beams=width)
+        ids = torch.tensor([prompt])
+        how |= dict(max_new_tokens=limit, num_beams=width, eos_token_id=ends or None)
+        [out] = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how).tolist()
+        assert out[len(prompt) :] == g.ids
+
+
+# What float32 cannot divide by: below its normal numbers, and where only the quotient is too large.
+COLD = [1e-46, 1e-45, 1e-42, 1e-40, 1e-38, 1e-37, 1e-30, 1e-21]
+
+
+@pytest.mark.parametrize("temperature", [*COLD, 1e-19, 1e-12])
+def test_a_temperature_next_to_nothing_is_greedy(temperature, tok):
+    logits = 20 * torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
+    logits[:, 35:] = -math.inf  # padding of the vocabulary
+    uniform, best = torch.rand(6), logits.argmax(-1)
+    for filters in ({}, dict(top_k=5), dict(top_p=0.5), dict(min_p=0.1), dict(top_p=0.0)):
+        drawn = model.choose_tokens(logits, uniform, temperature, **filters)
+        assert drawn.tolist() == best.tolist()
+    together = model.choose_tokens(logits, uniform, [temperature, 1.0] * 3)
+    warm = model.choose_tokens(logits, uniform, 1.0)
+    assert together[0::2].tolist() == best[0::2].tolist()
+    assert together[1::2].tolist() == warm[1::2].tolist()
+    net = make_net(**QWEN3)
+    how = dict(max_new_tokens=9)
+    [cold] = model.generate(net, tok, [[1, 2, 3]], temperature=temperature, **how)
+    [greedy] = model.generate(net, tok, [[1, 2, 3]], temperature=0, **how)
+    assert cold.ids == greedy.ids and len(set(cold.ids)) > 1
+
+
+def test_a_temperature_beyond_all_measure_draws_evenly():
+    logits = torch.tensor([[3.0, -200.0, 7.0, 0.0, -math.inf]]).expand(4000, -1)
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    counts = torch.bincount(model.choose_tokens(logits, uniform, 1e38), minlength=5)
+    assert counts.tolist() == [1000, 1000, 1000, 1000, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40, 0.7])
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_strongest_penalties_leave_a_distribution(penalty, temperature):
+    logits = torch.tensor([[-1e35, 2e35, 1.0, 0.0, -3.0, -math.inf]])
+    seen = torch.tensor([[True, True, True, False, True, True]])
+    likely = model.penalize(logits, seen, penalty)
+    assert not likely.isnan().any() and likely[0, -1] == -math.inf
+    drawn = model.choose_tokens(likely, torch.tensor([0.5]), temperature)
+    assert drawn.tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_sampling_by_no_number_is_refused(name, value, tok):
+    with pytest.raises(UserError, match=f"{name}={value!r}: expected a number "):
+        model.generate(make_net(**QWEN3), tok, [[1]], **{name: value})
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", *OURS])

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import run, stalled
 from test_prepare import (
     SHARED,
     documents_of,
@@ -859,34 +859,38 @@ def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):
     args = "--source=docs.jsonl", "--vocab_size=300", "--threads=1"
     done_well(prepare_py(tmp_path / "whole", *args))
     cwd = tmp_path / "killed"
-    process, *_ = start_py(cwd, *args)
-    work = cwd / "data/python/work"
-    finished = lambda: sorted(work.glob("*.json")) if work.exists() else []
-    while len(finished()) < 2:
-        assert process.is_alive()
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    rename, renamed = os.replace, tmp_path / "renamed"
+
+    def noting(last):
+        """Note each name that a file gets; and end without a word after this many parts."""
+
+        def replace(a, b):
+            rename(a, b)
+            with open(renamed, "a") as file:
+                print(Path(b).name, file=file)
+            if len(parts()) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace
+
+    parts = lambda: [line for line in renamed.read_bytes().splitlines() if b".json" in line]
+    killed = prepare_py(cwd, *args, before=lambda: noting(2))
+    assert killed.returncode == -signal.SIGKILL
     assert not (cwd / "data/python/meta.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in finished()}
+    finished = parts()
+    assert len(finished) == 2
+    renamed.write_text("")
     # The parts that were finished are not made again: each was once renamed to its name.
-    process, out, _ = start_py(cwd, *args)
-    after = {}
-    while process.is_alive():
-        for path in before:
-            try:
-                after[path] = path.stat().st_mtime_ns
-            except OSError:
-                pass
-        time.sleep(0.001)
-    assert process.exitcode == 0 and after == before
+    done_well(prepare_py(cwd, *args, before=lambda: noting(10**9)))
+    assert len(parts()) > 2 and not {*finished} & {*parts()}
     assert files(cwd / "data") == files(tmp_path / "whole/data")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="its /proc")
 def test_a_killed_worker_is_a_line(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", made_up_pages(9000, 200))
-    process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2")
+    args = "--source=docs.jsonl", "--threads=2"
+    process, _, err = start_py(tmp_path, *args, before=stalled(".json"))
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     while not (found := open(children).read().split()):
         time.sleep(0.001)
@@ -953,13 +957,40 @@ def test_a_part_without_documents_is_not_done_twice(tmp_path):
     assert [prepare.clean(tmp_path, unit) for _ in range(2)] == [0, 0]
 
 
-def test_a_part_is_found_in_time_that_grows_with_the_file(tmp_path):
-    (tmp_path / "f").write_bytes(b"x" * (40 << 20))
-    begun = time.monotonic()
-    ranges = [range(n << 20, (n + 1) << 20) for n in range(40)]
-    found = (prepare.read_parts(str(tmp_path / "f"), "mark", r.start, r.stop) for r in ranges)
-    assert [sum(map(len, parts)) for parts in found] == [40 << 20] + [0] * 39
-    assert time.monotonic() - begun < 2
+class Watched:
+    """A file that counts what may have been looked at: with each read, all from its beginning."""
+
+    looked = 0
+
+    def __init__(self, path, mode):
+        self.file, self.start = open(path, mode), 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *why):
+        self.file.close()
+
+    def seek(self, place):
+        self.start = place
+        return self.file.seek(place)
+
+    def read(self, *size):
+        data = self.file.read(*size)
+        Watched.looked += self.file.tell() - self.start
+        return data
+
+
+def test_a_part_is_found_by_work_that_grows_with_the_file(tmp_path, monkeypatch):
+    """Of files of one part, all ranges together look at each byte a few times, of 8 MB as of 64."""
+    monkeypatch.setattr(prepare, "open", Watched, raising=False)
+    for size in (8, 64):
+        (tmp_path / "f").write_bytes(b"x" * (size << 20))
+        Watched.looked = 0
+        ranges = [range(n << 20, (n + 1) << 20) for n in range(size)]
+        found = (prepare.read_parts(str(tmp_path / "f"), "mark", r.start, r.stop) for r in ranges)
+        assert [sum(map(len, parts)) for parts in found] == [size << 20] + [0] * (size - 1)
+        assert size << 20 <= Watched.looked <= 8 * size << 20
 
 
 def test_other_files_beside_the_source_are_another_run(tmp_path, monkeypatch):
@@ -1170,9 +1201,11 @@ def test_the_files_of_a_hub_data_set(monkeypatch):
 
 def test_ctrl_c_is_a_line(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", made_up_pages(9000, 200))
-    process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2", before=os.setsid)
+    stall = stalled(".json")
+    before = lambda: (os.setsid(), stall())
+    process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2", before=before)
     work = tmp_path / "data/python/work"
-    while not list(work.glob("*.txt")):
+    while len(list(work.glob("*.txt"))) < 2:  # both are past their start
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
     process.join()

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import pytest
 import regex
 import tiktoken
-from conftest import ROOT, run
+from conftest import ROOT, run, stalled
 
 import model
 import prepare
@@ -818,7 +818,7 @@ def test_killed_while_writing_it_leaves_the_old_data(tmp_path, monkeypatch):
     done_well(prepare_py(tmp_path, "--source=old.jsonl", "--dataset=d", "--tokenizer=byte"))
     old = files(tmp_path / "data" / "d")
     args = "--source=new.txt", "--dataset=d", "--tokenizer=byte", "--threads=1"
-    process, *_ = start_py(tmp_path, *args)
+    process, *_ = start_py(tmp_path, *args, before=stalled(".json"))
     part = tmp_path / "data" / "d" / "work"
     while not part.exists():
         assert process.is_alive()

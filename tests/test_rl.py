@@ -3,17 +3,18 @@ what is learned from it, and rewards that rise."""
 
 import json
 import math
-import subprocess
-import sys
-import time
+import random
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import run, run_killed
 from test_finetune import net_for, talk
 from test_model import QWEN3, make_net
 
+import eval as evaluation
 import finetune
 import model
 from model import UserError
@@ -41,6 +42,34 @@ def test_group_advantages_are_within_each_group():
         deviation = math.sqrt(sum((r - mean) ** 2 for r in mine) / len(mine))
         assert float(got) == pytest.approx((reward - mean) / (deviation + 1e-4), abs=1e-5)
     assert len(finetune.group_advantages([], [])) == 0  # a process may have no sample
+
+
+@pytest.mark.parametrize("reward", [12345.67, 0.1, -1e30, 3e38, 1 / 3, 0.0])
+def test_equal_rewards_say_nothing_whatever_the_size_of_the_group(reward):
+    sizes = [2, 3, 5, 7, 11, 100]
+    groups = [i for i, size in enumerate(sizes) for _ in range(size)]
+    advantages = finetune.group_advantages([reward] * len(groups), groups)
+    assert advantages.dtype == torch.float32 and advantages.tolist() == [0.0] * len(groups)
+    other = finetune.group_advantages([reward] * 6 + [reward + abs(reward) + 1], [0] * 7)
+    assert other.tolist() == pytest.approx([-(6**-0.5)] * 6 + [6**0.5], abs=1e-3)
+
+
+def test_whitened_advantages_of_large_rewards_that_are_alike(tok, monkeypatch):
+    """7 answers of one token with rewards around 12345: float32 sums of squares lose it all."""
+    net = net_for(tok).eval()
+    net.n_vocab = tok.n_vocab
+    net.set_score(["value"])
+    torch.nn.init.zeros_(net.score.weight)
+    options(monkeypatch, method="ppo")
+    cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
+    alike, various = [12345.5] * 7, [12345.5, 12345.0, 12345.25, 12346.0, 12345.5, 12345.5, 12344.0]
+    for rewards in (alike, various):
+        group = [{"ids": [1], "targets": [2], "reward": reward} for reward in rewards]
+        finetune.judge_samples(SimpleNamespace(world=1), net, None, group, cast)
+        got = [float(e["advantage"]) for e in group]
+        mean = sum(rewards) / 7
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 7) or 1.0
+        assert got == pytest.approx([(r - mean) / deviation for r in rewards], abs=1e-4)
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])
@@ -152,7 +181,30 @@ CASES = [
     ("gsm8k", "3 + 4 = 7\n#### 7", "so\n#### 7", 1),
     ("gsm8k", "#### 8 apples", "#### 7", 0),
     ("gsm8k", "so it is 7", "4 + 3\n#### 7", 1),
-    ("gsm8k", "#### 7 and then 9", "#### 7", 0),
+    ("gsm8k", "#### 7 and then 9", "#### 7", 1),
+    ("gsm8k", "#### 42 apples in 3 boxes", "#### 42", 1),
+    ("gsm8k", "6 * 7 = 42\n#### 42\n\nQuestion: 3 + 3?\nAnswer: 6\n#### 6", "#### 42", 1),
+    ("gsm8k", "6 * 7 = 42\n#### 42\n\nQuestion: 3 + 3?\nAnswer: 6\n#### 6", "#### 6", 0),
+    ("gsm8k", "#### 42", "so\n#### 42 apples\nor\n#### 3", 1),
+    ("gsm8k", "#### -42", "#### -42", 1),
+    ("gsm8k", "#### -42", "#### 42", 0),
+    ("gsm8k", "#### \u221242", "#### -42", 1),
+    ("gsm8k", "#### \u221242", "#### 42", 0),
+    ("gsm8k", "#### +42", "#### 42", 1),
+    ("gsm8k", "#### $1,234", "#### 1234", 1),
+    ("gsm8k", "#### -$5", "#### $-5", 1),
+    ("gsm8k", "#### 1234.", "#### 1,234", 1),
+    ("gsm8k", "#### 4.50", "#### 4.5", 1),
+    ("gsm8k", "#### 4.5", "#### 4", 0),
+    ("gsm8k", "#### .5", "#### 0.5", 1),
+    ("gsm8k", "####42", "#### 42", 1),
+    ("gsm8k", "#### 12345678901234567890", "#### 12345678901234567891", 0),
+    ("gsm8k", "the answer is 42 ####", "#### 42", 0),
+    ("gsm8k", "####\n42", "#### 42", 0),  # the next line is no part of the answer
+    ("gsm8k", "#### none", "#### none", 0),
+    ("gsm8k", "", "#### 42", 0),
+    ("arithmetic", "so 5 - 8 = \u22123", "-3", 1),
+    ("arithmetic", "that is $.50", "0.5", 1),
     ("overlap", "the cat", "the cat", 1),
     ("overlap", "The dog", "the cat", 0.5),
     ("overlap", "the the the the", "the cat", 1 / 3),
@@ -165,6 +217,27 @@ CASES = [
 def test_rewards(name, text, answer, expected, monkeypatch):
     options(monkeypatch, reward=name)
     assert finetune.open_reward(None)([], text, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text, answer, expected", [c[1:] for c in CASES if c[0] == "gsm8k"])
+def test_the_evaluation_judges_gsm8k_as_the_reward_does(text, answer, expected):
+    [strict, _] = evaluation.judge_gsm8k({"answer": answer}, [text]).values()
+    assert strict == (expected if "####" in text else 0)
+
+
+def test_gsm8ks_strict_match_finds_what_lm_eval_finds():
+    """Its pattern, on answers of the form that the data set has."""
+    draw = random.Random(0)
+    for _ in range(300):
+        number = draw.choice(["7", "-12", "1,234", "3.25", "90"])
+        text = draw.choice(["so 5 is it\n", "", "#### ", "1 + 1\n\n"]) + f"#### {number}"
+        ends = ["", ".", " apples", "\n\nQuestion: 2\n#### 2", " in 3 boxes", " #### 8"]
+        text += draw.choice(ends)
+        [found, *_] = re.findall(r"#### (\-?[0-9\.\,]+)", text)  # gsm8k.yaml, strict-match
+        plain = found.replace(",", "").removesuffix(".")
+        for right in (plain, "8"):
+            verdict = evaluation.judge_gsm8k({"answer": f"a\n#### {right}"}, [text])
+            assert verdict["strict_match"] == (plain == right)
 
 
 def test_a_reward_is_a_function_of_a_file(tmp_path, monkeypatch):
@@ -182,6 +255,103 @@ def test_a_reward_is_a_function_of_a_file(tmp_path, monkeypatch):
     options(monkeypatch, reward=f"{tmp_path}/none.py:f")
     with pytest.raises(UserError, match="no such file"):
         finetune.open_reward(None)
+
+
+HEAD = "import numpy as np, torch, decimal, functools\n"
+NUMBERS = {  # what a function may return, and the reward that it is
+    "1": 1.0,
+    "0.25": 0.25,
+    "True": 1.0,
+    "False": 0.0,
+    "np.float32(0.5)": 0.5,
+    "np.int64(-3)": -3.0,
+    "np.bool_(True)": 1.0,
+    "np.array(2)": 2.0,
+    "np.array([2])": 2.0,
+    "torch.tensor(0.5)": 0.5,
+    "torch.tensor([7])": 7.0,
+    "torch.tensor(0.5, requires_grad=True)": 0.5,
+    "decimal.Decimal('0.5')": 0.5,
+}
+NO_NUMBERS = ["None", "float('nan')", "float('inf')", "-float('inf')", "1e39", "10**400", "'1'"]
+NO_NUMBERS += ["b'1'", "[1.0]", "{}", "(1,)", "1j", "np.float64('nan')", "np.array([1, 2])"]
+NO_NUMBERS += ["torch.tensor([1.0, 2.0])", "torch.tensor(float('nan'))", "np.str_('1')"]
+NO_NUMBERS += ["print", "(x for x in [1])", "wait()"]
+
+
+def reward_of(folder, monkeypatch, code):
+    """The function `f` of a file with this code, opened as a reward, and a prompt to ask it of."""
+    (folder / "r.py").write_text(code)
+    options(monkeypatch, reward=f"{folder}/r.py:f")
+    return finetune.open_reward(None), {"messages": [], "answer": "", "row": "train.jsonl:3"}
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, *NO_NUMBERS])
+@pytest.mark.filterwarnings("error")
+def test_a_reward_is_a_finite_number(value, tmp_path, monkeypatch):
+    code = f"{HEAD}async def wait(): pass\ndef f(messages, text, answer):\n    return {value}\n"
+    judge, prompt = reward_of(tmp_path, monkeypatch, code)
+    if value in NUMBERS:
+        got = finetune.score_of(judge, prompt, "text")
+        assert type(got) is float and got == NUMBERS[value]
+        return
+    with pytest.raises(UserError) as refusal:
+        finetune.score_of(judge, prompt, "text")
+    said = str(refusal.value)
+    shown = repr(eval(value, {"np": np, "torch": torch, "wait": lambda: 0}))[:12]
+    assert "r.py:f: " in said and "train.jsonl:3" in said and "finite number" in said
+    assert (shown in said or value in ("wait()",)) and "\n" not in said and len(said) < 400
+
+
+RAISES = {
+    "raise KeyError('no answer')": "KeyError: 'no answer' (line 3)",
+    "return helper(text)": "ZeroDivisionError: division by zero (line 5)",
+    "raise SystemExit(3)": "SystemExit: 3 (line 3)",
+    "assert text == 1, 'not\\nequal'": "AssertionError: not equal (line 3)",
+    "return f(messages, text, answer)": "RecursionError: ",
+}
+
+
+@pytest.mark.parametrize("body", RAISES)
+def test_a_reward_that_raises_is_a_line(body, tmp_path, monkeypatch):
+    code = f"{HEAD}def f(messages, text, answer):\n    {body}\n"
+    code += "def helper(text):\n    return 1 / 0\n"
+    judge, prompt = reward_of(tmp_path, monkeypatch, code)
+    with pytest.raises(UserError) as refusal:
+        finetune.score_of(judge, prompt, "text")
+    said = str(refusal.value)
+    assert all(part in said for part in ("r.py:f: ", RAISES[body], "train.jsonl:3", "'text'"))
+    assert "\n" not in said
+
+
+MISFITS = {
+    "async def f(messages, text, answer): return 1": "an async function",
+    "f = functools.partial(lambda a, b: 1, 2)": "cannot be called as f(messages, text, answer)",
+    "def f(text): return 1": "cannot be called as f(messages, text, answer): too many positional",
+    "def f(a, b, c, d): return 1": "missing a required argument: 'd'",
+    "def f(*, messages, text, answer): return 1": "cannot be called as f(messages, text, answer)",
+    "f = 5": "no function 'f' in it",
+    "g = 5": "no function 'f' in it",
+    "def f(:": "SyntaxError: ",
+    "import nothing_of_this_name": "ModuleNotFoundError: No module named 'nothing_of_this_name'",
+    "raise SystemExit('later')": "SystemExit: later (line 2)",
+}
+
+
+@pytest.mark.parametrize("code", MISFITS)
+def test_a_function_that_is_no_reward_is_refused_before_the_run(code, tmp_path, monkeypatch):
+    with pytest.raises(UserError) as refusal:
+        reward_of(tmp_path, monkeypatch, HEAD + code + "\n")
+    assert MISFITS[code] in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+FITTING = ["def f(messages, text, answer, more=1): return 1", "def f(*all): return 1"]
+FITTING += ["f = functools.partial(lambda a, b, c, d: 1, 2)", "f = max"]
+
+
+@pytest.mark.parametrize("code", FITTING)
+def test_what_can_be_called_as_a_reward_is_taken(code, tmp_path, monkeypatch):
+    assert callable(reward_of(tmp_path, monkeypatch, HEAD + code + "\n")[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +397,7 @@ def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monk
 
 
 # --------------------------------------------------------------------------------------------------
-# The commands: more of one letter
+# The commands: more letters
 
 RL = [
     "--model=out/tiny",
@@ -236,9 +406,13 @@ RL = [
     "--warmup_steps=0",
     "--check_memorized=0",
 ]
-RL += ["--batch_size=8", "--group_size=4", "--max_new_tokens=12", "--learning_rate=3e-3"]
+RL += ["--batch_size=8", "--group_size=4", "--max_new_tokens=6", "--learning_rate=1e-2"]
 RL += ["--eval_examples=32", "--eval_every=1000", "--reward=letters.py:share"]
-SHARE = "def share(messages, text, answer):\n    return text.count('e') / max(1, len(text))\n"
+# Many tokens are right, so that every seed and every rounding gets there: from 0.4 or so to 0.95
+# and more within four validations, one of which must see 0.7.
+SHARE = """def share(messages, text, answer):
+    return sum(letter.isalpha() for letter in text) / max(1, len(text))
+"""
 
 
 @pytest.fixture
@@ -260,14 +434,14 @@ METHODS = {"grpo": ["--kl_weight=0.01"], "ppo": ["--rl_epochs=4", "--minibatches
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reward_rises(method, processes, toy):
-    started = time.monotonic()
-    args = [*RL, f"--method={method}", *METHODS[method], "--out_dir=out/rl", "--max_steps=30"]
+    args = [*RL, f"--method={method}", *METHODS[method], "--out_dir=out/rl", "--max_steps=20"]
+    args += ["--eval_every=5"]
     done = run(toy, "finetune.py", *args, processes=processes)
     assert ("weights: equal on 2 processes" in done.stdout) == (processes == 2)
     rows = log(toy / "out/rl")
-    first, *_, last = [row["val_reward"] for row in rows if "val_reward" in row]
-    print(f"{method}, {processes}: {first:.3f} -> {last:.3f}, {time.monotonic() - started:.1f} s")
-    assert last > 2 * first
+    first, *later = [row["val_reward"] for row in rows if "val_reward" in row]
+    print(method, processes, first, *later)
+    assert len(later) == 4 and first < 0.5 and max(later) > 0.7
     keys = {"loss", "reward", "length", "entropy", "approx_kl", "clipfrac", "grad_norm"}
     keys |= {"value_loss", "explained_variance"} if method == "ppo" else set()
     assert keys <= rows[1].keys()
@@ -275,18 +449,72 @@ def test_the_reward_rises(method, processes, toy):
     assert net.score is None  # the value head is not the policy's
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reward_that_fails_in_the_middle_loses_nothing(method, toy):
+    """The third step's reward is no number: one line; what was learned until then is saved, and no
+    row of the log has it."""
+    (toy / "bad.py").write_text(
+        "calls = []\n"
+        "def share(messages, text, answer):\n"
+        "    calls.append(text)\n"
+        f"    return len(text) if len(calls) <= {100 if method == 'grpo' else 50} else None\n"
+    )
+    args = [*RL, f"--method={method}", "--out_dir=out/bad", "--reward=bad.py:share"]
+    done = run(toy, "finetune.py", *args, "--max_steps=9", check=False)  # 32 or 8 a step, after 32
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("--reward=bad.py:share: None for data/tiny/sft_train.jsonl:")
+    assert "saved at step 2; --init_from=resume goes on" in done.stdout
+    assert torch.load(toy / "out/bad/state.pt")["step"] == 2
+    rows = log(toy / "out/bad")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    # and one that raises, from the first call
+    (toy / "bad.py").write_text("def share(messages, text, answer):\n    return text.lenght\n")
+    done = run(toy, "finetune.py", *args, "--out_dir=out/worse", check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    for part in ("bad.py:share: AttributeError: ", "(line 2)", "data/tiny/sft_val.jsonl:"):
+        assert part in done.stderr
+    assert not (toy / "out/worse/state.pt").exists()
+
+
+@torch.no_grad()
+def net_that_says(tok, asked, answer):
+    """A network that continues any `asked` tokens with the ids of `answer`: its state is the place
+    in the text alone, and its head knows what stands there."""
+    shape = dict(n_head=4, n_embd=64, pos="learned", qk_norm=False, tie=False)
+    net = make_net(vocab_size=tok.n_vocab, n_ctx=64, n_layer=1, **shape)
+    for name, p in net.named_parameters():
+        p.fill_(1 if "norm" in name else 0)
+    net.model.embed_positions.weight.copy_(torch.eye(64))
+    for i, token in enumerate(answer):
+        net.lm_head.weight[token, asked - 1 + i] = 20
+    net.n_vocab = tok.n_vocab
+    return net.train()
+
+
+@pytest.mark.parametrize("reward", ["gsm8k", "arithmetic"])
+def test_a_roll_out_ends_where_the_next_question_begins(reward, tok, monkeypatch):
+    text = "#### 7\n\nQuestion: 9?\nAnswer: #### 9"
+    answer = tok.encode(text) + tok.eos_ids[:1]
+    net = net_that_says(tok, 2, answer)
+    options(monkeypatch, reward=reward)
+    prompt = {"ids": [1, 2], "messages": [], "answer": "#### 7"}
+    judge = finetune.open_reward(None)
+    cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
+    [sample] = finetune.roll_out(net, tok, [prompt], judge, 0, cast)
+    said = sample["ids"][2:] + sample["targets"][-1:]
+    if reward == "gsm8k":
+        assert tok.decode(said) == "#### 7\n\nQuestion:" and sample["reward"] == 1
+    else:
+        assert said == answer and sample["reward"] == 0
+
+
 def test_killed_and_resumed_is_never_stopped(toy):
     args = [*RL, "--method=grpo", "--kl_weight=0.1", "--max_steps=12", "--save_every=2"]
     args += ["--dropout=0.1"]
     run(toy, "finetune.py", *args, "--out_dir=whole")
-    command = [sys.executable, str(ROOT / "finetune.py"), *args, "--out_dir=cut"]
-    process = subprocess.Popen(command, cwd=toy, stdout=subprocess.PIPE)
-    while not (toy / "cut/state.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert torch.load(toy / "cut/state.pt")["step"] < 12
+    run_killed(toy, "finetune.py", *args, "--out_dir=cut", ending="cut/state.pt", times=2)
+    assert torch.load(toy / "cut/state.pt")["step"] == 4
     run(toy, "finetune.py", *args, "--out_dir=cut", "--init_from=resume")
     cut, whole = (toy / name / "model.safetensors" for name in ("cut", "whole"))
     assert cut.read_bytes() == whole.read_bytes()

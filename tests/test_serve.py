@@ -91,7 +91,9 @@ def test_many_at_once_get_what_generate_gives_each_alone(site, loaded):
     for i in range(24):
         begin = 0 if i % 4 == 0 else 37 * i  # some share their beginnings
         prompt = CODE[begin : begin + 20 + i]
-        how = dict(temperature=0.9 * (i % 2), top_k=20 * (i % 3 == 0), top_p=1 - i % 5 / 10)
+        # Few candidates: a draw next to the border of two tokens falls on either side by rounding,
+        # and a batch of other rows rounds in another way.
+        how = dict(temperature=0.9 * (i % 2), top_k=(20, 8, 3)[i % 3], top_p=1 - i % 5 / 10)
         how |= dict(min_p=0.05 * (i % 7 == 0), repetition_penalty=1 + i % 2 / 5, seed=i)
         asked.append((prompt, 1 + i, how | {"stop": ["\n\n", "se"] if i % 3 else []}))
     with ThreadPoolExecutor(24) as pool:
@@ -194,8 +196,21 @@ def test_echo_scores_a_prompt_as_lm_eval_wants_it(site, loaded):
     assert only["choices"][0]["text"] == CODE[:30] and only["usage"]["completion_tokens"] == 0
 
 
+def alike(a, b):
+    """Whether two log-probabilities (None: the first token's), or two tables of them by token, are
+    the same but for rounding."""
+    if a is None or b is None:
+        return a is b
+    if not isinstance(a, dict):
+        return a == pytest.approx(b, abs=1e-4)
+    # Of alternatives that are equally likely, rounding chooses which is told of.
+    least = min([*a.values(), *b.values()])
+    return all(alike(a.get(token, least), b.get(token, least)) for token in a.keys() | b.keys())
+
+
 def test_a_stream_says_what_the_whole_answer_says(site):
     body = dict(prompt=["def f(", "import"], max_tokens=20, n=2, seed=3, logprobs=2, echo=True)
+    body |= dict(ignore_eos=True, top_k=8)
     whole = site.complete(**body)
     chunks = site.stream("/v1/completions", **body, stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 80
@@ -203,9 +218,16 @@ def test_a_stream_says_what_the_whole_answer_says(site):
         parts = [c["choices"][0] for c in chunks[:-1]]
         parts = [p for p in parts if p["index"] == choice["index"]]
         assert "".join(p["text"] for p in parts) == choice["text"]
-        for name, values in choice["logprobs"].items():
-            told = [x for p in parts if p["logprobs"] for x in p["logprobs"][name]]
-            assert told[:9] == values[:9] and len(told) == len(values)
+        told = {name: [] for name in choice["logprobs"]}
+        for part in parts:
+            for name, values in (part["logprobs"] or {}).items():
+                told[name] += values
+        for name in ("tokens", "text_offset"):
+            assert told[name] == choice["logprobs"][name]
+        # The two answers were computed in batches of other rows, which rounds in another way.
+        for name in ("token_logprobs", "top_logprobs"):
+            pairs = zip(told[name], choice["logprobs"][name], strict=True)
+            assert all(alike(*pair) for pair in pairs)
         assert [p["finish_reason"] for p in parts][-1] == choice["finish_reason"]
 
 
@@ -237,12 +259,13 @@ def test_openais_client_works_unchanged(site, loaded):
     pieces = client.completions.create(prompt="import os", stream=True, **how)
     assert whole and "".join(p.choices[0].text for p in pieces) == whole
     how |= dict(messages=[{"role": "user", "content": "hi"}])
-    whole = client.chat.completions.create(logprobs=True, top_logprobs=2, **how).choices[0]
-    usage = {"include_usage": True}
+    answer = client.chat.completions.create(logprobs=True, top_logprobs=2, **how)
+    [whole], usage = answer.choices, {"include_usage": True}
     chunks = [*client.chat.completions.create(stream=True, stream_options=usage, **how)]
     said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert said == whole.message.content and len(whole.logprobs.content) == 8
-    assert chunks[-1].usage.completion_tokens == 8
+    count = answer.usage.completion_tokens
+    assert said == whole.message.content and len(whole.logprobs.content) == count > 0
+    assert chunks[-1].usage.completion_tokens == count
     with pytest.raises(openai.BadRequestError, match="do not fit the 64 tokens"):
         client.completions.create(model="tiny", prompt="import " * 100)
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
@@ -468,24 +491,25 @@ LONG = dict(prompt="import", n=40, max_tokens=60, ignore_eos=True, stream=True)
 
 
 def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny):
-    with served(tiny, "--max_batch=1", "--max_queue=40") as site:
-        with site.post("/v1/completions", LONG, stream=True) as answer:
+    long = LONG | {"n": 128}  # seconds of work, of which the test sees the beginning
+    with served(tiny, "--max_batch=1", "--max_queue=128") as site:
+        with site.post("/v1/completions", long, stream=True) as answer:
             lines = answer.iter_lines()  # which closes the connection when it is let go
             next(lines)
-            refused = site.post("/v1/completions", LONG)
+            refused = site.post("/v1/completions", long)
             assert refused.status_code == 429 and refused.headers["retry-after"]
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert site.metric("batch_size") == 1 and site.metric("queue_length") > 0
         site.until("batch_size", 0)
         address = site.url.removeprefix("http://").split(":")
         with socket.create_connection(address) as wire:  # one that wants its answer whole
-            body = json.dumps(LONG | {"stream": False})
+            body = json.dumps(long | {"stream": False})
             head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
             wire.sendall(f"{head}\r\n\r\n{body}".encode())
             site.until("batch_size", 1)
         site.until("batch_size", 0)
         assert site.metric("queue_length") == 0
-        assert site.metric("generated_tokens_total") < 2 * 40 * 60  # neither was finished
+        assert site.metric("generated_tokens_total") < 2 * 128 * 60  # neither was finished
         assert site.complete(prompt="import", max_tokens=2)["choices"]
         made = site.metric("first_token_seconds_count")
         assert site.metric('first_token_seconds_bucket{le="+Inf"}') == made >= 3
@@ -508,7 +532,7 @@ def test_sigterm_finishes_what_runs_and_the_log_has_it(tiny):
 
 
 def test_a_key_a_site_and_time_limits_when_asked_for(tiny):
-    options = ["--cors=https://a.org", "--log=l.jsonl", "--log_prompts", "--client_timeout=0.5"]
+    options = ["--cors=https://a.org", "--log=l.jsonl", "--log_prompts", "--client_timeout=1"]
     with served(tiny, *options, "--timeout=0.05", env={"BARELM_API_KEY": "secret"}) as site:
         body = {"prompt": "import", "max_tokens": 1}
         refused = site.post("/v1/completions", body)
@@ -526,7 +550,9 @@ def test_a_key_a_site_and_time_limits_when_asked_for(tiny):
             wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")  # and no more
             assert wire.recv(100) == b""
     rows = [*map(json.loads, (tiny / "l.jsonl").read_text().splitlines())]
-    assert [r["prompts"] for r in rows if r["status"] == 200 and "prompts" in r] == [["import"]] * 2
+    # A busy machine may take longer than the limit for these two: their status says nothing.
+    short = [row["prompts"] for row in rows if len(row.get("prompts", [])) == 1]
+    assert short == [["import"]] * 2
 
 
 def test_a_cut_off_request_is_told_so_and_a_key_is_read_as_rfc_9110_has_it(tiny):
@@ -866,7 +892,7 @@ def test_connections_that_end_in_the_middle_leave_nothing(tiny):
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="Linux tells of its sockets")
 def test_a_client_that_reads_nothing_is_cut_off(tiny):
-    with served(tiny, "--client_timeout=0.3", "--max_batch=32") as site, socket.socket() as wire:
+    with served(tiny, "--client_timeout=1", "--max_batch=32") as site, socket.socket() as wire:
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         wire.connect(("127.0.0.1", int(site.url.rsplit(":", 1)[1])))
         body = json.dumps(LONG | {"logprobs": 20, "n": 128})

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, run_killed
 
 import model
 import train
@@ -82,13 +82,11 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     options = [*options, "--save_every=20", "--eval_every=50"]
     killed = f"out/{name}-killed"
     whole = start(words, *options, f"--out_dir=out/{name}")
-    process = start(words, *options, f"--out_dir={killed}")
     moment = random.Random(name).randint(45, 110)
-    wait_for(process, lambda: rows_of(words / killed / "log.jsonl") >= moment)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    args = [*SMALL, *options, f"--out_dir={killed}"]
+    run_killed(words, "train.py", *args, ending="step", times=moment)
     at = model.load_state(words / killed)["step"]
-    assert 40 <= at < 150
+    assert at == moment // 20 * 20
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
     assert whole.wait() == 0, whole.stdout.read()
@@ -381,7 +379,6 @@ REFUSALS = {
     "norm_eps=inf: expected": ["--norm_eps=1e400"],
     "rope_theta=-1.0: expected": ["--rope_theta=-1"],
     "lower --seq_len": ["--seq_len=32768", "--batch_tokens=32768"],
-    "tensorboard": ["--tensorboard"],
     "have different tokenizers": ["--init_from=out/held", "--dataset=letters"],
 }
 
@@ -395,6 +392,27 @@ def test_refusals_are_one_line(words):
         said = run(words, "train.py", *command, check=False)
         assert said.returncode == 1, (message, said.stdout)
         assert message in said.stderr and said.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, key", [("tensorboard", "tensorboard"), ("wandb", "wandb_project")])
+def test_a_tracker_that_is_missing_is_a_line(name, key, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.setattr(train, key, "x")
+    with pytest.raises(model.UserError, match=f"{name} is not installed: pip install {name}"):
+        train.make_trackers()
+
+
+def test_tensorboard_gets_the_log(words):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(words, "train.py", *SMALL, "--max_steps=3", "--tensorboard", "--out_dir=out/board")
+    events = reader.EventAccumulator(str(words / "out/board"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = log(words, "out/board")
+    assert [step for step, _ in told] == [step for step, _ in expected]
+    values = [value for _, value in expected]
+    assert [value for _, value in told] == pytest.approx(values, rel=1e-5)
 
 
 def test_a_shard_cut_short_is_refused(words):

@@ -1047,10 +1047,23 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 # Each numeral apart, then GPT2_SPLIT: white space before a numeral is the end of its piece.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 CHARACTERS = r"[\s\S]"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# Each of these matches something wherever it stands: no text is between their matches.
+GAPLESS = {GPT2_SPLIT, DIGITS_SPLIT, QWEN2_SPLIT, LLAMA3_SPLIT, CHARACTERS}
+BEHAVIORS = {"Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"}
+SAME_ESCAPES = set("pPdDsSnrtfAzx0")  # letters behind a backslash that all engines read alike
+ONIGURUMA_WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}²³¹¼½¾"  # its \w, which others read otherwise
+ANY_LETTERS = "aA1 .'\n漢\u0301_ "
+LONG_TEXT = 100_000  # characters; no usual pattern overflows tiktoken's stack on fewer
+SPLIT_SECONDS = 30  # a pattern that takes longer for one text has no end
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 # The models that run here, and by what form of pre-tokenizer each is fed.
 FORMS = [("BPE", "ByteLevel"), ("BPE", "Metaspace"), ("Unigram", "ByteLevel")]
-FORMS += [("WordLevel", "Isolated"), ("WordPiece", "Removed")]
+FORMS += [("WordLevel", "Split"), ("WordPiece", "Split")]
 SUPPORTED = "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece; split by "
 SUPPORTED += "Split, normalised by " + ", ".join(sorted(NORMALIZERS))
 # SentencePiece writes a space as ▁. Llama 2's normalizers and decoders:
@@ -1145,6 +1158,110 @@ def any_of(names):
     return re.compile("|".join(map(re.escape, sorted(names, key=len)[::-1])) or "(?!)")
 
 
+def split_steps(pre_tokenizers):
+    """Hugging Face's Split and Digits as a tuple of (pattern, behavior, invert), in their order;
+    None where there is another kind among them."""
+    import regex
+
+    steps = []
+    for step in pre_tokenizers:
+        if step["type"] == "Digits":
+            behavior = "Isolated" if step.get("individual_digits") else "Contiguous"
+            steps.append((r"\p{N}", behavior, False))
+        elif step["type"] == "Split" and step["behavior"] in BEHAVIORS:
+            pattern = step["pattern"].get("Regex")
+            if pattern is None:
+                pattern = regex.escape(step["pattern"]["String"], special_only=True)
+            steps.append((pattern, step["behavior"], step["invert"]))
+        else:
+            return None
+    return tuple(steps)
+
+
+def spell_words(pattern):
+    """The pattern with what Oniguruma takes for \\w and \\W written out."""
+    parts, depth = [], 0
+    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
+        depth += {"[": 1, "]": -1}.get(part, 0)
+        if part == r"\w":
+            part = ONIGURUMA_WORD if depth > 0 else f"[{ONIGURUMA_WORD}]"
+        elif part == r"\W" and depth <= 0:
+            part = f"[^{ONIGURUMA_WORD}]"
+        parts.append(part)
+    return "".join(parts)
+
+
+def portable_pattern(pattern):
+    """A split pattern of tokenizer.json, which Oniguruma reads there, as Rust reads it too;
+    UserError where the two, or `regex`, would not mean the same."""
+    # {1,3}+ is a repeated repeat there, and a greedy one that gives nothing back elsewhere.
+    pattern = spell_words(re.sub(r"\{([01]?),\d*\}\+", r"{\1,}", pattern))
+    bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL)
+    odd = [f"\\{c}" for c in re.findall(r"\\(.)", pattern) if c.isalnum() and c not in SAME_ESCAPES]
+    odd += re.findall(r"\(\?(?!:|=|!|>|<=|<!|-?i[:)])..?", bare)  # other flags, recursion, names
+    odd += re.findall(r"\[:\^?\w+:\]|\{[\d,]+\}\+", bare)
+    if odd:
+        raise UserError(f"tokenizer.json: not supported: {odd[0]} in the split pattern {pattern!r}")
+    if "^" in bare or "$" in bare:  # which are of a line there
+        return f"(?m:{pattern})"
+    return pattern
+
+
+def compile_pattern(pattern):
+    """A pattern that all engines read alike, for the module `regex`."""
+    import regex
+
+    letter = lambda match: f"\\U{int(match[1], 16):08x}"
+    pattern = re.sub(r"\\x\{([0-9a-fA-F]{1,8})\}", letter, pattern)
+    pattern = re.sub(r"\\z", r"\\Z", pattern)
+    nested = "&&" in pattern or re.search(r"\[[^\]]*\[", re.sub(r"\\.", "", pattern))
+    try:
+        return regex.compile(pattern, regex.V1 if nested else regex.V0)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise UserError(f"tokenizer.json: the split pattern {pattern!r}: {error}") from None
+
+
+def stretches(text, pattern):
+    """[(begin, end, does the pattern match it)], one behind the other, of the whole text. A match
+    of nothing that stands right behind another is none, as in Oniguruma."""
+    parts, begin, covered, last = [], 0, 0, None
+    stop = time.monotonic() + SPLIT_SECONDS
+    while begin <= len(text):
+        match = pattern.search(text, begin, timeout=max(stop - time.monotonic(), 0.001))
+        if not match:
+            break
+        if match.start() == match.end() == last:
+            begin += 1
+            continue
+        if covered < match.start():
+            parts.append((covered, match.start(), False))
+        parts.append((*match.span(), True))
+        begin = covered = last = match.end()
+    if covered < len(text):
+        parts.append((covered, len(text), False))
+    return parts
+
+
+def split_at(text, pattern, behavior, invert):
+    """The pieces [(begin, end)] that Hugging Face's Split makes of a text, none of them empty."""
+    parts = [(begin, end, matched != invert) for begin, end, matched in stretches(text, pattern)]
+    if behavior == "Isolated":
+        return [(begin, end) for begin, end, _ in parts if begin < end]
+    if behavior == "Removed":
+        return [(begin, end) for begin, end, matched in parts if not matched and begin < end]
+    pieces, before = [], False
+    for begin, end, matched in parts[::-1] if behavior == "MergedWithNext" else parts:
+        joins = matched == before if behavior == "Contiguous" else matched and not before
+        before = matched
+        if not joins or not pieces:
+            pieces.append((begin, end))
+        elif behavior == "MergedWithNext":
+            pieces[-1] = (begin, pieces[-1][1])
+        else:
+            pieces[-1] = (pieces[-1][0], end)
+    return sorted((begin, end) for begin, end in pieces if begin < end)
+
+
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
@@ -1154,8 +1271,6 @@ class Tokenizer:
     """
 
     def __init__(self, spec, config):
-        import regex  # which tiktoken brings along
-
         self.spec, self.config, self.bpe, self.lacking = spec, config, None, b""
         added = spec.get("added_tokens", [])
         self.special = {t["content"]: t["id"] for t in added}
@@ -1173,6 +1288,9 @@ class Tokenizer:
         self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
         fits = (self.kind, form) in FORMS and (form == "Metaspace" or self.lead == "never")
+        steps = () if isinstance(split, str) else split or ()
+        self.drops = any(behavior == "Removed" for _, behavior, _ in steps)  # some of the text
+        fits = fits and not (self.drops and self.kind == "WordLevel")
         if not (fits and split and vocab and NORMALIZERS.issuperset(self.normalizers)):
             why = f"a {self.kind} tokenizer of this form is not supported ({SUPPORTED})"
             raise UserError(f"tokenizer.json: {why}")
@@ -1186,8 +1304,16 @@ class Tokenizer:
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
             self._init_other(body, vocab)
-        if not self.bpe or self.lacking:  # else tiktoken splits, by Rust's kind of pattern
-            self.split, self.known = regex.compile(split), {}  # known: ids of pieces met before
+        # What splits where tiktoken does not: one pattern, or the steps of several.
+        self.known = {}  # ids of pieces met before
+        self.gapless = form == "Metaspace" or split in GAPLESS
+        if isinstance(split, str):
+            split = ((split, "Isolated", False),)
+        self.steps = [
+            (compile_pattern(portable_pattern(pattern)), behavior, invert)
+            for pattern, behavior, invert in split
+        ]
+        self.split = self.steps[0][0]
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
         self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
@@ -1243,29 +1369,34 @@ class Tokenizer:
             raise UserError(f"tokenizer.json: not supported: {', '.join(odd[:3])}")
 
     def _pattern(self):
-        """(form, regular expression) of the pieces that text is split into: ByteLevel, Metaspace,
-        Isolated, or Removed where what no piece matches is lost. (None, None): another form."""
+        """(form, split): Metaspace, ByteLevel or Split; and the pattern that isolates the pieces of
+        a text, or a tuple of (pattern, behavior, invert) where one pattern does not say it.
+        (None, None): another form."""
         whole, steps = CHARACTERS + "+", self.spec.get("pre_tokenizer") or {}
         if not steps and self.lead == "each":
             return "Metaspace", whole
         usual = dict(add_prefix_space=True, use_regex=True, split=True, invert=False)
-        match [usual | step for step in steps.get("pretokenizers", [steps])]:
-            case [{"type": "Metaspace", "replacement": "▁"} as step] if self.lead == "never":
-                old = "always" if step["add_prefix_space"] else "never"
-                self.lead = step.get("prepend_scheme", old)
-                return "Metaspace", " [^ ]*|[^ ]+" if step["split"] else whole
-            case [*rest, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": own}]:
-                match own, rest:
-                    case True, []:
-                        return "ByteLevel", GPT2_SPLIT
-                    case True, [{"type": "Digits", "individual_digits": True}]:
-                        return "ByteLevel", DIGITS_SPLIT
-                    case False, [{"type": "Split", "behavior": "Isolated", "invert": False}]:
-                        return "ByteLevel", rest[0]["pattern"].get("Regex")
-            case [{"type": "Split", "behavior": form, "invert": invert, "pattern": pattern}]:
-                if (form, invert) in [("Isolated", False), ("Removed", True)]:
-                    return form, pattern.get("Regex")
-        return None, None
+        steps = [usual | step for step in steps.get("pretokenizers", [steps])]
+        if [step.get("type") for step in steps] == ["Metaspace"]:
+            step = steps[0]
+            if step["replacement"] != "▁" or self.lead != "never":
+                return None, None
+            old = "always" if step["add_prefix_space"] else "never"
+            self.lead = step.get("prepend_scheme", old)
+            return "Metaspace", " [^ ]*|[^ ]+" if step["split"] else whole
+        form, last = "Split", steps[-1]
+        if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
+            own = {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}}
+            own |= {"behavior": "Isolated", "invert": False}
+            form, steps = "ByteLevel", steps[:-1] + [own] * last["use_regex"]
+        split = split_steps(steps) if steps and "type" in steps[0] else None
+        if not split:
+            return None, None
+        if split == ((r"\p{N}", "Isolated", False), (GPT2_SPLIT, "Isolated", False)):
+            return form, DIGITS_SPLIT
+        if len(split) == 1 and split[0][1] == "Isolated":
+            return form, split[0][0]
+        return form, split
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
@@ -1291,8 +1422,21 @@ class Tokenizer:
             raise UserError("tokenizer.json: ids are not in merge order")
         self.bytes = {i: token for token, i in ranks.items()}
         ranks = ranks | {bytes([b]): NO_TOKEN + b for b in self.lacking}
-        named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
-        self.bpe = tiktoken.Encoding("barelm", **named)
+        named = dict(mergeable_ranks=ranks, special_tokens=self.special)
+        self.rust_splits = isinstance(split, str)
+        pattern = portable_pattern(split) if self.rust_splits else CHARACTERS
+        # tiktoken panics at a match of nothing, which is likely among letters that the pattern names.
+        matches = compile_pattern(pattern).finditer(ANY_LETTERS + pattern)
+        if any(match.start() == match.end() for match in matches):
+            pattern, self.rust_splits = CHARACTERS, False
+        try:
+            self.bpe = tiktoken.Encoding("barelm", pat_str=pattern, **named)
+        except ValueError:  # a pattern that Rust cannot read
+            self.rust_splits = False
+            self.bpe = tiktoken.Encoding("barelm", pat_str=CHARACTERS, **named)
+        self.sizes = np.zeros(1 + max(self.bytes), np.int64)  # of the tokens, in bytes
+        for id, token in self.bytes.items():
+            self.sizes[id] = len(token)
 
     def _merges(self, body):
         return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in body["merges"]]
@@ -1362,18 +1506,69 @@ class Tokenizer:
         return text if none else " " + text
 
     def _encode(self, text, first=True):
-        if self.bpe:
-            ids = self.bpe.encode_ordinary(text)
-            if not self.lacking or max(ids, default=0) < NO_TOKEN:
-                return ids
-        text, ids = self._led(text, first), []
-        for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
-            if (some := self.known.get(piece)) is None:
+        """The ids of a normal text without added tokens; first: nothing comes before it."""
+        if self.bpe and self.rust_splits:
+            if self.gapless and len(text) < LONG_TEXT:  # where nothing can fail: the fastest way
+                ids = self.bpe.encode_ordinary(text)
+                if not self.lacking or max(ids, default=0) < NO_TOKEN:
+                    return ids
+            elif (array := self._by_tiktoken(text)) is not None:
+                return array.tolist()
+        ids = []
+        for piece in self._pieces(self._led(text, first)):
+            piece_ids = self.known.get(piece)
+            if piece_ids is None:
+                piece_ids = self._segment(piece)
                 if len(self.known) > 1_000_000:
                     self.known.clear()
-                some = self.known[piece] = self._segment(piece)
-            ids += some
+                if len(piece) < 1000:
+                    self.known[piece] = piece_ids
+            ids += piece_ids
         return ids
+
+    def _by_tiktoken(self, text):
+        """The ids (n,) uint32 of a normal text as tiktoken splits it; None where it cannot: its
+        regular expressions fail, there is text between their matches, or a byte has no token."""
+        try:
+            # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
+            data = self.bpe._core_bpe.encode_to_tiktoken_buffer(text, set())
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # a ValueError, or a panic of Rust, which is no Exception
+            return None
+        ids = np.frombuffer(data, np.uint32)
+        if self.lacking and (ids >= NO_TOKEN).any():
+            return None
+        if not self.gapless and self.sizes[ids].sum() != len(text.encode()):
+            return None
+        return ids
+
+    def _cuts(self, text):
+        """Where the pieces of a normal text begin and end: [(begin, end)]."""
+        cuts = [(0, len(text))] if text else []
+        try:
+            for pattern, behavior, invert in self.steps:
+                finer = []
+                for begin, end in cuts:
+                    parts = split_at(text[begin:end], pattern, behavior, invert)
+                    finer += [(begin + a, begin + b) for a, b in parts]
+                cuts = finer
+        except TimeoutError:
+            why = f"does not end on a text of {len(text):,} characters"
+            raise UserError(f"tokenizer.json: the split pattern {pattern.pattern!r} {why}") from None
+        return cuts
+
+    def _pieces(self, text):
+        """The pieces of a normal text that are encoded apart from each other."""
+        pattern, behavior, invert = self.steps[0]
+        only = self.gapless or len(self.steps) == 1 and behavior == "Removed" and invert
+        if self.gapless and pattern.pattern == CHARACTERS:
+            return text
+        if only and not pattern.groups:
+            matches = pattern.findall(text)
+            if "" not in matches:
+                return matches
+        return [text[begin:end] for begin, end in self._cuts(text)]
 
     def _segment(self, piece):
         """The ids of one piece of text."""
@@ -1393,30 +1588,38 @@ class Tokenizer:
 
     def _placed(self, text, first=True):
         """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
-        if self.by_bytes:
+        if self.by_bytes and not self.drops:
             kept = [i for i, b in enumerate(text.encode()) if b not in self.lacking]
             at = len(text) - len(self._led(text, first))
             for id in self._encode(text, first):
                 yield id, kept[max(at, 0)]
                 at += len(self.bytes[id])
             return
-        for match in self.split.finditer(text):
-            at = match.start()
-            for id in self._segment(match[0]):
-                yield id, at
-                at += len(self.token_bytes(id).decode().strip(" "))
+        covered, place = 0, 0  # characters up to the piece, and how many places they take
+        for begin, end in self._cuts(text):
+            skipped, piece = text[covered:begin], text[begin:end]
+            place += len(skipped.encode() if self.by_bytes else skipped)
+            places = range(len(piece))
+            if self.by_bytes:
+                places = [i for i, b in enumerate(piece.encode()) if b not in self.lacking]
+            at = 0
+            for id in self._segment(piece):
+                yield id, place + places[at]
+                token = self.token_bytes(id)
+                at += len(token) if self.by_bytes else len(token.decode().strip(" "))
+            covered, place = end, place + len(piece.encode() if self.by_bytes else piece)
 
     def encode_batch(self, texts, threads=1):
         """`encode` for many texts, as arrays, on several threads where the tokenizer can."""
-        if not self.bpe:
+        if not self.bpe or not self.rust_splits:
             return [np.array(self.encode(text), np.uint32) for text in texts]
 
         def ids(text):
-            # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
-            data = self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(text), set())
-            odd = self.lacking and (np.frombuffer(data, np.uint32) >= NO_TOKEN).any()
-            odd = odd or self.plain and self.plain.search(text)
-            return np.array(self.encode(text), np.uint32) if odd else np.frombuffer(data, np.uint32)
+            if self.plain and self.plain.search(text):
+                return np.array(self.encode(text), np.uint32)
+            normal = self.normal(text)
+            array = self._by_tiktoken(normal)
+            return np.array(self._encode(normal), np.uint32) if array is None else array
 
         with ThreadPoolExecutor(threads) as pool:
             return [*pool.map(ids, texts)]

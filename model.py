@@ -1058,7 +1058,7 @@ BEHAVIORS = {"Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedW
 SAME_ESCAPES = set("pPdDsSnrtfAzx0")  # letters behind a backslash that all engines read alike
 ONIGURUMA_WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}²³¹¼½¾"  # its \w, which others read otherwise
 ANY_LETTERS = "aA1 .'\n漢\u0301_ "
-LONG_TEXT = 100_000  # characters; no usual pattern overflows tiktoken's stack on fewer
+LONG_TEXT = 300_000  # characters: a third of the run of blanks that overflows tiktoken
 SPLIT_SECONDS = 30  # a pattern that takes longer for one text has no end
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 # The models that run here, and by what form of pre-tokenizer each is fed.

@@ -1351,6 +1351,22 @@ class Tokenizer:
         """The token that starts a document: bos, or where there is none the end token, or None."""
         return self.bos_id if self.bos_id is not None else [*self.eos_ids, None][0]
 
+    @property
+    def end_id(self):
+        """The token that ends a text, at which generation stops too, or None: of several that of
+        tokenizer_config.json."""
+        own = self._named("eos_token")
+        return own if own in self.eos_ids or not self.eos_ids else self.eos_ids[0]
+
+    @property
+    def document_layout(self):
+        """(ids before a document, ids behind it) in the shards that are written today. What begins
+        a text is the post-processor's word. Where one token is bos and the end, or there is but
+        one, it stands before each document, and so behind the one before."""
+        if self.end_id in (None, self.bos_id):
+            return self.start or [self.eot_id], []
+        return self.start, [self.end_id]
+
     def _named(self, key):
         name = self.config.get(key)
         return self.special.get(name["content"] if isinstance(name, dict) else name)
@@ -2054,6 +2070,15 @@ def open_shard(path):
     if os.path.getsize(path) != 1024 + int(header[2]) * kind.itemsize:
         raise UserError(f"{path}: cut short: {header[2]} tokens were written; prepare it again")
     return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(int(header[2]),))
+
+
+def document_layout(folder, tok):
+    """(ids before a document, ids behind it) in the shards of a dataset, as its meta.json has them;
+    shards of an earlier version, which say nothing, have `eot_id` before each document."""
+    layout = read_json(Path(folder) / "meta.json").get("document")
+    if layout is None:
+        return [tok.eot_id], []
+    return layout["begin"], layout["end"]
 
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):

@@ -1541,7 +1541,24 @@ def finished_tokenizer():
     tok = model.Tokenizer.from_folder(tokenizer)
     if tok.eot_id is None:
         raise UserError(f"{tokenizer}: tokenizer_config.json names no bos_token and no eos_token")
-    return tok
+    return with_own_names(tok)
+
+
+def with_own_names(tok):
+    """A folder's tokenizer with bos and the end token named in tokenizer_config.json, all that a
+    dataset keeps of what says them: some folders have them in config.json alone. A tokenizer that
+    has no end token ends a text with bos, so that generation stops there."""
+    names = {id: name for name, id in tok.special.items()}
+    wanted = {"bos_token": tok.bos_id, "eos_token": tok.end_id}
+    if tok.end_id is None:
+        wanted["eos_token"] = tok.bos_id
+        print(f"{tokenizer}: no end token: {names.get(tok.bos_id)} ends a text too")
+    for key, id in wanted.items():
+        if id is not None and tok._named(key) != id:
+            if id not in names:
+                raise UserError(f"{tokenizer}: its {key}, id {id}, is none of its added tokens")
+            tok.config[key] = names[id]
+    return model.Tokenizer(tok.spec, tok.config)
 
 
 def show_tokens(tok, text):
@@ -1607,6 +1624,7 @@ def encode(here, job):
     tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
     tok, kind = finished(here)
+    before, behind = (np.array(ids, kind) for ids in tok.document_layout)
     if not (here / f"{i}.npy").exists():
         rows = []
         parts = (
@@ -1620,11 +1638,15 @@ def encode(here, job):
                 encoded = tok.encode_batch([text for *_, text in group])
                 for (split, hashed, first, text), ids in zip(group, encoded):
                     if first:
-                        file.write(np.array([tok.eot_id], kind))
-                        rows.append([SPLITS.index(split), hashed, 1, 0])
+                        if rows:
+                            file.write(behind)
+                        file.write(before)
+                        rows.append([SPLITS.index(split), hashed, len(before) + len(behind), 0])
                     file.write(ids.astype(kind))
                     rows[-1][2] += len(ids)
                     rows[-1][3] += len(text.encode())
+            if rows:
+                file.write(behind)
         with model.whole_file(here / f"{i}.npy") as file:
             np.save(file, np.array([*map(tuple, rows)], TOKENS))
     return int(np.load(here / f"{i}.npy")["bytes"].sum())
@@ -1708,6 +1730,8 @@ def commit(folder, here, tok, meta, more=()):
     splits = {key: value for key, value in meta.items() if key.partition(".")[0] in SPLITS}
     kept = settings_but("threads", "device", "report")
     meta = {"settings": kept, "n_vocab": tok.n_vocab} | meta
+    before, behind = tok.document_layout
+    meta["document"] = {"begin": before, "end": behind}  # the ids that stand around each document
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
         model.write_json(here / name, value)
@@ -2060,9 +2084,11 @@ def write_report(here, tallies, clusters, meta):
         lines.append(f"- {n:,} documents like {quoted(one_line(text, 120))}")
     lines += ["", "## Tokens", "", row("split", "documents", "bytes", "tokens", "bytes per token")]
     lines.append(row(*["---"] * 5))
+    around = len(list(chain(*finished(here)[0].document_layout)))  # special tokens of a document
     for split in SPLITS:
         docs, size, tokens, _ = meta[split].values()
-        lines.append(row(split, docs, size, tokens, f"{size / max(tokens - docs, 1):.2f}"))
+        text_tokens = tokens - docs * around
+        lines.append(row(split, docs, size, tokens, f"{size / max(text_tokens, 1):.2f}"))
     for name, splits in meta.get("sources", {}).items():
         for split, m in splits.items():
             told = f"{m['share']:.1%} of the mix, {m['tokens']:,} tokens"

@@ -1072,6 +1072,7 @@ REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 BACK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
 BACK = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}]
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")  # of special tokens, as in transformers
 NO_TOKEN = 1 << 20  # from here up: ids for tiktoken's sake, of bytes that a vocabulary lacks
 
 
@@ -1318,6 +1319,9 @@ class Tokenizer:
         self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
+        # {role: id} of those that tokenizer_config.json names, and transformers too.
+        self.roles = {role: self._named(f"{role}_token") for role in ROLES}
+        self.roles = {role: id for role, id in self.roles.items() if id is not None}
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         leading = lambda step: takewhile(lambda s: "SpecialToken" in s, step.get("single", []))
         before = [s["SpecialToken"]["id"] for step in post for s in leading(step)]
@@ -1377,7 +1381,12 @@ class Tokenizer:
         odd = [part for part in parts if self.kind == "BPE" and body.get(part)]
         odd += post - {"ByteLevel", "TemplateProcessing"}
         changed = self.lead != "never" or self.normalizers
+        mask = self._named(
+            "mask_token"
+        )  # read from text alone, which special tokens never are here
         for t in added:
+            if t["id"] == mask and t["special"]:
+                continue
             flags = [k for k in ("lstrip", "rstrip", "single_word") if t.get(k)]
             flags += ["normalized"] * bool(changed and t.get("normalized") and not t["special"])
             odd += [f"the added token {t['content']} with {flag}" for flag in flags]
@@ -1441,7 +1450,7 @@ class Tokenizer:
         named = dict(mergeable_ranks=ranks, special_tokens=self.special)
         self.rust_splits = isinstance(split, str)
         pattern = portable_pattern(split) if self.rust_splits else CHARACTERS
-        # tiktoken panics at a match of nothing, which is likely among letters that the pattern names.
+        # tiktoken panics at a match of nothing, which is likely among letters that a pattern names.
         matches = compile_pattern(pattern).finditer(ANY_LETTERS + pattern)
         if any(match.start() == match.end() for match in matches):
             pattern, self.rust_splits = CHARACTERS, False
@@ -1571,7 +1580,9 @@ class Tokenizer:
                 cuts = finer
         except TimeoutError:
             why = f"does not end on a text of {len(text):,} characters"
-            raise UserError(f"tokenizer.json: the split pattern {pattern.pattern!r} {why}") from None
+            raise UserError(
+                f"tokenizer.json: the split pattern {pattern.pattern!r} {why}"
+            ) from None
         return cuts
 
     def _pieces(self, text):

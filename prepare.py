@@ -47,6 +47,7 @@ tokenizer = "bpe"  # bpe, unigram, wordpiece, word, char, byte, a tiktoken name,
 vocab_size = 4096  # tokens of a tokenizer trained here, special ones included
 normalize = ""  # of the text before it is tokenized: nfc or nfkc, lower, or both with a comma
 special_tokens = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # start, pad, chat's
+roles: dict | None = None  # tokens for bos, eos, pad, unk, cls, sep, mask: {"mask": "[MASK]"}
 inspect: str | None = None  # print this text's tokens and the vocabulary's statistics, no more
 tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sample by hash
 
@@ -1108,7 +1109,7 @@ def clean(work, unit):
                 rows["unit"], rows["begin"] = int(unit["name"], 16), ends - rows["size"]
                 at += all_texts.write("".join(texts).encode())
                 rows_file.write(rows.tobytes())
-                special += sum(any(name in text for name in special_tokens) for text in texts)
+                special += sum(any(name in text for name in special_names()) for text in texts)
         result = {"skipped": skipped, "special": special}
         result["tallies"] = {name: vars(tally) for name, tally in tallies.items()}
         model.write_json(f"{place}.json", result)
@@ -1219,6 +1220,7 @@ WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # BERT's: punctuation and Chine
 # Of the kinds that are trained here: what splits text into the pieces that are counted.
 PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=model.CHARACTERS)
 NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied
+WITH_WORDS = ("char", "word", "wordpiece")
 UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of bytes
 BYTES = [bytes([b]) for b in range(256)]
 LETTERS = model.byte_letters()
@@ -1489,19 +1491,48 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
     return pairs[:256] + sorted(pairs[256:], key=lambda pair: (-pair[1], pair[0]))
 
 
+def role_tokens():
+    """{role: its special token} of a tokenizer made here: of special_tokens the first is bos and
+    the end token and the second pads, where `roles` names no others."""
+    start, pad = special_tokens[:2]
+    return {"bos": start, "eos": start, "pad": pad} | (roles or {})
+
+
+def special_names(with_unknown=False):
+    """The special tokens of a tokenizer made here, in the order of their ids. with_unknown: of a
+    kind that has words, and so one for all others."""
+    unknown = [role_tokens().get("unk", UNKNOWN)] if with_unknown else []
+    return list(dict.fromkeys([*unknown, *special_tokens, *(roles or {}).values()]))
+
+
+def bos_first(bos, id):
+    """The post-processor of tokenizer.json that puts bos before a text, and before each of two."""
+    mark = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = lambda name, number: {"Sequence": {"id": name, "type_id": number}}
+    first, second = (
+        [mark, text("A", 0)],
+        [{"SpecialToken": {"id": bos, "type_id": 1}}, text("B", 1)],
+    )
+    ids = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
+    return dict(type="TemplateProcessing", single=first, pair=first + second, special_tokens=ids)
+
+
 def tokenizer_files(kind, vocab, split, special=None, **body):
     """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token, spelled as there: id,
     or Unigram's score}, special {name: id}; body: more of the model's fields. The first special
     token starts a document, the second pads; with <|im_start|> and <|im_end|> it has ChatML."""
     if special is None:  # their ids come last; a kind that has words has a token for all others
-        names = [UNKNOWN] * (kind in ("WordLevel", "WordPiece")) + special_tokens
-        special = {t: i for i, t in enumerate(dict.fromkeys(names), len(vocab))}
+        names = special_names(kind in ("WordLevel", "WordPiece"))
+        special = {t: i for i, t in enumerate(names, len(vocab))}
     if both := vocab.keys() & special.keys():
         why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
         raise UserError(f"special_tokens: {why}")
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-    decoder, unknown = {"type": "Fuse"}, UNKNOWN if UNKNOWN in special else None
+    decoder, named = {"type": "Fuse"}, role_tokens()
+    if UNKNOWN in special:
+        named.setdefault("unk", UNKNOWN)
+    unknown = named.get("unk")
     if kind in ("BPE", "Unigram"):
         pre, decoder = {"type": "Sequence", "pretokenizers": [pre, level]}, level
     if kind == "WordPiece":  # what is no piece, which is white space, is lost
@@ -1518,9 +1549,10 @@ def tokenizer_files(kind, vocab, split, special=None, **body):
     added = [{"id": id, "content": token} | flags for token, id in special.items()]
     spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added)
     spec |= dict(normalizer=normalizer, pre_tokenizer=pre, post_processor=None, decoder=decoder)
-    start, pad = special_tokens[:2]
+    if named["bos"] != named["eos"]:  # else a text begins with nothing, as GPT-2's
+        spec["post_processor"] = bos_first(named["bos"], special[named["bos"]])
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-    config |= dict(bos_token=start, eos_token=start, pad_token=pad, unk_token=unknown)
+    config |= {"unk_token": None} | {f"{role}_token": token for role, token in named.items()}
     if {"<|im_start|>", "<|im_end|>"} <= special.keys():
         config |= {"chat_template": model.CHATML}
     return model.Tokenizer(spec | {"model": body}, config)
@@ -1549,7 +1581,7 @@ def char_tokenizer(characters):
 def train_tokenizer(kind, counts, size, show=lambda line: None):
     """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
     from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
-    room = size - len(special_tokens)
+    room = size - len(special_names(kind in WITH_WORDS))
     pieces = {piece.encode(): n for piece, n in counts.items()}
     gc.disable()  # it would walk a million lists again and again, and none is in a cycle
     try:
@@ -1561,10 +1593,10 @@ def train_tokenizer(kind, counts, size, show=lambda line: None):
             scores = {spell(token): score for token, score in train_unigram(pieces, room, show)}
             return tokenizer_files("Unigram", scores, SPLIT)
         if kind == "word":
-            words = sorted(counts, key=lambda word: (-counts[word], word))[: room - 1]
+            words = sorted(counts, key=lambda word: (-counts[word], word))[:room]
             return tokenizer_files("WordLevel", numbered(words), SPLIT)
         form = dict(continuing_subword_prefix="##", max_input_chars_per_word=100)
-        pieces = train_wordpiece(counts, room - 1, show)
+        pieces = train_wordpiece(counts, room, show)
         return tokenizer_files("WordPiece", numbered(pieces), WORDS, **form)
     finally:
         gc.enable()
@@ -1589,7 +1621,7 @@ def tiktoken_tokenizer(name):
     except requests.RequestException as error:
         raise UserError(f"--tokenizer={name}: its table could not be downloaded: {error}") from None
     ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
-    for token in special_tokens:
+    for token in special_names():
         special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
     # Oniguruma, which reads tokenizer.json, takes {1,3}+ for a repeated repeat.
     split = regex.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
@@ -1647,6 +1679,7 @@ def show_tokens(tok, text):
     sizes = {i: len(tok.token_bytes(i)) for i in range(tok.n_vocab) if tok.token_bytes(i)}
     counts = Counter(sizes.values())
     print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {counts[1]:,} of one byte")
+    print("roles:", ", ".join(f"{role} {names[id].decode()}" for role, id in tok.roles.items()))
     longest = sorted(sizes, key=sizes.get, reverse=True)[:10]
     print("longest:", "|".join(map(visible, longest)))
     for size, n in sorted(counts.items()):
@@ -2165,16 +2198,30 @@ def write_report(here, tallies, clusters, meta):
         file.write(("\n".join(lines) + "\n").encode())
 
 
+def check_roles():
+    """Refuse roles that no tokenizer has, or that this one cannot be given."""
+    for role, token in (roles or {}).items():
+        if role not in model.ROLES:
+            raise UserError(f"roles={roles}: {role!r}: expected some of {', '.join(model.ROLES)}")
+        if not isinstance(token, str) or not token:
+            raise UserError(f"roles={roles}: {role}: expected the name of a token")
+    if roles and (source == "fineweb10B" or Path(tokenizer).is_dir()):
+        which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
+        raise UserError(f"roles={roles}: the tokenizer {which} is taken as it is")
+
+
 def check_settings():
     """Refuse settings with which nothing can be made."""
     limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
     limits |= {"tokenizer_bytes": 1}
-    smallest = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}
-    if tokenizer in smallest:
-        limits |= {"vocab_size": smallest[tokenizer] + len(special_tokens)}
     names = {t for t in special_tokens if isinstance(t, str) and t}
     if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
+    check_roles()
+    smallest = {"bpe": 256, "unigram": 256, "word": 1, "wordpiece": 2}
+    if tokenizer in smallest:
+        n_special = len(special_names(tokenizer in WITH_WORDS))
+        limits |= {"vocab_size": smallest[tokenizer] + n_special}
     for name, least in limits.items():
         if (value := globals()[name]) is not None and value < least:
             raise UserError(f"{name}={value}: expected {least} or more")

@@ -341,7 +341,10 @@ def remarks(history):
 def show_sample(net, tok, cast):
     """A few tokens of what the model writes by now, each line set off."""
     with cast:
-        start = tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :] or [*document_end, *document_begin][-1:]
+        start = (
+            tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :]
+            or [*document_end, *document_begin][-1:]
+        )
         how = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
         [g] = model.generate(net, tok, [start], **how)
     return "  | " + (sample_prompt + g.text).replace("\n", "\n  | ")

@@ -412,6 +412,60 @@ def test_special_tokens_are_what_one_says(kind, monkeypatch):
             train_on("a a b b", kind, 300)
 
 
+ALL_ROLES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+ALL_ROLES |= {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_role_has_a_token_of_its_own(kind, monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(prepare, "roles", ALL_ROLES)
+    tok = train_on(CORPUS, kind)
+    assert kind in ("byte", "char") or tok.n_vocab == SIZE
+    model.write_json(tmp_path / "tokenizer.json", tok.spec)
+    model.write_json(tmp_path / "tokenizer_config.json", tok.config)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = model.Tokenizer.from_folder(tmp_path)
+    assert len({*again.roles.values()}) == 7
+    for role, name in ALL_ROLES.items():
+        assert getattr(theirs, f"{role}_token") == name
+        assert getattr(theirs, f"{role}_token_id") == again.roles[role] == tok.special[name]
+    assert (again.bos_id, again.eos_ids, again.pad_id) == (
+        theirs.bos_token_id,
+        [theirs.eos_token_id],
+        theirs.pad_token_id,
+    )
+    assert again.document_layout == ([theirs.bos_token_id], [theirs.eos_token_id])
+    for text in TEXTS:  # transformers puts bos before a text, as `prompt` does
+        assert theirs(text)["input_ids"] == again.prompt(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == again.encode(text)
+    pair = theirs("a", "b")["input_ids"]
+    assert pair == again.prompt("a") + again.prompt("b")
+    named = "<s></s><pad><unk>[CLS][SEP][MASK]"  # none of them is read from text
+    assert not {*again.encode(named)} & {again.roles[r] for r in ALL_ROLES if r != "unk"}
+    if kind in ("char", "word", "wordpiece"):
+        assert again.encode("\U0010fffe\u0378") == [again.roles["unk"]] * (1 + (kind != "word"))
+
+
+@pytest.mark.parametrize(
+    "roles, expected",
+    [
+        ({"mask": "[MASK]"}, "bos=<|endoftext|> eos=<|endoftext|> pad=<|pad|> mask=[MASK]"),
+        ({"eos": "</s>"}, "bos=<|endoftext|> eos=</s> pad=<|pad|>"),
+        ({"pad": "<|endoftext|>"}, "bos=<|endoftext|> eos=<|endoftext|> pad=<|endoftext|>"),
+        ({"bos": "<s>", "eos": "<s>"}, "bos=<s> eos=<s> pad=<|pad|>"),
+    ],
+)
+def test_roles_that_are_not_asked_for_stay_as_they_were(roles, expected, monkeypatch):
+    monkeypatch.setattr(prepare, "roles", roles)
+    tok = train_on(CORPUS, "bpe")
+    names = {id: name for name, id in tok.special.items()}
+    assert " ".join(f"{role}={names[id]}" for role, id in tok.roles.items()) == expected
+    apart = tok.roles["bos"] != tok.roles["eos"]
+    assert tok.start == [tok.bos_id] * apart
+    assert tok.document_layout == ([tok.bos_id], tok.eos_ids * apart)
+
+
 @pytest.mark.parametrize("normalize", ["", "nfkc,lower"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_chat_mask_covers_what_the_assistant_says(kind, normalize, make):
@@ -502,6 +556,10 @@ BAD = [
     ("--tokenizer=words", "--tokenizer=words: expected bpe, byte, char, unigram, word, wordpiece,"),
     ("--normalize=lower --tokenizer=folder", "normalize=lower: the tokenizer in folder is taken"),
     ("--normalize=nfc --source=fineweb10B", "normalize=nfc: the tokenizer of fineweb10B is taken"),
+    ("--roles={'bot':'<s>'}", "roles={'bot': '<s>'}: 'bot': expected some of bos, eos, pad, unk"),
+    ("--roles={'cls':1}", "roles={'cls': 1}: cls: expected the name of a token"),
+    ("--roles={'cls':'[C]'} --tokenizer=folder", "roles={'cls': '[C]'}: the tokenizer in folder"),
+    ("--roles={'cls':'[C]'} --tokenizer=word --vocab_size=6", "vocab_size=6: expected 7 or more"),
     ("--inspect=x", "data/python: no tokenizer.json here"),
 ]
 

@@ -1579,11 +1579,12 @@ class Tokenizer:
                     finer += [(begin + a, begin + b) for a, b in parts]
                 cuts = finer
         except TimeoutError:
-            why = f"does not end on a text of {len(text):,} characters"
-            raise UserError(
-                f"tokenizer.json: the split pattern {pattern.pattern!r} {why}"
-            ) from None
+            raise self._endless(pattern, text) from None
         return cuts
+
+    def _endless(self, pattern, text):
+        why = f"does not end on a text of {len(text):,} characters"
+        return UserError(f"tokenizer.json: the split pattern {pattern.pattern!r} {why}")
 
     def _pieces(self, text):
         """The pieces of a normal text that are encoded apart from each other."""
@@ -1592,7 +1593,10 @@ class Tokenizer:
         if self.gapless and pattern.pattern == CHARACTERS:
             return text
         if only and not pattern.groups:
-            matches = pattern.findall(text)
+            try:
+                matches = pattern.findall(text, timeout=None if self.gapless else SPLIT_SECONDS)
+            except TimeoutError:
+                raise self._endless(pattern, text) from None
             if "" not in matches:
                 return matches
         return [text[begin:end] for begin, end in self._cuts(text)]

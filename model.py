@@ -1656,10 +1656,12 @@ class Tokenizer:
             return [*pool.map(ids, texts)]
 
     def prompt(self, text):
-        """The ids of a text to be continued: bos before it where the tokenizer puts one, or where
-        there is nothing else to continue."""
-        alone = [] if text or self.bos_id is None else [self.bos_id]
-        return (self.start or alone) + self.encode(text)
+        """The ids of a text to be continued: bos before it where the tokenizer puts one. Nothing at
+        all is continued from what stands before a document in the shards."""
+        if text or self.start or self.eot_id is None:
+            return self.start + self.encode(text)
+        begin, end = self.document_layout
+        return [*end, *begin][-1:]
 
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""

@@ -62,6 +62,7 @@ def test_a_model_learns_to_stop(name, tmp_path):
     end = [tok.special[END[name]]] if name in END else []
     meta = model.read_json(data / "meta.json")
     assert meta["document"] == {"begin": begin, "end": end}
+    assert tok.prompt("") == [*end, *begin][-1:]  # what stands before a document's first token
     ids = ids_of(data).tolist()
     assert ids == [i for line in LINES * 100 for i in [*begin, *tok.encode(line), *end]]
     assert meta["train"]["tokens"] == len(ids)

@@ -1266,7 +1266,8 @@ def split_at(text, pattern, behavior, invert):
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
-    n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, eot_id the one
+    n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, roles {bos, eos,
+    pad, unk, cls, sep, mask: id} those that tokenizer_config.json names; eot_id is the one
     that starts a document. They are never read from text: only `chat` and `prompt` add them. Added
     tokens that the file does not call special (<think>) are text, and are read as in `tokenizers`.
     """
@@ -1308,6 +1309,10 @@ class Tokenizer:
         # What splits where tiktoken does not: one pattern, or the steps of several.
         self.known = {}  # ids of pieces met before
         self.gapless = form == "Metaspace" or split in GAPLESS
+        if self.bpe and not self.gapless:
+            self.sizes = np.zeros(1 + max(self.bytes), np.int64)  # of the tokens, in bytes
+            for id, token in self.bytes.items():
+                self.sizes[id] = len(token)
         if isinstance(split, str):
             split = ((split, "Isolated", False),)
         self.steps = [
@@ -1459,9 +1464,6 @@ class Tokenizer:
         except ValueError:  # a pattern that Rust cannot read
             self.rust_splits = False
             self.bpe = tiktoken.Encoding("barelm", pat_str=CHARACTERS, **named)
-        self.sizes = np.zeros(1 + max(self.bytes), np.int64)  # of the tokens, in bytes
-        for id, token in self.bytes.items():
-            self.sizes[id] = len(token)
 
     def _merges(self, body):
         return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in body["merges"]]
@@ -2095,7 +2097,14 @@ def document_layout(folder, tok):
     layout = read_json(Path(folder) / "meta.json").get("document")
     if layout is None:
         return [tok.eot_id], []
-    return layout["begin"], layout["end"]
+    try:
+        begin, end = layout["begin"], layout["end"]
+        if min(begin + end) >= 0 and max(begin + end) < tok.n_vocab:
+            return begin, end
+    except (KeyError, TypeError, ValueError):
+        pass
+    why = f"document: expected lists of ids, begin and end, and not {layout}"
+    raise UserError(f"{folder}/meta.json: {why}")
 
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):

@@ -121,6 +121,17 @@ def test_shards_of_an_earlier_version_keep_their_borders(tmp_path):
     assert "note: these shards hold no end token" in told
 
 
+@pytest.mark.parametrize(
+    "layout", [5, [], {}, {"begin": [1]}, {"begin": [], "end": []}, {"begin": [999], "end": []},
+               {"begin": ["<s>"], "end": []}, {"begin": 1, "end": 2}]
+)  # fmt: skip
+def test_a_malformed_layout_is_one_line(layout, tmp_path):
+    model.write_json(tmp_path / "meta.json", {"document": layout})
+    tok = model.Tokenizer.from_folder(fixture("llama3"))
+    with pytest.raises(model.UserError, match="meta.json: document: expected lists of ids"):
+        model.document_layout(tmp_path, tok)
+
+
 # Tokenizers of folders that name their end elsewhere, or have none
 
 

@@ -500,6 +500,19 @@ def test_a_mask_splits_words_where_the_assistant_begins(make):
     assert said[0] == b" !" and b"".join(said) == b" ! the file"
 
 
+def test_roles_of_others_are_read(tmp_path):
+    """As RoBERTa's files have them: a mask token that eats the blank before it, in text alone."""
+    spec = model.read_json(ROOT / "tests/fixtures/tokenizers/gpt2/tokenizer.json")
+    mask = spec["added_tokens"][0] | {"id": 331, "content": "<mask>", "lstrip": True}
+    spec["added_tokens"] = [*spec["added_tokens"], mask]
+    names = {"bos_token": "<|endoftext|>", "cls_token": {"content": "<|endoftext|>"}}
+    tok = model.Tokenizer(spec, names | {"mask_token": "<mask>"})
+    assert tok.roles == {"bos": 330, "cls": 330, "mask": 331}
+    assert tok.decode(tok.encode("a <mask>")) == "a <mask>" and 331 not in tok.encode("a <mask>")
+    with pytest.raises(UserError, match="<mask> with lstrip"):
+        model.Tokenizer(spec, names)
+
+
 # The command
 
 

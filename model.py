@@ -1059,7 +1059,7 @@ SAME_ESCAPES = set("pPdDsSnrtfAzx0")  # letters behind a backslash that all engi
 ONIGURUMA_WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}²³¹¼½¾"  # its \w, which others read otherwise
 ANY_LETTERS = "aA1 .'\n漢\u0301_ "
 LONG_TEXT = 300_000  # characters: a third of the run of blanks that overflows tiktoken
-SPLIT_SECONDS = 30  # a pattern that takes longer for one text has no end
+SPLIT_SECONDS = 30  # a pattern that takes longer for a short text has no end
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 # The models that run here, and by what form of pre-tokenizer each is fed.
 FORMS = [("BPE", "ByteLevel"), ("BPE", "Metaspace"), ("Unigram", "ByteLevel")]
@@ -1195,6 +1195,7 @@ def spell_words(pattern):
 def portable_pattern(pattern):
     """A split pattern of tokenizer.json, which Oniguruma reads there, as Rust reads it too;
     UserError where the two, or `regex`, would not mean the same."""
+    given = pattern
     # {1,3}+ is a repeated repeat there, and a greedy one that gives nothing back elsewhere.
     pattern = spell_words(re.sub(r"\{([01]?),\d*\}\+", r"{\1,}", pattern))
     bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL)
@@ -1202,7 +1203,8 @@ def portable_pattern(pattern):
     odd += re.findall(r"\(\?(?!:|=|!|>|<=|<!|-?i[:)])..?", bare)  # other flags, recursion, names
     odd += re.findall(r"\[:\^?\w+:\]|\{[\d,]+\}\+", bare)
     if odd:
-        raise UserError(f"tokenizer.json: not supported: {odd[0]} in the split pattern {pattern!r}")
+        raise UserError(f"tokenizer.json: not supported: {odd[0]} in the split pattern {given!r}")
+    bare = bare.replace("[^", "[")
     if "^" in bare or "$" in bare:  # which are of a line there
         return f"(?m:{pattern})"
     return pattern
@@ -1222,11 +1224,26 @@ def compile_pattern(pattern):
         raise UserError(f"tokenizer.json: the split pattern {pattern!r}: {error}") from None
 
 
+def may_match_nothing(pattern):
+    """Whether a pattern matches nothing at some place where it is likely to: among usual letters
+    and those that it names. tiktoken panics there."""
+    try:
+        matches = compile_pattern(pattern).finditer(ANY_LETTERS + pattern, timeout=1)
+        return any(match.start() == match.end() for match in matches)
+    except TimeoutError:
+        return True
+
+
+def split_seconds(text):
+    """How long a pattern may take for a text, in seconds: many times what a usual one does."""
+    return SPLIT_SECONDS + len(text) / 100_000
+
+
 def stretches(text, pattern):
     """[(begin, end, does the pattern match it)], one behind the other, of the whole text. A match
     of nothing that stands right behind another is none, as in Oniguruma."""
     parts, begin, covered, last = [], 0, 0, None
-    stop = time.monotonic() + SPLIT_SECONDS
+    stop = time.monotonic() + split_seconds(text)
     while begin <= len(text):
         match = pattern.search(text, begin, timeout=max(stop - time.monotonic(), 0.001))
         if not match:
@@ -1251,7 +1268,9 @@ def split_at(text, pattern, behavior, invert):
     if behavior == "Removed":
         return [(begin, end) for begin, end, matched in parts if not matched and begin < end]
     pieces, before = [], False
-    for begin, end, matched in parts[::-1] if behavior == "MergedWithNext" else parts:
+    if behavior == "MergedWithNext":
+        parts.reverse()
+    for begin, end, matched in parts:
         joins = matched == before if behavior == "Contiguous" else matched and not before
         before = matched
         if not joins or not pieces:
@@ -1290,8 +1309,8 @@ class Tokenizer:
         self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
         fits = (self.kind, form) in FORMS and (form == "Metaspace" or self.lead == "never")
-        steps = () if isinstance(split, str) else split or ()
-        self.drops = any(behavior == "Removed" for _, behavior, _ in steps)  # some of the text
+        # Whether some of the text is lost, as in `tokenizers`.
+        self.drops = isinstance(split, tuple) and "Removed" in [step[1] for step in split]
         fits = fits and not (self.drops and self.kind == "WordLevel")
         if not (fits and split and vocab and NORMALIZERS.issuperset(self.normalizers)):
             why = f"a {self.kind} tokenizer of this form is not supported ({SUPPORTED})"
@@ -1315,11 +1334,9 @@ class Tokenizer:
                 self.sizes[id] = len(token)
         if isinstance(split, str):
             split = ((split, "Isolated", False),)
-        self.steps = [
-            (compile_pattern(portable_pattern(pattern)), behavior, invert)
-            for pattern, behavior, invert in split
-        ]
-        self.split = self.steps[0][0]
+        self.steps = []
+        for pattern, behavior, invert in split:
+            self.steps.append((compile_pattern(portable_pattern(pattern)), behavior, invert))
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
         self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
@@ -1407,6 +1424,8 @@ class Tokenizer:
             return "Metaspace", whole
         usual = dict(add_prefix_space=True, use_regex=True, split=True, invert=False)
         steps = [usual | step for step in steps.get("pretokenizers", [steps])]
+        if not steps:
+            return None, None
         if [step.get("type") for step in steps] == ["Metaspace"]:
             step = steps[0]
             if step["replacement"] != "▁" or self.lead != "never":
@@ -1455,9 +1474,7 @@ class Tokenizer:
         named = dict(mergeable_ranks=ranks, special_tokens=self.special)
         self.rust_splits = isinstance(split, str)
         pattern = portable_pattern(split) if self.rust_splits else CHARACTERS
-        # tiktoken panics at a match of nothing, which is likely among letters that a pattern names.
-        matches = compile_pattern(pattern).finditer(ANY_LETTERS + pattern)
-        if any(match.start() == match.end() for match in matches):
+        if may_match_nothing(pattern):
             pattern, self.rust_splits = CHARACTERS, False
         try:
             self.bpe = tiktoken.Encoding("barelm", pat_str=pattern, **named)
@@ -1596,7 +1613,7 @@ class Tokenizer:
             return text
         if only and not pattern.groups:
             try:
-                matches = pattern.findall(text, timeout=None if self.gapless else SPLIT_SECONDS)
+                matches = pattern.findall(text, timeout=split_seconds(text))
             except TimeoutError:
                 raise self._endless(pattern, text) from None
             if "" not in matches:

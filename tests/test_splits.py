@@ -249,6 +249,7 @@ def test_a_pattern_without_an_end_is_one_line(monkeypatch):
         (r"a{2,3}+", r"\{2,3\}\+"),
         (r"a(", "the split pattern"),
         (r"[a", "the split pattern"),
+        (r"(?<name>a)", r"\(\?<n"),
         (r"a{99999999999}", "split pattern"),
         ("", "not supported"),
     ],

@@ -1054,6 +1054,7 @@ QWEN2_SPLIT = (
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 # Each of these matches something wherever it stands: no text is between their matches.
 GAPLESS = {GPT2_SPLIT, DIGITS_SPLIT, QWEN2_SPLIT, LLAMA3_SPLIT, CHARACTERS}
+BERT_WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # punctuation and Chinese stand alone
 BEHAVIORS = {"Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"}
 SAME_ESCAPES = set("pPdDsSnrtfAzx0")  # letters behind a backslash that all engines read alike
 ONIGURUMA_WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}²³¹¼½¾"  # its \w, which others read otherwise
@@ -1334,6 +1335,9 @@ class Tokenizer:
                 self.sizes[id] = len(token)
         if isinstance(split, str):
             split = ((split, "Isolated", False),)
+        self.letters = split[0][0] == CHARACTERS and self.gapless  # each alone
+        # Whether the matches are the pieces, and the pattern is known to have an end.
+        self.matches = self.gapless or split == ((BERT_WORDS, "Removed", True),)
         self.steps = []
         for pattern, behavior, invert in split:
             self.steps.append((compile_pattern(portable_pattern(pattern)), behavior, invert))
@@ -1607,17 +1611,10 @@ class Tokenizer:
 
     def _pieces(self, text):
         """The pieces of a normal text that are encoded apart from each other."""
-        pattern, behavior, invert = self.steps[0]
-        only = self.gapless or len(self.steps) == 1 and behavior == "Removed" and invert
-        if self.gapless and pattern.pattern == CHARACTERS:
+        if self.letters:
             return text
-        if only and not pattern.groups:
-            try:
-                matches = pattern.findall(text, timeout=split_seconds(text))
-            except TimeoutError:
-                raise self._endless(pattern, text) from None
-            if "" not in matches:
-                return matches
+        if self.matches:
+            return self.steps[0][0].findall(text)
         return [text[begin:end] for begin, end in self._cuts(text)]
 
     def _segment(self, piece):

@@ -1216,7 +1216,7 @@ SPLIT = (  # Qwen2's, which every reader of tokenizer.json and of GGUF knows
 )
 ASCII = SPLIT.replace(r"?\p{L}", "?[A-Za-z]").replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", r"\d")
 ASCII = re.compile(ASCII, re.ASCII)  # the same on ASCII text, for Python's own re: twice as fast
-WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # BERT's: punctuation and Chinese stand alone
+WORDS = model.BERT_WORDS
 # Of the kinds that are trained here: what splits text into the pieces that are counted.
 PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=model.CHARACTERS)
 NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied

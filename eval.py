@@ -2484,7 +2484,8 @@ def run_memorized(net, tok, answers, say):
     theirs = core.Tokenizer.from_folder(folder)
     if (theirs.bytes, theirs.eot_id) != (tok.bytes, tok.eot_id):
         raise UserError(f"{folder} and {model} have different tokenizers")
-    windows = draw_windows(train, prompt_length + text_length, num_texts, tok.eot_id)
+    begin, end = core.document_layout(folder, tok)
+    windows = draw_windows(train, prompt_length + text_length, num_texts, [*begin, *end][0])
 
     def continued(prompts, temperature):
         made = []
@@ -2496,7 +2497,7 @@ def run_memorized(net, tok, answers, say):
     cut = [shard[i : i + text_length] for shard in val for i in range(0, len(shard), text_length)]
     kinds = {
         "prompted by training": continued([w[:prompt_length].tolist() for w in windows], 0),
-        "without a prompt": continued([[tok.eot_id]] * num_texts, 1),
+        "without a prompt": continued([[*end, *begin][-1:]] * num_texts, 1),
         "validation text": cut[: max(num_texts, (1 << 24) // text_length**2)],  # 75 MB of trie
     }
     looked_up = zip(*longest_runs(train, sum(kinds.values(), []), ngram))

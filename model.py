@@ -1255,10 +1255,24 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 # Each numeral apart, then GPT2_SPLIT: white space before a numeral is the end of its piece.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 CHARACTERS = r"[\s\S]"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+# Each of these matches something wherever it stands: no text is between their matches.
+GAPLESS = {GPT2_SPLIT, DIGITS_SPLIT, QWEN2_SPLIT, LLAMA3_SPLIT, CHARACTERS}
+BERT_WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # punctuation and Chinese stand alone
+BEHAVIORS = {"Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"}
+SAME_ESCAPES = set("pPdDsSnrtfAzx0")  # letters behind a backslash that all engines read alike
+ONIGURUMA_WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}²³¹¼½¾"  # its \w, which others read otherwise
+ANY_LETTERS = "aA1 .'\n漢\u0301_ "
+LONG_TEXT = 300_000  # characters: a third of the run of blanks that overflows tiktoken
+SPLIT_SECONDS = 30  # a pattern that takes longer for a short text has no end
 NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 # The models that run here, and by what form of pre-tokenizer each is fed.
 FORMS = [("BPE", "ByteLevel"), ("BPE", "Metaspace"), ("Unigram", "ByteLevel")]
-FORMS += [("WordLevel", "Isolated"), ("WordPiece", "Removed")]
+FORMS += [("WordLevel", "Split"), ("WordPiece", "Split")]
 SUPPORTED = "byte-level or SentencePiece's BPE, Unigram, words, characters, WordPiece; split by "
 SUPPORTED += "Split, normalised by " + ", ".join(sorted(NORMALIZERS))
 # SentencePiece writes a space as ▁. Llama 2's normalizers and decoders:
@@ -1267,6 +1281,7 @@ REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 BACK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
 BACK = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}]
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")  # of special tokens, as in transformers
 NO_TOKEN = 1 << 20  # from here up: ids for tiktoken's sake, of bytes that a vocabulary lacks
 
 
@@ -1442,17 +1457,139 @@ def read_ids(folder, key, n_vocab):
     return None
 
 
+def split_steps(pre_tokenizers):
+    """Hugging Face's Split and Digits as a tuple of (pattern, behavior, invert), in their order;
+    None where there is another kind among them."""
+    import regex
+
+    steps = []
+    for step in pre_tokenizers:
+        if step["type"] == "Digits":
+            behavior = "Isolated" if step.get("individual_digits") else "Contiguous"
+            steps.append((r"\p{N}", behavior, False))
+        elif step["type"] == "Split" and step["behavior"] in BEHAVIORS:
+            pattern = step["pattern"].get("Regex")
+            if pattern is None:
+                pattern = regex.escape(step["pattern"]["String"], special_only=True)
+            steps.append((pattern, step["behavior"], step["invert"]))
+        else:
+            return None
+    return tuple(steps)
+
+
+def spell_words(pattern):
+    """The pattern with what Oniguruma takes for \\w and \\W written out."""
+    parts, depth = [], 0
+    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
+        depth += {"[": 1, "]": -1}.get(part, 0)
+        if part == r"\w":
+            part = ONIGURUMA_WORD if depth > 0 else f"[{ONIGURUMA_WORD}]"
+        elif part == r"\W" and depth <= 0:
+            part = f"[^{ONIGURUMA_WORD}]"
+        parts.append(part)
+    return "".join(parts)
+
+
+def portable_pattern(pattern):
+    """A split pattern of tokenizer.json, which Oniguruma reads there, as Rust reads it too;
+    UserError where the two, or `regex`, would not mean the same."""
+    given = pattern
+    # {1,3}+ is a repeated repeat there, and a greedy one that gives nothing back elsewhere.
+    pattern = spell_words(re.sub(r"\{([01]?),\d*\}\+", r"{\1,}", pattern))
+    bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL)
+    odd = [f"\\{c}" for c in re.findall(r"\\(.)", pattern) if c.isalnum() and c not in SAME_ESCAPES]
+    odd += re.findall(r"\(\?(?!:|=|!|>|<=|<!|-?i[:)])..?", bare)  # other flags, recursion, names
+    odd += re.findall(r"\[:\^?\w+:\]|\{[\d,]+\}\+", bare)
+    if odd:
+        raise UserError(f"tokenizer.json: not supported: {odd[0]} in the split pattern {given!r}")
+    bare = bare.replace("[^", "[")
+    if "^" in bare or "$" in bare:  # which are of a line there
+        return f"(?m:{pattern})"
+    return pattern
+
+
+def compile_pattern(pattern):
+    """A pattern that all engines read alike, for the module `regex`."""
+    import regex
+
+    letter = lambda match: f"\\U{int(match[1], 16):08x}"
+    pattern = re.sub(r"\\x\{([0-9a-fA-F]{1,8})\}", letter, pattern)
+    pattern = re.sub(r"\\z", r"\\Z", pattern)
+    nested = "&&" in pattern or re.search(r"\[[^\]]*\[", re.sub(r"\\.", "", pattern))
+    try:
+        return regex.compile(pattern, regex.V1 if nested else regex.V0)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise UserError(f"tokenizer.json: the split pattern {pattern!r}: {error}") from None
+
+
+def may_match_nothing(pattern):
+    """Whether a pattern matches nothing at some place where it is likely to: among usual letters
+    and those that it names. tiktoken panics there."""
+    try:
+        matches = compile_pattern(pattern).finditer(ANY_LETTERS + pattern, timeout=1)
+        return any(match.start() == match.end() for match in matches)
+    except TimeoutError:
+        return True
+
+
+def split_seconds(text):
+    """How long a pattern may take for a text, in seconds: many times what a usual one does."""
+    return SPLIT_SECONDS + len(text) / 100_000
+
+
+def stretches(text, pattern):
+    """[(begin, end, does the pattern match it)], one behind the other, of the whole text. A match
+    of nothing that stands right behind another is none, as in Oniguruma."""
+    parts, begin, covered, last = [], 0, 0, None
+    stop = time.monotonic() + split_seconds(text)
+    while begin <= len(text):
+        match = pattern.search(text, begin, timeout=max(stop - time.monotonic(), 0.001))
+        if not match:
+            break
+        if match.start() == match.end() == last:
+            begin += 1
+            continue
+        if covered < match.start():
+            parts.append((covered, match.start(), False))
+        parts.append((*match.span(), True))
+        begin = covered = last = match.end()
+    if covered < len(text):
+        parts.append((covered, len(text), False))
+    return parts
+
+
+def split_at(text, pattern, behavior, invert):
+    """The pieces [(begin, end)] that Hugging Face's Split makes of a text, none of them empty."""
+    parts = [(begin, end, matched != invert) for begin, end, matched in stretches(text, pattern)]
+    if behavior == "Isolated":
+        return [(begin, end) for begin, end, _ in parts if begin < end]
+    if behavior == "Removed":
+        return [(begin, end) for begin, end, matched in parts if not matched and begin < end]
+    pieces, before = [], False
+    if behavior == "MergedWithNext":
+        parts.reverse()
+    for begin, end, matched in parts:
+        joins = matched == before if behavior == "Contiguous" else matched and not before
+        before = matched
+        if not joins or not pieces:
+            pieces.append((begin, end))
+        elif behavior == "MergedWithNext":
+            pieces[-1] = (begin, pieces[-1][1])
+        else:
+            pieces[-1] = (pieces[-1][0], end)
+    return sorted((begin, end) for begin, end in pieces if begin < end)
+
+
 class Tokenizer:
     """Text to ids and back. `spec` and `config`: tokenizer.json and tokenizer_config.json, parsed.
 
-    n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, eot_id the one
+    n_vocab counts the ids; bos_id, pad_id (or None) and eos_ids name special ones, roles {bos, eos,
+    pad, unk, cls, sep, mask: id} those that tokenizer_config.json names; eot_id is the one
     that starts a document. They are never read from text: only `chat` and `prompt` add them. Added
     tokens that the file does not call special (<think>) are text, and are read as in `tokenizers`.
     """
 
     def __init__(self, spec, config):
-        import regex  # which tiktoken brings along
-
         check_spec(spec)
         check_names(config)
         self.spec, self.config, self.bpe, self.lacking = spec, config, None, b""
@@ -1472,6 +1609,9 @@ class Tokenizer:
         self.kind, vocab = body.get("type") or "merges" in body and "BPE", body.get("vocab")
         form, split = self._pattern()
         fits = (self.kind, form) in FORMS and (form == "Metaspace" or self.lead == "never")
+        # Whether some of the text is lost, as in `tokenizers`.
+        self.drops = isinstance(split, tuple) and "Removed" in [step[1] for step in split]
+        fits = fits and not (self.drops and self.kind == "WordLevel")
         if not (fits and split and vocab and NORMALIZERS.issuperset(self.normalizers)):
             why = f"a {self.kind} tokenizer of this form is not supported ({SUPPORTED})"
             raise UserError(f"tokenizer.json: {why}")
@@ -1485,12 +1625,28 @@ class Tokenizer:
             self._init_bpe(body, self._of_bytes(vocab), split)
         else:
             self._init_other(body, vocab)
-        if not self.bpe or self.lacking:  # else tiktoken splits, by Rust's kind of pattern
-            self.split, self.known = regex.compile(split), {}  # known: ids of pieces met before
+        # What splits where tiktoken does not: one pattern, or the steps of several.
+        self.known = {}  # ids of pieces met before
+        self.gapless = form == "Metaspace" or split in GAPLESS
+        if self.bpe and not self.gapless:
+            self.sizes = np.zeros(1 + max(self.bytes), np.int64)  # of the tokens, in bytes
+            for id, token in self.bytes.items():
+                self.sizes[id] = len(token)
+        if isinstance(split, str):
+            split = ((split, "Isolated", False),)
+        self.letters = split[0][0] == CHARACTERS and self.gapless  # each alone
+        # Whether the matches are the pieces, and the pattern is known to have an end.
+        self.matches = self.gapless or split == ((BERT_WORDS, "Removed", True),)
+        self.steps = []
+        for pattern, behavior, invert in split:
+            self.steps.append((compile_pattern(portable_pattern(pattern)), behavior, invert))
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
         self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
+        # {role: id} of those that tokenizer_config.json names, and transformers too.
+        self.roles = {role: self._named(f"{role}_token") for role in ROLES}
+        self.roles = {role: id for role, id in self.roles.items() if id is not None}
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         leading = lambda step: takewhile(lambda s: "SpecialToken" in s, step.get("single", []))
         before = [s["SpecialToken"]["id"] for step in post for s in leading(step)]
@@ -1534,6 +1690,22 @@ class Tokenizer:
         """The token that starts a document: bos, or where there is none the end token, or None."""
         return self.bos_id if self.bos_id is not None else [*self.eos_ids, None][0]
 
+    @property
+    def end_id(self):
+        """The token that ends a text, at which generation stops too, or None: of several that of
+        tokenizer_config.json."""
+        own = self._named("eos_token")
+        return own if own in self.eos_ids or not self.eos_ids else self.eos_ids[0]
+
+    @property
+    def document_layout(self):
+        """(ids before a document, ids behind it) in the shards that are written today. What begins
+        a text is the post-processor's word. Where one token is bos and the end, or there is but
+        one, it stands before each document, and so behind the one before."""
+        if self.end_id in (None, self.bos_id):
+            return self.start or [self.eot_id], []
+        return self.start, [self.end_id]
+
     def _named(self, key):
         name = self.config.get(key)
         return self.special.get(name["content"] if isinstance(name, dict) else name)
@@ -1544,7 +1716,12 @@ class Tokenizer:
         odd = [part for part in parts if self.kind == "BPE" and body.get(part)]
         odd += post - {"ByteLevel", "TemplateProcessing"}
         changed = self.lead != "never" or self.normalizers
+        mask = self._named(
+            "mask_token"
+        )  # read from text alone, which special tokens never are here
         for t in added:
+            if t["id"] == mask and t["special"]:
+                continue
             flags = [k for k in ("lstrip", "rstrip", "single_word") if t.get(k)]
             flags += ["normalized"] * bool(changed and t.get("normalized") and not t["special"])
             odd += [f"the added token {t['content']} with {flag}" for flag in flags]
@@ -1552,29 +1729,36 @@ class Tokenizer:
             raise UserError(f"tokenizer.json: not supported: {', '.join(odd[:3])}")
 
     def _pattern(self):
-        """(form, regular expression) of the pieces that text is split into: ByteLevel, Metaspace,
-        Isolated, or Removed where what no piece matches is lost. (None, None): another form."""
+        """(form, split): Metaspace, ByteLevel or Split; and the pattern that isolates the pieces of
+        a text, or a tuple of (pattern, behavior, invert) where one pattern does not say it.
+        (None, None): another form."""
         whole, steps = CHARACTERS + "+", self.spec.get("pre_tokenizer") or {}
         if not steps and self.lead == "each":
             return "Metaspace", whole
         usual = dict(add_prefix_space=True, use_regex=True, split=True, invert=False)
-        match [usual | step for step in steps.get("pretokenizers", [steps])]:
-            case [{"type": "Metaspace", "replacement": "▁"} as step] if self.lead == "never":
-                old = "always" if step["add_prefix_space"] else "never"
-                self.lead = step.get("prepend_scheme", old)
-                return "Metaspace", " [^ ]*|[^ ]+" if step["split"] else whole
-            case [*rest, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": own}]:
-                match own, rest:
-                    case True, []:
-                        return "ByteLevel", GPT2_SPLIT
-                    case True, [{"type": "Digits", "individual_digits": True}]:
-                        return "ByteLevel", DIGITS_SPLIT
-                    case False, [{"type": "Split", "behavior": "Isolated", "invert": False}]:
-                        return "ByteLevel", rest[0]["pattern"].get("Regex")
-            case [{"type": "Split", "behavior": form, "invert": invert, "pattern": pattern}]:
-                if (form, invert) in [("Isolated", False), ("Removed", True)]:
-                    return form, pattern.get("Regex")
-        return None, None
+        steps = [usual | step for step in steps.get("pretokenizers", [steps])]
+        if not steps:
+            return None, None
+        if [step.get("type") for step in steps] == ["Metaspace"]:
+            step = steps[0]
+            if step["replacement"] != "▁" or self.lead != "never":
+                return None, None
+            old = "always" if step["add_prefix_space"] else "never"
+            self.lead = step.get("prepend_scheme", old)
+            return "Metaspace", " [^ ]*|[^ ]+" if step["split"] else whole
+        form, last = "Split", steps[-1]
+        if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
+            own = {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}}
+            own |= {"behavior": "Isolated", "invert": False}
+            form, steps = "ByteLevel", steps[:-1] + [own] * last["use_regex"]
+        split = split_steps(steps) if steps and "type" in steps[0] else None
+        if not split:
+            return None, None
+        if split == ((r"\p{N}", "Isolated", False), (GPT2_SPLIT, "Isolated", False)):
+            return form, DIGITS_SPLIT
+        if len(split) == 1 and split[0][1] == "Isolated":
+            return form, split[0][0]
+        return form, split
 
     def _of_bytes(self, vocab):
         """{token as bytes: what vocab has for it}, for a vocabulary in GPT-2's letters."""
@@ -1600,8 +1784,16 @@ class Tokenizer:
             raise UserError("tokenizer.json: ids are not in merge order")
         self.bytes = {i: token for token, i in ranks.items()}
         ranks = ranks | {bytes([b]): NO_TOKEN + b for b in self.lacking}
-        named = dict(pat_str=split, mergeable_ranks=ranks, special_tokens=self.special)
-        self.bpe = tiktoken.Encoding("barelm", **named)
+        named = dict(mergeable_ranks=ranks, special_tokens=self.special)
+        self.rust_splits = isinstance(split, str)
+        pattern = portable_pattern(split) if self.rust_splits else CHARACTERS
+        if may_match_nothing(pattern):
+            pattern, self.rust_splits = CHARACTERS, False
+        try:
+            self.bpe = tiktoken.Encoding("barelm", pat_str=pattern, **named)
+        except ValueError:  # a pattern that Rust cannot read
+            self.rust_splits = False
+            self.bpe = tiktoken.Encoding("barelm", pat_str=CHARACTERS, **named)
 
     def _merges(self, body):
         return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in body["merges"]]
@@ -1671,18 +1863,68 @@ class Tokenizer:
         return text if none else " " + text
 
     def _encode(self, text, first=True):
-        if self.bpe:
-            ids = self.bpe.encode_ordinary(text)
-            if not self.lacking or max(ids, default=0) < NO_TOKEN:
-                return ids
-        text, ids = self._led(text, first), []
-        for piece in text if self.split.pattern == CHARACTERS else self.split.findall(text):
-            if (some := self.known.get(piece)) is None:
+        """The ids of a normal text without added tokens; first: nothing comes before it."""
+        if self.bpe and self.rust_splits:
+            if self.gapless and len(text) < LONG_TEXT:  # where nothing can fail: the fastest way
+                ids = self.bpe.encode_ordinary(text)
+                if not self.lacking or max(ids, default=0) < NO_TOKEN:
+                    return ids
+            elif (array := self._by_tiktoken(text)) is not None:
+                return array.tolist()
+        ids = []
+        for piece in self._pieces(self._led(text, first)):
+            piece_ids = self.known.get(piece)
+            if piece_ids is None:
+                piece_ids = self._segment(piece)
                 if len(self.known) > 1_000_000:
                     self.known.clear()
-                some = self.known[piece] = self._segment(piece)
-            ids += some
+                if len(piece) < 1000:
+                    self.known[piece] = piece_ids
+            ids += piece_ids
         return ids
+
+    def _by_tiktoken(self, text):
+        """The ids (n,) uint32 of a normal text as tiktoken splits it; None where it cannot: its
+        regular expressions fail, there is text between their matches, or a byte has no token."""
+        try:
+            # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
+            data = self.bpe._core_bpe.encode_to_tiktoken_buffer(text, set())
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException:  # a ValueError, or a panic of Rust, which is no Exception
+            return None
+        ids = np.frombuffer(data, np.uint32)
+        if self.lacking and (ids >= NO_TOKEN).any():
+            return None
+        if not self.gapless and self.sizes[ids].sum() != len(text.encode()):
+            return None
+        return ids
+
+    def _cuts(self, text):
+        """Where the pieces of a normal text begin and end: [(begin, end)]."""
+        cuts = [(0, len(text))] if text else []
+        try:
+            for pattern, behavior, invert in self.steps:
+                finer = []
+                for begin, end in cuts:
+                    parts = split_at(text[begin:end], pattern, behavior, invert)
+                    finer += [(begin + a, begin + b) for a, b in parts]
+                cuts = finer
+        except TimeoutError:
+            raise self._endless(pattern, text) from None
+        return cuts
+
+    def _endless(self, pattern, text):
+        why = f"does not end on a text of {len(text):,} characters"
+        return UserError(f"tokenizer.json: the split pattern {pattern.pattern!r} {why}")
+
+    def _pieces(self, text):
+        """The pieces of a normal text that are encoded apart from each other."""
+        if self.letters:
+            return text
+        if self.matches:
+            return self.steps[0][0].findall(text)
+        return [text[begin:end] for begin, end in self._cuts(text)]
 
     def _segment(self, piece):
         """The ids of one piece of text."""
@@ -1702,39 +1944,49 @@ class Tokenizer:
 
     def _placed(self, text, first=True):
         """The ids of a text, each with the index of its first character (or byte, if by_bytes)."""
-        if self.by_bytes:
+        if self.by_bytes and not self.drops:
             kept = [i for i, b in enumerate(text.encode()) if b not in self.lacking]
             at = len(text) - len(self._led(text, first))
             for id in self._encode(text, first):
                 yield id, kept[max(at, 0)]
                 at += len(self.bytes[id])
             return
-        for match in self.split.finditer(text):
-            at = match.start()
-            for id in self._segment(match[0]):
-                yield id, at
-                at += len(self.token_bytes(id).decode().strip(" "))
+        covered, place = 0, 0  # characters up to the piece, and how many places they take
+        for begin, end in self._cuts(text):
+            skipped, piece = text[covered:begin], text[begin:end]
+            place += len(skipped.encode() if self.by_bytes else skipped)
+            places = range(len(piece))
+            if self.by_bytes:
+                places = [i for i, b in enumerate(piece.encode()) if b not in self.lacking]
+            at = 0
+            for id in self._segment(piece):
+                yield id, place + places[at]
+                token = self.token_bytes(id)
+                at += len(token) if self.by_bytes else len(token.decode().strip(" "))
+            covered, place = end, place + len(piece.encode() if self.by_bytes else piece)
 
     def encode_batch(self, texts, threads=1):
         """`encode` for many texts, as arrays, on several threads where the tokenizer can."""
-        if not self.bpe:
+        if not self.bpe or not self.rust_splits:
             return [np.array(self.encode(text), np.uint32) for text in texts]
 
         def ids(text):
-            # What encode_to_numpy calls, which reads special tokens in text before tiktoken 0.11.
-            data = self.bpe._core_bpe.encode_to_tiktoken_buffer(self.normal(text), set())
-            odd = self.lacking and (np.frombuffer(data, np.uint32) >= NO_TOKEN).any()
-            odd = odd or self.plain and self.plain.search(text)
-            return np.array(self.encode(text), np.uint32) if odd else np.frombuffer(data, np.uint32)
+            if self.plain and self.plain.search(text):
+                return np.array(self.encode(text), np.uint32)
+            normal = self.normal(text)
+            array = self._by_tiktoken(normal)
+            return np.array(self._encode(normal), np.uint32) if array is None else array
 
         with ThreadPoolExecutor(threads) as pool:
             return [*pool.map(ids, texts)]
 
     def prompt(self, text):
-        """The ids of a text to be continued: bos before it where the tokenizer puts one, or where
-        there is nothing else to continue."""
-        alone = [] if text or self.bos_id is None else [self.bos_id]
-        return (self.start or alone) + self.encode(text)
+        """The ids of a text to be continued: bos before it where the tokenizer puts one. Nothing at
+        all is continued from what stands before a document in the shards."""
+        if text or self.start or self.eot_id is None:
+            return self.start + self.encode(text)
+        begin, end = self.document_layout
+        return [*end, *begin][-1:]
 
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
@@ -2359,6 +2611,22 @@ def check_tokens(ids, n_vocab, path):
     if len(ids) and ids.max() >= n_vocab:
         why = f"the tokenizer has {n_vocab:,} tokens: prepare it again"
         raise UserError(f"{path}: token {ids.max()}, but {why}")
+
+
+def document_layout(folder, tok):
+    """(ids before a document, ids behind it) in the shards of a dataset, as its meta.json has them;
+    shards of an earlier version, which say nothing, have `eot_id` before each document."""
+    layout = read_json(Path(folder) / "meta.json").get("document")
+    if layout is None:
+        return [tok.eot_id], []
+    try:
+        begin, end = layout["begin"], layout["end"]
+        if min(begin + end) >= 0 and max(begin + end) < tok.n_vocab:
+            return begin, end
+    except (KeyError, TypeError, ValueError):
+        pass
+    why = f"document: expected lists of ids, begin and end, and not {layout}"
+    raise UserError(f"{folder}/meta.json: {why}")
 
 
 def load(folder, device="cpu", dtype=torch.float32, quantize=None):

@@ -50,6 +50,7 @@ tokenizer = "bpe"  # bpe, unigram, wordpiece, word, char, byte, a tiktoken name,
 vocab_size = 4096  # tokens of a tokenizer trained here, special ones included
 normalize = ""  # of the text before it is tokenized: nfc or nfkc, lower, or both with a comma
 special_tokens = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # start, pad, chat's
+roles: dict | None = None  # tokens for bos, eos, pad, unk, cls, sep, mask: {"mask": "[MASK]"}
 inspect: str | None = None  # print this text's tokens and the vocabulary's statistics, no more
 tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sample by hash
 
@@ -1346,7 +1347,7 @@ def clean(work, unit):
                 rows["unit"], rows["begin"] = int(unit["name"], 16), ends - rows["size"]
                 at += all_texts.write("".join(texts).encode())
                 rows_file.write(rows.tobytes())
-                special += sum(any(name in text for name in special_tokens) for text in texts)
+                special += sum(any(name in text for name in special_names()) for text in texts)
             sync(all_texts)
             sync(rows_file)
         sizes = [os.path.getsize(f"{place}{ending}") for ending in (".txt", ".rows")]
@@ -1456,13 +1457,15 @@ SPLIT = (  # Qwen2's, which every reader of tokenizer.json and of GGUF knows
 )
 ASCII = SPLIT.replace(r"?\p{L}", "?[A-Za-z]").replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", r"\d")
 ASCII = re.compile(ASCII, re.ASCII)  # the same on ASCII text, for Python's own re: twice as fast
-WORDS = r"(?:(?!\p{Han})[\p{L}\p{M}\p{N}])+|\S"  # BERT's: punctuation and Chinese stand alone
+WORDS = model.BERT_WORDS
 # Of the kinds that are trained here: what splits text into the pieces that are counted.
 PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=model.CHARACTERS)
 NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied
+WITH_WORDS = ("char", "word", "wordpiece")
 UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of bytes
 BYTES = [bytes([b]) for b in range(256)]
 LETTERS = model.byte_letters()
+RARE = 0.05  # of the count of the commonest pair: what WordPiece joins occurs as often at least
 MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
 MAX_PIECES = 1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB used
 
@@ -1547,10 +1550,80 @@ def recover_merges(ranks):
     return merges
 
 
+def merge_by_likelihood(words, tokens, n_tokens, show=lambda line: None):
+    """WordPiece's tokens (Schuster & Nakajima 2012, section 3) from {word: count}, words being
+    tuples of indexes into `tokens`, which are characters, ## before those within a word.
+
+    Each time the pair is joined that makes the text likeliest, by count(ab) / (count(a) count(b));
+    of equals the commonest, then that with the lowest indexes. Pairs under RARE of the commonest
+    one's count wait: by the formula alone two letters that occur only together come first however
+    rare, and the vocabulary fills with rare words (on Python's library 2.5 times the tokens that
+    merges by count give; with RARE 1.02 to 1.08 times). Until there are n_tokens, or no pair occurs
+    twice. Only the words that have the pair are counted anew.
+    """
+    tokens, ids = list(tokens), numbered(tokens)
+    words, weights = [list(word) for word in words], list(words.values())
+    counts = np.zeros(n_tokens + len(tokens))  # of each token in the text
+    rows, where = {}, []  # the row of each pair in the table, and the words that it is or was in
+    table = np.zeros((3, 1024))  # a column a pair: its left token, its right one, its count
+
+    def add(pair, word, n):
+        nonlocal table
+        row = rows.setdefault(pair, len(rows))
+        if row == len(where):  # a new one
+            where.append(set())
+            if row == table.shape[1]:
+                table = np.concatenate([table, np.zeros_like(table)], axis=1)
+            table[:2, row] = pair
+        where[row].add(word)
+        table[2, row] += n
+
+    for i, word in enumerate(words):
+        for token in word:
+            counts[token] += weights[i]
+        for pair in zip(word, word[1:]):
+            add(pair, i, weights[i])
+    while len(tokens) < n_tokens:
+        least = max(2, RARE * table[2].max())
+        common = np.flatnonzero(table[2] >= least)
+        if not len(common):
+            break
+        left, right, often = table[:, common].astype(np.int64)
+        scores = often / (counts[left] * counts[right])
+        equals = np.flatnonzero(scores == scores.max())
+        order = np.lexsort((right[equals], left[equals], -often[equals]))
+        best = equals[order[0]]
+        a, b = int(left[best]), int(right[best])
+        token = tokens[a] + tokens[b].removeprefix("##")
+        if token not in ids:  # else it was made of another pair before
+            ids[token] = len(tokens)
+            tokens.append(token)
+        new, row = ids[token], rows[a, b]
+        for i in list(where[row]):
+            word, n = words[i], weights[i]
+            joined = []
+            for token in word:
+                if token == b and joined and joined[-1] == a:
+                    joined[-1] = new
+                    counts[a] -= n
+                    counts[b] -= n
+                    counts[new] += n
+                else:
+                    joined.append(token)
+            for pair in zip(word, word[1:]):
+                table[2, rows[pair]] -= n
+            for pair in zip(joined, joined[1:]):
+                add(pair, i, n)
+            words[i] = joined
+        where[row].clear()
+        show(f"tokenizer: {len(tokens):,} tokens of {n_tokens:,}")
+    return tokens
+
+
 def train_wordpiece(counts, n_tokens, show):
-    """WordPiece's tokens, ## before those within a word, from {word: count}: as in Hugging Face the
-    characters and what byte-pair encoding makes of them. Of the characters the commonest are kept,
-    a quarter of n_tokens at most, and words with another teach nothing: they become unknown."""
+    """WordPiece's tokens, ## before those within a word, from {word: count}. Of the characters the
+    commonest are taken, a quarter of n_tokens at most, and words with another teach nothing: they
+    become unknown."""
     often = Counter()
     for word, n in counts.items():
         for c in word:
@@ -1560,10 +1633,7 @@ def train_wordpiece(counts, n_tokens, show):
     symbols = sorted(letters) + sorted({"##" + c for word in words for c in word[1:]})
     ids = numbered(symbols)
     pieces = {(ids[w[0]], *(ids["##" + c] for c in w[1:])): n for w, n in words.items()}
-    singles = [(i,) for i in range(len(symbols))]
-    merges = train_bpe(pieces, n_tokens - len(symbols), show, singles)
-    spell = lambda token: symbols[token[0]] + "".join(symbols[i][-1] for i in token[1:])
-    return symbols + [spell(a + b) for a, b in merges]
+    return merge_by_likelihood(pieces, symbols, n_tokens, show)
 
 
 def lattice(pieces, ids):
@@ -1662,19 +1732,48 @@ def train_unigram(counts, n_tokens, show=lambda line: None):
     return pairs[:256] + sorted(pairs[256:], key=lambda pair: (-pair[1], pair[0]))
 
 
+def role_tokens():
+    """{role: its special token} of a tokenizer made here: of special_tokens the first is bos and
+    the end token and the second pads, where `roles` names no others."""
+    start, pad = special_tokens[:2]
+    return {"bos": start, "eos": start, "pad": pad} | (roles or {})
+
+
+def special_names(with_unknown=False):
+    """The special tokens of a tokenizer made here, in the order of their ids. with_unknown: of a
+    kind that has words, and so one for all others."""
+    unknown = [role_tokens().get("unk", UNKNOWN)] if with_unknown else []
+    return list(dict.fromkeys([*unknown, *special_tokens, *(roles or {}).values()]))
+
+
+def bos_first(bos, id):
+    """The post-processor of tokenizer.json that puts bos before a text, and before each of two."""
+    mark = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = lambda name, number: {"Sequence": {"id": name, "type_id": number}}
+    first, second = (
+        [mark, text("A", 0)],
+        [{"SpecialToken": {"id": bos, "type_id": 1}}, text("B", 1)],
+    )
+    ids = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
+    return dict(type="TemplateProcessing", single=first, pair=first + second, special_tokens=ids)
+
+
 def tokenizer_files(kind, vocab, split, special=None, **body):
     """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token, spelled as there: id,
     or Unigram's score}, special {name: id}; body: more of the model's fields. The first special
     token starts a document, the second pads; with <|im_start|> and <|im_end|> it has ChatML."""
     if special is None:  # their ids come last; a kind that has words has a token for all others
-        names = [UNKNOWN] * (kind in ("WordLevel", "WordPiece")) + special_tokens
-        special = {t: i for i, t in enumerate(dict.fromkeys(names), len(vocab))}
+        names = special_names(kind in ("WordLevel", "WordPiece"))
+        special = {t: i for i, t in enumerate(names, len(vocab))}
     if both := vocab.keys() & special.keys():
         why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
         raise UserError(f"special_tokens: {why}")
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-    decoder, unknown = {"type": "Fuse"}, UNKNOWN if UNKNOWN in special else None
+    decoder, named = {"type": "Fuse"}, role_tokens()
+    if UNKNOWN in special:
+        named.setdefault("unk", UNKNOWN)
+    unknown = named.get("unk")
     if kind in ("BPE", "Unigram"):
         pre, decoder = {"type": "Sequence", "pretokenizers": [pre, level]}, level
     if kind == "WordPiece":  # what is no piece, which is white space, is lost
@@ -1691,9 +1790,10 @@ def tokenizer_files(kind, vocab, split, special=None, **body):
     added = [{"id": id, "content": token} | flags for token, id in special.items()]
     spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added)
     spec |= dict(normalizer=normalizer, pre_tokenizer=pre, post_processor=None, decoder=decoder)
-    start, pad = special_tokens[:2]
+    if named["bos"] != named["eos"]:  # else a text begins with nothing, as GPT-2's
+        spec["post_processor"] = bos_first(named["bos"], special[named["bos"]])
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-    config |= dict(bos_token=start, eos_token=start, pad_token=pad, unk_token=unknown)
+    config |= {"unk_token": None} | {f"{role}_token": token for role, token in named.items()}
     if {"<|im_start|>", "<|im_end|>"} <= special.keys():
         config |= {"chat_template": model.CHATML}
     return model.Tokenizer(spec | {"model": body}, config)
@@ -1722,7 +1822,7 @@ def char_tokenizer(characters):
 def train_tokenizer(kind, counts, size, show=lambda line: None):
     """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
     from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
-    room = size - len(special_tokens)
+    room = size - len(special_names(kind in WITH_WORDS))
     pieces = {piece.encode(): n for piece, n in counts.items()}
     gc.disable()  # it would walk a million lists again and again, and none is in a cycle
     try:
@@ -1734,10 +1834,10 @@ def train_tokenizer(kind, counts, size, show=lambda line: None):
             scores = {spell(token): score for token, score in train_unigram(pieces, room, show)}
             return tokenizer_files("Unigram", scores, SPLIT)
         if kind == "word":
-            words = sorted(counts, key=lambda word: (-counts[word], word))[: room - 1]
+            words = sorted(counts, key=lambda word: (-counts[word], word))[:room]
             return tokenizer_files("WordLevel", numbered(words), SPLIT)
         form = dict(continuing_subword_prefix="##", max_input_chars_per_word=100)
-        pieces = train_wordpiece(counts, room - 1, show)
+        pieces = train_wordpiece(counts, room, show)
         return tokenizer_files("WordPiece", numbered(pieces), WORDS, **form)
     finally:
         gc.enable()
@@ -1763,7 +1863,7 @@ def tiktoken_tokenizer(name):
         why = model.why_no_answer(error, "")
         raise UserError(f"--tokenizer={name}: its table could not be downloaded: {why}") from None
     ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
-    for token in special_tokens:
+    for token in special_names():
         special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
     # Oniguruma, which reads tokenizer.json, takes {1,3}+ for a repeated repeat.
     split = regex.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
@@ -1783,7 +1883,24 @@ def finished_tokenizer():
     tok = model.Tokenizer.from_folder(tokenizer)
     if tok.eot_id is None:
         raise UserError(f"{tokenizer}: tokenizer_config.json names no bos_token and no eos_token")
-    return tok
+    return with_own_names(tok)
+
+
+def with_own_names(tok):
+    """A folder's tokenizer with bos and the end token named in tokenizer_config.json, all that a
+    dataset keeps of what says them: some folders have them in config.json alone. A tokenizer that
+    has no end token ends a text with bos, so that generation stops there."""
+    names = {id: name for name, id in tok.special.items()}
+    wanted = {"bos_token": tok.bos_id, "eos_token": tok.end_id}
+    if tok.end_id is None:
+        wanted["eos_token"] = tok.bos_id
+        print(f"{tokenizer}: no end token: {names.get(tok.bos_id)} ends a text too")
+    for key, id in wanted.items():
+        if id is not None and tok._named(key) != id:
+            if id not in names:
+                raise UserError(f"{tokenizer}: its {key}, id {id}, is none of its added tokens")
+            tok.config[key] = names[id]
+    return model.Tokenizer(tok.spec, tok.config)
 
 
 def show_tokens(tok, text):
@@ -1804,6 +1921,7 @@ def show_tokens(tok, text):
     sizes = {i: len(tok.token_bytes(i)) for i in range(tok.n_vocab) if tok.token_bytes(i)}
     counts = Counter(sizes.values())
     print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {counts[1]:,} of one byte")
+    print("roles:", ", ".join(f"{role} {names[id].decode()}" for role, id in tok.roles.items()))
     longest = sorted(sizes, key=sizes.get, reverse=True)[:10]
     print("longest:", "|".join(map(visible, longest)))
     for size, n in sorted(counts.items()):
@@ -1858,6 +1976,7 @@ def encode(here, job):
     tokens and <i>.npy the TOKENS of each document. Returns bytes."""
     i, *unit = job
     tok, kind = finished(here)
+    before, behind = (np.array(ids, kind) for ids in tok.document_layout)
     if not is_encoded(here, i, kind):
         (here / f"{i}.npy").unlink(missing_ok=True)
         rows = []
@@ -1872,11 +1991,15 @@ def encode(here, job):
                 encoded = tok.encode_batch([text for *_, text in group])
                 for (split, hashed, first, text), ids in zip(group, encoded):
                     if first:
-                        file.write(np.array([tok.eot_id], kind))
-                        rows.append([SPLITS.index(split), hashed, 1, 0])
+                        if rows:
+                            file.write(behind)
+                        file.write(before)
+                        rows.append([SPLITS.index(split), hashed, len(before) + len(behind), 0])
                     file.write(ids.astype(kind))
                     rows[-1][2] += len(ids)
                     rows[-1][3] += len(text.encode())
+            if rows:
+                file.write(behind)
             sync(file)
         save_array(here / f"{i}.npy", np.array([*map(tuple, rows)], TOKENS))
     return int(np.load(here / f"{i}.npy")["bytes"].sum())
@@ -2100,6 +2223,8 @@ def commit(folder, here, tok, meta, more=()):
     splits = {key: value for key, value in meta.items() if key.partition(".")[0] in SPLITS}
     kept = settings_but("threads", "device", "report")
     meta = {"settings": kept, "n_vocab": tok.n_vocab} | meta
+    before, behind = tok.document_layout
+    meta["document"] = {"begin": before, "end": behind}  # the ids that stand around each document
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
         model.write_json(here / name, value)
@@ -2498,9 +2623,11 @@ def write_report(here, tallies, clusters, meta):
         lines.append(f"- {n:,} documents like {quoted(one_line(text, 120))}")
     lines += ["", "## Tokens", "", row("split", "documents", "bytes", "tokens", "bytes per token")]
     lines.append(row(*["---"] * 5))
+    around = len(list(chain(*finished(here)[0].document_layout)))  # special tokens of a document
     for split in SPLITS:
         docs, size, tokens, _ = meta[split].values()
-        lines.append(row(split, docs, size, tokens, f"{size / max(tokens - docs, 1):.2f}"))
+        text_tokens = tokens - docs * around
+        lines.append(row(split, docs, size, tokens, f"{size / max(text_tokens, 1):.2f}"))
     for name, splits in meta.get("sources", {}).items():
         for split, m in splits.items():
             told = (
@@ -2548,6 +2675,18 @@ def diversity(here):
     }
 
 
+def check_roles():
+    """Refuse roles that no tokenizer has, or that this one cannot be given."""
+    for role, token in (roles or {}).items():
+        if role not in model.ROLES:
+            raise UserError(f"roles={roles}: {role!r}: expected some of {', '.join(model.ROLES)}")
+        if not isinstance(token, str) or not token:
+            raise UserError(f"roles={roles}: {role}: expected the name of a token")
+    if roles and (source == "fineweb10B" or Path(tokenizer).is_dir()):
+        which = "of fineweb10B" if source == "fineweb10B" else f"in {tokenizer}"
+        raise UserError(f"roles={roles}: the tokenizer {which} is taken as it is")
+
+
 def check_settings():
     """Refuse settings with which nothing can be made."""
     data, place = (os.path.realpath(Path("data", name)) for name in ("", dataset.strip("\0")))
@@ -2555,14 +2694,16 @@ def check_settings():
         raise UserError(f"dataset={dataset!r}: expected a name: the result is data/<dataset>")
     limits = dict(shard_tokens=1, threads=0, max_documents=1, shards=1, mix_tokens=1)
     limits |= {"tokenizer_bytes": 1}
-    smallest = {"bpe": 256, "unigram": 256, "word": 2, "wordpiece": 3}
-    if tokenizer in smallest:
-        limits |= {"vocab_size": smallest[tokenizer] + len(special_tokens)}
     names = {t for t in special_tokens if isinstance(t, str) and t}
     if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
     # A shard's header counts in 32 bits; so many processes no machine has.
     most = {"shard_tokens": 2**31 - 1, "threads": 10_000}
+    check_roles()
+    smallest = {"bpe": 256, "unigram": 256, "word": 1, "wordpiece": 2}
+    if tokenizer in smallest:
+        n_special = len(special_names(tokenizer in WITH_WORDS))
+        limits |= {"vocab_size": smallest[tokenizer] + n_special}
     for name, least in limits.items():
         value = globals()[name]
         if value is not None and value < least:

@@ -321,13 +321,19 @@ def evaluate(net, val, token_bytes, run, cast, rows):
     return loss / max(count, 1), loss / max(size, 1) / math.log(2)
 
 
-end_of_text = None  # the id that starts a document, set by main
+document_begin, document_end = [], []  # the ids around each document of the shards, set by main
 micro = 0  # the micro-batch that split_batch chose, set by main
 
 
 def documents(ids):
-    """With document_mask, which document each token (B, T) is of, counted by end-of-text."""
-    return (ids == end_of_text).cumsum(1) if document_mask else None
+    """With document_mask, which document each token (B, T) is of: the end token is the last of its
+    document; where there is none, what stands before a document is the first of it."""
+    if not document_mask:
+        return None
+    if not document_end:
+        return (ids == document_begin[0]).cumsum(1)
+    ended = (ids == document_end[-1]).cumsum(1)
+    return torch.nn.functional.pad(ended[:, :-1], (1, 0))
 
 
 def remarks(history, guessing=math.inf):
@@ -359,7 +365,10 @@ def remarks(history, guessing=math.inf):
 def show_sample(net, tok, cast):
     """A few tokens of what the model writes by now, each line set off."""
     with cast:
-        start = tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :] or [tok.eot_id]
+        start = (
+            tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :]
+            or [*document_end, *document_begin][-1:]
+        )
         how = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
         [g] = model.generate(net, tok, [start], **how)
     return "  | " + (sample_prompt + g.text).replace("\n", "\n  | ")
@@ -485,14 +494,19 @@ def out_of_memory(error):
 
 
 def main():
-    global end_of_text, micro, compile
+    global document_begin, document_end, micro, compile
     run = model.setup(device)
     progress = model.Progress()
     say = progress.note if run.main else lambda text: None
     check_settings()
     tok, train, val, apart, digest = open_dataset()
-    end_of_text = tok.eot_id
+    document_begin, document_end = model.document_layout(Path("data") / dataset, tok)
+    stops = document_end or document_begin[:1]
     net, tok, state = open_run(tok, digest)
+    tok.eos_ids = [*tok.eos_ids, *(id for id in document_end if id not in tok.eos_ids)]
+    if stops[0] not in tok.eos_ids:
+        say("note: these shards hold no end token: what is trained on them does not learn to stop; "
+            "python prepare.py writes one")  # fmt: skip
     agreed(run, [0])  # nobody writes before everybody has read
     net.to(run.device).train()
     net.checkpoint = checkpoint_blocks

@@ -12,11 +12,15 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +28,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -1444,23 +1448,37 @@ class Tokenizer:
             return text
         return text[1:] if text[0] == " " else self.prefix + text
 
-    def chat(self, messages, add_generation_prompt=False):
+    def chat(self, messages, add_generation_prompt=False, last=False):
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
 
-        The mask covers what assistants say, their end token included, and nothing of a prompt.
-        Contents are text: the name of a special token inside one is broken by a letter of its own
-        while the template runs.
+        The mask covers what the template puts between the generation prompt and the next turn, end
+        markers included, for each assistant's message (`last`: for the last message alone), and
+        nothing of a prompt. Where the template has {% generation %}, it covers what that marks, as
+        transformers' return_assistant_tokens_mask does. Contents are text: the name of a special
+        token inside one is broken by a letter of its own while the template runs.
         """
         given = json.dumps(messages, ensure_ascii=False, default=str)
-        hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
-        veil = lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s)
-        safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
-        text = self._render(safe, add_generation_prompt)
+        unused = (c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
+        hide, begin, end, *letters = islice(unused, 5)
+        safe = veiled(messages, lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s))
+        marked = GENERATION.search(self._template()) and not add_generation_prompt
+        text = self._render(safe, add_generation_prompt, (begin, end) if marked else ("", ""))
+        spans = []
+        if marked:
+            text, spans = marked_spans(text, begin, end)
+            if last:
+                prompt = self._render(safe[:-1], True)
+                asked = len(os.path.commonprefix([prompt, text]))
+                spans = [span for span in spans if span[1] > asked]
+        elif not add_generation_prompt:
+            turns = TurnFinder(self._render, self.marks, safe, text, letters)
+            asked = len(safe) - 1 if last else 0
+            places = [i for i in range(asked, len(safe)) if safe[i].get("role") == "assistant"]
+            ends = any_of([name for name, id in self.special.items() if id in self.eos_ids])
+            spans = [turns.span(i, ends) for i in places]
         said = bytearray(len(text))  # 1 at each character that an assistant says
-        for i, message in enumerate(safe):
-            if message["role"] == "assistant" and not add_generation_prompt:
-                begin, end = self._span(safe, i, text)
-                said[begin:end] = b"\1" * (end - begin)
+        for start, stop in spans:
+            said[start:stop] = b"\1" * (stop - start)
         ids, mask, at = [], [], 0
         for match in [*self.names.finditer(text), None]:
             stop = match.start() if match else len(text)
@@ -1469,68 +1487,397 @@ class Tokenizer:
                 part = self.normal(text[at + run.start() : at + run.end()].replace(hide, ""))
                 marks += run[0][:1] * len(part.encode() if self.by_bytes else part)
                 plain += part
-            # A token counts as said where its first byte (or character) does.
+            lead = len(self._led(plain, at == 0)) - len(plain)  # a space of the first token's
             for id, place in self._placed(plain, at == 0):
+                token = self.token_bytes(id)
+                size = len(token) - lead if self.by_bytes else len(token.decode().strip(" "))
+                lead = 0
                 ids.append(id)
-                mask.append(marks[place])
+                # A token counts as said where any of it is: transformers' rule.
+                mask.append(max(marks[place : place + max(size, 1)]))
             if match:
                 ids.append(self.special[match[0]])
                 mask.append(said[stop])
                 at = match.end()
         return ids, mask
 
-    def _span(self, messages, i, text):
-        """From where to where in text, which the template made of messages, message i is said: to
-        the first special token, which is none of its content's."""
-        before, after = self._render(messages[:i], True), self._render(messages[: i + 1])
-        whole = text.startswith(after)  # Qwen3's has thoughts in the last turn alone
-        found = self.marks.search(text, len(before), len(after) if whole else len(text))
-        if not text.startswith(before) or not (whole or found):
-            raise UserError("the chat template rewrites earlier turns: no loss mask fits it")
-        return len(before), found.end() if found else len(after)
-
     def end_of_turn(self):
-        """The token (a list of one, or none) that the template ends an assistant's words with."""
+        """The token (a list of one, or none) that the template ends an assistant's words with: of
+        several in a row the first, at which generation can stop."""
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids, said = self.chat(talk)
-        return [i for i, s in zip(ids, said) if s and i in self.special.values()][-1:]
+        answer = [i for i, s in zip(ids, said) if s]
+        end = []
+        while answer and (
+            answer[-1] in self.special.values() or not self.decode(answer[-1:]).strip()
+        ):
+            token = answer.pop()
+            end = [token] if token in self.special.values() else end
+        return end
 
-    def _render(self, messages, add_generation_prompt=False):
-        """The text that the chat template makes of messages."""
-        from jinja2 import TemplateError
-
+    def _template(self):
+        """The text of the chat template."""
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by their names
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if template and not isinstance(template, str):
+            kind = type(template).__name__
+            raise UserError(f"tokenizer_config.json: chat_template is a {kind}: expected a text")
         if not template:
             raise UserError("this tokenizer has no chat template: chat needs a model tuned for it")
+        return template
+
+    def _render(self, messages, add_generation_prompt=False, marks=("", "")):
+        """The text that the chat template makes of messages, with these marks around what is
+        between {% generation %} and {% endgeneration %}."""
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            if named := self.config.get(name):
-                given[name] = named["content"] if isinstance(named, dict) else named
+        for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"):
+            if named := self.config.get(f"{name}_token"):
+                given[f"{name}_token"] = named["content"] if isinstance(named, dict) else named
+        given["generation_begin"], given["generation_end"] = marks
+        template = self._template()
+        ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
+        render = render_template if ours else RENDERER.render  # a stranger's program runs apart
         try:
-            return compile_template(template).render(given)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from None
+            return render(template, given)
+        except TemplateLimit:
+            raise
+        except Exception as error:  # whatever the template's program raises
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"the chat template refuses these messages: {why}") from None
+
+
+def veiled(value, veil):
+    """The value, with `veil` applied to every text in it."""
+    if isinstance(value, str):
+        return veil(value)
+    if isinstance(value, dict):
+        return {key: veiled(v, veil) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [veiled(v, veil) for v in value]
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss masks of chats: which part of a rendered conversation an assistant has said
+
+
+def marked_spans(text, begin, end):
+    """The text without the two marks, and [(from, to)] of what was between them."""
+    spans, out, at, start = [], [], 0, None
+    for piece in re.split(f"([{begin}{end}])", text):
+        if piece == begin and start is None:
+            start = at
+        elif piece == end and start is not None:
+            spans.append((start, at))
+            start = None
+        elif piece not in (begin, end):
+            out.append(piece)
+            at += len(piece)
+    return "".join(out), spans
+
+
+def common(a, b):
+    """How many characters two texts have in common at their beginning."""
+    return len(os.path.commonprefix([a, b]))
+
+
+class TurnFinder:
+    """Finds the assistants' words in `text`, which a template without {% generation %} made of
+    `messages`: a turn begins behind what the template writes as the generation prompt, and ends
+    where the next one's header begins.
+
+    Templates may write earlier turns in another way than the last one (without their thoughts).
+    What is around a content is therefore found by writing letters that occur nowhere in its place.
+    """
+
+    def __init__(self, render, marks, messages, text, letters):
+        self.render, self.marks, self.letters = render, marks, letters
+        self.messages, self.text = messages, text
+
+    def span(self, i, ends):
+        """(from, to) of message i in the text. ends: a pattern of the end tokens."""
+        begin, end = self.begin(i), self.end(i)
+        if end < begin:
+            raise self.refusal("writes an answer before the generation prompt")
+        found = [*self.marks.finditer(self.text, begin, end)]
+        if found and not self.text[found[-1].end() : end].strip():
+            return begin, found[-1].end()  # the line end behind the last marker is layout
+        following = ends.match(self.text, end)
+        return begin, following.end() if following else end
+
+    def refusal(self, why):
+        return UserError(
+            f"the chat template {why}: no loss mask fits it "
+            "({% generation %} around the answers in the template would mark them)"
+        )
+
+    def begin(self, i):
+        """Where message i begins."""
+        asked = i > 0 and self.messages[i - 1].get("role") in ("user", "tool")
+        try:
+            before = self.render(self.messages[:i], True)
+            if i and not asked:  # a template may have no generation prompt there
+                asked = before != self.render(self.messages[:i])
+            if asked and self.text.startswith(before):
+                return len(before)
+            if asked:
+                return self.begin_behind(i)[1]
+        except TemplateLimit:
+            raise
+        except UserError:  # such as of a template that wants a question
+            before = None
+        try:
+            return self.begin_unasked(i)
+        except TemplateLimit:
+            raise
+        except UserError:
+            if i == 0 and before and self.text.startswith(before):
+                return len(before)
+            raise
+
+    def begin_behind(self, i):
+        """Where the generation prompt before message i begins, and where it ends, by what follows
+        the content of message i - 1."""
+        prompted, at = self.content_end(self.messages[:i], i - 1, prompt=True)
+        bare = self.render(self.messages[:i])
+        prompt_at = self.outside(bare, common(bare, prompted)) - at
+        _, here = self.content_end(self.messages, i - 1, text=self.text)
+        other = self.render(self.with_content(self.messages, i, self.letters[0]))
+        size = min(common(prompted[at:], text[here:]) for text in (self.text, other))
+        size = self.outside(self.text, here + size) - here
+        whole = size == len(prompted) - at
+        if other[:here] != self.text[:here] or not whole and size <= prompt_at:
+            raise self.refusal("writes another header before an answer than it asks for one with")
+        return here + prompt_at, here + size
+
+    def begin_unasked(self, i):
+        """Where message i begins, to which nothing asks: by the prompt that there is where a
+        question is put before it."""
+        asked = [*self.messages[:i], self.question(), *self.messages[i:]]
+        text = self.render(asked)
+        other = TurnFinder(self.render, self.marks, asked, text, self.letters)
+        begin, end = other.begin_behind(i + 1)
+        header = text[begin:end]
+        here = self.content_end(self.messages, i - 1, text=self.text)[1] if i else 0
+        variants = [self.render(self.with_content(self.messages, i, c)) for c in self.letters]
+        before = os.path.commonprefix([*variants, self.text])[here:]
+        if header and header in before:
+            return here + before.rindex(header) + len(header)
+        if header or self.marks.sub("", before).strip():
+            raise self.refusal("has no generation prompt before an answer that nothing asked for")
+        return here
+
+    def end(self, i):
+        """Where message i ends: where the text of the conversation up to it does, or, if that is
+        written in another way, behind what then follows its content."""
+        if i + 1 == len(self.messages):
+            return len(self.text)
+        upto = self.messages[: i + 1]
+        whole = self.render(upto)
+        if self.text.startswith(whole):
+            return len(whole)
+        _, here = self.content_end(self.messages, i, text=self.text)
+        whole, at = self.content_end(upto, i, text=whole)
+        if self.text.startswith(whole[at:], here):
+            return here + len(whole) - at
+        # The last turn ends in another way: take the footer before a generation prompt.
+        asked = [k + 1 for k in range(i) if self.messages[k].get("role") != "assistant"]
+        asked = self.messages[: asked[-1]] if asked else [self.question()]
+        prompted, bare = self.render(asked, True), self.render(asked)
+        prompt = prompted[self.outside(bare, common(bare, prompted)) :]
+        whole, at = self.content_end(upto, i, prompt=True)
+        footer = whole[at:].removesuffix(prompt)
+        if not self.text.startswith(footer, here):
+            raise self.refusal("ends an answer in another way once there is a next turn")
+        return here + len(footer)
+
+    def content_end(self, messages, i, prompt=False, text=None):
+        """(The text of messages, where the content of message i ends in it)."""
+        text = self.render(messages, prompt) if text is None else text
+        a, b = (self.render(self.with_content(messages, i, c), prompt) for c in self.letters)
+        size = common(a[::-1], b[::-1])
+        if a == b or not text.endswith(a[len(a) - size :]):
+            role = messages[i].get("role")
+            raise self.refusal(
+                f"does not write what the {role} says at one place, in its own words"
+            )
+        return text, len(text) - size
+
+    def question(self):
+        """A user's message, in the form that the others have."""
+        parts = any(isinstance(m.get("content"), list) for m in self.messages)
+        return {"role": "user", "content": [{"type": "text", "text": "?"}] if parts else "?"}
+
+    def with_content(self, messages, i, text):
+        """The messages, message i having this text."""
+        content = messages[i].get("content")
+        if isinstance(content, list) and content and isinstance(content[-1], dict):
+            content = [*content[:-1], content[-1] | {"text": text}]
+        else:
+            content = text
+        return [*messages[:i], messages[i] | {"content": content}, *messages[i + 1 :]]
+
+    def outside(self, text, at):
+        """The place, or the beginning of the special token that it would cut."""
+        cut = [m.start() for m in self.marks.finditer(text) if m.start() < at < m.end()]
+        return cut[0] if cut else at
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat templates: programs of strangers, rendered in a process of their own, within limits
+
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+TEMPLATE_SECONDS = 2  # of processor time for a rendering; one more for a million characters given
+TEMPLATE_MEMORY = 1 << 30  # bytes that the process has, on Linux
+TEMPLATE_GROWTH = 20  # characters out for one in, beside a million
+
+
+class TemplateLimit(UserError):
+    """A chat template took more time, memory or room than a rendering may."""
 
 
 @lru_cache(8)
 def compile_template(text):
-    """A chat template in jinja2's sandbox, with what transformers lets a template use."""
-    from jinja2 import TemplateError
+    """A chat template in jinja2's sandbox, with what transformers lets a template use. What
+    {% generation %} surrounds stands between two marks, generation_begin and generation_end."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            begin, end = (
+                nodes.Output([nodes.Name(f"generation_{side}", "load")], lineno=line)
+                for side in ("begin", "end")
+            )
+            return nodes.Scope([begin, *body, end], lineno=line)
 
     def raise_exception(message):
         raise TemplateError(message)
 
-    loops = ["jinja2.ext.loopcontrols"]
+    loops = ["jinja2.ext.loopcontrols", Generation]
     room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     room.globals |= {"tools": None, "documents": None, "raise_exception": raise_exception}
     room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # {% generation %} marks what assistants say for a mask of transformers' own.
-    tag = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
-    return room.from_string(tag.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), text))
+    return room.from_string(text)
+
+
+def render_template(text, given):
+    """The text that a chat template makes of its variables."""
+    return compile_template(text).render(given)
+
+
+def template_worker():
+    """The process beside: it reads a request a line (JSON) and writes an answer a line. A rendering
+    that takes more than its seconds ends the process, whatever it is at."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    for line in sys.stdin:
+        request, answer = json.loads(line), {}
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        try:
+            text = render_template(request["template"], request["given"])
+            answer = {"text": text} if len(text) <= request["room"] else {"limit": "room"}
+        except MemoryError:
+            answer = {"limit": "memory"}
+        except Exception as error:
+            kind = type(error).__name__
+            known = kind in ("TemplateError", "SecurityError", "UndefinedError")
+            answer = {"error": str(error)[:1000] if known else f"{kind}: {error}"[:1000]}
+        print(json.dumps(answer), flush=True)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+class Renderer:
+    """Renders chat templates in a process of its own, which has little time and memory; it is
+    started when it is first needed, and again after a rendering has ended it."""
+
+    def __init__(self):
+        self.process, self.owner, self.lock = None, os.getpid(), threading.Lock()
+        self.overran = {}  # how often in a row a template was over a limit
+
+    def start(self):
+        needs = "import json, signal, sys\nfrom datetime import datetime\n"
+        needs += "from functools import lru_cache, partial\n"
+        parts = (compile_template, render_template, template_worker)
+        program = needs + "\n".join(inspect.getsource(part) for part in parts)
+        program += f"\nsys.path[:] = {sys.path!r}\n"
+        if sys.platform == "linux":
+            program += "import resource\n"
+            program += f"resource.setrlimit(resource.RLIMIT_AS, ({TEMPLATE_MEMORY},) * 2)\n"
+        program += "template_worker()\n"
+        # Without what this process has loaded, and ready in a tenth of a second.
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def render(self, template, given):
+        """The text that the template makes of its variables; ValueError with the template's own
+        words if it raises, TemplateLimit beyond a limit."""
+        if self.owner != os.getpid():  # a fork has a process of its own
+            self.__init__()
+        if self.overran.get(template, 0) >= 3:
+            raise TemplateLimit(
+                "the chat template was over its limits three times: it is not tried"
+            )
+        size = len(given_text := json.dumps(given, default=str))
+        request = {"seconds": TEMPLATE_SECONDS + size / 1e6, "template": template}
+        request["room"] = 1_000_000 + TEMPLATE_GROWTH * size
+        line = f'{json.dumps(request)[:-1]}, "given": {given_text}}}\n'.encode()
+        with self.lock:
+            answer = self.ask(line, request["seconds"])
+        if limit := answer.get("limit"):
+            self.overran[template] = self.overran.get(template, 0) + 1
+            over = {
+                "memory": f"takes more than {TEMPLATE_MEMORY >> 20} MiB of memory",
+                "room": f"makes more than {request['room']:,} characters of {size:,}",
+                "time": f"takes more than {request['seconds']:.1f} seconds",
+            }
+            raise TemplateLimit(f"the chat template {over.get(limit, limit)}: it is refused")
+        self.overran.pop(template, None)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+    def ask(self, line, seconds):
+        """The process's answer to a request. One that ended before is replaced."""
+        for _ in range(2):
+            if self.process is None:
+                self.start()
+            process, timer = self.process, None
+            if not hasattr(signal, "setitimer"):  # no limit of processor time there: by the clock
+                timer = threading.Timer(10 * seconds, process.kill)
+                timer.start()
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except OSError:
+                answer = b""
+            if timer:
+                timer.cancel()
+            if answer.endswith(b"\n"):
+                return json.loads(answer)
+            self.process = None
+            process.kill()
+            code = process.wait()
+            if timer or code == -signal.SIGPROF:
+                return {"limit": "time"}
+        return {"limit": f"ends the process that renders it ({code})"}
+
+
+RENDERER = Renderer()
 
 
 # --------------------------------------------------------------------------------------------------

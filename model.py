@@ -606,6 +606,7 @@ class GPT(nn.Module):
         self.train_block = call_block  # or that function compiled, once for all blocks
         self.score = self.labels = None  # a classifier's head (n_labels, C) and its labels
         self.pooling = "last"  # which hidden state it reads: the last token's, or the mean
+        self.pad_id = None  # which token is no text's last
         self.adapter_size = 0  # of add_adapters
         self.quantize = None  # or what quantize_weights made of it: int8 or int4
         self.model = nn.Module()
@@ -626,16 +627,19 @@ class GPT(nn.Module):
                 outward = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
 
-    def set_score(self, labels, pooling="last"):
-        """Give the network a classifier's head, or a reward model's with its one label."""
+    def set_score(self, labels, pooling="last", pad_id=None):
+        """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
+        token that is no text's last one."""
         like = self.model.embed_tokens.weight
         self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=like.device)
         nn.init.normal_(self.score.weight, std=0.02)
-        self.labels, self.pooling = labels, pooling
+        self.labels, self.pooling, self.pad_id = labels, pooling, pad_id
 
     def scores(self, rows):
-        """(B, labels) float32 of texts, lists of ids: by the last token's state, or the mean's."""
+        """(B, labels) float32 of texts, lists of ids: by the state of the last token that is no
+        padding, as transformers finds it (the first where all are), or by the mean's."""
         device = self.score.weight.device
+        rows = [self.without_padding(ids) for ids in rows]
         n = torch.tensor([len(ids) for ids in rows], device=device)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
         h = self.hidden(ids.to(device))
@@ -645,6 +649,13 @@ class GPT(nn.Module):
         else:
             h = h[torch.arange(len(h), device=device), n - 1]
         return self.score(h).float()
+
+    def without_padding(self, ids):
+        """The ids up to the last one that is no padding, and one at least."""
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self.pad_id:
+            end -= 1
+        return ids[:end]
 
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
@@ -1448,31 +1459,33 @@ class Tokenizer:
             return text
         return text[1:] if text[0] == " " else self.prefix + text
 
-    def chat(self, messages, add_generation_prompt=False, last=False):
+    def chat(self, messages, add_generation_prompt=False, answers="all"):
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
 
         The mask covers what the template puts between the generation prompt and the next turn, end
-        markers included, for each assistant's message (`last`: for the last message alone), and
-        nothing of a prompt. Where the template has {% generation %}, it covers what that marks, as
-        transformers' return_assistant_tokens_mask does. Contents are text: the name of a special
-        token inside one is broken by a letter of its own while the template runs.
+        markers included, and nothing of a prompt; answers: of all messages of assistants, of the
+        "last" message alone, or of "none". Where the template has {% generation %}, it covers what
+        that marks, as transformers' return_assistant_tokens_mask does. Contents are text: the name
+        of a special token inside one is broken by a letter of its own while the template runs.
         """
         given = json.dumps(messages, ensure_ascii=False, default=str)
         unused = (c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
         hide, begin, end, *letters = islice(unused, 5)
         safe = veiled(messages, lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s))
-        marked = GENERATION.search(self._template()) and not add_generation_prompt
+        if add_generation_prompt:
+            answers = "none"
+        marked = answers != "none" and GENERATION.search(self._template())
         text = self._render(safe, add_generation_prompt, (begin, end) if marked else ("", ""))
         spans = []
         if marked:
             text, spans = marked_spans(text, begin, end)
-            if last:
+            if answers == "last":
                 prompt = self._render(safe[:-1], True)
                 asked = len(os.path.commonprefix([prompt, text]))
                 spans = [span for span in spans if span[1] > asked]
-        elif not add_generation_prompt:
+        elif answers != "none":
             turns = TurnFinder(self._render, self.marks, safe, text, letters)
-            asked = len(safe) - 1 if last else 0
+            asked = len(safe) - 1 if answers == "last" else 0
             places = [i for i in range(asked, len(safe)) if safe[i].get("role") == "assistant"]
             ends = any_of([name for name, id in self.special.items() if id in self.eos_ids])
             spans = [turns.span(i, ends) for i in places]
@@ -2040,7 +2053,8 @@ def to_hf_config(net, tok):
         name = f"{kind.upper() if kind == 'gpt2' else kind.capitalize()}ForSequenceClassification"
         numbered = {str(i): label for i, label in enumerate(net.labels)}
         out |= {"id2label": numbered, "label2id": {label: int(i) for i, label in numbered.items()}}
-        out |= {"pooling": net.pooling}
+        pad_id = tok.pad_id if net.pad_id is None else net.pad_id
+        out |= {"pooling": net.pooling, "pad_token_id": pad_id}
     out |= {"architectures": [name]}
     if kind == "barelm":
         return out | asdict(c) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
@@ -2221,7 +2235,7 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
         if "ForSequenceClassification" in str(d.get("architectures")):
             named = d.get("id2label", {})
             labels = [named.get(str(i), f"LABEL_{i}") for i in range(len(tensors["score.weight"]))]
-            net.set_score(labels, d.get("pooling", "last"))
+            net.set_score(labels, d.get("pooling", "last"), d.get("pad_token_id"))
             tensors.setdefault("lm_head.weight", torch.empty(c.vocab_size, c.n_embd))
         if d.get("quantize"):
             quantize_weights(net, d["quantize"])

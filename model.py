@@ -1207,6 +1207,9 @@ class Tokenizer:
         self.bytes |= {id: content.encode() for id, content in plain.items()}
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         self.eos_ids = [i for i in [self._named("eos_token")] if i is not None]
+        # Whether white space around a token counts as its own, for loss masks as transformers'.
+        trims = [step.get("trim_offsets", True) for step in post if step.get("type") == "ByteLevel"]
+        self.trims = any(trims) and spec.get("post_processor") is not None
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         leading = lambda step: takewhile(lambda s: "SpecialToken" in s, step.get("single", []))
         before = [s["SpecialToken"]["id"] for step in post for s in leading(step)]
@@ -1223,7 +1226,11 @@ class Tokenizer:
         config = read_json(folder / "special_tokens_map.json", {})
         config |= read_json(folder / "tokenizer_config.json", {})
         if (folder / "chat_template.jinja").is_file():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            try:
+                text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            except ValueError as error:
+                raise UserError(f"{folder}/chat_template.jinja: not UTF-8: {error}") from None
+            config["chat_template"] = text
         try:
             tok = cls(read_json(folder / "tokenizer.json"), config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -1495,24 +1502,34 @@ class Tokenizer:
         ids, mask, at = [], [], 0
         for match in [*self.names.finditer(text), None]:
             stop = match.start() if match else len(text)
-            plain, marks = "", b""
+            plain, marks, after = "", b"", said[stop : stop + 1] or b"\0"
             for run in re.finditer(b"\0+|\1+", said[at:stop]):
                 part = self.normal(text[at + run.start() : at + run.end()].replace(hide, ""))
                 marks += run[0][:1] * len(part.encode() if self.by_bytes else part)
                 plain += part
-            lead = len(self._led(plain, at == 0)) - len(plain)  # a space of the first token's
             for id, place in self._placed(plain, at == 0):
-                token = self.token_bytes(id)
-                size = len(token) - lead if self.by_bytes else len(token.decode().strip(" "))
-                lead = 0
                 ids.append(id)
-                # A token counts as said where any of it is: transformers' rule.
-                mask.append(max(marks[place : place + max(size, 1)]))
+                mask.append(self._is_said(id, place, marks + after))
             if match:
                 ids.append(self.special[match[0]])
                 mask.append(said[stop])
                 at = match.end()
         return ids, mask
+
+    def _is_said(self, id, place, marks):
+        """Whether a token counts as said, 0 or 1: where any of it is, as transformers counts.
+        marks: a byte for each of the text's and what follows; place: the token's first."""
+        token = self.token_bytes(id)
+        if not self.by_bytes:
+            return max(marks[place : place + max(len(token.decode().strip(" ")), 1)])
+        if place == 0 and token[:1] == b" " and self.lead != "never":
+            token = token[1:]  # not the text's own
+        if self.trims:
+            at = place + len(token) - len(token.lstrip())
+            if not token.strip():  # nothing is left of it: a place between two bytes
+                return min(marks[max(at - 1, 0) : at + 1])
+            return max(marks[at : at + len(token.strip())])
+        return max(marks[place : place + max(len(token), 1)])
 
     def end_of_turn(self):
         """The token (a list of one, or none) that the template ends an assistant's words with: of
@@ -1678,9 +1695,13 @@ class TurnFinder:
         before = os.path.commonprefix([*variants, self.text])[here:]
         if header and header in before:
             return here + before.rindex(header) + len(header)
+        upto = self.render(self.messages[:i]) if i and not header else ""
+        if upto and self.text.startswith(upto):
+            return max(here, len(upto))
         if header or self.marks.sub("", before).strip():
             raise self.refusal("has no generation prompt before an answer that nothing asked for")
-        return here
+        marks = [0] + [mark.end() for mark in self.marks.finditer(before)]
+        return here + marks[-1]
 
     def end(self, i):
         """Where message i ends: where the text of the conversation up to it does, or, if that is
@@ -1688,7 +1709,12 @@ class TurnFinder:
         if i + 1 == len(self.messages):
             return len(self.text)
         upto = self.messages[: i + 1]
-        whole = self.render(upto)
+        try:
+            whole = self.render(upto)
+        except TemplateLimit:
+            raise
+        except UserError:  # such as of a template that wants a question
+            return self.end_unasked(i)
         if self.text.startswith(whole):
             return len(whole)
         _, here = self.content_end(self.messages, i, text=self.text)
@@ -1704,6 +1730,16 @@ class TurnFinder:
         footer = whole[at:].removesuffix(prompt)
         if not self.text.startswith(footer, here):
             raise self.refusal("ends an answer in another way once there is a next turn")
+        return here + len(footer)
+
+    def end_unasked(self, i):
+        """Where message i ends, by what follows its content where a question is put before it."""
+        asked = [*self.messages[:i], self.question(), *self.messages[i:]]
+        other = TurnFinder(self.render, self.marks, asked, self.render(asked), self.letters)
+        footer = other.text[other.content_end(asked, i + 1, text=other.text)[1] : other.end(i + 1)]
+        _, here = self.content_end(self.messages, i, text=self.text)
+        if not self.text.startswith(footer, here):
+            raise self.refusal("ends an answer in another way where nothing asks for it")
         return here + len(footer)
 
     def content_end(self, messages, i, prompt=False, text=None):

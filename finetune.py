@@ -36,9 +36,7 @@ early_stopping = 0  # end after so many validations without a new best; 0: never
 
 # which weights learn
 adapt = "full"  # full, lora, qlora, adapter (bottlenecks) or prompt (soft prompts), of any method
-train_last: int | None = (
-    0  # the last so many blocks, the final norm, the head; 0: all; none: the head
-)
+train_last: int | None = 0  # the last so many blocks, final norm and head; 0: all; none: the head
 lora_rank = 8  # r of lora and qlora
 lora_alpha = 16.0  # the added matrices' product is scaled by alpha / r
 lora_dropout = 0.0  # on the input of the added matrices
@@ -60,7 +58,7 @@ dropout = 0.0  # in the network
 
 # the methods
 template: str | list | None = None  # sft of plain records: "Q: {instruction} {input} A: {output}"
-pooling = "last"  # classify: last or mean, which hidden state is read
+pooling = "last"  # classify: last (as transformers) or mean, which hidden state is read
 class_weights = False  # classify: rare labels count as much as frequent ones
 beta = 0.1  # dpo, ipo: the weight of the reference
 dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
@@ -516,7 +514,8 @@ def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [p[which]["ids"] for which in ("chosen", "rejected") for p in pairs]
     good, bad = net.scores(rows).chunk(2)
-    stats = {"margin": float((good - bad).sum()), "accuracy": int((good > bad).sum())}
+    margins = (good - bad).detach()
+    stats = {"margin": float(margins.sum()), "accuracy": int((margins > 0).sum())}
     return -F.logsigmoid(good - bad).sum(), Counter(stats)
 
 
@@ -1034,6 +1033,11 @@ def open_data(net, tok, limit, say):
             say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
         val = [e for e in val if e["label"] in counts]
         net.set_score(sorted(counts), pooling, tok.pad_id)
+        if pooling == "mean":
+            say(
+                "pooling=mean: the folder is model_type barelm, for these scripts alone: "
+                "transformers' sequence classifiers read the last token, as --pooling=last does"
+            )
         for e in [*train, *val] if class_weights else []:
             e["weight"] = len(train) / (len(counts) * counts[e["label"]])
     return train, val[: eval_examples or None]

@@ -831,7 +831,7 @@ def add_prompts(net, tok):
     """Soft prompts (Lester et al. 2021) as tokens of their own before every conversation: rows of
     the embedding, which alone learn, so that every reader of the folder has them."""
     names = [f"<|prompt_{i}|>" for i in range(prompt_tokens)]
-    tok = add_tokens(net, tok, names, "".join(names) + tok.config["chat_template"])
+    tok = add_tokens(net, tok, names, "".join(names) + tok.chat_template())
     ids = [tok.special[name] for name in names]
     weight = net.model.embed_tokens.weight
     with torch.no_grad():

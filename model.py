@@ -1481,7 +1481,7 @@ class Tokenizer:
         safe = veiled(messages, lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s))
         if add_generation_prompt:
             answers = "none"
-        marked = answers != "none" and GENERATION.search(self._template())
+        marked = answers != "none" and GENERATION.search(self.chat_template())
         text = self._render(safe, add_generation_prompt, (begin, end) if marked else ("", ""))
         spans = []
         if marked:
@@ -1545,7 +1545,7 @@ class Tokenizer:
             end = [token] if token in self.special.values() else end
         return end
 
-    def _template(self):
+    def chat_template(self):
         """The text of the chat template."""
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by their names
@@ -1566,16 +1566,15 @@ class Tokenizer:
             if named := self.config.get(f"{name}_token"):
                 given[f"{name}_token"] = named["content"] if isinstance(named, dict) else named
         given["generation_begin"], given["generation_end"] = marks
-        template = self._template()
+        template = self.chat_template()
         ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
         render = render_template if ours else RENDERER.render  # a stranger's program runs apart
         try:
             return render(template, given)
-        except TemplateLimit:
-            raise
         except Exception as error:  # whatever the template's program raises
             why = " ".join(str(error).split())[:300]
-            raise UserError(f"the chat template refuses these messages: {why}") from None
+            why = f"the chat template refuses these messages: {why}"
+            raise TemplateRefusal(why) from None
 
 
 def veiled(value, veil):
@@ -1613,6 +1612,10 @@ def common(a, b):
     return len(os.path.commonprefix([a, b]))
 
 
+class TemplateRefusal(UserError):
+    """A chat template does not take a conversation, or fits no loss mask."""
+
+
 class TurnFinder:
     """Finds the assistants' words in `text`, which a template without {% generation %} made of
     `messages`: a turn begins behind what the template writes as the generation prompt, and ends
@@ -1638,7 +1641,7 @@ class TurnFinder:
         return begin, following.end() if following else end
 
     def refusal(self, why):
-        return UserError(
+        return TemplateRefusal(
             f"the chat template {why}: no loss mask fits it "
             "({% generation %} around the answers in the template would mark them)"
         )
@@ -1654,15 +1657,11 @@ class TurnFinder:
                 return len(before)
             if asked:
                 return self.begin_behind(i)[1]
-        except TemplateLimit:
-            raise
-        except UserError:  # such as of a template that wants a question
+        except TemplateRefusal:  # such as of a template that wants a question
             before = None
         try:
             return self.begin_unasked(i)
-        except TemplateLimit:
-            raise
-        except UserError:
+        except TemplateRefusal:
             if i == 0 and before and self.text.startswith(before):
                 return len(before)
             raise
@@ -1692,7 +1691,9 @@ class TurnFinder:
         header = text[begin:end]
         here = self.content_end(self.messages, i - 1, text=self.text)[1] if i else 0
         variants = [self.render(self.with_content(self.messages, i, c)) for c in self.letters]
-        before = os.path.commonprefix([*variants, self.text])[here:]
+        before = os.path.commonprefix([*variants, self.text])
+        here = here if here <= len(before) else 0  # of what is written behind the answer
+        before = before[here:]
         if header and header in before:
             return here + before.rindex(header) + len(header)
         upto = self.render(self.messages[:i]) if i and not header else ""
@@ -1703,17 +1704,18 @@ class TurnFinder:
         marks = [0] + [mark.end() for mark in self.marks.finditer(before)]
         return here + marks[-1]
 
-    def end(self, i):
+    def end(self, i, unasked=True):
         """Where message i ends: where the text of the conversation up to it does, or, if that is
-        written in another way, behind what then follows its content."""
+        written in another way, behind what then follows its content. unasked: a conversation that
+        the template refuses may be tried with a question more."""
         if i + 1 == len(self.messages):
             return len(self.text)
         upto = self.messages[: i + 1]
         try:
             whole = self.render(upto)
-        except TemplateLimit:
-            raise
-        except UserError:  # such as of a template that wants a question
+        except TemplateRefusal:  # such as of a template that wants a question
+            if not unasked:
+                raise
             return self.end_unasked(i)
         if self.text.startswith(whole):
             return len(whole)
@@ -1736,7 +1738,8 @@ class TurnFinder:
         """Where message i ends, by what follows its content where a question is put before it."""
         asked = [*self.messages[:i], self.question(), *self.messages[i:]]
         other = TurnFinder(self.render, self.marks, asked, self.render(asked), self.letters)
-        footer = other.text[other.content_end(asked, i + 1, text=other.text)[1] : other.end(i + 1)]
+        _, at = other.content_end(asked, i + 1, text=other.text)
+        footer = other.text[at : other.end(i + 1, unasked=False)]
         _, here = self.content_end(self.messages, i, text=self.text)
         if not self.text.startswith(footer, here):
             raise self.refusal("ends an answer in another way where nothing asks for it")
@@ -1885,7 +1888,14 @@ class Renderer:
         request["room"] = 1_000_000 + TEMPLATE_GROWTH * size
         line = f'{json.dumps(request)[:-1]}, "given": {given_text}}}\n'.encode()
         with self.lock:
-            answer = self.ask(line, request["seconds"])
+            try:
+                answer = self.ask(line, request["seconds"])
+            except OSError as error:
+                raise TemplateLimit(f"no process to render the chat template: {error}") from None
+            except BaseException:  # Ctrl-C: its answer must not be taken for the next one's
+                self.process.kill()
+                self.process = None
+                raise
         if limit := answer.get("limit"):
             self.overran[template] = self.overran.get(template, 0) + 1
             over = {

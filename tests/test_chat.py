@@ -208,11 +208,32 @@ def each_bos(talk):
             yield f"{m['content']}\n", 0
 
 
+# The system prompt is written into the last question: Mistral's way.
+SYSTEM_LAST = """{{ bos_token }}{% set ns = namespace(last=0, system='') %}{% for m in messages %}
+{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{% if m.role == 'system' %}{% set ns.system = m.content + ' & ' %}{% endif %}{% endfor %}
+{% for m in messages %}{% if m.role == 'user' %}
+{{- '[' + (ns.system if loop.index0 == ns.last else '') + m.content + ']' }}
+{%- elif m.role == 'assistant' %} {{ m.content + eos_token }}{% endif %}{% endfor %}"""
+
+
+def system_last(talk):
+    yield "<BOS>", 0
+    last = max(i for i, m in enumerate(talk) if m["role"] == "user")
+    system = "".join(f"{m['content']} & " for m in talk if m["role"] == "system")
+    for i, m in enumerate(talk):
+        if m["role"] == "user":
+            yield f"[{system if i == last else ''}{m['content']}]", 0
+        elif m["role"] == "assistant":
+            yield f" {m['content']}<EOS>", 1
+
+
 FORMS = {
     "harmony": (HARMONY, harmony), "two ends": (TWO_ENDS, two_ends), "no end": (NO_END, no_end),
     "last ends": (LAST_ENDS, last_ends), "stripped": (STRIPPED, stripped),
     "rewritten": (REWRITTEN, rewritten), "brackets": (BRACKETS, brackets),
     "tools": (TOOLS, tools), "each bos": (EACH_BOS, each_bos),
+    "system last": (SYSTEM_LAST, system_last),
 }  # fmt: skip
 
 

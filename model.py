@@ -1491,11 +1491,11 @@ class Tokenizer:
                 asked = len(os.path.commonprefix([prompt, text]))
                 spans = [span for span in spans if span[1] > asked]
         elif answers != "none":
-            turns = TurnFinder(self._render, self.marks, safe, text, letters)
+            ends = any_of([name for name, id in self.special.items() if id in self.eos_ids])
+            turns = TurnFinder(self._render, self.marks, ends, letters, safe, text)
             asked = len(safe) - 1 if answers == "last" else 0
             places = [i for i in range(asked, len(safe)) if safe[i].get("role") == "assistant"]
-            ends = any_of([name for name, id in self.special.items() if id in self.eos_ids])
-            spans = [turns.span(i, ends) for i in places]
+            spans = [turns.span(i) for i in places]
         said = bytearray(len(text))  # 1 at each character that an assistant says
         for start, stop in spans:
             said[start:stop] = b"\1" * (stop - start)
@@ -1625,19 +1625,25 @@ class TurnFinder:
     What is around a content is therefore found by writing letters that occur nowhere in its place.
     """
 
-    def __init__(self, render, marks, messages, text, letters):
-        self.render, self.marks, self.letters = render, marks, letters
-        self.messages, self.text = messages, text
+    def __init__(self, render, marks, ends, letters, messages, text):
+        self.render, self.messages, self.text = render, messages, text
+        self.marks, self.ends = marks, ends  # patterns of the special and of the end tokens
+        self.letters = letters
 
-    def span(self, i, ends):
-        """(from, to) of message i in the text. ends: a pattern of the end tokens."""
+    def beside(self, messages):
+        """The same for other messages."""
+        text = self.render(messages)
+        return TurnFinder(self.render, self.marks, self.ends, self.letters, messages, text)
+
+    def span(self, i):
+        """(from, to) of message i in the text."""
         begin, end = self.begin(i), self.end(i)
         if end < begin:
             raise self.refusal("writes an answer before the generation prompt")
         found = [*self.marks.finditer(self.text, begin, end)]
         if found and not self.text[found[-1].end() : end].strip():
             return begin, found[-1].end()  # the line end behind the last marker is layout
-        following = ends.match(self.text, end)
+        following = self.ends.match(self.text, end)
         return begin, following.end() if following else end
 
     def refusal(self, why):
@@ -1684,11 +1690,9 @@ class TurnFinder:
     def begin_unasked(self, i):
         """Where message i begins, to which nothing asks: by the prompt that there is where a
         question is put before it."""
-        asked = [*self.messages[:i], self.question(), *self.messages[i:]]
-        text = self.render(asked)
-        other = TurnFinder(self.render, self.marks, asked, text, self.letters)
+        other = self.beside([*self.messages[:i], self.question(), *self.messages[i:]])
         begin, end = other.begin_behind(i + 1)
-        header = text[begin:end]
+        header = other.text[begin:end]
         here = self.content_end(self.messages, i - 1, text=self.text)[1] if i else 0
         variants = [self.render(self.with_content(self.messages, i, c)) for c in self.letters]
         before = os.path.commonprefix([*variants, self.text])
@@ -1730,15 +1734,18 @@ class TurnFinder:
         prompt = prompted[self.outside(bare, common(bare, prompted)) :]
         whole, at = self.content_end(upto, i, prompt=True)
         footer = whole[at:].removesuffix(prompt)
-        if not self.text.startswith(footer, here):
-            raise self.refusal("ends an answer in another way once there is a next turn")
-        return here + len(footer)
+        if self.text.startswith(footer, here):
+            return here + len(footer)
+        _, after = self.content_end(self.messages, i + 1, text=self.text)
+        found = self.ends.search(self.text, here, after)
+        if found:  # an end token before the next turn's words
+            return found.end()
+        raise self.refusal("ends an answer in another way once there is a next turn")
 
     def end_unasked(self, i):
         """Where message i ends, by what follows its content where a question is put before it."""
-        asked = [*self.messages[:i], self.question(), *self.messages[i:]]
-        other = TurnFinder(self.render, self.marks, asked, self.render(asked), self.letters)
-        _, at = other.content_end(asked, i + 1, text=other.text)
+        other = self.beside([*self.messages[:i], self.question(), *self.messages[i:]])
+        _, at = other.content_end(other.messages, i + 1, text=other.text)
         footer = other.text[at : other.end(i + 1, unasked=False)]
         _, here = self.content_end(self.messages, i, text=self.text)
         if not self.text.startswith(footer, here):

@@ -208,6 +208,24 @@ def each_bos(talk):
             yield f"{m['content']}\n", 0
 
 
+# The end token is between turns: the last has none.
+BETWEEN = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{%- if m.role == 'assistant' and not loop.last %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+
+def between(talk):
+    for i, m in enumerate(talk):
+        yield f"{m['role']}: ", 0
+        if m["role"] != "assistant":
+            yield f"{m['content']}\n", 0
+        elif i + 1 == len(talk):
+            yield f"{m['content']}\n", 1
+        else:
+            yield f"{m['content']}<EOS>", 1
+            yield "\n", 0
+
+
 # The system prompt is written into the last question: Mistral's way.
 SYSTEM_LAST = """{{ bos_token }}{% set ns = namespace(last=0, system='') %}{% for m in messages %}
 {% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
@@ -233,7 +251,7 @@ FORMS = {
     "last ends": (LAST_ENDS, last_ends), "stripped": (STRIPPED, stripped),
     "rewritten": (REWRITTEN, rewritten), "brackets": (BRACKETS, brackets),
     "tools": (TOOLS, tools), "each bos": (EACH_BOS, each_bos),
-    "system last": (SYSTEM_LAST, system_last),
+    "system last": (SYSTEM_LAST, system_last), "between": (BETWEEN, between),
 }  # fmt: skip
 
 

@@ -407,6 +407,17 @@ def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
     torch.testing.assert_close(net(ids)[..., : bare.n_vocab], before)
 
 
+def test_a_chat_template_that_ends_no_answer_is_told(tiny):
+    net, tok = model.load(tiny / "out/tiny")
+    tok.config["chat_template"] = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+    model.save(tiny / "out/endless", net, tok)
+    args = ["--max_steps=1", "--model=out/endless", "--out_dir=out/endless_sft"]
+    done = tune(tiny, *args, "--check_memorized=2")
+    assert "out/endless: its chat template ends no answer with a special token" in done.stdout
+    assert "% end at all" in done.stdout and "ended_training: " in done.stdout
+
+
 def test_plain_records_by_a_template(tok, monkeypatch):
     monkeypatch.setattr(finetune, "template", "Q: {instruction} {input} A: {output} END")
     row = {"instruction": "add", "input": "1 2", "output": "3"}

@@ -1481,7 +1481,7 @@ class Tokenizer:
         safe = veiled(messages, lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s))
         if add_generation_prompt:
             answers = "none"
-        marked = answers != "none" and GENERATION.search(self.chat_template())
+        marked = answers != "none" and marks_answers(self.chat_template())
         text = self._render(safe, add_generation_prompt, (begin, end) if marked else ("", ""))
         spans = []
         if marked:
@@ -1590,6 +1590,12 @@ def veiled(value, veil):
 
 # --------------------------------------------------------------------------------------------------
 # Loss masks of chats: which part of a rendered conversation an assistant has said
+
+
+def marks_answers(template):
+    """Whether a chat template has {% generation %}, other than in a comment."""
+    program = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    return re.search(r"\{%[-+]?\s*generation\b", program) is not None
 
 
 def marked_spans(text, begin, end):
@@ -1787,7 +1793,6 @@ class TurnFinder:
 # --------------------------------------------------------------------------------------------------
 # Chat templates: programs of strangers, rendered in a process of their own, within limits
 
-GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 TEMPLATE_SECONDS = 2  # of processor time for a rendering; one more for a million characters given
 TEMPLATE_MEMORY = 1 << 30  # bytes that the process has, on Linux
 TEMPLATE_GROWTH = 20  # characters out for one in, beside a million

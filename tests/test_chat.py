@@ -291,6 +291,12 @@ def test_masks_are_what_a_template_puts_behind_its_prompt(form):
         assert tok.chat(talk, answers="none") == (ids, [0] * len(ids))
 
 
+def test_a_comment_marks_nothing():
+    comment = "{#- Without\n{% generation %} and\n{% endgeneration %} -#}"
+    for talk in TALKS[:3]:
+        assert tokenizer(comment + HARMONY).chat(talk) == tokenizer(HARMONY).chat(talk)
+
+
 def test_what_cannot_be_told_is_refused_with_its_reason():
     backwards = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}{% endfor %}"
     other = "{% for m in messages %}<|start|>{{ m.role }}{{ m.content }}<|end|>{% endfor %}"

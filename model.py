@@ -1838,10 +1838,16 @@ def render_template(text, given):
     return compile_template(text).render(given)
 
 
-def template_worker():
+def template_worker(memory):
     """The process beside: it reads a request a line (JSON) and writes an answer a line. A rendering
     that takes more than its seconds ends the process, whatever it is at."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    if sys.platform == "linux":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     for line in sys.stdin:
         request, answer = json.loads(line), {}
         if hasattr(signal, "setitimer"):
@@ -1873,11 +1879,8 @@ class Renderer:
         needs += "from functools import lru_cache, partial\n"
         parts = (compile_template, render_template, template_worker)
         program = needs + "\n".join(inspect.getsource(part) for part in parts)
-        program += f"\nsys.path[:] = {sys.path!r}\n"
-        if sys.platform == "linux":
-            program += "import resource\n"
-            program += f"resource.setrlimit(resource.RLIMIT_AS, ({TEMPLATE_MEMORY},) * 2)\n"
-        program += "template_worker()\n"
+        program += f"\nsys.path[:] = {[*map(str, sys.path)]!r}\n"
+        program += f"template_worker({TEMPLATE_MEMORY})\n"
         # Without what this process has loaded, and ready in a tenth of a second.
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", program],
@@ -1905,7 +1908,8 @@ class Renderer:
             except OSError as error:
                 raise TemplateLimit(f"no process to render the chat template: {error}") from None
             except BaseException:  # Ctrl-C: its answer must not be taken for the next one's
-                self.process.kill()
+                if self.process is not None:
+                    self.process.kill()
                 self.process = None
                 raise
         if limit := answer.get("limit"):

@@ -1005,12 +1005,17 @@ def open_model(run, say):
     if adapt == "prompt":
         tok = add_prompts(net, tok)
     if method != "classify" and template is None:
-        ends = tok.end_of_turn()
-        if not ends and method == "sft":
-            say(
-                f"{model}: its chat template ends no answer with a special token: the model learns "
-                "no end (put {{ eos_token }} behind an assistant's content in the template)"
-            )
+        try:
+            ends = tok.end_of_turn()
+        except core.TemplateRefusal as error:  # a reward needs none, and records may be taken
+            ends = []
+            say(f"{model}: answers end at the end token alone: {error}")
+        else:
+            if not ends and method == "sft":
+                say(
+                    f"{model}: its chat template ends no answer with a special token: the model "
+                    "learns no end (put {{ eos_token }} behind an assistant's content in it)"
+                )
         tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *ends]))
     if template is not None and not tok.eos_ids:
         say(f"{model}: its tokenizer has no end token: the model learns no end of an answer")

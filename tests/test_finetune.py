@@ -416,6 +416,16 @@ def test_a_chat_template_that_ends_no_answer_is_told(tiny):
     done = tune(tiny, *args, "--check_memorized=2")
     assert "out/endless: its chat template ends no answer with a special token" in done.stdout
     assert "% end at all" in done.stdout and "ended_training: " in done.stdout
+    # Of this one no mask can be told: a reward model and a chat need none.
+    tok.config["chat_template"] = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}say: {% endif %}"""
+    model.save(tiny / "out/endless", net, tok)
+    told = "answers end at the end token alone: the chat template writes another header"
+    args = ["--method=reward", *args[:2], "--out_dir=out/endless_reward"]
+    assert told in tune(tiny, *args).stdout
+    args = ["--model=out/endless", "--chat", "--max_new_tokens=4"]
+    done = run(tiny, "sample.py", *args, stdin="hi\n")
+    assert told in done.stderr and "model> " in done.stdout
 
 
 def test_plain_records_by_a_template(tok, monkeypatch):

@@ -36,7 +36,7 @@ early_stopping = 0  # end after so many validations without a new best; 0: never
 
 # which weights learn
 adapt = "full"  # full, lora, qlora, adapter (bottlenecks) or prompt (soft prompts), of any method
-train_last = 0  # only the last so many blocks (and the final norm and head); 0: all
+train_last: int | None = 0  # the last so many blocks, final norm and head; 0: all; none: the head
 lora_rank = 8  # r of lora and qlora
 lora_alpha = 16.0  # the added matrices' product is scaled by alpha / r
 lora_dropout = 0.0  # on the input of the added matrices
@@ -57,8 +57,8 @@ neftune = 0.0  # noise on the embeddings of sft (Jain et al. 2023): its alpha, 5
 dropout = 0.0  # in the network
 
 # the methods
-template: str | None = None  # sft of plain records: "Q: {instruction} {input} A: {output}"
-pooling = "last"  # classify: last or mean, which hidden state is read
+template: str | list | None = None  # sft of plain records: "Q: {instruction} {input} A: {output}"
+pooling = "last"  # classify: last (as transformers) or mean, which hidden state is read
 class_weights = False  # classify: rare labels count as much as frequent ones
 beta = 0.1  # dpo, ipo: the weight of the reference
 dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
@@ -92,6 +92,7 @@ check_memorized = 40  # examples of each split that are tried word for word at t
 if __name__ == "__main__":
     configure(globals())
 
+import ast
 import contextlib
 import copy
 import ctypes
@@ -103,9 +104,11 @@ import numbers
 import os
 import runpy
 import signal
+import string
 import sys
 import time
 import traceback
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -306,22 +309,77 @@ def fit(ids, targets, limit):
 
 def read_sft(row, tok, limit):
     """Inputs and targets of a conversation, or of a plain record by the template: the loss is on
-    what the assistant says (or {output}) and the token that ends it, nothing else."""
-    if template is None:
-        ids, said = tok.chat(row["messages"])
-    else:
-        if "messages" in row:
-            *_, ask, answer = row["messages"]
-            row = {"instruction": ask["content"], "input": "", "output": answer["content"]}
-        before, mark, after = template.partition("{output}")
-        start = [tok.eot_id] if tok.eot_id is not None else []
-        asked = start + tok.encode(before.format(**row))
-        answer = tok.encode(row["output"] + after) + start
-        ids, said = asked + answer, [0] * len(asked) + [1] * len(answer)
+    what the assistant says (or {output}) and what ends it, nothing else."""
+    ids, said = tok.chat(row["messages"]) if template is None else fill_template(row, tok)
     if not any(said):
         raise UserError("no response in it")
     targets = [id if s else -100 for id, s in zip(ids, said)]
     return fit(ids[:-1], targets[1:], limit)
+
+
+def template_parts(row):
+    """The fields of each turn of a record, for a template: instruction, input, output, system. Of a
+    conversation each question and its answer are a turn; the last has the record's own fields."""
+    empty = {"system": "", "instruction": "", "input": ""}
+    row = {key: "" if value is None else value for key, value in row.items()}
+    if "messages" not in row:
+        return [empty | row]
+    turns, turn = [], dict(empty)
+    for message in row["messages"]:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            turns.append(turn | {"output": content})
+            turn = dict(empty)
+        else:
+            key = "system" if role == "system" else "instruction"
+            turn[key] = f"{turn[key]}\n\n{content}" if turn[key] else content
+    own = {k: v for k, v in row.items() if k not in ("messages", "system", "output")}
+    return [*turns[:-1], turns[-1] | own] if turns else []
+
+
+def fill_template(row, tok):
+    """(ids, loss mask) of a record by its own template, or else the one of `template` that its text
+    chooses. Turns follow each other, each with the end token behind it; a system prompt that the
+    template does not name stands before the first."""
+    among = templates()
+    chosen = among[zlib.crc32(str(row).encode()) % len(among)]
+    if "{output}" in str(row.get("template")):
+        chosen = row["template"]
+        check_template(chosen)
+    before, _, after = chosen.partition("{output}")
+    ids = [tok.eot_id] if tok.eot_id is not None else []
+    said = [0] * len(ids)
+    for parts in template_parts(row):
+        asked = before.format(**parts)
+        if parts["system"] and "{system}" not in before:
+            asked = f"{parts['system']}\n\n{asked}"
+        answer = tok.encode(parts["output"] + after.format(**parts)) + tok.eos_ids[:1]
+        asked = tok.encode(asked)
+        ids += asked + answer
+        said += [0] * len(asked) + [1] * len(answer)
+    return ids, said
+
+
+def templates():
+    """The templates to choose from: one, or those of a list, which a flag gives as a text."""
+    if not isinstance(template, str):
+        return template
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        if isinstance(several := ast.literal_eval(template), list):
+            return several
+    return [template]
+
+
+def check_template(text):
+    """Refuse a template that is none."""
+    try:
+        names = [name for _, name, *_ in string.Formatter().parse(text) if name is not None]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"template {text!r}: {error}") from None
+    plain = names.count("output") == text.count("{output}") == 1
+    if not plain or not all(name.isidentifier() for name in names):
+        fields = "{output} once, and others by name: {instruction}, {input}, {system}"
+        raise UserError(f"template {text!r}: expected {fields}")
 
 
 def read_class(row, tok, limit):
@@ -335,18 +393,33 @@ def read_class(row, tok, limit):
 
 
 def read_pair(row, tok, limit):
-    """Two answers to one prompt: the inputs and targets of each."""
+    """Two answers to one prompt: the inputs and targets of each, or for a reward model the whole
+    conversations, which end where its score is read: of longer ones the end is kept."""
     prompt = row["prompt"]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    asked = len(tok.chat(prompt, add_generation_prompt=True)[0])
-    pair = {}
+    pair, cut = {}, False
     for which in ("chosen", "rejected"):
         if not row[which].strip():
             raise UserError(f"{which} is empty")
-        ids, said = tok.chat([*prompt, {"role": "assistant", "content": row[which]}])
-        targets = [id if s and i >= asked else -100 for i, (id, s) in enumerate(zip(ids, said))]
+        talk = [*prompt, {"role": "assistant", "content": row[which]}]
+        if method == "reward":
+            ids = conversation_ids(talk, tok)
+            if len(ids) > limit and too_long == "drop":
+                raise UserError(f"longer than {limit} tokens")
+            pair[which] = {"ids": ids[-limit:]}
+            cut |= len(ids) > limit
+            continue
+        ids, said = tok.chat(talk, answers="last")
+        targets = [id if s else -100 for id, s in zip(ids, said)]
         pair[which] = fit(ids[:-1], targets[1:], limit)
-    return pair | {"cut": pair["chosen"]["cut"] or pair["rejected"]["cut"]}
+        cut |= pair[which]["cut"]
+    return pair | {"cut": cut}
+
+
+def conversation_ids(messages, tok):
+    """The ids of a conversation as a reward model reads them: what transformers'
+    apply_chat_template gives. The score is read at the last one that is no padding."""
+    return tok.chat(messages, answers="none")[0]
 
 
 def read_prompt(row, tok, limit):
@@ -449,8 +522,8 @@ def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [p[which]["ids"] for which in ("chosen", "rejected") for p in pairs]
     good, bad = net.scores(rows).chunk(2)
-    margin = (good - bad).detach()
-    stats = {"margin": float(margin.sum()), "accuracy": int((margin > 0).sum())}
+    margins = (good - bad).detach()
+    stats = {"margin": float(margins.sum()), "accuracy": int((margins > 0).sum())}
     return -F.logsigmoid(good - bad).sum(), Counter(stats)
 
 
@@ -495,7 +568,7 @@ def open_reward(run):
         raise UserError(f"--reward={reward}: no reward model (--method=reward makes one)")
 
     def score(messages, text, answer):
-        ids, _ = tok.chat([*messages, {"role": "assistant", "content": text}])
+        ids = conversation_ids([*messages, {"role": "assistant", "content": text}], tok)
         with torch.no_grad():
             return float(judge.scores([ids[-judge.config.n_ctx :]]))
 
@@ -832,7 +905,7 @@ def add_prompts(net, tok):
     """Soft prompts (Lester et al. 2021) as tokens of their own before every conversation: rows of
     the embedding, which alone learn, so that every reader of the folder has them."""
     names = [f"<|prompt_{i}|>" for i in range(prompt_tokens)]
-    tok = add_tokens(net, tok, names, "".join(names) + tok.config["chat_template"])
+    tok = add_tokens(net, tok, names, "".join(names) + tok.chat_template())
     ids = [tok.special[name] for name in names]
     weight = net.model.embed_tokens.weight
     with torch.no_grad():
@@ -860,10 +933,18 @@ def check_settings():
     least = dict.fromkeys(f"{least} minibatches adapter_size prompt_tokens".split(), 1)
     least |= {"train_last": 0, "group_size": 2 if method == "grpo" else 1}
     for key, number in least.items():
-        if globals()[key] < number:
+        if globals()[key] is not None and globals()[key] < number:
             raise UserError(f"{key}={globals()[key]}: expected {number} or more")
     if not 1e-3 <= temperature < math.inf:  # below it the samples of a prompt are all the same
         raise UserError(f"temperature={temperature}: expected 0.001 or more")
+    if train_last != 0 and adapt != "full":
+        raise UserError(f"train_last={train_last}: of --adapt=full, not of {adapt}")
+    if template is not None and method != "sft":
+        raise UserError(f"template: it is of --method=sft, not of {method}")
+    if template is not None and not templates():
+        raise UserError("template: an empty list")
+    for text in templates() if template is not None else ():
+        check_template(text)
     if adapt == "prompt" and (weight_decay or template or method in ("classify", "reward", "ppo")):
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
     if merge not in (False, True, "quantized"):
@@ -912,9 +993,10 @@ def choose_weights(net):
     elif adapt == "adapter":
         net.requires_grad_(False)
         core.add_adapters(net, adapter_size)
-    elif train_last:
+    elif train_last != 0:
         net.requires_grad_(False)
-        for part in (*net.model.layers[-train_last:], net.model.norm):
+        last = () if train_last is None else (*net.model.layers[-train_last:], net.model.norm)
+        for part in last:
             part.requires_grad_(True)
         net.lm_head.requires_grad_(not net.config.tie)
     if net.score is not None:
@@ -922,6 +1004,11 @@ def choose_weights(net):
         if method != "ppo":  # the head is not read; a tied one is the embedding
             learns = net.config.tie and net.model.embed_tokens.weight.requires_grad
             net.lm_head.requires_grad_(learns)
+    if not any(p.requires_grad for p in net.parameters()):
+        raise UserError(
+            f"train_last={train_last}: nothing would learn: the head of this model is its "
+            "embedding, which is frozen (--train_last=1 or more, or an untied model)"
+        )
 
 
 def make_optimizers(net):
@@ -967,19 +1054,23 @@ def reference_logprobs(run, net, pairs, cast):
 
 
 def repeated(net, tok, examples, cast):
-    """The share of the examples' responses that greedy generation reproduces word for word."""
+    """Of the examples' (first) responses the share that greedy generation reproduces word for word,
+    their end included, and the share that it ends at all."""
     prompts, answers = [], []
     for e in examples:
         first = next(i for i, t in enumerate(e["targets"]) if t != -100)
         last = next((i for i in range(first, len(e["targets"])) if e["targets"][i] == -100), None)
         if first + 1 < net.config.n_ctx:
             prompts.append(e["ids"][: first + 1])
-            answers.append([t for t in e["targets"][first:last] if t not in tok.special.values()])
+            answers.append(e["targets"][first:last])
     with cast:
         longest = max(map(len, answers), default=0)
         made = core.generate(net, tok, prompts, max_new_tokens=longest + 1, temperature=0)
+    ended = [g.finish_reason == "stop" for g in made]
+    answers = [[t for t in answer if t not in tok.special.values()] for answer in answers]
     same = [g.text.strip() == tok.decode(a).strip() for g, a in zip(made, answers)]
-    return sum(same) / max(1, len(same))
+    same = [equal and end for equal, end in zip(same, ended)]
+    return sum(same) / max(1, len(same)), sum(ended) / max(1, len(ended))
 
 
 def open_model(run, say):
@@ -995,7 +1086,20 @@ def open_model(run, say):
     if adapt == "prompt":
         tok = add_prompts(net, tok)
     if method != "classify" and template is None:
-        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *tok.end_of_turn()]))
+        try:
+            ends = tok.end_of_turn()
+        except core.TemplateRefusal as error:  # a reward needs none, and records may be taken
+            ends = []
+            say(f"{model}: answers end at the end token alone: {error}")
+        else:
+            if not ends and method == "sft":
+                say(
+                    f"{model}: its chat template ends no answer with a special token: the model "
+                    "learns no end (put {{ eos_token }} behind an assistant's content in it)"
+                )
+        tok.eos_ids = list(dict.fromkeys([*tok.eos_ids, *ends]))
+    if template is not None and not tok.eos_ids:
+        say(f"{model}: its tokenizer has no end token: the model learns no end of an answer")
     net.n_vocab = tok.n_vocab  # ids from here on are padding, which is never sampled
     net.config.dropout, net.checkpoint = dropout, checkpoint_blocks
     return net, tok
@@ -1007,14 +1111,19 @@ def open_data(net, tok, limit, say):
     if not train:
         raise UserError(f"data/{dataset}: no example for --method={method}")
     if method == "reward":
-        net.set_score(["reward"])
+        net.set_score(["reward"], pad_id=tok.pad_id)
     if method == "classify":
         counts = Counter(e["label"] for e in train)
         unseen = Counter(e["label"] for e in val if e["label"] not in counts)
         if unseen:
             say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
         val = [e for e in val if e["label"] in counts]
-        net.set_score(sorted(counts), pooling)
+        net.set_score(sorted(counts), pooling, tok.pad_id)
+        if pooling == "mean":
+            say(
+                "pooling=mean: the folder is model_type barelm, for these scripts alone: "
+                "transformers' sequence classifiers read the last token, as --pooling=last does"
+            )
         for e in [*train, *val] if class_weights else []:
             e["weight"] = len(train) / (len(counts) * counts[e["label"]])
     return train, val[: eval_examples or None]
@@ -1254,12 +1363,14 @@ def main():
         for name, some in (("training", train), ("validation", val)):
             some = some[:check_memorized]
             if some:
-                row[f"repeated_{name}"] = repeated(net, tok, some, cast)
+                row[f"repeated_{name}"], row[f"ended_{name}"] = repeated(net, tok, some, cast)
         gap = row.get("val_loss", math.nan) - row.get("loss", math.nan)
         say(
             f"memorization: {row.get('repeated_training', 0):.0%} of training and "
             f"{row.get('repeated_validation', 0):.0%} of validation responses come back word for "
-            f"word; validation loss is {gap:+.2f} from the last training loss"
+            f"word and end; {row.get('ended_training', 0):.0%} and "
+            f"{row.get('ended_validation', 0):.0%} end at all; validation loss is {gap:+.2f} from "
+            "the last training loss"
         )
     if run.world > 1:  # the sum of all weights, in the same order everywhere: equal or not at all
         sums = [None] * run.world

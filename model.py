@@ -14,14 +14,18 @@ import copy
 import ctypes
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import lzma
 import math
 import os
 import re
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 import unicodedata
 import zlib
@@ -31,7 +35,7 @@ from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache, partial
 from heapq import heappop, heappush
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
@@ -729,6 +733,7 @@ class GPT(nn.Module):
         self.train_block = call_block  # or that function compiled, once for all blocks
         self.score = self.labels = None  # a classifier's head (n_labels, C) and its labels
         self.pooling = "last"  # which hidden state it reads: the last token's, or the mean
+        self.pad_id = None  # which token is no text's last
         self.adapter_size = 0  # of add_adapters
         self.quantize = None  # or what quantize_weights made of it: int8 or int4
         self.model = nn.Module()
@@ -749,16 +754,19 @@ class GPT(nn.Module):
                 outward = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
 
-    def set_score(self, labels, pooling="last"):
-        """Give the network a classifier's head, or a reward model's with its one label."""
+    def set_score(self, labels, pooling="last", pad_id=None):
+        """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
+        token that is no text's last one."""
         like = self.model.embed_tokens.weight
         self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=like.device)
         nn.init.normal_(self.score.weight, std=0.02)
-        self.labels, self.pooling = labels, pooling
+        self.labels, self.pooling, self.pad_id = labels, pooling, pad_id
 
     def scores(self, rows):
-        """(B, labels) float32 of texts, lists of ids: by the last token's state, or the mean's."""
+        """(B, labels) float32 of texts, lists of ids: by the state of the last token that is no
+        padding, as transformers finds it (the first where all are), or by the mean's."""
         device = self.score.weight.device
+        rows = [self.without_padding(ids) for ids in rows]
         n = torch.tensor([len(ids) for ids in rows], device=device)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
         h = self.hidden(ids.to(device))
@@ -768,6 +776,13 @@ class GPT(nn.Module):
         else:
             h = h[torch.arange(len(h), device=device), n - 1]
         return self.score(h).float()
+
+    def without_padding(self, ids):
+        """The ids up to the last one that is no padding, and one at least."""
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self.pad_id:
+            end -= 1
+        return ids[:end]
 
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
@@ -1647,6 +1662,9 @@ class Tokenizer:
         # {role: id} of those that tokenizer_config.json names, and transformers too.
         self.roles = {role: self._named(f"{role}_token") for role in ROLES}
         self.roles = {role: id for role, id in self.roles.items() if id is not None}
+        # Whether white space around a token counts as its own, for loss masks as transformers'.
+        trims = [step.get("trim_offsets", True) for step in post if step.get("type") == "ByteLevel"]
+        self.trims = any(trims) and spec.get("post_processor") is not None
         # Whether a text begins with bos is the post-processor's word, as in Hugging Face.
         leading = lambda step: takewhile(lambda s: "SpecialToken" in s, step.get("single", []))
         before = [s["SpecialToken"]["id"] for step in post for s in leading(step)]
@@ -1667,7 +1685,7 @@ class Tokenizer:
             if template.is_file():
                 config["chat_template"] = template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{template}: cannot be read as text: {error}") from None
+            raise UserError(f"{template}: not UTF-8, cannot be read as text: {error}") from None
         try:
             tok = cls(spec, config)
         except UserError as error:
@@ -2005,93 +2023,493 @@ class Tokenizer:
             return text
         return text[1:] if text[0] == " " else self.prefix + text
 
-    def chat(self, messages, add_generation_prompt=False):
+    def chat(self, messages, add_generation_prompt=False, answers="all"):
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
 
-        The mask covers what assistants say, their end token included, and nothing of a prompt.
-        Contents are text: the name of a special token inside one is broken by a letter of its own
-        while the template runs.
+        The mask covers what the template puts between the generation prompt and the next turn, end
+        markers included, and nothing of a prompt; answers: of all messages of assistants, of the
+        "last" message alone, or of "none". Where the template has {% generation %}, it covers what
+        that marks, as transformers' return_assistant_tokens_mask does. Contents are text: the name
+        of a special token inside one is broken by a letter of its own while the template runs.
         """
         given = json.dumps(messages, ensure_ascii=False, default=str)
-        hide = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
-        veil = lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s)
-        safe = [{k: veil(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
-        text = self._render(safe, add_generation_prompt)
+        unused = (c for c in map(chr, range(0xE000, 0xF8FF)) if c not in given)
+        hide, begin, end, *letters = islice(unused, 5)
+        safe = veiled(messages, lambda s: self.marks.sub(lambda m: m[0][0] + hide + m[0][1:], s))
+        if add_generation_prompt:
+            answers = "none"
+        marked = answers != "none" and marks_answers(self.chat_template())
+        text = self._render(safe, add_generation_prompt, (begin, end) if marked else ("", ""))
+        spans = []
+        if marked:
+            text, spans = marked_spans(text, begin, end)
+            if answers == "last":
+                prompt = self._render(safe[:-1], True)
+                asked = len(os.path.commonprefix([prompt, text]))
+                spans = [span for span in spans if span[1] > asked]
+        elif answers != "none":
+            ends = any_of([name for name, id in self.special.items() if id in self.eos_ids])
+            turns = TurnFinder(self._render, self.marks, ends, letters, safe, text)
+            asked = len(safe) - 1 if answers == "last" else 0
+            places = [i for i in range(asked, len(safe)) if safe[i].get("role") == "assistant"]
+            spans = [turns.span(i) for i in places]
         said = bytearray(len(text))  # 1 at each character that an assistant says
-        for i, message in enumerate(safe):
-            if message["role"] == "assistant" and not add_generation_prompt:
-                begin, end = self._span(safe, i, text)
-                said[begin:end] = b"\1" * (end - begin)
+        for start, stop in spans:
+            said[start:stop] = b"\1" * (stop - start)
         ids, mask, at = [], [], 0
         for match in [*self.names.finditer(text), None]:
             stop = match.start() if match else len(text)
-            plain, marks = "", b""
+            plain, marks, after = "", b"", said[stop : stop + 1] or b"\0"
             for run in re.finditer(b"\0+|\1+", said[at:stop]):
                 part = self.normal(text[at + run.start() : at + run.end()].replace(hide, ""))
                 marks += run[0][:1] * len(part.encode() if self.by_bytes else part)
                 plain += part
-            # A token counts as said where its first byte (or character) does.
             for id, place in self._placed(plain, at == 0):
                 ids.append(id)
-                mask.append(marks[place])
+                mask.append(self._is_said(id, place, marks + after))
             if match:
                 ids.append(self.special[match[0]])
                 mask.append(said[stop])
                 at = match.end()
         return ids, mask
 
-    def _span(self, messages, i, text):
-        """From where to where in text, which the template made of messages, message i is said: to
-        the first special token, which is none of its content's."""
-        before, after = self._render(messages[:i], True), self._render(messages[: i + 1])
-        whole = text.startswith(after)  # Qwen3's has thoughts in the last turn alone
-        found = self.marks.search(text, len(before), len(after) if whole else len(text))
-        if not text.startswith(before) or not (whole or found):
-            raise UserError("the chat template rewrites earlier turns: no loss mask fits it")
-        return len(before), found.end() if found else len(after)
+    def _is_said(self, id, place, marks):
+        """Whether a token counts as said, 0 or 1: where any of it is, as transformers counts.
+        marks: a byte for each of the text's and what follows; place: the token's first."""
+        token = self.token_bytes(id)
+        if not self.by_bytes:
+            return max(marks[place : place + max(len(token.decode().strip(" ")), 1)])
+        if place == 0 and token[:1] == b" " and self.lead != "never":
+            token = token[1:]  # not the text's own
+        if self.trims:
+            at = place + len(token) - len(token.lstrip())
+            if not token.strip():  # nothing is left of it: a place between two bytes
+                return min(marks[max(at - 1, 0) : at + 1])
+            return max(marks[at : at + len(token.strip())])
+        return max(marks[place : place + max(len(token), 1)])
 
     def end_of_turn(self):
-        """The token (a list of one, or none) that the template ends an assistant's words with."""
+        """The token (a list of one, or none) that the template ends an assistant's words with: of
+        several in a row the first, at which generation can stop."""
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids, said = self.chat(talk)
-        return [i for i, s in zip(ids, said) if s and i in self.special.values()][-1:]
+        answer = [i for i, s in zip(ids, said) if s]
+        end = []
+        while answer and (
+            answer[-1] in self.special.values() or not self.decode(answer[-1:]).strip()
+        ):
+            token = answer.pop()
+            end = [token] if token in self.special.values() else end
+        return end
 
-    def _render(self, messages, add_generation_prompt=False):
-        """The text that the chat template makes of messages."""
-        from jinja2 import TemplateError
-
+    def chat_template(self):
+        """The text of the chat template."""
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by their names
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if template and not isinstance(template, str):
+            kind = type(template).__name__
+            raise UserError(f"tokenizer_config.json: chat_template is a {kind}: expected a text")
         if not template:
             raise UserError("this tokenizer has no chat template: chat needs a model tuned for it")
+        return template
+
+    def _render(self, messages, add_generation_prompt=False, marks=("", "")):
+        """The text that the chat template makes of messages, with these marks around what is
+        between {% generation %} and {% endgeneration %}."""
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            if named := self.config.get(name):
-                given[name] = named["content"] if isinstance(named, dict) else named
+        for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"):
+            if named := self.config.get(f"{name}_token"):
+                given[f"{name}_token"] = named["content"] if isinstance(named, dict) else named
+        given["generation_begin"], given["generation_end"] = marks
+        template = self.chat_template()
+        ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
+        render = render_template if ours else RENDERER.render  # a stranger's program runs apart
         try:
-            return compile_template(template).render(given)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from None
+            return render(template, given)
+        except Exception as error:  # whatever the template's program raises
+            why = " ".join(str(error).split())[:300]
+            why = f"the chat template refuses these messages: {why}"
+            raise TemplateRefusal(why) from None
+
+
+def veiled(value, veil):
+    """The value, with `veil` applied to every text in it."""
+    if isinstance(value, str):
+        return veil(value)
+    if isinstance(value, dict):
+        return {key: veiled(v, veil) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [veiled(v, veil) for v in value]
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss masks of chats: which part of a rendered conversation an assistant has said
+
+
+def marks_answers(template):
+    """Whether a chat template has {% generation %}, other than in a comment."""
+    program = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    return re.search(r"\{%[-+]?\s*generation\b", program) is not None
+
+
+def marked_spans(text, begin, end):
+    """The text without the two marks, and [(from, to)] of what was between them."""
+    spans, out, at, start = [], [], 0, None
+    for piece in re.split(f"([{begin}{end}])", text):
+        if piece == begin and start is None:
+            start = at
+        elif piece == end and start is not None:
+            spans.append((start, at))
+            start = None
+        elif piece not in (begin, end):
+            out.append(piece)
+            at += len(piece)
+    return "".join(out), spans
+
+
+def common(a, b):
+    """How many characters two texts have in common at their beginning."""
+    return len(os.path.commonprefix([a, b]))
+
+
+class TemplateRefusal(UserError):
+    """A chat template does not take a conversation, or fits no loss mask."""
+
+
+class TurnFinder:
+    """Finds the assistants' words in `text`, which a template without {% generation %} made of
+    `messages`: a turn begins behind what the template writes as the generation prompt, and ends
+    where the next one's header begins.
+
+    Templates may write earlier turns in another way than the last one (without their thoughts).
+    What is around a content is therefore found by writing letters that occur nowhere in its place.
+    """
+
+    def __init__(self, render, marks, ends, letters, messages, text):
+        self.render, self.messages, self.text = render, messages, text
+        self.marks, self.ends = marks, ends  # patterns of the special and of the end tokens
+        self.letters = letters
+
+    def beside(self, messages):
+        """The same for other messages."""
+        text = self.render(messages)
+        return TurnFinder(self.render, self.marks, self.ends, self.letters, messages, text)
+
+    def span(self, i):
+        """(from, to) of message i in the text."""
+        begin, end = self.begin(i), self.end(i)
+        if end < begin:
+            raise self.refusal("writes an answer before the generation prompt")
+        found = [*self.marks.finditer(self.text, begin, end)]
+        if found and not self.text[found[-1].end() : end].strip():
+            return begin, found[-1].end()  # the line end behind the last marker is layout
+        following = self.ends.match(self.text, end)
+        return begin, following.end() if following else end
+
+    def refusal(self, why):
+        return TemplateRefusal(
+            f"the chat template {why}: no loss mask fits it "
+            "({% generation %} around the answers in the template would mark them)"
+        )
+
+    def begin(self, i):
+        """Where message i begins."""
+        asked = i > 0 and self.messages[i - 1].get("role") in ("user", "tool")
+        try:
+            before = self.render(self.messages[:i], True)
+            if i and not asked:  # a template may have no generation prompt there
+                asked = before != self.render(self.messages[:i])
+            if asked and self.text.startswith(before):
+                return len(before)
+            if asked:
+                return self.begin_behind(i)[1]
+        except TemplateRefusal:  # such as of a template that wants a question
+            before = None
+        try:
+            return self.begin_unasked(i)
+        except TemplateRefusal:
+            if i == 0 and before and self.text.startswith(before):
+                return len(before)
+            raise
+
+    def begin_behind(self, i):
+        """Where the generation prompt before message i begins, and where it ends, by what follows
+        the content of message i - 1."""
+        prompted, at = self.content_end(self.messages[:i], i - 1, prompt=True)
+        bare = self.render(self.messages[:i])
+        prompt_at = self.outside(bare, common(bare, prompted)) - at
+        _, here = self.content_end(self.messages, i - 1, text=self.text)
+        other = self.render(self.with_content(self.messages, i, self.letters[0]))
+        size = min(common(prompted[at:], text[here:]) for text in (self.text, other))
+        size = self.outside(self.text, here + size) - here
+        whole = size == len(prompted) - at
+        if other[:here] != self.text[:here] or not whole and size <= prompt_at:
+            raise self.refusal("writes another header before an answer than it asks for one with")
+        return here + prompt_at, here + size
+
+    def begin_unasked(self, i):
+        """Where message i begins, to which nothing asks: by the prompt that there is where a
+        question is put before it."""
+        other = self.beside([*self.messages[:i], self.question(), *self.messages[i:]])
+        begin, end = other.begin_behind(i + 1)
+        header = other.text[begin:end]
+        here = self.content_end(self.messages, i - 1, text=self.text)[1] if i else 0
+        variants = [self.render(self.with_content(self.messages, i, c)) for c in self.letters]
+        before = os.path.commonprefix([*variants, self.text])
+        here = here if here <= len(before) else 0  # of what is written behind the answer
+        before = before[here:]
+        if header and header in before:
+            return here + before.rindex(header) + len(header)
+        upto = self.render(self.messages[:i]) if i and not header else ""
+        if upto and self.text.startswith(upto):
+            return max(here, len(upto))
+        if header or self.marks.sub("", before).strip():
+            raise self.refusal("has no generation prompt before an answer that nothing asked for")
+        marks = [0] + [mark.end() for mark in self.marks.finditer(before)]
+        return here + marks[-1]
+
+    def end(self, i, unasked=True):
+        """Where message i ends: where the text of the conversation up to it does, or, if that is
+        written in another way, behind what then follows its content. unasked: a conversation that
+        the template refuses may be tried with a question more."""
+        if i + 1 == len(self.messages):
+            return len(self.text)
+        upto = self.messages[: i + 1]
+        try:
+            whole = self.render(upto)
+        except TemplateRefusal:  # such as of a template that wants a question
+            if not unasked:
+                raise
+            return self.end_unasked(i)
+        if self.text.startswith(whole):
+            return len(whole)
+        _, here = self.content_end(self.messages, i, text=self.text)
+        whole, at = self.content_end(upto, i, text=whole)
+        if self.text.startswith(whole[at:], here):
+            return here + len(whole) - at
+        # The last turn ends in another way: take the footer before a generation prompt.
+        asked = [k + 1 for k in range(i) if self.messages[k].get("role") != "assistant"]
+        asked = self.messages[: asked[-1]] if asked else [self.question()]
+        prompted, bare = self.render(asked, True), self.render(asked)
+        prompt = prompted[self.outside(bare, common(bare, prompted)) :]
+        whole, at = self.content_end(upto, i, prompt=True)
+        footer = whole[at:].removesuffix(prompt)
+        if self.text.startswith(footer, here):
+            return here + len(footer)
+        _, after = self.content_end(self.messages, i + 1, text=self.text)
+        found = self.ends.search(self.text, here, after)
+        if found:  # an end token before the next turn's words
+            return found.end()
+        raise self.refusal("ends an answer in another way once there is a next turn")
+
+    def end_unasked(self, i):
+        """Where message i ends, by what follows its content where a question is put before it."""
+        other = self.beside([*self.messages[:i], self.question(), *self.messages[i:]])
+        _, at = other.content_end(other.messages, i + 1, text=other.text)
+        footer = other.text[at : other.end(i + 1, unasked=False)]
+        _, here = self.content_end(self.messages, i, text=self.text)
+        if not self.text.startswith(footer, here):
+            raise self.refusal("ends an answer in another way where nothing asks for it")
+        return here + len(footer)
+
+    def content_end(self, messages, i, prompt=False, text=None):
+        """(The text of messages, where the content of message i ends in it)."""
+        text = self.render(messages, prompt) if text is None else text
+        a, b = (self.render(self.with_content(messages, i, c), prompt) for c in self.letters)
+        size = common(a[::-1], b[::-1])
+        if a == b or not text.endswith(a[len(a) - size :]):
+            role = messages[i].get("role")
+            raise self.refusal(
+                f"does not write what the {role} says at one place, in its own words"
+            )
+        return text, len(text) - size
+
+    def question(self):
+        """A user's message, in the form that the others have."""
+        parts = any(isinstance(m.get("content"), list) for m in self.messages)
+        return {"role": "user", "content": [{"type": "text", "text": "?"}] if parts else "?"}
+
+    def with_content(self, messages, i, text):
+        """The messages, message i having this text."""
+        content = messages[i].get("content")
+        if isinstance(content, list) and content and isinstance(content[-1], dict):
+            content = [*content[:-1], content[-1] | {"text": text}]
+        else:
+            content = text
+        return [*messages[:i], messages[i] | {"content": content}, *messages[i + 1 :]]
+
+    def outside(self, text, at):
+        """The place, or the beginning of the special token that it would cut."""
+        cut = [m.start() for m in self.marks.finditer(text) if m.start() < at < m.end()]
+        return cut[0] if cut else at
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat templates: programs of strangers, rendered in a process of their own, within limits
+
+TEMPLATE_SECONDS = 2  # of processor time for a rendering; one more for a million characters given
+TEMPLATE_MEMORY = 1 << 30  # bytes that the process has, on Linux
+TEMPLATE_GROWTH = 20  # characters out for one in, beside a million
+
+
+class TemplateLimit(UserError):
+    """A chat template took more time, memory or room than a rendering may."""
 
 
 @lru_cache(8)
 def compile_template(text):
-    """A chat template in jinja2's sandbox, with what transformers lets a template use."""
-    from jinja2 import TemplateError
+    """A chat template in jinja2's sandbox, with what transformers lets a template use. What
+    {% generation %} surrounds stands between two marks, generation_begin and generation_end."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            begin, end = (
+                nodes.Output([nodes.Name(f"generation_{side}", "load")], lineno=line)
+                for side in ("begin", "end")
+            )
+            return nodes.Scope([begin, *body, end], lineno=line)
 
     def raise_exception(message):
         raise TemplateError(message)
 
-    loops = ["jinja2.ext.loopcontrols"]
+    loops = ["jinja2.ext.loopcontrols", Generation]
     room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     room.globals |= {"tools": None, "documents": None, "raise_exception": raise_exception}
     room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    # {% generation %} marks what assistants say for a mask of transformers' own.
-    tag = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
-    return room.from_string(tag.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), text))
+    return room.from_string(text)
+
+
+def render_template(text, given):
+    """The text that a chat template makes of its variables."""
+    return compile_template(text).render(given)
+
+
+def template_worker(memory):
+    """The process beside: it reads a request a line (JSON) and writes an answer a line. A rendering
+    that takes more than its seconds ends the process, whatever it is at."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    if sys.platform == "linux":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    for line in sys.stdin:
+        request, answer = json.loads(line), {}
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        try:
+            text = render_template(request["template"], request["given"])
+            answer = {"text": text} if len(text) <= request["room"] else {"limit": "room"}
+        except MemoryError:
+            answer = {"limit": "memory"}
+        except Exception as error:
+            kind = type(error).__name__
+            known = kind in ("TemplateError", "SecurityError", "UndefinedError")
+            answer = {"error": str(error)[:1000] if known else f"{kind}: {error}"[:1000]}
+        print(json.dumps(answer), flush=True)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+class Renderer:
+    """Renders chat templates in a process of its own, which has little time and memory; it is
+    started when it is first needed, and again after a rendering has ended it."""
+
+    def __init__(self):
+        self.process, self.owner, self.lock = None, os.getpid(), threading.Lock()
+        self.overran = {}  # how often in a row a template was over a limit
+
+    def start(self):
+        needs = "import json, signal, sys\nfrom datetime import datetime\n"
+        needs += "from functools import lru_cache, partial\n"
+        parts = (compile_template, render_template, template_worker)
+        program = needs + "\n".join(inspect.getsource(part) for part in parts)
+        program += f"\nsys.path[:] = {[*map(str, sys.path)]!r}\n"
+        program += f"template_worker({TEMPLATE_MEMORY})\n"
+        # Without what this process has loaded, and ready in a tenth of a second.
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def render(self, template, given):
+        """The text that the template makes of its variables; ValueError with the template's own
+        words if it raises, TemplateLimit beyond a limit."""
+        if self.owner != os.getpid():  # a fork has a process of its own
+            self.__init__()
+        if self.overran.get(template, 0) >= 3:
+            raise TemplateLimit(
+                "the chat template was over its limits three times: it is not tried"
+            )
+        size = len(given_text := json.dumps(given, default=str))
+        request = {"seconds": TEMPLATE_SECONDS + size / 1e6, "template": template}
+        request["room"] = 1_000_000 + TEMPLATE_GROWTH * size
+        line = f'{json.dumps(request)[:-1]}, "given": {given_text}}}\n'.encode()
+        with self.lock:
+            try:
+                answer = self.ask(line, request["seconds"])
+            except OSError as error:
+                raise TemplateLimit(f"no process to render the chat template: {error}") from None
+            except BaseException:  # Ctrl-C: its answer must not be taken for the next one's
+                if self.process is not None:
+                    self.process.kill()
+                self.process = None
+                raise
+        if limit := answer.get("limit"):
+            self.overran[template] = self.overran.get(template, 0) + 1
+            over = {
+                "memory": f"takes more than {TEMPLATE_MEMORY >> 20} MiB of memory",
+                "room": f"makes more than {request['room']:,} characters of {size:,}",
+                "time": f"takes more than {request['seconds']:.1f} seconds",
+            }
+            raise TemplateLimit(f"the chat template {over.get(limit, limit)}: it is refused")
+        self.overran.pop(template, None)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+    def ask(self, line, seconds):
+        """The process's answer to a request. One that ended before is replaced."""
+        for _ in range(2):
+            if self.process is None:
+                self.start()
+            process, timer = self.process, None
+            if not hasattr(signal, "setitimer"):  # no limit of processor time there: by the clock
+                timer = threading.Timer(10 * seconds, process.kill)
+                timer.start()
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except OSError:
+                answer = b""
+            if timer:
+                timer.cancel()
+            if answer.endswith(b"\n"):
+                return json.loads(answer)
+            self.process = None
+            process.kill()
+            code = process.wait()
+            if timer or code == -signal.SIGPROF:
+                return {"limit": "time"}
+        return {"limit": f"ends the process that renders it ({code})"}
+
+
+RENDERER = Renderer()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2380,7 +2798,8 @@ def to_hf_config(net, tok):
         name = f"{kind.upper() if kind == 'gpt2' else kind.capitalize()}ForSequenceClassification"
         numbered = {str(i): label for i, label in enumerate(net.labels)}
         out |= {"id2label": numbered, "label2id": {label: int(i) for i, label in numbered.items()}}
-        out |= {"pooling": net.pooling}
+        pad_id = tok.pad_id if net.pad_id is None else net.pad_id
+        out |= {"pooling": net.pooling, "pad_token_id": pad_id}
     out |= {"architectures": [name]}
     if kind == "barelm":
         return out | asdict(c) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
@@ -2652,7 +3071,7 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
         if size := d.get("adapter_size"):
             add_adapters(net, size)
         if labels:
-            net.set_score(labels, d.get("pooling", "last"))
+            net.set_score(labels, d.get("pooling", "last"), d.get("pad_token_id"))
         if d.get("quantize"):
             quantize_weights(net, d["quantize"])
     check_entries(folder, entries, net, gpt2)

@@ -2328,14 +2328,21 @@ def answer_of(value):
 
 
 def as_sft(r):
+    """The messages, and where the record has parts their texts, for finetune.py's --template."""
+    parts = {}
     if (said := r.get("messages", r.get("conversations"))) is not None:
         messages = turns(said)
     else:
         answer = next((r[name] for name in ANSWER if r.get(name)), None)
         messages = [*asked(r), {"role": "assistant", "content": answer_of(answer)}]
+        if not isinstance(r.get("prompt"), list):
+            parts = {"instruction": first_of(r, ASK), "input": first_of(r, MORE)}
+            parts["output"] = messages[-1]["content"]
+    if first_of(r, ["template"]):
+        parts["template"] = r["template"]
     wrong = messages[-1]["role"] != "assistant" or len(messages) < 2
     reject_if(wrong, "the last turn is not the assistant's")
-    return {"messages": messages}
+    return {"messages": messages} | parts
 
 
 def as_preference(r):

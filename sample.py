@@ -144,7 +144,10 @@ def converse(net, tok):
     """A conversation on the terminal; an empty line or the end of the input ends it."""
     messages = [{"role": "system", "content": system}] if system else []
     # An answer also ends with the token that the template puts behind an assistant's words.
-    tok.eos_ids = [*tok.eos_ids, *tok.end_of_turn()]
+    try:
+        tok.eos_ids = [*tok.eos_ids, *tok.end_of_turn()]
+    except core.TemplateRefusal as error:
+        print(f"answers end at the end token alone: {error}", file=sys.stderr)
     while True:
         show("you> " if sys.stdin and sys.stdin.isatty() else "")
         text = read_stdin(whole=False).strip()

@@ -3,6 +3,7 @@ and the commands from start to end."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run, run_killed
 from test_model import QWEN3, make_net
+from test_outside import FAMILIES, open_tokenizer
 
 import finetune
 import model
@@ -448,6 +450,27 @@ def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
     torch.testing.assert_close(net(ids)[..., : bare.n_vocab], before)
 
 
+def test_a_chat_template_that_ends_no_answer_is_told(tiny):
+    net, tok = model.load(tiny / "out/tiny")
+    tok.config["chat_template"] = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+    model.save(tiny / "out/endless", net, tok)
+    args = ["--max_steps=1", "--model=out/endless", "--out_dir=out/endless_sft"]
+    done = tune(tiny, *args, "--check_memorized=2")
+    assert "out/endless: its chat template ends no answer with a special token" in done.stdout
+    assert "% end at all" in done.stdout and "ended_training: " in done.stdout
+    # Of this one no mask can be told: a reward model and a chat need none.
+    tok.config["chat_template"] = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}say: {% endif %}"""
+    model.save(tiny / "out/endless", net, tok)
+    told = "answers end at the end token alone: the chat template writes another header"
+    args = ["--method=reward", *args[:2], "--out_dir=out/endless_reward"]
+    assert told in tune(tiny, *args).stdout
+    args = ["--model=out/endless", "--chat", "--max_new_tokens=4"]
+    done = run(tiny, "sample.py", *args, stdin="hi\n")
+    assert told in done.stderr and "model> " in done.stdout
+
+
 def test_plain_records_by_a_template(tok, monkeypatch):
     monkeypatch.setattr(finetune, "template", "Q: {instruction} {input} A: {output} END")
     row = {"instruction": "add", "input": "1 2", "output": "3"}
@@ -458,6 +481,139 @@ def test_plain_records_by_a_template(tok, monkeypatch):
     assert e["targets"] == [-100] * (len(asked) - 1) + answer
     again = finetune.read_sft({"messages": talk("add", "3")}, tok, 64)
     assert [t for t in again["targets"] if t != -100] == answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_by_a_template_end_where_generation_stops(family, monkeypatch):
+    monkeypatch.setattr(finetune, "template", "Q: {instruction} {input} A: {output}")
+    tok = open_tokenizer(family)
+    row = {"instruction": "add", "input": "1 2", "output": "3"}
+    e = finetune.read_sft(row, tok, 99)
+    asked, said = tok.encode("Q: add 1 2 A: "), tok.encode("3")
+    assert e["ids"][0] == tok.eot_id and e["ids"][1:] == asked + said
+    assert e["targets"] == [-100] * len(asked) + said + tok.eos_ids[:1]
+    assert e["targets"][-1] in tok.eos_ids
+    row = {"messages": talk("add", "3", "and 4?", "7")}  # each answer ends
+    targets = finetune.read_sft(row, tok, 99)["targets"]
+    runs = "".join("x" if t == -100 else "e" if t in tok.eos_ids else "." for t in targets)
+    assert runs.strip("x").count("e") == 2 and runs[-1] == "e" and ".ex" in runs
+
+
+def test_a_template_loses_nothing_of_a_conversation(tok, monkeypatch):
+    def text(row):
+        e = finetune.read_sft(row, tok, 999)
+        said = tok.decode([t for t in e["targets"] if t != -100])
+        return tok.decode([*e["ids"][1:], e["targets"][-1]]), said
+
+    end = tok.decode(tok.eos_ids[:1])
+    system = [{"role": "system", "content": "Be kind."}]
+    monkeypatch.setattr(finetune, "template", "Q: {instruction}{input}\nA: {output}\n")
+    row = {"messages": [*system, *talk("a", "b", "c {d}", "e")]}
+    whole = f"Be kind.\n\nQ: a\nA: b\n{end}Q: c {{d}}\nA: e\n{end}"
+    assert text(row) == (whole, f"b\n{end}e\n{end}")
+    row = {"instruction": "a", "input": None, "system": "Be kind.", "output": "{e}"}
+    assert text(row) == (f"Be kind.\n\nQ: a\nA: {{e}}\n{end}", f"{{e}}\n{end}")
+    monkeypatch.setattr(finetune, "template", "[{system}] {instruction}: {output}")
+    assert text({"messages": [*system, *talk("a", "b")]})[0] == f"[Be kind.] a: b{end}"
+    assert text({"messages": talk("a", "b")})[0] == f"[] a: b{end}"
+
+
+def test_several_templates_in_a_run(tok, monkeypatch):
+    several = ["1 {instruction} {output}", "2 {instruction} {output}", "3 {instruction} {output}"]
+    rows = [{"instruction": str(i), "output": "x"} for i in range(60)]
+    first = lambda row: tok.decode(finetune.read_sft(row, tok, 99)["ids"])[len("<|endoftext|>")]
+    for value in (several, json.dumps(several)):  # of a recipe, of a flag
+        monkeypatch.setattr(finetune, "template", value)
+        chosen = [first(row) for row in rows]
+        assert min(chosen.count(n) for n in "123") >= 8
+        assert chosen == [first(row) for row in rows]  # by the record alone
+        own = [first(row | {"template": "4 {output}"}) for row in rows]
+        assert set(own) == {"4"}
+        assert [first(row | {"template": "a name"}) for row in rows] != own
+    for wrong in (
+        "no place",
+        "{output} {output}",
+        "{output} {0}",
+        "{output} {",
+        "{output.__class__}",
+    ):
+        with pytest.raises(model.UserError, match="^template"):
+            finetune.check_template(wrong)
+
+
+def chain(tok, ids):
+    """A network that continues each of these tokens by the next one, whatever is before it."""
+    net = net_for(tok, tie=False).eval()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")) or name == "lm_head.weight":
+                p.zero_()
+        states = net.model.norm(net.model.embed_tokens.weight)
+        for here, after in zip(ids, ids[1:]):
+            net.lm_head.weight[after] += states[here]
+    return net
+
+
+def test_an_answer_that_does_not_end_does_not_come_back(tok):
+    end = tok.special["<|im_end|>"]
+    tok.eos_ids = [end]
+    question, answer = tok.encode("?"), tok.encode("abcd")
+    assert len({*question, *answer}) == len(question + answer)
+    example = {"ids": question + answer, "targets": [*answer, end]}
+    cast = torch.autocast("cpu", enabled=False)
+    ends = chain(tok, question + answer + [end])
+    assert finetune.repeated(ends, tok, [example], cast) == (1, 1)
+    other = chain(tok, question + answer[:1] + [end])
+    assert finetune.repeated(other, tok, [example], cast) == (0, 1)
+    # It says the answer and goes on with tokens that have no text, or was never taught an end.
+    start = tok.special["<|im_start|>"]
+    endless = chain(tok, question + answer + [start, start])
+    untaught = {"ids": question + answer, "targets": [*answer, start]}
+    assert finetune.repeated(endless, tok, [example], cast) == (0, 0)
+    assert finetune.repeated(endless, tok, [untaught], cast) == (0, 0)
+
+
+@pytest.mark.parametrize("ends", ["line", "pad", "mark"])
+def test_rewards_are_read_where_transformers_reads_them(ends, tmp_path, monkeypatch):
+    """By training, by --reward=FOLDER, and by transformers on what apply_chat_template gives."""
+    tok = open_tokenizer("smollm2")
+    template = tok.config["chat_template"]
+    pad = "<|endoftext|>" if "<|endoftext|>" in tok.special else [*tok.special][-1]
+    template += {"line": "", "pad": f"{pad}{pad}", "mark": "<|im_end|>"}[ends]
+    config = tok.config | {"chat_template": template, "pad_token": pad}
+    tok = model.Tokenizer(tok.spec, config)
+    net = make_net(vocab_size=tok.n_vocab, **(QWEN3 | {"n_ctx": 128})).eval()
+    net.set_score(["reward"], pad_id=tok.pad_id)
+    torch.nn.init.normal_(net.score.weight)
+    model.save(tmp_path, net, tok)
+    monkeypatch.setattr(finetune, "method", "reward")
+    rows = [{"prompt": "hi", "chosen": "hello you", "rejected": "no"},
+            {"prompt": talk("a", "b", "c"), "chosen": "d", "rejected": "a longer one"}]  # fmt: skip
+    pairs = [finetune.read_pair(row, tok, 128) for row in rows]
+    monkeypatch.setattr(finetune, "reward", str(tmp_path))
+    judge = finetune.open_reward(SimpleNamespace(device="cpu"))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    scores = {}
+    for which in ("chosen", "rejected"):
+        prompts = [talk(row["prompt"]) if isinstance(row["prompt"], str) else row["prompt"]
+                   for row in rows]  # fmt: skip
+        talks = [[*p, {"role": "assistant", "content": r[which]}] for p, r in zip(prompts, rows)]
+        batch = their_tok.apply_chat_template(
+            talks, padding=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            scores[which] = theirs(**batch).logits[:, 0]
+            ours = net.scores([pair[which]["ids"] for pair in pairs])[:, 0]
+        torch.testing.assert_close(ours, scores[which], rtol=1e-4, atol=1e-4)
+        for prompt, row, score in zip(prompts, rows, scores[which]):
+            assert judge(prompt, row[which], "") == pytest.approx(float(score), abs=1e-4)
+    loss, stats = finetune.reward_loss(net, pairs)
+    margins = scores["chosen"] - scores["rejected"]
+    torch.testing.assert_close(loss, -F.logsigmoid(margins).sum(), rtol=1e-4, atol=1e-4)
+    short = finetune.read_pair(rows[1], tok, 9)  # of a longer one the end is kept, which is read
+    assert short["cut"] and short["chosen"]["ids"] == pairs[1]["chosen"]["ids"][-9:]
 
 
 def test_learning_rates_fall_with_depth(tok, monkeypatch):
@@ -485,6 +641,35 @@ def test_only_the_last_blocks_learn(tiny):
     assert changed and all(".layers.1." in n or n == "model.norm.weight" for n in changed)
 
 
+def test_the_head_alone_learns(tiny):
+    tune(tiny, "--method=classify", "--train_last=none", "--out_dir=out/head", "--pooling=last")
+    before, after = (model.load(tiny / f"out/{name}")[0] for name in ("tiny", "head"))
+    trunk = dict(before.model.named_parameters())
+    assert all(p.equal(trunk[name]) for name, p in after.model.named_parameters())
+    rows = [row for row in log(tiny, "out/head") if "val_loss" in row]
+    assert rows[-1]["val_loss"] != rows[0]["val_loss"]
+    net, _ = model.load(tiny / "out/tiny")
+    assert net.config.tie  # so that its head is the embedding
+    done = tune(tiny, "--train_last=none", "--out_dir=out/new", check=False)
+    assert done.stderr.count("\n") == 1 and "nothing would learn" in done.stderr
+
+
+def test_a_classifier_of_the_mean_is_not_said_to_be_transformers(tiny):
+    done = tune(tiny, "--method=classify", "--pooling=mean", "--out_dir=out/mean")
+    assert "pooling=mean: the folder is model_type barelm" in done.stdout
+    for folder in ("out/mean", "out/mean/best"):
+        assert json.loads((tiny / folder / "config.json").read_text())["model_type"] == "barelm"
+    args = ["--method=classify", "--pooling=mean", "--adapt=lora", "--merge"]
+    tune(tiny, *args, "--out_dir=out/mean_lora")
+    for folder in ("out/mean_lora", "out/mean_lora/merged"):
+        assert json.loads((tiny / folder / "config.json").read_text())["model_type"] == "barelm"
+    net, tok = model.load(tiny / "out/mean")
+    ids = tok.encode("def f(x):\n    return x")
+    with torch.no_grad():
+        expected = net.score(net.hidden(torch.tensor([ids]))[0].mean(0))
+        torch.testing.assert_close(net.scores([ids])[0], expected, rtol=1e-4, atol=1e-5)
+
+
 BAD = [
     (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, "),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
@@ -498,6 +683,10 @@ BAD = [
     (["--method=grpo", "--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--init_from=resume"], "out/new: no run to resume"),
     (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON: '{broken'"),
+    (["--template=no place"], "template 'no place': expected {output} once"),
+    (["--template=[]"], "template: an empty list"),
+    (["--method=dpo", "--template={output}"], "template: it is of --method=sft, not of dpo"),
+    (["--method=lora", "--train_last=1"], "train_last=1: of --adapt=full, not of lora"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),
 ]
 

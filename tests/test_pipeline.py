@@ -39,6 +39,7 @@ from test_prepare import (
     write_jsonl,
 )
 
+import finetune
 import model
 import prepare
 import train
@@ -744,7 +745,28 @@ PREFERENCES = [
 
 def test_instructions_of_every_known_form(tmp_path):
     rows, _ = task(tmp_path, "sft", [record for record, _ in SFT])
-    assert rows == [{"messages": messages} for _, messages in SFT]
+    assert [row["messages"] for row in rows] == [messages for _, messages in SFT]
+    assert [set(row) == {"messages"} for row in rows] == [
+        i in (0, 1, 2, 7) for i in range(len(SFT))
+    ]
+
+
+def test_the_parts_of_an_instruction_reach_a_template(tmp_path, monkeypatch):
+    records = [
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        {"question": "2+2?", "context": "sums", "answer": "4"},
+        {"prompt": "p", "completion": "c", "template": "own {output}"},
+        {"instruction": "i", "output": "o", "system": "S", "history": [["u", "v"]]},
+        {"messages": [SYSTEM, *said("q", "a", "b", "c")]},
+    ]
+    rows, _ = task(tmp_path, "sft", records)
+    tok = prepare.bpe_tokenizer([])
+    monkeypatch.setattr(finetune, "template", "{instruction}|{input}|{output}")
+    texts = []
+    for row in rows:
+        e = finetune.read_sft(row, tok, 999)
+        texts.append(tok.decode(e["ids"][1:]).replace("<|endoftext|>", "."))
+    assert texts == ["add|1 2|3", "2+2?|sums|4", "own c", "S\n\nu||v.i||o", "S\n\nq||a.b||c"]
 
 
 def test_preferences_of_every_known_form(tmp_path):

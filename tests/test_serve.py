@@ -910,17 +910,20 @@ def test_a_client_that_reads_nothing_is_cut_off(tiny):
             time.sleep(0.1)
 
 
-def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded):
+def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded, capsys, monkeypatch):
     import serve
 
+    monkeypatch.setattr(model, "TEMPLATE_SECONDS", 0.3)
     net, tok = loaded
-    # DeepSeek-R1's way: the generation prompt opens a thought that earlier turns do not have.
-    think = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-<think>{% endif %}"""
-    for template in (think, "{% for m in %}", [{"name": "tools", "template": think}]):
+    # An answer has another header than the prompt for one: where it begins cannot be told.
+    other = """{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}
+{% if add_generation_prompt %}<|im_start|>{% endif %}"""
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    several = [{"name": "tools", "template": other}]
+    for template in (other, "{% for m in %}", "{{ 'a' * 10**10 }}", endless, several):
         odd = model.Tokenizer(tok.spec, tok.config | {"chat_template": template})
         assert serve.Engine(net, odd, 1, 64, 9, 9).turn_ends == []
+        assert "chat ends at the end token alone: " in capsys.readouterr().out
     assert len(serve.Engine(net, tok, 1, 64, 9, 9).turn_ends) == 1
 
 

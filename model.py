@@ -1024,7 +1024,7 @@ class Row:
             self.emit(piece)
 
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 GREEDY = 1e-20  # below it a temperature counts as 0: what it divides would overflow float32
 
 
@@ -1033,7 +1033,9 @@ def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
     often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
     penalty is a number, or (B, 1)."""
     lower = torch.where(logits > 0, logits / repetition, logits * repetition)
-    lower = lower.clamp(-LARGEST, LARGEST)  # an infinite logit would make every chance NaN
+    lower = lower.clamp(
+        -LARGEST_FLOAT, LARGEST_FLOAT
+    )  # an infinite logit would make every chance NaN
     logits = torch.where(seen & (logits > -math.inf), lower, logits)
     return logits - presence * (counts > 0) - frequency * counts
 
@@ -1071,7 +1073,7 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
 
 
 SAMPLING = {  # what `generate` takes: (least, most)
-    "temperature": (0, LARGEST),
+    "temperature": (0, LARGEST_FLOAT),
     "top_k": (0, math.inf),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -1085,7 +1087,11 @@ def check_sampling(**options):
     for name, value in options.items():
         least, most = SAMPLING[name]
         if not least <= value <= most:  # NaN is neither
-            limits = f"from {least} to {most}" if most < LARGEST else f"{least} or more, and finite"
+            limits = (
+                f"from {least} to {most}"
+                if most < LARGEST_FLOAT
+                else f"{least} or more, and finite"
+            )
             raise UserError(f"{name}={value!r}: expected a number {limits}")
 
 

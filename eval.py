@@ -453,8 +453,8 @@ class Answers:
 
     def __init__(self, folder, identity, run):
         self.folder, self.identity, self.run, self.known = folder, identity, run, {}
+        core.make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.file = open(folder / f"answers_{run.rank}.jsonl", "a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
@@ -2016,6 +2016,8 @@ def main():
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"
         raise UserError(f"{model} with --tasks={tasks}: expected {fit}")
+    if out_dir == "":
+        raise UserError("--out_dir is empty: expected the name of a folder")
     folder, mark = Path(out_dir or model), identity(kind)
     if not out_dir and not folder.is_dir():
         raise UserError(f"{model}: no folder here to write results.json into: give --out_dir")
@@ -2053,7 +2055,8 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        with core.lost_process():
+            main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:

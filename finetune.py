@@ -1206,9 +1206,10 @@ def load_state(folder):
     kinds = dict(step=0, best=-1.0, since_best=0, seconds=0.0, weights={}, optimizers=[], parts=[])
     core.check_state(state, kinds, path)
     core.check_parts(state["parts"], path)
-    first = state.get("first_verdict")
-    figures = first.values() if isinstance(first, dict) else [first]
-    if not all(x is None or type(x) is float for x in figures):
+    first = state.get("first_verdict", "")  # None before any validation
+    figures = first.values() if isinstance(first, dict) else []
+    right = first is None or isinstance(first, dict)
+    if not right or not all(type(figure) is float for figure in figures):
         raise UserError(f"{path}: first_verdict is none of a run's: damaged, or foreign")
     return state
 

@@ -2029,8 +2029,6 @@ def clear_folder(folder):
     for part in PARTS:
         if (folder / part).is_dir():
             clear_folder(folder / part)
-            with contextlib.suppress(OSError):  # the user's own files are in it
-                (folder / part).rmdir()
     for patterns in (WEIGHTS, STATES, COMPANIONS):
         for pattern in patterns:
             for path in sorted(folder.glob(pattern)):
@@ -2038,6 +2036,9 @@ def clear_folder(folder):
         sync_folder(folder)
     for path in sorted(folder.glob("*.safetensors.tmp")):  # of a run that was killed
         path.unlink()
+    if folder.name in PARTS and folder.is_dir():
+        with contextlib.suppress(OSError):  # the user's own files are in it
+            folder.rmdir()
 
 
 def move_files(source, folder, last):
@@ -2094,22 +2095,27 @@ def locked_folder(folder):
         lock.close()  # which gives the lock back
 
 
-def take_lock(lock, folder):
-    """Lock an open file for this process, or say which it is: another run's, or none can be had."""
-    why = "this system has none"
+def take_lock(lock, folder, patience=3.0):
+    """Lock an open file for this process, or say why there is none. Another run's lock is waited
+    for, some seconds, since a process that was killed takes a moment to end."""
     try:
         import fcntl  # not on every system
-
-        # lockf, unlike flock, is not passed on to a process that this one leaves behind.
-        return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
-        pass
-    except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"{folder}: another run is writing into it: wait for its end, or take another --out_dir"
-        ) from None
-    except OSError as error:
-        why = error.strerror
+        return say_no_lock(folder, "this system has none")
+    give_up = time.monotonic() + patience
+    while True:
+        try:  # lockf, unlike flock, is not passed on to a process that this one leaves behind
+            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > give_up:
+                why = "wait for its end, or take another --out_dir"
+                raise UserError(f"{folder}: another run is writing into it: {why}") from None
+            time.sleep(0.1)
+        except OSError as error:
+            return say_no_lock(folder, error.strerror)
+
+
+def say_no_lock(folder, why):
     print(f"{folder}: no lock ({why}): see to it that no other run writes into it", flush=True)
 
 

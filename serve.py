@@ -496,6 +496,9 @@ def write_export(run, folder):
             path.unlink(missing_ok=True)
             core.clear_folder(folder)
         core.move_files(part, folder, last=path.name)
+    except OSError as error:  # of the ONNX exporter, which writes its file itself
+        why = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written: {why}; nothing was changed") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"{path}: {os.path.getsize(path) / 1e6:,.2f} MB")

@@ -282,8 +282,8 @@ def load_state(out):
     kinds |= dict(warmed=[], micro=0, compiled=True, parts=[], optimizers=[])
     model.check_state(state, kinds, out / "state.pt")
     model.check_rows(state["history"], [0, 0.0, 0.0], out / "state.pt")
-    warmed = dict(zip(("warmed step", "warmed windows", "warmed seconds"), state["warmed"]))
-    model.check_state(warmed, dict(zip(warmed, (0, 0, 0.0))), out / "state.pt")
+    kinds = {"warmed step": 0, "warmed windows": 0, "warmed seconds": 0.0}
+    model.check_state(dict(zip(kinds, state["warmed"])), kinds, out / "state.pt")
     model.check_parts(state["parts"], out / "state.pt")
     return state
 

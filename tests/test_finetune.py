@@ -449,7 +449,7 @@ BAD = [
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
     (["--batch_size=0"], "batch_size=0: expected 1 or more"),
     (["--max_steps=0"], "max_steps=0: expected more than 0, or none"),
-    (["--init_from=resume"], "out/new: no run to resume"),
+    (["--init_from=resume"], "out/new: no checkpoint to resume"),
     (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON object: '{broken'"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),
 ]

@@ -240,7 +240,8 @@ def starting_point(out):
     found = model.holds_model(out)
     if init_from == "auto" and (out / "model.safetensors").exists():
         return "resume"
-    saved = [path for path in found if path.name not in model.COMPANIONS and path.parent == out]
+    unfinished = [*model.COMPANIONS, "state.pt.tmp"]  # without weights, what a first save leaves
+    saved = [path for path in found if path.parent == out and path.name not in unfinished]
     if init_from == "auto" and (out / "run.json").is_file() and not saved:
         return "scratch"  # a run that was killed before its first save begins again
     if init_from != "resume" and found and not overwrite:

@@ -210,6 +210,22 @@ def test_killed_at_any_rename_it_leaves_the_old_the_new_or_none(script, args, ba
     assert content(cut) == content(new) and stale in states and None in states
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "best/model.safetensors", "torn/model.safetensors"]
+)
+def test_auto_begins_a_run_again_that_was_killed_before_its_first_save(name, base):
+    """What restarts a killed job, whatever it left, must not need a person."""
+    shutil.rmtree(base / "out/torn", ignore_errors=True)
+    dies = "rename = os.replace\ndef replace(a, b):\n"
+    dies += f"    os._exit(77) if str(b).endswith({name!r}) else rename(a, b)\n"
+    prelude = with_prelude(base, "train.py", dies + "os.replace = replace\n")
+    args = [*RUN, "--out_dir=out/torn", "--init_from=auto"]
+    assert run(base, prelude, *args, check=False).returncode == 77
+    assert model.holds_model(base / "out/torn") or name == "config.json"
+    run(base, "train.py", *args)
+    assert content(base / "out/torn") == content(base / "out/base")
+
+
 # --------------------------------------------------------------------------------------------------
 # One run in a folder
 

@@ -2066,10 +2066,11 @@ def make_folder(folder, flag="--out_dir"):
 
 
 @contextlib.contextmanager
-def locked_folder(folder):
+def locked_folder(folder, patience=3.0):
     """Make a run's folder and be the only run that writes into it while the context lasts. The lock
     is the system's, on the file .lock: it ends with the process, however that ends. Of several
-    processes the first has it. A folder that stays empty is removed again."""
+    processes the first has it. A folder that stays empty is removed again.
+    patience: seconds to wait for another run's lock; one that was killed takes a moment to end."""
     if int(os.environ.get("RANK", 0)) > 0:
         yield
         return
@@ -2085,7 +2086,7 @@ def locked_folder(folder):
         why = f"cannot be written to: {error.strerror}: take another"
         raise UserError(f"--out_dir={folder}: {why}") from None
     try:
-        take_lock(lock, folder)
+        take_lock(lock, folder, patience)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -2095,9 +2096,8 @@ def locked_folder(folder):
         lock.close()  # which gives the lock back
 
 
-def take_lock(lock, folder, patience=3.0):
-    """Lock an open file for this process, or say why there is none. Another run's lock is waited
-    for, some seconds, since a process that was killed takes a moment to end."""
+def take_lock(lock, folder, patience):
+    """Lock an open file for this process, or say why there is no lock on this system."""
     try:
         import fcntl  # not on every system
     except ImportError:

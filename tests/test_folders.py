@@ -23,7 +23,7 @@ import train
 
 RUN = [*SMALL, "--max_steps=4", "--save_every=2", "--eval_every=2", "--dtype=float32"]
 TUNE = "--model=out/base --dataset=words --max_steps=4 --save_every=2 --eval_every=2".split()
-TUNE += "--batch_size=2 --check_memorized=0 --warmup_steps=0 --dtype=float32".split()
+TUNE += "--batch_size=2 --check_memorized=0 --warmup_steps=0 --dtype=float32 --device=cpu".split()
 
 
 @pytest.fixture(scope="module")
@@ -531,8 +531,8 @@ for text in (".*deprecated.*", ".*requires_grad=True to a scalar.*"):
 def test_a_killed_process_is_a_line_for_the_others(script, base):
     args = [*(RUN if script == "train.py" else TUNE), f"--out_dir=out/gone-{script}"]
     done = run(base, with_prelude(base, script, GOES), *args, processes=2, check=False)
-    assert done.returncode and "process 0: another process of this run is gone" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.returncode and done.stderr.count("another process of this run is gone") == 1
+    assert "process 0: another" in done.stderr and "gloo" not in done.stderr
 
 
 def test_no_warning_of_torch_reaches_the_user(base):

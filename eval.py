@@ -590,8 +590,8 @@ class Answers:
     def __init__(self, folder, identity, run):
         self.folder, self.identity, self.run, self.known = folder, identity, run, {}
         self.path = folder / f"answers_{run.rank}.jsonl"
+        core.make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a", encoding="utf-8")
             lines = [x for p in folder.glob("answers_*.jsonl") for x in p.read_bytes().splitlines()]
         except OSError as error:
@@ -2612,7 +2612,8 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        with core.lost_process():
+            main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:

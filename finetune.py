@@ -847,10 +847,11 @@ def confusion(pairs, labels):
 # Checkpoints
 
 
-def save_adapter(folder, net, tok):
-    """Write the added matrices as a PEFT adapter, and the tokenizer. GPT-2's file has q, k and v as
-    one layer: their three products are one of three times the rank, with blocks of zeros."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_adapter(folder, net, tok, step=0, state=None):
+    """Write the added matrices as a PEFT adapter, and the tokenizer; with `state` also state.pt.
+    GPT-2's file has q, k and v as one layer: their three products are one of three times the rank,
+    with blocks of zeros."""
+    core.make_folder(folder)
     layers = {f"{n}.weight": m for n, m in net.named_modules() if isinstance(m, LoRA)}
     gpt2 = core.family(net.config) == "gpt2"
     groups = core.gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
@@ -871,13 +872,12 @@ def save_adapter(folder, net, tok):
     wide = {name: rank for name, rank in ranks.items() if rank != lora_rank}
     alphas = {name: lora_alpha * rank / lora_rank for name, rank in wide.items()}
     config |= {"rank_pattern": wide, "alpha_pattern": alphas}
-    with core.whole_file(folder / "adapter_model.safetensors") as file:
-        core.write_safetensors(file, tensors, {"format": "pt"})
     core.write_json(folder / "tokenizer.json", tok.spec)
     core.write_json(folder / "tokenizer_config.json", tok.config)
     ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}
     core.write_json(folder / "generation_config.json", ids)
     core.write_json(folder / "adapter_config.json", config)
+    core.write_weights(folder / "adapter_model.safetensors", tensors, step, state)
 
 
 def add_tokens(net, tok, names, template):
@@ -972,18 +972,42 @@ def verdict_of_samples(run, net, tok, prompts, judge, cast):
 
 
 def lr_scale(step, steps):
-    """The learning rate over its peak."""
-    warm, done = min(1.0, (step + 1) / max(1, warmup_steps)), step / steps
-    shape = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-    return warm * shape[lr_schedule]
+    """The learning rate over its peak: a warm-up to 1, then a schedule that falls from 1 to 0."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    after = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
+    down = {"linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2, "constant": 1.0}
+    return warm * down[lr_schedule]
 
 
-def made_by():
-    """What a resumed run must have in common with its first part."""
-    aside = ("init_from", "overwrite", "device", "max_steps", "max_epochs", "eval_every")
-    aside += ("save_every", "check_memorized", "micro_tokens", "early_stopping", "eval_examples")
-    aside += ("merge",)
-    return {k: v for k, v in settings(globals()).items() if k not in aside}
+# What a resume may change, and is told; what shapes nothing, or only by what it comes to, which a
+# part's facts have. A resume with another of all other settings would draw another curve.
+FREE = """learning_rate lr_schedule warmup_steps weight_decay grad_clip neftune dropout lora_dropout
+max_steps max_epochs early_stopping eval_examples micro_tokens""".split()
+ASIDE = """out_dir init_from overwrite device dtype checkpoint_blocks eval_every save_every merge
+check_memorized""".split()
+
+
+def facts_of(run, kind):
+    """What the settings came to: the data, the model to start from, what it is computed in."""
+    paths = sorted((Path("data") / dataset).glob(f"{TASK[method]}_*.jsonl"))
+    facts = {"dataset": dataset if dataset == "arithmetic" else core.fingerprint(paths)}
+    read = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors")
+    read += ("tokenizer_config.json", "chat_template.jinja")
+    paths = [path for folder in core.model_and_bases(model) for name in read
+             for path in sorted(folder.glob(name))]  # fmt: skip
+    facts |= {"model": core.fingerprint(paths), "processes": run.world}
+    judge = Path(reward.rpartition(":")[0] or reward)  # FILE.py:function, or a model's folder
+    judge = [judge] if judge.is_file() else sorted(judge.glob("*.safetensors"))
+    if method in ("grpo", "ppo") and judge:
+        facts["reward"] = core.fingerprint(judge)
+    facts |= {"computed_in": str(kind).removeprefix("torch."), "torch": str(torch.__version__)}
+    return facts
+
+
+def changes(state, facts):
+    """What this resume changes in what shapes the run: {key: "key old -> new"}."""
+    config = {key: value for key, value in settings(globals()).items() if key not in ASIDE}
+    return core.changed_settings(state["parts"][-1], config, facts)
 
 
 def choose_weights(net):
@@ -1135,17 +1159,17 @@ def order_of(epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def write(folder, run, net, tok, step):
-    """Save what was learned: a checkpoint folder, or an adapter."""
+def write(folder, run, net, tok, step, state=None):
+    """Save what was learned: a checkpoint folder, or an adapter; with `state` also state.pt."""
     head = net.score
     if method == "ppo":  # the value head is no part of the policy
         net.score = None
     if run.main and adapt not in ("lora", "qlora"):
-        core.save(folder, net, tok, step)
+        core.save(folder, net, tok, step, state)
     elif run.main and net.score is not None:  # PEFT's file has no place for our score
-        core.save(folder, merged(copy.deepcopy(net)), tok, step)
+        core.save(folder, merged(copy.deepcopy(net)), tok, step, state)
     elif run.main:
-        save_adapter(folder, net, tok)
+        save_adapter(folder, net, tok, step, state)
     net.score = head
 
 
@@ -1162,27 +1186,9 @@ def finish_adapter(out, net, tok, step, say):
         return
     if adapt == "qlora" and merge != "quantized":
         unquantize(net)
+    core.clear_folder(out / "merged")
     core.save(out / "merged", merged(net).eval(), tok, step)
     say(f"merged: {out / 'merged'}, into {packed if merge == 'quantized' else full}")
-
-
-def open_log(out, step):
-    """out_dir's log.jsonl to append to, cut after `step`; what a replaced run has left goes."""
-    out.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if init_from == "base":  # it must never be taken for this run's
-        for name in ("state.pt", "config.json", "model.safetensors", "adapter_config.json"):
-            (out / name).unlink(missing_ok=True)
-            (out / "best" / name).unlink(missing_ok=True)
-    elif (out / "log.jsonl").exists():
-        rows = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
-    core.write_json(
-        out / "run.json", {"config": settings(globals()), "command": " ".join(sys.argv)}
-    )
-    log = open(out / "log.jsonl", "w", encoding="utf-8")
-    log.writelines(row + "\n" for row in kept)
-    return log
 
 
 def words(figures):
@@ -1199,12 +1205,14 @@ def main():
     if minibatches > most:
         raise UserError(f"minibatches={minibatches}: a process has {most} samples a step")
     say = progress.note if run.main else lambda text: None
-    out = Path(out_dir)
-    if init_from == "base" and (out / "state.pt").exists() and not overwrite:
+    out, config = Path(out_dir), settings(globals())
+    found = core.holds_model(out)
+    if init_from == "base" and found and not overwrite:
         ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
-        raise UserError(f"{out} holds a run: {ways}")
-    if init_from == "base" and out.resolve() == Path(model).resolve():
-        raise UserError(f"--out_dir={out_dir}: it is the model to start from: take another")
+        raise UserError(f"{out} holds a run or a model ({found[0].relative_to(out)}): {ways}")
+    core.refuse_source(out, model)
+    if method in ("grpo", "ppo") and Path(reward).is_dir():
+        core.refuse_source(out, reward)
     state = load_state(out) if init_from == "resume" else None
     net, tok = open_model(run, say)
     limit = min(seq_len or net.config.n_ctx, net.config.n_ctx)
@@ -1215,6 +1223,10 @@ def main():
     if kind == torch.float16:
         kind, why = torch.float32, "float16 would need a scaler, which is not here"
     cast = core.autocast(run.device, kind)
+    facts, parts, changed = facts_of(run, kind), [], {}
+    if state:
+        parts, changed = state["parts"], changes(state, facts)
+        core.refuse_changes(changed, [key for key in config if key not in FREE], out)
     if method == "ppo":
         net.set_score(["value"])
         nn.init.zeros_(net.score.weight)
@@ -1239,28 +1251,41 @@ def main():
     done = dict(step=0, best=math.inf, since_best=0, first_verdict=None, seconds=0.0)
     if state:
         done = {key: state[key] for key in done}
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(state["weights"][name])
-        for o, saved in zip(optimizers, state["optimizers"], strict=True):
-            groups = o.state_dict()["param_groups"]
-            o.load_state_dict({"state": saved["state"], "param_groups": groups})
+        restore_weights(params, state["weights"])
+        core.restore_optimizers(optimizers, state["optimizers"], out / "state.pt")
         say(f"resumed {out_dir} at step {done['step']}")
-    log = open_log(out, done["step"]) if run.main else None
+        core.say_changes(changed, parts, say)
+        # A best of other examples, or of a future that will not be, is none.
+        if "eval_examples" in changed or changed and core.weights_step(out / "best") > done["step"]:
+            done["best"] = math.inf
+    if warmup_steps >= steps:
+        say(f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate")
+    summed(run, Counter())  # nobody writes before everybody has read
+    if run.main:
+        if not state:  # what a replaced run has left must never be taken for this one's
+            core.clear_folder(out)
+        elif state["temporary"]:
+            os.replace(out / "state.pt.tmp", out / "state.pt")
+        step = done["step"]
+        part = {"step": step, "config": config, "facts": facts, "command": " ".join(sys.argv)}
+        parts = [before for before in parts if before["step"] < step] + [part]
+        core.write_json(
+            out / "run.json", {"config": config, "command": " ".join(sys.argv), "parts": parts}
+        )
+        log = core.open_log(out / "log.jsonl", step if state else -1, say)
     begun = time.monotonic() - done["seconds"]
 
     def record(row):
         if run.main:
-            print(json.dumps(row), file=log, flush=True)
+            core.write_row(log, row)
 
     def save():
-        write(out, run, net, tok, done["step"])
         if run.main:
-            saved = done | {"seconds": time.monotonic() - begun, "made_by": made_by()}
-            saved["weights"] = {name: p.detach() for name, p in params.items()}
-            saved["optimizers"] = [o.state_dict() for o in optimizers]
-            with core.whole_file(out / "state.pt") as file:
-                torch.save(saved, file)
+            core.clear_folder(out / "merged")  # of the adapter that is replaced
+        saved = done | {"seconds": time.monotonic() - begun, "parts": parts}
+        saved["weights"] = {name: p.detach() for name, p in params.items()}
+        saved["optimizers"] = [o.state_dict() for o in optimizers]
+        write(out, run, net, tok, done["step"], saved)
 
     def update(examples):
         """One optimizer step on this process's examples: (figures over all processes, norm)."""
@@ -1374,7 +1399,8 @@ def main():
         )
     if run.world > 1:  # the sum of all weights, in the same order everywhere: equal or not at all
         sums = [None] * run.world
-        dist.all_gather_object(sums, float(sum(p.double().sum() for p in params.values())))
+        own_sum = float(sum(p.detach().double().sum() for p in params.values()))
+        dist.all_gather_object(sums, own_sum)
         if len(set(sums)) > 1:
             raise UserError(f"the processes' weights have come apart: {sums}")
         say(f"weights: equal on {run.world} processes")
@@ -1388,21 +1414,33 @@ def main():
 
 
 def load_state(folder):
-    """The state of the run in a folder, if it was made with these settings."""
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no run to resume (--init_from=base starts one)") from None
-    differ = [k for k, v in made_by().items() if state["made_by"].get(k) != v]
-    if differ:
-        raise UserError(
-            f"{folder}: no resume with another {', '.join(differ)}: run.json has its own"
-        )
+    """The state of the run in a folder, of the kinds that main saves."""
+    state, path = core.load_state(folder), folder / "state.pt"
+    kinds = dict(step=0, best=-1.0, since_best=0, seconds=0.0, weights={}, optimizers=[], parts=[])
+    core.check_state(state, kinds, path)
+    core.check_parts(state["parts"], path)
+    first = state.get("first_verdict", "")  # None before any validation
+    figures = first.values() if isinstance(first, dict) else []
+    right = first is None or isinstance(first, dict)
+    if not right or not all(type(figure) is float for figure in figures):
+        raise UserError(f"{path}: first_verdict is none of a run's: damaged, or foreign")
     return state
 
 
+def restore_weights(params, saved):
+    """Copy a state's weights, {name: tensor}, into the parameters that learn."""
+    fits = params.keys() == saved.keys()
+    if not fits or not all(core.same_kind(saved[name], p) for name, p in params.items()):
+        why = "its weights are not those that learn here: damaged, or foreign"
+        raise UserError(f"{out_dir}/state.pt: {why}")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(saved[name])
+
+
 if __name__ == "__main__":
-    status = main()
+    with core.locked_folder(out_dir), core.lost_process():
+        status = main()
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -75,7 +75,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -431,27 +430,23 @@ def export_onnx(net, tok, path):
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=c.n_ctx)}
     how = dict(input_names=["ids"], output_names=["logits"], dynamic_shapes=(sizes,))
     how |= dict(dynamo=True, verbose=False, external_data=size > 1.5e9)  # protobuf ends at 2 GB
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="onnx.") as temporary:
-        unchecked = Path(temporary) / path.name
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            try:
-                torch.onnx.export(net, (ids(2, min(8, c.n_ctx)),), unchecked, **how)
-            except torch.onnx.OnnxExporterError as error:
-                why = str(error).strip().splitlines()[-1]
-                raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
-        session, worst = onnxruntime.InferenceSession(str(unchecked)), 0.0
-        for given in (ids(1, 3), ids(3, min(c.n_ctx, 64)), ids(1, c.n_ctx)):
-            with torch.no_grad():
-                ours = net(given)
-            theirs = torch.from_numpy(session.run(None, {"ids": given.numpy()})[0])
-            worst = max(worst, ((theirs - ours).abs().max() / ours.abs().max()).item())
-        print(f"largest difference of onnxruntime's logits: {worst:.1e} of the largest logit")
-        if not worst < 1e-4:
-            raise UserError("--export=onnx: these are not the model's logits; nothing was written")
-        for file in Path(temporary).iterdir():
-            os.replace(file, path.with_name(file.name))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(net, (ids(2, min(8, c.n_ctx)),), path, **how)
+        except torch.onnx.OnnxExporterError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
+    session, worst = onnxruntime.InferenceSession(str(path)), 0.0
+    for given in (ids(1, 3), ids(3, min(c.n_ctx, 64)), ids(1, c.n_ctx)):
+        with torch.no_grad():
+            ours = net(given)
+        theirs = torch.from_numpy(session.run(None, {"ids": given.numpy()})[0])
+        worst = max(worst, ((theirs - ours).abs().max() / ours.abs().max()).item())
+    print(f"largest difference of onnxruntime's logits: {worst:.1e} of the largest logit")
+    if not worst < 1e-4:
+        raise UserError("--export=onnx: these are not the model's logits; nothing was written")
     core.write_json(path.with_name("tokenizer.json"), tok.spec)
     core.write_json(path.with_name("tokenizer_config.json"), tok.config)
 
@@ -466,33 +461,48 @@ def convert(run):
         raise UserError("--report compares: add --quantize=int8, --quantize=int4 or --prune=0.5")
     done = [prune and prune.replace(":", "of"), quantize, export if export != "barelm" else None]
     done = [word for word in done if word and (word != "hf" or not prune)]
-    folder = Path(out_dir or "-".join([str(Path(model)), *done]))
-    files = {"gguf": f"{Path(model).resolve().name}-{gguf_type}.gguf", "onnx": "model.onnx"}
-    path, new = folder / files.get(export, "model.safetensors"), not folder.exists()
-    if export and path.exists() and not overwrite:
-        raise UserError(f"{path} is there already: --overwrite, or another --out_dir")
     if not export:
         return show_report(run)
+    folder = out_dir if out_dir is not None else "-".join([str(Path(model)), *done])
+    with core.locked_folder(folder):
+        write_export(run, Path(folder))
+
+
+def write_export(run, folder):
+    """Write the export into the folder. It is made whole in a folder of its own, then what was
+    there is taken apart, then it is moved: killed or out of space, this leaves the old, the new or
+    what no reader opens."""
+    files = {"gguf": f"{Path(model).resolve().name}-{gguf_type}.gguf", "onnx": "model.onnx"}
+    path, part = folder / files.get(export, "model.safetensors"), folder / "export.tmp"
+    found = [path] if path.exists() else []
+    if export != "gguf":  # which is one file and may stand beside a model
+        found += core.holds_model(folder)
+    if found and not overwrite:
+        raise UserError(f"{found[0]} is there already: --overwrite, or another --out_dir")
+    if export != "gguf":
+        core.refuse_source(folder, model)
     net, tok = compressed(run)
     if export == "hf":
         check_family(net)
     if prune or quantize:
         show_report(run)
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(None, "cannot be written to")
-    except OSError as error:
-        raise UserError(f"--out_dir={folder}: {error.strerror}") from None
-    try:
+        core.make_folder(part)
         if export in ("hf", "barelm"):
-            core.save(folder, net, tok)
+            core.save(part, net, tok)
         else:
-            {"gguf": export_gguf, "onnx": export_onnx}[export](net.float().cpu(), tok, path)
-    except BaseException:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+            writer = {"gguf": export_gguf, "onnx": export_onnx}[export]
+            writer(net.float().cpu(), tok, part / path.name)
+        if export != "gguf":
+            path.unlink(missing_ok=True)
+            core.clear_folder(folder)
+        core.move_files(part, folder, last=path.name)
+    except OSError as error:  # of the ONNX exporter, which writes its file itself
+        why = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written: {why}; nothing was changed") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"{path}: {os.path.getsize(path) / 1e6:,.2f} MB")
 
 

@@ -84,7 +84,6 @@ if __name__ == "__main__":
     configure(globals())
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -104,6 +103,13 @@ import model
 from model import UserError
 
 SHAPE = [key for key in model.GPTConfig.__dataclass_fields__ if key in globals()]
+# A resume with another of these would draw another curve: of another network, on other windows, in
+# another order, of another loss. Any other change is told, but for what shapes nothing, or
+# only by what it comes to, which a part's facts have (ASIDE).
+FIXED = [key for key in SHAPE if key != "dropout"]
+FIXED += ["seq_len", "stride", "document_mask", "seed", "optimizer", "dataset"]
+ASIDE = """out_dir init_from overwrite device dtype compile micro_batch checkpoint_blocks eval_every
+save_every sample_tokens sample_prompt tensorboard wandb_project""".split()
 BAD_STEPS = 5  # non-finite steps in a row that end a run
 COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
@@ -219,14 +225,18 @@ def check_settings():
     lr_scale(0, 0.0)  # refuses an unknown schedule
 
 
-def lr_scale(step, progress):
-    """The learning rate over its peak: warm-up times a schedule that falls from 1 to min_lr, the
-    trapezoid's only in the last decay_fraction of the run."""
+def lr_scale(step, progress, warmed=0.0):
+    """The learning rate over its peak: a warm-up to 1, then a schedule that falls from 1 to min_lr,
+    the trapezoid's only in the last decay_fraction of the run. warmed: the progress at which the
+    warm-up ends, or the present one while it lasts."""
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    left = max(1 - warmed, 1e-9)  # the part of the run behind the warm-up
+    after = max(0.0, progress - warmed) / left
+    decay = min(decay_fraction, left)
     down = {
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        "linear": 1 - progress,
-        "trapezoid": min(1.0, (1 - progress) / decay_fraction) if decay_fraction else 1.0,
+        "cosine": (1 + math.cos(math.pi * after)) / 2,
+        "linear": 1 - after,
+        "trapezoid": min(1.0, (1 - progress) / decay) if decay else 1.0,
     }
     if lr_schedule not in down:
         raise UserError(f"lr_schedule={lr_schedule}: expected cosine, linear or trapezoid")
@@ -237,62 +247,73 @@ def lr_scale(step, progress):
 # The network and its checkpoints
 
 
+def starting_point(out):
+    """init_from, auto decided. What the folder holds is only replaced where that is asked for."""
+    found = model.holds_model(out)
+    if init_from == "auto" and (out / "model.safetensors").exists():
+        return "resume"
+    unfinished = [*model.COMPANIONS, "state.pt.tmp"]  # without weights, what a first save leaves
+    saved = [path for path in found if path.parent == out and path.name not in unfinished]
+    if init_from == "auto" and (out / "run.json").is_file() and not saved:
+        return "scratch"  # a run that was killed before its first save begins again
+    if init_from != "resume" and found and not overwrite:
+        ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
+        raise UserError(f"{out} holds a run or a model ({found[0].relative_to(out)}): {ways}")
+    return "scratch" if init_from == "auto" else init_from
+
+
 def open_run(tok, digest):
     """(network, its tokenizer, the state to go on from or None): scratch, resume, or a folder."""
-    out, held = Path(out_dir), (Path(out_dir) / "model.safetensors").exists()
-    start = init_from if init_from != "auto" else "resume" if held else "scratch"
+    out = Path(out_dir)
+    start = starting_point(out)
     shape = {key: globals()[key] for key in SHAPE}
     config = model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, n_ctx=seq_len, **shape)
-    if start != "resume" and held and not overwrite:
-        ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
-        raise UserError(f"{out} holds a run: {ways}")
     if start == "scratch":
         torch.manual_seed(seed)
         return model.GPT(config), tok, None
-    folder = out if start == "resume" else Path(start)
-    state = model.load_state(folder) if start == "resume" else None
+    folder, state = Path(start), None
+    if start == "resume":
+        folder, state = out, load_state(out)
+        changed = changes(state, {"dataset": digest})
+        model.refuse_changes(changed, FIXED, out)
+    else:
+        model.refuse_source(out, folder)
     net, folder_tok = model.load(folder)
     if (folder_tok.bytes, folder_tok.eot_id) != (tok.bytes, tok.eot_id):
         mend = f"prepare the data with --tokenizer={folder}"
         raise UserError(f"data/{dataset} and {folder} have different tokenizers: {mend}")
-    before = state["made_by"] if state else made_by(digest)
-    differ = [k for k, v in made_by(digest).items() if before.get(k) != v]
-    if differ:
-        raise UserError(
-            f"{folder}: no resume with another {', '.join(differ)}: use the run's own settings "
-            f"({folder}/run.json has them), or start anew in another --out_dir"
-        )
     if not state and seq_len > net.config.n_ctx:
         raise UserError(f"seq_len={seq_len}, but the context of {folder} is {net.config.n_ctx}")
     net.config.dropout = dropout
     return net, folder_tok, state
 
 
-def made_by(digest):
-    """What a resumed run must have in common with its first part."""
-    keys = [k for k in SHAPE if k not in ("dropout", "init")]
-    keys += ["seq_len", "stride", "seed", "optimizer"]
-    return {k: globals()[k] for k in keys} | {"dataset": digest}
+def load_state(out):
+    """The state of the run in a folder, of the kinds that main saves."""
+    state = model.load_state(out)
+    kinds = dict(step=0, windows=0, seconds=0.0, best=-1.0, mean_loss=math.nan, history=[])
+    kinds |= dict(warmed=[], micro=0, compiled=True, parts=[], optimizers=[])
+    model.check_state(state, kinds, out / "state.pt")
+    model.check_rows(state["history"], [0, 0.0, 0.0], out / "state.pt")
+    kinds = {"warmed step": 0, "warmed windows": 0, "warmed seconds": 0.0}
+    model.check_state(dict(zip(kinds, state["warmed"])), kinds, out / "state.pt")
+    model.check_parts(state["parts"], out / "state.pt")
+    return state
 
 
-def cut_log(path, step):
-    """Keep the log's rows up to `step`; later or torn ones belong to steps that will run again."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                rows.append(line + "\n")
-    with model.whole_file(path) as file:
-        file.write("".join(rows).encode())
+def changes(state, facts):
+    """What this resume changes in what shapes the run: {key: "key old -> new"}."""
+    config = {key: value for key, value in settings(globals()).items() if key not in ASIDE}
+    return model.changed_settings(state["parts"][-1], config, facts)
 
 
 def run_record():
-    """What run.json keeps: the full config, the command, versions, the commit."""
+    """What run.json keeps beside the config: the command, versions, the commit."""
     commit, ask = None, ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     with suppress(OSError):  # no git here
         commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    record = {"config": settings(globals()), "command": " ".join(sys.argv), "commit": commit}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    record = {"command": " ".join(sys.argv), "commit": commit}
     return record | {"versions": versions | {"numpy": np.__version__}}
 
 
@@ -499,6 +520,7 @@ def main():
     progress = model.Progress()
     say = progress.note if run.main else lambda text: None
     check_settings()
+    config = settings(globals())  # as the user gave it
     tok, train, val, apart, digest = open_dataset()
     document_begin, document_end = model.document_layout(Path("data") / dataset, tok)
     stops = document_end or document_begin[:1]
@@ -537,13 +559,14 @@ def main():
     how = (learning_rate, weight_decay, (beta1, beta2), momentum, precision)
     optimizers = model.make_optimizer(net, optimizer, *how)
     fresh = dict(step=0, windows=0, seconds=0.0, best=math.inf, history=[], mean_loss=math.nan)
-    step, windows, seconds, best, history, mean_loss = ((state or fresh)[k] for k in fresh)
+    fresh["warmed"] = [0, 0, 0.0]  # step, windows, seconds at the end of the warm-up, or at present
+    step, windows, seconds, best, history, mean_loss, warmed = ((state or fresh)[k] for k in fresh)
     begun, bad = time.monotonic() - seconds, 0
     if state:
-        for o, saved in zip(optimizers, state["optimizers"], strict=True):
-            groups = o.state_dict()["param_groups"]  # of this run: its learning rate may be another
-            o.load_state_dict({"state": saved["state"], "param_groups": groups})
-        if scaler and state["scaler"]:
+        where = Path(out_dir) / "state.pt"
+        model.restore_optimizers(optimizers, state["optimizers"], where)
+        if scaler and state.get("scaler"):
+            model.check_state(state["scaler"], scaler.state_dict(), where)
             scaler.load_state_dict(state["scaler"])
         say(f"resumed {out_dir} at step {step}")
     if agreed(run, [step])[0] != step * run.world:
@@ -567,29 +590,38 @@ def main():
     sizes = [len(tok.token_bytes(i)) for i in range(c.vocab_size)]
     token_bytes = torch.tensor(sizes, device=run.device)
 
-    out = Path(out_dir)
+    out, parts = Path(out_dir), []
+    facts = dict(dataset=digest, computed_in=str(kind).removeprefix("torch."), micro_batch=micro)
+    facts |= dict(compiled=told.startswith("on"), processes=run.world, torch=str(torch.__version__))
+    if state:
+        parts, changed = state["parts"], changes(state, facts)
+        model.say_changes(changed, parts, say)
+        if "eval_tokens" in changed:  # a loss of other tokens: the best is another
+            best, history = math.inf, []
+        if changed and model.weights_step(out / "best") > step:  # of a future that will not be
+            best = math.inf
     if run.main:
-        out.mkdir(parents=True, exist_ok=True)
         track = make_trackers()
         if not state:  # what a replaced run has left must never be taken for this one's
-            for old in ("state.pt", "state.pt.tmp", "model.safetensors", "best/model.safetensors"):
-                (out / old).unlink(missing_ok=True)
+            model.clear_folder(out)
         elif state["temporary"]:
             os.replace(out / "state.pt.tmp", out / "state.pt")
-        cut_log(out / "log.jsonl", step)
-        model.write_json(out / "run.json", run_record())
-        log = open(out / "log.jsonl", "a", encoding="utf-8")
+        part = {"step": step, "config": config, "facts": facts} | run_record()
+        parts = [before for before in parts if before["step"] < step] + [part]
+        model.write_json(out / "run.json", {"config": config} | run_record() | {"parts": parts})
+        log = model.open_log(out / "log.jsonl", step if state else -1, say)
 
     def record(row):
         if run.main:
-            print(json.dumps(row), file=log, flush=True)
+            model.write_row(log, row)
             track(row)
 
     def save(folder=out, full=True):
         if run.main:
             state = dict(windows=windows, seconds=seconds, best=best, history=history)
             state |= dict(mean_loss=mean_loss, micro=micro, compiled=told.startswith("on"))
-            state |= dict(made_by=made_by(digest), optimizers=[o.state_dict() for o in optimizers])
+            state |= dict(parts=parts, warmed=warmed)
+            state |= dict(optimizers=[o.state_dict() for o in optimizers])
             state["scaler"] = scaler.state_dict() if scaler else None
             model.save(folder, net, tok, step, state if full else None)
 
@@ -602,12 +634,17 @@ def main():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     row, stop, first_update = {}, False, True
+    if progress_at(warmup_steps, warmup_steps * batch_tokens, train.n, 0.0) >= 1:
+        say(f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate")
     done = progress_at(step, windows * seq_len, train.n, seconds)
     peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
     tick = time.monotonic()
     while done < 1 and not stop:
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
-        scale = lr_scale(step, done)
+        if step <= warmup_steps:
+            warmed = [step, windows, seconds]
+        warm_end = progress_at(warmed[0], warmed[1] * seq_len, train.n, warmed[2])
+        scale = lr_scale(step, done, warm_end)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * scale
         mine = [train.at(windows + i) for i in range(run.rank, rows, run.world)]
@@ -695,7 +732,8 @@ def main():
 
 if __name__ == "__main__":
     try:
-        status = main()
+        with model.locked_folder(out_dir), model.lost_process():
+            status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
             if not (tensorboard or wandb_project):  # which still send what they hold

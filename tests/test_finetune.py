@@ -681,7 +681,7 @@ BAD = [
     (["--method=qlora", "--merge=full"], "--merge=full: expected nothing behind it, or quantized"),
     (["--method=lora", "--merge=quantized"], "--merge=quantized: only qlora has weights in 4 bits"),
     (["--method=grpo", "--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
-    (["--init_from=resume"], "out/new: no run to resume"),
+    (["--init_from=resume"], "out/new: no checkpoint to resume"),
     (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON: '{broken'"),
     (["--template=no place"], "template 'no place': expected {output} once"),
     (["--template=[]"], "template: an empty list"),

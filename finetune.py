@@ -252,6 +252,7 @@ def merged(net):
 # Examples: records become token ids once, when they are loaded
 
 
+BAD_STEPS = 5  # updates in a row that are not finite end a run
 TASK = {"sft": "sft", "classify": "classify", "dpo": "preference", "reward": "preference"}
 TASK |= {"grpo": "sft", "ppo": "sft"}
 
@@ -1274,6 +1275,7 @@ def main():
         )
         log = core.open_log(out / "log.jsonl", step if state else -1, say)
     begun = time.monotonic() - done["seconds"]
+    first_update, bad = True, 0  # whether none has been; how many in a row were not finite
 
     def record(row):
         if run.main:
@@ -1289,6 +1291,7 @@ def main():
 
     def update(examples):
         """One optimizer step on this process's examples: (figures over all processes, norm)."""
+        nonlocal first_update, bad
         size, stats = max(summed(run, Counter(size=size_of(examples)))["size"], 1e-9), Counter()
         for group in chunks(examples, limit):
             with cast:
@@ -1299,10 +1302,23 @@ def main():
         core.sync_grads(params.values())
         norm = float(nn.utils.clip_grad_norm_(params.values(), grad_clip or math.inf))
         if math.isfinite(norm):
+            bad = 0
+            if judge is None:  # of equal rewards a gradient is exactly zero, rightly
+                core.check_gradient(norm, done["step"] + 1)
+            before = core.weight_sums(params.values()) if first_update and norm > 0 else None
             for o in optimizers:
                 o.step()
+            if before is not None:
+                core.check_moved(before, params.values(), optimizers[0].param_groups[0]["lr"])
+                first_update = False
         else:
+            bad += 1
             say(f"step {done['step'] + 1}: gradient norm {norm}: the update is skipped")
+        if bad == BAD_STEPS:
+            raise UserError(
+                f"{bad} updates in a row were not finite: lower learning_rate ({learning_rate:g}), "
+                f"raise warmup_steps ({warmup_steps}) or use --dtype=float32"
+            )
         for o in optimizers:
             o.zero_grad()
         return {k: v / size for k, v in summed(run, stats).items()}, norm
@@ -1351,7 +1367,7 @@ def main():
         draw = (seed * 1_000_003 + step) * run.world + run.rank
         try:
             figures, norm = reinforce(mine, draw) if judge else update(mine)
-        except UserError:  # of a reward; nothing has been learned from these samples yet
+        except UserError:  # of a reward or of an update: nothing was learned in this step
             if done["step"]:
                 save()
                 say(f"saved at step {done['step']}; --init_from=resume goes on")

@@ -2132,7 +2132,7 @@ def finetune_settings():
     keys = script_keys(Path(__file__).with_name("finetune.py"))
     chosen = {key: default for key, (default, *_) in keys.items()}
     for path in same_recipes().split():
-        values = run_recipe(path, chosen)
+        values = run_recipe(path, chosen, keys)
         try:
             chosen = {key: fit(key, values[key], types) for key, (_, types, _) in keys.items()}
         except ValueError as error:

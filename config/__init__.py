@@ -58,6 +58,7 @@ def script_keys(path):
 # Keys whose flags may hold \n for a line end, which shells do not type. Prompts are not among
 # them: a prompt is text, code perhaps, and stays as it was typed.
 WITH_ESCAPES = ("separator", "template")
+FILE_NAMES = ("source", "dataset")  # which may be of any bytes, as a system's names may
 ESCAPE = re.compile(r"\\(?:[nrtfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 
 
@@ -241,7 +242,8 @@ def configure(space):
             given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values, keys)
             names = keys if is_flag else values
             for key, value in given.items():
-                if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                as_text = str(value).encode(errors="replace").decode()
+                if isinstance(value, str) and value != as_text and key not in FILE_NAMES:
                     raise ValueError(f"{key} = {value!r}: no UTF-8")
                 if key not in names:
                     near = difflib.get_close_matches(key, names, 1)

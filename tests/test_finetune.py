@@ -750,8 +750,9 @@ def test_an_adapter_for_a_bare_trunk_opens(tiny, tmp_path):
 
 
 def test_early_stopping_saves_the_last_state(tiny):
-    args = ["--max_steps=9", "--eval_every=1", "--early_stopping=2", "--learning_rate=0"]
-    tune(tiny, *args, "--out_dir=out/early")  # the first is the best, and no other is better
+    # A rate that grows step by step, from one that is far too large: it only gets worse.
+    args = ["--max_steps=9", "--eval_every=1", "--early_stopping=2", "--learning_rate=20"]
+    tune(tiny, *args, "--warmup_steps=9", "--out_dir=out/early")
     assert torch.load(tiny / "out/early/state.pt")["step"] == 3
     model.load(tiny / "out/early")
 

@@ -402,10 +402,9 @@ def test_finetune_says_what_a_resume_changes(base):
     args = [*TUNE, "--model=out/start", "--out_dir=out/tuned"]
     run(base, "finetune.py", *args)
     resume = [*args, "--init_from=resume", "--max_epochs=none", "--max_steps=6"]
-    said = run(base, "finetune.py", *resume, "--learning_rate=0.1", "--merge").stdout
+    said = run(base, "finetune.py", *resume, "--learning_rate=0.1").stdout
     [line] = [line for line in said.splitlines() if line.startswith("changed since")]
     assert "learning_rate 0.0003 -> 0.1" in line and "max_steps 4 -> 6" in line
-    assert "merge" not in line
     record = json.loads((base / "out/tuned/run.json").read_text())
     assert [part["step"] for part in record["parts"]] == [0, 4]
     for flag in ("--batch_size=4", "--no_pack", "--train_last=1"):

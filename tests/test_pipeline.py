@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import string
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -24,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run, stalled
+from conftest import ROOT, run, stalled
 from test_prepare import (
     SHARED,
     documents_of,
@@ -997,6 +998,15 @@ class Watched:
         self.start = place
         return self.file.seek(place)
 
+    def tell(self):
+        return self.file.tell()
+
+    def peek(self, size):
+        return self.file.peek(size)
+
+    def close(self):
+        self.file.close()
+
     def read(self, *size):
         data = self.file.read(*size)
         Watched.looked += self.file.tell() - self.start
@@ -1005,7 +1015,7 @@ class Watched:
 
 def test_a_part_is_found_by_work_that_grows_with_the_file(tmp_path, monkeypatch):
     """Of files of one part, all ranges together look at each byte a few times, of 8 MB as of 64."""
-    monkeypatch.setattr(prepare, "open", Watched, raising=False)
+    monkeypatch.setattr(model, "open", Watched, raising=False)
     for size in (8, 64):
         (tmp_path / "f").write_bytes(b"x" * (size << 20))
         Watched.looked = 0
@@ -1144,24 +1154,24 @@ def test_names_that_are_no_utf8_come_back_from_the_settings(tmp_path):
 
 def test_a_reader_that_left_is_no_error(tmp_path):
     write_jsonl(tmp_path / "d.jsonl", made_up_documents(50))
-    for reader, code in ((lambda: setattr(sys, "stdout", None), 0), (leave_the_reader, 141)):
-        result = prepare_py(tmp_path, "--source=d.jsonl", *BYTES, before=reader)
-        assert (result.returncode, result.stderr) == (code, "")
-        assert (tmp_path / "data/python/meta.json").exists() == (code == 0)
-        shutil.rmtree(tmp_path / "data")
-    done_well(prepare_py(tmp_path, "--source=d.jsonl", *BYTES))
-    full = lambda: setattr(sys, "stdout", open("/dev/full", "w"))
-    if os.path.exists("/dev/full"):
-        result = prepare_py(tmp_path, "--inspect=some text", "--tokenizer=byte", before=full)
-        why = "the output cannot be written: No space left on device\n"
-        assert (result.returncode, result.stderr) == (1, why)
-
-
-def leave_the_reader():
-    """Standard output is a pipe from now on whose reader has gone."""
+    command = [sys.executable, str(ROOT / "prepare.py"), "--source=d.jsonl", *BYTES]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh"]  # a standard output that is none
     reader, writer = os.pipe()
     os.close(reader)
-    sys.stdout = os.fdopen(writer, "w")
+    for begin, stdout, code in (([], writer, 141), (closed, None, 0)):
+        done = subprocess.run(
+            [*begin, *command], cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, text=True
+        )
+        assert (done.returncode, done.stderr) == (code, "")
+        assert (tmp_path / "data/python/meta.json").exists() == (code == 0)
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*command[:2], "--inspect=some text", "--tokenizer=byte"],
+                cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "cannot be written: No space left on device" in done.stderr
 
 
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):

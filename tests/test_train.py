@@ -75,13 +75,14 @@ def rows_of(path):
         ("plain", ["--max_steps=150", "--optimizer=muon"]),
         ("dropout", ["--max_steps=150", "--optimizer=adamw", "--dropout=0.2"]),
         ("epochs", ["--max_steps=none", "--max_epochs=4", "--dtype=bfloat16"]),
-        ("compiled", ["--max_steps=150", "--compile", "--dropout=0.1", "--n_layer=1"]),
+        ("compiled", ["--max_steps=115", "--compile", "--dropout=0.1", "--n_layer=1"]),
     ],
 )
 def test_killed_and_resumed_equals_never_stopped(words, name, options):
     options = [*options, "--save_every=20", "--eval_every=50"]
     killed = f"out/{name}-killed"
-    whole = start(words, *options, f"--out_dir=out/{name}")
+    if name != "compiled":  # which is quicker behind the others: torch keeps what it compiled
+        whole = start(words, *options, f"--out_dir=out/{name}")
     moment = random.Random(name).randint(45, 110)
     args = [*SMALL, *options, f"--out_dir={killed}"]
     run_killed(words, "train.py", *args, ending="step", times=moment)
@@ -89,6 +90,8 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     assert at == moment // 20 * 20
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
+    if name == "compiled":
+        whole = start(words, *options, f"--out_dir=out/{name}")
     assert whole.wait() == 0, whole.stdout.read()
     if name == "compiled":  # and compared with the eager network before it was trusted
         figures = r"loss [\d.]+, gradient norm [\d.]+"

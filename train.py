@@ -638,7 +638,8 @@ def main():
         say(f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate")
     done = progress_at(step, windows * seq_len, train.n, seconds)
     peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
-    tick = time.monotonic()
+    tick = loop_begun = time.monotonic()
+    done_before = done
     while done < 1 and not stop:
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + run.rank)
         if step <= warmup_steps:
@@ -681,10 +682,12 @@ def main():
         record(row if finite else row | {"loss": None, "grad_norm": None})
         if run.main and not stop:
             of_peak = f"{100 * mfu:.1f} %" if mfu else "n/a"
+            # By the rate of this loop: compilation was before it, and a resume had its own.
+            left = (time.monotonic() - loop_begun) * (1 - done) / (done - done_before)
             progress(
                 f"step {step} ({100 * done:.0f} %)  loss {loss:.4f}  lr {row['lr']:.2e}  norm "
                 f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {of_peak}  mem {mem / 2**30:.2f} GiB  "
-                f"left {model.duration(seconds * (1 - done) / done)}"
+                f"left {model.duration(left)}"
             )
         if finite:
             bad, mean_loss = 0, loss if step == 1 or mean_loss != mean_loss else mean_loss

@@ -13,6 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no threads that a fork would lose
+# What torch compiled for one kind of CPU, it would run as another kind too, and crash.
+KIND_OF_CPU = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+COMPILED = f"{tempfile.gettempdir()}/barelm_compiled_{os.getuid()}_{KIND_OF_CPU}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED)
 import pytest
 import torch
 

@@ -86,6 +86,9 @@ def read_flag(arg, argv, keys):
         text += f",{argv.pop(0)}"  # the words up to the next flag or recipe
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
     literal = {"None": "none", "True": "bool", "False": "bool"}.get(word)
+    if "list" in types and text.startswith("["):
+        with suppress(ValueError, SyntaxError, TypeError):
+            return {key: ast.literal_eval(text)}
     if "str" in types and literal not in types:
         return {key: unescape(text) if key in WITH_ESCAPES else text}
     with suppress(ValueError, SyntaxError, TypeError):

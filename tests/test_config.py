@@ -407,3 +407,7 @@ def test_marks_and_templates_may_have_line_ends_as_a_shell_types_them():
         assert config.read_flag(f"--separator={typed}", [], keys) == {"separator": meant}
         assert config.read_flag("--template", [typed], keys) == {"template": meant}
         assert config.read_flag(f"--prompt={typed}", [], keys) == {"prompt": typed}
+    keys = {"template": (None, ["str", "list", "none"], "")}
+    typed = r'--template=["Q: {q}\nA: {a}", "{q}"]'
+    assert config.read_flag(typed, [], keys) == {"template": ["Q: {q}\nA: {a}", "{q}"]}
+    assert config.read_flag("--template=[{q}] {a}", [], keys) == {"template": "[{q}] {a}"}

@@ -509,6 +509,7 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     out = f"out/untrained{len(horizon)}"
     done = run(words, "train.py", *SMALL, "--max_steps=0", horizon, f"--out_dir={out}")
     assert f"wrote {out}, as it is before the first step" in done.stdout
+    assert "warmup_steps" not in done.stdout
     net, tok = model.load(words / out)
     torch.manual_seed(7)  # as --seed of SMALL
     untrained = model.GPT(net.config)
@@ -517,6 +518,14 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}", "--init_from=resume")
     run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}-at-once")
     assert weights(words, out) == weights(words, f"{out}-at-once")
+
+
+def test_no_step_needs_no_compiler(monkeypatch):
+    monkeypatch.setattr(train, "max_steps", 0)
+    net = model.GPT(model.GPTConfig(64, 8, 1, 2, 16))
+    assert train.flops_of_run(net, 10**9) == 0  # a resume of it decides anew, by its horizon
+    monkeypatch.setattr(train, "max_steps", 10**9)
+    assert train.flops_of_run(net, 10**9) > train.COMPILE_FLOPS
 
 
 def test_two_machines_have_the_curve_of_one_process(words):

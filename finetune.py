@@ -414,6 +414,8 @@ def read_pair(row, tok, limit):
         targets = [id if s else -100 for id, s in zip(ids, said)]
         pair[which] = fit(ids[:-1], targets[1:], limit)
         cut |= pair[which]["cut"]
+    if pair["chosen"]["ids"] == pair["rejected"]["ids"]:  # its gradient is zero
+        raise UserError(f"chosen and rejected are the same within {limit} tokens")
     return pair | {"cut": cut}
 
 

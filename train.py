@@ -664,7 +664,9 @@ def main():
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             model.check_gradient(norm, step + 1)
-        before = model.weight_sums(net.parameters()) if first_update and finite else None
+        # The last steps of a schedule, from which a resume may start, move less than float32 shows.
+        must_move = finite and (step < warmup_steps or scale > 0.01)
+        before = model.weight_sums(net.parameters()) if first_update and must_move else None
         for o in optimizers:
             if finite:
                 o.step()

@@ -520,6 +520,17 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     assert weights(words, out) == weights(words, f"{out}-at-once")
 
 
+def test_a_resume_in_the_last_of_a_schedule_may_move_nothing(words):
+    out = ["--out_dir=out/last", "--lr_schedule=cosine"]
+    run(words, "train.py", *SMALL, *out, "--max_steps=4")
+    state = torch.load(words / "out/last/state.pt", weights_only=True)
+    n = train.Windows(sorted((words / "data/words").glob("train_*.bin")), 32).n
+    epochs = state["windows"] / n * (1 + 1e-10)  # of which the present step is all but the whole
+    horizon = ["--max_steps=none", f"--max_epochs={epochs!r}", "--init_from=resume"]
+    done = run(words, "train.py", *SMALL, *out, *horizon)
+    assert "step: 5" in done.stdout
+
+
 def test_no_step_needs_no_compiler(monkeypatch):
     monkeypatch.setattr(train, "max_steps", 0)
     net = model.GPT(model.GPTConfig(64, 8, 1, 2, 16))

@@ -414,6 +414,8 @@ def read_pair(row, tok, limit):
         targets = [id if s else -100 for id, s in zip(ids, said)]
         pair[which] = fit(ids[:-1], targets[1:], limit)
         cut |= pair[which]["cut"]
+    if pair["chosen"]["ids"] == pair["rejected"]["ids"]:  # its gradient is zero
+        raise UserError(f"chosen and rejected are the same within {limit} tokens")
     return pair | {"cut": cut}
 
 
@@ -1305,7 +1307,10 @@ def main():
             bad = 0
             if judge is None:  # of equal rewards a gradient is exactly zero, rightly
                 core.check_gradient(norm, done["step"] + 1)
-            before = core.weight_sums(params.values()) if first_update and norm > 0 else None
+            # The last steps, from which a resume may start, move less than float32 shows.
+            early = done["step"] < warmup_steps or lr_scale(done["step"], steps) > 0.01
+            must_move = norm > 0 and early
+            before = core.weight_sums(params.values()) if first_update and must_move else None
             for o in optimizers:
                 o.step()
             if before is not None:

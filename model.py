@@ -3864,8 +3864,8 @@ def check_gradient(norm, step):
     """End a run whose gradient norm is exactly zero: it would go on, and learn nothing."""
     if norm == 0:
         raise UserError(
-            f"step {step}: the gradient norm is exactly zero, so that nothing is learned: try "
-            f"--compile=false, and look at what the loss depends on; the last save stands"
+            f"step {step}: the gradient norm is exactly zero, so that nothing is learned: look at "
+            f"what the loss depends on (in train.py try --compile=false); the last save stands"
         )
 
 

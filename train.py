@@ -493,6 +493,8 @@ def try_compile(net, run, train_tokens, batch, cast):
 
 def flops_of_run(net, train_tokens):
     """About how many FLOPs the run has before it, by the first of its horizons."""
+    if max_steps == 0:
+        return 0.0
     ends = (batch_tokens, max_steps), (1, max_tokens), (train_tokens, max_epochs)
     tokens = min(size * (n or math.inf) for size, n in ends)
     limit = 60 * (max_minutes or math.inf) * 5e11  # what two cores with bfloat16 do
@@ -581,7 +583,7 @@ def main():
             (scaler.scale(scaled) if scaler else scaled).backward()
         return loss.detach()
 
-    if state and compile is None:
+    if step and compile is None:
         compile = state["compiled"]  # as before, whatever the horizon is now: the same sums
     first_batch = train.batch([i % train.n for i in range(micro)], run.device)
     body, told = try_compile(net, run, train.n * seq_len, first_batch, cast)
@@ -634,7 +636,8 @@ def main():
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     row, stop, first_update = {}, False, True
-    if progress_at(warmup_steps, warmup_steps * batch_tokens, train.n, 0.0) >= 1:
+    warmed_up = progress_at(warmup_steps, warmup_steps * batch_tokens, train.n, 0.0)
+    if warmed_up >= 1 and max_steps != 0:
         say(f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate")
     done = progress_at(step, windows * seq_len, train.n, seconds)
     peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
@@ -662,7 +665,9 @@ def main():
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             model.check_gradient(norm, step + 1)
-        before = model.weight_sums(net.parameters()) if first_update and finite else None
+        # The last steps of a schedule, from which a resume may start, move less than float32 shows.
+        must_move = finite and (step < warmup_steps or scale > 0.01)
+        before = model.weight_sums(net.parameters()) if first_update and must_move else None
         for o in optimizers:
             if finite:
                 o.step()

@@ -33,6 +33,7 @@ JSON_NAMES = {
     "num_epochs": "max_epochs",
     "block_size": "seq_len",
 }
+WINDOWS = 0  # the key, which no JSON has, of a step's number of windows by a JSON recipe
 
 
 def script_keys(path):
@@ -86,6 +87,9 @@ def read_flag(arg, argv, keys):
         text += f",{argv.pop(0)}"  # the words up to the next flag or recipe
     word = text.capitalize() if text.lower() in ("true", "false", "none") else text
     literal = {"None": "none", "True": "bool", "False": "bool"}.get(word)
+    if "list" in types and text.startswith("["):
+        with suppress(ValueError, SyntaxError, TypeError):
+            return {key: ast.literal_eval(text)}
     if "str" in types and literal not in types:
         return {key: unescape(text) if key in WITH_ESCAPES else text}
     with suppress(ValueError, SyntaxError, TypeError):
@@ -134,7 +138,8 @@ def whole_batch(recipe, values, keys):
     if "batch_tokens" in recipe:
         raise ValueError("batch_size and batch_tokens both say how large a step is: leave one")
     seq_len = fit("seq_len", recipe.get("seq_len", values["seq_len"]), ["int"])
-    return {"micro_batch": size} | recipe | {"batch_tokens": size * accumulation * seq_len}
+    windows = size * accumulation  # of whatever seq_len a later flag may set
+    return {"micro_batch": size} | recipe | {"batch_tokens": windows * seq_len, WINDOWS: windows}
 
 
 def run_recipe(path, values, keys):
@@ -235,12 +240,17 @@ def configure(space):
         if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there
             with suppress(SyntaxError):  # a neighbour that is being edited has no keys
                 values |= {key: default for key, (default, *_) in script_keys(path).items()}
+    windows = None  # of a step, where a JSON recipe counts them
     while argv:
         arg = argv.pop(0)
         is_flag = arg.startswith("--")
         try:
             given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values, keys)
             names = keys if is_flag else values
+            before = values.get("batch_tokens")
+            batch_tokens = given.get("batch_tokens", before)
+            if batch_tokens != before or is_flag and "batch_tokens" in given or WINDOWS in given:
+                windows = given.pop(WINDOWS, None)
             for key, value in given.items():
                 as_text = str(value).encode(errors="replace").decode()
                 if isinstance(value, str) and value != as_text and key not in FILE_NAMES:
@@ -254,4 +264,6 @@ def configure(space):
             if os.environ.get("RANK", "0") == "0":
                 print(f"{arg.partition('=')[0]}: {error}", file=sys.stderr)
             raise SystemExit(1 if os.path.isfile(arg) else 2) from None
+    if windows and "batch_tokens" in keys:
+        values["batch_tokens"] = windows * values["seq_len"]
     space.update({key: values[key] for key in keys})

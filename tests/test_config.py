@@ -394,6 +394,28 @@ def test_a_json_recipe_is_no_word_of_a_list(script, tmp_path):
     assert changed(keys) == {"runs": "a", "steps": 7, "warmth": None}
 
 
+def test_a_json_recipe_counts_windows_of_whatever_length_a_flag_sets(tmp_path):
+    (tmp_path / "r.json").write_text('{"batch_size": 3, "gradient_accumulation_steps": 4}')
+    code = """from config import configure
+seq_len = 256
+batch_tokens = 4096
+micro_batch = 0
+if __name__ == "__main__":
+    configure(globals())
+print(batch_tokens, micro_batch)
+"""
+    (tmp_path / "script.py").write_text(code)
+    for flags, expected in [
+        (["--seq_len=32"], "384 3"),
+        (["--seq_len=32", "--batch_tokens=3072"], "3072 3"),  # what it was, on purpose
+        (["--batch_tokens=640", "--seq_len=32"], "640 3"),
+        ([], "3072 3"),
+    ]:
+        command = [sys.executable, "script.py", "r.json", *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
 def test_marks_and_templates_may_have_line_ends_as_a_shell_types_them():
     text = (None, ["str", "none"], "")
     keys = {"separator": text, "template": text, "prompt": text}
@@ -407,3 +429,7 @@ def test_marks_and_templates_may_have_line_ends_as_a_shell_types_them():
         assert config.read_flag(f"--separator={typed}", [], keys) == {"separator": meant}
         assert config.read_flag("--template", [typed], keys) == {"template": meant}
         assert config.read_flag(f"--prompt={typed}", [], keys) == {"prompt": typed}
+    keys = {"template": (None, ["str", "list", "none"], "")}
+    typed = r'--template=["Q: {q}\nA: {a}", "{q}"]'
+    assert config.read_flag(typed, [], keys) == {"template": ["Q: {q}\nA: {a}", "{q}"]}
+    assert config.read_flag("--template=[{q}] {a}", [], keys) == {"template": "[{q}] {a}"}

@@ -132,6 +132,16 @@ def test_response_logprobs_sum_over_the_answer(tok):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_pairs_of_equal_answers_are_left_out(tok, monkeypatch):
+    for method in ("dpo", "reward"):
+        monkeypatch.setattr(finetune, "method", method)
+        row = {"prompt": "ask", "chosen": "one two three", "rejected": "one two three"}
+        with pytest.raises(model.UserError, match="chosen and rejected are the same"):
+            finetune.read_pair(row, tok, 64)
+        ids = finetune.read_pair(row | {"rejected": "one two four"}, tok, 64)
+        assert ids["chosen"] != ids["rejected"]
+
+
 def test_scores_read_the_last_token_or_the_mean(tok):
     net = net_for(tok).eval()
     examples = [{"ids": tok.encode("one two three")}, {"ids": tok.encode("a")}]

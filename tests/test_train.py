@@ -512,6 +512,7 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     out = f"out/untrained{len(horizon)}"
     done = run(words, "train.py", *SMALL, "--max_steps=0", horizon, f"--out_dir={out}")
     assert f"wrote {out}, as it is before the first step" in done.stdout
+    assert "warmup_steps" not in done.stdout
     net, tok = model.load(words / out)
     torch.manual_seed(7)  # as --seed of SMALL
     untrained = model.GPT(net.config)
@@ -520,6 +521,25 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}", "--init_from=resume")
     run(words, "train.py", *SMALL, "--max_steps=2", f"--out_dir={out}-at-once")
     assert weights(words, out) == weights(words, f"{out}-at-once")
+
+
+def test_a_resume_in_the_last_of_a_schedule_may_move_nothing(words):
+    out = ["--out_dir=out/last", "--lr_schedule=cosine"]
+    run(words, "train.py", *SMALL, *out, "--max_steps=4")
+    state = torch.load(words / "out/last/state.pt", weights_only=True)
+    n = train.Windows(sorted((words / "data/words").glob("train_*.bin")), 32).n
+    epochs = state["windows"] / n * (1 + 1e-10)  # of which the present step is all but the whole
+    horizon = ["--max_steps=none", f"--max_epochs={epochs!r}", "--init_from=resume"]
+    done = run(words, "train.py", *SMALL, *out, *horizon)
+    assert "step: 5" in done.stdout
+
+
+def test_no_step_needs_no_compiler(monkeypatch):
+    monkeypatch.setattr(train, "max_steps", 0)
+    net = model.GPT(model.GPTConfig(64, 8, 1, 2, 16))
+    assert train.flops_of_run(net, 10**9) == 0  # a resume of it decides anew, by its horizon
+    monkeypatch.setattr(train, "max_steps", 10**9)
+    assert train.flops_of_run(net, 10**9) > train.COMPILE_FLOPS
 
 
 def test_two_machines_have_the_curve_of_one_process(words):

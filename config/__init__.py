@@ -33,7 +33,7 @@ JSON_NAMES = {
     "num_epochs": "max_epochs",
     "block_size": "seq_len",
 }
-WINDOWS = 0  # the key, which no JSON has, of a step's number of windows by a JSON recipe
+WINDOWS = "_windows"  # of a step, where a JSON recipe counts them: a private name of ours
 
 
 def script_keys(path):
@@ -247,10 +247,9 @@ def configure(space):
         try:
             given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values, keys)
             names = keys if is_flag else values
-            before = values.get("batch_tokens")
-            batch_tokens = given.get("batch_tokens", before)
-            if batch_tokens != before or is_flag and "batch_tokens" in given or WINDOWS in given:
-                windows = given.pop(WINDOWS, None)
+            same = given.get("batch_tokens") == values.get("batch_tokens") and not is_flag
+            if WINDOWS in given or ("batch_tokens" in given and not same):
+                windows = given.pop(WINDOWS, None)  # who gives the tokens counts no windows
             for key, value in given.items():
                 as_text = str(value).encode(errors="replace").decode()
                 if isinstance(value, str) and value != as_text and key not in FILE_NAMES:

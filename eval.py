@@ -2457,13 +2457,13 @@ def longest_runs(shards, texts, n):
 
 
 def draw_windows(shards, size, many, without):
-    """`many` windows of `size` tokens from anywhere in the shards, none with the id `without`."""
+    """`many` windows of `size` tokens from anywhere in the shards, without the ids `without`."""
     begins, windows = np.cumsum([0] + [max(0, len(s) - size) for s in shards]), []
     draws = np.random.default_rng(seed).integers(max(1, begins[-1]), size=20 * many)
     for at in draws if begins[-1] else ():
         s = int(np.searchsorted(begins, at, side="right")) - 1
         window = shards[s][at - begins[s] :][:size].astype(np.int64)
-        windows += [window] if without not in window else []
+        windows += [] if np.isin(window, without).any() else [window]
     if len(windows) < many:
         raise UserError(f"data/{dataset}: too few stretches of {size} tokens within a document")
     return windows[:many]
@@ -2477,15 +2477,18 @@ def run_memorized(net, tok, answers, say):
     if prompt_length + text_length > net.config.n_ctx:
         raise UserError(f"prompt_length + text_length: over {net.config.n_ctx}, the context")
     folder = Path("data") / dataset
-    train, val = ([*map(core.open_shard, sorted(folder.glob(f"{kind}_*.bin")))]
-                  for kind in ("train", "val"))  # fmt: skip
-    if not train or not val:
-        raise UserError(f"{folder}: no train and val shards: python prepare.py --dataset={dataset}")
+    paths = {kind: sorted(folder.glob(f"{kind}_*.bin")) for kind in ("train", "val")}
+    train, val = ([core.open_shard(path) for path in some] for some in paths.values())
+    if not any(map(len, train)) or not any(map(len, val)):
+        why = "no train and val shards with tokens in them"
+        raise UserError(f"{folder}: {why}: python prepare.py --dataset={dataset}")
     theirs = core.Tokenizer.from_folder(folder)
     if (theirs.bytes, theirs.eot_id) != (tok.bytes, tok.eot_id):
         raise UserError(f"{folder} and {model} have different tokenizers")
+    for path, shard in zip([*paths["train"], *paths["val"]], [*train, *val]):
+        core.check_tokens(shard, tok.n_vocab, path)
     begin, end = core.document_layout(folder, tok)
-    windows = draw_windows(train, prompt_length + text_length, num_texts, [*begin, *end][0])
+    windows = draw_windows(train, prompt_length + text_length, num_texts, [*begin, *end])
 
     def continued(prompts, temperature):
         made = []

@@ -1410,14 +1410,16 @@ def main():
             some = some[:check_memorized]
             if some:
                 row[f"repeated_{name}"], row[f"ended_{name}"] = repeated(net, tok, some, cast)
-        gap = row.get("val_loss", math.nan) - row.get("loss", math.nan)
-        say(
-            f"memorization: {row.get('repeated_training', 0):.0%} of training and "
-            f"{row.get('repeated_validation', 0):.0%} of validation responses come back word for "
-            f"word and end; {row.get('ended_training', 0):.0%} and "
-            f"{row.get('ended_validation', 0):.0%} end at all; validation loss is {gap:+.2f} from "
-            "the last training loss"
-        )
+        said = f"memorization: {row['repeated_training']:.0%} of training"
+        ended = f"{row['ended_training']:.0%}"
+        if val:
+            said += f" and {row['repeated_validation']:.0%} of validation"
+            ended += f" and {row['ended_validation']:.0%}"
+        said += f" responses come back word for word and end; {ended} end at all"
+        if "val_loss" in row and "loss" in row:
+            gap = row["val_loss"] - row["loss"]
+            said += f"; validation loss is {gap:+.2f} from the last training loss"
+        say(said)
     if run.world > 1:  # the sum of all weights, in the same order everywhere: equal or not at all
         sums = [None] * run.world
         own_sum = float(sum(p.detach().double().sum() for p in params.values()))

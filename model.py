@@ -3084,9 +3084,10 @@ def document_layout(folder, tok):
         return [tok.eot_id], []
     try:
         begin, end = layout["begin"], layout["end"]
-        if min(begin + end) >= 0 and max(begin + end) < tok.n_vocab:
+        ids = begin + end
+        if ids and all(type(id) is int and 0 <= id < tok.n_vocab for id in ids):
             return begin, end
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError):
         pass
     why = f"document: expected lists of ids, begin and end, and not {layout}"
     raise UserError(f"{folder}/meta.json: {why}")

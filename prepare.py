@@ -2748,6 +2748,9 @@ def make(run, folder, work, pool):
         return use_fineweb(run, folder, work / "fineweb")
     if not task:
         return build(run, folder, work, pool)
+    unused = [name for name in ("roles", "save_cleaned", "clean_symbols") if globals()[name]]
+    if unused and run.main:
+        print(f"note: {', '.join(unused)}: of documents alone; --task={task} uses none of it")
     units = plan(run)
     if run.main:
         made = build_tasks(work, pool, units, [task])

@@ -1177,7 +1177,7 @@ def read_message(message, where):
     if role not in ("system", "user", "assistant") or text is None:
         raise ApiError(400, f"{where}: {why}", "messages")
     speaker = message.get("name")
-    if not speaker:
+    if speaker is None or speaker == "":
         return {"role": role, "content": text}
     if not isinstance(speaker, str):
         raise ApiError(400, f"{where}: name: expected a text", "messages")

@@ -123,7 +123,8 @@ def test_shards_of_an_earlier_version_keep_their_borders(tmp_path):
 
 @pytest.mark.parametrize(
     "layout", [5, [], {}, {"begin": [1]}, {"begin": [], "end": []}, {"begin": [999], "end": []},
-               {"begin": ["<s>"], "end": []}, {"begin": 1, "end": 2}]
+               {"begin": ["<s>"], "end": []}, {"begin": 1, "end": 2}, {"begin": [1.0], "end": []},
+               {"begin": [], "end": [True]}]
 )  # fmt: skip
 def test_a_malformed_layout_is_one_line(layout, tmp_path):
     model.write_json(tmp_path / "meta.json", {"document": layout})

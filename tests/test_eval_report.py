@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,6 +334,29 @@ def test_memorized_on_a_model(tiny):
     for bad, words in (("--dataset=none", "data/none: no train"), ("--num_texts=0", "expected 1")):
         done = run(tiny, "eval.py", "--memorized", *flags, bad, check=False)
         assert done.returncode == 1 and words in done.stderr
+
+
+@pytest.mark.parametrize("split, ids, words", [
+    ("train", [5, 60_000] * 99, "train_000000.bin: token 60000, but the tokenizer has"),
+    ("val", [], "no train and val shards with tokens in them"),
+    ("val", [60_000], "val_000000.bin: token 60000, but the tokenizer has"),
+])  # fmt: skip
+def test_memorized_refuses_shards_of_other_ids_and_of_none(split, ids, words, tiny, tmp_path):
+    shutil.copytree(tiny / "data", tmp_path / "data")
+    with open(tmp_path / f"data/tiny/{split}_000000.bin", "wb") as file:
+        file.write(np.array([20240520, 1, len(ids), *[0] * 253], "<i4"))
+        file.write(np.array(ids, "<u2"))
+    flags = ["--dataset=tiny", "--num_texts=2", "--prompt_length=8", "--text_length=16"]
+    flags += [f"--model={tiny / 'out/tiny'}", "--out_dir=out", "--memorized"]
+    done = run(tmp_path, "eval.py", *flags, check=False)
+    assert done.returncode == 1 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_windows_hold_no_token_that_begins_or_ends_a_document():
+    document = [1, *range(10, 16), 2]  # of a tokenizer with both, as Llama 3's is
+    windows = stage.draw_windows([np.array(document * 50, "<u2")], 6, 20, [1, 2])
+    assert all(window.tolist() == document[1:-1] for window in windows)
 
 
 @pytest.mark.parametrize("args, words", [

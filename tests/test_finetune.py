@@ -481,6 +481,17 @@ def test_a_chat_template_that_ends_no_answer_is_told(tiny):
     assert told in done.stderr and "model> " in done.stdout
 
 
+def test_nothing_is_said_of_validation_where_there_is_none(tiny):
+    rows = (tiny / "data/tiny/sft_train.jsonl").read_text().splitlines()[:4]
+    (tiny / "data/few").mkdir()
+    (tiny / "data/few/sft_train.jsonl").write_text("\n".join(rows))
+    (tiny / "data/few/sft_val.jsonl").write_text("")
+    args = ["--max_steps=1", "--dataset=few", "--out_dir=out/few", "--check_memorized=2"]
+    said = [line for line in tune(tiny, *args).stdout.splitlines() if "memorization:" in line]
+    assert len(said) == 1 and "of training responses" in said[0]
+    assert "validation" not in said[0] and "nan" not in said[0]
+
+
 def test_plain_records_by_a_template(tok, monkeypatch):
     monkeypatch.setattr(finetune, "template", "Q: {instruction} {input} A: {output} END")
     row = {"instruction": "add", "input": "1 2", "output": "3"}

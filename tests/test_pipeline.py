@@ -838,6 +838,15 @@ def test_real_task_files(name, file, tmp_path):
         ) in answers
 
 
+def test_a_task_set_says_which_settings_it_does_not_use(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    args = ["--task=sft", "--source=a.jsonl", "--dataset=a", "--val_fraction=0"]
+    assert "note:" not in run(tmp_path, "prepare.py", *args).stdout
+    args += ["--save_cleaned=jsonl", '--roles={"mask": "[MASK]"}', "--clean_symbols"]
+    told = run(tmp_path, "prepare.py", *args).stdout
+    assert "note: roles, save_cleaned, clean_symbols: of documents alone" in told
+
+
 def test_the_default_source_makes_all_four_task_sets(tiny):
     folder = tiny / "data" / "tiny"
     library = "\n".join(source_texts())

@@ -432,7 +432,8 @@ def test_parts_of_messages_are_read_or_refused_by_name(site):
     say = {"role": "assistant", "content": "hi"}
     empty = dict(refusal=None, tool_calls=[], annotations=[], audio=None, reasoning_content="")
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
-    wrong = [say | {"name": ["Ann"]}, say | {"tool_calls": [{"id": "1"}]}, say | {"prefix": True}]
+    wrong = [say | {"name": name} for name in (["Ann"], [], {}, False, 0)]
+    wrong += [say | {"tool_calls": [{"id": "1"}]}, say | {"prefix": True}]
     wrong += [say | {"role": "tool"}, say | {"content": None}, say | {"content": [{"text": 1}]}]
     wrong += [say | {"content": [{"type": "image_url", "text": "a"}]}, say | {"prefix": 0}, [], "a"]
     wrong += [

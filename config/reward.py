@@ -2,7 +2,7 @@
 #   python finetune.py config/sft.py               # out/sft
 #   python finetune.py config/reward.py
 # 90 seconds on two CPU cores. On pairs of held-out modules the share in which the right docstring
-# has the higher score rises from 0.48 (guessing: 0.5) to 0.64, the loss falls from 0.70 to 0.64.
+# has the higher score rises from 0.48 (guessing: 0.5) to 0.71, the loss falls from 0.70 to 0.56.
 
 # finetune.py
 method = "reward"

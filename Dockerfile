@@ -10,6 +10,7 @@ WORKDIR /app
 COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir -r requirements.txt -r requirements-serve.txt
 COPY config/ config/
+COPY barelm/ barelm/
 COPY model.py serve.py serve.html ./
 USER 10001
 EXPOSE 8000

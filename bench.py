@@ -80,6 +80,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
+from barelm import checkpoint, fast
+from barelm.checkpoint import save
+from barelm.families import FAMILIES, family
+from barelm.fast import cross_entropy_sum, quantize_weights
+from barelm.optim import flops_per_token, make_optimizer, n_params
+from barelm.run import UserError, autocast, choose_dtype, duration, setup
 
 # No script imports another; this one opens them where it times them: a copy would time the copy.
 stage = importlib.import_module
@@ -263,8 +269,8 @@ def attention(run):
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         one = partial(fused_attention, backend=getattr(SDPBackend, name))
         ways[f"fused, {name.split('_')[0].lower()}"] = (one, H)
-    ways |= {"ours (model.attend)": (model.attend, H)}
-    grouped = {f"fused, n_kv_head {few}": fused_attention, f"ours, n_kv_head {few}": model.attend}
+    ways |= {"ours (model.attend)": (fast.attend, H)}
+    grouped = {f"fused, n_kv_head {few}": fused_attention, f"ours, n_kv_head {few}": fast.attend}
     ways |= {name: (way, few) for name, way in grouped.items()}
     title(f"attention: {H} heads of {D}, {run.dtype}", "FLOPs: half the square; backward: x 2")
     for T in lengths:
@@ -302,7 +308,7 @@ def train_step(run):
     title(f"model: windows of {seq_len} tokens, {run.dtype}", "peak: over what was held before")
     net = build(run)
     batch = torch.randint(vocab_size, (2, max(1, tokens // seq_len), seq_len), device=run.device)
-    n, params, calls = batch[0].numel(), model.n_params(net), {}  # batch: ids and targets
+    n, params, calls = batch[0].numel(), n_params(net), {}  # batch: ids and targets
     loss = run.cast(lambda network: network(*batch)[0] / n)
     train.compile, begun = compile is not False, time.perf_counter()
     body, told = train.try_compile(net, run, math.inf, batch, run.cast)
@@ -317,7 +323,7 @@ def train_step(run):
         network, net.train_block = networks[how]
         return loss(network)
 
-    make = partial(model.make_optimizer, net, lr=1e-5, dtype=run.kind)
+    make = partial(make_optimizer, net, lr=1e-5, dtype=run.kind)
     optimizers = {name: make(name) for name in ("muon", "adamw")}
     step = partial(whole_step, net=net, optimizers=optimizers[optimizer])
     if profile:
@@ -346,7 +352,7 @@ def train_step(run):
             flops = sum(5 * 2 * (2 * a * a * b + a**3) for a, b in sizes)
             row("model", name, times, run.dtype, flops=flops)
         else:
-            flops = n * model.flops_per_token(net.config, seq_len, "forward," not in name)
+            flops = n * flops_per_token(net.config, seq_len, "forward," not in name)
             row("model", name, times, run.dtype, peaks[name], flops=flops, tokens=n)
     if compare:
         compare_steps(run, net, batch, loss_of, best)
@@ -360,7 +366,7 @@ def head(run):
     weight = (0.02 * torch.randn(V, C, device=run.device)).requires_grad_()
     targets = torch.randint(V, (N,), device=run.device)
     full = lambda x, w: F.cross_entropy((x @ w.T).float(), targets, reduction="sum")
-    ours = lambda x, w: model.cross_entropy_sum(x, w, targets)
+    ours = lambda x, w: cross_entropy_sum(x, w, targets)
     both = run.cast(lambda f: torch.autograd.grad(f(h, weight), (h, weight)))
     calls = {"all logits, F.cross_entropy": partial(both, full)}
     calls = working(calls | {"ours (model.cross_entropy_sum)": partial(both, ours)})
@@ -384,7 +390,7 @@ def decode(run):
     for kind in ("float32", "bfloat16", "int8", "int4"):
         net = build(run, max(seq_len, m + n))
         if kind.startswith("int"):
-            net = model.quantize_weights(net, kind)
+            net = quantize_weights(net, kind)
         else:
             net = net.to(getattr(torch, kind))
         readers = [module for module in net.modules() if not isinstance(module, torch.nn.Embedding)]
@@ -459,11 +465,11 @@ def hugging_face(run, net):
         return skip("transformers", "not installed")
     import transformers
 
-    if model.family(net.config) == "barelm":
+    if family(net.config) == "barelm":
         return skip("transformers", "it has no network of this shape")
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model.save(folder, net, stage("prepare").bpe_tokenizer([]))
+        save(folder, net, stage("prepare").bpe_tokenizer([]))
         none = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         hf = transformers.AutoModelForCausalLM.from_pretrained(folder, **none).to(run.device)
         hf.generation_config.eos_token_id = None  # nothing ends a text early
@@ -477,13 +483,13 @@ def compare_steps(run, net, batch, loss_of, best):
 
     def step(net, loss, kind=run.kind, adamw=None):
         adamw = adamw or torch.optim.AdamW(net.parameters(), 1e-5, fused=True)
-        return partial(whole_step, model.autocast(run.device, kind)(loss), net.train(), [adamw])
+        return partial(whole_step, autocast(run.device, kind)(loss), net.train(), [adamw])
 
     their_logits = lambda hf: hf(batch[0], use_cache=False).logits.flatten(0, 1)
     their_loss = lambda hf: F.cross_entropy(their_logits(hf), batch[1].flatten())
     how = {f"ours, {best}": best, "ours, eager": "eager"}
     calls = {name: step(net, lambda how=how: loss_of(how)) for name, how in how.items()}
-    gpt2 = model.GPT(model.GPTConfig(n_ctx=seq_len, **shape, **model.FAMILIES["gpt2"]))
+    gpt2 = model.GPT(model.GPTConfig(n_ctx=seq_len, **shape, **FAMILIES["gpt2"]))
     for theirs, kind in ((net, run.kind), (gpt2, torch.float32)):
         if hf := hugging_face(run, theirs):
             name = f"{type(hf).__name__}, {str(kind)[6:]}"
@@ -573,7 +579,7 @@ def crowd(name, way, prompts, n):
         with ThreadPool(n) as pool:  # which waits for nobody where it is cut off
             answers = pool.map(way, prompts, 1)
     except (requests.RequestException, ValueError) as error:
-        raise model.UserError(f"--serve={serve}: {error}") from None
+        raise UserError(f"--serve={serve}: {error}") from None
     spent, made = time.perf_counter() - begun, sum(made for _, made in answers)
     firsts = [times[1] - times[0] for times, _ in answers]
     gaps = np.concatenate([np.diff(times[1:]) for times, _ in answers])
@@ -590,13 +596,13 @@ def load(run):
     with contextlib.ExitStack() as stack:
         if serve is True:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            model.save(folder, build(run, max(seq_len, PROMPT[1] + ANSWER)), every_token())
+            save(folder, build(run, max(seq_len, PROMPT[1] + ANSWER)), every_token())
         there = re.match("https?://", folder)
         url = folder.rstrip("/") if there else stack.enter_context(served(folder))
         ways = {"serve.py": partial(ask, f"{url}/v1/completions")}
         if compare and there:
             skip("transformers", "it needs the folder")
-        elif compare and (hf := hugging_face(run, model.load(folder)[0])):
+        elif compare and (hf := hugging_face(run, checkpoint.load(folder)[0])):
             hf.eval().to(run.kind)
             ways["generate and a lock"] = partial(ask_alone, hf, threading.Lock())
         low, high = PROMPT
@@ -616,21 +622,21 @@ PARTS |= dict(decode=decode, tokenizer=tokenizer)
 def main():
     wanted = [name.strip() for name in only.split(",") if name.strip()] or list(PARTS)
     for name in set(wanted) - set(PARTS):
-        raise model.UserError(f"--only={name}: expected some of {', '.join(PARTS)}")
+        raise UserError(f"--only={name}: expected some of {', '.join(PARTS)}")
     if min(tokens, seq_len) < 1:
-        raise model.UserError(f"tokens={tokens}, seq_len={seq_len}: expected 1 or more")
+        raise UserError(f"tokens={tokens}, seq_len={seq_len}: expected 1 or more")
     if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", clients):
-        raise model.UserError(f"--clients={clients}: expected numbers of them, as in 1,4,16")
+        raise UserError(f"--clients={clients}: expected numbers of them, as in 1,4,16")
     if nanogpt and not (Path(nanogpt) / "model.py").is_file():
-        raise model.UserError(f"--nanogpt={nanogpt}: no model.py there; expected its checkout")
+        raise UserError(f"--nanogpt={nanogpt}: no model.py there; expected its checkout")
     warnings.simplefilter("ignore")  # torch warns of what it then raises, which we tell
-    begun, run = time.perf_counter(), model.setup(device)
+    begun, run = time.perf_counter(), setup(device)
     run.cuda, cores = run.device.type == "cuda", os.cpu_count() or 1
     run.sync = torch.cuda.synchronize if run.cuda else lambda: None
-    run.kind, why = model.choose_dtype(run.device, dtype, 0 if serve else n_embd)
-    run.dtype, run.cast = str(run.kind)[6:], model.autocast(run.device, run.kind)
+    run.kind, why = choose_dtype(run.device, dtype, 0 if serve else n_embd)
+    run.dtype, run.cast = str(run.kind)[6:], autocast(run.device, run.kind)
     net = build(run)  # which refuses a wrong shape before anything is timed
-    run.config, _ = net.config, model.make_optimizer(net, optimizer)  # so does this an optimizer
+    run.config, _ = net.config, make_optimizer(net, optimizer)  # so does this an optimizer
     chip = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):  # Linux names it here
         chip = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
@@ -646,7 +652,7 @@ def main():
         if "ceiling" in r:
             rate = r.get("flops_per_s", r.get("bytes_per_s"))
             r["percent"] = float(f"{100 * rate / CEILINGS[r['ceiling']]:.6g}")
-    print(f"\nmeasured in {model.duration(time.perf_counter() - begun)}")
+    print(f"\nmeasured in {duration(time.perf_counter() - begun)}")
     record = {"machine": machine, "torch": torch.__version__, "dtype": run.dtype}
     print(json.dumps(record | {"settings": settings(globals()), "rows": ROWS}))
 

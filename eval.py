@@ -129,7 +129,35 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import model as core
-from model import UserError
+from barelm import checkpoint
+from barelm import download as download_module
+from barelm.checkpoint import find, is_hub_name, read_config, weights_of
+from barelm.download import HUB
+from barelm.fast import generating, head_rows, joint
+from barelm.files import (
+    JSONL,
+    file_ending,
+    parse_json,
+    read_input,
+    read_json,
+    whole_file,
+    write_json,
+)
+from barelm.optim import PEAK_TFLOPS, flops_per_token, memory_estimate, n_params
+from barelm.resume import make_folder
+from barelm.run import (
+    Progress,
+    UserError,
+    choose_dtype,
+    compute_dtype,
+    duration,
+    lost_process,
+    setup,
+)
+from barelm.safetensors import entries_of
+from barelm.shards import check_tokens, document_layout, open_shard
+from barelm.tasks import GSM8K_STOP, gsm8k_answer, marked_number
+from barelm.tokenizer import Tokenizer
 
 JUDGE_WAIT = 1.0  # seconds before the judge is asked again; then three, then seven
 # What a row of another form raises in the functions that read it.
@@ -280,17 +308,17 @@ def judge(task, row, texts):
 def read_rows(path):
     """The records of a JSONL, JSON or parquet file."""
     try:
-        if core.file_ending(path) == ".parquet":
+        if file_ending(path) == ".parquet":
             from pyarrow import parquet
 
             rows = parquet.read_table(path).to_pylist()
-        elif core.file_ending(path) == ".json":
-            rows = core.parse_json(core.read_input(path), path)
+        elif file_ending(path) == ".json":
+            rows = parse_json(read_input(path), path)
         else:
             rows = []
-            for number, line in enumerate(core.read_input(path).splitlines(), 1):
+            for number, line in enumerate(read_input(path).splitlines(), 1):
                 if line.strip():
-                    rows.append(core.parse_json(line, f"{path}:{number}"))
+                    rows.append(parse_json(line, f"{path}:{number}"))
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
     except OSError as error:
@@ -312,7 +340,7 @@ def find_rows(name, split):
     for path in sorted(Path(data).rglob("*")):
         inside = path.relative_to(data)
         mine = re.fullmatch(rf"{name}([_.-].*)?", inside.parts[0])
-        if not mine or core.file_ending(path) not in (*core.JSONL, ".json", ".parquet"):
+        if not mine or file_ending(path) not in (*JSONL, ".json", ".parquet"):
             continue
         words = re.split("[^a-z]+", inside.as_posix().lower())
         kind = next((kinds[word] for word in words if word in kinds), "test")
@@ -328,21 +356,19 @@ def fetch_rows(name, task):
     owner, repo, *below = task.hub.split("/")
     place, listing = Path(data) / name, Path(data) / name / "listing.txt"
     listing.unlink(missing_ok=True)
-    core.download(f"{core.HUB}api/datasets/{owner}/{repo}", listing)
+    download_module.download(f"{HUB}api/datasets/{owner}/{repo}", listing)
     try:
-        paths = [file["rfilename"] for file in core.read_json(listing)["siblings"]]
+        paths = [file["rfilename"] for file in read_json(listing)["siblings"]]
         kinds = f"(test|dev|train|prompt|{task.split})"
         wanted = rf"{'/'.join(below)}.*(^|/){kinds}[^/]*\.(jsonl|parquet)"
         paths = [path for path in paths if re.fullmatch(wanted, path) and ".." not in path]
     except ROW_ERRORS as error:
-        why = f"{error!r}: is {core.HUB} a Hub?"
+        why = f"{error!r}: is {HUB} a Hub?"
         raise UserError(f"{name}: its list of files is malformed: {why}") from None
     if not paths:
-        raise UserError(
-            f"{name}: {core.HUB}datasets/{owner}/{repo} lists no JSONL or parquet for it"
-        )
+        raise UserError(f"{name}: {HUB}datasets/{owner}/{repo} lists no JSONL or parquet for it")
     for path in paths:
-        core.download(f"{core.HUB}datasets/{owner}/{repo}/resolve/main/{path}", place / path)
+        download_module.download(f"{HUB}datasets/{owner}/{repo}/resolve/main/{path}", place / path)
 
 
 def is_pattern(text):
@@ -427,7 +453,7 @@ def described(error, file):
 
 def open_task(name, run):
     """The task of this name, JSONL file or FILE.py:function, with its rows."""
-    if core.file_ending(name) in core.JSONL:
+    if file_ending(name) in JSONL:
         rows = read_rows(Path(name))
         header = rows.pop(0) if rows and "kind" in rows[0] else {}
         task = own_task(name, header, rows)
@@ -590,7 +616,7 @@ class Answers:
     def __init__(self, folder, identity, run):
         self.folder, self.identity, self.run, self.known = folder, identity, run, {}
         self.path = folder / f"answers_{run.rank}.jsonl"
-        core.make_folder(folder)
+        make_folder(folder)
         try:
             self.file = open(self.path, "a", encoding="utf-8")
             lines = [x for p in folder.glob("answers_*.jsonl") for x in p.read_bytes().splitlines()]
@@ -625,7 +651,7 @@ class Answers:
         each, requests = [*once], [*once.values()]
         groups = batches(requests, most or micro_tokens)[self.run.rank :: self.run.world]
         total, done, begun = sum(map(len, groups)), 0, time.monotonic()
-        fresh, show = 0, core.Progress() if self.run.main else lambda line, last=False: None
+        fresh, show = 0, Progress() if self.run.main else lambda line, last=False: None
         for group in groups:
             if not all(each[i] in self.known for i in group):
                 lines = []
@@ -636,7 +662,7 @@ class Answers:
                 fresh += len(group)
             done += len(group)
             left = (time.monotonic() - begun) / max(1, fresh) * (total - done)
-            show(f"{name}: {done:,} of {total:,} requests, left {core.duration(left)}")
+            show(f"{name}: {done:,} of {total:,} requests, left {duration(left)}")
         show(f"{name}: {done:,} of {total:,} requests, {done - fresh:,} of before", last=True)
         if self.run.world > 1:
             parts = [None] * self.run.world
@@ -697,7 +723,7 @@ def score(net, requests):
     cache, n_new = None, None
     if common or keys:
         room = common + T + (len(branches[keys[0]]) if keys else 0)
-        dtype = torch.float32 if device.type == "cpu" else core.compute_dtype(table)
+        dtype = torch.float32 if device.type == "cpu" else compute_dtype(table)
         cache, n_new = core.KVCache(net.config, 1 if common else B, room, device, dtype), n
     if common:
         net.hidden(torch.tensor([trunks[0][:common]], device=device), cache=cache)
@@ -723,9 +749,9 @@ def score(net, requests):
 
 def token_logprobs(net, h, tokens):
     """log p of tokens (N,) float32, each after a hidden state of h (N, C)."""
-    size, parts = core.head_rows(h.device.type, h.dtype, net.config.vocab_size), []
+    size, parts = head_rows(h.device.type, h.dtype, net.config.vocab_size), []
     for states, ids in zip(h.split(size), tokens.split(size)):
-        logits = core.joint(states, net.lm_head).float()
+        logits = joint(states, net.lm_head).float()
         parts.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
 
@@ -878,13 +904,13 @@ def run_questions(task, net, tok, answers, say):
 
 def shard_windows(paths, length, n_vocab):
     """The requests of eval_tokens of the shards, evenly spread: train.py's validation windows."""
-    shards, starts = [core.open_shard(path) for path in paths], []
+    shards, starts = [open_shard(path) for path in paths], []
     for s, shard in enumerate(shards):
         starts += [(s, i) for i in range(0, len(shard) - 1, length)]
     n = min(len(starts), -(-eval_tokens // length)) if eval_tokens else len(starts)
     for s, i in (starts[k * len(starts) // n] for k in range(n)):
         window = shards[s][i : i + length + 1]
-        core.check_tokens(window, n_vocab, paths[s])
+        check_tokens(window, n_vocab, paths[s])
         ids = window.tolist()
         yield "", ids[:1], [ids[1:]]
 
@@ -913,14 +939,14 @@ def is_text(value):
 
 def read_text(path):
     """The documents of a text file, or of a JSONL's field `text`."""
-    if core.file_ending(path) in core.JSONL:
+    if file_ending(path) in JSONL:
         documents = [row.get("text") for row in read_rows(path)]
         wrong = [number for number, text in enumerate(documents, 1) if not is_text(text)]
         if wrong:
             raise UserError(f"{path}: record {wrong[0]}: expected a text in the field `text`")
     else:
         try:
-            documents = [core.read_input(path).decode()]
+            documents = [read_input(path).decode()]
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot be read as text: {why}") from None
@@ -948,7 +974,7 @@ def loss_pieces(net, tok, length):
         pieces.setdefault(source, []).append(path)
     if not pieces:
         raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
-    if core.Tokenizer.from_folder(folder).bytes != tok.bytes:
+    if Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
     for source, paths in pieces.items():
         windows = [*shard_windows(paths, length, tok.n_vocab)]
@@ -1560,7 +1586,7 @@ def read_hellaswag(row):
 def judge_gsm8k(row, texts):
     """strict: the number behind the first ####, as --reward=gsm8k reads it (a text without that
     mark has none); flexible: lm-eval's last number."""
-    said, right = core.marked_number(texts[0]), core.gsm8k_answer(row["answer"])
+    said, right = marked_number(texts[0]), gsm8k_answer(row["answer"])
     ignore = [",", r"\$", r"(?s).*#### ", r"\.$"]
     last = extract(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", texts[0], -1)
     return {
@@ -1656,7 +1682,7 @@ TASKS = {
     "arc_challenge": Task(hub="allenai/ai2_arc/ARC-Challenge"),
     "hellaswag": Task(read=read_hellaswag, hub="Rowan/hellaswag", split="validation"),
     "gsm8k": Task(
-        "generate", judge=judge_gsm8k, stop=core.GSM8K_STOP,
+        "generate", judge=judge_gsm8k, stop=GSM8K_STOP,
         shots=5, max_new_tokens=256, hub="openai/gsm8k/main",
     ),
     "math": Task(
@@ -1729,7 +1755,7 @@ def read_results(folder):
     refused, before an evaluation would add to it."""
     path = Path(folder) / "results.json"
     try:
-        record = core.read_json(path, {"results": {}})
+        record = read_json(path, {"results": {}})
         results = record.get("results")
         if not isinstance(results, dict):
             raise UserError(f"{path}: not results of eval.py: no `results`")
@@ -1859,7 +1885,7 @@ def compare_runs():
 def write_report(path, text):
     if os.path.exists(path) and not os.path.isfile(path):  # no device is replaced by a file
         raise UserError(f"{path}: cannot be written: it is no plain file")
-    with core.whole_file(path) as file:
+    with whole_file(path) as file:
         file.write(text.encode())
     print(f"written: {path}")
 
@@ -2017,7 +2043,7 @@ def suggest_shape(n, vocab_size, seq_len):
         shape["n_kv_head"] = 8 if n > 1e9 else n_head
         with torch.device("meta"):  # a network without memory
             net = core.GPT(core.GPTConfig(n_layer=1, **shape))
-        one, layer = core.n_params(net), core.n_params(net.model.layers[0])
+        one, layer = n_params(net), n_params(net.model.layers[0])
         if one > 1.1 * n:  # and so are all wider ones
             break
         n_layer = max(1, round((n - one) / layer) + 1)
@@ -2042,7 +2068,7 @@ def planned_device():
             raise UserError(f"{key}={value:g}: expected a number above 0")
     if mfu > 1:
         raise UserError(f"mfu={mfu}: expected a fraction of the peak, at most 1")
-    known = {name.lower(): name for name in core.PEAK_TFLOPS}
+    known = {name.lower(): name for name in PEAK_TFLOPS}
     gpu = known.get("h100" if device == "auto" else device.lower())
     if not gpu:
         names = ", ".join(known.values())
@@ -2062,7 +2088,7 @@ def prepared():
     """(the ids of the tokenizer, the training tokens) of data/<dataset>; None for what its
     meta.json does not say."""
     path = Path("data") / dataset / "meta.json"
-    meta = core.read_json(path, {})
+    meta = read_json(path, {})
     train = meta.get("train", {})
     if not isinstance(train, dict):
         raise UserError(f"{path}: malformed: train={train!r:.60}: prepare it again")
@@ -2076,13 +2102,13 @@ def prepared():
 def make_plan():
     """Print a recipe for train.py, with what speaks for it as comments."""
     gpu = planned_device()
-    peak = 1e12 * core.PEAK_TFLOPS[gpu]
+    peak = 1e12 * PEAK_TFLOPS[gpu]
     n, d, c = budget(peak)
     n_vocab, have = prepared()
     vocab_size = -(-(n_vocab or 50257) // 64) * 64  # or else GPT-2's
     seq_len = next((t for t, least in ((2048, 1e9), (1024, 5e7), (512, 1e7)) if n >= least), 256)
     shape, count = suggest_shape(n, vocab_size, seq_len)
-    each = core.flops_per_token(shape, seq_len)
+    each = flops_per_token(shape, seq_len)
     if (flops or hours or money) and not tokens:
         d = c / each  # the budget holds in real FLOPs, which 6 N D leaves attention out of
     total = each * d
@@ -2090,7 +2116,7 @@ def make_plan():
     unit = seq_len * devices
     batch = max(unit, round(2 ** round(math.log2(0.292 * total**0.3271)) / unit) * unit)
     steps = max(1, round(d / batch))
-    fixed, window = core.memory_estimate(
+    fixed, window = memory_estimate(
         shape, count, 1, seq_len, torch.bfloat16, moments=1, device_type="cuda"
     )
     seconds = total / (peak * devices * mfu)
@@ -2104,7 +2130,7 @@ def make_plan():
 #   constants of Besiroglu et al. 2024): asked for or optimal N = {n:.4g}
 # expected loss {chinchilla_loss(count, d):.3f}, in nats per token of their data and tokenizer, to
 #   compare plans by: it is not the loss that this run will have
-# time: {core.duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak
+# time: {duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak
 {cost_line(seconds)}
 # memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB for each window at once
 # data/{dataset}: {about}
@@ -2158,15 +2184,15 @@ def planned_shape():
     --params that of a network of that size."""
     if params:
         return suggest_shape(params, 50304, seq_len or 1024)[0]
-    if Path(model).is_dir() or not core.is_hub_name(model):
-        return core.read_config(core.find(model))[1]
+    if Path(model).is_dir() or not is_hub_name(model):
+        return read_config(find(model))[1]
     with tempfile.TemporaryDirectory() as folder:
-        url = f"{core.HUB}{model}/resolve/main/config.json"
+        url = f"{HUB}{model}/resolve/main/config.json"
         try:
-            core.download(url, Path(folder) / "config.json", tries=1)
+            download_module.download(url, Path(folder) / "config.json", tries=1)
         except UserError as error:
             raise UserError(f"{model}: no folder here, and {error}") from None
-        return core.read_config(Path(folder))[1]
+        return read_config(Path(folder))[1]
 
 
 def planned_examples(s):
@@ -2186,7 +2212,7 @@ def planned_examples(s):
 
 def learned_weights(net, s):
     """How many weights learn, and how many of them are added ones."""
-    c, count = net.config, core.n_params(net)
+    c, count = net.config, n_params(net)
     if s.adapt in ("lora", "qlora"):
         names = s.lora_targets.split(",")
         layers = [m for n, m in net.named_modules() if n.rpartition(".")[2] in names]
@@ -2201,14 +2227,14 @@ def learned_weights(net, s):
         return c.vocab_size * c.n_embd, 0
     if s.train_last:
         last = net.model.layers[-s.train_last :]
-        return sum(core.n_params(block) for block in last), 0
+        return sum(n_params(block) for block in last), 0
     return count, 0
 
 
 def finetune_memory(net, s, length, rollouts):
     """{what: bytes on each device} of a fine-tuning whose sequences have `length` tokens, which
     keeps so many roll-outs at once."""
-    c, count = net.config, core.n_params(net)
+    c, count = net.config, n_params(net)
     learn, added = learned_weights(net, s)
     weights = 4 * count
     if s.adapt == "qlora":
@@ -2219,11 +2245,11 @@ def finetune_memory(net, s, length, rollouts):
     moments = 1 if s.optimizer == "muon" else 2
     full = min(s.seq_len or c.n_ctx, c.n_ctx)
     rows = max(1, s.micro_tokens // full)
-    _, activations = core.memory_estimate(
+    _, activations = memory_estimate(
         c, 0, rows, full, torch.bfloat16, s.checkpoint_blocks, device_type="cuda"
     )
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
-    made = min(rows * full, core.head_rows("cuda", torch.bfloat16, c.vocab_size))
+    made = min(rows * full, head_rows("cuda", torch.bfloat16, c.vocab_size))
     head = c.vocab_size * (10 * made + 4 * c.n_embd)
     parts = {"weights": weights, "what learns": 4 * (added + learn * (1 + moments))}
     if s.method in ("classify", "reward"):  # which do not read it
@@ -2242,7 +2268,7 @@ def finetune_work(net, s, count, length, steps):
     no gradients: their backward pass costs as much as the forward one, not twice."""
     c = net.config
     learn, _ = learned_weights(net, s)
-    forward = core.flops_per_token(c, length, backward=False)
+    forward = flops_per_token(c, length, backward=False)
     if s.method in ("classify", "reward"):  # the head is not read
         forward -= 2 * c.n_embd * c.vocab_size
     backward = 2 * forward
@@ -2284,7 +2310,7 @@ def make_finetune_plan():
     length = min(length + new, s.seq_len or c.n_ctx, c.n_ctx)
     memory = finetune_memory(net, s, length, rollouts)
     work = finetune_work(net, s, count, length, steps)
-    rate = 1e12 * core.PEAK_TFLOPS[gpu] * devices * mfu
+    rate = 1e12 * PEAK_TFLOPS[gpu] * devices * mfu
     seconds = {what: total / rate for what, total in work.items()}
     if rollouts:  # a new token reads the weights and the cache, however few rows there are
         read = steps * new * (memory["weights"] + memory["roll-outs"])
@@ -2293,13 +2319,13 @@ def make_finetune_plan():
     learn, _ = learned_weights(net, s)
     gib = lambda size: f"{size / 2**30:.3g}"
     shares = ", ".join(f"{what} {gib(size)}" for what, size in memory.items())
-    times = ", ".join(f"{what} {core.duration(part)}" for what, part in seconds.items())
+    times = ", ".join(f"{what} {duration(part)}" for what, part in seconds.items())
     name = f"a network of {params:.3g} parameters" if params else model
     print(f"""\
-# A plan for {finetune} of {name}: {core.n_params(net):,} parameters, {learn:,} learn
+# A plan for {finetune} of {name}: {n_params(net):,} parameters, {learn:,} learn
 # examples: {count:,} of {length:.0f} tokens ({known}); {steps:,} steps of {s.batch_size}
 # FLOPs: {", ".join(f"{what} {number:.3g}" for what, number in work.items())}
-# time: {core.duration(total)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak ({times})
+# time: {duration(total)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak ({times})
 {cost_line(total)}
 # memory of each device: {gib(sum(memory.values()))} GiB ({shares})
 # validation, saving and the start are not in it""")
@@ -2314,9 +2340,9 @@ def finished(run):
     if not (seen := curve(read_log(run), "val_loss", "tokens")):
         raise UserError(f"{run}: its log has no val_loss with tokens: only train.py's runs fit")
     count = 0
-    for path in core.weights_of(Path(run)):
-        count += sum(math.prod(shape) for _, shape in core.entries_of(path).values())
-    config = core.read_json(Path(run) / "run.json", {}).get("config", {})
+    for path in weights_of(Path(run)):
+        count += sum(math.prod(shape) for _, shape in entries_of(path).values())
+    config = read_json(Path(run) / "run.json", {}).get("config", {})
     if not isinstance(config, dict):
         raise UserError(f"{run}/run.json: malformed: config is no object")
     same = {key: config.get(key) for key in ("dataset", "seq_len", "eval_tokens")}
@@ -2478,16 +2504,16 @@ def run_memorized(net, tok, answers, say):
         raise UserError(f"prompt_length + text_length: over {net.config.n_ctx}, the context")
     folder = Path("data") / dataset
     paths = {kind: sorted(folder.glob(f"{kind}_*.bin")) for kind in ("train", "val")}
-    train, val = ([core.open_shard(path) for path in some] for some in paths.values())
+    train, val = ([open_shard(path) for path in some] for some in paths.values())
     if not any(map(len, train)) or not any(map(len, val)):
         why = "no train and val shards with tokens in them"
         raise UserError(f"{folder}: {why}: python prepare.py --dataset={dataset}")
-    theirs = core.Tokenizer.from_folder(folder)
+    theirs = Tokenizer.from_folder(folder)
     if (theirs.bytes, theirs.eot_id) != (tok.bytes, tok.eot_id):
         raise UserError(f"{folder} and {model} have different tokenizers")
     for path, shard in zip([*paths["train"], *paths["val"]], [*train, *val]):
-        core.check_tokens(shard, tok.n_vocab, path)
-    begin, end = core.document_layout(folder, tok)
+        check_tokens(shard, tok.n_vocab, path)
+    begin, end = document_layout(folder, tok)
     windows = draw_windows(train, prompt_length + text_length, num_texts, [*begin, *end])
 
     def continued(prompts, temperature):
@@ -2538,7 +2564,7 @@ def agree(run):
 def identity(kind):
     """What tells this model's answers from another's: its files, and what it computes in."""
     parts = [str(kind), quantize, model]
-    for path in sorted(core.find(model).glob("*")):
+    for path in sorted(find(model).glob("*")):
         if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
             parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -2562,7 +2588,7 @@ def main():
         if plan and finetune:
             return make_finetune_plan()
         return compare_runs() if not plan else fit_runs() if compare else make_plan()
-    run = core.setup(device, timedelta(days=30))
+    run = setup(device, timedelta(days=30))
     say = (lambda line: print(line, flush=True)) if run.main else lambda line: None
     check_settings()
     names = ["memorized"] if memorized else [n.strip() for n in tasks.split(",") if n.strip()]
@@ -2572,8 +2598,8 @@ def main():
     if context and "loss" not in names:
         raise UserError(f"context={context}: it is for --tasks=loss alone")
     opened = [None if n in whole else open_task(n, run) for n in names]
-    kind, _ = core.choose_dtype(run.device, dtype)
-    net, tok = core.load(model, run.device, kind, quantize)
+    kind, _ = choose_dtype(run.device, dtype)
+    net, tok = checkpoint.load(model, run.device, kind, quantize)
     if (net.score is not None) != (names == ["classify"]):
         fit = "--tasks=classify, and no other" if net.score is not None else "a classifier"
         raise UserError(f"{model} with --tasks={tasks}: expected {fit}")
@@ -2587,7 +2613,7 @@ def main():
     results = results if before == mark else {}
     for name, task in zip(names, opened):
         begun = time.monotonic()
-        with torch.inference_mode(), core.generating(net):
+        with torch.inference_mode(), generating(net):
             do = whole.get(name) or partial(run_questions, task)
             scores, n, by, log = do(net, tok, answers, say)
             entry = flat(scores) | {"n": n}
@@ -2600,12 +2626,12 @@ def main():
         if samples and run.main:
             lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in log]
             plain = re.sub(r"[^\w.-]+", "_", name)[-200:]  # a file's name has an end
-            with core.whole_file(folder / f"samples_{plain}.jsonl") as file:
+            with whole_file(folder / f"samples_{plain}.jsonl") as file:
                 file.write("".join(lines).encode(errors="replace"))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         record = {"model": model, "identity": mark, "results": results, "versions": versions}
         if run.main:  # after each task: what is done is done
-            core.write_json(folder / "results.json", record)
+            write_json(folder / "results.json", record)
     answers.close()
     for name in names:
         for key, value in results[name].items():
@@ -2615,7 +2641,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with core.lost_process():
+        with lost_process():
             main()
         if dist.is_initialized():
             dist.destroy_process_group()

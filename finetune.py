@@ -119,7 +119,48 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as core
-from model import UserError
+from barelm import checkpoint, optim, resume
+from barelm.adapters import add_adapters
+from barelm.chat import CHATML, TemplateRefusal
+from barelm.checkpoint import load, model_and_bases, refuse_source
+from barelm.families import family, gpt2_names
+from barelm.fast import joint
+from barelm.files import parse_json, write_json
+from barelm.optim import make_optimizer
+from barelm.resume import (
+    changed_settings,
+    check_parts,
+    check_state,
+    clear_folder,
+    fingerprint,
+    holds_model,
+    locked_folder,
+    make_folder,
+    open_log,
+    refuse_changes,
+    restore_optimizers,
+    same_kind,
+    say_changes,
+    weights_step,
+    write_row,
+    write_weights,
+)
+from barelm.run import (
+    Progress,
+    UserError,
+    autocast,
+    check_gradient,
+    check_moved,
+    choose_dtype,
+    compute_dtype,
+    duration,
+    lost_process,
+    setup,
+    sync_grads,
+    weight_sums,
+)
+from barelm.tasks import GSM8K_STOP, gsm8k_answer, last_number
+from barelm.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Added weights
@@ -196,7 +237,7 @@ class Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        x = x.to(core.compute_dtype(x))
+        x = x.to(compute_dtype(x))
         return x @ layer.weight.to(x.dtype).T
 
     @staticmethod
@@ -231,7 +272,7 @@ def adapt_network(net, how):
 def unquantize(net):
     """Give the layers in 4 bits back the weights that they were made of, in place."""
     packed = [name for name, m in net.named_modules() if isinstance(m, NF4Linear)]
-    full, _ = core.load(model, net.model.embed_tokens.weight.device)
+    full, _ = load(model, net.model.embed_tokens.weight.device)
     for name in packed:
         net.set_submodule(name, full.get_submodule(name.removesuffix(".base")))
     return net
@@ -272,7 +313,7 @@ def read_rows(split):
         raise UserError(f"{path}: no such file: {make} makes it")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # at \n and \r alone
-        rows.append(core.parse_json(line, f"{path}:{number}"))
+        rows.append(parse_json(line, f"{path}:{number}"))
     return rows
 
 
@@ -547,13 +588,13 @@ def same_number(said, right):
 
 def arithmetic(prompt, text, answer):
     """1 where the text's last number is that of the answer, else 0."""
-    return same_number(core.last_number(text), core.last_number(answer))
+    return same_number(last_number(text), last_number(answer))
 
 
 def gsm8k(prompt, text, answer):
     """1 where the number behind the first #### (or, without that mark, the last one) is that of the
     answer, else 0."""
-    return same_number(core.gsm8k_answer(text), core.gsm8k_answer(answer))
+    return same_number(gsm8k_answer(text), gsm8k_answer(answer))
 
 
 def open_reward(run):
@@ -566,7 +607,7 @@ def open_reward(run):
         raise UserError(f"--reward={reward}: expected {reward}:FUNCTION")
     if file.endswith(".py"):
         return open_function(file, name)
-    judge, tok = core.load(reward, run.device)
+    judge, tok = load(reward, run.device)
     if judge.score is None or len(judge.labels) != 1:
         raise UserError(f"--reward={reward}: no reward model (--method=reward makes one)")
 
@@ -645,7 +686,7 @@ def roll_out(net, tok, prompts, judge, seed, cast, n=1):
     many = [p for p in prompts for _ in range(n)]
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     # As in the evaluation: an answer ends where the model asks itself the next question.
-    how["stop"] = core.GSM8K_STOP if reward == "gsm8k" else ()
+    how["stop"] = GSM8K_STOP if reward == "gsm8k" else ()
     with cast:
         made = core.generate(net, tok, [p["ids"] for p in many], **how)
     examples = []
@@ -690,7 +731,7 @@ def look(net, group):
     from: log p (N,), the entropy (N,) and the values (N,) or None."""
     device = net.model.embed_tokens.weight.device
     h = net.hidden(padded(group, device))[padded(group, device, -100, "targets") >= 0]
-    logits = core.joint(h, net.lm_head)[:, : net.n_vocab].float() / temperature
+    logits = joint(h, net.lm_head)[:, : net.n_vocab].float() / temperature
     logp = logits.log_softmax(-1)
     ids = torch.tensor([t for e in group for t in e["targets"] if t != -100], device=device)
     with torch.no_grad():
@@ -854,10 +895,10 @@ def save_adapter(folder, net, tok, step=0, state=None):
     """Write the added matrices as a PEFT adapter, and the tokenizer; with `state` also state.pt.
     GPT-2's file has q, k and v as one layer: their three products are one of three times the rank,
     with blocks of zeros."""
-    core.make_folder(folder)
+    make_folder(folder)
     layers = {f"{n}.weight": m for n, m in net.named_modules() if isinstance(m, LoRA)}
-    gpt2 = core.family(net.config) == "gpt2"
-    groups = core.gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
+    gpt2 = family(net.config) == "gpt2"
+    groups = gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
     tensors, ranks = {}, {}
     for theirs, ours in groups.items():
         place = theirs.removesuffix(".weight")
@@ -875,12 +916,12 @@ def save_adapter(folder, net, tok, step=0, state=None):
     wide = {name: rank for name, rank in ranks.items() if rank != lora_rank}
     alphas = {name: lora_alpha * rank / lora_rank for name, rank in wide.items()}
     config |= {"rank_pattern": wide, "alpha_pattern": alphas}
-    core.write_json(folder / "tokenizer.json", tok.spec)
-    core.write_json(folder / "tokenizer_config.json", tok.config)
+    write_json(folder / "tokenizer.json", tok.spec)
+    write_json(folder / "tokenizer_config.json", tok.config)
     ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}
-    core.write_json(folder / "generation_config.json", ids)
-    core.write_json(folder / "adapter_config.json", config)
-    core.write_weights(folder / "adapter_model.safetensors", tensors, step, state)
+    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "adapter_config.json", config)
+    write_weights(folder / "adapter_model.safetensors", tensors, step, state)
 
 
 def add_tokens(net, tok, names, template):
@@ -891,7 +932,7 @@ def add_tokens(net, tok, names, template):
     new = [name for name in names if name not in tok.special]
     more = [{"id": tok.n_vocab + i, "content": name} | flags for i, name in enumerate(new)]
     spec["added_tokens"] = spec.get("added_tokens", []) + more
-    added = core.Tokenizer(spec, tok.config | {"chat_template": template})
+    added = Tokenizer(spec, tok.config | {"chat_template": template})
     added.eos_ids = tok.eos_ids
     if added.n_vocab > rows:
         net.config.vocab_size = -(-added.n_vocab // 64) * 64
@@ -993,16 +1034,16 @@ check_memorized""".split()
 def facts_of(run, kind):
     """What the settings came to: the data, the model to start from, what it is computed in."""
     paths = sorted((Path("data") / dataset).glob(f"{TASK[method]}_*.jsonl"))
-    facts = {"dataset": dataset if dataset == "arithmetic" else core.fingerprint(paths)}
+    facts = {"dataset": dataset if dataset == "arithmetic" else fingerprint(paths)}
     read = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors")
     read += ("tokenizer_config.json", "chat_template.jinja")
-    paths = [path for folder in core.model_and_bases(model) for name in read
+    paths = [path for folder in model_and_bases(model) for name in read
              for path in sorted(folder.glob(name))]  # fmt: skip
-    facts |= {"model": core.fingerprint(paths), "processes": run.world}
+    facts |= {"model": fingerprint(paths), "processes": run.world}
     judge = Path(reward.rpartition(":")[0] or reward)  # FILE.py:function, or a model's folder
     judge = [judge] if judge.is_file() else sorted(judge.glob("*.safetensors"))
     if method in ("grpo", "ppo") and judge:
-        facts["reward"] = core.fingerprint(judge)
+        facts["reward"] = fingerprint(judge)
     facts |= {"computed_in": str(kind).removeprefix("torch."), "torch": str(torch.__version__)}
     return facts
 
@@ -1010,7 +1051,7 @@ def facts_of(run, kind):
 def changes(state, facts):
     """What this resume changes in what shapes the run: {key: "key old -> new"}."""
     config = {key: value for key, value in settings(globals()).items() if key not in ASIDE}
-    return core.changed_settings(state["parts"][-1], config, facts)
+    return changed_settings(state["parts"][-1], config, facts)
 
 
 def choose_weights(net):
@@ -1019,7 +1060,7 @@ def choose_weights(net):
         adapt_network(net, adapt)
     elif adapt == "adapter":
         net.requires_grad_(False)
-        core.add_adapters(net, adapter_size)
+        add_adapters(net, adapter_size)
     elif train_last != 0:
         net.requires_grad_(False)
         last = () if train_last is None else (*net.model.layers[-train_last:], net.model.norm)
@@ -1040,7 +1081,7 @@ def choose_weights(net):
 
 def make_optimizers(net):
     """core.make_optimizer's, their groups divided by depth where layer_decay asks for it."""
-    optimizers = core.make_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.99))
+    optimizers = make_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.99))
     if layer_decay == 1:
         return optimizers
     depth = {}
@@ -1102,12 +1143,12 @@ def repeated(net, tok, examples, cast):
 
 def open_model(run, say):
     """The network and tokenizer to start from, with chat markers where the method wants them."""
-    net, tok = core.load(model, "cpu" if adapt == "qlora" else run.device)
+    net, tok = load(model, "cpu" if adapt == "qlora" else run.device)
     chats = method in ("sft", "dpo", "reward") and template is None
     if chats and not tok.config.get("chat_template"):
         if adapt in ("lora", "qlora"):
             raise UserError(f"{model} has no chat template, and new tokens need --method=sft first")
-        tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), core.CHATML)
+        tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), CHATML)
         say(f"{model} has no chat template: ChatML's is added")
     torch.manual_seed(seed)
     if adapt == "prompt":
@@ -1115,7 +1156,7 @@ def open_model(run, say):
     if method != "classify" and template is None:
         try:
             ends = tok.end_of_turn()
-        except core.TemplateRefusal as error:  # a reward needs none, and records may be taken
+        except TemplateRefusal as error:  # a reward needs none, and records may be taken
             ends = []
             say(f"{model}: answers end at the end token alone: {error}")
         else:
@@ -1168,9 +1209,9 @@ def write(folder, run, net, tok, step, state=None):
     if method == "ppo":  # the value head is no part of the policy
         net.score = None
     if run.main and adapt not in ("lora", "qlora"):
-        core.save(folder, net, tok, step, state)
+        checkpoint.save(folder, net, tok, step, state)
     elif run.main and net.score is not None:  # PEFT's file has no place for our score
-        core.save(folder, merged(copy.deepcopy(net)), tok, step, state)
+        checkpoint.save(folder, merged(copy.deepcopy(net)), tok, step, state)
     elif run.main:
         save_adapter(folder, net, tok, step, state)
     net.score = head
@@ -1189,8 +1230,8 @@ def finish_adapter(out, net, tok, step, say):
         return
     if adapt == "qlora" and merge != "quantized":
         unquantize(net)
-    core.clear_folder(out / "merged")
-    core.save(out / "merged", merged(net).eval(), tok, step)
+    clear_folder(out / "merged")
+    checkpoint.save(out / "merged", merged(net).eval(), tok, step)
     say(f"merged: {out / 'merged'}, into {packed if merge == 'quantized' else full}")
 
 
@@ -1203,37 +1244,37 @@ def main():
     if method in ("lora", "qlora", "adapter", "prompt"):
         method, adapt = "sft", method
     check_settings()
-    run, progress = core.setup(device), core.Progress()
+    run, progress = setup(device), Progress()
     most = -(-batch_size // run.world) * (group_size if method == "grpo" else 1)
     if minibatches > most:
         raise UserError(f"minibatches={minibatches}: a process has {most} samples a step")
     say = progress.note if run.main else lambda text: None
     out, config = Path(out_dir), settings(globals())
-    found = core.holds_model(out)
+    found = holds_model(out)
     if init_from == "base" and found and not overwrite:
         ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
         raise UserError(f"{out} holds a run or a model ({found[0].relative_to(out)}): {ways}")
-    core.refuse_source(out, model)
+    refuse_source(out, model)
     if method in ("grpo", "ppo") and Path(reward).is_dir():
-        core.refuse_source(out, reward)
+        refuse_source(out, reward)
     state = load_state(out) if init_from == "resume" else None
     net, tok = open_model(run, say)
     limit = min(seq_len or net.config.n_ctx, net.config.n_ctx)
     train, val = open_data(net, tok, limit, say)
     by_epochs = math.ceil(len(train) / batch_size * max_epochs) if max_epochs else math.inf
     steps = min(max_steps or math.inf, by_epochs)
-    kind, why = core.choose_dtype(run.device, dtype, net.config.n_embd)
+    kind, why = choose_dtype(run.device, dtype, net.config.n_embd)
     if kind == torch.float16:
         kind, why = torch.float32, "float16 would need a scaler, which is not here"
-    cast = core.autocast(run.device, kind)
+    cast = autocast(run.device, kind)
     facts, parts, changed = facts_of(run, kind), [], {}
     if state:
         parts, changed = state["parts"], changes(state, facts)
-        core.refuse_changes(changed, [key for key in config if key not in FREE], out)
+        refuse_changes(changed, [key for key in config if key not in FREE], out)
     if method == "ppo":
         net.set_score(["value"])
         nn.init.zeros_(net.score.weight)
-    n_params = core.n_params(net)
+    n_params = optim.n_params(net)
     choose_weights(net)
     net.to(run.device).train()  # of qlora the 4 bits alone
     if method == "dpo":
@@ -1255,37 +1296,37 @@ def main():
     if state:
         done = {key: state[key] for key in done}
         restore_weights(params, state["weights"])
-        core.restore_optimizers(optimizers, state["optimizers"], out / "state.pt")
+        restore_optimizers(optimizers, state["optimizers"], out / "state.pt")
         say(f"resumed {out_dir} at step {done['step']}")
-        core.say_changes(changed, parts, say)
+        say_changes(changed, parts, say)
         # A best of other examples, or of a future that will not be, is none.
-        if "eval_examples" in changed or changed and core.weights_step(out / "best") > done["step"]:
+        if "eval_examples" in changed or changed and weights_step(out / "best") > done["step"]:
             done["best"] = math.inf
     if warmup_steps >= steps:
         say(f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate")
     summed(run, Counter())  # nobody writes before everybody has read
     if run.main:
         if not state:  # what a replaced run has left must never be taken for this one's
-            core.clear_folder(out)
+            clear_folder(out)
         elif state["temporary"]:
             os.replace(out / "state.pt.tmp", out / "state.pt")
         step = done["step"]
         part = {"step": step, "config": config, "facts": facts, "command": " ".join(sys.argv)}
         parts = [before for before in parts if before["step"] < step] + [part]
-        core.write_json(
+        write_json(
             out / "run.json", {"config": config, "command": " ".join(sys.argv), "parts": parts}
         )
-        log = core.open_log(out / "log.jsonl", step if state else -1, say)
+        log = open_log(out / "log.jsonl", step if state else -1, say)
     begun = time.monotonic() - done["seconds"]
     first_update, bad = True, 0  # whether none has been; how many in a row were not finite
 
     def record(row):
         if run.main:
-            core.write_row(log, row)
+            write_row(log, row)
 
     def save():
         if run.main:
-            core.clear_folder(out / "merged")  # of the adapter that is replaced
+            clear_folder(out / "merged")  # of the adapter that is replaced
         saved = done | {"seconds": time.monotonic() - begun, "parts": parts}
         saved["weights"] = {name: p.detach() for name, p in params.items()}
         saved["optimizers"] = [o.state_dict() for o in optimizers]
@@ -1301,20 +1342,20 @@ def main():
             (loss / size).backward()
             stats.update(some if method != "classify" else {})
             stats["loss"] += float(loss.detach())
-        core.sync_grads(params.values())
+        sync_grads(params.values())
         norm = float(nn.utils.clip_grad_norm_(params.values(), grad_clip or math.inf))
         if math.isfinite(norm):
             bad = 0
             if judge is None:  # of equal rewards a gradient is exactly zero, rightly
-                core.check_gradient(norm, done["step"] + 1)
+                check_gradient(norm, done["step"] + 1)
             # The last steps, from which a resume may start, move less than float32 shows.
             early = done["step"] < warmup_steps or lr_scale(done["step"], steps) > 0.01
             must_move = norm > 0 and early
-            before = core.weight_sums(params.values()) if first_update and must_move else None
+            before = weight_sums(params.values()) if first_update and must_move else None
             for o in optimizers:
                 o.step()
             if before is not None:
-                core.check_moved(before, params.values(), optimizers[0].param_groups[0]["lr"])
+                check_moved(before, params.values(), optimizers[0].param_groups[0]["lr"])
                 first_update = False
         else:
             bad += 1
@@ -1382,7 +1423,7 @@ def main():
         row["dt"] = time.monotonic() - tick
         record(row)
         if run.main:
-            left = core.duration((time.monotonic() - begun) * (steps - step) / step)
+            left = duration((time.monotonic() - begun) * (steps - step) / step)
             shown = f"{words(figures)}  lr {rate:.2e}  norm {norm:.2f}"
             progress(f"step {step} of {steps}  {shown}  {1 / row['dt']:.1f} steps/s  left {left}")
         if val and (step % eval_every == 0 or step == steps):
@@ -1438,10 +1479,10 @@ def main():
 
 def load_state(folder):
     """The state of the run in a folder, of the kinds that main saves."""
-    state, path = core.load_state(folder), folder / "state.pt"
+    state, path = resume.load_state(folder), folder / "state.pt"
     kinds = dict(step=0, best=-1.0, since_best=0, seconds=0.0, weights={}, optimizers=[], parts=[])
-    core.check_state(state, kinds, path)
-    core.check_parts(state["parts"], path)
+    check_state(state, kinds, path)
+    check_parts(state["parts"], path)
     first = state.get("first_verdict", "")  # None before any validation
     figures = first.values() if isinstance(first, dict) else []
     right = first is None or isinstance(first, dict)
@@ -1453,7 +1494,7 @@ def load_state(folder):
 def restore_weights(params, saved):
     """Copy a state's weights, {name: tensor}, into the parameters that learn."""
     fits = params.keys() == saved.keys()
-    if not fits or not all(core.same_kind(saved[name], p) for name, p in params.items()):
+    if not fits or not all(same_kind(saved[name], p) for name, p in params.items()):
         why = "its weights are not those that learn here: damaged, or foreign"
         raise UserError(f"{out_dir}/state.pt: {why}")
     with torch.no_grad():
@@ -1462,7 +1503,7 @@ def restore_weights(params, saved):
 
 
 if __name__ == "__main__":
-    with core.locked_folder(out_dir), core.lost_process():
+    with locked_folder(out_dir), lost_process():
         status = main()
     if dist.is_initialized():
         dist.destroy_process_group()

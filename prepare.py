@@ -107,8 +107,27 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-import model
-from model import HUB, UserError, download
+from barelm import files as files_module
+from barelm import tokenizer as tokenizer_module
+from barelm.chat import CHATML
+from barelm.checkpoint import load
+from barelm.download import HUB, download, why_no_answer
+from barelm.files import (
+    DAMAGE,
+    JSONL,
+    encoding_of,
+    file_ending,
+    is_compressed,
+    open_input,
+    parse_json,
+    read_input,
+    require_zst,
+    whole_file,
+    write_json,
+)
+from barelm.run import Progress, UserError, duration, setup
+from barelm.shards import open_shard
+from barelm.tokenizer import BERT_WORDS, CHARACTERS, Tokenizer, byte_letters
 
 UNIT = 2_000_000  # bytes of a part of the input that one process works on alone, at least
 BATCH = 1_000_000  # characters that are in hand at once in each process
@@ -136,7 +155,7 @@ SHA256 = {"shakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 SUITES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # What files with these endings hold; all others are text.
-FORMATS = dict.fromkeys(model.JSONL, "jsonl")
+FORMATS = dict.fromkeys(JSONL, "jsonl")
 FORMATS |= {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 KEPT = Path("data/downloads")
 
@@ -231,7 +250,7 @@ def addresses(spec):
     if spec[0] == "@":
         if not os.path.isfile(spec[1:]):
             raise UserError(f"--source={spec}: no such file (it has a URL a line)")
-        urls = model.read_input(spec[1:]).decode(errors="replace").split()
+        urls = read_input(spec[1:]).decode(errors="replace").split()
     elif spec.startswith("hf:"):
         name, below = re.fullmatch(r"hf:([^/]*/?[^/]*)/?(.*)", spec, re.S).groups()
         try:
@@ -239,13 +258,13 @@ def addresses(spec):
             answer.raise_for_status()
             names = sorted(str(f["rfilename"]) for f in answer.json()["siblings"])
         except requests.RequestException as error:
-            why = model.why_no_answer(error, HUB)
+            why = why_no_answer(error, HUB)
             raise UserError(f"--source={spec}: the Hub does not list it: {why}") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"--source={spec}: the Hub does not list it: {error!r}") from None
         folder = below.rstrip("/") + "/" if below else ""
         names = [n for n in names if n == below or n.startswith(folder)]
-        names = [n for n in names if model.file_ending(n) in (*FORMATS, ".txt")]
+        names = [n for n in names if file_ending(n) in (*FORMATS, ".txt")]
         names = [n for n in names if "train" in n.lower()] or names
         by_format = defaultdict(list)
         for n in names:
@@ -327,14 +346,14 @@ def mixture():
 
 def format_of(path):
     """text, jsonl, json, csv, tsv or parquet, as the end of the name says."""
-    return FORMATS.get(model.file_ending(path), "text")
+    return FORMATS.get(file_ending(path), "text")
 
 
 def is_plain(path):
     """Can a range of the file's bytes be read alone? Not of a compressed one, nor of UTF-16."""
     with open(path, "rb") as file:
-        encoding = model.encoding_of(file.read(4))
-    return not model.is_compressed(path) and encoding in (None, "utf-8")
+        encoding = encoding_of(file.read(4))
+    return not is_compressed(path) and encoding in (None, "utf-8")
 
 
 def mark_in(path, between):
@@ -342,9 +361,9 @@ def mark_in(path, between):
     if not between or "\n" not in between or "\r" in between:
         return between
     try:
-        with model.open_input(path) as file:
+        with open_input(path) as file:
             head = file.read(1 << 16)
-    except (*model.DAMAGE, OSError, UnicodeDecodeError):
+    except (*DAMAGE, OSError, UnicodeDecodeError):
         return between  # `records` reads it, too, and says what is wrong
     of_windows = b"\r\n" in head and head.count(b"\n") == head.count(b"\r\n")
     return between.replace("\n", "\r\n") if of_windows else between
@@ -353,10 +372,10 @@ def mark_in(path, between):
 def refuse_hidden_records(path):
     """A file of records whose name says text would be read as one text of braces and quotes."""
     try:
-        with model.open_input(path) as file:
+        with open_input(path) as file:
             line = file.read(1 << 20).lstrip().partition(b"\n")[0]
         value = json.loads(line) if line[:1] in (b"{", b"[") else None
-    except (*model.DAMAGE, OSError, ValueError, RecursionError):
+    except (*DAMAGE, OSError, ValueError, RecursionError):
         return  # no JSON; if it cannot be read, reading it says so
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, dict) and first:
@@ -430,7 +449,7 @@ def read_parts(path, between, begin=0, end=math.inf):
     begin from `begin` to before `end`. None: all of it as one."""
     number = 0
     try:
-        with model.open_input(path) as file:
+        with open_input(path) as file:
             if not between:
                 yield file.read()
                 return
@@ -453,7 +472,7 @@ def read_parts(path, between, begin=0, end=math.inf):
                     return
             if inside and at < end:
                 yield held
-    except (*model.DAMAGE, OSError) as error:
+    except (*DAMAGE, OSError) as error:
         raise damaged(path, number, error) from None
 
 
@@ -478,7 +497,7 @@ def read_json(path, kind, begin=0, end=math.inf):
         if rest and is_json(first) and not is_json(data):
             kind = "jsonl"  # by another name
     if kind == "json":
-        found = model.parse_json(data, path) if data.strip() else []
+        found = parse_json(data, path) if data.strip() else []
         yield from enumerate(found if isinstance(found, list) else [found], 1)
         return
     for number, line in enumerate(read_parts(path, "\n", begin, end), 1):
@@ -500,7 +519,7 @@ def read_table(path, delimiter):
     csv.field_size_limit(2**31 - 1)
     number = 0
     try:
-        with io.TextIOWrapper(model.open_input(path), encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(open_input(path), encoding="utf-8", newline="") as file:
             names = None
             for cells in csv.reader(file, delimiter=delimiter, strict=True):
                 number += 1
@@ -508,7 +527,7 @@ def read_table(path, delimiter):
                     names = cells
                 elif cells:
                     yield number, dict(zip(names, cells)) if len(cells) == len(names) else cells
-    except (*model.DAMAGE, OSError) as error:
+    except (*DAMAGE, OSError) as error:
         raise damaged(path, number, error) from None
     except csv.Error as error:
         raise UserError(f"{path}: damaged after record {number}: {error}") from None
@@ -643,7 +662,7 @@ def html_to_text(text):
 def clean_html(text, doc):
     """HTML to text, where the document is HTML."""
     names = (doc.get("path") or "", (doc.get("url") or "").partition("?")[0])
-    is_html = any(model.file_ending(name) in HTML_ENDINGS for name in names)
+    is_html = any(file_ending(name) in HTML_ENDINGS for name in names)
     is_html = is_html if html_documents is None else html_documents
     return html_to_text(text) if is_html else text
 
@@ -943,7 +962,7 @@ def small_model():
     if not perplexity_model:
         raise UserError("the step perplexity needs --perplexity_model=FOLDER, a small model")
     torch.set_num_threads(1)  # the other cores have documents of their own
-    return model.load(perplexity_model, device)
+    return load(perplexity_model, device)
 
 
 @torch.no_grad()
@@ -965,7 +984,7 @@ def check_perplexity(text, doc):
 def read_blocklist(path):
     """The hosts and URL prefixes, the words, and what is neither, of a file. "# " is a comment."""
     try:
-        lines = model.read_input(path).decode().casefold().splitlines()
+        lines = read_input(path).decode().casefold().splitlines()
     except UnicodeDecodeError as error:
         raise UserError(
             f"--blocklist={path}: not UTF-8 text ({error.reason}): convert it"
@@ -1319,7 +1338,7 @@ def save_array(path, array):
     """np.save, which says why where the disk is full."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    with model.whole_file(path) as file:
+    with whole_file(path) as file:
         file.write(buffer.getbuffer())
 
 
@@ -1353,8 +1372,8 @@ def clean(work, unit):
         sizes = [os.path.getsize(f"{place}{ending}") for ending in (".txt", ".rows")]
         result = {"skipped": skipped, "special": special, "sizes": sizes}
         result["tallies"] = {name: vars(tally) for name, tally in tallies.items()}
-        model.write_json(f"{place}.json", result)
-    return model.read_json(f"{place}.json")["tallies"]["read"]["given"][1]
+        write_json(f"{place}.json", result)
+    return files_module.read_json(f"{place}.json")["tallies"]["read"]["given"][1]
 
 
 def texts_of(work, rows):
@@ -1393,7 +1412,9 @@ def deduplicate(here, names, pool):
         for name in names:
             with open(here.parent / f"{name}.rows", "rb") as part:
                 shutil.copyfileobj(part, file)
-            for step, saved in model.read_json(here.parent / f"{name}.json")["tallies"].items():
+            for step, saved in files_module.read_json(here.parent / f"{name}.json")[
+                "tallies"
+            ].items():
                 tallies[step].add(**saved)
     rows = all_rows(here)
     left = np.ones(len(rows), bool)
@@ -1457,14 +1478,14 @@ SPLIT = (  # Qwen2's, which every reader of tokenizer.json and of GGUF knows
 )
 ASCII = SPLIT.replace(r"?\p{L}", "?[A-Za-z]").replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", r"\d")
 ASCII = re.compile(ASCII, re.ASCII)  # the same on ASCII text, for Python's own re: twice as fast
-WORDS = model.BERT_WORDS
+WORDS = BERT_WORDS
 # Of the kinds that are trained here: what splits text into the pieces that are counted.
-PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=model.CHARACTERS)
+PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=CHARACTERS)
 NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied
 WITH_WORDS = ("char", "word", "wordpiece")
 UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of bytes
 BYTES = [bytes([b]) for b in range(256)]
-LETTERS = model.byte_letters()
+LETTERS = byte_letters()
 RARE = 0.05  # of the count of the commonest pair: what WordPiece joins occurs as often at least
 MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
 MAX_PIECES = 1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB used
@@ -1795,8 +1816,8 @@ def tokenizer_files(kind, vocab, split, special=None, **body):
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
     config |= {"unk_token": None} | {f"{role}_token": token for role, token in named.items()}
     if {"<|im_start|>", "<|im_end|>"} <= special.keys():
-        config |= {"chat_template": model.CHATML}
-    return model.Tokenizer(spec | {"model": body}, config)
+        config |= {"chat_template": CHATML}
+    return Tokenizer(spec | {"model": body}, config)
 
 
 def spell(token):
@@ -1816,7 +1837,7 @@ def bpe_tokenizer(merges):
 
 def char_tokenizer(characters):
     """One token a character; a character that training text lacks becomes the unknown token."""
-    return tokenizer_files("WordLevel", numbered(sorted(characters)), model.CHARACTERS)
+    return tokenizer_files("WordLevel", numbered(sorted(characters)), CHARACTERS)
 
 
 def train_tokenizer(kind, counts, size, show=lambda line: None):
@@ -1860,7 +1881,7 @@ def tiktoken_tokenizer(name):
     try:
         encoding = tiktoken.get_encoding(name)
     except requests.RequestException as error:
-        why = model.why_no_answer(error, "")
+        why = why_no_answer(error, "")
         raise UserError(f"--tokenizer={name}: its table could not be downloaded: {why}") from None
     ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
     for token in special_names():
@@ -1880,7 +1901,7 @@ def finished_tokenizer():
         return bpe_tokenizer([])
     if not Path(tokenizer).is_dir():
         return tiktoken_tokenizer(tokenizer)
-    tok = model.Tokenizer.from_folder(tokenizer)
+    tok = Tokenizer.from_folder(tokenizer)
     if tok.eot_id is None:
         raise UserError(f"{tokenizer}: tokenizer_config.json names no bos_token and no eos_token")
     return with_own_names(tok)
@@ -1900,7 +1921,7 @@ def with_own_names(tok):
             if id not in names:
                 raise UserError(f"{tokenizer}: its {key}, id {id}, is none of its added tokens")
             tok.config[key] = names[id]
-    return model.Tokenizer(tok.spec, tok.config)
+    return Tokenizer(tok.spec, tok.config)
 
 
 def show_tokens(tok, text):
@@ -1949,7 +1970,7 @@ def pieces_of(text):
 def count(here, fraction, job):
     """{piece: count} of a sample, by hash, of a unit's training text."""
     drawn = (
-        model.normalize(text, normalizers())
+        tokenizer_module.normalize(text, normalizers())
         for split, hashed, text in chosen(here, *job[1:])
         if split == "train" and int(mixed(hashed[None])[0]) < fraction * 2**64
     )
@@ -1958,7 +1979,7 @@ def count(here, fraction, job):
 
 @lru_cache(1)
 def finished(folder):
-    tok = model.Tokenizer.from_folder(folder)
+    tok = Tokenizer.from_folder(folder)
     return tok, "<u4" if tok.n_vocab > 65536 else "<u2"
 
 
@@ -2143,7 +2164,7 @@ def write_shards(here, plans, documents):
         for begin in range(0, meta[split]["tokens"], shard_tokens):
             left = size = min(shard_tokens, meta[split]["tokens"] - begin)
             meta[split]["shards"].append(f"{split}_{begin // shard_tokens:06d}.bin")
-            with model.whole_file(here / meta[split]["shards"][-1]) as file:
+            with whole_file(here / meta[split]["shards"][-1]) as file:
                 file.write(np.array([*head, size, *[0] * 253], "<i4"))
                 while left:
                     rest = rest if len(rest) else next(found)
@@ -2189,7 +2210,7 @@ def write_cleaned(here, job):
         texts = ((text,) for which, _, text in chosen(here, begin, end) if which == split)
         for number, group in enumerate(in_rounds(texts, CLEANED_SIZE)):
             path = here / f"cleaned_{split}_{i:06d}_{number:03d}.{save_cleaned}"
-            with model.whole_file(path) as file, compressed(file, path.name) as packing:
+            with whole_file(path) as file, compressed(file, path.name) as packing:
                 for (text,) in group:
                     row = {field: text} | ({"source": name} if name else {})
                     size += len(text.encode())
@@ -2227,7 +2248,7 @@ def commit(folder, here, tok, meta, more=()):
     meta["document"] = {"begin": before, "end": behind}  # the ids that stand around each document
     texts = {"tokenizer.json": tok.spec, "tokenizer_config.json": tok.config, "meta.json": meta}
     for name, value in texts.items():
-        model.write_json(here / name, value)
+        write_json(here / name, value)
     old = old_files(folder)
     shard_names = chain.from_iterable(numbers["shards"] for numbers in splits.values())
     new = [*shard_names, *more, *texts]
@@ -2424,7 +2445,7 @@ def convert(wanted, unit):
 
 def build_tasks(here, pool, units, wanted):
     """Make <task>_train.jsonl and <task>_val.jsonl of the wanted tasks: {file name: its rows}."""
-    parts, made, show = [], {}, model.Progress()
+    parts, made, show = [], {}, Progress()
     for part in pool(partial(convert, wanted), units):
         parts.append(part)
         show(f"converting: {len(parts)} of {len(units)} parts", last=len(parts) == len(units))
@@ -2445,7 +2466,7 @@ def build_tasks(here, pool, units, wanted):
         for split in reversed(SPLITS):  # the training rows come last: see replace_rows
             some = [row for row in rows if (row in last) == (split == "val")]
             made[task_file(name, split)] = len(some)
-            with model.whole_file(here / task_file(name, split)) as file:
+            with whole_file(here / task_file(name, split)) as file:
                 file.write("".join(row + "\n" for row in some).encode(errors="replace"))
     return made
 
@@ -2469,7 +2490,7 @@ def adopt(values):
 def each(f, items, run, pool, what):
     """Run f, which returns the bytes that it did, on this rank's share of the items, on several
     processes. The ranks leave together."""
-    mine, show, begun, done = items[run.rank :: run.world], model.Progress(), time.monotonic(), 0
+    mine, show, begun, done = items[run.rank :: run.world], Progress(), time.monotonic(), 0
     for n, size in enumerate((pool if len(mine) > 1 else map)(f, mine), 1):
         done += size
         if run.main:
@@ -2511,7 +2532,7 @@ def read_fineweb(name):
     """Download a shard of FineWeb: how many tokens it has."""
     path = download(f"{FINEWEB}fineweb_{name}", KEPT / "fineweb10B" / name)
     try:
-        return len(model.open_shard(path))
+        return len(open_shard(path))
     except UserError:
         path.unlink()
         raise UserError(f"{path}: removed: not the token shard that was expected") from None
@@ -2525,7 +2546,7 @@ def learn_tokenizer(here, jobs, pool):
         counts.update(some)
     if not counts:
         raise UserError(f"tokenizer_bytes={tokenizer_bytes}: the documents are too long for so few")
-    tok = train_tokenizer(tokenizer, counts, vocab_size, model.Progress())
+    tok = train_tokenizer(tokenizer, counts, vocab_size, Progress())
     if tokenizer != "char" and tok.n_vocab < vocab_size:
         print("the tokenizer is smaller than vocab_size: the text has no more to offer")
     return tok
@@ -2549,7 +2570,7 @@ def build(run, folder, work, pool):
         tallies = {name: tallies[name] for name in order if name in tallies}
         for name, tally in tallies.items():
             print(tally.line(name))
-        notes = [model.read_json(work / f"{name}.json") for name in names]
+        notes = [files_module.read_json(work / f"{name}.json") for name in names]
         skipped = list(dict.fromkeys(path for note in notes for path in note["skipped"]))
         if skipped:
             print(f"skipped {len(skipped)} files that are not UTF-8, such as {skipped[0]}")
@@ -2559,8 +2580,8 @@ def build(run, folder, work, pool):
             raise Nothing(f"--source={sources or source}: no text for training in it")
         tok = tok or learn_tokenizer(here, jobs, pool)
         print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
-        model.write_json(here / "tokenizer_config.json", tok.config)
-        model.write_json(here / "tokenizer.json", tok.spec)
+        write_json(here / "tokenizer_config.json", tok.config)
+        write_json(here / "tokenizer.json", tok.spec)
     wait(run)
     each(partial(encode, here), jobs, run, pool, "encoding")
     if save_cleaned:
@@ -2641,7 +2662,7 @@ def write_report(here, tallies, clusters, meta):
                 f"{m['share']:.1%} of the mix, {m['asked']:.1%} was asked; {m['written']:,} tokens"
             )
             lines += ["", f"{name}, {split}: {told}, {m['epochs']:.2f} epochs of {m['tokens']:,}"]
-    with model.whole_file(here / "report.md") as file:
+    with whole_file(here / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode(errors="replace"))
 
 
@@ -2685,8 +2706,10 @@ def diversity(here):
 def check_roles():
     """Refuse roles that no tokenizer has, or that this one cannot be given."""
     for role, token in (roles or {}).items():
-        if role not in model.ROLES:
-            raise UserError(f"roles={roles}: {role!r}: expected some of {', '.join(model.ROLES)}")
+        if role not in tokenizer_module.ROLES:
+            raise UserError(
+                f"roles={roles}: {role!r}: expected some of {', '.join(tokenizer_module.ROLES)}"
+            )
         if not isinstance(token, str) or not token:
             raise UserError(f"roles={roles}: {role}: expected the name of a token")
     if roles and (source == "fineweb10B" or Path(tokenizer).is_dir()):
@@ -2731,7 +2754,7 @@ def check_settings():
     if save_cleaned and save_cleaned not in CLEANED:
         raise UserError(f"save_cleaned={save_cleaned}: expected one of {', '.join(CLEANED)}")
     if save_cleaned.endswith(".zst"):
-        model.require_zst(f"save_cleaned={save_cleaned}")
+        require_zst(f"save_cleaned={save_cleaned}")
     for name in steps.split(","):
         if name and name not in [*STEPS, *LAST]:
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *LAST])}")
@@ -2821,8 +2844,8 @@ def main():
     check_settings()
     folder, begun = Path("data") / dataset, time.monotonic()
     if inspect is not None:
-        return show_tokens(finished_tokenizer() or model.Tokenizer.from_folder(folder), inspect)
-    run, work = model.setup("cpu", timedelta(days=7)), folder / "work"
+        return show_tokens(finished_tokenizer() or Tokenizer.from_folder(folder), inspect)
+    run, work = setup("cpu", timedelta(days=7)), folder / "work"
     fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     if run.main:
         if os.path.isdir(folder):
@@ -2860,7 +2883,7 @@ def main():
             remove(work)
             remove_empty(fresh)
     if run.main:
-        took = model.duration(time.monotonic() - begun)
+        took = duration(time.monotonic() - begun)
         then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
         print(f"wrote {folder} in {took}{then}")
 

@@ -40,7 +40,11 @@ from pathlib import Path
 import torch
 
 import model as core
-from model import UserError
+from barelm.chat import TemplateRefusal
+from barelm.checkpoint import load
+from barelm.fast import generating
+from barelm.files import JSONL, file_ending, parse_json, read_input
+from barelm.run import UserError, choose_dtype, setup
 
 
 def read_prompts():
@@ -49,11 +53,11 @@ def read_prompts():
         return [prompt]
     path = Path(prompt_file or "-")
     try:
-        if core.file_ending(path) in core.JSONL:
+        if file_ending(path) in JSONL:
             return read_records(path)
         if str(path) == "-":
             return [read_stdin(whole=True).removesuffix("\n")]
-        return [core.read_input(path).decode()]
+        return [read_input(path).decode()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -63,9 +67,9 @@ def read_prompts():
 def read_records(path):
     """The field `prompt` of each line of a JSONL file."""
     prompts = []
-    for number, line in enumerate(core.read_input(path).splitlines(), 1):
+    for number, line in enumerate(read_input(path).splitlines(), 1):
         if line.strip():
-            record = core.parse_json(line, f"{path}:{number}")
+            record = parse_json(line, f"{path}:{number}")
             text = record.get("prompt") if isinstance(record, dict) else None
             if not isinstance(text, str):
                 shown = line[:60].decode(errors="replace")
@@ -146,7 +150,7 @@ def converse(net, tok):
     # An answer also ends with the token that the template puts behind an assistant's words.
     try:
         tok.eos_ids = [*tok.eos_ids, *tok.end_of_turn()]
-    except core.TemplateRefusal as error:
+    except TemplateRefusal as error:
         print(f"answers end at the end token alone: {error}", file=sys.stderr)
     while True:
         show("you> " if sys.stdin and sys.stdin.isatty() else "")
@@ -164,17 +168,17 @@ def converse(net, tok):
 def main():
     if sys.stdin is not None:  # bytes that are no text are refused, whatever the locale
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    run = core.setup(device)
-    kind, _ = core.choose_dtype(run.device, dtype)
+    run = setup(device)
+    kind, _ = choose_dtype(run.device, dtype)
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples}: expected 1 or more")
     core.check_sampling(**{name: globals()[name] for name in core.SAMPLING})
     if not all(isinstance(text, str) and text for text in stop or []):
         raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
-    net, tok = core.load(model, run.device, kind, quantize)
+    net, tok = load(model, run.device, kind, quantize)
     if net.score is not None:
         return classify(net, tok)
-    with core.generating(net):  # all turns of a conversation
+    with generating(net):  # all turns of a conversation
         converse(net, tok) if chat else complete(net, tok)
 
 

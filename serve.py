@@ -91,7 +91,16 @@ import torch
 import torch.nn.functional as F
 
 import model as core
-from model import UserError
+from barelm import families
+from barelm.checkpoint import find, is_adapter, load, refuse_source, save, saved_tensors, weights_of
+from barelm.families import FAMILIES, misfits
+from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights, tie_embedding
+from barelm.files import whole_file, write_json
+from barelm.resume import clear_folder, holds_model, locked_folder, make_folder, move_files
+from barelm.run import UserError, choose_dtype, setup
+from barelm.safetensors import entries_of
+from barelm.shards import check_tokens, open_shard
+from barelm.tokenizer import GPT2_SPLIT, Tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Smaller: pruning and quantization, and what they cost and gain
@@ -124,18 +133,18 @@ def zeros_share(net):
     """The share of zeros among the weights of the blocks' matrices."""
     total = zeros = 0
     for layer in net.model.layers.modules():
-        if isinstance(layer, (torch.nn.Linear, core.QuantizedLinear)):
+        if isinstance(layer, (torch.nn.Linear, QuantizedLinear)):
             w = layer.weight
-            w = w if w.is_floating_point() else core.dequantize(w, layer.scale)
+            w = w if w.is_floating_point() else dequantize(w, layer.scale)
             total, zeros = total + w.numel(), zeros + int((w == 0).sum())
     return zeros / total
 
 
 def stored_dtype():
     """The dtype of the model's files, or float32 where an adapter is merged into a base."""
-    folder, kinds = core.find(model), set()
-    for path in core.weights_of(folder) if not core.is_adapter(folder) else ():
-        entries = core.entries_of(path)
+    folder, kinds = find(model), set()
+    for path in weights_of(folder) if not is_adapter(folder) else ():
+        entries = entries_of(path)
         kinds |= {kind for kind, _ in entries.values() if kind.is_floating_point}
     return torch.float32 if len(kinds) != 1 else kinds.pop()
 
@@ -148,13 +157,13 @@ def cast(net, kind):
 
 def compressed(run):
     """(network, tokenizer): the model, pruned and quantized if asked for, as an export holds it."""
-    net, tok = core.load(model, run.device, stored_dtype())
+    net, tok = load(model, run.device, stored_dtype())
     if prune and net.quantize:
         raise UserError(f"{model} is quantized: prune what it was made of")
     if prune:
         prune_weights(net, prune)
     if quantize:
-        core.quantize_weights(net, quantize)
+        quantize_weights(net, quantize)
         cast(net, torch.bfloat16)  # what is left beside the codes
     return net, tok
 
@@ -163,13 +172,13 @@ def validation_windows(tok, width):
     """Windows (n, width + 1) int64 of the validation shards, eval_tokens at most, evenly spread."""
     folder, rows = Path("data") / dataset, []
     paths = sorted(folder.glob("val_*.bin"))
-    if not paths or core.Tokenizer.from_folder(folder).bytes != tok.bytes:
+    if not paths or Tokenizer.from_folder(folder).bytes != tok.bytes:
         why = "its tokens are another tokenizer's" if paths else "no validation shards"
         print(f"{folder}: {why}: bits per byte n/a (--dataset names another)")
         return None
     for path in paths:
-        tokens = core.open_shard(path)
-        core.check_tokens(tokens, tok.n_vocab, path)
+        tokens = open_shard(path)
+        check_tokens(tokens, tok.n_vocab, path)
         rows += [tokens[i : i + width + 1] for i in range(0, len(tokens) - width, width)]
     count = min(len(rows), -(-eval_tokens // width))
     if not count:
@@ -196,7 +205,7 @@ def decoding_rate(net, tok):
     tok, rates = copy.copy(tok), []
     tok.eos_ids, prompt = [], [tok.eot_id or 0]
     n = min(64, net.config.n_ctx - 1)
-    with core.generating(net):
+    with generating(net):
         core.generate(net, tok, [prompt], max_new_tokens=2, temperature=0)
         for _ in range(3):
             start = time.perf_counter()  # generate waits for its last token
@@ -207,8 +216,8 @@ def decoding_rate(net, tok):
 
 def show_report(run):
     """The table of the model as it is and as compressed: size, bits per byte, tokens/s, zeros."""
-    kind, _ = core.choose_dtype(run.device, dtype)
-    net, tok = core.load(model, run.device, kind)
+    kind, _ = choose_dtype(run.device, dtype)
+    net, tok = load(model, run.device, kind)
     if net.score is not None:
         return print(f"{model} is a classifier: no bits per byte; eval.py measures it")
     windows = validation_windows(tok, min(net.config.n_ctx, 1024))
@@ -218,8 +227,8 @@ def show_report(run):
         if name == names:
             net, tok = compressed(run)
             cast(net, kind)
-            core.tie_embedding(net, kind)
-        size = sum(t.nbytes for t in core.saved_tensors(net).values()) / 1e6
+            tie_embedding(net, kind)
+        size = sum(t.nbytes for t in saved_tensors(net).values()) / 1e6
         bits = "n/a" if windows is None else f"{bits_per_byte(net, tok, windows):.4f}"
         rate, zeros = decoding_rate(net, tok), f"{zeros_share(net):.1%}"
         print(f"{name:<22}{size:>10,.2f}{bits:>11}{rate:>10,.1f}{zeros:>8}", flush=True)
@@ -240,10 +249,10 @@ def check_family(net):
     if net.adapter_size or net.pooling != "last":
         odd = "bottleneck adapters" if net.adapter_size else "mean pooling"
         raise UserError(f"--export={export}: no Hugging Face architecture has {odd}")
-    if (kind := core.family(c)) != "barelm":
+    if (kind := families.family(c)) != "barelm":
         return kind
-    kind = min(core.FAMILIES, key=lambda kind: len(core.misfits(c, kind)))
-    differ = core.misfits(c, kind)
+    kind = min(FAMILIES, key=lambda kind: len(misfits(c, kind)))
+    differ = misfits(c, kind)
     wanted = ", ".join(f"{k}={v!r} (here {getattr(c, k)!r})" for k, v in differ.items())
     raise UserError(f"--export={export} cannot hold this architecture: {kind} wants {wanted}")
 
@@ -259,7 +268,7 @@ QWEN2_SPLIT = (
 TIKTOKEN_GPT2 = (  # the same pieces as GPT2_SPLIT's; its cl100k_base has no such name
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-GGUF_PRE = {core.GPT2_SPLIT: "gpt-2", TIKTOKEN_GPT2: "gpt-2", QWEN2_SPLIT: "qwen2"}
+GGUF_PRE = {GPT2_SPLIT: "gpt-2", TIKTOKEN_GPT2: "gpt-2", QWEN2_SPLIT: "qwen2"}
 GGUF_PRE[QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")] = "llama-bpe"
 GGUF_NAMES = """model.layers=blk model.embed_tokens=token_embd model.embed_positions=position_embd
 model.norm=output_norm lm_head=output input_layernorm=attn_norm post_attention_layernorm=ffn_norm
@@ -324,7 +333,7 @@ def gguf_tensors(net, kind):
     """{name in a GGUF file: tensor}: q and k are in Meta's order for a Llama, whose rotation pairs
     neighbours; GPT-2's q, k and v are one."""
     c, out = net.config, {}
-    for name, t in core.saved_tensors(net).items():
+    for name, t in saved_tensors(net).items():
         theirs = name
         for old, new in GGUF_NAMES:
             theirs = theirs.replace(old, new)
@@ -400,7 +409,7 @@ def export_gguf(net, tok, path):
         header += struct.pack("<IQ", GGUF_TYPES[as_type][0], at)
         bits = {"F32": 32, "F16": 16, "Q8_0": 8.5}[as_type]
         at += -(-int(t.numel() * bits / 8) // 32) * 32
-    with core.whole_file(path) as file:
+    with whole_file(path) as file:
         file.write(header + b"\0" * (-len(header) % 32))
         for n, t in tensors.items():
             data = gguf_bytes(t, gguf_dtype(n, t))
@@ -424,7 +433,7 @@ def export_onnx(net, tok, path):
         raise UserError(f"{error}: pip install onnx onnxscript onnxruntime") from None
     import onnxruntime
 
-    c, size = net.config, sum(t.nbytes for t in core.saved_tensors(net).values())
+    c, size = net.config, sum(t.nbytes for t in saved_tensors(net).values())
     draw = torch.Generator().manual_seed(seed or 0)
     ids = lambda *shape: torch.randint(tok.n_vocab, shape, generator=draw)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=c.n_ctx)}
@@ -447,8 +456,8 @@ def export_onnx(net, tok, path):
     print(f"largest difference of onnxruntime's logits: {worst:.1e} of the largest logit")
     if not worst < 1e-4:
         raise UserError("--export=onnx: these are not the model's logits; nothing was written")
-    core.write_json(path.with_name("tokenizer.json"), tok.spec)
-    core.write_json(path.with_name("tokenizer_config.json"), tok.config)
+    write_json(path.with_name("tokenizer.json"), tok.spec)
+    write_json(path.with_name("tokenizer_config.json"), tok.config)
 
 
 def convert(run):
@@ -464,7 +473,7 @@ def convert(run):
     if not export:
         return show_report(run)
     folder = out_dir if out_dir is not None else "-".join([str(Path(model)), *done])
-    with core.locked_folder(folder):
+    with locked_folder(folder):
         write_export(run, Path(folder))
 
 
@@ -476,11 +485,11 @@ def write_export(run, folder):
     path, part = folder / files.get(export, "model.safetensors"), folder / "export.tmp"
     found = [path] if path.exists() else []
     if export != "gguf":  # which is one file and may stand beside a model
-        found += core.holds_model(folder)
+        found += holds_model(folder)
     if found and not overwrite:
         raise UserError(f"{found[0]} is there already: --overwrite, or another --out_dir")
     if export != "gguf":
-        core.refuse_source(folder, model)
+        refuse_source(folder, model)
     net, tok = compressed(run)
     if export == "hf":
         check_family(net)
@@ -488,16 +497,16 @@ def write_export(run, folder):
         show_report(run)
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
-        core.make_folder(part)
+        make_folder(part)
         if export in ("hf", "barelm"):
-            core.save(part, net, tok)
+            save(part, net, tok)
         else:
             writer = {"gguf": export_gguf, "onnx": export_onnx}[export]
             writer(net.float().cpu(), tok, part / path.name)
         if export != "gguf":
             path.unlink(missing_ok=True)
-            core.clear_folder(folder)
-        core.move_files(part, folder, last=path.name)
+            clear_folder(folder)
+        move_files(part, folder, last=path.name)
     except OSError as error:  # of the ONNX exporter, which writes its file itself
         why = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written: {why}; nothing was changed") from None
@@ -507,7 +516,7 @@ def write_export(run, folder):
 
 
 if __name__ == "__main__" and (report or export):
-    convert(core.setup(device))
+    convert(setup(device))
     sys.exit()
 
 try:
@@ -669,7 +678,7 @@ class Engine(threading.Thread):
         self.join()
 
     def run(self):
-        with core.generating(self.net), torch.inference_mode():
+        with generating(self.net), torch.inference_mode():
             # The first step packs the weights, for which no client should wait.
             try:
                 core.feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
@@ -1716,7 +1725,7 @@ def model_parts(net):
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
         if weight is None:
             continue
-        quantized, tied = isinstance(layer, core.QuantizedLinear), net.config.tie
+        quantized, tied = isinstance(layer, QuantizedLinear), net.config.tie
         shape, tied = layer.shape if quantized else weight.shape, tied and name == "lm_head"
         params = 0 if tied else math.prod(shape) + (0 if bias is None else bias.numel())
         parts.append(dict(name=name, shape=list(shape), params=params, tied=tied))
@@ -1974,11 +1983,11 @@ def main():
     if api_key is not None and not api_key.strip():
         raise UserError("--api_key= is empty: it would let everyone in")
     api_key = (api_key or os.environ.get("BARELM_API_KEY", "")).strip()
-    run = core.setup(device)
+    run = setup(device)
     if prune:
         raise UserError(f"--prune={prune} serves nothing: --export=hf, and serve what that writes")
-    kind, _ = core.choose_dtype(run.device, dtype)
-    net, tok = core.load(model, run.device, kind, quantize)
+    kind, _ = choose_dtype(run.device, dtype)
+    net, tok = load(model, run.device, kind, quantize)
     params = sum(part["params"] for part in model_parts(net))
     print(f"{model}: {params / 1e6:.1f}M parameters, {str(kind)[6:]} on {run.device}")
     serve(net, tok)

@@ -100,7 +100,48 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from model import UserError
+from barelm import checkpoint, resume
+from barelm.checkpoint import load, refuse_source
+from barelm.families import family
+from barelm.files import write_json
+from barelm.optim import (
+    flops_per_token,
+    free_memory,
+    make_optimizer,
+    memory_estimate,
+    n_params,
+    peak_flops,
+)
+from barelm.resume import (
+    COMPANIONS,
+    changed_settings,
+    check_parts,
+    check_rows,
+    check_state,
+    clear_folder,
+    holds_model,
+    locked_folder,
+    open_log,
+    refuse_changes,
+    restore_optimizers,
+    say_changes,
+    weights_step,
+    write_row,
+)
+from barelm.run import (
+    Progress,
+    UserError,
+    autocast,
+    check_gradient,
+    check_moved,
+    choose_dtype,
+    duration,
+    lost_process,
+    setup,
+    weight_sums,
+)
+from barelm.shards import check_tokens, document_layout, open_shard
+from barelm.tokenizer import Tokenizer
 
 SHAPE = [key for key in model.GPTConfig.__dataclass_fields__ if key in globals()]
 # A resume with another of these would draw another curve: of another network, on other windows, in
@@ -125,7 +166,7 @@ class Windows:
     n_vocab: a batch with an id from here on is refused, by its shard's name (0: not looked at)."""
 
     def __init__(self, paths, seq_len, seed=0, partial=False, stride=0, n_vocab=0):
-        self.shards, self.seq_len, self.seed = [model.open_shard(p) for p in paths], seq_len, seed
+        self.shards, self.seq_len, self.seed = [open_shard(p) for p in paths], seq_len, seed
         self.stride, self.paths, self.n_vocab = stride or seq_len, list(paths), n_vocab
         tokens = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         spare = tokens - 1 - seq_len + partial * (seq_len - 1)  # behind the first window
@@ -154,7 +195,7 @@ class Windows:
         if self.n_vocab and windows.max() >= self.n_vocab:  # on the host: no device has to wait
             for i, window in zip(indices, windows):
                 shard = int(np.searchsorted(self.ends, i, side="right"))
-                model.check_tokens(window, self.n_vocab, self.paths[shard])
+                check_tokens(window, self.n_vocab, self.paths[shard])
         both = torch.from_numpy(windows)
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
@@ -169,7 +210,7 @@ def open_dataset():
         of = same_recipes() or ("" if dataset == "python" else "--source=... ")
         make = f"python prepare.py {of}--dataset={dataset}"
         raise UserError(f"{folder}: no prepared data: {make} first")
-    tok = model.Tokenizer.from_folder(folder)
+    tok = Tokenizer.from_folder(folder)
     shards, n_vocab = sorted(folder.glob("train_*.bin")), tok.n_vocab
     train = Windows(shards, seq_len, seed, stride=stride, n_vocab=n_vocab)
     if train.n == 0:
@@ -249,10 +290,10 @@ def lr_scale(step, progress, warmed=0.0):
 
 def starting_point(out):
     """init_from, auto decided. What the folder holds is only replaced where that is asked for."""
-    found = model.holds_model(out)
+    found = holds_model(out)
     if init_from == "auto" and (out / "model.safetensors").exists():
         return "resume"
-    unfinished = [*model.COMPANIONS, "state.pt.tmp"]  # without weights, what a first save leaves
+    unfinished = [*COMPANIONS, "state.pt.tmp"]  # without weights, what a first save leaves
     saved = [path for path in found if path.parent == out and path.name not in unfinished]
     if init_from == "auto" and (out / "run.json").is_file() and not saved:
         return "scratch"  # a run that was killed before its first save begins again
@@ -275,10 +316,10 @@ def open_run(tok, digest):
     if start == "resume":
         folder, state = out, load_state(out)
         changed = changes(state, {"dataset": digest})
-        model.refuse_changes(changed, FIXED, out)
+        refuse_changes(changed, FIXED, out)
     else:
-        model.refuse_source(out, folder)
-    net, folder_tok = model.load(folder)
+        refuse_source(out, folder)
+    net, folder_tok = load(folder)
     if (folder_tok.bytes, folder_tok.eot_id) != (tok.bytes, tok.eot_id):
         mend = f"prepare the data with --tokenizer={folder}"
         raise UserError(f"data/{dataset} and {folder} have different tokenizers: {mend}")
@@ -290,21 +331,21 @@ def open_run(tok, digest):
 
 def load_state(out):
     """The state of the run in a folder, of the kinds that main saves."""
-    state = model.load_state(out)
+    state = resume.load_state(out)
     kinds = dict(step=0, windows=0, seconds=0.0, best=-1.0, mean_loss=math.nan, history=[])
     kinds |= dict(warmed=[], micro=0, compiled=True, parts=[], optimizers=[])
-    model.check_state(state, kinds, out / "state.pt")
-    model.check_rows(state["history"], [0, 0.0, 0.0], out / "state.pt")
+    check_state(state, kinds, out / "state.pt")
+    check_rows(state["history"], [0, 0.0, 0.0], out / "state.pt")
     kinds = {"warmed step": 0, "warmed windows": 0, "warmed seconds": 0.0}
-    model.check_state(dict(zip(kinds, state["warmed"])), kinds, out / "state.pt")
-    model.check_parts(state["parts"], out / "state.pt")
+    check_state(dict(zip(kinds, state["warmed"])), kinds, out / "state.pt")
+    check_parts(state["parts"], out / "state.pt")
     return state
 
 
 def changes(state, facts):
     """What this resume changes in what shapes the run: {key: "key old -> new"}."""
     config = {key: value for key, value in settings(globals()).items() if key not in ASIDE}
-    return model.changed_settings(state["parts"][-1], config, facts)
+    return changed_settings(state["parts"][-1], config, facts)
 
 
 def run_record():
@@ -487,7 +528,7 @@ def try_compile(net, run, train_tokens, batch, cast):
     if agreed(run, [bool(fault)])[0]:
         net.train_block = model.call_block
         return net, f"off, since {fault or 'it failed or differed on another process'}"
-    spent = model.duration(time.monotonic() - begun)
+    spent = duration(time.monotonic() - begun)
     return body, f"on, after {spent}: {figures[0]}; eager {figures[1]}"
 
 
@@ -498,7 +539,7 @@ def flops_of_run(net, train_tokens):
     ends = (batch_tokens, max_steps), (1, max_tokens), (train_tokens, max_epochs)
     tokens = min(size * (n or math.inf) for size, n in ends)
     limit = 60 * (max_minutes or math.inf) * 5e11  # what two cores with bfloat16 do
-    return min(tokens * model.flops_per_token(net.config, seq_len), limit)
+    return min(tokens * flops_per_token(net.config, seq_len), limit)
 
 
 def memory_used(device):
@@ -518,13 +559,13 @@ def out_of_memory(error):
 
 def main():
     global document_begin, document_end, micro, compile
-    run = model.setup(device)
-    progress = model.Progress()
+    run = setup(device)
+    progress = Progress()
     say = progress.note if run.main else lambda text: None
     check_settings()
     config = settings(globals())  # as the user gave it
     tok, train, val, apart, digest = open_dataset()
-    document_begin, document_end = model.document_layout(Path("data") / dataset, tok)
+    document_begin, document_end = document_layout(Path("data") / dataset, tok)
     stops = document_end or document_begin[:1]
     net, tok, state = open_run(tok, digest)
     tok.eos_ids = [*tok.eos_ids, *(id for id in document_end if id not in tok.eos_ids)]
@@ -534,21 +575,21 @@ def main():
     agreed(run, [0])  # nobody writes before everybody has read
     net.to(run.device).train()
     net.checkpoint = checkpoint_blocks
-    c, params = net.config, model.n_params(net)
-    kind, why = model.choose_dtype(run.device, dtype, c.n_embd)
-    cast = model.autocast(run.device, kind)
+    c, params = net.config, n_params(net)
+    kind, why = choose_dtype(run.device, dtype, c.n_embd)
+    cast = autocast(run.device, kind)
     scaler = torch.amp.GradScaler(run.device.type) if kind == torch.float16 else None
 
     how = (kind, checkpoint_blocks, 2 if optimizer == "adamw" else 1, run.device.type)
-    fixed, per_window = model.memory_estimate(c, params, 1, seq_len, *how)
-    free = model.free_memory(run.device) / (1 if run.device.type == "cuda" else run.world)
+    fixed, per_window = memory_estimate(c, params, 1, seq_len, *how)
+    free = free_memory(run.device) / (1 if run.device.type == "cuda" else run.world)
     fits = int((0.8 * free - fixed) / per_window)
     if run.device.type == "cpu":
         fits = min(fits, max(1, 4096 // seq_len))  # more at once is no faster on a CPU
     fits = state["micro"] if state else fits  # whatever memory is free now: the same sums
     rows, share, micro = split_batch(run.world, fits)
     say(
-        f"model: {model.family(c)}, {params:,} parameters: {c.n_layer} layers of width {c.n_embd}, "
+        f"model: {family(c)}, {params:,} parameters: {c.n_layer} layers of width {c.n_embd}, "
         f"context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
         f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {share // micro} "
         f"micro-batch(es) x {micro} window(s) x {seq_len} tokens\n"
@@ -559,16 +600,16 @@ def main():
     )
     precision = torch.bfloat16 if kind == torch.bfloat16 else torch.float32  # of Muon's products
     how = (learning_rate, weight_decay, (beta1, beta2), momentum, precision)
-    optimizers = model.make_optimizer(net, optimizer, *how)
+    optimizers = make_optimizer(net, optimizer, *how)
     fresh = dict(step=0, windows=0, seconds=0.0, best=math.inf, history=[], mean_loss=math.nan)
     fresh["warmed"] = [0, 0, 0.0]  # step, windows, seconds at the end of the warm-up, or at present
     step, windows, seconds, best, history, mean_loss, warmed = ((state or fresh)[k] for k in fresh)
     begun, bad = time.monotonic() - seconds, 0
     if state:
         where = Path(out_dir) / "state.pt"
-        model.restore_optimizers(optimizers, state["optimizers"], where)
+        restore_optimizers(optimizers, state["optimizers"], where)
         if scaler and state.get("scaler"):
-            model.check_state(state["scaler"], scaler.state_dict(), where)
+            check_state(state["scaler"], scaler.state_dict(), where)
             scaler.load_state_dict(state["scaler"])
         say(f"resumed {out_dir} at step {step}")
     if agreed(run, [step])[0] != step * run.world:
@@ -597,25 +638,25 @@ def main():
     facts |= dict(compiled=told.startswith("on"), processes=run.world, torch=str(torch.__version__))
     if state:
         parts, changed = state["parts"], changes(state, facts)
-        model.say_changes(changed, parts, say)
+        say_changes(changed, parts, say)
         if "eval_tokens" in changed:  # a loss of other tokens: the best is another
             best, history = math.inf, []
-        if changed and model.weights_step(out / "best") > step:  # of a future that will not be
+        if changed and weights_step(out / "best") > step:  # of a future that will not be
             best = math.inf
     if run.main:
         track = make_trackers()
         if not state:  # what a replaced run has left must never be taken for this one's
-            model.clear_folder(out)
+            clear_folder(out)
         elif state["temporary"]:
             os.replace(out / "state.pt.tmp", out / "state.pt")
         part = {"step": step, "config": config, "facts": facts} | run_record()
         parts = [before for before in parts if before["step"] < step] + [part]
-        model.write_json(out / "run.json", {"config": config} | run_record() | {"parts": parts})
-        log = model.open_log(out / "log.jsonl", step if state else -1, say)
+        write_json(out / "run.json", {"config": config} | run_record() | {"parts": parts})
+        log = open_log(out / "log.jsonl", step if state else -1, say)
 
     def record(row):
         if run.main:
-            model.write_row(log, row)
+            write_row(log, row)
             track(row)
 
     def save(folder=out, full=True):
@@ -625,7 +666,7 @@ def main():
             state |= dict(parts=parts, warmed=warmed)
             state |= dict(optimizers=[o.state_dict() for o in optimizers])
             state["scaler"] = scaler.state_dict() if scaler else None
-            model.save(folder, net, tok, step, state if full else None)
+            checkpoint.save(folder, net, tok, step, state if full else None)
 
     caught = []  # signals
 
@@ -640,7 +681,7 @@ def main():
     if warmed_up >= 1 and max_steps != 0:
         say(f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate")
     done = progress_at(step, windows * seq_len, train.n, seconds)
-    peak, flops = model.peak_flops(run.device), model.flops_per_token(c, seq_len)
+    peak, flops = peak_flops(run.device), flops_per_token(c, seq_len)
     tick = loop_begun = time.monotonic()
     done_before = done
     while done < 1 and not stop:
@@ -664,16 +705,16 @@ def main():
         loss /= batch_tokens
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            model.check_gradient(norm, step + 1)
+            check_gradient(norm, step + 1)
         # The last steps of a schedule, from which a resume may start, move less than float32 shows.
         must_move = finite and (step < warmup_steps or scale > 0.01)
-        before = model.weight_sums(net.parameters()) if first_update and must_move else None
+        before = weight_sums(net.parameters()) if first_update and must_move else None
         for o in optimizers:
             if finite:
                 o.step()
             o.zero_grad()
         if before is not None:
-            model.check_moved(before, net.parameters(), learning_rate * scale)
+            check_moved(before, net.parameters(), learning_rate * scale)
             first_update = False
         if scaler:
             scaler.update()
@@ -692,7 +733,7 @@ def main():
             progress(
                 f"step {step} ({100 * done:.0f} %)  loss {loss:.4f}  lr {row['lr']:.2e}  norm "
                 f"{norm:.2f}  {tok_s:,.0f} tok/s  mfu {of_peak}  mem {mem / 2**30:.2f} GiB  "
-                f"left {model.duration(left)}"
+                f"left {duration(left)}"
             )
         if finite:
             bad, mean_loss = 0, loss if step == 1 or mean_loss != mean_loss else mean_loss
@@ -740,7 +781,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with model.locked_folder(out_dir), model.lost_process():
+        with locked_folder(out_dir), lost_process():
             status = main()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from test_outside import FIXTURES, open_tokenizer
 
-import model
-from model import Tokenizer, UserError
+from barelm.chat import RENDERER
+from barelm.files import write_json
+from barelm.run import UserError
+from barelm.tokenizer import Tokenizer, byte_letters
 
 MARKS = "<BOS> <EOS> <|start|> <|channel|> <|message|> <|end|> <|return|> <|sep|> <User> <Bot>"
 MARKS = f"{MARKS} <|call|>".split()
@@ -18,7 +20,7 @@ MARKS = f"{MARKS} <|call|>".split()
 
 def tokenizer(template, **config):
     """A tokenizer of bytes and marks with this chat template."""
-    letters = model.byte_letters()
+    letters = byte_letters()
     vocab = {letter: i for i, letter in enumerate(letters.values())}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = [
@@ -343,7 +345,7 @@ def test_what_generation_marks_is_the_mask_of_transformers(template, tmp_path):
         tok = open_tokenizer(family)
         tok = Tokenizer(tok.spec, tok.config | {"chat_template": template})
         for name, value in (("tokenizer.json", tok.spec), ("tokenizer_config.json", tok.config)):
-            model.write_json(tmp_path / name, value)
+            write_json(tmp_path / name, value)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         for talk in TALKS:
             out = theirs.apply_chat_template(
@@ -415,7 +417,7 @@ BOMBS = {
 
 
 def test_templates_that_run_wild_are_a_line(monkeypatch):
-    monkeypatch.setattr(model, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("barelm.chat.TEMPLATE_SECONDS", 0.3)
     for template, words in BOMBS.items():
         with pytest.raises(UserError, match=words) as refused:
             tokenizer(template).chat(TALKS[0])
@@ -444,16 +446,16 @@ def test_a_conversation_that_runs_wild_spoils_no_other():
 def test_the_template_process_is_replaced_and_belongs_to_one_process():
     tok = tokenizer(TOOLS)
     ids, _ = tok.chat(TALKS[0])
-    model.RENDERER.process.kill()
-    model.RENDERER.process.wait()
+    RENDERER.process.kill()
+    RENDERER.process.wait()
     assert tok.chat(TALKS[0])[0] == ids
-    parent, (read, write) = model.RENDERER.process.pid, os.pipe()
+    parent, (read, write) = RENDERER.process.pid, os.pipe()
     if (child := os.fork()) == 0:
-        same = tok.chat(TALKS[0])[0] == ids and model.RENDERER.process.pid != parent
+        same = tok.chat(TALKS[0])[0] == ids and RENDERER.process.pid != parent
         os.write(write, b"1" if same else b"0")
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(read, 1) == b"1" and model.RENDERER.process.pid == parent
+    assert os.read(read, 1) == b"1" and RENDERER.process.pid == parent
     assert tok.chat(TALKS[0])[0] == ids
 
 

@@ -10,6 +10,8 @@ from conftest import run
 
 import model
 import train
+from barelm.fast import BlockedAttention, LinearCrossEntropy
+from barelm.run import UserError, autocast, check_gradient, check_moved, weight_sums
 
 SHAPE = dict(vocab_size=128, n_ctx=160, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -43,7 +45,7 @@ def loss_and_gradients(network, net, dtype=torch.float32, docs=None, seed=0):
     targets[0, :9] = -100
     net.zero_grad()
     torch.manual_seed(seed)  # of dropout
-    with model.autocast(torch.device("cpu"), dtype):
+    with autocast(torch.device("cpu"), dtype):
         loss, count = network(ids, targets, docs=docs)
     (loss / count).backward()
     return (loss / count).detach(), {n: p.grad.clone() for n, p in net.named_parameters()}
@@ -99,7 +101,7 @@ def test_the_head_equals_cross_entropy(dtype, size):
     weight = torch.randn(50, 24, generator=generator).requires_grad_()
     targets = torch.randint(50, (65,), generator=generator)
     targets[::5] = -100
-    loss = model.LinearCrossEntropy.apply(h, weight, targets, True, size)
+    loss = LinearCrossEntropy.apply(h, weight, targets, True, size)
     logits = (h @ weight.to(dtype).T).float()
     reference = F.cross_entropy(logits, targets, reduction="sum")
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
@@ -116,7 +118,7 @@ def test_blocked_attention_gives_its_gradients_twice():
     q, k, v = (torch.randn(2, n, 300, 16, dtype=torch.float64) for n in (4, 2, 2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     later = torch.ones(1, 1, 300, 300, dtype=torch.bool).triu(1)
-    ours = model.BlockedAttention.apply(q, k, v, later)
+    ours = BlockedAttention.apply(q, k, v, later)
     plain = F.scaled_dot_product_attention(q, k, v, ~later, enable_gqa=True)
     torch.testing.assert_close(ours, plain)
     for _ in range(2):
@@ -149,7 +151,7 @@ class Scaled(torch.autograd.Function):
 def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_factor, differs):
     net = model.GPT(model.GPTConfig(**SHAPE)).train()
     batch = torch.randint(128, (2, 3, 160))
-    cast = model.autocast(torch.device("cpu"), torch.float32)
+    cast = autocast(torch.device("cpu"), torch.float32)
 
     def network(ids, targets, docs):
         loss, count = net(ids, targets, docs=docs)
@@ -164,7 +166,7 @@ def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_fact
 def test_one_layer_without_gradients_is_noticed():
     net = model.GPT(model.GPTConfig(**(SHAPE | {"n_layer": 3}))).train()
     batch = torch.randint(128, (2, 3, 160))
-    cast = model.autocast(torch.device("cpu"), torch.float32)
+    cast = autocast(torch.device("cpu"), torch.float32)
     eager = train.loss_and_gradients(net, net, *batch, cast)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
         index = [n for n, _ in net.named_parameters()].index(name)
@@ -175,15 +177,15 @@ def test_one_layer_without_gradients_is_noticed():
 
 def test_a_step_that_changes_nothing_ends_the_run():
     params = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.zeros(2))]
-    before = model.weight_sums(params)
-    with pytest.raises(model.UserError, match="moved no weight"):
-        model.check_moved(before, params, 1e-3)
+    before = weight_sums(params)
+    with pytest.raises(UserError, match="moved no weight"):
+        check_moved(before, params, 1e-3)
     with torch.no_grad():
         params[1][0] = 1e-45  # the smallest step that there is
-    model.check_moved(before, params, 1e-3)
-    with pytest.raises(model.UserError, match="step 7: the gradient norm is exactly zero"):
-        model.check_gradient(0.0, 7)
-    model.check_gradient(1e-30, 7)
+    check_moved(before, params, 1e-3)
+    with pytest.raises(UserError, match="step 7: the gradient norm is exactly zero"):
+        check_gradient(0.0, 7)
+    check_gradient(1e-30, 7)
 
 
 def test_a_run_without_a_learning_rate_ends(tiny):

@@ -9,6 +9,10 @@ from conftest import ROOT, run
 
 import model
 import train
+from barelm.files import read_json, write_json
+from barelm.run import UserError
+from barelm.shards import document_layout, open_shard
+from barelm.tokenizer import Tokenizer
 
 FAMILIES = ["gpt2", "llama2", "llama3", "mistral", "qwen3", "smollm2", "tinyllama"]
 # What a text begins with and ends with: the post-processor's words of each file, and its eos_token.
@@ -33,7 +37,7 @@ def prepared(folder, name, lines=LINES, copies=100):
 
 
 def ids_of(data):
-    return model.open_shard(data / "train_000000.bin").astype(np.int64)
+    return open_shard(data / "train_000000.bin").astype(np.int64)
 
 
 def learn(ids, tok, steps=120):
@@ -57,10 +61,10 @@ def learn(ids, tok, steps=120):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_learns_to_stop(name, tmp_path):
     data = prepared(tmp_path, name)
-    tok = model.Tokenizer.from_folder(data)
+    tok = Tokenizer.from_folder(data)
     begin = [tok.special[BEGIN[name]]] if name in BEGIN else []
     end = [tok.special[END[name]]] if name in END else []
-    meta = model.read_json(data / "meta.json")
+    meta = read_json(data / "meta.json")
     assert meta["document"] == {"begin": begin, "end": end}
     assert tok.prompt("") == [*end, *begin][-1:]  # what stands before a document's first token
     ids = ids_of(data).tolist()
@@ -107,14 +111,14 @@ def test_the_mask_parts_documents(begin, end, monkeypatch):
 
 def test_shards_of_an_earlier_version_keep_their_borders(tmp_path):
     data = prepared(tmp_path, "llama3", copies=30)
-    tok = model.Tokenizer.from_folder(data)
-    meta = model.read_json(data / "meta.json")
+    tok = Tokenizer.from_folder(data)
+    meta = read_json(data / "meta.json")
     old = np.array([i for line in LINES * 30 for i in [tok.bos_id, *tok.encode(line)]], "<u2")
     header = np.array([20240520, 1, len(old), *[0] * 253], "<i4")
     (data / "train_000000.bin").write_bytes(header.tobytes() + old.tobytes())
     del meta["document"]
-    model.write_json(data / "meta.json", meta)
-    assert model.document_layout(data, tok) == ([tok.bos_id], [])
+    write_json(data / "meta.json", meta)
+    assert document_layout(data, tok) == ([tok.bos_id], [])
     args = "--n_layer=1 --n_head=1 --n_kv_head=1 --n_embd=16 --seq_len=16 --batch_tokens=64"
     args += " --device=cpu --max_steps=2 --document_mask --dataset=llama3 --out_dir=out/a"
     told = run(tmp_path, "train.py", *args.split()).stdout
@@ -127,10 +131,10 @@ def test_shards_of_an_earlier_version_keep_their_borders(tmp_path):
                {"begin": [], "end": [True]}]
 )  # fmt: skip
 def test_a_malformed_layout_is_one_line(layout, tmp_path):
-    model.write_json(tmp_path / "meta.json", {"document": layout})
-    tok = model.Tokenizer.from_folder(fixture("llama3"))
-    with pytest.raises(model.UserError, match="meta.json: document: expected lists of ids"):
-        model.document_layout(tmp_path, tok)
+    write_json(tmp_path / "meta.json", {"document": layout})
+    tok = Tokenizer.from_folder(fixture("llama3"))
+    with pytest.raises(UserError, match="meta.json: document: expected lists of ids"):
+        document_layout(tmp_path, tok)
 
 
 # Tokenizers of folders that name their end elsewhere, or have none
@@ -148,18 +152,18 @@ def test_a_malformed_layout_is_one_line(layout, tmp_path):
     ],
 )
 def test_a_folder_that_names_its_end_elsewhere(names, ids, expected, tmp_path):
-    spec = model.read_json(fixture("llama2") / "tokenizer.json")
+    spec = read_json(fixture("llama2") / "tokenizer.json")
     folder = tmp_path / "theirs"
     folder.mkdir()
-    model.write_json(folder / "tokenizer.json", spec)
-    model.write_json(folder / "tokenizer_config.json", names)
-    model.write_json(folder / "config.json", ids)
+    write_json(folder / "tokenizer.json", spec)
+    write_json(folder / "tokenizer_config.json", names)
+    write_json(folder / "config.json", ids)
     (tmp_path / "a.txt").write_text("one text\n" * 30)
     args = ["--source=a.txt", "--dataset=d", "--threads=1", f"--tokenizer={folder}"]
     run(tmp_path, "prepare.py", *args)
     begin, end = expected
     data = tmp_path / "data/d"
-    shard, tok = ids_of(data).tolist(), model.Tokenizer.from_folder(data)
-    assert model.document_layout(data, tok) == (begin, end)
+    shard, tok = ids_of(data).tolist(), Tokenizer.from_folder(data)
+    assert document_layout(data, tok) == (begin, end)
     assert shard[: len(begin)] == begin and shard[len(shard) - len(end) :] == end
     assert tok.eos_ids == (end or begin)  # where generation stops

@@ -19,6 +19,9 @@ from conftest import ROOT, run
 import eval as evaluation
 import model
 import prepare
+from barelm import checkpoint
+from barelm.checkpoint import save
+from barelm.run import UserError
 
 FIXTURE = ROOT / "tests" / "fixtures" / "lm_eval.json"
 WORDS = "the cat sat on a mat because it was warm and number answer question is of five".split()
@@ -63,7 +66,7 @@ def small(tmp_path_factory):
         net.lm_head.weight[tok.n_vocab :] = 0  # padding, which transformers would write
         for byte in b"0123456789# $":
             net.lm_head.weight[tok.encode(chr(byte))[0]] *= 1.5
-    model.save(folder / "net", net, tok)
+    save(folder / "net", net, tok)
     write = lambda name, rows: (folder / name).write_text(
         "".join(json.dumps(r) + "\n" for r in rows)
     )
@@ -182,7 +185,7 @@ def naive(net, context, continuation):
 
 @torch.no_grad()
 def test_shared_beginnings_and_contexts_change_no_score(small):
-    net, tok = model.load(small / "net")
+    net, tok = checkpoint.load(small / "net")
     beginning = tok.encode(" ".join(WORDS * 6))
     requests = []
     for i in range(6):
@@ -334,7 +337,7 @@ def test_rows_come_from_the_hub_on_request(small, monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(model, "HUB", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setattr("barelm.checkpoint.HUB", f"http://127.0.0.1:{server.server_address[1]}/")
     args = ["--model=net", "--tasks=arc_easy", "--data=fetched", "--download", "--out_dir=hub"]
     run(small, "eval.py", *args)
     assert results(small, "hub")["arc_easy"]["n"] == 4
@@ -351,9 +354,9 @@ def test_rows_come_from_the_hub_on_request(small, monkeypatch):
 
 def test_a_classifier(tiny):
     rows = [{"text": f"def f(x{i}): return x", "label": "ab"[i % 3 == 0]} for i in range(12)]
-    net, tok = model.load(tiny / "out/tiny")
+    net, tok = checkpoint.load(tiny / "out/tiny")
     net.set_score(["a", "b"])
-    model.save(tiny / "out/classes", net, tok)
+    save(tiny / "out/classes", net, tok)
     (tiny / "data/classes").mkdir()
     lines = "".join(json.dumps(r) + "\n" for r in rows)
     (tiny / "data/classes/classify_val.jsonl").write_text(lines)
@@ -425,5 +428,5 @@ def test_rows_and_texts_by_their_names_in_any_case(tmp_path):
     (tmp_path / "e.txt").write_text("é\n", encoding="utf-16")
     assert evaluation.read_text(tmp_path / "e.txt") == ["é\n"]
     (tmp_path / "f.txt.gz").write_bytes(gzip.compress(lines)[:-9])
-    with pytest.raises(model.UserError, match="f.txt.gz: cannot be read: "):
+    with pytest.raises(UserError, match="f.txt.gz: cannot be read: "):
         evaluation.read_text(tmp_path / "f.txt.gz")

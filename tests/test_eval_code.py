@@ -16,7 +16,7 @@ import pytest
 from conftest import run as run_script
 
 import eval as ev
-from model import UserError
+from barelm.run import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 HUMANEVAL = ROOT.parent / "shared/data/humaneval/HumanEval.jsonl"

@@ -12,7 +12,7 @@ from conftest import run
 
 import eval as evaluation
 import model
-from model import UserError
+from barelm.run import UserError
 
 DEEP = "[" * 100_000
 

@@ -18,6 +18,9 @@ import eval as stage
 import finetune
 import model
 import prepare
+from barelm.checkpoint import save
+from barelm.optim import flops_per_token, n_params
+from barelm.safetensors import write_safetensors
 from config import script_keys
 
 
@@ -128,12 +131,12 @@ def test_a_plan_is_a_recipe_of_that_size(tmp_path, flag, n):
     shape = {k: r[k] for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")}
     config = model.GPTConfig(vocab_size=50304, n_ctx=r["seq_len"], **shape)
     with torch.device("meta"):
-        count = model.n_params(model.GPT(config))
+        count = n_params(model.GPT(config))
     n = n or stage.chinchilla_params(6 * 2e9 * 8.05e7)  # near the optimum for that many tokens
     assert abs(count / n - 1) < (0.1 if "tokens" not in flag else 0.3)
     assert f"{count:,} parameters" in done.stdout
     assert r["batch_tokens"] % (3 * r["seq_len"]) == 0
-    flops = model.flops_per_token(config, r["seq_len"])
+    flops = flops_per_token(config, r["seq_len"])
     if flag == "flops=1e18":
         assert r["max_tokens"] * flops == pytest.approx(1e18, 0.02)
     if flag == "tokens=2e9":
@@ -208,7 +211,7 @@ def test_plans_of_fine_tunings(tmp_path):
     grpo = stage.finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
     assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
     tok = prepare.bpe_tokenizer(prepare.train_bpe({b" some words": 9}, 8))
-    model.save(tmp_path / "net", net, tok)
+    save(tmp_path / "net", net, tok)
     (tmp_path / "mine.py").write_text("method = 'grpo'\nmax_steps = 30\nmax_epochs = None\n")
     flags = ["--plan", "--finetune=grpo", "--model=net", "--examples=64", "--tokens=640"]
     out = run(tmp_path, "eval.py", "mine.py", *flags, "--price=36").stdout
@@ -257,12 +260,12 @@ def test_a_curve_through_runs(tmp_path):
     losses = {}
     for width in (8, 16, 32, 64):
         net = model.GPT(model.GPTConfig(vocab_size=64, n_ctx=8, n_layer=1, n_head=1, n_embd=width))
-        n = model.n_params(net)
+        n = n_params(net)
         losses[n] = 1 + 20 / n**0.5
         name = make_run(tmp_path, f"w{width}", [3.0], val=losses[n])
         weights = {k: v for k, v in net.state_dict().items() if k != "lm_head.weight"}  # tied
         with open(tmp_path / name / "model.safetensors", "wb") as file:
-            model.write_safetensors(file, weights, {"step": "1"})
+            write_safetensors(file, weights, {"step": "1"})
     names = [f"w{width}" for width in (8, 16, 32, 64)]
     done = run(tmp_path, "eval.py", "--plan", "--compare", *names)
     e, a, p = map(float, re.search(r"L = ([\d.]+) \+ ([\d.]+) / N\^([\d.]+)", done.stdout).groups())

@@ -19,7 +19,14 @@ from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
 import model
 import prepare
 import serve
-from model import QuantizedLinear, Tokenizer, UserError
+from barelm.checkpoint import load, save, saved_tensors
+from barelm.families import family
+from barelm.fast import QuantizedLinear, dequantize, generating, joint, quantize_weights
+from barelm.files import whole_file, write_json
+from barelm.optim import make_optimizer
+from barelm.run import UserError
+from barelm.safetensors import read_safetensors, write_safetensors
+from barelm.tokenizer import GPT2_SPLIT, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def tok():
 def saved(folder, tok, **shape):
     """(a random network with tok's vocabulary, the folder that holds it)."""
     net = make_net(vocab_size=-(-tok.n_vocab // 64) * 64, **shape)
-    model.save(folder, net, tok)
+    save(folder, net, tok)
     return net, folder
 
 
@@ -64,14 +71,14 @@ def test_quantized_weights_are_the_nearest_levels(kind, bias, width, height):
     with torch.no_grad():
         layer.weight[3], layer.weight[4] = 0, layer.weight[4].abs() + 1
     quantized, expected = QuantizedLinear(layer, kind), naive_weights(layer.weight.data, kind)
-    got = model.dequantize(quantized.weight, quantized.scale)[:, :width]
+    got = dequantize(quantized.weight, quantized.scale)[:, :width]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     for rows in (1, 2, 40):  # the product for a few rows, and for many
         x = torch.randn(rows, width).bfloat16()
         for given in (x, x.float()):
             right = F.linear(x.float(), expected, layer.bias)
-            with torch.no_grad(), model.generating(make_net(**QWEN3)):
-                packed = model.joint(given, quantized, quantized)
+            with torch.no_grad(), generating(make_net(**QWEN3)):
+                packed = joint(given, quantized, quantized)
             assert quantized(given).dtype == packed.dtype == given.dtype
             torch.testing.assert_close(quantized(given).float(), right, rtol=0.02, atol=0.03)
             twice = torch.cat((right, right), 1)
@@ -84,33 +91,33 @@ def test_quantized_networks_are_saved_as_they_are(kind, name, tok, tmp_path):
     net, ids = make_net(vocab_size=320, **(SHAPES | OURS)[name]), random_ids(2, 20)
     with torch.no_grad():
         before = net(ids)
-        after = model.quantize_weights(net, kind)(ids)
+        after = quantize_weights(net, kind)(ids)
         assert 0 < (after - before).norm() / before.norm() < dict(int8=0.05, int4=0.5)[kind]
-        model.save(tmp_path, net, tok)
-        again, _ = model.load(tmp_path, quantize=kind)
+        save(tmp_path, net, tok)
+        again, _ = load(tmp_path, quantize=kind)
         assert torch.equal(again(ids), after)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "barelm"
     if net.config.tie:
         assert again.lm_head.weight.shape[0] == 320
-        entries, _ = model.read_safetensors(tmp_path / "model.safetensors")
+        entries, _ = read_safetensors(tmp_path / "model.safetensors")
         assert "model.embed_tokens.weight" not in entries
     [g] = model.generate(again, tok, [[1, 2, 3]], max_new_tokens=5, temperature=0)
     assert len(g.ids) == 5
     other = dict(int8="int4", int4="int8")[kind]
     with pytest.raises(UserError, match=f"{kind} already"):
-        model.load(tmp_path, quantize=other)
+        load(tmp_path, quantize=other)
     with pytest.raises(UserError, match="not trained"):
-        model.make_optimizer(again)
+        make_optimizer(again)
     with pytest.raises(UserError, match="expected int8 or int4"):
-        model.load(tmp_path, quantize="int3")
+        load(tmp_path, quantize="int3")
 
 
 def test_quantized_classifiers_keep_their_labels(tok, tmp_path):
     net, ids = make_net(vocab_size=320, **QWEN3), random_ids(2, 9)
     net.set_score(["no", "yes"])
-    model.quantize_weights(net, "int8")
-    model.save(tmp_path, net, tok)
-    again, _ = model.load(tmp_path)
+    quantize_weights(net, "int8")
+    save(tmp_path, net, tok)
+    again, _ = load(tmp_path)
     assert again.labels == ["no", "yes"] and type(again.score) is torch.nn.Linear
     with torch.no_grad():
         assert torch.equal(again.score(again.hidden(ids)), net.score(net.hidden(ids)))
@@ -125,7 +132,7 @@ def table(text):
 
 
 def test_the_report_and_the_folder_agree(tiny):
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     width, count = net.config.n_ctx, 12
     args = ["--model=out/tiny", "--dataset=tiny", f"--eval_tokens={count * width}"]
     shown = run(tiny, "serve.py", *args, "--quantize=int4", "--prune=0.5", "--report").stdout
@@ -139,7 +146,7 @@ def test_the_report_and_the_folder_agree(tiny):
     starts = range(0, len(tokens) - width, width)
     assert len(starts) > count
     for name, source in (("as it is", "tiny"), ("int8", "tiny-int8")):
-        net, nats, size = model.load(tiny / "out" / source)[0], 0.0, 0
+        net, nats, size = load(tiny / "out" / source)[0], 0.0, 0
         for i in (starts[n * len(starts) // count] for n in range(count)):
             part = torch.from_numpy(tokens[i : i + width + 1])
             with torch.no_grad():
@@ -197,7 +204,7 @@ def test_quantized_zeros_are_zeros(how, shift, kind):
         squares = []
         for layer in serve.matrices(source):
             quantized = QuantizedLinear(layer, kind)
-            got = model.dequantize(quantized.weight, quantized.scale)[:, : layer.weight.shape[1]]
+            got = dequantize(quantized.weight, quantized.scale)[:, : layer.weight.shape[1]]
             assert (got[layer.weight == 0] == 0).all()
             squares.append((got - layer.weight).square().mean())
         error[name] = torch.stack(squares).mean().sqrt()
@@ -209,17 +216,17 @@ def test_quantized_zeros_are_zeros(how, shift, kind):
 
 def test_an_export_keeps_the_dtype_of_a_model_in_several_files(tok, tmp_path):
     net, folder = saved(tmp_path / "whole", tok, **QWEN3)
-    tensors, index = model.saved_tensors(net), {}
+    tensors, index = saved_tensors(net), {}
     for i, name in enumerate(tensors):
         index[name] = f"model-{i % 2 + 1}.safetensors"
     for file in set(index.values()):
         part = {n: t.bfloat16() for n, t in tensors.items() if index[n] == file}
         with open(folder / file, "wb") as out:
-            model.write_safetensors(out, part, {"format": "pt"})
+            write_safetensors(out, part, {"format": "pt"})
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     run(tmp_path, "serve.py", "--model=whole", "--prune=0.5", "--export=hf", "--out_dir=half")
-    kept, _ = model.read_safetensors(tmp_path / "half" / "model.safetensors")
+    kept, _ = read_safetensors(tmp_path / "half" / "model.safetensors")
     assert {t.dtype for t in kept.values()} == {torch.bfloat16}
 
 
@@ -231,13 +238,13 @@ def test_hf_export_merges_an_adapter(tok, tmp_path):
     folder.mkdir()
     config = dict(peft_type="LORA", r=2, lora_alpha=9, base_model_name_or_path="../base")
     config["alpha_pattern"] = {r"layers\.[1-3]\.self_attn\.q_proj": 6}  # a pattern, as PEFT has it
-    model.write_json(folder / "adapter_config.json", config)
-    with model.whole_file(folder / "adapter_model.safetensors") as file:
+    write_json(folder / "adapter_config.json", config)
+    with whole_file(folder / "adapter_model.safetensors") as file:
         tensors = {f"{name}A.weight": A, f"{name}B.weight": B}
-        model.write_safetensors(file, tensors, {"format": "pt"})
+        write_safetensors(file, tensors, {"format": "pt"})
     run(tmp_path, "serve.py", "--model=lora", "--export=hf", "--out_dir=merged")
-    merged, _ = model.read_safetensors(tmp_path / "merged" / "model.safetensors")
-    for key, t in model.saved_tensors(net).items():
+    merged, _ = read_safetensors(tmp_path / "merged" / "model.safetensors")
+    for key, t in saved_tensors(net).items():
         added = 3 * B @ A if key == "model.layers.1.self_attn.q_proj.weight" else 0
         torch.testing.assert_close(merged[key], t + added)
 
@@ -326,7 +333,7 @@ def test_gguf_holds_the_tensors_and_the_tokenizer(kind, tok, tmp_path):
             assert code == 1 and data == values.astype(np.float16).tobytes()
         else:
             assert code == 8 and data == naive_q8(values)
-    assert len(tensors) == len(model.saved_tensors(net))
+    assert len(tensors) == len(saved_tensors(net))
     gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(path)
     assert {t.name for t in reader.tensors} == tensors.keys()
@@ -370,7 +377,7 @@ def test_gguf_of_every_architecture(name, tok, tmp_path):
     keys, tensors = read_gguf(tmp_path / "m-gguf" / "m-F32.gguf")
     c, ours = net.config, net.state_dict()
     kind = keys["general.architecture"]
-    assert kind == model.family(c)
+    assert kind == family(c)
     assert ("output.weight" in tensors) is not c.tie
     values = lambda n: np.frombuffer(tensors[n][2], np.float32).reshape(tensors[n][1])
     q, k, v = (ours[f"model.layers.1.self_attn.{x}_proj.weight"].numpy() for x in "qkv")
@@ -407,7 +414,7 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
     from tiktoken_ext import openai_public
 
     assert serve.GGUF_PRE[prepare.SPLIT] == "qwen2"
-    pieces = [openai_public.r50k_pat_str, model.GPT2_SPLIT]
+    pieces = [openai_public.r50k_pat_str, GPT2_SPLIT]
     assert {serve.GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
     draw = random.Random(0)
     for _ in range(3000):

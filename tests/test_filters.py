@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-import model
 import prepare as f
+from barelm.run import UserError
 
 
 def reason(step, text, **doc):
@@ -192,7 +192,7 @@ def test_symbols(monkeypatch):
     monkeypatch.setattr(f, "steps", "html,unicode,length")
     assert f.steps_of(f.STEPS) == ["html", "unicode", "symbols", "length"]
     monkeypatch.setattr(f, "clean_symbols", "runes")
-    with pytest.raises(model.UserError, match="clean_symbols=runes: expected true, or some of"):
+    with pytest.raises(UserError, match="clean_symbols=runes: expected true, or some of"):
         f.check_settings()
 
 

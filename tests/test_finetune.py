@@ -14,7 +14,12 @@ from test_model import QWEN3, make_net
 from test_outside import FAMILIES, open_tokenizer
 
 import finetune
-import model
+from barelm.adapters import Adapter, add_adapters
+from barelm.chat import CHATML
+from barelm.checkpoint import load, save
+from barelm.run import UserError
+from barelm.safetensors import read_safetensors, write_safetensors
+from barelm.tokenizer import Tokenizer
 
 QUICK = [
     "--max_steps=4",
@@ -28,7 +33,7 @@ QUICK += ["--model=out/tiny", "--dataset=tiny", "--warmup_steps=0", "--dtype=flo
 
 @pytest.fixture
 def tok(tiny):
-    return model.Tokenizer.from_folder(tiny / "out/tiny")
+    return Tokenizer.from_folder(tiny / "out/tiny")
 
 
 def talk(*contents):
@@ -136,7 +141,7 @@ def test_pairs_of_equal_answers_are_left_out(tok, monkeypatch):
     for method in ("dpo", "reward"):
         monkeypatch.setattr(finetune, "method", method)
         row = {"prompt": "ask", "chosen": "one two three", "rejected": "one two three"}
-        with pytest.raises(model.UserError, match="chosen and rejected are the same"):
+        with pytest.raises(UserError, match="chosen and rejected are the same"):
             finetune.read_pair(row, tok, 64)
         ids = finetune.read_pair(row | {"rejected": "one two four"}, tok, 64)
         assert ids["chosen"] != ids["rejected"]
@@ -224,23 +229,23 @@ def test_an_adapter_starts_as_nothing_and_merges_as_it_is(tok, targets, monkeypa
 
 
 def test_bottlenecks_start_as_nothing_and_open_again(tiny):
-    before, _ = model.load(tiny / "out/tiny")
+    before, _ = load(tiny / "out/tiny")
     tune(
         tiny, "--method=adapter", "--adapter_size=4", "--learning_rate=0.01", "--out_dir=out/bottle"
     )
-    after, _ = model.load(tiny / "out/bottle")
+    after, _ = load(tiny / "out/bottle")
     ids = torch.randint(0, 200, (2, 9))
     with torch.no_grad():
         assert (after(ids) - before(ids)).abs().max() > 1e-3
         for m in after.modules():
-            if isinstance(m, model.Adapter):
+            if isinstance(m, Adapter):
                 m.up.weight.zero_()
                 m.up.bias.zero_()
         assert torch.equal(after(ids), before(ids))  # nothing else has changed
-        model.add_adapters(before, 7)
+        add_adapters(before, 7)
         assert torch.equal(before(ids), after(ids))
         x, bottle = torch.randn(3, 64), before.model.layers[0].mlp.down_proj
-        bottle = model.Adapter(torch.nn.Linear(64, 8), 3)
+        bottle = Adapter(torch.nn.Linear(64, 8), 3)
         torch.nn.init.normal_(bottle.up.weight)
         y = F.linear(x, bottle.base.weight, bottle.base.bias)
         inner = F.gelu(y @ bottle.down.weight.T + bottle.down.bias)
@@ -248,10 +253,10 @@ def test_bottlenecks_start_as_nothing_and_open_again(tiny):
 
 
 def test_soft_prompts_are_rows_of_the_embedding_that_alone_learn(tiny):
-    before, tok = model.load(tiny / "out/tiny")
+    before, tok = load(tiny / "out/tiny")
     args = ["--method=prompt", "--prompt_tokens=5", "--learning_rate=0.01", "--out_dir=out/prompt"]
     tune(tiny, *args, "--max_steps=20", "--eval_every=20")
-    after, new = model.load(tiny / "out/prompt")
+    after, new = load(tiny / "out/prompt")
     ids = [new.special[f"<|prompt_{i}|>"] for i in range(5)]
     chat = talk("a", "b")
     assert new.chat(chat)[0] == ids + tok.chat(chat)[0] and new.n_vocab == tok.n_vocab + 5
@@ -274,7 +279,7 @@ def test_peft_reads_our_adapters_and_we_read_peft(kind, tok, tmp_path, monkeypat
     shape |= dict(head_dim=0, n_embd=32, n_head=4)
     net = net_for(tok, **(shape if kind == "gpt2" else {})).eval()
     base = tmp_path / "base"
-    model.save(base, net, tok)
+    save(base, net, tok)
     monkeypatch.setattr(finetune, "model", str(base))
     monkeypatch.setattr(finetune, "lora_rank", 4)
     finetune.adapt_network(net, "lora")
@@ -285,7 +290,7 @@ def test_peft_reads_our_adapters_and_we_read_peft(kind, tok, tmp_path, monkeypat
     ids = torch.randint(0, 200, (2, 9))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
-    reopened, _ = model.load(tmp_path / "ours")
+    reopened, _ = load(tmp_path / "ours")
     with torch.no_grad():
         expected = net(ids)
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-3, atol=1e-3)
@@ -299,7 +304,7 @@ def test_peft_reads_our_adapters_and_we_read_peft(kind, tok, tmp_path, monkeypat
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
     other.save_pretrained(tmp_path / "theirs")
-    reopened, _ = model.load(tmp_path / "theirs")
+    reopened, _ = load(tmp_path / "theirs")
     with torch.no_grad():
         torch.testing.assert_close(reopened(ids), other(ids).logits, rtol=1e-3, atol=1e-3)
 
@@ -327,7 +332,7 @@ def test_two_processes_make_the_same_steps(more, tiny):
     for a, b in zip(log(tiny, "out/one"), log(tiny, "out/two"), strict=True):
         for key in ("loss", "val_loss", "grad_norm"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
-    one, two = (model.load(tiny / "out" / name)[0] for name in ("one", "two"))
+    one, two = (load(tiny / "out" / name)[0] for name in ("one", "two"))
     for a, b in zip(one.parameters(), two.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
@@ -352,7 +357,7 @@ def test_killed_and_resumed_is_never_stopped(tiny, more, tmp_path):
 def test_a_score_opens_here_and_in_transformers(method, tiny):
     done = tune(tiny, f"--method={method}", f"--out_dir=out/{method}")
     assert done.stderr == ""  # torch warns where a number is taken from what has a gradient
-    net, tok = model.load(tiny / "out" / method)
+    net, tok = load(tiny / "out" / method)
     assert len(net.labels) == len(net.score.weight) and (method == "reward") == (
         len(net.labels) == 1
     )
@@ -377,7 +382,7 @@ def test_a_score_opens_here_and_in_transformers(method, tiny):
 
 def logits_of(folder, ids):
     with torch.no_grad():
-        return model.load(folder)[0](ids)
+        return load(folder)[0](ids)
 
 
 @pytest.mark.parametrize("method", ["sft", "classify"])
@@ -389,9 +394,9 @@ def test_qlora_merges_into_the_full_weights_or_into_its_4_bits(method, tiny):
         out = f"out/{method}{merge.replace('=', '-')}"
         args = [f"--method={method}", "--adapt=qlora", "--learning_rate=0.03", f"--out_dir={out}"]
         said[merge] = tune(tiny, *args, merge).stdout
-        nets[merge] = model.load(tiny / out / "merged")[0]
+        nets[merge] = load(tiny / out / "merged")[0]
     full, packed = nets["--merge"].state_dict(), nets["--merge=quantized"].state_dict()
-    base = model.load(tiny / "out/tiny")[0]
+    base = load(tiny / "out/tiny")[0]
     adapted = [f"{name}_proj.weight" for name in "qkvo"]
     for name, layer in base.named_modules():
         weight = f"{name}.weight"
@@ -407,7 +412,7 @@ def test_qlora_merges_into_the_full_weights_or_into_its_4_bits(method, tiny):
     assert "merged, into the 4 bits of out/tiny that it was" in said["--merge=quantized"]
     with torch.no_grad():
         same, other = (net.hidden(ids) for net in nets.values())
-        opened = model.load(tiny / f"out/{method}--merge")[0].hidden(ids)
+        opened = load(tiny / f"out/{method}--merge")[0].hidden(ids)
     if method == "sft":
         assert "adapter: out/sft--merge, which opens on the weights of out/tiny" in said["--merge"]
         torch.testing.assert_close(opened, same, rtol=1e-4, atol=1e-4)
@@ -437,12 +442,12 @@ def test_dpo_raises_the_margin(tiny):
 
 
 def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
-    net, tok = model.load(tiny / "out/tiny")
+    net, tok = load(tiny / "out/tiny")
     tok.config.pop("chat_template")
-    model.save(tiny / "out/plain", net, tok)
+    save(tiny / "out/plain", net, tok)
     done = tune(tiny, "--model=out/plain", "--out_dir=out/chat")
     assert "out/plain has no chat template: ChatML's is added" in done.stdout
-    net, tok = model.load(tiny / "out/chat")
+    net, tok = load(tiny / "out/chat")
     assert tok.chat(talk("a", "b"))[1].count(1) > 1 and tok.special["<|im_end|>"] in tok.eos_ids
     # and one that lacks the tokens too: they get rows of their own
     spec = tok.spec | {
@@ -451,20 +456,20 @@ def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
     spec["model"] = spec["model"] | {
         "vocab": {k: v for k, v in spec["model"]["vocab"].items() if "im_" not in k}
     }
-    bare = model.Tokenizer(spec, {k: v for k, v in tok.config.items() if k != "chat_template"})
+    bare = Tokenizer(spec, {k: v for k, v in tok.config.items() if k != "chat_template"})
     net = make_net(vocab_size=bare.n_vocab, **(QWEN3 | {"n_ctx": 64}))
     ids = torch.randint(0, bare.n_vocab, (1, 8))
     before = net(ids)
-    added = finetune.add_tokens(net, bare, ("<|im_start|>", "<|im_end|>"), model.CHATML)
+    added = finetune.add_tokens(net, bare, ("<|im_start|>", "<|im_end|>"), CHATML)
     assert added.n_vocab == bare.n_vocab + 2 <= net.config.vocab_size == len(net.lm_head.weight)
     torch.testing.assert_close(net(ids)[..., : bare.n_vocab], before)
 
 
 def test_a_chat_template_that_ends_no_answer_is_told(tiny):
-    net, tok = model.load(tiny / "out/tiny")
+    net, tok = load(tiny / "out/tiny")
     tok.config["chat_template"] = """{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
-    model.save(tiny / "out/endless", net, tok)
+    save(tiny / "out/endless", net, tok)
     args = ["--max_steps=1", "--model=out/endless", "--out_dir=out/endless_sft"]
     done = tune(tiny, *args, "--check_memorized=2")
     assert "out/endless: its chat template ends no answer with a special token" in done.stdout
@@ -472,7 +477,7 @@ def test_a_chat_template_that_ends_no_answer_is_told(tiny):
     # Of this one no mask can be told: a reward model and a chat need none.
     tok.config["chat_template"] = """{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}{% if add_generation_prompt %}say: {% endif %}"""
-    model.save(tiny / "out/endless", net, tok)
+    save(tiny / "out/endless", net, tok)
     told = "answers end at the end token alone: the chat template writes another header"
     args = ["--method=reward", *args[:2], "--out_dir=out/endless_reward"]
     assert told in tune(tiny, *args).stdout
@@ -558,7 +563,7 @@ def test_several_templates_in_a_run(tok, monkeypatch):
         "{output} {",
         "{output.__class__}",
     ):
-        with pytest.raises(model.UserError, match="^template"):
+        with pytest.raises(UserError, match="^template"):
             finetune.check_template(wrong)
 
 
@@ -602,11 +607,11 @@ def test_rewards_are_read_where_transformers_reads_them(ends, tmp_path, monkeypa
     pad = "<|endoftext|>" if "<|endoftext|>" in tok.special else [*tok.special][-1]
     template += {"line": "", "pad": f"{pad}{pad}", "mark": "<|im_end|>"}[ends]
     config = tok.config | {"chat_template": template, "pad_token": pad}
-    tok = model.Tokenizer(tok.spec, config)
+    tok = Tokenizer(tok.spec, config)
     net = make_net(vocab_size=tok.n_vocab, **(QWEN3 | {"n_ctx": 128})).eval()
     net.set_score(["reward"], pad_id=tok.pad_id)
     torch.nn.init.normal_(net.score.weight)
-    model.save(tmp_path, net, tok)
+    save(tmp_path, net, tok)
     monkeypatch.setattr(finetune, "method", "reward")
     rows = [{"prompt": "hi", "chosen": "hello you", "rejected": "no"},
             {"prompt": talk("a", "b", "c"), "chosen": "d", "rejected": "a longer one"}]  # fmt: skip
@@ -653,9 +658,9 @@ def test_learning_rates_fall_with_depth(tok, monkeypatch):
 
 
 def test_only_the_last_blocks_learn(tiny):
-    before, _ = model.load(tiny / "out/tiny")
+    before, _ = load(tiny / "out/tiny")
     tune(tiny, "--train_last=1", "--out_dir=out/last")
-    after, _ = model.load(tiny / "out/last")
+    after, _ = load(tiny / "out/last")
     changed = {
         n for (n, a), b in zip(before.named_parameters(), after.parameters()) if not a.equal(b)
     }
@@ -664,12 +669,12 @@ def test_only_the_last_blocks_learn(tiny):
 
 def test_the_head_alone_learns(tiny):
     tune(tiny, "--method=classify", "--train_last=none", "--out_dir=out/head", "--pooling=last")
-    before, after = (model.load(tiny / f"out/{name}")[0] for name in ("tiny", "head"))
+    before, after = (load(tiny / f"out/{name}")[0] for name in ("tiny", "head"))
     trunk = dict(before.model.named_parameters())
     assert all(p.equal(trunk[name]) for name, p in after.model.named_parameters())
     rows = [row for row in log(tiny, "out/head") if "val_loss" in row]
     assert rows[-1]["val_loss"] != rows[0]["val_loss"]
-    net, _ = model.load(tiny / "out/tiny")
+    net, _ = load(tiny / "out/tiny")
     assert net.config.tie  # so that its head is the embedding
     done = tune(tiny, "--train_last=none", "--out_dir=out/new", check=False)
     assert done.stderr.count("\n") == 1 and "nothing would learn" in done.stderr
@@ -684,7 +689,7 @@ def test_a_classifier_of_the_mean_is_not_said_to_be_transformers(tiny):
     tune(tiny, *args, "--out_dir=out/mean_lora")
     for folder in ("out/mean_lora", "out/mean_lora/merged"):
         assert json.loads((tiny / folder / "config.json").read_text())["model_type"] == "barelm"
-    net, tok = model.load(tiny / "out/mean")
+    net, tok = load(tiny / "out/mean")
     ids = tok.encode("def f(x):\n    return x")
     with torch.no_grad():
         expected = net.score(net.hidden(torch.tensor([ids]))[0].mean(0))
@@ -725,48 +730,48 @@ def test_bad_input_is_a_line(args, message, tiny):
 
 def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
     tune(tiny, "--method=lora", "--out_dir=out/lora")
-    small, tok = net_for(model.Tokenizer.from_folder(tiny / "out/tiny")), None
-    tok = model.Tokenizer.from_folder(tiny / "out/tiny")
-    model.save(tmp_path / "small", small, tok)
+    small, tok = net_for(Tokenizer.from_folder(tiny / "out/tiny")), None
+    tok = Tokenizer.from_folder(tiny / "out/tiny")
+    save(tmp_path / "small", small, tok)
     config = json.loads((tiny / "out/lora/adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "small")
     (tmp_path / "a").mkdir()
     for file in (tiny / "out/lora").glob("adapter_model*"):
         (tmp_path / "a" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(model.UserError, match="an adapter for another base than .*does not fit"):
-        model.load(tmp_path / "a")
+    with pytest.raises(UserError, match="an adapter for another base than .*does not fit"):
+        load(tmp_path / "a")
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    with pytest.raises(model.UserError, match="not rsLoRA"):
-        model.load(tmp_path / "a")
+    with pytest.raises(UserError, match="not rsLoRA"):
+        load(tmp_path / "a")
 
 
 def test_an_adapter_keeps_the_tokens_that_end_a_text(tok, tmp_path, monkeypatch):
     net, ends = net_for(tok), [*tok.eos_ids, 5]
-    tok = model.Tokenizer(tok.spec, tok.config)
+    tok = Tokenizer(tok.spec, tok.config)
     tok.eos_ids = ends  # the tokenizer's own, and the end of a turn
-    model.save(tmp_path / "base", net, tok)
+    save(tmp_path / "base", net, tok)
     monkeypatch.setattr(finetune, "model", str(tmp_path / "base"))
     finetune.adapt_network(net, "lora")
     tok.eos_ids = [*ends, 7]  # one that this training adds
     finetune.save_adapter(tmp_path / "a", net, tok)
-    assert model.load(tmp_path / "a")[1].eos_ids == [*ends, 7]
+    assert load(tmp_path / "a")[1].eos_ids == [*ends, 7]
     (tmp_path / "a/generation_config.json").unlink()  # a folder of PEFT's has none
-    assert model.load(tmp_path / "a")[1].eos_ids == ends
+    assert load(tmp_path / "a")[1].eos_ids == ends
 
 
 def test_an_adapter_for_a_bare_trunk_opens(tiny, tmp_path):
     """transformers' AutoModel has no head: its layers' names begin without `model.`."""
     tune(tiny, "--method=lora", "--out_dir=out/bare")
-    tensors, _ = model.read_safetensors(tiny / "out/bare/adapter_model.safetensors")
+    tensors, _ = read_safetensors(tiny / "out/bare/adapter_model.safetensors")
     tensors = {name.replace("model.model.", "model."): t for name, t in tensors.items()}
     assert all(name.startswith("base_model.model.layers.") for name in tensors)
     with open(tmp_path / "adapter_model.safetensors", "wb") as file:
-        model.write_safetensors(file, tensors, {"format": "pt"})
+        write_safetensors(file, tensors, {"format": "pt"})
     config = json.loads((tiny / "out/bare/adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tiny / "out/tiny")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    state, other = (model.load(folder)[0].state_dict() for folder in (tmp_path, tiny / "out/bare"))
+    state, other = (load(folder)[0].state_dict() for folder in (tmp_path, tiny / "out/bare"))
     assert state.keys() == other.keys() and all(state[n].equal(other[n]) for n in state)
 
 
@@ -775,7 +780,7 @@ def test_early_stopping_saves_the_last_state(tiny):
     args = ["--max_steps=9", "--eval_every=1", "--early_stopping=2", "--learning_rate=20"]
     tune(tiny, *args, "--warmup_steps=9", "--out_dir=out/early")
     assert torch.load(tiny / "out/early/state.pt")["step"] == 3
-    model.load(tiny / "out/early")
+    load(tiny / "out/early")
 
 
 def test_steps_alone_are_a_horizon(tiny):

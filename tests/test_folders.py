@@ -18,8 +18,18 @@ from conftest import ROOT, run
 from test_train import SMALL, log, words  # noqa: F401 (a fixture)
 
 import finetune
-import model
 import train
+from barelm.checkpoint import load, save
+from barelm.resume import (
+    clear_folder,
+    holds_model,
+    load_state,
+    locked_folder,
+    open_log,
+    restore_optimizers,
+    write_row,
+)
+from barelm.run import UserError
 
 RUN = [*SMALL, "--max_steps=4", "--save_every=2", "--eval_every=2", "--dtype=float32"]
 TUNE = "--model=out/base --dataset=words --max_steps=4 --save_every=2 --eval_every=2".split()
@@ -64,10 +74,10 @@ def test_a_folder_that_has_anything_of_a_model_is_found_and_taken_apart(name, tm
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("x")
     (tmp_path / "notes.txt").write_text("the user's own")
-    assert model.holds_model(tmp_path) == [tmp_path / name]
-    model.clear_folder(tmp_path)
+    assert holds_model(tmp_path) == [tmp_path / name]
+    clear_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    assert not model.holds_model(tmp_path)
+    assert not holds_model(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py"])
@@ -145,8 +155,8 @@ os.replace = replace
 def content(folder):
     """The weights and tokenizer of a folder that opens, or None where it is refused in a line."""
     try:
-        model.load(folder)
-    except model.UserError as error:
+        load(folder)
+    except UserError as error:
         assert "\n" not in str(error)
         return None
     names = ("model.safetensors", "adapter_model.safetensors")
@@ -220,7 +230,7 @@ def test_auto_begins_a_run_again_that_was_killed_before_its_first_save(name, bas
     prelude = with_prelude(base, "train.py", dies + "os.replace = replace\n")
     args = [*RUN, "--out_dir=out/torn", "--init_from=auto"]
     assert run(base, prelude, *args, check=False).returncode == 77
-    assert model.holds_model(base / "out/torn")
+    assert holds_model(base / "out/torn")
     run(base, "train.py", *args)
     assert content(base / "out/torn") == content(base / "out/base")
 
@@ -230,7 +240,7 @@ def test_auto_begins_a_run_again_that_was_killed_before_its_first_save(name, bas
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(base):
-    hold = "import time\nimport model\nwith model.locked_folder('out/held'):\n"
+    hold = "import time\nfrom barelm.resume import locked_folder\nwith locked_folder('out/held'):\n"
     hold += "    open('out/held/ready', 'w')\n    time.sleep(100)\n"
     (base / "hold.py").write_text(hold)
     process = multiprocessing.get_context("fork").Process(
@@ -241,8 +251,8 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(base):
         assert process.is_alive()
         time.sleep(0.01)
     [pid] = children_of(process.pid)
-    with pytest.raises(model.UserError, match="out/held: another run is writing into it"):
-        with model.locked_folder(base / "out/held", patience=0):
+    with pytest.raises(UserError, match="out/held: another run is writing into it"):
+        with locked_folder(base / "out/held", patience=0):
             pass
     os.kill(pid, signal.SIGKILL)
     process.join()
@@ -260,7 +270,7 @@ def test_without_locks_there_is_a_line(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", none_here)
-    with model.locked_folder(tmp_path):
+    with locked_folder(tmp_path):
         said = capsys.readouterr().out
     assert said.count("\n") == 1 and "no lock (No locks available): see to it" in said
 
@@ -277,7 +287,7 @@ def flipped(path, bit):
 
 def test_a_flipped_bit_in_weights_or_state_is_refused(base, tmp_path):
     shutil.copytree(base / "out/base", tmp_path / "run")
-    assert model.load_state(tmp_path / "run")["step"] == 4
+    assert load_state(tmp_path / "run")["step"] == 4
     draw = random.Random(0)
     for name in ("model.safetensors", "state.pt"):
         path = tmp_path / "run" / name
@@ -290,8 +300,8 @@ def test_a_flipped_bit_in_weights_or_state_is_refused(base, tmp_path):
             places += [8 * whole.find(b"weights_sha256") + bit for bit in range(12)]
         for bit in places:
             flipped(path, bit)
-            with pytest.raises(model.UserError) as error:
-                model.load_state(tmp_path / "run")
+            with pytest.raises(UserError) as error:
+                load_state(tmp_path / "run")
             assert "\n" not in str(error.value)
             path.write_bytes(whole)
 
@@ -320,13 +330,13 @@ def test_a_state_of_other_types_is_refused(base, tmp_path):
     broken += [{k: v for k, v in state.items() if k != key} for key in WRONG]
     for other in [*broken, [state], torch.zeros(3), {}]:
         torch.save(other, path)
-        with pytest.raises(model.UserError) as error:
+        with pytest.raises(UserError) as error:
             train.load_state(tmp_path / "run")
         assert "\n" not in str(error.value)
         ways += 1
     for data in (b"", b"PK\x03\x04", b"text", path.read_bytes()[:-30]):
         path.write_bytes(data)
-        with pytest.raises(model.UserError, match="no state.pt of the weights' step 4"):
+        with pytest.raises(UserError, match="no state.pt of the weights' step 4"):
             train.load_state(tmp_path / "run")
         ways += 1
     assert ways > 50
@@ -335,7 +345,7 @@ def test_a_state_of_other_types_is_refused(base, tmp_path):
     sum(p.sum() for p in sums).backward()
     optimizer.step()
     good = optimizer.state_dict()
-    model.restore_optimizers([optimizer], [good], path)
+    restore_optimizers([optimizer], [good], path)
     entry = good["state"][0]
     bad = [entry | {"exp_avg": value} for value in (None, 1.0, torch.zeros(3, 2), entry["step"])]
     bad += [{"step": entry["step"]}, None, entry | {"exp_avg": entry["exp_avg"].half()}]
@@ -347,16 +357,16 @@ def test_a_state_of_other_types_is_refused(base, tmp_path):
         [{"state": []}],
     ]
     for saved in [*bad, [{"state": {9: entry}}], [{"state": {"0": entry}}]]:
-        with pytest.raises(model.UserError, match="are not this run's"):
-            model.restore_optimizers([optimizer], saved, path)
+        with pytest.raises(UserError, match="are not this run's"):
+            restore_optimizers([optimizer], saved, path)
 
 
 def test_a_log_with_other_bytes_is_cut_and_said(tmp_path):
     rows = [b'{"step": 0}', b"\xff\xfe", b"[" * 100_000, b"5", b'{"step": "x"}', b'{"step": 3}']
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([*rows, b'{"step": 4}', b'{"step": 2, "los']))
     said = []
-    with model.open_log(tmp_path / "log.jsonl", 3, said.append) as file:
-        model.write_row(file, {"step": 4, "loss": 1.0})
+    with open_log(tmp_path / "log.jsonl", 3, said.append) as file:
+        write_row(file, {"step": 4, "loss": 1.0})
     kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert kept == [{"step": 0}, {"step": 3}, {"step": 4, "loss": 1.0}]
     assert len(said) == 1 and "4 lines that are no rows" in said[0]
@@ -411,10 +421,10 @@ def test_finetune_says_what_a_resume_changes(base):
         flag = flag.replace("--no_pack", "--pack=false")
         done = run(base, "finetune.py", *resume, flag, check=False)
         is_a_line(done, f"no resume with another {flag[2:].partition('=')[0]}")
-    net, tok = model.load(base / "out/start")
+    net, tok = load(base / "out/start")
     with torch.no_grad():
         net.model.norm.weight += 1
-    model.save(base / "out/start", net, tok)  # the same name, another model
+    save(base / "out/start", net, tok)  # the same name, another model
     done = run(base, "finetune.py", *resume, check=False)
     is_a_line(done, "no resume with another model")
 
@@ -503,7 +513,7 @@ def test_a_full_disk_is_a_line_and_what_was_saved_stays(script, base):
     for line in (folder / "log.jsonl").read_bytes().splitlines():
         assert json.loads(line)["step"] > 0 or script == "finetune.py"
     run(base, script, *more)  # the disk has room again
-    assert model.load_state(folder)["step"] == 8
+    assert load_state(folder)["step"] == 8
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import model
 import prepare
 import train
-from model import GPT, GPTConfig, UserError
+from barelm.checkpoint import load, save
+from barelm.fast import quantize_weights
+from barelm.files import write_json
+from barelm.run import UserError
+from barelm.safetensors import INDEX, read_safetensors, write_safetensors
+from barelm.shards import open_shard
+from barelm.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm2"]
@@ -36,8 +42,8 @@ def folder(tmp_path):
 
     def copy(name):
         to = shutil.copytree(FIXTURES / name, tmp_path / name)
-        model.write_json(to / "tokenizer.json", TOK.spec)
-        model.write_json(to / "tokenizer_config.json", TOK.config)
+        write_json(to / "tokenizer.json", TOK.spec)
+        write_json(to / "tokenizer_config.json", TOK.config)
         return to
 
     return copy
@@ -62,15 +68,15 @@ def put(path, place, text):
 
 def rewrite(path, change):
     """Write the safetensors file anew, its {name: tensor} changed in place."""
-    tensors, metadata = model.read_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     change(tensors)
     with open(path, "wb") as file:
-        model.write_safetensors(file, tensors, metadata)
+        write_safetensors(file, tensors, metadata)
 
 
 def results(folder):
     """What a folder computes: logits, ids of a text, the tokens that end and begin one."""
-    net, tok = model.load(folder)
+    net, tok = load(folder)
     with torch.no_grad():
         return net(IDS), tok.encode("abc é"), tok.eos_ids, tok.bos_id
 
@@ -133,7 +139,7 @@ def test_a_changed_config_is_refused_or_harmless(name, file, folder):
 def test_a_changed_tokenizer_is_refused_or_is_what_tokenizers_makes_of_it(name, tmp_path):
     there = shutil.copytree(FIXTURES / "tokenizers" / name, tmp_path / name)
     texts = ["def f(x):\n    return x", "naïve café 😀", "  two  spaces", "<s>a</s>"]
-    ids = lambda: [model.Tokenizer.from_folder(there).encode(text) for text in texts]
+    ids = lambda: [Tokenizer.from_folder(there).encode(text) for text in texts]
     before, good, refused = ids(), (there / "tokenizer.json").read_text(encoding="utf-8"), 0
     for place, text in [*cases(there / "tokenizer.json", 30)]:
         put(there / "tokenizer.json", place, text)
@@ -163,12 +169,12 @@ def test_a_config_of_another_size_than_its_weights_builds_nothing(name, folder):
     layers = "n_layer" if name == "gpt2" else "num_hidden_layers"
     for number in (1, 3, 20_000, 2**28):
         put(there / "config.json", [layers], number)
-        line = refusal(model.load, there)
+        line = refusal(load, there)
         assert f"{number} layers in config.json, 2 in its weights" in line
     for key, value in config.items():
         if type(value) is int and not key.endswith("token_id") and value >= 1:
             for number in (10**9, 2**28, -1, value + 0.5, f'"{value}"', f"{value}.0", 2**70):
-                model.write_json(there / "config.json", config)
+                write_json(there / "config.json", config)
                 put(there / "config.json", [key], number)
                 if key in ("max_window_layers", "pretraining_tp"):  # which nothing reads
                     continue
@@ -207,25 +213,25 @@ def test_what_a_config_gets_wrong_is_told_by_the_name_that_it_has_there(folder):
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
         ({"model_type": ["llama"]}, "is not supported"),
     ]:
-        model.write_json(there / "config.json", config | change)
-        assert words in refusal(model.load, there)
+        write_json(there / "config.json", config | change)
+        assert words in refusal(load, there)
 
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("file", [*FILES, model.INDEX, "adapter_config.json"])
+@pytest.mark.parametrize("file", [*FILES, INDEX, "adapter_config.json"])
 def test_json_that_is_none_or_nests_too_deeply_is_a_line(file, folder):
     there = folder("qwen2")
     if file == "adapter_config.json":
         (there / "config.json").unlink()
     for text in (DEEP, '{"a":' * 100_000 + "1" + "}" * 100_000, "", "[]", "null", '{"a": '):
         (there / file).write_text(text)
-        assert str(there / file) in refusal(model.load, there)
+        assert str(there / file) in refusal(load, there)
     (there / file).write_bytes(b"\xff\xfe")
-    assert str(there / file) in refusal(model.load, there)
+    assert str(there / file) in refusal(load, there)
     (there / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    refusal(model.load, there)
+    refusal(load, there)
 
 
 # The ids that end and begin a text
@@ -238,12 +244,12 @@ def test_ids_of_no_token_are_refused_by_their_file(file, folder):
     n = TOK.n_vocab
     for ids in ("0", True, n, -1, 0.0, [0, n], [0, "1"], [True], [None], [[0]], {}, 2**70, "x"):
         for key in ("eos_token_id", "bos_token_id"):
-            model.write_json(there / file, read(FIXTURES / "llama" / "config.json") | {key: ids})
-            assert f"{there / file}: {key}=" in refusal(model.load, there)
+            write_json(there / file, read(FIXTURES / "llama" / "config.json") | {key: ids})
+            assert f"{there / file}: {key}=" in refusal(load, there)
     for ids, expected in ((3, [3]), ([3, n - 1], [3, n - 1]), ([], []), (None, TOK.eos_ids)):
         config = read(FIXTURES / "llama" / "config.json")
-        model.write_json(there / file, config | {"eos_token_id": ids})
-        assert model.load(there)[1].eos_ids == expected
+        write_json(there / file, config | {"eos_token_id": ids})
+        assert load(there)[1].eos_ids == expected
 
 
 # tokenizer.json
@@ -254,29 +260,29 @@ def test_a_tokenizer_with_malformed_ids_is_refused_by_the_token():
     vocab, added = spec["model"]["vocab"], spec["added_tokens"][0]
     for id in (-1, 2**32, 2**20, 1.0, True, "5", None, [5], vocab["a"]):
         changed = {"model": spec["model"] | {"vocab": vocab | {"b": id}}}
-        assert "'b'" in refusal(model.Tokenizer, spec | changed, config)
+        assert "'b'" in refusal(Tokenizer, spec | changed, config)
         changed = {"added_tokens": [added, added | {"content": "<new>", "id": id}]}
-        assert "<new>" in refusal(model.Tokenizer, spec | changed, config)
+        assert "<new>" in refusal(Tokenizer, spec | changed, config)
     changed = {"added_tokens": [added | {"id": added["id"] + 1}]}  # its own in the vocabulary
-    assert "<|endoftext|>" in refusal(model.Tokenizer, spec | changed, config)
+    assert "<|endoftext|>" in refusal(Tokenizer, spec | changed, config)
     for flag in ("special", "lstrip"):
         assert "malformed" in refusal(
-            model.Tokenizer, spec | {"added_tokens": [added | {flag: "no"}]}, config
+            Tokenizer, spec | {"added_tokens": [added | {flag: "no"}]}, config
         )
     for key in ("eos_token", "bos_token", "pad_token", "chat_template"):
         for name in (3, True, ["x"], {"content": 3}, {}):
-            assert f"{key}=" in refusal(model.Tokenizer, spec, {key: name})
+            assert f"{key}=" in refusal(Tokenizer, spec, {key: name})
 
 
 def test_an_end_token_that_is_none_is_refused_where_nothing_else_names_one(folder):
     there = folder("gpt2")
     for key in ("eos_token", "bos_token"):
-        model.write_json(there / "tokenizer_config.json", TOK.config | {key: "<nothing>"})
-        model.load(there)  # generation_config.json has the ids
+        write_json(there / "tokenizer_config.json", TOK.config | {key: "<nothing>"})
+        load(there)  # generation_config.json has the ids
         for file in ("config.json", "generation_config.json"):
             config = read(FIXTURES / "gpt2" / file)
-            model.write_json(there / file, config | {f"{key}_id": None})
-        assert f"tokenizer_config.json: {key}='<nothing>'" in refusal(model.load, there)
+            write_json(there / file, config | {f"{key}_id": None})
+        assert f"tokenizer_config.json: {key}='<nothing>'" in refusal(load, there)
         for file in ("config.json", "generation_config.json"):
             shutil.copy(FIXTURES / "gpt2" / file, there / file)
 
@@ -284,7 +290,7 @@ def test_an_end_token_that_is_none_is_refused_where_nothing_else_names_one(folde
 @pytest.mark.parametrize("kind, score", [("inf", -math.inf), ("nan", math.nan), ("text", "1")])
 def test_a_score_that_is_no_number_is_refused(kind, score):
     vocab = [[chr(letter), -1.0] for letter in range(97, 123)] + [["ab", score]]
-    line = refusal(model.Tokenizer, {"model": {"type": "Unigram", "vocab": vocab}}, {})
+    line = refusal(Tokenizer, {"model": {"type": "Unigram", "vocab": vocab}}, {})
     assert "'ab' has the score" in line
 
 
@@ -296,29 +302,29 @@ def test_weights_are_finite_and_of_their_kind(name, folder):
     there = folder(name)
     path = there / "model.safetensors"
     good = path.read_bytes()
-    for i, (key, t) in enumerate(model.read_safetensors(path)[0].items()):
+    for i, (key, t) in enumerate(read_safetensors(path)[0].items()):
         number = (math.nan, math.inf, -math.inf)[i % 3]
         rewrite(path, lambda tensors: tensors[key].view(-1)[-1:].fill_(number))
-        assert f"{key} has numbers that are not finite" in refusal(model.load, there)
+        assert f"{key} has numbers that are not finite" in refusal(load, there)
         path.write_bytes(good)
         whole = {4: torch.int32, 2: torch.int16}[t.element_size()]
         rewrite(path, lambda tensors: tensors.update({key: tensors[key].view(whole)}))
-        assert key.split(".")[-2] in refusal(model.load, there)
+        assert key.split(".")[-2] in refusal(load, there)
         path.write_bytes(good)
         rewrite(path, lambda tensors: tensors.pop(key))
-        refusal(model.load, there)
+        refusal(load, there)
         path.write_bytes(good)
     largest = torch.tensor(1e38)
     rewrite(path, lambda tensors: tensors.update({key: largest.expand_as(tensors[key])}))
-    model.load(there)
-    assert "not finite in torch.float16" in refusal(model.load, there, "cpu", torch.float16)
+    load(there)
+    assert "not finite in torch.float16" in refusal(load, there, "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_codes_and_scales_are_of_their_kind(kind, tmp_path):
     net = GPT(GPTConfig(40, 16, 1, 2, 64))
-    model.quantize_weights(net, kind)
-    model.save(tmp_path, net, TOK)
+    quantize_weights(net, kind)
+    save(tmp_path, net, TOK)
     path = tmp_path / "model.safetensors"
     good, name = path.read_bytes(), "model.layers.0.self_attn.q_proj"
     for key, change in [
@@ -328,29 +334,29 @@ def test_codes_and_scales_are_of_their_kind(kind, tmp_path):
         (f"{name}.scale", lambda t: t * math.nan),
     ]:
         rewrite(path, lambda tensors: tensors.update({key: change(tensors[key])}))
-        assert key in refusal(model.load, tmp_path)
+        assert key in refusal(load, tmp_path)
         path.write_bytes(good)
     for change in ({"quantize": "int2"}, {"quantize": True}, {"adapter_size": 2**40}):
         config = read(tmp_path / "config.json")
-        model.write_json(tmp_path / "config.json", config | change)
-        assert f"{[*change][0]}=" in refusal(model.load, tmp_path)
-        model.write_json(tmp_path / "config.json", config)
+        write_json(tmp_path / "config.json", config | change)
+        assert f"{[*change][0]}=" in refusal(load, tmp_path)
+        write_json(tmp_path / "config.json", config)
 
 
 def test_a_tensor_that_is_there_twice_is_refused(folder):
     there = folder("qwen2")
     first, second = sorted(there.glob("*.safetensors"))
-    extra = model.read_safetensors(first)[0]
+    extra = read_safetensors(first)[0]
     name = [*extra][0]
     rewrite(second, lambda tensors: tensors.update({name: extra[name] + 1}))
-    assert f"{name} is in another file" in refusal(model.load, there)
+    assert f"{name} is in another file" in refusal(load, there)
     there = folder("smollm2")  # whose head is its embedding
     path, name = there / "model.safetensors", "model.embed_tokens.weight"
     before = results(there)
     rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors[name].clone()}))
     assert results(there)[0].equal(before[0])
     rewrite(path, lambda tensors: tensors["lm_head.weight"].mul_(2))
-    assert "lm_head.weight is not the embedding" in refusal(model.load, there)
+    assert "lm_head.weight is not the embedding" in refusal(load, there)
 
 
 # Classifiers
@@ -358,25 +364,25 @@ def test_a_tensor_that_is_there_twice_is_refused(folder):
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2"])
 def test_a_classifier_has_its_head_and_a_name_for_each_score(name, folder, tmp_path):
-    net, tok = model.load(folder(name))
+    net, tok = load(folder(name))
     net.set_score(["a", "b", "c"])
-    model.save(tmp_path / "c", net, tok)
+    save(tmp_path / "c", net, tok)
     config = read(tmp_path / "c/config.json")
     for labels in ([], ["a", "b", "c"], {"0": "a", "1": "b"}, {"0": 0, "1": 1, "2": 2}, "abc"):
-        model.write_json(tmp_path / "c/config.json", config | {"id2label": labels})
-        assert "id2label=" in refusal(model.load, tmp_path / "c")
+        write_json(tmp_path / "c/config.json", config | {"id2label": labels})
+        assert "id2label=" in refusal(load, tmp_path / "c")
     for labels in ({"0": "a", "1": "b", "3": "c"}, {"0": "a", "1": "a", "2": "c"}, 3, True):
-        model.write_json(tmp_path / "c/config.json", config | {"id2label": labels})
-        assert "id2label=" in refusal(model.load, tmp_path / "c")
-    model.write_json(tmp_path / "c/config.json", config | {"id2label": None})
-    back, _ = model.load(tmp_path / "c")
+        write_json(tmp_path / "c/config.json", config | {"id2label": labels})
+        assert "id2label=" in refusal(load, tmp_path / "c")
+    write_json(tmp_path / "c/config.json", config | {"id2label": None})
+    back, _ = load(tmp_path / "c")
     assert back.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     with torch.no_grad():
         assert torch.equal(back.scores(IDS.tolist()), net.scores(IDS.tolist()))
         assert back(IDS).isfinite().all()  # whose head a classifier's file has not
-    model.write_json(tmp_path / "c/config.json", config)
+    write_json(tmp_path / "c/config.json", config)
     rewrite(tmp_path / "c/model.safetensors", lambda tensors: tensors.pop("score.weight"))
-    assert "without a score.weight" in refusal(model.load, tmp_path / "c")
+    assert "without a score.weight" in refusal(load, tmp_path / "c")
 
 
 # Adapters
@@ -389,11 +395,11 @@ def adapt(folder, base, **changes):
     torch.manual_seed(0)
     tensors = {f"{name}A.weight": torch.randn(2, 8), f"{name}B.weight": torch.randn(12, 2)}
     with open(folder / "adapter_model.safetensors", "wb") as file:
-        model.write_safetensors(file, tensors, {"format": "pt"})
+        write_safetensors(file, tensors, {"format": "pt"})
     config = dict(peft_type="LORA", r=2, lora_alpha=4, base_model_name_or_path=base)
     config |= dict(target_modules=["q_proj"], bias="none", init_lora_weights=True) | changes
     config = {key: value for key, value in config.items() if value != "missing"}
-    model.write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
     return folder
 
 
@@ -419,20 +425,20 @@ def test_an_adapter_that_is_not_plain_is_refused_by_the_key(folder, tmp_path):
     }.items():
         for value in values:
             there = adapt(tmp_path / "a", "../qwen3", **{key: value})
-            line = refusal(model.load, there)
+            line = refusal(load, there)
             assert "adapter_config.json: " in line, (key, value, line)
             shutil.rmtree(there)
 
 
 def test_an_adapter_finds_its_base_or_says_what_it_found(folder, tmp_path):
     base = folder("qwen3")
-    weights = lambda path: model.load(path)[0].model.layers[1].self_attn.q_proj.weight
+    weights = lambda path: load(path)[0].model.layers[1].self_attn.q_proj.weight
     one = adapt(tmp_path / "one", "../qwen3")
     two = adapt(tmp_path / "two", "../one")  # an adapter of an adapted model
     torch.testing.assert_close(weights(two) - weights(one), weights(one) - weights(base))
-    assert "is made with it" in refusal(model.load, adapt(tmp_path / "self", "."))
+    assert "is made with it" in refusal(load, adapt(tmp_path / "self", "."))
     adapt(tmp_path / "there", "../back")
-    assert "is made with it" in refusal(model.load, adapt(tmp_path / "back", "../there"))
+    assert "is made with it" in refusal(load, adapt(tmp_path / "back", "../there"))
     for name, words in [
         ("adapter_config.json", "is a file"),
         ("a\0b", "folder"),
@@ -440,12 +446,12 @@ def test_an_adapter_finds_its_base_or_says_what_it_found(folder, tmp_path):
         ("../nowhere", "no such folder"),
     ]:
         there = adapt(tmp_path / "odd", name)
-        assert words in refusal(model.load, there)
+        assert words in refusal(load, there)
         shutil.rmtree(there)
     shutil.copy(base / "config.json", one)  # as trainers leave one beside an adapter
     assert torch.equal(weights(one), weights(tmp_path / "one"))
     shutil.copy(base / "model.safetensors", one)
-    assert "a model, or an adapter?" in refusal(model.load, one)
+    assert "a model, or an adapter?" in refusal(load, one)
 
 
 def test_an_adapters_matrices_are_finite_and_of_their_rank(folder, tmp_path):
@@ -453,7 +459,7 @@ def test_an_adapters_matrices_are_finite_and_of_their_rank(folder, tmp_path):
     there = adapt(tmp_path / "a", "../qwen3")
     path = there / "adapter_model.safetensors"
     good = path.read_bytes()
-    A, B = model.read_safetensors(path)[0]
+    A, B = read_safetensors(path)[0]
     for change, words in [
         (lambda t: t[A][0, :1].fill_(math.nan), "not finite"),
         (lambda t: t[B][0, :1].fill_(math.inf), "not finite"),
@@ -465,12 +471,12 @@ def test_an_adapters_matrices_are_finite_and_of_their_rank(folder, tmp_path):
         (lambda t: t.update({A: t[A][0]}), "does not fit"),
     ]:
         rewrite(path, change)
-        assert words in refusal(model.load, there)
+        assert words in refusal(load, there)
         path.write_bytes(good)
     spec = TOK.spec | {"added_tokens": [*TOK.spec["added_tokens"]]}
     spec["added_tokens"].append(spec["added_tokens"][0] | {"content": "<new>", "id": 40})
-    model.write_json(there / "tokenizer.json", spec)
-    assert "41 tokens, but the base knows 40" in refusal(model.load, there)
+    write_json(there / "tokenizer.json", spec)
+    assert "41 tokens, but the base knows 40" in refusal(load, there)
 
 
 # Token shards
@@ -486,7 +492,7 @@ def test_a_shard_is_what_its_header_says(tmp_path):
     path = tmp_path / "train_000000.bin"
     for tokens in ([], [3], [3, 4], [*range(30)]):
         write_shard(path, tokens)
-        assert model.open_shard(path).tolist() == tokens
+        assert open_shard(path).tolist() == tokens
         windows = train.Windows([path], 4)
         assert windows.n == max(0, len(tokens) - 1) // 4
         part = train.Windows([path], 4, partial=True)
@@ -494,15 +500,15 @@ def test_a_shard_is_what_its_header_says(tmp_path):
         assert targets == tokens[1:]
     for count in (-1, -5, 29, 31, 2**31 - 1, -(2**31)):
         write_shard(path, [*range(30)], count)
-        assert "cut short" in refusal(model.open_shard, path)
+        assert "cut short" in refusal(open_shard, path)
     for magic, version in ((20240520, 7), (20240801, 1), (1, 1)):
         write_shard(path, [*range(30)], magic=magic, version=version)
-        assert "not a token shard" in refusal(model.open_shard, path)
+        assert "not a token shard" in refusal(open_shard, path)
     good = path.read_bytes()
     for length in (0, 3, 8, 12, 1023, 1024):
         path.write_bytes(good[:length])
-        refusal(model.open_shard, path)
-    assert "cannot be read" in refusal(model.open_shard, tmp_path)
+        refusal(open_shard, path)
+    assert "cannot be read" in refusal(open_shard, tmp_path)
 
 
 @pytest.mark.parametrize("where", [0, 13, 29])

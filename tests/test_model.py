@@ -18,7 +18,23 @@ import torch.nn.functional as F
 import model
 import prepare
 import serve
-from model import GPT, GPTConfig, KVCache, Tokenizer, UserError
+from barelm.adapters import add_adapters
+from barelm.checkpoint import load, save
+from barelm.families import family
+from barelm.fast import PACKS, BlockedAttention, cross_entropy_sum, generating, quantize_weights
+from barelm.files import whole_file, write_json
+from barelm.optim import (
+    Muon,
+    flops_per_token,
+    make_optimizer,
+    memory_estimate,
+    n_params,
+    orthogonalize,
+)
+from barelm.run import UserError, autocast
+from barelm.safetensors import read_safetensors, write_safetensors
+from barelm.tokenizer import Tokenizer
+from model import GPT, GPTConfig, KVCache
 
 FIXTURES = Path(__file__).parent / "fixtures"
 QWEN3 = dict(n_head=4, n_kv_head=2, n_embd=32)
@@ -65,20 +81,20 @@ def random_ids(*shape, high=40):
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "qwen2", "smollm2", "mistral"])
 def test_fixture_made_by_transformers(name, tok, tmp_path):
     folder = shutil.copytree(FIXTURES / name, tmp_path / name)
-    model.write_json(folder / "tokenizer.json", tok.spec)
-    model.write_json(folder / "tokenizer_config.json", tok.config)
+    write_json(folder / "tokenizer.json", tok.spec)
+    write_json(folder / "tokenizer_config.json", tok.config)
     facts = json.loads((folder / "expected.json").read_text())
-    net, loaded = model.load(folder)
+    net, loaded = load(folder)
     # Mistral within its window, and SmolLM2, are Llama.
-    assert model.family(net.config) == {"smollm2": "llama", "mistral": "llama"}.get(name, name)
+    assert family(net.config) == {"smollm2": "llama", "mistral": "llama"}.get(name, name)
     assert loaded.eos_ids == [0]  # generation_config.json's word
     with torch.no_grad():
         logits = net(torch.tensor(facts["ids"]))[0]
     torch.testing.assert_close(logits, torch.tensor(facts["logits"]), atol=2e-5, rtol=0)
-    model.save(tmp_path / "back", net, loaded)
-    files = [model.read_safetensors(path)[0] for path in folder.glob("*.safetensors")]
+    save(tmp_path / "back", net, loaded)
+    files = [read_safetensors(path)[0] for path in folder.glob("*.safetensors")]
     theirs = {n: t.float() for file in files for n, t in file.items()}
-    ours, _ = model.read_safetensors(tmp_path / "back" / "model.safetensors")
+    ours, _ = read_safetensors(tmp_path / "back" / "model.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[k], ours[k]) for k in theirs)
 
@@ -95,7 +111,7 @@ def test_fixture_made_by_tokenizers():
 def test_opens_in_transformers_and_back(name, tok, tmp_path):
     transformers = pytest.importorskip("transformers")
     net, ids = make_net(**SHAPES[name]), random_ids(2, 20)
-    model.save(tmp_path / "ours", net, tok)
+    save(tmp_path / "ours", net, tok)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
@@ -108,7 +124,7 @@ def test_opens_in_transformers_and_back(name, tok, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tmp_path / "ours" / file, tmp_path / "theirs")
-    back, _ = model.load(tmp_path / "theirs")
+    back, _ = load(tmp_path / "theirs")
     assert back.config == net.config
     with torch.no_grad():
         torch.testing.assert_close(back(ids), expected, atol=2e-5, rtol=1e-4)
@@ -117,10 +133,10 @@ def test_opens_in_transformers_and_back(name, tok, tmp_path):
 @pytest.mark.parametrize("name", OURS)
 def test_other_architectures_survive_a_save(name, tok, tmp_path):
     net, ids = make_net(**OURS[name]), random_ids(2, 20)
-    model.save(tmp_path, net, tok)
+    save(tmp_path, net, tok)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "barelm"
     with torch.no_grad():
-        assert torch.equal(model.load(tmp_path)[0](ids), net(ids))
+        assert torch.equal(load(tmp_path)[0](ids), net(ids))
 
 
 # A value that is not its default for each field that a family holds, or may be asked to.
@@ -133,13 +149,13 @@ FIELDS |= dict(pos="none", rope_scaling=LLAMA3, mlp="relu2", tie=False, dropout=
 @pytest.mark.parametrize("key", FIELDS)
 def test_no_field_is_lost_on_saving(key, name, tok, tmp_path):
     net, ids = make_net(**SHAPES[name] | {"n_ctx": 32} | {key: FIELDS[key]}), random_ids(2, 20)
-    model.save(tmp_path, net, tok)
-    back, _ = model.load(tmp_path)
+    save(tmp_path, net, tok)
+    back, _ = load(tmp_path)
     assert back.config == net.config
     with torch.no_grad():
         expected = net(ids)
     assert torch.equal(back(ids), expected)
-    if model.family(net.config) != "barelm":
+    if family(net.config) != "barelm":
         transformers = pytest.importorskip("transformers")
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, output_loading_info=True
@@ -160,19 +176,19 @@ def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path,
     plain = GPTConfig
     forked = make_dataclass("GPTConfig", FORKED, bases=(GPTConfig,))
     shape = dict(vocab_size=64, n_ctx=32, n_layer=1) | SHAPES[name]
-    monkeypatch.setattr(model, "GPTConfig", forked)
-    assert model.family(forked(**shape)) == name  # at its default the field asks for nothing
+    monkeypatch.setattr("barelm.families.GPTConfig", forked)
+    assert family(forked(**shape)) == name  # at its default the field asks for nothing
     net = GPT(forked(**shape, **{key: value}))
-    assert model.family(net.config) == "barelm"
-    model.save(tmp_path, net, tok)
-    back, _ = model.load(tmp_path)
+    assert family(net.config) == "barelm"
+    save(tmp_path, net, tok)
+    back, _ = load(tmp_path)
     assert back.config == net.config and getattr(back.config, key) == value
     monkeypatch.setattr(serve, "export", "hf")
     with pytest.raises(UserError, match=f"{key}=.*here {re.escape(repr(value))}"):
         serve.check_family(net)
-    monkeypatch.setattr(model, "GPTConfig", plain)  # where the fork's folder is opened without it
+    monkeypatch.setattr("barelm.families.GPTConfig", plain)
     with pytest.raises(UserError, match="config.json: softcap, .*no fields of GPTConfig"):
-        model.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -182,18 +198,18 @@ def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path,
 def test_heads_and_adapters_survive_a_save(pooling, adapters, quantize, name, tok, tmp_path):
     net, ids = make_net(**SHAPES[name]), random_ids(1, 9)
     if adapters:
-        model.add_adapters(net, adapters)
+        add_adapters(net, adapters)
         for block in net.model.layers:
             torch.nn.init.normal_(block.mlp.down_proj.up.weight, std=0.3)
     if pooling:
         net.set_score(["no", "yes", "maybe"], pooling)
     if quantize:
-        model.quantize_weights(net, quantize)
-    model.save(tmp_path, net, tok)
+        quantize_weights(net, quantize)
+    save(tmp_path, net, tok)
     kind = json.loads((tmp_path / "config.json").read_text())["model_type"]
     ours = adapters or quantize or pooling == "mean"
     assert kind == ("barelm" if ours else name.partition("-")[0])
-    back, _ = model.load(tmp_path)
+    back, _ = load(tmp_path)
     assert back.config == net.config and back.quantize == quantize
     with torch.no_grad():
         if not pooling:
@@ -219,13 +235,13 @@ def test_safetensors_library_agrees(tmp_path):
         "half": torch.randn(7).half(),
         "flag": torch.tensor([True, False]),
     }
-    with model.whole_file(tmp_path / "ours") as file:
-        model.write_safetensors(file, tensors, {"format": "pt"})
+    with whole_file(tmp_path / "ours") as file:
+        write_safetensors(file, tensors, {"format": "pt"})
     library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt", "step": "3"})
-    assert model.read_safetensors(tmp_path / "theirs")[1]["step"] == "3"
+    assert read_safetensors(tmp_path / "theirs")[1]["step"] == "3"
     for read, path in (
         (library.load_file, "ours"),
-        (lambda p: model.read_safetensors(p)[0], "theirs"),
+        (lambda p: read_safetensors(p)[0], "theirs"),
     ):
         found = read(tmp_path / path)
         assert found.keys() == tensors.keys()
@@ -236,12 +252,12 @@ def test_safetensors_library_agrees(tmp_path):
 def test_malformed_safetensors_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     with open(path, "wb") as file:
-        model.write_safetensors(file, {"a": torch.ones(2, 3), "b": torch.ones(4)}, {"step": "1"})
+        write_safetensors(file, {"a": torch.ones(2, 3), "b": torch.ones(4)}, {"step": "1"})
     good = path.read_bytes()
     for length in range(len(good)):  # cut short anywhere
         path.write_bytes(good[:length])
         with pytest.raises(UserError):
-            model.read_safetensors(path)
+            read_safetensors(path)
     rng = np.random.default_rng(0)
     for _ in range(2000):  # a damaged header is refused or harmless, never another exception
         broken = bytearray(good)
@@ -249,7 +265,7 @@ def test_malformed_safetensors_are_refused(tmp_path):
             broken[at] = rng.integers(0, 256)
         path.write_bytes(broken)
         try:
-            model.read_safetensors(path)
+            read_safetensors(path)
         except UserError:
             pass
     for bad in (
@@ -266,12 +282,12 @@ def test_malformed_safetensors_are_refused(tmp_path):
     ):
         path.write_bytes(struct.pack("<Q", len(bad)) + bad.encode() + bytes(8))
         with pytest.raises(UserError):
-            model.read_safetensors(path)
+            read_safetensors(path)
 
 
 def test_unfit_folders_are_refused_in_a_line(tok, tmp_path):
     net = make_net(**QWEN3)
-    model.save(tmp_path, net, tok)
+    save(tmp_path, net, tok)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, word in (
         ({"model_type": "mamba"}, "mamba"),
@@ -282,9 +298,9 @@ def test_unfit_folders_are_refused_in_a_line(tok, tmp_path):
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
     ):
-        model.write_json(tmp_path / "config.json", config | change)
+        write_json(tmp_path / "config.json", config | change)
         with pytest.raises(UserError, match=word):
-            model.load(tmp_path)
+            load(tmp_path)
 
 
 def test_tokenizers_of_another_kind_are_refused_in_a_line(tok):
@@ -527,7 +543,7 @@ def test_beam_search_is_a_search_without_a_cache(tok):
 def test_beam_search_is_transformers_with_early_stopping(name, tok, tmp_path):
     transformers = pytest.importorskip("transformers")
     tok, net = copy.copy(tok), likely_ends(tok, **SHAPES[name])
-    model.save(tmp_path, net, tok)
+    save(tmp_path, net, tok)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     how = dict(do_sample=False, early_stopping=True, length_penalty=1.0, pad_token_id=0)
     for prompt, ends, limit, width in searches(tok, name, 25):
@@ -654,7 +670,7 @@ def test_chat_mask_covers_what_the_assistant_says():
 def test_chat_ids_are_those_of_transformers(tok, tmp_path):
     transformers = pytest.importorskip("transformers")
     bpe = prepare.bpe_tokenizer(prepare.train_bpe({b"hello": 5, b" there": 4, b"\n\n": 3}, 12))
-    model.save(tmp_path, make_net(vocab_size=320, **QWEN3), bpe)
+    save(tmp_path, make_net(vocab_size=320, **QWEN3), bpe)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [
         {"role": "user", "content": "hello there\n"},
@@ -709,7 +725,7 @@ def test_blocked_attention_equals_softmax(length, documents):
         unseen = unseen | (ids[:, None, :, None] != ids[:, None, None, :])
     scores = q @ k.repeat_interleave(3, 1).mT / math.sqrt(8)
     y = scores.masked_fill(unseen, -math.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    ours = model.BlockedAttention.apply(q, k, v, unseen)
+    ours = BlockedAttention.apply(q, k, v, unseen)
     torch.testing.assert_close(ours, y)
     grads = [torch.autograd.grad(out, (q, k, v), dy) for out in (ours, y)]
     for mine, theirs in zip(*grads):
@@ -721,7 +737,7 @@ def test_bfloat16_attention_on_a_cpu_is_near_float32(name):
     net, ids = make_net(**SHAPES[name]).train(), random_ids(2, 32)
     losses, norms = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        with model.autocast(torch.device("cpu"), dtype):
+        with autocast(torch.device("cpu"), dtype):
             loss, count = net(ids, ids)
         net.zero_grad()
         loss.backward()
@@ -737,14 +753,14 @@ def test_the_loss_head_in_pieces_equals_cross_entropy():
     targets = torch.randint(5000, (600,)).masked_fill(torch.rand(600) < 0.2, -100)
     h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
     exact = F.cross_entropy(h64 @ w64.T, targets, reduction="sum")
-    ours = model.cross_entropy_sum(h, w, targets)
+    ours = cross_entropy_sum(h, w, targets)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
     for mine, theirs in zip(
         *(torch.autograd.grad(3 * f, x) for f, x in ((ours, (h, w)), (exact, (h64, w64))))
     ):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        assert model.cross_entropy_sum(h, w, targets) == ours
+        assert cross_entropy_sum(h, w, targets) == ours
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *OURS])
@@ -763,17 +779,17 @@ def test_weights_packed_for_generation_give_the_same_logits(name, dtype):
     net, ids = make_net(**SHAPES[name]).to(dtype), random_ids(3, 5)
     with torch.no_grad():
         plain = net(ids)
-        with model.generating(net):
+        with generating(net):
             packed = net(ids)
             with torch.no_grad():  # what changes after a generation is seen by the next
                 net.lm_head.weight.mul_(2)
-        with model.generating(net):
+        with generating(net):
             assert not torch.equal(net(ids), packed)
     close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.3)
     torch.testing.assert_close(packed, plain, **close)
-    with pytest.raises(KeyError), model.generating(net):
+    with pytest.raises(KeyError), generating(net):
         raise KeyError
-    assert model.PACKS is None
+    assert PACKS is None
 
 
 def test_muon_equals_its_formula():
@@ -781,29 +797,27 @@ def test_muon_equals_its_formula():
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 8), (8, 8), (4, 12), (12, 4))]
     grads = [[torch.randn_like(p) for p in params] for _ in range(3)]
     expected = [naive_muon(p.data, [g[i] for g in grads], 0.1, 0.3) for i, p in enumerate(params)]
-    optimizer = model.Muon(params, lr=0.1, weight_decay=0.3)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.3)
     for step in grads:
         for p, g in zip(params, step):
             p.grad = g
         optimizer.step()
     for p, e in zip(params, expected):
         torch.testing.assert_close(p.data.double(), e, atol=1e-5, rtol=1e-5)
-    values = torch.linalg.svdvals(model.orthogonalize(torch.randn(3, 16, 32)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 16, 32)))
     assert values.min() > 0.6 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizer_groups_hold_every_parameter_once(name):
     net = make_net(**GPT2)
-    optimizers = model.make_optimizer(net, name, 1e-3, weight_decay=0.5)
+    optimizers = make_optimizer(net, name, 1e-3, weight_decay=0.5)
     groups = [g for o in optimizers for g in o.param_groups]
     held = [id(p) for g in groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in net.parameters())
     for g in groups:
         assert {p.ndim > 1 for p in g["params"]} == {g["weight_decay"] == 0.5}
-    muon = {
-        id(p) for o in optimizers if isinstance(o, model.Muon) for p in o.param_groups[0]["params"]
-    }
+    muon = {id(p) for o in optimizers if isinstance(o, Muon) for p in o.param_groups[0]["params"]}
     inner = {id(p) for n, p in net.named_parameters() if ".layers." in n and p.ndim == 2}
     assert muon == (inner if name == "muon" else set())
 
@@ -819,8 +833,8 @@ def test_flops_equal_the_flop_counter(name):
     with FlopCounterMode(display=False) as both, sdpa_kernel(SDPBackend.MATH):
         net(ids, ids)[0].backward()
     c = net.config
-    assert forward.get_total_flops() == 32 * model.flops_per_token(c, 16, backward=False)
-    assert both.get_total_flops() == 32 * model.flops_per_token(c, 16)
+    assert forward.get_total_flops() == 32 * flops_per_token(c, 16, backward=False)
+    assert both.get_total_flops() == 32 * flops_per_token(c, 16)
 
 
 @pytest.mark.parametrize("shape", [QWEN3 | dict(n_embd=64), GPT2 | dict(n_embd=64)])
@@ -837,10 +851,10 @@ def test_memory_estimate_is_near_what_autograd_keeps(shape, recompute):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss, _ = net(random_ids(4, 128), random_ids(4, 128))
-    _, estimate = model.memory_estimate(net.config, 0, 4, 128, recompute=recompute)
+    _, estimate = memory_estimate(net.config, 0, 4, 128, recompute=recompute)
     kept_bytes = sum(kept.values())
     if recompute:  # one block is recomputed at a time, in backward
-        _, all_blocks = model.memory_estimate(net.config, 0, 4, 128)
+        _, all_blocks = memory_estimate(net.config, 0, 4, 128)
         kept_bytes += (all_blocks - 4 * 128 * 64 * 8) / 6
     assert 0.6 < estimate / kept_bytes < 1.7
 
@@ -853,7 +867,7 @@ def test_parameters_are_counted_and_initialized_as_gpt2_is():
     torch.manual_seed(0)
     net = GPT(GPTConfig(512, 32, 8, **(GPT2 | dict(n_embd=64))))
     per_block = 12 * 64 * 64 + 13 * 64
-    assert model.n_params(net) == 512 * 64 + 32 * 64 + 8 * per_block + 2 * 64
+    assert n_params(net) == 512 * 64 + 32 * 64 + 8 * per_block + 2 * 64
     block = net.model.layers[0]
     assert block.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)

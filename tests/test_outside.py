@@ -16,7 +16,13 @@ from conftest import run
 from test_tokenizers import TEXTS, more_texts
 
 import model
-from model import Tokenizer, UserError
+from barelm.checkpoint import load, save
+from barelm.families import from_hf_config
+from barelm.files import write_json
+from barelm.optim import n_params
+from barelm.run import UserError
+from barelm.safetensors import INDEX, read_safetensors, write_safetensors
+from barelm.tokenizer import Tokenizer, merge_pairs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ["gpt2", "llama3", "qwen3", "smollm2", "llama2", "tinyllama", "mistral"]
@@ -36,13 +42,13 @@ def folder_of(family, path):
     tok, d = open_tokenizer(family), read(FIXTURES / NETS[family] / "config.json")
     rows = "n_positions" if family == "gpt2" else "max_position_embeddings"
     d |= {"vocab_size": tok.n_vocab, rows: 256, "sliding_window": None}
-    config = model.from_hf_config(d)
+    config = from_hf_config(d)
     torch.manual_seed(0)
-    model.save(path, model.GPT(config), tok)
+    save(path, model.GPT(config), tok)
     mine = read(path / "config.json")
     if family == "mistral":
         mine |= {"model_type": "mistral", "sliding_window": 96}
-    model.write_json(path / "config.json", mine)
+    write_json(path / "config.json", mine)
     return path
 
 
@@ -110,7 +116,7 @@ def test_merging_with_a_queue_equals_searching_each_time():
             pair = (rng.randrange(new), rng.randrange(new))
             merges.setdefault(pair, (rng.randrange(9), new))
         ids = rng.choices(range(4), k=rng.randrange(60))
-        assert model.merge_pairs(ids, merges) == naive_merges(ids, merges)
+        assert merge_pairs(ids, merges) == naive_merges(ids, merges)
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
@@ -185,7 +191,7 @@ def test_tokenizers_that_would_give_other_ids_are_refused_by_name():
 
 def logits(folder, ids):
     with torch.no_grad():
-        return model.load(folder)[0](torch.tensor([ids]))[0]
+        return load(folder)[0](torch.tensor([ids]))[0]
 
 
 def test_the_forms_that_files_have_on_the_hub(tmp_path):
@@ -193,19 +199,19 @@ def test_the_forms_that_files_have_on_the_hub(tmp_path):
     # GPT-2's own file: no prefix, causal masks, a config without the keys of later days.
     folder = folder_of("gpt2", tmp_path / "gpt2")
     expected = logits(folder, ids)
-    tensors, _ = model.read_safetensors(folder / "model.safetensors")
+    tensors, _ = read_safetensors(folder / "model.safetensors")
     tensors = {n.removeprefix("transformer."): t for n, t in tensors.items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256).tril() for i in range(2)}
     with open(folder / "model.safetensors", "wb") as file:
-        model.write_safetensors(file, tensors, {"format": "pt"})
+        write_safetensors(file, tensors, {"format": "pt"})
     config = read(folder / "config.json")
     for key in ("tie_word_embeddings", "n_inner", "activation_function", "dtype"):
         config.pop(key, None)
-    model.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     (folder / "generation_config.json").unlink()  # then config.json says which tokens end a text
-    model.write_json(folder / "tokenizer_config.json", {"model_max_length": 1024})
+    write_json(folder / "tokenizer_config.json", {"model_max_length": 1024})
     torch.testing.assert_close(logits(folder, ids), expected)
-    assert model.load(folder)[1].eos_ids == [config["eos_token_id"]] != [None]
+    assert load(folder)[1].eos_ids == [config["eos_token_id"]] != [None]
     # RoPE by transformers 5's one dict, and by the two keys before it.
     folder = folder_of("llama2", tmp_path / "llama")
     expected, config = logits(folder, ids), read(folder / "config.json")
@@ -215,7 +221,7 @@ def test_the_forms_that_files_have_on_the_hub(tmp_path):
     two = {"rope_scaling": old, "rope_theta": scaling["rope_theta"]}
     for form in ({"rope_parameters": scaling}, two):
         bare = {k: v for k, v in config.items() if k not in ("hidden_act", "head_dim")}
-        model.write_json(folder / "config.json", bare | form)
+        write_json(folder / "config.json", bare | form)
         torch.testing.assert_close(logits(folder, ids), expected)
 
 
@@ -247,10 +253,10 @@ def test_published_models_have_their_number_of_parameters(name):
         d |= {"num_key_value_heads": kv, "intermediate_size": mlp, "rms_norm_eps": 1e-5}
         d |= {"max_position_embeddings": 32768, "tie_word_embeddings": tie}
         d |= {"head_dim": 128} if kind == "qwen3" else {}
-    config = model.from_hf_config(d)
+    config = from_hf_config(d)
     assert config.n_ctx == {"gpt2": 1024, "mistral": 4096}.get(kind, 32768)
     with torch.device("meta"):
-        assert model.n_params(model.GPT(config)) == expected
+        assert n_params(model.GPT(config)) == expected
 
 
 def test_what_is_not_exact_is_refused_by_name(tmp_path):
@@ -272,23 +278,23 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path):
         ("gpt2", {"scale_attn_weights": None}, "scale_attn_weights"),
     ]:
         with pytest.raises(UserError, match=why):
-            model.from_hf_config(configs[name] | change)
+            from_hf_config(configs[name] | change)
     for name, key in ("gpt2", "hidden_act"), ("llama", "activation_function"):  # which it ignores
-        assert model.from_hf_config(configs[name] | {key: "gelu"})
+        assert from_hf_config(configs[name] | {key: "gelu"})
 
 
 def test_malformed_folders_are_a_line(tmp_path):
     folder = folder_of("llama2", tmp_path / "a")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
-        model.load(folder)
+        load(folder)
     for bad in ({}, {"weight_map": {"a": "../b.safetensors"}}, {"weight_map": {"a": 3}}):
-        model.write_json(folder / "model.safetensors.index.json", bad)
+        write_json(folder / "model.safetensors.index.json", bad)
         with pytest.raises(UserError, match="malformed"):
-            model.load(folder)
-    model.write_json(folder / model.INDEX, {"weight_map": {"a": "b.safetensors"}})
+            load(folder)
+    write_json(folder / INDEX, {"weight_map": {"a": "b.safetensors"}})
     with pytest.raises(UserError, match="b.safetensors: cannot be read"):
-        model.load(folder)
+        load(folder)
 
 
 # Downloads
@@ -324,8 +330,8 @@ def hub(monkeypatch, tmp_path):
     server.env |= {"HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"}
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(model, "HUB", server.env["HF_ENDPOINT"])
-    monkeypatch.setattr(model.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("barelm.checkpoint.HUB", server.env["HF_ENDPOINT"])
+    monkeypatch.setattr("barelm.download.time.sleep", lambda seconds: None)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -338,13 +344,13 @@ def test_a_hub_model_in_several_files_is_fetched_once_and_resumed(hub, tmp_path,
     source = shutil.copytree(FIXTURES / "qwen2", tmp_path / "source")
     chars = {"type": "WordLevel", "unk_token": "a", "vocab": {chr(97 + i): i for i in range(26)}}
     split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
-    model.write_json(source / "tokenizer.json", {"model": chars, "pre_tokenizer": split})
+    write_json(source / "tokenizer.json", {"model": chars, "pre_tokenizer": split})
     hub.models["some/Model-1.5"] = source
     shard = min(source.glob("*.safetensors"))
     part = hub.cache / "some--Model-1.5.part" / f"{shard.name}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(shard.read_bytes()[:1000])  # an earlier run was killed here
-    net, tok = model.load("some/Model-1.5")
+    net, tok = load("some/Model-1.5")
     facts = read(source / "expected.json")
     with torch.no_grad():
         mine = net(torch.tensor(facts["ids"]))[0]
@@ -356,7 +362,7 @@ def test_a_hub_model_in_several_files_is_fetched_once_and_resumed(hub, tmp_path,
     kept = {p.name for p in (hub.cache / "some--Model-1.5").iterdir()}
     assert kept == {p.name for p in source.iterdir()} - {"expected.json"}
     hub.asked.clear()
-    model.load("some/Model-1.5")
+    load("some/Model-1.5")
     assert hub.asked == []
 
 
@@ -375,28 +381,28 @@ def test_the_command_downloads_a_model_by_its_bare_name(hub, tmp_path):
 def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^no/model: neither a folder here .*404"):
-        model.load("no/model")
+        load("no/model")
     assert not hub.cache.exists()
     pickled = hub.models["old/model"] = folder_of("llama2", tmp_path / "source")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
-        model.load("old/model")
-    model.write_json(pickled / "config.json", {"model_type": "mixtral"})
+        load("old/model")
+    write_json(pickled / "config.json", {"model_type": "mixtral"})
     hub.models["moe/model"] = pickled
     hub.asked.clear()
     with pytest.raises(UserError, match="mixtral"):
-        model.load("moe/model")
+        load("moe/model")
     assert [file for file, *_ in hub.asked] == ["config.json"]
     hub.asked.clear()
     (tmp_path / "runs").mkdir()
     for local in ("out/none", "runs/none", "./none", tmp_path / "none", "a/b/c"):
         with pytest.raises(UserError, match="no such folder"):
-            model.load(local)
+            load(local)
     assert hub.asked == []
     assert not any(p.name.endswith("model") for p in hub.cache.iterdir())
-    monkeypatch.setattr(model, "HUB", "http://127.0.0.1:9/")
+    monkeypatch.setattr("barelm.checkpoint.HUB", "http://127.0.0.1:9/")
     with pytest.raises(UserError, match="^no/model: neither"):
-        model.load("no/model")
+        load("no/model")
 
 
 # The commands
@@ -416,14 +422,12 @@ def test_the_commands_sample_tune_and_save(family, tmp_path):
         out = tune(tmp_path, "base", adapt)
         done = run(tmp_path, "sample.py", f"--model={out}", "--prompt=a b", "--max_new_tokens=5")
         assert "a b" in done.stdout
-        net, tok = model.load(tmp_path / out)
+        net, tok = load(tmp_path / out)
         assert tok.spec == open_tokenizer(family).spec and tok.start == [1]
     # Loaded and saved, a model has the same tensors and, for transformers, the same logits.
-    net, tok = model.load(base)
-    model.save(tmp_path / "again", net, tok)
-    one, two = (
-        model.read_safetensors(p / "model.safetensors")[0] for p in (base, tmp_path / "again")
-    )
+    net, tok = load(base)
+    save(tmp_path / "again", net, tok)
+    one, two = (read_safetensors(p / "model.safetensors")[0] for p in (base, tmp_path / "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
     transformers = pytest.importorskip("transformers")
     ids = torch.arange(5, 60)[None]

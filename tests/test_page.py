@@ -19,6 +19,9 @@ from conftest import ROOT
 from test_model import QWEN3, make_net
 
 import model as core
+from barelm.checkpoint import load
+from barelm.fast import quantize_weights
+from barelm.optim import n_params
 
 pytest.importorskip("fastapi")
 import serve
@@ -40,7 +43,7 @@ def server(tiny, tmp_path_factory):
     head = {"Authorization": f"Bearer {KEY}".encode()}
     get = lambda path: requests.get(url + path, headers=head, timeout=60)
     post = lambda path, **body: requests.post(url + path, json=body, headers=head, timeout=60)
-    net, tok = core.load(folder)
+    net, tok = load(folder)
     yield SimpleNamespace(url=url, folder=folder, get=get, post=post, net=net.eval(), tok=tok)
     process.send_signal(signal.SIGTERM)
     process.wait()
@@ -130,8 +133,8 @@ def test_parts_are_those_of_the_file_and_add_up(server):
 def test_parts_of_quantized_networks_have_the_shapes_of_their_weights(kind, tie, tmp_path):
     net = make_net(**QWEN3 | dict(n_hidden=40, tie=tie))
     before = serve.model_parts(net)
-    assert serve.model_parts(core.quantize_weights(net, kind)) == before
-    assert sum(part["params"] for part in before) == core.n_params(make_net(**net.config.__dict__))
+    assert serve.model_parts(quantize_weights(net, kind)) == before
+    assert sum(part["params"] for part in before) == n_params(make_net(**net.config.__dict__))
 
 
 def test_neighbours_have_the_greatest_cosines(server):

@@ -41,9 +41,11 @@ from test_prepare import (
 )
 
 import finetune
-import model
 import prepare
 import train
+from barelm.checkpoint import load
+from barelm.run import UserError, setup
+from barelm.tokenizer import Tokenizer
 
 BYTES = "--tokenizer=byte", "--val_fraction=0"
 
@@ -118,7 +120,7 @@ def test_a_bad_line_in_a_later_range_has_its_number(tmp_path, monkeypatch):
     lines = [json.dumps({"text": t}) for t in made_up_documents(300)]
     lines[222] = "{"
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-    with pytest.raises(model.UserError, match=r"docs.jsonl:223: expected .* found '\{'"):
+    with pytest.raises(UserError, match=r"docs.jsonl:223: expected .* found '\{'"):
         main_here(monkeypatch, tmp_path, source="docs.jsonl", UNIT=500, threads=1)
 
 
@@ -148,7 +150,7 @@ def texts_in(tmp_path, monkeypatch):
     def read(source, **settings):
         for key, value in {"source": source, **settings}.items():
             monkeypatch.setattr(prepare, key, value)
-        units = prepare.plan(model.setup("cpu"))
+        units = prepare.plan(setup("cpu"))
         tallies = defaultdict(prepare.Tally)
         return [text for unit in units for _, text in prepare.cleaned(unit, tallies, [])]
 
@@ -157,7 +159,7 @@ def texts_in(tmp_path, monkeypatch):
 
 def refusal(function, *args, **kwargs):
     """The one line with which the function refuses."""
-    with pytest.raises(model.UserError) as error:
+    with pytest.raises(UserError) as error:
         function(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -458,7 +460,7 @@ def test_documents_with_thirteen_words_of_an_evaluation_are_dropped(tmp_path):
 
 
 def test_perplexity_under_a_model_of_ours(tiny, tmp_path):
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     texts = [
         "def f(self):\n    return self.x\n" * 4,
         "qzxjv " * 30,
@@ -603,7 +605,7 @@ def test_a_source_of_one_document_is_cut_to_its_share(tokenizer, tmp_path):
         folder = tmp_path / "data/python"
         meta = json.loads((folder / "meta.json").read_text())
         assert abs(meta["train"]["tokens"] - 20_000) < 100
-        tok = model.Tokenizer.from_folder(folder)
+        tok = Tokenizer.from_folder(folder)
         docs = dict(zip("ab", documents_of(folder, "train")))
         sizes = {name: 1 + len(tok.encode(doc)) for name, doc in docs.items()}
         assert sum(sizes.values()) == meta["train"]["tokens"] == len(read_split(folder, "train"))
@@ -654,7 +656,7 @@ def test_train_tells_the_loss_of_each_source(tmp_path):
     shape = "--n_layer=1", "--n_embd=32", "--n_head=2", "--n_kv_head=2", "--eval_tokens=0"
     run(tmp_path, "train.py", *args, *shape)
     row = json.loads((tmp_path / "out/python/log.jsonl").read_text().splitlines()[-1])
-    net, _ = model.load(tmp_path / "out/python")
+    net, _ = load(tmp_path / "out/python")
     for name in ("val", "val.web", "val.code"):
         paths = sorted((tmp_path / "data/mix").glob(f"{name}_*.bin"))
         windows = train.Windows(paths, 64, partial=True)
@@ -854,7 +856,7 @@ def test_the_default_source_makes_all_four_task_sets(tiny):
     for name, check in {
         "sft": lambda r: r["messages"][0]["content"].startswith("Write the docstring"),
         "preference": lambda r: r["chosen"] != r["rejected"] and r["rejected"] in flat,
-        "classify": lambda r: f"{r['label']}/" in str(list(prepare.plan(model.setup("cpu")))),
+        "classify": lambda r: f"{r['label']}/" in str(list(prepare.plan(setup("cpu")))),
         "seq2seq": lambda r: r["target"] in flat and r["source"].split("\n")[0] in library,
     }.items():
         rows = [
@@ -1024,7 +1026,7 @@ class Watched:
 
 def test_a_part_is_found_by_work_that_grows_with_the_file(tmp_path, monkeypatch):
     """Of files of one part, all ranges together look at each byte a few times, of 8 MB as of 64."""
-    monkeypatch.setattr(model, "open", Watched, raising=False)
+    monkeypatch.setattr("barelm.files.open", Watched, raising=False)
     for size in (8, 64):
         (tmp_path / "f").write_bytes(b"x" * (size << 20))
         Watched.looked = 0
@@ -1046,10 +1048,10 @@ def test_other_files_beside_the_source_are_another_run(tmp_path, monkeypatch):
             path.parent.mkdir(exist_ok=True)
             path.write_text(content)
             os.utime(path, ns=(1, len(names)))
-            names.append(prepare.plan(model.setup("cpu"))[0]["name"])
+            names.append(prepare.plan(setup("cpu"))[0]["name"])
     (tmp_path / "changed.py").write_text(Path(prepare.__file__).read_text() + "# a step does more")
     monkeypatch.setattr(prepare, "__file__", "changed.py")
-    names.append(prepare.plan(model.setup("cpu"))[0]["name"])
+    names.append(prepare.plan(setup("cpu"))[0]["name"])
     assert len(set(names)) == 7
 
 
@@ -1232,7 +1234,7 @@ def test_the_files_of_a_hub_data_set(monkeypatch):
     urls = lambda spec: [url.partition("/datasets/")[2] for url in prepare.addresses(spec)]
     assert urls("hf:o/n/s/10") == ["o/n/resolve/main/s/10/a.parquet"]
     assert urls("hf:n") == ["n/resolve/main/t/train%231.jsonl"]
-    with pytest.raises(model.UserError, match="no JSONL, parquet or text file in it"):
+    with pytest.raises(UserError, match="no JSONL, parquet or text file in it"):
         urls("hf:o/n/nowhere")
     hub(monkeypatch, ["README.md", "A.NDJSON.zst", "b.JSONL", "c.csv", "d.parquet"])
     assert urls("hf:o/n") == ["o/n/resolve/main/A.NDJSON.zst", "o/n/resolve/main/b.JSONL"]

@@ -28,9 +28,12 @@ import regex
 import tiktoken
 from conftest import ROOT, run, stalled
 
-import model
 import prepare
 import train
+from barelm.download import download
+from barelm.run import UserError, setup
+from barelm.shards import open_shard
+from barelm.tokenizer import Tokenizer
 
 SHARED = ROOT.parent / "shared" / "data"
 SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
@@ -127,7 +130,7 @@ def read_split(folder, split):
 
 def documents_of(folder, split):
     """The documents of a split: what follows each end-of-text token, decoded."""
-    tok, docs = model.Tokenizer.from_folder(folder), []
+    tok, docs = Tokenizer.from_folder(folder), []
     ids = read_split(folder, split)
     assert not ids or ids[0] == tok.special["<|endoftext|>"]
     for id in ids:
@@ -137,7 +140,7 @@ def documents_of(folder, split):
 
 def source_texts():
     """The texts of prepare.py's `source`, as they are."""
-    units = prepare.plan(model.setup("cpu"))
+    units = prepare.plan(setup("cpu"))
     return [r["text"] for unit in units for r in prepare.records(unit, []) if r["text"].strip()]
 
 
@@ -251,7 +254,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char", *NAMED])
 def test_tokenizers_reads_our_tokenizer_json_alike(kind, folders):
     tokenizers = pytest.importorskip("tokenizers")
-    tok = model.Tokenizer.from_folder(folders(kind))
+    tok = Tokenizer.from_folder(folders(kind))
     theirs = tokenizers.Tokenizer.from_file(str(folders(kind) / "tokenizer.json"))
     texts = [*TEXTS, (ROOT / "train.py").read_text()]
     if SHAKESPEARE.is_file():
@@ -270,7 +273,7 @@ def test_tokenizers_reads_our_tokenizer_json_alike(kind, folders):
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char", *NAMED])
 def test_transformers_reads_our_tokenizer_alike(kind, folders):
     transformers = pytest.importorskip("transformers")
-    tok = model.Tokenizer.from_folder(folders(kind))
+    tok = Tokenizer.from_folder(folders(kind))
     theirs = transformers.AutoTokenizer.from_pretrained(folders(kind))
     for text in TEXTS:
         assert theirs(text)["input_ids"] == tok.encode(text)
@@ -287,7 +290,7 @@ def test_transformers_reads_our_tokenizer_alike(kind, folders):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_encoding_is_tiktokens(name, folders, monkeypatch):
-    tok = model.Tokenizer.from_folder(folders(name))
+    tok = Tokenizer.from_folder(folders(name))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", TIKTOKEN)
     encoding = tiktoken.get_encoding(name)
     for text in [*TEXTS, *SPECIAL, (ROOT / "model.py").read_text()]:
@@ -310,7 +313,7 @@ def test_the_tokenizer_of_a_folder_is_taken_as_it_is(folders, tmp_path):
 @pytest.mark.parametrize("kind", ["bpe", "byte", *NAMED])
 def test_a_long_text_is_cut_where_no_token_spans(kind, folders, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 40)
-    tok, rng = model.Tokenizer.from_folder(folders(kind)), random.Random(4)
+    tok, rng = Tokenizer.from_folder(folders(kind)), random.Random(4)
     texts = ["".join(rng.choices("ab \n\n\r\t1;/.'é", k=3000)) for _ in range(5)]
     for text in [(ROOT / "model.py").read_text()[:20_000], "x\n" * 500, "no end " * 50, *texts]:
         parts = list(prepare.pieces_of(text))
@@ -348,7 +351,7 @@ def test_real_command_shards_decode_to_the_documents(tmp_path):
         counts = {"documents": len(docs), "bytes": sum(len(d.encode()) for d in docs)}
         counts |= {"tokens": len(ids), "shards": [f"{name}_000000.bin"]}
         assert meta[name] == counts
-    assert meta["n_vocab"] == model.Tokenizer.from_folder(folder).n_vocab == 300
+    assert meta["n_vocab"] == Tokenizer.from_folder(folder).n_vocab == 300
     assert meta["settings"]["val_fraction"] == 0.3 and meta["settings"]["source"] == "docs.jsonl"
     hashes = b"".join(hashlib.blake2b(t.encode(), digest_size=8).digest()[::-1] for t in texts)
     assert meta["source_sha256"] == hashlib.sha256(hashes).hexdigest()
@@ -361,7 +364,7 @@ def test_real_command_shards_decode_to_the_documents(tmp_path):
     # the tokenizer is trained on the training split alone
     pieces = Counter(p for doc in split["train"] for p in regex.findall(prepare.SPLIT, doc))
     merges = naive_bpe({p.encode(): n for p, n in pieces.items()}, 300 - 256 - 4)
-    tok = model.Tokenizer.from_folder(folder)
+    tok = Tokenizer.from_folder(folder)
     assert [tok.token_bytes(256 + i) for i in range(len(merges))] == [a + b for a, b in merges]
 
 
@@ -432,7 +435,7 @@ def test_a_large_vocabulary_is_written_in_32_bits(folders):
     folder = folders("cl100k_base")
     ids, width = read_shard(folder / "train_000000.bin")
     assert width == 4 and ids[0] == 100257 and max(ids[1:]) > 65535
-    assert model.open_shard(folder / "train_000000.bin").tolist() == ids
+    assert open_shard(folder / "train_000000.bin").tolist() == ids
     ids, width = read_shard(folders("gpt2") / "train_000000.bin")
     assert width == 2 and ids[0] == 50256
 
@@ -504,7 +507,7 @@ def test_the_default_source_is_the_standard_library_without_its_tests():
 def test_characters_that_training_lacks_are_one_unknown_token(tmp_path):
     (tmp_path / "text.txt").write_text("abc " * 90 + "Z" * 40)  # the last tenth is for validation
     done_well(prepare_py(tmp_path, "--source=text.txt", "--tokenizer=char"))
-    tok = model.Tokenizer.from_folder(tmp_path / "data/python")
+    tok = Tokenizer.from_folder(tmp_path / "data/python")
     assert [tok.token_bytes(i) for i in range(4)] == [b" ", b"a", b"b", b"c"]
     unknown = tok.special["<|unk|>"]
     assert tok.n_vocab == 4 + 1 + 4 and tok.encode("aZé") == [1, unknown, unknown]
@@ -623,7 +626,7 @@ def opens(monkeypatch, cwd, name):
     monkeypatch.setattr(train, "seq_len", 8)
     try:
         train.open_dataset()
-    except model.UserError as error:
+    except UserError as error:
         assert f"{name}: no prepared data" in str(error)
         return None
     return {k: v for k, v in files(Path("data") / name).items() if not k.startswith("work")}
@@ -917,7 +920,7 @@ def test_downloads_in_spite_of(kind, server, tmp_path, capsys):
 
 def test_a_truncating_server_leaves_a_part_that_a_later_run_completes(server, tmp_path):
     path = tmp_path / "file"
-    with pytest.raises(model.UserError, match=", 2 times: run it again to go on"):
+    with pytest.raises(UserError, match=", 2 times: run it again to go on"):
         prepare.download(f"{server.url}/truncated/file", path, tries=2)
     assert os.listdir(tmp_path) == ["file.part"] and server.pauses == [1]
     have = (tmp_path / "file.part").stat().st_size
@@ -927,7 +930,7 @@ def test_a_truncating_server_leaves_a_part_that_a_later_run_completes(server, tm
 
 
 def test_a_length_that_is_not_that_of_the_file_is_refused(server, tmp_path):
-    with pytest.raises(model.UserError, match=f"{len(BODY)} of [0-9]+ bytes came"):
+    with pytest.raises(UserError, match=f"{len(BODY)} of [0-9]+ bytes came"):
         prepare.download(f"{server.url}/packed/file", tmp_path / "file", tries=1)
     assert not (tmp_path / "file").exists()
 
@@ -939,7 +942,7 @@ def test_a_part_longer_than_the_file_is_begun_again(server, tmp_path):
 
 
 def test_a_missing_file_is_refused_at_once(server, tmp_path):
-    with pytest.raises(model.UserError, match="/missing/file: HTTP 404.*is the address right"):
+    with pytest.raises(UserError, match="/missing/file: HTTP 404.*is the address right"):
         prepare.download(f"{server.url}/missing/file", tmp_path / "file")
     assert len(server.asked) == 1 and server.pauses == [] and not (tmp_path / "file").exists()
 
@@ -976,23 +979,23 @@ def test_a_download_that_fails_is_a_short_line(url, message, server, tmp_path, m
     else:
         monkeypatch.setenv("NO_PROXY", "*")
     url = url.format(http=server.url, rest=server.url.removeprefix("http"), closed=closed)
-    with pytest.raises(model.UserError, match=message) as error:
-        model.download(url, tmp_path / "file", tries=1)
+    with pytest.raises(UserError, match=message) as error:
+        download(url, tmp_path / "file", tries=1)
     text = str(error.value)
     assert text.startswith(url) and "\n" not in text and len(text) < len(url) + 200
     assert not any(word in text for word in ("HTTPConnectionPool", "urllib3", "object at 0x"))
 
 
 def test_a_server_that_says_nothing_is_left(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "PATIENCE", 0.05)
+    monkeypatch.setattr("barelm.download.PATIENCE", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/x"
-        with pytest.raises(model.UserError, match="127.0.0.1 does not answer in time"):
-            model.download(url, tmp_path / "file", tries=1)
+        with pytest.raises(UserError, match="127.0.0.1 does not answer in time"):
+            download(url, tmp_path / "file", tries=1)
 
 
 def test_another_file_than_expected_is_removed(server, tmp_path):
-    with pytest.raises(model.UserError, match=hashlib.sha256(BODY).hexdigest()):
+    with pytest.raises(UserError, match=hashlib.sha256(BODY).hexdigest()):
         prepare.download(f"{server.url}/plain/file", tmp_path / "file", "0" * 64)
     assert os.listdir(tmp_path) == [] and len(server.asked) == 1
 
@@ -1000,7 +1003,7 @@ def test_another_file_than_expected_is_removed(server, tmp_path):
 def test_nobody_answers(server, tmp_path):
     server.shutdown()
     server.server_close()
-    with pytest.raises(model.UserError, match="run it again") as error:
+    with pytest.raises(UserError, match="run it again") as error:
         prepare.download(f"{server.url}/plain/file", tmp_path / "file", tries=3)
     assert server.pauses == [1, 2] and "\n" not in str(error.value)
     assert not (tmp_path / "file").exists()
@@ -1040,7 +1043,7 @@ def test_a_data_set_of_the_hub_by_its_name(server, tmp_path, monkeypatch):
     main_here(monkeypatch, tmp_path, source="hf:o/n", shards=1, **settings)
     assert docs() == ["0"]
     assert len(server.asked) == 6  # three lists and three files: none is fetched again
-    with pytest.raises(model.UserError, match="--source=hf:o/none: the Hub does not list it"):
+    with pytest.raises(UserError, match="--source=hf:o/none: the Hub does not list it"):
         main_here(monkeypatch, tmp_path, source="hf:o/none")
 
 
@@ -1091,7 +1094,7 @@ def test_fineweb_shards_are_taken_as_they_are(server, tmp_path, monkeypatch):
     server.asked.clear()
     server.files["/plain/fineweb_train_000003.bin"] = b"<html>"
     monkeypatch.setattr(prepare, "shards", 3)
-    with pytest.raises(model.UserError, match="removed: not the token shard that was expected"):
+    with pytest.raises(UserError, match="removed: not the token shard that was expected"):
         prepare.main()
     assert len(server.asked) == 1 and files(tmp_path / "data" / "d") == made
 

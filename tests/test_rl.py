@@ -16,13 +16,14 @@ from test_model import QWEN3, make_net
 
 import eval as evaluation
 import finetune
-import model
-from model import UserError
+from barelm.checkpoint import load
+from barelm.run import UserError
+from barelm.tokenizer import Tokenizer
 
 
 @pytest.fixture
 def tok(tiny):
-    return model.Tokenizer.from_folder(tiny / "out/tiny")
+    return Tokenizer.from_folder(tiny / "out/tiny")
 
 
 def options(monkeypatch, **values):
@@ -445,7 +446,7 @@ def test_the_reward_rises(method, processes, toy):
     keys = {"loss", "reward", "length", "entropy", "approx_kl", "clipfrac", "grad_norm"}
     keys |= {"value_loss", "explained_variance"} if method == "ppo" else set()
     assert keys <= rows[1].keys()
-    net, _ = model.load(toy / "out/rl")
+    net, _ = load(toy / "out/rl")
     assert net.score is None  # the value head is not the policy's
 
 

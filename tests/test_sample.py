@@ -13,11 +13,12 @@ from test_model import naive_beam_search
 
 import model
 import sample
+from barelm.checkpoint import load
 
 
 def test_prints_the_prompt_and_what_generate_continues(tiny):
     options = ["--model=out/tiny", "--max_new_tokens=20", "--top_k=0"]
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     how = dict(max_new_tokens=20, temperature=0.8, seed=5)
     [g] = model.generate(net, tok, ["def f(x"], **how)
     said = run(tiny, "sample.py", *options, "--prompt=def f(x", "--seed=5").stdout
@@ -41,7 +42,7 @@ def test_several_prompts_and_samples_at_once(tiny):
 
 
 def test_num_beams_is_a_beam_search(tiny):
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     [beam] = model.generate(net, tok, ["import "], max_new_tokens=10, num_beams=4)
     assert beam.ids == naive_beam_search(net, tok.prompt("import "), tok.eos_ids, 10, 4)
     options = ["--model=out/tiny", "--max_new_tokens=10", "--num_beams=4", "--prompt=import "]
@@ -52,7 +53,7 @@ def test_chat_uses_the_template_and_keeps_within_the_context(tiny):
     options = ["--model=out/tiny", "--chat", "--max_new_tokens=6", "--temperature=0"]
     said = run(tiny, "sample.py", *options, stdin="hi\nand\nso\non\nx\n").stdout
     assert said.count("model> ") == 5  # 64 tokens of context: the oldest turns were dropped
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     ids, _ = tok.chat([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     tok.eos_ids.append(tok.special["<|im_end|>"])
     [g] = model.generate(net, tok, [ids], max_new_tokens=6, temperature=0)
@@ -119,7 +120,7 @@ def test_a_reader_that_leaves_is_no_error(tiny):
 
 
 def test_an_empty_prompt_starts_a_document(tiny):
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     [g] = model.generate(net, tok, [""], max_new_tokens=5, temperature=0)
     with torch.no_grad():
         first = net(torch.tensor([[tok.bos_id]]))[0, -1, : tok.n_vocab].argmax().item()

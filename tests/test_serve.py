@@ -21,6 +21,8 @@ import torch
 from conftest import ROOT, run
 
 import model
+from barelm.checkpoint import load, save
+from barelm.tokenizer import Tokenizer
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -82,7 +84,7 @@ def site(tiny):
 
 @pytest.fixture(scope="module")
 def loaded(tiny):
-    return model.load(tiny / "out" / "tiny")
+    return load(tiny / "out" / "tiny")
 
 
 def test_many_at_once_get_what_generate_gives_each_alone(site, loaded):
@@ -458,7 +460,7 @@ def test_a_prompt_without_special_tokens(site, loaded):
     assert site.complete(prompt="", max_tokens=1)["usage"]["prompt_tokens"] == 1
     bare = site.post(COMPLETE, {"prompt": "", "max_tokens": 1, "add_special_tokens": False})
     assert bare.status_code == 400 and "none of them empty" in bare.text
-    led = model.Tokenizer(tok.spec, tok.config)
+    led = Tokenizer(tok.spec, tok.config)
     led.start = [tok.bos_id]  # as a Llama's tokenizer puts it
     engine = SimpleNamespace(tok=led, max_queue=9, max_len=64, longest=99)
     for bare, before in ((True, []), (False, [tok.bos_id])):
@@ -805,10 +807,10 @@ def test_signals_at_any_moment_end_it_in_order(tiny, tmp_path):
 
 
 def test_a_network_that_gives_no_numbers_is_an_error_and_no_text(tiny, loaded, tmp_path):
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     net.model.norm.weight.data.fill_(3e38)  # finite, but the product with it is not
     (tmp_path / "out").mkdir()
-    model.save(tmp_path / "out" / "tiny", net, tok)
+    save(tmp_path / "out" / "tiny", net, tok)
     with served(tmp_path) as site:
         for path, body in ((COMPLETE, TEXT), (CHAT, TALK), (COMPLETE, TEXT | {"echo": True})):
             answer = site.post(path, body | {"max_tokens": 3, "temperature": 0})
@@ -914,7 +916,7 @@ def test_a_client_that_reads_nothing_is_cut_off(tiny):
 def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded, capsys, monkeypatch):
     import serve
 
-    monkeypatch.setattr(model, "TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("barelm.chat.TEMPLATE_SECONDS", 0.3)
     net, tok = loaded
     # An answer has another header than the prompt for one: where it begins cannot be told.
     other = """{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}
@@ -922,7 +924,7 @@ def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded, capsys, 
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     several = [{"name": "tools", "template": other}]
     for template in (other, "{% for m in %}", "{{ 'a' * 10**10 }}", endless, several):
-        odd = model.Tokenizer(tok.spec, tok.config | {"chat_template": template})
+        odd = Tokenizer(tok.spec, tok.config | {"chat_template": template})
         assert serve.Engine(net, odd, 1, 64, 9, 9).turn_ends == []
         assert "chat ends at the end token alone: " in capsys.readouterr().out
     assert len(serve.Engine(net, tok, 1, 64, 9, 9).turn_ends) == 1
@@ -943,7 +945,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert "--port=0 takes a free one" in refusal("--model=out/tiny", f"--port={port}")
-    net, tok = model.load(tiny / "out" / "tiny")
+    net, tok = load(tiny / "out" / "tiny")
     net.set_score(["a", "b"])
-    model.save(tmp_path / "labels", net, tok)
+    save(tmp_path / "labels", net, tok)
     assert "is a classifier" in refusal(f"--model={tmp_path}/labels")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-import model
 import prepare
-from model import UserError
+from barelm.files import read_json
+from barelm.run import UserError
+from barelm.shards import open_shard
+from barelm.tokenizer import QWEN2_SPLIT, Tokenizer, compile_pattern, split_at
 
 BEHAVIORS = ["Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"]
 PATTERNS = [
@@ -34,8 +36,8 @@ PATTERNS = [
     r"(?i:ab|s)",
     r"\x{4E00}|\w+|\W",
     r"\s+(?!\S)|\s+",
-    model.QWEN2_SPLIT,
-    model.QWEN2_SPLIT.replace(r"|\s+(?!\S)|\s+", ""),
+    QWEN2_SPLIT,
+    QWEN2_SPLIT.replace(r"|\s+(?!\S)|\s+", ""),
 ]
 LETTERS = [
     "aé \n\r\t'.,1/漢b😀Sx",
@@ -48,7 +50,7 @@ LETTERS = [
 
 def spec_of(name, steps, **change):
     """A family's tokenizer.json with another way to split."""
-    spec = model.read_json(ROOT / "tests/fixtures/tokenizers" / name / "tokenizer.json")
+    spec = read_json(ROOT / "tests/fixtures/tokenizers" / name / "tokenizer.json")
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = [*steps, level | {"use_regex": False}]
     return spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}} | change
@@ -84,7 +86,7 @@ def more_texts(rng, n):
 
 def assert_same(spec, texts):
     tokenizers = pytest.importorskip("tokenizers")
-    theirs, tok = tokenizers.Tokenizer.from_str(json.dumps(spec)), model.Tokenizer(spec, {})
+    theirs, tok = tokenizers.Tokenizer.from_str(json.dumps(spec)), Tokenizer(spec, {})
     texts = list(texts)
     batch = tok.encode_batch(texts)
     for text, ids in zip(texts, batch):
@@ -99,10 +101,10 @@ def test_no_text_is_lost_between_the_matches():
     text = "def f(x): return 42"
     for steps in ([split(r"\p{L}+")], [split(r"\p{L}+"), split(r"\d", "Contiguous")]):
         for name in ("gpt2", "llama3", "qwen3", "smollm2"):
-            tok = model.Tokenizer(spec_of(name, steps), {})
+            tok = Tokenizer(spec_of(name, steps), {})
             assert tok.decode(tok.encode(text)) == text
             assert tok.decode(tok.encode_batch([text])[0].tolist()) == text
-        tok = model.Tokenizer(words_of(steps), {})
+        tok = Tokenizer(words_of(steps), {})
         assert tok.decode(tok.encode("def f x)")) == "def f x)"
 
 
@@ -121,15 +123,15 @@ def naive_split(text, letters, behavior):
 
 @pytest.mark.parametrize("behavior", ["Isolated", "Contiguous", "Removed"])
 def test_pieces_are_as_documented(behavior):
-    pattern = model.compile_pattern("[-.]")
+    pattern = compile_pattern("[-.]")
     for text in map("".join, itertools.product("ab-.", repeat=5)):
-        pieces = [text[a:b] for a, b in model.split_at(text, pattern, behavior, False)]
+        pieces = [text[a:b] for a, b in split_at(text, pattern, behavior, False)]
         assert pieces == naive_split(text, {"-", "."}, behavior)
 
 
 def test_merged_pieces_are_as_documented():
-    pattern, text = model.compile_pattern("-"), "the-final--countdown"  # their own example
-    pieces = lambda behavior: [text[a:b] for a, b in model.split_at(text, pattern, behavior, False)]
+    pattern, text = compile_pattern("-"), "the-final--countdown"  # their own example
+    pieces = lambda behavior: [text[a:b] for a, b in split_at(text, pattern, behavior, False)]
     assert pieces("MergedWithPrevious") == ["the-", "final-", "-", "countdown"]
     assert pieces("MergedWithNext") == ["the", "-final", "-", "-countdown"]
     assert pieces("Contiguous") == ["the", "-", "final", "--", "countdown"]
@@ -168,7 +170,7 @@ def test_a_chat_masks_what_the_assistant_says_however_it_is_split(behavior):
     )
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     config = {"eos_token": "<|im_end|>", "chat_template": template}
-    tok = model.Tokenizer(spec_of("smollm2", [split(r"[ .]", behavior)]), config)
+    tok = Tokenizer(spec_of("smollm2", [split(r"[ .]", behavior)]), config)
     talk = [{"role": "user", "content": "a b. c"}, {"role": "assistant", "content": "De f. g"}]
     ids, mask = tok.chat(talk)
     said = [id for id, m in zip(ids, mask) if m]
@@ -179,7 +181,7 @@ def test_a_chat_masks_what_the_assistant_says_however_it_is_split(behavior):
 
 
 def tokenizer_of(name):
-    return model.Tokenizer.from_folder(ROOT / "tests/fixtures/tokenizers" / name)
+    return Tokenizer.from_folder(ROOT / "tests/fixtures/tokenizers" / name)
 
 
 def test_a_million_blanks_are_bytes_to_the_tokenizer_of_bytes(capfd):
@@ -196,7 +198,7 @@ def test_a_million_blanks_are_bytes_to_the_tokenizer_of_bytes(capfd):
 @pytest.mark.parametrize("run_of", [" ", "\n", " \t"])
 def test_a_million_of_one_kind_give_the_ids_of_tokenizers(run_of):
     text = "x" + (run_of * 1_000_000)[:1_000_000] + "end"
-    assert_same(model.read_json(ROOT / "tests/fixtures/tokenizers/qwen3/tokenizer.json"), [text])
+    assert_same(read_json(ROOT / "tests/fixtures/tokenizers/qwen3/tokenizer.json"), [text])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "llama3", "smollm2"])
@@ -214,8 +216,8 @@ def test_the_commands_take_a_run_of_a_million_blanks(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
     args = ["--source=d.jsonl", "--steps=", "--threads=1", "--vocab_size=270", "--val_fraction=0"]
     run(tmp_path, "prepare.py", *args)
-    tok = model.Tokenizer.from_folder(tmp_path / "data/python")
-    shard = model.open_shard(tmp_path / "data/python/train_000000.bin").astype(np.int64)
+    tok = Tokenizer.from_folder(tmp_path / "data/python")
+    shard = open_shard(tmp_path / "data/python/train_000000.bin").astype(np.int64)
     borders = [*np.flatnonzero(shard == tok.bos_id).tolist(), len(shard)]
     texts = [tok.decode(shard[a + 1 : b].tolist()) for a, b in itertools.pairwise(borders)]
     assert sorted(texts) == sorted(rows)
@@ -225,9 +227,9 @@ def test_the_commands_take_a_run_of_a_million_blanks(tmp_path):
 
 
 def test_a_pattern_without_an_end_is_one_line(monkeypatch):
-    monkeypatch.setattr(model, "SPLIT_SECONDS", 0.1)
+    monkeypatch.setattr("barelm.tokenizer.SPLIT_SECONDS", 0.1)
     for behavior, invert in (("Isolated", False), ("Removed", False), ("Removed", True)):
-        tok = model.Tokenizer(spec_of("gpt2", [split(r"(?:a|aa)+$(?!d)c|b", behavior, invert)]), {})
+        tok = Tokenizer(spec_of("gpt2", [split(r"(?:a|aa)+$(?!d)c|b", behavior, invert)]), {})
         assert tok.decode(tok.encode("bb")) == (
             "" if (behavior, invert) == ("Removed", False) else "bb"
         )
@@ -260,10 +262,10 @@ def test_a_pattern_without_an_end_is_one_line(monkeypatch):
 def test_patterns_that_others_read_otherwise_are_refused(pattern, why):
     for spec in (spec_of("gpt2", [split(pattern)]), words_of([split(pattern)])):
         with pytest.raises(UserError, match=why) as refusal:
-            model.Tokenizer(spec, {})
+            Tokenizer(spec, {})
         assert str(refusal.value).count("\n") == 0 and "tokenizer.json" in str(refusal.value)
 
 
 def test_a_tokenizer_of_words_that_would_lose_text_is_refused():
     with pytest.raises(UserError, match="a WordLevel tokenizer of this form"):
-        model.Tokenizer(words_of([split(r"\s", "Removed")]), {})
+        Tokenizer(words_of([split(r"\s", "Removed")]), {})

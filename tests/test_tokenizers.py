@@ -18,9 +18,11 @@ import pytest
 import regex
 from conftest import ROOT, run
 
-import model
 import prepare
-from model import UserError
+from barelm import tokenizer
+from barelm.files import read_json, write_json
+from barelm.run import UserError
+from barelm.tokenizer import PREPEND, REPLACE, Tokenizer, best_path, byte_letters, longest_match
 
 KINDS = [*prepare.PATTERNS, "byte"]
 FORMS = ["", "nfc", "nfkc", "lower", "lower,nfc", "nfkc, lower"]
@@ -62,7 +64,7 @@ def train_on(text, kind, size=SIZE):
     """The tokenizer that prepare.py makes of a text."""
     if kind == "byte":
         return prepare.bpe_tokenizer([])
-    text = model.normalize(text, prepare.normalizers())
+    text = tokenizer.normalize(text, prepare.normalizers())
     counts = prepare.count_pieces([(prepare.PATTERNS[kind], text)])
     return prepare.train_tokenizer(kind, counts, size)
 
@@ -108,8 +110,8 @@ def test_tokenizers_gives_the_same_ids_and_text(kind, normalize, make):
 def test_transformers_opens_the_folder(kind, make, tmp_path):
     transformers = pytest.importorskip("transformers")
     tok = make(kind, "nfkc,lower")
-    model.write_json(tmp_path / "tokenizer.json", tok.spec)
-    model.write_json(tmp_path / "tokenizer_config.json", tok.config)
+    write_json(tmp_path / "tokenizer.json", tok.spec)
+    write_json(tmp_path / "tokenizer_config.json", tok.config)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert theirs(text)["input_ids"] == tok.encode(text)
@@ -126,9 +128,9 @@ def test_normalizers_are_those_of_tokenizers(name):
     theirs = getattr(normalizers, name)()
     # Their tables of compatibility are of Unicode 9; since then a few letters have got one.
     assigned = [c for c in map(chr, range(0x32FF)) if unicodedata.category(c) != "Cn"]
-    assert [c for c in assigned if theirs.normalize_str(c) != model.normalize(c, [name])] == []
+    assert [c for c in assigned if theirs.normalize_str(c) != tokenizer.normalize(c, [name])] == []
     for text in TEXTS:
-        assert theirs.normalize_str(text) == model.normalize(text, [name])
+        assert theirs.normalize_str(text) == tokenizer.normalize(text, [name])
 
 
 # What the kinds are, without Hugging Face
@@ -195,7 +197,7 @@ def test_wordpiece_is_greedy():
     for length in range(1, 7):
         for word in map("".join, itertools.product("abcd", repeat=length)):
             expected = naive_wordpiece(word, vocab)
-            ids = model.longest_match(word, vocab, "##")
+            ids = longest_match(word, vocab, "##")
             assert ids == (expected and [vocab[t] for t in expected])
 
 
@@ -216,12 +218,12 @@ def test_viterbi_finds_the_best_of_all_segmentations():
         data = bytes(rng.choices(b"abc", k=rng.randint(1, 9)))
         every = segmentations(data, scores)
         best = max(every, key=lambda found: sum(scores[t][1] for t in found))
-        assert model.best_path(data, scores, 4) == [scores[t][0] for t in best]
+        assert best_path(data, scores, 4) == [scores[t][0] for t in best]
 
 
 def test_viterbi_keeps_the_longer_last_token_of_equals():
     scores = {t: (i, -1.0) for i, t in enumerate([b"a", b"b", b"c", b"ab", b"bc"])}
-    assert model.best_path(b"abc", scores, 2) == [0, 4]
+    assert best_path(b"abc", scores, 2) == [0, 4]
 
 
 # Training
@@ -352,7 +354,7 @@ def test_unigram_is_at_least_as_likely_as_that_of_tokenizers():
     how = dict(vocab_size=size + 1, unk_token="<unk>", initial_alphabet=alphabet)
     trainer = tokenizers.trainers.UnigramTrainer(show_progress=False, **how)
     new.train_from_iterator([(ROOT / "model.py").read_text()], trainer)
-    bytes_of = {letter: b for b, letter in model.byte_letters().items()}
+    bytes_of = {letter: b for b, letter in byte_letters().items()}
     vocab = json.loads(new.to_str())["model"]["vocab"]
     theirs = {bytes(bytes_of[c] for c in t): s for t, s in vocab if t != "<unk>"}
     assert len(theirs) == len(ours) == size
@@ -422,10 +424,10 @@ def test_each_role_has_a_token_of_its_own(kind, monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "roles", ALL_ROLES)
     tok = train_on(CORPUS, kind)
     assert kind in ("byte", "char") or tok.n_vocab == SIZE
-    model.write_json(tmp_path / "tokenizer.json", tok.spec)
-    model.write_json(tmp_path / "tokenizer_config.json", tok.config)
+    write_json(tmp_path / "tokenizer.json", tok.spec)
+    write_json(tmp_path / "tokenizer_config.json", tok.config)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    again = model.Tokenizer.from_folder(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
     assert len({*again.roles.values()}) == 7
     for role, name in ALL_ROLES.items():
         assert getattr(theirs, f"{role}_token") == name
@@ -494,7 +496,7 @@ def test_a_mask_splits_words_where_the_assistant_begins(make):
     tok = make("wordpiece")
     template = "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant{% endif %}"
-    joined = model.Tokenizer(tok.spec, tok.config | {"chat_template": template})
+    joined = Tokenizer(tok.spec, tok.config | {"chat_template": template})
     ids, mask = joined.chat([{"role": "assistant", "content": "!  the file"}])
     said = [tok.token_bytes(i) for i, m in zip(ids, mask) if m]
     assert said[0] == b" !" and b"".join(said) == b" ! the file"
@@ -502,15 +504,15 @@ def test_a_mask_splits_words_where_the_assistant_begins(make):
 
 def test_roles_of_others_are_read(tmp_path):
     """As RoBERTa's files have them: a mask token that eats the blank before it, in text alone."""
-    spec = model.read_json(ROOT / "tests/fixtures/tokenizers/gpt2/tokenizer.json")
+    spec = read_json(ROOT / "tests/fixtures/tokenizers/gpt2/tokenizer.json")
     mask = spec["added_tokens"][0] | {"id": 331, "content": "<mask>", "lstrip": True}
     spec["added_tokens"] = [*spec["added_tokens"], mask]
     names = {"bos_token": "<|endoftext|>", "cls_token": {"content": "<|endoftext|>"}}
-    tok = model.Tokenizer(spec, names | {"mask_token": "<mask>"})
+    tok = Tokenizer(spec, names | {"mask_token": "<mask>"})
     assert tok.roles == {"bos": 330, "cls": 330, "mask": 331}
     assert tok.decode(tok.encode("a <mask>")) == "a <mask>" and 331 not in tok.encode("a <mask>")
     with pytest.raises(UserError, match="<mask> with lstrip"):
-        model.Tokenizer(spec, names)
+        Tokenizer(spec, names)
 
 
 # The command
@@ -528,7 +530,7 @@ def test_the_real_command_for_every_kind(tmp_path):
         )
         assert json.loads(one.pop("meta.json"))["settings"]["normalize"] == "lower"
         assert two.pop("meta.json") and one == two
-        tok = model.Tokenizer.from_folder(tmp_path / "data" / "one")
+        tok = Tokenizer.from_folder(tmp_path / "data" / "one")
         shard = np.frombuffer(one["train_000000.bin"][1024:], np.uint16).tolist()
         start = len(CORPUS) - round(len(CORPUS) * 0.1)
         assert shard == [tok.bos_id, *tok.encode(CORPUS[:start])]
@@ -589,13 +591,13 @@ def test_bad_settings_are_a_line(args, message, tmp_path):
 def test_bpe_splits_by_the_patterns_of_rust(make):
     spec = json.loads(json.dumps(make("bpe").spec))
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\x{4E00}|\w+|\W"}
-    tok = model.Tokenizer(spec, {})
+    tok = Tokenizer(spec, {})
     assert tok.decode(tok.encode("one 一, two")) == "one 一, two"
 
 
 def test_forms_that_do_not_run_here_are_refused(make):
     unigram, pieces, words = make("unigram"), make("wordpiece"), make("word")
-    llama = {"type": "Sequence", "normalizers": [model.PREPEND, model.REPLACE]}
+    llama = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     cut = unigram.spec["model"] | {"vocab": unigram.spec["model"]["vocab"][1:]}
     bare = {k: v for k, v in words.spec["model"]["vocab"].items() if k != "<|unk|>"}
@@ -610,4 +612,4 @@ def test_forms_that_do_not_run_here_are_refused(make):
         (words, {"pre_tokenizer": pieces.spec["pre_tokenizer"]}, "a WordLevel tokenizer of this"),
     ]:
         with pytest.raises((UserError, KeyError), match=why):
-            model.Tokenizer(tok.spec | change, tok.config)
+            Tokenizer(tok.spec | change, tok.config)

@@ -19,6 +19,10 @@ from conftest import ROOT, run, run_killed
 
 import model
 import train
+from barelm.checkpoint import load
+from barelm.resume import load_state
+from barelm.run import UserError
+from barelm.safetensors import read_header
 
 # A network and a data set for the runs below: some milliseconds a step.
 SMALL = ["--dataset=words", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32"]
@@ -86,7 +90,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     moment = random.Random(name).randint(45, 110)
     args = [*SMALL, *options, f"--out_dir={killed}"]
     run_killed(words, "train.py", *args, ending="step", times=moment)
-    at = model.load_state(words / killed)["step"]
+    at = load_state(words / killed)["step"]
     assert at == moment // 20 * 20
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
@@ -150,7 +154,7 @@ def test_a_signal_saves_and_exits(words, number, code):
     process.send_signal(number)
     said = process.communicate()[0]
     assert process.returncode == code and "--init_from=resume goes on" in said
-    step = model.load_state(words / out)["step"]
+    step = load_state(words / out)["step"]
     assert step == len(log(words, out)) >= 20
 
 
@@ -228,7 +232,7 @@ def test_a_signal_to_one_process_takes_the_others_along(words, which):
         os.kill(rank, signal.SIGTERM)
     said = process.communicate()[0]
     assert "stopped at step" in said
-    assert model.load_state(words / "out" / f"both-{which}")["step"] == len(
+    assert load_state(words / "out" / f"both-{which}")["step"] == len(
         log(words, f"out/both-{which}")
     )
 
@@ -262,7 +266,7 @@ def test_a_nan_on_one_process_is_skipped_and_stops_all(words, tmp_path):
     assert "5 steps in a row were not finite: lower learning_rate" in done.stderr
     losses = [loss for _, loss in log(words, "out/nan")]
     assert None not in losses[:3] and losses[-5:] == [None] * 5
-    net, _ = model.load(words / "out" / "nan")
+    net, _ = load(words / "out" / "nan")
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -271,7 +275,7 @@ def test_the_clock_ends_all_processes(words):
     said = run(words, "train.py", *SMALL, *options, processes=2)
     steps = len(log(words, "out/clock"))
     assert f"step: {steps}\n" in said.stdout
-    assert model.load_state(words / "out" / "clock")["step"] == steps
+    assert load_state(words / "out" / "clock")["step"] == steps
 
 
 def test_sync_grads_sums_over_processes(tmp_path):
@@ -299,7 +303,7 @@ def test_validation_scores_every_position_once(words):
     [(_, val_loss)] = log(words, "out/eval", "val_loss")
     [(_, val_bpb)] = log(words, "out/eval", "val_bpb")
     [(_, val_ppl)] = log(words, "out/eval", "val_ppl")
-    net, tok = model.load(words / "out" / "eval")
+    net, tok = load(words / "out" / "eval")
     tokens = np.fromfile(words / "data" / "words" / "val_000000.bin", "<u2", offset=1024)
     nll = []
     for first in range(0, len(tokens) - 1, 32):  # the last window is short
@@ -339,7 +343,7 @@ def test_best_is_the_lowest_validation_and_a_plain_folder(words):
     best = min(scores, key=lambda row: row[1])[0]
     path = words / "out" / "best-of" / "best"
     with open(path / "model.safetensors", "rb") as file:
-        assert model.read_header(path, file)[1]["step"] == str(best)
+        assert read_header(path, file)[1]["step"] == str(best)
     assert sorted(p.name for p in path.iterdir()) == sorted(
         ["config.json", "generation_config.json", "model.safetensors"]
         + ["tokenizer.json", "tokenizer_config.json"]
@@ -402,7 +406,7 @@ def test_a_tracker_that_is_missing_is_a_line(name, key, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     monkeypatch.setattr(train, key, "x")
-    with pytest.raises(model.UserError, match=f"{name} is not installed: pip install {name}"):
+    with pytest.raises(UserError, match=f"{name} is not installed: pip install {name}"):
         train.make_trackers()
 
 
@@ -513,7 +517,7 @@ def test_no_step_writes_the_untrained_model(words, horizon):
     done = run(words, "train.py", *SMALL, "--max_steps=0", horizon, f"--out_dir={out}")
     assert f"wrote {out}, as it is before the first step" in done.stdout
     assert "warmup_steps" not in done.stdout
-    net, tok = model.load(words / out)
+    net, tok = load(words / out)
     torch.manual_seed(7)  # as --seed of SMALL
     untrained = model.GPT(net.config)
     for name, p in untrained.state_dict().items():

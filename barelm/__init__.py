@@ -1,0 +1,1 @@
+"""The leaves that the scripts share: see each file's first line."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_outside import FIXTURES, open_tokenizer
 
-from barelm.chat import RENDERER
+from barelm.chat import renderer_of
 from barelm.files import write_json
 from barelm.run import UserError
 from barelm.tokenizer import Tokenizer, byte_letters
@@ -446,16 +446,21 @@ def test_a_conversation_that_runs_wild_spoils_no_other():
 def test_the_template_process_is_replaced_and_belongs_to_one_process():
     tok = tokenizer(TOOLS)
     ids, _ = tok.chat(TALKS[0])
-    RENDERER.process.kill()
-    RENDERER.process.wait()
+    renderer = renderer_of(os.getpid())
+    renderer.process.kill()
+    renderer.process.wait()
     assert tok.chat(TALKS[0])[0] == ids
-    parent, (read, write) = RENDERER.process.pid, os.pipe()
-    if (child := os.fork()) == 0:
-        same = tok.chat(TALKS[0])[0] == ids and RENDERER.process.pid != parent
-        os.write(write, b"1" if same else b"0")
+    parent = renderer.process.pid
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        is_same = tok.chat(TALKS[0])[0] == ids
+        is_another = renderer_of(os.getpid()).process.pid != parent
+        os.write(write, b"1" if is_same and is_another else b"0")
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(read, 1) == b"1" and RENDERER.process.pid == parent
+    assert os.read(read, 1) == b"1"
+    assert renderer.process.pid == parent
     assert tok.chat(TALKS[0])[0] == ids
 
 

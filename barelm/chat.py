@@ -93,9 +93,9 @@ class TurnFinder:
     "4[end]" is said.
 
     Many templates write a turn in another way when others follow, without its thoughts or with
-    another end token, so that the text begins with neither. Say that the last turn ends with
-    [return] in place of [end]. Then what is around a content counts. Letters that occur nowhere are
-    written in the place of "4", one after another:
+    another end token, so that the text begins with neither. Say that an answer ends with
+    [return] in place of [end] where nothing follows it. Then what is around a content counts.
+    Letters that occur nowhere are written in the place of "4", one after another:
 
         [user]2?[end][bot]X[end][user]ok[end]
         [user]2?[end][bot]Y[end][user]ok[end]

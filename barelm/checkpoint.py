@@ -15,7 +15,7 @@ from barelm.download import HUB, download
 from barelm.families import (
     FAMILIES,
     from_hf_config,
-    layer_of,
+    layer_numbers,
     tensor_names,
     tensors_from_file,
     tensors_in_file,
@@ -189,9 +189,9 @@ def read_entries(folder, kind):
 
 def check_layers(folder, entries, n_layer):
     """Refuse files whose names are those of another number of layers than config.json's."""
-    numbers = {layer_of(name) for name in entries} - {None}
-    if len(numbers) != n_layer:
-        raise UserError(f"{folder}: {n_layer} layers in config.json, {len(numbers)} in its weights")
+    n_found = len(layer_numbers(entries))
+    if n_found != n_layer:
+        raise UserError(f"{folder}: {n_layer} layers in config.json, {n_found} in its weights")
 
 
 def read_labels(folder, d, entries):

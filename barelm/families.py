@@ -487,20 +487,15 @@ def tensors_in_file(state, kind):
     return out
 
 
-def layer_pattern():
-    """A pattern of the names that begin as a layer's tensor does in a file of any family."""
+def layer_numbers(names):
+    """The numbers of the layers that the tensors of a file belong to, by their names in any of the
+    families: of files that are none of config.json's family, too, there is a number to tell."""
     begins = set()
     for entry in FAMILIES.values():
         begin = renamed("model.layers.", entry.tensors)
-        begins |= {begin, begin.removeprefix(entry.tensors.prefix)}
-    # Nine digits, since int() refuses thousands of them, which a file may have.
-    return re.compile(rf"(?:{'|'.join(map(re.escape, sorted(begins)))})(\d{{1,9}})\.")
-
-
-LAYER = layer_pattern()
-
-
-def layer_of(name):
-    """The number of the layer that a file's tensor belongs to, by its name; None for no layer's."""
-    match = LAYER.match(name)
-    return int(match[1]) if match else None
+        begins.add(re.escape(begin))
+        begins.add(re.escape(begin.removeprefix(entry.tensors.prefix)))
+    # Nine digits, since int() refuses thousands of them, which a name may have.
+    pattern = re.compile(rf"(?:{'|'.join(sorted(begins))})(\d{{1,9}})\.")
+    matches = [pattern.match(name) for name in names]
+    return {int(match[1]) for match in matches if match}

@@ -4,12 +4,13 @@ and templates that are programs of strangers."""
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 from test_outside import FIXTURES, open_tokenizer
 
-from barelm.chat import renderer_of
+from barelm.chat import TurnFinder, renderer_of
 from barelm.files import write_json
 from barelm.run import UserError
 from barelm.tokenizer import Tokenizer, byte_letters
@@ -291,6 +292,25 @@ def test_masks_are_what_a_template_puts_behind_its_prompt(form):
             *_, begin = [0] + [i for i, m in enumerate(mask) if m and not mask[i - 1]]
             assert tok.chat(talk, answers="last") == (ids, [0] * begin + mask[begin:])
         assert tok.chat(talk, answers="none") == (ids, [0] * len(ids))
+
+
+@pytest.mark.parametrize("last_end", ["[end]", "[return]"])
+def test_the_worked_example_of_turn_finder(last_end):
+    def render(messages, add_generation_prompt=False):
+        names = {"user": "[user]", "assistant": "[bot]"}
+        turns = [names[m["role"]] + m["content"] + "[end]" for m in messages]
+        if add_generation_prompt:
+            turns.append("[bot]")
+        elif messages[-1]["role"] == "assistant":
+            turns[-1] = turns[-1].replace("[end]", last_end)
+        return "".join(turns)
+
+    talk = said("2?", "4", "ok", "5", roles=("user", "assistant", "user", "assistant"))
+    text = render(talk)
+    marks = re.compile(r"\[\w+\]")
+    turns = TurnFinder(render, marks, re.compile(r"\[return\]"), ["X", "Y"], talk, text)
+    spans = [turns.span(i) for i in (1, 3)]
+    assert [text[begin:end] for begin, end in spans] == ["4[end]", f"5{last_end}"]
 
 
 def test_a_comment_marks_nothing():

@@ -96,13 +96,14 @@ def download_model(name, folder):
 # Load
 
 
-def load(folder, device="cpu", dtype=torch.float32, quantize=None):
+def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
     eval mode, Tokenizer).
-    quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype."""
+    quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype.
+    fast: as GPT takes it."""
     folder = find(folder)
     if is_adapter(folder):
-        return load_adapted(folder, device, dtype, quantize)
+        return load_adapted(folder, device, dtype, quantize, fast)
     settings, config = read_config(folder)
     kind = settings["model_type"]
     tell_window(folder, settings, config)
@@ -115,7 +116,7 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     entries = read_entries(folder, kind)
     check_layers(folder, entries, config.n_layer)
     labels = read_labels(folder, settings, entries)
-    net = empty_network(config, settings, labels)
+    net = empty_network(config, settings, labels, fast)
     check_entries(folder, entries, net, kind)
 
     tensors = read_weights(folder, kind, dtype)
@@ -216,10 +217,10 @@ def read_labels(folder, d, entries):
     return [labels[number] for number in usual]
 
 
-def empty_network(config, settings, labels):
+def empty_network(config, settings, labels, fast):
     """The network of a config.json, whose tensors have shapes and types but no memory."""
     with torch.device("meta"):
-        net = GPT(config)
+        net = GPT(config, fast)
         if settings.get("adapter_size"):
             add_adapters(net, settings["adapter_size"])
         if labels:
@@ -313,7 +314,7 @@ def is_adapter(folder):
     return False
 
 
-def load_adapted(folder, device, dtype, quantize, above=()):
+def load_adapted(folder, device, dtype, quantize, fast, above=()):
     """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or what `find` takes),
     with the adapter's products added to its weights. above: the adapters that have it as base."""
     path = folder / "adapter_config.json"
@@ -324,9 +325,9 @@ def load_adapted(folder, device, dtype, quantize, above=()):
         raise UserError(f"{path}: the base {base} is this adapter, or is made with it")
     # The base is not quantized: the products are added to its weights first.
     if is_adapter(base):
-        net, tok = load_adapted(base, device, dtype, None, above)
+        net, tok = load_adapted(base, device, dtype, None, fast, above)
     else:
-        net, tok = load(base, device, dtype)
+        net, tok = load(base, device, dtype, fast=fast)
     add_lora(net, folder, base, d)
     if quantize:
         quantize_weights(net, quantize)

@@ -111,8 +111,8 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     if tok.n_vocab > config.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {config.vocab_size}")
 
-    # The files' names and shapes come first: what does not fit is refused before anything of the
-    # size that config.json, or a file, claims is built.
+    # The names and shapes in the files' headers come first: what does not fit is refused before
+    # anything of the size that config.json, or a file, claims is built.
     entries = read_entries(folder, kind)
     check_layers(folder, entries, config.n_layer)
     labels = read_labels(folder, settings, entries)
@@ -243,6 +243,7 @@ def check_entries(folder, entries, net, kind):
     for name, t in (spare | want).items():
         if name in want or name in given:
             dtype, shape = given.get(name, (torch.bool, []))  # missing: unlike any tensor of ours
+            # Any float becomes load's dtype; codes must be what they are.
             both_float = dtype.is_floating_point and t.is_floating_point()
             if shape != list(t.shape) or not (both_float or dtype == t.dtype):
                 bad.append(name)
@@ -263,7 +264,7 @@ def read_weights(folder, kind, dtype):
         part = {name: t for name, t in part.items() if not name.endswith(unread)}
         check_finite(path, part, dtype)
         tensors |= part
-    return tensors
+    return tensors  # in the files' own dtypes
 
 
 def complete_head(folder, tensors, net):
@@ -275,7 +276,8 @@ def complete_head(folder, tensors, net):
             raise UserError(f"{folder}: lm_head.weight is not the embedding that it is tied to")
         tensors["lm_head.weight"] = table
     if net.labels and "lm_head.weight" not in tensors:  # a classifier's file: nothing reads it
-        tensors["lm_head.weight"] = torch.zeros(net.config.vocab_size, net.config.n_embd)
+        shape = (net.config.vocab_size, net.config.n_embd)
+        tensors["lm_head.weight"] = torch.zeros(shape)
 
 
 def fill(net, tensors, device, dtype):
@@ -321,7 +323,7 @@ def load_adapted(folder, device, dtype, quantize, fast, above=()):
     d = read_adapter_config(path)
     base = find_base(folder, d["base_model_name_or_path"])
     above = (*above, folder.resolve())
-    if base.resolve() in above:
+    if base.resolve() in above:  # a circle, which would be followed for ever
         raise UserError(f"{path}: the base {base} is this adapter, or is made with it")
     # The base is not quantized: the products are added to its weights first.
     if is_adapter(base):
@@ -388,9 +390,9 @@ def save(folder, net, tok, step=0, state=None):
     tensors = tensors_in_file(saved_tensors(net), config["model_type"])
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", ids)  # what transformers' generate reads
     write_json(folder / "tokenizer.json", tok.spec)
-    length = {"model_max_length": net.config.n_ctx}
+    length = {"model_max_length": net.config.n_ctx}  # where transformers warns of long texts
     write_json(folder / "tokenizer_config.json", tok.config | length)
     write_weights(folder / "model.safetensors", tensors, step, state)
 

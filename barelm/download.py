@@ -42,10 +42,12 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
         if failure.is_final:
             raise UserError(f"{url}: {failure.why}")
         if attempt == tries:
-            times = f", {tries} times: run it again to go on" if tries > 1 else ""
+            times = ""
+            if tries > 1:
+                times = f", {tries} times: run it again to go on"
             raise UserError(f"{url}: {failure.why}{times}")
         progress.note(f"{url}: {failure.why}; trying again ({attempt + 1} of {tries})")
-        time.sleep(min(2 ** (attempt - 1), 30))
+        time.sleep(min(2 ** (attempt - 1), 30))  # 1, 2, 4, … s: a busy server gets some rest
     progress(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
     if sha256:
         check_sha256(url, part, sha256)
@@ -60,7 +62,9 @@ def try_fetch(url, part, progress, headers):
     try:
         fetch(url, part, progress, headers)
     except requests.RequestException as error:  # before OSError and ValueError, which it may be too
-        status = error.response.status_code if error.response is not None else 0
+        status = 0
+        if error.response is not None:  # `if error.response`: false of a bad status
+            status = error.response.status_code
         is_refused = 400 <= status < 500 and status not in WORTH_ANOTHER_TRY
         is_no_url = isinstance(error, ValueError)
         return Failure(why_no_answer(error, url), status, is_refused or is_no_url)
@@ -77,7 +81,9 @@ def fetch(url, part, progress, headers):
     """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
     import requests
 
-    n_bytes = part.stat().st_size if part.exists() else 0
+    n_bytes = 0  # that the part has
+    if part.exists():
+        n_bytes = part.stat().st_size
     headers = headers | {"Accept-Encoding": "identity"}  # so that Content-Length counts our bytes
     if n_bytes:
         headers["Range"] = f"bytes={n_bytes}-"
@@ -87,8 +93,10 @@ def fetch(url, part, progress, headers):
         answer.raise_for_status()
         if answer.status_code != 206:
             n_bytes = 0  # the server does not resume: from the beginning
+        size = None  # of the whole file: not every server says it
         length = answer.headers.get("Content-Length")
-        size = n_bytes + int(length) if length else None
+        if length:
+            size = n_bytes + int(length)
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab" if n_bytes else "wb") as file:
             for piece in answer.iter_content(PIECE):
@@ -131,11 +139,14 @@ def why_unreachable(error, url):
     """What a requests.RequestException without an answer means, and what to do about it."""
     from requests import exceptions
 
-    asked = error.request.url if error.request is not None else url  # another after a redirect
-    host = urlsplit(asked).hostname
+    if error.request is not None:
+        url = error.request.url  # another one after a redirect
+    host = urlsplit(url).hostname
     cause = system_error(error)
     reason = getattr(cause, "verify_message", None) or getattr(cause, "strerror", None)
-    because = f" ({reason})" if reason else ""
+    because = ""
+    if reason:
+        because = f" ({reason})"
     if isinstance(error, exceptions.ProxyError):
         return f"the proxy cannot be reached{because}: are HTTP_PROXY and HTTPS_PROXY right?"
     if isinstance(error, exceptions.SSLError):
@@ -183,4 +194,6 @@ def system_error(error):
                 return deeper
     # requests' errors are OSErrors by their class, but none of the system's.
     is_systems = type(error).__module__ in ("builtins", "socket", "ssl")
-    return error if is_systems and isinstance(error, OSError) else None
+    if is_systems and isinstance(error, OSError):
+        return error
+    return None

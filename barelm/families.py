@@ -288,7 +288,8 @@ def architecture(kind, is_classifier):
 
 def family_keys(c, kind):
     """What a GPTConfig says, under the keys of this model_type, which holds it."""
-    entry, out = FAMILIES[kind], {}
+    entry = FAMILIES[kind]
+    out = {}
     for name, key in entry.keys.items():
         out[key] = getattr(c, name)
     for f in fields(c):
@@ -313,7 +314,7 @@ def from_hf_config(d, where="config.json"):
     kind = d.get("model_type")
     if kind == "barelm":
         return from_our_config(d, where)
-    if kind not in list(FAMILIES):  # not in the dict itself: kind may be of any JSON type
+    if kind not in list(FAMILIES):  # a list, since a dict refuses to look for some JSON types
         why = f"is not supported: {', '.join(FAMILIES)} are"
         raise UserError(f"{where}: model_type {kind!r:.60} {why}")
     entry = FAMILIES[kind]
@@ -342,6 +343,7 @@ def from_our_config(d, where):
 
 def read_keys(d, entry):
     """({field: value} by the family's keys, [what is wrong with them])."""
+    # null counts as absent, as in transformers.
     given = {name: d[key] for name, key in entry.keys.items() if d.get(key) is not None}
     values = entry.absent | given
     faults = [f"{key} missing" for name, key in entry.keys.items() if name not in values]
@@ -442,7 +444,8 @@ def renamed(name, table):
 
 def names_in_file(names, kind):
     """{name in a file of this model_type: those of our names that it holds: q, k and v, or one}."""
-    table, groups = tensor_names(kind), {}
+    table = tensor_names(kind)
+    groups = {}
     for name in names:
         groups.setdefault(renamed(name, table), []).append(name)
     return groups
@@ -470,18 +473,19 @@ def tensors_from_file(tensors, names, kind):
         if is_transposed(ours[0], table):
             t = t.t().contiguous()
         if len(ours) == 1:
-            out[ours[0]] = t
+            out[ours[0]] = t  # (out, in)
         else:
-            out.update(zip(ours, t.chunk(len(ours))))
+            out.update(zip(ours, t.chunk(len(ours))))  # equal parts: no grouped-query attention
     return out | rest
 
 
 def tensors_in_file(state, kind):
     """Our tensors under the names of a file of this model_type."""
-    table, out = tensor_names(kind), {}
+    table = tensor_names(kind)
+    out = {}
     for theirs, ours in names_in_file(state, kind).items():
         t = state[ours[0]]
-        if len(ours) > 1:
+        if len(ours) > 1:  # their rows below each other: (out of q + of k + of v, in)
             t = torch.cat([state[name] for name in ours])
         out[theirs] = t.t() if is_transposed(ours[0], table) else t
     return out

@@ -93,7 +93,7 @@ def check_pattern(path, pattern):
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{path}: {pattern!r:.60}: no regular expression: {error}") from None
-    if re.search(r"\)[*+{]", pattern):
+    if re.search(r"\)[*+{]", pattern):  # (a+)+ tries every way to part a name
         raise UserError(f"{path}: {pattern!r:.60}: a repeated group is not supported")
 
 
@@ -138,7 +138,7 @@ def add_lora(net, folder, base, d):
         delta = (alpha / rank) * (pair.B.float() @ pair.A.float())  # (out, in)
         parts = delta.to(targets[0].device).split([len(p) for p in targets])
         for p, part in zip(targets, parts):
-            with torch.no_grad():
+            with torch.no_grad():  # p is a leaf that wants gradients
                 p += part.to(p.dtype)
             check_finite(file, {pair.key: p}, p.dtype)
 

@@ -36,7 +36,7 @@ LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 def write_safetensors(file, tensors, metadata):
     """Write {name: tensor} and {str: str} to a binary file in the safetensors format."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    header = {"__metadata__": metadata}
+    header = {"__metadata__": metadata}  # transformers wants {"format": "pt"} in it
     begin = 0
     for name, t in tensors.items():
         end = begin + t.numel() * t.element_size()
@@ -62,6 +62,7 @@ def read_header(path, file):
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        # Nothing is allocated yet: the length is a stranger's word.
         raise UserError(f"{path}: not a whole safetensors file (cut short, or another format)")
     try:
         header = json.loads(file.read(length).decode())
@@ -77,11 +78,18 @@ def read_header(path, file):
 def read_places(header):
     """({name: (dtype, shape)} in the order of their data, the sum of their bytes). An entry without
     a sound shape, or with a gap or an overlap before it, is a ValueError."""
-    entries, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype = DTYPES[entry["dtype"]]
+
+    def place_of(name):
+        return header[name]["data_offsets"]
+
+    entries = {}
+    end = 0
+    for name in sorted(header, key=place_of):  # JSON's order need not be that of the data
+        entry = header[name]
+        dtype = DTYPES[entry["dtype"]]  # a KeyError for a type that torch has not
         shape = entry["shape"]
         place = entry["data_offsets"]
+        # A bool is an int to Python, but not to the format.
         natural = all(type(n) is int and n >= 0 for n in [*shape, *place])
         # Beyond 2^60 torch cannot count, not even 0 x 2^99, which is no byte.
         if not natural or math.prod(n or 1 for n in shape) >= 1 << 60:
@@ -117,6 +125,7 @@ def read_safetensors(path):
     tensors = {}
     with open_tensors(path) as (file, entries, metadata):
         for name, (dtype, shape) in entries.items():  # in the order of the file's bytes
+            # Read into memory of its own, not mapped: the file may be replaced by the next save.
             tensors[name] = torch.empty(shape, dtype=dtype)
             file.readinto(as_bytes(tensors[name]))
     return tensors, metadata

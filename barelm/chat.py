@@ -324,7 +324,7 @@ class TemplateLimit(UserError):
 def render_chat(template, given):
     """The text that a chat template makes of its variables, a dict. Whatever the template's program
     raises comes as an Exception with its words."""
-    # Ours, with text before it at most: a { would begin a program.
+    # Ours may have plain text before it, such as a bos token: a { would begin a program.
     is_ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
     if is_ours:
         return render_template(template, given)

@@ -14,13 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from barelm.chat import (
-    CHATML,
-    RENDERER,
     TemplateRefusal,
     TurnFinder,
     marked_spans,
     marks_answers,
-    render_template,
+    render_chat,
     veiled,
 )
 from barelm.files import read_json
@@ -884,10 +882,8 @@ class Tokenizer:
                 given[f"{name}_token"] = named["content"] if isinstance(named, dict) else named
         given["generation_begin"], given["generation_end"] = marks
         template = self.chat_template()
-        ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
-        render = render_template if ours else RENDERER.render  # a stranger's program runs apart
         try:
-            return render(template, given)
+            return render_chat(template, given)
         except Exception as error:  # whatever the template's program raises
             why = " ".join(str(error).split())[:300]
             why = f"the chat template refuses these messages: {why}"

@@ -576,7 +576,7 @@ BAD = [
     ("--vocab_size=259", "vocab_size=259: expected 260 or more"),
     ("--tokenizer=gpt5", "--tokenizer=gpt5: expected bpe, byte, char, "),
     ("--tokenizer=nothing", "nothing: no tokenizer.json here"),
-    ("--tokenizer=pieces", "pieces/tokenizer.json: a WordPiece tokenizer of this form is not "),
+    ("--tokenizer=pieces", "pieces/tokenizer.json: expected a model with a vocab"),
     ("--val_fraction=1", "val_fraction=1.0: expected 0 or more and less than 1"),
     ("--val_fraction=-0.1", "val_fraction=-0.1: expected 0 or more and less than 1"),
     ("--shard_tokens=0", "shard_tokens=0: expected 1 or more"),

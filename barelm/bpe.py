@@ -233,6 +233,9 @@ def train_unigram(counts, n_tokens):
         vocab_size=n_tokens,
         initial_alphabet=alphabet,
         max_piece_length=MAX_TOKEN,
+        # Steps of EM before each pruning. With the library's own 2 a text has 7 % more tokens
+        # (2,000 tokens, on the Python source of this project); with 16 as many as with 8.
+        n_sub_iterations=8,
         special_tokens=[],
         show_progress=False,
     )

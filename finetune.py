@@ -124,9 +124,8 @@ from barelm.adapters import add_adapters
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases, refuse_source
 from barelm.families import family, gpt2_names
-from barelm.fast import joint
 from barelm.files import parse_json, write_json
-from barelm.optim import make_optimizer
+from barelm.optim import make_optimizer, restore_optimizers, same_kind
 from barelm.resume import (
     changed_settings,
     check_parts,
@@ -137,9 +136,6 @@ from barelm.resume import (
     locked_folder,
     make_folder,
     open_log,
-    refuse_changes,
-    restore_optimizers,
-    same_kind,
     say_changes,
     weights_step,
     write_row,
@@ -731,7 +727,7 @@ def look(net, group):
     from: log p (N,), the entropy (N,) and the values (N,) or None."""
     device = net.model.embed_tokens.weight.device
     h = net.hidden(padded(group, device))[padded(group, device, -100, "targets") >= 0]
-    logits = joint(h, net.lm_head)[:, : net.n_vocab].float() / temperature
+    logits = net.logits(h)[:, : net.n_vocab].float() / temperature
     logp = logits.log_softmax(-1)
     ids = torch.tensor([t for e in group for t in e["targets"] if t != -100], device=device)
     with torch.no_grad():
@@ -1051,7 +1047,8 @@ def facts_of(run, kind):
 def changes(state, facts):
     """What this resume changes in what shapes the run: {key: "key old -> new"}."""
     config = {key: value for key, value in settings(globals()).items() if key not in ASIDE}
-    return changed_settings(state["parts"][-1], config, facts)
+    part = state["parts"][-1]
+    return changed_settings(part["config"] | part["facts"], config | facts)
 
 
 def choose_weights(net):
@@ -1270,7 +1267,12 @@ def main():
     facts, parts, changed = facts_of(run, kind), [], {}
     if state:
         parts, changed = state["parts"], changes(state, facts)
-        refuse_changes(changed, [key for key in config if key not in FREE], out)
+        refused = [key for key in changed if key in config and key not in FREE]
+        if refused:
+            raise UserError(
+                f"{out}: no resume with another {', '.join(refused)}, which would make it another "
+                f"curve ({', '.join(changed[key] for key in refused)})"
+            )
     if method == "ppo":
         net.set_score(["value"])
         nn.init.zeros_(net.score.weight)

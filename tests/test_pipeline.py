@@ -42,6 +42,7 @@ from test_prepare import (
 
 import finetune
 import prepare
+from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import load
 from barelm.run import UserError, setup
 from barelm.shards import Windows
@@ -763,7 +764,7 @@ def test_the_parts_of_an_instruction_reach_a_template(tmp_path, monkeypatch):
         {"messages": [SYSTEM, *said("q", "a", "b", "c")]},
     ]
     rows, _ = task(tmp_path, "sft", records)
-    tok = prepare.bpe_tokenizer([])
+    tok = bpe_tokenizer([])
     monkeypatch.setattr(finetune, "template", "{instruction}|{input}|{output}")
     texts = []
     for row in rows:

@@ -82,10 +82,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model
 from barelm import checkpoint, fast
 from barelm.checkpoint import save
+from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
+from barelm.sources import library_files
 
 # No script imports another; this one opens them where it times them: a copy would time the copy.
 stage = importlib.import_module
@@ -412,7 +414,7 @@ def decode(run):
 def tokenizer(run):
     """prepare.py's BPE and MinHash on the source of the standard library."""
     prepare = stage("prepare")
-    texts = [p.read_text(errors="ignore") for p in prepare.files_of("python", None)[0][:150]]
+    texts = [p.read_text(errors="ignore") for p in library_files()[:150]]
     size = sum(len(text.encode()) for text in texts)
     title(f"tokenizer: {size / 1e6:.1f} MB of Python's standard library, vocabulary 4096")
 
@@ -443,9 +445,7 @@ def tokenizer(run):
 
         learning["training, tokenizers, all cores"] = learn_theirs
         encoding["encoding, tokenizers, all cores"] = lambda: ours.encode_batch_fast(texts)
-    marking = {
-        "MinHash, one core": lambda: prepare.minhash(*prepare.word_hashes(texts), len(texts))
-    }
+    marking = {"MinHash, one core": lambda: minhash(*word_hashes(texts), len(texts))}
     if compare and importlib.util.find_spec("datasketch"):
         import datasketch
 

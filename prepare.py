@@ -1379,7 +1379,7 @@ def use_fineweb(run, folder, work):
     for name in all_names[run.rank :: run.world]:
         read_fineweb(name)
     wait(run)
-    if not run.main:
+    if not run.is_main:
         return
     work.mkdir(exist_ok=True)
     for name in all_names:
@@ -1421,7 +1421,7 @@ def build(run, folder, work, pool_map):
 
     jobs = number_documents(work, units)
     corpus = Corpus(work / hashed_name("".join(unit.name for unit in units)))
-    if run.main:
+    if run.is_main:
         notes = [read_notes(work, unit.name) for unit in units]
         tallies, clusters = choose_documents(corpus, units, jobs, notes, pool_map)
         tok = tok or learn_tokenizer(corpus, jobs, pool_map)
@@ -1434,7 +1434,7 @@ def build(run, folder, work, pool_map):
     if save_cleaned:
         write = partial(write_cleaned, corpus, field, save_cleaned, sources is not None)
         for_each(write, jobs, run, pool_map, "writing the cleaned documents")
-    if run.main:
+    if run.is_main:
         splits, mix = fill_shards(corpus, tok, jobs)
         hashes = hashlib.sha256(corpus.rows()["hash"].tobytes()).hexdigest()
         meta = {"sources": mix} if sources else {}
@@ -1461,7 +1461,7 @@ def for_each(function, items, run, pool_map, label):
     results = (pool_map if len(share) > 1 else map)(function, share)
     for n_done, size in enumerate(results, 1):
         n_bytes += size
-        if run.main:
+        if run.is_main:
             megabytes = n_bytes / 1e6
             speed = megabytes / max(time.monotonic() - begun, 1e-9)
             state = f"{n_done} of {len(share)} parts, {megabytes:,.1f} MB, {speed:,.1f} MB/s"
@@ -1550,10 +1550,10 @@ def make(run, folder, work, pool_map):
         return build(run, folder, work, pool_map)
     of_documents = {"roles": roles, "save_cleaned": save_cleaned, "clean_symbols": clean_symbols}
     unused = [name for name, value in of_documents.items() if value]
-    if unused and run.main:
+    if unused and run.is_main:
         print(f"note: {', '.join(unused)}: of documents alone; --task={task} uses none of it")
     units = plan(run)
-    if run.main:
+    if run.is_main:
         n_rows = build_tasks(work, pool_map, units, [task])
         replace_rows(work, folder, task)
         for name in reversed(n_rows):
@@ -1681,9 +1681,9 @@ def working_folder(folder, run):
     a run is told in one line."""
     work = folder / "work"
     fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    if run.main and os.path.isdir(folder):
+    if run.is_main and os.path.isdir(folder):
         refuse_folders(folder)
-    with lock_folder(work, fresh) if run.main else nullcontext():
+    with lock_folder(work, fresh) if run.is_main else nullcontext():
         wait(run)
         is_over = False  # is there nothing to go on from?
         try:
@@ -1706,7 +1706,7 @@ def working_folder(folder, run):
         except KeyboardInterrupt:
             raise UserError(STOPPED) from None
         finally:
-            if run.main and (is_over or not any(work.glob("*.json"))):
+            if run.is_main and (is_over or not any(work.glob("*.json"))):
                 remove(work)
                 remove_empty(fresh)
 
@@ -1777,7 +1777,7 @@ def main():
     with working_folder(folder, run) as work:
         with start_pool(n_workers) as pool:
             make(run, folder, work, pool.map if pool else map)
-    if run.main:
+    if run.is_main:
         seconds = duration(time.monotonic() - begun)
         then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
         print(f"wrote {folder} in {seconds}{then}")

@@ -106,7 +106,7 @@ def files_of(spec, separator, max_files, run):
         return paths, None, separator or SEPARATORS.get(spec)
     if os.path.isdir(spec):
         paths, broken = walk(spec)
-        if broken and run.main:
+        if broken and run.is_main:
             print(f"{spec}: left out {len(broken)} links to nothing, such as {broken[0]}")
         return paths, spec, separator
     names = [spec] if os.path.exists(spec) else matching(spec)

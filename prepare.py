@@ -62,26 +62,17 @@ device = "cpu"  # of the perplexity model
 if __name__ == "__main__":
     configure(globals())
 
-import bz2
-import ctypes
-import errno
 import gc
-import gzip
 import hashlib
 import heapq
 import json
-import lzma
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -109,27 +100,30 @@ from barelm.clean import (
 )
 from barelm.corpus import (
     ALL,
+    CLEANED,
     ROW,
     Corpus,
     Job,
     batches,
+    cleaned_paths,
     is_clean,
     read_notes,
     save_array,
     sync,
+    write_cleaned,
     write_notes,
 )
 from barelm.corpus_report import report_lines, share_line
+from barelm.decontaminate import is_no_evaluation
 from barelm.dedup import (
-    GRAM,
     band_shape,
-    components,
     digest,
+    first_of_clusters,
+    first_of_equals,
     hashed_name,
     minhash,
     mix_bits,
     near_pairs,
-    shingles,
     word_hashes,
 )
 from barelm.download import HUB, download, why_no_answer
@@ -137,29 +131,15 @@ from barelm.files import require_zst, sync_folder, whole_file, write_json
 from barelm.mix import SPLITS, TOKENS, Encoded, plan_splits
 from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
-from barelm.sources import (
-    DOWNLOAD_FOLDER,
-    FORMATS,
-    FilePart,
-    Unit,
-    cut_into_units,
-    documents,
-    files_of,
-    format_of,
-    raw_records,
-    wait,
-)
-from barelm.tasksets import TASKS, python_records
+from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
+from barelm.tasksets import TASKS, Reading, build_tasks, task_file
 from barelm.tokenizer import BERT_WORDS, CHARACTERS, Tokenizer, byte_letters
+from barelm.working import EmptySource, for_each, start_pool, wait, working_folder
 
-# What runs in other processes (clean_unit, find_near, count_pieces_of, encode_unit, write_cleaned,
-# convert_unit) gets what it needs as arguments: the keys above may have their defaults there.
+# What runs in other processes (clean_unit, find_near, count_pieces_of, encode_unit) gets what it
+# needs as arguments: the keys above may have their defaults there.
 
 BATCH = 1_000_000  # characters that are in hand at once in each process
-
-
-class EmptySource(UserError):
-    """The sources hold nothing of use: what was made of them is removed."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,54 +328,10 @@ def describe(batch, cleaning, tallies):
         signatures = minhash(hashes, owners, len(batch))
         tallies["near"].seconds += time.perf_counter() - begun
     if cleaning.decontaminate:
-        stays = is_no_evaluation(texts, hashes, owners, cleaning, tallies["decontaminate"])
+        tally = tallies["decontaminate"]
+        stays = is_no_evaluation(texts, hashes, owners, cleaning.decontaminate, tally)
     texts_left = [text for text, stay in zip(texts, stays) if stay]
     return texts_left, rows[stays], signatures[stays]
-
-
-def is_no_evaluation(texts, hashes, owners, cleaning, tally):
-    """Which of the texts share no GRAM words in a row with the evaluation files: (n,) bool (Brown
-    et al. 2020, appendix C). hashes and owners: of their words."""
-    begun = time.perf_counter()
-    grams, gram_owners = shingles(hashes, owners, GRAM)
-    is_known = np.isin(grams, evaluation_grams(cleaning.decontaminate), kind="sort")
-    stays = np.ones(len(texts), bool)
-    stays[gram_owners[is_known]] = False
-    for text, stay in zip(texts, stays):
-        reason = None if stay else f"{GRAM} words in a row of an evaluation"
-        tally.count(text, text, reason)
-    tally.seconds += time.perf_counter() - begun
-    return stays
-
-
-@lru_cache(1)  # a process reads them once
-def evaluation_grams(paths):
-    """The hashes, sorted, of every GRAM words in a row of the files "a,b"."""
-    hashes = []
-    for path in paths.split(","):
-        if not os.path.isfile(path):
-            raise UserError(f"--decontaminate={path}: no such file")
-        bad = []
-        # As the name says: a text that begins like JSON is a text here.
-        unit = Unit("", None, format_of(path), [FilePart(path, 0, math.inf, None, 0)])
-        rows = raw_records(unit, "text", bad)
-        texts = ["\n".join(strings_in(row | {"path": None})) for row in rows]
-        if bad:
-            raise UserError(f"--decontaminate={bad[0]}: expected a JSON object")
-        values, _ = shingles(*word_hashes(texts), GRAM)
-        hashes.append(values)
-    return np.unique(np.concatenate(hashes))
-
-
-def strings_in(value):
-    """Every text within a JSON value."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return chain.from_iterable(map(strings_in, value.values()))
-    if isinstance(value, list):
-        return chain.from_iterable(map(strings_in, value))
-    return []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,15 +363,6 @@ def deduplicate(corpus, pool_map):
     return stays, tallies, clusters
 
 
-def first_of_equals(hashes, stays):
-    """Which documents stay: of those with the same hash the first; those of "" are not compared."""
-    live = np.flatnonzero(stays & (hashes != digest(b"")))
-    _, first = np.unique(hashes[live], return_index=True)
-    after = stays.copy()
-    after[np.delete(live, first)] = False
-    return after
-
-
 def find_all_near(corpus, stays, pool_map):
     """The pairs (n, 2) of near-duplicates, in all bands."""
     save_array(corpus.folder / "stays.npy", stays)
@@ -447,15 +374,6 @@ def find_all_near(corpus, stays, pool_map):
 def find_near(corpus, threshold, band):
     stays = np.load(corpus.folder / "stays.npy")
     return near_pairs(corpus.signatures(), stays, band, threshold)
-
-
-def first_of_clusters(pairs, stays):
-    """(which documents stay: of each cluster the first; the clusters as `deduplicate` has them)."""
-    label = components(len(stays), pairs)
-    sizes = np.bincount(label[stays], minlength=len(stays))
-    clusters = [(int(sizes[i]), int(i)) for i in np.flatnonzero(sizes > 1)]
-    after = stays & (label == np.arange(len(stays)))
-    return after, sorted(clusters, reverse=True)
 
 
 def compare_tally(corpus, step, before, after):
@@ -1140,61 +1058,6 @@ def tokens_of(encoded, part):
 
 
 # --------------------------------------------------------------------------------------------------
-# The cleaned documents as files of their own
-
-CLEANED = ("jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst")
-CLEANED_SIZE = 64_000_000  # characters of a file of them, about
-
-
-def write_cleaned(corpus, text_field, ending, is_mix, job):
-    """Write the documents of a unit that stay, as they are before the tokenizer: records with the
-    text in text_field and in a mix their source, in files of about CLEANED_SIZE characters. Returns
-    the bytes of text."""
-    for path in cleaned_paths(corpus, ending, job):
-        path.unlink()
-    n_bytes = 0
-    for split in SPLITS:
-        texts = ((text,) for name, _, text in corpus.split_texts(job) if name == split)
-        for number, batch in enumerate(batches(texts, CLEANED_SIZE)):
-            path = corpus.folder / f"cleaned_{split}_{job.number:06d}_{number:03d}.{ending}"
-            with whole_file(path) as file, compressed(file, path.name) as packing:
-                for (text,) in batch:
-                    record = {text_field: text}
-                    if is_mix:
-                        record["source"] = job.source
-                    n_bytes += len(text.encode())
-                    packing.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-    return n_bytes
-
-
-def cleaned_paths(corpus, ending, job):
-    return sorted(corpus.folder.glob(f"cleaned_*_{job.number:06d}_*.{ending}"))
-
-
-@contextmanager
-def compressed(file, name):
-    """A binary file to write into, whose bytes are compressed into `file` as the name says."""
-    ending = os.path.splitext(name)[1]
-    if ending == ".zst":
-        pyarrow = require_zst(name)
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.CompressedOutputStream(sink, "zstd") as packing:
-            yield packing
-        file.write(sink.getvalue())
-    elif ending == ".gz":  # without a time, so that the same text gives the same bytes
-        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packing:
-            yield packing
-    elif ending == ".bz2":
-        with bz2.open(file, "wb") as packing:
-            yield packing
-    elif ending == ".xz":
-        with lzma.open(file, "wb") as packing:
-            yield packing
-    else:
-        yield file
-
-
-# --------------------------------------------------------------------------------------------------
 # Task sets: records as rows of text
 
 
@@ -1202,83 +1065,10 @@ def is_default_source():
     return source == "python" and sources is None
 
 
-def build_tasks(folder, pool_map, units, names):
-    """Make <task>_train.jsonl and <task>_val.jsonl of these tasks: {file name: its rows}."""
-    parts = []
-    show = Progress()
-    convert = partial(convert_unit, names, field, max_documents, seed, is_default_source())
-    for part in pool_map(convert, units):
-        parts.append(part)
-        show(f"converting: {len(parts)} of {len(units)} parts", last=len(parts) == len(units))
-    n_rows = {}
-    for name in names:
-        rows = {}
-        tally = Tally()
-        for part in parts:
-            part_rows, part_tally = part[name]
-            rows |= part_rows
-            tally.add(part_tally)
-        print_bad_records(name, tally, rows)
-        if not rows and task:
-            raise EmptySource(f"--source={sources or source}: no record for --task={task} in it")
-        n_rows |= write_task(folder, name, rows)
-    return n_rows
-
-
-def convert_unit(names, text_field, limit, draw_seed, is_python, unit):
-    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
-    bad = []
-    records = islice(raw_records(unit, text_field, bad), limit)
-    if is_python:
-        records = python_records(records, text_field, draw_seed)
-    converted = {name: ({}, Tally()) for name in names}
-    for record in records:
-        text = json.dumps(record, default=str)
-        for name, (rows, tally) in converted.items():
-            if is_python and name == "classify" and not record["label"]:
-                continue  # a module that is in no package
-            reason = None
-            try:
-                row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                by_row = digest(row.encode(errors="replace"))
-                rows[row] = record["split_by"] if is_python else by_row
-            except Reject as rejected:
-                reason = str(rejected)
-            except (ValueError, TypeError, AttributeError):
-                reason = "fields of another type"
-            tally.count(text, text, reason)
-    for _, tally in converted.values():
-        for line in bad:
-            tally.count(line, line, "no JSON object")
-    return converted
-
-
-def print_bad_records(name, tally, rows):
-    for reason, (count, examples) in tally.reasons.items():
-        print(f"{name}: {count:,} bad records: {reason}, such as {examples[0]}")
-    if tally.docs_out > len(rows):
-        print(f"{name}: {tally.docs_out - len(rows):,} records came before, word for word")
-
-
-def write_task(folder, name, rows):
-    """Write the rows {row: hash to split by} of a task, divided by their hashes, or where there are
-    fewer than 20 the last ones for validation: {file name: its rows}."""
-    if len(rows) < 20:
-        n_train = len(rows) - round(len(rows) * val_fraction)
-        val_rows = set(list(rows)[n_train:])
-    else:
-        val_rows = {row for row, row_hash in rows.items() if row_hash < val_fraction * 2**64}
-    n_rows = {}
-    for split in reversed(SPLITS):  # the training rows come last: see replace_rows
-        split_rows = [row for row in rows if (row in val_rows) == (split == "val")]
-        n_rows[task_file(name, split)] = len(split_rows)
-        with whole_file(folder / task_file(name, split)) as file:
-            file.write("".join(row + "\n" for row in split_rows).encode(errors="replace"))
-    return n_rows
-
-
-def task_file(name, split):
-    return f"{name}_{split}.jsonl"
+def make_tasks(folder, pool_map, units, names):
+    """The files of these task sets, in the folder: {file name: its rows}."""
+    reading = Reading(field, max_documents, is_default_source(), seed)
+    return build_tasks(folder, pool_map, units, names, reading, val_fraction)
 
 
 def replace_rows(work, folder, name):
@@ -1312,6 +1102,8 @@ def old_files(folder):
 
 def refuse_folders(folder):
     """A folder in the place of a file of the data set cannot be replaced: say so at once."""
+    if not os.path.isdir(folder):
+        return
     names = ("meta.json", "tokenizer.json", "tokenizer_config.json")
     for path in [*(folder / name for name in names), *old_files(folder)]:
         if path.is_dir():
@@ -1444,29 +1236,11 @@ def build(run, folder, work, pool_map):
             files = cleaned_names(corpus, jobs)
             meta["cleaned"] = list(files)
         if is_default_source():
-            files += build_tasks(corpus.folder, pool_map, units, list(TASKS))
+            files += make_tasks(corpus.folder, pool_map, units, list(TASKS))
         if report:
             write_report(corpus, tok, tallies, clusters, splits | meta)
             files.append("report.md")
         commit(folder, corpus.folder, tok, splits, meta, files)
-
-
-def for_each(function, items, run, pool_map, label):
-    """Call the function, which returns the bytes that it did, with this rank's share of the items,
-    on several processes. The ranks leave together."""
-    share = items[run.rank :: run.world]
-    show = Progress()
-    begun = time.monotonic()
-    n_bytes = 0
-    results = (pool_map if len(share) > 1 else map)(function, share)
-    for n_done, size in enumerate(results, 1):
-        n_bytes += size
-        if run.is_main:
-            megabytes = n_bytes / 1e6
-            speed = megabytes / max(time.monotonic() - begun, 1e-9)
-            state = f"{n_done} of {len(share)} parts, {megabytes:,.1f} MB, {speed:,.1f} MB/s"
-            show(f"{label}: {state}", last=n_done == len(share))
-    wait(run)
 
 
 def number_documents(work, units):
@@ -1554,7 +1328,9 @@ def make(run, folder, work, pool_map):
         print(f"note: {', '.join(unused)}: of documents alone; --task={task} uses none of it")
     units = plan(run)
     if run.is_main:
-        n_rows = build_tasks(work, pool_map, units, [task])
+        n_rows = make_tasks(work, pool_map, units, [task])
+        if not any(n_rows.values()):
+            raise EmptySource(f"--source={sources or source}: no record for --task={task} in it")
         replace_rows(work, folder, task)
         for name in reversed(n_rows):
             print(f"{name}: {n_rows[name]:,} records")
@@ -1649,120 +1425,6 @@ def check_names():
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes, and the working folder
-
-STOPPED = "stopped: the same command goes on from here"
-DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-
-
-def start_pool(n_workers):
-    """That many processes to work in, or none of them where one is enough."""
-    if n_workers == 1:
-        return nullcontext()
-    try:
-        return ProcessPoolExecutor(n_workers, initializer=start_worker)
-    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, no /dev/shm
-        why = str(error).partition(",")[0]
-        raise UserError(f"no processes to work in ({why}): --threads=1 needs none") from None
-
-
-def start_worker():
-    """A working process ends with Ctrl-C, without a word, and with the process that it serves."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    pr_set_pdeathsig = 1
-    with suppress(Exception):  # Linux alone
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-@contextmanager
-def working_folder(folder, run):
-    """data/<dataset>/work, for this run alone. It stays where the run is stopped, so that the same
-    command goes on from it; it is removed when all is done, or nothing can go on from it. What ends
-    a run is told in one line."""
-    work = folder / "work"
-    fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    if run.is_main and os.path.isdir(folder):
-        refuse_folders(folder)
-    with lock_folder(work, fresh) if run.is_main else nullcontext():
-        wait(run)
-        is_over = False  # is there nothing to go on from?
-        try:
-            yield work
-            is_over = True
-        except EmptySource:
-            is_over = True
-            raise
-        except UserError as error:
-            is_over = "cannot be written" in str(error)  # a full disk, as whole_file says it
-            raise
-        except BrokenPipeError:  # standard output's: the script ends as `config` says
-            raise
-        except OSError as error:  # a full disk, a file that may not be read
-            is_over = error.errno in DISK_IS_FULL
-            why = f"{error.filename or folder}: {error.strerror or error}"
-            raise UserError(f"{why}; nothing was changed") from None
-        except BrokenProcessPool:
-            raise UserError(why_no_worker()) from None
-        except KeyboardInterrupt:
-            raise UserError(STOPPED) from None
-        finally:
-            if run.is_main and (is_over or not any(work.glob("*.json"))):
-                remove(work)
-                remove_empty(fresh)
-
-
-def why_no_worker():
-    """Why a working process is gone: Ctrl-C reaches those too, and may have ended them first."""
-    try:
-        time.sleep(0.5)
-    except KeyboardInterrupt:
-        return STOPPED
-    why = "a process was killed, for want of memory perhaps: --threads=1 takes less"
-    return f"{why}; the same command goes on from here"
-
-
-def lock_folder(work, fresh):
-    """Make the working folder, and lock it as long as the file is open that is returned: to the end
-    of the process, however it ends. `fresh` as in `remove_empty`."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        file = open(work / "lock", "wb")
-    except OSError as error:
-        remove_empty(fresh)
-        why = f"{error.filename or work}: {error.strerror or error}"
-        raise UserError(f"{why}; nothing was changed") from None
-    try:
-        import fcntl  # not on every system
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        why = "another prepare.py is at work there: wait for it, or choose another --dataset"
-        raise UserError(f"{work.parent}: {why}") from None
-    except (ImportError, OSError) as error:
-        print(f"{work}: no lock here ({error}): see that no second prepare.py works there")
-    # What a run left that was killed while it removed its working folder.
-    shutil.rmtree(gone_name(work), ignore_errors=True)
-    return file
-
-
-def gone_name(work):
-    return work.with_name("work.gone")
-
-
-def remove(work):
-    """Remove the working folder. Its files vouch for each other, so it loses its name first: when
-    this is killed in between, the next run takes none of them for whole."""
-    shutil.rmtree(gone_name(work), ignore_errors=True)
-    with suppress(OSError):
-        os.replace(work, gone_name(work))
-    shutil.rmtree(gone_name(work), ignore_errors=True)
-
-
-def remove_empty(fresh):
-    """Remove those of the folders, which were not there before this run, that are empty."""
-    for folder in fresh:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def main():
@@ -1773,6 +1435,8 @@ def main():
         show_tokens(finished_tokenizer() or Tokenizer.from_folder(folder), inspect)
         return
     run = setup("cpu", timedelta(days=7))
+    if run.is_main:
+        refuse_folders(folder)
     n_workers = threads or os.cpu_count() or 1
     with working_folder(folder, run) as work:
         with start_pool(n_workers) as pool:

@@ -10,10 +10,14 @@ A Corpus is a folder in there, of all units together: rows and signatures, cuts.
 i-th unit <i>.tokens and <i>.npy.
 """
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -23,8 +27,8 @@ import numpy as np
 
 from barelm.clean import Tally
 from barelm.dedup import N_PERMUTATIONS
-from barelm.files import read_json, whole_file, write_json
-from barelm.mix import map_rows
+from barelm.files import read_json, require_zst, whole_file, write_json
+from barelm.mix import SPLITS, map_rows
 
 # What is known of a document: its unit's name (16 hex digits), the bytes before it in the unit's
 # .txt and its own; the hashes of its text, of its words in lower case and of its URL.
@@ -155,3 +159,58 @@ class Corpus:
             for split, part in parts.items():
                 if part:
                     yield split, rows["hash"][i], part
+
+
+# --------------------------------------------------------------------------------------------------
+# The cleaned documents as files of their own
+
+CLEANED = ("jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst")
+CLEANED_SIZE = 64_000_000  # characters of a file of them, about
+
+
+def write_cleaned(corpus, text_field, ending, is_mix, job):
+    """Write the documents of a unit that stay, as they are before the tokenizer: records with the
+    text in text_field and in a mix their source, in files of about CLEANED_SIZE characters. Returns
+    the bytes of text."""
+    for path in cleaned_paths(corpus, ending, job):
+        path.unlink()
+    n_bytes = 0
+    for split in SPLITS:
+        texts = ((text,) for name, _, text in corpus.split_texts(job) if name == split)
+        for number, batch in enumerate(batches(texts, CLEANED_SIZE)):
+            path = corpus.folder / f"cleaned_{split}_{job.number:06d}_{number:03d}.{ending}"
+            with whole_file(path) as file, compressed(file, path.name) as packing:
+                for (text,) in batch:
+                    record = {text_field: text}
+                    if is_mix:
+                        record["source"] = job.source
+                    n_bytes += len(text.encode())
+                    packing.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    return n_bytes
+
+
+def cleaned_paths(corpus, ending, job):
+    return sorted(corpus.folder.glob(f"cleaned_*_{job.number:06d}_*.{ending}"))
+
+
+@contextmanager
+def compressed(file, name):
+    """A binary file to write into, whose bytes are compressed into `file` as the name says."""
+    ending = os.path.splitext(name)[1]
+    if ending == ".zst":
+        pyarrow = require_zst(name)
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as packing:
+            yield packing
+        file.write(sink.getvalue())
+    elif ending == ".gz":  # without a time, so that the same text gives the same bytes
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packing:
+            yield packing
+    elif ending == ".bz2":
+        with bz2.open(file, "wb") as packing:
+            yield packing
+    elif ending == ".xz":
+        with lzma.open(file, "wb") as packing:
+            yield packing
+    else:
+        yield file

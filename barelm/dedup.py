@@ -13,7 +13,6 @@ import numpy as np
 
 N_PERMUTATIONS = 128  # values of a signature
 SHINGLE = 5  # words of a shingle
-GRAM = 13  # words in a row that an evaluation has: Brown et al. 2020, appendix C
 BASE = 0x9E3779B97F4A7C15  # of the polynomial hashes; odd, so it has an inverse modulo 2**64
 
 # The same in every run: signatures of different parts are compared.
@@ -161,3 +160,21 @@ def components(n, edges):
         while not np.array_equal(label, label[label]):  # until each one points at a smallest
             label = label[label]
     return label
+
+
+def first_of_equals(hashes, stays):
+    """Which documents stay: of those with the same hash the first; those of "" are not compared."""
+    live = np.flatnonzero(stays & (hashes != digest(b"")))
+    _, first = np.unique(hashes[live], return_index=True)
+    after = stays.copy()
+    after[np.delete(live, first)] = False
+    return after
+
+
+def first_of_clusters(pairs, stays):
+    """(which documents stay: of each cluster the first; the clusters)."""
+    label = components(len(stays), pairs)
+    sizes = np.bincount(label[stays], minlength=len(stays))
+    clusters = [(int(sizes[i]), int(i)) for i in np.flatnonzero(sizes > 1)]
+    after = stays & (label == np.arange(len(stays)))
+    return after, sorted(clusters, reverse=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import requests
-import torch.distributed as dist
 
 from barelm.dedup import hashed_name
 from barelm.download import HUB, download, why_no_answer
@@ -37,6 +36,7 @@ from barelm.files import (
     read_input,
 )
 from barelm.run import UserError
+from barelm.working import wait
 
 RAW = "https://raw.githubusercontent.com/"
 DATA = HUB + "datasets/"
@@ -122,16 +122,6 @@ def library_files():
     """The source files of Python's standard library, without its tests."""
     paths, _ = walk(sysconfig.get_path("stdlib"), ".py", NOT_LIBRARY)
     return paths
-
-
-def wait(run):
-    """Wait here until every rank has come."""
-    if run.world == 1:
-        return
-    try:
-        dist.barrier()
-    except RuntimeError:  # gloo's, when a rank has left
-        raise UserError("another process has stopped: see what it says") from None
 
 
 def walk(folder, ending="", avoid=()):

@@ -2,13 +2,21 @@
 and the records that Python's own source gives."""
 
 import ast
+import json
 import os
 import re
 import textwrap
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
-from barelm.clean import Reject, reject_if
+from barelm.clean import Reject, Tally, reject_if
 from barelm.dedup import digest
+from barelm.files import whole_file
+from barelm.mix import SPLITS
+from barelm.run import Progress
+from barelm.sources import raw_records
 
 # The names that data sets give their fields.
 ASK = ("instruction", "prompt", "question")
@@ -202,3 +210,96 @@ def python_records(files, text_field, seed):
             "target": docstring,
             "split_by": split_by,
         }
+
+
+# --------------------------------------------------------------------------------------------------
+# Task sets as files
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the records of a unit are read."""
+
+    text_field: str  # of a text file's record
+    limit: int | None  # records of a unit
+    is_python: bool  # are they files of Python's own source
+    seed: int  # of the examples drawn out of that
+
+
+def build_tasks(folder, pool_map, units, names, reading, val_fraction):
+    """Make <task>_train.jsonl and <task>_val.jsonl of these tasks: {file name: its rows}. pool_map:
+    `map`, perhaps on several processes."""
+    parts = []
+    show = Progress()
+    for part in pool_map(partial(convert_unit, names, reading), units):
+        parts.append(part)
+        show(f"converting: {len(parts)} of {len(units)} parts", last=len(parts) == len(units))
+    n_rows = {}
+    for name in names:
+        rows = {}  # a dict, so that a row that came before is not there twice
+        tally = Tally()
+        for part in parts:
+            part_rows, part_tally = part[name]
+            rows |= part_rows
+            tally.add(part_tally)
+        print_bad_records(name, tally, rows)
+        n_rows |= write_task(folder, name, rows, val_fraction)
+    return n_rows
+
+
+def convert_unit(names, reading, unit):
+    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
+    bad = []
+    records = islice(raw_records(unit, reading.text_field, bad), reading.limit)
+    if reading.is_python:
+        records = python_records(records, reading.text_field, reading.seed)
+    converted = {name: ({}, Tally()) for name in names}
+    for record in records:
+        text = json.dumps(record, default=str)
+        for name, (rows, tally) in converted.items():
+            if reading.is_python and name == "classify" and not record["label"]:
+                continue  # a module that is in no package
+            reason = None
+            try:
+                row = json.dumps(TASKS[name](record), ensure_ascii=False)
+                split_by = digest(row.encode(errors="replace"))
+                if reading.is_python:
+                    split_by = record["split_by"]
+                rows[row] = split_by
+            except Reject as rejected:
+                reason = str(rejected)
+            except (ValueError, TypeError, AttributeError):
+                reason = "fields of another type"
+            tally.count(text, text, reason)
+    for _, tally in converted.values():
+        for line in bad:
+            tally.count(line, line, "no JSON object")
+    return converted
+
+
+def print_bad_records(name, tally, rows):
+    for reason, (count, examples) in tally.reasons.items():
+        print(f"{name}: {count:,} bad records: {reason}, such as {examples[0]}")
+    if tally.docs_out > len(rows):
+        print(f"{name}: {tally.docs_out - len(rows):,} records came before, word for word")
+
+
+def write_task(folder, name, rows, val_fraction):
+    """Write the rows {row: hash to split by} of a task, divided by their hashes, or where there are
+    fewer than 20 the last ones for validation: {file name: its rows}."""
+    if len(rows) < 20:
+        n_train = len(rows) - round(len(rows) * val_fraction)
+        val_rows = set(list(rows)[n_train:])
+    else:
+        val_rows = {row for row, row_hash in rows.items() if row_hash < val_fraction * 2**64}
+    n_rows = {}
+    for split in reversed(SPLITS):  # the training rows come last: see replace_rows
+        split_rows = [row for row in rows if (row in val_rows) == (split == "val")]
+        n_rows[task_file(name, split)] = len(split_rows)
+        with whole_file(folder / task_file(name, split)) as file:
+            file.write("".join(row + "\n" for row in split_rows).encode(errors="replace"))
+    return n_rows
+
+
+def task_file(name, split):
+    return f"{name}_{split}.jsonl"

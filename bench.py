@@ -81,6 +81,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
 from barelm import checkpoint, fast
+from barelm.bpe import bpe_tokenizer, count_pieces, train_bpe
 from barelm.checkpoint import save
 from barelm.compiled import try_compile
 from barelm.dedup import minhash, word_hashes
@@ -420,15 +421,17 @@ def tokenizer(run):
     title(f"tokenizer: {size / 1e6:.1f} MB of Python's standard library, vocabulary 4096")
 
     def learn():
-        pieces = prepare.count_pieces((prepare.SPLIT, text) for text in texts).items()
+        pieces = count_pieces(texts).items()
         merges = 4096 - 256 - len(prepare.special_tokens)
-        return prepare.train_bpe({piece.encode(): n for piece, n in pieces}, merges)
+        return train_bpe({piece.encode(): n for piece, n in pieces}, merges)
 
-    tok = prepare.bpe_tokenizer(learn())
+    tok = bpe_tokenizer(learn())
     learning = {"training, one core": learn}
     encoding = {"encoding, all cores": lambda: tok.encode_batch(texts, os.cpu_count())}
     if compare:
-        bare = partial(tok.bpe.encode_ordinary_batch, texts, num_threads=os.cpu_count())
+        bare = partial(
+            tok.encoder.tiktoken.encode_ordinary_batch, texts, num_threads=os.cpu_count()
+        )
         encoding["encoding, tiktoken alone"] = bare
     if compare and not importlib.util.find_spec("tokenizers"):
         skip("tokenizers", "not installed")

@@ -62,9 +62,7 @@ device = "cpu"  # of the perplexity model
 if __name__ == "__main__":
     configure(globals())
 
-import gc
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -81,12 +79,21 @@ from pathlib import Path
 
 import numpy as np
 import regex
-import requests
-import tiktoken
 
 import barelm
-from barelm import tokenizer as tokenizer_module
-from barelm.chat import CHATML
+from barelm.bpe import (
+    PATTERNS,
+    TokenizerSettings,
+    check_role_names,
+    count_pieces,
+    finished_tokenizer,
+    normal_text,
+    normalizer_names,
+    show_tokens,
+    special_names,
+    tiktoken_tokenizer,
+    train_tokenizer,
+)
 from barelm.clean import (
     STEPS,
     Cleaning,
@@ -126,14 +133,14 @@ from barelm.dedup import (
     near_pairs,
     word_hashes,
 )
-from barelm.download import HUB, download, why_no_answer
+from barelm.download import HUB, download
 from barelm.files import require_zst, sync_folder, whole_file, write_json
 from barelm.mix import SPLITS, TOKENS, Encoded, plan_splits
 from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
 from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
 from barelm.tasksets import TASKS, Reading, build_tasks, task_file
-from barelm.tokenizer import BERT_WORDS, CHARACTERS, Tokenizer, byte_letters
+from barelm.tokenizer import Tokenizer
 from barelm.working import EmptySource, for_each, start_pool, wait, working_folder
 
 # What runs in other processes (clean_unit, find_near, count_pieces_of, encode_unit) gets what it
@@ -417,487 +424,13 @@ def divide(corpus, jobs, stays):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers
-
-SPLIT = (  # Qwen2's, which every reader of tokenizer.json and of GGUF knows
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-ASCII = SPLIT.replace(r"?\p{L}", "?[A-Za-z]").replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", r"\d")
-ASCII = re.compile(ASCII, re.ASCII)  # the same on ASCII text, for Python's own re: twice as fast
-WORDS = BERT_WORDS
-# Of the kinds that are trained here: what splits text into the pieces that are counted.
-PATTERNS = dict(bpe=SPLIT, unigram=SPLIT, word=SPLIT, wordpiece=WORDS, char=CHARACTERS)
-NORMALIZERS = {"nfc": "NFC", "nfkc": "NFKC", "lower": "Lowercase"}  # in the order they are applied
-WITH_WORDS = ("char", "word", "wordpiece")
-UNKNOWN = "<|unk|>"  # of the kinds that have words, which are all but those of bytes
-BYTES = [bytes([b]) for b in range(256)]
-LETTERS = byte_letters()
-RARE = 0.05  # of the count of the commonest pair: what WordPiece joins occurs as often at least
-MAX_TOKEN = 16  # bytes of a Unigram token, as in SentencePiece
-MAX_PIECES = 1_000_000  # bytes of different pieces it is trained on, the commonest: 1.3 GB used
-
-
-def count_pieces(parts):
-    """How often each piece occurs in (split pattern, text) tuples."""
-    fast = lambda pattern, text: pattern == SPLIT and text.isascii()
-    finds = (ASCII.findall(t) if fast(p, t) else regex.findall(p, t) for p, t in parts)
-    return Counter(chain.from_iterable(finds))
-
-
-def train_bpe(pieces, n_merges, show=lambda line: None, alphabet=BYTES):
-    """Byte-pair encoding (Sennrich et al. 2016) over {piece: count}, pieces being bytes, or else
-    sequences of indexes into `alphabet`, which holds sequences of length 1.
-
-    Returns the merges in order, as pairs of bytes: each time the commonest adjacent pair, of equals
-    that with the lowest ids (a byte is its own id), until no pair occurs twice. A pair whose bytes
-    are a token already is passed over. Only the neighbours of the places merged are counted anew.
-    """
-    tokens, known, merges = list(alphabet), set(), []
-    # All pieces in a row, -1 between them: a token's id stands at its first and at its last byte.
-    symbols, weights, places = [-1], [0], defaultdict(list)
-    for piece, n in pieces.items():
-        symbols += [*piece, -1]
-        weights += [n] * (len(piece) + 1)
-    for i, pair in enumerate(zip(symbols, symbols[1:])):
-        if -1 not in pair:
-            places[pair].append(i)
-    total = lambda at: sum(map(weights.__getitem__, at))
-    pairs = defaultdict(int, {pair: total(at) for pair, at in places.items()})
-    heap = sorted((-n, pair) for pair, n in pairs.items() if n > 1)  # which is a heap
-    while len(merges) < n_merges and heap:
-        n, pair = heapq.heappop(heap)
-        if pairs[pair] != -n:  # an old count: counts only fall after a pair was pushed
-            if pairs[pair] > 1:
-                heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        a, b = pair
-        token, new = tokens[a] + tokens[b], len(tokens)
-        if token in known:
-            continue
-        merges.append((tokens[a], tokens[b]))
-        tokens.append(token)
-        known.add(token)
-        to_b, to_end = len(tokens[a]), len(token)
-        lefts, rights = defaultdict(list), defaultdict(list)
-        for i in places.pop(pair):
-            if symbols[i] == a and symbols[i + to_b] == b:  # else another merge came first
-                symbols[i + to_b] = -1  # no token begins here any more
-                symbols[i] = symbols[i + to_end - 1] = new
-                lefts[symbols[i - 1]].append(i)
-                rights[symbols[i + to_end]].append(i)
-        made = [((b, x), (new, x), at) for x, at in rights.items() if x >= 0]
-        for x, at in lefts.items():  # after the rights, since x is the new token in "abab"
-            if x >= 0:
-                size = len(tokens[x])
-                made.append(((x, a), (x, new), [i - size for i in at]))
-        for old, pair, at in made:
-            n = total(at)
-            pairs[old] -= n
-            if n > 1:
-                pairs[pair], places[pair] = n, at
-                heapq.heappush(heap, (-n, pair))
-        pairs.pop((a, b))
-        show(f"tokenizer: merge {len(merges):,} of {n_merges:,}")
-    return merges
-
-
-def recover_merges(ranks):
-    """The merges of a tiktoken encoding {bytes: rank}: the pair that each token was made of."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            scores = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            best = min(range(len(scores)), key=scores.__getitem__)
-            if scores[best] >= rank:
-                break
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def merge_by_likelihood(words, tokens, n_tokens, show=lambda line: None):
-    """WordPiece's tokens (Schuster & Nakajima 2012, section 3) from {word: count}, words being
-    tuples of indexes into `tokens`, which are characters, ## before those within a word.
-
-    Each time the pair is joined that makes the text likeliest, by count(ab) / (count(a) count(b));
-    of equals the commonest, then that with the lowest indexes. Pairs under RARE of the commonest
-    one's count wait: by the formula alone two letters that occur only together come first however
-    rare, and the vocabulary fills with rare words (on Python's library 2.5 times the tokens that
-    merges by count give; with RARE 1.02 to 1.08 times). Until there are n_tokens, or no pair occurs
-    twice. Only the words that have the pair are counted anew.
-    """
-    tokens, ids = list(tokens), numbered(tokens)
-    words, weights = [list(word) for word in words], list(words.values())
-    counts = np.zeros(n_tokens + len(tokens))  # of each token in the text
-    rows, where = {}, []  # the row of each pair in the table, and the words that it is or was in
-    table = np.zeros((3, 1024))  # a column a pair: its left token, its right one, its count
-
-    def add(pair, word, n):
-        nonlocal table
-        row = rows.setdefault(pair, len(rows))
-        if row == len(where):  # a new one
-            where.append(set())
-            if row == table.shape[1]:
-                table = np.concatenate([table, np.zeros_like(table)], axis=1)
-            table[:2, row] = pair
-        where[row].add(word)
-        table[2, row] += n
-
-    for i, word in enumerate(words):
-        for token in word:
-            counts[token] += weights[i]
-        for pair in zip(word, word[1:]):
-            add(pair, i, weights[i])
-    while len(tokens) < n_tokens:
-        least = max(2, RARE * table[2].max())
-        common = np.flatnonzero(table[2] >= least)
-        if not len(common):
-            break
-        left, right, often = table[:, common].astype(np.int64)
-        scores = often / (counts[left] * counts[right])
-        equals = np.flatnonzero(scores == scores.max())
-        order = np.lexsort((right[equals], left[equals], -often[equals]))
-        best = equals[order[0]]
-        a, b = int(left[best]), int(right[best])
-        token = tokens[a] + tokens[b].removeprefix("##")
-        if token not in ids:  # else it was made of another pair before
-            ids[token] = len(tokens)
-            tokens.append(token)
-        new, row = ids[token], rows[a, b]
-        for i in list(where[row]):
-            word, n = words[i], weights[i]
-            joined = []
-            for token in word:
-                if token == b and joined and joined[-1] == a:
-                    joined[-1] = new
-                    counts[a] -= n
-                    counts[b] -= n
-                    counts[new] += n
-                else:
-                    joined.append(token)
-            for pair in zip(word, word[1:]):
-                table[2, rows[pair]] -= n
-            for pair in zip(joined, joined[1:]):
-                add(pair, i, n)
-            words[i] = joined
-        where[row].clear()
-        show(f"tokenizer: {len(tokens):,} tokens of {n_tokens:,}")
-    return tokens
-
-
-def train_wordpiece(counts, n_tokens, show):
-    """WordPiece's tokens, ## before those within a word, from {word: count}. Of the characters the
-    commonest are taken, a quarter of n_tokens at most, and words with another teach nothing: they
-    become unknown."""
-    often = Counter()
-    for word, n in counts.items():
-        for c in word:
-            often[c] += n
-    letters = set(sorted(often, key=lambda c: (-often[c], c))[: max(1, n_tokens // 4)])
-    words = {w: n for w, n in counts.items() if set(w).issubset(letters)}
-    symbols = sorted(letters) + sorted({"##" + c for word in words for c in word[1:]})
-    ids = numbered(symbols)
-    pieces = {(ids[w[0]], *(ids["##" + c] for c in w[1:])): n for w, n in words.items()}
-    return merge_by_likelihood(pieces, symbols, n_tokens, show)
-
-
-def lattice(pieces, ids):
-    """Every way to make up pieces, which are bytes, of tokens {bytes: id}: (edges, ends).
-
-    A node stands before each byte of a piece and behind its last, whose node `ends` names. edges
-    (4, n) int64: first node, last node, token, and the byte of its piece at which it ends, by which
-    they are in order: so one operation goes a byte forward in all pieces at once.
-    """
-
-    def found():
-        at = 0
-        for piece in pieces:
-            for end in range(1, len(piece) + 1):
-                for start in range(max(0, end - MAX_TOKEN), end):
-                    if (id := ids.get(piece[start:end])) is not None:
-                        yield at + start, at + end, id, end
-            at += len(piece) + 1
-
-    edges = np.fromiter(found(), np.dtype((np.int64, 4))).T
-    edges = edges[:, np.argsort(edges[3], kind="stable")]
-    return edges, np.cumsum([len(piece) + 1 for piece in pieces]) - 1
-
-
-def forward(edges, ends, scores, add=np.logaddexp):
-    """The log-probability of reaching each node, by all paths or (add: np.maximum) by the best, and
-    where in edges the bytes begin."""
-    reach, cuts = np.zeros(ends[-1] + 1), np.flatnonzero(np.diff(edges[3], prepend=0, append=-1))
-    for a, b in zip(cuts, cuts[1:]):
-        first, last, token, _ = edges[:, a:b]
-        new = np.flatnonzero(np.diff(last, prepend=-1))
-        reach[last[new]] = add.reduceat(reach[first] + scores[token], new)
-    return reach, cuts
-
-
-def expect(edges, ends, weights, scores):
-    """EM's first half over pieces that occur `weights` times each: (how often each token is to be
-    expected, log-likelihood of them all)."""
-    reach, cuts = forward(edges, ends, scores)
-    first, last, token, _ = edges
-    share = np.exp(reach[first] + scores[token] - reach[last])  # of the paths to its last node
-    paths = np.zeros(len(reach))
-    paths[ends] = weights
-    for b, a in zip(cuts[:0:-1], cuts[-2::-1]):
-        share[a:b] *= paths[last[a:b]]
-        paths[first[a:b]] += share[a:b]  # edges to one node begin at different ones: none is twice
-    return np.bincount(token, share, len(scores)), weights @ reach[ends]
-
-
-def likeliest(expected):
-    """EM's second half: the tokens' log-probabilities, where each is expected so often."""
-    expected = np.maximum(expected, 0.01)  # a byte that never occurs is a token for all that
-    return np.log(expected / expected.sum())
-
-
-def train_unigram(counts, n_tokens, show=lambda line: None):
-    """Unigram (Kudo 2018, section 3.2) over {piece: count}, pieces being bytes: the tokens with
-    their log-probabilities, first all bytes, then the likeliest.
-
-    It begins with the substrings that occur twice, save one that is only ever the beginning of the
-    same longer one. A round is two steps of EM, and the quarter of the tokens goes that costs the
-    least: how often each is expected, times what the best other way to spell it is less likely.
-    """
-    pieces, often, size = Counter(), Counter(), 0
-    for piece, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        pieces[piece[:256]] += n  # the head of a very long one: a step a byte is what it would cost
-        if (size := size + len(piece[:256])) > MAX_PIECES:
-            break
-    for piece, n in pieces.items():
-        for start in range(len(piece)):
-            for end in range(start + 1, min(start + MAX_TOKEN, len(piece)) + 1):
-                often[piece[start:end]] += n
-    begin = {token[:-1] for token, n in often.items() if n == often[token[:-1]]}
-    tokens = (t for t, n in often.items() if n > 1 and len(t) > 1 and t not in begin)
-    tokens = BYTES + sorted(tokens, key=lambda t: (-often[t], t))
-    edges, ends = lattice(pieces, numbered(tokens))
-    weights, expected = np.array([*pieces.values()], float), np.array([often[t] for t in tokens])
-    while True:
-        show(f"tokenizer: {len(tokens):,} tokens, to become {n_tokens:,}")
-        for _ in range(2):
-            scores = likeliest(expected)
-            expected, _ = expect(edges, ends, weights, scores)
-        if len(tokens) <= n_tokens:
-            break
-        inner, bounds = lattice(tokens, numbered(tokens))
-        inner = inner[:, inner[2] != np.searchsorted(bounds, inner[1])]  # not a token by itself
-        loss = expected * (scores - forward(inner, bounds, scores, np.maximum)[0][bounds])
-        loss[:256] = np.inf
-        kept = np.sort(np.argsort(-loss, kind="stable")[: max(n_tokens, len(tokens) * 3 // 4)])
-        tokens, expected, new = [tokens[i] for i in kept], expected[kept], np.full(len(tokens), -1)
-        new[kept] = range(len(kept))
-        edges[2] = new[edges[2]]
-        edges = edges[:, edges[2] >= 0]
-    # Six decimals, since a reader may round the last bits of a longer number in its own way.
-    pairs = [(t, round(score, 6)) for t, score in zip(tokens, likeliest(expected).tolist())]
-    return pairs[:256] + sorted(pairs[256:], key=lambda pair: (-pair[1], pair[0]))
-
-
-def role_tokens():
-    """{role: its special token} of a tokenizer made here: of special_tokens the first is bos and
-    the end token and the second pads, where `roles` names no others."""
-    start, pad = special_tokens[:2]
-    return {"bos": start, "eos": start, "pad": pad} | (roles or {})
-
-
-def special_names(with_unknown=False):
-    """The special tokens of a tokenizer made here, in the order of their ids. with_unknown: of a
-    kind that has words, and so one for all others."""
-    unknown = [role_tokens().get("unk", UNKNOWN)] if with_unknown else []
-    return list(dict.fromkeys([*unknown, *special_tokens, *(roles or {}).values()]))
-
-
-def bos_first(bos, id):
-    """The post-processor of tokenizer.json that puts bos before a text, and before each of two."""
-    mark = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text = lambda name, number: {"Sequence": {"id": name, "type_id": number}}
-    first, second = (
-        [mark, text("A", 0)],
-        [{"SpecialToken": {"id": bos, "type_id": 1}}, text("B", 1)],
-    )
-    ids = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
-    return dict(type="TemplateProcessing", single=first, pair=first + second, special_tokens=ids)
-
-
-def tokenizer_files(kind, vocab, split, special=None, **body):
-    """tokenizer.json and tokenizer_config.json, as a Tokenizer: vocab {token, spelled as there: id,
-    or Unigram's score}, special {name: id}; body: more of the model's fields. The first special
-    token starts a document, the second pads; with <|im_start|> and <|im_end|> it has ChatML."""
-    if special is None:  # their ids come last; a kind that has words has a token for all others
-        names = special_names(kind in ("WordLevel", "WordPiece"))
-        special = {t: i for i, t in enumerate(names, len(vocab))}
-    if both := vocab.keys() & special.keys():
-        why = f"{min(both)!r} is an ordinary token too: choose a name like <|this|>"
-        raise UserError(f"special_tokens: {why}")
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    pre = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-    decoder, named = {"type": "Fuse"}, role_tokens()
-    if UNKNOWN in special:
-        named.setdefault("unk", UNKNOWN)
-    unknown = named.get("unk")
-    if kind in ("BPE", "Unigram"):
-        pre, decoder = {"type": "Sequence", "pretokenizers": [pre, level]}, level
-    if kind == "WordPiece":  # what is no piece, which is white space, is lost
-        pre |= {"behavior": "Removed", "invert": True}
-        decoder = {"type": "WordPiece", "prefix": "##", "cleanup": False}
-    if kind == "Unigram":
-        body = {"type": kind, "unk_id": None, "vocab": [*vocab.items()]}
-    else:
-        # Special tokens that the vocabulary lacks get other ids where it has gaps (cl100k_base).
-        body = {"type": kind, "unk_token": unknown} | body | {"vocab": vocab | special}
-    steps = [{"type": name} for name in normalizers()]
-    normalizer = {"type": "Sequence", "normalizers": steps} if steps else None
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [{"id": id, "content": token} | flags for token, id in special.items()]
-    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added)
-    spec |= dict(normalizer=normalizer, pre_tokenizer=pre, post_processor=None, decoder=decoder)
-    if named["bos"] != named["eos"]:  # else a text begins with nothing, as GPT-2's
-        spec["post_processor"] = bos_first(named["bos"], special[named["bos"]])
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False)
-    config |= {"unk_token": None} | {f"{role}_token": token for role, token in named.items()}
-    if {"<|im_start|>", "<|im_end|>"} <= special.keys():
-        config |= {"chat_template": CHATML}
-    return Tokenizer(spec | {"model": body}, config)
-
-
-def spell(token):
-    """A token of bytes in GPT-2's letters, as tokenizer.json has it."""
-    return "".join(map(LETTERS.__getitem__, token))
-
-
-def numbered(tokens):
-    return {token: i for i, token in enumerate(tokens)}
-
-
-def bpe_tokenizer(merges):
-    """A byte-level BPE tokenizer: bytes, merges, special tokens, with ids in this order."""
-    vocab = numbered(map(spell, BYTES + [a + b for a, b in merges]))
-    return tokenizer_files("BPE", vocab, SPLIT, merges=[[spell(a), spell(b)] for a, b in merges])
-
-
-def char_tokenizer(characters):
-    """One token a character; a character that training text lacks becomes the unknown token."""
-    return tokenizer_files("WordLevel", numbered(sorted(characters)), CHARACTERS)
-
-
-def train_tokenizer(kind, counts, size, show=lambda line: None):
-    """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
-    from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
-    room = size - len(special_names(kind in WITH_WORDS))
-    pieces = {piece.encode(): n for piece, n in counts.items()}
-    gc.disable()  # it would walk a million lists again and again, and none is in a cycle
-    try:
-        if kind == "char":
-            return char_tokenizer(counts)
-        if kind == "bpe":
-            return bpe_tokenizer(train_bpe(pieces, room - 256, show))
-        if kind == "unigram":
-            scores = {spell(token): score for token, score in train_unigram(pieces, room, show)}
-            return tokenizer_files("Unigram", scores, SPLIT)
-        if kind == "word":
-            words = sorted(counts, key=lambda word: (-counts[word], word))[:room]
-            return tokenizer_files("WordLevel", numbered(words), SPLIT)
-        form = dict(continuing_subword_prefix="##", max_input_chars_per_word=100)
-        pieces = train_wordpiece(counts, room, show)
-        return tokenizer_files("WordPiece", numbered(pieces), WORDS, **form)
-    finally:
-        gc.enable()
-
-
-def normalizers():
-    """The names in tokenizer.json of what `normalize` asks for, in the order of their work."""
-    asked = [name.strip() for name in normalize.split(",") if name.strip()]
-    for name in asked:
-        if name not in NORMALIZERS:
-            raise UserError(f"normalize={normalize}: expected some of {', '.join(NORMALIZERS)}")
-    return [NORMALIZERS[name] for name in NORMALIZERS if name in asked]
-
-
-def tiktoken_tokenizer(name):
-    """A named tiktoken encoding, with the special tokens that it lacks added behind."""
-    if name not in tiktoken.list_encoding_names():
-        names = ", ".join([*sorted([*PATTERNS, "byte"]), *tiktoken.list_encoding_names()])
-        raise UserError(f"--tokenizer={name}: expected {names}, or a folder with tokenizer.json")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except requests.RequestException as error:
-        why = why_no_answer(error, "")
-        raise UserError(f"--tokenizer={name}: its table could not be downloaded: {why}") from None
-    ranks, special = encoding._mergeable_ranks, dict(encoding._special_tokens)
-    for token in special_names():
-        special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
-    # Oniguruma, which reads tokenizer.json, takes {1,3}+ for a repeated repeat.
-    split = regex.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
-    vocab, merges = {spell(t): i for t, i in ranks.items()}, recover_merges(ranks)
-    merges = [[spell(a), spell(b)] for a, b in merges]
-    return tokenizer_files("BPE", vocab, split, special, ignore_merges=True, merges=merges)
-
-
-def finished_tokenizer():
-    """The tokenizer that `tokenizer` names, or None where it is to be trained on the text."""
-    if tokenizer in PATTERNS:
-        return None
-    if tokenizer == "byte":
-        return bpe_tokenizer([])
-    if not Path(tokenizer).is_dir():
-        return tiktoken_tokenizer(tokenizer)
-    tok = Tokenizer.from_folder(tokenizer)
-    if tok.eot_id is None:
-        raise UserError(f"{tokenizer}: tokenizer_config.json names no bos_token and no eos_token")
-    return with_own_names(tok)
-
-
-def with_own_names(tok):
-    """A folder's tokenizer with bos and the end token named in tokenizer_config.json, all that a
-    dataset keeps of what says them: some folders have them in config.json alone. A tokenizer that
-    has no end token ends a text with bos, so that generation stops there."""
-    names = {id: name for name, id in tok.special.items()}
-    wanted = {"bos_token": tok.bos_id, "eos_token": tok.end_id}
-    if tok.end_id is None:
-        wanted["eos_token"] = tok.bos_id
-        print(f"{tokenizer}: no end token: {names.get(tok.bos_id)} ends a text too")
-    for key, id in wanted.items():
-        if id is not None and tok._named(key) != id:
-            if id not in names:
-                raise UserError(f"{tokenizer}: its {key}, id {id}, is none of its added tokens")
-            tok.config[key] = names[id]
-    return Tokenizer(tok.spec, tok.config)
-
-
-def show_tokens(tok, text):
-    """Print a text's tokens, on alternating colours or with bars between them, their ids, and
-    what the vocabulary is made of. What is no text or not to be seen is escaped."""
-    names = {i: name.encode() for name, i in tok.special.items()}
-    colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-    paint = [f"\x1b[30;48;5;{n}m%s\x1b[0m" for n in (152, 223, 182)] if colour else ["%s"] * 3
-
-    def visible(id):
-        token = (names.get(id) or tok.token_bytes(id)).decode(errors="backslashreplace")
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
-
-    ids, text = tok.encode(text), text.encode(errors="replace")
-    print(("" if colour else "|").join(paint[i % 3] % visible(id) for i, id in enumerate(ids)))
-    print(" ".join(paint[i % 3] % id for i, id in enumerate(ids)))
-    print(f"tokens: {len(ids):,}\nbytes per token: {len(text) / max(1, len(ids)):.2f}")
-    sizes = {i: len(tok.token_bytes(i)) for i in range(tok.n_vocab) if tok.token_bytes(i)}
-    counts = Counter(sizes.values())
-    print(f"vocabulary: {tok.n_vocab:,}, of them {len(names)} special, {counts[1]:,} of one byte")
-    print("roles:", ", ".join(f"{role} {names[id].decode()}" for role, id in tok.roles.items()))
-    longest = sorted(sizes, key=sizes.get, reverse=True)[:10]
-    print("longest:", "|".join(map(visible, longest)))
-    for size, n in sorted(counts.items()):
-        print(f"{size:4} bytes {n:7,} {'#' * round(50 * n / max(counts.values()))}")
-
-
-# --------------------------------------------------------------------------------------------------
 # From the documents to the tokenizer and the shards
+
+
+def tokenizer_settings():
+    """What the keys say of a tokenizer made here."""
+    return TokenizerSettings(special_tokens, roles, normalize)
+
 
 CUT = regex.compile(r"(?<=\S\n)(?=\p{L})")  # no split pattern has a piece that spans this
 
@@ -919,25 +452,27 @@ def learn_tokenizer(corpus, jobs, pool_map):
     n_bytes = int(corpus.rows()["size"][corpus.cuts() > 0].sum())
     fraction = tokenizer_bytes / max(n_bytes, 1)
     counts = Counter()
-    count = partial(count_pieces_of, corpus, PATTERNS[tokenizer], normalizers(), fraction)
+    settings = tokenizer_settings()
+    count = partial(count_pieces_of, corpus, PATTERNS[tokenizer], settings, fraction)
     for part in pool_map(count, jobs):
         counts.update(part)
     if not counts:
         raise UserError(f"tokenizer_bytes={tokenizer_bytes}: the documents are too long for so few")
-    tok = train_tokenizer(tokenizer, counts, vocab_size, Progress())
+    tok = train_tokenizer(tokenizer, counts, vocab_size, settings, Progress())
     if tokenizer != "char" and tok.n_vocab < vocab_size:
         print("the tokenizer is smaller than vocab_size: the text has no more to offer")
     return tok
 
 
-def count_pieces_of(corpus, pattern, normal_forms, fraction, job):
+def count_pieces_of(corpus, pattern, settings, fraction, job):
     """{piece: count} of a sample, by hash, of a unit's training text."""
-    texts = []
+    counts = Counter()
     for split, text_hash, text in corpus.split_texts(job):
-        drawn = int(mix_bits(text_hash[None])[0]) < fraction * 2**64
-        if split == "train" and drawn:
-            texts.append(tokenizer_module.normalize(text, normal_forms))
-    return count_pieces((pattern, piece) for text in texts for piece in pieces_of(text))
+        # Mixed once more: by its hash itself it went to this split.
+        is_drawn = int(mix_bits(text_hash[None])[0]) < fraction * 2**64
+        if split == "train" and is_drawn:
+            counts.update(count_pieces(pieces_of(normal_text(text, settings)), pattern))
+    return counts
 
 
 @lru_cache(1)  # a process opens it once
@@ -977,8 +512,8 @@ def is_encoded(corpus, job, dtype):
 def texts_to_encode(corpus, job, tok):
     """Yield (split, hash, does a document begin here, text); a long text in parts."""
     for split, text_hash, text in corpus.split_texts(job):
-        # A text in the manner of SentencePiece begins with a space that its parts lack.
-        parts = pieces_of(text) if tok.lead == "never" else [text]
+        # Others' tokenizers may put a space before a text, or go on behind a line.
+        parts = pieces_of(text) if tok.can_cut else [text]
         for i, part in enumerate(parts):
             yield split, text_hash, i == 0, part
 
@@ -1164,7 +699,7 @@ def use_fineweb(run, folder, work):
     n_shards = shards or FINEWEB_SHARDS
     if n_shards > FINEWEB_SHARDS:
         raise UserError(f"shards={shards}: expected up to {FINEWEB_SHARDS}")
-    tok = tiktoken_tokenizer("gpt2")  # whatever was asked: it made them
+    tok = tiktoken_tokenizer("gpt2", tokenizer_settings())  # whatever was asked: it made them
     names = {"train": [f"train_{i:06d}.bin" for i in range(1, n_shards + 1)]}
     names["val"] = ["val_000000.bin"]
     all_names = names["val"] + names["train"]
@@ -1206,9 +741,10 @@ def read_fineweb(name):
 def build(run, folder, work, pool_map):
     """From the sources to the shards. Every rank does its share of a step, and all go on together;
     what needs every result at once is rank 0's."""
-    tok = finished_tokenizer()
+    tok = finished_tokenizer(tokenizer, tokenizer_settings())
     units = plan(run)
-    clean = partial(clean_unit, work, cleaning_settings(), special_names(), field, max_documents)
+    special = special_names(tokenizer_settings())
+    clean = partial(clean_unit, work, cleaning_settings(), special, field, max_documents)
     for_each(clean, units, run, pool_map, "reading")
 
     jobs = number_documents(work, units)
@@ -1353,7 +889,7 @@ def check_settings():
         taken = f"the tokenizer in {tokenizer}"
     if taken and roles:
         raise UserError(f"roles={roles}: {taken} is taken as it is")
-    if normalizers() and taken:
+    if normalizer_names(tokenizer_settings()) and taken:
         raise UserError(f"normalize={normalize}: {taken} is taken as it is")
 
 
@@ -1369,12 +905,7 @@ def check_special_tokens():
     names = {name for name in special_tokens if isinstance(name, str) and name}
     if not 2 <= len(names) == len(special_tokens):
         raise UserError(f"special_tokens={special_tokens}: expected two or more different names")
-    for role, token in (roles or {}).items():
-        if role not in tokenizer_module.ROLES:
-            expected = ", ".join(tokenizer_module.ROLES)
-            raise UserError(f"roles={roles}: {role!r}: expected some of {expected}")
-        if not isinstance(token, str) or not token:
-            raise UserError(f"roles={roles}: {role}: expected the name of a token")
+    check_role_names(tokenizer_settings())
 
 
 def check_numbers():
@@ -1386,7 +917,7 @@ def check_numbers():
     check_range("tokenizer_bytes", tokenizer_bytes, 1)
     smallest = {"bpe": 256, "unigram": 256, "word": 1, "wordpiece": 2}
     if tokenizer in smallest:
-        n_special = len(special_names(tokenizer in WITH_WORDS))
+        n_special = len(special_names(tokenizer_settings(), tokenizer))
         check_range("vocab_size", vocab_size, smallest[tokenizer] + n_special)
     numbers = [value for value in perplexity_band if type(value) in (int, float)]
     if len(numbers) != 2 or len(perplexity_band) != 2:
@@ -1432,7 +963,8 @@ def main():
     folder = Path("data") / dataset
     begun = time.monotonic()
     if inspect is not None:
-        show_tokens(finished_tokenizer() or Tokenizer.from_folder(folder), inspect)
+        tok = finished_tokenizer(tokenizer, tokenizer_settings())
+        show_tokens(tok or Tokenizer.from_folder(folder), inspect)
         return
     run = setup("cpu", timedelta(days=7))
     if run.is_main:

@@ -100,7 +100,8 @@ from barelm.resume import clear_folder, holds_model, locked_folder, make_folder,
 from barelm.run import UserError, choose_dtype, setup
 from barelm.safetensors import entries_of
 from barelm.shards import check_tokens, open_shard
-from barelm.tokenizer import GPT2_SPLIT, Tokenizer
+from barelm.splits import GPT2_SPLIT
+from barelm.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Smaller: pruning and quantization, and what they cost and gain
@@ -279,7 +280,7 @@ GGUF_TYPES = {"F32": (0, 0), "F16": (1, 1), "Q8_0": (8, 7)}  # of a tensor, of a
 
 def gguf_tokenizer(tok, vocab_size):
     """The keys that hold the tokenizer; UserError where llama.cpp has none such."""
-    split = tok._pattern()[1]
+    split = tok.split_pattern
     if tok.kind != "BPE" or split not in GGUF_PRE:
         what = "split pattern" if tok.kind == "BPE" else f"{tok.kind} tokenizer"
         mend = "prepare.py --tokenizer=bpe makes one that it knows (--export=hf holds any)"

@@ -10,9 +10,10 @@ import pytest
 from test_outside import FIXTURES, open_tokenizer
 
 from barelm.chat import RENDERER
+from barelm.encoders import byte_letters
 from barelm.files import write_json
 from barelm.run import UserError
-from barelm.tokenizer import Tokenizer, byte_letters
+from barelm.tokenizer import Tokenizer
 
 MARKS = "<BOS> <EOS> <|start|> <|channel|> <|message|> <|end|> <|return|> <|sep|> <User> <Bot>"
 MARKS = f"{MARKS} <|call|>".split()

@@ -18,8 +18,8 @@ from conftest import ROOT, run
 
 import eval as evaluation
 import model
-import prepare
 from barelm import checkpoint
+from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.checkpoint import save
 from barelm.run import UserError
 
@@ -53,9 +53,7 @@ TEXTS = [" ".join(WORDS * 9) + ".\n", "né à 東京 🙂", "it was warm"]
 def small(tmp_path_factory):
     """A model whose weights are a formula, which likes to write digits; and files of tasks."""
     folder = tmp_path_factory.mktemp("eval")
-    tok = prepare.bpe_tokenizer(
-        prepare.train_bpe({f" {w}".encode(): 9 - i % 4 for i, w in enumerate(WORDS)}, 60)
-    )
+    tok = bpe_tokenizer(train_bpe({f" {w}".encode(): 9 - i % 4 for i, w in enumerate(WORDS)}, 60))
     shape = dict(n_ctx=192, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64, tie=False)
     net = model.GPT(model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, **shape))
     with torch.no_grad():

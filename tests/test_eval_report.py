@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval as stage
 import finetune
 import model
-import prepare
+from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.checkpoint import save
 from barelm.optim import flops_per_token, n_params
 from barelm.safetensors import write_safetensors
@@ -210,7 +210,7 @@ def test_plans_of_fine_tunings(tmp_path):
     assert again["the reference"] == dpo["the reference"] / 2  # two passes over 40 need them once
     grpo = stage.finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
     assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
-    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" some words": 9}, 8))
+    tok = bpe_tokenizer(train_bpe({b" some words": 9}, 8))
     save(tmp_path / "net", net, tok)
     (tmp_path / "mine.py").write_text("method = 'grpo'\nmax_steps = 30\nmax_epochs = None\n")
     flags = ["--plan", "--finetune=grpo", "--model=net", "--examples=64", "--tokens=640"]

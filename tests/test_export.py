@@ -17,8 +17,8 @@ from conftest import run
 from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
 
 import model
-import prepare
 import serve
+from barelm.bpe import bpe_tokenizer, char_tokenizer
 from barelm.checkpoint import load, save, saved_tensors
 from barelm.families import family
 from barelm.fast import QuantizedLinear, dequantize, generating, joint, quantize_weights
@@ -26,13 +26,14 @@ from barelm.files import whole_file, write_json
 from barelm.optim import make_optimizer
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
-from barelm.tokenizer import GPT2_SPLIT, Tokenizer
+from barelm.splits import GPT2_SPLIT, QWEN2_SPLIT
+from barelm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tok():
     """A BPE of ours: the 256 bytes, a few merges, special tokens; as many ids as it says."""
-    return prepare.bpe_tokenizer([(b"a", b"b"), (b"ab", b"c"), (b" ", b"x"), (b"\n", b"\n")])
+    return bpe_tokenizer([(b"a", b"b"), (b"ab", b"c"), (b" ", b"x"), (b"\n", b"\n")])
 
 
 def saved(folder, tok, **shape):
@@ -413,7 +414,7 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
     import regex
     from tiktoken_ext import openai_public
 
-    assert serve.GGUF_PRE[prepare.SPLIT] == "qwen2"
+    assert serve.GGUF_PRE[QWEN2_SPLIT] == "qwen2"
     pieces = [openai_public.r50k_pat_str, GPT2_SPLIT]
     assert {serve.GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
     draw = random.Random(0)
@@ -493,7 +494,7 @@ def test_what_cannot_be_had_is_refused_by_name(shape, args, words, tok, tmp_path
 
 
 def test_gguf_refuses_tokenizers_that_llama_cpp_lacks(tmp_path):
-    saved(tmp_path / "m", prepare.char_tokenizer("abc \n"), **QWEN3)
+    saved(tmp_path / "m", char_tokenizer("abc \n"), **QWEN3)
     failed = run(tmp_path, "serve.py", "--model=m", "--export=gguf", check=False)
     assert failed.returncode == 1 and "WordLevel tokenizer" in failed.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
 import train
+from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.fast import quantize_weights
 from barelm.files import write_json
@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm2"]
 TOKENIZERS = ["gpt2", "llama3", "qwen3", "smollm2", "llama2", "mistral"]
-TOK = prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
 IDS = torch.tensor([[1, 5, 3, 30, 7, 7, 2]])
 DEEP = "[" * 100_000 + "]" * 100_000
 RAW = "@raw@"  # stands for a text that json.dumps does not write

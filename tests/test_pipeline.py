@@ -44,6 +44,7 @@ import barelm
 import finetune
 import prepare
 from barelm import clean, corpus_report, dedup, sources
+from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import load
 from barelm.run import UserError, setup
 from barelm.shards import Windows
@@ -774,7 +775,7 @@ def test_the_parts_of_an_instruction_reach_a_template(tmp_path, monkeypatch):
         {"messages": [SYSTEM, *said("q", "a", "b", "c")]},
     ]
     rows, _ = task(tmp_path, "sft", records)
-    tok = prepare.bpe_tokenizer([])
+    tok = bpe_tokenizer([])
     monkeypatch.setattr(finetune, "template", "{instruction}|{input}|{output}")
     texts = []
     for row in rows:
@@ -1283,7 +1284,7 @@ def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "data/t")) == ["sft_train.jsonl", "sft_val.jsonl"]
     fetched = []
     monkeypatch.setattr(prepare, "shards", 2)
-    monkeypatch.setattr(prepare, "tiktoken_tokenizer", lambda name: None)
+    monkeypatch.setattr(prepare, "tiktoken_tokenizer", lambda name, settings: None)
     monkeypatch.setattr(prepare, "wait", lambda run: None)
     monkeypatch.setattr(prepare, "read_fineweb", fetched.append)
     prepare.use_fineweb(SimpleNamespace(rank=1, world=2, is_main=False), tmp_path, tmp_path)

@@ -31,9 +31,11 @@ from conftest import ROOT, run, stalled
 import prepare
 import train
 from barelm import sources
+from barelm.bpe import ASCII, bpe_tokenizer, train_bpe
 from barelm.download import download
 from barelm.run import UserError, setup
 from barelm.shards import open_shard
+from barelm.splits import QWEN2_SPLIT
 from barelm.tokenizer import Tokenizer
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -198,7 +200,7 @@ def some_pieces(name):
         "few pairs": "abc abd xyz",
         "nothing": "",
     }
-    return {p.encode(): n for p, n in Counter(regex.findall(prepare.SPLIT, texts[name])).items()}
+    return {p.encode(): n for p, n in Counter(regex.findall(QWEN2_SPLIT, texts[name])).items()}
 
 
 SIZES = {"one letter": 40, "two letters": 400, "abab": 60, "unicode": 150, "python": 200}
@@ -208,18 +210,23 @@ SIZES = {"one letter": 40, "two letters": 400, "abab": 60, "unicode": 150, "pyth
 def test_bpe_training_equals_the_textbook(name, n_merges):
     pieces = some_pieces(name)
     expected = naive_bpe(pieces, n_merges)
-    assert prepare.train_bpe(pieces, n_merges) == expected
+    assert train_bpe(pieces, n_merges) == expected
     backwards = dict(reversed(pieces.items()))  # the order of the pieces says nothing
-    assert prepare.train_bpe(backwards, n_merges) == expected
+    assert train_bpe(backwards, n_merges) == expected
     if name in ("unicode", "python"):
         assert len(expected) == n_merges
     if name == "few pairs":  # "ab" and " a" occur twice, and nothing else
         assert expected == [(b"a", b"b")]
 
 
+def test_bpe_training_is_the_example_of_its_docstring():
+    merges = train_bpe({b"low": 5, b"lower": 2, b"newest": 6}, 3)
+    assert merges == [(b"w", b"e"), (b"l", b"o"), (b"e", b"we")]
+
+
 def test_every_byte_is_a_token_and_every_text_comes_back():
-    merges = prepare.train_bpe(some_pieces("unicode"), 100)
-    tok = prepare.bpe_tokenizer(merges)
+    merges = train_bpe(some_pieces("unicode"), 100)
+    tok = bpe_tokenizer(merges)
     assert [tok.token_bytes(b) for b in range(256)] == [bytes([b]) for b in range(256)]
     assert [tok.token_bytes(256 + i) for i in range(len(merges))] == [a + b for a, b in merges]
     assert [tok.special[name] for name in SPECIAL] == list(range(tok.n_vocab - 4, tok.n_vocab))
@@ -367,7 +374,7 @@ def test_real_command_shards_decode_to_the_documents(tmp_path):
     done_well(prepare_py(other, *args))
     assert files(other / "data") == files(tmp_path / "data")
     # the tokenizer is trained on the training split alone
-    pieces = Counter(p for doc in split["train"] for p in regex.findall(prepare.SPLIT, doc))
+    pieces = Counter(p for doc in split["train"] for p in regex.findall(QWEN2_SPLIT, doc))
     merges = naive_bpe({p.encode(): n for p, n in pieces.items()}, 300 - 256 - 4)
     tok = Tokenizer.from_folder(folder)
     assert [tok.token_bytes(256 + i) for i in range(len(merges))] == [a + b for a, b in merges]
@@ -574,7 +581,7 @@ BAD = [
     ("--vocab_size=259", "vocab_size=259: expected 260 or more"),
     ("--tokenizer=gpt5", "--tokenizer=gpt5: expected bpe, byte, char, "),
     ("--tokenizer=nothing", "nothing: no tokenizer.json here"),
-    ("--tokenizer=pieces", "pieces/tokenizer.json: a WordPiece tokenizer of this form is not "),
+    ("--tokenizer=pieces", "pieces/tokenizer.json: expected a model with a vocab"),
     ("--val_fraction=1", "val_fraction=1.0: expected 0 or more and less than 1"),
     ("--val_fraction=-0.1", "val_fraction=-0.1: expected 0 or more and less than 1"),
     ("--shard_tokens=0", "shard_tokens=0: expected 1 or more"),
@@ -1110,4 +1117,4 @@ def test_the_pattern_for_ascii_text_splits_as_the_other_does():
     for letters in ("aZ' \n\r\t09_-", "".join(map(chr, range(128))), "'sSdDtTlLmMrReEvV \n"):
         for _ in range(3000):
             text = "".join(draw.choices(letters, k=draw.randint(0, 12)))
-            assert prepare.ASCII.findall(text) == regex.findall(prepare.SPLIT, text), repr(text)
+            assert ASCII.findall(text) == regex.findall(QWEN2_SPLIT, text), repr(text)

@@ -143,6 +143,17 @@ from barelm.tasksets import TASKS, Reading, build_tasks, task_file
 from barelm.tokenizer import Tokenizer
 from barelm.working import EmptySource, for_each, start_pool, wait, working_folder
 
+# The way of a text, and the file that a step's details are in:
+#   source -> files -> units -> documents     plan             barelm/sources.py
+#   documents -> cleaned documents            clean_unit       barelm/clean.py, decontaminate.py
+#   all of them -> those that stay            deduplicate      barelm/dedup.py
+#   those -> training and validation          divide           barelm/corpus.py
+#   training text -> tokenizer                learn_tokenizer  barelm/bpe.py
+#   documents -> tokens -> shards             encode_unit, write_shards  barelm/mix.py
+#   records -> task sets                      make_tasks       barelm/tasksets.py
+#   counts and examples -> report.md          write_report     barelm/corpus_report.py
+# `build` goes this way; a run that was killed goes on in barelm/working.py's folder.
+#
 # What runs in other processes (clean_unit, find_near, count_pieces_of, encode_unit) gets what it
 # needs as arguments: the keys above may have their defaults there.
 
@@ -159,6 +170,7 @@ def mixture():
         return {"all": (1, source)}
     mix = {}
     for name, value in sources.items():
+        # {"python": 3} names its source itself.
         pair = tuple(value) if isinstance(value, (tuple, list)) else (value, name)
         kinds = [type(x) for x in (name, *pair)]
         is_right = kinds in ([str, int, str], [str, float, str]) and 0 < pair[0] < math.inf
@@ -178,6 +190,7 @@ def plan(run):
             raise EmptySource(f"--source={spec}: no file in it")
         undivided = max_documents is not None  # one process reads so many, and no further
         units += cut_into_units(name, paths, folder, mark, input_format, undivided)
+    # These four change no document; everything else may.
     made_by = settings_but("threads", "device", "dataset", "report")
     made_by["code"] = digest(code_bytes())
     made_by["beside"] = files_beside()
@@ -202,7 +215,7 @@ def files_beside():
     for name in (tokenizer, perplexity_model, blocklist, *(decontaminate or "").split(",")):
         if not name:
             continue
-        for path in (Path(name), *Path(name).glob("*")):
+        for path in (Path(name), *Path(name).glob("*")):  # a file, or a folder's files
             if path.exists():
                 stamps.append((str(path), path.stat().st_mtime_ns))
     return sorted(stamps)
@@ -222,7 +235,7 @@ COMPARING = {
 def asked_steps():
     """The names of all steps, in order. With clean_symbols `symbols` is one, behind those that
     tell what the characters are."""
-    names = list(dict.fromkeys(steps.split(",")))
+    names = list(dict.fromkeys(steps.split(",")))  # each once
     if clean_symbols and "symbols" not in names:
         place = 0
         for i, name in enumerate(names):
@@ -254,7 +267,7 @@ def clean_unit(work, cleaning, special_tokens, text_field, limit, unit):
     that barelm/corpus.py describes. limit: documents to read, or None. Returns the bytes read."""
     place = work / unit.name
     if not is_clean(work, unit.name):
-        Path(f"{place}.json").unlink(missing_ok=True)
+        Path(f"{place}.json").unlink(missing_ok=True)  # before the files that it vouches for change
         tallies = defaultdict(Tally, read=Tally())  # which a unit without documents has too
         skipped = []
         n_special = 0
@@ -265,6 +278,7 @@ def clean_unit(work, cleaning, special_tokens, text_field, limit, unit):
             open(f"{place}.rows", "wb") as rows_file,
             open(f"{place}.signatures", "wb") as signatures_file,
         ):
+            # In batches, since numpy hashes many texts at once, and memory holds no more.
             for batch in batches(cleaned, BATCH):
                 texts, rows, signatures = describe(batch, cleaning, tallies)
                 ends = n_bytes + np.cumsum(rows["size"])
@@ -285,7 +299,9 @@ def clean_documents(unit, cleaning, text_field, limit, tallies, skipped):
     """Yield (record, text) of the documents of a unit that the local steps leave."""
     local_steps = [name for name in cleaning.steps if name in STEPS]
     records = documents(unit, text_field, skipped)
-    not_blank = (record for record in records if record[text_field].strip())
+    not_blank = (
+        record for record in records if record[text_field].strip()
+    )  # none is read before its turn
     for record in islice(not_blank, limit):
         text = record[text_field]
         tallies["read"].count(text, text)
@@ -320,12 +336,14 @@ def describe(batch, cleaning, tallies):
     rows = np.zeros(len(batch), ROW)
     for row, (record, text) in zip(rows, batch):
         data = text.encode()
+        # Where a visitor came from, and to which place in the page, make no other page.
         page = re.sub(r"\butm_\w+=[^&#]*&?|#.*", "", record.get("url", ""))
         row["size"] = len(data)
         row["hash"] = digest(data)
+        # Other blanks and other cases make no other text.
         row["exact"] = digest(" ".join(text.lower().split()).encode())
         row["url"] = digest(bare_url(page).encode())
-    signatures = np.zeros((len(batch), 0), np.uint16)
+    signatures = np.zeros((len(batch), 0), np.uint16)  # none: nothing is written
     stays = np.ones(len(batch), bool)
     if "near" in cleaning.steps or cleaning.decontaminate:
         begun = time.perf_counter()
@@ -355,7 +373,7 @@ def deduplicate(corpus, pool_map):
     clusters = []
     asked = asked_steps()
     order = [name for name in asked if name in ("url", "exact")]
-    order += [name for name in asked if name == "near"]  # the dearest last
+    order += [name for name in asked if name == "near"]  # the dearest last, of what is left
     for step in order:
         if step == "near":
             pairs = find_all_near(corpus, stays, pool_map)
@@ -363,7 +381,7 @@ def deduplicate(corpus, pool_map):
             after, clusters = first_of_clusters(pairs, stays)
         else:
             begun = time.perf_counter()
-            after = first_of_equals(rows[step].copy(), stays)
+            after = first_of_equals(rows[step].copy(), stays)  # a column, out of the memory map
         tallies[step] = compare_tally(corpus, step, stays, after)
         tallies[step].seconds = time.perf_counter() - begun
         stays = after
@@ -372,7 +390,7 @@ def deduplicate(corpus, pool_map):
 
 def find_all_near(corpus, stays, pool_map):
     """The pairs (n, 2) of near-duplicates, in all bands."""
-    save_array(corpus.folder / "stays.npy", stays)
+    save_array(corpus.folder / "stays.npy", stays)  # once on the disk, not once for each band
     n_bands, _ = band_shape(near_threshold)
     find = partial(find_near, corpus, near_threshold)
     return np.concatenate([*pool_map(find, range(n_bands))])
@@ -404,7 +422,7 @@ def divide(corpus, jobs, stays):
     to validation by its hash, so that it is there still when others are added; of a source of
     fewer than 20 the last val_fraction of all characters does."""
     rows = corpus.rows()
-    is_val = rows["hash"] < np.uint64(val_fraction * 2**64)
+    is_val = rows["hash"] < np.uint64(val_fraction * 2**64)  # hashes are even over 0 to 2**64
     cuts = np.where(is_val, 0, ALL)
     cuts[~stays] = -1
     for name in mixture():
@@ -413,11 +431,11 @@ def divide(corpus, jobs, stays):
             if job.source == name:
                 of_source[job.begin : job.end] = True
         numbers = np.flatnonzero(stays & of_source)
-        if len(numbers) < 20:
+        if len(numbers) < 20:  # too few for chance: one book would have no validation text
             lengths = np.array([len(text) for text in corpus.texts(rows[numbers])], int)
             total = int(lengths.sum())
             n_training = total - round(total * val_fraction)  # characters
-            begins = np.cumsum(lengths) - lengths
+            begins = np.cumsum(lengths) - lengths  # of each document in the whole
             cuts[numbers] = np.clip(n_training - begins, 0, lengths)
     save_array(corpus.folder / "cuts.npy", cuts)
     return cuts
@@ -449,7 +467,7 @@ def pieces_of(text):
 
 def learn_tokenizer(corpus, jobs, pool_map):
     """Train the tokenizer on the training text, or on a sample of it by hash."""
-    n_bytes = int(corpus.rows()["size"][corpus.cuts() > 0].sum())
+    n_bytes = int(corpus.rows()["size"][corpus.cuts() > 0].sum())  # of training text
     fraction = tokenizer_bytes / max(n_bytes, 1)
     counts = Counter()
     settings = tokenizer_settings()
@@ -459,6 +477,7 @@ def learn_tokenizer(corpus, jobs, pool_map):
     if not counts:
         raise UserError(f"tokenizer_bytes={tokenizer_bytes}: the documents are too long for so few")
     tok = train_tokenizer(tokenizer, counts, vocab_size, settings, Progress())
+    # `char` takes whatever there is, whatever vocab_size says.
     if tokenizer != "char" and tok.n_vocab < vocab_size:
         print("the tokenizer is smaller than vocab_size: the text has no more to offer")
     return tok
@@ -533,8 +552,8 @@ def write_tokens(file, tok, texts):
                 file.write(begin)
                 rows.append([SPLITS.index(split), text_hash, len(begin) + len(end), 0])
             file.write(ids.astype(dtype))
-            rows[-1][2] += len(ids)
-            rows[-1][3] += len(text.encode())
+            rows[-1][2] += len(ids)  # its tokens
+            rows[-1][3] += len(text.encode())  # and bytes, for bits per byte
     if rows:
         file.write(end)
     return [tuple(row) for row in rows]
@@ -581,14 +600,14 @@ def tokens_of(encoded, part):
     rows = encoded.documents[part.unit]
     tokens = encoded.tokens(part.unit)
     position = 0
-    for first in range(0, len(rows), 1000):
+    for first in range(0, len(rows), 1000):  # a mask over all tokens would fill the memory
         lengths = rows["tokens"][first : first + 1000]
         is_taken = np.repeat(part.taken[first : first + 1000], lengths)
         for number, cut in part.cuts.items():
             if first <= number < first + len(lengths):
                 start = int(lengths[: number - first].sum())
                 is_taken[start + cut.begin : start + cut.end] = False
-        yield tokens[position : position + len(is_taken)][is_taken]
+        yield tokens[position : position + len(is_taken)][is_taken]  # (n,) a copy of these
         position += len(is_taken)
 
 
@@ -650,7 +669,7 @@ def commit(folder, work, tok, splits, more_meta, more_files=(), used_tokenizer=N
 
     splits: {split: its numbers and shards}; used_tokenizer: its name where it isn't the one that
     was asked for."""
-    made_by = settings_but("threads", "device", "report")
+    made_by = settings_but("threads", "device", "report")  # which change nothing in the data
     if used_tokenizer:
         made_by["tokenizer"] = used_tokenizer
     begin, end = tok.document_layout  # the ids that stand around each document
@@ -675,7 +694,7 @@ def replace_dataset(folder, work, names):
     """Move these files and meta.json into the folder, in the place of all old ones. meta.json goes
     first and comes last: a folder without it is no data set, so that a process killed in between
     leaves nothing that loads."""
-    old = old_files(folder)
+    old = old_files(folder)  # listed before new ones of these names are there
     (folder / "meta.json").unlink(missing_ok=True)
     sync_folder(folder)
     for path in old:
@@ -712,11 +731,12 @@ def use_fineweb(run, folder, work):
     for name in all_names:
         (work / name).unlink(missing_ok=True)
         try:
+            # The data set's folder may be removed or replaced without a new download.
             os.link(DOWNLOAD_FOLDER / "fineweb10B" / name, work / name)  # the same bytes on disk
         except OSError:  # another file system, or one without links
             shutil.copyfile(DOWNLOAD_FOLDER / "fineweb10B" / name, work / name)
         with open(work / name, "rb") as file:
-            sync(file)
+            sync(file)  # meta.json, which comes later, says that they are there
     splits = {}
     for split in SPLITS:
         n_tokens = sum(map(read_fineweb, names[split]))
@@ -749,14 +769,14 @@ def build(run, folder, work, pool_map):
 
     jobs = number_documents(work, units)
     corpus = Corpus(work / hashed_name("".join(unit.name for unit in units)))
-    if run.is_main:
+    if run.is_main:  # duplicates are found among all documents, the tokenizer is of all text
         notes = [read_notes(work, unit.name) for unit in units]
         tallies, clusters = choose_documents(corpus, units, jobs, notes, pool_map)
         tok = tok or learn_tokenizer(corpus, jobs, pool_map)
         print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
         write_json(corpus.folder / "tokenizer_config.json", tok.config)
         write_json(corpus.folder / "tokenizer.json", tok.spec)
-    wait(run)
+    wait(run)  # the others encode with it
 
     for_each(partial(encode_unit, corpus), jobs, run, pool_map, "encoding")
     if save_cleaned:
@@ -771,7 +791,7 @@ def build(run, folder, work, pool_map):
         if save_cleaned:
             files = cleaned_names(corpus, jobs)
             meta["cleaned"] = list(files)
-        if is_default_source():
+        if is_default_source():  # whose functions and docstrings make all four
             files += make_tasks(corpus.folder, pool_map, units, list(TASKS))
         if report:
             write_report(corpus, tok, tallies, clusters, splits | meta)
@@ -862,13 +882,13 @@ def make(run, folder, work, pool_map):
     unused = [name for name, value in of_documents.items() if value]
     if unused and run.is_main:
         print(f"note: {', '.join(unused)}: of documents alone; --task={task} uses none of it")
-    units = plan(run)
-    if run.is_main:
+    units = plan(run)  # which all ranks download for
+    if run.is_main:  # a task set is small
         n_rows = make_tasks(work, pool_map, units, [task])
         if not any(n_rows.values()):
             raise EmptySource(f"--source={sources or source}: no record for --task={task} in it")
         replace_rows(work, folder, task)
-        for name in reversed(n_rows):
+        for name in reversed(n_rows):  # training first
             print(f"{name}: {n_rows[name]:,} records")
 
 
@@ -941,7 +961,7 @@ def check_names():
     formats = list(dict.fromkeys(["text", *FORMATS.values()]))
     if input_format not in (None, *formats):
         raise UserError(f"input_format={input_format}: expected one of {', '.join(formats)}")
-    symbols_pattern(clean_symbols or True)
+    symbols_pattern(clean_symbols or True)  # which refuses kinds that it does not know
     if save_cleaned and save_cleaned not in CLEANED:
         raise UserError(f"save_cleaned={save_cleaned}: expected one of {', '.join(CLEANED)}")
     if save_cleaned.endswith(".zst"):
@@ -950,7 +970,7 @@ def check_names():
         if name and name not in (*STEPS, *COMPARING):
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *COMPARING])}")
         if name == "language":
-            language_model()
+            language_model()  # or a line that says what to install
     if task is not None and task not in TASKS:
         raise UserError(f"--task={task}: expected {', '.join(TASKS)}")
 
@@ -966,12 +986,12 @@ def main():
         tok = finished_tokenizer(tokenizer, tokenizer_settings())
         show_tokens(tok or Tokenizer.from_folder(folder), inspect)
         return
-    run = setup("cpu", timedelta(days=7))
+    run = setup("cpu", timedelta(days=7))  # so long may a rank wait for another
     if run.is_main:
         refuse_folders(folder)
     n_workers = threads or os.cpu_count() or 1
     with working_folder(folder, run) as work:
-        with start_pool(n_workers) as pool:
+        with start_pool(n_workers) as pool:  # None where one process is enough
             make(run, folder, work, pool.map if pool else map)
     if run.is_main:
         seconds = duration(time.monotonic() - begun)

@@ -198,7 +198,7 @@ class OpenElements:
 
     def take_tag(self, tag, attributes):
         """Open or close what a tag opens or closes."""
-        if tag in NESTING and not attributes.endswith("/"):
+        if tag in NESTING and not attributes.endswith("/"):  # <a/> opens nothing
             hides = tag in HIDDEN or bool(NAVIGATION.search(attributes))
             self.stack.append((tag, hides))
             self.count[tag] += 1
@@ -267,12 +267,12 @@ def html_to_text(text):
     between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
     elements = OpenElements()
     page = PageText()
-    text = HTML_CONTROL.sub("", text.removeprefix("\ufeff"))
+    text = HTML_CONTROL.sub("", text.removeprefix("\ufeff"))  # ROW_START among them
     for tag, attributes, data in html_tags(HTML_NEWLINE.sub("\n", text)):
         if tag == "header" and elements.count["article"]:  # the title of an article, not of a site
             tag = "div"
         elements.take_tag(tag, attributes)
-        if elements.n_hiding:
+        if elements.n_hiding:  # within a menu, a form, a script
             continue
         if tag in BREAKS:
             page.end_run()
@@ -427,7 +427,7 @@ def repeated_ngram_chars(repeated, n):
 def check_gopher_repetition(text):
     """Rae et al. 2021, table A1, as datatrove reads it: a top n-gram counts with its blanks, the
     repeated ones without and without overlap."""
-    size = len(text) or 1
+    size = len(text) or 1  # characters; an empty text repeats nothing
     paragraphs = re.split(r"\n{2,}", text.strip())
     lines = [line for line in text.split("\n") if line]
     for kind, parts in (("paragraph", paragraphs), ("line", lines)):
@@ -478,7 +478,7 @@ def check_c4(text):
             continue
         if words:
             n_sentences += 1 + len(SENTENCE_END.findall(line))
-        lines.append(CITATION.sub("", line) if "[" in line else line)
+        lines.append(CITATION.sub("", line) if "[" in line else line)  # most lines have none
     reject_if(n_sentences < 5, "c4: fewer than 5 sentences")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
@@ -520,13 +520,13 @@ def guess_language(text):
     """(language, probability, rivals) of a text's first 5,000 characters, as ISO 639-1 codes. The
     rivals are what it can hardly be told from; the probability is theirs, too. "unknown" where
     there are too few letters."""
-    sample = text[:5000]
+    sample = text[:5000]  # characters; more say nothing new, and cost time
     if sum(map(str.isalpha, sample)) < 20:
         return "unknown", 0.0, []
     ranked = language_model().rank(sample)  # [(language, probability)], the likeliest first
     top_probability = max(probability for _, probability in ranked)
     near = {name: share for name, share in ranked if share * 2 >= top_probability}
-    best, *rivals = sorted(near, key=near.get, reverse=True)
+    best, *rivals = sorted(near, key=near.get, reverse=True)  # within a factor of two
     return best, sum(near.values()), rivals
 
 
@@ -558,7 +558,7 @@ def check_perplexity(text, net, tok, band):
     ids = [tok.eot_id, *tok.encode(head)][: n_ctx + 1]
     window = torch.tensor([ids], device=next(net.parameters()).device)  # (1, T + 1)
     loss_sum, n_targets = net(window[:, :-1], window[:, 1:].contiguous())
-    mean_loss = float(loss_sum) / max(1, int(n_targets))
+    mean_loss = float(loss_sum) / max(1, int(n_targets))  # nats a token
     perplexity = math.exp(min(700.0, mean_loss))  # beyond e**700 a float is infinite
     low, high = band
     reject_if(perplexity < low, "perplexity: under the band")
@@ -615,7 +615,7 @@ def check_blocklist(text, url, path):
         candidates.add(host[dot.end() :])
     candidates |= {url[:end] for end in range(len(host) + 1, len(url) + 1)}
     reject_if(not blocklist.urls.isdisjoint(candidates), "blocklist: URL")
-    lower = " ".join(text.casefold().split())
+    lower = " ".join(text.casefold().split())  # a phrase may stand on two lines
     reject_if(not blocklist.words.isdisjoint(re.findall(r"\w+", lower)), "blocklist: word")
     for phrase in blocklist.phrases:
         if phrase in lower:  # far faster than the pattern
@@ -661,7 +661,7 @@ def clean_pii(text):
             return "<ip>"
         return match[0]
 
-    if "@" in text:
+    if "@" in text:  # most texts have none
         text = EMAIL.sub("<email>", text)
     text = IP.sub(replace_ip, text)
-    return PHONE.sub("<phone>", text)
+    return PHONE.sub("<phone>", text)  # last: an IP address looks like a number, too

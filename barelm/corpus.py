@@ -46,7 +46,7 @@ def sync(file):
 
 def save_array(path, array):
     """np.save, which says why where the disk is full."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # into a file numpy writes by itself, and loses the system's reason
     np.save(buffer, array)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
@@ -143,7 +143,7 @@ class Corpus:
 
     def texts(self, rows):
         """Yield the texts, as the local steps left them, of the documents with these rows."""
-        for unit, unit_rows in groupby(rows, itemgetter("unit")):
+        for unit, unit_rows in groupby(rows, itemgetter("unit")):  # one file open at a time
             with open(self.folder.parent / f"{unit:016x}.txt", "rb") as file:
                 for row in unit_rows:
                     file.seek(row["begin"])
@@ -155,7 +155,7 @@ class Corpus:
         cuts = self.cuts()[job.begin : job.end]
         numbers = np.flatnonzero(cuts >= 0)
         for i, text in zip(numbers, self.texts(rows[i] for i in numbers)):
-            parts = {"train": text[: cuts[i]], "val": text[cuts[i] :]}
+            parts = {"train": text[: cuts[i]], "val": text[cuts[i] :]}  # one is mostly empty
             for split, part in parts.items():
                 if part:
                     yield split, rows["hash"][i], part
@@ -172,10 +172,11 @@ def write_cleaned(corpus, text_field, ending, is_mix, job):
     """Write the documents of a unit that stay, as they are before the tokenizer: records with the
     text in text_field and in a mix their source, in files of about CLEANED_SIZE characters. Returns
     the bytes of text."""
-    for path in cleaned_paths(corpus, ending, job):
+    for path in cleaned_paths(corpus, ending, job):  # of a run that was killed
         path.unlink()
     n_bytes = 0
     for split in SPLITS:
+        # Tuples of one, as `batches` has them.
         texts = ((text,) for name, _, text in corpus.split_texts(job) if name == split)
         for number, batch in enumerate(batches(texts, CLEANED_SIZE)):
             path = corpus.folder / f"cleaned_{split}_{job.number:06d}_{number:03d}.{ending}"

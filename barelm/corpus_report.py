@@ -44,7 +44,7 @@ def table_row(*cells):
 
 
 def quoted(text):
-    return "`" + text.replace("`", "'") + "`"
+    return "`" + text.replace("`", "'") + "`"  # so that no text formats the report
 
 
 def step_lines(tallies):
@@ -121,6 +121,7 @@ def diversity(corpus):
     More text has fewer new words in it, so compare samples of one size."""
     rows = corpus.rows()
     numbers = np.flatnonzero(corpus.cuts() >= 0)
+    # Whatever else is in the source, a document is in the sample or not by its own hash.
     by_hash = numbers[np.argsort(rows["hash"][numbers], kind="stable")]
     fits = np.cumsum(rows["size"][by_hash]) <= DIVERSITY_BYTES
     sample = np.sort(by_hash[: max(1, int(fits.sum()))])
@@ -135,7 +136,7 @@ def diversity(corpus):
         for n in grams:
             values, _ = shingles(hashes, owners, n)
             grams[n].append(values)
-        data = "".join(text + "\n" for text in batch_texts).encode()
+        data = "".join(text + "\n" for text in batch_texts).encode()  # the \n are taken off below
         size += len(data)
         packed_size += len(packer.compress(data))
     packed_size += len(packer.flush())
@@ -145,7 +146,7 @@ def diversity(corpus):
         distinct[n] = len(np.unique(values)) / max(1, len(values))
     return {
         "documents": len(sample),
-        "bytes": size - len(sample),
+        "bytes": size - len(sample),  # without a line end each
         "distinct": distinct,
         "compression": size / packed_size,
     }

@@ -92,9 +92,9 @@ def word_hashes(texts):
 
 def shingles(hashes, owners, n):
     """The hash (uint64) of every n words in a row, and the number of its text."""
-    m = max(0, len(hashes) - n + 1)
+    m = max(0, len(hashes) - n + 1)  # places where n words begin
     in_one_text = owners[:m] == owners[len(owners) - m :]
-    total = np.zeros(m, np.uint64)
+    total = np.zeros(m, np.uint64)  # a polynomial in BASE over the hashes of the n words
     for k in range(n):
         total = total * np.uint64(BASE) + hashes[k : k + m]
     return mix_bits(total[in_one_text]), owners[:m][in_one_text]
@@ -104,12 +104,12 @@ def minhash(hashes, owners, n_texts):
     """MinHash (Broder 1997) of the shingles of n texts: (n_texts, N_PERMUTATIONS)
     uint16, 16 bits of each smallest value; a text that is shorter than a shingle has zeros."""
     values, owners = shingles(hashes, owners, SHINGLE)
-    values = (values >> np.uint64(32)).astype(np.uint32)
+    values = (values >> np.uint64(32)).astype(np.uint32)  # so many bits tell which is smallest
     first = np.flatnonzero(np.diff(owners, prepend=-1))  # of each text
     signatures = np.zeros((n_texts, N_PERMUTATIONS), np.uint16)
     if not len(first):
         return signatures
-    for k in range(N_PERMUTATIONS):
+    for k in range(N_PERMUTATIONS):  # x * odd + c permutes the numbers of 32 bits
         smallest = np.minimum.reduceat(values * FACTORS[k] + TERMS[k], first)
         signatures[owners[first], k] = mix_bits(smallest.astype(np.uint64)) >> np.uint64(48)
     return signatures
@@ -154,7 +154,7 @@ def components(n, edges):
     while len(edges):
         ends = label[edges]
         is_open = ends[:, 0] != ends[:, 1]
-        edges = edges[is_open]
+        edges = edges[is_open]  # the others have the same label at both ends
         ends = ends[is_open]
         np.minimum.at(label, ends.max(1), ends.min(1))
         while not np.array_equal(label, label[label]):  # until each one points at a smallest
@@ -173,7 +173,7 @@ def first_of_equals(hashes, stays):
 
 def first_of_clusters(pairs, stays):
     """(which documents stay: of each cluster the first; the clusters)."""
-    label = components(len(stays), pairs)
+    label = components(len(stays), pairs)  # (N,) the first document of each one's cluster
     sizes = np.bincount(label[stays], minlength=len(stays))
     clusters = [(int(sizes[i]), int(i)) for i in np.flatnonzero(sizes > 1)]
     after = stays & (label == np.arange(len(stays)))

@@ -90,11 +90,13 @@ def plan_splits(encoded, unit_sources, weights, mix_tokens, is_mix):
         whole = {name: [] for name in weights}  # every document of the source in this split
         for i, name in enumerate(unit_sources):
             whole[name].append(Part(i, in_split(encoded.documents[i], split)))
-        available = {name: encoded.count(parts)["tokens"] for name, parts in whole.items()}
+        available = {}  # tokens of each source
+        for name, parts in whole.items():
+            available[name] = encoded.count(parts)["tokens"]
         shares = shares_of(weights, available, split)
         total = total_tokens(available, shares, mix_tokens, split)
         for name, share in shares.items():
-            wanted = round(total * share)
+            wanted = round(total * share)  # tokens
             repeats, rest = divmod(wanted, available[name])
             parts = whole[name] * repeats + some_of(encoded, whole[name], rest, wanted)
             plans[split] += parts
@@ -120,15 +122,19 @@ def shares_of(weights, available, split):
     empty = [name for name in weights if not available[name]]
     if split == "train" and empty:
         raise UserError(f"sources: no text for training in {', '.join(empty)}")
-    total = sum(weight for name, weight in weights.items() if available[name])
-    return {name: weight / total for name, weight in weights.items() if available[name]}
+    shares = {name: weight for name, weight in weights.items() if available[name]}
+    total = sum(shares.values())
+    for name in shares:
+        shares[name] /= total
+    return shares
 
 
 def total_tokens(available, shares, mix_tokens, split):
     """The tokens of a split: for val as many as keep the shares without repeating a document."""
-    if split == "val":
-        return min((available[name] / share for name, share in shares.items()), default=0)
-    return mix_tokens or sum(available.values())
+    if split == "train":
+        return mix_tokens or sum(available.values())
+    most = [available[name] / share for name, share in shares.items()]  # by each source alone
+    return min(most, default=0)
 
 
 def some_of(encoded, whole, n_tokens, wanted):
@@ -136,20 +142,23 @@ def some_of(encoded, whole, n_tokens, wanted):
     with the lowest hashes. Where whole ones miss, as few long ones do, the last is cut."""
     if not n_tokens:
         return []
-    units = np.concatenate([np.full(part.taken.sum(), part.unit) for part in whole])
-    numbers = np.concatenate([np.flatnonzero(part.taken) for part in whole])
-    rows = np.concatenate([encoded.documents[part.unit][part.taken] for part in whole])
-    order = np.lexsort((numbers, units, rows["hash"]))
-    sums = np.append(0, np.cumsum(rows["tokens"][order]))
+    # Of every document of the source: its unit, its number in there, its row.
+    columns = []
+    for part in whole:
+        rows = encoded.documents[part.unit][part.taken]
+        columns.append((np.full(len(rows), part.unit), np.flatnonzero(part.taken), rows))
+    units, numbers, rows = map(np.concatenate, zip(*columns))
+    order = np.lexsort((numbers, units, rows["hash"]))  # by hash; of equals as they come
+    sums = np.append(0, np.cumsum(rows["tokens"][order]))  # of none, one, two ... documents
     n_documents = int(np.abs(sums - n_tokens).argmin())  # so many are nearest
     last = None
     cut = None
     if abs(int(sums[n_documents]) - n_tokens) > MISS * wanted:
-        n_documents = int(np.searchsorted(sums, n_tokens, "right"))
+        n_documents = int(np.searchsorted(sums, n_tokens, "right"))  # the last goes too far
         last = order[n_documents - 1]
         unit = int(units[last])
         begin = int(encoded.documents[unit]["tokens"][: numbers[last]].sum())
-        left = n_tokens - int(sums[n_documents - 1])
+        left = n_tokens - int(sums[n_documents - 1])  # tokens of the last one
         cut = cut_document(encoded, unit, begin, rows[last], left)
     parts = []
     chosen = order[:n_documents]
@@ -175,12 +184,13 @@ def cut_document(encoded, unit, begin, row, wanted):
     keep = min(max(wanted, 1), n_body)
     first = max(0, keep - REACH)
     last = min(keep + REACH, n_body)
+    # As bytes: a token may end within a character.
     text = b"".join(tok.token_bytes(int(id)) for id in ids[first:last])
     token_ends = np.cumsum(sizes[first:last])
     for pattern in (WORD_ENDS, SENTENCE_ENDS):  # the second, where it finds a place, is better
         text_ends = [match.end() for match in pattern.finditer(text)]
         places = first + 1 + np.flatnonzero(np.isin(token_ends, text_ends))
-        if len(places):
+        if len(places):  # else the text has no such end nearby
             keep = int(places[np.abs(places - wanted).argmin()])  # of equals the first
     share_left_out = float(sizes[keep:].sum() / max(1, sizes.sum()))
     return Cut(keep, n_body, round(int(row["bytes"]) * share_left_out))

@@ -97,19 +97,22 @@ def files_of(spec, separator, max_files, run):
     every rank downloads its part, and waits for the others."""
     if spec == "python":
         return library_files(), sysconfig.get_path("stdlib"), None
+    # A name, an address, a data set of the Hub, a file of addresses.
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
         urls = addresses(spec)[:max_files]
         paths = [download_path(url) for url in urls]
-        for i in range(run.rank, len(urls), run.world):
+        for i in range(run.rank, len(urls), run.world):  # each rank its share
             download(urls[i], paths[i], SHA256.get(spec))
-        wait(run)
+        wait(run)  # the sizes of all files decide how they are cut
         return paths, None, separator or SEPARATORS.get(spec)
     if os.path.isdir(spec):
         paths, broken = walk(spec)
         if broken and run.is_main:
             print(f"{spec}: left out {len(broken)} links to nothing, such as {broken[0]}")
         return paths, spec, separator
-    names = [spec] if os.path.exists(spec) else matching(spec)
+    names = [spec]
+    if not os.path.exists(spec):
+        names = matching(spec)
     paths = [Path(name) for name in sorted(names) if os.path.isfile(name)]
     if not paths:
         named = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
@@ -138,9 +141,10 @@ def walk(folder, ending="", avoid=()):
         # The links come last: by then it is clear which folders have names of their own.
         place = folders.pop() if folders else linked_folders.pop(0)
         identity = os.path.realpath(place)
-        if identity in seen:
+        if identity in seen:  # by another link, or in a loop of links
             continue
         seen.add(identity)
+        # By name: the order on the disk differs from machine to machine.
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
             is_link = entry.is_symlink()
             if entry.name[0] == "." or entry.name in avoid:
@@ -173,11 +177,13 @@ def matching(pattern):
     if "**" not in parts:
         return glob(pattern)
     start = parts.index("**")
-    base = "/".join(parts[:start])
+    base = "/".join(parts[:start])  # what stands before the **
     if base:
         folders = glob(base)
-    else:
-        folders = glob(".") if start == 0 else ["/"]
+    elif start == 0:
+        folders = ["."]
+    else:  # a pattern that begins with a slash
+        folders = ["/"]
     paths = []
     for folder in folders:
         if not os.path.isdir(folder):
@@ -192,7 +198,7 @@ def fits(names, patterns):
     """Do the names of a path match the patterns one by one, where ** is any number of names?"""
     if not patterns:
         return not names
-    if patterns[0] == "**":
+    if patterns[0] == "**":  # none of the names, or one, or more
         return any(fits(names[i:], patterns[1:]) for i in range(len(names) + 1))
     return bool(names) and fnmatchcase(names[0], patterns[0]) and fits(names[1:], patterns[1:])
 
@@ -214,7 +220,7 @@ def addresses(spec):
         urls = [DOWNLOADS.get(spec, spec)]
     if not urls:
         raise UserError(f"--source={spec}: no JSONL, parquet or text file in it")
-    return list(dict.fromkeys(urls))
+    return list(dict.fromkeys(urls))  # each once, in order
 
 
 def hub_addresses(spec):
@@ -225,6 +231,7 @@ def hub_addresses(spec):
         is_below = not below or name == below or name.startswith(below.rstrip("/") + "/")
         if is_below and file_ending(name) in (*FORMATS, ".txt"):
             names.append(name)
+    # Many data sets call a split by its name; one that does not has nothing to leave out.
     training = [name for name in names if "train" in name.lower()]
     by_format = defaultdict(list)
     for name in training or names:
@@ -238,7 +245,7 @@ def hub_addresses(spec):
 def hub_files(dataset, spec):
     """The names of all files of a data set on the Hub, sorted."""
     try:
-        answer = requests.get(f"{HUB}api/datasets/{dataset}", timeout=30)
+        answer = requests.get(f"{HUB}api/datasets/{dataset}", timeout=30)  # seconds
         answer.raise_for_status()
         return sorted(str(file["rfilename"]) for file in answer.json()["siblings"])
     except requests.RequestException as error:
@@ -252,9 +259,11 @@ def download_path(url):
     """Where a download is stored: the end of its name says what it is, whatever query follows it,
     and a hash tells it from another of that name."""
     without_query = url.partition("?")[0]
-    name = without_query if Path(without_query).suffix else url
-    name = re.sub(r"[^\w.-]+", "_", name)
-    return DOWNLOAD_FOLDER / f"{hashed_name(url)}_{name[-100:]}"
+    readable = url
+    if Path(without_query).suffix:
+        readable = without_query
+    name = re.sub(r"[^\w.-]+", "_", readable)
+    return DOWNLOAD_FOLDER / f"{hashed_name(url)}_{name[-100:]}"  # a name may have 255 bytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,6 +274,7 @@ def cut_into_units(source, paths, folder, separator, input_format, undivided):
     """The Units of a source, in order, without names. Undivided: one process reads them all."""
     stats = [path.stat() for path in paths]
     total = sum(stat.st_size for stat in stats)
+    # Of one size whatever the number of processes, which so changes nothing in the result.
     share = min(MAX_UNIT_BYTES, max(UNIT_BYTES, total // 64))
     if undivided:
         share = sys.maxsize
@@ -272,14 +282,17 @@ def cut_into_units(source, paths, folder, separator, input_format, undivided):
     filled = share  # bytes in the last unit: none is there, so begin one
     for path, stat in zip(paths, stats):
         kind = input_format or format_of(path)
-        size = max(1, stat.st_size)
-        mark = mark_in(path, separator) if kind == "text" else "\n"
+        size = max(1, stat.st_size)  # an empty file is one part, too
+        mark = "\n"
+        if kind == "text":
+            mark = mark_in(path, separator)
         step = size
+        # Only where lines or marks can be found without what stands before them.
         if size > share and kind in ("text", "jsonl") and can_be_cut_at(mark) and is_plain(path):
             step = share
         for begin in range(0, size, step):
             if filled >= share or step < size:
-                units.append(Unit(source, folder, input_format))
+                units.append(Unit(source, folder, input_format))  # a range is a unit alone
                 filled = 0
             end = min(begin + step, stat.st_size)
             part = FilePart(str(path), begin, end, mark, stat.st_mtime_ns)
@@ -316,11 +329,13 @@ def mark_in(path, separator):
         return separator
     try:
         with open_input(path) as file:
-            head = file.read(1 << 16)
+            head = file.read(1 << 16)  # as a rule a file has one kind of line ends
     except (*DAMAGE, OSError, UnicodeDecodeError):
         return separator  # who reads the documents says what is wrong
     is_of_windows = b"\r\n" in head and head.count(b"\n") == head.count(b"\r\n")
-    return separator.replace("\n", "\r\n") if is_of_windows else separator
+    if is_of_windows:
+        return separator.replace("\n", "\r\n")
+    return separator
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,7 +357,9 @@ def documents(unit, text_field, skipped):
             try:
                 record = as_record(value)
                 url = record.get("url")
-                url = mended(url) if isinstance(url, str) else ""
+                if not isinstance(url, str):
+                    url = ""
+                url = mended(url)
                 text = mended(record[text_field])
             except RecursionError:
                 place = f"{part.path}:{number + lines_before(part.path, part.begin)}"
@@ -382,25 +399,28 @@ def text_documents(unit, part, shown, text_field, skipped):
     try:
         for data in read_parts(part.path, part.separator, part.begin, part.end):
             text = data.decode()
-            if part.separator:
+            if part.separator:  # which mostly stands on a line of its own
                 text = text.strip("\r\n")
             yield {text_field: text, "path": shown}
     except UnicodeDecodeError as error:
         if not unit.folder:
             why = f"not UTF-8 text ({error.reason}): convert it"
             raise UserError(f"{part.path}: {why}") from None
-        skipped.append(shown)
+        skipped.append(shown)  # folders hold images and the like, too
 
 
 def shown_path(path, folder):
     """The path, below the folder if there is one, as text that can be encoded."""
-    shown = os.path.relpath(path, folder) if folder else path
-    return os.fsencode(shown).decode(errors="replace")
+    if folder:
+        path = os.path.relpath(path, folder)
+    return os.fsencode(path).decode(errors="replace")  # names of files need not be UTF-8
 
 
 def as_record(value):
     """A dict as it is, or the JSON object of a line; else one of json's errors or a TypeError."""
-    record = value if isinstance(value, dict) else json.loads(value)
+    if isinstance(value, dict):
+        return value
+    record = json.loads(value)
     if not isinstance(record, dict):
         raise TypeError("no JSON object")
     return record
@@ -408,7 +428,9 @@ def as_record(value):
 
 def beginning(value):
     """The beginning of a line, or of a value as JSON, to show."""
-    data = value if isinstance(value, bytes) else json.dumps(value, default=str).encode()
+    data = value
+    if not isinstance(value, bytes):
+        data = json.dumps(value, default=str).encode()
     return data[:60].decode(errors="replace")
 
 
@@ -422,7 +444,7 @@ def lines_before(path, begin):
     """How many lines of a file begin before those of its range from `begin`."""
     if begin == 0:
         return 0
-    count = 1
+    count = 1  # the first line; each line end begins another
     with open(path, "rb") as file:
         for position in range(0, begin - 1, BLOCK):
             count += file.read(min(BLOCK, begin - 1 - position)).count(b"\n")
@@ -434,12 +456,17 @@ def refuse_hidden_records(path):
     try:
         with open_input(path) as file:
             line = file.read(BLOCK).lstrip().partition(b"\n")[0]
-        value = json.loads(line) if line[:1] in (b"{", b"[") else None
+        if line[:1] not in (b"{", b"["):
+            return
+        value = json.loads(line)
     except (*DAMAGE, OSError, ValueError, RecursionError):
         return  # no JSON; if it cannot be read, reading it says so
-    first = value[0] if isinstance(value, list) and value else value
+    kind = "jsonl"
+    first = value
+    if isinstance(value, list) and value:
+        kind = "json"
+        first = value[0]
     if isinstance(first, dict) and first:
-        kind = "json" if isinstance(value, list) else "jsonl"
         why = "its first line is JSON, but its name says text"
         ways = f"--input_format={kind} reads its records, --input_format=text takes it as it is"
         raise UserError(f"{path}: {why}: {ways}")
@@ -457,7 +484,8 @@ def read_records(part, kind, columns):
         if kind == "parquet":
             yield from read_parquet(path, columns)
         elif kind in ("csv", "tsv"):
-            yield from read_table(path, "," if kind == "csv" else "\t")
+            delimiter = "," if kind == "csv" else "\t"
+            yield from read_table(path, delimiter)
         elif kind == "json":
             yield from read_json_file(part)
         else:
@@ -475,6 +503,7 @@ def read_parts(path, separator, begin=0, end=math.inf):
             if not separator:
                 yield file.read()
                 return
+            # What is compressed or UTF-16 is one range.
             if not is_plain(path):  # begin and end are places in the file as it is
                 end = math.inf
             for part in parts_of(file, separator.encode(), begin, end):
@@ -495,7 +524,7 @@ def parts_of(file, mark, begin, end):
         # A mark may end where the range begins: look from so much before it.
         position = file.seek(max(0, begin - len(mark))) if begin else file.tell()
     while block := file.read(max(BLOCK, len(rest))):  # twice as much where no mark was
-        *whole, rest = (rest + block).split(mark)
+        *whole, rest = (rest + block).split(mark)  # the last part may go on in the next block
         for part in whole:
             if position >= end:
                 return
@@ -510,7 +539,7 @@ def parts_of(file, mark, begin, end):
 
 def damaged(path, number, error):
     """What to raise where a compressed file cannot be read beyond this line."""
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None:  # the disk's, no decompressor's
         return error
     return UserError(f"{path}: damaged after line {number}: {error}")
 
@@ -531,7 +560,8 @@ def read_json_file(part):
         yield from read_lines(part)
     elif data.strip():
         value = parse_json(data, part.path)
-        yield from enumerate(value if isinstance(value, list) else [value], 1)
+        values = value if isinstance(value, list) else [value]
+        yield from enumerate(values, 1)
 
 
 def is_json(data):
@@ -545,10 +575,11 @@ def is_json(data):
 def read_table(path, delimiter):
     """Yield (line, record) of a CSV or TSV file (RFC 4180), whose first row names the fields. A row
     of more or fewer cells is no record but the list of its cells."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # the module's own limit is 131,072 characters
     number = 0
     names = None
     try:
+        # newline="": line ends within quotes stay as they are.
         with io.TextIOWrapper(open_input(path), encoding="utf-8", newline="") as file:
             for cells in csv.reader(file, delimiter=delimiter, strict=True):
                 number += 1
@@ -556,7 +587,7 @@ def read_table(path, delimiter):
                     names = cells
                 elif cells and len(cells) == len(names):
                     yield number, dict(zip(names, cells))
-                elif cells:
+                elif cells:  # refused as no record, with its line
                     yield number, cells
     except (*DAMAGE, OSError) as error:
         raise damaged(path, number, error) from None
@@ -573,7 +604,7 @@ def read_parquet(path, columns):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             wanted = (columns or set()).intersection(file.schema_arrow.names)
-            batches = file.iter_batches(1000, columns=wanted or None)
+            batches = file.iter_batches(1000, columns=wanted or None)  # rows at once
             rows = (batch.to_pylist() for batch in batches)
             yield from enumerate(chain.from_iterable(rows), 1)
     except (pyarrow.ArrowException, OSError) as error:

@@ -58,7 +58,7 @@ def turns(value):
 def prompt_messages(record):
     """The messages before the answer: of Alpaca, Dolly, prompt and completion, question and answer;
     `system` and `history` [[user, assistant], ...] as LLaMA-Factory has them."""
-    if isinstance(record.get("prompt"), list):
+    if isinstance(record.get("prompt"), list):  # messages already
         return turns(record["prompt"])
     question = first_text(record, ASK)
     context = first_text(record, MORE)
@@ -77,7 +77,9 @@ def prompt_messages(record):
 
 def answer_text(value):
     """The text of an answer: a string, or messages that end with it."""
-    text = turns(value)[-1]["content"] if isinstance(value, list) else value
+    text = value
+    if isinstance(value, list):
+        text = turns(value)[-1]["content"]
     reject_if(not isinstance(text, str) or not text.strip(), "an empty answer")
     return text
 
@@ -89,6 +91,7 @@ def as_sft(record):
     if conversation is not None:
         messages = turns(conversation)
     else:
+        # The first that says something: a preference record is a demonstration, too.
         answer = next((record[name] for name in ANSWER if record.get(name)), None)
         messages = prompt_messages(record)
         messages.append({"role": "assistant", "content": answer_text(answer)})
@@ -108,14 +111,14 @@ def split_hh(chosen, rejected):
     differ in the last answer."""
     mark = "\n\nAssistant:"
     common = len(os.path.commonprefix([chosen, rejected]))
-    cut = chosen.rfind(mark, 0, common)
+    cut = chosen.rfind(mark, 0, common)  # the last answer begins where both still agree
     reject_if(cut < 0, "chosen and rejected do not answer the same")
     # "", speaker, text, speaker, text ...
     pieces = re.split(r"\n\n(Human|Assistant): ?", chosen[:cut])
     dialogue = []
     for speaker, text in zip(pieces[1::2], pieces[2::2]):
         dialogue.append({"from": speaker.lower(), "value": text})
-    cut += len(mark)
+    cut += len(mark)  # where the answers begin
     return turns(dialogue), chosen[cut:].strip(), rejected[cut:].strip()
 
 
@@ -171,7 +174,7 @@ def functions_in(text):
     with suppress(SyntaxError, ValueError, RecursionError):
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
-                continue
+                continue  # or the docstring is all that there is
             docstring = ast.get_docstring(node)
             if not docstring:
                 continue
@@ -196,6 +199,7 @@ def python_records(files, text_field, seed):
     for code, docstring, path, split_by in examples:
         drawn = digest(f"{seed} {code}".encode()) % len(examples)
         _, other_docstring, _, _ = examples[drawn]
+        # Short ones, for a small model's window.
         if other_docstring == docstring or len(code) + len(docstring) > 700:
             continue
         folder = path.rpartition("/")[0]
@@ -255,7 +259,7 @@ def convert_unit(names, reading, unit):
         records = python_records(records, reading.text_field, reading.seed)
     converted = {name: ({}, Tally()) for name in names}
     for record in records:
-        text = json.dumps(record, default=str)
+        text = json.dumps(record, default=str)  # parquet has dates and the like
         for name, (rows, tally) in converted.items():
             if reading.is_python and name == "classify" and not record["label"]:
                 continue  # a module that is in no package
@@ -288,6 +292,7 @@ def write_task(folder, name, rows, val_fraction):
     """Write the rows {row: hash to split by} of a task, divided by their hashes, or where there are
     fewer than 20 the last ones for validation: {file name: its rows}."""
     if len(rows) < 20:
+        # By hash too few rows might leave one split empty.
         n_train = len(rows) - round(len(rows) * val_fraction)
         val_rows = set(list(rows)[n_train:])
     else:

@@ -59,7 +59,9 @@ def for_each(function, items, run, pool_map, label):
     show = Progress()
     begun = time.monotonic()
     n_bytes = 0
-    results = (pool_map if len(share) > 1 else map)(function, share)
+    # One item alone is worth no other process.
+    call_all = pool_map if len(share) > 1 else map
+    results = call_all(function, share)
     for n_done, size in enumerate(results, 1):
         n_bytes += size
         if run.is_main:
@@ -100,6 +102,7 @@ def working_folder(folder, run):
         except KeyboardInterrupt:
             raise UserError(STOPPED) from None
         finally:
+            # Without a finished unit there is nothing to go on from.
             if run.is_main and (is_over or not any(work.glob("*.json"))):
                 remove(work)
                 remove_empty(fresh)
@@ -155,5 +158,5 @@ def remove(work):
 def remove_empty(fresh):
     """Remove those of the folders, which were not there before this run, that are empty."""
     for folder in fresh:
-        with suppress(OSError):
+        with suppress(OSError):  # one that is not empty
             folder.rmdir()

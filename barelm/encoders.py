@@ -47,9 +47,11 @@ def own_encoder(spec):
     kind = kind_of(spec)
     if kind not in ("BPE", "WordLevel"):
         raise NotOurs(f"a {kind} tokenizer")
+    # Each of the following raises NotOurs, too.
     normalizers = read_normalizers(spec)
     form, steps = read_pre_tokenizer(spec)
     for step in post_processors(spec):
+        # ByteLevel only trims offsets, and TemplateProcessing says what a text begins with.
         if step["type"] not in ("ByteLevel", "TemplateProcessing"):
             raise NotOurs(f"the post-processor {step['type']}")
     for token in spec.get("added_tokens", []):
@@ -96,17 +98,20 @@ def mend(text):
     """The text with U+FFFD for half a surrogate pair, which is no letter and has no UTF-8."""
     if text.isascii():
         return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs are joined
 
 
 def byte_letters():
     """GPT-2's table: the printable letter that stands for each byte in a tokenizer.json."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in plain}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in Latin-1: themselves
+    letters = {byte: chr(byte) for byte in printable}
     for byte in range(256):
-        if byte not in letters:
-            letters[byte] = chr(256 + len(letters) - len(plain))
+        if byte not in letters:  # a space is Ġ, a line end Ċ
+            letters[byte] = chr(256 + len(letters) - len(printable))
     return letters
+
+
+BYTE_OF_LETTER = {letter: byte for byte, letter in byte_letters().items()}
 
 
 def show_names(spec, tokens):
@@ -136,37 +141,37 @@ class ByteBPE:
         import tiktoken  # here, since the other kinds need none of it
 
         self.splitter = splitter
+        self.split_pattern = splitter.pattern
         self.normalizers = normalizers
-        self.names = names_of(spec)
-        ranks = byte_ranks(spec)  # {bytes: id}
-        single_bytes = [bytes([byte]) for byte in range(256)]
+        ranks = byte_ranks(spec)  # {bytes: id}: tiktoken's form of the merges
         # Bytes that the vocabulary lacks are lost, as in `tokenizers`. tiktoken wants them all.
-        self.lacking = b"".join(byte for byte in single_bytes if byte not in ranks)
+        self.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         check_merges(spec["model"], ranks, 256 - len(self.lacking))
         self.bytes, self.shown = show_names(spec, {id: token for token, id in ranks.items()})
-        ranks |= {bytes([byte]): NO_TOKEN + byte for byte in self.lacking}
-
-        self.rust_splits = splitter.pattern is not None
-        pattern = CHARACTERS
-        if self.rust_splits:
-            pattern = portable_pattern(splitter.pattern)
-            self.rust_splits = not may_match_nothing(pattern)
-        # It gets none of the real special tokens, and so reads none in a text.
-        tables = {"mergeable_ranks": ranks, "special_tokens": {"<|none|>": NO_TOKEN + 256}}
-        try:
-            if self.rust_splits:
-                self.tiktoken = tiktoken.Encoding("barelm", pat_str=pattern, **tables)
-        except ValueError:  # a pattern that Rust cannot read
-            self.rust_splits = False
-        if not self.rust_splits:
-            self.tiktoken = tiktoken.Encoding("barelm", pat_str=CHARACTERS, **tables)
-
-        self.sizes = np.zeros(1 + max(self.bytes), np.int64)  # of the tokens, in bytes
+        self.sizes = np.zeros(1 + max(self.bytes), np.int64)  # (n_vocab,), bytes of each token
         for id, token in self.bytes.items():
             self.sizes[id] = len(token)
         # Whether white space around a token is none of its characters, as for transformers' masks.
-        levels = [step for step in post_processors(spec) if step["type"] == "ByteLevel"]
-        self.trims_offsets = any(step.get("trim_offsets", True) for step in levels)
+        self.trims_offsets = False
+        for step in post_processors(spec):
+            if step["type"] == "ByteLevel" and step.get("trim_offsets", True):
+                self.trims_offsets = True
+
+        for byte in self.lacking:
+            ranks[bytes([byte])] = NO_TOKEN + byte
+        # It gets none of the real special tokens, and so reads none in a text.
+        tables = {"mergeable_ranks": ranks, "special_tokens": {"<|none|>": NO_TOKEN + 256}}
+        self.rust_splits = False  # does tiktoken itself cut the text?
+        if splitter.pattern is not None:
+            pattern = portable_pattern(splitter.pattern)
+            if not may_match_nothing(pattern):
+                try:
+                    self.tiktoken = tiktoken.Encoding("barelm", pat_str=pattern, **tables)
+                    self.rust_splits = True
+                except ValueError:  # a pattern that Rust cannot read
+                    pass
+        if not self.rust_splits:  # then it gets single pieces, and its own pattern is not used
+            self.tiktoken = tiktoken.Encoding("barelm", pat_str=CHARACTERS, **tables)
 
     def normal(self, text):
         return normalize(mend(text), self.normalizers)
@@ -175,7 +180,10 @@ class ByteBPE:
         array = self.encode_array(text)
         if array is not None:
             return array.tolist()
-        return [id for piece in self.splitter.pieces(text) for id in self.merge(piece)]
+        ids = []
+        for piece in self.splitter.pieces(text):
+            ids += self.merge(piece)
+        return ids
 
     def encode_array(self, text):
         """The ids (n,) uint32 of a normal text as tiktoken splits it; None where it does not: its
@@ -193,6 +201,7 @@ class ByteBPE:
         ids = np.frombuffer(data, np.uint32)
         if self.lacking and (ids >= NO_TOKEN).any():
             return None
+        # What tiktoken's pattern does not match it leaves out; Hugging Face's Split does not.
         if not self.splitter.is_gapless and self.sizes[ids].sum() != len(text.encode()):
             return None
         return ids
@@ -204,7 +213,7 @@ class ByteBPE:
         return self.tiktoken._core_bpe.encode_single_piece(data) if data else []
 
     def spans(self, text, first=True):
-        if not self.splitter.drops_text:
+        if not self.splitter.drops_text:  # then all bytes of the text are in its tokens, in order
             return self.place(self.encode(text), text, 0)
         spans = []
         for begin, end in self.splitter.cuts(text):
@@ -217,34 +226,36 @@ class ByteBPE:
         # The character that each byte is of; without the bytes that have no token.
         character = []
         for i, letter in enumerate(text):
-            character += [at + i for byte in letter.encode() if byte not in self.lacking]
+            n_bytes = len(letter.encode().translate(None, self.lacking))
+            character += [at + i] * n_bytes
         spans = []
-        n_before = 0  # bytes of the tokens before
+        end = 0  # bytes of this token and all before
         for id in ids:
             token = self.bytes[id]
-            first_byte = n_before
-            n_before += len(token)
-            last_byte = n_before - 1
-            if self.trims_offsets and token != token.strip():
-                first_byte += len(token) - len(token.lstrip())
-                last_byte -= len(token) - len(token.rstrip())
+            begin = end
+            end += len(token)
+            first_byte = begin
+            last_byte = end - 1
+            if self.trims_offsets:
+                first_byte = end - len(token.lstrip())
+                last_byte = begin + len(token.rstrip()) - 1
             if first_byte <= last_byte:
                 spans.append((id, character[first_byte], character[last_byte] + 1))
             else:  # nothing is left of it: a place behind it, between two characters
-                spans.append((id, character[n_before - 1] + 1, character[n_before - 1] + 1))
+                behind = character[end - 1] + 1
+                spans.append((id, behind, behind))
         return spans
 
 
 def byte_ranks(spec):
     """{token as bytes: its id}, for a vocabulary in GPT-2's letters."""
-    byte_of = {letter: byte for byte, letter in byte_letters().items()}
     names = names_of(spec)
     ranks = {}
     for token, id in spec["model"]["vocab"].items():
-        if token in names:
+        if token in names:  # its letters need not stand for bytes
             continue
         try:
-            ranks[bytes(byte_of[letter] for letter in token)] = id
+            ranks[bytes(BYTE_OF_LETTER[letter] for letter in token)] = id
         except KeyError:
             raise NotOurs(f"the token {token!r:.60}, which is not made of bytes,") from None
     return ranks
@@ -256,14 +267,17 @@ def check_merges(body, ranks, n_bytes):
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if body.get(key):
             raise NotOurs(f"a BPE tokenizer with {key}")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in body["merges"]]
-    made = [body["vocab"][left + right] for left, right in pairs]
+    merged_ids = []
+    for merge in body["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge  # two forms of files
+        merged_ids.append(body["vocab"][left + right])
     # With ignore_merges a token that is a whole piece is taken at once; its merges may be several.
     may_repeat = body.get("ignore_merges", False)
-    for earlier, later in zip(made, made[1:]):
-        if earlier > later or earlier == later and not may_repeat:
-            raise NotOurs("a BPE tokenizer whose ids are not in merge order")
-    if len(set(made)) + n_bytes != len(ranks):
+    is_ordered = True
+    for earlier, later in zip(merged_ids, merged_ids[1:]):
+        is_ordered &= earlier < later or (earlier == later and may_repeat)
+    # Nor may a token be there that no merge makes: tiktoken would make it.
+    if not is_ordered or len(set(merged_ids)) + n_bytes != len(ranks):
         raise NotOurs("a BPE tokenizer whose ids are not in merge order")
 
 
@@ -277,11 +291,13 @@ class Words:
         if splitter.drops_text or decoder["type"] != "Fuse":
             raise NotOurs("a WordLevel tokenizer that does not keep all of a text")
         self.splitter = splitter
+        self.split_pattern = splitter.pattern
         self.normalizers = normalizers
-        self.names = names_of(spec)
+        names = names_of(spec)
         vocab = spec["model"]["vocab"]
         self.unk_id = vocab[spec["model"]["unk_token"]]
-        self.vocab = {word: id for word, id in vocab.items() if word not in self.names}
+        # Without the special tokens, which are in the vocabulary as well: a text has none.
+        self.vocab = {word: id for word, id in vocab.items() if word not in names}
         tokens = {id: word.encode() for word, id in self.vocab.items()}
         self.bytes, self.shown = show_names(spec, tokens)
 
@@ -333,8 +349,8 @@ class LibraryEncoder:
     """Any tokenizer.json, by Hugging Face's library: SentencePiece's BPE (Llama 2, Mistral),
     Unigram (T5), WordPiece (BERT), and byte-level BPE with an unusual step before or behind."""
 
-    splitter = None
-    normalizers = ()  # the library's own work
+    split_pattern = None  # splitting and normalizing are the library's work
+    normalizers = ()
 
     def __init__(self, spec, reason):
         tokenizers = import_tokenizers(reason)
@@ -342,7 +358,6 @@ class LibraryEncoder:
         if (spec.get("model") or {}).get("dropout"):
             why = "not supported: dropout, which gives other ids each time"
             raise UserError(f"tokenizer.json: {why}")
-        self.names = {}  # it finds the added tokens that are text by itself
         self.can_cut = splits_at_lines(spec)
         with library_errors():
             self.whole = library_tokenizer(tokenizers, spec)
@@ -353,9 +368,11 @@ class LibraryEncoder:
             if later_spec != spec:
                 self.later = library_tokenizer(tokenizers, later_spec)
         steps = decoder_steps(spec)
-        special = {token["id"] for token in spec.get("added_tokens", []) if token["special"]}
         self.shown = {id: decoded_token(token, steps) for token, id in vocab.items()}
-        self.bytes = {id: data for id, data in self.shown.items() if id not in special}
+        self.bytes = dict(self.shown)
+        for token in spec.get("added_tokens", []):
+            if token["special"]:
+                del self.bytes[token["id"]]
 
     def __reduce__(self):
         # Not by the library's own pickle, which forgets encode_special_tokens.
@@ -365,24 +382,27 @@ class LibraryEncoder:
         return mend(text)
 
     def encode(self, text):
-        with library_errors():
+        with library_errors():  # such as of a word without a token, where there is no unknown one
             return self.whole.encode(text, add_special_tokens=False).ids
 
     def spans(self, text, first=True):
         library = self.whole if first else self.later
         with library_errors():
             encoding = library.encode(text, add_special_tokens=False)
+        # Its offsets are in characters of the text as it was given, before any normalizer.
         return [(id, begin, end) for id, (begin, end) in zip(encoding.ids, encoding.offsets)]
 
     def decode(self, ids):
         """The text of ids, special tokens by their names."""
         with library_errors():
-            return self.whole.decode([int(id) for id in ids], skip_special_tokens=False)
+            return self.whole.decode(
+                [int(id) for id in ids], skip_special_tokens=False
+            )  # not numpy's
 
 
 def library_tokenizer(tokenizers, spec):
     """The library's own Tokenizer, which reads no special token in a text."""
-    whole_text = {"truncation": None, "padding": None}
+    whole_text = {"truncation": None, "padding": None}  # whatever its owner cut texts to
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec | whole_text))
     tokenizer.encode_special_tokens = True  # as text
     return tokenizer
@@ -390,7 +410,7 @@ def library_tokenizer(tokenizers, spec):
 
 def without_first_space(spec):
     """The tokenizer.json without the space that Metaspace puts before the first word alone."""
-    text = json.dumps(spec.get("pre_tokenizer"))
+    text = json.dumps(spec.get("pre_tokenizer"))  # as text, since it may be a step of several
     text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     return spec | {"pre_tokenizer": json.loads(text)}
 
@@ -402,7 +422,7 @@ def splits_at_lines(spec):
         read_normalizers(spec)
         _, steps = read_pre_tokenizer(spec)
     except NotOurs:
-        return False
+        return False  # it may be so, but nobody knows
     pattern, behavior, _ = steps[0]
     return pattern in GAPLESS and behavior == "Isolated" or pattern == BERT_WORDS
 
@@ -428,10 +448,8 @@ def decoded_token(token, steps):
     kinds = [step["type"] for step in steps]
     if "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    if "ByteLevel" in kinds:
-        byte_of = BYTE_OF_LETTER
-        if all(letter in byte_of for letter in token):
-            return bytes(byte_of[letter] for letter in token)
+    if "ByteLevel" in kinds and BYTE_OF_LETTER.keys() >= set(token):
+        return bytes(BYTE_OF_LETTER[letter] for letter in token)
     if not steps:  # the library puts a space between any two
         return f" {token}".encode()
     for step in steps:
@@ -442,10 +460,7 @@ def decoded_token(token, steps):
         elif step["type"] == "BPEDecoder":
             token = token.replace(step["suffix"], " ")
         elif step["type"] == "WordPiece" and token.startswith(step["prefix"]):
-            token = token.removeprefix(step["prefix"])
+            token = token.removeprefix(step["prefix"])  # a part within a word
         elif step["type"] == "WordPiece":
-            token = f" {token}"
-    return token.encode()
-
-
-BYTE_OF_LETTER = {letter: byte for byte, letter in byte_letters().items()}
+            token = f" {token}"  # white space is lost: a word is shown behind a blank
+    return token.encode()  # Fuse and Strip change a whole text alone

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,40 +52,51 @@ class Tokenizer:
         check_names(config)
         self.spec = spec
         self.config = config
-        self.encoder = open_encoder(spec)
+        self.encoder = open_encoder(spec)  # plain text to ids: ours or the library's
         self.read_encoder()
         self.read_added_tokens()
         self.read_roles()
-        self.start = leading_tokens(spec, self.special)
+        self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
 
     def read_encoder(self):
         """What others ask about the encoder."""
         self.kind = kind_of(self.spec)  # BPE, WordLevel, Unigram, WordPiece
         self.normalizers = list(self.encoder.normalizers)  # by name; the library's own are not here
-        splitter = self.encoder.splitter
-        self.split_pattern = None if splitter is None else splitter.pattern  # where one says it all
+        self.split_pattern = self.encoder.split_pattern  # if one says it all and is run here
         self.can_cut = self.encoder.can_cut  # may a long text be encoded in parts, cut at lines?
         self.bytes = self.encoder.bytes  # {id: bytes} of all tokens that are text
         self.shown = self.encoder.shown  # {id: bytes}, special tokens by their names too
 
     def read_added_tokens(self):
         """The tokens that tokenizer.json adds to the vocabulary."""
-        added = self.spec.get("added_tokens", [])
-        self.special = {token["content"]: token["id"] for token in added}
-        self.n_vocab = 1 + max([*self.bytes, *self.special.values()])
-        names = [token["content"] for token in added if token["special"]]
-        self.marks = any_of(names)  # finds special tokens in what a chat template wrote
-        # Added tokens that are text. The library finds them by itself.
+        self.special = {}  # {name: id}, the few that are text included
+        special_names = []
+        plain_names = []
+        for token in self.spec.get("added_tokens", []):
+            self.special[token["content"]] = token["id"]
+            if token["special"]:
+                self.refuse_flags(token)
+                special_names.append(token["content"])
+            else:
+                plain_names.append(token["content"])
+        self.n_vocab = 1 + max([*self.bytes, *self.special.values()])  # ids may have gaps
+        # Finds the special tokens in what a chat template wrote.
+        self.marks = any_of(special_names)
+        # Finds those that are text before the encoder sees it; None where there are none. The
+        # library finds them by itself.
         self.plain = None
-        if not isinstance(self.encoder, LibraryEncoder) and len(names) < len(added):
-            self.plain = any_of(set(self.special).difference(names))
-        mask = self.named("mask_token")  # which is read from text alone, as RoBERTa's: never here
-        for token in added:
-            if token["special"] and token["id"] != mask:
-                for flag in ("lstrip", "rstrip", "single_word"):
-                    if token.get(flag):
-                        why = f"the added token {token['content']} with {flag}"
-                        raise UserError(f"tokenizer.json: not supported: {why}")
+        if plain_names and not isinstance(self.encoder, LibraryEncoder):
+            self.plain = any_of(plain_names)
+
+    def refuse_flags(self, token):
+        """Refuse a special token that takes white space beside it away, or needs it: a chat, which
+        finds them letter by letter, would have other ids."""
+        if token["content"] == name_of(self.config.get("mask_token")):
+            return  # as RoBERTa's, which is for text alone: no template writes it
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                why = f"the added token {token['content']} with {flag}"
+                raise UserError(f"tokenizer.json: not supported: {why}")
 
     def read_roles(self):
         """What tokenizer_config.json calls the special tokens."""
@@ -106,10 +117,11 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json here (python prepare.py makes one)")
+        # Older folders name the special tokens in a file of their own.
         config = read_json(folder / "special_tokens_map.json", {})
         config |= read_json(folder / "tokenizer_config.json", {})
         spec = read_json(folder / "tokenizer.json")
-        template = folder / "chat_template.jinja"
+        template = folder / "chat_template.jinja"  # where newer folders have it
         try:
             if template.is_file():
                 config["chat_template"] = template.read_text(encoding="utf-8")
@@ -134,7 +146,7 @@ class Tokenizer:
             if ids is None and name is not None and self.named(key) is None:
                 why = "is no added token of tokenizer.json"
                 raise UserError(f"{folder}/tokenizer_config.json: {key}={name!r:.60} {why}")
-        if end_ids is not None:
+        if end_ids is not None:  # several, such as Llama 3's end of text and end of turn
             self.eos_ids = end_ids
         if begin_ids and self.bos_id is None:
             self.bos_id = begin_ids[0]
@@ -142,17 +154,16 @@ class Tokenizer:
     def named(self, key):
         """The id of the token that tokenizer_config.json names by a key such as eos_token, or
         None."""
-        name = self.config.get(key)
-        if isinstance(name, dict):
-            name = name["content"]
-        return self.special.get(name)
+        return self.special.get(name_of(self.config.get(key)))
 
     @property
     def eot_id(self):
         """The token that starts a document: bos, or where there is none the end token, or None."""
         if self.bos_id is not None:
             return self.bos_id
-        return self.eos_ids[0] if self.eos_ids else None
+        if self.eos_ids:
+            return self.eos_ids[0]
+        return None
 
     @property
     def end_id(self):
@@ -168,9 +179,9 @@ class Tokenizer:
         """(ids before a document, ids behind it) in the shards that are written today. What begins
         a text is the post-processor's word. Where one token is bos and the end, or there is but
         one, it stands before each document, and so behind the one before."""
-        if self.end_id in (None, self.bos_id):
+        if self.end_id in (None, self.bos_id):  # GPT-2's way
             return self.start or [self.eot_id], []
-        return self.start, [self.end_id]
+        return self.start, [self.end_id]  # Llama's: <s> … </s>
 
     # Text to ids and back
 
@@ -178,6 +189,7 @@ class Tokenizer:
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
         if self.plain is None:
             return self.encoder.encode(self.encoder.normal(text))
+        # <think> and the like are looked for before a normalizer changes their letters.
         ids = []
         at = 0
         for match in self.plain.finditer(text):
@@ -190,7 +202,7 @@ class Tokenizer:
         """`encode` for many texts, as arrays (n,) uint32, on several threads where that helps."""
         if not isinstance(self.encoder, ByteBPE):
             return [np.array(self.encode(text), np.uint32) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of Python's lock
             return [*pool.map(self.encode_array, texts)]
 
     def encode_array(self, text):
@@ -230,16 +242,18 @@ class Tokenizer:
         that marks, as transformers' return_assistant_tokens_mask does. Contents are text: the name
         of a special token inside one is broken by a letter of its own while the template runs.
         """
+        # Letters of private use (U+E000 …) that no message has, to mark places in the text with.
         given = json.dumps(messages, ensure_ascii=False, default=str)
         unused = (letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in given)
         hide, begin, end, *letters = islice(unused, 5)
 
-        def break_names(content):
-            return self.marks.sub(lambda match: match[0][0] + hide + match[0][1:], content)
+        def break_name(match):
+            return match[0][0] + hide + match[0][1:]  # <|im_end|> is no name with `hide` behind <
 
-        safe = veiled(messages, break_names)
+        safe = veiled(messages, lambda content: self.marks.sub(break_name, content))
         if add_generation_prompt:
             answers = "none"
+        # The text, and the spans [(from, to)] of it that assistants say.
         if answers == "none":
             text = self.render(safe, add_generation_prompt)
             spans = []
@@ -274,9 +288,8 @@ class Tokenizer:
     def encode_chat(self, text, is_said, hide):
         """(ids, loss mask) of a template's text, whose special tokens are real, but for those with
         the letter `hide` in them. is_said: 1 for each character that an assistant says."""
-        cuts = self.marks
-        if self.plain is not None:
-            cuts = any_of(self.special)
+        # Text between these is encoded by itself. The library finds those that are text.
+        cuts = self.marks if self.plain is None else any_of(self.special)
         ids = []
         mask = []
         at = 0
@@ -284,13 +297,14 @@ class Tokenizer:
             stop = match.start() if match else len(text)
             normal = ""
             said = b""  # a byte for each character of `normal`, and one for what follows
-            # A normalizer may join letters: what is said is normal text apart from what is not.
+            # A normalizer may join letters (e and an accent), and the result is either said or not:
+            # each stretch of what is said, and of what is not, is made normal by itself.
             for stretch in re.finditer(b"\0+|\1+", is_said[at:stop]):
                 part = text[at + stretch.start() : at + stretch.end()].replace(hide, "")
                 part = self.encoder.normal(part)
                 normal += part
                 said += stretch[0][:1] * len(part)
-            said += bytes(is_said[stop : stop + 1]) or b"\0"
+            said += bytes(is_said[stop : stop + 1]) or b"\0"  # behind the last text: not said
             for id, begin, end in self.encoder.spans(normal, at == 0):
                 ids.append(id)
                 mask.append(counts_as_said(said, begin, end))
@@ -308,6 +322,7 @@ class Tokenizer:
         answer = [id for id, said in zip(ids, mask) if said]
         special = set(self.special.values())
         end = []
+        # From behind: the line end that a template writes after the end token is not the end.
         while answer and (answer[-1] in special or not self.decode(answer[-1:]).strip()):
             token = answer.pop()
             if token in special:
@@ -332,13 +347,15 @@ class Tokenizer:
         between {% generation %} and {% endgeneration %}."""
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         for role in ROLES:
-            name = self.config.get(f"{role}_token")
+            name = name_of(self.config.get(f"{role}_token"))
             if name:
-                given[f"{role}_token"] = name["content"] if isinstance(name, dict) else name
+                given[f"{role}_token"] = name
         given["generation_begin"], given["generation_end"] = marks
         template = self.chat_template()
+        # A stranger's template is a program, and runs in a process of its own; ours may have plain
+        # text (a bos token) before it.
         is_ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
-        render = render_template if is_ours else RENDERER.render  # a stranger's program runs apart
+        render = render_template if is_ours else RENDERER.render
         try:
             return render(template, given)
         except Exception as error:  # whatever the template's program raises
@@ -355,10 +372,15 @@ def counts_as_said(said, begin, end):
     return min(said[max(begin - 1, 0) : begin + 1])
 
 
+def name_of(token):
+    """The name of a token in tokenizer_config.json: a text, or a dict with flags beside it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 def any_of(names):
     """A pattern that finds any of these in a text: the leftmost, and there the longest."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    longest_first = sorted(names, key=len, reverse=True)  # of alternatives the first one counts
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
 
 def leading_tokens(spec, special):
@@ -368,7 +390,9 @@ def leading_tokens(spec, special):
     for step in post_processors(spec):
         if step["type"] in ("BertProcessing", "RobertaProcessing"):
             names.append(step["cls"][0])
-        for part in takewhile(lambda part: "SpecialToken" in part, step.get("single", [])):
+        for part in step.get("single", []):
+            if "SpecialToken" not in part:
+                break  # the text itself
             names.append(part["SpecialToken"]["id"])
     return [special[name] for name in names]
 
@@ -382,8 +406,8 @@ def check_spec(spec):
     body = spec.get("model") or {}
     if not body.get("vocab"):
         raise UserError("tokenizer.json: expected a model with a vocab")
-    for key, value in (("added_tokens", spec.get("added_tokens", [])),
-                       ("merges", body.get("merges", []))):  # fmt: skip
+    for place, key in ((spec, "added_tokens"), (body, "merges")):
+        value = place.get(key, [])
         if not isinstance(value, list):
             raise UserError(f"tokenizer.json: {key}={value!r:.60}: expected a list")
     ids = ids_of_vocab(body["vocab"])
@@ -392,6 +416,7 @@ def check_spec(spec):
         ids[token["content"]] = token["id"]
     first_with = {}
     for token, id in ids.items():
+        # type, not isinstance: True is an int to Python.
         if not isinstance(token, str) or type(id) is not int or not 0 <= id < NO_TOKEN:
             why = f"expected a whole number below {NO_TOKEN:,}"
             raise UserError(f"tokenizer.json: {token!r:.60} has the id {id!r:.60}: {why}")
@@ -410,7 +435,7 @@ def ids_of_vocab(vocab):
         return dict(vocab)
     ids = {}
     for id, (token, score) in enumerate(vocab):
-        if type(score) not in (int, float) or not math.isfinite(score):
+        if type(score) not in (int, float) or not math.isfinite(score):  # JSON of Python has NaN
             raise UserError(f"tokenizer.json: {token!r:.60} has the score {score!r:.60}")
         ids[token] = id
     if len(ids) != len(vocab):
@@ -420,19 +445,22 @@ def ids_of_vocab(vocab):
 
 def check_added_token(token, ids):
     """Refuse an added token that is malformed or has another id in the vocabulary."""
-    content, id = token["content"], token["id"]
-    flags = [token.get(key, False) for key in ("lstrip", "rstrip", "single_word", "normalized")]
-    if not content or any(type(flag) is not bool for flag in [token["special"], *flags]):
+    content = token["content"]
+    id = token["id"]
+    is_malformed = not content or type(token["special"]) is not bool
+    for key in ("lstrip", "rstrip", "single_word", "normalized"):
+        is_malformed |= type(token.get(key, False)) is not bool
+    if is_malformed:
         raise UserError(f"tokenizer.json: the added token {content!r:.60} is malformed")
-    if ids.get(content, id) != id:
+    if ids.get(content, id) != id:  # many files have it in both places
         why = f"has the ids {ids[content]!r:.60} and {id!r:.60}"
         raise UserError(f"tokenizer.json: {content!r:.60} {why}")
 
 
 def check_template(step, ids):
     """Refuse a post-processor that does not put the text between tokens of the vocabulary."""
-    texts = [part for part in step["single"] if "Sequence" in part]
-    if [part["Sequence"]["id"] for part in texts] != ["A"]:
+    sequences = [part["Sequence"]["id"] for part in step["single"] if "Sequence" in part]
+    if sequences != ["A"]:
         raise UserError("tokenizer.json: expected a post_processor with one text in its `single`")
     for part in step["single"]:
         if "SpecialToken" not in part:
@@ -448,7 +476,7 @@ def check_names(config):
     """Refuse a tokenizer_config.json whose special tokens or chat template are of another form."""
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         name = config.get(key)
-        content = name.get("content") if isinstance(name, dict) else name
+        content = name.get("content") if isinstance(name, dict) else name  # None: malformed
         if not isinstance(content, str) and name is not None:
             raise UserError(f"tokenizer_config.json: {key}={name!r:.60}: expected a token's name")
     template = config.get("chat_template")
@@ -469,7 +497,7 @@ def read_ids(folder, key, n_vocab):
         if key not in values:
             continue
         if values[key] is None:
-            return None
+            return None  # it says that there is none
         ids = values[key] if isinstance(values[key], list) else [values[key]]
         for id in ids:
             if type(id) is not int or not 0 <= id < n_vocab:

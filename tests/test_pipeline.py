@@ -43,7 +43,7 @@ from test_prepare import (
 import barelm
 import finetune
 import prepare
-from barelm import clean, corpus_report, dedup, sources
+from barelm import clean, corpus, corpus_report, dedup, sources
 from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import load
 from barelm.run import UserError, setup
@@ -542,7 +542,8 @@ def test_cleaned_documents_are_written_and_read_again(packing, tmp_path, monkeyp
     pages = made_up_pages(60)
     write_jsonl(tmp_path / "d.jsonl", [f"\x07{page}  é " for page in pages] + pages[:9])
     settings = {"tokenizer": "byte", "threads": 1, "steps": "unicode,whitespace,near"}
-    settings |= {"save_cleaned": packing, "unit_bytes": 9000, "CLEANED_SIZE": 3000}
+    settings |= {"save_cleaned": packing, "unit_bytes": 9000}
+    monkeypatch.setattr(corpus, "CLEANED_SIZE", 3000)
     main_here(monkeypatch, tmp_path, source="d.jsonl", dataset="a", **settings)
     folder = tmp_path / "data/a"
     names = json.loads((folder / "meta.json").read_text())["cleaned"]
@@ -583,7 +584,7 @@ def test_diversity_is_the_naive_one(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "d.jsonl", texts)
     seen = []
     function = corpus_report.diversity
-    noted = lambda corpus: seen.append(function(corpus)) or seen[-1]
+    noted = lambda left: seen.append(function(left)) or seen[-1]
     monkeypatch.setattr(corpus_report, "diversity", noted)
     main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
     words = [re.findall(r"[一-龥]|[^\W_一-龥]+", t.lower()) for t in texts]
@@ -896,6 +897,29 @@ def test_two_processes_write_the_same_bytes(tmp_path):
         run(place, "prepare.py", *args, mix, processes=processes)
         made.append(files(place / "data"))
     assert made[0] == made[1] and len(made[0]) > 8
+
+
+def test_processes_that_inherit_nothing_do_the_same(tmp_path):
+    """As on macOS and Windows, where working processes know no setting but what they are given."""
+    pages = [f"★ {page}" for page in made_up_pages(40, 60)]
+    for place in ("alone", "spawned"):
+        (tmp_path / place / "in").mkdir(parents=True)
+        for name, part in (("a", pages[:20]), ("b", pages[20:])):
+            rows = [{"body": text, "prompt": text, "completion": "c"} for text in part]
+            write_records(tmp_path / place / "in" / f"{name}.jsonl", rows)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+    )
+    # two sources are two units; every setting here differs from its default
+    args = ["--sources={'a': (1, 'in/a.jsonl'), 'b': (1, 'in/b.jsonl')}", "--field=body"]
+    args += ["--steps=symbols,length,near", "--clean_symbols=dingbats", "--min_chars=300"]
+    args += ["--near_threshold=0.7", "--normalize=lower", "--vocab_size=300", "--val_fraction=0.3"]
+    args += ["--save_cleaned=jsonl", "--special_tokens=['<a>', '<b>']"]
+    done_well(prepare_py(tmp_path / "alone", *args, "--threads=1"))
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run(tmp_path / "spawned", "prepare.py", *args, "--threads=2", env=env)
+    made, spawned = (files(tmp_path / place / "data") for place in ("alone", "spawned"))
+    assert made == spawned and b"\xe2\x98\x85" not in b"".join(made.values())
 
 
 def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):

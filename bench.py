@@ -84,10 +84,12 @@ from barelm import checkpoint
 from barelm.bpe import bpe_tokenizer, count_pieces, train_bpe
 from barelm.checkpoint import save
 from barelm.compiled import try_compile
+from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, memory_used, setup
+from barelm.sources import library_files
 
 # No script imports another; this one opens them where it times them: a copy would time the copy.
 stage = importlib.import_module
@@ -415,7 +417,7 @@ def decode(run):
 def tokenizer(run):
     """prepare.py's BPE and MinHash on the source of the standard library."""
     prepare = stage("prepare")
-    texts = [p.read_text(errors="ignore") for p in prepare.files_of("python", None)[0][:150]]
+    texts = [p.read_text(errors="ignore") for p in library_files()[:150]]
     size = sum(len(text.encode()) for text in texts)
     title(f"tokenizer: {size / 1e6:.1f} MB of Python's standard library, vocabulary 4096")
 
@@ -448,9 +450,7 @@ def tokenizer(run):
 
         learning["training, tokenizers, all cores"] = learn_theirs
         encoding["encoding, tokenizers, all cores"] = lambda: ours.encode_batch_fast(texts)
-    marking = {
-        "MinHash, one core": lambda: prepare.minhash(*prepare.word_hashes(texts), len(texts))
-    }
+    marking = {"MinHash, one core": lambda: minhash(*word_hashes(texts), len(texts))}
     if compare and importlib.util.find_spec("datasketch"):
         import datasketch
 

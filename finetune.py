@@ -433,7 +433,7 @@ def means(sums, size):
 class Method:
     """A way of fine-tuning. A new one is a loss and an entry here."""
 
-    task: str  # it reads data/<dataset>/<task>_{train,val}.jsonl
+    data: str  # it reads data/<dataset>/<data>_{train,val}.jsonl
     read_row: Callable  # (row, tok, limit) -> an example
     loss: Callable  # (net, a group of examples) -> (sum of losses, {figure: sum})
     size: Callable = total_weight  # (examples) -> what the loss of a whole batch is divided by
@@ -523,8 +523,8 @@ def open_model(run, task, config):
 def open_data(learner, task, limit):
     """The examples to train on and to validate with; the network gets the head that they need."""
     tok, say = learner.tok, learner.run.say
-    train = load_examples(dataset, task.task, "train", task.read_row, tok, limit, say)
-    val = load_examples(dataset, task.task, "val", task.read_row, tok, limit, say)
+    train = load_examples(dataset, task.data, "train", task.read_row, tok, limit, say)
+    val = load_examples(dataset, task.data, "val", task.read_row, tok, limit, say)
     if not train:
         raise UserError(f"data/{dataset}: no example for --method={method}")
     if task.add_head:
@@ -662,7 +662,7 @@ def main():
     n_steps = count_steps(len(train), batch_size, max_steps, max_epochs)
     computing, reason = choose_dtype(run.device, dtype, net.config.n_embd)
     cast = autocast(run.device, computing)
-    facts = facts_of(run, dataset, task.task, model, computing)
+    facts = facts_of(run, dataset, task.data, model, computing)
     if saved:
         folder.check_resume(saved, facts)
     n_base = n_params(net)

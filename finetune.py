@@ -13,8 +13,6 @@ best/, state.pt (to resume), log.jsonl, run.json. Ctrl-C and SIGTERM save and ex
 A method is a loss over examples: one entry of METHODS, below the losses. GRPO and PPO are in rl.py.
 """
 
-import sys
-
 from config import configure, defaults, settings
 
 # what, from what, to where
@@ -84,14 +82,10 @@ save_every = 200  # steps between checkpoints
 check_memorized = 40  # examples of each split that are tried word for word at the end; 0: none
 
 if __name__ == "__main__":
-    moved = bool({"--method=grpo", "--method=ppo"} & set(sys.argv))
-    if not moved:  # else configure would name rl.py's keys one by one
-        configure(globals())
-    if moved or method in ("grpo", "ppo"):
-        print("finetune.py: grpo and ppo are methods of rl.py: python rl.py", file=sys.stderr)
-        sys.exit(2)
+    configure(globals())
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -174,17 +168,17 @@ def read_sft(row, tok, limit):
     """Inputs and targets of a conversation, or of a plain record by the template: the loss is on
     what the assistant says (or {output}) and what ends it, nothing else."""
     if template is None:
-        ids, said = tok.chat(row["messages"])
+        ids, loss_mask = tok.chat(row["messages"])
     else:
-        ids, said = fill_template(row, tok, parse_templates(template))
-    if not any(said):
+        ids, loss_mask = fill_template(row, tok, parse_templates(template))
+    if not any(loss_mask):
         raise UserError("no response in it")
-    return fit(ids, said, limit)
+    return fit(ids, loss_mask, limit)
 
 
-def fit(ids, said, limit):
+def fit(ids, loss_mask, limit):
     """An example of these tokens and the mask of those that are to be learned."""
-    inputs, targets = targets_of(ids, said)
+    inputs, targets = targets_of(ids, loss_mask)
     cut = is_too_long(inputs, limit)
     example = {"ids": inputs[:limit], "targets": targets[:limit], "cut": cut}
     if all(t == IGNORED for t in example["targets"]):
@@ -212,8 +206,8 @@ def read_pair(row, tok, limit):
     """Two answers to one prompt: the inputs and targets of each."""
     pair = {}
     for which, messages in both_conversations(row).items():
-        ids, said = tok.chat(messages, answers="last")
-        pair[which] = fit(ids, said, limit)
+        ids, loss_mask = tok.chat(messages, answers="last")
+        pair[which] = fit(ids, loss_mask, limit)
     return checked_pair(pair, limit)
 
 
@@ -473,9 +467,10 @@ def method_and_adapt():
 
 def check_settings(name, config):
     """Refuse settings that no run can have, before anything is read or written."""
-    if name not in METHODS:
-        names = ", ".join([*METHODS, *ADAPTS[1:]])
-        raise UserError(f"--method={name}: expected {names} (grpo and ppo: rl.py)")
+    if name in ("grpo", "ppo"):
+        print(f"finetune.py: --method={name} is rl.py's: python rl.py", file=sys.stderr)
+        sys.exit(2)
+    check_choice("method", name, [*METHODS, *ADAPTS[1:]])
     check_adapt(config, merge)
     check_choice("init_from", init_from, ("base", "resume", "auto"))
     check_choice("too_long", too_long, ("truncate", "drop"))

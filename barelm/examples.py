@@ -33,7 +33,7 @@ def read_rows(dataset, task, split):
         return arithmetic_rows(split)
     path = task_file(dataset, task, split)
     if not path.is_file():
-        if split == "val":
+        if split == "val":  # training goes on without validation
             return []
         make = f"python prepare.py --task={task} --source=... --dataset={dataset}"
         raise UserError(f"{path}: no such file: {make} makes it")
@@ -48,7 +48,7 @@ def arithmetic_rows(split):
     rows = []
     for a in range(10):
         for b in range(10):
-            held_out = (3 * a + b) % 7 == 0
+            held_out = (3 * a + b) % 7 == 0  # spread evenly over both digits
             if held_out == (split == "val"):
                 question = {"role": "user", "content": f"{a} + {b} ="}
                 answer = {"role": "assistant", "content": str(a + b)}
@@ -65,6 +65,7 @@ def load_examples(dataset, task, split, read, tok, limit, say):
     for number, row in enumerate(read_rows(dataset, task, split), 1):
         try:
             example = read(row, tok, limit)
+        # What the code of a reader meets where a field is absent, or of another type.
         except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
             left_out.setdefault(reason_of(error), []).append(row)
         else:
@@ -86,11 +87,10 @@ def reason_of(error):
     return f"malformed: {error}"
 
 
-def targets_of(ids, said):
-    """(inputs, targets) of tokens and a mask, 1 for those that are to be learned: each input is
-    asked for the token behind it."""
-    targets = [token if s else IGNORED for token, s in zip(ids, said)]
-    return ids[:-1], targets[1:]
+def targets_of(ids, loss_mask):
+    """(inputs, targets) of tokens and a mask, 1 for those that are to be learned."""
+    targets = [token if learn else IGNORED for token, learn in zip(ids, loss_mask)]
+    return ids[:-1], targets[1:]  # each input is asked for the token behind it
 
 
 def conversation_ids(messages, tok):
@@ -112,6 +112,7 @@ def parse_templates(template):
     """The templates to choose from: one, or those of a list, which a flag gives as a text."""
     if not isinstance(template, str):
         return template
+    # A template is no Python, or none that can be read.
     with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         value = ast.literal_eval(template)
         if isinstance(value, list):
@@ -136,24 +137,25 @@ def fill_template(row, tok, templates):
     """(ids, mask of what is to be learned) of a record by its own template, or else the one of
     `templates` that its text chooses. Turns follow each other, each with the end token behind it; a
     system prompt that the template does not name stands before the first."""
-    template = templates[zlib.crc32(str(row).encode()) % len(templates)]  # in every run the same
-    if "{output}" in str(row.get("template")):
+    # By the record's text, so that every run and every epoch chooses the same.
+    template = templates[zlib.crc32(str(row).encode()) % len(templates)]
+    if "{output}" in str(row.get("template")):  # some data have other things under this name
         template = row["template"]
         check_template(template)
     before, _, after = template.partition("{output}")
     ids = []
-    if tok.eot_id is not None:
+    if tok.eot_id is not None:  # as pre-training begins a document
         ids.append(tok.eot_id)
-    said = [0] * len(ids)
+    loss_mask = [0] * len(ids)
     for fields in template_turns(row):
         question = before.format(**fields)
         if fields["system"] and "{system}" not in before:
             question = f"{fields['system']}\n\n{question}"
-        question_ids = tok.encode(question)
+        question_ids = tok.encode(question)  # apart from the answer: no token is of both
         answer_ids = tok.encode(fields["output"] + after.format(**fields)) + tok.eos_ids[:1]
         ids += question_ids + answer_ids
-        said += [0] * len(question_ids) + [1] * len(answer_ids)
-    return ids, said
+        loss_mask += [0] * len(question_ids) + [1] * len(answer_ids)
+    return ids, loss_mask
 
 
 def template_turns(row):
@@ -167,7 +169,7 @@ def template_turns(row):
     turn = dict(empty)
     for message in row["messages"]:
         content = message["content"]
-        if message["role"] == "assistant":
+        if message["role"] == "assistant":  # which ends the turn
             turns.append(turn | {"output": content})
             turn = dict(empty)
         else:
@@ -203,11 +205,12 @@ def pack_rows(examples, limit, several=True):
     """The examples in rows of up to `limit` tokens, first fit, longest first; `docs` numbers those
     of a row, from 1. several: False for a row each."""
     rows = []
-    for example in sorted(examples, key=lambda e: -len(e["ids"])):
+    longest_first = sorted(examples, key=lambda e: -len(e["ids"]))  # short ones fill the gaps
+    for example in longest_first:
         row = None
         if several:
-            n_free = limit - len(example["ids"])
-            row = next((r for r in rows if len(r["ids"]) <= n_free), None)
+            most = limit - len(example["ids"])  # tokens of a row that has room for it
+            row = next((r for r in rows if len(r["ids"]) <= most), None)
         if row is None:
             row = {"ids": [], "targets": [], "docs": []}
             rows.append(row)
@@ -224,7 +227,7 @@ def micro_batches(examples, micro_tokens):
     group = []
     longest = 0
     for example in examples:
-        longest = max(longest, n_tokens(example))
+        longest = max(longest, n_tokens(example))  # to which all of the group are padded
         if group and longest * (len(group) + 1) > micro_tokens:
             yield group
             group = []
@@ -244,5 +247,6 @@ def n_tokens(example):
 def padded(sequences, key, device, pad=0):
     """(B, T) int64 of the lists that the sequences have under a key, padded on the right."""
     T = max(len(s[key]) for s in sequences)
+    # On the right no real token sees the padding, attention being causal.
     rows = [s[key] + [pad] * (T - len(s[key])) for s in sequences]
     return torch.tensor(rows, device=device)

@@ -23,6 +23,7 @@ from barelm.tasks import gsm8k_answer, last_number
 
 def overlap(messages, text, answer):
     """F1 of the words of a text and of the answer that was expected."""
+    # How often each word is there: one that is said twice counts twice.
     text_words = Counter(text.lower().split())
     answer_words = Counter(answer.lower().split())
     n_shared = (text_words & answer_words).total()
@@ -49,6 +50,7 @@ def open_reward(name, device):
     """The function (messages, text, answer) -> number that `name` stands for."""
     if name in REWARDS:
         return REWARDS[name]
+    # At the last colon: a path may have others.
     file, _, function_name = name.rpartition(":")
     if name.endswith(".py"):
         raise UserError(f"--reward={name}: expected {name}:FUNCTION")
@@ -75,16 +77,17 @@ def open_function(name, file, function_name):
     """The function of this name that a file of the user's defines, if it fits a reward."""
     if not os.path.isfile(file):
         raise UserError(f"--reward={name}: no such file")
+    # The file is the user's own code, which may raise anything, or exit.
     try:
         function = runpy.run_path(file).get(function_name)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward={name}: {describe(error, file)}") from None
     if not callable(function):
         raise UserError(f"--reward={name}: no function {function_name!r} in it")
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function):  # it would give no number, but a promise of one
         raise UserError(f"--reward={name}: an async function: expected a plain one")
     with contextlib.suppress(ValueError):  # one that is written in C may have no signature
-        try:
+        try:  # now, and not after the first samples were made
             inspect.signature(function).bind([], "", "")
         except TypeError as error:
             call = f"{function_name}(messages, text, answer)"
@@ -94,7 +97,7 @@ def open_function(name, file, function_name):
 
 def describe(error, file):
     """One line on an exception: its kind, what it says, and the last line of `file` it came by."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__)  # the outermost first
     lines = [frame.lineno for frame in frames if frame.filename == file]
     place = f" (line {lines[-1]})" if lines else ""
     text = " ".join(str(error).split())
@@ -107,12 +110,13 @@ def reward_of(function, name, prompt, text):
     where = f"for {prompt.get('row', 'a prompt')}, where the model says {shorten(text)}"
     try:
         value = function(prompt["messages"], text, prompt["answer"])
-    except UserError:
+    except UserError:  # of a reward model: already a line
         raise
     except (Exception, SystemExit) as error:
         file = name.rpartition(":")[0]
         raise UserError(f"--reward={name}: {describe(error, file)}, {where}") from None
     number = to_float(value)
+    # What float32 has no place for would make infinite advantages.
     if not abs(number) <= torch.finfo(torch.float32).max:  # NaN is not, either
         raise UserError(f"--reward={name}: {shorten(value)} {where}: expected a finite number")
     return number
@@ -123,7 +127,7 @@ def to_float(value):
     if inspect.iscoroutine(value):
         value.close()  # or Python would warn that nobody has awaited it
     try:
-        number = value.item() if hasattr(value, "item") else value
+        number = value.item() if hasattr(value, "item") else value  # numpy's and torch's
         if isinstance(number, numbers.Number):
             return float(number)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # of several elements, complex

@@ -59,7 +59,7 @@ def check_adapt(config, merge):
     check_least("train_last", config.train_last, 0)
     if config.train_last != 0 and config.adapt != "full":
         raise UserError(f"train_last={config.train_last}: of --adapt=full, not of {config.adapt}")
-    if merge not in (False, True, "quantized"):
+    if merge not in (False, True, "quantized"):  # any text is a value of a bool | str
         raise UserError(f"--merge={merge}: expected nothing behind it, or quantized")
     if merge and not config.is_lora:
         raise UserError(f"--merge: there is no adapter to merge of --adapt={config.adapt}")
@@ -69,11 +69,11 @@ def check_adapt(config, merge):
 
 def count_steps(n_examples, batch_size, max_steps, max_epochs):
     """The optimizer steps of a run; None where neither is set, so that its clock alone ends it."""
-    limits = []
+    limits = []  # the first that is reached ends the run
     if max_steps:
         limits.append(max_steps)
     if max_epochs:
-        limits.append(math.ceil(n_examples / batch_size * max_epochs))
+        limits.append(math.ceil(n_examples / batch_size * max_epochs))  # the last may begin another
     return min(limits, default=None)
 
 
@@ -108,7 +108,7 @@ def open_learner(run, base, adapt, seed, dropout=0.0, recompute=False, add_marke
             raise UserError(f"{base} has no chat template, and new tokens need --method=sft first")
         tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), CHATML)
         run.say(f"{base} has no chat template: ChatML's is added")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # of the prompts, and later of LoRA's matrices or a head
     if adapt.adapt == "prompt":
         tok = add_prompts(net, tok, adapt.prompt_tokens)
     net.config.dropout = dropout
@@ -136,16 +136,22 @@ def stop_at_turns(learner, learns_end=False):
             tok.eos_ids = [*tok.eos_ids, token]
 
 
-def facts_of(run, dataset, task, base, dtype):
+def facts_of(run, dataset, data, base, dtype):
     """What the settings came to: the data, the model to start from, what it is computed in. A
     resume with other ones is refused, or told."""
-    files = sorted((Path("data") / dataset).glob(f"{task}_*.jsonl"))
-    names = ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors")
-    names += ("tokenizer_config.json", "chat_template.jinja")
+    files = sorted((Path("data") / dataset).glob(f"{data}_*.jsonl"))
+    patterns = (
+        "config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "*.safetensors",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    )
     model_files = []
-    for folder in model_and_bases(base):
-        for name in names:
-            model_files += sorted(folder.glob(name))
+    for folder in model_and_bases(base):  # an adapter is as much its base
+        for pattern in patterns:
+            model_files += sorted(folder.glob(pattern))
     return {
         "dataset": dataset if dataset == "arithmetic" else fingerprint(files),
         "model": fingerprint(model_files),
@@ -158,6 +164,7 @@ def facts_of(run, dataset, task, base, dtype):
 def make_optimizers(net, name, learning_rate, weight_decay, layer_decay):
     """`make_optimizer`'s; with a layer_decay other than 1 each block learns at the rate of the one
     behind it times that, the embedding slowest of all (Howard and Ruder 2018, section 3.2)."""
+    # beta2 of 0.99: a fine-tuning is short, and an average over 1,000 steps would never warm up.
     optimizers = make_optimizer(net, name, learning_rate, weight_decay, (0.9, 0.99))
     if layer_decay == 1:
         return optimizers
@@ -165,7 +172,7 @@ def make_optimizers(net, name, learning_rate, weight_decay, layer_decay):
     depths = {p: depth_of(name, n_layer) for name, p in net.named_parameters()}
     for optimizer in optimizers:
         groups = []
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # with weight decay, and without
             for depth in sorted({depths[p] for p in group["params"]}):
                 params = [p for p in group["params"] if depths[p] == depth]
                 peak = group["initial_lr"] * layer_decay ** (n_layer + 1 - depth)
@@ -190,6 +197,7 @@ def sum_figures(run, figures):
     """{name: number} summed over all processes, of which each may have other names."""
     if run.world == 1:
         return figures
+    # As objects, not as a tensor: a process without an example has no names to agree on.
     everyone = [None] * run.world
     dist.all_gather_object(everyone, figures)
     total = Counter()
@@ -225,7 +233,8 @@ def update(updater, groups, loss_of, size, cast, step, warmup_steps, zero_is_fau
     sums of, such as targets; the loss is divided by the size of the whole batch, so that neither
     micro-batches nor processes change the gradient. zero_is_fault: see Updater.step."""
     run = updater.run
-    size = max(sum_figures(run, {"size": size})["size"], 1e-9)
+    [size] = run.sum(size)
+    size = max(size, 1e-9)  # a batch without a target: no loss, and no NaN
     sums = Counter()
     for group in groups:
         with cast:
@@ -233,6 +242,7 @@ def update(updater, groups, loss_of, size, cast, step, warmup_steps, zero_is_fau
         updater.backward(loss / size)
         sums.update(figures)
         sums["loss"] += float(loss.detach())
+    # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
     sync_grads(updater.params)
     norm = float(updater.clip_gradients())
     sums = sum_figures(run, sums)
@@ -247,7 +257,7 @@ def saved_on_failure(learner, updater, state, folder):
     try:
         yield
     except UserError:
-        if state.step:
+        if state.step:  # else there is nothing that the base has not
             save_run(learner, updater, state, folder)
             learner.run.say(f"saved at step {state.step}; --init_from=resume goes on")
         raise
@@ -263,7 +273,8 @@ def show_step(run, row, n_steps, progress, seconds):
     """The line of progress of a step: its row of the log, and the time that is left."""
     if not run.is_main:
         return
-    figures = {key: row[key] for key in row if key not in ("step", "lr", "grad_norm", "dt")}
+    others = ("step", "lr", "grad_norm", "dt")  # which the line has in its own way
+    figures = {key: value for key, value in row.items() if key not in others}
     of = f" of {n_steps}" if n_steps else ""
     left = duration(seconds * (1 - progress) / progress)
     run.progress(
@@ -311,8 +322,7 @@ class State:
     since_best: int = 0  # validations since then
     first_verdict: dict | None = None  # the figures of the one before the first step
     seconds: float = 0.0  # of the main process's clock
-    warm_step: int = 0  # the step at which the warm-up ended, or the present one while it lasts
-    warm_seconds: float = 0.0  # and the seconds then
+    warm_seconds: float = 0.0  # the seconds when the warm-up ended; the present ones while it lasts
 
     def is_best(self, score):
         """Note the score of a validation: whether no other was as good."""
@@ -341,15 +351,15 @@ class State:
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
         n_signals, self.seconds = run.sum(signals.received > 0, clock)
         self.step += 1
-        return n_signals > 0
+        return n_signals > 0  # a save is one of all processes
 
     def lr_scale(self, schedule, horizon):
         """The factor of the learning rate in the step that begins."""
-        if self.step <= schedule.warmup_steps:
-            self.warm_step = self.step
+        warm_step = min(self.step, schedule.warmup_steps)
+        if self.step == warm_step:
             self.warm_seconds = self.seconds
         progress = self.progress(horizon)
-        warm_end = horizon.progress(self.warm_step, seconds=self.warm_seconds)
+        warm_end = horizon.progress(warm_step, seconds=self.warm_seconds)
         return schedule.scale(self.step, progress, warm_end)
 
 
@@ -357,16 +367,17 @@ def load_state(folder):
     """What save_run wrote into a folder: a dict."""
     saved = resume.load_state(folder)
     path = folder / "state.pt"
-    # What runs that were saved before these were have.
-    saved = {"warm_step": saved.get("step"), "warm_seconds": 0.0, "scaler": None} | saved
-    kinds = dict(step=0, best=-1.0, since_best=0, seconds=0.0, warm_step=0, warm_seconds=0.0)
+    saved = {"warm_seconds": 0.0, "scaler": None} | saved  # which older runs did not save
+    kinds = dict(step=0, since_best=0, seconds=0.0, warm_seconds=0.0)
+    kinds["best"] = -1.0  # any number: that of a reward is below 0
     kinds |= dict(weights={}, optimizers=[], parts=[])
     check_state(saved, kinds, path)
     check_parts(saved["parts"], path)
-    first = saved.get("first_verdict", "")  # None before any validation
-    figures = first.values() if isinstance(first, dict) else []
-    right = first is None or isinstance(first, dict)
-    if not right or not all(type(figure) is float for figure in figures):
+    first = saved.get("first_verdict", "")
+    is_right = first is None  # before any validation
+    if isinstance(first, dict):
+        is_right = all(type(figure) is float for figure in first.values())
+    if not is_right:
         raise UserError(f"{path}: first_verdict is none of a run's: damaged, or foreign")
     return saved
 
@@ -379,13 +390,14 @@ def restore(saved, learner, updater, folder):
     path = folder.path / "state.pt"
     params = learner.params()
     weights = saved["weights"]
-    right = params.keys() == weights.keys()
-    if not right or not all(same_kind(weights[name], p) for name, p in params.items()):
+    same_names = params.keys() == weights.keys()
+    if not same_names or not all(same_kind(weights[name], p) for name, p in params.items()):
         raise UserError(f"{path}: its weights are not those that learn here: damaged, or foreign")
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(weights[name])
     restore_optimizers(updater.optimizers, saved["optimizers"], path)
+    # A part of the run in another dtype has no scaler.
     if updater.scaler and saved["scaler"]:
         check_state(saved["scaler"], updater.scaler.state_dict(), path)
         updater.scaler.load_state_dict(saved["scaler"])
@@ -415,6 +427,7 @@ def save_run(learner, updater, state, folder):
     if learner.run.is_main:
         clear_folder(folder.path / "merged")  # of the adapter that is replaced
     saved = asdict(state) | {"parts": folder.parts}
+    # Beside the folder's: an adapter that is merged, or a value head, is in no file of it.
     saved["weights"] = {name: p.detach() for name, p in learner.params().items()}
     saved["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
     saved["scaler"] = updater.scaler.state_dict() if updater.scaler else None
@@ -427,13 +440,13 @@ def save_weights(learner, folder, step, saved=None):
     if not learner.run.is_main:
         return
     score = net.score
-    if learner.has_value_head:
+    if learner.has_value_head:  # taken off while the policy is written
         net.score = None
     if not learner.adapt.is_lora:
         checkpoint.save(folder, net, tok, step, saved)
     elif net.score is None:
         save_adapter(folder, net, tok, learner.base, learner.adapt, step, saved)
-    else:  # PEFT's file has no place for our score
+    else:  # PEFT's file has no place for our score; the copy is merged, training goes on
         checkpoint.save(folder, merge_adapters(copy.deepcopy(net)), tok, step, saved)
     net.score = score
 
@@ -456,7 +469,7 @@ def finish_adapter(learner, out, step, merge):
         say(f"plain folder: {out}, merged into {packed if is_packed else full}")
     if not merge:
         return
-    if is_packed and merge != "quantized":
+    if is_packed and merge != "quantized":  # the products go onto the weights as they were
         base_net, _ = load(base, net.model.embed_tokens.weight.device)
         unquantize(net, base_net)
     clear_folder(out / "merged")

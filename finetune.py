@@ -73,6 +73,7 @@ reference_free = False  # dpo: without the reference
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
+fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # looking on
@@ -507,7 +508,8 @@ def check_templates(name):
 def open_model(run, task, config):
     """The network and tokenizer to start from, with chat markers where the method wants them."""
     chats = task.reads_chats and template is None
-    learner = open_learner(run, model, config, seed, dropout, checkpoint_blocks, add_markers=chats)
+    learner = open_learner(run, model, config, seed, dropout, fast, add_markers=chats)
+    learner.net.checkpoint = checkpoint_blocks
     if chats:
         stop_at_turns(learner, learns_end=task.learns_responses)
     if template is not None and not learner.tok.eos_ids:
@@ -603,7 +605,8 @@ def try_memorized(learner, train, val, cast, row):
 
 
 # What a resume may change, and what shapes nothing, beside run.py's: see RunFolder.
-MAY_CHANGE = (*FREE, "early_stopping", "eval_examples", "lora_dropout", "micro_tokens", "neftune")
+MAY_CHANGE = (*FREE, "early_stopping", "eval_examples", "fast", "lora_dropout", "micro_tokens")
+MAY_CHANGE += ("neftune",)
 SHAPES_NOTHING = (*ASIDE, "merge", "check_memorized")
 
 

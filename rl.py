@@ -71,6 +71,7 @@ dropout = 0.0  # in the network
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 micro_tokens = 4096  # tokens at once on a device, at most, but one sample at least
+fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # looking on
@@ -203,7 +204,7 @@ def look(net, samples, n_vocab):
     targets = padded(samples, "targets", device, IGNORED)  # (B, T)
     is_answer = targets != IGNORED
     h = net.hidden(padded(samples, "ids", device))[is_answer]  # (N, C)
-    logits = net.lm_head(h)[:, :n_vocab].float() / temperature
+    logits = net.logits(h)[:, :n_vocab].float() / temperature
     log_probs = logits.log_softmax(-1)  # (N, n_vocab)
     log_p = log_probs.gather(1, targets[is_answer][:, None])[:, 0]
     with torch.no_grad():
@@ -415,7 +416,8 @@ def check_minibatches(n_samples, run):
 
 def open_policy(run, task):
     """The network and tokenizer to start from, ppo's with a head for values."""
-    learner = open_learner(run, model, adapt_config(), seed, dropout, checkpoint_blocks)
+    learner = open_learner(run, model, adapt_config(), seed, dropout, fast)
+    learner.net.checkpoint = checkpoint_blocks
     stop_at_turns(learner)
     if task.has_value:
         learner.net.set_score(["value"])
@@ -464,7 +466,7 @@ def look_on(learner, prompts, judge, cast, folder, step):
 
 
 # What a resume may change, and what shapes nothing, beside run.py's: see RunFolder.
-MAY_CHANGE = (*FREE, "early_stopping", "eval_examples", "lora_dropout", "micro_tokens")
+MAY_CHANGE = (*FREE, "early_stopping", "eval_examples", "fast", "lora_dropout", "micro_tokens")
 SHAPES_NOTHING = (*ASIDE, "merge")
 
 

@@ -97,12 +97,12 @@ class Learner:
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
 
-def open_learner(run, base, adapt, seed, dropout=0.0, recompute=False, add_markers=False):
+def open_learner(run, base, adapt, seed, dropout=0.0, fast=True, add_markers=False):
     """The model `base` with its tokenizer, and with soft prompts if AdaptConfig asks for them.
-    seed: of all that is drawn from here on. recompute: the blocks, in backward.
+    seed: of all that is drawn from here on. fast: as GPT takes it.
     add_markers: give a model without a chat template ChatML's, and rows for its markers."""
     # Of qlora the 4 bits alone go to the device, once they are made.
-    net, tok = load(base, "cpu" if adapt.adapt == "qlora" else run.device)
+    net, tok = load(base, "cpu" if adapt.adapt == "qlora" else run.device, fast=fast)
     if add_markers and not tok.config.get("chat_template"):
         if adapt.is_lora:  # a PEFT folder has no place for new rows of the embedding
             raise UserError(f"{base} has no chat template, and new tokens need --method=sft first")
@@ -112,7 +112,6 @@ def open_learner(run, base, adapt, seed, dropout=0.0, recompute=False, add_marke
     if adapt.adapt == "prompt":
         tok = add_prompts(net, tok, adapt.prompt_tokens)
     net.config.dropout = dropout
-    net.checkpoint = recompute
     return Learner(run, net, tok, base, adapt)
 
 

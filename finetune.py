@@ -605,8 +605,15 @@ def try_memorized(learner, train, val, cast, row):
 
 
 # What a resume may change, and what shapes nothing, beside run.py's: see RunFolder.
-MAY_CHANGE = (*FREE, "early_stopping", "eval_examples", "fast", "lora_dropout", "micro_tokens")
-MAY_CHANGE += ("neftune",)
+MAY_CHANGE = (
+    *FREE,
+    "early_stopping",
+    "eval_examples",
+    "fast",
+    "lora_dropout",
+    "micro_tokens",
+    "neftune",
+)
 SHAPES_NOTHING = (*ASIDE, "merge", "check_memorized")
 
 

@@ -2155,7 +2155,8 @@ ADAPTERS = ("lora", "qlora", "adapter", "prompt")  # methods that are an SFT of 
 def finetune_settings():
     """finetune.py's settings as SimpleNamespace: its defaults, then the recipes of this command
     line, then the method that `finetune` names."""
-    keys = script_keys(Path(__file__).with_name("finetune.py"))
+    keys = script_keys(Path(__file__).with_name("rl.py"))
+    keys |= script_keys(Path(__file__).with_name("finetune.py"))
     chosen = {key: default for key, (default, *_) in keys.items()}
     for path in same_recipes().split():
         values = run_recipe(path, chosen, keys)

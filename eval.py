@@ -75,6 +75,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,8 @@ from barelm.run import (
     setup,
 )
 from barelm.sandbox import require_sandbox, run_programs
-from barelm.scores import figure, flat, mean, perplexity, read_results
-from barelm.scoring import Request, grouped, plain_scores, score_by_position, shared_scores
+from barelm.scores import divided, figure, flat, mean, perplexity, read_results
+from barelm.scoring import Request, plain_scores, score_by_position, shared_scores
 from barelm.shards import check_tokens, open_shard
 from barelm.tasks import (
     ROW_ERRORS,
@@ -135,6 +136,7 @@ def open_task(name, run):
         near = difflib.get_close_matches(name, [*TASKS, "loss", "classify"], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
+    # What a task lacks is told now, not when the model has answered.
     if task.rubric and not judge_url:
         raise UserError(f"{name}: its rubric needs --judge_url and --judge_model")
     if not task.rows:
@@ -152,7 +154,7 @@ def open_benchmark(name, run):
     task = replace(TASKS[name], name=name)
     if download and run.is_main:
         fetch_rows(task, data)
-    agree(run)
+    agree(run)  # nobody reads what is not there yet
     task.rows, task.examples = find_rows(task, data)
     if task.program and run.is_main:
         require_sandbox(allow_code_exec, allow_weak_sandbox)
@@ -164,47 +166,52 @@ def open_benchmark(name, run):
 
 
 @dataclass
-class Asked:
-    """A row, what was made of it, and the requests that the model gets."""
+class Item:
+    """A row, what is asked about it, and the requests that the model gets."""
 
     row: dict
-    prompt: str  # with the description and the shots before it
+    before: str  # the description and the solved examples
     question: Question
-    requests: list
+    requests: list  # one; of choices whose contexts were cut differently, one for each
+
+    @property
+    def prompt(self):
+        """All that the model reads before its answer, or before a choice."""
+        return self.before + self.question.prompt
 
 
-def ask(task, net, tok):
-    """[Asked] of a task's rows, how many prompts are cut from the left, and how many questions
-    stand among their own shots, solved."""
+def make_items(task, net, tok):
+    """[Item] of a task's rows, how many prompts are cut from the left, and how many questions stand
+    among their own shots, solved."""
     n_ctx = net.config.n_ctx
     answer_tokens = max_new_tokens or task.max_new_tokens
     if task.kind == "generate" and answer_tokens >= n_ctx:
         why = f"{answer_tokens} new tokens leave no room for a prompt in the context of {n_ctx}"
         raise UserError(f"{task.name}: {why}: lower --max_new_tokens")
-    asked = []
+    items = []
     n_cut = 0
     n_solved = 0
     for row, before in with_shots(task):
-        question = read_row(task, row)
-        prompt = before + question.prompt
-        if f"{question.prompt}{task.delimiter}" in before:
+        item = Item(row, before, read_row(task, row), [])
+        if f"{item.question.prompt}{task.delimiter}" in before:
             n_solved += 1
         if task.kind == "choice":
-            requests, was_cut = choice_requests(task, tok, before, question, n_ctx)
+            item.requests, was_cut = choice_requests(task, tok, item, n_ctx)
         else:
             room = n_ctx - answer_tokens
-            ids = prompt_ids(task, tok, prompt)
+            ids = prompt_ids(task, tok, item.prompt)
             was_cut = len(ids) > room
-            requests = [Request("", ids[-room:], [[]] * num_samples)]
+            # An empty continuation for each answer that is to be made.
+            item.requests = [Request("", ids[-room:], [[]] * num_samples)]
         n_cut += was_cut
-        asked.append(Asked(row, prompt, question, requests))
-    return asked, n_cut, n_solved
+        items.append(item)
+    return items, n_cut, n_solved
 
 
 def with_shots(task):
     """For each row, (row, what comes before its prompt): the description and solved examples, drawn
     with `seed`."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # one for all rows, as the harness has one for a task
     for row in limited(task.rows):
         examples = draw_shots(task, row, rng)
         try:
@@ -223,7 +230,7 @@ def limited(rows):
     for row in rows:
         subject = subject_of(row)
         n_seen[subject] += 1
-        if not limit or n_seen[subject] <= limit:
+        if not limit or n_seen[subject] <= limit:  # of MMLU's 57 subjects, so many each
             yield row
 
 
@@ -262,20 +269,21 @@ def draw_from_rows(task, row, n, rng):
     return rng.sample(pool, n)
 
 
-def choice_requests(task, tok, before, question, n_ctx):
+def choice_requests(task, tok, item, n_ctx):
     """The requests that score a question's choices, and whether its prompt was cut."""
     contexts = []
     continuations = []
     was_cut = False
-    for choice in question.choices:
+    for choice in item.question.choices:
         try:
-            pair = encode_pair(tok, before + question.prompt, task.delimiter + choice, n_ctx)
+            pair = encode_pair(tok, item.prompt, task.delimiter + choice, n_ctx)
         except ValueError as error:
-            raise UserError(f"{task.name}: {error}: {question.prompt[:80]!r}") from None
+            raise UserError(f"{task.name}: {error}: {item.question.prompt[:80]!r}") from None
         contexts.append(pair[0])
         continuations.append(pair[1])
         was_cut = was_cut or pair[2]
-    shared = before if task.fixed_shots else ""
+    # Shots that all questions of a subject have are worth a batch of their own.
+    shared = item.before if task.fixed_shots else ""
     if all(ids == contexts[0] for ids in contexts):
         return [Request(shared, contexts[0], continuations)], was_cut
     # A long choice leaves room for less of the context: then each has a context of its own.
@@ -294,6 +302,8 @@ def encode_pair(tok, context, continuation, n_ctx):
     continuation = context[len(stripped) :] + continuation
     if stripped:
         ids = tok.start + tok.encode(stripped)
+        # What the continuation adds. Where it also changes the context's last token, that counts
+        # for nothing, as in the harness.
         rest = (tok.start + tok.encode(stripped + continuation))[len(ids) :]
     else:
         ids = [tok.eot_id]
@@ -363,7 +373,8 @@ class Answers:
             raise UserError(f"{self.path}: {why}: make room, and run it again") from None
 
     def key(self, depends_on, request):
-        """What tells a request from all others, of this model and with these settings."""
+        """What tells a request from all others, of this model and with these settings; not with
+        whom it shares a beginning, which changes no answer."""
         asked = [self.identity, depends_on, request.context, request.continuations]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
@@ -376,20 +387,20 @@ class Answers:
         keys = [self.key(depends_on, request) for request in requests]
         # Equal requests are answered once: no answer depends on which process comes last.
         unique = dict(zip(keys, requests))
-        unique_keys = list(unique)
-        batches = make_batches(list(unique.values()), max_tokens or micro_tokens)
+        # All processes make the same batches, and each takes every world-th of them.
+        batches = make_batches(unique, max_tokens or micro_tokens)
         own_batches = batches[self.run.rank :: self.run.world]
         own_keys = []
         total = sum(map(len, own_batches))
-        n_new = 0
+        n_new = 0  # answered now, not read from a stopped run's file
         begun = time.monotonic()
         progress = Progress() if self.run.is_main else None
         for batch in own_batches:
-            batch_keys = [unique_keys[i] for i in batch]
-            if not all(key in self.answered for key in batch_keys):
-                self.answer(batch_keys, [unique[key] for key in batch_keys], work)
+            # All of a batch, or nothing: what stands beside a request must not change.
+            if not self.answered.keys() >= set(batch):
+                self.answer(batch, unique, work)
                 n_new += len(batch)
-            own_keys += batch_keys
+            own_keys += batch
             if progress:
                 seconds_each = (time.monotonic() - begun) / max(1, n_new)
                 left = duration(seconds_each * (total - len(own_keys)))
@@ -400,10 +411,10 @@ class Answers:
         self.share(own_keys)
         return [self.answered[key] for key in keys]
 
-    def answer(self, keys, requests, work):
-        """Answer a batch, and keep what was answered."""
+    def answer(self, batch, requests, work):
+        """Answer a batch, keys of requests {key: Request}, and keep what was answered."""
         lines = []
-        for key, answer in zip(keys, work(requests)):
+        for key, answer in zip(batch, work([requests[key] for key in batch])):
             self.answered[key] = answer
             lines.append(json.dumps([key, answer]) + "\n")
         self.write("".join(lines))
@@ -427,25 +438,27 @@ class Answers:
 
 
 def make_batches(requests, max_tokens):
-    """Lists of indices of requests, of max_tokens at most when padded, but of one request at least.
-    The longest come first, so that the time left is no surprise; what shares its beginning stays
-    together."""
+    """Lists of keys of requests {key: Request}, of max_tokens at most when padded, but of one
+    request at least. The longest come first, so that the time left is no surprise; what shares its
+    beginning stays together."""
 
-    def order(i):
-        request = requests[i]
-        return request.shared, -len(request.context), -longest_continuation(request), i
+    def order(key):
+        request = requests[key]
+        return request.shared, -len(request.context), -longest_continuation(request)
 
     batches = []
     widest = 0  # tokens of the largest request of the last batch, which all are padded to
-    for i in sorted(range(len(requests)), key=order):
-        size = request_tokens(requests[i])
+    shared = None  # what its requests begin with
+    for key in sorted(requests, key=order):  # sorted keeps the order of equals
+        request = requests[key]
+        size = request_tokens(request)
         widest = max(widest, size)
-        fits = batches and widest * (len(batches[-1]) + 1) <= max_tokens
-        if fits and requests[i].shared == requests[batches[-1][0]].shared:
-            batches[-1].append(i)
+        if request.shared == shared and widest * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(key)
         else:
-            batches.append([i])
+            batches.append([key])
             widest = size
+            shared = request.shared
     return batches
 
 
@@ -476,7 +489,8 @@ def complete(net, tok, task, requests):
     prompts = []
     for request in requests:
         prompts += [request.context] * num_samples
-    # A batch draws by its first prompt: the same in a run that continues, another in each batch.
+    # A batch draws by its first prompt: as before in a run that continues, and the same on any
+    # number of processes, but not as another batch does.
     digest = hashlib.sha256(json.dumps([seed, prompts[0]]).encode()).hexdigest()
     generations = generate(
         net,
@@ -487,8 +501,8 @@ def complete(net, tok, task, requests):
         seed=int(digest[:7], 16),
         stop=task.stop,
     )
-    texts = [generation.text for generation in generations]
-    return grouped(texts, [num_samples] * len(requests))
+    texts = iter([generation.text for generation in generations])
+    return [list(islice(texts, num_samples)) for _ in requests]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -507,44 +521,47 @@ class Result:
 
 def run_questions(task, net, tok, answers, say):
     """Scores of a task of questions, overall and by subject, and its samples."""
-    asked, n_cut, n_solved = ask(task, net, tok)
+    items, n_cut, n_solved = make_items(task, net, tok)
     if n_solved:
         why = "the examples hold them, and the harness draws them too"
-        say(f"{task.name}: {n_solved} of {len(asked)} questions stand among their own shots, "
+        say(f"{task.name}: {n_solved} of {len(items)} questions stand among their own shots, "
             f"solved: {why}")  # fmt: skip
     if n_cut:
-        say(f"{task.name}: {n_cut} of {len(asked)} prompts are cut from the left to the context")
+        say(f"{task.name}: {n_cut} of {len(items)} prompts are cut from the left to the context")
     if task.kind == "choice":
-        judgements = judge_choices(task, net, answers, asked)
+        return total_scores(items, judge_choices(task, net, answers, items))
+    texts = answer_texts(task, net, tok, answers, items)
+    if task.program:
+        judgements = judge_programs(task, answers, items, texts)
+    elif task.rubric and not task.judge:
+        judgements = judge_by_rubric(task, answers, items, texts)
     else:
-        texts = answer_texts(task, net, tok, answers, asked)
-        if task.program:
-            judgements = judge_programs(task, answers, asked, texts)
-        elif task.rubric and not task.judge:
-            judgements = judge_by_rubric(task, answers, asked, texts)
-        else:
-            judgements = judge_texts(task, asked, texts)
-    return total_scores(asked, judgements)
+        judgements = judge_texts(task, items, texts)
+    return total_scores(items, judgements)
 
 
-def judge_choices(task, net, answers, asked):
-    """For each question, ({metric: value}, what --samples shows): acc, whether the likeliest choice
-    is the right one; acc_norm, by log p for each character of it."""
-    requests = [request for question in asked for request in question.requests]
+def judge_choices(task, net, answers, items):
+    """For each item, ({metric: value}, what --samples shows): acc, whether the likeliest choice is
+    the right one; acc_norm, whether it is by log p for each character."""
+    requests = []
+    for item in items:
+        requests += item.requests
 
     def work(batch):
         return score(net, batch)
 
-    replies = answers(task.name, "score", requests, work)
+    replies = iter(answers(task.name, "score", requests, work))
     judgements = []
-    for question, sums in zip(asked, grouped(replies, [len(a.requests) for a in asked])):
-        logprobs = [p for request_sums in sums for p in request_sums]
-        choices = question.question.choices
-        right = question.question.answer
+    for item in items:
+        choices = item.question.choices
+        right = item.question.answer
+        logprobs = []  # of each choice, in nats
+        for _ in item.requests:
+            logprobs += next(replies)
         norms = []
         for p, choice in zip(logprobs, choices):
             norms.append(p / len(choice) if choice else -math.inf)
-        best = logprobs.index(max(logprobs))
+        best = logprobs.index(max(logprobs))  # of equals the first, as in the harness
         metrics = {
             "acc": float(best == right),
             "acc_norm": float(norms.index(max(norms)) == right),
@@ -553,7 +570,7 @@ def judge_choices(task, net, answers, asked):
     return judgements
 
 
-def answer_texts(task, net, tok, answers, asked):
+def answer_texts(task, net, tok, answers, items):
     """The model's answers to each question: lists of num_samples texts."""
     answer_tokens = max_new_tokens or task.max_new_tokens
     depends_on = ["complete", num_samples, temperature, seed, task.stop, answer_tokens]
@@ -561,75 +578,91 @@ def answer_texts(task, net, tok, answers, asked):
     def work(batch):
         return complete(net, tok, task, batch)
 
-    return answers(task.name, depends_on, [question.requests[0] for question in asked], work)
+    requests = [item.requests[0] for item in items]
+    return answers(task.name, depends_on, requests, work)
 
 
-def judge_programs(task, answers, asked, texts):
-    """The same for code: pass@k, by running each answer's program in the sandbox."""
-    requests = []
-    for question, question_texts in zip(asked, texts):
-        for answer in question_texts:
-            source = write_program(task, question.row, answer)
-            requests.append(Request("", [source], []))
-
-    def work(batch):
-        return run_programs([request.context[0] for request in batch], weak=allow_weak_sandbox)
-
-    verdicts = answers(f"{task.name}, programs", "run", requests, work, max_tokens=32)
+def judge_texts(task, items, texts):
+    """For each item the same, of answers that a function judges."""
     judgements = []
-    for answer, ending in zip(texts, grouped(verdicts, [len(answer) for answer in texts])):
-        n = len(ending)
-        n_passed = ending.count("passed")
-        metrics = {f"pass@{k}": pass_at_k(n, n_passed, k) for k in (1, 10, 100) if k <= n}
-        judgements.append((metrics, {"answers": answer, "verdicts": ending}))
+    for item, item_texts in zip(items, texts):
+        metrics = checked_judgement(task, item.row, item_texts)
+        judgements.append((metrics, {"answers": item_texts}))
     return judgements
 
 
-def judge_by_rubric(task, answers, asked, texts):
-    """The same for answers that a model at judge_url rates: the first answer to each question."""
+def judge_programs(task, answers, items, texts):
+    """For each item the same, of code: pass@k, by running each answer's program in the sandbox."""
     requests = []
-    for question, answer in zip(asked, texts):
-        requests.append(Request("", [question.question.prompt, answer[0]], []))
+    for item, item_texts in zip(items, texts):
+        for answer in item_texts:
+            requests.append(Request("", [write_program(task, item.row, answer)], []))
 
     def work(batch):
-        return [ask_judge(judge_url, judge_model, *r.context, task.rubric) for r in batch]
+        sources = [request.context[0] for request in batch]
+        return run_programs(sources, weak=allow_weak_sandbox)
+
+    # 32 at once: enough for all cores, and no more than that is lost with a kill.
+    replies = iter(answers(f"{task.name}, programs", "run", requests, work, max_tokens=32))
+    judgements = []
+    for item_texts in texts:
+        n = len(item_texts)
+        verdicts = list(islice(replies, n))
+        n_passed = verdicts.count("passed")
+        metrics = {}
+        for k in (1, 10, 100):
+            if k <= n:
+                metrics[f"pass@{k}"] = pass_at_k(n, n_passed, k)
+        judgements.append((metrics, {"answers": item_texts, "verdicts": verdicts}))
+    return judgements
+
+
+def judge_by_rubric(task, answers, items, texts):
+    """For each item the same, of its first answer, which the model at judge_url rates."""
+    requests = []
+    for item, item_texts in zip(items, texts):
+        requests.append(Request("", [item.question.prompt, item_texts[0]], []))
+
+    def work(batch):
+        ratings = []
+        for request in batch:
+            question, answer = request.context
+            ratings.append(ask_judge(judge_url, judge_model, question, answer, task.rubric))
+        return ratings
 
     depends_on = ["rate", judge_url, judge_model, task.rubric]
-    # One by one, so that what was paid for is kept.
+    # One at a time (a question and an answer are two), so that what was paid for is kept.
     ratings = answers(f"{task.name}, ratings", depends_on, requests, work, max_tokens=2)
-    return [({"rating": rating}, {"answers": text}) for rating, text in zip(ratings, texts)]
-
-
-def judge_texts(task, asked, texts):
-    """The same for answers that a function judges."""
     judgements = []
-    for question, answer in zip(asked, texts):
-        metrics = checked_judgement(task, question.row, answer)
-        judgements.append((metrics, {"answers": answer}))
+    for rating, item_texts in zip(ratings, texts):
+        judgements.append(({"rating": rating}, {"answers": item_texts}))
     return judgements
 
 
-def total_scores(asked, judgements):
-    """The Result of questions and of what was judged of each, in all and by subject."""
+def total_scores(items, judgements):
+    """The Result of items and of what was judged of each, in all and by subject."""
     values = {}  # {subject, or "" for all: {metric: [value]}}
+    counts = Counter()  # questions of each subject
     log = []
-    for question, (metrics, shown) in zip(asked, judgements):
-        sample = {"prompt": question.prompt, "right": question.question.answer}
+    for item, (metrics, shown) in zip(items, judgements):
+        sample = {"prompt": item.prompt, "right": item.question.answer}
         log.append(sample | shown | metrics)
-        for group in {"", subject_of(question.row)}:
+        subject = subject_of(item.row)
+        counts[subject] += 1
+        for group in {"", subject}:
             group_values = values.setdefault(group, {})
             for metric, value in metrics.items():
+                # IFEval's are lists: of each instruction, so that rows count by how many they have.
                 numbers = value if isinstance(value, list) else [value]
                 group_values.setdefault(metric, []).extend(numbers)
     scores = {}
     for group, group_values in values.items():
         scores[group] = {metric: mean(numbers) for metric, numbers in group_values.items()}
-    counts = Counter(subject_of(question.row) for question in asked)
     by = {}
-    if len(counts) > 1:
+    if len(counts) > 1:  # one subject is all there is
         for subject in sorted(filter(None, counts)):
             by[subject] = flat(scores[subject]) | {"n": counts[subject]}
-    return Result(scores[""], len(asked), by, log)
+    return Result(scores[""], len(items), by, log)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -638,11 +671,12 @@ def total_scores(asked, judgements):
 
 @dataclass
 class Piece:
-    """A document, or a window of the validation shards: independent of the others in the error."""
+    """A document, or a window of the validation shards: what the standard error takes to be
+    independent of the others."""
 
-    requests: list
+    requests: list  # its windows, each of one continuation
     n_bytes: int
-    n_words: int
+    n_words: int = 0  # of documents
 
 
 def run_loss(net, tok, answers, say):
@@ -653,57 +687,65 @@ def run_loss(net, tok, answers, say):
         pieces = {"": text_pieces(tok, length)}
     else:
         pieces = shard_pieces(tok, length)
-    requests = [r for group in pieces.values() for piece in group for r in piece.requests]
+    requests = []
+    for source_pieces in pieces.values():
+        for piece in source_pieces:
+            requests += piece.requests
     by_position = {}
     if length > net.config.n_ctx:
         logprobs, by_position = score_beyond(net, answers, requests, length)
     else:
         sums = answers("loss", "score", requests, lambda batch: score(net, batch))
-        logprobs = [window[0] for window in sums]
+        logprobs = [window_sums[0] for window_sums in sums]
+    replies = iter(logprobs)
     scores = {}
-    counts = {}
+    by = {}
     log = []
-    begin = 0
-    for source, group in pieces.items():
-        end = begin + sum(len(piece.requests) for piece in group)
-        source_scores, rows = score_source(group, logprobs[begin:end])
-        begin = end
+    for source, source_pieces in pieces.items():
+        rows = piece_rows(source, source_pieces, replies)
+        log += rows
         if rows:
-            scores[source] = source_scores
-            counts[source] = len(group)
-            log += [{"source": source} | row for row in rows]
+            scores[source] = score_source(source_pieces, rows)
+            if source:
+                by[source] = flat(scores[source]) | {"n": len(source_pieces)}
     if not scores:
         raise UserError(f"data/{dataset}: no token to score: its shards hold one, or none")
-    by = {}
-    for source in scores:
-        if source:
-            by[source] = flat(scores[source]) | {"n": counts[source]}
-    # Of sources without one of all, the first stands for it.
+    # Shards that are all of a source have none of all together: the first source stands for it.
     whole = "" if "" in scores else next(iter(scores))
-    return Result(scores[whole], counts[whole], by | by_position, log)
+    return Result(scores[whole], len(pieces[whole]), by | by_position, log)
 
 
-def score_source(pieces, logprobs):
-    """({metric: (value, error)}, [{nats, tokens, bytes}] of each piece) of one source's pieces,
-    by the log p of their windows; no rows where they hold no token to score."""
+def piece_rows(source, pieces, replies):
+    """[{source, nats, tokens, bytes}] of one source's pieces, by the log p of their windows, which
+    are the next of `replies`; [] where they hold no token to score."""
     rows = []
-    windows = grouped(logprobs, [len(piece.requests) for piece in pieces])
-    for piece, piece_logprobs in zip(pieces, windows):
-        n_tokens = sum(len(request.continuations[0]) for request in piece.requests)
-        n_bytes = max(piece.n_bytes, 1e-9)  # of special tokens alone there are none
-        rows.append({"nats": -sum(piece_logprobs), "tokens": n_tokens, "bytes": n_bytes})
+    n_tokens_in_all = 0
+    for piece in pieces:
+        logprob = sum(islice(replies, len(piece.requests)))
+        n_tokens = 0
+        for request in piece.requests:
+            n_tokens += len(request.continuations[0])
+        n_tokens_in_all += n_tokens
+        n_bytes = max(piece.n_bytes, 1e-9)  # special tokens alone have none
+        rows.append({"source": source, "nats": -logprob, "tokens": n_tokens, "bytes": n_bytes})
+    return rows if n_tokens_in_all else []
+
+
+def score_source(pieces, rows):
+    """{metric: (value, error)} of one source's pieces and of what piece_rows says of them."""
     nats = [row["nats"] for row in rows]
-    tokens = [row["tokens"] for row in rows]
-    if not sum(tokens):
-        return {}, []
-    loss = mean(nats, tokens)
+    loss = mean(nats, [row["tokens"] for row in rows])
     nats_per_byte = mean(nats, [row["bytes"] for row in rows])
-    scores = {"loss": loss, "perplexity": perplexity(loss)}
-    scores["bits_per_byte"] = tuple(x and x / math.log(2) for x in nats_per_byte)
+    scores = {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": divided(nats_per_byte, math.log(2)),
+    }
     if text:
+        # As the harness has them, of documents alone: shards do not say where a word ends.
         scores["byte_perplexity"] = perplexity(nats_per_byte)
         scores["word_perplexity"] = perplexity(mean(nats, [piece.n_words for piece in pieces]))
-    return scores, rows
+    return scores
 
 
 def window_length(net):
@@ -736,7 +778,7 @@ def shard_pieces(tok, length):
         pieces[source] = []
         for window in shard_windows(source_paths, length, tok.n_vocab):
             n_bytes = sum(len(tok.token_bytes(token)) for token in window.continuations[0])
-            pieces[source].append(Piece([window], n_bytes, 0))
+            pieces[source].append(Piece([window], n_bytes))
     return pieces
 
 
@@ -745,7 +787,8 @@ def shard_windows(paths, length, n_vocab):
     shards = [open_shard(path) for path in paths]
     starts = []  # (which shard, where) of every window
     for s, shard in enumerate(shards):
-        starts += [(s, begin) for begin in range(0, len(shard) - 1, length)]
+        for begin in range(0, len(shard) - 1, length):  # - 1: the last token has no next one
+            starts.append((s, begin))
     n = len(starts)
     if eval_tokens:
         n = min(n, math.ceil(eval_tokens / length))
@@ -882,7 +925,10 @@ def agree(run):
 
 def identity(compute):
     """What tells this model's answers from another's: its files, and what it computes in."""
-    parts = [str(compute), quantize, model] + ["plain"] * (not fast)
+    parts = [str(compute), quantize, model]
+    if not fast:  # whose sums differ in their last bits
+        parts.append("plain")
+    # Sizes and times stand for what is in the files: to read those would take long.
     for path in sorted(find(model).glob("*")):
         if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
             parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
@@ -929,9 +975,10 @@ def results_folder():
 def write_samples(folder, name, rows):
     """samples_TASK.jsonl, a question a line; of a task's name, what a file's name may hold."""
     plain_name = re.sub(r"[^\w.-]+", "_", name)[-200:]
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     with whole_file(folder / f"samples_{plain_name}.jsonl") as file:
-        file.write("".join(lines).encode(errors="replace"))
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+            file.write(line.encode(errors="replace"))  # halves of surrogate pairs, which JSON had
 
 
 def main():
@@ -961,12 +1008,16 @@ def main():
         entry = flat(result.scores) | {"n": result.n}
         entry["seconds"] = round(time.monotonic() - begun, 3)
         entry["settings"] = settings(globals())
+        # Those that were used: a task has a usual number of its own.
         entry["settings"]["shots"] = opened[name].shots if name in opened else None
         if result.by:
             entry["by"] = result.by
         results[name] = entry
         for subject, figures in result.by.items():
-            shown = [f"{k} {figure(v)}" for k, v in figures.items() if not k.endswith("_stderr")]
+            shown = []
+            for key, value in figures.items():
+                if not key.endswith("_stderr"):
+                    shown.append(f"{key} {figure(value)}")
             run.say(f"  {name} {subject}: {', '.join(shown)}")
         if samples and run.is_main:
             write_samples(folder, name, result.samples)

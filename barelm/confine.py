@@ -35,15 +35,24 @@ import sys
 import types
 
 # Numbers from Linux's headers: linux/prctl.h, linux/landlock.h, linux/capability.h.
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME = 1, 15, 16
-PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 8, 22, 38
+PR_SET_PDEATHSIG = 1
+PR_SET_KEEPCAPS = 8
+PR_SET_NAME = 15
+PR_GET_NAME = 16
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
 SIGKILL = 9
-LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # any machine's
+# Landlock's three system calls have these numbers on every machine.
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_ADD_RULE = 445
+LANDLOCK_RESTRICT_SELF = 446
 LANDLOCK_CREATE_RULESET_VERSION = 1  # the flag that asks for the version
 LANDLOCK_RULE_PATH_BENEATH = 1
 # How many rights to files each version of Landlock can withhold; versions from 5 on: 16.
 LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
 CAPABILITY_VERSION_3 = 0x20080522
 CAP_DAC_READ_SEARCH = 1 << 2
 
@@ -198,13 +207,26 @@ def die_with_parent(parent):
 
 # An instruction is (operation, lines to skip if so, lines to skip if not so, operand).
 LOAD = 0x20  # a word of struct seccomp_data, at the offset that is the operand
-IF_EQUAL, IF_AT_LEAST, IF_HAS_BIT = 0x15, 0x35, 0x45
+IF_EQUAL = 0x15  # is the word that was loaded last the operand
+IF_AT_LEAST = 0x35
+IF_HAS_BIT = 0x45
 RETURN = 0x06
-NUMBER, ARCHITECTURE, ARGUMENT_0, ARGUMENT_1 = 0, 4, 16, 24  # offsets in struct seccomp_data
+# Offsets in struct seccomp_data; of an argument, its lower half, which both machines put first.
+NUMBER = 0
+ARCHITECTURE = 4
+ARGUMENT_0 = 16
+ARGUMENT_1 = 24
 ALLOW = 0x7FFF0000
-EPERM, ENOSYS = 0x50000 | 1, 0x50000 | 38  # refused, with this errno
-F_SETOWN, F_SETOWN_EX = 8, 15
+EPERM = 0x50000 | 1  # refused, with this errno
+ENOSYS = 0x50000 | 38
+F_SETOWN = 8
+F_SETOWN_EX = 15
 CLONE_THREAD = 0x10000
+ARCHITECTURES = ("x86_64", "aarch64")  # whose numbers are below, and in DENIED, in this order
+AUDIT_ARCH = (0xC000003E, 0xC00000B7)
+CLONE = (56, 220)
+FCNTL = (72, 25)
+PRCTL = (157, 167)
 SECCOMP_MODE_FILTER = 2
 
 
@@ -218,16 +240,12 @@ def filter_system_calls():
 
 def filter_program(machine):
     """The instructions of the filter, for x86_64 or aarch64; an OSError for other machines."""
-    if machine == "x86_64":
-        architecture, column = 0xC000003E, 1
-        clone, fcntl, prctl = 56, 72, 157
-    elif machine == "aarch64":
-        architecture, column = 0xC00000B7, 2
-        clone, fcntl, prctl = 220, 25, 167
-    else:
+    if machine not in ARCHITECTURES:
         raise OSError(f"no table of system calls for {machine}")
+    column = ARCHITECTURES.index(machine)
     # Calls of another architecture (32-bit ones) have other numbers: none is allowed.
-    code = [(LOAD, 0, 0, ARCHITECTURE), (IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, EPERM)]
+    code = [(LOAD, 0, 0, ARCHITECTURE)]
+    code += [(IF_EQUAL, 1, 0, AUDIT_ARCH[column]), (RETURN, 0, 0, EPERM)]
     code += [(LOAD, 0, 0, NUMBER)]
     # From 424 on (io_uring, pidfd, clone3, what is to come, and x32's) calls do not exist: the C
     # library then uses their elders, and makes a thread by clone, whose flags are here to see.
@@ -236,21 +254,21 @@ def filter_program(machine):
         code += answer_if(number, EPERM)
     # fcntl may not name the process that a pipe signals.
     owners = answer_if(F_SETOWN, EPERM) + answer_if(F_SETOWN_EX, EPERM)
-    code += block_if(fcntl, [(LOAD, 0, 0, ARGUMENT_1), *owners, (RETURN, 0, 0, ALLOW)])
+    code += block_if(FCNTL[column], [(LOAD, 0, 0, ARGUMENT_1), *owners, (RETURN, 0, 0, ALLOW)])
     # prctl may set and read a thread's name; with PR_SET_PDEATHSIG it would undo die_with_parent.
     names = answer_if(PR_SET_NAME, ALLOW) + answer_if(PR_GET_NAME, ALLOW)
-    code += block_if(prctl, [(LOAD, 0, 0, ARGUMENT_0), *names, (RETURN, 0, 0, EPERM)])
+    code += block_if(PRCTL[column], [(LOAD, 0, 0, ARGUMENT_0), *names, (RETURN, 0, 0, EPERM)])
     # clone may make a thread, and no process.
     thread = [(IF_HAS_BIT, 0, 1, CLONE_THREAD), (RETURN, 0, 0, ALLOW)]
-    code += block_if(clone, [(LOAD, 0, 0, ARGUMENT_0), *thread, (RETURN, 0, 0, EPERM)])
+    code += block_if(CLONE[column], [(LOAD, 0, 0, ARGUMENT_0), *thread, (RETURN, 0, 0, EPERM)])
     return [*code, (RETURN, 0, 0, ALLOW)]
 
 
 def denied_numbers(column):
-    """The numbers of the denied system calls: column 1 of each entry is x86_64's, 2 aarch64's."""
+    """The numbers of the denied system calls on a machine, by its place in ARCHITECTURES."""
     numbers = []
     for entry in ",".join(DENIED.values()).split(","):
-        number = entry.split()[column]
+        number = entry.split()[1 + column]
         if number != "-":
             numbers.append(int(number))
     return numbers

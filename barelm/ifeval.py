@@ -55,6 +55,7 @@ def ifeval_verdicts(row, text):
     """Two lists with a boolean for each instruction of {prompt, instruction_id_list, kwargs}:
     strict, and loose (also without the first line, the last, both, and asterisks; section 2.2)."""
     lines = text.split("\n")
+    # Without "Sure, here it is:", without "Hope this helps!", without either; without Markdown.
     forms = [text]
     for fewer in (lines[1:], lines[:-1], lines[1:-1]):
         forms.append("\n".join(fewer).strip())
@@ -74,7 +75,7 @@ def follows(instruction_id, kwargs, text):
         raise UserError(f"{instruction_id}: not one of IFEval's instructions")
     instruction = INSTRUCTIONS[instruction_id]
     try:
-        names = list(inspect.signature(instruction).parameters)[1:]
+        names = list(inspect.signature(instruction).parameters)[1:]  # but for the text
         arguments = {name: kwargs[name] for name in names}
         followed = instruction(text, **arguments)
     except (AttributeError, TypeError, KeyError) as error:  # missing, null, or no relation
@@ -108,7 +109,8 @@ def languages(text):
     hits = {}
     for code, common in COMMON_WORDS.items():
         hits[code] = sum(words[word] for word in common.split())
-    return [code for code in hits if hits[code] == max(hits.values()) > 0]
+    most = max(hits.values())
+    return [code for code in hits if hits[code] == most > 0]
 
 
 def count_sentences(text):
@@ -133,8 +135,14 @@ def divide(text, divider):
 # The instructions, in the order of table 1
 
 
+# Keywords. Case makes no difference, and they may stand within words, but for forbidden ones.
+
+
 def existence(text, keywords):
-    return all(count(re.escape(word), text) for word in keywords)
+    for word in keywords:
+        if not count(re.escape(word), text):
+            return False
+    return True
 
 
 def keyword_frequency(text, keyword, relation, frequency):
@@ -142,15 +150,24 @@ def keyword_frequency(text, keyword, relation, frequency):
 
 
 def no_forbidden_words(text, forbidden_words):
-    return not any(count(rf"\b{re.escape(word)}\b", text) for word in forbidden_words)
+    for word in forbidden_words:
+        if count(rf"\b{re.escape(word)}\b", text):
+            return False
+    return True
 
 
 def letter_frequency(text, letter, let_relation, let_frequency):
     return holds(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
+# Language
+
+
 def response_language(text, language):
     return language in languages(text)
+
+
+# Length
 
 
 def number_of_sentences(text, relation, num_sentences):
@@ -171,11 +188,15 @@ def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
     paragraphs = text.split("\n\n")
     n_filled = sum(bool(paragraph.strip()) for paragraph in paragraphs)
     word = None
+    # The n-th of all, empty ones among them, is what the published code looks at, too.
     if nth_paragraph <= n_filled:
         words = paragraphs[nth_paragraph - 1].split()
         if words:
             word = re.split("[.,?!'\"]", words[0].lstrip("'\"").lower())[0]
     return n_filled == num_paragraphs and word == first_word.lower()
+
+
+# Content
 
 
 def number_of_placeholders(text, num_placeholders):
@@ -189,8 +210,11 @@ def postscript(text, postscript_marker):
     return count(pattern, text)
 
 
+# Format, as Markdown has it
+
+
 def number_of_bullets(text, num_bullets):
-    stars = count(r"^\s*\*[^*].*$", text, re.MULTILINE)
+    stars = count(r"^\s*\*[^*].*$", text, re.MULTILINE)  # a second one would begin bold text
     dashes = count(r"^\s*-.*$", text, re.MULTILINE)
     return stars + dashes == num_bullets
 
@@ -207,6 +231,7 @@ def number_of_highlights(text, num_highlights):
 
 
 def number_of_sections(text, section_spliter, num_sections):
+    # In this spelling of its letters (0: no flags), with a number behind it.
     return count(rf"{re.escape(section_spliter.strip())}\s?\d", text, 0) >= num_sections
 
 
@@ -223,6 +248,9 @@ def title(text):
     return any(part.strip("<>").strip() for part in re.findall(r"<<[^\n]+>>", text))
 
 
+# Combinations, beginnings and ends
+
+
 def two_responses(text):
     responses = divide(text, "******")
     different = set(responses) - {""}
@@ -234,6 +262,7 @@ def repeat_prompt(text, prompt_to_repeat):
 
 
 def end_checker(text, end_phrase):
+    # What is quoted as a whole ends before the mark.
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
@@ -241,9 +270,14 @@ def quotation(text):
     return re.fullmatch('".*"', text.strip(), re.DOTALL)
 
 
+# Case and punctuation
+
+
 def capital_word_frequency(text, capital_relation, capital_frequency):
-    words = re.findall(r"\w+(?:[-.]\w+)*", text)  # a word with its hyphens
-    return holds(sum(word.isupper() for word in words), capital_relation, capital_frequency)
+    n_capital = 0
+    for word in re.findall(r"\w+(?:[-.]\w+)*", text):  # a word with its hyphens
+        n_capital += word.isupper()
+    return holds(n_capital, capital_relation, capital_frequency)
 
 
 def english_capital(text):

@@ -22,6 +22,7 @@ def find_rows(task, folder):
     rows = {"test": [], "validation": [], "examples": []}
     for path in sorted(Path(folder).rglob("*")):
         inside = path.relative_to(folder)
+        # mmlu_test.jsonl and mmlu/... are mmlu's, mmlu2.jsonl is not.
         is_of_task = re.fullmatch(rf"{task.name}([_.-].*)?", inside.parts[0])
         if not is_of_task or file_ending(path) not in ROW_FILES:
             continue
@@ -34,7 +35,7 @@ def find_rows(task, folder):
                 # BBH's data/bbh/navigate/test.jsonl, or data/bbh/navigate.jsonl
                 named_by_folder = re.match("test|train|dev|shots", path.stem)
                 subject = inside.parent.name if named_by_folder else path.stem
-            rows[kind].append({"subject": subject} | row)
+            rows[kind].append({"subject": subject} | row)  # a field of the row's own comes first
     questions = rows.get(task.split) or rows["test"] or rows["validation"]
     return questions, rows["examples"]
 
@@ -83,14 +84,14 @@ def fetch_rows(task, folder):
     owner, repo, *subfolders = task.hub.split("/")
     place = Path(folder) / task.name
     listing = place / "listing.txt"
-    listing.unlink(missing_ok=True)
+    listing.unlink(missing_ok=True)  # a download leaves alone what is there, and this may be old
     download(f"{HUB}api/datasets/{owner}/{repo}", listing)
     kinds = f"(test|dev|train|prompt|{task.split})"
     wanted = rf"{'/'.join(subfolders)}.*(^|/){kinds}[^/]*\.(jsonl|parquet)"
     paths = []
     try:
         for file in read_json(listing)["siblings"]:
-            path = file["rfilename"]
+            path = file["rfilename"]  # relative to the repository
             if re.fullmatch(wanted, path) and ".." not in path:  # which would leave the folder
                 paths.append(path)
     except ROW_ERRORS as error:

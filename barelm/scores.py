@@ -20,6 +20,7 @@ def mean(amounts, sizes=1):
     n = len(a)
     if n < 2:
         return ratio, None
+    # n - 1: the ratio itself was estimated from the same pieces.
     spread = math.sqrt(((a - ratio * b) ** 2).sum() / (n - 1))
     return ratio, float(spread / math.sqrt(n) / b.mean())
 
@@ -29,6 +30,12 @@ def perplexity(nats):
     mean_nats, error = nats
     value = math.exp(min(mean_nats, 700))  # the largest that float holds
     return value, None if error is None else value * error
+
+
+def divided(score, by):
+    """A score and its error in another unit."""
+    value, error = score
+    return value / by, None if error is None else error / by
 
 
 def figure(value):
@@ -52,7 +59,7 @@ def metrics_of(entry):
 
 def is_finite(value):
     """Whether a value of a JSON file is a number that float holds, its square aside; not NaN."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True is an int
     return number and abs(value) < 1e300
 
 

@@ -65,8 +65,8 @@ def score_by_position(net, requests, width):
 
 def padded(rows, device):
     """(B, T) int64 of lists of ids, padded on the right; their lengths (B,)."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+    ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
+    return ids.to(device), torch.tensor(list(map(len, rows)), device=device)
 
 
 def token_logprobs(net, h, tokens):
@@ -106,8 +106,11 @@ def shared_scores(net, requests):
             tokens += continuation
             lengths.append(len(continuation))
     logp = token_logprobs(net, torch.cat(states), torch.tensor(tokens, device=device)).cpu()
-    sums = [part.sum().item() for part in logp.split(lengths)]
-    return grouped(sums, [len(request.continuations) for request in requests])
+    parts = iter(logp.split(lengths))  # one of each continuation
+    sums = []
+    for request in requests:
+        sums.append([next(parts).sum().item() for _ in request.continuations])
+    return sums
 
 
 def trunk_of(request):
@@ -137,8 +140,9 @@ def branch_order(item):
 def common_length(requests, trunks):
     """How many ids all trunks begin with, before the last of any context, whose state is needed;
     0 where a cache for them costs more than it saves."""
-    shortest = min(len(request.context) for request in requests)
-    n_common = min(len(os.path.commonprefix(trunks)), shortest - 1)
+    n_common = len(os.path.commonprefix(trunks))
+    for request in requests:
+        n_common = min(n_common, len(request.context) - 1)
     if len(requests) == 1 or 4 * n_common < max(map(len, trunks)):
         return 0
     return n_common
@@ -168,19 +172,10 @@ def read_branches(net, cache, branches):
     keys = list(branches)
     states = {}
     for begin in range(0, len(keys), 64):  # alike in length, so that little is padding
-        some_keys = keys[begin : begin + 64]
+        batch = keys[begin : begin + 64]
+        rows = [b for b, _ in batch]
+        ids, lengths = padded([branches[key] for key in batch], device)  # (B, T), (B,)
         branch_cache = copy.copy(cache)  # reorder gives it tensors of its own; the trunks' stay
-        branch_cache.reorder(torch.tensor([b for b, _ in some_keys], device=device))
-        ids, lengths = padded([branches[key] for key in some_keys], device)
-        states.update(zip(some_keys, net.hidden(ids, cache=branch_cache, n_new=lengths)))
+        branch_cache.reorder(torch.tensor(rows, device=device))
+        states.update(zip(batch, net.hidden(ids, cache=branch_cache, n_new=lengths)))
     return states
-
-
-def grouped(values, counts):
-    """A list cut into lists of these lengths."""
-    groups = []
-    begin = 0
-    for n in counts:
-        groups.append(values[begin : begin + n])
-        begin += n
-    return groups

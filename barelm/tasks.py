@@ -118,7 +118,7 @@ def read_row(task, row):
 
 def read_answer(task, row):
     """The right answer of a row of a task of generation, as a text."""
-    if task.is_own and (task.judge or task.rubric):  # which may do without
+    if task.is_own and (task.judge or task.rubric):  # which may do without a right answer
         return str(row.get(task.answer, ""))
     answer = filled(row, task.answer)
     if not isinstance(answer, (str, int, float)):
@@ -152,7 +152,7 @@ def choices_of(row):
             answer = answer[0]
     else:
         texts = given
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not all_texts(texts):
         raise ValueError("expected a list of choices")
     right = None
     if isinstance(answer, str):
@@ -207,7 +207,7 @@ def judge(task, row, texts):
 
 def exact_match(text, answer, ignore=(), lower=False):
     """1.0 where the two are equal without what the patterns in `ignore` match."""
-    for pattern in ignore:
+    for pattern in ignore:  # each on what the one before has left
         text = re.sub(pattern, "", text)
         answer = re.sub(pattern, "", answer)
     if lower:
@@ -221,7 +221,7 @@ def extract(pattern, text, which=0):
     matches = re.findall(pattern, text)
     if not -len(matches) <= which < len(matches):
         return "[invalid]"
-    match = matches[which]
+    match = matches[which]  # of a pattern of several groups a tuple, of others a text
     if isinstance(match, str):
         return match.strip()
     for group in match:
@@ -236,7 +236,7 @@ def checked_judgement(task, row, texts):
     where = f"{task.name}: judging {str(row)[:80]}"
     try:
         metrics = judge(task, row, texts)
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything, ours what its rows cause
         if task.is_own and task.judge:
             why = described(error, task.name.rpartition(":")[0])
         elif isinstance(error, ROW_ERRORS):
@@ -330,7 +330,7 @@ def run_own_file(name):
         raise UserError(f"--tasks={name}: {described(error, file)}") from None
     if not isinstance(made_task, dict):
         raise UserError(f"--tasks={name}: expected a dict with rows, not {made_task!r:.80}")
-    header = dict(made_task)
+    header = dict(made_task)  # a copy: it may be a dict that the user's module keeps
     rows = header.pop("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"--tasks={name}: rows: expected a list of dicts")
@@ -339,6 +339,7 @@ def run_own_file(name):
 
 def described(error, file):
     """An error of the user's own code in a line: its kind, its message, and the line of `file`."""
+    # Other lines are of ours, or of libraries that it calls.
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
     where = f", line {lines[-1]}" if lines else ""
@@ -369,6 +370,7 @@ def describe_mmlu(row):
 
 
 def read_hellaswag(row):
+    # ctx_b is the beginning of the sentence that the endings complete.
     query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     endings = [clean_wikihow(ending) for ending in row["endings"]]
     choices, right = choices_of({"choices": endings, "answer": int(row["label"])})
@@ -423,6 +425,7 @@ def judge_gsm8k(row, texts):
     mark has none); flexible: lm-eval's last number."""
     number = marked_number(texts[0])
     right = gsm8k_answer(row["answer"])
+    # The harness's: what is before the mark, and what is no digit in a number.
     ignore = [",", r"\$", r"(?s).*#### ", r"\.$"]
     last = extract(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", texts[0], -1)
     return {
@@ -549,12 +552,14 @@ def read_ifeval(row):
 
 
 TASKS = {
+    # Multiple choice: shots, where any are usual, are the subject's own from its dev file.
     "mmlu": Task(
         read=read_mmlu, describe=describe_mmlu, shots=5, fixed_shots=True, hub="cais/mmlu/all"
     ),
     "arc_easy": Task(hub="allenai/ai2_arc/ARC-Easy"),
     "arc_challenge": Task(hub="allenai/ai2_arc/ARC-Challenge"),
     "hellaswag": Task(read=read_hellaswag, hub="Rowan/hellaswag", split="validation"),
+    # Generation: an answer goes on until a stop string, or max_new_tokens.
     "gsm8k": Task(
         kind="generate",
         judge=judge_gsm8k,
@@ -579,7 +584,7 @@ TASKS = {
         kind="generate",
         prompt="Q: {input}\nA: Let's think step by step.\n",
         answer="target",
-        delimiter="",
+        delimiter="",  # its shots' answers begin a line of their own
         extract="(?<=the answer is )(.*)(?=.)",
         describe=describe_bbh,
         stop=["</s>", "Q", "\n\n"],
@@ -589,11 +594,12 @@ TASKS = {
         subject_by_file=True,
         hub="SaylorTwift/bbh",
     ),
+    # Code
     "humaneval": Task(
         kind="generate",
         prompt="{prompt}",
         answer="canonical_solution",
-        delimiter="",
+        delimiter="",  # the answer goes on within the function
         stop=HUMANEVAL_STOP,
         program=humaneval_program,
         max_new_tokens=1024,
@@ -610,11 +616,12 @@ TASKS = {
         max_new_tokens=256,
         hub="google-research-datasets/mbpp/full",
     ),
+    # Instructions
     "ifeval": Task(
         kind="generate",
         read=read_ifeval,
         judge=judge_ifeval,
-        stop=[],
+        stop=[],  # an answer may have any form
         max_new_tokens=1280,
         hub="google/IFEval",
         split="ifeval",

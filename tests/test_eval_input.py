@@ -87,8 +87,8 @@ def test_questions_that_a_file_of_examples_holds_are_told(tmp_path, monkeypatch,
     task.rows, task.examples = [question("Q0"), question("Q1")], [question("Q1")]
     tok = SimpleNamespace(start=[], eot_id=0, encode=lambda text: [*text.encode()])
     net = SimpleNamespace(config=SimpleNamespace(n_ctx=999))
-    questions, cut, solved = evaluation.ask(task, net, tok)
-    assert (len(questions), cut, solved) == (2, 0, 1)
+    items, n_cut, n_solved = evaluation.make_items(task, net, tok)
+    assert (len(items), n_cut, n_solved) == (2, 0, 1)
 
 
 # ------------------------------------------------------------------- results, logs, texts, answers

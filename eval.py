@@ -57,7 +57,7 @@ micro_tokens = 8192  # tokens at once on a device, at most, but one request at l
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
-fast = True  # false: a row for each choice, to compare with what shares beginnings
+fast = True  # false: plain mathematics, a row for each choice: a referee for a doubtful score
 
 if __name__ == "__main__":
     configure(globals())
@@ -989,7 +989,7 @@ def main():
     without_questions = {"loss": run_loss, "classify": run_classify}
     opened = {name: open_task(name, run) for name in names if name not in without_questions}
     compute, _ = choose_dtype(run.device, dtype)
-    net, tok = load(model, run.device, compute, quantize)
+    net, tok = load(model, run.device, compute, quantize, fast)
     check_head(net, names)
     folder = results_folder()
     mark = identity(compute)

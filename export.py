@@ -46,7 +46,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from barelm.checkpoint import find, is_adapter, load, refuse_source, save, saved_tensors, weights_of
@@ -57,7 +56,7 @@ from barelm.gguf_file import FILE_TYPES, check_gguf, require_gguf, write_gguf
 from barelm.resume import clear_folder, holds_model, locked_folder, make_folder, move_files
 from barelm.run import UserError, choose_dtype, setup
 from barelm.safetensors import entries_of
-from barelm.shards import check_tokens, open_shard
+from barelm.shards import Windows
 from barelm.tokenizer import Tokenizer
 from model import generate
 
@@ -154,9 +153,9 @@ def compressed_model(run):
 # The report: what pruning and quantization cost and gain
 
 
-def validation_windows(tok, width):
-    """Windows (n, width + 1) int64 of the validation shards, eval_tokens at most, evenly spread;
-    None, and a line that says why, where data/<dataset> has none for this tokenizer."""
+def validation_windows(tok, seq_len):
+    """The Windows of seq_len tokens of the validation shards; None, and a line that says why, where
+    data/<dataset> has none for this tokenizer."""
     folder = Path("data") / dataset
     paths = sorted(folder.glob("val_*.bin"))
     why = ""
@@ -167,34 +166,29 @@ def validation_windows(tok, width):
     if why:
         print(f"{folder}: {why}: bits per byte n/a (--dataset names another)")
         return None
-    windows = []
-    for path in paths:
-        tokens = open_shard(path)
-        check_tokens(tokens, tok.n_vocab, path)
-        for start in range(0, len(tokens) - width, width):  # the last one of each is a target only
-            windows.append(tokens[start : start + width + 1])
-    n_windows = min(len(windows), math.ceil(eval_tokens / width))
-    if n_windows == 0:
-        raise UserError(f"{folder}: no window of {width + 1} validation tokens")
-    chosen = [windows[i * len(windows) // n_windows] for i in range(n_windows)]
-    return torch.from_numpy(np.stack(chosen).astype(np.int64))
+    windows = Windows(paths, seq_len, n_vocab=tok.n_vocab)
+    if windows.n == 0 or eval_tokens < 1:
+        raise UserError(f"{folder}: no window of {seq_len + 1} validation tokens")
+    return windows
 
 
 @torch.no_grad()
 def bits_per_byte(net, tok, windows):
-    """The loss over windows (n, T + 1) int64, in bits per byte of their text."""
+    """The loss in bits per byte of text, over eval_tokens of the windows, evenly spread."""
     device = net.model.embed_tokens.weight.device
     vocab_size = net.config.vocab_size
     byte_counts = torch.tensor([len(tok.token_bytes(i)) for i in range(vocab_size)])
-    batch_size = max(1, (1 << 25) // (windows.shape[1] * vocab_size))  # 2^25 logits at once
+    n_windows = min(windows.n, math.ceil(eval_tokens / windows.seq_len))
+    chosen = [i * windows.n // n_windows for i in range(n_windows)]
+    logits_at_once = 1 << 25
+    batch_size = max(1, logits_at_once // (windows.seq_len * vocab_size))
     nats = 0.0
     n_bytes = 0
-    for batch in windows.split(batch_size):
-        ids = batch[:, :-1]  # (B, T)
-        targets = batch[:, 1:].contiguous()  # (B, T)
+    for start in range(0, n_windows, batch_size):
+        ids, targets = windows.batch(chosen[start : start + batch_size], device)  # (B, T) each
         loss_sum, _ = net(ids.to(device), targets.to(device))
         nats += loss_sum.item()
-        n_bytes += int(byte_counts[targets].sum())
+        n_bytes += int(byte_counts[targets.cpu()].sum())
     return nats / n_bytes / math.log(2)
 
 

@@ -1,11 +1,16 @@
 """Scores, {metric: (value, standard error or None)}, and results.json, the file that keeps them."""
 
+import hashlib
+import json
 import math
+import platform
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from barelm.files import read_json
+from barelm.checkpoint import find
+from barelm.files import read_json, write_json
 from barelm.run import UserError
 
 
@@ -87,3 +92,20 @@ def is_figure(entry, metric, key):
     if not isinstance(value, float) and not is_finite(value):
         return False
     return key == metric or not value < 0
+
+
+def model_mark(model, dtype, quantize):
+    """What tells this model's results from another's, 16 hex digits: its files, and what it
+    computes in."""
+    parts = [str(dtype), quantize, model]
+    for path in sorted(find(model).glob("*")):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def write_results(folder, model, mark, results):
+    """Write results.json, of which `read_results` is the reader."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {"model": model, "identity": mark, "results": results, "versions": versions}
+    write_json(Path(folder) / "results.json", record)

@@ -68,7 +68,6 @@ from barelm.compare import (
     loss_chart,
     loss_lines,
     read_log,
-    read_scores,
     score_charts,
     score_lines,
     table,
@@ -96,7 +95,7 @@ from barelm.scaling import (
     fit_powers,
     suggest_shape,
 )
-from barelm.scores import figure, flat, mean, model_mark, read_results, write_results
+from barelm.scores import figure, flat, mean, model_mark, read_results, read_scores, write_results
 from barelm.shards import check_tokens, document_layout, open_shard
 from barelm.tokenizer import Tokenizer
 from model import generate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from barelm.chart import Chart, Series
 from barelm.run import UserError
-from barelm.scores import is_finite, metrics_of, read_results
+from barelm.scores import is_finite
 
 
 def read_log(folder):
@@ -33,20 +33,6 @@ def read_log(folder):
     if not rows:
         raise UserError(f"{path}: no row of a step in it: has the run begun?")
     return rows
-
-
-def read_scores(folder):
-    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
-    scores = {}
-    _, results = read_results(folder)
-    for task, entry in results.items():
-        for metric in metrics_of(entry):
-            error = entry[f"{metric}_stderr"]
-            if not is_finite(error):
-                error = None
-            if is_finite(entry[metric]):
-                scores[task, metric] = (entry[metric], error, entry["n"])
-    return scores
 
 
 def curve(rows, key, x):

@@ -14,7 +14,7 @@ from conftest import run, run_killed
 from test_finetune import net_for, talk
 from test_model import QWEN3, make_net
 
-import eval as evaluation
+from barelm import tasks as evaluation
 import finetune
 from barelm.checkpoint import load
 from barelm.run import UserError

@@ -66,7 +66,6 @@ import difflib
 import hashlib
 import json
 import math
-import platform
 import random
 import re
 import sys
@@ -82,9 +81,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from barelm.checkpoint import find, load
+from barelm.checkpoint import load
 from barelm.fast import generating
-from barelm.files import JSONL, file_ending, whole_file, write_json
+from barelm.files import JSONL, file_ending, whole_file
 from barelm.judge import ask_judge
 from barelm.resume import make_folder
 from barelm.rows import fetch_rows, find_rows, read_rows, read_text
@@ -99,7 +98,16 @@ from barelm.run import (
     setup,
 )
 from barelm.sandbox import require_sandbox, run_programs
-from barelm.scores import divided, figure, flat, mean, perplexity, read_results
+from barelm.scores import (
+    divided,
+    figure,
+    flat,
+    mean,
+    model_mark,
+    perplexity,
+    read_results,
+    write_results,
+)
 from barelm.scoring import Request, plain_scores, score_by_position, shared_scores
 from barelm.shards import check_tokens, open_shard
 from barelm.tasks import (
@@ -923,18 +931,6 @@ def agree(run):
         dist.barrier()
 
 
-def identity(compute):
-    """What tells this model's answers from another's: its files, and what it computes in."""
-    parts = [str(compute), quantize, model]
-    if not fast:  # whose sums differ in their last bits
-        parts.append("plain")
-    # Sizes and times stand for what is in the files: to read those would take long.
-    for path in sorted(find(model).glob("*")):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
-            parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def check_settings():
     """Refuse what no run can have before anything is read."""
     config = settings(globals())
@@ -992,7 +988,7 @@ def main():
     net, tok = load(model, run.device, compute, quantize, fast)
     check_head(net, names)
     folder = results_folder()
-    mark = identity(compute)
+    mark = model_mark(model, compute, quantize, fast)
     answers = Answers(folder, mark, run)
     mark_before, results = read_results(folder)
     if mark_before != mark:  # of another model: not to be mixed with this one's
@@ -1022,9 +1018,7 @@ def main():
         if samples and run.is_main:
             write_samples(folder, name, result.samples)
         if run.is_main:  # after each task: what is done is done
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            record = {"model": model, "identity": mark, "results": results, "versions": versions}
-            write_json(folder / "results.json", record)
+            write_results(folder, model, mark, results)
 
     answers.close()
     for name in names:

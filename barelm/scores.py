@@ -1,11 +1,16 @@
 """Scores, {metric: (value, standard error or None)}, and results.json, the file that keeps them."""
 
+import hashlib
+import json
 import math
+import platform
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from barelm.files import read_json
+from barelm.checkpoint import find
+from barelm.files import read_json, write_json
 from barelm.run import UserError
 
 
@@ -106,3 +111,23 @@ def read_scores(folder):
             if is_finite(value):
                 scores[task, metric] = value, error if is_finite(error) else None, entry["n"]
     return scores
+
+
+def model_mark(model, dtype, quantize, fast=True):
+    """What tells this model's results from another's, 16 hex digits: its files, and what it
+    computes in."""
+    parts = [str(dtype), quantize, model]
+    if not fast:  # whose sums differ in their last bits
+        parts.append("plain")
+    # Sizes and times stand for what is in the files: to read those would take long.
+    for path in sorted(find(model).glob("*")):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def write_results(folder, model, mark, results):
+    """Write results.json, whose reader is `read_results`."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {"model": model, "identity": mark, "results": results, "versions": versions}
+    write_json(Path(folder) / "results.json", record)

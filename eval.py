@@ -162,7 +162,7 @@ def open_benchmark(name, run):
     task = replace(TASKS[name], name=name)
     if download and run.is_main:
         fetch_rows(task, data)
-    agree(run)  # nobody reads what is not there yet
+    run.wait()  # nobody reads what is not there yet
     task.rows, task.examples = find_rows(task, data)
     if task.program and run.is_main:
         require_sandbox(allow_code_exec, allow_weak_sandbox)
@@ -359,7 +359,7 @@ class Answers:
                 self.read(path)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-        agree(run)  # nobody writes before all have read
+        run.wait()  # nobody writes before all have read
         self.write("\n")  # behind a line that a killed process left unfinished
 
     def read(self, path):
@@ -439,7 +439,7 @@ class Answers:
     def close(self):
         """All is in results.json: nothing needs to be kept."""
         self.file.close()
-        agree(self.run)  # nobody removes a file that another still writes
+        self.run.wait()  # nobody removes a file that another still writes
         if self.run.is_main:
             for path in self.folder.glob("answers_*.jsonl"):
                 path.unlink()
@@ -610,7 +610,7 @@ def judge_programs(task, answers, items, texts):
         sources = [request.context[0] for request in batch]
         return run_programs(sources, weak=allow_weak_sandbox)
 
-    # 32 at once: enough for all cores, and no more than that is lost with a kill.
+    # 32 at a time: no more than that is lost with a kill.
     replies = iter(answers(f"{task.name}, programs", "run", requests, work, max_tokens=32))
     judgements = []
     for item_texts in texts:
@@ -923,12 +923,6 @@ def f1_error(right, guesses):
 
 # --------------------------------------------------------------------------------------------------
 # The run
-
-
-def agree(run):
-    """All processes wait for each other."""
-    if run.world > 1:
-        dist.barrier()
 
 
 def check_settings():

@@ -23,6 +23,7 @@ from barelm.checkpoint import save
 from barelm.rows import read_rows, read_text
 from barelm.run import Run, UserError
 from barelm.scoring import Request, plain_scores, shared_scores
+from barelm.tasks import TASKS, Task
 
 FIXTURE = ROOT / "tests" / "fixtures" / "lm_eval.json"
 WORDS = "the cat sat on a mat because it was warm and number answer question is of five".split()
@@ -353,6 +354,23 @@ def test_a_classifier(tiny):
     assert found["f1"] == pytest.approx(sum(f1) / 2)
     said = run(tiny, "eval.py", "--model=out/classes", check=False)
     assert said.returncode == 1 and "--tasks=classify" in said.stderr
+
+
+def test_one_more_task_of_choices_is_one_entry(small, monkeypatch):
+    entry = Task(prompt="Question: {question_stem}\nAnswer:", hub="allenai/openbookqa/main")
+    monkeypatch.setitem(TASKS, "openbookqa", entry)
+    monkeypatch.setattr(evaluation, "data", str(small / "rows"))
+    choices = {"text": ["a mat", "a hat", "a cat"], "label": ["A", "B", "C"]}
+    row = {"question_stem": "what is warm", "choices": choices, "answerKey": "B"}
+    (small / "rows/openbookqa_test.jsonl").write_text(json.dumps(row))
+    net, tok = checkpoint.load(small / "net")
+    task = evaluation.open_task("openbookqa", Run(torch.device("cpu")))
+    [item], n_cut, n_solved = evaluation.make_items(task, net, tok)
+    assert item.prompt == "Question: what is warm\nAnswer:" and (n_cut, n_solved) == (0, 0)
+    assert item.question.answer_text() == "a hat"
+    [request] = item.requests
+    assert [tok.decode(ids) for ids in request.continuations] == [" a mat", " a hat", " a cat"]
+    assert tok.decode(request.context) == item.prompt
 
 
 REFUSALS = {

@@ -79,7 +79,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # No script imports another; this one does, to time prepare.py's own parts: a copy would time the
 # copy.
 import prepare
-from barelm import fast
 from barelm.checkpoint import load, save
 from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
 from barelm.compiled import try_compile
@@ -88,7 +87,7 @@ from barelm.fast import cross_entropy_sum, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.timing import Bench, title
-from model import GPT, GPTConfig, call_block, generate
+from model import GPT, GPTConfig, Operations, call_block, generate
 
 PRODUCT = 0.5  # seconds: a matrix product for a ceiling takes less, or a smaller one is timed
 
@@ -159,7 +158,7 @@ def fused_attention(q, k, v, backend=None):
 def attention_ways(n_head, n_few):
     """{name: (function of q, k, v, heads of k and v)}: ours beside what torch has; the last two of
     grouped-query attention, with n_few heads."""
-    ours = fast.attend
+    ours = Operations(fast=True).attend
     ways = {"naive": (naive_attention, n_head), "fused, torch's choice": (fused_attention, n_head)}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         one_kernel = partial(fused_attention, backend=getattr(SDPBackend, name))

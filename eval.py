@@ -57,7 +57,7 @@ micro_tokens = 8192  # tokens at once on a device, at most, but one request at l
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
-fast = True  # false: a row for each choice, to compare with what shares beginnings
+fast = True  # false: plain mathematics, a row for each choice: a referee for a doubtful score
 
 if __name__ == "__main__":
     configure(globals())
@@ -162,7 +162,7 @@ def open_benchmark(name, run):
     task = replace(TASKS[name], name=name)
     if download and run.is_main:
         fetch_rows(task, data)
-    agree(run)  # nobody reads what is not there yet
+    run.wait()  # nobody reads what is not there yet
     task.rows, task.examples = find_rows(task, data)
     if task.program and run.is_main:
         require_sandbox(allow_code_exec, allow_weak_sandbox)
@@ -359,7 +359,7 @@ class Answers:
                 self.read(path)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-        agree(run)  # nobody writes before all have read
+        run.wait()  # nobody writes before all have read
         self.write("\n")  # behind a line that a killed process left unfinished
 
     def read(self, path):
@@ -439,7 +439,7 @@ class Answers:
     def close(self):
         """All is in results.json: nothing needs to be kept."""
         self.file.close()
-        agree(self.run)  # nobody removes a file that another still writes
+        self.run.wait()  # nobody removes a file that another still writes
         if self.run.is_main:
             for path in self.folder.glob("answers_*.jsonl"):
                 path.unlink()
@@ -610,7 +610,7 @@ def judge_programs(task, answers, items, texts):
         sources = [request.context[0] for request in batch]
         return run_programs(sources, weak=allow_weak_sandbox)
 
-    # 32 at once: enough for all cores, and no more than that is lost with a kill.
+    # 32 at a time: no more than that is lost with a kill.
     replies = iter(answers(f"{task.name}, programs", "run", requests, work, max_tokens=32))
     judgements = []
     for item_texts in texts:
@@ -925,12 +925,6 @@ def f1_error(right, guesses):
 # The run
 
 
-def agree(run):
-    """All processes wait for each other."""
-    if run.world > 1:
-        dist.barrier()
-
-
 def check_settings():
     """Refuse what no run can have before anything is read."""
     config = settings(globals())
@@ -985,7 +979,7 @@ def main():
     without_questions = {"loss": run_loss, "classify": run_classify}
     opened = {name: open_task(name, run) for name in names if name not in without_questions}
     compute, _ = choose_dtype(run.device, dtype)
-    net, tok = load(model, run.device, compute, quantize)
+    net, tok = load(model, run.device, compute, quantize, fast)
     check_head(net, names)
     folder = results_folder()
     mark = model_mark(model, compute, quantize, fast)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from barelm.fast import head_rows, joint
+from barelm.fast import head_rows
 from barelm.run import compute_dtype
 from model import KVCache
 
@@ -74,7 +74,7 @@ def token_logprobs(net, h, tokens):
     size = head_rows(h.device.type, h.dtype, net.config.vocab_size)  # logits of so many at once
     parts = []
     for states, ids in zip(h.split(size), tokens.split(size)):
-        logits = joint(states, net.lm_head).float()  # (size, V)
+        logits = net.logits(states).float()  # (size, V)
         parts.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
 

@@ -3,9 +3,9 @@
 import pytest
 from conftest import run
 
+import report
 from barelm.run import UserError
 
-report = pytest.importorskip("report")
 DEEP = "[" * 100_000
 
 

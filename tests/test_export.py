@@ -366,7 +366,7 @@ def test_gguf_refuses_what_float16_cannot_hold():
 def test_gguf_of_a_tokenizer_without_merges(tmp_path):
     """llama.cpp wants the list, be it empty."""
     pytest.importorskip("gguf")
-    saved(tmp_path / "m", prepare.bpe_tokenizer([]), **QWEN3)
+    saved(tmp_path / "m", bpe_tokenizer([]), **QWEN3)
     run(tmp_path, "export.py", "--model=m", "--export=gguf")
     keys, _ = read_gguf(tmp_path / "m-gguf" / "m-F16.gguf")
     assert keys["tokenizer.ggml.merges"] == [] and len(keys["tokenizer.ggml.tokens"]) == 320

@@ -23,8 +23,9 @@ from barelm.checkpoint import load
 from barelm.fast import quantize_weights
 from barelm.optim import n_params
 
+from barelm import page as inside
+
 pytest.importorskip("fastapi")
-import serve
 
 KEY = "sésame, ouvre-toi"
 TEXT = 'def f(x):\n    return "<b>é</b>"'
@@ -132,8 +133,8 @@ def test_parts_are_those_of_the_file_and_add_up(server):
 @pytest.mark.parametrize("tie", [True, False])
 def test_parts_of_quantized_networks_have_the_shapes_of_their_weights(kind, tie, tmp_path):
     net = make_net(**QWEN3 | dict(n_hidden=40, tie=tie))
-    before = serve.model_parts(net)
-    assert serve.model_parts(quantize_weights(net, kind)) == before
+    before = inside.model_parts(net)
+    assert inside.model_parts(quantize_weights(net, kind)) == before
     assert sum(part["params"] for part in before) == n_params(make_net(**net.config.__dict__))
 
 
@@ -160,21 +161,19 @@ def test_the_log_is_told_from_a_step_on(server):
 
 
 def test_a_long_log_is_thinned_and_an_unfinished_row_waits(tmp_path):
-    import serve
-
     path = tmp_path / "log.jsonl"
-    assert serve.log_rows(path, -1) == ([], -1)
+    assert inside.log_rows(path, -1) == ([], -1)
     rows = [{"step": i, "loss": 1 / i} for i in range(1, 10_001)] + [
         {"step": 10_000, "val_loss": 2}
     ]
     rows.insert(7, {"step": 7, "val_loss": 3})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10001, "lo')
-    told, last = serve.log_rows(path, -1)
-    assert last == 10_000 and len(told) <= serve.LOG_ROWS + 2
+    told, last = inside.log_rows(path, -1)
+    assert last == 10_000 and len(told) <= inside.LOG_ROWS + 2
     assert [row for row in told if "val_loss" in row] == [rows[7], rows[-1]]
     assert [row["step"] for row in told] == sorted(row["step"] for row in told)
     path.write_text('{"step": 1, "loss": NaN}\n')
-    assert serve.log_rows(path, 0) == ([{"step": 1, "loss": None}], 1)
+    assert inside.log_rows(path, 0) == ([{"step": 1, "loss": None}], 1)
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model
 from barelm import checkpoint, fast
 from barelm.checkpoint import save
+from barelm.compiled import try_compile
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
-from barelm.run import UserError, autocast, choose_dtype, duration, setup
+from barelm.run import UserError, autocast, choose_dtype, duration, memory_used, setup
 
 # No script imports another; this one opens them where it times them: a copy would time the copy.
 stage = importlib.import_module
@@ -199,9 +200,9 @@ def peak_memory(call, place):
     with contextlib.suppress(OSError, AttributeError):  # Linux; elsewhere it is the growth alone
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would serve unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
-    before = train.memory_used(place)
+    before = memory_used(place)
     call()
-    return train.memory_used(place) - before
+    return memory_used(place) - before
 
 
 def product_size(run, kind):
@@ -304,14 +305,15 @@ def whole_step(loss, net, optimizers):
 
 def train_step(run):
     """The model: forward, backward, optimizers, whole steps; eager and compiled."""
-    train = stage("train")
     title(f"model: windows of {seq_len} tokens, {run.dtype}", "peak: over what was held before")
     net = build(run)
     batch = torch.randint(vocab_size, (2, max(1, tokens // seq_len), seq_len), device=run.device)
     n, params, calls = batch[0].numel(), n_params(net), {}  # batch: ids and targets
     loss = run.cast(lambda network: network(*batch)[0] / n)
-    train.compile, begun = compile is not False, time.perf_counter()
-    body, told = train.try_compile(net, run, math.inf, batch, run.cast)
+    begun = time.perf_counter()
+    body, told = net, "off, as asked"
+    if compile is not False:
+        body, told = try_compile(net, run, batch, run.cast)
     print(f"  {n:,} tokens, {params:,} parameters, compile: {told}")
     networks = {"eager": (net, model.call_block)}
     if told.startswith("on"):

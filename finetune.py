@@ -126,7 +126,7 @@ from barelm.checkpoint import load, model_and_bases, refuse_source
 from barelm.families import family, gpt2_names
 from barelm.fast import joint
 from barelm.files import parse_json, write_json
-from barelm.optim import make_optimizer
+from barelm.optim import make_optimizer, restore_optimizers, same_kind
 from barelm.resume import (
     changed_settings,
     check_parts,
@@ -137,9 +137,6 @@ from barelm.resume import (
     locked_folder,
     make_folder,
     open_log,
-    refuse_changes,
-    restore_optimizers,
-    same_kind,
     say_changes,
     weights_step,
     write_row,
@@ -1051,7 +1048,8 @@ def facts_of(run, kind):
 def changes(state, facts):
     """What this resume changes in what shapes the run: {key: "key old -> new"}."""
     config = {key: value for key, value in settings(globals()).items() if key not in ASIDE}
-    return changed_settings(state["parts"][-1], config, facts)
+    part = state["parts"][-1]
+    return changed_settings(part["config"] | part["facts"], config | facts)
 
 
 def choose_weights(net):
@@ -1270,7 +1268,12 @@ def main():
     facts, parts, changed = facts_of(run, kind), [], {}
     if state:
         parts, changed = state["parts"], changes(state, facts)
-        refuse_changes(changed, [key for key in config if key not in FREE], out)
+        refused = [key for key in changed if key in config and key not in FREE]
+        if refused:
+            raise UserError(
+                f"{out}: no resume with another {', '.join(refused)}, which would make it another "
+                f"curve ({', '.join(changed[key] for key in refused)})"
+            )
     if method == "ppo":
         net.set_score(["value"])
         nn.init.zeros_(net.score.weight)

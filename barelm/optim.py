@@ -1,4 +1,7 @@
-"""Optimizers, and what a run costs in FLOPs and memory."""
+"""Optimizers, their parameter groups, and what a run costs in FLOPs and memory.
+
+A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimizer`.
+"""
 
 import math
 import os
@@ -13,30 +16,53 @@ import torch.nn.functional as F
 from barelm.fast import head_rows
 from barelm.run import UserError
 
-
-def orthogonalize(g, dtype=torch.float32, steps=5):
-    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration: the
-    quintic of Muon (Jordan et al. 2024), whose singular values land between about 0.7 and 1.2."""
-    tall = g.shape[-2] > g.shape[-1]
-    x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    x = x.mT if tall else x
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if tall else x).to(g.dtype)
+# The optimizers by name, and how many numbers each keeps a parameter.
+MOMENTS = {"muon": 1, "adamw": 2}
 
 
-def shared(x, f):
-    """f(x), where f works on each x[i] alone: every process does a part of x, which all have."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1:
-        return f(x)
-    whole = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % world))
-    mine = f(whole.chunk(world)[dist.get_rank()])
-    # torch 2.13 has a new name for it, and a warning for the old one
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(whole, mine.contiguous())
-    return whole[: len(x)]
+def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
+                   dtype=torch.float32):  # fmt: skip
+    """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
+    blocks' matrices and AdamW for the rest. Each group keeps the peak as `initial_lr`."""
+    if name not in MOMENTS:
+        raise UserError(f"--optimizer={name}: expected {' or '.join(MOMENTS)}")
+    if net.quantize:
+        raise UserError(f"{net.quantize} weights are not trained: start from what they were")
+    matrices, wide, narrow = split_parameters(net)
+    if name != "muon":
+        # In the order of the network, in which a state.pt of AdamW numbers them.
+        wide = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
+        matrices = []
+    groups = []
+    if wide:
+        groups.append({"params": wide, "weight_decay": weight_decay})
+    if narrow:
+        groups.append({"params": narrow, "weight_decay": 0.0})
+    optimizers = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr, betas, fused=True))
+    if matrices:
+        optimizers.append(Muon(matrices, lr, momentum, weight_decay, dtype))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = lr
+    return optimizers
+
+
+def split_parameters(net):
+    """The parameters that learn: the blocks' matrices; the embedding, the head and whatever else
+    has two dimensions; and norms and biases, which are not decayed."""
+    matrices, wide, narrow = [], [], []
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim == 2 and ".layers." in name:
+            matrices.append(p)
+        elif p.ndim > 1:
+            wide.append(p)
+        else:
+            narrow.append(p)
+    return matrices, wide, narrow
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,59 +73,139 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
+        self.dtype = dtype  # of the Newton-Schulz products
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, shapes = group["lr"], {}
+            by_shape = {}
             for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-            for shape, params in shapes.items():
-                grads, moments = zip(*[(p.grad, self.state[p]["momentum"]) for p in params])
-                torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, moments, group["momentum"])  # Nesterov
-                updates = shared(torch.stack(ahead), partial(orthogonalize, dtype=self.dtype))
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                scale = -lr * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(params, updates.unbind(), alpha=scale)
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
+                self.step_of_shape(params, group)
+
+    def step_of_shape(self, params, group):
+        """A step of n parameters of one shape (rows, columns), in one batch of products."""
+        lr = group["lr"]
+        beta = group["momentum"]
+        grads = [p.grad for p in params]
+        moments = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(moments, grads, 1 - beta)  # m = beta m + (1 - beta) g
+        ahead = torch._foreach_lerp(grads, moments, beta)  # Nesterov: as if one step further
+        orthogonal = partial(orthogonalize, dtype=self.dtype)
+        updates = shared(torch.stack(ahead), orthogonal)  # (n, rows, columns)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        scale = 0.2 * math.sqrt(max(params[0].shape))
+        torch._foreach_add_(params, updates.unbind(), alpha=-lr * scale)
 
 
-def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
-                   dtype=torch.float32):  # fmt: skip
-    """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
-    blocks' matrices. Weight decay is for parameters of two dimensions. Each group keeps the peak as
-    `initial_lr`."""
-    if name not in ("adamw", "muon"):
-        raise UserError(f"--optimizer={name}: expected muon or adamw")
-    if net.quantize:
-        raise UserError(f"{net.quantize} weights are not trained: start from what they were")
-    inner, wide, narrow = [], [], []
-    for n, p in net.named_parameters():
-        if p.requires_grad:
-            muon = name == "muon" and ".layers." in n and p.ndim == 2
-            (inner if muon else wide if p.ndim > 1 else narrow).append(p)
-    groups = [(wide, weight_decay), (narrow, 0.0)]
-    groups = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
-    optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
-    if inner:
-        optimizers.append(Muon(inner, lr, momentum, weight_decay, dtype))
-    for g in (g for o in optimizers for g in o.param_groups):
-        g["initial_lr"] = lr
-    return optimizers
+def orthogonalize(g, dtype=torch.float32, steps=5):
+    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration: the
+    quintic of Muon (Jordan et al. 2024), whose singular values land between about 0.7 and 1.2."""
+    is_tall = g.shape[-2] > g.shape[-1]
+    x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # no singular value above 1
+    if is_tall:
+        x = x.mT  # so that x x^T is the smaller of the two squares
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    if is_tall:
+        x = x.mT
+    return x.to(g.dtype)
 
 
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70}
-PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}  # dense bfloat16
+def shared(x, f):
+    """f(x), where f works on each x[i] alone: every process does a part of x, which all have."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return f(x)
+    padding = -len(x) % world  # so that all parts are of one size
+    whole = F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding))
+    part = f(whole.chunk(world)[dist.get_rank()])
+    # torch 2.13 has a new name for it, and a warning for the old one
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, part.contiguous())
+    return whole[: len(x)]
+
+
+# --------------------------------------------------------------------------------------------------
+# A resume
+
+
+# What a state.pt has of each parameter. Of an optimizer that is not here, the shapes are checked.
+STATE_NAMES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
+
+
+def restore_optimizers(optimizers, saved, path):
+    """Put saved state_dicts into optimizers, whose settings stay this run's: its learning rate may
+    be another. What does not fit the parameters is a UserError that begins with `path`."""
+    wrong = UserError(f"{path}: its optimizers are not this run's: damaged, or foreign")
+    if not isinstance(saved, list) or len(saved) != len(optimizers):
+        raise wrong
+    for optimizer, before in zip(optimizers, saved):
+        state = before.get("state") if isinstance(before, dict) else None
+        if not isinstance(state, dict) or not fits_optimizer(state, optimizer):
+            raise wrong
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def fits_optimizer(state, optimizer):
+    """Whether a saved state, {number of a parameter: {name: tensor}}, is one of this optimizer."""
+    params = []
+    for group in optimizer.param_groups:
+        params += group["params"]
+    names = STATE_NAMES.get(type(optimizer))
+    for number, entry in state.items():
+        if type(number) is not int or not 0 <= number < len(params):
+            return False
+        if not isinstance(entry, dict) or (names and set(entry) != names):
+            return False
+        for name, value in entry.items():
+            like = torch.zeros(()) if name == "step" else params[number]
+            if not same_kind(value, like):
+                return False
+    return True
+
+
+def same_kind(value, like):
+    """Whether a value is a plain tensor of the shape and dtype of the tensor `like`."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.shape == like.shape and value.dtype == like.dtype
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs
+
+# A part of a device's name, and its peak in TFLOP/s of dense bfloat16: the makers' data sheets.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,  # stands before the H100, of whose name it is a part
+    "H100": 989,
+    "A100": 312,
+    "A10G": 70,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 
 def peak_flops(device):
-    """The device's peak rate in FLOP/s, from its maker's data sheet, or None for an unknown one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
+    """The device's peak rate in FLOP/s, or None for an unknown one."""
+    if device.type != "cuda":
+        return None
+    device_name = torch.cuda.get_device_name(device)
+    for part, tflops in PEAK_TFLOPS.items():
+        if part in device_name:
+            return 1e12 * tflops
+    return None
 
 
 def n_params(net):
@@ -109,25 +215,38 @@ def n_params(net):
 def flops_per_token(c, seq_len, backward=True):
     """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020),
     attention as the whole seq_len x seq_len square, as is usual; backward costs twice forward."""
-    heads = 2 * c.head_dim * (c.n_embd * (c.n_head + c.n_kv_head) + c.n_head * seq_len)
-    mlp = c.n_embd * c.n_hidden * (3 if c.mlp == "swiglu" else 2)
-    forward = 2 * (c.n_layer * (heads + mlp) + c.n_embd * c.vocab_size)
+    projections = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)  # q and o, k and v
+    attention = 2 * c.head_dim * c.n_head * seq_len  # q k^T, and its softmax times v
+    n_matrices = 3 if c.mlp == "swiglu" else 2
+    mlp = n_matrices * c.n_embd * c.n_hidden
+    head = c.n_embd * c.vocab_size
+    forward = 2 * (c.n_layer * (projections + attention + mlp) + head)
     return 3 * forward if backward else forward
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
 
 
 def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,
                     device_type="cpu"):  # fmt: skip
     """Bytes that training needs, estimated: (parameters with gradients and optimizer state, and the
     head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter."""
-    width, heads = dtype.itemsize, (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
-    mlp = (4 if c.mlp == "swiglu" else 3) * c.n_hidden
-    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads + mlp)
+    width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
+    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
+    n_hidden = (4 if c.mlp == "swiglu" else 3) * c.n_hidden  # before and behind the activation
+    # Of a token in a block: x and its sums and norms in float32, then what the products read.
+    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads + n_hidden)
     if device_type == "cpu" and width == 2 and seq_len <= 1024:  # BlockedAttention's probabilities
         block += width * c.n_head * max(128, 5 * seq_len // 8)
-    kept = c.n_layer * 4 * c.n_embd + block if recompute else c.n_layer * block
+    if recompute:  # of each block its input alone, and all of the one that is computed again
+        blocks = c.n_layer * 4 * c.n_embd + block
+    else:
+        blocks = c.n_layer * block
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
-    return params * 4 * (2 + moments) + head, rows * seq_len * (kept + (4 + width) * c.n_embd)
+    weights = 4 * params * (2 + moments)  # with the gradients
+    return weights + head, rows * seq_len * (blocks + (4 + width) * c.n_embd)
 
 
 def free_memory(device):

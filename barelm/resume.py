@@ -1,37 +1,64 @@
-"""The folder of a run: whose it is, what it goes on from, its log and its settings."""
+"""The folder of a run: what a new run may replace there, the lock, state.pt, the log, run.json.
+
+What vouches for a folder, its weights, goes first when the folder is taken apart and comes last
+when it is put together, so that a kill leaves the old, the new, or what no reader opens: never one
+model's tokenizer with the other's weights.
+"""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from barelm.files import parse_json, sync_folder, whole_file
-from barelm.run import UserError
+from barelm.files import parse_json, sync_folder, whole_file, write_json
+from barelm.run import UserError, made_with
 from barelm.safetensors import read_header, write_safetensors
 
-# What a folder of weights has beside them. The last four only other people's folders have.
-COMPANIONS = ["config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"]
-COMPANIONS += ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
-COMPANIONS += ["added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"]
-WEIGHTS = ["*.safetensors.index.json", "*.bin.index.json"]  # these name the other files
-WEIGHTS += ["*.safetensors", "pytorch_model*.bin", "adapter_model.bin"]
-STATES = ["state.pt", "state.pt.tmp"]
-PARTS = ["best", "merged"]  # a run's folders within its own: models of their own
+WEIGHTS = (
+    "*.safetensors.index.json",  # the indexes first: they name the other files
+    "*.bin.index.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+)
+STATES = ("state.pt", "state.pt.tmp")
+# What a folder of weights has beside them.
+COMPANIONS = (
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",  # this and the next three only other people's folders have
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+PARTS = ("best", "merged")  # a run's folders within its own: models of their own
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders of models
 
 
 def holds_model(folder):
     """The files of a folder that a new run would replace, or leave beside itself as if they were
     its own: configs, tokenizers, weights, indexes and states, in best/ and merged/ too."""
-    found = []
-    for place in (Path(folder), *(Path(folder) / part for part in PARTS)):
-        for pattern in [*WEIGHTS, *STATES, *COMPANIONS]:
-            found += sorted(place.glob(pattern))
-    return found
+    folder = Path(folder)
+    paths = []
+    for place in (folder, *(folder / part for part in PARTS)):
+        for pattern in (*WEIGHTS, *STATES, *COMPANIONS):
+            paths += sorted(place.glob(pattern))
+    return paths
 
 
 def clear_folder(folder):
@@ -77,6 +104,10 @@ def make_folder(folder, flag="--out_dir"):
         raise UserError(f"{flag}={str(folder)!r}: {error}: take another") from None
 
 
+# --------------------------------------------------------------------------------------------------
+# The lock: one run at a time writes into a folder
+
+
 @contextlib.contextmanager
 def locked_folder(folder, patience=3.0):
     """Make a run's folder and be the only run that writes into it while the context lasts. The lock
@@ -88,7 +119,8 @@ def locked_folder(folder, patience=3.0):
         return
     if not str(folder):
         raise UserError("--out_dir is empty: expected the name of a folder")
-    folder, new = Path(folder), not os.path.lexists(folder)
+    folder = Path(folder)
+    is_new = not os.path.lexists(folder)
     make_folder(folder)
     if any(folder.glob("train_*.bin")):
         raise UserError(f"--out_dir={folder}: it holds prepared data: take another")
@@ -102,7 +134,7 @@ def locked_folder(folder, patience=3.0):
         yield
     finally:
         with contextlib.suppress(OSError):
-            if new and os.listdir(folder) == [".lock"]:
+            if is_new and os.listdir(folder) == [".lock"]:
                 os.unlink(folder / ".lock")
                 os.rmdir(folder)
         lock.close()  # which gives the lock back
@@ -131,6 +163,10 @@ def say_no_lock(folder, why):
     print(f"{folder}: no lock ({why}): see to it that no other run writes into it", flush=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# Weights, and the state beside them that a run goes on from
+
+
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -139,13 +175,18 @@ def file_sha256(path):
 def fingerprint(paths):
     """A hash that names the contents of files: of each its size and 64 pieces of 256 KiB, evenly
     spread, so that a large model takes no longer than a small one."""
-    digest, piece = hashlib.sha256(), 1 << 18
+    digest = hashlib.sha256()
+    piece = 1 << 18
     for path in paths:
         size = os.path.getsize(path)
         digest.update(f"{Path(path).name} {size} ".encode())
+        n_pieces = math.ceil(size / piece)
         with open(path, "rb") as file:
-            for i in range(min(64, -(-size // piece))):
-                file.seek(max(0, size - piece) * i // 63 if size > 64 * piece else i * piece)
+            for i in range(min(64, n_pieces)):
+                begin = i * piece
+                if n_pieces > 64:
+                    begin = (size - piece) * i // 63  # the last piece ends with the file
+                file.seek(begin)
                 digest.update(file.read(piece))
     return digest.hexdigest()
 
@@ -199,22 +240,25 @@ def read_state(path):
 def load_state(folder):
     """The training state that belongs to the weights in a folder. Its entry `temporary` says that
     it still has the temporary name: the save was cut between its two renames."""
-    folder, reasons = Path(folder), []
-    files = [folder / name for name in ("model.safetensors", "adapter_model.safetensors")]
-    files = [path for path in files if path.is_file()]
-    if not files:
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
         raise UserError(f"{folder}: no checkpoint to resume: start a run without --init_from")
-    weights = files[0]
     digest = file_sha256(weights)
     with open(weights, "rb") as file:
-        step = read_header(weights, file)[1].get("step")
+        _, metadata = read_header(weights, file)
+    step = metadata.get("step")
+    reasons = []
     for name in STATES:
         state, why = read_state(folder / name)
         if state and state.get("weights_file") == weights.name:
-            if state["weights_sha256"] == digest and str(state.get("step")) == step:
+            same_step = str(state.get("step")) == step
+            if same_step and state["weights_sha256"] == digest:
                 return state | {"temporary": name.endswith(".tmp")}
             why = f"of step {state.get('step')}"
-            if str(state.get("step")) == step:
+            if same_step:
                 raise UserError(
                     f"{weights}: not as it was saved at step {step}: changed since, or damaged, so "
                     f"that no resume would be exact; start anew in another --out_dir"
@@ -232,56 +276,33 @@ def check_state(state, kinds, path):
     for name, like in kinds.items():
         value = state.get(name)
         right = type(value) is type(like)
-        if right and isinstance(like, (int, float)) and like == like:  # of NaN any float will do
-            right = 0 <= value < 1 << 60 if like >= 0 else value == value
+        is_number = isinstance(like, (int, float)) and not math.isnan(like)
+        if right and is_number and like >= 0:
+            right = 0 <= value < 1 << 60
+        elif right and is_number:
+            right = not math.isnan(value)
         if not right:
-            shown = repr(value)[:40]
-            raise UserError(f"{path}: {name} is {shown}, as no run saves it: damaged, or foreign")
+            raise UserError(
+                f"{path}: {name} is {value!r:.40}, as no run saves it: damaged, or foreign"
+            )
 
 
 def check_rows(rows, like, path):
     """Refuse a list from a state whose items are not lists of the same kinds as `like`."""
+    kinds = [type(x) for x in like]
     for row in rows:
-        if type(row) is not list or [type(x) for x in row] != [type(x) for x in like]:
+        if type(row) is not list or [type(x) for x in row] != kinds:
             raise UserError(f"{path}: {row!r:.40} is no row of a run's: damaged, or foreign")
 
 
-def restore_optimizers(optimizers, saved, path):
-    """Put saved state_dicts into optimizers, whose settings stay this run's: its learning rate may
-    be another. What does not fit the parameters is a UserError."""
-    entries = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum"}}
-    wrong = UserError(f"{path}: its optimizers are not this run's: damaged, or foreign")
-    if not isinstance(saved, list) or len(saved) != len(optimizers):
-        raise wrong
-    for optimizer, before in zip(optimizers, saved):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        state = before.get("state") if isinstance(before, dict) else None
-        if not isinstance(state, dict):
-            raise wrong
-        for number, entry in state.items():
-            if type(number) is not int or not 0 <= number < len(params):
-                raise wrong
-            p, names = params[number], entries[type(optimizer).__name__]
-            if not isinstance(entry, dict) or set(entry) != names:
-                raise wrong
-            for name, value in entry.items():
-                if not same_kind(value, torch.zeros(()) if name == "step" else p):
-                    raise wrong
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def same_kind(value, like):
-    """Whether a value is a plain tensor of the shape and dtype of the tensor `like`."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
-        return False
-    return value.shape == like.shape and value.dtype == like.dtype
+# --------------------------------------------------------------------------------------------------
+# The log
 
 
 def open_log(path, step, say):
     """A run's log.jsonl to append rows to (`write_row`), cut to its rows up to `step`: later ones
     belong to steps that will run again. Lines that are no rows are left out."""
-    rows, bad = [], 0
+    rows, n_bad = [], 0
     data = Path(path).read_bytes() if Path(path).exists() else b""
     for line in data.split(b"\n")[:-1]:  # behind the last end of line is what a kill cut
         try:
@@ -289,9 +310,9 @@ def open_log(path, step, say):
             if row_step <= step:
                 rows.append(line + b"\n")
         except (UserError, ValueError, KeyError, TypeError):
-            bad += 1
-    if bad:
-        say(f"{path}: {bad} lines that are no rows of a log are left out")
+            n_bad += 1
+    if n_bad:
+        say(f"{path}: {n_bad} lines that are no rows of a log are left out")
     with whole_file(path) as file:
         file.write(b"".join(rows))
     return open(path, "ab", buffering=0)  # no buffer that a full disk would leave half written
@@ -299,39 +320,161 @@ def open_log(path, step, say):
 
 def write_row(log, row):
     """Append a row to a run's log. On a full disk there is nothing of it, and a UserError."""
-    line, end = (json.dumps(row) + "\n").encode(), log.seek(0, os.SEEK_END)
+    line = (json.dumps(row) + "\n").encode()
+    end = log.seek(0, os.SEEK_END)
     try:
         while line:
-            line = line[log.write(line) :]
+            n_written = log.write(line)
+            line = line[n_written:]
     except OSError as error:
         with contextlib.suppress(OSError):
             log.truncate(end)
-        why = f"cannot be written: {error.strerror}; the last save is kept"
-        raise UserError(f"{log.name}: {why}") from None
+        raise UserError(
+            f"{log.name}: cannot be written: {error.strerror}; the last save is kept"
+        ) from None
 
 
-# A run has parts: its start begins one, each resume another. run.json and state.pt list them, each
-# a dict: the step at which it began, its config (every key's value), its facts (what that came to
-# on the machine, such as the dtype), its command and versions.
-def changed_settings(part, config, facts):
-    """What is no longer as it was in that part of a run: {key: "key old -> new"}."""
-    changed, before = {}, part["config"] | part["facts"]
-    for key, value in (config | facts).items():
-        old, new = (" ".join(repr(x).split())[:40] for x in (before.get(key), value))
+# --------------------------------------------------------------------------------------------------
+# The rules of out_dir: what a run may replace, what it goes on from, what a resume may change
+
+# What a resume may change, and tells; the scripts have some more of their own.
+FREE = (
+    "learning_rate",
+    "lr_schedule",
+    "warmup_steps",
+    "min_lr",
+    "decay_fraction",
+    "weight_decay",
+    "grad_clip",
+    "dropout",
+    "max_steps",
+    "max_tokens",
+    "max_epochs",
+    "max_minutes",
+)
+# What shapes no number, or only by what it comes to, which the facts of a part have.
+ASIDE = (
+    "out_dir",
+    "init_from",
+    "overwrite",
+    "device",
+    "dtype",
+    "checkpoint_blocks",
+    "eval_every",
+    "save_every",
+)
+
+
+def choose_start(out_dir, init_from, overwrite, fresh="scratch"):
+    """init_from, with auto decided: "resume" where the folder holds weights, else `fresh`. What the
+    folder holds is only replaced where that is asked for."""
+    out = Path(out_dir)
+    files = holds_model(out)
+    if init_from == "auto":
+        if any(path.parent == out and path.match("*model.safetensors") for path in files):
+            return "resume"
+        if is_unfinished(out, files):
+            return fresh
+    if init_from != "resume" and files and not overwrite:
+        ways = "--init_from=resume goes on, --overwrite replaces it, or take another --out_dir"
+        raise UserError(f"{out} holds a run or a model ({files[0].relative_to(out)}): {ways}")
+    return fresh if init_from == "auto" else init_from
+
+
+def is_unfinished(out, files):
+    """Whether a folder is that of a run which was killed before its first save was whole."""
+    first_save = [*COMPANIONS, "state.pt.tmp"]  # what such a save leaves: no weights
+    saved = [path for path in files if path.parent == out and path.name not in first_save]
+    return (out / "run.json").is_file() and not saved
+
+
+class RunFolder:
+    """out_dir: run.json, log.jsonl, and what a resume may change.
+
+    A run has parts: its start begins one, each resume another. run.json and state.pt list them,
+    each a dict: the step at which it began, its config (every key's value), its facts (what these
+    came to on this machine, such as the dtype; a fact with a key's name stands for it), and the
+    command, commit and versions.
+
+    free: keys that a resume may change, and tells. aside: keys that shape nothing. A resume with
+    another value of any other key would draw another curve, and is refused. defaults: {key: its
+    default}, which a part that was made before the key was, has."""
+
+    def __init__(self, out_dir, run, config, defaults, free, aside):
+        self.path = Path(out_dir)
+        self.run = run
+        self.config = config
+        self.defaults = defaults
+        self.free = free
+        self.aside = aside
+        self.parts = []
+        self.log = None
+        self.trackers = []  # functions that get each row too, such as TensorBoard's
+
+    def changes(self, state, facts):
+        """What this resume changes in what shapes the run: {key: "key old -> new"}."""
+        part = state["parts"][-1]
+        before = self.defaults | part["config"] | part["facts"]
+        config = {key: value for key, value in self.config.items() if key not in self.aside}
+        return changed_settings(before, config | facts)
+
+    def check_resume(self, state, facts):
+        """Refuse a resume that would draw another curve: the changes that are allowed."""
+        changed = self.changes(state, facts)
+        allowed = (*self.free, *self.aside)
+        refused = [key for key in changed if key in self.config and key not in allowed]
+        if refused:
+            raise UserError(
+                f"{self.path}: no resume with another {', '.join(refused)}, which would make it "
+                f"another curve ({', '.join(changed[key] for key in refused)}): use the run's own "
+                f"settings ({self.path}/run.json has them), or start anew in another --out_dir"
+            )
+        return changed
+
+    def begin(self, step, facts, state=None):
+        """Begin a part of the run at this step, with `state` if it is a resume: what it changes is
+        told and returned, the folder made ready, run.json and log.jsonl opened."""
+        changed = {}
+        if state:
+            self.parts = state["parts"]
+            changed = self.changes(state, facts)
+            say_changes(changed, self.parts, self.run.say)
+        part = {"step": step, "config": self.config, "facts": facts} | made_with()
+        self.parts = [before for before in self.parts if before["step"] < step] + [part]
+        if not self.run.is_main:
+            return changed
+        if not state:  # what a replaced run has left must never be taken for this one's
+            clear_folder(self.path)
+        elif state["temporary"]:
+            os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
+        write_json(
+            self.path / "run.json", {"config": self.config} | made_with() | {"parts": self.parts}
+        )
+        self.log = open_log(self.path / "log.jsonl", step if state else -1, self.run.say)
+        return changed
+
+    def record(self, row):
+        """Append a row to log.jsonl."""
+        if self.run.is_main:
+            write_row(self.log, row)
+            for send in self.trackers:
+                send(row)
+
+
+def changed_settings(before, now):
+    """What is no longer as it was, of two dicts of settings: {key: "key old -> new"}."""
+    changed = {}
+    for key, value in now.items():
+        old = shown(before.get(key))
+        new = shown(value)
         if old != new or key not in before:
             changed[key] = f"{key} {old} -> {new}"
     return changed
 
 
-def refuse_changes(changed, fixed, out, but=""):
-    """Refuse to resume a run where one of the `fixed` settings has changed."""
-    names = [key for key in fixed if key in changed]
-    if names:
-        raise UserError(
-            f"{out}: no resume with another {', '.join(names)}, which would make it another curve "
-            f"({', '.join(changed[key] for key in names)}): use the run's own settings "
-            f"({out}/run.json has them){but}, or start anew in another --out_dir"
-        )
+def shown(value):
+    """A setting in a line: at most 40 characters."""
+    return " ".join(repr(value).split())[:40]
 
 
 def say_changes(changed, parts, say):
@@ -361,6 +504,35 @@ def weights_step(folder):
         path = Path(folder) / name
         if path.is_file():
             with open(path, "rb") as file:
-                step = str(read_header(path, file)[1].get("step"))
+                _, metadata = read_header(path, file)
+            step = str(metadata.get("step"))
             return int(step) if step.isdecimal() else -1
     return -1
+
+
+# --------------------------------------------------------------------------------------------------
+# Other logs
+
+
+def make_trackers(out_dir, config, tensorboard=False, wandb_project=None):
+    """Functions that send a log row to TensorBoard and Weights & Biases, where asked for."""
+    trackers = []
+    try:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            trackers.append(partial(send_to_tensorboard, SummaryWriter(out_dir)))
+        if wandb_project:
+            import wandb
+
+            wandb_run = wandb.init(project=wandb_project, name=out_dir, config=config)
+            trackers.append(lambda row: wandb_run.log(row, step=row["step"]))
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install {error.name}") from None
+    return trackers
+
+
+def send_to_tensorboard(writer, row):
+    for key, value in row.items():
+        if key != "step" and value is not None:
+            writer.add_scalar(key, value, row["step"])

@@ -1,14 +1,33 @@
-"""What every run does alike: devices, processes, precision, progress, the checks of a step."""
+"""What every run does alike: processes, device, precision, progress, schedules, updates, signals.
+
+train.py, finetune.py and rl.py are three loops over these pieces:
+
+    run = setup("auto")                           # this process: device, rank, world
+    horizon = Horizon(max_steps=300)              # where the run ends
+    schedule = Schedule("cosine", warmup_steps=20)
+    updater = Updater(run, params, optimizers, scaler, grad_clip=1.0)
+    progress = horizon.progress(step, tokens, epochs, seconds)
+    updater.set_lr(schedule.scale(step, progress, warm_end))
+    updater.backward(loss)                        # of each micro-batch
+    norm = updater.clip_gradients()
+    [loss] = run.sum(loss)                        # the one exchange of a step
+    updater.step(step, loss, norm)
+"""
 
 import contextlib
 import ctypes
 import math
 import os
+import platform
 import re
+import signal
+import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,30 +36,134 @@ class UserError(SystemExit):
     """Something the user can mend, told in one line: what, where, what to do. Unhandled: exit 1."""
 
 
+# --------------------------------------------------------------------------------------------------
+# Progress
+
+
+class Progress:
+    """One line of progress: rewritten in place on a terminal, printed every 5 s in a log."""
+
+    def __init__(self):
+        self.last_print = -math.inf  # seconds, of time.monotonic
+        self.open_line = False  # whether the terminal's last line is not ended yet
+
+    def __call__(self, line, last=False):
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
+            self.open_line = not last
+        elif last or time.monotonic() - self.last_print >= 5:
+            print(line, flush=True)
+            self.last_print = time.monotonic()
+
+    def note(self, text):
+        """Print `text` on lines of its own, between two states of the progress line."""
+        if self.open_line:
+            print()
+        print(text, flush=True)
+        self.open_line = False
+
+
+def duration(seconds):
+    """Seconds as a person reads them: 42s, 3m10s, 2h05m."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    if minutes:
+        return f"{minutes}m{seconds:02d}s"
+    return f"{seconds}s"
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass
+class Run:
+    """This process and its place among those that torchrun started."""
+
+    device: torch.device
+    rank: int = 0  # which process this is, 0 to world - 1
+    world: int = 1  # how many there are
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def is_main(self):
+        """Whether this is the one process that prints and writes files."""
+        return self.rank == 0
+
+    main = is_main
+
+    def say(self, text):
+        """Print on the main process."""
+        if self.is_main:
+            self.progress.note(text)
+
+    def sum(self, *values):
+        """Numbers, or 0-dim tensors, each summed over all processes: a list of floats. In a step it
+        is called once, since it is where the host waits for the device."""
+        numbers = []
+        for value in values:
+            numbers.append(torch.as_tensor(value, dtype=torch.float64, device=self.device))
+        totals = torch.stack(numbers)
+        if self.world > 1:
+            dist.all_reduce(totals)
+        return totals.tolist()
+
+    def wait(self):
+        """Go on when all processes have come here."""
+        self.sum(0)
+
+
 def setup(device="auto", timeout=None):
-    """Choose the device and join the other processes, if torchrun started several: (device, rank,
-    world, main) by these names; `main` is the one process that writes files. timeout: a timedelta,
-    how long processes wait for each other before they give up."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Choose the device and join the other processes, if torchrun started several: a Run.
+    timeout: a timedelta, how long processes wait for each other before they give up."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device={device}: expected auto, cpu, cuda or cuda:1")
     place = torch.device(device)
     if place.type == "cuda":
-        index = place.index or 0 if world == 1 else int(os.environ.get("LOCAL_RANK", rank))
-        if index >= (count := torch.cuda.device_count()):
-            raise UserError(f"--device={device}: GPU {index} of {count} on this machine: use cpu")
-        place = torch.device("cuda", index)
-        torch.cuda.set_device(place)
+        place = choose_gpu(place, rank, world)
     elif sys.platform == "linux":
-        # Freed memory stays with the process: no page faults when the next step takes it again.
-        with contextlib.suppress(AttributeError):  # a C library other than glibc
-            for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
-    return SimpleNamespace(device=place, rank=rank, world=world, main=rank == 0)
+    return Run(place, rank, world)
+
+
+def choose_gpu(place, rank, world):
+    """The GPU of this process: the one that was named, or of several processes each its own."""
+    index = place.index or 0
+    if world > 1:
+        index = int(os.environ.get("LOCAL_RANK", rank))
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"--device={place}: GPU {index} of {count} on this machine: use cpu")
+    place = torch.device("cuda", index)
+    torch.cuda.set_device(place)
+    return place
+
+
+def keep_freed_memory():
+    """Let freed memory stay with the process: no page faults when the next step takes it again."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+
+# What gloo, and then NCCL, say when another process has ended.
+LOST_PROCESS = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "remote worker",
+    "remote process exited",
+    "Timed out waiting",
+)
 
 
 @contextlib.contextmanager
@@ -48,16 +171,61 @@ def lost_process():
     """A line in the place of torch.distributed's traceback where another process is gone."""
     try:
         yield
-    except RuntimeError as error:  # gloo's words, then NCCL's
-        words = ("closed by peer", "reset by peer", "Broken pipe", "remote worker")
-        words += ("remote process exited", "Timed out waiting")
-        if not any(word in str(error) for word in words):
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PROCESS):
             raise
         rank = os.environ.get("RANK", "0")
         raise UserError(
             f"process {rank}: another process of this run is gone, so that none can go on: its own "
             f"last lines, or the system's log, say why; what was saved is kept"
         ) from None
+
+
+def sync_grads(params):
+    """Sum the gradients over all processes, in one flat all-reduce (none counts as zero)."""
+    if not dist.is_initialized():
+        return
+    params = [p for p in params if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    sizes = [p.numel() for p in params]
+    for p, part in zip(params, flat.split(sizes)):
+        p.grad = part.view_as(p)
+
+
+def end_process(status, threads_may_run=False):
+    """End a script with this exit status. Of several processes each ends at once, since a thread of
+    gloo that frees a tensor late aborts a usual exit; not where other threads still send."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if not threads_may_run:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
+
+
+class StopSignals:
+    """Notes Ctrl-C and SIGTERM, so that a loop can save and end. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.received = 0  # the signal's number; 0: none yet
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.received = self.received or number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    @property
+    def exit_status(self):
+        """What a shell calls death by this signal, or where another process got it, by SIGTERM."""
+        return 128 + (self.received or signal.SIGTERM)
+
+
+# --------------------------------------------------------------------------------------------------
+# Precision
 
 
 def choose_dtype(device, want="auto", n_embd=0):
@@ -68,21 +236,15 @@ def choose_dtype(device, want="auto", n_embd=0):
     if want != "auto":
         raise UserError(f"--dtype={want}: expected auto, float32, bfloat16 or float16")
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device)[0] >= 8:
+        if torch.cuda.get_device_capability(device)[0] >= 8:  # from Ampere on
             return torch.bfloat16, "this GPU has fast bfloat16"
         return torch.float16, "this GPU has no fast bfloat16; gradients are scaled"
-    has = torch.cpu.get_capabilities()
-    if not (has.get("avx512_bf16") or has.get("amx_bf16")):
+    cpu = torch.cpu.get_capabilities()
+    if not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
         return torch.float32, "this CPU has no fast bfloat16"
     if n_embd < 128:
         return torch.float32, "below width 128 the casts cost more than bfloat16 gains"
     return torch.bfloat16, "this CPU has fast bfloat16 and the model is wide enough to gain"
-
-
-def compute_dtype(x):
-    """The dtype that matrix products of x are computed in: autocast's, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def autocast(device, dtype):
@@ -90,30 +252,198 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-class Progress:
-    """One line of progress: rewritten in place on a terminal, printed every 5 s in a log."""
-
-    def __init__(self):
-        self.last, self.open = -math.inf, False  # when a line was printed; whether one is unended
-
-    def __call__(self, line, last=False):
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-            self.open = not last
-        elif last or time.monotonic() - self.last >= 5:
-            print(line, flush=True)
-            self.last = time.monotonic()
-
-    def note(self, text):
-        """Print `text` on lines of its own, between two states of the progress line."""
-        print(("\n" if self.open else "") + text, flush=True)
-        self.open = False
+def make_scaler(device, dtype):
+    """The scaler that keeps small gradients from vanishing in float16; None for other dtypes."""
+    if dtype != torch.float16:
+        return None
+    return torch.amp.GradScaler(device.type)
 
 
-def duration(seconds):
-    """Seconds as a person reads them: 42s, 3m10s, 2h05m."""
-    m, s = divmod(int(seconds), 60)
-    return f"{s}s" if m == 0 else f"{m}m{s:02d}s" if m < 60 else f"{m // 60}h{m % 60:02d}m"
+def compute_dtype(x):
+    """The dtype that matrix products of x are computed in: autocast's, or its own."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+# --------------------------------------------------------------------------------------------------
+# How long, and how fast
+
+
+@dataclass
+class Horizon:
+    """Where a run ends: at the first of these that is reached; one that is None is not looked at.
+    max_steps=0 is a run without a step: it writes the model as it is before the first."""
+
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_epochs: float | None = None  # passes over the data
+    max_minutes: float | None = None  # of the clock, evaluation and compilation included
+
+    def check(self):
+        """Refuse negative limits, and a run without an end."""
+        limits = vars(self)
+        for name, limit in limits.items():
+            if limit is not None and not 0 <= limit < math.inf:
+                raise UserError(f"{name}={limit}: expected 0 or more")
+        if self.max_steps != 0 and not any(limits.values()):
+            raise UserError(f"no horizon: set {', '.join(limits)}: one of them at least")
+
+    def progress(self, step=0, tokens=0, epochs=0.0, seconds=0.0):
+        """The part of the run that is done, 0 to 1: the largest over the limits that are set."""
+        if self.max_steps == 0:
+            return 1.0
+        done = 0.0
+        if self.max_steps:
+            done = max(done, step / self.max_steps)
+        if self.max_tokens:
+            done = max(done, tokens / self.max_tokens)
+        if self.max_epochs:
+            done = max(done, epochs / self.max_epochs)
+        if self.max_minutes:
+            done = max(done, seconds / (60 * self.max_minutes))
+        return min(1.0, done)
+
+
+@dataclass
+class Schedule:
+    """The learning rate over its peak: a warm-up to 1, then a fall to min_lr, or none."""
+
+    lr_schedule: str = "cosine"  # cosine, linear, trapezoid (constant, then linear) or constant
+    warmup_steps: int = 0  # of linear warm-up
+    min_lr: float = 0.0  # the last learning rate, as a fraction of the peak
+    decay_fraction: float = 0.4  # trapezoid: the part of the run that decays
+
+    def check(self):
+        self.scale(0, 0.0)  # refuses an unknown schedule
+
+    def scale(self, step, progress, warm_end=0.0):
+        """The factor for a step (from 0) at this progress (0 to 1) of the run. warm_end: the
+        progress at which the warm-up ends, or the present one while it lasts."""
+        warm = 1.0
+        if self.warmup_steps:
+            warm = min(1.0, (step + 1) / self.warmup_steps)
+        return warm * (self.min_lr + (1 - self.min_lr) * self.fall(progress, warm_end))
+
+    def fall(self, progress, warm_end):
+        """From 1 at the end of the warm-up to 0 at the end of the run."""
+        left = max(1 - warm_end, 1e-9)  # the part of the run behind the warm-up
+        after = max(0.0, progress - warm_end) / left
+        if self.lr_schedule == "cosine":
+            return (1 + math.cos(math.pi * after)) / 2
+        if self.lr_schedule == "linear":
+            return 1 - after
+        if self.lr_schedule == "trapezoid":
+            decay = min(self.decay_fraction, left)
+            return min(1.0, (1 - progress) / decay) if decay else 1.0
+        if self.lr_schedule == "constant":
+            return 1.0
+        raise UserError(
+            f"lr_schedule={self.lr_schedule}: expected cosine, linear, trapezoid or constant"
+        )
+
+
+def check_least(config, names, least):
+    """Refuse the settings of these names that are below `least`, or not finite; none is allowed."""
+    for name in names:
+        value = config[name]
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{name}={value}: expected {least} or more")
+
+
+def step_seed(seed, step, rank):
+    """The seed of torch in a step: dropout and samples depend on nothing else, so that no state of
+    a generator has to be saved for a resume to be exact."""
+    return (seed * 1_000_003 + step) * 65_537 + rank
+
+
+# --------------------------------------------------------------------------------------------------
+# The update of the weights, and the policy on bad steps
+
+BAD_STEPS = 5  # non-finite steps in a row that end a run
+
+
+class Updater:
+    """What an optimizer step does in every run, and what it does not do to a network.
+
+    A step whose loss or gradient is not finite changes nothing; BAD_STEPS of them in a row end the
+    run. So does a gradient of exactly zero, and a first step that moves no weight: such a run would
+    go on for hours, and learn nothing."""
+
+    def __init__(self, run, params, optimizers, scaler=None, grad_clip=0.0):
+        self.run = run
+        self.params = list(params)  # those that learn
+        self.optimizers = optimizers
+        self.scaler = scaler  # float16's; or None
+        self.grad_clip = grad_clip  # the largest gradient norm; 0: no clipping
+        self.lr_scale = 1.0
+        self.bad_steps = 0  # in a row, until now
+        self.has_moved = False  # whether a step of this process has moved the weights
+
+    def set_lr(self, scale):
+        """The learning rate of every group: its own peak, times `scale`."""
+        self.lr_scale = scale
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+
+    def backward(self, loss):
+        """Add the gradients of a micro-batch's loss, a scalar."""
+        if self.scaler:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+
+    def clip_gradients(self):
+        """Clip the sum of the micro-batches' gradients; their norm before, a 0-dim tensor."""
+        if self.scaler:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
+
+    def step(self, step, loss, norm, warming_up=False, zero_is_fault=True):
+        """Update the weights, or skip it: whether it was done. step: how many were before. loss and
+        norm: floats, the same on all processes. zero_is_fault: False where a gradient may rightly
+        be zero, as that of equal rewards is."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.bad_steps = 0
+            if zero_is_fault:
+                check_gradient(norm, step + 1)
+            # The last steps of a schedule, from which a resume may start, move less than float32
+            # shows.
+            must_move = norm > 0 and (warming_up or self.lr_scale > 0.01)
+            self.apply(watch=must_move and not self.has_moved)
+        else:
+            self.run.say(
+                f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: the update is skipped"
+            )
+            # A scaler begins with a scale that overflows, and finds the right one in a few steps.
+            if self.scaler is None or self.scaler.get_scale() < 2:
+                self.bad_steps += 1
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.scaler:
+            self.scaler.update()
+        return finite
+
+    def apply(self, watch):
+        """The optimizers' steps; watch: they have to move a weight."""
+        before = weight_sums(self.params) if watch else None
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if watch:
+            check_moved(before, self.params, self.optimizers[0].param_groups[0]["lr"])
+            self.has_moved = True
+
+    def check_bad_steps(self, learning_rate, warmup_steps):
+        """End the run after BAD_STEPS steps in a row that were not finite."""
+        if self.bad_steps >= BAD_STEPS:
+            raise UserError(
+                f"{BAD_STEPS} steps in a row were not finite: lower learning_rate "
+                f"({learning_rate:g}), raise warmup_steps ({warmup_steps}) or use --dtype=float32; "
+                f"the last save is kept"
+            )
 
 
 def check_gradient(norm, step):
@@ -142,13 +472,38 @@ def check_moved(before, params, lr):
         )
 
 
-def sync_grads(params):
-    """Sum the gradients over all processes, in one flat all-reduce (none counts as zero)."""
-    if not dist.is_initialized():
-        return
-    params = [p for p in params if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = part.view_as(p)
+# --------------------------------------------------------------------------------------------------
+# Memory, and what a run was made with
+
+
+def memory_used(device):
+    """The most memory that this process has held, in bytes: on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return most
+    return 1024 * most
+
+
+def is_out_of_memory(error):
+    """Whether an exception is torch's, or the system's, for memory that is not there."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # on a CPU it is the allocator's word alone
+
+
+def made_with():
+    """What run.json says beside the settings: the command, the commit, versions."""
+    commit = None
+    ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+    return {"command": " ".join(sys.argv), "commit": commit, "versions": versions}

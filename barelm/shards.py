@@ -1,31 +1,40 @@
-"""Token shards: llm.c's .bin files."""
+"""Token shards, llm.c's .bin files: opened, cut into windows, and told apart by document.
+
+A shard is 256 little-endian int32, of which the first three are a magic number, a version and the
+count of tokens, and then the tokens, uint16 or uint32.
+"""
 
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from barelm.files import read_json
 from barelm.run import UserError
+
+HEADER_SIZE = 1024  # bytes
+TOKEN_DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # magic, version
 
 
 def open_shard(path):
     """The tokens of an llm.c .bin shard, as a memory map (N,) uint16 or uint32."""
     try:
-        header, size = np.fromfile(path, dtype="<i4", count=256), os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=256)
+        size = os.path.getsize(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    kinds = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
-    kind = kinds.get(tuple(header[:2].tolist()))
-    if len(header) < 256 or kind is None:
+    dtype = TOKEN_DTYPES.get(tuple(header[:2].tolist()))
+    if len(header) < 256 or dtype is None:
         raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
     count = int(header[2])
-    if count < 0 or size != 1024 + count * kind.itemsize:
+    if count < 0 or size != HEADER_SIZE + count * dtype.itemsize:
         why = f"{size:,} bytes are not the {count:,} tokens that were written"
         raise UserError(f"{path}: cut short, or damaged: {why}; prepare it again")
     if count == 0:  # which no memory map can be of
-        return np.empty(0, kind)
-    return np.memmap(path, dtype=kind, mode="r", offset=1024, shape=(count,))
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_SIZE, shape=(count,))
 
 
 def check_tokens(ids, n_vocab, path):
@@ -35,6 +44,70 @@ def check_tokens(ids, n_vocab, path):
         raise UserError(f"{path}: token {ids.max()}, but {why}")
 
 
+class Windows:
+    """Windows of seq_len tokens from shards, in one global sequence: position i is window
+    permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
+
+    stride: tokens from the beginning of a window to that of the next; 0: seq_len, so that none
+    overlap. partial: the last window of a shard may be short, so that every token is a target once.
+    n_vocab: a batch with an id from here on is refused, by its shard's name (0: not looked at)."""
+
+    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0, n_vocab=0):
+        self.paths = list(paths)
+        self.shards = [open_shard(path) for path in self.paths]
+        self.seq_len = seq_len
+        self.seed = seed
+        self.stride = stride or seq_len
+        self.n_vocab = n_vocab
+        sizes = np.array([len(shard) for shard in self.shards], dtype=np.int64)
+        shortest = 1 if partial else seq_len  # targets that a window has at least
+        last_begin = (
+            sizes - 1 - shortest
+        )  # of a window: it reads one token more than it has targets
+        n_windows = np.maximum(last_begin + self.stride, 0) // self.stride
+        self.ends = np.cumsum(n_windows)  # of shard s: windows ends[s - 1] to ends[s]
+        self.n = int(self.ends[-1]) if self.paths else 0  # windows an epoch
+        self.epoch = -1  # whose order it is:
+        self.order = None
+
+    def shard_of(self, i):
+        """The number of the shard that holds window i."""
+        return int(np.searchsorted(self.ends, i, side="right"))
+
+    def window(self, i):
+        """Inputs and targets (seq_len + 1,) int64 of window i, -100 past the shard's end."""
+        s = self.shard_of(i)
+        first_window = int(self.ends[s - 1]) if s > 0 else 0
+        begin = (i - first_window) * self.stride
+        tokens = self.shards[s][begin : begin + self.seq_len + 1]
+        window = np.full(self.seq_len + 1, -100, dtype=np.int64)
+        window[: len(tokens)] = tokens
+        return window
+
+    def at(self, position):
+        """The window at a position of the global sequence."""
+        epoch, i = divmod(position, self.n)
+        if epoch != self.epoch:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            self.epoch = epoch
+        return int(self.order[i])
+
+    def batch(self, indices, device):
+        """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""
+        windows = np.stack([self.window(i) for i in indices])  # (B, seq_len + 1)
+        if self.n_vocab and windows.max() >= self.n_vocab:  # on the host: no device has to wait
+            for i, window in zip(indices, windows):
+                check_tokens(window, self.n_vocab, self.paths[self.shard_of(i)])
+        windows = torch.from_numpy(windows)
+        if device.type == "cuda":
+            windows = windows.pin_memory().to(device, non_blocking=True)
+        ids = windows[:, :-1].clamp(
+            min=0
+        )  # where there is no token, any will do: no target is there
+        targets = windows[:, 1:].contiguous()
+        return ids, targets
+
+
 def document_layout(folder, tok):
     """(ids before a document, ids behind it) in the shards of a dataset, as its meta.json has them;
     shards of an earlier version, which say nothing, have `eot_id` before each document."""
@@ -42,7 +115,8 @@ def document_layout(folder, tok):
     if layout is None:
         return [tok.eot_id], []
     try:
-        begin, end = layout["begin"], layout["end"]
+        begin = layout["begin"]
+        end = layout["end"]
         ids = begin + end
         if ids and all(type(id) is int and 0 <= id < tok.n_vocab for id in ids):
             return begin, end
@@ -50,3 +124,13 @@ def document_layout(folder, tok):
         pass
     why = f"document: expected lists of ids, begin and end, and not {layout}"
     raise UserError(f"{folder}/meta.json: {why}")
+
+
+def document_numbers(ids, begin, end):
+    """Which document each token of ids (B, T) is of, counted along its row: (B, T) int64. begin and
+    end are what `document_layout` gave. The end token is the last of its document; where there is
+    none, what stands before a document is the first of it."""
+    if not end:
+        return (ids == begin[0]).cumsum(1)
+    ended = (ids == end[-1]).cumsum(1)  # from the end token on
+    return F.pad(ended[:, :-1], (1, 0))  # from the token behind it on

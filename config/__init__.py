@@ -174,6 +174,11 @@ def settings(space):
     return {key: space[key] for key in script_keys(space["__file__"])}
 
 
+def defaults(space):
+    """The default of every key of the script whose globals are `space`."""
+    return {key: default for key, (default, *_) in script_keys(space["__file__"]).items()}
+
+
 def same_recipes():
     """The recipes of this command line, each with a space behind it, to name the next command."""
     return "".join(f"{arg} " for arg in sys.argv[1:] if is_recipe(arg))

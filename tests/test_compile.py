@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import run
 
 import model
-import train
+from barelm import compiled as compare
 from barelm.fast import BlockedAttention, LinearCrossEntropy
 from barelm.run import UserError, autocast, check_gradient, check_moved, weight_sums
 
@@ -157,9 +157,9 @@ def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_fact
         loss, count = net(ids, targets, docs=docs)
         return loss_factor * Scaled.apply(loss, gradient_factor), count
 
-    eager = train.loss_and_gradients(net, net, *batch, cast, pieces=2)
-    other = train.loss_and_gradients(network, net, *batch, cast)
-    assert train.compiled_differs(other, eager, dropout=0.0) == differs
+    eager = compare.loss_and_gradients(net, net, *batch, cast, pieces=2)
+    other = compare.loss_and_gradients(network, net, *batch, cast)
+    assert compare.compiled_differs(other, eager, dropout=0.0) == differs
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -167,12 +167,12 @@ def test_one_layer_without_gradients_is_noticed():
     net = model.GPT(model.GPTConfig(**(SHAPE | {"n_layer": 3}))).train()
     batch = torch.randint(128, (2, 3, 160))
     cast = autocast(torch.device("cpu"), torch.float32)
-    eager = train.loss_and_gradients(net, net, *batch, cast)
+    eager = compare.loss_and_gradients(net, net, *batch, cast)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
         index = [n for n, _ in net.named_parameters()].index(name)
         norms = eager[1].clone()
         norms[index] = 0
-        assert train.compiled_differs((eager[0], norms), eager, dropout=0.0)
+        assert compare.compiled_differs((eager[0], norms), eager, dropout=0.0)
 
 
 def test_a_step_that_changes_nothing_ends_the_run():

@@ -8,10 +8,9 @@ import torch
 from conftest import ROOT, run
 
 import model
-import train
 from barelm.files import read_json, write_json
 from barelm.run import UserError
-from barelm.shards import document_layout, open_shard
+from barelm.shards import document_layout, document_numbers, open_shard
 from barelm.tokenizer import Tokenizer
 
 FAMILIES = ["gpt2", "llama2", "llama3", "mistral", "qwen3", "smollm2", "tinyllama"]
@@ -93,20 +92,15 @@ def test_the_commands_learn_to_stop(tmp_path):
 
 
 @pytest.mark.parametrize("begin, end", [([7], []), ([], [9]), ([7], [9]), ([7, 8], [9])])
-def test_the_mask_parts_documents(begin, end, monkeypatch):
+def test_the_mask_parts_documents(begin, end):
     documents = [[1, 2, 3], [4], [5, 6, 1, 2]]
     ids = [[*begin, *document, *end] for document in documents]
     expected = [number for number, document in enumerate(ids) for _ in document]
-    monkeypatch.setattr(train, "document_mask", True)
-    monkeypatch.setattr(train, "document_begin", begin)
-    monkeypatch.setattr(train, "document_end", end)
     for first in range(6):  # a window may begin within a document
         row = torch.tensor([sum(ids, [])[first:]])
-        numbers = train.documents(row)[0]
+        numbers = document_numbers(row, begin, end)[0]
         wanted = torch.tensor(expected[first:])
         assert torch.equal(numbers - numbers[0], wanted - wanted[0])
-    monkeypatch.setattr(train, "document_mask", False)
-    assert train.documents(row) is None
 
 
 def test_shards_of_an_earlier_version_keep_their_borders(tmp_path):

@@ -17,19 +17,18 @@ import torch
 from conftest import ROOT, run
 from test_train import SMALL, log, words  # noqa: F401 (a fixture)
 
-import finetune
 import train
 from barelm.checkpoint import load, save
+from barelm.optim import restore_optimizers
 from barelm.resume import (
     clear_folder,
     holds_model,
     load_state,
     locked_folder,
     open_log,
-    restore_optimizers,
     write_row,
 )
-from barelm.run import UserError
+from barelm.run import Schedule, UserError
 
 RUN = [*SMALL, "--max_steps=4", "--save_every=2", "--eval_every=2", "--dtype=float32"]
 TUNE = "--model=out/base --dataset=words --max_steps=4 --save_every=2 --eval_every=2".split()
@@ -331,13 +330,13 @@ def test_a_state_of_other_types_is_refused(base, tmp_path):
     for other in [*broken, [state], torch.zeros(3), {}]:
         torch.save(other, path)
         with pytest.raises(UserError) as error:
-            train.load_state(tmp_path / "run")
+            train.read_saved(tmp_path / "run")
         assert "\n" not in str(error.value)
         ways += 1
     for data in (b"", b"PK\x03\x04", b"text", path.read_bytes()[:-30]):
         path.write_bytes(data)
         with pytest.raises(UserError, match="no state.pt of the weights' step 4"):
-            train.load_state(tmp_path / "run")
+            train.read_saved(tmp_path / "run")
         ways += 1
     assert ways > 50
     sums = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(3))]
@@ -431,30 +430,24 @@ def test_finetune_says_what_a_resume_changes(base):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "trapezoid"])
 @pytest.mark.parametrize("steps, warmup", [(20, 10), (20, 19), (7, 3), (50, 0)])
-def test_the_peak_is_the_learning_rate(schedule, steps, warmup, monkeypatch):
+def test_the_peak_is_the_learning_rate(schedule, steps, warmup):
     """And behind the warm-up the rate falls as transformers' schedules do, to 0 at the end."""
-    for script, kinds in ((finetune, "linear cosine constant"), (train, "linear cosine trapezoid")):
-        if schedule not in kinds.split():
-            continue
-        monkeypatch.setattr(script, "warmup_steps", warmup)
-        monkeypatch.setattr(script, "lr_schedule", schedule)
-        end = min(warmup, steps)
-        if script is finetune:
-            rates = [finetune.lr_scale(step, steps) for step in range(steps)]
-        else:
-            ends = [min(step, end) / steps for step in range(steps)]
-            rates = [train.lr_scale(step, step / steps, ends[step]) for step in range(steps)]
-        assert max(rates) == 1 and rates[max(0, warmup - 1)] == 1
-        assert rates[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
-        left = [(step - warmup) / (steps - warmup) for step in range(warmup, steps)]
-        down = {
-            "linear": [1 - x for x in left],
-            "cosine": [0.5 + 0.5 * math.cos(math.pi * x) for x in left],
-            "constant": [1.0] * len(left),
-        }
-        if schedule in down:
-            assert rates[warmup:] == pytest.approx(down[schedule])
-        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    plan = Schedule(schedule, warmup)
+    end = min(warmup, steps)
+    rates = []
+    for step in range(steps):
+        rates.append(plan.scale(step, step / steps, min(step, end) / steps))
+    assert max(rates) == 1 and rates[max(0, warmup - 1)] == 1
+    assert rates[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    left = [(step - warmup) / (steps - warmup) for step in range(warmup, steps)]
+    fall = {
+        "linear": [1 - x for x in left],
+        "cosine": [0.5 + 0.5 * math.cos(math.pi * x) for x in left],
+        "constant": [1.0] * len(left),
+    }
+    if schedule in fall:
+        assert rates[warmup:] == pytest.approx(fall[schedule])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
 # --------------------------------------------------------------------------------------------------

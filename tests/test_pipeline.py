@@ -42,9 +42,9 @@ from test_prepare import (
 
 import finetune
 import prepare
-import train
 from barelm.checkpoint import load
 from barelm.run import UserError, setup
+from barelm.shards import Windows
 from barelm.tokenizer import Tokenizer
 
 BYTES = "--tokenizer=byte", "--val_fraction=0"
@@ -659,7 +659,7 @@ def test_train_tells_the_loss_of_each_source(tmp_path):
     net, _ = load(tmp_path / "out/python")
     for name in ("val", "val.web", "val.code"):
         paths = sorted((tmp_path / "data/mix").glob(f"{name}_*.bin"))
-        windows = train.Windows(paths, 64, partial=True)
+        windows = Windows(paths, 64, partial=True)
         ids, targets = windows.batch(range(windows.n), next(net.parameters()).device)
         loss, n = (float(x) for x in net.requires_grad_(False)(ids, targets))
         key = "val_loss" + name.removeprefix("val")
@@ -689,7 +689,7 @@ def test_windows_begin_every_stride_tokens(stride, tmp_path):
         shard = np.array([20240520, 1, n, *[0] * 253], "<i4").tobytes()
         shard += np.arange(1000 * i, 1000 * i + n).astype("<u2").tobytes()
         (tmp_path / f"{i}.bin").write_bytes(shard)
-    windows = train.Windows(sorted(tmp_path.glob("*.bin")), 8, stride=stride)
+    windows = Windows(sorted(tmp_path.glob("*.bin")), 8, stride=stride)
     expected = [
         list(range(1000 * i + first, 1000 * i + first + 9))
         for i, n in enumerate(tokens)

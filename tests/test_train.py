@@ -20,9 +20,10 @@ from conftest import ROOT, run, run_killed
 import model
 import train
 from barelm.checkpoint import load
-from barelm.resume import load_state
-from barelm.run import UserError
+from barelm.resume import load_state, make_trackers
+from barelm.run import Horizon, Schedule, UserError
 from barelm.safetensors import read_header
+from barelm.shards import Windows
 
 # A network and a data set for the runs below: some milliseconds a step.
 SMALL = ["--dataset=words", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32"]
@@ -280,12 +281,13 @@ def test_the_clock_ends_all_processes(words):
 
 def test_sync_grads_sums_over_processes(tmp_path):
     (tmp_path / "sums.py").write_text(
-        "import torch, model\n"
-        "run = model.setup('cpu')\n"
+        "import torch\n"
+        "from barelm.run import setup, sync_grads\n"
+        "run = setup('cpu')\n"
         "a, b, c = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3, 1))\n"
         "a.grad = torch.tensor([1.0, 2.0]) * (run.rank + 1)\n"
         "if run.rank: b.grad = torch.ones(3)\n"
-        "model.sync_grads([a, b, c])\n"
+        "sync_grads([a, b, c])\n"
         "line = f'{run.rank} {a.grad.tolist()} {b.grad.tolist()} {c.grad.tolist()}\\n'\n"
         "print(line, end='', flush=True)\n"
     )
@@ -378,7 +380,7 @@ REFUSALS = {
     "python prepare.py --source=... --dataset=nothing": ["--dataset=nothing"],
     "config/tiny.py --dataset=nothing first": ["config/tiny.py", "--dataset=nothing"],
     "such as 480 or 512": ["--batch_tokens=500"],
-    "cosine, linear or trapezoid": ["--lr_schedule=cubic"],
+    "cosine, linear, trapezoid or constant": ["--lr_schedule=cubic"],
     "no horizon": ["--max_steps=none"],
     "eval_every=0: expected 1 or more": ["--eval_every=0"],
     "micro_batch=-1: expected 0 or more": ["--micro_batch=-1"],
@@ -405,9 +407,8 @@ def test_refusals_are_one_line(words):
 def test_a_tracker_that_is_missing_is_a_line(name, key, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    monkeypatch.setattr(train, key, "x")
     with pytest.raises(UserError, match=f"{name} is not installed: pip install {name}"):
-        train.make_trackers()
+        make_trackers("out/none", {}, **{key: "x"})
 
 
 def test_tensorboard_gets_the_log(words):
@@ -456,44 +457,46 @@ def test_out_of_memory_names_what_to_change(words):
 
 def test_every_window_comes_once_an_epoch_on_any_number_of_processes(words):
     shards = sorted((words / "data" / "words").glob("train_*.bin"))
-    windows = train.Windows(shards, 32, seed=3)
+    windows = Windows(shards, 32, seed=3)
     n = windows.n
     assert n == (len(windows.shards[0]) - 1) // 32
     epochs = [[windows.at(e * n + i) for i in range(n)] for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1] != list(range(n))
-    assert [train.Windows(shards, 32, seed=3).at(i) for i in range(n)] == epochs[0]
-    assert [train.Windows(shards, 32, seed=4).at(i) for i in range(n)] != epochs[0]
+    assert [Windows(shards, 32, seed=3).at(i) for i in range(n)] == epochs[0]
+    assert [Windows(shards, 32, seed=4).at(i) for i in range(n)] != epochs[0]
     ids, targets = windows.batch([0, 5], torch.device("cpu"))
     raw = np.fromfile(shards[0], "<u2", offset=1024)
     assert ids[1].tolist() == raw[160:192].tolist() and targets[1].tolist() == raw[161:193].tolist()
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
-def test_schedules_equal_their_formulas(schedule, monkeypatch):
-    for key, value in dict(
-        lr_schedule=schedule, warmup_steps=10, min_lr=0.1, decay_fraction=0.25
-    ).items():
-        monkeypatch.setattr(train, key, value)
+@pytest.mark.parametrize("name", ["cosine", "linear", "trapezoid", "constant"])
+def test_schedules_equal_their_formulas(name):
+    schedule = Schedule(name, warmup_steps=10, min_lr=0.1, decay_fraction=0.25)
     for step, p in ((0, 0.0), (4, 0.02), (9, 0.05), (50, 0.3), (75, 0.75), (90, 0.9), (99, 1.0)):
-        down = {
+        fall = {
             "cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * p)),
             "linear": 0.1 + 0.9 * (1 - p),
             "trapezoid": 1.0 if p <= 0.75 else 0.1 + 0.9 * (1 - p) / 0.25,
-        }[schedule]
+            "constant": 1.0,
+        }[name]
         warm = (step + 1) / 10 if step < 10 else 1
-        assert train.lr_scale(step, p) == pytest.approx(warm * down)
+        assert schedule.scale(step, p) == pytest.approx(warm * fall)
+        # Behind a warm-up that took a fifth of the run, the fall has what is left.
+        if p >= 0.2 and name in ("cosine", "linear"):
+            late = schedule.scale(step, p, warm_end=0.2)
+            assert late == pytest.approx(schedule.scale(step, (p - 0.2) / 0.8))
 
 
-def test_the_first_horizon_reached_ends_the_run(monkeypatch):
-    for key, value in dict(max_steps=10, max_tokens=1000, max_epochs=2.0, max_minutes=1.0).items():
-        monkeypatch.setattr(train, key, value)
-    monkeypatch.setattr(train, "seq_len", 10)
-    assert train.progress_at(5, 100, 20, 6.0) == 0.5
-    assert train.progress_at(1, 900, 100, 6.0) == 0.9
-    assert train.progress_at(1, 300, 20, 6.0) == 0.75
-    assert train.progress_at(1, 100, 20, 59.0) == pytest.approx(59 / 60)
-    assert train.progress_at(30, 100, 20, 6.0) == 1.0
+def test_the_first_horizon_reached_ends_the_run():
+    horizon = Horizon(max_steps=10, max_tokens=1000, max_epochs=2.0, max_minutes=1.0)
+    assert horizon.progress(5, 100, 0.5, 6.0) == 0.5
+    assert horizon.progress(1, 900, 0.9, 6.0) == 0.9
+    assert horizon.progress(1, 300, 1.5, 6.0) == 0.75
+    assert horizon.progress(1, 100, 0.5, 59.0) == pytest.approx(59 / 60)
+    assert horizon.progress(30, 100, 0.5, 6.0) == 1.0
+    assert Horizon(max_epochs=4.0).progress(30, 100, 1.0, 6.0) == 0.25
+    assert Horizon(max_steps=0, max_epochs=4.0).progress() == 1.0
 
 
 def test_remarks_name_what_happens():
@@ -531,7 +534,7 @@ def test_a_resume_in_the_last_of_a_schedule_may_move_nothing(words):
     out = ["--out_dir=out/last", "--lr_schedule=cosine"]
     run(words, "train.py", *SMALL, *out, "--max_steps=4")
     state = torch.load(words / "out/last/state.pt", weights_only=True)
-    n = train.Windows(sorted((words / "data/words").glob("train_*.bin")), 32).n
+    n = Windows(sorted((words / "data/words").glob("train_*.bin")), 32).n
     epochs = state["windows"] / n * (1 + 1e-10)  # of which the present step is all but the whole
     horizon = ["--max_steps=none", f"--max_epochs={epochs!r}", "--init_from=resume"]
     done = run(words, "train.py", *SMALL, *out, *horizon)

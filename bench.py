@@ -194,7 +194,6 @@ def working(calls):
 
 def peak_memory(call, place):
     """The most bytes that are held while call() runs, over those held before."""
-    train = stage("train")
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
     with contextlib.suppress(OSError, AttributeError):  # Linux; elsewhere it is the growth alone

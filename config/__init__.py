@@ -38,18 +38,23 @@ WINDOWS = "_windows"  # of a step, where a JSON recipe counts them: a private na
 
 def script_keys(path):
     """The keys of the script at `path`, read with `ast`: {name: (default, its types, comment)}."""
-    text, keys = Path(path).read_text(encoding="utf-8"), {}
+    text = Path(path).read_text(encoding="utf-8")
     lines = text.partition("\nif __name__ == ")[0].split("\n")  # what is below has no keys
+    keys = {}
     for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             break
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+        else:
+            target = getattr(node, "target", None)
         if not isinstance(target, ast.Name) or not target.id.islower() or target.id[0] == "_":
             continue
         with suppress(ValueError, TypeError):  # what is no literal is no key
             default = ast.literal_eval(getattr(node, "value", None))
-            annotated = isinstance(node, ast.AnnAssign)
-            types = ast.unparse(node.annotation).lower() if annotated else type(default).__name__
+            types = type(default).__name__
+            if isinstance(node, ast.AnnAssign):
+                types = ast.unparse(node.annotation).lower()
             types = [name.partition("[")[0] for name in types.split(" | ")]
             comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
             keys[target.id] = (default, types, comment.strip(" #"))
@@ -72,29 +77,42 @@ def read_flag(arg, argv, keys):
     """{key: value} of the flag `arg`: a Python literal, or text where it is none or a string is
     expected. Without `=` the next of `argv` is the value, or a boolean is true."""
     flag, equals, text = arg.partition("=")
-    key, following = flag[2:].replace("-", "_"), (argv or ["--"])[0]
+    key = flag[2:].replace("-", "_")
     if key == "local_rank":  # torch.distributed.launch passes it; torchrun's RANK says the same
         return {}
     types = keys[key][1] if key in keys else ["bool"]  # an unknown one is refused later
-    if not equals and "bool" in types and following.lower() not in ("true", "false", "none"):
-        return {key: True}
-    if not equals and following.startswith("--"):
-        raise ValueError(f"no value: expected {' or '.join(types)}")
-    text = text if equals else argv.pop(0)
-    while (
-        "list" in types and not equals and argv and argv[0][:2] != "--" and not is_recipe(argv[0])
-    ):
-        text += f",{argv.pop(0)}"  # the words up to the next flag or recipe
-    word = text.capitalize() if text.lower() in ("true", "false", "none") else text
-    literal = {"None": "none", "True": "bool", "False": "bool"}.get(word)
+    if not equals:
+        following = argv[0] if argv else "--"
+        if "bool" in types and following.lower() not in WORDS:
+            return {key: True}
+        if following.startswith("--"):
+            raise ValueError(f"no value: expected {' or '.join(types)}")
+        text = argv.pop(0)
+        if "list" in types:  # the words up to the next flag or recipe
+            while argv and not argv[0].startswith("--") and not is_recipe(argv[0]):
+                text += f",{argv.pop(0)}"
+    return {key: read_value(key, text, types)}
+
+
+WORDS = {"true": True, "false": False, "none": None}  # in any case of letters
+
+
+def read_value(key, text, types):
+    """The value that a flag's text means, for a key of these types."""
+    is_word = text.lower() in WORDS
     if "list" in types and text.startswith("["):
         with suppress(ValueError, SyntaxError, TypeError):
-            return {key: ast.literal_eval(text)}
-    if "str" in types and literal not in types:
-        return {key: unescape(text) if key in WITH_ESCAPES else text}
+            return ast.literal_eval(text)
+    if is_word:
+        value = WORDS[text.lower()]
+        word_type = "none" if value is None else "bool"
+        if "str" not in types or word_type in types:
+            return value
+    if "str" in types:
+        return unescape(text) if key in WITH_ESCAPES else text
     with suppress(ValueError, SyntaxError, TypeError):
-        return {key: ast.literal_eval(word)}
-    return {key: text}
+        return ast.literal_eval(text)
+    return text
 
 
 def is_recipe(argument):
@@ -153,8 +171,12 @@ def run_recipe(path, values, keys):
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), space)
     except Exception as error:  # whatever the recipe's own code raises, or its file
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    aside = lambda key: key[0] == "_" or hasattr(space[key], "__name__")  # a module, a function
-    return {key: value for key, value in space.items() if key in values or not aside(key)}
+    given = {}
+    for key, value in space.items():
+        is_private = key[0] == "_" or hasattr(value, "__name__")  # a module, a function
+        if key in values or not is_private:
+            given[key] = value
+    return given
 
 
 def fit(key, value, types):
@@ -220,49 +242,34 @@ def end_output(lost):
 
 def configure(space):
     """Override the globals of the running script, `space`, by the command line's recipes, flags."""
-    hook, lost = sys.excepthook, []
-    atexit.register(end_output, lost)
-
-    def handle(kind, error, trace):
-        if is_lost_output(error):
-            lost.append(error)
-        elif kind is not KeyboardInterrupt:  # Ctrl-C needs no word
-            hook(kind, error, trace)
-
-    sys.excepthook = handle
-    script, argv = Path(space["__file__"]).resolve(), sys.argv[1:]
-    keys, values = script_keys(script), {}  # values: those of every script, this one's above all
+    watch_output()
+    script = Path(space["__file__"]).resolve()
+    keys = script_keys(script)
+    argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
-        told = [(space.get("__doc__") or "").strip(), "\nkeys, with their defaults:\n"]
-        for key, (default, _, comment) in keys.items():
-            told.append(f"  {f'--{key}={default!r}':<31}  {comment}")
-        try:
-            print(*told, sep="\n", flush=True)
-        except BrokenPipeError:  # `| head` has seen enough, and all is done
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_help(space.get("__doc__"), keys)
         raise SystemExit(0)
-    for path in [*sorted(script.parent.glob("*.py")), script]:
-        if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there
-            with suppress(SyntaxError):  # a neighbour that is being edited has no keys
-                values |= {key: default for key, (default, *_) in script_keys(path).items()}
+    owners = keys_of_scripts(script.parent)
+    values = {}  # of the keys of every script; of a key that several have, this one's
+    for other_keys in (*owners.values(), keys):
+        values |= {key: default for key, (default, *_) in other_keys.items()}
     windows = None  # of a step, where a JSON recipe counts them
     while argv:
         arg = argv.pop(0)
-        is_flag = arg.startswith("--")
         try:
-            given = read_flag(arg, argv, keys) if is_flag else run_recipe(arg, values, keys)
-            names = keys if is_flag else values
-            same = given.get("batch_tokens") == values.get("batch_tokens") and not is_flag
-            if WINDOWS in given or ("batch_tokens" in given and not same):
+            if arg.startswith("--"):
+                given = read_flag(arg, argv, keys)
+                check_names(given, keys, owners)
+                gives_tokens = "batch_tokens" in given
+            else:
+                given = run_recipe(arg, values, keys)
+                check_names(given, values, owners)
+                gives_tokens = given.get("batch_tokens") != values.get("batch_tokens")
+                gives_tokens = gives_tokens and "batch_tokens" in given
+            if WINDOWS in given or gives_tokens:
                 windows = given.pop(WINDOWS, None)  # who gives the tokens counts no windows
             for key, value in given.items():
-                as_text = str(value).encode(errors="replace").decode()
-                if isinstance(value, str) and value != as_text and key not in FILE_NAMES:
-                    raise ValueError(f"{key} = {value!r}: no UTF-8")
-                if key not in names:
-                    near = difflib.get_close_matches(key, names, 1)
-                    hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-                    raise ValueError(f"unknown key {key!r} ({hint})")
+                check_text(key, value)
                 values[key] = fit(key, value, keys[key][1]) if key in keys else value
         except (ValueError, OverflowError) as error:
             if os.environ.get("RANK", "0") == "0":
@@ -271,3 +278,62 @@ def configure(space):
     if windows and "batch_tokens" in keys:
         values["batch_tokens"] = windows * values["seq_len"]
     space.update({key: values[key] for key in keys})
+
+
+def keys_of_scripts(folder):
+    """{script's name: its keys} of the scripts of ours in a folder."""
+    owners = {}
+    for path in sorted(folder.glob("*.py")):
+        if b"configure(globals())" in path.read_bytes():  # a script of ours, not a recipe there
+            with suppress(SyntaxError):  # a neighbour that is being edited has no keys
+                owners[path.name] = script_keys(path)
+    return owners
+
+
+def check_names(given, names, owners):
+    """Refuse a key that is none of `names`, with the script that has it, or the nearest name."""
+    for key in given:
+        if key in names or key == WINDOWS:
+            continue
+        elsewhere = [script for script, keys in owners.items() if key in keys]
+        near = difflib.get_close_matches(key, names, 1)
+        hint = "--help lists the keys"
+        if elsewhere:
+            hint = f"{' and '.join(elsewhere)} has it; --help lists the keys of this script"
+        elif near:
+            hint = f"did you mean {near[0]!r}?"
+        raise ValueError(f"unknown key {key!r} ({hint})")
+
+
+def check_text(key, value):
+    """Refuse text that no file could hold."""
+    if not isinstance(value, str) or key in FILE_NAMES:
+        return
+    if value != value.encode(errors="replace").decode():
+        raise ValueError(f"{key} = {value!r}: no UTF-8")
+
+
+def print_help(doc, keys):
+    """A script's docstring, and its keys."""
+    lines = [(doc or "").strip(), "\nkeys, with their defaults:\n"]
+    for key, (default, _, comment) in keys.items():
+        lines.append(f"  {f'--{key}={default!r}':<31}  {comment}")
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:  # `| head` has seen enough, and all is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def watch_output():
+    """End a script quietly where standard output ends, and by a line where a disk is full."""
+    lost = []  # the error that ended the script, if it was one of these two
+    usual_hook = sys.excepthook
+    atexit.register(end_output, lost)
+
+    def hook(kind, error, trace):
+        if is_lost_output(error):
+            lost.append(error)
+        elif kind is not KeyboardInterrupt:  # Ctrl-C needs no word
+            usual_hook(kind, error, trace)
+
+    sys.excepthook = hook

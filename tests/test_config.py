@@ -152,7 +152,10 @@ def test_values_have_the_types_of_their_keys(script):
         (["--step", "5"], "--step: unknown key 'step' (did you mean 'steps'?)"),
         (["--zzz=5"], "--zzz: unknown key 'zzz' (--help lists the keys)"),
         (["--"], "--: unknown key '' (--help lists the keys)"),
-        (["--width=5"], "--width: unknown key 'width' (--help lists the keys)"),  # other.py's
+        (
+            ["--width=5"],
+            "--width: unknown key 'width' (other.py has it; --help lists the keys of this script)",
+        ),
         (["--letters=5"], "--letters: unknown key 'letters' (--help lists the keys)"),
         (["--below=5"], "--below: unknown key 'below' (--help lists the keys)"),
         (

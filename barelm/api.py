@@ -1,23 +1,22 @@
-"""OpenAI's protocol without its transport: a JSON object in, jobs for the engine out; what the jobs
-tell in, JSON out.
+"""What a request may say, in OpenAI's protocol: a JSON object in, jobs for the engine out. Nothing
+here knows HTTP; barelm/answers.py has the way back.
 
 A request is a dataclass below: a field's name, type, default and limits stand in one line, and
 `read_fields` checks them. Whatever else a client sends is refused by name rather than ignored, but
-for the values that ask for what is done anyway (NEUTRAL). To add a field that changes how tokens are
-chosen, add it to `engine.Sampling`.
+for the values that ask for what is done anyway (NEUTRAL). A new field that changes how tokens are
+chosen, such as logit_bias, is a line in `engine.Sampling` and its use in `Engine.penalized`.
 """
 
 import difflib
 import json
-import os
 import random
 import time
 from dataclasses import dataclass, field, fields
 from typing import get_args
 
+from barelm.answers import decode, token_name
 from barelm.engine import Job, Sampling, limited
 from barelm.run import UserError
-from model import TextStream
 
 
 class ApiError(Exception):
@@ -247,22 +246,25 @@ def is_type(value, wanted):
     return type(value) is wanted or (wanted is float and type(value) is int)
 
 
-def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=()):
+def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=None):
     """A request_type made of the JSON object `body`, checked; null asks for the default.
-    neutral, ignored: what other fields may be. limits: {field: (least, most)} beyond its own."""
-    known = {f.name: f for f in fields(request_type)}
+    neutral, ignored: what other fields may be. limits: {field: (least, most)} that only the model
+    knows."""
+    own_fields = {f.name: f for f in fields(request_type)}
     for name, value in body.items():
-        if name not in known:
-            check_other(name, value, known, neutral, ignored)
-    limits = {name: f.metadata.get("limits") for name, f in known.items()} | dict(limits)
+        if name not in own_fields:
+            check_other(name, value, own_fields, neutral, ignored)
     values = {}
-    for name, f in known.items():
+    for name, f in own_fields.items():
         value = body.get(name)
         if value is None:
             continue
-        wanted = (get_args(f.type) or [f.type])[0]  # int of `int | None`
+        wanted = f.type
+        if get_args(wanted):  # the int of `int | None`
+            wanted = get_args(wanted)[0]
         if wanted is not object:
-            check_value(name, value, wanted, limits[name])
+            own_limits = f.metadata.get("limits")
+            check_value(name, value, wanted, (limits or {}).get(name, own_limits))
         values[name] = value
     return request_type(**values)
 
@@ -276,7 +278,7 @@ def check_value(name, value, wanted, limits):
     raise ApiError(400, f"{name} = {short(value)}: expected {expected}", name)
 
 
-def check_other(name, value, known, neutral, ignored):
+def check_other(name, value, own_names, neutral, ignored):
     """Refuse a field that the request does not have, unless it asks for nothing that is not done
     anyway."""
     if value is None or is_one_of(value, neutral.get(name, [])):
@@ -290,7 +292,7 @@ def check_other(name, value, known, neutral, ignored):
         expected = " or ".join(json.dumps(other) for other in neutral[name])
         hint = f": expected {expected}, not {short(value)}"
     else:
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name, own_names, 1)
         if near:
             hint = f" (did you mean {near[0]!r}?)"
     raise ApiError(400, f"{short(name)} is not supported{hint}", name)
@@ -369,8 +371,9 @@ def too_long(served, what):
 
 
 def check_length(served, n_characters):
-    """Refuse a text that cannot fit before it is tokenized: no token is longer than the longest, and
-    no character has more than 4 bytes."""
+    """Refuse a text that is sure not to fit, before it costs the time to tokenize it."""
+    # A token has longest_token bytes at most, and a character one at least. Four times as long, to
+    # be sure where a normalizer shortens the text.
     if n_characters > 4 * served.longest_token * served.max_len:
         raise too_long(served, f"{n_characters} characters")
 
@@ -566,150 +569,3 @@ def make_jobs(served, request, prompts, listener, echoes, ends, n_alternatives, 
                 Job(served.tok, ids, limit, request, listener, index, ends, n_alternatives, echo)
             )
     return jobs
-
-
-# --------------------------------------------------------------------------------------------------
-# Answers
-
-
-def usage(jobs):
-    """The tokens of a request: of its prompts, each counted once, and of its answers."""
-    # The n jobs of a prompt share one list of ids. Of these the first says what was reused.
-    first_jobs = {}
-    for job in jobs:
-        first_jobs.setdefault(id(job.ids), job)
-    n_prompt = sum(len(job.ids) for job in first_jobs.values())
-    n_reused = sum(job.n_reused for job in first_jobs.values())
-    n_generated = sum(job.n_generated for job in jobs)
-    return {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": n_generated,
-        "total_tokens": n_prompt + n_generated,
-        "prompt_tokens_details": {"cached_tokens": n_reused},
-    }
-
-
-def decode(tok, ids):
-    """The text of ids without special tokens."""
-    return b"".join(tok.token_bytes(id) for id in ids).decode(errors="replace")
-
-
-def token_name(tok, id):
-    """A token as the protocol shows it: as its bytes where they are no whole UTF-8."""
-    data = tok.shown.get(id, b"")
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-class CompletionAnswer:
-    """The JSON of the answer to a Completion, whole or in a stream's chunks."""
-
-    def __init__(self, served, jobs):
-        self.tok = served.tok
-        self.head = answer_head("cmpl-", "text_completion", served.name)
-        self.chunk_head = self.head
-        self.texts = [TextStream() for _ in jobs]  # of the tokens told so far, for their places
-
-    def whole_choice(self, job, text, tokens):
-        return self.choice(job, text, tokens, job.row.out.finish_reason)
-
-    def first_choices(self, jobs):
-        """What a stream begins with."""
-        return []
-
-    def new_choices(self, update):
-        """What a stream tells of an Update."""
-        finish_reason = update.job.row.out.finish_reason if update.done else None
-        return [self.choice(update.job, update.text, update.tokens, finish_reason)]
-
-    def choice(self, job, text, tokens, finish_reason):
-        logprobs = None
-        if tokens and job.n_alternatives is not None:
-            logprobs = self.logprobs(tokens, self.texts[job.index])
-        return {
-            "index": job.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-
-    def logprobs(self, tokens, text):
-        """OpenAI's arrays of a completion's tokens; `text` is what was told before them."""
-        arrays = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens:
-            name = token_name(self.tok, token.id)
-            arrays["tokens"].append(name)
-            arrays["token_logprobs"].append(token.logprob)
-            arrays["top_logprobs"].append(self.alternatives(name, token))
-            arrays["text_offset"].append(len(text.text))
-            text.feed(self.tok.token_bytes(token.id))
-        return arrays
-
-    def alternatives(self, name, token):
-        """{name: log p} of the token and its alternatives; of a text's first token None."""
-        if token.logprob is None:
-            return None
-        by_name = {name: token.logprob}
-        for id, logprob in reversed(token.alternatives.items()):
-            by_name[token_name(self.tok, id)] = logprob  # of tokens that look alike the likeliest
-        return by_name
-
-
-class ChatAnswer:
-    """The JSON of the answer to a Chat, whole or in a stream's chunks."""
-
-    def __init__(self, served, jobs):
-        self.tok = served.tok
-        self.head = answer_head("chatcmpl-", "chat.completion", served.name)
-        self.chunk_head = self.head | {"object": "chat.completion.chunk"}
-
-    def whole_choice(self, job, text, tokens):
-        message = {"role": "assistant", "content": text}
-        return self.choice(job, "message", message, tokens, job.row.out.finish_reason)
-
-    def first_choices(self, jobs):
-        """What a stream begins with."""
-        opening = {"role": "assistant", "content": ""}
-        return [self.choice(job, "delta", opening) for job in jobs]
-
-    def new_choices(self, update):
-        """What a stream tells of an Update."""
-        job = update.job
-        choices = []
-        if update.text or update.tokens:
-            choices.append(self.choice(job, "delta", {"content": update.text}, update.tokens))
-        if update.done:
-            finish_reason = job.row.out.finish_reason
-            choices.append(self.choice(job, "delta", {}, finish_reason=finish_reason))
-        return choices
-
-    def choice(self, job, key, message, tokens=(), finish_reason=None):
-        logprobs = None
-        if tokens and job.n_alternatives is not None:
-            logprobs = {"content": [self.token_entry(token) for token in tokens]}
-        return {
-            "index": job.index,
-            key: message,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-
-    def token_entry(self, token):
-        others = [self.entry(id, logprob) for id, logprob in token.alternatives.items()]
-        return self.entry(token.id, token.logprob) | {"top_logprobs": others}
-
-    def entry(self, id, logprob):
-        data = list(self.tok.shown.get(id, b""))
-        return {"token": token_name(self.tok, id), "logprob": logprob, "bytes": data}
-
-
-def answer_head(prefix, kind, model_name):
-    """What every chunk of an answer begins with."""
-    return {
-        "id": prefix + os.urandom(12).hex(),
-        "object": kind,
-        "created": int(time.time()),
-        "model": model_name,
-    }

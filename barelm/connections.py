@@ -40,8 +40,8 @@ class PatientProtocol(H11Protocol):
         self.loop.call_later(self.patience, self.look_again, self.cycle)
 
     def look_again(self, cycle_before):
-        """Close the connection if nothing has happened on it. cycle_before: the request that was the
-        newest a while ago, done or under way; None: there was none."""
+        """Close the connection if nothing has happened on it. cycle_before: what was its newest
+        request a while ago, done or under way; None: it had none."""
         if self not in self.connections:  # it has ended
             return
         if self.transport.is_closing():  # and its client does not read what is left

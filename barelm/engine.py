@@ -7,10 +7,10 @@
     engine.stop()
 
 Jobs in, tokens out; who asks for them, and how, is not known here. Every step gives each sequence
-of the batch one token (Yu et al. 2022, "Orca", section 3.1: iteration-level scheduling). In the same
-step a new prompt is read, a chunk of it if it is long, so that the others never wait for the whole
-(Agrawal et al. 2023, "Sarathi", section 4: chunked prefills). A prompt that begins like one that the
-cache still has is read from where they part.
+of the batch one token, so that sequences join and leave between steps (iteration-level scheduling:
+Yu et al. 2022, "Orca"). In the same step a new prompt is read, a chunk of it if it is long, so that
+the others never wait for the whole (chunked prefills: Agrawal et al. 2023, "Sarathi"). A prompt
+that begins like one that the cache still has is read from where they part.
 """
 
 import os
@@ -68,9 +68,7 @@ class Token:
     """A token of an answer, or of a prompt that is scored."""
 
     id: int
-    logprob: (
-        float | None
-    )  # the network's own, in nats; None: a text's first, which nothing precedes
+    logprob: float | None  # the network's own, in nats; None: nothing stands before the token
     alternatives: dict  # {id: log p} of the likeliest tokens at this place
 
 
@@ -88,12 +86,14 @@ class Update:
 class Job:
     """One sequence in the making.
 
-    ids: the prompt, not empty. limit: how many tokens to add at most; 0 asks about the prompt alone.
-    listener(update) is called by the engine's thread with each Update, and must not wait.
+    ids: the prompt, not empty.
+    limit: how many tokens to add at most; 0 asks about the prompt alone.
+    listener(update): called by the engine's thread with each Update; it must not wait.
     index: which of a request's sequences it is, and so which random numbers it draws.
-    ends: ids that end the answer. n_alternatives: how many alternatives of each token to tell; None:
-    no log-probabilities either. echo: the prompt's text, where it belongs to the answer; its tokens
-    are then scored too if n_alternatives is given."""
+    ends: ids that end the answer.
+    n_alternatives: how many to tell of each token; None: no log-probabilities either.
+    echo: the prompt's text, where it belongs to the answer, and its tokens' log-probabilities too.
+    """
 
     def __init__(
         self, tok, ids, limit, sampling, listener, index=0, ends=(), n_alternatives=None, echo=None
@@ -142,10 +142,10 @@ class Job:
 class Engine(threading.Thread):
     """The thread that owns the network.
 
-    jobs[i] has row i of the cache. First come the jobs that decode, then at most one whose prompt is
-    being read. Rows behind them have no job, but keep what they had, for prompts that begin alike.
-    prefill_chunk: how many tokens of prompts are read in a step. max_queue: how many jobs may wait.
-    """
+    jobs[i] has row i of the cache. First come the jobs that decode, then at most one whose prompt
+    is being read. The rows behind them have no job, but keep what they had, for prompts that begin
+    alike. prefill_chunk: how many tokens of prompts are read in a step. max_queue: how many jobs
+    may wait."""
 
     def __init__(self, net, tok, max_batch, max_len, prefill_chunk=128, max_queue=256):
         super().__init__(daemon=True)
@@ -339,8 +339,8 @@ class Engine(threading.Thread):
         return len(chunk), head(self.net, self.tok, h[:, -1])
 
     def score_prompt(self, job, begin, h):
-        """Score the prompt's tokens behind those at `begin` and on, whose hidden states are h (T, C):
-        whether the logits are finite."""
+        """Score the prompt's tokens that follow those at begin to begin + T, whose hidden states
+        are h (T, C): whether the logits are finite."""
         targets = job.ids[begin + 1 : begin + len(h) + 1]  # none behind the prompt's last token
         if not targets:
             return True
@@ -360,9 +360,7 @@ class Engine(threading.Thread):
         for job, token, is_finite in zip(jobs, tokens, finite):
             if is_finite:
                 self.deliver(job, token, now)
-        for i in reversed(
-            range(len(jobs))
-        ):  # from the end: a row that is freed is filled from there
+        for i in reversed(range(len(jobs))):  # from the end, as rows behind i move when i leaves
             if not finite[i]:
                 self.fail(i)
             elif jobs[i].row.done:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from barelm.api import ApiError, decode, short, usage
+from barelm.answers import decode, usage
+from barelm.api import ApiError, short
 
 ALWAYS_OPEN = ("/health", "/metrics")  # probes are told the truth without a key or a place
 CLIENT_LEFT = 499  # nginx's status for a client that left before its answer
@@ -199,9 +200,9 @@ class RequestLog:
 class Shutdown:
     """How the server was told to end."""
 
-    forced: bool = False  # a second Ctrl-C: at once
+    drain: float  # seconds that running requests have
     interrupted: bool = False  # by Ctrl-C, not by SIGTERM
-    drain: float = 30.0  # else seconds that running requests have
+    forced: bool = False  # a second Ctrl-C: at once
 
 
 class Front:

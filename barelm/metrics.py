@@ -27,9 +27,7 @@ class Metrics:
     def __init__(self):
         self.counts = Counter()  # by the name with its labels: requests_total{status="200"}
         self.sums = Counter()  # seconds, of each histogram
-        self.buckets = (
-            Counter()
-        )  # by (histogram, upper end): how many fell below it, not below less
+        self.buckets = Counter()  # how many fell into the bucket (histogram, upper end)
 
     def add(self, name, n=1):
         self.counts[name] += n

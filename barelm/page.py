@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from barelm.api import ApiError, encode_text, is_ids, read_fields, token_name
+from barelm.answers import token_name
+from barelm.api import ApiError, encode_text, is_ids, read_fields
 from barelm.engine import NOT_FINITE, limited
 from barelm.fast import QuantizedLinear
 

@@ -1,5 +1,7 @@
-"""The container's files and the README against the scripts that they speak of."""
+"""The container's files, the README and the chapters against the scripts that they speak of."""
 
+import ast
+import importlib
 import json
 import re
 import shlex
@@ -7,12 +9,43 @@ import shlex
 import pytest
 from conftest import ROOT
 
-import model
 from config import script_keys
 
-README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 SCRIPTS = {path.name: script_keys(path) for path in ROOT.glob("*.py")}
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+
+
+def read_text(path):
+    """A text, with the lines of a command joined."""
+    return path.read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def imported(path):
+    """The names of the modules that a file's code imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_the_image_has_all_that_the_server_imports():
+    copied = re.findall(r"^COPY (.+) ", DOCKERFILE, re.M)
+    copied = [ROOT / name for line in copied for name in line.split()]
+    paths, seen = [ROOT / "serve.py"], set()
+    while paths:
+        path = paths.pop()
+        seen.add(path)
+        assert any(path == place or place in path.parents for place in copied), path
+        for name in imported(path):
+            for file in (f"{name}.py", f"{name}/__init__.py"):
+                found = ROOT / file.replace(".", "/", file.count(".") - 1)
+                if found.is_file() and found not in seen:
+                    paths.append(found)
+    assert len(seen) > 5
 
 
 def test_the_image_has_what_it_copies_and_starts():
@@ -78,46 +111,70 @@ def test_the_dashboard_asks_for_what_the_server_tells(tiny):
         assert ("rate(" in expr) == (not re.search(rf"# TYPE {name} gauge", told)), expr
 
 
-# Flags of docker and of others whose line in the README begins with another name than python's.
-OTHERS = "build build-arg cap-drop gpus help init model_args nproc_per_node read-only rm"
-OTHERS = {*OTHERS.split(), "stop-timeout", "tmpfs"}
+ALL_KEYS = {key for keys in SCRIPTS.values() for key in keys}
+OTHERS = {"gpus", "help"}  # docker's, and every script's
 
 
-def test_every_flag_of_the_readme_exists():
-    """Behind `python SCRIPT` that script has it; elsewhere some script."""
-    known = {key for keys in SCRIPTS.values() for key in keys} | OTHERS
-    assert {*re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)} <= known
-    commands = re.findall(r"^(?:\w+=\w+ )?(?:torchrun|python) .*?(\w+\.py)(.*)", README, re.M)
-    assert len(commands) > 40
+def flags_in(words):
+    return {
+        word[2:].partition("=")[0] for word in shlex.split(words, comments=True) if word[:2] == "--"
+    }
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_flag_of_the_texts_exists(path):
+    """Behind `python SCRIPT` that script has it, behind the image's name serve.py, and where a flag
+    stands alone some script."""
+    text = read_text(path)
+    for flag in re.findall(r"`--([a-z][\w-]*)", text):
+        assert flag in ALL_KEYS | OTHERS, flag
+    commands = re.findall(r"^(?:\w+=\w+ )?(?:torchrun|python) .*?(\w+\.py)(.*)", text, re.M)
     for script, rest in commands:
-        words = [word for word in shlex.split(rest, comments=True) if word.startswith("--")]
-        assert {word[2:].partition("=")[0] for word in words} <= SCRIPTS[script].keys(), rest
+        assert flags_in(rest) <= SCRIPTS[script].keys(), (script, rest)
+    for rest in re.findall(r"^docker run .* barelm (.*)", text, re.M):
+        assert flags_in(rest) <= SCRIPTS["serve.py"].keys(), rest
 
 
-def rows(title):
-    """The last cells of the table under a heading, one by one."""
-    section = re.search(rf"^## {title}\n(.*?)(?=^## )", README, re.M | re.S)[1]
-    cells = re.findall(r"^\|.*\| (.+) \|$", section, re.M)[2:]
-    assert len(cells) > 10
-    return cells
+def rows(name, title):
+    """The last cells of the table in docs/NAME, or in the README under a heading, one by one."""
+    path = ROOT / "docs" / name
+    if path.is_file():
+        section = read_text(path)
+    else:
+        readme = read_text(ROOT / "README.md")
+        section = re.search(rf"^## {title}\n(.*?)(?=^## )", readme, re.M | re.S)[1]
+    return re.findall(r"^\|.*\| (.+) \|$", section, re.M)[2:]
 
 
 def test_every_advice_names_a_setting_of_the_script_before_it():
-    for cell in rows("When it goes wrong"):
-        script, flags = None, 0
+    cells = rows("troubleshooting.md", "When it goes wrong")
+    assert cells
+    for cell in cells:
+        script = None
         for name, flag in re.findall(r"`(\w+\.py)`|`--(\w+)", cell):
-            script, flags = name or script, flags + bool(flag)
+            script = name or script
             assert name in SCRIPTS or flag in SCRIPTS[script], cell
-        assert flags, cell
+
+
+def is_there(dotted):
+    """Whether `model.GPT` or `barelm.fast` is a module of ours, or something in one."""
+    try:
+        importlib.import_module(dotted)
+        return True
+    except ModuleNotFoundError:
+        module, _, name = dotted.rpartition(".")
+        return hasattr(importlib.import_module(module), name)
 
 
 def test_every_term_has_its_place():
-    for cell in rows("Glossary"):
+    cells = rows("glossary.md", "Glossary")
+    assert cells
+    for cell in cells:
         script = None
         for name in re.findall(r"`(.+?)`", cell):
-            script = name if name in SCRIPTS else script
-            kind, _, defined = name.partition("model.")
-            if defined and name not in SCRIPTS:
-                assert hasattr(model, defined), cell
+            if name in SCRIPTS:
+                script = name
+            elif "." in name:
+                assert is_there(name), cell
             else:
-                assert name in SCRIPTS or name in SCRIPTS[script], cell
+                assert name in SCRIPTS[script], cell

@@ -80,7 +80,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
-from barelm import checkpoint, fast
+from barelm import checkpoint
 from barelm.checkpoint import save
 from barelm.compiled import try_compile
 from barelm.families import FAMILIES, family
@@ -264,13 +264,14 @@ def attention(run):
     """model.attend beside what torch has."""
     lengths = (1024, 4096, 16384) if run.cuda else (128, 512, 2048)
     H, D = run.config.n_head, run.config.head_dim
+    attend = model.Operations(fast=True).attend
     few = H // 3 if H % 3 == 0 else 1
     ways = {"naive": (naive_attention, H), "fused, torch's choice": (fused_attention, H)}
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         one = partial(fused_attention, backend=getattr(SDPBackend, name))
         ways[f"fused, {name.split('_')[0].lower()}"] = (one, H)
-    ways |= {"ours (model.attend)": (fast.attend, H)}
-    grouped = {f"fused, n_kv_head {few}": fused_attention, f"ours, n_kv_head {few}": fast.attend}
+    ways |= {"ours (model.attend)": (attend, H)}
+    grouped = {f"fused, n_kv_head {few}": fused_attention, f"ours, n_kv_head {few}": attend}
     ways |= {name: (way, few) for name, way in grouped.items()}
     title(f"attention: {H} heads of {D}, {run.dtype}", "FLOPs: half the square; backward: x 2")
     for T in lengths:

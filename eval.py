@@ -133,7 +133,7 @@ from barelm import checkpoint
 from barelm import download as download_module
 from barelm.checkpoint import find, is_hub_name, read_config, weights_of
 from barelm.download import HUB
-from barelm.fast import generating, head_rows, joint
+from barelm.fast import generating, head_rows
 from barelm.files import (
     JSONL,
     file_ending,
@@ -751,7 +751,7 @@ def token_logprobs(net, h, tokens):
     """log p of tokens (N,) float32, each after a hidden state of h (N, C)."""
     size, parts = head_rows(h.device.type, h.dtype, net.config.vocab_size), []
     for states, ids in zip(h.split(size), tokens.split(size)):
-        logits = joint(states, net.lm_head).float()
+        logits = net.logits(states).float()
         parts.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
 

@@ -124,7 +124,6 @@ from barelm.adapters import add_adapters
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases, refuse_source
 from barelm.families import family, gpt2_names
-from barelm.fast import joint
 from barelm.files import parse_json, write_json
 from barelm.optim import make_optimizer, restore_optimizers, same_kind
 from barelm.resume import (
@@ -728,7 +727,7 @@ def look(net, group):
     from: log p (N,), the entropy (N,) and the values (N,) or None."""
     device = net.model.embed_tokens.weight.device
     h = net.hidden(padded(group, device))[padded(group, device, -100, "targets") >= 0]
-    logits = joint(h, net.lm_head)[:, : net.n_vocab].float() / temperature
+    logits = net.logits(h)[:, : net.n_vocab].float() / temperature
     logp = logits.log_softmax(-1)
     ids = torch.tensor([t for e in group for t in e["targets"] if t != -100], device=device)
     with torch.no_grad():

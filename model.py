@@ -1,8 +1,19 @@
-"""The network: config, attention, blocks, the KV cache, generation."""
+"""The network as mathematics, then its cache of keys and values, and how text is generated.
+
+    net = GPT(GPTConfig(vocab_size=4096, n_ctx=256, n_layer=4, n_head=3, n_embd=192))
+    logits = net(ids)  # ids (B, T) int64; logits (B, T, V)
+    loss_sum, n_targets = net(ids, targets)
+    [answer] = generate(net, tokenizer, ["Once upon a time"], max_new_tokens=50)
+
+B rows of T tokens, C: n_embd, H: heads of queries, G: of keys and values, D: head_dim, S: tokens
+that can be looked at, V: vocab_size. What is only there for speed stands in barelm/fast.py, is
+chosen in `Operations`, and GPT(config, fast=False) does without.
+"""
 
 import codecs
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Literal, get_args, get_origin
@@ -12,12 +23,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from barelm.fast import attend, cross_entropy_sum, generating, joint
+from barelm.fast import (
+    blocked_attention,
+    can_block,
+    can_piece,
+    cross_entropy_sum,
+    generating,
+    joined_product,
+)
 from barelm.run import UserError, compute_dtype
-
-ROPE_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-ROPE_KEYS = {"linear": ROPE_KEYS[:1], "llama3": ROPE_KEYS}  # of rope_scaling, by its rope_type
-LARGEST = 1 << 28  # of a config's whole numbers, so that torch can count the bytes of a product
 
 
 @dataclass
@@ -47,62 +61,19 @@ class GPTConfig:
     init: Literal["scaled", "xavier", "he"] = "scaled"
 
     def __post_init__(self):
-        for f in fields(self):
-            self.check_kind(f)
-        self.check("n_embd", self.head_dim or self.n_embd % self.n_head == 0, "n_head to divide it")
+        check_fields(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        wide = -(-self.n_embd * 8 // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
-        self.n_hidden = self.n_hidden or wide
-        self.check("n_hidden", self.n_hidden <= LARGEST, f"at most {LARGEST}")
-        self.check("n_head", self.n_head * self.head_dim <= LARGEST, "a width that a machine holds")
-        self.check("n_kv_head", self.n_head % self.n_kv_head == 0, "to divide n_head")
-        self.check("head_dim", self.pos != "rope" or self.head_dim % 2 == 0, "an even number")
-        # Of a row of zeros, as a padding token's may be, 0 would make NaN.
-        self.check("norm_eps", 1e-30 <= self.norm_eps < 1, "a number above 0 and less than 1")
-        self.check("rope_theta", self.rope_theta >= 1, "1 or more")
-        self.check("dropout", 0 <= self.dropout < 1, "0 or more and less than 1")
-        if self.rope_scaling is not None:
-            self.check_scaling(self.rope_scaling)
-
-    def check_kind(self, f):
-        """Refuse a value that is not of its field's type, or that no field of the type can have."""
-        value = getattr(self, f.name)
-        if f.type is int:
-            least = 1 if f.default is MISSING else min(1, f.default)
-            good = type(value) is int and least <= value <= LARGEST  # a bool is no int here
-            self.check(f.name, good, f"a whole number from {least} to {LARGEST}")
-        elif f.type is float:
-            # Computed in float32, which ends at 3.4e38. NaN is less than nothing.
-            good = type(value) in (int, float) and abs(value) < 3e38
-            self.check(f.name, good, "a finite number")
-            setattr(self, f.name, float(value))
-        elif f.type is bool:
-            self.check(f.name, type(value) is bool, "true or false")
-        elif get_origin(f.type) is Literal:
-            allowed = get_args(f.type)
-            self.check(f.name, value in allowed, " or ".join(map(str, allowed)))
-
-    def check_scaling(self, scaling):
-        """Refuse a rope_scaling of unknown type, or with numbers that scale to nothing."""
-        expected = f"a dict with rope_type and the keys of {ROPE_KEYS}"
-        self.check("rope_scaling", isinstance(scaling, dict), expected)
-        self.check("rope_scaling", scaling.get("rope_type") in [*ROPE_KEYS], expected)
-        for key in ROPE_KEYS[scaling["rope_type"]]:
-            value = scaling.get(key)
-            good = type(value) in (int, float) and 0 < value <= LARGEST
-            self.check("rope_scaling", good, f"{expected}, {key} a number above 0")
-        if scaling["rope_type"] == "llama3":
-            apart = scaling["low_freq_factor"] < scaling["high_freq_factor"]
-            self.check("rope_scaling", apart, "high_freq_factor above low_freq_factor")
-
-    def check(self, name, good, expected):
-        if not good:
-            raise UserError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        if self.n_hidden == 0 and self.mlp == "swiglu":
+            self.n_hidden = -(-self.n_embd * 8 // (3 * 64)) * 64  # it has a third matrix
+        elif self.n_hidden == 0:
+            self.n_hidden = 4 * self.n_embd
+        check_shape(self)
 
 
 def rms_norm(x, weight, eps):
-    """RMSNorm (Zhang and Sennrich 2019) of x (…, C) by weight (C,) or (H, C)."""
+    """RMSNorm (Zhang and Sennrich 2019) of x (…, D) by weight (D,), or (H, D) for x (…, H, D)."""
+    # Weights are float32 in training: without the cast, bfloat16 would become float32 here.
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
@@ -118,68 +89,114 @@ def make_norm(c):
     return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias)
 
 
-def rope_frequencies(c, device):
-    """Radians per position of each pair of dimensions (head_dim / 2,) float32 (Su et al. 2021)."""
-    f = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
-    if not (s := c.rope_scaling):
-        return f
-    if s["rope_type"] == "linear":
-        return f / s["factor"]
-    # llama3: slow frequencies are divided by the factor, fast ones kept, those between blended.
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    turns = s["original_max_position_embeddings"] * f / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return f * (keep + (1 - keep) / s["factor"])
-
-
-def sinusoids(positions, size):
-    """Fixed position embeddings (…, size): sines, then cosines (Vaswani et al. 2017, 3.5)."""
-    exponent = torch.arange(0, size, 2, device=positions.device).float() / size
-    angles = positions[..., None] / 10000.0**exponent
-    return torch.cat((angles.sin(), angles.cos()), -1)[..., :size]
-
-
 def rotate(x, rope):
-    """Rotate the pairs (j, j + head_dim/2) of x (B, T, H, head_dim) by the angles (cos, sin)."""
-    (a, b), (cos, sin) = x.chunk(2, -1), rope
+    """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, (cos, sin)."""
+    cos, sin = rope
+    a, b = x.chunk(2, -1)  # (B, T, H, D / 2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+class Operations:
+    """Three operations of a network, each as its formula. Where `fast` is true, barelm/fast.py is
+    asked first; what it has no faster way for, it leaves to the formula."""
+
+    def __init__(self, fast):
+        self.fast = fast
+        self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
+
+    def project(self, x, *layers):
+        """The outputs of linear layers that read the same x (…, C), side by side."""
+        if self.fast:
+            y = joined_product(x, layers, self.packed)
+            if y is not None:
+                return y
+        if len(layers) == 1:
+            return layers[0](x)
+        return torch.cat([layer(x) for layer in layers], -1)
+
+    def attend(self, q, k, v, mask=None, dropout=0.0):
+        """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D); mask is
+        `attention_mask`'s."""
+        if self.fast and can_block(q, k, mask, dropout):
+            return blocked_attention(q, k, v, mask)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(k.dtype)  # torch adds it to scores of this type
+        # One token sees all that there is. (bool: in torch.export T is a symbol.)
+        causal = mask is None and bool(q.shape[2] > 1)
+        # A head of k and v for H / G heads of q. Where G is H it is off: some kernels have it not.
+        grouped = q.shape[1] != k.shape[1]
+        like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
+        y = F.scaled_dot_product_attention(like_k, k, v, mask, dropout, causal, enable_gqa=grouped)
+        return y.to(q.dtype)
+
+    def cross_entropy(self, h, head, targets):
+        """The sum of -log softmax(head(h))[target] in nats, float32: h (N, C), targets (N,) int64,
+        of which -100 counts for nothing."""
+        if self.fast and can_piece(head):
+            return cross_entropy_sum(h, head.weight, targets)
+        logits = self.project(h, head)  # (N, V)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
 class Attention(nn.Module):
-    def __init__(self, c):
+    """Grouped-query attention: H heads of queries, G of keys and values."""
+
+    def __init__(self, c, ops):
         super().__init__()
         self.c = c
-        heads = lambda n: nn.Linear(c.n_embd, n * c.head_dim, bias=c.bias or c.qkv_bias)
-        self.q_proj, self.k_proj, self.v_proj = map(heads, (c.n_head, c.n_kv_head, c.n_kv_head))
+        self.ops = ops
+        qkv_bias = c.bias or c.qkv_bias
+        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
 
-    def qkv(self, x, rope):
-        """q (B, n_head, T, D), k and v (B, n_kv_head, T, D) of x (B, T, C), normed and turned."""
+    def qkv(self, x, rope=None):
+        """q (B, H, T, D), k and v (B, G, T, D) of x (B, T, C)."""
+        c = self.c
         B, T, _ = x.shape
-        H, G = self.c.n_head, self.c.n_kv_head
-        qkv = joint(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)
+        H = c.n_head
+        G = c.n_kv_head
+        qkv = self.ops.project(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, (H + 2 G) D)
+        qkv = qkv.view(B, T, H + 2 * G, c.head_dim)
+        # Queries and keys are normed and rotated alike: as one tensor of H + G heads it takes half
+        # the calls, which is what a single token's time goes to.
         qk, v = qkv.split((H + G, G), 2)
-        if self.c.qk_norm:
-            scales = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)
-            qk = rms_norm(qk, torch.cat(scales), self.c.norm_eps)
+        if c.qk_norm:
+            # No query or key is long, so no score runs away (Henry et al. 2020). Before the
+            # rotation: one weight a dimension would not commute with it.
+            weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
+            qk = rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
         if rope is not None:
             qk = rotate(qk, rope)
-        return *qk.transpose(1, 2).split((H, G), 1), v.transpose(1, 2)
+        q, k = qk.transpose(1, 2).split((H, G), 1)
+        return q, k, v.transpose(1, 2)
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope=None, mask=None, cache=None):
+        """What each token of x (B, T, C) gathers (B, T, C). cache(k, v) stores what is new and
+        returns all keys and values that may be looked at."""
         q, k, v = self.qkv(x, rope)
         if cache is not None:
-            k, v = cache(k, v)
-        y = attend(q, k, v, mask, self.c.dropout if self.training else 0.0)
-        return joint(y.transpose(1, 2).flatten(2), self.o_proj)
+            k, v = cache(k, v)  # (B, G, S, D)
+        dropout = self.c.dropout if self.training else 0.0
+        y = self.ops.attend(q, k, v, mask, dropout)  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
+        return self.ops.project(y, self.o_proj)
+
+    def probabilities(self, x, rope=None, mask=None):
+        """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
+        q, k, _ = self.qkv(x, rope)
+        return attention_probabilities(q, k, mask)
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, ops):
         super().__init__()
         self.kind = c.mlp
+        self.ops = ops
         if c.mlp == "swiglu":
             self.gate_proj = nn.Linear(c.n_embd, c.n_hidden, bias=c.bias)
         self.up_proj = nn.Linear(c.n_embd, c.n_hidden, bias=c.bias)
@@ -187,89 +204,185 @@ class MLP(nn.Module):
 
     def forward(self, x):
         if self.kind == "swiglu":  # Shazeer 2020
-            gate, h = joint(x, self.gate_proj, self.up_proj).chunk(2, -1)
-            return joint(F.silu(gate) * h, self.down_proj)
-        h = joint(x, self.up_proj)
-        h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)
-        return joint(h.square() if self.kind == "relu2" else h, self.down_proj)
+            gate, up = self.ops.project(x, self.gate_proj, self.up_proj).chunk(2, -1)
+            h = F.silu(gate) * up  # (B, T, n_hidden)
+        else:
+            h = self.ops.project(x, self.up_proj)  # (B, T, n_hidden)
+            h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)
+        if self.kind == "relu2":  # So et al. 2021
+            h = h.square()
+        return self.ops.project(h, self.down_proj)
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, ops):
         super().__init__()
         self.c = c
-        self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = make_norm(c), make_norm(c)
-        out_norm = partial(make_norm, c) if c.norm_place == "both" else nn.Identity
-        self.attn_out_norm, self.mlp_out_norm = out_norm(), out_norm()
+        self.self_attn = Attention(c, ops)
+        self.mlp = MLP(c, ops)
+        self.input_layernorm = make_norm(c)
+        self.post_attention_layernorm = make_norm(c)
+        both = c.norm_place == "both"
+        self.attn_out_norm = make_norm(c) if both else nn.Identity()
+        self.mlp_out_norm = make_norm(c) if both else nn.Identity()
 
-    def forward(self, x, rope, mask, cache=None):
-        attend = lambda h: self.self_attn(h, rope, mask, cache)
-        x = self.add(x, attend, self.input_layernorm, self.attn_out_norm)
-        return self.add(x, self.mlp, self.post_attention_layernorm, self.mlp_out_norm)
-
-    def add(self, x, f, norm, out_norm):
+    def forward(self, x, rope=None, mask=None, cache=None):
         if self.c.norm_place == "post":
-            return norm(x + F.dropout(f(x), self.c.dropout, self.training))
-        return x + F.dropout(out_norm(f(norm(x))), self.c.dropout, self.training)
+            x = x + self.dropout(self.self_attn(x, rope, mask, cache))
+            x = self.input_layernorm(x)
+            return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
+        y = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + self.dropout(self.attn_out_norm(y))
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + self.dropout(self.mlp_out_norm(y))
+
+    def dropout(self, x):
+        return F.dropout(x, self.c.dropout, self.training)
 
 
 def call_block(block, x, rope, mask):
+    """What torch.compile is given on a CPU: one compiled block then serves them all."""
     return block(x, rope, mask)
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Its state_dict is, name by name, the Hugging Face file's."""
+    """A decoder-only transformer. Its state_dict is, name by name, the Hugging Face file's.
 
-    def __init__(self, config):
+    fast=False computes everything as it stands in this file, to compare with."""
+
+    def __init__(self, config, fast=True):
         super().__init__()
-        c = self.config = config
-        self.checkpoint = False  # recompute each block in backward: less memory, more time
-        self.train_block = call_block  # or that function compiled, once for all blocks
-        self.score = self.labels = None  # a classifier's head (n_labels, C) and its labels
-        self.pooling = "last"  # which hidden state it reads: the last token's, or the mean
-        self.pad_id = None  # which token is no text's last
-        self.adapter_size = 0  # of add_adapters
-        self.quantize = None  # or what quantize_weights made of it: int8 or int4
+        c = config
+        self.config = config
+        self.ops = Operations(fast)
+        # How it is trained: both may be set by whoever trains it.
+        self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
+        self.train_block: Callable = call_block  # or torch.compile(call_block)
+        # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
+        self.score: nn.Linear | None = None  # (n_labels, C)
+        self.labels: list[str] | None = None  # of the rows of score
+        self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
+        self.pad_id: int | None = None  # the token that is no text's last one
+        self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
+        self.quantize: str | None = None  # int8 or int4, by barelm.fast.quantize_weights
+
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
             self.model.embed_positions = nn.Embedding(c.n_ctx, c.n_embd)
-        self.model.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.model.norm = make_norm(c) if c.norm_place != "post" else nn.Identity()
+        self.model.layers = nn.ModuleList(Block(c, self.ops) for _ in range(c.n_layer))
+        # With norms after the sums the last block's output is normed already.
+        self.model.norm = nn.Identity() if c.norm_place == "post" else make_norm(c)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters(remove_duplicate=False):  # the seeds count both
-            if name.endswith("proj.bias"):
-                nn.init.zeros_(p)
-            elif "proj" in name and c.init != "scaled":
-                {"xavier": nn.init.xavier_uniform_, "he": nn.init.kaiming_normal_}[c.init](p)
-            elif p.ndim == 2:  # scaled is GPT-2's, with less where a block adds to x
-                outward = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer if outward else 1))
+        # A tied matrix is drawn under both its names, so that seeds mean what they always meant.
+        for name, p in self.named_parameters(remove_duplicate=False):
+            self.init_weight(name, p)
+
+    def init_weight(self, name, p):
+        """Draw a parameter's first values; norms keep their ones."""
+        c = self.config
+        if name.endswith("proj.bias"):
+            nn.init.zeros_(p)
+        elif "proj" in name and c.init == "xavier":
+            nn.init.xavier_uniform_(p)
+        elif "proj" in name and c.init == "he":
+            nn.init.kaiming_normal_(p)
+        elif p.ndim == 2 and name.endswith(("o_proj.weight", "down_proj.weight")):
+            # Each block adds to x twice: so the sum of all has the variance of one (GPT-2).
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+
+    @property
+    def fast(self):
+        """Whether barelm/fast.py is used where it can be; may be set at any time."""
+        return self.ops.fast
+
+    @fast.setter
+    def fast(self, value):
+        self.ops.fast = value
+
+    def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
+        """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
+
+        With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
+        docs (B, T) int64: a token attends to its own document, where positions start anew."""
+        c = self.config
+        x = self.model.embed_tokens(ids) if embeds is None else embeds  # (B, T, C)
+        T = x.shape[1]
+        if cache is None:
+            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+            mask = attention_mask(c, positions, positions, docs)
+        else:
+            positions, key_positions, causal = cache.extend(T, n_new)
+            mask = attention_mask(c, positions, key_positions, docs, causal)
+        if docs is not None:
+            positions = document_positions(positions, docs)
+
+        rope = None
+        if c.pos == "rope":
+            rope = rope_angles(c, positions, compute_dtype(x))
+        elif c.pos == "learned":
+            if cache is None and T > c.n_ctx:
+                raise ValueError(f"{T} tokens, but the model has {c.n_ctx} learned positions")
+            # A cache's padding may lie behind the last position; nothing reads it.
+            x = x + self.model.embed_positions(positions.clamp(max=c.n_ctx - 1))
+        elif c.pos == "sinusoidal":
+            x = x + sinusoids(positions, c.n_embd).to(x.dtype)
+        x = F.dropout(x, c.dropout, self.training)
+
+        for i, block in enumerate(self.model.layers):
+            if cache is not None:
+                x = block(x, rope, mask, partial(cache.write, i))
+            elif self.training and self.checkpoint:
+                x = checkpoint(self.train_block, block, x, rope, mask, use_reentrant=False)
+            elif self.training:
+                x = self.train_block(block, x, rope, mask)
+            else:
+                x = block(x, rope, mask)
+        return self.model.norm(x)
+
+    def logits(self, h):
+        """The logits (…, V) of hidden states (…, C)."""
+        return self.ops.project(h, self.lm_head)
+
+    def forward(self, ids, targets=None, **options):
+        """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
+        nats, float32; their count). `options` are those of `hidden`."""
+        h = self.hidden(ids, **options)
+        if targets is None:
+            return self.logits(h)
+        # The logits are made in there, piece by piece: who changes them in `logits` takes
+        # F.cross_entropy of those here.
+        loss = self.ops.cross_entropy(h.flatten(0, 1), self.lm_head, targets.flatten())
+        return loss, (targets != -100).sum()
 
     def set_score(self, labels, pooling="last", pad_id=None):
         """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
         token that is no text's last one."""
-        like = self.model.embed_tokens.weight
-        self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=like.device)
+        device = self.model.embed_tokens.weight.device
+        self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=device)
         nn.init.normal_(self.score.weight, std=0.02)
-        self.labels, self.pooling, self.pad_id = labels, pooling, pad_id
+        self.labels = labels
+        self.pooling = pooling
+        self.pad_id = pad_id
 
-    def scores(self, rows):
+    def scores(self, texts):
         """(B, labels) float32 of texts, lists of ids: by the state of the last token that is no
         padding, as transformers finds it (the first where all are), or by the mean's."""
         device = self.score.weight.device
-        rows = [self.without_padding(ids) for ids in rows]
-        n = torch.tensor([len(ids) for ids in rows], device=device)
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
-        h = self.hidden(ids.to(device))
+        texts = [self.without_padding(ids) for ids in texts]
+        lengths = torch.tensor([len(ids) for ids in texts], device=device)  # (B,)
+        rows = [torch.tensor(ids) for ids in texts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
+        h = self.hidden(ids.to(device))  # (B, T, C)
         if self.pooling == "mean":
-            real = torch.arange(h.shape[1], device=device) < n[:, None]
-            h = (h * real[..., None]).sum(1) / n[:, None]
+            real = torch.arange(h.shape[1], device=device) < lengths[:, None]  # (B, T)
+            h = (h * real[..., None]).sum(1) / lengths[:, None]  # (B, C)
         else:
-            h = h[torch.arange(len(h), device=device), n - 1]
+            h = h[torch.arange(len(h), device=device), lengths - 1]  # (B, C)
         return self.score(h).float()
 
     def without_padding(self, ids):
@@ -279,118 +392,231 @@ class GPT(nn.Module):
             end -= 1
         return ids[:end]
 
-    def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
-        """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
-
-        With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
-        docs (B, T) int64: a token attends to its own document, where positions start anew."""
-        c = self.config
-        x = self.model.embed_tokens(ids) if embeds is None else embeds
-        T, mask, rope = x.shape[1], None, None
-        if cache is not None:
-            positions, mask = cache.extend(T, n_new)
-        else:
-            positions = torch.arange(T, device=x.device)[None]
-        if docs is not None:
-            mask = (docs[:, None, :, None] == docs[:, None, None, :]).tril()
-            new = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))
-            positions = positions - (new * positions).cummax(1).values
-        if c.pos == "rope":
-            angles = positions[:, :, None, None] * rope_frequencies(c, x.device)
-            rope = [f.to(compute_dtype(x)) for f in (angles.cos(), angles.sin())]
-        elif c.pos == "learned":
-            if cache is None and T > c.n_ctx:
-                raise ValueError(f"{T} tokens, but the model has {c.n_ctx} learned positions")
-            x = x + self.model.embed_positions(positions.clamp(max=c.n_ctx - 1))
-        elif c.pos == "sinusoidal":
-            x = x + sinusoids(positions, c.n_embd).to(x.dtype)
-        x = F.dropout(x, c.dropout, self.training)
-        run = self.train_block
-        if self.checkpoint:
-            run = partial(checkpoint, run, use_reentrant=False)
-        for i, block in enumerate(self.model.layers):
-            if self.training and cache is None:
-                x = run(block, x, rope, mask)
-            else:
-                x = block(x, rope, mask, cache and partial(cache.write, i))
-        return self.model.norm(x)
-
-    def forward(self, ids, targets=None, **how):
-        """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
-        nats, float32; their count). `how` is passed on to `hidden`."""
-        h = self.hidden(ids, **how)
-        if targets is None:
-            return joint(h, self.lm_head)
-        h, t = h.flatten(0, 1), targets.flatten()
-        if type(self.lm_head) is nn.Linear:
-            nll = cross_entropy_sum(h, self.lm_head.weight, t)
-        else:  # quantized or adapted
-            nll = F.cross_entropy(self.lm_head(h).float(), t, reduction="sum")
-        return nll, (t != -100).sum()
-
 
 def logprobs(net, ids, targets):
     """log p(targets) (B, T) float32 under net at each position of ids (B, T); 0 where -100, and
     no logits are made there."""
     wanted = targets != -100
-    logits = joint(net.hidden(ids)[wanted], net.lm_head).float()
-    found = -F.cross_entropy(logits, targets[wanted], reduction="none")
-    return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(wanted, found)
+    logits = net.logits(net.hidden(ids)[wanted]).float()  # (N, V)
+    logp = -F.cross_entropy(logits, targets[wanted], reduction="none")
+    return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(wanted, logp)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where tokens stand, and what they may look at
+
+
+def rope_frequencies(c, device):
+    """Radians per position of each pair of dimensions (D / 2,) float32 (Su et al. 2021)."""
+    exponents = torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim
+    frequencies = c.rope_theta**-exponents
+    scaling = c.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    # llama3: slow frequencies are divided by the factor, fast ones kept, those between blended.
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+def rope_angles(c, positions, dtype):
+    """(cos, sin), each (B, T, 1, D / 2), of the angles by which RoPE turns at positions (B, T)."""
+    # The angles are float32: bfloat16 has no whole numbers above 256.
+    angles = positions[:, :, None, None] * rope_frequencies(c, positions.device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def sinusoids(positions, size):
+    """Fixed position embeddings (…, size): sines, then cosines (Vaswani et al. 2017, 3.5)."""
+    exponents = torch.arange(0, size, 2, device=positions.device).float() / size
+    angles = positions[..., None] / 10000.0**exponents
+    return torch.cat((angles.sin(), angles.cos()), -1)[..., :size]
+
+
+def document_positions(positions, docs):
+    """Positions (B, T) that begin at 0 in each document of docs (B, T)."""
+    begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))  # a row's first is at 0 anyway
+    return positions - (begins * positions).cummax(1).values
+
+
+def attention_mask(c, positions, key_positions, docs=None, causal=True):
+    """What the tokens at positions (B or 1, T) may look at, of those at key_positions (B or 1, S):
+    None, or a mask that broadcasts to (B, H, T, S), either bool (true: it may) or float (added to
+    the scores: ALiBi's biases, say). This is the one place that knows.
+
+    docs (B, T): they look at their own document only. causal: by their order in the tensors alone
+    every token sees itself and what is before it, so that attention needs no mask (None)."""
+    if causal and docs is None:
+        return None
+    mask = key_positions[:, None, :] <= positions[:, :, None]  # (B or 1, T, S)
+    if docs is not None:
+        mask = mask & (docs[:, None, :] == docs[:, :, None])
+    return mask[:, None]  # (B or 1, 1, T, S): the same for all heads
+
+
+def attention_probabilities(q, k, mask=None):
+    """softmax(q k^T / sqrt(D)) (B, H, T, S) float32: how much each token looks at each, by which
+    `Operations.attend` weighs v. Its arguments, and in a sequence's square of memory."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
+    scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (scores + mask).softmax(-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a configuration may hold
+
+
+LARGEST = 1 << 28  # of a config's whole numbers, so that torch can count the bytes of a product
+SCALING_KEYS = {  # of rope_scaling, by its rope_type
+    "linear": ["factor"],
+    "llama3": [
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ],
+}
+
+
+def check(c, name, good, expected):
+    if not good:
+        raise UserError(f"{name}={getattr(c, name)!r}: expected {expected}")
+
+
+def check_fields(c):
+    """Refuse a value that is not of its field's type, or that no field of the type can have."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.type is int:
+            # 0 means the usual value where 0 is the default. A bool is no int here.
+            least = 1 if f.default is MISSING else min(1, f.default)
+            good = type(value) is int and least <= value <= LARGEST
+            check(c, f.name, good, f"a whole number from {least} to {LARGEST}")
+        elif f.type is float:
+            # Computed in float32, which ends at 3.4e38. NaN is less than nothing.
+            good = type(value) in (int, float) and abs(value) < 3e38
+            check(c, f.name, good, "a finite number")
+            setattr(c, f.name, float(value))
+        elif f.type is bool:
+            check(c, f.name, type(value) is bool, "true or false")
+        elif get_origin(f.type) is Literal:
+            allowed = get_args(f.type)
+            check(c, f.name, value in allowed, " or ".join(map(str, allowed)))
+    check(c, "n_embd", c.head_dim or c.n_embd % c.n_head == 0, "n_head to divide it")
+
+
+def check_shape(c):
+    """Refuse values that do not go together, of a config whose zeros are filled in."""
+    check(c, "n_hidden", c.n_hidden <= LARGEST, f"at most {LARGEST}")
+    check(c, "n_head", c.n_head * c.head_dim <= LARGEST, "a width that a machine holds")
+    check(c, "n_kv_head", c.n_head % c.n_kv_head == 0, "to divide n_head")
+    check(c, "head_dim", c.pos != "rope" or c.head_dim % 2 == 0, "an even number")
+    # Of a row of zeros, as a padding token's may be, 0 would make NaN.
+    check(c, "norm_eps", 1e-30 <= c.norm_eps < 1, "a number above 0 and less than 1")
+    check(c, "rope_theta", c.rope_theta >= 1, "1 or more")
+    check(c, "dropout", 0 <= c.dropout < 1, "0 or more and less than 1")
+    if c.rope_scaling is not None:
+        check_scaling(c, c.rope_scaling)
+
+
+def check_scaling(c, scaling):
+    """Refuse a rope_scaling of unknown type, or with numbers that scale to nothing."""
+    expected = f"a dict with rope_type and the keys of {SCALING_KEYS}"
+    check(c, "rope_scaling", isinstance(scaling, dict), expected)
+    check(c, "rope_scaling", scaling.get("rope_type") in list(SCALING_KEYS), expected)
+    for key in SCALING_KEYS[scaling["rope_type"]]:
+        value = scaling.get(key)
+        good = type(value) in (int, float) and 0 < value <= LARGEST
+        check(c, "rope_scaling", good, f"{expected}, {key} a number above 0")
+    if scaling["rope_type"] == "llama3":
+        ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
+        check(c, "rope_scaling", ordered, "high_freq_factor above low_freq_factor")
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache, and generation
 
 
 class KVCache:
     """Keys and values of past tokens, every row with a length of its own.
 
-    k, v (n_layer, batch, n_kv_head, max_len, head_dim); lengths (batch,) int64 on the device.
-    `used` is known without asking the device: no row is longer. `even`: all rows are that long, so
-    that slices do for indices and masks; who changes lengths makes it False. Length 0 empties one.
-    """
+    k, v (n_layer, batch, G, max_len, D); lengths (batch,) int64 on the device. A token's place is
+    its position. Who changes lengths makes `even` False; length 0 empties a row."""
 
     def __init__(self, config, batch, max_len, device, dtype):
-        self.max_len, self.used, self.even = max_len, 0, True
+        self.max_len = max_len
+        # What the host knows by itself, so that no step waits for the device to tell its lengths:
+        self.used = 0  # no row is longer
+        self.even = True  # all rows are that long, so that slices do for indices and masks
         # One place more than max_len: where writes that belong to no token go.
         shape = (2, config.n_layer, batch, config.n_kv_head, max_len + 1, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    k = property(lambda self: self.store[0, ..., : self.max_len, :])
-    v = property(lambda self: self.store[1, ..., : self.max_len, :])
+    @property
+    def k(self):
+        return self.store[0, ..., : self.max_len, :]
+
+    @property
+    def v(self):
+        return self.store[1, ..., : self.max_len, :]
 
     def extend(self, T, n_new=None):
-        """Make room for T tokens a row: their positions (B, T), and the mask (B, 1, T, used), or
-        None for the first ones: they are right-padded, so that causal attention is enough."""
-        begin, device = self.used, self.lengths.device
-        if begin == 0 and T > self.max_len:
+        """Make room for T tokens a row, of which the first n_new[b] of row b are real (None: all).
+        Returns what `attention_mask` asks for: the positions of the tokens (B or 1, T), those of
+        what is there to look at (1, S), and whether causal attention is enough."""
+        device = self.lengths.device
+        begin = self.used
+        end = begin + T
+        if begin == 0 and end > self.max_len:
             raise ValueError(f"{T} tokens do not fit a cache of {self.max_len}")
-        self.first, self.used = begin == 0, min(begin + T, self.max_len)
-        self.even = self.even and n_new is None and begin + T <= self.max_len
-        self.slots = slice(begin, self.used)
+        self.used = min(end, self.max_len)
+        self.fresh = begin == 0  # there is nothing to look at but the new tokens themselves
+        if n_new is not None or end > self.max_len:  # some rows grow by less than others
+            self.even = False
+        key_positions = torch.arange(self.used, device=device)[None]  # (1, S)
+
         if self.even:
-            positions = torch.arange(begin, self.used, device=device)[None]
+            self.slots = slice(begin, end)
             self.lengths = self.lengths + T
+            # Nothing is behind the last token: alone, it sees all.
+            return key_positions[:, begin:], key_positions, self.fresh or T == 1
+
+        steps = torch.arange(T, device=device)
+        positions = self.lengths[:, None] + steps  # (B, T)
+        real = positions < self.max_len
+        if n_new is not None:
+            real = real & (steps < n_new[:, None])
+        self.lengths = self.lengths + real.sum(1)
+        if self.fresh:
+            # Padding comes after all real tokens, which do not look there; its place is free again.
+            self.slots = slice(0, end)
         else:
-            steps = torch.arange(T, device=device)
-            positions = self.lengths[:, None] + steps
-            kept = positions < self.max_len
-            if n_new is not None:
-                kept &= steps < n_new[:, None]
-            if not self.first:
-                self.slots = torch.where(kept, positions, self.max_len)
-            self.lengths = self.lengths + kept.sum(1)
-        if self.first or self.even and T == 1:  # one query sees all
-            return positions, None
-        seen = torch.arange(self.used, device=device)
-        return positions, (seen <= positions[:, :, None])[:, None]
+            self.slots = torch.where(real, positions, self.max_len)  # (B, T)
+        return positions, key_positions, self.fresh
 
     def write(self, i, k, v):
-        """Store layer i's new k and v; return all that its queries may see."""
-        for place, new in zip(self.store[:, i], (k, v)):
+        """Store layer i's new k and v (B, G, T, D); return all that there is to look at."""
+        for stored, new in ((self.store[0, i], k), (self.store[1, i], v)):
             if isinstance(self.slots, slice):
-                place[:, :, self.slots] = new
+                stored[:, :, self.slots] = new
             else:
-                rows = torch.arange(len(k), device=k.device)[:, None]
-                place[rows, :, self.slots] = new.transpose(1, 2).to(place.dtype)
-        return (k, v) if self.first else self.store[:, i, :, :, : self.used]
+                rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
+                # Two indices with a slice between them give (B, T, G, D).
+                stored[rows, :, self.slots] = new.transpose(1, 2).to(stored.dtype)
+        if self.fresh:  # as they came: not yet rounded to the cache's type
+            return k, v
+        return self.store[0, i, :, :, : self.used], self.store[1, i, :, :, : self.used]
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
@@ -616,7 +842,7 @@ def feed(net, tok, cache, ids, n_new=None):
 
 def head(net, tok, h):
     """The logits (…, V) float32 of hidden states, -inf for padding of the vocabulary."""
-    logits = joint(h, net.lm_head).float()
+    logits = net.logits(h).float()
     logits[..., tok.n_vocab :] = -math.inf
     return logits
 

@@ -322,7 +322,7 @@ def open_network(data, folder):
         vocab_size = math.ceil(data.tok.n_vocab / 64) * 64  # rows in multiples that GPUs like
         config = GPTConfig(vocab_size=vocab_size, n_ctx=seq_len, **shape)
         torch.manual_seed(seed)
-        return GPT(config), data.tok, None
+        return GPT(config, fast=fast), data.tok, None
     saved = None
     source = Path(start)
     if start == "resume":
@@ -331,7 +331,7 @@ def open_network(data, folder):
         folder.check_resume(saved, {"dataset": data.digest})
     else:
         refuse_source(out_dir, source)
-    net, tok = load(source)
+    net, tok = load(source, fast=fast)
     if (tok.bytes, tok.eot_id) != (data.tok.bytes, data.tok.eot_id):
         mend = f"prepare the data with --tokenizer={source}"
         raise UserError(f"data/{dataset} and {source} have different tokenizers: {mend}")

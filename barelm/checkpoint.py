@@ -113,13 +113,14 @@ def weights_of(folder):
     return [whole]
 
 
-def load(folder, device="cpu", dtype=torch.float32, quantize=None):
+def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
     eval mode, Tokenizer).
-    quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype."""
+    quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype.
+    fast: as GPT takes it."""
     folder = find(folder)
     if is_adapter(folder):
-        return load_adapted(folder, device, dtype, quantize)
+        return load_adapted(folder, device, dtype, quantize, fast)
     d, c = read_config(folder)
     if d["model_type"] == "mistral" and c.n_ctx < d["max_position_embeddings"]:
         print(f"{folder}: the context ends with the sliding window, at {c.n_ctx} tokens")
@@ -132,7 +133,7 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None):
     check_layers(folder, entries, c.n_layer)  # before anything of that size is built
     labels = read_labels(folder, d, entries)
     with torch.device("meta"):
-        net = GPT(c)
+        net = GPT(c, fast)
         if size := d.get("adapter_size"):
             add_adapters(net, size)
         if labels:
@@ -261,7 +262,7 @@ def is_adapter(folder):
     return False
 
 
-def load_adapted(folder, device, dtype, quantize, above=()):
+def load_adapted(folder, device, dtype, quantize, fast, above=()):
     """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or what `find` takes),
     with the adapter's products added to its weights. above: the adapters that have it as base."""
     path = folder / "adapter_config.json"
@@ -271,9 +272,9 @@ def load_adapted(folder, device, dtype, quantize, above=()):
     if base.resolve() in above:
         raise UserError(f"{path}: the base {base} is this adapter, or is made with it")
     if is_adapter(base):
-        net, tok = load_adapted(base, device, dtype, None, above)
+        net, tok = load_adapted(base, device, dtype, None, fast, above)
     else:
-        net, tok = load(base, device, dtype)
+        net, tok = load(base, device, dtype, fast=fast)
     weights = dict(net.named_parameters())
     names = gpt2_names(weights) if family(net.config) == "gpt2" else {n: [n] for n in weights}
     bare = lambda n: n.removeprefix("transformer.").removeprefix("model.")

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -9,60 +10,96 @@ import torch.nn.functional as F
 
 from barelm.run import UserError, compute_dtype
 
-PACKS = None  # while generating: {first layer: the product of it and its neighbours}
-
 
 @contextlib.contextmanager
 def generating(net):
-    """Within, net is in eval mode, and a CPU keeps the matrices that it multiplies with in the
-    layout that oneDNN reads fastest for a few rows, which takes a second copy of the weights. They
-    must not change meanwhile; one thread of a process at a time."""
-    global PACKS
-    before, training, device = PACKS, net.training, net.model.embed_tokens.weight.device
-    if PACKS is None and device.type == "cpu" and torch.backends.mkldnn.is_available():
-        PACKS = {}
+    """Within, net is in eval mode, and on a CPU a fast one keeps the matrices that it multiplies
+    with in the layout that oneDNN reads fastest for a few rows: a second copy of the weights, which
+    must not change meanwhile. For one thread at a time; may be nested."""
+    ops = net.ops
+    training = net.training
+    packed = ops.packed
+    on_cpu = net.model.embed_tokens.weight.device.type == "cpu"
+    if packed is None and on_cpu and torch.backends.mkldnn.is_available():
+        ops.packed = {}  # filled by joined_product, when each product is first needed
     net.eval()
     try:
         yield
     finally:
-        PACKS = before
+        ops.packed = packed
         net.train(training)
 
 
-def joint(x, *layers):
-    """The outputs of linear layers that read the same x, side by side: one product for all."""
-    kinds, learn = {type(f) for f in layers}, torch.is_grad_enabled()
-    if PACKS is not None and not learn and kinds in ({nn.Linear}, {QuantizedLinear}):
+def joined_product(x, layers, packed):
+    """The outputs of linear layers that read the same x (..., in), side by side, as one product;
+    None where that would not be faster, or where a layer is of another kind (adapted, say).
+
+    packed: within `generating`, {first layer: product}. Hooks on the layers are not called."""
+    kind = type(layers[0])
+    if kind not in (nn.Linear, QuantizedLinear):
+        return None
+    for layer in layers:
+        if type(layer) is not kind:
+            return None
+    learning = torch.is_grad_enabled()
+    if packed is not None and not learning:
         dtype = compute_dtype(x)
-        if layers[0] not in PACKS:
-            PACKS[layers[0]] = pack(layers, dtype)
-        if packed := PACKS[layers[0]]:
-            return packed(x.to(dtype))
-    if len(layers) == 1:
-        return layers[0](x)
-    if not learn or kinds != {nn.Linear}:  # to join weights would read them twice; or adapted
-        return torch.cat([f(x) for f in layers], -1)
-    bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers])
-    return F.linear(x, torch.cat([f.weight for f in layers]), bias)
+        if layers[0] not in packed:
+            packed[layers[0]] = packed_product(layers, dtype)
+        product = packed[layers[0]]
+        if product is not None:
+            return product(x.to(dtype))
+    if kind is QuantizedLinear:
+        outputs = [quantized_product(x, f.weight, f.scale, f.bias) for f in layers]
+        return torch.cat(outputs, -1)
+    if len(layers) == 1 or not learning:  # to join weights once more would be to read them twice
+        return None
+    weight = torch.cat([layer.weight for layer in layers])
+    return F.linear(x, weight, joined_bias(layers))
 
 
-def pack(layers, dtype):
+def joined_bias(layers):
+    """The biases of layers one after the other, or None where they have none."""
+    if layers[0].bias is None:
+        return None
+    return torch.cat([layer.bias for layer in layers])
+
+
+def packed_product(layers, dtype):
     """A function of x that multiplies with the layers' matrices, joined and packed; or None where
     oneDNN has no such product of this dtype."""
-    weight = torch.cat([f.weight for f in layers])
-    bias = None if layers[0].bias is None else torch.cat([f.bias for f in layers]).to(dtype)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = joined_bias(layers)
+    if bias is not None:
+        bias = bias.to(dtype)
     if isinstance(layers[0], QuantizedLinear):
-        scale, packed = torch.cat([f.scale for f in layers]), None
-        if weight.dtype == torch.uint8 and len(weight) % 16 == 0:
-            codes = unpack_int4(weight).int()
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-            packed = packed, scale.transpose(0, 1).contiguous()
-        return lambda x: quantized_product(x, weight, scale, bias, packed)
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16()):
+        scale = torch.cat([layer.scale for layer in layers])
+        return partial(quantized_product, codes=weight, scale=scale, bias=bias,
+                       packed=packed_int4(weight, scale))  # fmt: skip
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 16)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), ROWS_OF_A_STEP)
+
+    def product(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    return product
+
+
+def packed_int4(codes, scale):
+    """(codes, scale) of int4 in the layout of torch's product on a CPU, which takes a multiple of
+    16 rows; None of others and of int8."""
+    if codes.dtype != torch.uint8 or len(codes) % 16:
+        return None
+    unpacked = unpack_int4(codes).int()
+    inner_tiles = 2  # which the CPU's product ignores
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked, inner_tiles)
+    return packed, scale.transpose(0, 1).contiguous()
+
+
+ROWS_OF_A_STEP = 16  # for how many rows oneDNN is to lay out a matrix
 
 
 class QuantizedLinear(nn.Module):
@@ -98,7 +135,9 @@ class QuantizedLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x):
-        return quantized_product(x, self.weight, self.scale, self.bias)
+        weight = dequantize(self.weight, self.scale)[:, : x.shape[-1]]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 def few_bits(step):
@@ -215,17 +254,29 @@ class BlockedAttention(torch.autograd.Function):
         return (torch.cat(dq, -2) * D**-0.5).view(B, -1, T, D), dk, dv, None
 
 
-def attend(q, k, v, mask=None, dropout=0.0):
-    """Attention of q (B, H, T, D) to k and v (B, n_kv_head, S, D): causal where mask is None, else
-    where mask (B, 1, T, S) bool is true. The fastest of the ways that this device has."""
+def can_block(q, k, mask, dropout):
+    """Whether `blocked_attention` computes this attention, and faster than torch: on a CPU in less
+    than float32, where products are far faster than sums, of tokens to themselves."""
     T = q.shape[2]
-    halved = q.device.type == "cpu" and q.dtype != torch.float32  # products far faster than sums
-    if halved and 1 < T == k.shape[2] <= 1024 and not dropout:
-        unseen = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1) if mask is None else ~mask
-        return BlockedAttention.apply(q, k, v, unseen)
-    grouped, causal = q.shape[1] != k.shape[1], mask is None and bool(T > 1)  # T may be symbolic
-    args = (q.to(k.dtype), k, v, mask, dropout, causal)
-    return F.scaled_dot_product_attention(*args, enable_gqa=grouped).to(q.dtype)
+    S = k.shape[2]
+    if q.device.type != "cpu" or q.dtype == torch.float32 or dropout:
+        return False
+    if not 1 < T == S <= 1024:  # it keeps T x T probabilities of each head
+        return False
+    if mask is None:
+        return True
+    if mask.dtype != torch.bool or mask.shape[1] != 1:  # numbers to add, or a mask for each head
+        return False
+    # Keys behind a query are never looked at. (A compiled network is compared with this one.)
+    return torch.compiler.is_compiling() or not mask.triu(1).any()
+
+
+def blocked_attention(q, k, v, mask=None):
+    """BlockedAttention where mask (1 or B, 1, T, T) bool is true; causal where it is None."""
+    if mask is None:
+        T = q.shape[2]
+        return BlockedAttention.apply(q, k, v, torch.ones(1, 1, T, T, dtype=torch.bool).triu(1))
+    return BlockedAttention.apply(q, k, v, ~mask)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -268,6 +319,11 @@ def head_rows(device_type, dtype, vocab_size):
     rows = max(1024, (1 << (20 if device_type == "cpu" else 29)) // vocab_size)
     # In float16 a piece's sum of gradients comes before the scale: keep it small.
     return min(rows, 4096) if dtype == torch.float16 else rows
+
+
+def can_piece(head):
+    """Whether `cross_entropy_sum` is that of this head's logits."""
+    return type(head) is nn.Linear and head.bias is None
 
 
 def cross_entropy_sum(h, weight, targets):

@@ -4,9 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import ROOT, run
-
-import config
+from conftest import run
 
 
 def test_prepare_train_sample(tiny):
@@ -31,11 +29,3 @@ def test_transformers_opens_what_was_trained_and_continues_alike(tiny):
     options = ["--max_new_tokens=12", "--temperature=0", "--prompt=import os\n\n\ndef main("]
     said = run(tiny, "sample.py", "config/tiny.py", *options).stdout
     assert said == tok.decode(out[0], skip_special_tokens=True) + "\n"
-
-
-def test_the_readme_has_every_key_with_its_home_and_default():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = "prepare.py train.py finetune.py eval.py sample.py serve.py bench.py".split()
-    for script in scripts:
-        for key, (default, _, comment) in config.script_keys(ROOT / script).items():
-            assert f"| `{key}` | `{script}` | `{default!r}` | {comment} |" in readme

@@ -21,7 +21,7 @@ import model
 import prepare
 from barelm.checkpoint import load, save, saved_tensors
 from barelm.families import family
-from barelm.fast import QuantizedLinear, dequantize, generating, joint, quantize_weights
+from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights
 from barelm.files import whole_file, write_json
 from barelm.gguf_file import GGUF_PRE, add_tokenizer, as_array, check_gguf, write_gguf
 from barelm.optim import make_optimizer
@@ -74,12 +74,13 @@ def test_quantized_weights_are_the_nearest_levels(kind, bias, width, height):
     quantized, expected = QuantizedLinear(layer, kind), naive_weights(layer.weight.data, kind)
     got = dequantize(quantized.weight, quantized.scale)[:, :width]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    net = make_net(**QWEN3)
     for rows in (1, 2, 40):  # the product for a few rows, and for many
         x = torch.randn(rows, width).bfloat16()
         for given in (x, x.float()):
             right = F.linear(x.float(), expected, layer.bias)
-            with torch.no_grad(), generating(make_net(**QWEN3)):
-                packed = joint(given, quantized, quantized)
+            with torch.no_grad(), generating(net):
+                packed = net.ops.project(given, quantized, quantized)
             assert quantized(given).dtype == packed.dtype == given.dtype
             torch.testing.assert_close(quantized(given).float(), right, rtol=0.02, atol=0.03)
             twice = torch.cat((right, right), 1)

@@ -21,6 +21,7 @@ import train
 from barelm.checkpoint import load, save
 from barelm.optim import restore_optimizers
 from barelm.resume import (
+    RunFolder,
     clear_folder,
     holds_model,
     load_state,
@@ -28,7 +29,7 @@ from barelm.resume import (
     open_log,
     write_row,
 )
-from barelm.run import Schedule, UserError
+from barelm.run import Run, Schedule, UserError
 
 RUN = [*SMALL, "--max_steps=4", "--save_every=2", "--eval_every=2", "--dtype=float32"]
 TUNE = "--model=out/base --dataset=words --max_steps=4 --save_every=2 --eval_every=2".split()
@@ -547,3 +548,32 @@ def test_no_warning_of_torch_reaches_the_user(base):
     script = with_prelude(base, "finetune.py", LOUD)
     reward = [*TUNE, "--method=reward", "--max_steps=2", "--out_dir=out/reward"]
     run(base, script, *reward, processes=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a resume may change
+
+
+def run_folder(config, changed=(), aside=()):
+    defaults = {"width": 1, "rate": 1, "window": 0}
+    return RunFolder("out/x", Run(torch.device("cpu")), config, defaults, changed, aside)
+
+
+def test_a_resume_may_change_what_is_named_and_no_other_key():
+    part = {"step": 0, "config": {"width": 1, "rate": 1}, "facts": {"dtype": "float32"}}
+    state = {"parts": [part]}
+    same = {"width": 1, "rate": 1, "window": 0}  # the part was made before there was a window
+    assert run_folder(same).check_resume(state, {"dtype": "float32"}) == {}
+    # What the settings came to on this machine is told, and refuses nothing.
+    changed = run_folder(same).check_resume(state, {"dtype": "bfloat16"})
+    assert changed == {"dtype": "dtype 'float32' -> 'bfloat16'"}
+    faster = same | {"rate": 2}
+    assert run_folder(faster, changed=("rate",)).check_resume(state, {}) == {"rate": "rate 1 -> 2"}
+    assert run_folder(faster, aside=("rate",)).check_resume(state, {}) == {}
+    with pytest.raises(UserError, match="no resume with another rate"):
+        run_folder(faster).check_resume(state, {})
+    with pytest.raises(UserError, match=r"window 0 -> 64.*out/x/run.json"):  # a key of a fork
+        run_folder(same | {"window": 64}, changed=("rate",)).check_resume(state, {})
+    # A fact with a key's name stands for it: the data, and not the name of their folder.
+    with pytest.raises(UserError, match="width 1 -> 'abc'"):
+        run_folder(same).check_resume(state, {"width": "abc"})

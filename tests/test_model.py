@@ -21,7 +21,7 @@ import prepare
 from barelm.adapters import add_adapters
 from barelm.checkpoint import load, save
 from barelm.families import family
-from barelm.fast import PACKS, BlockedAttention, cross_entropy_sum, generating, quantize_weights
+from barelm.fast import BlockedAttention, cross_entropy_sum, generating, quantize_weights
 from barelm.files import whole_file, write_json
 from barelm.optim import (
     Muon,
@@ -789,7 +789,7 @@ def test_weights_packed_for_generation_give_the_same_logits(name, dtype):
     torch.testing.assert_close(packed, plain, **close)
     with pytest.raises(KeyError), generating(net):
         raise KeyError
-    assert PACKS is None
+    assert net.ops.packed is None
 
 
 def test_muon_equals_its_formula():

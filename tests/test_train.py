@@ -159,6 +159,29 @@ def test_a_signal_saves_and_exits(words, number, code):
     assert step == len(log(words, out)) >= 20
 
 
+def test_a_second_interrupt_ends_at_once(words, tmp_path):
+    (tmp_path / "stop.py").write_text(
+        "import time\n"
+        "from barelm.run import StopSignals\n"
+        "signals = StopSignals()\n"
+        "print('ready', flush=True)\n"
+        "while not signals.received: time.sleep(0.01)\n"
+        "print('noted', signals.exit_status, flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "stop.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "noted 130\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT
+
+
 # Several processes
 
 

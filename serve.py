@@ -45,6 +45,7 @@ seed: int | None = None  # of requests that bring none; None: another for each
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
+fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 
 if __name__ == "__main__":
     configure(globals())
@@ -453,7 +454,7 @@ def main():
     key = read_key()
     run = setup(device)
     compute_dtype, _ = choose_dtype(run.device, dtype)
-    net, tok = load(model, run.device, compute_dtype, quantize)
+    net, tok = load(model, run.device, compute_dtype, quantize, fast)
     n_params = sum(part["params"] for part in page.model_parts(net))
     kind = str(compute_dtype).removeprefix("torch.")
     print(f"{model}: {n_params / 1e6:.1f}M parameters, {kind} on {run.device}")

@@ -62,22 +62,21 @@ def describe_model(net):
 
 
 def attention_maps(net, ids, layer):
-    """The attention probabilities (n_head, T, T) float32 of one layer in a pass over ids, a list:
-    row i is what token i looks at."""
+    """By how much each token looks at each in one layer (n_head, T, T) float32, in a pass over ids,
+    a list: row i is what token i looks at. The network computes them itself, so that the page shows
+    what a fork's attention does."""
     attention = net.model.layers[layer].self_attn
     inputs = []
-    hook = attention.register_forward_pre_hook(lambda module, args: inputs.extend(args[:2]))
+    hook = attention.register_forward_pre_hook(lambda module, args: inputs.extend(args[:3]))
     try:
         net.hidden(torch.tensor([ids], device=net.model.embed_tokens.weight.device))
     finally:
         hook.remove()
-    q, k, _ = attention.qkv(*inputs)  # (1, n_head, T, D), (1, n_kv_head, T, D)
-    q, k = q[0].float(), k[0].float()
-    scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / math.sqrt(q.shape[-1])  # (H, T, T)
-    if not scores.isfinite().all():
+    x, rope, mask = inputs
+    maps = attention.probabilities(x, rope, mask)[0]
+    if not maps.isfinite().all():
         raise ApiError(500, NOT_FINITE)
-    behind = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(behind, -math.inf).softmax(-1).cpu()
+    return maps.cpu()
 
 
 @dataclass

@@ -106,6 +106,21 @@ def test_attention_is_the_softmax_of_q_times_k(server, layer):
             assert row == pytest.approx(right, abs=2e-5)
 
 
+@pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
+def test_a_map_is_what_the_values_are_weighed_by(pos):
+    config = core.GPTConfig(64, 16, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, pos=pos)
+    net = core.GPT(config, fast=False).eval()
+    attention = net.model.layers[1].self_attn
+    values, gathered = [], []
+    attention.v_proj.register_forward_hook(lambda layer, args, v: values.append(v[0]))
+    attention.o_proj.register_forward_pre_hook(lambda layer, args: gathered.append(args[0][0]))
+    with torch.no_grad():
+        maps = inside.attention_maps(net, [3, 1, 4, 1, 5, 9, 2, 6], layer=1)
+    v = values[0].view(8, 2, 8).repeat_interleave(2, 1)  # (T, n_head, D)
+    expected = torch.einsum("hts,shd->thd", maps, v).flatten(1)
+    torch.testing.assert_close(gathered[0], expected)
+
+
 def test_attention_does_not_change_with_what_follows(server):
     whole = server.post("/inspect/attention", text=TEXT, layer=1).json()
     part = {"ids": whole["tokens"][:5], "layer": 1, "head": 2}

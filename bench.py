@@ -494,7 +494,7 @@ def compare_steps(run, net, batch, loss_of, best):
     their_loss = lambda hf: F.cross_entropy(their_logits(hf), batch[1].flatten())
     how = {f"ours, {best}": best, "ours, eager": "eager"}
     calls = {name: step(net, lambda how=how: loss_of(how)) for name, how in how.items()}
-    gpt2 = model.GPT(model.GPTConfig(n_ctx=seq_len, **shape, **FAMILIES["gpt2"]))
+    gpt2 = model.GPT(model.GPTConfig(n_ctx=seq_len, **shape, **FAMILIES["gpt2"].fixed))
     for theirs, kind in ((net, run.kind), (gpt2, torch.float32)):
         if hf := hugging_face(run, theirs):
             name = f"{type(hf).__name__}, {str(kind)[6:]}"

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import export
 import model
-import prepare
-import serve
 from barelm.adapters import add_adapters
+from barelm.bpe import bpe_tokenizer, char_tokenizer, train_bpe
 from barelm.checkpoint import load, save
 from barelm.families import family
 from barelm.fast import quantize_weights
@@ -68,7 +68,7 @@ def make_net(vocab_size=64, n_ctx=32, n_layer=2, **shape):
 
 @pytest.fixture(scope="module")
 def tok():
-    return prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+    return char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
 
 
 def random_ids(*shape, high=40):
@@ -183,9 +183,9 @@ def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path,
     save(tmp_path, net, tok)
     back, _ = load(tmp_path)
     assert back.config == net.config and getattr(back.config, key) == value
-    monkeypatch.setattr(serve, "export", "hf")
+    monkeypatch.setattr(export, "export", "hf")
     with pytest.raises(UserError, match=f"{key}=.*here {re.escape(repr(value))}"):
-        serve.check_family(net)
+        export.hf_family(net)
     monkeypatch.setattr("barelm.families.GPTConfig", plain)
     with pytest.raises(UserError, match="config.json: softcap, .*no fields of GPTConfig"):
         load(tmp_path)
@@ -481,7 +481,7 @@ def test_streamed_text_never_splits_a_character():
 
 
 def test_a_wide_enough_beam_search_is_exhaustive(tok):
-    small = prepare.char_tokenizer("ab")  # 7 ids
+    small = char_tokenizer("ab")  # 7 ids
     small.eos_ids = [2]
     net = make_net(**QWEN3)
     [found] = model.generate(net, small, [[0, 1]], max_new_tokens=3, num_beams=7**3)
@@ -654,7 +654,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_chat_mask_covers_what_the_assistant_says():
-    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" user": 3, b"assistant": 5}, 10))
+    tok = bpe_tokenizer(train_bpe({b" user": 3, b"assistant": 5}, 10))
     messages = [
         {"role": "system", "content": "S<|im_end|>"},
         {"role": "user", "content": "hi <|endoftext|>"},
@@ -679,7 +679,7 @@ def test_chat_mask_covers_what_the_assistant_says():
 
 def test_chat_ids_are_those_of_transformers(tok, tmp_path):
     transformers = pytest.importorskip("transformers")
-    bpe = prepare.bpe_tokenizer(prepare.train_bpe({b"hello": 5, b" there": 4, b"\n\n": 3}, 12))
+    bpe = bpe_tokenizer(train_bpe({b"hello": 5, b" there": 4, b"\n\n": 3}, 12))
     save(tmp_path, make_net(vocab_size=320, **QWEN3), bpe)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [

@@ -166,8 +166,7 @@ class Attention(nn.Module):
         # the calls, which is what a single token's time goes to.
         qk, v = qkv.split((H + G, G), 2)
         if c.qk_norm:
-            # No query or key is long, so no score runs away (Henry et al. 2020). Behind the
-            # rotation, a weight for each dimension would spoil what is relative in it.
+            # No query or key is long, so that no score runs away (Henry et al. 2020).
             weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
             qk = rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
         if rope is not None:

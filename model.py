@@ -6,8 +6,8 @@
     [answer] = generate(net, tokenizer, ["Once upon a time"], max_new_tokens=50)
 
 B rows of T tokens, C: n_embd, H: heads of queries, G: of keys and values, D: head_dim, S: tokens
-that can be looked at, V: vocab_size. What is only there for speed stands in barelm/fast.py, is
-chosen in `Operations`, and GPT(config, fast=False) does without.
+to look at, V: vocab_size. What is only there for speed stands in barelm/fast.py and is chosen in
+`Operations`; GPT(config, fast=False) does without.
 """
 
 import codecs
@@ -166,8 +166,7 @@ class Attention(nn.Module):
         # the calls, which is what a single token's time goes to.
         qk, v = qkv.split((H + G, G), 2)
         if c.qk_norm:
-            # No query or key is long, so no score runs away (Henry et al. 2020). Before the
-            # rotation: one weight a dimension would not commute with it.
+            # No query or key is long, so that no score runs away (Henry et al. 2020).
             weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
             qk = rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
         if rope is not None:
@@ -193,6 +192,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """What is done with each token by itself."""
+
     def __init__(self, c, ops):
         super().__init__()
         self.kind = c.mlp
@@ -208,7 +209,7 @@ class MLP(nn.Module):
             h = F.silu(gate) * up  # (B, T, n_hidden)
         else:
             h = self.ops.project(x, self.up_proj)  # (B, T, n_hidden)
-            h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)
+            h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)  # GPT-2's
         if self.kind == "relu2":  # So et al. 2021
             h = h.square()
         return self.ops.project(h, self.down_proj)

@@ -95,6 +95,12 @@ def test_quantized_weights_continue_a_prompt(tiny):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "int9" in failed.stderr
 
 
+def test_fast_and_plain_mathematics_say_the_same(tiny):
+    options = ["--model=out/tiny", "--prompt=def f(", "--max_new_tokens=30", "--seed=3"]
+    plain = run(tiny, "sample.py", *options, "--fast=false").stdout
+    assert run(tiny, "sample.py", *options).stdout == plain
+
+
 def test_refusals_are_one_line(tiny):
     commands = [["--model=out/tiny", *options] for options in REFUSALS.values()]
     for message, command in zip(REFUSALS, commands):

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import export
 import model
-import serve
 from barelm.adapters import add_adapters
 from barelm.bpe import bpe_tokenizer, char_tokenizer, train_bpe
 from barelm.checkpoint import load, save
@@ -183,9 +183,9 @@ def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path,
     save(tmp_path, net, tok)
     back, _ = load(tmp_path)
     assert back.config == net.config and getattr(back.config, key) == value
-    monkeypatch.setattr(serve, "export", "hf")
+    monkeypatch.setattr(export, "export", "hf")
     with pytest.raises(UserError, match=f"{key}=.*here {re.escape(repr(value))}"):
-        serve.check_family(net)
+        export.hf_family(net)
     monkeypatch.setattr("barelm.families.GPTConfig", plain)
     with pytest.raises(UserError, match="config.json: softcap, .*no fields of GPTConfig"):
         load(tmp_path)

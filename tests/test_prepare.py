@@ -30,6 +30,7 @@ from conftest import ROOT, run, stalled
 
 import prepare
 import train
+from barelm import sources
 from barelm.bpe import ASCII, bpe_tokenizer, train_bpe
 from barelm.download import download
 from barelm.run import UserError, setup
@@ -92,9 +93,12 @@ def prepare_py(cwd, *args, **kwargs):
     return SimpleNamespace(returncode=process.exitcode, stdout=out.read(), stderr=err.read())
 
 
-def main_here(monkeypatch, cwd, **settings):
-    """prepare.py's main in this process, with these of its globals."""
+def main_here(monkeypatch, cwd, unit_bytes=None, **settings):
+    """prepare.py's main in this process, with these of its globals; and with units of so many
+    bytes at least."""
     monkeypatch.chdir(cwd)
+    if unit_bytes:
+        monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
     for key, value in settings.items():
         monkeypatch.setattr(prepare, key, value)
     prepare.main()
@@ -143,7 +147,8 @@ def documents_of(folder, split):
 def source_texts():
     """The texts of prepare.py's `source`, as they are."""
     units = prepare.plan(setup("cpu"))
-    return [r["text"] for unit in units for r in prepare.records(unit, []) if r["text"].strip()]
+    documents = [doc for unit in units for doc in sources.documents(unit, "text", [])]
+    return [doc["text"] for doc in documents if doc["text"].strip()]
 
 
 def made_up_documents(n, seed=0):
@@ -604,7 +609,7 @@ def test_bad_input_makes_no_folder(bad, arg):
 def test_bad_input_of_the_real_command(bad):
     done = run(bad, "prepare.py", "--source=nowhere", "--dataset=new", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    names = ", ".join(["python", *prepare.DOWNLOADS, "fineweb10B"])
+    names = ", ".join(["python", *sources.DOWNLOADS, "fineweb10B"])
     message = "--source=nowhere: no such file or folder, nor one of "
     assert done.stderr == message + names + "\n"
     assert not (bad / "data" / "new").exists()
@@ -895,7 +900,7 @@ def server(monkeypatch):
     httpd.asked, httpd.files, httpd.pauses = [], {}, []
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(prepare.time, "sleep", httpd.pauses.append)
+    monkeypatch.setattr(time, "sleep", httpd.pauses.append)
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     yield httpd
@@ -908,7 +913,7 @@ def server(monkeypatch):
 def test_downloads_in_spite_of(kind, server, tmp_path, capsys):
     path = tmp_path / "a" / "file"
     sha256 = hashlib.sha256(BODY).hexdigest()
-    assert prepare.download(f"{server.url}/{kind}/file", path, sha256) == path
+    assert download(f"{server.url}/{kind}/file", path, sha256) == path
     assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
     again = kind in ("dropped", "deaf", "busy")
     assert server.pauses == [1] * again
@@ -921,36 +926,36 @@ def test_downloads_in_spite_of(kind, server, tmp_path, capsys):
         assert ranges == [None] * len(ranges)
     # what is there is not fetched again
     server.asked.clear()
-    prepare.download(f"{server.url}/{kind}/file", path, sha256)
+    download(f"{server.url}/{kind}/file", path, sha256)
     assert server.asked == []
 
 
 def test_a_truncating_server_leaves_a_part_that_a_later_run_completes(server, tmp_path):
     path = tmp_path / "file"
     with pytest.raises(UserError, match=", 2 times: run it again to go on"):
-        prepare.download(f"{server.url}/truncated/file", path, tries=2)
+        download(f"{server.url}/truncated/file", path, tries=2)
     assert os.listdir(tmp_path) == ["file.part"] and server.pauses == [1]
     have = (tmp_path / "file.part").stat().st_size
     assert 0 < have < len(BODY)
-    prepare.download(f"{server.url}/plain/file", path)
+    download(f"{server.url}/plain/file", path)
     assert server.asked[-1] == ("plain", f"bytes={have}-") and path.read_bytes() == BODY
 
 
 def test_a_length_that_is_not_that_of_the_file_is_refused(server, tmp_path):
     with pytest.raises(UserError, match=f"{len(BODY)} of [0-9]+ bytes came"):
-        prepare.download(f"{server.url}/packed/file", tmp_path / "file", tries=1)
+        download(f"{server.url}/packed/file", tmp_path / "file", tries=1)
     assert not (tmp_path / "file").exists()
 
 
 def test_a_part_longer_than_the_file_is_begun_again(server, tmp_path):
     (tmp_path / "file.part").write_bytes(BODY + b"more")
-    prepare.download(f"{server.url}/plain/file", tmp_path / "file")
+    download(f"{server.url}/plain/file", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == BODY
 
 
 def test_a_missing_file_is_refused_at_once(server, tmp_path):
     with pytest.raises(UserError, match="/missing/file: HTTP 404.*is the address right"):
-        prepare.download(f"{server.url}/missing/file", tmp_path / "file")
+        download(f"{server.url}/missing/file", tmp_path / "file")
     assert len(server.asked) == 1 and server.pauses == [] and not (tmp_path / "file").exists()
 
 
@@ -1003,7 +1008,7 @@ def test_a_server_that_says_nothing_is_left(server, tmp_path, monkeypatch):
 
 def test_another_file_than_expected_is_removed(server, tmp_path):
     with pytest.raises(UserError, match=hashlib.sha256(BODY).hexdigest()):
-        prepare.download(f"{server.url}/plain/file", tmp_path / "file", "0" * 64)
+        download(f"{server.url}/plain/file", tmp_path / "file", "0" * 64)
     assert os.listdir(tmp_path) == [] and len(server.asked) == 1
 
 
@@ -1011,7 +1016,7 @@ def test_nobody_answers(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match="run it again") as error:
-        prepare.download(f"{server.url}/plain/file", tmp_path / "file", tries=3)
+        download(f"{server.url}/plain/file", tmp_path / "file", tries=3)
     assert server.pauses == [1, 2] and "\n" not in str(error.value)
     assert not (tmp_path / "file").exists()
 
@@ -1019,29 +1024,30 @@ def test_nobody_answers(server, tmp_path):
 def test_a_named_source_is_downloaded_once(server, tmp_path, monkeypatch):
     text = "\n<|endoftext|>\n".join(made_up_documents(30))
     server.files["/plain/stories"] = text.encode()
-    named = {"DOWNLOADS": {"stories": f"{server.url}/plain/stories"}}
-    named |= {"SEPARATORS": {"stories": "<|endoftext|>"}}
-    main_here(monkeypatch, tmp_path, source="stories", dataset="d", tokenizer="byte", **named)
+    monkeypatch.setitem(sources.DOWNLOADS, "stories", f"{server.url}/plain/stories")
+    monkeypatch.setitem(sources.SEPARATORS, "stories", "<|endoftext|>")
+    main_here(monkeypatch, tmp_path, source="stories", dataset="d", tokenizer="byte")
     docs = documents_of(tmp_path / "data" / "d", "train") + documents_of(tmp_path / "data/d", "val")
     assert sorted(docs) == sorted(doc.strip("\n") for doc in made_up_documents(30))
     (kept,) = (tmp_path / "data/downloads").iterdir()
     assert len(server.asked) == 1 and kept.read_text() == text
 
 
-def hub(server, names):
+def hub(monkeypatch, server, names):
     """A Hub on the server with a data set of these files: {name: bytes}."""
     listing = {"siblings": [{"rfilename": name} for name in names]}
     server.files["/plain/api/datasets/o/n"] = json.dumps(listing).encode()
     server.files |= {f"/plain/datasets/o/n/resolve/main/{k}": v for k, v in names.items()}
-    base = f"{server.url}/plain/"
-    return {"HUB": base, "DATA": f"{base}datasets/", "tokenizer": "byte", "val_fraction": 0.0}
+    monkeypatch.setattr(sources, "HUB", f"{server.url}/plain/")
+    monkeypatch.setattr(sources, "DATA", f"{server.url}/plain/datasets/")
+    return {"tokenizer": "byte", "val_fraction": 0.0}
 
 
 def test_a_data_set_of_the_hub_by_its_name(server, tmp_path, monkeypatch):
     line = lambda text: json.dumps({"text": text}).encode() + b"\n"
     names = {"README.md": b"no", "data/train-1.jsonl": line("one"), "data/train-0.jsonl": line("0")}
     names |= {"data/test.jsonl": line("no"), "extra/train.jsonl.gz": gzip.compress(line("more"))}
-    settings = hub(server, names)
+    settings = hub(monkeypatch, server, names)
     docs = lambda: documents_of(tmp_path / "data/python", "train")
     main_here(monkeypatch, tmp_path, source="hf:o/n", **settings)
     assert docs() == ["0", "one", "more"]

@@ -138,8 +138,6 @@ class ByteBPE:
     can_cut = True  # a long text may be encoded in parts that begin at lines
 
     def __init__(self, spec, splitter, normalizers):
-        import tiktoken  # here, since the other kinds need none of it
-
         self.splitter = splitter
         self.split_pattern = splitter.pattern
         self.normalizers = normalizers
@@ -159,19 +157,12 @@ class ByteBPE:
 
         for byte in self.lacking:
             ranks[bytes([byte])] = NO_TOKEN + byte
-        # It gets none of the real special tokens, and so reads none in a text.
-        tables = {"mergeable_ranks": ranks, "special_tokens": {"<|none|>": NO_TOKEN + 256}}
-        self.rust_splits = False  # does tiktoken itself cut the text?
+        self.tiktoken = None
         if splitter.pattern is not None:
-            pattern = portable_pattern(splitter.pattern)
-            if not may_match_nothing(pattern):
-                try:
-                    self.tiktoken = tiktoken.Encoding("barelm", pat_str=pattern, **tables)
-                    self.rust_splits = True
-                except ValueError:  # a pattern that Rust cannot read
-                    pass
+            self.tiktoken = tiktoken_encoding(ranks, portable_pattern(splitter.pattern))
+        self.rust_splits = self.tiktoken is not None  # does tiktoken itself cut the text?
         if not self.rust_splits:  # then it gets single pieces, and its own pattern is not used
-            self.tiktoken = tiktoken.Encoding("barelm", pat_str=CHARACTERS, **tables)
+            self.tiktoken = tiktoken_encoding(ranks, CHARACTERS)
 
     def normal(self, text):
         return normalize(mend(text), self.normalizers)
@@ -245,6 +236,22 @@ class ByteBPE:
                 behind = character[end - 1] + 1
                 spans.append((id, behind, behind))
         return spans
+
+
+def tiktoken_encoding(ranks, pattern):
+    """tiktoken's Encoding of {bytes: id} and a split pattern; None where Rust cannot run that."""
+    import tiktoken  # here, since the other kinds need none of it
+
+    if may_match_nothing(pattern):
+        return None
+    # It gets none of the real special tokens, and so reads none in a text.
+    special = {"<|none|>": NO_TOKEN + 256}
+    try:
+        return tiktoken.Encoding(
+            "barelm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+    except ValueError:
+        return None
 
 
 def byte_ranks(spec):

@@ -382,7 +382,7 @@ def head(run):
 def every_token():
     """A tokenizer with a token for each id of the network, none of which ends a text."""
     pairs = itertools.product((bytes([b]) for b in range(256)), repeat=2)
-    tok = stage("prepare").bpe_tokenizer(list(itertools.islice(pairs, max(0, vocab_size - 260))))
+    tok = bpe_tokenizer(list(itertools.islice(pairs, max(0, vocab_size - 260))))
     tok.eos_ids = []
     return tok
 
@@ -474,7 +474,7 @@ def hugging_face(run, net):
         return skip("transformers", "it has no network of this shape")
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        save(folder, net, stage("prepare").bpe_tokenizer([]))
+        save(folder, net, bpe_tokenizer([]))
         none = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         hf = transformers.AutoModelForCausalLM.from_pretrained(folder, **none).to(run.device)
         hf.generation_config.eos_token_id = None  # nothing ends a text early

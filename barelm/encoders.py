@@ -370,6 +370,10 @@ class LibraryEncoder:
         steps = decoder_steps(spec)
         self.shown = {id: decoded_token(token, steps) for token, id in vocab.items()}
         self.bytes = dict(self.shown)
+        for name, id in names_of(spec).items():
+            if vocab.get(name) != id:  # it numbers those that the vocabulary lacks by itself
+                why = f"the added token {name!r:.60} has the id {id}, and {vocab.get(name)} in"
+                raise UserError(f"tokenizer.json: {why} tokenizers")
         for token in spec.get("added_tokens", []):
             if token["special"]:
                 del self.bytes[token["id"]]

@@ -55,10 +55,11 @@ def normalize(text, names):
 def read_normalizers(spec):
     """The names of a tokenizer.json's normalizers, in their order."""
     normalizer = spec.get("normalizer") or {"normalizers": []}
-    names = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
-    for name in names:
-        if name not in NORMALIZERS:
-            raise NotOurs(f"the normalizer {name}")
+    names = []
+    for step in normalizer.get("normalizers", [normalizer]):  # a Sequence, or one step
+        if step["type"] not in NORMALIZERS:
+            raise NotOurs(f"the normalizer {step['type']}")
+        names.append(step["type"])
     return names
 
 
@@ -71,6 +72,7 @@ def read_pre_tokenizer(spec):
     written as bytes at the end, or "Split"; steps: [(pattern, behavior, invert)], each cutting the
     pieces of the one before."""
     pre_tokenizer = spec.get("pre_tokenizer") or {}
+    # Old files leave out what was the only way then.
     defaults = {"add_prefix_space": True, "use_regex": True, "invert": False}
     steps = [defaults | step for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
     if not steps or "type" not in steps[0]:
@@ -81,7 +83,7 @@ def read_pre_tokenizer(spec):
     if last["add_prefix_space"]:
         raise NotOurs("a space put before every text")
     splits = [read_split(step) for step in steps[:-1]]
-    if last["use_regex"]:
+    if last["use_regex"]:  # ByteLevel splits by itself, too
         splits.append((GPT2_SPLIT, "Isolated", False))
     if not splits:
         raise NotOurs("a tokenizer that does not split text")
@@ -95,7 +97,7 @@ def read_split(step):
         return r"\p{N}", behavior, False
     if step["type"] != "Split" or step["behavior"] not in BEHAVIORS:
         raise NotOurs(f"the pre-tokenizer {step['type']}")
-    if "Regex" in step["pattern"]:
+    if "Regex" in step["pattern"]:  # else the text itself, in which a dot is a dot
         return step["pattern"]["Regex"], step["behavior"], step["invert"]
     import regex
 
@@ -126,7 +128,7 @@ def portable_pattern(given):
     # Oniguruma takes {1,3}+ for a repeated repeat; elsewhere it is greedy and gives nothing back.
     pattern = re.sub(r"\{([01]?),\d*\}\+", r"{\1,}", given)
     pattern = spell_words(pattern)
-    bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL)
+    bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL)  # without what is escaped
     escapes = [c for c in re.findall(r"\\(.)", pattern) if c.isalnum() and c not in SAME_ESCAPES]
     odd = [f"\\{c}" for c in escapes]
     odd += re.findall(r"\(\?(?!:|=|!|>|<=|<!|-?i[:)])..?", bare)  # other flags, recursion, names
@@ -144,9 +146,7 @@ def compile_pattern(pattern):
     import regex
 
     # \x{4E00} and \z are \U00004e00 and \Z there.
-    python = re.sub(
-        r"\\x\{([0-9a-fA-F]{1,8})\}", lambda match: f"\\U{int(match[1], 16):08x}", pattern
-    )
+    python = re.sub(r"\\x\{([0-9a-fA-F]{1,8})\}", unicode_escape, pattern)
     python = re.sub(r"\\z", r"\\Z", python)
     nested = "&&" in python or re.search(r"\[[^\]]*\[", re.sub(r"\\.", "", python))
     try:
@@ -155,12 +155,17 @@ def compile_pattern(pattern):
         raise UserError(f"tokenizer.json: the split pattern {pattern!r}: {error}") from None
 
 
+def unicode_escape(match):
+    """A hexadecimal number as Python's escape."""
+    return f"\\U{int(match[1], 16):08x}"
+
+
 def may_match_nothing(pattern):
     """Whether a pattern matches nothing at some place where it is likely to: among usual letters
     and those that it names. tiktoken panics there."""
     try:
         matches = compile_pattern(pattern).finditer(SAMPLE_TEXT + pattern, timeout=1)
-        return any(match.start() == match.end() for match in matches)
+        return any(not match[0] for match in matches)
     except TimeoutError:
         return True
 
@@ -209,27 +214,28 @@ def split_at(text, pattern, behavior, invert):
         MergedWithNext      the -final - -countdown
     invert: what the pattern does not match is the delimiter.
     """
-    parts = [(begin, end, matched != invert) for begin, end, matched in stretches(text, pattern)]
-    if behavior == "Isolated":
-        return [(begin, end) for begin, end, _ in parts if begin < end]
-    if behavior == "Removed":
-        return [(begin, end) for begin, end, matched in parts if not matched and begin < end]
+    parts = stretches(text, pattern)
     if behavior == "MergedWithNext":
-        parts.reverse()  # then it is merged with the one before
+        parts.reverse()  # then a delimiter is merged with the one before
     pieces = []
-    matched_before = False
+    was_delimiter = False
     for begin, end, matched in parts:
-        if behavior == "Contiguous":
-            joins = matched == matched_before
-        else:
-            joins = matched and not matched_before
-        matched_before = matched
+        is_delimiter = matched != invert
+        if behavior == "Removed" and is_delimiter:
+            continue
+        if behavior in ("Isolated", "Removed"):
+            joins = False
+        elif behavior == "Contiguous":
+            joins = is_delimiter == was_delimiter
+        else:  # a delimiter is merged with a text, and not with another delimiter
+            joins = is_delimiter and not was_delimiter
+        was_delimiter = is_delimiter
         if joins and pieces:
             other_begin, other_end = pieces[-1]
             pieces[-1] = (min(begin, other_begin), max(end, other_end))
         else:
             pieces.append((begin, end))
-    return sorted((begin, end) for begin, end in pieces if begin < end)
+    return sorted(piece for piece in pieces if piece[0] < piece[1])  # a match may be of nothing
 
 
 class Splitter:
@@ -244,9 +250,10 @@ class Splitter:
         if len(steps) == 1 and steps[0][1] == "Isolated":
             self.pattern = steps[0][0]
         self.is_gapless = self.pattern in GAPLESS
-        self.drops_text = any(behavior == "Removed" for _, behavior, _ in steps)
+        self.drops_text = False  # is some of the text in no piece?
         self.steps = []  # compiled
         for pattern, behavior, invert in steps:
+            self.drops_text |= behavior == "Removed"
             self.steps.append((compile_pattern(portable_pattern(pattern)), behavior, invert))
 
     def cuts(self, text):
@@ -261,7 +268,7 @@ class Splitter:
                     why = f"does not end on a text of {len(text):,} characters"
                     line = f"tokenizer.json: the split pattern {pattern.pattern!r} {why}"
                     raise UserError(line) from None
-                finer += [(begin + a, begin + b) for a, b in parts]
+                finer += [(begin + a, begin + b) for a, b in parts]  # places in the whole text
             pieces = finer
         return pieces
 

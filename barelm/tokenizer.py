@@ -15,13 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from barelm.chat import (
-    CHATML,
-    RENDERER,
     TemplateRefusal,
     TurnFinder,
     marked_spans,
     marks_answers,
-    render_template,
+    render_chat,
     veiled,
 )
 from barelm.encoders import (
@@ -352,12 +350,8 @@ class Tokenizer:
                 given[f"{role}_token"] = name
         given["generation_begin"], given["generation_end"] = marks
         template = self.chat_template()
-        # A stranger's template is a program, and runs in a process of its own; ours may have plain
-        # text (a bos token) before it.
-        is_ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
-        render = render_template if is_ours else RENDERER.render
         try:
-            return render(template, given)
+            return render_chat(template, given)
         except Exception as error:  # whatever the template's program raises
             why = " ".join(str(error).split())[:300]
             raise TemplateRefusal(f"the chat template refuses these messages: {why}") from None

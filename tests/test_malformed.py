@@ -100,8 +100,14 @@ OTHERS = OTHERS.split()
 
 def places(d, depth=0):
     """The places in a JSON value, of long lists and dicts the first and last few."""
-    keys = list(d) if isinstance(d, dict) else range(len(d)) if isinstance(d, list) else []
-    for key in [*keys[:6], *keys[6:][-2:]] if depth else keys:
+    keys = []
+    if isinstance(d, dict):
+        keys = list(d)
+    elif isinstance(d, list):
+        keys = range(len(d))
+    if depth:
+        keys = [*keys[:6], *keys[6:][-2:]]
+    for key in keys:
         yield [key]
         if depth < 4:
             yield from ([key, *rest] for rest in places(d[key], depth + 1))

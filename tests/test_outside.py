@@ -46,10 +46,10 @@ def folder_of(family, path):
     config = from_hf_config(d)
     torch.manual_seed(0)
     save(path, model.GPT(config), tok)
-    mine = read(path / "config.json")
+    saved = read(path / "config.json")
     if family == "mistral":
-        mine |= {"model_type": "mistral", "sliding_window": 96}
-    write_json(path / "config.json", mine)
+        saved |= {"model_type": "mistral", "sliding_window": 96}
+    write_json(path / "config.json", saved)
     return path
 
 
@@ -344,14 +344,14 @@ def test_a_hub_model_in_several_files_is_fetched_once_and_resumed(hub, tmp_path,
     net, tok = load("some/Model-1.5")
     facts = read(source / "expected.json")
     with torch.no_grad():
-        mine = net(torch.tensor(facts["ids"]))[0]
-    torch.testing.assert_close(mine, torch.tensor(facts["logits"]), atol=2e-5, rtol=0)
+        ours = net(torch.tensor(facts["ids"]))[0]
+    torch.testing.assert_close(ours, torch.tensor(facts["logits"]), atol=2e-5, rtol=0)
     assert {token for _, _, token in hub.asked} == {"Bearer hf_x"}
     tries = [wanted for file, wanted, _ in hub.asked if file == shard.name]
     assert tries == ["bytes=1000-"] and "model-00002-of-00002" in capsys.readouterr().out
     assert [p.name for p in hub.cache.iterdir()] == ["some--Model-1.5"]
-    kept = {p.name for p in (hub.cache / "some--Model-1.5").iterdir()}
-    assert kept == {p.name for p in source.iterdir()} - {"expected.json"}
+    names = {p.name for p in (hub.cache / "some--Model-1.5").iterdir()}
+    assert names == {p.name for p in source.iterdir()} - {"expected.json"}
     hub.asked.clear()
     load("some/Model-1.5")
     assert hub.asked == []

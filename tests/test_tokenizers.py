@@ -576,7 +576,7 @@ def changed(name, make):
     model = lambda spec, **change: {"model": spec["model"] | change}
     vocab = [[" " if t == "Ġ" else t, s] for t, s in unigram["model"]["vocab"]]
     vocab = [[t.replace("Ġ", "▁").replace(" ", "▁"), s] for t, s in vocab]
-    plain = [bpe["added_tokens"][0] | {"id": 5000, "content": "<x>", "special": False}]
+    plain = [bpe["added_tokens"][0] | {"id": SIZE, "content": "<x>", "special": False}]
     forms = {
         "T5": unigram | {"pre_tokenizer": SPACE, "decoder": SPACE, "normalizer": None}
         | model(unigram, vocab=vocab, unk_id=0),
@@ -660,6 +660,12 @@ def test_what_the_library_refuses_is_a_line(make, capfd):
         (unigram, {"pre_tokenizer": {"type": "Guess"}}, "tokenizers refuses it"),
         (unigram, {"decoder": CTC}, "CTC"),
         (make("bpe"), {"model": make("bpe").spec["model"] | {"dropout": 0.1}}, "dropout"),
+        (unigram, {"added_tokens": [unigram.spec["added_tokens"][0] | {"id": 9}]}, "both token 9"),
+        (
+            unigram,
+            {"added_tokens": [unigram.spec["added_tokens"][0] | {"id": 9999}]},
+            "the id 9999",
+        ),
         (words, {"model": words.spec["model"] | {"vocab": bare}}, "unk"),
         (words, {"model": words.spec["model"] | {"vocab": {}}}, "a model with a vocab"),
     ]:

@@ -387,7 +387,9 @@ class LibraryEncoder:
 
     def encode(self, text):
         with library_errors():  # such as of a word without a token, where there is no unknown one
-            return self.whole.encode(text, add_special_tokens=False).ids
+            # Without offsets, and so in half the time of the library's plain `encode`.
+            [encoding] = self.whole.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def spans(self, text, first=True):
         library = self.whole if first else self.later

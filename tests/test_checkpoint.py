@@ -6,14 +6,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-import prepare
 from barelm import families
+from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.families import FAMILIES, Family, TensorNames, family, from_hf_config, misfits
 from barelm.safetensors import entries_of
 from model import GPT, GPTConfig
 
-TOK = prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
+TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
 IDS = torch.tensor([[1, 5, 3, 2, 7, 7, 2]])
 
 

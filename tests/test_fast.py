@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
 
 import model
-import prepare
 from barelm.adapters import add_adapters
+from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.fast import (
     BlockedAttention,
@@ -32,7 +32,7 @@ ALL = SHAPES | OURS
 
 @pytest.fixture(scope="module")
 def tok():
-    return prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+    return char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
 
 
 def fast_and_plain(**shape):

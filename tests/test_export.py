@@ -16,23 +16,25 @@ import torch.nn.functional as F
 from conftest import run
 from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
 
+import export
 import model
-import prepare
-import serve
+from barelm.bpe import bpe_tokenizer, char_tokenizer
 from barelm.checkpoint import load, save, saved_tensors
 from barelm.families import family
 from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights
 from barelm.files import whole_file, write_json
+from barelm.gguf_file import GGUF_PRE, add_tokenizer, as_array, check_gguf, write_gguf
 from barelm.optim import make_optimizer
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
-from barelm.tokenizer import GPT2_SPLIT, Tokenizer
+from barelm.splits import GPT2_SPLIT, QWEN2_SPLIT
+from barelm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tok():
     """A BPE of ours: the 256 bytes, a few merges, special tokens; as many ids as it says."""
-    return prepare.bpe_tokenizer([(b"a", b"b"), (b"ab", b"c"), (b" ", b"x"), (b"\n", b"\n")])
+    return bpe_tokenizer([(b"a", b"b"), (b"ab", b"c"), (b" ", b"x"), (b"\n", b"\n")])
 
 
 def saved(folder, tok, **shape):
@@ -136,11 +138,11 @@ def test_the_report_and_the_folder_agree(tiny):
     net, tok = load(tiny / "out" / "tiny")
     width, count = net.config.n_ctx, 12
     args = ["--model=out/tiny", "--dataset=tiny", f"--eval_tokens={count * width}"]
-    shown = run(tiny, "serve.py", *args, "--quantize=int4", "--prune=0.5", "--report").stdout
+    shown = run(tiny, "export.py", *args, "--quantize=int4", "--prune=0.5", "--report").stdout
     assert not list((tiny / "out").glob("tiny-*"))
     rows = table(shown)
     assert rows["as it is"][3] < 1 and 50 <= rows["pruned 0.5 int4"][3] < 70
-    done = run(tiny, "serve.py", *args, "--quantize=int8", "--export=barelm").stdout
+    done = run(tiny, "export.py", *args, "--quantize=int8", "--export=barelm").stdout
     rows, folder = table(done), tiny / "out" / "tiny-int8"
     tokens = np.fromfile(tiny / "data" / "tiny" / "val_000000.bin", "<u2")[512:].astype(np.int64)
     sizes = [len(tok.token_bytes(i)) for i in range(tok.n_vocab)]
@@ -168,7 +170,7 @@ def test_the_report_and_the_folder_agree(tiny):
 @pytest.mark.parametrize("how", ["0.5", "0.3", "2:4"])
 def test_pruning_zeroes_the_smallest(how):
     net, pruned = make_net(**QWEN3), make_net(**QWEN3)
-    serve.prune_weights(pruned, how)
+    export.prune_weights(pruned, how)
     size = zeros = 0
     for (name, before), after in zip(net.named_parameters(), pruned.parameters()):
         if ".layers." not in name or before.ndim < 2:
@@ -183,7 +185,7 @@ def test_pruning_zeroes_the_smallest(how):
         assert after.flatten().tolist() == expected
         size, zeros = size + len(expected), zeros + expected.count(0.0)
     assert (
-        serve.zeros_share(pruned)
+        export.zeros_share(pruned)
         == zeros / size
         == pytest.approx(float(how[:3].replace("2:4", "0.5")), abs=1e-3)
     )
@@ -196,14 +198,14 @@ def test_quantized_zeros_are_zeros(how, shift, kind):
     """Whatever the share of zeros, and where the weights lie around them; at int4's usual error."""
     net = make_net(**QWEN3 | dict(n_embd=72, n_head=2, n_hidden=152))  # no whole groups of 64
     with torch.no_grad():
-        for layer in serve.matrices(net):
+        for layer in export.block_matrices(net):
             layer.weight += shift
     before = copy.deepcopy(net)
-    serve.prune_weights(net, how)
+    export.prune_weights(net, how)
     error = {}
     for name, source in (("whole", before), ("pruned", net)):
         squares = []
-        for layer in serve.matrices(source):
+        for layer in export.block_matrices(source):
             quantized = QuantizedLinear(layer, kind)
             got = dequantize(quantized.weight, quantized.scale)[:, : layer.weight.shape[1]]
             assert (got[layer.weight == 0] == 0).all()
@@ -226,7 +228,7 @@ def test_an_export_keeps_the_dtype_of_a_model_in_several_files(tok, tmp_path):
             write_safetensors(out, part, {"format": "pt"})
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    run(tmp_path, "serve.py", "--model=whole", "--prune=0.5", "--export=hf", "--out_dir=half")
+    run(tmp_path, "export.py", "--model=whole", "--prune=0.5", "--export=hf", "--out_dir=half")
     kept, _ = read_safetensors(tmp_path / "half" / "model.safetensors")
     assert {t.dtype for t in kept.values()} == {torch.bfloat16}
 
@@ -243,7 +245,7 @@ def test_hf_export_merges_an_adapter(tok, tmp_path):
     with whole_file(folder / "adapter_model.safetensors") as file:
         tensors = {f"{name}A.weight": A, f"{name}B.weight": B}
         write_safetensors(file, tensors, {"format": "pt"})
-    run(tmp_path, "serve.py", "--model=lora", "--export=hf", "--out_dir=merged")
+    run(tmp_path, "export.py", "--model=lora", "--export=hf", "--out_dir=merged")
     merged, _ = read_safetensors(tmp_path / "merged" / "model.safetensors")
     for key, t in saved_tensors(net).items():
         added = 3 * B @ A if key == "model.layers.1.self_attn.q_proj.weight" else 0
@@ -304,8 +306,9 @@ def naive_q8(values):
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
 def test_gguf_holds_the_tensors_and_the_tokenizer(kind, tok, tmp_path):
+    gguf = pytest.importorskip("gguf")
     net, _ = saved(tmp_path / "m", tok, **QWEN3 | dict(n_hidden=40))
-    out = run(tmp_path, "serve.py", "--model=m", "--export=gguf", f"--gguf_type={kind}").stdout
+    out = run(tmp_path, "export.py", "--model=m", "--export=gguf", f"--gguf_type={kind}").stdout
     path = tmp_path / "m-gguf" / f"m-{kind}.gguf"
     assert str(path.relative_to(tmp_path)) in out
     keys, tensors = read_gguf(path)
@@ -335,7 +338,6 @@ def test_gguf_holds_the_tensors_and_the_tokenizer(kind, tok, tmp_path):
         else:
             assert code == 8 and data == naive_q8(values)
     assert len(tensors) == len(saved_tensors(net))
-    gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(path)
     assert {t.name for t in reader.tensors} == tensors.keys()
     assert reader.get_field("tokenizer.ggml.tokens").contents() == tokens
@@ -348,16 +350,40 @@ def test_gguf_holds_the_tensors_and_the_tokenizer(kind, tok, tmp_path):
 
 
 def test_q8_rounds_halves_away_from_zero():
+    gguf = pytest.importorskip("gguf")
     block = torch.tensor([127.0, 0.5, -0.5, 1.5, -2.5, 0.49999997] + [0.0] * 26)
-    codes = np.frombuffer(serve.gguf_bytes(block[None], "Q8_0")[2:], np.int8)
-    assert codes[:6].tolist() == [127, 1, -1, 2, -3, 0]
-    assert serve.gguf_bytes(torch.zeros(1, 32), "Q8_0") == bytes(34)
+    codes = as_array(gguf, block[None], "Q8_0").tobytes()[2:]
+    assert np.frombuffer(codes, np.int8)[:6].tolist() == [127, 1, -1, 2, -3, 0]
+    assert as_array(gguf, torch.zeros(1, 32), "Q8_0").tobytes() == bytes(34)
+
+
+def test_gguf_refuses_what_float16_cannot_hold():
+    gguf = pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="a weight is beyond float16: --gguf_type=F32"):
+        as_array(gguf, torch.full((1, 32), 1e5), "F16")
+
+
+def test_gguf_of_a_tokenizer_without_merges(tmp_path):
+    """llama.cpp wants the list, be it empty."""
+    pytest.importorskip("gguf")
+    saved(tmp_path / "m", bpe_tokenizer([]), **QWEN3)
+    run(tmp_path, "export.py", "--model=m", "--export=gguf")
+    keys, _ = read_gguf(tmp_path / "m-gguf" / "m-F16.gguf")
+    assert keys["tokenizer.ggml.merges"] == [] and len(keys["tokenizer.ggml.tokens"]) == 320
+
+
+def test_gguf_says_what_to_install(tok, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="pip install gguf"):
+        write_gguf(make_net(**QWEN3), tok, tmp_path / "m.gguf", "F16")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
 def test_gguf_keeps_the_zeros_of_pruning(kind, tok, tmp_path):
+    pytest.importorskip("gguf")
     saved(tmp_path / "m", tok, **QWEN3)
-    run(tmp_path, "serve.py", "--model=m", "--prune=2:4", "--export=gguf", f"--gguf_type={kind}")
+    run(tmp_path, "export.py", "--model=m", "--prune=2:4", "--export=gguf", f"--gguf_type={kind}")
     [path] = tmp_path.glob("m-2of4-gguf/*.gguf")
     _, tensors = read_gguf(path)
     _, shape, data = tensors["blk.1.ffn_down.weight"]
@@ -371,10 +397,11 @@ def test_gguf_keeps_the_zeros_of_pruning(kind, tok, tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_gguf_of_every_architecture(name, tok, tmp_path):
+    pytest.importorskip("gguf")
     shape = SHAPES[name] | (dict(head_dim=128) if name.startswith("qwen3") else {})
     # transformers' reader takes 1,024 positions for any GPT-2, and heads of 128 for any Qwen3.
     net, _ = saved(tmp_path / "m", tok, **shape, n_ctx=1024 if "gpt2" in name else 32)
-    run(tmp_path, "serve.py", "--model=m", "--export=gguf", "--gguf_type=F32")
+    run(tmp_path, "export.py", "--model=m", "--export=gguf", "--gguf_type=F32")
     keys, tensors = read_gguf(tmp_path / "m-gguf" / "m-F32.gguf")
     c, ours = net.config, net.state_dict()
     kind = keys["general.architecture"]
@@ -399,7 +426,6 @@ def test_gguf_of_every_architecture(name, tok, tmp_path):
     elif name == "llama-linear":
         assert keys["llama.rope.scaling.factor"] == 4
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
     if c.rope_scaling or not c.tie and kind == "gpt2":  # which its reader passes over
         return
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -414,20 +440,25 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
     import regex
     from tiktoken_ext import openai_public
 
-    assert serve.GGUF_PRE[prepare.SPLIT] == "qwen2"
+    assert GGUF_PRE[QWEN2_SPLIT] == "qwen2"
     pieces = [openai_public.r50k_pat_str, GPT2_SPLIT]
-    assert {serve.GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
+    assert {GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
     draw = random.Random(0)
     for _ in range(3000):
         text = "".join(draw.choices(" \n\r\ta1.'sS\u00a0é", k=8))
         assert len({tuple(regex.findall(pattern, text)) for pattern in pieces}) == 1
     spec = json.loads(json.dumps(tok.spec))
     spec["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
-    keys = serve.gguf_tokenizer(Tokenizer(spec, tok.config), tok.n_vocab)
-    assert keys["tokenizer.ggml.pre"] == "gpt-2"
+    c = make_net(**QWEN3).config
+    check_gguf(c, Tokenizer(spec, tok.config))  # refuses nothing
     spec["normalizer"] = {"type": "Lowercase"}
     with pytest.raises(UserError, match="no normalizer Lowercase"):
-        serve.gguf_tokenizer(Tokenizer(spec, tok.config), tok.n_vocab)
+        check_gguf(c, Tokenizer(spec, tok.config))
+    gguf = pytest.importorskip("gguf")
+    del spec["normalizer"]
+    writer = gguf.GGUFWriter(None, "qwen3")
+    add_tokenizer(writer, gguf, Tokenizer(spec, tok.config), tok.n_vocab)
+    assert writer.kv_data[0]["tokenizer.ggml.pre"].value == "gpt-2"
 
 
 # ONNX
@@ -436,7 +467,8 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
 @pytest.mark.parametrize("name", ["qwen3", "post-sinusoidal-relu2"])
 def test_onnx_computes_the_logits(name, tok, tmp_path):
     net, _ = saved(tmp_path / "m", tok, **(SHAPES | OURS)[name])
-    done = run(tmp_path, "serve.py", "--model=m", "--export=onnx", check=False)
+    alone = {"OMP_NUM_THREADS": "1"}  # a new process: onnxruntime's threads are lost in a fork
+    done = run(tmp_path, "export.py", "--model=m", "--export=onnx", check=False, env=alone)
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         assert done.returncode == 1 and "pip install onnx onnxscript onnxruntime" in done.stderr
         assert not (tmp_path / "m-onnx").exists()
@@ -451,6 +483,7 @@ def test_onnx_computes_the_logits(name, tok, tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), net(ids), atol=1e-3, rtol=1e-4)
     assert sorted(p.name for p in (tmp_path / "m-onnx").iterdir()) == [
+        ".lock",
         "model.onnx",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -460,7 +493,7 @@ def test_onnx_computes_the_logits(name, tok, tmp_path):
 def test_onnx_says_what_to_install(tok, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
-        serve.export_onnx(make_net(**QWEN3), tok, tmp_path / "model.onnx")
+        export.export_onnx(make_net(**QWEN3), tok, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -483,18 +516,18 @@ def test_onnx_says_what_to_install(tok, tmp_path, monkeypatch):
         (QWEN3, "--report", "--report compares"),
         (QWEN3, "--export=hf --out_dir=m", "--overwrite"),
         (QWEN3, "--export=hf --out_dir=m/config.json", "--out_dir=m/config.json: File exists"),
-        (QWEN3, "--prune=0.5", "--prune=0.5 serves nothing"),
+        (QWEN3, "--prune=0.5", "nothing to do: --export=hf"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(shape, args, words, tok, tmp_path):
     saved(tmp_path / "m", tok, **shape)
-    failed = run(tmp_path, "serve.py", "--model=m", *args.split(), check=False)
+    failed = run(tmp_path, "export.py", "--model=m", *args.split(), check=False)
     assert failed.returncode == 1 and words in failed.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_gguf_refuses_tokenizers_that_llama_cpp_lacks(tmp_path):
-    saved(tmp_path / "m", prepare.char_tokenizer("abc \n"), **QWEN3)
-    failed = run(tmp_path, "serve.py", "--model=m", "--export=gguf", check=False)
+    saved(tmp_path / "m", char_tokenizer("abc \n"), **QWEN3)
+    failed = run(tmp_path, "export.py", "--model=m", "--export=gguf", check=False)
     assert failed.returncode == 1 and "WordLevel tokenizer" in failed.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -13,8 +13,8 @@ from conftest import run, run_killed
 from test_finetune import net_for, talk
 from test_model import QWEN3, make_net
 
-import eval as evaluation
 import rl
+from barelm import tasks as evaluation
 from barelm.checkpoint import load
 from barelm.rewards import open_reward, reward_of
 from barelm.run import Run, UserError, autocast

@@ -1,0 +1,133 @@
+"""Scores, {metric: (value, standard error or None)}, and results.json, the file that keeps them."""
+
+import hashlib
+import json
+import math
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from barelm.checkpoint import find
+from barelm.files import read_json, write_json
+from barelm.run import UserError
+
+
+def mean(amounts, sizes=1):
+    """sum(amounts) / sum(sizes) over independent pieces and its standard error, linearised (a
+    ratio estimator's: Cochran 1977, section 2.11); of right and wrong that is
+    sqrt(p (1 - p) / (n - 1)). (None, None) of nothing, no error of a single piece."""
+    a, b = np.broadcast_arrays(np.array(amounts, np.float64), np.array(sizes, np.float64))
+    if len(a) == 0:
+        return None, None
+    ratio = float(a.sum() / b.sum())
+    n = len(a)
+    if n < 2:
+        return ratio, None
+    # n - 1: the ratio itself was estimated from the same pieces.
+    spread = math.sqrt(((a - ratio * b) ** 2).sum() / (n - 1))
+    return ratio, float(spread / math.sqrt(n) / b.mean())
+
+
+def perplexity(nats):
+    """exp of a mean and of its error, to the first order."""
+    mean_nats, error = nats
+    value = math.exp(min(mean_nats, 700))  # the largest that float holds
+    return value, None if error is None else value * error
+
+
+def divided(score, by):
+    """A score and its error in another unit."""
+    value, error = score
+    return value / by, None if error is None else error / by
+
+
+def figure(value):
+    """A score as it is printed."""
+    return "n/a" if value is None else f"{value:.6g}"
+
+
+def flat(scores):
+    """{metric: value, metric_stderr: its standard error}, as results.json has them."""
+    entry = {}
+    for metric, (value, error) in scores.items():
+        entry[metric] = value
+        entry[f"{metric}_stderr"] = error
+    return entry
+
+
+def metrics_of(entry):
+    """The names of the scores of a task's entry, each of which has a standard error beside it."""
+    return [key for key in entry if f"{key}_stderr" in entry]
+
+
+def is_finite(value):
+    """Whether a value of a JSON file is a number that float holds, its square aside; not NaN."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True is an int
+    return number and abs(value) < 1e300
+
+
+def read_results(folder):
+    """(the mark of the model, {task: its entry}) of a folder's results.json; one of another form is
+    refused, before an evaluation would add to it."""
+    path = Path(folder) / "results.json"
+    try:
+        record = read_json(path, {"results": {}})
+        results = record.get("results")
+        if not isinstance(results, dict):
+            raise UserError(f"{path}: not results of eval.py: no `results`")
+        for task, entry in results.items():
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: not results of eval.py: {task} is no object")
+            for metric in metrics_of(entry):
+                for key in (metric, f"{metric}_stderr", "n"):
+                    if not is_figure(entry, metric, key):
+                        shown = f"{task}: {key}={entry.get(key)!r}"[:100]
+                        raise UserError(f"{path}: not results of eval.py: {shown}")
+    except UserError as error:
+        raise UserError(f"{error}: remove it, and evaluate again") from None
+    return record.get("identity"), results
+
+
+def is_figure(entry, metric, key):
+    """Whether an entry has for this key what eval.py writes: a number (a loss may be NaN, an error
+    and a count are not below 0), or null where there is no score or no error."""
+    value = entry.get(key)
+    if value is None:
+        return key != "n"
+    if not isinstance(value, float) and not is_finite(value):
+        return False
+    return key == metric or not value < 0
+
+
+def read_scores(folder):
+    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
+    scores = {}
+    for task, entry in read_results(folder)[1].items():
+        for metric in metrics_of(entry):
+            value = entry[metric]
+            error = entry[f"{metric}_stderr"]
+            if is_finite(value):
+                scores[task, metric] = value, error if is_finite(error) else None, entry["n"]
+    return scores
+
+
+def model_mark(model, dtype, quantize, fast=True):
+    """What tells this model's results from another's, 16 hex digits: its files, and what it
+    computes in."""
+    parts = [str(dtype), quantize, model]
+    if not fast:  # whose sums differ in their last bits
+        parts.append("plain")
+    # Sizes and times stand for what is in the files: to read those would take long.
+    for path in sorted(find(model).glob("*")):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def write_results(folder, model, mark, results):
+    """Write results.json, whose reader is `read_results`."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {"model": model, "identity": mark, "results": results, "versions": versions}
+    write_json(Path(folder) / "results.json", record)

@@ -236,10 +236,9 @@ def both_conversations(row):
 
 
 def checked_pair(pair, limit):
-    chosen, rejected = pair["chosen"], pair["rejected"]
-    if chosen["ids"] == rejected["ids"]:  # its gradient is zero
+    if pair["chosen"]["ids"] == pair["rejected"]["ids"]:  # its gradient is zero
         raise UserError(f"chosen and rejected are the same within {limit} tokens")
-    return pair | {"cut": chosen["cut"] or rejected["cut"]}
+    return pair | {"cut": pair["chosen"]["cut"] or pair["rejected"]["cut"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,26 +320,27 @@ def dpo(net, pairs):
 
 @torch.no_grad()
 def add_reference(learner, pairs, cast):
-    """Put the log-probabilities of both answers under the network as it is now into each pair."""
-    net, run = learner.net, learner.run
+    """Put the log-probabilities of both answers under the network as it is now into each pair. It
+    is the reference: with the numbers at hand, no copy of it has to stay in memory."""
+    net = learner.net
+    run = learner.run
     for number, pair in enumerate(pairs):
         pair["number"] = number
     share = sorted(pairs[run.rank :: run.world], key=n_tokens)
-    sums = {}
-    net.eval()
+    log_probs = Counter()  # {(number of the pair, which answer): log p}; without a reference all 0
+    net.eval()  # dropout is for the network that learns
     for group in micro_batches(share, micro_tokens):
         if reference_free:
-            chosen, rejected = [0.0] * len(group), [0.0] * len(group)
-        else:
-            with cast:
-                chosen, rejected = both_logprobs(net, group)
+            continue
+        with cast:
+            chosen, rejected = both_logprobs(net, group)
         for pair, c, r in zip(group, chosen, rejected):
-            sums[pair["number"], "chosen"] = float(c)
-            sums[pair["number"], "rejected"] = float(r)
+            log_probs[pair["number"], "chosen"] = float(c)
+            log_probs[pair["number"], "rejected"] = float(r)
     net.train()
-    sums = sum_figures(run, sums)
+    log_probs = sum_figures(run, log_probs)  # each is of one process
     for number, pair in enumerate(pairs):
-        pair["reference"] = [sums[number, w] for w in ("chosen", "rejected")]
+        pair["reference"] = [log_probs[number, "chosen"], log_probs[number, "rejected"]]
 
 
 def reward_loss(net, pairs):
@@ -519,7 +519,8 @@ def open_model(run, task, config):
 
 def open_data(learner, task, limit):
     """The examples to train on and to validate with; the network gets the head that they need."""
-    tok, say = learner.tok, learner.run.say
+    tok = learner.tok
+    say = learner.run.say
     train = load_examples(dataset, task.data, "train", task.read_row, tok, limit, say)
     val = load_examples(dataset, task.data, "val", task.read_row, tok, limit, say)
     if not train:
@@ -542,7 +543,8 @@ def groups_of(task, examples, limit):
 def validate(learner, task, examples, limit, cast):
     """The method's loss and figures over some examples, shared out over all processes: ({figure:
     value}, the sums that they were made of)."""
-    net, run = learner.net, learner.run
+    net = learner.net
+    run = learner.run
     share = examples[run.rank :: run.world]
     sums = Counter(loss=0.0, size=task.size(share))
     net.eval()
@@ -587,7 +589,8 @@ def repeated(net, tok, examples, cast):
 
 def try_memorized(learner, train, val, cast, row):
     """Say how many responses come back word for word. `row`, the run's last figures, gets them."""
-    net, tok = learner.net, learner.tok
+    net = learner.net
+    tok = learner.tok
     same, ended = repeated(net, tok, train[:check_memorized], cast)
     row |= {"repeated_training": same, "ended_training": ended}
     text = f"memorization: {same:.0%} of training"
@@ -636,9 +639,9 @@ def look_on(learner, task, val, limit, cast, folder, step):
 def finish(learner, task, state, row, sums, train, val, cast):
     """What is said and written at the end. row: the last step's figures, and those of its
     validation; sums: what these were made of."""
-    run, net = learner.run, learner.net
+    run = learner.run
     if task.table and sums:
-        run.say(task.table(sums, net.labels))
+        run.say(task.table(sums, learner.net.labels))
     if task.learns_responses and check_memorized and run.is_main:
         try_memorized(learner, train, val, cast, row)
     check_equal_weights(run, learner.params().values())

@@ -428,7 +428,8 @@ def open_policy(run, task):
 
 def open_data(learner):
     """The prompts to train on and to validate with."""
-    tok, say = learner.tok, learner.run.say
+    tok = learner.tok
+    say = learner.run.say
     n_ctx = learner.net.config.n_ctx
     limit = min(seq_len or n_ctx, n_ctx)
     train = load_examples(dataset, "sft", "train", read_prompt, tok, limit, say)
@@ -528,7 +529,8 @@ def main():
 
     # the policy, its reference and the prompts
     learner = open_policy(run, task)
-    net, tok = learner.net, learner.tok
+    net = learner.net
+    tok = learner.tok
     train, val = open_data(learner)
     n_steps = count_steps(len(train), batch_size, max_steps, max_epochs)
     computing, reason = choose_dtype(run.device, dtype, net.config.n_embd)

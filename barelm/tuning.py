@@ -435,7 +435,8 @@ def save_run(learner, updater, state, folder):
 
 def save_weights(learner, folder, step, saved=None):
     """Write what was learned: a checkpoint folder, or an adapter; with `saved` also state.pt."""
-    net, tok = learner.net, learner.tok
+    net = learner.net
+    tok = learner.tok
     if not learner.run.is_main:
         return
     score = net.score
@@ -456,7 +457,9 @@ def finish_adapter(learner, out, step, merge):
     network is a plain one then."""
     if not learner.run.is_main or not learner.adapt.is_lora:
         return
-    net, base, say = learner.net, learner.base, learner.run.say
+    net = learner.net
+    base = learner.base
+    say = learner.run.say
     if learner.has_value_head:
         net.score = None
     full = f"the weights of {base}"

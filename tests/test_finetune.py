@@ -707,3 +707,37 @@ def test_a_bad_record_is_left_out(tiny):
     for script, more in (("finetune.py", []), ("rl.py", ["--group_size=2", "--max_new_tokens=4"])):
         done = run(tiny, script, *args, *more, f"--out_dir=out/mixed_{script}")
         assert re.search("data: 4 (examples|prompts) to train on", done.stdout)
+
+
+def test_auto_goes_on_and_minutes_end_a_run(tiny):
+    args = ["--out_dir=out/auto", "--init_from=auto", "--max_minutes=1e-6"]
+    tune(tiny, *args)  # the first step is beyond the limit
+    assert log(tiny, "out/auto")[-1]["step"] == 1
+    done = tune(tiny, *args, "--max_minutes=none")
+    assert "resumed out/auto at step 1" in done.stdout
+    assert [row["step"] for row in log(tiny, "out/auto") if "loss" in row] == [1, 2, 3, 4]
+    record = json.loads((tiny / "out/auto/run.json").read_text())
+    assert "torch" in record["versions"] and "commit" in record and len(record["parts"]) == 2
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "qlora"])
+def test_the_plain_mathematics_give_the_same_losses(method, tiny):
+    losses = []
+    for fast in ("true", "false"):
+        tune(tiny, f"--method={method}", f"--fast={fast}", f"--out_dir=out/{method}_{fast}")
+        losses.append([row["loss"] for row in log(tiny, f"out/{method}_{fast}") if "loss" in row])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_float16_is_scaled_and_a_bad_step_changes_nothing(tiny):
+    tune(tiny, "--dtype=float16", "--out_dir=out/half")
+    rows = [row for row in log(tiny, "out/half") if "loss" in row]
+    assert all(row["loss"] is not None for row in rows)
+    state = torch.load(tiny / "out/half/state.pt")
+    assert state["scaler"]["scale"] > 1
+    # Five updates in a row that are not finite end the run, and their rows are JSON.
+    args = ["--learning_rate=1e30", "--max_steps=20", "--grad_clip=0", "--out_dir=out/bad"]
+    done = tune(tiny, *args, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("5 steps in a row were not finite")
+    assert "the update is skipped" in done.stdout
+    assert all("NaN" not in line for line in (tiny / "out/bad/log.jsonl").read_text().splitlines())

@@ -76,16 +76,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# No script imports another; this one does, to time prepare.py's own parts: a copy would time the
-# copy.
-import prepare
+from barelm.bpe import DEFAULT, bpe_tokenizer, count_pieces, train_bpe
 from barelm.checkpoint import load, save
 from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
 from barelm.compiled import try_compile
+from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
+from barelm.sources import library_files
 from barelm.timing import Bench, title
 from model import GPT, GPTConfig, Operations, call_block, generate
 
@@ -370,7 +370,7 @@ def every_token():
     """A tokenizer with a token for each id of the network, none of which ends a text."""
     pairs = itertools.product((bytes([b]) for b in range(256)), repeat=2)
     n_merges = max(0, vocab_size - 260)  # beside 256 bytes and 4 special tokens
-    tok = prepare.bpe_tokenizer(list(itertools.islice(pairs, n_merges)))
+    tok = bpe_tokenizer(list(itertools.islice(pairs, n_merges)))
     tok.eos_ids = []
     return tok
 
@@ -419,20 +419,19 @@ def measure_decode(bench):
 
 def library_texts():
     """150 files of Python's standard library."""
-    paths, *_ = prepare.files_of("python", None)
-    return [path.read_text(errors="ignore") for path in paths[:150]]
+    return [path.read_text(errors="ignore") for path in library_files()[:150]]
 
 
 def train_merges(texts):
     """The merges of a BPE of 4,096 tokens, learned as prepare.py does."""
-    counts = prepare.count_pieces((prepare.SPLIT, text) for text in texts)
-    n_merges = 4096 - 256 - len(prepare.special_tokens)
-    return prepare.train_bpe({piece.encode(): n for piece, n in counts.items()}, n_merges)
+    counts = count_pieces(texts)
+    n_merges = 4096 - 256 - len(DEFAULT.special_tokens)
+    return train_bpe({piece.encode(): n for piece, n in counts.items()}, n_merges)
 
 
 def mark(texts):
     """MinHash's signatures of texts, as prepare.py makes them."""
-    return prepare.minhash(*prepare.word_hashes(texts), len(texts))
+    return minhash(*word_hashes(texts), len(texts))
 
 
 def measure_tokenizer(bench):
@@ -440,13 +439,13 @@ def measure_tokenizer(bench):
     texts = library_texts()
     n_bytes = sum(len(text.encode()) for text in texts)
     title(f"tokenizer: {n_bytes / 1e6:.1f} MB of Python's standard library, vocabulary 4096")
-    tok = prepare.bpe_tokenizer(train_merges(texts))
+    tok = bpe_tokenizer(train_merges(texts))
     n_cores = os.cpu_count()
     learning = {"training, one core": partial(train_merges, texts)}
     encoding = {"encoding, all cores": partial(tok.encode_batch, texts, n_cores)}
     marking = {"MinHash, one core": partial(mark, texts)}
     if compare:
-        bare = partial(tok.bpe.encode_ordinary_batch, texts, num_threads=n_cores)
+        bare = partial(tok.encoder.tiktoken.encode_ordinary_batch, texts, num_threads=n_cores)
         encoding["encoding, tiktoken alone"] = bare
         if importlib.util.find_spec("tokenizers"):
             train, encode = tokenizers_calls(tok, texts)
@@ -471,7 +470,7 @@ def tokenizers_calls(tok, texts):
         new.pre_tokenizer = theirs.pre_tokenizer
         trainer = hf.trainers.BpeTrainer(
             vocab_size=4096,
-            special_tokens=prepare.special_tokens,
+            special_tokens=DEFAULT.special_tokens,
             show_progress=False,
             initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
         )
@@ -504,7 +503,7 @@ def hugging_face(bench, net):
         return bench.skip("transformers", "it has no network of this shape")
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        save(folder, net, prepare.bpe_tokenizer([]))
+        save(folder, net, bpe_tokenizer([]))
         no_ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         hf = transformers.AutoModelForCausalLM.from_pretrained(folder, **no_ids)
         hf.generation_config.eos_token_id = None  # nothing ends a text early

@@ -15,7 +15,7 @@ from conftest import ROOT, run
 
 import bench
 import model
-import prepare
+from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import save
 from barelm.clients import ask_alone
 from barelm.run import Run
@@ -150,7 +150,7 @@ def test_a_load_is_what_the_server_counts(tmp_path):
     from test_serve import served
 
     config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
-    save(tmp_path / "out" / "tiny", model.GPT(config), prepare.bpe_tokenizer([]))
+    save(tmp_path / "out" / "tiny", model.GPT(config), bpe_tokenizer([]))
     with served(tmp_path) as site:
         begun = time.monotonic()
         done = run(tmp_path, "bench.py", "--device=cpu", f"--serve={site.url}/", "--clients=1,20")

@@ -17,12 +17,13 @@ from conftest import ROOT, run
 
 import eval as evaluation
 import model
-import prepare
 from barelm import checkpoint
+from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.checkpoint import save
 from barelm.rows import read_rows, read_text
 from barelm.run import Run, UserError
 from barelm.scoring import Request, plain_scores, shared_scores
+from barelm.tasks import TASKS, Task
 
 FIXTURE = ROOT / "tests" / "fixtures" / "lm_eval.json"
 WORDS = "the cat sat on a mat because it was warm and number answer question is of five".split()
@@ -54,9 +55,7 @@ TEXTS = [" ".join(WORDS * 9) + ".\n", "né à 東京 🙂", "it was warm"]
 def small(tmp_path_factory):
     """A model whose weights are a formula, which likes to write digits; and files of tasks."""
     folder = tmp_path_factory.mktemp("eval")
-    tok = prepare.bpe_tokenizer(
-        prepare.train_bpe({f" {w}".encode(): 9 - i % 4 for i, w in enumerate(WORDS)}, 60)
-    )
+    tok = bpe_tokenizer(train_bpe({f" {w}".encode(): 9 - i % 4 for i, w in enumerate(WORDS)}, 60))
     shape = dict(n_ctx=192, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64, tie=False)
     net = model.GPT(model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, **shape))
     with torch.no_grad():
@@ -353,6 +352,23 @@ def test_a_classifier(tiny):
     assert found["f1"] == pytest.approx(sum(f1) / 2)
     said = run(tiny, "eval.py", "--model=out/classes", check=False)
     assert said.returncode == 1 and "--tasks=classify" in said.stderr
+
+
+def test_one_more_task_of_choices_is_one_entry(small, monkeypatch):
+    entry = Task(prompt="Question: {question_stem}\nAnswer:", hub="allenai/openbookqa/main")
+    monkeypatch.setitem(TASKS, "openbookqa", entry)
+    monkeypatch.setattr(evaluation, "data", str(small / "rows"))
+    choices = {"text": ["a mat", "a hat", "a cat"], "label": ["A", "B", "C"]}
+    row = {"question_stem": "what is warm", "choices": choices, "answerKey": "B"}
+    (small / "rows/openbookqa_test.jsonl").write_text(json.dumps(row))
+    net, tok = checkpoint.load(small / "net")
+    task = evaluation.open_task("openbookqa", Run(torch.device("cpu")))
+    [item], n_cut, n_solved = evaluation.make_items(task, net, tok)
+    assert item.prompt == "Question: what is warm\nAnswer:" and (n_cut, n_solved) == (0, 0)
+    assert item.question.answer_text() == "a hat"
+    [request] = item.requests
+    assert [tok.decode(ids) for ids in request.continuations] == [" a mat", " a hat", " a cat"]
+    assert tok.decode(request.context) == item.prompt
 
 
 REFUSALS = {

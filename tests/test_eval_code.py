@@ -12,14 +12,8 @@ from conftest import run as run_script
 from barelm.ifeval import ifeval_verdicts
 from barelm.judge import ask_judge
 from barelm.run import UserError
-from barelm.sandbox import check_sandbox, run_program
+from barelm.sandbox import run_program
 from barelm.tasks import humaneval_program
-
-
-@pytest.fixture(scope="module")
-def holes():
-    return check_sandbox()
-
 
 # ------------------------------------------------------------------------------------------- judge
 
@@ -90,7 +84,7 @@ def test_judge_is_away(judge):
 # ------------------------------------------------------------------------------------- The command
 
 
-def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge, holes):
+def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge):
     url, replies, asked = judge
     replies += [(200, "Rating: [[3]]"), (200, "Rating: [[6]]")]
     rows = {
@@ -113,8 +107,7 @@ def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge, hol
     flags += [f"--tasks=humaneval,ifeval,{mine}", f"--judge_url={url}", "--judge_model=m"]
     refused = run_script(tiny, "eval.py", *flags, check=False)
     assert refused.returncode == 1 and "--allow_code_exec allows it" in refused.stderr
-    weak = ["--allow_weak_sandbox"] * bool(holes)
-    run_script(tiny, "eval.py", *flags, "--allow_code_exec", "--samples", *weak)
+    run_script(tiny, "eval.py", *flags, "--allow_code_exec", "--samples", "--allow_weak_sandbox")
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     samples = lambda name: [json.loads(line) for line in open(tmp_path / f"samples_{name}.jsonl")]
     passed = [sample["verdicts"] == ["passed"] for sample in samples("humaneval")]

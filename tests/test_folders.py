@@ -109,7 +109,7 @@ def test_no_run_replaces_what_it_starts_from(base):
         is_a_line(done, "it is the model to start from")
         done = run(base, "finetune.py", *TUNE, f"--model={source}", *args, check=False)
         is_a_line(done, "it is the model to start from")
-        done = run(base, "serve.py", f"--model={source}", "--export=hf", *args, check=False)
+        done = run(base, "export.py", f"--model={source}", "--export=hf", *args, check=False)
         is_a_line(done, "it is the model to start from")
     assert (base / "out/source/best/model.safetensors").read_bytes() == before
     done = run(base, "train.py", *RUN, "--out_dir=data/words", "--overwrite", check=False)
@@ -178,7 +178,7 @@ def old(base):
     [
         ("train.py", RUN),
         ("finetune.py", [*TUNE, "--method=lora", "--merge"]),
-        ("serve.py", ["--model=out/base", "--export=hf"]),
+        ("export.py", ["--model=out/base", "--export=hf"]),
     ],
     ids=["train", "finetune", "export"],
 )
@@ -211,7 +211,7 @@ def test_killed_at_any_rename_it_leaves_the_old_the_new_or_none(script, args, ba
                 or (place != cut and found == content(old / place.name))
             ), (moment, place)
             states.append(found)
-        if script != "serve.py" and moment % 3 == 0 and content(cut) in fresh:
+        if script != "export.py" and moment % 3 == 0 and content(cut) in fresh:
             # what opens also goes on, to the weights of a run that was never stopped
             again = run(base, script, *args, f"--out_dir={cut}", "--init_from=resume")
             assert content(cut) == content(new), again.stdout
@@ -463,12 +463,12 @@ OUT = {
 }
 
 
-@pytest.mark.parametrize("script", ["train.py", "finetune.py", "serve.py", "eval.py"])
+@pytest.mark.parametrize("script", ["train.py", "finetune.py", "export.py", "eval.py"])
 def test_an_out_dir_that_cannot_be_is_a_line(script, base):
     args = {
         "train.py": RUN,
         "finetune.py": TUNE,
-        "serve.py": ["--model=out/base", "--export=hf", "--overwrite"],
+        "export.py": ["--model=out/base", "--export=hf", "--overwrite"],
         "eval.py": ["--model=out/base", "--tasks=loss", "--dataset=words", "--device=cpu"],
     }
     before = sorted(path.name for path in base.iterdir())

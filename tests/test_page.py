@@ -19,12 +19,12 @@ from conftest import ROOT
 from test_model import QWEN3, make_net
 
 import model as core
+from barelm import page as inside
 from barelm.checkpoint import load
 from barelm.fast import quantize_weights
 from barelm.optim import n_params
 
 pytest.importorskip("fastapi")
-import serve
 
 KEY = "sésame, ouvre-toi"
 TEXT = 'def f(x):\n    return "<b>é</b>"'
@@ -106,6 +106,21 @@ def test_attention_is_the_softmax_of_q_times_k(server, layer):
             assert row == pytest.approx(right, abs=2e-5)
 
 
+@pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
+def test_a_map_is_what_the_values_are_weighed_by(pos):
+    config = core.GPTConfig(64, 16, n_layer=2, n_head=4, n_embd=32, n_kv_head=2, pos=pos)
+    net = core.GPT(config, fast=False).eval()
+    attention = net.model.layers[1].self_attn
+    values, gathered = [], []
+    attention.v_proj.register_forward_hook(lambda layer, args, v: values.append(v[0]))
+    attention.o_proj.register_forward_pre_hook(lambda layer, args: gathered.append(args[0][0]))
+    with torch.no_grad():
+        maps = inside.attention_maps(net, [3, 1, 4, 1, 5, 9, 2, 6], layer=1)
+    v = values[0].view(8, 2, 8).repeat_interleave(2, 1)  # (T, n_head, D)
+    expected = torch.einsum("hts,shd->thd", maps, v).flatten(1)
+    torch.testing.assert_close(gathered[0], expected)
+
+
 def test_attention_does_not_change_with_what_follows(server):
     whole = server.post("/inspect/attention", text=TEXT, layer=1).json()
     part = {"ids": whole["tokens"][:5], "layer": 1, "head": 2}
@@ -132,8 +147,8 @@ def test_parts_are_those_of_the_file_and_add_up(server):
 @pytest.mark.parametrize("tie", [True, False])
 def test_parts_of_quantized_networks_have_the_shapes_of_their_weights(kind, tie, tmp_path):
     net = make_net(**QWEN3 | dict(n_hidden=40, tie=tie))
-    before = serve.model_parts(net)
-    assert serve.model_parts(quantize_weights(net, kind)) == before
+    before = inside.model_parts(net)
+    assert inside.model_parts(quantize_weights(net, kind)) == before
     assert sum(part["params"] for part in before) == n_params(make_net(**net.config.__dict__))
 
 
@@ -160,21 +175,19 @@ def test_the_log_is_told_from_a_step_on(server):
 
 
 def test_a_long_log_is_thinned_and_an_unfinished_row_waits(tmp_path):
-    import serve
-
     path = tmp_path / "log.jsonl"
-    assert serve.log_rows(path, -1) == ([], -1)
+    assert inside.log_rows(path, -1) == ([], -1)
     rows = [{"step": i, "loss": 1 / i} for i in range(1, 10_001)] + [
         {"step": 10_000, "val_loss": 2}
     ]
     rows.insert(7, {"step": 7, "val_loss": 3})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10001, "lo')
-    told, last = serve.log_rows(path, -1)
-    assert last == 10_000 and len(told) <= serve.LOG_ROWS + 2
+    told, last = inside.log_rows(path, -1)
+    assert last == 10_000 and len(told) <= inside.LOG_ROWS + 2
     assert [row for row in told if "val_loss" in row] == [rows[7], rows[-1]]
     assert [row["step"] for row in told] == sorted(row["step"] for row in told)
     path.write_text('{"step": 1, "loss": NaN}\n')
-    assert serve.log_rows(path, 0) == ([{"step": 1, "loss": None}], 1)
+    assert inside.log_rows(path, 0) == ([{"step": 1, "loss": None}], 1)
 
 
 @pytest.mark.parametrize(

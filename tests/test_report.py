@@ -13,10 +13,10 @@ from conftest import ROOT, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import finetune
 import model
-import prepare
 from barelm import overlap
+from barelm.adapters import AdaptConfig, NF4Linear, choose_weights
+from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.chart import ticks
 from barelm.checkpoint import save
 from barelm.compare import smooth
@@ -165,8 +165,10 @@ def test_a_plan_for_money_is_one_for_the_hours_that_it_buys(tmp_path):
 
 
 def finetune_defaults(**changes):
-    path = ROOT / "finetune.py"
-    values = {key: default for key, (default, *_) in script_keys(path).items()}
+    values = {}
+    for script in ("rl.py", "finetune.py"):
+        keys = script_keys(ROOT / script)
+        values |= {key: default for key, (default, *_) in keys.items()}
     return SimpleNamespace(**values | changes)
 
 
@@ -177,14 +179,13 @@ def plan_net():
 
 
 @pytest.mark.parametrize("adapt", ["full", "lora", "adapter"])
-def test_a_plan_counts_the_products_that_torch_counts(adapt, monkeypatch):
+def test_a_plan_counts_the_products_that_torch_counts(adapt):
     """FLOPs forward and backward by torch's own counter, over the plain kernel of attention, whose
     products it sees."""
-    monkeypatch.setattr(finetune, "adapt", adapt)
     net, s = plan_net(), finetune_defaults(adapt=adapt, batch_size=3)
     work = finetune_work(net, s, count=3, length=64, steps=2)
     learn, _ = learned_weights(net, s)
-    finetune.choose_weights(net)
+    choose_weights(net, AdaptConfig(adapt))
     assert learn == sum(p.numel() for p in net.parameters() if p.requires_grad)
     ids = torch.randint(0, 128, (3, 65))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -193,16 +194,15 @@ def test_a_plan_counts_the_products_that_torch_counts(adapt, monkeypatch):
     assert work["training"] / 2 == pytest.approx(counter.get_total_flops(), rel=exact)
 
 
-def test_a_plan_s_four_bits_are_those_that_are_kept(monkeypatch):
-    monkeypatch.setattr(finetune, "adapt", "qlora")
+def test_a_plan_s_four_bits_are_those_that_are_kept():
     net, s = plan_net(), finetune_defaults(adapt="qlora")
     memory = finetune_memory(net, s, 64, 0)
     largest = 4 * net.model.layers[0].mlp.up_proj.weight.numel()  # unpacked while it is used
     learn, _ = learned_weights(net, s)
-    finetune.choose_weights(net)
+    choose_weights(net, AdaptConfig("qlora"))
     tensors = [*net.parameters(), *net.buffers()]
     size = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-    packed = [m for m in net.modules() if isinstance(m, finetune.NF4Linear)]
+    packed = [m for m in net.modules() if isinstance(m, NF4Linear)]
     size -= sum(m.pairs.numel() * 8 for m in packed)  # a table of 2 kB a layer, not of a weight
     assert memory["weights"] + 4 * learn == pytest.approx(size + largest, rel=0.02)
     assert memory["what learns"] == 16 * learn  # a value, a gradient and AdamW's two moments
@@ -219,7 +219,7 @@ def test_plans_of_fine_tunings(tmp_path):
     assert again["the reference"] == dpo["the reference"] / 2  # two passes over 40 need them once
     grpo = finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
     assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
-    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" some words": 9}, 8))
+    tok = bpe_tokenizer(train_bpe({b" some words": 9}, 8))
     save(tmp_path / "net", net, tok)
     (tmp_path / "mine.py").write_text("method = 'grpo'\nmax_steps = 30\nmax_epochs = None\n")
     flags = ["--plan", "--finetune=grpo", "--model=net", "--examples=64", "--tokens=640"]

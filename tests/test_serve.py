@@ -1,8 +1,6 @@
 """serve.py as its clients see it: the real server in a process of its own, on a free port."""
 
-import asyncio
 import contextlib
-import copy
 import json
 import os
 import random
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import requests
@@ -21,11 +19,15 @@ import torch
 from conftest import ROOT, run
 
 import model
+from barelm import api
 from barelm.checkpoint import load, save
 from barelm.tokenizer import Tokenizer
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+from barelm.connections import PatientProtocol, listen
+from barelm.front import is_loopback
+
 CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 
 
@@ -119,32 +121,6 @@ def test_a_beginning_that_is_known_is_not_read_again(site, loaded):
         assert known in (None, answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def test_rows_that_move_keep_what_they_hold(loaded):
-    net, tok = loaded
-    import serve
-
-    engine, jobs = serve.Engine(net, tok, max_batch=9, max_len=64, chunk=9, max_queue=99), []
-    options = dict(serve.read_options({}, serve.COMPLETION), temperature=0.0, seed=0)
-    draw = random.Random(0)
-    beginnings = [tok.encode(CODE[i : i + 70])[:30] for i in (0, 400, 800)]
-    with torch.inference_mode():
-        for _ in range(900):
-            if len(jobs) < 60 and draw.random() < 0.15:
-                ids = draw.choice(beginnings)[: draw.choice([0, 0, 5, 28, 30])]
-                ids += draw.choices(range(500), k=draw.randrange(1, 4))
-                jobs.append(serve.Job(tok, ids, draw.choice([1, 2, 25]), options))
-                jobs[-1].notify = lambda *event: None
-                engine.submit(jobs[-1:])
-            if draw.random() < 0.01 and engine.jobs:
-                engine.cancel([draw.choice(engine.jobs)])
-            engine.step()
-    done = [job for job in jobs if not job.gone]
-    assert 40 < len(done) < len(jobs) == 60 and sum(job.reused for job in done) > 200
-    for job in done:
-        [g] = model.generate(net, tok, [job.ids], max_new_tokens=job.row.limit, temperature=0)
-        assert job.row.done and job.row.out.ids[: len(g.ids)] == g.ids[: len(job.row.out.ids)]
-
-
 @pytest.mark.parametrize("temperature", [1e-46, 1e-45, 1e-40, 1e-38, 1e-30])
 def test_temperatures_too_small_to_divide_by_are_greedy(site, temperature):
     body = dict(prompt="import os", max_tokens=9, seed=1)
@@ -164,16 +140,6 @@ def test_presence_and_frequency_penalties_are_openais(site, loaded):
     how = dict(presence_penalty=0.5, frequency_penalty=0.3, temperature=0, ignore_eos=True)
     answer = site.complete(prompt=start, max_tokens=30, **how)
     assert answer["choices"][0]["text"] == b"".join(map(tok.token_bytes, ids)).decode()
-
-
-def test_each_row_has_its_own_filters():
-    torch.manual_seed(0)
-    logits, uniform = 3 * torch.randn(8, 50), torch.rand(8)
-    t, k = [0, 0.5, 1, 2] * 2, [0, 5, 0, 1, 7, 0, 60, 3]
-    p, m = [1, 1, 0.5, 1, 0.9, 0.3, 1, 0.8], [0, 0.1, 0, 0, 0, 0, 0.2, 0.05]
-    together = model.choose_tokens(logits, uniform, t, k, p, m)
-    for i, how in enumerate(zip(t, k, p, m)):
-        assert model.choose_tokens(logits[i : i + 1], uniform[i : i + 1], *how) == together[i]
 
 
 def test_echo_scores_a_prompt_as_lm_eval_wants_it(site, loaded):
@@ -453,8 +419,6 @@ def test_parts_of_messages_are_read_or_refused_by_name(site):
 
 
 def test_a_prompt_without_special_tokens(site, loaded):
-    import serve
-
     _, tok = loaded
     # Where nothing stands before the answer, bos does.
     assert site.complete(prompt="", max_tokens=1)["usage"]["prompt_tokens"] == 1
@@ -462,10 +426,10 @@ def test_a_prompt_without_special_tokens(site, loaded):
     assert bare.status_code == 400 and "none of them empty" in bare.text
     led = Tokenizer(tok.spec, tok.config)
     led.start = [tok.bos_id]  # as a Llama's tokenizer puts it
-    engine = SimpleNamespace(tok=led, max_queue=9, max_len=64, longest=99)
-    for bare, before in ((True, []), (False, [tok.bos_id])):
-        [ids] = asyncio.run(serve.read_prompts(engine, "import os", bare))
-        assert ids == before + tok.encode("import os")
+    served = api.ServedModel("led", led, max_len=64, max_queue=9)
+    for special, before in ((False, []), (True, [tok.bos_id])):
+        request = api.Completion(prompt="import os", add_special_tokens=special)
+        assert api.read_prompts(served, request) == [before + tok.encode("import os")]
 
 
 def test_errors_have_one_shape_and_the_server_lives_on(site):
@@ -740,9 +704,7 @@ def test_malformed_requests_of_every_kind_are_refused_and_leave_nothing(site):
     assert site.complete(**TEXT, max_tokens=1)["choices"]
 
 
-def test_an_address_of_this_machine_is_one_however_it_is_written(monkeypatch):
-    import serve
-
+def test_an_address_of_this_machine_is_one_however_it_is_written():
     for address, loopback in (
         ("127.0.0.1", True),
         ("127.8.9.1", True),
@@ -753,9 +715,8 @@ def test_an_address_of_this_machine_is_one_however_it_is_written(monkeypatch):
         ("::", False),
         ("fe80::1%eth0", False),
     ):
-        assert serve.is_loopback(address) == loopback
-    monkeypatch.setattr(serve, "port", 0)
-    with serve.listen() as sock:  # asyncio switches Nagle's algorithm off by this
+        assert is_loopback(address) == loopback
+    with listen("127.0.0.1", 0) as sock:  # asyncio switches Nagle's algorithm off by this
         assert sock.proto == socket.IPPROTO_TCP
 
 
@@ -825,40 +786,14 @@ def test_a_network_that_gives_no_numbers_is_an_error_and_no_text(tiny, loaded, t
         assert site.metric("batch_size") == 0
 
 
-def test_a_row_without_numbers_leaves_the_others_as_they_are(loaded):
-    import serve
-
-    net, tok = copy.deepcopy(loaded[0]), loaded[1]
-    net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.detach().clone())
-    prompts = [tok.encode(CODE[i : i + 40])[:12] for i in (0, 200, 400, 600)]
-    odd = next(i for i in range(tok.n_vocab) if not any(i in p for p in prompts))
-    truth = model.generate(net, tok, prompts, max_new_tokens=9, temperature=0)
-    net.model.embed_tokens.weight.data[odd] = torch.nan
-    engine, answers = serve.Engine(net, tok, 3, 64, 9, 99), {}
-    options = dict(serve.read_options({}, serve.COMPLETION), temperature=0.0, seed=0)
-    asked = [prompts[0], [*prompts[1], odd], prompts[1], [odd], prompts[2], [*prompts[1], odd]]
-    asked += [prompts[3], prompts[1]]
-    for i, ids in enumerate(asked):
-        job = serve.Job(tok, ids, 9, options, i)
-        job.notify = lambda job, text, tokens, done: answers.setdefault(job.index, []).append(text)
-        engine.submit([job])
-    with torch.inference_mode():
-        while engine.waiting or engine.jobs:
-            engine.step()
-    for i, ids in enumerate(asked):
-        if odd in ids:
-            assert answers[i] == [None]
-        else:
-            assert "".join(answers[i]) == truth[prompts.index(ids)].text
-
-
 def test_connections_that_end_in_the_middle_leave_nothing(tiny):
     import asyncio
     import gc
 
     import uvicorn
 
-    import serve
+    client_timeout = 0.05
+    protocol = partial(PatientProtocol, client_timeout=client_timeout)
 
     async def never(scope, receive, send):
         if scope["type"] == "lifespan":
@@ -869,7 +804,7 @@ def test_connections_that_end_in_the_middle_leave_nothing(tiny):
 
     async def count():
         quiet = dict(log_level="critical", lifespan="off", port=0)
-        server = uvicorn.Server(uvicorn.Config(never, http=serve.PatientProtocol, **quiet))
+        server = uvicorn.Server(uvicorn.Config(never, http=protocol, **quiet))
         task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
@@ -879,18 +814,14 @@ def test_connections_that_end_in_the_middle_leave_nothing(tiny):
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             await reader.read(12)
             writer.close()
-        await asyncio.sleep(10 * serve.client_timeout)
+        await asyncio.sleep(10 * client_timeout)
         gc.collect()
-        left = sum(type(o) is serve.PatientProtocol for o in gc.get_objects())
+        left = sum(type(o) is PatientProtocol for o in gc.get_objects())
         server.should_exit = True
         await task
         return left
 
-    before, serve.client_timeout = serve.client_timeout, 0.05
-    try:
-        assert asyncio.run(count()) == 0
-    finally:
-        serve.client_timeout = before
+    assert asyncio.run(count()) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="Linux tells of its sockets")
@@ -914,10 +845,8 @@ def test_a_client_that_reads_nothing_is_cut_off(tiny):
 
 
 def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded, capsys, monkeypatch):
-    import serve
-
     monkeypatch.setattr("barelm.chat.TEMPLATE_SECONDS", 0.3)
-    net, tok = loaded
+    _, tok = loaded
     # An answer has another header than the prompt for one: where it begins cannot be told.
     other = """{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}
 {% if add_generation_prompt %}<|im_start|>{% endif %}"""
@@ -925,9 +854,9 @@ def test_a_model_whose_chat_template_fits_no_mask_can_be_served(loaded, capsys, 
     several = [{"name": "tools", "template": other}]
     for template in (other, "{% for m in %}", "{{ 'a' * 10**10 }}", endless, several):
         odd = Tokenizer(tok.spec, tok.config | {"chat_template": template})
-        assert serve.Engine(net, odd, 1, 64, 9, 9).turn_ends == []
+        assert api.chat_ends(odd) == []
         assert "chat ends at the end token alone: " in capsys.readouterr().out
-    assert len(serve.Engine(net, tok, 1, 64, 9, 9).turn_ends) == 1
+    assert len(api.chat_ends(tok)) == 1
 
 
 def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):

@@ -1,0 +1,150 @@
+"""What a request is answered, in OpenAI's protocol: what the jobs tell in, JSON out. Nothing here
+knows HTTP; barelm/api.py has the way in."""
+
+import os
+import time
+
+from model import TextStream
+
+
+def usage(jobs):
+    """The tokens of a request: of its prompts, each counted once, and of its answers."""
+    # The n jobs of a prompt share one list of ids. Of these the first says what was reused.
+    first_jobs = {}
+    for job in jobs:
+        first_jobs.setdefault(id(job.ids), job)
+    n_prompt = sum(len(job.ids) for job in first_jobs.values())
+    n_reused = sum(job.n_reused for job in first_jobs.values())
+    n_generated = sum(job.n_generated for job in jobs)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_generated,
+        "total_tokens": n_prompt + n_generated,
+        "prompt_tokens_details": {"cached_tokens": n_reused},
+    }
+
+
+def decode(tok, ids):
+    """The text of ids without special tokens."""
+    return b"".join(tok.token_bytes(id) for id in ids).decode(errors="replace")
+
+
+def token_name(tok, id):
+    """A token as the protocol shows it: as its bytes where they are no whole UTF-8."""
+    data = tok.shown.get(id, b"")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class CompletionAnswer:
+    """The JSON of the answer to a Completion, whole or in a stream's chunks."""
+
+    def __init__(self, served, jobs):
+        self.tok = served.tok
+        self.head = answer_head("cmpl-", "text_completion", served.name)
+        self.chunk_head = self.head
+        self.texts = [TextStream() for _ in jobs]  # of the tokens told so far, for their places
+
+    def whole_choice(self, job, text, tokens):
+        return self.choice(job, text, tokens, job.row.out.finish_reason)
+
+    def first_choices(self, jobs):
+        """What a stream begins with."""
+        return []
+
+    def new_choices(self, update):
+        """What a stream tells of an Update."""
+        finish_reason = update.job.row.out.finish_reason if update.done else None
+        return [self.choice(update.job, update.text, update.tokens, finish_reason)]
+
+    def choice(self, job, text, tokens, finish_reason):
+        logprobs = None
+        if tokens and job.n_alternatives is not None:
+            logprobs = self.logprobs(tokens, self.texts[job.index])
+        return {
+            "index": job.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+
+    def logprobs(self, tokens, text):
+        """OpenAI's arrays of a completion's tokens; `text` is what was told before them."""
+        arrays = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            name = token_name(self.tok, token.id)
+            arrays["tokens"].append(name)
+            arrays["token_logprobs"].append(token.logprob)
+            arrays["top_logprobs"].append(self.alternatives(name, token))
+            arrays["text_offset"].append(len(text.text))
+            text.feed(self.tok.token_bytes(token.id))
+        return arrays
+
+    def alternatives(self, name, token):
+        """{name: log p} of the token and its alternatives; of a text's first token None."""
+        if token.logprob is None:
+            return None
+        by_name = {name: token.logprob}
+        for id, logprob in reversed(token.alternatives.items()):
+            by_name[token_name(self.tok, id)] = logprob  # of tokens that look alike the likeliest
+        return by_name
+
+
+class ChatAnswer:
+    """The JSON of the answer to a Chat, whole or in a stream's chunks."""
+
+    def __init__(self, served, jobs):
+        self.tok = served.tok
+        self.head = answer_head("chatcmpl-", "chat.completion", served.name)
+        self.chunk_head = self.head | {"object": "chat.completion.chunk"}
+
+    def whole_choice(self, job, text, tokens):
+        message = {"role": "assistant", "content": text}
+        return self.choice(job, "message", message, tokens, job.row.out.finish_reason)
+
+    def first_choices(self, jobs):
+        """What a stream begins with."""
+        opening = {"role": "assistant", "content": ""}
+        return [self.choice(job, "delta", opening) for job in jobs]
+
+    def new_choices(self, update):
+        """What a stream tells of an Update."""
+        job = update.job
+        choices = []
+        if update.text or update.tokens:
+            choices.append(self.choice(job, "delta", {"content": update.text}, update.tokens))
+        if update.done:
+            finish_reason = job.row.out.finish_reason
+            choices.append(self.choice(job, "delta", {}, finish_reason=finish_reason))
+        return choices
+
+    def choice(self, job, key, message, tokens=(), finish_reason=None):
+        logprobs = None
+        if tokens and job.n_alternatives is not None:
+            logprobs = {"content": [self.token_entry(token) for token in tokens]}
+        return {
+            "index": job.index,
+            key: message,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+
+    def token_entry(self, token):
+        others = [self.entry(id, logprob) for id, logprob in token.alternatives.items()]
+        return self.entry(token.id, token.logprob) | {"top_logprobs": others}
+
+    def entry(self, id, logprob):
+        data = list(self.tok.shown.get(id, b""))
+        return {"token": token_name(self.tok, id), "logprob": logprob, "bytes": data}
+
+
+def answer_head(prefix, kind, model_name):
+    """What every chunk of an answer begins with."""
+    return {
+        "id": prefix + os.urandom(12).hex(),
+        "object": kind,
+        "created": int(time.time()),
+        "model": model_name,
+    }

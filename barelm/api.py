@@ -1,0 +1,571 @@
+"""What a request may say, in OpenAI's protocol: a JSON object in, jobs for the engine out. Nothing
+here knows HTTP; barelm/answers.py has the way back.
+
+A request is a dataclass below: a field's name, type, default and limits stand in one line, and
+`read_fields` checks them. Whatever else a client sends is refused by name rather than ignored, but
+for the values that ask for what is done anyway (NEUTRAL). A new field that changes how tokens are
+chosen, such as logit_bias, is a line in `engine.Sampling` and its use in `Engine.penalized`.
+"""
+
+import difflib
+import json
+import random
+import time
+from dataclasses import dataclass, field, fields
+from typing import get_args
+
+from barelm.answers import decode, token_name
+from barelm.engine import Job, Sampling, limited
+from barelm.run import UserError
+
+
+class ApiError(Exception):
+    """An answer that is an error: its HTTP status, and what OpenAI's clients read of it. param: the
+    field that is wrong. code: a word for programs."""
+
+    def __init__(self, status, message, param=None, code=None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self):
+        kind = "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        elif self.status >= 500:
+            kind = "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+def short(value):
+    """A value as an error message shows it."""
+    text = type(value).__name__ if isinstance(value, (list, dict)) else ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass
+class ServedModel:
+    """The model that requests are answered by, and the limits of one."""
+
+    name: str  # its folder's
+    tok: object  # its Tokenizer
+    max_len: int  # tokens of a prompt and its answer
+    max_queue: int  # sequences of a request, at most
+    seed: int | None = None  # of requests that bring none; None: another for each
+    longest_token: int = field(init=False)  # in bytes
+    turn_ends: list = field(init=False)  # ids that end an answer in a chat
+    card: dict = field(init=False)  # what /v1/models shows
+
+    def __post_init__(self):
+        self.longest_token = max(len(token) for token in self.tok.bytes.values())
+        self.turn_ends = chat_ends(self.tok)
+        self.card = {
+            "id": self.name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "barelm",
+            "max_model_len": self.max_len,
+        }
+
+
+def chat_ends(tok):
+    """The ids that end an answer in a chat, beside the tokenizer's end tokens."""
+    if not tok.config.get("chat_template"):
+        return []
+    try:
+        return tok.end_of_turn()
+    except UserError as error:  # completions need no template
+        print(f"chat ends at the end token alone: {error}")
+        return []
+
+
+# --------------------------------------------------------------------------------------------------
+# The requests. A default of None: null, or nothing. A field of type object is checked where it is
+# read.
+
+
+@dataclass
+class StreamOptions:
+    include_usage: bool = False
+
+
+@dataclass
+class Generation(Sampling):
+    """What both kinds of requests for text have, beside the fields of Sampling."""
+
+    model: str | None = None
+    max_tokens: int | None = limited(None, 0, 2**31)
+    n: int = limited(1, 1, 128)  # answers to each prompt
+    ignore_eos: bool = False  # go on behind an end token
+    stream: bool = False
+    stream_options: dict = field(default_factory=dict)  # StreamOptions, when read
+
+
+@dataclass
+class Completion(Generation):
+    prompt: object = None  # a text, ids, or a list of either
+    echo: bool = False  # answer with the prompt before the text
+    logprobs: int | None = limited(None, 0, 20)  # alternatives of each token
+    best_of: int | None = limited(None, 1, 128)
+    add_special_tokens: bool = True
+
+
+@dataclass
+class Chat(Generation):
+    messages: list = field(default_factory=list)
+    logprobs: bool = False
+    top_logprobs: int = limited(0, 0, 20)
+    max_completion_tokens: int | None = limited(None, 0, 2**31)
+
+
+@dataclass
+class Tokenize:
+    prompt: str | None = None
+    messages: list | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+
+@dataclass
+class Detokenize:
+    tokens: object = None
+    model: str | None = None
+
+
+# What changes no answer, so that any value of its type may be there: names of the client's own, and
+# llama.cpp's settings of samplers that are off here (NEUTRAL refuses to turn them on).
+IGNORED = {
+    "user": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "metadata": dict,
+    "dry_sequence_breakers": list,
+    "dry_base": float,
+    "mirostat_tau": float,
+    "mirostat_eta": float,
+    "xtc_threshold": float,
+    "dry_allowed_length": int,
+    "dry_penalty_last_n": int,
+    "dynatemp_exponent": float,
+}
+# What this server does not have, with the values that ask for what it does anyway. These may be
+# there; any other is refused, so that none is taken and ignored.
+NEUTRAL = {
+    # OpenAI's
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}, []],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True, False],  # no tool is called
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "suffix": [""],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "verbosity": ["medium"],
+    # vLLM's
+    "add_generation_prompt": [True],
+    "add_special_tokens": [False],  # of a chat, whose template puts what it wants
+    "bad_words": [[]],
+    "chat_template_kwargs": [{}],
+    "continue_final_message": [False],
+    "detokenize": [True],
+    "documents": [[]],
+    "early_stopping": [False],
+    "echo": [False],
+    "flat_logprobs": [False],
+    "include_reasoning": [True, False],  # none is told apart from the answer
+    "include_stop_str_in_output": [False],
+    "length_penalty": [1, 1.0],
+    "logits_processors": [[]],
+    "min_tokens": [0],
+    "mm_processor_kwargs": [{}],
+    "priority": [0],
+    "return_token_ids": [False],
+    "return_tokens_as_token_ids": [False],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True, False],  # the text has no special tokens
+    "stop_token_ids": [[]],
+    "use_beam_search": [False],
+    "vllm_xargs": [{}],
+    # llama.cpp's
+    "cache_prompt": [True],
+    "dry_multiplier": [0, 0.0],
+    "dynatemp_range": [0, 0.0],
+    "grammar": [""],
+    "id_slot": [-1],
+    "lora": [[]],
+    "min_keep": [0],
+    "mirostat": [0],
+    "n_discard": [0],
+    "n_indent": [0],
+    "n_keep": [0],
+    "n_probs": [0],
+    "parse_tool_calls": [False],
+    "penalize_nl": [False],
+    "post_sampling_probs": [False],
+    "reasoning_format": ["none"],
+    "repeat_last_n": [-1],
+    "repeat_penalty": [1, 1.0],
+    "response_fields": [[]],
+    "return_progress": [False],
+    "return_tokens": [False],
+    "tfs_z": [1, 1.0],
+    "thinking_forced_open": [False],
+    "timings_per_token": [False],
+    "top_n_sigma": [-1, -1.0],
+    "typical_p": [1, 1.0],
+    "xtc_probability": [0, 0.0],
+}
+STREAM_NEUTRAL = {"include_obfuscation": [False], "continuous_usage_stats": [False]}
+
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def is_one_of(value, others):
+    """Whether it is one of these values of JSON, of the same type too: True is not 1."""
+    return any(type(value) is type(other) and value == other for other in others)
+
+
+def is_type(value, wanted):
+    """Whether a value of JSON is of this type; a whole number is a number too, true is neither."""
+    return type(value) is wanted or (wanted is float and type(value) is int)
+
+
+def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=None):
+    """A request_type made of the JSON object `body`, checked; null asks for the default.
+    neutral, ignored: what other fields may be. limits: {field: (least, most)} that only the model
+    knows."""
+    own_fields = {f.name: f for f in fields(request_type)}
+    for name, value in body.items():
+        if name not in own_fields:
+            check_other(name, value, own_fields, neutral, ignored)
+    values = {}
+    for name, f in own_fields.items():
+        value = body.get(name)
+        if value is None:
+            continue
+        wanted = f.type
+        if get_args(wanted):  # the int of `int | None`
+            wanted = get_args(wanted)[0]
+        if wanted is not object:
+            own_limits = f.metadata.get("limits")
+            check_value(name, value, wanted, (limits or {}).get(name, own_limits))
+        values[name] = value
+    return request_type(**values)
+
+
+def check_value(name, value, wanted, limits):
+    if is_type(value, wanted) and (limits is None or limits[0] <= value <= limits[1]):
+        return
+    expected = TYPE_NAMES[wanted]
+    if limits is not None:
+        expected += f" from {limits[0]} to {limits[1]}"
+    raise ApiError(400, f"{name} = {short(value)}: expected {expected}", name)
+
+
+def check_other(name, value, own_names, neutral, ignored):
+    """Refuse a field that the request does not have, unless it asks for nothing that is not done
+    anyway."""
+    if value is None or is_one_of(value, neutral.get(name, [])):
+        return
+    if name in ignored:
+        check_value(name, value, ignored[name], None)
+        return
+    name = name[:60]
+    hint = ""
+    if name in neutral:
+        expected = " or ".join(json.dumps(other) for other in neutral[name])
+        hint = f": expected {expected}, not {short(value)}"
+    else:
+        near = difflib.get_close_matches(name, own_names, 1)
+        if near:
+            hint = f" (did you mean {near[0]!r}?)"
+    raise ApiError(400, f"{short(name)} is not supported{hint}", name)
+
+
+def parse_body(data):
+    """The JSON object of a request's bytes."""
+
+    def refuse(word):  # NaN and Infinity, which json.loads would take
+        raise ValueError(f"{word} is no number of JSON's")
+
+    try:
+        body = json.loads(data.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {short(str(error))}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"expected a JSON object, not {short(body)}")
+    return body
+
+
+def check_model(served, name):
+    if name not in (None, served.name):
+        why = f"no model {short(name)} here: this server has {served.name!r}"
+        raise ApiError(404, why, "model", "model_not_found")
+
+
+def read_completion(served, body):
+    request = read_fields(body, Completion)
+    if request.best_of not in (None, request.n):
+        raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
+    finish_reading(served, request)
+    return request
+
+
+def read_chat(served, body):
+    request = read_fields(body, Chat)
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs wants logprobs = true beside it", "top_logprobs")
+    finish_reading(served, request)
+    if request.max_tokens is None:
+        request.max_tokens = request.max_completion_tokens
+    if request.max_completion_tokens not in (None, request.max_tokens):
+        why = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
+        raise ApiError(400, why, "max_tokens")
+    return request
+
+
+def finish_reading(served, request):
+    """What is more than types and limits, of both kinds of Generation."""
+    request.stream_options = read_fields(
+        request.stream_options, StreamOptions, neutral=STREAM_NEUTRAL, ignored={}
+    )
+    request.stop = read_stop(request.stop)
+    request.top_k = max(request.top_k, 0)  # -1 is vLLM's for all
+    if request.seed is None:
+        request.seed = random.getrandbits(48) if served.seed is None else served.seed
+    check_model(served, request.model)
+
+
+def read_stop(stop):
+    """The texts of `stop`, one or several; an empty one stops nothing."""
+    texts = [stop] if isinstance(stop, str) else stop
+    good = isinstance(texts, list) and len(texts) <= 16
+    if not good or not all(isinstance(text, str) and len(text) <= 256 for text in texts):
+        raise ApiError(400, "stop: expected a string, or up to 16, of up to 256 characters", "stop")
+    return [text for text in texts if text]
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts. What tokenizes may take long: the server calls these in a thread of their own.
+
+
+def too_long(served, what):
+    why = f"{what} do not fit the {served.max_len} tokens for a prompt and its answer"
+    return ApiError(400, why, code="context_length_exceeded")
+
+
+def check_length(served, n_characters):
+    """Refuse a text that is sure not to fit, before it costs the time to tokenize it."""
+    # A token has longest_token bytes at most, and a character one at least. Four times as long, to
+    # be sure where a normalizer shortens the text.
+    if n_characters > 4 * served.longest_token * served.max_len:
+        raise too_long(served, f"{n_characters} characters")
+
+
+def tokenized(f, *args):
+    """f(*args), which tokenizes; what it refuses is the client's error."""
+    try:
+        return f(*args)
+    except UserError as error:
+        raise ApiError(400, str(error)) from None
+    except BaseException as error:  # tiktoken panics where its regular expressions fail
+        raise ApiError(400, f"not to be tokenized: {short(str(error))}") from None
+
+
+def is_ids(tok, value):
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < tok.n_vocab for i in value)
+
+
+def encode_text(served, text, add_special_tokens=True):
+    """The ids of a text that is to be continued, or of the bare text."""
+    check_length(served, len(text))
+    return tokenized(served.tok.prompt if add_special_tokens else served.tok.encode, text)
+
+
+def read_prompts(served, request):
+    """The prompts of a completion, [ids]: given as a text, as ids, or as a list of either."""
+    value = request.prompt
+    is_one = not isinstance(value, list) or (value and type(value[0]) is int)
+    prompts = [value] if is_one else value
+    if len(prompts) > served.max_queue:
+        raise ApiError(400, f"{len(prompts)} prompts: expected {served.max_queue} at most")
+    if prompts and all(isinstance(prompt, str) for prompt in prompts):
+        check_length(served, max(len(text) for text in prompts))
+        prompts = [encode_text(served, text, request.add_special_tokens) for text in prompts]
+    if not prompts or not all(ids and is_ids(served.tok, ids) for ids in prompts):
+        why = f"expected a text, or ids from 0 to {served.tok.n_vocab - 1}, or a list of either"
+        raise ApiError(400, f"prompt: {why}; none of them empty", "prompt")
+    return prompts
+
+
+def message_text(content):
+    """The text of a message's content, a text or a list of parts; None where it is neither."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    texts = []
+    for part in content:
+        # cache_control, some clients', says what is worth keeping, and changes no answer.
+        if not isinstance(part, dict) or part.keys() - {"type", "text", "cache_control"}:
+            return None
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def read_message(message, where):
+    """A message with the role and the text that it has; `where` it stands, for what is wrong."""
+    why = "expected {'role': system, user or assistant, 'content': a text}"
+    if not isinstance(message, dict):
+        raise ApiError(400, f"{where}: {why}", "messages")
+    for name, value in message.items():
+        # An earlier answer comes back with all its fields, most of which are empty.
+        is_empty = value is None or is_one_of(value, ["", [], {}])
+        if name not in ("role", "content", "name") and not is_empty:
+            raise ApiError(400, f"{where}: {short(name)} is not supported", "messages")
+    role = message.get("role")
+    text = message_text(message.get("content"))
+    if role == "developer":  # OpenAI's newer word
+        role = "system"
+    if role not in ("system", "user", "assistant") or text is None:
+        raise ApiError(400, f"{where}: {why}", "messages")
+    speaker = message.get("name")
+    if speaker is None or speaker == "":
+        return {"role": role, "content": text}
+    if not isinstance(speaker, str):
+        raise ApiError(400, f"{where}: name: expected a text", "messages")
+    return {"role": role, "content": text, "name": speaker}  # which some templates show
+
+
+def read_messages(served, messages):
+    """The ids of a conversation, ready for the answer."""
+    if not messages:
+        raise ApiError(400, "messages: expected a list of {'role', 'content'}", "messages")
+    if len(messages) > served.max_len:
+        raise too_long(served, f"{len(messages)} messages")
+    checked = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    n_characters = sum(len(text) for message in checked for text in message.values())
+    check_length(served, n_characters)
+    ids, _ = tokenized(served.tok.chat, checked, True)  # True: ready for the answer
+    return ids
+
+
+def tokenize(served, body):
+    """The answer to /tokenize: the ids of {"prompt"}, a text (bare where "add_special_tokens" is
+    false), or of {"messages"}. A bare prompt that is the name of a special token is that token: so
+    lm-eval finds out its id."""
+    request = read_fields(body, Tokenize)
+    check_model(served, request.model)
+    text = request.prompt
+    is_bare = request.add_special_tokens is False
+    if text is None and request.add_special_tokens:
+        why = "the chat template alone adds special tokens to messages"
+        raise ApiError(400, f"add_special_tokens = True: {why}", "add_special_tokens")
+    if text is not None and request.messages is not None:
+        raise ApiError(400, "expected prompt or messages, not both", "messages")
+    if text is None:
+        ids = read_messages(served, request.messages)
+    elif is_bare and text in served.tok.special:
+        ids = [served.tok.special[text]]
+    else:
+        ids = encode_text(served, text, not is_bare)
+    answer = {"tokens": ids, "count": len(ids), "max_model_len": served.max_len}
+    if request.return_token_strs:
+        answer["token_strs"] = [token_name(served.tok, id) for id in ids]
+    return answer
+
+
+def detokenize(served, body):
+    tok = served.tok
+    request = read_fields(body, Detokenize)
+    check_model(served, request.model)
+    if not is_ids(tok, request.tokens):
+        raise ApiError(400, f"tokens: expected ids from 0 to {tok.n_vocab - 1}", "tokens")
+    return {"prompt": tok.decode(request.tokens)}
+
+
+def tokenizer_info(tok):
+    """The names of the special tokens, null for one that there is not, and the chat template."""
+    end_id = tok.eos_ids[0] if tok.eos_ids else None
+    special = {"bos_token": tok.bos_id, "eos_token": end_id, "pad_token": tok.pad_id}
+    names = {role: None if id is None else tok.decode([id]) for role, id in special.items()}
+    return names | {"chat_template": tok.config.get("chat_template")}
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def completion_jobs(served, request, prompts, listener):
+    """n jobs for each prompt, [ids]; a job's index is its choice's."""
+    echoes = [None] * len(prompts)
+    if request.echo:
+        echoes = [decode(served.tok, ids) for ids in prompts]
+        if isinstance(request.prompt, str):
+            echoes = [request.prompt]
+        elif isinstance(request.prompt[0], str):
+            echoes = request.prompt
+    return make_jobs(
+        served,
+        request,
+        prompts,
+        listener,
+        echoes,
+        ends=served.tok.eos_ids,
+        n_alternatives=request.logprobs,
+        usual_limit=16,  # OpenAI's
+    )
+
+
+def chat_jobs(served, request, ids, listener):
+    """n jobs that answer a conversation, whose ids these are."""
+    return make_jobs(
+        served,
+        request,
+        [ids],
+        listener,
+        echoes=[None],
+        ends=[*served.tok.eos_ids, *served.turn_ends],
+        n_alternatives=request.top_logprobs if request.logprobs else None,
+        usual_limit=served.max_len,  # all the room there is
+    )
+
+
+def make_jobs(served, request, prompts, listener, echoes, ends, n_alternatives, usual_limit):
+    if len(prompts) * request.n > served.max_queue:
+        why = f"{len(prompts)} prompts, each {request.n} times: expected {served.max_queue} at most"
+        raise ApiError(400, why, "n")
+    if request.ignore_eos:
+        ends = []
+    jobs = []
+    for ids, echo in zip(prompts, echoes):
+        room = served.max_len - len(ids)
+        limit = request.max_tokens
+        if limit is None:
+            limit = max(min(room, usual_limit), 1)
+        if limit > room:
+            raise too_long(served, f"a prompt of {len(ids)} tokens and {limit} more")
+        for _ in range(request.n):
+            index = len(jobs)
+            jobs.append(
+                Job(served.tok, ids, limit, request, listener, index, ends, n_alternatives, echo)
+            )
+    return jobs

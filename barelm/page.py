@@ -1,0 +1,223 @@
+"""Looking inside: what the web page (serve.html) shows of the network and of its run. Nothing here
+changes them, and nothing here knows HTTP: a JSON object in, one out."""
+
+import base64
+import bisect
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from barelm.answers import token_name
+from barelm.api import ApiError, encode_text, is_ids, read_fields
+from barelm.engine import NOT_FINITE, limited
+from barelm.fast import QuantizedLinear
+
+MAP_TOKENS = 128  # the longest text whose attention is shown
+LOG_ROWS = 2000  # the most rows of training in one answer: of more, every so manieth
+
+
+# --------------------------------------------------------------------------------------------------
+# The network's parts
+
+
+def model_parts(net):
+    """The network's layers in their order, each with its shape and number of parameters, which is
+    0 for a head whose matrix is the embedding's: together, all parameters there are."""
+    parts = []
+    for name, layer in net.named_modules():
+        weight = getattr(layer, "weight", None)
+        if weight is None:
+            continue
+        shape = layer.shape if isinstance(layer, QuantizedLinear) else weight.shape
+        tied = net.config.tie and name == "lm_head"
+        n_params = 0
+        if not tied:
+            bias = getattr(layer, "bias", None)
+            n_params = math.prod(shape) + (0 if bias is None else bias.numel())
+        parts.append({"name": name, "shape": list(shape), "params": n_params, "tied": tied})
+    return parts
+
+
+def describe_model(net):
+    """What the network is made of, as /inspect/model tells it."""
+    parts = model_parts(net)
+    tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}  # a tied one counts once
+    table = net.model.embed_tokens.weight
+    return {
+        "config": asdict(net.config),
+        "parts": parts,
+        "params": sum(part["params"] for part in parts),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "dtype": str(table.dtype).removeprefix("torch."),
+        "device": str(table.device),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_maps(net, ids, layer):
+    """By how much each token looks at each in one layer (n_head, T, T) float32, in a pass over ids,
+    a list: row i is what token i looks at. The network computes them itself, so that the page shows
+    what a fork's attention does."""
+    attention = net.model.layers[layer].self_attn
+    inputs = []
+    hook = attention.register_forward_pre_hook(lambda module, args: inputs.extend(args[:3]))
+    try:
+        net.hidden(torch.tensor([ids], device=net.model.embed_tokens.weight.device))
+    finally:
+        hook.remove()
+    x, rope, mask = inputs
+    maps = attention.probabilities(x, rope, mask)[0]
+    if not maps.isfinite().all():
+        raise ApiError(500, NOT_FINITE)
+    return maps.cpu()
+
+
+@dataclass
+class AttentionRequest:
+    text: str | None = None
+    ids: list | None = None  # instead of a text
+    layer: int = 0
+    head: int | None = None  # None: all
+
+
+def read_attention(served, config, body):
+    """An AttentionRequest with its ids."""
+    limits = {"layer": (0, config.n_layer - 1), "head": (0, config.n_head - 1)}
+    request = read_fields(body, AttentionRequest, neutral={}, ignored={}, limits=limits)
+    request.ids = read_ids(served, request.text, request.ids)
+    most = min(MAP_TOKENS, served.max_len)
+    if not 0 < len(request.ids) <= most:
+        why = f"{len(request.ids)} tokens: attention is shown of 1 to {most}"
+        raise ApiError(400, why, "text")
+    return request
+
+
+def attention_answer(tok, request, maps):
+    """Of each head a row for each token: what it looks at, up to itself."""
+    heads = range(len(maps)) if request.head is None else [request.head]
+    return {
+        "tokens": request.ids,
+        "token_strs": [token_name(tok, id) for id in request.ids],
+        "layer": request.layer,
+        "heads": [lower_triangle(maps[head].tolist()) for head in heads],
+    }
+
+
+def lower_triangle(rows):
+    """Row i up to its place i, rounded."""
+    return [[round(weight, 5) for weight in row[: i + 1]] for i, row in enumerate(rows)]
+
+
+def read_ids(served, text, ids, add_special_tokens=True):
+    """The ids of a request's text, or its ids."""
+    if text is not None and ids is not None:
+        raise ApiError(400, "expected a text or ids, not both", "text")
+    if text is not None:
+        return encode_text(served, text, add_special_tokens)
+    if not is_ids(served.tok, ids):
+        why = f"expected a text, or ids from 0 to {served.tok.n_vocab - 1}"
+        raise ApiError(400, why, "text")
+    return ids
+
+
+# --------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+def nearest(net, n_vocab, token, n):
+    """[(id, cosine)] of the n tokens whose embeddings point most nearly where that of `token` does,
+    itself left out."""
+    table = net.model.embed_tokens.weight[:n_vocab]  # (V, C)
+    row = table[token].float()
+    parts = []
+    for part in table.split(8192):  # not all of them in float32 at once
+        parts.append(F.cosine_similarity(part.float(), row, dim=-1))
+    cosines = torch.cat(parts)  # (V,)
+    if not cosines.isfinite().all():
+        raise ApiError(500, NOT_FINITE)
+    cosines[token] = -math.inf
+    best = cosines.topk(min(n, n_vocab - 1))
+    return list(zip(best.indices.tolist(), best.values.tolist()))
+
+
+@dataclass
+class NeighboursRequest:
+    text: str | None = None  # of one token
+    token: int | None = None  # its id, instead
+    n: int = limited(10, 1, 100)
+
+
+def read_neighbours(served, body):
+    """A NeighboursRequest with its token."""
+    limits = {"token": (0, served.tok.n_vocab - 1)}
+    request = read_fields(body, NeighboursRequest, neutral={}, ignored={}, limits=limits)
+    if request.token is not None:
+        if request.text is not None:
+            raise ApiError(400, "expected a token or a text, not both", "text")
+        return request
+    ids = read_ids(served, request.text, None, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ApiError(400, f"{len(ids)} tokens: neighbours are of one", "text")
+    request.token = ids[0]
+    return request
+
+
+def neighbours_answer(tok, request, neighbours):
+    rows = []
+    for id, cosine in neighbours:
+        rows.append({"token": id, "text": token_name(tok, id), "cosine": round(cosine, 6)})
+    name = token_name(tok, request.token)
+    return {"token": request.token, "text": name, "neighbours": rows}
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
+def read_row(line):
+    return json.loads(line, parse_constant=lambda word: None)  # NaN is no JSON of the page's
+
+
+def log_rows(path, after):
+    """(the rows of a log.jsonl behind step `after`, the last step there is or -1). Many are
+    thinned, but for the evaluations; a row that is being written waits for the next time."""
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    if not lines:
+        return [], -1
+    begin = bisect.bisect_right(lines, after, key=lambda line: read_row(line)["step"])
+    new = lines[begin:]
+    stride = max(1, -(-len(new) // LOG_ROWS))
+    thinned = [line for i, line in enumerate(new) if i % stride == 0 or b'"val_' in line]
+    rows = [read_row(line) for line in thinned[-2 * LOG_ROWS :]]
+    return rows, read_row(lines[-1])["step"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The page itself
+
+
+def page_headers(html):
+    """The headers of the page. It may run its own script and style, known by their hashes, and ask
+    this server; nothing else is run, loaded or sent to, and no site may put it into a frame."""
+    policy = ["default-src 'none'"]
+    for tag in ("script", "style"):
+        begin = html.index(f"<{tag}>") + len(f"<{tag}>")
+        inner = html[begin : html.index(f"</{tag}>")]
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        policy.append(f"{tag}-src 'sha256-{digest}'")
+    policy += ["connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    policy.append("frame-ancestors 'none'")
+    return {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }

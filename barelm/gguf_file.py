@@ -52,8 +52,7 @@ def check_gguf(c, tok):
     scaling = c.rope_scaling or {}
     if scaling and scaling.get("rope_type") != "linear" and kind != "llama":
         raise UserError(f"--export=gguf: llama.cpp has rope_scaling llama3 for llama, not {kind}")
-    _, split = tok._pattern()
-    if tok.kind != "BPE" or split not in GGUF_PRE:
+    if tok.kind != "BPE" or tok.split_pattern not in GGUF_PRE:
         what = "split pattern" if tok.kind == "BPE" else f"{tok.kind} tokenizer"
         mend = "prepare.py --tokenizer=bpe makes one that it knows (--export=hf holds any)"
         raise UserError(f"--export=gguf: llama.cpp has no name for this {what}: {mend}")
@@ -108,7 +107,7 @@ def add_tokenizer(writer, gguf, tok, vocab_size):
     for merge in tok.spec["model"]["merges"]:  # a string, or in newer files a pair
         merges.append(merge if isinstance(merge, str) else " ".join(merge))
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name for any byte-level BPE
-    writer.add_tokenizer_pre(GGUF_PRE[tok._pattern()[1]])
+    writer.add_tokenizer_pre(GGUF_PRE[tok.split_pattern])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_key_value("tokenizer.ggml.merges", merges, gguf.GGUFValueType.ARRAY)

@@ -531,7 +531,7 @@ def compare_steps(bench, net, batch, loss_of, best):
     calls = {}
     for label, name in {f"ours, {best}": best, "ours, eager": "eager"}.items():
         calls[label] = other_step(bench, net, partial(loss_of, name), bench.dtype)
-    gpt2 = GPT(GPTConfig(n_ctx=seq_len, **shape, **FAMILIES["gpt2"]))
+    gpt2 = GPT(GPTConfig(n_ctx=seq_len, **shape, **FAMILIES["gpt2"].fixed))
     for theirs, dtype in ((net, bench.dtype), (gpt2, torch.float32)):
         hf = hugging_face(bench, theirs)
         if hf:

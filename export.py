@@ -186,7 +186,7 @@ def bits_per_byte(net, tok, windows):
     n_bytes = 0
     for start in range(0, n_windows, batch_size):
         ids, targets = windows.batch(chosen[start : start + batch_size], device)  # (B, T) each
-        loss_sum, _ = net(ids.to(device), targets.to(device))
+        loss_sum, _ = net(ids.to(device), targets.to(device))  # in nats
         nats += loss_sum.item()
         n_bytes += int(byte_counts[targets.cpu()].sum())
     return nats / n_bytes / math.log(2)
@@ -196,8 +196,8 @@ def decoding_rate(net, tok):
     """Tokens a second of one greedy sequence: the median of three. End tokens do not end it."""
     endless = copy.copy(tok)
     endless.eos_ids = []
-    prompt = [tok.eot_id or 0]
-    n_tokens = min(64, net.config.n_ctx - 1)
+    prompt = [tok.eot_id or 0]  # what begins a document
+    n_tokens = min(64, net.config.n_ctx - 1)  # beside the prompt's one
     rates = []
     with generating(net):
         generate(net, endless, [prompt], max_new_tokens=2, temperature=0)  # warm-up
@@ -261,6 +261,7 @@ def hf_family(net):
     kind = family(c)
     if kind != "barelm":
         return kind
+    # The family that the fewest options keep it from.
     nearest = min(FAMILIES, key=lambda kind: len(misfits(c, kind)))
     wanted = []
     for name, value in misfits(c, nearest).items():
@@ -292,7 +293,7 @@ def write_onnx(net, ids, path):
     n_bytes = sum(t.nbytes for t in saved_tensors(net).values())
     batch = torch.export.Dim("batch")
     sequence = torch.export.Dim("sequence", max=net.config.n_ctx)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of the exporter's own doings
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -408,7 +409,7 @@ def write_export(run, folder):
     replaced = [path] if path.exists() else []
     if export != "gguf":  # which is one file and may stand beside a model
         replaced += holds_model(folder)
-    if replaced and not overwrite:
+    if replaced and not overwrite:  # before hours of work
         raise UserError(f"{replaced[0]} is there already: --overwrite, or another --out_dir")
     if export != "gguf":
         refuse_source(folder, model)
@@ -423,7 +424,7 @@ def write_export(run, folder):
         if export != "gguf":
             path.unlink(missing_ok=True)
             clear_folder(folder)
-        move_files(part, folder, last=path.name)
+        move_files(part, folder, last=path.name)  # without the last no reader opens the folder
     except OSError as error:  # of the writers of GGUF and ONNX, which write their files themselves
         why = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written: {why}; nothing was changed") from None
@@ -435,7 +436,7 @@ def write_export(run, folder):
 def main():
     check_settings()
     run = setup(device)
-    if not export:
+    if not export:  # the report alone
         show_report(run)
         return
     folder = default_folder() if out_dir is None else out_dir

@@ -301,8 +301,6 @@ def finetune_settings():
     if finetune not in (*METHODS, *ADAPTERS):
         raise UserError(f"--finetune={finetune}: expected {', '.join((*METHODS, *ADAPTERS))}")
     script = "rl.py" if finetune in SAMPLING else "finetune.py"
-    if not Path(__file__).with_name(script).is_file():
-        script = "finetune.py"
     keys = script_keys(Path(__file__).with_name(script))
     chosen = {key: default for key, (default, *_) in keys.items()}
     for path in same_recipes().split():

@@ -48,8 +48,8 @@ class Axis:
 
     def pixel(self, value):
         scale = math.log10 if self.is_log else float
-        span = scale(self.high) - scale(self.low) or 1
-        share = (scale(value) - scale(self.low)) / span
+        span = scale(self.high) - scale(self.low) or 1  # of a single value any will do
+        share = (scale(value) - scale(self.low)) / span  # 0 at low, 1 at high
         return self.first_pixel + share * (self.last_pixel - self.first_pixel)
 
 
@@ -60,7 +60,7 @@ def make_axis(values, first_pixel, last_pixel, factor, padding):
     high = max(values)
     is_log = low > 0 and high / low > factor
     if is_log:
-        high *= (high / low) ** padding
+        high *= (high / low) ** padding  # above alone: the lowest values are what matters
     else:
         spare = (high - low or abs(high) or 1) * padding
         if low != 0:  # nothing below zero is shown where no value is
@@ -79,7 +79,7 @@ def ticks(low, high, is_log):
         for exponent in decades[::every]:
             marks += [m * 10.0**exponent for m in mantissas]
         return [x for x in marks if low <= x <= high * 1.0001]
-    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))  # a power of ten at first
     step *= max(m for m in (1, 2, 5) if (high - low) / (m * step) >= 4)  # four steps or more
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
@@ -93,6 +93,7 @@ def short(x):
 
 
 def text(x, y, words, attributes=""):
+    # Escaped: a run's name is a folder's, which may hold < and &.
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{html.escape(words)}</text>'
 
 
@@ -101,7 +102,7 @@ def picture(charts):
     elements = []
     y = 0
     for chart in charts:
-        height = max(320, 100 + 18 * len(chart.series))  # room for a line of the legend each
+        height = max(320, 100 + 18 * len(chart.series))  # 18 pixels are a line of the legend
         elements += [f'<g transform="translate(0 {y})">', *draw(chart, height - 60), "</g>"]
         y += height
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img">'
@@ -121,6 +122,7 @@ def draw(chart, bottom):
             ys += [y - spread, y + spread]
     if not xs:
         return [*elements, text(LEFT, TOP + 20, "nothing to show")]
+    # SVG counts pixels downwards: the axis begins at the bottom.
     y_axis = make_axis(ys, bottom, TOP, factor=4, padding=0.05)
     if chart.names:
         x_axis = make_axis([-0.5, len(chart.names) - 0.5], LEFT, RIGHT, factor=20, padding=0)
@@ -148,6 +150,7 @@ def draw(chart, bottom):
         ]
         if series.name:
             elements.append(f'<circle cx="{RIGHT + 24}" cy="{legend_y}" r="5"/>')
+            # Of a long name its end, in which folders differ.
             elements.append(text(RIGHT + 38, legend_y + 4, series.name[-38:]))
             legend_y += 18
         elements.append("</g>")

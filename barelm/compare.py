@@ -37,7 +37,11 @@ def read_log(folder):
 
 def curve(rows, key, x):
     """[(x, value)] of the rows that have both as finite numbers."""
-    return [(row[x], row[key]) for row in rows if is_finite(row.get(x)) and is_finite(row.get(key))]
+    points = []
+    for row in rows:  # a row of validation has no loss, one of training no val_loss
+        if is_finite(row.get(x)) and is_finite(row.get(key)):
+            points.append((row[x], row[key]))
+    return points
 
 
 def smooth(points, parts=50):
@@ -53,7 +57,7 @@ def smooth(points, parts=50):
         average += (y - average) / span
         weight += (1 - weight) / span
         smoothed.append((x, average / weight))
-    every = math.ceil(len(smoothed) / 400)
+    every = math.ceil(len(smoothed) / 400)  # more than a picture shows
     return smoothed[::every] + smoothed[-1:]
 
 
@@ -71,8 +75,8 @@ def cell(score, best):
     mark = ""
     if score is best:
         mark = " *"
-    elif error is not None and best[1] is not None:
-        of_difference = math.hypot(error, best[1])
+    elif error is not None and best[1] is not None:  # else nothing is told of their difference
+        of_difference = math.hypot(error, best[1])  # variances add up
         if abs(value - best[0]) <= 2 * of_difference:
             mark = " ~"
     return f"{value:.4g}{spread} (n {n}){mark}"
@@ -81,7 +85,7 @@ def cell(score, best):
 def table(rows):
     """Lines of a Markdown table, padded to be read as text too; the first row is the head."""
     cells = []
-    for row in rows:
+    for row in rows:  # a bar or a line end would end the cell
         cells.append([str(value).replace("|", "\\|").replace("\n", " ") for value in row])
     widths = [max(len(value) for value in column) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
@@ -105,7 +109,7 @@ def score_lines(scores):
     for column in columns:
         present = [s[column] for s in scores.values() if column in s]
         best_of = min if lower_is_better(column[1]) else max
-        best = best_of(present, key=lambda score: score[0])
+        best = best_of(present, key=lambda score: score[0])  # by its value
         for run, row in rows.items():
             row.append(cell(scores[run].get(column), best))
     head = ["run", *(" ".join(column) for column in columns)]
@@ -149,7 +153,7 @@ def score_charts(scores):
         tasks = [task for task, its_metric in columns if its_metric == metric]
         all_series = []
         for i, (run, its_scores) in enumerate(scores.items()):
-            beside = 0.6 * ((i + 0.5) / len(scores) - 0.5)
+            beside = 0.6 * ((i + 0.5) / len(scores) - 0.5)  # within 0.3 of the task's place
             points = []
             for j, task in enumerate(tasks):
                 if (task, metric) in its_scores:

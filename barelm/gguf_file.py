@@ -52,8 +52,7 @@ def check_gguf(c, tok):
     scaling = c.rope_scaling or {}
     if scaling and scaling.get("rope_type") != "linear" and kind != "llama":
         raise UserError(f"--export=gguf: llama.cpp has rope_scaling llama3 for llama, not {kind}")
-    _, split = tok._pattern()
-    if tok.kind != "BPE" or split not in GGUF_PRE:
+    if tok.kind != "BPE" or tok.split_pattern not in GGUF_PRE:
         what = "split pattern" if tok.kind == "BPE" else f"{tok.kind} tokenizer"
         mend = "prepare.py --tokenizer=bpe makes one that it knows (--export=hf holds any)"
         raise UserError(f"--export=gguf: llama.cpp has no name for this {what}: {mend}")
@@ -68,7 +67,7 @@ def check_gguf(c, tok):
 
 def add_network(writer, gguf, c, gguf_type):
     """Add the keys of a GGUF file that describe the network, a GPTConfig."""
-    writer.add_custom_alignment(32)
+    writer.add_custom_alignment(32)  # bytes; the usual one, said
     writer.add_file_type(FILE_TYPES[gguf_type])
     if gguf_type == "Q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -77,7 +76,7 @@ def add_network(writer, gguf, c, gguf_type):
     writer.add_block_count(c.n_layer)
     writer.add_feed_forward_length(c.n_hidden)
     writer.add_head_count(c.n_head)
-    if writer.arch == "gpt2":
+    if writer.arch == "gpt2":  # as many heads of k and v as of q; no RoPE
         writer.add_layer_norm_eps(float(c.norm_eps))
         return
     writer.add_head_count_kv(c.n_kv_head)
@@ -95,7 +94,7 @@ def add_network(writer, gguf, c, gguf_type):
 
 def add_tokenizer(writer, gguf, tok, vocab_size):
     """Add the keys of a GGUF file that hold the tokenizer. Ids that it lacks are named [PADi]."""
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # as llama.cpp's own converter names them
     types = [int(gguf.TokenType.UNUSED)] * vocab_size
     for token, id in tok.spec["model"]["vocab"].items():
         tokens[id] = token
@@ -108,7 +107,7 @@ def add_tokenizer(writer, gguf, tok, vocab_size):
     for merge in tok.spec["model"]["merges"]:  # a string, or in newer files a pair
         merges.append(merge if isinstance(merge, str) else " ".join(merge))
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name for any byte-level BPE
-    writer.add_tokenizer_pre(GGUF_PRE[tok._pattern()[1]])
+    writer.add_tokenizer_pre(GGUF_PRE[tok.split_pattern])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_key_value("tokenizer.ggml.merges", merges, gguf.GGUFValueType.ARRAY)
@@ -116,6 +115,7 @@ def add_tokenizer(writer, gguf, tok, vocab_size):
         writer.add_bos_token_id(tok.bos_id)
     if tok.pad_id is not None:
         writer.add_pad_token_id(tok.pad_id)
+    # llama.cpp reads one end token; of a chat model the first is the turn's.
     writer.add_eos_token_id(tok.eos_ids[0] if tok.eos_ids else tok.eot_id)
     writer.add_add_bos_token(bool(tok.start))
     template = tok.config.get("chat_template")
@@ -139,6 +139,7 @@ def renamed_tensors(net, names):
         if kind == "gpt2":
             name = re.sub(r"\.[qkv]_proj", ".qkv_proj", name)
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        # k joins q, and v both: state_dict has them in this order.
         tensors[theirs] = torch.cat((tensors[theirs], t)) if theirs in tensors else t
     if (c.rope_scaling or {}).get("rope_type") == "llama3":  # what each frequency is divided by
         plain = rope_frequencies(replace(c, rope_scaling=None), "cpu")
@@ -181,7 +182,7 @@ def write_gguf(net, tok, path, gguf_type):
 
     c = net.config
     writer = Writer(path, family(c))
-    writer.add_name(path.stem.removesuffix(f"-{gguf_type}"))
+    writer.add_name(path.stem.removesuffix(f"-{gguf_type}"))  # the model's own name
     add_network(writer, gguf, c, gguf_type)
     add_tokenizer(writer, gguf, tok, c.vocab_size)
     architecture = gguf.MODEL_ARCH[family(c).upper()]
@@ -190,6 +191,7 @@ def write_gguf(net, tok, path, gguf_type):
     for name, t in tensors.items():
         raw_dtype = gguf.GGMLQuantizationType[types[name]]
         nbytes = math.prod(gguf.quant_shape_to_byte_shape(t.shape, raw_dtype))
+        # np.float32 says that the shape counts numbers; of np.uint8 it would count bytes.
         writer.add_tensor_info(name, t.shape, np.float32, nbytes, raw_dtype)
     try:
         writer.write_header_to_file()

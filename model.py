@@ -640,9 +640,9 @@ class KVCache:
 class Generation:
     """ids end with the end token, if one came; logprobs are the model's own, one an id, in nats."""
 
-    ids: list = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     text: str = ""
-    logprobs: list = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finish_reason: str = "length"  # or "stop": an end token, or a stop string (not part of text)
 
 
@@ -651,94 +651,68 @@ class TextStream:
 
     def __init__(self, stop=()):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stop, self.text, self.sent, self.stopped = stop, "", 0, False
+        self.stop = stop
+        self.text = ""  # all of it, up to a stop string
+        self.sent = 0  # so many of its characters were returned
+        self.stopped = False
 
     def feed(self, data, final=False):
         """The text that `data` makes certain."""
         self.text += self.decoder.decode(data, final)
-        ends = [at for s in self.stop if (at := self.text.find(s, self.sent)) >= 0]
-        if ends:
-            self.text, self.stopped = self.text[: min(ends)], True
+        places = [self.text.find(stop, self.sent) for stop in self.stop]
+        places = [place for place in places if place >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+            self.stopped = True
         end = len(self.text)
         if not self.stopped and not final:
-            held = [n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])]
-            end -= max(held, default=0)
-        piece, self.sent = self.text[self.sent : end], max(end, self.sent)
+            end -= self.unsure()
+        piece = self.text[self.sent : end]
+        self.sent = max(end, self.sent)
         return piece
+
+    def unsure(self):
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for n in range(1, len(stop)):
+                if self.text.endswith(stop[:n]):
+                    longest = max(longest, n)
+        return longest
 
 
 class Row:
     """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
-    a stop string, or `limit` tokens."""
+    a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain."""
 
-    def __init__(self, tok, limit, stop, emit, ends=None):
-        self.tok, self.limit, self.emit = tok, limit, emit
+    def __init__(self, tok, limit, stop, emit=None, ends=None):
+        self.tok = tok
+        self.limit = limit
+        self.emit = emit
         self.ends = tok.eos_ids if ends is None else ends
-        self.out, self.stream, self.done = Generation(), TextStream(stop), False
+        self.out = Generation()
+        self.stream = TextStream(stop)
+        self.done = False
 
     def take(self, token, logprob):
+        """Add a token; after the end nothing is added."""
         if self.done:
             return
-        g, ended = self.out, token in self.ends
-        g.ids.append(token)
-        g.logprobs.append(logprob)
-        last = ended or len(g.ids) == self.limit
-        piece, g.text = self.stream.feed(self.tok.token_bytes(token), last), self.stream.text
+        self.out.ids.append(token)
+        self.out.logprobs.append(logprob)
+        ended = token in self.ends
+        last = ended or len(self.out.ids) == self.limit
+        piece = self.stream.feed(self.tok.token_bytes(token), final=last)
+        self.out.text = self.stream.text
         self.done = last or self.stream.stopped
         if ended or self.stream.stopped:
-            g.finish_reason = "stop"
-        if piece:
+            self.out.finish_reason = "stop"
+        if piece and self.emit is not None:
             self.emit(piece)
 
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 GREEDY = 1e-20  # below it a temperature counts as 0: what it divides would overflow float32
-
-
-def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
-    """Logits (B, V), lower where a token is `seen` (B, V) bool (Keskar et al. 2019), and by how
-    often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
-    penalty is a number, or (B, 1)."""
-    lower = torch.where(logits > 0, logits / repetition, logits * repetition)
-    lower = lower.clamp(
-        -LARGEST_FLOAT, LARGEST_FLOAT
-    )  # an infinite logit would make every chance NaN
-    logits = torch.where(seen & (logits > -math.inf), lower, logits)
-    return logits - presence * (counts > 0) - frequency * counts
-
-
-def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
-    no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
-    et al. 2024) filter in this order, as in transformers. Each is a number, or a list with one for
-    each row; temperature 0, or below GREEDY, takes the likeliest."""
-    host = [torch.tensor(o, dtype=torch.float32) for o in (temperature, top_k, top_p, min_p)]
-    host = [o.expand(len(logits))[:, None] for o in host]  # on the host, which waits for no device
-    host[0] = host[0].where(host[0] >= GREEDY, 0.0)
-    if not host[0].any():
-        return logits.argmax(-1)
-    temperature, top_k, top_p, min_p = (o.to(logits.device) for o in host)
-    # The likeliest becomes 0, so that no quotient is beyond float32 but by being very unlikely.
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled = scaled / temperature.where(temperature > 0, 1.0)
-    if k := min(int(host[1].max()), logits.shape[-1]):
-        best = logits.topk(k).values
-        kth = best.gather(1, top_k.long().clamp(1, k) - 1)
-        scaled = scaled.masked_fill((logits < kth) & (top_k > 0), -math.inf)
-    probs = scaled.softmax(-1)
-    some = (host[2][:, 0] < 1).nonzero()[:, 0].to(logits.device)  # to sort is slow
-    if len(some):
-        ordered, order = probs[some].sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p[some]
-        beyond[:, 0] = False  # whatever top_p, the likeliest stays
-        probs[some] = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(beyond, 0))
-    if host[3].any():
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    mass = probs.cumsum(-1)
-    drawn = (mass <= uniform[:, None] * (1 - 2**-20) * mass[:, -1:]).sum(-1)
-    return drawn.where(temperature[:, 0] > 0, logits.argmax(-1))
-
-
 SAMPLING = {  # what `generate` takes: (least, most)
     "temperature": (0, LARGEST_FLOAT),
     "top_k": (0, math.inf),
@@ -753,13 +727,88 @@ def check_sampling(**options):
     """Refuse an option of `generate` that is beyond its range, or no number."""
     for name, value in options.items():
         least, most = SAMPLING[name]
-        if not least <= value <= most:  # NaN is neither
-            limits = (
-                f"from {least} to {most}"
-                if most < LARGEST_FLOAT
-                else f"{least} or more, and finite"
-            )
-            raise UserError(f"{name}={value!r}: expected a number {limits}")
+        if least <= value <= most:  # NaN is neither
+            continue
+        limits = f"from {least} to {most}"
+        if most >= LARGEST_FLOAT:
+            limits = f"{least} or more, and finite"
+        raise UserError(f"{name}={value!r}: expected a number {limits}")
+
+
+def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
+    """Logits (B, V), lower where a token is `seen` (B, V) bool (Keskar et al. 2019), and by how
+    often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
+    penalty is a number, or (B, 1)."""
+    lower = torch.where(logits > 0, logits / repetition, logits * repetition)
+    # An infinite logit would make every probability NaN; padding of the vocabulary stays at -inf.
+    lower = lower.clamp(-LARGEST_FLOAT, LARGEST_FLOAT)
+    logits = torch.where(seen & (logits > -math.inf), lower, logits)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
+    no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
+    et al. 2024) filter in this order, as in transformers. Each is a number, or a list with one for
+    each row; temperature 0, or below GREEDY, takes the likeliest."""
+    B = len(logits)
+    temperature = option_column(temperature, B)
+    temperature = temperature.where(temperature >= GREEDY, 0.0)
+    if not temperature.any():
+        return logits.argmax(-1)
+    temperature = temperature.to(logits.device)
+    # The likeliest becomes 0, so that no quotient is beyond float32 but by being very unlikely.
+    scaled = logits - logits.amax(-1, keepdim=True)
+    scaled = scaled / temperature.where(temperature > 0, 1.0)
+    scaled = keep_top_k(scaled, logits, option_column(top_k, B))
+    probs = scaled.softmax(-1)  # (B, V)
+    probs = keep_top_p(probs, option_column(top_p, B))
+    probs = keep_min_p(probs, option_column(min_p, B))
+    mass = probs.cumsum(-1)
+    # The mass may end a rounding below 1: no threshold lies beyond its end.
+    threshold = uniform[:, None] * (1 - 2**-20) * mass[:, -1:]
+    drawn = (mass <= threshold).sum(-1)
+    return drawn.where(temperature[:, 0] > 0, logits.argmax(-1))
+
+
+def option_column(option, batch):
+    """A number, or a list with one for each row, as (batch, 1) float32. It is on the host, where
+    to look at it waits for no device."""
+    return torch.tensor(option, dtype=torch.float32).expand(batch)[:, None]
+
+
+def keep_top_k(scaled, logits, top_k):
+    """scaled (B, V), -inf but for each row's top_k (B, 1) largest logits; 0 keeps all."""
+    k = min(int(top_k.max()), logits.shape[-1])
+    if k == 0:
+        return scaled
+    top_k = top_k.to(logits.device)
+    best = logits.topk(k).values  # (B, k)
+    last = best.gather(1, top_k.long().clamp(1, k) - 1)  # (B, 1): each row's own k-th
+    # By the logits: where the temperature rounds two to the same, they are still apart.
+    return scaled.masked_fill((logits < last) & (top_k > 0), -math.inf)
+
+
+def keep_top_p(probs, top_p):
+    """probs (B, V), 0 but for each row's likeliest tokens that reach top_p (B, 1) together."""
+    rows = (top_p[:, 0] < 1).nonzero()[:, 0].to(probs.device)  # the others need no sort: it is slow
+    if len(rows) == 0:
+        return probs
+    ordered, order = probs[rows].sort(descending=True, stable=True)  # (N, V)
+    before = ordered.cumsum(-1) - ordered  # what is likelier than each
+    beyond = before >= top_p.to(probs.device)[rows]
+    beyond[:, 0] = False  # whatever top_p, the likeliest stays
+    ordered = ordered.masked_fill(beyond, 0)
+    probs[rows] = torch.zeros_like(ordered).scatter(-1, order, ordered)
+    return probs
+
+
+def keep_min_p(probs, min_p):
+    """probs (B, V), 0 where below min_p (B, 1) of the row's likeliest."""
+    if not min_p.any():
+        return probs
+    least = min_p.to(probs.device) * probs.amax(-1, keepdim=True)
+    return probs.masked_fill(probs < least, 0.0)
 
 
 def draws(seed, i, n):
@@ -779,20 +828,23 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
-    stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
+    stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-    n_ctx, rows = net.config.n_ctx, []
-    for i, p in enumerate(prompts):
-        if not 0 < len(p) < n_ctx:
-            raise UserError(f"a prompt of {len(p)} tokens: expected 1 to {n_ctx - 1}, the context")
-        emit = partial(on_text, i) if on_text else lambda piece: None
-        rows.append(Row(tok, min(max_new_tokens, n_ctx - len(p)), stop, emit))
+    n_ctx = net.config.n_ctx
+    rows = []
+    for i, prompt in enumerate(prompts):
+        n = len(prompt)
+        if not 0 < n < n_ctx:
+            raise UserError(f"a prompt of {n} tokens: expected 1 to {n_ctx - 1}, the context")
+        emit = None if on_text is None else partial(on_text, i)
+        rows.append(Row(tok, min(max_new_tokens, n_ctx - n), stop, emit))
     if not rows or max_new_tokens < 1:
         return [row.out for row in rows]
     with generating(net):
         if num_beams > 1:
             for prompt, row in zip(prompts, rows):
-                for token, logprob in zip(*beam_search(net, tok, prompt, row.limit, num_beams)):
+                best = beam_search(net, tok, prompt, row.limit, num_beams)
+                for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
@@ -803,40 +855,52 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
-    longest = max(len(p) + row.limit for p, row in zip(prompts, rows))
-    logits, cache = prefill(net, tok, prompts, longest)
-    device, pending = logits.device, []
+    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
+    logits, cache = prefill(net, tok, prompts, longest)  # (B, V)
+    device = logits.device
     uniform = torch.stack([draws(seed, i, limit) for i in range(len(rows))]).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
-    for i, p in enumerate(prompts):
-        seen[i, torch.tensor(p, device=device)] = True
+    for i, prompt in enumerate(prompts):
+        seen[i, torch.tensor(prompt, device=device)] = True
+    pending = []  # functions that wait for a step's tokens
     for t in range(limit):
-        likely = penalize(logits, seen, penalty) if penalty != 1 else logits
-        tokens = choose_tokens(likely, uniform[:, t], **filters)
+        likely = logits if penalty == 1 else penalize(logits, seen, penalty)
+        tokens = choose_tokens(likely, uniform[:, t], **filters)  # (B,)
         seen.scatter_(1, tokens[:, None], True)
-        chances = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        pending.append(to_host(tokens, chances))
-        while len(pending) > (device.type == "cuda" and t + 1 < limit):
-            for row, *new in zip(rows, *pending.pop(0)()):
-                row.take(*new)
+        logp = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]  # (B,)
+        pending.append(to_host(tokens, logp))
+        one_behind = device.type == "cuda" and t + 1 < limit
+        while len(pending) > int(one_behind):
+            wait = pending.pop(0)
+            for row, token, logprob in zip(rows, *wait()):
+                row.take(token, logprob)
         if all(row.done for row in rows):
             return
         logits = feed(net, tok, cache, tokens[:, None])
 
 
 def to_host(*tensors):
-    """Start copying tensors to the host; the function returned waits for them, as lists."""
+    """Start copying tensors to the host; returns a function that waits for them: their lists."""
     copies = [t.to("cpu", non_blocking=True) for t in tensors]  # from a GPU: to pinned memory
-    wait = lambda: None
+    copied = None
     if tensors[0].device.type == "cuda":
-        wait = torch.cuda.current_stream(tensors[0].device).record_event().synchronize
-    return lambda: wait() or [copy.tolist() for copy in copies]
+        copied = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def wait():
+        if copied is not None:
+            copied.synchronize()
+        return [t.tolist() for t in copies]
+
+    return wait
 
 
 def feed(net, tok, cache, ids, n_new=None):
     """The logits (B, V) float32 of what follows ids (B, T), -inf for padding of the vocabulary."""
-    h = net.hidden(ids, cache=cache, n_new=n_new)
-    h = h[:, -1] if n_new is None else h[torch.arange(len(h), device=h.device), n_new - 1]
+    h = net.hidden(ids, cache=cache, n_new=n_new)  # (B, T, C)
+    if n_new is None:
+        h = h[:, -1]
+    else:
+        h = h[torch.arange(len(h), device=h.device), n_new - 1]
     return head(net, tok, h)
 
 
@@ -849,46 +913,63 @@ def head(net, tok, h):
 
 def prefill(net, tok, prompts, max_len):
     """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
-    table, lengths = net.model.embed_tokens.weight, {len(p) for p in prompts}
+    table = net.model.embed_tokens.weight
     # A CPU attends to float32 faster than to less: it has to convert the rest.
     dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
     cache = KVCache(net.config, len(prompts), max_len, table.device, dtype)
-    rows = [torch.tensor(p, device=table.device) for p in prompts]
-    n_new = torch.tensor([*map(len, rows)], device=table.device) if len(lengths) > 1 else None
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    rows = [torch.tensor(prompt, device=table.device) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
+    lengths = [len(prompt) for prompt in prompts]
+    n_new = None  # equal lengths keep the cache even
+    if len(set(lengths)) > 1:
+        n_new = torch.tensor(lengths, device=table.device)
     return feed(net, tok, cache, ids, n_new), cache
 
 
+@dataclass
+class Beam:
+    """A continuation that a beam search looks at."""
+
+    row: int  # of the cache: the beam that it continues
+    ids: list[int]
+    logprobs: list[float]
+
+    def score(self):
+        return sum(self.logprobs) / len(self.logprobs)
+
+
 def beam_search(net, tok, prompt, limit, num_beams):
-    """(ids, logprobs) of the continuation with the best mean log p per token that a search of this
-    width finds in `limit` tokens, or until num_beams continuations have ended: transformers' search
-    with early_stopping and a length_penalty of 1."""
+    """The Beam with the best mean log p per token that a search of this width finds in `limit`
+    tokens, or until num_beams continuations have ended: transformers' search with early_stopping
+    and a length_penalty of 1."""
     logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
-    beams, ended = [([], [])], []  # (ids, logprobs) of each
+    beams = [Beam(0, [], [])]
+    ended = []
     # So many candidates that, whichever of them end, num_beams are left to go on with.
     width = num_beams * max(2, 1 + len(set(tok.eos_ids)))
     for t in range(limit):
-        chances = logits.log_softmax(-1)
-        totals = chances + torch.tensor([[sum(lp)] for _, lp in beams], device=logits.device)
-        best = totals.flatten().topk(min(width, totals.numel())).indices.tolist()
+        logp = logits.log_softmax(-1)  # (beams, V)
+        sums = [[sum(beam.logprobs)] for beam in beams]
+        totals = logp + torch.tensor(sums, device=logits.device)
+        candidates = totals.flatten().topk(min(width, totals.numel())).indices.tolist()
         grown = []
-        for rank, place in enumerate(best):
-            row, token = divmod(place, totals.shape[1])
-            ids, logprobs = beams[row]
-            beam = (ids + [token], logprobs + [chances[row, token].item()])
-            if not math.isfinite(beam[1][-1]):  # padding of the vocabulary
+        for rank, candidate in enumerate(candidates):
+            row, token = divmod(candidate, totals.shape[1])
+            logprob = logp[row, token].item()
+            if not math.isfinite(logprob):  # padding of the vocabulary
                 continue
+            beam = Beam(row, beams[row].ids + [token], beams[row].logprobs + [logprob])
             last = token in tok.eos_ids or t + 1 == limit
             if last and rank < num_beams:  # an end that ranks lower is not one of the search's
                 ended.append(beam)
             elif not last and len(grown) < num_beams:
-                grown.append((row, beam))
-        beams = [beam for _, beam in grown]
+                grown.append(beam)
+        beams = grown
         if len(ended) >= num_beams or not beams:
             break
-        cache.reorder(torch.tensor([row for row, _ in grown], device=logits.device))
-        tokens = torch.tensor([ids[-1] for ids, _ in beams], device=logits.device)
+        cache.reorder(torch.tensor([beam.row for beam in beams], device=logits.device))
+        tokens = torch.tensor([beam.ids[-1] for beam in beams], device=logits.device)
         logits = feed(net, tok, cache, tokens[:, None])
     if not ended:
         raise UserError("no beam search: the model's probabilities are not numbers")
-    return max(ended, key=lambda beam: sum(beam[1]) / len(beam[1]))
+    return max(ended, key=Beam.score)

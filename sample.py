@@ -30,6 +30,7 @@ seed = 0  # the same seed gives the same text
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
+fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 
 if __name__ == "__main__":
     configure(globals())
@@ -39,12 +40,12 @@ from pathlib import Path
 
 import torch
 
-import model as core
 from barelm.chat import TemplateRefusal
 from barelm.checkpoint import load
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
 from barelm.run import UserError, choose_dtype, setup
+from model import check_sampling, generate
 
 
 def read_prompts():
@@ -68,15 +69,16 @@ def read_records(path):
     """The field `prompt` of each line of a JSONL file."""
     prompts = []
     for number, line in enumerate(read_input(path).splitlines(), 1):
-        if line.strip():
-            record = parse_json(line, f"{path}:{number}")
-            text = record.get("prompt") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                shown = line[:60].decode(errors="replace")
-                raise UserError(f'{path}:{number}: expected {{"prompt": "..."}}: {shown!r}')
-            if text != text.encode(errors="replace").decode():
-                raise UserError(f"{path}:{number}: half a surrogate pair in it, which is no text")
-            prompts.append(text)
+        if not line.strip():
+            continue
+        record = parse_json(line, f"{path}:{number}")
+        text = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            shown = line[:60].decode(errors="replace")
+            raise UserError(f'{path}:{number}: expected {{"prompt": "..."}}: {shown!r}')
+        if text != text.encode(errors="replace").decode():
+            raise UserError(f"{path}:{number}: half a surrogate pair in it, which is no text")
+        prompts.append(text)
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
     return prompts
@@ -92,25 +94,42 @@ def read_stdin(whole):
         raise UserError(f"-: standard input is no UTF-8: {error}") from None
 
 
-def choices():
-    """The settings of a generation, by the names that `generate` has for them."""
-    names = "max_new_tokens temperature top_k top_p min_p repetition_penalty seed num_beams"
-    return {name: globals()[name] for name in names.split()} | {"stop": stop or []}
+def sampling():
+    """The settings that `check_sampling` looks at."""
+    return dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+    )
+
+
+def continue_texts(net, tok, prompts, on_text=None):
+    """`generate` with all settings: a Generation for each prompt, a text or ids."""
+    options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=stop or [])
+    return generate(net, tok, prompts, **sampling(), **options, on_text=on_text)
 
 
 def show(text):
     print(text, end="", flush=True)
 
 
+def show_piece(i, piece):
+    """Text of the only prompt, as it is made."""
+    show(piece)
+
+
 def complete(net, tok):
     """Continue every prompt num_samples times: one as it is made, several when they are done."""
-    prompts = [p for p in read_prompts() for _ in range(num_samples)]
+    prompts = [text for text in read_prompts() for _ in range(num_samples)]
     if len(prompts) == 1:
         show(prompts[0])
-        core.generate(net, tok, prompts, **choices(), on_text=lambda i, piece: show(piece))
+        continue_texts(net, tok, prompts, show_piece)
         show("\n")
         return
-    for i, g in enumerate(core.generate(net, tok, prompts, **choices())):
+    for i, g in enumerate(continue_texts(net, tok, prompts)):
         print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})")
         print(prompts[i] + g.text)
 
@@ -124,14 +143,15 @@ def classify(net, tok):
             raise UserError("an empty text has no label")
         with torch.no_grad():
             scores = net.scores([ids])[0]
-        shares = scores.softmax(0) if len(scores) > 1 else scores
-        for i in shares.argsort(descending=True)[:10].tolist():
-            print(f"{net.labels[i]}  {shares[i]:.4f}")
+        if len(scores) > 1:
+            scores = scores.softmax(0)
+        for i in scores.argsort(descending=True)[:10].tolist():
+            print(f"{net.labels[i]}  {scores[i]:.4f}")
 
 
 def fit_context(net, tok, messages):
     """The ids of a conversation, its oldest turns dropped until an answer fits behind it."""
-    first = int(messages[0]["role"] == "system")
+    first = int(messages[0]["role"] == "system")  # a system message stays
     while True:
         ids, _ = tok.chat(messages, add_generation_prompt=True)
         room = net.config.n_ctx - min(max_new_tokens, net.config.n_ctx // 2)
@@ -141,7 +161,7 @@ def fit_context(net, tok, messages):
             raise UserError(
                 f"this message has {len(ids)} tokens, but only {room} fit before an answer"
             )
-        del messages[first : first + 2]
+        del messages[first : first + 2]  # a question and its answer
 
 
 def converse(net, tok):
@@ -160,26 +180,35 @@ def converse(net, tok):
         messages.append({"role": "user", "content": text})
         show("model> ")
         ids = fit_context(net, tok, messages)
-        [g] = core.generate(net, tok, [ids], **choices(), on_text=lambda i, piece: show(piece))
+        [g] = continue_texts(net, tok, [ids], show_piece)
         show("\n")
         messages.append({"role": "assistant", "content": g.text})
+
+
+def check_settings():
+    if num_samples < 1:
+        raise UserError(f"num_samples={num_samples}: expected 1 or more")
+    check_sampling(**sampling())
+    for text in stop or []:
+        if not isinstance(text, str) or not text:
+            raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
 
 
 def main():
     if sys.stdin is not None:  # bytes that are no text are refused, whatever the locale
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     run = setup(device)
-    kind, _ = choose_dtype(run.device, dtype)
-    if num_samples < 1:
-        raise UserError(f"num_samples={num_samples}: expected 1 or more")
-    core.check_sampling(**{name: globals()[name] for name in core.SAMPLING})
-    if not all(isinstance(text, str) and text for text in stop or []):
-        raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
-    net, tok = load(model, run.device, kind, quantize)
+    compute, _ = choose_dtype(run.device, dtype)
+    check_settings()
+    net, tok = load(model, run.device, compute, quantize, fast)
     if net.score is not None:
-        return classify(net, tok)
-    with generating(net):  # all turns of a conversation
-        converse(net, tok) if chat else complete(net, tok)
+        classify(net, tok)
+        return
+    with generating(net):  # of a conversation: once for all turns
+        if chat:
+            converse(net, tok)
+        else:
+            complete(net, tok)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,226 @@
-"""Small parts that are trained in a network's place."""
+"""Small parts that are trained in a network's place: LoRA, QLoRA's 4 bits, bottlenecks, prompts.
 
+A network is changed in place: `choose_weights` freezes it and adds what AdaptConfig asks for,
+`merge_adapters` makes plain layers again, `save_adapter` writes the folder that PEFT reads."""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from barelm.families import family, gpt2_names
+from barelm.files import write_json
+from barelm.resume import make_folder, write_weights
+from barelm.run import UserError, compute_dtype
+from barelm.tokenizer import Tokenizer
+
+
+@dataclass
+class AdaptConfig:
+    """Which weights learn. Each field is a key of finetune.py and rl.py, explained there."""
+
+    adapt: str = "full"  # full, lora, qlora, adapter or prompt
+    train_last: int | None = 0
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: str = "q_proj,k_proj,v_proj,o_proj"
+    adapter_size: int = 16
+    prompt_tokens: int = 8
+
+    @property
+    def is_lora(self):
+        """Whether what is trained is LoRA's matrices, which have a folder format of their own."""
+        return self.adapt in ("lora", "qlora")
+
+
+# --------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer plus a product of two narrow matrices (Hu et al. 2021): y = W x +
+    alpha / rank B A x. `base` is nn.Linear, or NF4Linear for QLoRA."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        super().__init__()
+        n_out, n_in = base.weight.shape
+        self.base = base
+        self.scale = alpha / rank
+        self.dropout = dropout
+        device = base.weight.device
+        self.lora_A = nn.Linear(n_in, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, n_out, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # nn.Linear's own, as PEFT's
+        nn.init.zeros_(self.lora_B.weight)  # so that at the start nothing is added
+
+    @property
+    def weight(self):
+        """The sum (n_out, n_in), which a plain layer would have."""
+        return self.base.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
+
+    def forward(self, x):
+        narrow = self.lora_A(F.dropout(x, self.dropout, self.training))  # (B, T, rank)
+        return self.base(x) + self.scale * self.lora_B(narrow)
+
+
+def add_lora(net, config):
+    """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
+    qlora the blocks' linear layers go to 4 bits too."""
+    targets = set(config.lora_targets.split(","))
+    names = [name for name, _ in net.named_modules() if last_word(name) in targets]
+    missing = targets - {last_word(name) for name in names}
+    if missing:
+        raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
+    net.requires_grad_(False)
+    linear = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+    for name in names:
+        if name not in linear or (name == "lm_head" and net.config.tie):
+            raise UserError(f"lora_targets: {name} is no linear layer, or is the embedding too")
+    for name in linear:
+        layer = net.get_submodule(name)
+        if config.adapt == "qlora" and name.startswith("model."):  # the head and a score stay whole
+            layer = NF4Linear(layer)
+        if name in names:
+            layer = LoRA(layer, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        net.set_submodule(name, layer)
+    if config.adapt == "qlora":
+        return_memory()
+
+
+def last_word(name):
+    """The last part of a module's dotted name."""
+    return name.rpartition(".")[2]
+
+
+def return_memory():
+    """Give the machine back what freed tensors took: glibc would keep it for this process."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# QLoRA: frozen weights in 4 bits (Dettmers et al. 2023)
+
+# The 16 values of a code: quantiles of the normal distribution (appendix E of the paper).
+# fmt: off
+NF4 = torch.tensor([
+    -1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0,
+])
+# fmt: on
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale of their own
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in 4 bits a weight: blocks of 64 with a scale each, the scales in 8
+    bits by blocks of 256 (double quantization, section 3): 4.13 bits a weight in all."""
+
+    def __init__(self, layer):
+        super().__init__()
+        weight = layer.weight.detach().float()
+        self.bias = layer.bias
+        self.shape = weight.shape
+        self.n = weight.numel()
+        blocks = F.pad(weight.flatten(), (0, -self.n % BLOCK)).view(-1, BLOCK)  # (n_blocks, 64)
+        self.quantize_scales(blocks.abs().amax(1))
+        self.quantize_blocks(blocks)
+        # A byte holds two codes. Its two values are read as one complex number, so that unpacking
+        # is a single look-up in a table of 256.
+        pairs = torch.cartesian_prod(NF4, NF4)  # (256, 2)
+        self.register_buffer("pairs", torch.view_as_complex(pairs).to(weight.device))
+
+    def quantize_scales(self, scale):
+        """Keep the scales (n_blocks,) as int8, around their mean, which takes away their sign."""
+        self.register_buffer("mean", scale.mean())
+        padding = (0, -len(scale) % SCALE_BLOCK)
+        groups = F.pad(scale - self.mean, padding).view(-1, SCALE_BLOCK)
+        top = groups.abs().amax(1, keepdim=True).clamp(min=1e-30)  # 1e-30: all scales are equal
+        self.register_buffer("top", top)
+        self.register_buffer("scale", (groups / top * 127).round().to(torch.int8))
+
+    def quantize_blocks(self, blocks):
+        """Keep each weight of the blocks (n_blocks, 64) as the nearest of the 16 codes."""
+        # By the scales as they will be read, rounded: the codes make up for part of their error.
+        scale = self.scales()[: len(blocks), None].clamp(min=1e-30)  # a block of zeros
+        middles = (NF4[1:] + NF4[:-1]).to(blocks.device) / 2  # between two codes
+        codes = torch.bucketize((blocks / scale).flatten(), middles).to(torch.uint8)
+        self.register_buffer("codes", codes[0::2] << 4 | codes[1::2])  # two in a byte
+
+    def scales(self):
+        """The scales as they are read: (n_blocks,) and what fills up the last 256."""
+        return ((self.scale.float() / 127) * self.top).flatten() + self.mean
+
+    @property
+    def weight(self):
+        """The matrix (n_out, n_in) float32 that the codes stand for, made anew."""
+        pairs = self.pairs.index_select(0, self.codes.int())
+        blocks = torch.view_as_real(pairs).view(-1, BLOCK)
+        flat = (blocks * self.scales()[: len(blocks), None]).flatten()
+        return flat[: self.n].view(self.shape)
+
+    def forward(self, x):
+        y = Dequantized.apply(x, self)
+        if self.bias is None:
+            return y
+        return y + self.bias
+
+
+class Dequantized(torch.autograd.Function):
+    """x @ weight.T for a packed weight, which is unpacked in forward and again in backward, so that
+    only its 4 bits are kept between the two."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        x = x.to(compute_dtype(x))
+        return x @ layer.weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.layer.weight.to(dy.dtype), None
+
+
+def unquantize(net, full):
+    """Give the layers in 4 bits back the weights that they were made of, those of the network
+    `full`, in place."""
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, NF4Linear):
+            net.set_submodule(name, full.get_submodule(name.removesuffix(".base")))
+
+
+def merge_adapters(net):
+    """Make plain layers of adapted and of packed ones, in place; the network is returned."""
+    for name, layer in list(net.named_modules()):
+        if name.endswith(".base"):  # goes with the layer around it
+            continue
+        if isinstance(layer, LoRA):
+            net.set_submodule(name, plain_layer(layer.weight, layer.base.bias))
+        elif isinstance(layer, NF4Linear):
+            net.set_submodule(name, plain_layer(layer.weight, layer.bias))
+    return net
+
+
+def plain_layer(weight, bias):
+    """nn.Linear with this weight (n_out, n_in) and bias (n_out,) or None."""
+    n_out, n_in = weight.shape
+    layer = nn.Linear(n_in, n_out, bias=bias is not None, device=weight.device)
+    layer.weight = nn.Parameter(weight.detach())
+    layer.bias = bias
+    return layer
+
+
+# --------------------------------------------------------------------------------------------------
+# Bottleneck adapters
 
 
 class Adapter(nn.Module):
@@ -26,3 +245,148 @@ def add_adapters(net, size):
     for block in net.model.layers:
         block.self_attn.o_proj = Adapter(block.self_attn.o_proj, size)
         block.mlp.down_proj = Adapter(block.mlp.down_proj, size)
+
+
+# --------------------------------------------------------------------------------------------------
+# New tokens, and soft prompts made of them
+
+
+def add_tokens(net, tok, names, template):
+    """A tokenizer with more special tokens and this chat template; the network gets rows for those
+    that it has none for, each the mean of the others."""
+    spec = json.loads(json.dumps(tok.spec))  # a copy, all the way down
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    new_names = [name for name in names if name not in tok.special]
+    entries = []
+    for i, name in enumerate(new_names):
+        entries.append({"id": tok.n_vocab + i, "content": name} | flags)
+    spec["added_tokens"] = spec.get("added_tokens", []) + entries
+    new_tok = Tokenizer(spec, tok.config | {"chat_template": template})
+    new_tok.eos_ids = tok.eos_ids
+    if new_tok.n_vocab > net.config.vocab_size:
+        add_rows(net, -(-new_tok.n_vocab // 64) * 64)  # a multiple of 64, as of a new network
+    return new_tok
+
+
+def add_rows(net, vocab_size):
+    """Give the embedding and the head `vocab_size` rows, in place: each new one is the mean."""
+    n_old = net.config.vocab_size
+    net.config.vocab_size = vocab_size
+    for layer in (net.model.embed_tokens, net.lm_head):
+        weight = layer.weight.data
+        mean = weight[:n_old].mean(0, keepdim=True)  # (1, C)
+        layer.weight = nn.Parameter(torch.cat([weight, mean.repeat(vocab_size - n_old, 1)]))
+    if net.config.tie:
+        net.lm_head.weight = net.model.embed_tokens.weight
+
+
+def add_prompts(net, tok, n):
+    """Add n soft prompts (Lester et al. 2021) as tokens of their own before every conversation:
+    rows of the embedding, which alone learn, so that every reader of the folder has them. Returns
+    the tokenizer that writes them."""
+    names = [f"<|prompt_{i}|>" for i in range(n)]
+    new_tok = add_tokens(net, tok, names, "".join(names) + tok.chat_template())
+    ids = [new_tok.special[name] for name in names]
+    weight = net.model.embed_tokens.weight
+    with torch.no_grad():  # each starts as a token drawn from the vocabulary
+        weight[ids] = weight[torch.randint(min(ids), (n,))]
+    learns = torch.zeros(len(weight), 1, device=weight.device)  # 1 for the rows that do
+    learns[ids] = 1
+    net.requires_grad_(False)
+    weight.requires_grad_(True)
+    weight.register_hook(lambda grad: grad * learns)
+    return new_tok
+
+
+# --------------------------------------------------------------------------------------------------
+# Which weights learn, and the adapter's folder
+
+
+def choose_weights(net, config, reads_head=True):
+    """Freeze what does not learn, and add what AdaptConfig asks for (but the prompts: add_prompts,
+    which need a tokenizer). A score always learns. reads_head: whether the loss depends on the
+    language-model head of a network with a score, as PPO's does and a classifier's does not."""
+    if config.is_lora:
+        add_lora(net, config)
+    elif config.adapt == "adapter":
+        net.requires_grad_(False)
+        add_adapters(net, config.adapter_size)
+    elif config.train_last != 0:
+        train_last_blocks(net, config.train_last)
+    if net.score is not None:
+        net.score.requires_grad_(True)
+        if not reads_head:  # a tied one learns as the embedding that it is
+            as_embedding = net.config.tie and net.model.embed_tokens.weight.requires_grad
+            net.lm_head.requires_grad_(as_embedding)
+    if not any(p.requires_grad for p in net.parameters()):
+        raise UserError(
+            f"train_last={config.train_last}: nothing would learn: the head of this model is its "
+            "embedding, which is frozen (--train_last=1 or more, or an untied model)"
+        )
+
+
+def train_last_blocks(net, n):
+    """Freeze all but the last n blocks, the final norm and the head; with None all but the head."""
+    net.requires_grad_(False)
+    if n is not None:
+        for block in net.model.layers[-n:]:
+            block.requires_grad_(True)
+        net.model.norm.requires_grad_(True)
+    net.lm_head.requires_grad_(not net.config.tie)
+
+
+def save_adapter(folder, net, tok, base, config, step=0, state=None):
+    """Write the added matrices as a PEFT adapter of the model `base` (a folder, or a name on the
+    Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt."""
+    make_folder(folder)
+    gpt2 = family(net.config) == "gpt2"
+    tensors, ranks = adapter_tensors(net, gpt2)
+    # Layers of another rank than the others, each with an alpha that leaves its scale as it is.
+    rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.lora_rank}
+    alpha_pattern = {}
+    for name, rank in rank_pattern.items():
+        alpha_pattern[name] = config.lora_alpha * rank / config.lora_rank
+    if os.path.isdir(base):
+        base = os.path.relpath(base, folder)  # both may be moved together
+    write_json(folder / "tokenizer.json", tok.spec)
+    write_json(folder / "tokenizer_config.json", tok.config)
+    ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}
+    write_json(folder / "generation_config.json", ids)
+    peft_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": gpt2,  # its file has matrices (n_in, n_out)
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    write_json(folder / "adapter_config.json", peft_config)
+    write_weights(folder / "adapter_model.safetensors", tensors, step, state)
+
+
+def adapter_tensors(net, gpt2):
+    """({PEFT's name: matrix}, {layer as PEFT names it: rank}) of a network with LoRA. GPT-2's file
+    has q, k and v as one layer: their three products are one of three times the rank, with blocks
+    of zeros."""
+    layers = {f"{name}.weight": m for name, m in net.named_modules() if isinstance(m, LoRA)}
+    groups = gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
+    tensors = {}
+    ranks = {}
+    for theirs, ours in groups.items():
+        place = theirs.removesuffix(".weight")
+        A = torch.cat([layers[name].lora_A.weight for name in ours])
+        B = torch.block_diag(*[layers[name].lora_B.weight for name in ours])
+        tensors[f"base_model.model.{place}.lora_A.weight"] = A
+        tensors[f"base_model.model.{place}.lora_B.weight"] = B
+        # GPT-2 has a c_proj in attention and one in the MLP: two words tell them apart.
+        n_words = 2 if gpt2 else 1
+        ranks[".".join(place.split(".")[-n_words:])] = len(A)
+    return tensors, ranks

@@ -1,6 +1,9 @@
-"""Chat templates: conversations to text, and which of it is to be learned."""
+"""Chat templates: conversations to text, and which of it is to be learned.
 
-import inspect
+`render_chat` makes a text of a conversation, by the template that came with a tokenizer. The words
+of the assistants in it are what {% generation %} marks in the template, where it does
+(`marked_spans`); else `TurnFinder` finds them by what the template writes of parts of it."""
+
 import json
 import os
 import re
@@ -8,9 +11,12 @@ import signal
 import subprocess
 import sys
 import threading
-from datetime import datetime
-from functools import lru_cache, partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+from barelm.render import render_template
 from barelm.run import UserError
 
 CHATML = (
@@ -18,6 +24,14 @@ CHATML = (
     "+ '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+class TemplateRefusal(UserError):
+    """A chat template does not take a conversation, or fits no loss mask."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Special tokens in what people say, and marks in what a template writes
 
 
 def veiled(value, veil):
@@ -39,17 +53,23 @@ def marks_answers(template):
 
 def marked_spans(text, begin, end):
     """The text without the two marks, and [(from, to)] of what was between them."""
-    spans, out, at, start = [], [], 0, None
+    spans, pieces = [], []
+    place = 0  # in the text without marks
+    start = None  # of the span that is open
     for piece in re.split(f"([{begin}{end}])", text):
         if piece == begin and start is None:
-            start = at
+            start = place
         elif piece == end and start is not None:
-            spans.append((start, at))
+            spans.append((start, place))
             start = None
         elif piece not in (begin, end):
-            out.append(piece)
-            at += len(piece)
-    return "".join(out), spans
+            pieces.append(piece)
+            place += len(piece)
+    return "".join(pieces), spans
+
+
+# --------------------------------------------------------------------------------------------------
+# Who says what: the turns of a rendered conversation
 
 
 def common(a, b):
@@ -57,38 +77,53 @@ def common(a, b):
     return len(os.path.commonprefix([a, b]))
 
 
-class TemplateRefusal(UserError):
-    """A chat template does not take a conversation, or fits no loss mask."""
-
-
+@dataclass
 class TurnFinder:
     """Finds the assistants' words in `text`, which a template without {% generation %} made of
-    `messages`: a turn begins behind what the template writes as the generation prompt, and ends
+    `messages`. A turn begins behind what the template writes as the generation prompt, and ends
     where the next one's header begins.
 
-    Templates may write earlier turns in another way than the last one (without their thoughts).
-    What is around a content is therefore found by writing letters that occur nowhere in its place.
-    """
+    Say that a template writes "2?", "4" and "ok" of a user, an assistant and the user again as
 
-    def __init__(self, render, marks, ends, letters, messages, text):
-        self.render, self.messages, self.text = render, messages, text
-        self.marks, self.ends = marks, ends  # patterns of the special and of the end tokens
-        self.letters = letters
+        [user]2?[end][bot]4[end][user]ok[end]
 
-    def beside(self, messages):
-        """The same for other messages."""
-        text = self.render(messages)
-        return TurnFinder(self.render, self.marks, self.ends, self.letters, messages, text)
+    The turn of message 1 (from 0) begins where the messages before it end, with a generation
+    prompt: `render(messages[:1], True)` is "[user]2?[end][bot]". It ends where the messages up to
+    it do: `render(messages[:2])` is "[user]2?[end][bot]4[end]". The text begins with both, so that
+    "4[end]" is said.
+
+    Many templates write a turn in another way when others follow, without its thoughts or with
+    another end token, so that the text begins with neither. Say that an answer ends with
+    [return] in place of [end] where nothing follows it. Then what is around a content counts.
+    Letters that occur nowhere are written in the place of "4", one after another:
+
+        [user]2?[end][bot]X[end][user]ok[end]
+        [user]2?[end][bot]Y[end][user]ok[end]
+
+    What both have in common at their end follows the content, which tells where it ends in the text
+    (`content_end`). What the text goes on with there is compared with what follows a content in
+    shorter conversations, such as one with a generation prompt behind it, "[end][bot]": the text
+    goes on with its "[end]". The prompt is found alike, behind the content before it. Where nothing
+    asks for an answer, since it is the first message or another answer is before it, the same
+    conversation with a question put there shows both. What none of these tells is refused."""
+
+    render: Callable  # (messages, add_generation_prompt=False) to text, or a TemplateRefusal
+    marks: re.Pattern  # of special tokens
+    ends: re.Pattern  # of those that end a text
+    letters: list[str]  # two that occur nowhere in the conversation
+    messages: list[dict]
+    text: str
 
     def span(self, i):
         """(from, to) of message i in the text."""
-        begin, end = self.begin(i), self.end(i)
+        begin = self.begin(i)
+        end = self.end(i)
         if end < begin:
             raise self.refusal("writes an answer before the generation prompt")
-        found = [*self.marks.finditer(self.text, begin, end)]
-        if found and not self.text[found[-1].end() : end].strip():
-            return begin, found[-1].end()  # the line end behind the last marker is layout
-        following = self.ends.match(self.text, end)
+        marks = list(self.marks.finditer(self.text, begin, end))
+        if marks and not self.text[marks[-1].end() : end].strip():
+            return begin, marks[-1].end()  # the line end behind the last marker is layout
+        following = self.ends.match(self.text, end)  # an end token that belongs to the next header
         return begin, following.end() if following else end
 
     def refusal(self, why):
@@ -97,51 +132,64 @@ class TurnFinder:
             "({% generation %} around the answers in the template would mark them)"
         )
 
+    # Where a turn begins
+
     def begin(self, i):
         """Where message i begins."""
-        asked = i > 0 and self.messages[i - 1].get("role") in ("user", "tool")
+        prompted = None
         try:
-            before = self.render(self.messages[:i], True)
-            if i and not asked:  # a template may have no generation prompt there
-                asked = before != self.render(self.messages[:i])
-            if asked and self.text.startswith(before):
-                return len(before)
-            if asked:
-                return self.begin_behind(i)[1]
+            prompted = self.render(self.messages[:i], True)
+            if self.is_asked(i, prompted):
+                if self.text.startswith(prompted):
+                    return len(prompted)
+                return self.prompt_behind(i)[1]
         except TemplateRefusal:  # such as of a template that wants a question
-            before = None
+            prompted = None
         try:
             return self.begin_unasked(i)
         except TemplateRefusal:
-            if i == 0 and before and self.text.startswith(before):
-                return len(before)
+            if i == 0 and prompted and self.text.startswith(prompted):
+                return len(prompted)
             raise
 
-    def begin_behind(self, i):
-        """Where the generation prompt before message i begins, and where it ends, by what follows
-        the content of message i - 1."""
-        prompted, at = self.content_end(self.messages[:i], i - 1, prompt=True)
-        bare = self.render(self.messages[:i])
-        prompt_at = self.outside(bare, common(bare, prompted)) - at
-        _, here = self.content_end(self.messages, i - 1, text=self.text)
+    def is_asked(self, i, prompted):
+        """Whether the template has a generation prompt before message i; prompted: what it writes
+        of the messages before it, asked for one."""
+        if i == 0:
+            return False
+        if self.messages[i - 1].get("role") in ("user", "tool"):
+            return True  # its header may end as a prompt would, so that there is no difference
+        return prompted != self.render(self.messages[:i])
+
+    def prompt_behind(self, i):
+        """(from, to) of the generation prompt before message i, by what follows the content of
+        message i - 1."""
+        before = self.messages[:i]
+        prompted = self.render(before, True)
+        at = self.content_end(before, i - 1, prompted, prompt=True)
+        prompt_at = self.prompt_begin(self.render(before), prompted) - at
+        here = self.content_end(self.messages, i - 1, self.text)
+        # The prompt may be only in part in the text, such as without a thought's opening. What
+        # message i itself begins with does not count: another text in its place has it not.
         other = self.render(self.with_content(self.messages, i, self.letters[0]))
         size = min(common(prompted[at:], text[here:]) for text in (self.text, other))
-        size = self.outside(self.text, here + size) - here
-        whole = size == len(prompted) - at
-        if other[:here] != self.text[:here] or not whole and size <= prompt_at:
+        size = self.step_back(self.text, here + size) - here
+        is_whole = size == len(prompted) - at
+        if other[:here] != self.text[:here] or not is_whole and size <= prompt_at:
             raise self.refusal("writes another header before an answer than it asks for one with")
         return here + prompt_at, here + size
 
     def begin_unasked(self, i):
         """Where message i begins, to which nothing asks: by the prompt that there is where a
         question is put before it."""
-        other = self.beside([*self.messages[:i], self.question(), *self.messages[i:]])
-        begin, end = other.begin_behind(i + 1)
-        header = other.text[begin:end]
-        here = self.content_end(self.messages, i - 1, text=self.text)[1] if i else 0
+        other = self.with_question(i)
+        header = other.text[slice(*other.prompt_behind(i + 1))]
+        here = self.content_end(self.messages, i - 1, self.text) if i else 0
+        # What is before message i, whatever it says.
         variants = [self.render(self.with_content(self.messages, i, c)) for c in self.letters]
         before = os.path.commonprefix([*variants, self.text])
-        here = here if here <= len(before) else 0  # of what is written behind the answer
+        if here > len(before):  # message i - 1 is written behind the answer: no place to begin at
+            here = 0
         before = before[here:]
         if header and header in before:
             return here + before.rindex(header) + len(header)
@@ -150,8 +198,12 @@ class TurnFinder:
             return max(here, len(upto))
         if header or self.marks.sub("", before).strip():
             raise self.refusal("has no generation prompt before an answer that nothing asked for")
-        marks = [0] + [mark.end() for mark in self.marks.finditer(before)]
-        return here + marks[-1]
+        begin = here
+        for mark in self.marks.finditer(before):  # special tokens, such as bos, are not said
+            begin = here + mark.end()
+        return begin
+
+    # Where a turn ends
 
     def end(self, i, unasked=True):
         """Where message i ends: where the text of the conversation up to it does, or, if that is
@@ -168,138 +220,122 @@ class TurnFinder:
             return self.end_unasked(i)
         if self.text.startswith(whole):
             return len(whole)
-        _, here = self.content_end(self.messages, i, text=self.text)
-        whole, at = self.content_end(upto, i, text=whole)
-        if self.text.startswith(whole[at:], here):
-            return here + len(whole) - at
-        # The last turn ends in another way: take the footer before a generation prompt.
-        asked = [k + 1 for k in range(i) if self.messages[k].get("role") != "assistant"]
-        asked = self.messages[: asked[-1]] if asked else [self.question()]
-        prompted, bare = self.render(asked, True), self.render(asked)
-        prompt = prompted[self.outside(bare, common(bare, prompted)) :]
-        whole, at = self.content_end(upto, i, prompt=True)
-        footer = whole[at:].removesuffix(prompt)
+        here = self.content_end(self.messages, i, self.text)
+        footer = whole[self.content_end(upto, i, whole) :]
         if self.text.startswith(footer, here):
             return here + len(footer)
-        _, after = self.content_end(self.messages, i + 1, text=self.text)
-        found = self.ends.search(self.text, here, after)
-        if found:  # an end token before the next turn's words
-            return found.end()
+        footer = self.footer_before_prompt(i)  # the last turn ends in another way
+        if self.text.startswith(footer, here):
+            return here + len(footer)
+        # An end token before the next turn's words.
+        next_end = self.content_end(self.messages, i + 1, self.text)
+        end_token = self.ends.search(self.text, here, next_end)
+        if end_token:
+            return end_token.end()
         raise self.refusal("ends an answer in another way once there is a next turn")
+
+    def footer_before_prompt(self, i):
+        """What follows the content of message i where a generation prompt comes next, without that
+        prompt, which is the one behind the last question before it."""
+        questions = [k for k in range(i) if self.messages[k].get("role") != "assistant"]
+        asked = self.messages[: questions[-1] + 1] if questions else [self.question()]
+        prompted = self.render(asked, True)
+        prompt = prompted[self.prompt_begin(self.render(asked), prompted) :]
+        upto = self.messages[: i + 1]
+        whole = self.render(upto, True)
+        at = self.content_end(upto, i, whole, prompt=True)
+        return whole[at:].removesuffix(prompt)
 
     def end_unasked(self, i):
         """Where message i ends, by what follows its content where a question is put before it."""
-        other = self.beside([*self.messages[:i], self.question(), *self.messages[i:]])
-        _, at = other.content_end(other.messages, i + 1, text=other.text)
+        other = self.with_question(i)
+        at = other.content_end(other.messages, i + 1, other.text)
         footer = other.text[at : other.end(i + 1, unasked=False)]
-        _, here = self.content_end(self.messages, i, text=self.text)
+        here = self.content_end(self.messages, i, self.text)
         if not self.text.startswith(footer, here):
             raise self.refusal("ends an answer in another way where nothing asks for it")
         return here + len(footer)
 
-    def content_end(self, messages, i, prompt=False, text=None):
-        """(The text of messages, where the content of message i ends in it)."""
-        text = self.render(messages, prompt) if text is None else text
-        a, b = (self.render(self.with_content(messages, i, c), prompt) for c in self.letters)
+    # Places in a text
+
+    def content_end(self, messages, i, text, prompt=False):
+        """Where the content of message i ends in `text`, which the template made of these messages
+        (prompt: and of a generation prompt): before what two renderings with another letter in its
+        place have in common at their end."""
+        a = self.render(self.with_content(messages, i, self.letters[0]), prompt)
+        b = self.render(self.with_content(messages, i, self.letters[1]), prompt)
         size = common(a[::-1], b[::-1])
-        if a == b or not text.endswith(a[len(a) - size :]):
+        behind = a[len(a) - size :]
+        if a == b or not text.endswith(behind):
             role = messages[i].get("role")
             raise self.refusal(
                 f"does not write what the {role} says at one place, in its own words"
             )
-        return text, len(text) - size
+        return len(text) - size
+
+    def prompt_begin(self, bare, prompted):
+        """Where the generation prompt begins in a text that has one, by the same without it."""
+        return self.step_back(bare, common(bare, prompted))
+
+    def step_back(self, text, at):
+        """The place, or the beginning of the special token that it would cut."""
+        for mark in self.marks.finditer(text):
+            if mark.start() < at < mark.end():
+                return mark.start()
+        return at
+
+    # Other conversations
+
+    def with_question(self, i):
+        """The same for a conversation with a question more, before message i."""
+        messages = [*self.messages[:i], self.question(), *self.messages[i:]]
+        text = self.render(messages)
+        return TurnFinder(self.render, self.marks, self.ends, self.letters, messages, text)
 
     def question(self):
         """A user's message, in the form that the others have."""
-        parts = any(isinstance(m.get("content"), list) for m in self.messages)
-        return {"role": "user", "content": [{"type": "text", "text": "?"}] if parts else "?"}
+        has_parts = any(isinstance(m.get("content"), list) for m in self.messages)
+        content = [{"type": "text", "text": "?"}] if has_parts else "?"
+        return {"role": "user", "content": content}
 
     def with_content(self, messages, i, text):
         """The messages, message i having this text."""
         content = messages[i].get("content")
         if isinstance(content, list) and content and isinstance(content[-1], dict):
-            content = [*content[:-1], content[-1] | {"text": text}]
+            changed = [*content[:-1], content[-1] | {"text": text}]
         else:
-            content = text
-        return [*messages[:i], messages[i] | {"content": content}, *messages[i + 1 :]]
+            changed = text
+        return [*messages[:i], messages[i] | {"content": changed}, *messages[i + 1 :]]
 
-    def outside(self, text, at):
-        """The place, or the beginning of the special token that it would cut."""
-        cut = [m.start() for m in self.marks.finditer(text) if m.start() < at < m.end()]
-        return cut[0] if cut else at
 
+# --------------------------------------------------------------------------------------------------
+# Rendering: our own template here, strangers' programs in a process apart
 
 TEMPLATE_SECONDS = 2  # of processor time for a rendering; one more for a million characters given
 TEMPLATE_MEMORY = 1 << 30  # bytes that the process has, on Linux
 TEMPLATE_GROWTH = 20  # characters out for one in, beside a million
+TIMES_OVER = 3  # in a row that a template may be over a limit, before it is tried no more
 
 
 class TemplateLimit(UserError):
     """A chat template took more time, memory or room than a rendering may."""
 
 
-@lru_cache(8)
-def compile_template(text):
-    """A chat template in jinja2's sandbox, with what transformers lets a template use. What
-    {% generation %} surrounds stands between two marks, generation_begin and generation_end."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            begin, end = (
-                nodes.Output([nodes.Name(f"generation_{side}", "load")], lineno=line)
-                for side in ("begin", "end")
-            )
-            return nodes.Scope([begin, *body, end], lineno=line)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    loops = ["jinja2.ext.loopcontrols", Generation]
-    room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-    room.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    room.globals |= {"tools": None, "documents": None, "raise_exception": raise_exception}
-    room.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return room.from_string(text)
+def render_chat(template, given):
+    """The text that a chat template makes of its variables, a dict. Whatever the template's program
+    raises comes as an Exception with its words."""
+    # Ours may have plain text before it, such as a bos token: a { would begin a program.
+    is_ours = template.endswith(CHATML) and "{" not in template.removesuffix(CHATML)
+    if is_ours:
+        return render_template(template, given)
+    return renderer_of(os.getpid()).render(template, given)
 
 
-def render_template(text, given):
-    """The text that a chat template makes of its variables."""
-    return compile_template(text).render(given)
-
-
-def template_worker(memory):
-    """The process beside: it reads a request a line (JSON) and writes an answer a line. A rendering
-    that takes more than its seconds ends the process, whatever it is at."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
-    if sys.platform == "linux":
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    for line in sys.stdin:
-        request, answer = json.loads(line), {}
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        try:
-            text = render_template(request["template"], request["given"])
-            answer = {"text": text} if len(text) <= request["room"] else {"limit": "room"}
-        except MemoryError:
-            answer = {"limit": "memory"}
-        except Exception as error:
-            kind = type(error).__name__
-            known = kind in ("TemplateError", "SecurityError", "UndefinedError")
-            answer = {"error": str(error)[:1000] if known else f"{kind}: {error}"[:1000]}
-        print(json.dumps(answer), flush=True)
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, 0)
+@cache
+def renderer_of(pid):
+    """The Renderer of this process: one for all its tokenizers, since it takes a tenth of a second
+    to start. A fork has another pid, so that two processes never read each other's answers."""
+    return Renderer()
 
 
 class Renderer:
@@ -307,40 +343,46 @@ class Renderer:
     started when it is first needed, and again after a rendering has ended it."""
 
     def __init__(self):
-        self.process, self.owner, self.lock = None, os.getpid(), threading.Lock()
-        self.overran = {}  # how often in a row a template was over a limit
-
-    def start(self):
-        needs = "import json, signal, sys\nfrom datetime import datetime\n"
-        needs += "from functools import lru_cache, partial\n"
-        parts = (compile_template, render_template, template_worker)
-        program = needs + "\n".join(inspect.getsource(part) for part in parts)
-        program += f"\nsys.path[:] = {[*map(str, sys.path)]!r}\n"
-        program += f"template_worker({TEMPLATE_MEMORY})\n"
-        # Without what this process has loaded, and ready in a tenth of a second.
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        self.process = None
+        self.lock = threading.Lock()  # the server's threads ask one after another
+        self.times_over = {}  # {template: how often in a row it was over a limit}
 
     def render(self, template, given):
         """The text that the template makes of its variables; ValueError with the template's own
         words if it raises, TemplateLimit beyond a limit."""
-        if self.owner != os.getpid():  # a fork has a process of its own
-            self.__init__()
-        if self.overran.get(template, 0) >= 3:
+        if self.times_over.get(template, 0) >= TIMES_OVER:
             raise TemplateLimit(
                 "the chat template was over its limits three times: it is not tried"
             )
-        size = len(given_text := json.dumps(given, default=str))
-        request = {"seconds": TEMPLATE_SECONDS + size / 1e6, "template": template}
-        request["room"] = 1_000_000 + TEMPLATE_GROWTH * size
+        given_text = json.dumps(given, default=str)
+        size = len(given_text)
+        request = {
+            "seconds": TEMPLATE_SECONDS + size / 1e6,
+            "template": template,
+            "room": 1_000_000 + TEMPLATE_GROWTH * size,
+        }
+        # The variables, which may be long, are written as JSON once.
         line = f'{json.dumps(request)[:-1]}, "given": {given_text}}}\n'.encode()
+        answer = self.ask(line, request["seconds"])
+        if "limit" in answer:
+            self.times_over[template] = self.times_over.get(template, 0) + 1
+            over = {
+                "memory": f"takes more than {TEMPLATE_MEMORY >> 20} MiB of memory",
+                "room": f"makes more than {request['room']:,} characters of {size:,}",
+                "time": f"takes more than {request['seconds']:.1f} seconds",
+            }
+            why = over.get(answer["limit"], answer["limit"])
+            raise TemplateLimit(f"the chat template {why}: it is refused")
+        self.times_over.pop(template, None)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+    def ask(self, line, seconds):
+        """The process's answer, a dict, to a request, a line."""
         with self.lock:
             try:
-                answer = self.ask(line, request["seconds"])
+                return self.try_twice(line, seconds)
             except OSError as error:
                 raise TemplateLimit(f"no process to render the chat template: {error}") from None
             except BaseException:  # Ctrl-C: its answer must not be taken for the next one's
@@ -348,34 +390,19 @@ class Renderer:
                     self.process.kill()
                 self.process = None
                 raise
-        if limit := answer.get("limit"):
-            self.overran[template] = self.overran.get(template, 0) + 1
-            over = {
-                "memory": f"takes more than {TEMPLATE_MEMORY >> 20} MiB of memory",
-                "room": f"makes more than {request['room']:,} characters of {size:,}",
-                "time": f"takes more than {request['seconds']:.1f} seconds",
-            }
-            raise TemplateLimit(f"the chat template {over.get(limit, limit)}: it is refused")
-        self.overran.pop(template, None)
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        return answer["text"]
 
-    def ask(self, line, seconds):
-        """The process's answer to a request. One that ended before is replaced."""
+    def try_twice(self, line, seconds):
+        """The answer to a line. A process that has ended before it, for some other reason than this
+        request, is replaced once."""
         for _ in range(2):
             if self.process is None:
                 self.start()
-            process, timer = self.process, None
+            process = self.process
+            timer = None
             if not hasattr(signal, "setitimer"):  # no limit of processor time there: by the clock
                 timer = threading.Timer(10 * seconds, process.kill)
                 timer.start()
-            try:
-                process.stdin.write(line)
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except OSError:
-                answer = b""
+            answer = self.exchange(line)
             if timer:
                 timer.cancel()
             if answer.endswith(b"\n"):
@@ -383,9 +410,26 @@ class Renderer:
             self.process = None
             process.kill()
             code = process.wait()
-            if timer or code == -signal.SIGPROF:
+            if timer or code == -signal.SIGPROF:  # what ends it when its seconds are over
                 return {"limit": "time"}
         return {"limit": f"ends the process that renders it ({code})"}
 
+    def exchange(self, line):
+        """The line that the process answers; less than one where it ended."""
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except OSError:  # it has ended
+            return b""
 
-RENDERER = Renderer()
+    def start(self):
+        """Start the process: render.py, without what this process has loaded or been told."""
+        paths = json.dumps([str(path) for path in sys.path])  # where this process has jinja2 from
+        script = Path(__file__).resolve().with_name("render.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(script), paths, str(TEMPLATE_MEMORY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )

@@ -4,51 +4,122 @@ import hashlib
 import os
 import socket
 import time
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from barelm.run import Progress, UserError
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
 PATIENCE = 30  # seconds without a byte of a server's
+PIECE = 1 << 16  # bytes between two lines of progress
+# Answers of 400 to 499 say that the same request will be refused again, but for these: the server
+# waited too long, our part was longer than its file (and is emptied by now), too many requests.
+WORTH_ANOTHER_TRY = (408, 416, 429)
+
+
+@dataclass
+class Failure:
+    """Why a file did not come, in words for the user."""
+
+    why: str
+    status: int = 0  # of HTTP; 0: no answer came
+    is_final: bool = False  # whether to ask again is of no use
 
 
 def download(url, path, sha256=None, tries=5, headers=None, optional=False):
     """Fetch url into path: resumed, retried, checked, and under its name only when it is whole.
     None where it is optional and the server has no such file."""
-    import requests  # here, since most runs need none of it
-
     if path.exists():
         return path
-    part, show = path.with_name(path.name + ".part"), Progress()
+    part = path.with_name(path.name + ".part")
+    progress = Progress()
     for attempt in range(1, tries + 1):
-        try:
-            fetch(url, part, show, headers or {})
+        failure = try_fetch(url, part, progress, headers or {})
+        if failure is None:
             break
-        except requests.RequestException as error:
-            status = error.response.status_code if error.response is not None else 0
-            if optional and status == 404:
-                return None
-            why = why_no_answer(error, url)
-            refused = 400 <= status < 500 and status not in (408, 416, 429)
-            if refused or isinstance(error, ValueError):  # requests': what is no URL
-                raise UserError(f"{url}: {why}") from None
-            if attempt == tries:
-                times = f", {tries} times: run it again to go on" if tries > 1 else ""
-                raise UserError(f"{url}: {why}{times}") from None
-            show.note(f"{url}: {why}; trying again ({attempt + 1} of {tries})")
-            time.sleep(min(2 ** (attempt - 1), 30))
-        except ValueError as error:  # of urllib3, which a few addresses meet
-            raise UserError(f"{url}: {str(error)[:100]}: is the address right?") from None
-        except BrokenPipeError:  # of the progress line: the script ends as `config` says
-            raise
-        except OSError as error:
-            raise UserError(f"{part}: cannot be written: {error.strerror}") from None
-    show(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
-    if sha256 and (found := hashlib.sha256(part.read_bytes()).hexdigest()) != sha256:
-        part.unlink()
-        raise UserError(f"{url}: removed: its sha256 is {found}, not {sha256}")
+        if optional and failure.status == 404:
+            return None
+        if failure.is_final:
+            raise UserError(f"{url}: {failure.why}")
+        if attempt == tries:
+            times = ""
+            if tries > 1:
+                times = f", {tries} times: run it again to go on"
+            raise UserError(f"{url}: {failure.why}{times}")
+        progress.note(f"{url}: {failure.why}; trying again ({attempt + 1} of {tries})")
+        time.sleep(min(2 ** (attempt - 1), 30))  # 1, 2, 4, … s: a busy server gets some rest
+    progress(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
+    if sha256:
+        check_sha256(url, part, sha256)
     os.replace(part, path)
     return path
+
+
+def try_fetch(url, part, progress, headers):
+    """One try of a download: None when the file `part` is whole, else a Failure."""
+    import requests  # here, since most runs need none of it
+
+    try:
+        fetch(url, part, progress, headers)
+    except requests.RequestException as error:  # before OSError and ValueError, which it may be too
+        status = 0
+        if error.response is not None:  # `if error.response`: false of a bad status
+            status = error.response.status_code
+        is_refused = 400 <= status < 500 and status not in WORTH_ANOTHER_TRY
+        is_no_url = isinstance(error, ValueError)
+        return Failure(why_no_answer(error, url), status, is_refused or is_no_url)
+    except ValueError as error:  # of urllib3, which a few addresses meet
+        return Failure(f"{str(error)[:100]}: is the address right?", is_final=True)
+    except BrokenPipeError:  # of the progress line: the script ends as `config` says
+        raise
+    except OSError as error:
+        raise UserError(f"{part}: cannot be written: {error.strerror}") from None
+    return None
+
+
+def fetch(url, part, progress, headers):
+    """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
+    import requests
+
+    n_bytes = 0  # that the part has
+    if part.exists():
+        n_bytes = part.stat().st_size
+    headers = headers | {"Accept-Encoding": "identity"}  # so that Content-Length counts our bytes
+    if n_bytes:
+        headers["Range"] = f"bytes={n_bytes}-"
+    with requests.get(url, headers=headers, stream=True, timeout=PATIENCE) as answer:
+        if answer.status_code == 416 and n_bytes:  # the part is longer than the file, or all of it
+            os.truncate(part, 0)
+        answer.raise_for_status()
+        if answer.status_code != 206:
+            n_bytes = 0  # the server does not resume: from the beginning
+        size = None  # of the whole file: not every server says it
+        length = answer.headers.get("Content-Length")
+        if length:
+            size = n_bytes + int(length)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab" if n_bytes else "wb") as file:
+            for piece in answer.iter_content(PIECE):
+                file.write(piece)
+                n_bytes += len(piece)
+                total = size or n_bytes
+                progress(f"{part.stem}: {n_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+            file.flush()
+            os.fsync(file.fileno())  # its name will say that it is whole
+    if size is not None and n_bytes != size:
+        raise requests.ConnectionError(f"{n_bytes} of {size} bytes came")
+
+
+def check_sha256(url, part, sha256):
+    """Remove the file `part`, and say so, where its hash is another one."""
+    actual = hashlib.sha256(part.read_bytes()).hexdigest()
+    if actual != sha256:
+        part.unlink()
+        raise UserError(f"{url}: removed: its sha256 is {actual}, not {sha256}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What went wrong, in words
 
 
 def why_no_answer(error, url):
@@ -61,10 +132,21 @@ def why_no_answer(error, url):
         return why_refused(error.response.status_code)
     if isinstance(error, ValueError):  # what is no URL
         return f"{' '.join(str(error).split())[:100]}: is the address right?"
-    asked = error.request.url if error.request is not None else url  # others after a redirect
-    host, cause = urlsplit(asked).hostname, system_error(error)
+    return why_unreachable(error, url)
+
+
+def why_unreachable(error, url):
+    """What a requests.RequestException without an answer means, and what to do about it."""
+    from requests import exceptions
+
+    if error.request is not None:
+        url = error.request.url  # another one after a redirect
+    host = urlsplit(url).hostname
+    cause = system_error(error)
     reason = getattr(cause, "verify_message", None) or getattr(cause, "strerror", None)
-    because = f" ({reason})" if reason else ""
+    because = ""
+    if reason:
+        because = f" ({reason})"
     if isinstance(error, exceptions.ProxyError):
         return f"the proxy cannot be reached{because}: are HTTP_PROXY and HTTPS_PROXY right?"
     if isinstance(error, exceptions.SSLError):
@@ -104,37 +186,14 @@ def why_refused(status):
 
 def system_error(error):
     """The operating system's OSError below requests' and urllib3's errors, or None."""
-    names = ("__cause__", "reason", "original_error")
-    for cause in [*(getattr(error, name, None) for name in names), *error.args]:
-        found = system_error(cause) if isinstance(cause, Exception) else None
-        if found is not None:
-            return found
-    own = type(error).__module__ in ("builtins", "socket", "ssl")
-    return error if own and isinstance(error, OSError) else None
-
-
-def fetch(url, part, show, headers):
-    """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
-    import requests
-
-    have = part.stat().st_size if part.exists() else 0
-    headers = headers | ({"Range": f"bytes={have}-"} if have else {})
-    headers["Accept-Encoding"] = "identity"  # so that Content-Length counts the bytes we write
-    with requests.get(url, headers=headers, stream=True, timeout=PATIENCE) as answer:
-        if answer.status_code == 416 and have:  # the part is longer than the file, or all of it
-            os.truncate(part, 0)
-        answer.raise_for_status()
-        if answer.status_code != 206:
-            have = 0  # the server does not resume: from the beginning
-        length = answer.headers.get("Content-Length")
-        size = have + int(length) if length else None
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if have else "wb") as file:
-            for piece in answer.iter_content(1 << 16):
-                file.write(piece)
-                have += len(piece)
-                show(f"{part.stem}: {have / 1e6:,.1f} of {(size or have) / 1e6:,.1f} MB")
-            file.flush()
-            os.fsync(file.fileno())  # its name will say that it is whole
-    if size is not None and have != size:
-        raise requests.ConnectionError(f"{have} of {size} bytes came")
+    below = [getattr(error, name, None) for name in ("__cause__", "reason", "original_error")]
+    for cause in [*below, *error.args]:
+        if isinstance(cause, Exception):
+            deeper = system_error(cause)
+            if deeper is not None:
+                return deeper
+    # requests' errors are OSErrors by their class, but none of the system's.
+    is_systems = type(error).__module__ in ("builtins", "socket", "ssl")
+    if is_systems and isinstance(error, OSError):
+        return error
+    return None

@@ -1,4 +1,9 @@
-"""What is faster than model.py's plain mathematics and gives the same."""
+"""What is faster than model.py's plain mathematics and gives the same.
+
+model.py's `Operations` asks: `joined_product` for linear layers that read the same x, `can_block`
+and `blocked_attention`, `can_piece` and `cross_entropy_sum`. What these are not sure to compute (an
+adapted layer, a mask of numbers) is left to the plain way, with which tests/test_fast.py compares.
+"""
 
 import contextlib
 import math
@@ -15,12 +20,12 @@ from barelm.run import UserError, compute_dtype
 def generating(net):
     """Within, net is in eval mode, and on a CPU a fast one keeps the matrices that it multiplies
     with in the layout that oneDNN reads fastest for a few rows: a second copy of the weights, which
-    must not change meanwhile. For one thread at a time; may be nested."""
+    must not change meanwhile. One thread at a time may use such a network; calls may be nested."""
     ops = net.ops
     training = net.training
     packed = ops.packed
     on_cpu = net.model.embed_tokens.weight.device.type == "cpu"
-    if packed is None and on_cpu and torch.backends.mkldnn.is_available():
+    if ops.fast and packed is None and on_cpu and torch.backends.mkldnn.is_available():
         ops.packed = {}  # filled by joined_product, when each product is first needed
     net.eval()
     try:
@@ -103,41 +108,52 @@ ROWS_OF_A_STEP = 16  # for how many rows oneDNN is to lay out a matrix
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of 1 byte or half of one a weight, for inference. int8: codes (out, in) and a
-    scale a row, its largest weight over 127. int4: two codes a byte (out, in / 2), and for
-    each group of 64 in a row a step and a middle (out, in / 64, 2), by which its minimum and its
-    maximum are kept: a weight is (code - 8) step + middle. Rows are padded to whole groups. A
-    weight of zero, which pruning makes, stays exactly zero in both."""
+    """A linear layer of 1 byte or half of one a weight, for inference. weight and scale are what
+    `int8_codes` and `int4_codes` return. A weight of zero, which pruning makes, stays exactly zero.
+    On its own it computes the plain product; `joined_product` has faster ones."""
 
     def __init__(self, layer, kind):
         super().__init__()
         self.shape = layer.weight.shape
-        w = layer.weight.detach().float()
-        if kind == "int8":
-            scale = (w.abs().amax(1).clamp(min=1e-30) / 127).bfloat16()  # as the product takes it
-            codes = (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        else:
-            padding = (0, -w.shape[1] % 64)
-            groups = F.pad(w, padding).unflatten(1, (-1, 64))
-            has_zero = F.pad(w == 0, padding).unflatten(1, (-1, 64)).any(2)
-            low, high = groups.amin(2), groups.amax(2)
-            step = ((high - low) / 15).clamp(min=1e-30)
-            step = step.bfloat16().where(~has_zero, few_bits(step))
-            middle = low + 8 * step.float()
-            # Where a weight is zero, so is a level: the middle is a whole number of steps.
-            whole = (middle / step.float()).round().clamp(-7, 8) * step.float()
-            scale = torch.stack((step, middle.where(~has_zero, whole).bfloat16()), 2)
-            codes = (groups - scale[..., 1:].float()) / step.float()[..., None] + 8
-            codes = codes.round().clamp(0, 15).to(torch.uint8).flatten(1)
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        make_codes = int8_codes if kind == "int8" else int4_codes
+        codes, scale = make_codes(layer.weight.detach().float())
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
         self.bias = layer.bias
 
     def forward(self, x):
         weight = dequantize(self.weight, self.scale)[:, : x.shape[-1]]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight.to(x.dtype), bias)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), weight, bias).to(x.dtype)
+
+
+def int8_codes(w):
+    """int8 codes (out, in) of w (out, in) and a scale a row (out,), its largest weight over 127."""
+    scale = w.abs().amax(1).clamp(min=1e-30) / 127  # (out,); of a row of zeros no 0 / 0
+    scale = scale.bfloat16()  # as the CPU's product takes it
+    codes = (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return codes, scale
+
+
+def int4_codes(w):
+    """Codes of w (out, in), two a byte (out, in / 2) uint8, and for each group of 64 in a row a
+    step and a middle (out, in / 64, 2), by which the group's minimum and maximum are kept: a weight
+    is (code - 8) step + middle. Rows are padded to whole groups."""
+    padding = (0, -w.shape[1] % 64)
+    groups = F.pad(w, padding).unflatten(1, (-1, 64))  # (out, in / 64, 64)
+    has_zero = F.pad(w == 0, padding).unflatten(1, (-1, 64)).any(2)  # (out, in / 64)
+    low = groups.amin(2)
+    high = groups.amax(2)
+    step = ((high - low) / 15).clamp(min=1e-30)
+    step = step.bfloat16().where(~has_zero, few_bits(step))
+    middle = low + 8 * step.float()
+    # Where a weight is zero, so is a level: the middle is a whole number of steps.
+    whole = (middle / step.float()).round().clamp(-7, 8) * step.float()
+    middle = middle.where(~has_zero, whole).bfloat16()
+    codes = (groups - middle.float()[..., None]) / step.float()[..., None] + 8
+    codes = codes.round().clamp(0, 15).to(torch.uint8).flatten(1)  # (out, in)
+    pairs = codes[:, ::2] | codes[:, 1::2] << 4
+    return pairs, torch.stack((step, middle), 2)
 
 
 def few_bits(step):
@@ -164,22 +180,30 @@ def quantized_product(x, codes, scale, bias, packed=None):
     """x (..., in) times a quantized weight, plus bias. packed: int4's codes and scale in the layout
     of torch's product on a CPU. It and int8's take bfloat16 and make no copy of the weights, which
     pays for a few rows (measured at 4096 x 768)."""
-    rows, cpu = x.reshape(-1, x.shape[-1]), x.device.type == "cpu"
+    rows = x.reshape(-1, x.shape[-1])  # (N, in)
     if codes.dtype == torch.int8:
-        whole = rows.shape[1] % 16 == 0  # other widths torch's product reads beyond their end
-        if cpu and whole and len(rows) <= 16:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(x.dtype)
-        else:
-            y = F.linear(rows, codes.to(x.dtype)) * scale.to(x.dtype)
+        y = int8_product(rows, codes, scale)
     else:
-        rows = F.pad(rows, (0, -rows.shape[1] % 64))
-        if cpu and packed and len(rows) <= 512:
-            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-            y = multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(x.dtype)
-        else:
-            y = F.linear(rows, dequantize(codes, scale).to(x.dtype))
+        y = int4_product(rows, codes, scale, packed)
     y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y
+
+
+def int8_product(rows, codes, scale):
+    whole = rows.shape[1] % 16 == 0  # other widths torch's product reads beyond their end
+    if rows.device.type == "cpu" and whole and len(rows) <= 16:
+        return torch._weight_int8pack_mm(rows.bfloat16(), codes, scale).to(rows.dtype)
+    return F.linear(rows, codes.to(rows.dtype)) * scale.to(rows.dtype)
+
+
+def int4_product(rows, codes, scale, packed):
+    rows = F.pad(rows, (0, -rows.shape[1] % 64))
+    if rows.device.type == "cpu" and packed and len(rows) <= 512:
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return multiply(rows.bfloat16(), packed[0], 64, packed[1]).to(rows.dtype)
+    return F.linear(rows, dequantize(codes, scale).to(rows.dtype))
 
 
 def quantize_weights(net, kind):
@@ -189,12 +213,14 @@ def quantize_weights(net, kind):
         raise UserError(f"--quantize={kind}: expected int8 or int4")
     if net.quantize not in (None, kind):
         raise UserError(f"--quantize={kind}: this model is {net.quantize} already")
-    kept = () if net.score is None else (net.score, net.lm_head)
     for name, layer in list(net.named_modules()):
-        if isinstance(layer, nn.Linear) and layer not in kept:
-            # The head (and embedding) of a small model is much of it, and int4 costs it most.
-            width = "int8" if name == "lm_head" else kind
-            net.set_submodule(name, QuantizedLinear(layer, width))
+        if not isinstance(layer, nn.Linear) or layer is net.score:
+            continue
+        if name == "lm_head" and net.score is not None:  # nothing reads it
+            continue
+        # The head (and embedding) of a small model is much of it, and int4 costs it most.
+        width = "int8" if name == "lm_head" else kind
+        net.set_submodule(name, QuantizedLinear(layer, width))
     net.quantize = kind
     tie_embedding(net, net.model.embed_tokens.weight.dtype)
     return net
@@ -222,14 +248,19 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, unseen):
         B, H, T, D = q.shape
-        G, size = k.shape[1], max(128, -(-T // 4))
-        q, k, v = (q * D**-0.5).reshape(B, G, -1, T, D), k.contiguous(), v.contiguous()
-        y, probabilities = [], []
+        G = k.shape[1]
+        size = max(128, -(-T // 4))  # of a block
+        q = (q * D**-0.5).reshape(B, G, -1, T, D)  # the H / G heads that share a k
+        k = k.contiguous()
+        v = v.contiguous()
+        y = []
+        probabilities = []
         for i in range(0, T, size):
             j = min(i + size, T)
+            # One product for the H / G heads of each k: (B, G, H / G (j - i), D) @ (B, G, D, j)
             p = q[..., i:j, :].reshape(B, G, -1, D) @ k[:, :, :j].mT
             p = p.view(B, G, -1, j - i, j).masked_fill_(unseen[:, :, None, i:j, :j], -math.inf)
-            p = p.softmax(-1).view(B, G, -1, j)  # (B, n_kv_head, H / n_kv_head * (j - i), j)
+            p = p.softmax(-1).view(B, G, -1, j)  # (B, G, H / G (j - i), j)
             y.append((p @ v[:, :, :j]).view(B, G, -1, j - i, D))
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
@@ -239,19 +270,24 @@ class BlockedAttention(torch.autograd.Function):
     def backward(ctx, dy):
         q, k, v, *probabilities = ctx.saved_tensors
         B, G, _, T, D = q.shape
-        dy, dq = dy.reshape(q.shape), []
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dy = dy.reshape(q.shape)
+        dq = []
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
         i = 0
         for p in probabilities:
             j = p.shape[-1]
             dy_block = dy[..., i:j, :].reshape(B, G, -1, D)
             q_block = q[..., i:j, :].reshape(B, G, -1, D)
-            ds = torch._softmax_backward_data(dy_block @ v[:, :, :j].mT, p, -1, p.dtype)
+            dp = dy_block @ v[:, :, :j].mT
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # of the scores
             dq.append((ds @ k[:, :, :j]).view(B, G, -1, j - i, D))
             dk = dk + F.pad(ds.mT @ q_block, (0, 0, 0, T - j))  # no key behind j was seen
             dv = dv + F.pad(p.mT @ dy_block, (0, 0, 0, T - j))
             i = j
-        return (torch.cat(dq, -2) * D**-0.5).view(B, -1, T, D), dk, dv, None
+        # q was scaled before it was saved: dk has the factor, dq does not yet.
+        dq = (torch.cat(dq, -2) * D**-0.5).view(B, -1, T, D)
+        return dq, dk, dv, None
 
 
 def can_block(q, k, mask, dropout):
@@ -291,12 +327,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, learn, size):
+        grad_dtype = weight.dtype  # float32, where h is bfloat16
+        weight = weight.to(h.dtype)
         total = torch.zeros((), device=h.device)
-        dh, dw = [], 0.0
-        grad_dtype, weight = weight.dtype, weight.to(h.dtype)
+        dh = []
+        dw = 0.0
         for x, t in zip(h.split(size), targets[:, None].split(size)):
             logp = (x @ weight.T).float().log_softmax(-1)  # (size, V)
-            valid, t = t >= 0, t.clamp(min=0)
+            valid = t >= 0  # (size, 1)
+            t = t.clamp(min=0)  # gather takes no -100
             total = total - logp.gather(1, t).where(valid, 0.0).sum()
             if learn:
                 # softmax less one-hot, in the logits' own memory, which nothing else reads
@@ -311,6 +350,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dh, dw = ctx.saved_tensors
+        # In float32: a gradient's scale may be beyond what float16 holds.
         return (dh.float() * g).to(dh.dtype), dw * g, None, None, None
 
 

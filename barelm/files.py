@@ -23,6 +23,12 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8",
 }
+# What decompressors raise; their OSErrors have no number, unlike those of a disk.
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError)
+
+
+# --------------------------------------------------------------------------------------------------
+# Text, compressed or not
 
 
 def file_ending(path):
@@ -30,16 +36,12 @@ def file_ending(path):
     .jsonl of Rows.JSONL.gz."""
     stem, ending = os.path.splitext(str(path).lower())
     if ending in COMPRESSED:
-        ending = os.path.splitext(stem)[1]
+        return os.path.splitext(stem)[1]
     return ending
 
 
 def is_compressed(path):
     return str(path).lower().endswith(COMPRESSED)
-
-
-# What decompressors raise; their OSErrors have no number, unlike those of a disk.
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError)
 
 
 def encoding_of(head):
@@ -71,7 +73,8 @@ def open_compressed(path):
     if ending == ".zst":
         pyarrow = require_zst(path)
         packed = pyarrow.OSFile(os.fspath(path))
-        return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"))
+        unpacked = pyarrow.CompressedInputStream(packed, "zstd")
+        return io.BufferedReader(unpacked)  # which can peek, as the others can
     return open(path, "rb")
 
 
@@ -80,13 +83,13 @@ def open_input(path):
     What such a mark says is UTF-16 or UTF-32 is read whole; a UnicodeDecodeError if it is not."""
     file = open_compressed(path)
     try:
-        encoding = encoding_of(file.peek(4)[:4])
+        encoding = encoding_of(file.peek(4)[:4])  # looks ahead: the place stays the beginning
         if encoding == "utf-8":
-            file.read(len(codecs.BOM_UTF8))
+            file.read(len(codecs.BOM_UTF8))  # past the mark
         if encoding in ("utf-16", "utf-32"):
             with file:
                 return io.BytesIO(file.read().decode(encoding).encode())
-    except BaseException:
+    except BaseException:  # a damaged file, or Ctrl-C: nobody else can close it
         file.close()
         raise
     return file
@@ -100,6 +103,10 @@ def read_input(path):
     except (*DAMAGE, OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read: {why}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
 
 
 def parse_json(text, where):
@@ -130,6 +137,21 @@ def read_json(path, default=None):
     return value
 
 
+def write_json(path, value):
+    """Write a value as JSON; a file that says it already, byte for byte, is left alone."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    data = text.encode(errors="backslashreplace")  # JSON's way to write half a surrogate
+    with contextlib.suppress(OSError):  # no such file yet
+        if Path(path).read_bytes() == data:
+            return
+    with whole_file(path) as file:
+        file.write(data)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files that are whole, or not there
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """A binary file to write that appears under `path` when all of it is on the disk, or never. Its
@@ -139,18 +161,23 @@ def whole_file(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the bytes first: a name without them would be half a file
         os.replace(temporary, path)
         sync_folder(Path(path).parent)
-    except BaseException as error:
+    except BaseException as error:  # of whoever writes, too: Ctrl-C leaves no temporary
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):  # a full disk, no such folder, no right to write
-            name = str(error.filename)
-            name = name.removesuffix(".tmp") if name.endswith(".tmp") else path
-            why = error.strerror or str(error)
-            raise UserError(f"{name}: cannot be written: {why}; nothing was changed") from None
+            raise unwritable(path, error) from None
         raise
+
+
+def unwritable(path, error):
+    """A UserError for the file that an OSError names, or else path."""
+    name = str(error.filename)
+    name = name.removesuffix(".tmp") if name.endswith(".tmp") else path
+    why = error.strerror or str(error)
+    return UserError(f"{name}: cannot be written: {why}; nothing was changed")
 
 
 def sync_folder(folder):
@@ -162,14 +189,3 @@ def sync_folder(folder):
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def write_json(path, value):
-    """Write a value as JSON; a file that says it already, byte for byte, is left alone."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    data = text.encode(errors="backslashreplace")  # JSON's way to write half a surrogate
-    with contextlib.suppress(OSError):
-        if Path(path).read_bytes() == data:
-            return
-    with whole_file(path) as file:
-        file.write(data)

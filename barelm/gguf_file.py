@@ -14,7 +14,7 @@ import torch
 from barelm.checkpoint import saved_tensors
 from barelm.families import family
 from barelm.run import UserError
-from barelm.tokenizer import GPT2_SPLIT
+from barelm.splits import GPT2_SPLIT
 from model import rope_frequencies
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # of the matrices; the numbers are llama_ftype's

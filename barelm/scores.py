@@ -1,11 +1,16 @@
 """Scores, {metric: (value, standard error or None)}, and results.json, the file that keeps them."""
 
+import hashlib
+import json
 import math
+import platform
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from barelm.files import read_json
+from barelm.checkpoint import find
+from barelm.files import read_json, write_json
 from barelm.run import UserError
 
 
@@ -20,6 +25,7 @@ def mean(amounts, sizes=1):
     n = len(a)
     if n < 2:
         return ratio, None
+    # n - 1: the ratio itself was estimated from the same pieces.
     spread = math.sqrt(((a - ratio * b) ** 2).sum() / (n - 1))
     return ratio, float(spread / math.sqrt(n) / b.mean())
 
@@ -29,6 +35,12 @@ def perplexity(nats):
     mean_nats, error = nats
     value = math.exp(min(mean_nats, 700))  # the largest that float holds
     return value, None if error is None else value * error
+
+
+def divided(score, by):
+    """A score and its error in another unit."""
+    value, error = score
+    return value / by, None if error is None else error / by
 
 
 def figure(value):
@@ -52,7 +64,7 @@ def metrics_of(entry):
 
 def is_finite(value):
     """Whether a value of a JSON file is a number that float holds, its square aside; not NaN."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True is an int
     return number and abs(value) < 1e300
 
 
@@ -87,3 +99,35 @@ def is_figure(entry, metric, key):
     if not isinstance(value, float) and not is_finite(value):
         return False
     return key == metric or not value < 0
+
+
+def read_scores(folder):
+    """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
+    scores = {}
+    for task, entry in read_results(folder)[1].items():
+        for metric in metrics_of(entry):
+            value = entry[metric]
+            error = entry[f"{metric}_stderr"]
+            if is_finite(value):
+                scores[task, metric] = value, error if is_finite(error) else None, entry["n"]
+    return scores
+
+
+def model_mark(model, dtype, quantize, fast=True):
+    """What tells this model's results from another's, 16 hex digits: its files, and what it
+    computes in."""
+    parts = [str(dtype), quantize, model]
+    if not fast:  # whose sums differ in their last bits
+        parts.append("plain")
+    # Sizes and times stand for what is in the files: to read those would take long.
+    for path in sorted(find(model).glob("*")):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):
+            parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def write_results(folder, model, mark, results):
+    """Write results.json, whose reader is `read_results`."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {"model": model, "identity": mark, "results": results, "versions": versions}
+    write_json(Path(folder) / "results.json", record)

@@ -1,11 +1,11 @@
 # PPO: sums of two digits, as config/grpo.py, with a value head instead of groups.
 #   python finetune.py --dataset=arithmetic --out_dir=out/sums --max_epochs=10 --learning_rate=1e-3
-#   python finetune.py config/ppo.py
+#   python rl.py config/ppo.py
 #   echo "3 + 4 =" | python sample.py config/ppo.py --model=out/ppo --temperature=0
 # 40 seconds on two CPU cores. The mean reward of the samples rises from 0.25 (the first 10 steps)
 # to 0.77 (the last 10); of one sample of each of the 15 held-out sums, from 0.13 to 0.53 at best.
 
-# finetune.py
+# rl.py
 method = "ppo"
 model = "out/sums"
 dataset = "arithmetic"

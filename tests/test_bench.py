@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import requests
@@ -16,8 +15,11 @@ from conftest import ROOT, run
 
 import bench
 import model
-import prepare
+from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import save
+from barelm.clients import ask_alone
+from barelm.run import Run
+from barelm.timing import Bench, measure
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=128", "--seq_len=16"]
 TINY += ["--tokens=64", "--device=cpu", "--compile=false", "--seconds=0.01"]
@@ -99,27 +101,26 @@ def test_calls_are_timed_in_turn():
         now[0] += cost
 
     calls = {"a": lambda: call("a", 0.5), "b": lambda: call("b", 0.25)}
-    times = bench.measure(calls, 0, clock=lambda: now[0])
+    times = measure(calls, 0, clock=lambda: now[0])
     assert order == ["a", "b"] * 6  # once to warm up, then five rounds
     assert times == {"a": [0.5] * 5, "b": [0.25] * 5}
-    times = bench.measure(calls, 6, clock=lambda: now[0])
+    times = measure(calls, 6, clock=lambda: now[0])
     assert len(times["a"]) == 8  # eight rounds of 0.75 s fill six seconds
     calls = {"slow": lambda: call("slow", 10.0)}
-    assert len(bench.measure(calls, 99, clock=lambda: now[0])["slow"]) == 3
+    assert len(measure(calls, 99, clock=lambda: now[0])["slow"]) == 3
     calls = {"minute": lambda: call("minute", 60.0)}
-    assert len(bench.measure(calls, 99, clock=lambda: now[0])["minute"]) == 1
+    assert len(measure(calls, 99, clock=lambda: now[0])["minute"]) == 1
     calls = {"quick": lambda: call("quick", 2**-12)}
     before = len(order)
-    assert bench.measure(calls, 0, clock=lambda: now[0])["quick"] == [2**-12] * 5
+    assert measure(calls, 0, clock=lambda: now[0])["quick"] == [2**-12] * 5
     assert (len(order) - before - 1) / 5 == 9  # of 0.00024 s nine make 0.002 s
 
 
-def test_a_row_holds_percentiles_and_rates(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "ROWS", [])
-    monkeypatch.setattr(bench, "CEILINGS", {"float32": 4e9})
+def test_a_row_holds_percentiles_and_rates(capsys):
+    state = Bench(Run(torch.device("cpu")), ceilings={"float32": 4e9})
     times = [t / 1000 for t in range(11, 0, -1)]  # 11 to 1 ms
-    bench.row("part", "name", times, "float32", 3 << 20, flops=6_000_000, tokens=12)
-    [row] = bench.ROWS
+    state.row("part", "name", times, "float32", 3 << 20, flops=6_000_000, tokens=12)
+    [row] = state.rows
     assert [row[k] for k in ("ms_p10", "ms", "ms_p90")] == pytest.approx([2, 6, 10])
     assert (row["flops_per_s"], row["tokens_per_s"]) == pytest.approx((1e9, 2000))
     assert row["percent"] == pytest.approx(25) and row["samples"] == 11
@@ -127,8 +128,8 @@ def test_a_row_holds_percentiles_and_rates(capsys, monkeypatch):
     for words in ("6.000  2.000 to 10.000", "1.0 GFLOP/s", "25.0 % of float32", "2,000 tokens/s"):
         assert words in printed
     assert "peak 3 MiB" in printed
-    bench.row("part", "better", [1e-3] * 3, "float32", flops=6_000_000)
-    assert bench.CEILINGS["float32"] == pytest.approx(6e9)
+    state.row("part", "better", [1e-3] * 3, "float32", flops=6_000_000)
+    assert state.ceilings["float32"] == pytest.approx(6e9)
     assert "1.50 of its ceiling, which it now is" in capsys.readouterr().out
 
 
@@ -137,8 +138,10 @@ def test_what_fails_is_left_out_with_its_reason(capsys):
         raise RuntimeError("no kernel\nand more")
 
     good = lambda: None
-    assert bench.working({"good": good, "bad": fails}) == {"good": good}
-    assert capsys.readouterr().out == "  bad: left out: no kernel\n"
+    state = Bench(Run(torch.device("cpu")))
+    for _ in range(2):
+        assert state.working({"good": good, "bad": fails}) == {"good": good}
+    assert capsys.readouterr().out == "  bad: left out: no kernel\n"  # told once
 
 
 def test_a_load_is_what_the_server_counts(tmp_path):
@@ -147,7 +150,7 @@ def test_a_load_is_what_the_server_counts(tmp_path):
     from test_serve import served
 
     config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
-    save(tmp_path / "out" / "tiny", model.GPT(config), prepare.bpe_tokenizer([]))
+    save(tmp_path / "out" / "tiny", model.GPT(config), bpe_tokenizer([]))
     with served(tmp_path) as site:
         begun = time.monotonic()
         done = run(tmp_path, "bench.py", "--device=cpu", f"--serve={site.url}/", "--clients=1,20")
@@ -179,10 +182,10 @@ def test_a_load_is_what_the_server_counts(tmp_path):
 def test_transformers_is_timed_token_by_token():
     pytest.importorskip("transformers")
     config = model.GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=512, n_ctx=160)
-    place = SimpleNamespace(device=torch.device("cpu"))
-    hf, lock = bench.hugging_face(place, model.GPT(config)), threading.Lock()
+    state = Bench(Run(torch.device("cpu")))
+    hf, lock = bench.hugging_face(state, model.GPT(config)), threading.Lock()
     for prompt in ([5] * 32, [5] * 96):
-        times, made = bench.ask_alone(hf, lock, prompt)
+        times, made = ask_alone(hf, lock, prompt)
         assert made == 64 and len(times) == 65 and times == sorted(times)
     assert not lock.locked()
 

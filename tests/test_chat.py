@@ -4,15 +4,17 @@ and templates that are programs of strangers."""
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 from test_outside import FIXTURES, open_tokenizer
 
-from barelm.chat import RENDERER
+from barelm.chat import TurnFinder, renderer_of
+from barelm.encoders import byte_letters
 from barelm.files import write_json
 from barelm.run import UserError
-from barelm.tokenizer import Tokenizer, byte_letters
+from barelm.tokenizer import Tokenizer
 
 MARKS = "<BOS> <EOS> <|start|> <|channel|> <|message|> <|end|> <|return|> <|sep|> <User> <Bot>"
 MARKS = f"{MARKS} <|call|>".split()
@@ -293,6 +295,25 @@ def test_masks_are_what_a_template_puts_behind_its_prompt(form):
         assert tok.chat(talk, answers="none") == (ids, [0] * len(ids))
 
 
+@pytest.mark.parametrize("last_end", ["[end]", "[return]"])
+def test_the_worked_example_of_turn_finder(last_end):
+    def render(messages, add_generation_prompt=False):
+        names = {"user": "[user]", "assistant": "[bot]"}
+        turns = [names[m["role"]] + m["content"] + "[end]" for m in messages]
+        if add_generation_prompt:
+            turns.append("[bot]")
+        elif messages[-1]["role"] == "assistant":
+            turns[-1] = turns[-1].replace("[end]", last_end)
+        return "".join(turns)
+
+    talk = said("2?", "4", "ok", "5", roles=("user", "assistant", "user", "assistant"))
+    text = render(talk)
+    marks = re.compile(r"\[\w+\]")
+    turns = TurnFinder(render, marks, re.compile(r"\[return\]"), ["X", "Y"], talk, text)
+    spans = [turns.span(i) for i in (1, 3)]
+    assert [text[begin:end] for begin, end in spans] == ["4[end]", f"5{last_end}"]
+
+
 def test_a_comment_marks_nothing():
     comment = "{#- Without\n{% generation %} and\n{% endgeneration %} -#}"
     for talk in TALKS[:3]:
@@ -446,16 +467,21 @@ def test_a_conversation_that_runs_wild_spoils_no_other():
 def test_the_template_process_is_replaced_and_belongs_to_one_process():
     tok = tokenizer(TOOLS)
     ids, _ = tok.chat(TALKS[0])
-    RENDERER.process.kill()
-    RENDERER.process.wait()
+    renderer = renderer_of(os.getpid())
+    renderer.process.kill()
+    renderer.process.wait()
     assert tok.chat(TALKS[0])[0] == ids
-    parent, (read, write) = RENDERER.process.pid, os.pipe()
-    if (child := os.fork()) == 0:
-        same = tok.chat(TALKS[0])[0] == ids and RENDERER.process.pid != parent
-        os.write(write, b"1" if same else b"0")
+    parent = renderer.process.pid
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        is_same = tok.chat(TALKS[0])[0] == ids
+        is_another = renderer_of(os.getpid()).process.pid != parent
+        os.write(write, b"1" if is_same and is_another else b"0")
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(read, 1) == b"1" and RENDERER.process.pid == parent
+    assert os.read(read, 1) == b"1"
+    assert renderer.process.pid == parent
     assert tok.chat(TALKS[0])[0] == ids
 
 

@@ -5,12 +5,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import run
 
 import model
 from barelm import compiled as compare
-from barelm.fast import BlockedAttention, LinearCrossEntropy
 from barelm.run import UserError, autocast, check_gradient, check_moved, weight_sums
 
 SHAPE = dict(vocab_size=128, n_ctx=160, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
@@ -91,40 +89,6 @@ def test_the_whole_network_in_compiled_kernels():
     net = model.GPT(model.GPTConfig(**SHAPE, mlp="relu", qk_norm=False)).train()
     want = loss_and_gradients(net, net)
     assert_same(loss_and_gradients(compiled(net, "inductor"), net), want, 1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [7, 64, 1000])
-def test_the_head_equals_cross_entropy(dtype, size):
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(65, 24, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(50, 24, generator=generator).requires_grad_()
-    targets = torch.randint(50, (65,), generator=generator)
-    targets[::5] = -100
-    loss = LinearCrossEntropy.apply(h, weight, targets, True, size)
-    logits = (h @ weight.to(dtype).T).float()
-    reference = F.cross_entropy(logits, targets, reduction="sum")
-    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
-    # A graph that is kept gives the same gradients again: nothing saved was written to.
-    for _ in range(2):
-        got = torch.autograd.grad(3 * loss, (h, weight), retain_graph=True)
-        want = torch.autograd.grad(3 * reference, (h, weight), retain_graph=True)
-        for a, b in zip(got, want):
-            assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
-
-
-def test_blocked_attention_gives_its_gradients_twice():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, 300, 16, dtype=torch.float64) for n in (4, 2, 2))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    later = torch.ones(1, 1, 300, 300, dtype=torch.bool).triu(1)
-    ours = BlockedAttention.apply(q, k, v, later)
-    plain = F.scaled_dot_product_attention(q, k, v, ~later, enable_gqa=True)
-    torch.testing.assert_close(ours, plain)
-    for _ in range(2):
-        got = torch.autograd.grad(ours.square().sum(), (q, k, v), retain_graph=True)
-        want = torch.autograd.grad(plain.square().sum(), (q, k, v), retain_graph=True)
-        torch.testing.assert_close(got, want)
 
 
 # train.py trusts a compiled network only where it agrees with the eager one

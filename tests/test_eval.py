@@ -10,7 +10,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +17,13 @@ from conftest import ROOT, run
 
 import eval as evaluation
 import model
-import prepare
 from barelm import checkpoint
+from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.checkpoint import save
-from barelm.run import UserError
+from barelm.rows import read_rows, read_text
+from barelm.run import Run, UserError
+from barelm.scoring import Request, plain_scores, shared_scores
+from barelm.tasks import TASKS, Task
 
 FIXTURE = ROOT / "tests" / "fixtures" / "lm_eval.json"
 WORDS = "the cat sat on a mat because it was warm and number answer question is of five".split()
@@ -53,9 +55,7 @@ TEXTS = [" ".join(WORDS * 9) + ".\n", "né à 東京 🙂", "it was warm"]
 def small(tmp_path_factory):
     """A model whose weights are a formula, which likes to write digits; and files of tasks."""
     folder = tmp_path_factory.mktemp("eval")
-    tok = prepare.bpe_tokenizer(
-        prepare.train_bpe({f" {w}".encode(): 9 - i % 4 for i, w in enumerate(WORDS)}, 60)
-    )
+    tok = bpe_tokenizer(train_bpe({f" {w}".encode(): 9 - i % 4 for i, w in enumerate(WORDS)}, 60))
     shape = dict(n_ctx=192, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64, tie=False)
     net = model.GPT(model.GPTConfig(vocab_size=-(-tok.n_vocab // 64) * 64, **shape))
     with torch.no_grad():
@@ -191,12 +191,13 @@ def test_shared_beginnings_and_contexts_change_no_score(small):
     for i in range(6):
         context = beginning + tok.encode(" ".join(WORDS[i : 2 * i + 1]))
         choices = [tok.encode(" " + " ".join(WORDS[j : j * 2 + 1])) for j in range(1 + i % 4)]
-        requests.append(("same", context, choices))
-    alone = ("", beginning, [tok.encode(" " + " ".join(WORDS))])  # longer than any choice
+        requests.append(Request("same", context, choices))
+    alone = Request("", beginning, [tok.encode(" " + " ".join(WORDS))])  # longer than any choice
     for batch in (requests, requests[:1], requests[3:4], [alone, requests[3]]):
         expected = [[naive(net, c, cont) for cont in conts] for _, c, conts in batch]
-        for ours, theirs in zip(evaluation.score(net, batch), expected, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
+        for score in (shared_scores, plain_scores):
+            for ours, theirs in zip(score(net, batch), expected, strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def test_loss_of_shards_is_the_one_that_training_logs(tiny):
@@ -223,15 +224,20 @@ def test_processes_and_batches_change_no_result(small):
     for name in ("samples_mmlu.jsonl", "samples_gsm8k.jsonl"):
         assert (small / "p1" / name).read_bytes() == (small / "p2" / name).read_bytes()
     assert not [*(small / "p2").glob("answers_*")]
+    run(small, "eval.py", *common, "--out_dir=plain", "--fast=false")
+    ours, plain = results(small, "p1"), results(small, "plain")
+    for task, metrics in {"mmlu": ["acc", "acc_norm"], "gsm8k": ["strict_match"]}.items():
+        for metric in metrics:
+            assert plain[task][metric] == ours[task][metric]
 
 
 def test_equal_requests_are_answered_once(tmp_path):
     """Or else their answers would hang on which process comes last."""
-    asked, run = [], SimpleNamespace(rank=0, world=1, main=False)
+    asked, run = [], Run(torch.device("cpu"))
     answers = evaluation.Answers(tmp_path, "model", run)
-    rows = [("", [i], [[]]) for i in (5, 6, 5, 7)]
-    work = lambda some: [asked.append(r[1][0]) or len(asked) for r in some]
-    found = answers("task", "how", rows, work, most=2)  # two at once
+    rows = [Request("", [i], [[]]) for i in (5, 6, 5, 7)]
+    work = lambda batch: [asked.append(r.context[0]) or len(asked) for r in batch]
+    found = answers("task", "settings", rows, work, max_tokens=2)  # two at once
     assert asked == [5, 6, 7] and found == [1, 2, 1, 3]
 
 
@@ -280,38 +286,6 @@ def test_tasks_of_your_own(small):
     assert all(s["prompt"].count("answer:") == 2 for s in log)
 
 
-def test_rows_of_other_shapes():
-    lines = {"question": "q", "options": "A. x y\nB. z", "answer": "B. z"}
-    assert evaluation.choices_of(lines) == (["x y", "z"], 1)
-    arc = {"choices": {"text": ["u", "v"], "label": ["1", "2"]}, "answerKey": "2"}
-    assert evaluation.choices_of(arc) == (["u", "v"], 1)
-    assert evaluation.choices_of({"choices": ["B", "A"], "answer": "A"}) == (["B", "A"], 1)
-    row = dict(activity_label="Cut", ctx_a="He [x] takes.", ctx_b="she", endings=["a [title] b"])
-    assert evaluation.read_hellaswag(row | {"label": "0"}) == ("Cut: He takes. She", ["a. b"], 0)
-    with pytest.raises(ValueError):
-        evaluation.choices_of({"choices": ["a", "b"], "answer": 2})
-    with pytest.raises(ValueError):  # not an ending that is never chosen
-        evaluation.read_hellaswag(row | {"label": "1"})
-
-
-MATH = """\\frac12=\\frac{1}{2} \\dfrac{3}{4}=\\frac{3}{4} 1/2=\\frac{1}{2} .5=\\frac{1}{2}
-\\sqrt3=\\sqrt{3} x=5=5 90^\\circ=90 \\frac1{72}=\\frac{1}{72} 10\\%=10 \\left(1,2\\right)=(1,2)"""
-
-
-def test_mathematics_is_compared_in_one_spelling():
-    for pair in MATH.split():
-        text, _, plain = pair.rpartition("=")
-        assert evaluation.normal_math(text) == plain
-    assert evaluation.boxed(r"so \boxed{1} or \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
-    assert evaluation.boxed(r"\boxed 5$ x") == "5" and evaluation.boxed(r"\boxed{1") is None
-    if importlib.util.find_spec("lm_eval"):
-        from lm_eval.tasks.hendrycks_math.utils import strip_string
-
-        more = [r"5\text{ cm}", r"\$3", "0.5", "-1/2", r"a\!b", "k = 2", r"\frac ab"]
-        for text in [*more, *(pair.rpartition("=")[0] for pair in MATH.split())]:
-            assert evaluation.normal_math(text) == strip_string(text), text
-
-
 def test_rows_come_from_the_hub_on_request(small, monkeypatch):
     """A local server in the Hub's place, which cuts the first answer short."""
     rows = [row | {"note": "x" * 30_000} for row in rows_of_choices()[:4]]
@@ -337,7 +311,7 @@ def test_rows_come_from_the_hub_on_request(small, monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("barelm.checkpoint.HUB", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setattr("barelm.rows.HUB", f"http://127.0.0.1:{server.server_address[1]}/")
     args = ["--model=net", "--tasks=arc_easy", "--data=fetched", "--download", "--out_dir=hub"]
     run(small, "eval.py", *args)
     assert results(small, "hub")["arc_easy"]["n"] == 4
@@ -378,6 +352,23 @@ def test_a_classifier(tiny):
     assert found["f1"] == pytest.approx(sum(f1) / 2)
     said = run(tiny, "eval.py", "--model=out/classes", check=False)
     assert said.returncode == 1 and "--tasks=classify" in said.stderr
+
+
+def test_one_more_task_of_choices_is_one_entry(small, monkeypatch):
+    entry = Task(prompt="Question: {question_stem}\nAnswer:", hub="allenai/openbookqa/main")
+    monkeypatch.setitem(TASKS, "openbookqa", entry)
+    monkeypatch.setattr(evaluation, "data", str(small / "rows"))
+    choices = {"text": ["a mat", "a hat", "a cat"], "label": ["A", "B", "C"]}
+    row = {"question_stem": "what is warm", "choices": choices, "answerKey": "B"}
+    (small / "rows/openbookqa_test.jsonl").write_text(json.dumps(row))
+    net, tok = checkpoint.load(small / "net")
+    task = evaluation.open_task("openbookqa", Run(torch.device("cpu")))
+    [item], n_cut, n_solved = evaluation.make_items(task, net, tok)
+    assert item.prompt == "Question: what is warm\nAnswer:" and (n_cut, n_solved) == (0, 0)
+    assert item.question.answer_text() == "a hat"
+    [request] = item.requests
+    assert [tok.decode(ids) for ids in request.continuations] == [" a mat", " a hat", " a cat"]
+    assert tok.decode(request.context) == item.prompt
 
 
 REFUSALS = {
@@ -422,11 +413,11 @@ def test_rows_and_texts_by_their_names_in_any_case(tmp_path):
     for name in ("a.JSONL", "b.ndjson.gz", "c.jsonlines", "d.Json"):
         data = json.dumps(rows).encode() if name == "d.Json" else b"\xef\xbb\xbf" + lines
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-        assert evaluation.read_rows(tmp_path / name) == rows
+        assert read_rows(tmp_path / name) == rows
         if name != "d.Json":
-            assert evaluation.read_text(tmp_path / name) == ["é 1", "two"]
+            assert read_text(tmp_path / name) == ["é 1", "two"]
     (tmp_path / "e.txt").write_text("é\n", encoding="utf-16")
-    assert evaluation.read_text(tmp_path / "e.txt") == ["é\n"]
+    assert read_text(tmp_path / "e.txt") == ["é\n"]
     (tmp_path / "f.txt.gz").write_bytes(gzip.compress(lines)[:-9])
     with pytest.raises(UserError, match="f.txt.gz: cannot be read: "):
-        evaluation.read_text(tmp_path / "f.txt.gz")
+        read_text(tmp_path / "f.txt.gz")

@@ -4,6 +4,7 @@ and texts of other forms, full disks; each is a right result or one line."""
 import json
 import random
 import resource
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +13,17 @@ from conftest import run
 
 import eval as evaluation
 import model
-from barelm.run import UserError
+from barelm import tasks
+from barelm.rows import read_text
+from barelm.run import Run, UserError
+from barelm.scores import read_scores
+from barelm.scoring import Request, score_by_position
 
 DEEP = "[" * 100_000
 
 
 def own_task(rows, **header):
-    task = evaluation.own_task("own", {"kind": "generate"} | header, rows)
-    task.name = "own"
-    return task
+    return tasks.own_task("own", {"kind": "generate"} | header, rows)
 
 
 def question(text, **more):
@@ -80,129 +83,12 @@ def test_too_few_different_rows_are_a_line():
 
 def test_questions_that_a_file_of_examples_holds_are_told(tmp_path, monkeypatch, capsys):
     """The harness's draw keeps them, so that numbers compare: a line counts them."""
-    task = evaluation.replace(evaluation.TASKS["gsm8k"], name="gsm8k", shots=1, judge=None)
+    task = replace(tasks.TASKS["gsm8k"], name="gsm8k", shots=1, judge=None)
     task.rows, task.examples = [question("Q0"), question("Q1")], [question("Q1")]
     tok = SimpleNamespace(start=[], eot_id=0, encode=lambda text: [*text.encode()])
     net = SimpleNamespace(config=SimpleNamespace(n_ctx=999))
-    questions, cut, solved = evaluation.ask(task, net, tok)
-    assert (len(questions), cut, solved) == (2, 0, 1)
-
-
-# ------------------------------------------------------------------------------ headers and rows
-
-HEADERS = [
-    ("stop", [1]), ("stop", "x"), ("stop", [""]), ("stop", None), ("stop", [["a"]]),
-    ("shots", "2"), ("shots", -1), ("shots", 1.5), ("shots", True), ("max_new_tokens", 0),
-    ("max_new_tokens", "9"), ("which", "x"), ("extract", "("), ("extract", 5), ("ignore", ["("]),
-    ("ignore", [1]), ("ignore", "x"), ("lower", 1), ("judge", "f"), ("rubric", 3), ("prompt", 5),
-    ("answer", 3), ("description", ["a"]), ("delimiter", None), ("kind", 5), ("kind", "CHOICE"),
-    ("choices", 5), ("choices", []), ("choices", [1, 2]), ("choices", {}), ("colour", 1),
-    ("extract", "(" * 5000),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("key, value", HEADERS)
-def test_a_header_of_another_form_is_a_line(key, value):
-    with pytest.raises(UserError, match=f"own: header: .*{key}") as error:
-        own_task([question("Q")], **{key: value})
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
-
-
-def test_a_match_that_is_not_there_is_invalid():
-    """Of two matches the eighth: an answer of the wrong form, not an error."""
-    assert evaluation.extract("([0-9])", "1 2", 7) == "[invalid]"
-    assert evaluation.extract("([0-9])", "1 2", -3) == "[invalid]"
-    assert [evaluation.extract("([0-9])", "1 2", k) for k in (1, -1, -2)] == ["2", "2", "1"]
-
-
-CHOICE_ROWS = [
-    {}, {"question": "a"}, {"question": "a", "choices": ["x"]},
-    {"question": "a", "choices": ["x", "y"], "answer": None},
-    {"question": "a", "choices": ["x", "y"], "answer": True},
-    {"question": "a", "choices": ["x", "y"], "answer": 1.0},
-    {"question": "a", "choices": ["x", "y"], "answer": 10**400},
-    {"question": "a", "choices": ["x", 1], "answer": 0},
-    {"question": "a", "choices": None, "answer": 0},
-    {"question": "a", "choices": {"text": ["x"]}, "answer": 0},
-    {"question": "a", "choices": {"text": ["x", "y"], "label": 5}, "answer": "A"},
-    {"question": None, "choices": ["x", "y"], "answer": 0},
-]  # fmt: skip
-ROWS = {
-    "generate": [{"question": "a"}, question("a", answer=None), question("a", answer=["x"])],
-    "mmlu": [question(5), {"question": "q"}, {"question": "q", "choices": ["a"] * 27, "answer": 3}],
-    "hellaswag": [
-        {"ctx_a": "x"},
-        {"activity_label": "a", "ctx_a": "a", "ctx_b": "b", "label": "0"},
-    ],
-    "ifeval": [{}, {"prompt": 5}],
-    "mbpp": [{"code": "c", "test_list": ["x"]}, {"text": "t", "code": "c", "test_list": 5}],
-}
-
-
-@pytest.mark.parametrize("row", CHOICE_ROWS, ids=str)
-def test_a_choice_row_of_another_form_is_a_line(row):
-    with pytest.raises(UserError, match="^own: .*in the row") as error:
-        evaluation.read_row(own_task([row], kind="choice"), row)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_of_other_forms_are_a_line(name):
-    for row in ROWS[name]:
-        if name == "generate":
-            task = own_task([row])
-        else:
-            task = evaluation.replace(evaluation.TASKS[name], name=name)
-        with pytest.raises(UserError, match="in the row") as error:
-            evaluation.read_row(task, row)
-        assert "\n" not in str(error.value)
-
-
-def test_a_program_is_made_of_texts():
-    task = evaluation.replace(evaluation.TASKS["humaneval"], name="humaneval")
-    for row in ({"prompt": "p"}, {"prompt": "p", "test": None, "entry_point": "f"}):
-        with pytest.raises(UserError, match="humaneval: .*test"):
-            evaluation.write_program(task, row, "")
-
-
-def test_subjects_are_texts_and_zero_is_one(tmp_path):
-    rows = [{"subject": 0}, {"subject": [1]}, {"subject": None}, {}, {"subject": 0}]
-    assert [*map(evaluation.subject_of, rows)] == ["0", "[1]", "", "", "0"]
-
-
-JUDGES = {
-    "lambda row, texts: 1 / 0": "ZeroDivisionError: division by zero, line 1",
-    "lambda row: {'a': 1}": "TypeError",
-    "lambda row, texts: None": "expected {metric: number}",
-    "lambda row, texts: {'a': 'x'}": "a='x': no number",
-    "lambda row, texts: {'a': float('nan')}": "a=nan: no number",
-    "lambda row, texts: {'a': [1, None]}": "a=None: no number",
-}
-FILES = {
-    "def f(: pass": "SyntaxError",
-    "raise ValueError('two\\nlines')": "ValueError: two lines",
-    "def f(): return 1 / 0": "ZeroDivisionError: division by zero, line 1",
-    "def f(): return 5": "expected a dict with rows",
-    "def f(): return {'rows': [5]}": "expected a list of dicts",
-    "def g(): return {}": "no function 'f'",
-}
-
-
-def test_what_a_task_in_python_raises_is_a_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for judge, message in JUDGES.items():
-        (tmp_path / "t.py").write_text(f"def f(): return {{'kind': 'generate', 'judge': {judge}}}")
-        task = evaluation.own_task("t.py:f", *evaluation.run_own_file("t.py:f"))
-        task.name = "t.py:f"
-        with pytest.raises(UserError) as error:
-            evaluation.checked_judgement(task, {"question": "q"}, ["text"])
-        assert message in str(error.value) and "\n" not in str(error.value)
-    for text, message in FILES.items():
-        (tmp_path / "t.py").write_text(text)
-        with pytest.raises(UserError) as error:
-            evaluation.run_own_file("t.py:f")
-        assert message in str(error.value) and "\n" not in str(error.value)
-    assert evaluation.mean([]) == (None, None)  # of a judge's empty list
+    items, n_cut, n_solved = evaluation.make_items(task, net, tok)
+    assert (len(items), n_cut, n_solved) == (2, 0, 1)
 
 
 # ------------------------------------------------------------------- results, logs, texts, answers
@@ -225,14 +111,14 @@ def test_results_of_another_form_are_a_line(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(UserError, match="remove it, and evaluate again") as error:
-        evaluation.read_scores(tmp_path)
+        read_scores(tmp_path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     path.write_text(entry())
-    assert evaluation.read_scores(tmp_path) == {("t", "acc"): (0.5, 0.1, 3)}
+    assert read_scores(tmp_path) == {("t", "acc"): (0.5, 0.1, 3)}
     path.write_text(entry(acc=float("nan")))  # a loss may be none
-    assert evaluation.read_scores(tmp_path) == {}
+    assert read_scores(tmp_path) == {}
     path.write_text(entry(acc_stderr=None))
-    assert evaluation.read_scores(tmp_path) == {("t", "acc"): (0.5, None, 3)}
+    assert read_scores(tmp_path) == {("t", "acc"): (0.5, None, 3)}
 
 
 def test_an_evaluation_refuses_results_of_another_form_before_it_begins(tiny, tmp_path):
@@ -241,37 +127,6 @@ def test_an_evaluation_refuses_results_of_another_form_before_it_begins(tiny, tm
     done = run(tiny, "eval.py", *flags, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert (tmp_path / "results.json").read_text() == RESULTS[7]
-
-
-def test_logs_of_any_form_are_compared(tmp_path):
-    lines = [DEEP, '{"step": "1"}', "[1]", "\ufffe", '{"step": 1, "loss": 1e308, "tokens": "9"}']
-    lines += ['{"step": 2, "loss": 1' + "0" * 400 + ', "tokens": [1]}', '{"step": 3, "loss": 2.5}']
-    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
-    rows = evaluation.read_log(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert evaluation.curve(rows, "loss", "step") == [(3, 2.5)]
-    done = run(tmp_path, "eval.py", "--compare=.")
-    assert "2.5000" in done.stdout and (tmp_path / "report.svg").exists()
-
-
-REPORTS = {"": "expected a name", "x.svg": "expected a name", "out": "no plain file"}
-REPORTS |= {"/dev/null": "no plain file", "f/x.md": "Not a directory", "a" * 300: "too long"}
-
-
-def test_odd_places_for_a_report_are_a_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 2.5}')
-    (tmp_path / "f").write_text("")
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(evaluation, "compare", ".")
-    for name, message in REPORTS.items():
-        monkeypatch.setattr(evaluation, "report", name)
-        with pytest.raises(UserError, match=message) as error:
-            evaluation.compare_runs()
-        assert "\n" not in str(error.value)
-    monkeypatch.setattr(evaluation, "compare", ",")
-    with pytest.raises(UserError, match="expected the folders of runs"):
-        evaluation.compare_runs()
 
 
 TEXTS = {
@@ -289,32 +144,33 @@ def test_texts_of_other_forms_are_a_line(tmp_path):
     for name, (data, message) in TEXTS.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message) as error:
-            evaluation.read_text(tmp_path / name)
+            read_text(tmp_path / name)
         assert "\n" not in str(error.value)
     for name in ("h.JSONL", "h.ndjson"):
         (tmp_path / name).write_text('{"text": "a\\nb"}\n{"text": ""}\n')
-        assert evaluation.read_text(tmp_path / name) == ["a\nb"]
+        assert read_text(tmp_path / name) == ["a\nb"]
     (tmp_path / "i.txt").write_bytes(b"\xef\xbb\xbfone")
-    assert evaluation.read_text(tmp_path / "i.txt") == ["one"]
+    assert read_text(tmp_path / "i.txt") == ["one"]
 
 
 def test_answers_of_any_form_are_read_and_a_full_disk_ends_in_a_line(tmp_path):
     """Torn, deep and foreign lines are left out; what was answered before the end stays."""
     lines = [DEEP, "[1]", "{}", "5", '[["x"], 2]', '{"torn', '["key", 7]']
     (tmp_path / "answers_3.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
-    answers = evaluation.Answers(tmp_path, "m", SimpleNamespace(rank=0, world=1, main=False))
-    assert answers.known == {"key": 7}
-    work = lambda some: [[0.5] * 30 for _ in some]
+    answers = evaluation.Answers(tmp_path, "m", Run(torch.device("cpu")))
+    assert answers.answered == {"key": 7}
+    work = lambda batch: [[0.5] * 30 for _ in batch]
+    requests = [Request("", [i], [[]]) for i in range(9)]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
     try:
         with pytest.raises(UserError, match="answers_0.jsonl: cannot be written: .*run it again"):
-            answers("task", "how", [("", [i], [[]]) for i in range(9)], work, most=1)
+            answers("task", "settings", requests, work, max_tokens=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    again = evaluation.Answers(tmp_path, "m", SimpleNamespace(rank=0, world=1, main=False))
-    assert [0.5] * 30 in again.known.values() and len(again.known) < 9
-    found = again("task", "how", [("", [i], [[]]) for i in range(9)], work, most=1)
+    again = evaluation.Answers(tmp_path, "m", Run(torch.device("cpu")))
+    assert [0.5] * 30 in again.answered.values() and len(again.answered) < 9
+    found = again("task", "settings", requests, work, max_tokens=1)
     assert found == [[0.5] * 30] * 9
 
 
@@ -356,8 +212,9 @@ def small_net(pos):
 def test_the_loss_by_position_is_a_plain_loop_s(pos):
     net = small_net(pos)
     ids = torch.randint(0, 32, (3, 21)).tolist()
-    requests = [("", row[:1], [row[1:]]) for row in ids[:2]] + [("", ids[2][:6], [ids[2][6:11]])]
-    sums = evaluation.score_by_position(net, requests, 5)
+    requests = [Request("", row[:1], [row[1:]]) for row in ids[:2]]
+    requests += [Request("", ids[2][:6], [ids[2][6:11]])]
+    sums = score_by_position(net, requests, 5)
     expected = {}
     for _, before, [after] in requests:
         logp = net(torch.tensor([before + after])).log_softmax(-1)[0]

@@ -18,7 +18,7 @@ from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
 
 import export
 import model
-import prepare
+from barelm.bpe import bpe_tokenizer, char_tokenizer
 from barelm.checkpoint import load, save, saved_tensors
 from barelm.families import family
 from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights
@@ -27,13 +27,14 @@ from barelm.gguf_file import GGUF_PRE, add_tokenizer, as_array, check_gguf, writ
 from barelm.optim import make_optimizer
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
-from barelm.tokenizer import GPT2_SPLIT, Tokenizer
+from barelm.splits import GPT2_SPLIT, QWEN2_SPLIT
+from barelm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tok():
     """A BPE of ours: the 256 bytes, a few merges, special tokens; as many ids as it says."""
-    return prepare.bpe_tokenizer([(b"a", b"b"), (b"ab", b"c"), (b" ", b"x"), (b"\n", b"\n")])
+    return bpe_tokenizer([(b"a", b"b"), (b"ab", b"c"), (b" ", b"x"), (b"\n", b"\n")])
 
 
 def saved(folder, tok, **shape):
@@ -365,7 +366,7 @@ def test_gguf_refuses_what_float16_cannot_hold():
 def test_gguf_of_a_tokenizer_without_merges(tmp_path):
     """llama.cpp wants the list, be it empty."""
     pytest.importorskip("gguf")
-    saved(tmp_path / "m", prepare.bpe_tokenizer([]), **QWEN3)
+    saved(tmp_path / "m", bpe_tokenizer([]), **QWEN3)
     run(tmp_path, "export.py", "--model=m", "--export=gguf")
     keys, _ = read_gguf(tmp_path / "m-gguf" / "m-F16.gguf")
     assert keys["tokenizer.ggml.merges"] == [] and len(keys["tokenizer.ggml.tokens"]) == 320
@@ -439,7 +440,7 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
     import regex
     from tiktoken_ext import openai_public
 
-    assert GGUF_PRE[prepare.SPLIT] == "qwen2"
+    assert GGUF_PRE[QWEN2_SPLIT] == "qwen2"
     pieces = [openai_public.r50k_pat_str, GPT2_SPLIT]
     assert {GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
     draw = random.Random(0)
@@ -526,7 +527,7 @@ def test_what_cannot_be_had_is_refused_by_name(shape, args, words, tok, tmp_path
 
 
 def test_gguf_refuses_tokenizers_that_llama_cpp_lacks(tmp_path):
-    saved(tmp_path / "m", prepare.char_tokenizer("abc \n"), **QWEN3)
+    saved(tmp_path / "m", char_tokenizer("abc \n"), **QWEN3)
     failed = run(tmp_path, "export.py", "--model=m", "--export=gguf", check=False)
     assert failed.returncode == 1 and "WordLevel tokenizer" in failed.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -1,21 +1,25 @@
 # ruff: noqa: E501 (sentences are easier to compare on one line each)
-"""The steps that clean and filter one document: every limit from both sides, and nasty inputs."""
+"""barelm/clean.py, the steps that clean and filter one document: every limit from both sides, and
+nasty inputs."""
 
+import dataclasses
 import random
+import sys
 import time
 import unicodedata
 from collections import Counter
 
 import pytest
 
-import prepare as f
+import prepare
+from barelm import clean as f
 from barelm.run import UserError
 
 
-def reason(step, text, **doc):
+def reason(step, text, *settings):
     """Why `step` rejects the text, or None."""
     try:
-        step(text, doc)
+        step(text, *settings)
     except f.Reject as error:
         return error.args[0]
 
@@ -36,9 +40,9 @@ def good(n=200, line=10):
     return "\n".join(s.capitalize() for s in lines).replace("The ", "the ", 1)
 
 
-def crossed(step, inside, outside, expected):
-    assert reason(step, inside) is None
-    assert reason(step, outside) == expected
+def crossed(step, inside, outside, expected, *settings):
+    assert reason(step, inside, *settings) is None
+    assert reason(step, outside, *settings) == expected
 
 
 # HTML
@@ -132,16 +136,14 @@ def test_the_work_on_a_page_grows_with_its_length(page):
     assert growth(f.html_to_text, text, 4000) < 30
 
 
-def test_html_only_where_the_name_says_so_or_it_is_asked_for(monkeypatch):
+def test_html_only_where_the_name_says_so_or_it_is_asked_for():
     page = "<p>x</p>"
     for name in ("a.html", "a.HTM", "b.xhtml"):
-        assert f.clean_html(page, {"path": name}) == "x"
-    assert f.clean_html(page, {"url": "http://a.org/b.html?q=1"}) == "x"
-    assert f.clean_html(page, {"path": "a.txt"}) == f.clean_html(page, {}) == page
-    monkeypatch.setattr(f, "html_documents", True)
-    assert f.clean_html(page, {}) == "x"
-    monkeypatch.setattr(f, "html_documents", False)
-    assert f.clean_html(page, {"path": "a.html"}) == page
+        assert f.clean_html(page, {"path": name}, None) == "x"
+    assert f.clean_html(page, {"url": "http://a.org/b.html?q=1"}, None) == "x"
+    assert f.clean_html(page, {"path": "a.txt"}, None) == f.clean_html(page, {}, None) == page
+    assert f.clean_html(page, {}, True) == "x"
+    assert f.clean_html(page, {"path": "a.html"}, False) == page
 
 
 # Characters
@@ -159,15 +161,14 @@ def test_html_only_where_the_name_says_so_or_it_is_asked_for(monkeypatch):
     ],
 )
 def test_unicode(text, expected):
-    cleaned = f.clean_unicode(text, {})
-    assert cleaned == expected == f.clean_unicode(cleaned, {})
+    cleaned = f.clean_unicode(text)
+    assert cleaned == expected == f.clean_unicode(cleaned)
     cleaned.encode()
 
 
 def test_symbols(monkeypatch):
     """Character by character, by Unicode's tables as Python has them."""
-    clean = lambda text: f.drop_symbols(text, {})
-    monkeypatch.setattr(f, "clean_symbols", "control,private,box,shapes,dingbats")
+    all_but_emoji = "control,private,box,shapes,dingbats"
     blocks = [(0x2500, 0x25FF), (0x2600, 0x27BF), (0x2800, 0x28FF), (0xFFFD, 0xFFFD)]
     for code in [*range(0x3000), *range(0xD7FC, 0x10000, 7), *range(0x1F000, 0x1FB00), 0x10FFFF]:
         char = chr(code)
@@ -177,7 +178,8 @@ def test_symbols(monkeypatch):
         dropped = control or unicodedata.category(char) == "Co"
         dropped |= any(low <= code <= high for low, high in blocks)
         if unicodedata.category(char) != "Cn":  # its tables may be older than regex's
-            assert clean(f"a{char}b") == ("ab" if dropped else f"a{char}b"), hex(code)
+            expected = "ab" if dropped else f"a{char}b"
+            assert f.drop_symbols(f"a{char}b", all_but_emoji) == expected, hex(code)
     for text, expected in [
         ("┌──┐\n│ab│\n└──┘", "\nab\n"),
         ("\x1b[1;31mred\x1b[0m\x07 \ue000x\U000f0000\ufffdy", "red xy"),
@@ -185,25 +187,24 @@ def test_symbols(monkeypatch):
         ("1️⃣ 👍🏽 👩\u200d💻 🇩🇪 🏴\U000e0067\U000e0062\U000e007f ❤️ ⚡ ok", "1       ok"),
         ("© ® ™ → ½ € § № 1*2#3 «x» … – हिन्दी می\u200cخواهم ñ 中文", None),
     ]:
-        monkeypatch.setattr(f, "clean_symbols", True)
-        assert clean(text) == (text if expected is None else expected)
-    monkeypatch.setattr(f, "clean_symbols", "box, emoji")
-    assert clean("─★👍\x07") == "★\x07"
-    monkeypatch.setattr(f, "steps", "html,unicode,length")
-    assert f.steps_of(f.STEPS) == ["html", "unicode", "symbols", "length"]
-    monkeypatch.setattr(f, "clean_symbols", "runes")
+        assert f.drop_symbols(text, True) == (text if expected is None else expected)
+    assert f.drop_symbols("─★👍\x07", "box, emoji") == "★\x07"
+    monkeypatch.setattr(prepare, "clean_symbols", "box, emoji")
+    monkeypatch.setattr(prepare, "steps", "html,unicode,length")
+    assert prepare.asked_steps() == ["html", "unicode", "symbols", "length"]
+    monkeypatch.setattr(prepare, "clean_symbols", "runes")
     with pytest.raises(UserError, match="clean_symbols=runes: expected true, or some of"):
-        f.check_settings()
+        prepare.check_settings()
 
 
 def test_whitespace():
     text = "\n\n a \t b\xa0c  \n \n\n\nd\ne "
-    assert f.clean_whitespace(text, {}) == "a b c\n\nd\ne"
+    assert f.clean_whitespace(text) == "a b c\n\nd\ne"
 
 
 def test_length():
-    crossed(f.check_length, "x" * f.min_chars, "x" * (f.min_chars - 1), "length: under min_chars")
-    crossed(f.check_length, "x" * f.max_chars, "x" * (f.max_chars + 1), "length: over max_chars")
+    crossed(f.check_length, "x" * 20, "x" * 19, "length: under min_chars", 20, 30)
+    crossed(f.check_length, "x" * 30, "x" * 31, "length: over max_chars", 20, 30)
 
 
 # Gopher
@@ -356,13 +357,12 @@ def test_c4():
     dropped = ["Two words", "Please enable Javascript here", "See our Privacy Policy now"]
     dropped += ["This site uses cookies, too", "a long " + "x" * 1001]
     for line in dropped:
-        assert f.check_c4(f"{line}\n{keep}", {}) == keep
+        assert f.check_c4(f"{line}\n{keep}") == keep
     kept = ["a long " + "x" * 1000, "Now three words", "The cookies are useful and private"]
     for line in kept:
-        assert f.check_c4(f"{line}\n{keep}", {}) == f"{line}\n{keep}"
-    assert f.check_c4(
-        f"As known[12] so [edit]\n\n\n\n{keep}", {}
-    ) == f"As known so\n\n{keep}".replace("so\n", "so \n")
+        assert f.check_c4(f"{line}\n{keep}") == f"{line}\n{keep}"
+    cited = f.check_c4(f"As known[12] so [edit]\n\n\n\n{keep}")
+    assert cited == f"As known so \n\n{keep}"
 
 
 def lines(*groups):
@@ -399,12 +399,35 @@ def test_fineweb():
     assert reason(f.check_fineweb, " \n") == "fineweb: no text"
 
 
-def test_a_good_text_passes_everything_unchanged(monkeypatch):
+def settings(**changes):
+    """The Cleaning of prepare.py's defaults."""
+    return dataclasses.replace(prepare.cleaning_settings(), **changes)
+
+
+def test_a_good_text_passes_everything_unchanged():
     text = good()
-    for name in ("unicode", "whitespace", "length", "gopher_repetition", "gopher_quality", "c4"):
-        assert f.STEPS[name](text, {}) == text
-    assert f.STEPS["fineweb"](text, {}) == f.STEPS["pii"](text, {}) == text
-    assert list(f.STEPS)[:2] == ["html", "unicode"] and len(f.STEPS) == 13
+    assert len(f.STEPS) == 13 and list(f.STEPS)[:2] == ["html", "unicode"]
+    for name in f.STEPS:
+        if name not in ("language", "perplexity"):  # which want a model
+            assert f.apply_step(name, text, {"path": "a.txt"}, settings()) == text
+
+
+def test_each_step_gets_its_settings(tmp_path):
+    (tmp_path / "list").write_text("word\n")
+    record = {"url": "http://a.org/"}
+    step = lambda name, text, **changes: f.apply_step(name, text, record, settings(**changes))
+    assert step("html", "<p>x</p>") == "<p>x</p>"
+    assert step("html", "<p>x</p>", html_documents=True) == "x"
+    assert step("symbols", "★─", clean_symbols="box") == "★"
+    assert step("symbols", "★─x") == "x"  # asked for by name: all of them
+    assert step("length", "x", min_chars=1) == "x"
+    for changes in ({"min_chars": 3}, {"min_chars": 0, "max_chars": 1}):
+        with pytest.raises(f.Reject, match="length"):
+            step("length", "xx", **changes)
+    with pytest.raises(f.Reject, match="blocklist: word"):
+        step("blocklist", "a word", blocklist=str(tmp_path / "list"))
+    with pytest.raises(UserError, match="needs --perplexity_model=FOLDER"):
+        step("perplexity", "text")
 
 
 # Languages
@@ -450,60 +473,52 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("code", SENTENCES)
-@pytest.mark.parametrize("scorer", ["built-in", "py3langid"])
-def test_languages(code, scorer, monkeypatch):
-    if scorer == "built-in":
-        monkeypatch.setattr(f, "langid", lambda: None)
-    else:
-        pytest.importorskip("py3langid")
+def test_languages(code):
+    pytest.importorskip("py3langid")
     best, score, rivals = f.guess_language(SENTENCES[code])
     assert code in (best, *rivals) and 0 < score < 1.001
     assert len(rivals) < 4
-    monkeypatch.setattr(f, "language_score", 0.0)
-    monkeypatch.setattr(f, "language", code)
-    assert reason(f.check_language, SENTENCES[code]) is None
+    assert reason(f.check_language, SENTENCES[code], code, 0.0) is None
     for other in {"en", "de", "ja", "ru"} - {code, *rivals}:
-        monkeypatch.setattr(f, "language", other)
-        assert reason(f.check_language, SENTENCES[code]) == f"language: {best}"
+        assert reason(f.check_language, SENTENCES[code], other, 0.0) == f"language: {best}"
 
 
-def test_language_of_too_little_and_of_two(monkeypatch):
-    monkeypatch.setattr(f, "langid", lambda: None)
-    for text in ("", "12 34 56", "the and of", "qwrt zxcv bnmp sdfg hjkl " * 9):
+def test_language_of_too_little_and_its_score():
+    for text in ("", "12 34 56", "the and of"):  # before a model is asked
         assert f.guess_language(text) == ("unknown", 0, [])
-        assert reason(f.check_language, text) == "language: unknown"
+        assert reason(f.check_language, text, "en", 0.0) == "language: unknown"
+    pytest.importorskip("py3langid")
     for code in ("en", "de"):
         assert f.guess_language(SENTENCES[code])[1] > 0.85
-    assert (
-        f.guess_language("日本国憲法の前文は国民主権、基本的人権尊重、平和主義の三大原則を採用")[0]
-        == "ja"
-    )
-    rivals = f.guess_language(SENTENCES["hr"])[2]
-    assert {"bs", "sr"} <= set(rivals)  # these the table does not tell apart
-    text = SENTENCES["en"] + "ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ " * 90  # a script of none of the languages counts, too
-    assert f.guess_language(text)[0] == "en" and f.guess_language(text)[1] < 0.1
     text = SENTENCES["en"] + SENTENCES["el"] * 3  # the Greek letters are more
     assert f.guess_language(text)[0] == "el"
-    text = SENTENCES["en"] + SENTENCES["el"][:60]
-    assert f.guess_language(text)[0] == "en"
     score = f.guess_language(text)[1]
-    for limit, expected in ((score - 0.01, None), (score + 0.01, "language: under language_score")):
-        monkeypatch.setattr(f, "language_score", limit)
-        assert reason(f.check_language, text) == expected
+    for least, expected in ((score - 0.01, None), (score + 0.01, "language: under language_score")):
+        assert reason(f.check_language, text, "el", least) == expected
+
+
+def test_the_language_needs_a_library_that_is_named_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "py3langid", None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    monkeypatch.setattr(prepare, "steps", "html,language")
+    f.language_model.cache_clear()
+    with pytest.raises(UserError) as error:
+        prepare.check_settings()
+    assert str(error.value) == "the step language needs py3langid: pip install py3langid"
 
 
 # Blocklist and personal data
 
 
-def test_blocklist(tmp_path, monkeypatch):
+def test_blocklist(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text(
         "\ufeff# ours\n #\n\nbad.org\nhttps://www.example.com/ads\nViagra\nfree  money\nc++\n"
         "#was.org\nfine.org/#!/ads\n"
     )
     text = "A pleasant text."
-    assert reason(f.check_blocklist, text + " viagra", url="http://bad.org/") is None  # no list
-    monkeypatch.setattr(f, "blocklist", str(path))
+    assert reason(f.check_blocklist, text + " viagra", "http://bad.org/", None) is None  # no list
+    why = lambda text, url=None: reason(f.check_blocklist, text, url, str(path))
     for url in (
         "http://bad.org",
         "https://a.b.BAD.org:80/x",
@@ -511,20 +526,20 @@ def test_blocklist(tmp_path, monkeypatch):
         "//u@www.bad.org",
         "http://bad.org?u=a@b",
     ):
-        assert reason(f.check_blocklist, text, url=url) == "blocklist: URL"
+        assert why(text, url) == "blocklist: URL"
     for url in ("http://example.com/ads/1", "https://example.com/adsense"):
-        assert reason(f.check_blocklist, text, url=url) == "blocklist: URL"
+        assert why(text, url) == "blocklist: URL"
     for url in ("http://notbad.org", "http://bad.org.uk/", "http://a.com/bad.org", None, ""):
-        assert reason(f.check_blocklist, text, url=url) is None
-    assert reason(f.check_blocklist, text, url="https://fine.org/#!/ads/1") == "blocklist: URL"
+        assert why(text, url) is None
+    assert why(text, "https://fine.org/#!/ads/1") == "blocklist: URL"
     for url in ("https://example.com/", "https://a.example.com/ads", "fine.org/", "was.org"):
-        assert reason(f.check_blocklist, text, url=url) is None
-    assert reason(f.check_blocklist, text + " #", url="data:" + "a." * 500_000) is None
-    assert reason(f.check_blocklist, "Buy VIAGRA!") == "blocklist: word"
-    assert reason(f.check_blocklist, "Get free\nmoney.") == "blocklist: phrase"
-    assert reason(f.check_blocklist, "In C++, say") == "blocklist: phrase"
+        assert why(text, url) is None
+    assert why(text + " #", "data:" + "a." * 500_000) is None
+    assert why("Buy VIAGRA!") == "blocklist: word"
+    assert why("Get free\nmoney.") == "blocklist: phrase"
+    assert why("In C++, say") == "blocklist: phrase"
     for fine in ("Viagras", "free moneys", "carefree money", "C + c", "the letter c"):
-        assert reason(f.check_blocklist, fine) is None
+        assert why(fine) is None
 
 
 PERSONAL = {
@@ -550,18 +565,18 @@ Name/93.184.216.34  1.3.6.1.4.1.99  93.184.216.34.5  std::vector  a::b  fe80::1 
 def test_personal_data_is_replaced():
     for mark, cases in PERSONAL.items():
         for case in cases.split() + ["(" + cases.split()[0] + ").", cases.split()[1] + "?"]:
-            found = f.clean_pii(f"So {case} it is", {})
+            found = f.clean_pii(f"So {case} it is")
             assert found.count("<") == found.count(mark) == 1, found
             assert not any(c.isdigit() for c in found), found
     for case in PHRASES["<phone>"]:
-        assert f.clean_pii(f"Call {case}.", {}) == "Call <phone>."
-    assert f.clean_pii("at 93.184.216.34, port 80", {}) == "at <ip>, port 80"
-    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34", {}) == "<email>, <ip> <email> <ip>"
+        assert f.clean_pii(f"Call {case}.") == "Call <phone>."
+    assert f.clean_pii("at 93.184.216.34, port 80") == "at <ip>, port 80"
+    assert f.clean_pii("a@b.co, <ip> c@d.co 93.184.216.34") == "<email>, <ip> <email> <ip>"
 
 
 @pytest.mark.parametrize("case", [c for r in IMPERSONAL.split("\n") for c in r.split("  ") if c])
 def test_what_looks_like_personal_data_stays(case):
-    assert f.clean_pii(f"So {case} it is", {}) == f"So {case} it is"
+    assert f.clean_pii(f"So {case} it is") == f"So {case} it is"
 
 
 PIECES = ("a", "1", "1.", "a@", "a.", "+1", "+1 ", "(2", "2a00:", "555-", "a@b.")
@@ -569,8 +584,8 @@ PIECES = ("a", "1", "1.", "a@", "a.", "+1", "+1 ", "(2", "2a00:", "555-", "a@b."
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_the_work_of_the_patterns_grows_with_the_text(piece):
-    assert growth(lambda text: f.clean_pii(text, {}), lambda n: piece * n + "!", 12_000) < 30
+    assert growth(f.clean_pii, lambda n: piece * n + "!", 12_000) < 30
 
 
 def test_the_work_on_an_address_grows_with_its_length():
-    assert growth(f.bare, lambda n: "/" * n + "x", 40_000) < 30
+    assert growth(f.bare_url, lambda n: "/" * n + "x", 40_000) < 30

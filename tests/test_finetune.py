@@ -3,7 +3,7 @@ and the commands from start to end."""
 
 import json
 import math
-from types import SimpleNamespace
+import re
 
 import numpy as np
 import pytest
@@ -14,12 +14,15 @@ from test_model import QWEN3, make_net
 from test_outside import FAMILIES, open_tokenizer
 
 import finetune
-from barelm.adapters import Adapter, add_adapters
+from barelm.adapters import Adapter, NF4Linear, add_adapters, add_tokens
 from barelm.chat import CHATML
 from barelm.checkpoint import load, save
+from barelm.examples import check_template, count_targets, pack_rows
+from barelm.rewards import open_reward
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.tokenizer import Tokenizer
+from barelm.tuning import make_optimizers
 
 QUICK = [
     "--max_steps=4",
@@ -78,7 +81,7 @@ def test_prompt_tokens_get_no_gradient(tok):
     silent = targets[0] == -100
     assert silent.any() and not silent.all()
     assert logits.grad[0, silent].abs().max() == 0 < logits.grad[0, ~silent].abs().min(0)[0].max()
-    loss, _ = finetune.sft_loss(net, finetune.packed([e], 64))
+    loss, _ = finetune.sft_loss(net, pack_rows([e], 64))
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
 
@@ -86,22 +89,20 @@ def test_prompt_tokens_get_no_gradient(tok):
 @pytest.mark.parametrize("pack", [False, True])
 def test_packing_and_chunks_change_no_gradient(tok, pack, monkeypatch):
     net, examples = net_for(tok), examples_of(tok, *TALKS)
+    sft = finetune.METHODS["sft"]
 
     def gradients(groups):
         net.zero_grad()
         for group in groups:
-            (finetune.sft_loss(net, group)[0] / finetune.sft_size(examples)).backward()
+            (finetune.sft_loss(net, group)[0] / count_targets(examples)).backward()
         return [p.grad.clone() for p in net.parameters()]
 
-    monkeypatch.setattr(finetune, "pack", False)
-    alone = gradients([finetune.packed([e], 64) for e in examples])  # a row each, no padding
+    alone = gradients([pack_rows([e], 64) for e in examples])  # a row each, no padding
+    assert (len(pack_rows(examples, 64, several=pack)) < len(examples)) == pack
     monkeypatch.setattr(finetune, "pack", pack)
-    rows = finetune.packed(examples, 64)
-    assert (len(rows) < len(examples)) == pack
-    monkeypatch.setattr(finetune, "method", "sft")
     for micro in (8, 70, 10_000):
         monkeypatch.setattr(finetune, "micro_tokens", micro)
-        for a, b in zip(alone, gradients(finetune.chunks(examples, 64))):
+        for a, b in zip(alone, gradients(finetune.groups_of(sft, examples, 64))):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -137,13 +138,13 @@ def test_response_logprobs_sum_over_the_answer(tok):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pairs_of_equal_answers_are_left_out(tok, monkeypatch):
+def test_pairs_of_equal_answers_are_left_out(tok):
     for method in ("dpo", "reward"):
-        monkeypatch.setattr(finetune, "method", method)
+        read = finetune.METHODS[method].read_row
         row = {"prompt": "ask", "chosen": "one two three", "rejected": "one two three"}
         with pytest.raises(UserError, match="chosen and rejected are the same"):
-            finetune.read_pair(row, tok, 64)
-        ids = finetune.read_pair(row | {"rejected": "one two four"}, tok, 64)
+            read(row, tok, 64)
+        ids = read(row | {"rejected": "one two four"}, tok, 64)
         assert ids["chosen"] != ids["rejected"]
 
 
@@ -164,14 +165,14 @@ def test_accuracy_and_f1():
     rng = np.random.default_rng(0)
     labels, guesses = rng.integers(0, 4, 200), rng.integers(0, 4, 200)
     pairs = finetune.Counter(zip(labels.tolist(), guesses.tolist()))
-    out = finetune.accuracies(pairs, "abcd")
-    assert out["val_accuracy"] == pytest.approx((labels == guesses).mean())
+    out = finetune.accuracies(pairs, 200)
+    assert out["accuracy"] == pytest.approx((labels == guesses).mean())
     f1 = []
     for k in range(4):
         tp = ((labels == k) & (guesses == k)).sum()
         precision, recall = tp / (guesses == k).sum(), tp / (labels == k).sum()
         f1.append(2 * precision * recall / (precision + recall))
-    assert out["val_f1"] == pytest.approx(np.mean(f1))
+    assert out["f1"] == pytest.approx(np.mean(f1))
     table = [line.split() for line in finetune.confusion(pairs, "abcd").splitlines()[2:]]
     for i, (number, label, *row) in enumerate(table):
         assert (number, label) == (str(i), "abcd"[i])
@@ -180,52 +181,6 @@ def test_accuracy_and_f1():
 
 # --------------------------------------------------------------------------------------------------
 # Added weights
-
-
-def nearest_code(x):
-    return finetune.NF4[(x[:, None] - finetune.NF4).abs().argmin(1)]
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (48, 33), (3, 7), (512, 256)])
-def test_nf4_is_the_nearest_code_of_each_block(shape):
-    torch.manual_seed(1)
-    layer = torch.nn.Linear(shape[1], shape[0])
-    packed = finetune.NF4Linear(layer)
-    flat = layer.weight.detach().flatten()
-    got, scales = packed.weight.flatten(), packed.scales()
-    for i in range(0, len(flat), 64):
-        block, top = flat[i : i + 64], flat[i : i + 64].abs().max()
-        scale = scales[i // 64]
-        assert abs(scale - top) <= packed.top.max() / 127  # the scale itself has 8 bits
-        expected = nearest_code(block / scale) * scale
-        error = (got[i : i + 64] - block).abs(), (expected - block).abs()
-        torch.testing.assert_close(*error, rtol=1e-4, atol=1e-6)
-    bits = 8 * sum(b.nbytes for n, b in packed.named_buffers() if n != "pairs") / len(flat)
-    assert bits < 4.2 or len(flat) < 100_000
-    x = torch.randn(5, shape[1], requires_grad=True)
-    y = packed(x)
-    torch.testing.assert_close(y, F.linear(x, packed.weight, layer.bias), rtol=1e-4, atol=1e-5)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, packed.weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("targets", ["q_proj,v_proj", "o_proj,gate_proj,up_proj,down_proj"])
-def test_an_adapter_starts_as_nothing_and_merges_as_it_is(tok, targets, monkeypatch):
-    monkeypatch.setattr(finetune, "lora_targets", targets)
-    net, ids = net_for(tok).eval(), torch.randint(0, 200, (2, 9))
-    with torch.no_grad():
-        before = net(ids)
-        finetune.adapt_network(net, "lora")
-        assert torch.equal(net(ids), before)
-        layers = [m for m in net.modules() if isinstance(m, finetune.LoRA)]
-        for layer in layers:
-            layer.lora_B.weight.normal_(std=0.1)
-        adapted = net(ids)
-        assert (adapted - before).abs().max() > 1e-3
-        names = [name for name, p in net.named_parameters() if p.requires_grad]
-        assert names and all("lora_" in name for name in names)
-        merged = finetune.merged(net)
-        torch.testing.assert_close(merged(ids), adapted, rtol=1e-4, atol=1e-4)
 
 
 def test_bottlenecks_start_as_nothing_and_open_again(tiny):
@@ -269,44 +224,6 @@ def test_soft_prompts_are_rows_of_the_embedding_that_alone_learn(tiny):
             assert torch.equal(a, b), name
     rows = [row for row in log(tiny, "out/prompt") if "val_loss" in row]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
-def test_peft_reads_our_adapters_and_we_read_peft(kind, tok, tmp_path, monkeypatch):
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    shape = dict(norm="layer", pos="learned", mlp="gelu", bias=True, qk_norm=False, n_kv_head=0)
-    shape |= dict(head_dim=0, n_embd=32, n_head=4)
-    net = net_for(tok, **(shape if kind == "gpt2" else {})).eval()
-    base = tmp_path / "base"
-    save(base, net, tok)
-    monkeypatch.setattr(finetune, "model", str(base))
-    monkeypatch.setattr(finetune, "lora_rank", 4)
-    finetune.adapt_network(net, "lora")
-    for layer in net.modules():
-        if isinstance(layer, finetune.LoRA):
-            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
-    finetune.save_adapter(tmp_path / "ours", net, tok)
-    ids = torch.randint(0, 200, (2, 9))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
-    reopened, _ = load(tmp_path / "ours")
-    with torch.no_grad():
-        expected = net(ids)
-        torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(reopened(ids), expected, rtol=1e-3, atol=1e-3)
-    # and one that PEFT made
-    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM")
-    other = transformers.AutoModelForCausalLM.from_pretrained(base)
-    other = peft.get_peft_model(other, config).eval()
-    for name, p in other.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    other.save_pretrained(tmp_path / "theirs")
-    reopened, _ = load(tmp_path / "theirs")
-    with torch.no_grad():
-        torch.testing.assert_close(reopened(ids), other(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -402,7 +319,7 @@ def test_qlora_merges_into_the_full_weights_or_into_its_4_bits(method, tiny):
         weight = f"{name}.weight"
         if not isinstance(layer, torch.nn.Linear) or not name.startswith("model."):
             continue
-        rounding = finetune.NF4Linear(layer).weight - layer.weight
+        rounding = NF4Linear(layer).weight - layer.weight
         assert rounding.abs().max() > 1e-3
         added = packed[weight] - full[weight]  # the same products are in both
         torch.testing.assert_close(added, rounding, rtol=1e-4, atol=1e-6)
@@ -460,7 +377,7 @@ def test_a_tokenizer_without_a_chat_template_gets_one(tiny):
     net = make_net(vocab_size=bare.n_vocab, **(QWEN3 | {"n_ctx": 64}))
     ids = torch.randint(0, bare.n_vocab, (1, 8))
     before = net(ids)
-    added = finetune.add_tokens(net, bare, ("<|im_start|>", "<|im_end|>"), CHATML)
+    added = add_tokens(net, bare, ("<|im_start|>", "<|im_end|>"), CHATML)
     assert added.n_vocab == bare.n_vocab + 2 <= net.config.vocab_size == len(net.lm_head.weight)
     torch.testing.assert_close(net(ids)[..., : bare.n_vocab], before)
 
@@ -564,7 +481,7 @@ def test_several_templates_in_a_run(tok, monkeypatch):
         "{output.__class__}",
     ):
         with pytest.raises(UserError, match="^template"):
-            finetune.check_template(wrong)
+            check_template(wrong)
 
 
 def chain(tok, ids):
@@ -600,7 +517,7 @@ def test_an_answer_that_does_not_end_does_not_come_back(tok):
 
 
 @pytest.mark.parametrize("ends", ["line", "pad", "mark"])
-def test_rewards_are_read_where_transformers_reads_them(ends, tmp_path, monkeypatch):
+def test_rewards_are_read_where_transformers_reads_them(ends, tmp_path):
     """By training, by --reward=FOLDER, and by transformers on what apply_chat_template gives."""
     tok = open_tokenizer("smollm2")
     template = tok.config["chat_template"]
@@ -612,12 +529,10 @@ def test_rewards_are_read_where_transformers_reads_them(ends, tmp_path, monkeypa
     net.set_score(["reward"], pad_id=tok.pad_id)
     torch.nn.init.normal_(net.score.weight)
     save(tmp_path, net, tok)
-    monkeypatch.setattr(finetune, "method", "reward")
     rows = [{"prompt": "hi", "chosen": "hello you", "rejected": "no"},
             {"prompt": talk("a", "b", "c"), "chosen": "d", "rejected": "a longer one"}]  # fmt: skip
-    pairs = [finetune.read_pair(row, tok, 128) for row in rows]
-    monkeypatch.setattr(finetune, "reward", str(tmp_path))
-    judge = finetune.open_reward(SimpleNamespace(device="cpu"))
+    pairs = [finetune.read_scored_pair(row, tok, 128) for row in rows]
+    judge = open_reward(str(tmp_path), "cpu")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -638,17 +553,18 @@ def test_rewards_are_read_where_transformers_reads_them(ends, tmp_path, monkeypa
     loss, stats = finetune.reward_loss(net, pairs)
     margins = scores["chosen"] - scores["rejected"]
     torch.testing.assert_close(loss, -F.logsigmoid(margins).sum(), rtol=1e-4, atol=1e-4)
-    short = finetune.read_pair(rows[1], tok, 9)  # of a longer one the end is kept, which is read
+    short = finetune.read_scored_pair(
+        rows[1], tok, 9
+    )  # of a longer one the end is kept, which is read
     assert short["cut"] and short["chosen"]["ids"] == pairs[1]["chosen"]["ids"][-9:]
 
 
-def test_learning_rates_fall_with_depth(tok, monkeypatch):
-    monkeypatch.setattr(finetune, "layer_decay", 0.5)
+def test_learning_rates_fall_with_depth(tok):
     net = net_for(tok)
     peaks = {}
-    for o in finetune.make_optimizers(net):
+    for o in make_optimizers(net, "adamw", 0.25, weight_decay=0.0, layer_decay=0.5):
         for group in o.param_groups:
-            peaks |= {id(p): group["initial_lr"] / finetune.learning_rate for p in group["params"]}
+            peaks |= {id(p): group["initial_lr"] / 0.25 for p in group["params"]}
     L = net.config.n_layer
     for name, p in net.named_parameters():
         depth = (
@@ -697,7 +613,7 @@ def test_a_classifier_of_the_mean_is_not_said_to_be_transformers(tiny):
 
 
 BAD = [
-    (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, grpo, ppo, "),
+    (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, lora, qlora, "),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
     (["--model=out/none"], "out/none: no such folder"),
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
@@ -706,7 +622,6 @@ BAD = [
     (["--merge"], "--merge: there is no adapter to merge of --adapt=full"),
     (["--method=qlora", "--merge=full"], "--merge=full: expected nothing behind it, or quantized"),
     (["--method=lora", "--merge=quantized"], "--merge=quantized: only qlora has weights in 4 bits"),
-    (["--method=grpo", "--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--init_from=resume"], "out/new: no checkpoint to resume"),
     (["--dataset=broken"], "data/broken/sft_train.jsonl:2: no JSON: '{broken'"),
     (["--template=no place"], "template 'no place': expected {output} once"),
@@ -744,20 +659,6 @@ def test_an_adapter_for_another_base_is_a_line(tiny, tmp_path):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
     with pytest.raises(UserError, match="not rsLoRA"):
         load(tmp_path / "a")
-
-
-def test_an_adapter_keeps_the_tokens_that_end_a_text(tok, tmp_path, monkeypatch):
-    net, ends = net_for(tok), [*tok.eos_ids, 5]
-    tok = Tokenizer(tok.spec, tok.config)
-    tok.eos_ids = ends  # the tokenizer's own, and the end of a turn
-    save(tmp_path / "base", net, tok)
-    monkeypatch.setattr(finetune, "model", str(tmp_path / "base"))
-    finetune.adapt_network(net, "lora")
-    tok.eos_ids = [*ends, 7]  # one that this training adds
-    finetune.save_adapter(tmp_path / "a", net, tok)
-    assert load(tmp_path / "a")[1].eos_ids == [*ends, 7]
-    (tmp_path / "a/generation_config.json").unlink()  # a folder of PEFT's has none
-    assert load(tmp_path / "a")[1].eos_ids == ends
 
 
 def test_an_adapter_for_a_bare_trunk_opens(tiny, tmp_path):
@@ -802,7 +703,7 @@ def test_a_bad_record_is_left_out(tiny):
     (tiny / "data/mixed").mkdir()
     text = "\n".join([*bad, *[good] * 4]) + "\n"
     (tiny / "data/mixed/sft_train.jsonl").write_text(text, encoding="utf-8")
-    for method in ("sft", "grpo"):
-        args = [f"--method={method}", "--dataset=mixed", "--max_steps=1", "--group_size=2"]
-        done = tune(tiny, *args, "--max_new_tokens=4", f"--out_dir=out/mixed_{method}")
-        assert "data: 4 examples to train on" in done.stdout
+    args = ["--model=out/tiny", "--dataset=mixed", "--max_steps=1", "--batch_size=4"]
+    for script, more in (("finetune.py", []), ("rl.py", ["--group_size=2", "--max_new_tokens=4"])):
+        done = run(tiny, script, *args, *more, f"--out_dir=out/mixed_{script}")
+        assert re.search("data: 4 (examples|prompts) to train on", done.stdout)

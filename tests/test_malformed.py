@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
 import train
+from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.fast import quantize_weights
 from barelm.files import write_json
@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm2"]
 TOKENIZERS = ["gpt2", "llama3", "qwen3", "smollm2", "llama2", "mistral"]
-TOK = prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
 IDS = torch.tensor([[1, 5, 3, 30, 7, 7, 2]])
 DEEP = "[" * 100_000 + "]" * 100_000
 RAW = "@raw@"  # stands for a text that json.dumps does not write
@@ -100,8 +100,14 @@ OTHERS = OTHERS.split()
 
 def places(d, depth=0):
     """The places in a JSON value, of long lists and dicts the first and last few."""
-    keys = list(d) if isinstance(d, dict) else range(len(d)) if isinstance(d, list) else []
-    for key in [*keys[:6], *keys[6:][-2:]] if depth else keys:
+    keys = []
+    if isinstance(d, dict):
+        keys = list(d)
+    elif isinstance(d, list):
+        keys = range(len(d))
+    if depth:
+        keys = [*keys[:6], *keys[6:][-2:]]
+    for key in keys:
         yield [key]
         if depth < 4:
             yield from ([key, *rest] for rest in places(d[key], depth + 1))

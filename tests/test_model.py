@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 import export
 import model
-import prepare
 from barelm.adapters import add_adapters
+from barelm.bpe import bpe_tokenizer, char_tokenizer, train_bpe
 from barelm.checkpoint import load, save
 from barelm.families import family
-from barelm.fast import BlockedAttention, cross_entropy_sum, generating, quantize_weights
+from barelm.fast import quantize_weights
 from barelm.files import whole_file, write_json
 from barelm.optim import (
     Muon,
@@ -31,7 +31,7 @@ from barelm.optim import (
     n_params,
     orthogonalize,
 )
-from barelm.run import UserError, autocast
+from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.tokenizer import Tokenizer
 from model import GPT, GPTConfig, KVCache
@@ -68,7 +68,7 @@ def make_net(vocab_size=64, n_ctx=32, n_layer=2, **shape):
 
 @pytest.fixture(scope="module")
 def tok():
-    return prepare.char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+    return char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
 
 
 def random_ids(*shape, high=40):
@@ -343,6 +343,16 @@ def test_ragged_cache_gives_the_logits_of_a_full_forward(name):
     assert cache.k.shape == cache.v.shape == (2, 3, net.config.n_kv_head, 16, net.config.head_dim)
 
 
+@pytest.mark.parametrize("name", [*SHAPES, *OURS])
+def test_even_rows_fed_in_parts_equal_a_full_forward(name):
+    net, ids = make_net(**(SHAPES | OURS)[name]), random_ids(2, 20)
+    cache = KVCache(net.config, 2, 24, "cpu", torch.float32)
+    with torch.no_grad():
+        parts = [net(part, cache=cache) for part in ids.split([9, 1, 6, 1, 3], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), net(ids), rtol=1e-4, atol=1e-4)
+    assert cache.even and cache.lengths.tolist() == [20, 20]
+
+
 def naive_greedy(net, tok, prompt, n):
     """The oracle: no cache, one row, one full forward a token."""
     ids = list(prompt)
@@ -471,7 +481,7 @@ def test_streamed_text_never_splits_a_character():
 
 
 def test_a_wide_enough_beam_search_is_exhaustive(tok):
-    small = prepare.char_tokenizer("ab")  # 7 ids
+    small = char_tokenizer("ab")  # 7 ids
     small.eos_ids = [2]
     net = make_net(**QWEN3)
     [found] = model.generate(net, small, [[0, 1]], max_new_tokens=3, num_beams=7**3)
@@ -644,7 +654,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_chat_mask_covers_what_the_assistant_says():
-    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" user": 3, b"assistant": 5}, 10))
+    tok = bpe_tokenizer(train_bpe({b" user": 3, b"assistant": 5}, 10))
     messages = [
         {"role": "system", "content": "S<|im_end|>"},
         {"role": "user", "content": "hi <|endoftext|>"},
@@ -669,7 +679,7 @@ def test_chat_mask_covers_what_the_assistant_says():
 
 def test_chat_ids_are_those_of_transformers(tok, tmp_path):
     transformers = pytest.importorskip("transformers")
-    bpe = prepare.bpe_tokenizer(prepare.train_bpe({b"hello": 5, b" there": 4, b"\n\n": 3}, 12))
+    bpe = bpe_tokenizer(train_bpe({b"hello": 5, b" there": 4, b"\n\n": 3}, 12))
     save(tmp_path, make_net(vocab_size=320, **QWEN3), bpe)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [
@@ -711,85 +721,6 @@ def naive_muon(p, grads, lr, decay, momentum=0.95):
         x = x.T if flip else x
         p = p * (1 - lr * decay) - lr * 0.2 * max(p.shape) ** 0.5 * x
     return p
-
-
-@pytest.mark.parametrize("length", [1, 7, 130, 700])
-@pytest.mark.parametrize("documents", [False, True])
-def test_blocked_attention_equals_softmax(length, documents):
-    torch.manual_seed(3)
-    make = lambda heads: torch.randn(2, heads, length, 8, dtype=torch.float64).requires_grad_()
-    q, k, v, dy = make(6), make(2), make(2), torch.randn(2, 6, length, 8, dtype=torch.float64)
-    unseen = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
-    if documents:
-        ids = torch.randint(0, 3, (2, length)).sort().values
-        unseen = unseen | (ids[:, None, :, None] != ids[:, None, None, :])
-    scores = q @ k.repeat_interleave(3, 1).mT / math.sqrt(8)
-    y = scores.masked_fill(unseen, -math.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    ours = BlockedAttention.apply(q, k, v, unseen)
-    torch.testing.assert_close(ours, y)
-    grads = [torch.autograd.grad(out, (q, k, v), dy) for out in (ours, y)]
-    for mine, theirs in zip(*grads):
-        torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
-def test_bfloat16_attention_on_a_cpu_is_near_float32(name):
-    net, ids = make_net(**SHAPES[name]).train(), random_ids(2, 32)
-    losses, norms = [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        with autocast(torch.device("cpu"), dtype):
-            loss, count = net(ids, ids)
-        net.zero_grad()
-        loss.backward()
-        losses.append(loss.item() / count.item())
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item())
-    assert abs(losses[0] - losses[1]) < 0.02 * losses[0]
-    assert abs(norms[0] - norms[1]) < 0.1 * norms[0]
-
-
-def test_the_loss_head_in_pieces_equals_cross_entropy():
-    torch.manual_seed(4)
-    h, w = torch.randn(600, 16).requires_grad_(), torch.randn(5000, 16).requires_grad_()
-    targets = torch.randint(5000, (600,)).masked_fill(torch.rand(600) < 0.2, -100)
-    h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
-    exact = F.cross_entropy(h64 @ w64.T, targets, reduction="sum")
-    ours = cross_entropy_sum(h, w, targets)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
-    for mine, theirs in zip(
-        *(torch.autograd.grad(3 * f, x) for f, x in ((ours, (h, w)), (exact, (h64, w64))))
-    ):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        assert cross_entropy_sum(h, w, targets) == ours
-
-
-@pytest.mark.parametrize("name", [*SHAPES, *OURS])
-def test_even_rows_fed_in_parts_equal_a_full_forward(name):
-    net, ids = make_net(**(SHAPES | OURS)[name]), random_ids(2, 20)
-    cache = KVCache(net.config, 2, 24, "cpu", torch.float32)
-    with torch.no_grad():
-        parts = [net(part, cache=cache) for part in ids.split([9, 1, 6, 1, 3], 1)]
-        torch.testing.assert_close(torch.cat(parts, 1), net(ids), rtol=1e-4, atol=1e-4)
-    assert cache.even and cache.lengths.tolist() == [20, 20]
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_packed_for_generation_give_the_same_logits(name, dtype):
-    net, ids = make_net(**SHAPES[name]).to(dtype), random_ids(3, 5)
-    with torch.no_grad():
-        plain = net(ids)
-        with generating(net):
-            packed = net(ids)
-            with torch.no_grad():  # what changes after a generation is seen by the next
-                net.lm_head.weight.mul_(2)
-        with generating(net):
-            assert not torch.equal(net(ids), packed)
-    close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.3)
-    torch.testing.assert_close(packed, plain, **close)
-    with pytest.raises(KeyError), generating(net):
-        raise KeyError
-    assert net.ops.packed is None
 
 
 def test_muon_equals_its_formula():

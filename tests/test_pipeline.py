@@ -40,8 +40,11 @@ from test_prepare import (
     write_jsonl,
 )
 
+import barelm
 import finetune
 import prepare
+from barelm import clean, corpus, corpus_report, dedup, sources
+from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import load
 from barelm.run import UserError, setup
 from barelm.shards import Windows
@@ -94,13 +97,13 @@ def test_ranges_of_a_file_are_its_parts(mark, tmp_path):
     (tmp_path / "f").write_bytes(text.encode())
     size = len(text.encode())
     whole = text.encode().split(mark.encode())
-    assert list(prepare.read_parts(str(tmp_path / "f"), mark)) == whole
+    assert list(sources.read_parts(str(tmp_path / "f"), mark)) == whole
     if mark == "---":  # overlaps itself: such a file is not divided
         return
     for step in (1, 2, 7, 50, 1000):
         borders = [*range(0, size, step), size]
         ranges = itertools.pairwise(borders)
-        parts = [p for a, b in ranges for p in prepare.read_parts(str(tmp_path / "f"), mark, a, b)]
+        parts = [p for a, b in ranges for p in sources.read_parts(str(tmp_path / "f"), mark, a, b)]
         assert parts == (whole if whole[-1] else whole[:-1])
 
 
@@ -111,7 +114,9 @@ def test_the_size_of_units_changes_nothing(tmp_path, monkeypatch):
         place = tmp_path / str(unit)
         place.mkdir()
         write_jsonl(place / "docs.jsonl", texts)
-        main_here(monkeypatch, place, source="docs.jsonl", vocab_size=300, UNIT=unit, threads=1)
+        main_here(
+            monkeypatch, place, source="docs.jsonl", vocab_size=300, unit_bytes=unit, threads=1
+        )
         made.append(files(place / "data"))
     assert made[0] == made[1]
 
@@ -121,7 +126,7 @@ def test_a_bad_line_in_a_later_range_has_its_number(tmp_path, monkeypatch):
     lines[222] = "{"
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"docs.jsonl:223: expected .* found '\{'"):
-        main_here(monkeypatch, tmp_path, source="docs.jsonl", UNIT=500, threads=1)
+        main_here(monkeypatch, tmp_path, source="docs.jsonl", unit_bytes=500, threads=1)
 
 
 def test_globs_and_every_kind_of_file(tmp_path):
@@ -151,8 +156,14 @@ def texts_in(tmp_path, monkeypatch):
         for key, value in {"source": source, **settings}.items():
             monkeypatch.setattr(prepare, key, value)
         units = prepare.plan(setup("cpu"))
-        tallies = defaultdict(prepare.Tally)
-        return [text for unit in units for _, text in prepare.cleaned(unit, tallies, [])]
+        tallies = defaultdict(clean.Tally)
+        limit = prepare.max_documents
+        texts = []
+        for unit in units:
+            cleaning = prepare.cleaning_settings()
+            read = prepare.clean_documents(unit, cleaning, prepare.field, limit, tallies, [])
+            texts += [text for _, text in read]
+        return texts
 
     return read
 
@@ -247,9 +258,9 @@ def test_tables_of_cells(tmp_path, texts_in):
 def test_lists_may_begin_with_a_byte_order_mark(tmp_path, monkeypatch):
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "urls").write_text("https://a.org/1\n", encoding=encoding)
-        assert prepare.addresses(f"@{tmp_path}/urls") == ["https://a.org/1"]
+        assert sources.addresses(f"@{tmp_path}/urls") == ["https://a.org/1"]
         (tmp_path / encoding).write_text("a.org\nword\n", encoding=encoding)
-        assert prepare.read_blocklist(str(tmp_path / encoding)) == ({"a.org"}, {"word"}, [])
+        assert clean.read_blocklist(str(tmp_path / encoding)) == ({"a.org"}, {"word"}, [])
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     write_jsonl(tmp_path / "d.jsonl", ["text"])
     line = line_of(tmp_path, "--source=d.jsonl", "--steps=blocklist", "--blocklist=latin")
@@ -272,12 +283,12 @@ def test_a_byte_order_mark_is_no_text(encoding, tmp_path, texts_in):
         assert got == (texts[:1] if whole else texts), name
     (tmp_path / "g.txt").write_bytes((mark + "abcé").encode(encoding)[:-1])
     assert refusal(texts_in, "g.txt").startswith("g.txt: not UTF-8 text (")
-    assert prepare.html_to_text("\ufeff<p>x") == "x"
+    assert clean.html_to_text("\ufeff<p>x") == "x"
 
 
 def test_ranges_of_a_file_with_a_byte_order_mark(tmp_path, monkeypatch):
     texts = [text.strip("\n") for text in made_up_documents(60)]
-    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "UNIT": 300}
+    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "unit_bytes": 300}
     for encoding in ("utf-8-sig", "utf-16"):
         (tmp_path / "a.txt").write_text("\n===\n".join(texts), encoding=encoding)
         main_here(monkeypatch, tmp_path, source="a.txt", separator="\n===\n", **settings)
@@ -288,7 +299,7 @@ def test_ranges_of_a_file_with_a_byte_order_mark(tmp_path, monkeypatch):
         Path(path).write_bytes(data)
         borders = [*range(0, len(data), size), len(data)]
         ranges = itertools.pairwise(borders)
-        parts = [p for a, b in ranges for p in prepare.read_parts(path, "--", a, b)]
+        parts = [p for a, b in ranges for p in sources.read_parts(path, "--", a, b)]
         assert [part for part in parts if part] == [b"a", b"b", b"c"]
 
 
@@ -313,7 +324,7 @@ def test_links_are_followed_and_each_file_counts_once(tmp_path):
     for name, target in links.items():
         (tmp_path / name).symlink_to(tmp_path / target)
     (tmp_path / "in/self").symlink_to("self")
-    found, broken = prepare.walk(tmp_path / "in")
+    found, broken = sources.walk(tmp_path / "in")
     names = [str(path.relative_to(tmp_path)) for path in found]
     assert names == ["in/5.txt", "in/a/1.txt", "in/b/2.txt", "in/b/deep/3.txt"]
     assert [os.path.basename(path) for path in broken] == ["8", "self"]
@@ -360,7 +371,7 @@ def test_words_have_the_same_hash_where_they_are_the_same_word():
     for i, text in enumerate(texts):
         found = re.findall(r"[\u3000-\ud7ff]|[^\W_\u3000-\ud7ff]+", text.lower())
         words += [(word, i) for word in found]
-    hashes, owners = prepare.word_hashes(texts)
+    hashes, owners = dedup.word_hashes(texts)
     assert [i for _, i in words] == owners.tolist()
     by_word = {}
     for (word, _), value in zip(words, hashes.tolist()):
@@ -374,7 +385,7 @@ def test_signatures_agree_as_often_as_shingles():
     errors = []
     for page, wanted in zip(pages, np.linspace(0.2, 0.95, 40)):
         other = altered(page, wanted, rng)
-        a, b = prepare.minhash(*prepare.word_hashes([page, other]), 2)
+        a, b = dedup.minhash(*dedup.word_hashes([page, other]), 2)
         errors.append((a == b).mean() - jaccard(page, other))
     # of 128 draws with probability p the mean has a standard deviation of up to 0.044
     assert abs(np.mean(errors)) < 0.02 and 0.015 < np.std(errors) < 0.05
@@ -427,7 +438,7 @@ def test_the_first_of_the_same_texts_and_urls_stays(tmp_path):
 
 def test_a_component_keeps_its_first_member():
     edges = np.array([[5, 4], [4, 9], [1, 2], [9, 3], [7, 7]])
-    assert prepare.joined(10, edges).tolist() == [0, 1, 1, 3, 3, 3, 6, 7, 8, 3]
+    assert dedup.components(10, edges).tolist() == [0, 1, 1, 3, 3, 3, 6, 7, 8, 3]
     rng = np.random.default_rng(5)
     for _ in range(30):
         edges = rng.integers(0, 60, (rng.integers(0, 50), 2))
@@ -435,7 +446,7 @@ def test_a_component_keeps_its_first_member():
         for _ in range(60):
             for a, b in edges:
                 label[a] = label[b] = min(label[a], label[b])
-        assert prepare.joined(60, edges).tolist() == label
+        assert dedup.components(60, edges).tolist() == label
 
 
 def test_documents_with_thirteen_words_of_an_evaluation_are_dropped(tmp_path):
@@ -531,7 +542,8 @@ def test_cleaned_documents_are_written_and_read_again(packing, tmp_path, monkeyp
     pages = made_up_pages(60)
     write_jsonl(tmp_path / "d.jsonl", [f"\x07{page}  é " for page in pages] + pages[:9])
     settings = {"tokenizer": "byte", "threads": 1, "steps": "unicode,whitespace,near"}
-    settings |= {"save_cleaned": packing, "UNIT": 9000, "CLEANED_SIZE": 3000}
+    settings |= {"save_cleaned": packing, "unit_bytes": 9000}
+    monkeypatch.setattr(corpus, "CLEANED_SIZE", 3000)
     main_here(monkeypatch, tmp_path, source="d.jsonl", dataset="a", **settings)
     folder = tmp_path / "data/a"
     names = json.loads((folder / "meta.json").read_text())["cleaned"]
@@ -571,8 +583,9 @@ def test_diversity_is_the_naive_one(tmp_path, monkeypatch):
     texts = [text.lower() for text in made_up_documents(40, 30)] + ["one", "Two two TWO"]
     write_jsonl(tmp_path / "d.jsonl", texts)
     seen = []
-    function = prepare.diversity
-    monkeypatch.setattr(prepare, "diversity", lambda here: seen.append(function(here)) or seen[-1])
+    function = corpus_report.diversity
+    noted = lambda left: seen.append(function(left)) or seen[-1]
+    monkeypatch.setattr(corpus_report, "diversity", noted)
     main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
     words = [re.findall(r"[一-龥]|[^\W_一-龥]+", t.lower()) for t in texts]
     [found] = seen
@@ -584,7 +597,7 @@ def test_diversity_is_the_naive_one(tmp_path, monkeypatch):
     assert abs(found["compression"] - (found["bytes"] + 42) / len(packed)) < 0.02
     report = (tmp_path / "data/python/report.md").read_text()
     assert f"- distinct-2: {found['distinct'][2]:.3f} of all 2 words in a row" in report
-    monkeypatch.setattr(prepare, "DIVERSITY_BYTES", 2000)
+    monkeypatch.setattr(corpus_report, "DIVERSITY_BYTES", 2000)
     main_here(monkeypatch, tmp_path, source="d.jsonl", tokenizer="byte", report=True, steps="")
     assert 1000 < seen[-1]["bytes"] <= 2000
     assert "of 42, a sample by hash" in (tmp_path / "data/python/report.md").read_text()
@@ -763,7 +776,7 @@ def test_the_parts_of_an_instruction_reach_a_template(tmp_path, monkeypatch):
         {"messages": [SYSTEM, *said("q", "a", "b", "c")]},
     ]
     rows, _ = task(tmp_path, "sft", records)
-    tok = prepare.bpe_tokenizer([])
+    tok = bpe_tokenizer([])
     monkeypatch.setattr(finetune, "template", "{instruction}|{input}|{output}")
     texts = []
     for row in rows:
@@ -886,6 +899,29 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     assert made[0] == made[1] and len(made[0]) > 8
 
 
+def test_processes_that_inherit_nothing_do_the_same(tmp_path):
+    """As on macOS and Windows, where working processes know no setting but what they are given."""
+    pages = [f"★ {page}" for page in made_up_pages(40, 60)]
+    for place in ("alone", "spawned"):
+        (tmp_path / place / "in").mkdir(parents=True)
+        for name, part in (("a", pages[:20]), ("b", pages[20:])):
+            rows = [{"body": text, "prompt": text, "completion": "c"} for text in part]
+            write_records(tmp_path / place / "in" / f"{name}.jsonl", rows)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+    )
+    # two sources are two units; every setting here differs from its default
+    args = ["--sources={'a': (1, 'in/a.jsonl'), 'b': (1, 'in/b.jsonl')}", "--field=body"]
+    args += ["--steps=symbols,length,near", "--clean_symbols=dingbats", "--min_chars=300"]
+    args += ["--near_threshold=0.7", "--normalize=lower", "--vocab_size=300", "--val_fraction=0.3"]
+    args += ["--save_cleaned=jsonl", "--special_tokens=['<a>', '<b>']"]
+    done_well(prepare_py(tmp_path / "alone", *args, "--threads=1"))
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run(tmp_path / "spawned", "prepare.py", *args, "--threads=2", env=env)
+    made, spawned = (files(tmp_path / place / "data") for place in ("alone", "spawned"))
+    assert made == spawned and b"\xe2\x98\x85" not in b"".join(made.values())
+
+
 def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):
     for place in ("whole", "killed"):
         (tmp_path / place).mkdir()
@@ -971,7 +1007,7 @@ def test_a_name_with_several_endings_is_of_the_last(tmp_path, monkeypatch):
     texts = made_up_documents(60)
     (tmp_path / "d.jsonl.json").write_text(json.dumps([{"text": text} for text in texts]))
     (tmp_path / "e.json").write_text("\n\n".join(json.dumps({"text": text}) for text in texts))
-    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "UNIT": 500}
+    settings = {"tokenizer": "byte", "val_fraction": 0, "threads": 1, "unit_bytes": 500}
     for source in ("d.jsonl.json", "e.json"):
         main_here(monkeypatch, tmp_path, source=source, steps="", **settings)
         assert documents_of(tmp_path / "data/python", "train") == texts
@@ -986,9 +1022,11 @@ def test_nested_too_deeply_is_a_line(tmp_path):
 
 def test_a_part_without_documents_is_not_done_twice(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n")
-    path = str(tmp_path / "blank.txt")
-    unit = {"name": "u", "under": None, "files": [[path, 0, 2, None, 0]]}
-    assert [prepare.clean(tmp_path, unit) for _ in range(2)] == [0, 0]
+    part = sources.FilePart(str(tmp_path / "blank.txt"), 0, 2, None, 0)
+    unit = sources.Unit("all", None, "text", [part], name="0f")
+    cleaning = prepare.cleaning_settings()
+    read = lambda: prepare.clean_unit(tmp_path, cleaning, [], "text", None, unit)
+    assert [read(), read()] == [0, 0]
 
 
 class Watched:
@@ -1031,7 +1069,7 @@ def test_a_part_is_found_by_work_that_grows_with_the_file(tmp_path, monkeypatch)
         (tmp_path / "f").write_bytes(b"x" * (size << 20))
         Watched.looked = 0
         ranges = [range(n << 20, (n + 1) << 20) for n in range(size)]
-        found = (prepare.read_parts(str(tmp_path / "f"), "mark", r.start, r.stop) for r in ranges)
+        found = (sources.read_parts(str(tmp_path / "f"), "mark", r.start, r.stop) for r in ranges)
         assert [sum(map(len, parts)) for parts in found] == [size << 20] + [0] * (size - 1)
         assert size << 20 <= Watched.looked <= 8 * size << 20
 
@@ -1048,18 +1086,25 @@ def test_other_files_beside_the_source_are_another_run(tmp_path, monkeypatch):
             path.parent.mkdir(exist_ok=True)
             path.write_text(content)
             os.utime(path, ns=(1, len(names)))
-            names.append(prepare.plan(setup("cpu"))[0]["name"])
+            names.append(prepare.plan(setup("cpu"))[0].name)
     (tmp_path / "changed.py").write_text(Path(prepare.__file__).read_text() + "# a step does more")
     monkeypatch.setattr(prepare, "__file__", "changed.py")
-    names.append(prepare.plan(setup("cpu"))[0]["name"])
-    assert len(set(names)) == 7
+    names.append(prepare.plan(setup("cpu"))[0].name)
+    # and another filter, though the script is the same
+    shutil.copytree(Path(barelm.__file__).parent, tmp_path / "barelm")
+    monkeypatch.setattr(barelm, "__file__", str(tmp_path / "barelm" / "__init__.py"))
+    assert prepare.plan(setup("cpu"))[0].name == names[-1]
+    with open(tmp_path / "barelm" / "clean.py", "a") as file:
+        file.write("# a step does more")
+    names.append(prepare.plan(setup("cpu"))[0].name)
+    assert len(set(names)) == 8
 
 
 def test_max_documents_counts_over_all_parts(tmp_path, monkeypatch, capsys):
     texts = made_up_documents(200)
     rows = [{"text": text, "prompt": text, "completion": "c"} for text in texts]
     write_records(tmp_path / "d.jsonl", rows)
-    settings = {"source": "d.jsonl", "threads": 1, "UNIT": 500, "max_documents": 70}
+    settings = {"source": "d.jsonl", "threads": 1, "unit_bytes": 500, "max_documents": 70}
     main_here(monkeypatch, tmp_path, tokenizer="byte", val_fraction=0, **settings)
     assert documents_of(tmp_path / "data/python", "train") == texts[:70]
     assert "read: 70 of 70 documents" in capsys.readouterr().out
@@ -1075,7 +1120,7 @@ def test_a_bad_task_record_of_a_later_range_has_its_number(tmp_path, monkeypatch
     lines = [json.dumps({"prompt": t, "completion": "c"}) for t in made_up_documents(300)]
     lines[222] = "{"
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
-    main_here(monkeypatch, tmp_path, source="docs.jsonl", task="sft", UNIT=500, threads=1)
+    main_here(monkeypatch, tmp_path, source="docs.jsonl", task="sft", unit_bytes=500, threads=1)
     assert "1 bad records: no JSON object, such as docs.jsonl:223: {" in capsys.readouterr().out
 
 
@@ -1191,7 +1236,7 @@ def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(OSError, match="Permission denied"):
-        prepare.walk(tmp_path)
+        sources.walk(tmp_path)
 
 
 def test_a_users_own_file_beside_the_result_stays(tmp_path):
@@ -1218,20 +1263,20 @@ def test_downloads_of_like_names(tmp_path):
     urls = [
         f"https://a.org/{name}" for name in ("x/d.jsonl?download=true", "x_d.jsonl", "d?f=e.gz")
     ]
-    paths = [prepare.kept_at(url) for url in urls]
+    paths = [sources.download_path(url) for url in urls]
     assert len(set(paths)) == 3 and [path.suffix for path in paths] == [".jsonl", ".jsonl", ".gz"]
 
 
 def hub(monkeypatch, names):
     answer = SimpleNamespace(raise_for_status=lambda: 0)
     answer.json = lambda: {"siblings": [{"rfilename": name} for name in names]}
-    monkeypatch.setattr(prepare.requests, "get", lambda url, timeout: answer)
+    monkeypatch.setattr(sources.requests, "get", lambda url, timeout: answer)
 
 
 def test_the_files_of_a_hub_data_set(monkeypatch):
     names = ["README.md", "info.json", "s/10/a.parquet", "s/100/b.parquet", "t/train#1.jsonl"]
     hub(monkeypatch, names)
-    urls = lambda spec: [url.partition("/datasets/")[2] for url in prepare.addresses(spec)]
+    urls = lambda spec: [url.partition("/datasets/")[2] for url in sources.addresses(spec)]
     assert urls("hf:o/n/s/10") == ["o/n/resolve/main/s/10/a.parquet"]
     assert urls("hf:n") == ["n/resolve/main/t/train%231.jsonl"]
     with pytest.raises(UserError, match="no JSONL, parquet or text file in it"):
@@ -1262,10 +1307,9 @@ def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
     run(tmp_path, "prepare.py", *args, processes=2)
     assert sorted(os.listdir(tmp_path / "data/t")) == ["sft_train.jsonl", "sft_val.jsonl"]
     fetched = []
-    monkeypatch.setattr(prepare, "tokenizer", "gpt2")  # as it does itself
     monkeypatch.setattr(prepare, "shards", 2)
-    monkeypatch.setattr(prepare, "finished_tokenizer", lambda: None)
+    monkeypatch.setattr(prepare, "tiktoken_tokenizer", lambda name, settings: None)
     monkeypatch.setattr(prepare, "wait", lambda run: None)
     monkeypatch.setattr(prepare, "read_fineweb", fetched.append)
-    prepare.use_fineweb(SimpleNamespace(rank=1, world=2, main=False), tmp_path, tmp_path)
+    prepare.use_fineweb(SimpleNamespace(rank=1, world=2, is_main=False), tmp_path, tmp_path)
     assert fetched == ["train_000001.bin"]

@@ -30,9 +30,12 @@ from conftest import ROOT, run, stalled
 
 import prepare
 import train
+from barelm import sources
+from barelm.bpe import ASCII, bpe_tokenizer, train_bpe
 from barelm.download import download
 from barelm.run import UserError, setup
 from barelm.shards import open_shard
+from barelm.splits import QWEN2_SPLIT
 from barelm.tokenizer import Tokenizer
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -90,9 +93,12 @@ def prepare_py(cwd, *args, **kwargs):
     return SimpleNamespace(returncode=process.exitcode, stdout=out.read(), stderr=err.read())
 
 
-def main_here(monkeypatch, cwd, **settings):
-    """prepare.py's main in this process, with these of its globals."""
+def main_here(monkeypatch, cwd, unit_bytes=None, **settings):
+    """prepare.py's main in this process, with these of its globals; and with units of so many
+    bytes at least."""
     monkeypatch.chdir(cwd)
+    if unit_bytes:
+        monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
     for key, value in settings.items():
         monkeypatch.setattr(prepare, key, value)
     prepare.main()
@@ -141,7 +147,8 @@ def documents_of(folder, split):
 def source_texts():
     """The texts of prepare.py's `source`, as they are."""
     units = prepare.plan(setup("cpu"))
-    return [r["text"] for unit in units for r in prepare.records(unit, []) if r["text"].strip()]
+    documents = [doc for unit in units for doc in sources.documents(unit, "text", [])]
+    return [doc["text"] for doc in documents if doc["text"].strip()]
 
 
 def made_up_documents(n, seed=0):
@@ -193,7 +200,7 @@ def some_pieces(name):
         "few pairs": "abc abd xyz",
         "nothing": "",
     }
-    return {p.encode(): n for p, n in Counter(regex.findall(prepare.SPLIT, texts[name])).items()}
+    return {p.encode(): n for p, n in Counter(regex.findall(QWEN2_SPLIT, texts[name])).items()}
 
 
 SIZES = {"one letter": 40, "two letters": 400, "abab": 60, "unicode": 150, "python": 200}
@@ -203,18 +210,23 @@ SIZES = {"one letter": 40, "two letters": 400, "abab": 60, "unicode": 150, "pyth
 def test_bpe_training_equals_the_textbook(name, n_merges):
     pieces = some_pieces(name)
     expected = naive_bpe(pieces, n_merges)
-    assert prepare.train_bpe(pieces, n_merges) == expected
+    assert train_bpe(pieces, n_merges) == expected
     backwards = dict(reversed(pieces.items()))  # the order of the pieces says nothing
-    assert prepare.train_bpe(backwards, n_merges) == expected
+    assert train_bpe(backwards, n_merges) == expected
     if name in ("unicode", "python"):
         assert len(expected) == n_merges
     if name == "few pairs":  # "ab" and " a" occur twice, and nothing else
         assert expected == [(b"a", b"b")]
 
 
+def test_bpe_training_is_the_example_of_its_docstring():
+    merges = train_bpe({b"low": 5, b"lower": 2, b"newest": 6}, 3)
+    assert merges == [(b"w", b"e"), (b"l", b"o"), (b"e", b"we")]
+
+
 def test_every_byte_is_a_token_and_every_text_comes_back():
-    merges = prepare.train_bpe(some_pieces("unicode"), 100)
-    tok = prepare.bpe_tokenizer(merges)
+    merges = train_bpe(some_pieces("unicode"), 100)
+    tok = bpe_tokenizer(merges)
     assert [tok.token_bytes(b) for b in range(256)] == [bytes([b]) for b in range(256)]
     assert [tok.token_bytes(256 + i) for i in range(len(merges))] == [a + b for a, b in merges]
     assert [tok.special[name] for name in SPECIAL] == list(range(tok.n_vocab - 4, tok.n_vocab))
@@ -362,7 +374,7 @@ def test_real_command_shards_decode_to_the_documents(tmp_path):
     done_well(prepare_py(other, *args))
     assert files(other / "data") == files(tmp_path / "data")
     # the tokenizer is trained on the training split alone
-    pieces = Counter(p for doc in split["train"] for p in regex.findall(prepare.SPLIT, doc))
+    pieces = Counter(p for doc in split["train"] for p in regex.findall(QWEN2_SPLIT, doc))
     merges = naive_bpe({p.encode(): n for p, n in pieces.items()}, 300 - 256 - 4)
     tok = Tokenizer.from_folder(folder)
     assert [tok.token_bytes(256 + i) for i in range(len(merges))] == [a + b for a, b in merges]
@@ -569,7 +581,7 @@ BAD = [
     ("--vocab_size=259", "vocab_size=259: expected 260 or more"),
     ("--tokenizer=gpt5", "--tokenizer=gpt5: expected bpe, byte, char, "),
     ("--tokenizer=nothing", "nothing: no tokenizer.json here"),
-    ("--tokenizer=pieces", "pieces/tokenizer.json: a WordPiece tokenizer of this form is not "),
+    ("--tokenizer=pieces", "pieces/tokenizer.json: expected a model with a vocab"),
     ("--val_fraction=1", "val_fraction=1.0: expected 0 or more and less than 1"),
     ("--val_fraction=-0.1", "val_fraction=-0.1: expected 0 or more and less than 1"),
     ("--shard_tokens=0", "shard_tokens=0: expected 1 or more"),
@@ -597,7 +609,7 @@ def test_bad_input_makes_no_folder(bad, arg):
 def test_bad_input_of_the_real_command(bad):
     done = run(bad, "prepare.py", "--source=nowhere", "--dataset=new", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    names = ", ".join(["python", *prepare.DOWNLOADS, "fineweb10B"])
+    names = ", ".join(["python", *sources.DOWNLOADS, "fineweb10B"])
     message = "--source=nowhere: no such file or folder, nor one of "
     assert done.stderr == message + names + "\n"
     assert not (bad / "data" / "new").exists()
@@ -888,7 +900,7 @@ def server(monkeypatch):
     httpd.asked, httpd.files, httpd.pauses = [], {}, []
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(prepare.time, "sleep", httpd.pauses.append)
+    monkeypatch.setattr(time, "sleep", httpd.pauses.append)
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     yield httpd
@@ -901,7 +913,7 @@ def server(monkeypatch):
 def test_downloads_in_spite_of(kind, server, tmp_path, capsys):
     path = tmp_path / "a" / "file"
     sha256 = hashlib.sha256(BODY).hexdigest()
-    assert prepare.download(f"{server.url}/{kind}/file", path, sha256) == path
+    assert download(f"{server.url}/{kind}/file", path, sha256) == path
     assert path.read_bytes() == BODY and os.listdir(path.parent) == ["file"]
     again = kind in ("dropped", "deaf", "busy")
     assert server.pauses == [1] * again
@@ -914,36 +926,36 @@ def test_downloads_in_spite_of(kind, server, tmp_path, capsys):
         assert ranges == [None] * len(ranges)
     # what is there is not fetched again
     server.asked.clear()
-    prepare.download(f"{server.url}/{kind}/file", path, sha256)
+    download(f"{server.url}/{kind}/file", path, sha256)
     assert server.asked == []
 
 
 def test_a_truncating_server_leaves_a_part_that_a_later_run_completes(server, tmp_path):
     path = tmp_path / "file"
     with pytest.raises(UserError, match=", 2 times: run it again to go on"):
-        prepare.download(f"{server.url}/truncated/file", path, tries=2)
+        download(f"{server.url}/truncated/file", path, tries=2)
     assert os.listdir(tmp_path) == ["file.part"] and server.pauses == [1]
     have = (tmp_path / "file.part").stat().st_size
     assert 0 < have < len(BODY)
-    prepare.download(f"{server.url}/plain/file", path)
+    download(f"{server.url}/plain/file", path)
     assert server.asked[-1] == ("plain", f"bytes={have}-") and path.read_bytes() == BODY
 
 
 def test_a_length_that_is_not_that_of_the_file_is_refused(server, tmp_path):
     with pytest.raises(UserError, match=f"{len(BODY)} of [0-9]+ bytes came"):
-        prepare.download(f"{server.url}/packed/file", tmp_path / "file", tries=1)
+        download(f"{server.url}/packed/file", tmp_path / "file", tries=1)
     assert not (tmp_path / "file").exists()
 
 
 def test_a_part_longer_than_the_file_is_begun_again(server, tmp_path):
     (tmp_path / "file.part").write_bytes(BODY + b"more")
-    prepare.download(f"{server.url}/plain/file", tmp_path / "file")
+    download(f"{server.url}/plain/file", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == BODY
 
 
 def test_a_missing_file_is_refused_at_once(server, tmp_path):
     with pytest.raises(UserError, match="/missing/file: HTTP 404.*is the address right"):
-        prepare.download(f"{server.url}/missing/file", tmp_path / "file")
+        download(f"{server.url}/missing/file", tmp_path / "file")
     assert len(server.asked) == 1 and server.pauses == [] and not (tmp_path / "file").exists()
 
 
@@ -996,7 +1008,7 @@ def test_a_server_that_says_nothing_is_left(server, tmp_path, monkeypatch):
 
 def test_another_file_than_expected_is_removed(server, tmp_path):
     with pytest.raises(UserError, match=hashlib.sha256(BODY).hexdigest()):
-        prepare.download(f"{server.url}/plain/file", tmp_path / "file", "0" * 64)
+        download(f"{server.url}/plain/file", tmp_path / "file", "0" * 64)
     assert os.listdir(tmp_path) == [] and len(server.asked) == 1
 
 
@@ -1004,7 +1016,7 @@ def test_nobody_answers(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match="run it again") as error:
-        prepare.download(f"{server.url}/plain/file", tmp_path / "file", tries=3)
+        download(f"{server.url}/plain/file", tmp_path / "file", tries=3)
     assert server.pauses == [1, 2] and "\n" not in str(error.value)
     assert not (tmp_path / "file").exists()
 
@@ -1012,29 +1024,30 @@ def test_nobody_answers(server, tmp_path):
 def test_a_named_source_is_downloaded_once(server, tmp_path, monkeypatch):
     text = "\n<|endoftext|>\n".join(made_up_documents(30))
     server.files["/plain/stories"] = text.encode()
-    named = {"DOWNLOADS": {"stories": f"{server.url}/plain/stories"}}
-    named |= {"SEPARATORS": {"stories": "<|endoftext|>"}}
-    main_here(monkeypatch, tmp_path, source="stories", dataset="d", tokenizer="byte", **named)
+    monkeypatch.setitem(sources.DOWNLOADS, "stories", f"{server.url}/plain/stories")
+    monkeypatch.setitem(sources.SEPARATORS, "stories", "<|endoftext|>")
+    main_here(monkeypatch, tmp_path, source="stories", dataset="d", tokenizer="byte")
     docs = documents_of(tmp_path / "data" / "d", "train") + documents_of(tmp_path / "data/d", "val")
     assert sorted(docs) == sorted(doc.strip("\n") for doc in made_up_documents(30))
     (kept,) = (tmp_path / "data/downloads").iterdir()
     assert len(server.asked) == 1 and kept.read_text() == text
 
 
-def hub(server, names):
+def hub(monkeypatch, server, names):
     """A Hub on the server with a data set of these files: {name: bytes}."""
     listing = {"siblings": [{"rfilename": name} for name in names]}
     server.files["/plain/api/datasets/o/n"] = json.dumps(listing).encode()
     server.files |= {f"/plain/datasets/o/n/resolve/main/{k}": v for k, v in names.items()}
-    base = f"{server.url}/plain/"
-    return {"HUB": base, "DATA": f"{base}datasets/", "tokenizer": "byte", "val_fraction": 0.0}
+    monkeypatch.setattr(sources, "HUB", f"{server.url}/plain/")
+    monkeypatch.setattr(sources, "DATA", f"{server.url}/plain/datasets/")
+    return {"tokenizer": "byte", "val_fraction": 0.0}
 
 
 def test_a_data_set_of_the_hub_by_its_name(server, tmp_path, monkeypatch):
     line = lambda text: json.dumps({"text": text}).encode() + b"\n"
     names = {"README.md": b"no", "data/train-1.jsonl": line("one"), "data/train-0.jsonl": line("0")}
     names |= {"data/test.jsonl": line("no"), "extra/train.jsonl.gz": gzip.compress(line("more"))}
-    settings = hub(server, names)
+    settings = hub(monkeypatch, server, names)
     docs = lambda: documents_of(tmp_path / "data/python", "train")
     main_here(monkeypatch, tmp_path, source="hf:o/n", **settings)
     assert docs() == ["0", "one", "more"]
@@ -1104,4 +1117,4 @@ def test_the_pattern_for_ascii_text_splits_as_the_other_does():
     for letters in ("aZ' \n\r\t09_-", "".join(map(chr, range(128))), "'sSdDtTlLmMrReEvV \n"):
         for _ in range(3000):
             text = "".join(draw.choices(letters, k=draw.randint(0, 12)))
-            assert prepare.ASCII.findall(text) == regex.findall(prepare.SPLIT, text), repr(text)
+            assert ASCII.findall(text) == regex.findall(QWEN2_SPLIT, text), repr(text)

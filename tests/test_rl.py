@@ -1,11 +1,10 @@
-"""finetune.py's reinforcement learning: every formula against a naive one, what is sampled against
+"""rl.py: every formula against a naive one, what is sampled against
 what is learned from it, and rewards that rise."""
 
 import json
 import math
 import random
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +13,11 @@ from conftest import run, run_killed
 from test_finetune import net_for, talk
 from test_model import QWEN3, make_net
 
-import eval as evaluation
-import finetune
+import rl
+from barelm import tasks as evaluation
 from barelm.checkpoint import load
-from barelm.run import UserError
+from barelm.rewards import open_reward, reward_of
+from barelm.run import Run, UserError, autocast
 from barelm.tokenizer import Tokenizer
 
 
@@ -28,7 +28,11 @@ def tok(tiny):
 
 def options(monkeypatch, **values):
     for key, value in values.items():
-        monkeypatch.setattr(finetune, key, value)
+        monkeypatch.setattr(rl, key, value)
+
+
+ALONE = Run(torch.device("cpu"))  # one process
+FLOAT32 = autocast(torch.device("cpu"), torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -37,36 +41,34 @@ def options(monkeypatch, **values):
 
 def test_group_advantages_are_within_each_group():
     rewards, groups = [1.0, 0.0, 5.0, 3.0, 0.5, 2.0, 2.0], [0, 0, 1, 1, 0, 2, 2]
-    for got, reward, group in zip(finetune.group_advantages(rewards, groups), rewards, groups):
+    for got, reward, group in zip(rl.group_advantages(rewards, groups), rewards, groups):
         mine = [r for r, g in zip(rewards, groups) if g == group]
         mean = sum(mine) / len(mine)
         deviation = math.sqrt(sum((r - mean) ** 2 for r in mine) / len(mine))
         assert float(got) == pytest.approx((reward - mean) / (deviation + 1e-4), abs=1e-5)
-    assert len(finetune.group_advantages([], [])) == 0  # a process may have no sample
+    assert len(rl.group_advantages([], [])) == 0  # a process may have no sample
 
 
 @pytest.mark.parametrize("reward", [12345.67, 0.1, -1e30, 3e38, 1 / 3, 0.0])
 def test_equal_rewards_say_nothing_whatever_the_size_of_the_group(reward):
     sizes = [2, 3, 5, 7, 11, 100]
     groups = [i for i, size in enumerate(sizes) for _ in range(size)]
-    advantages = finetune.group_advantages([reward] * len(groups), groups)
+    advantages = rl.group_advantages([reward] * len(groups), groups)
     assert advantages.dtype == torch.float32 and advantages.tolist() == [0.0] * len(groups)
-    other = finetune.group_advantages([reward] * 6 + [reward + abs(reward) + 1], [0] * 7)
+    other = rl.group_advantages([reward] * 6 + [reward + abs(reward) + 1], [0] * 7)
     assert other.tolist() == pytest.approx([-(6**-0.5)] * 6 + [6**0.5], abs=1e-3)
 
 
-def test_whitened_advantages_of_large_rewards_that_are_alike(tok, monkeypatch):
+def test_whitened_advantages_of_large_rewards_that_are_alike(tok):
     """7 answers of one token with rewards around 12345: float32 sums of squares lose it all."""
     net = net_for(tok).eval()
-    net.n_vocab = tok.n_vocab
     net.set_score(["value"])
     torch.nn.init.zeros_(net.score.weight)
-    options(monkeypatch, method="ppo")
-    cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
     alike, various = [12345.5] * 7, [12345.5, 12345.0, 12345.25, 12346.0, 12345.5, 12345.5, 12344.0]
     for rewards in (alike, various):
         group = [{"ids": [1], "targets": [2], "reward": reward} for reward in rewards]
-        finetune.judge_samples(SimpleNamespace(world=1), net, None, group, cast)
+        rl.add_log_probs(net, None, group, tok.n_vocab, FLOAT32)
+        rl.add_gae(ALONE, group)
         got = [float(e["advantage"]) for e in group]
         mean = sum(rewards) / 7
         deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 7) or 1.0
@@ -81,7 +83,7 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam, monkeypatch):
     later = [*values.tolist()[1:], 0.0]
     errors = [float(rewards[t]) + gamma * later[t] - float(values[t]) for t in range(7)]
     expected = [sum((gamma * lam) ** (k - t) * errors[k] for k in range(t, 7)) for t in range(7)]
-    torch.testing.assert_close(finetune.gae(rewards, values), torch.tensor(expected))
+    torch.testing.assert_close(rl.gae(rewards, values), torch.tensor(expected))
 
 
 def test_policy_loss_is_ppos_equation_7_and_flat_where_clipped():
@@ -89,10 +91,10 @@ def test_policy_loss_is_ppos_equation_7_and_flat_where_clipped():
     advantages = torch.tensor([2.0, -2.0, 1.0, -1.0, 3.0, 1.0, -1.0, 2.0, -2.0]).double()
     old = torch.randn(9).double()
     logp = (ratios.log() + old).requires_grad_()
-    loss = finetune.policy_loss(logp, old, advantages)
+    loss = rl.policy_loss(logp, old, advantages)
     loss.sum().backward()
     loss = loss.detach()
-    eps = finetune.clip
+    eps = rl.clip
     for r, a, got, slope in zip(ratios.tolist(), advantages.tolist(), loss, logp.grad):
         clipped = min(max(r, 1 - eps), 1 + eps) * a
         assert float(got) == pytest.approx(-min(r * a, clipped))
@@ -114,18 +116,16 @@ def naive_logp(net, tok, example, temperature=1.0):
 
 def test_grpo_adds_schulmans_k3(tok, monkeypatch):
     net = net_for(tok).eval()
-    net.n_vocab = tok.n_vocab
     group = [sample_of(tok, "def", " return x"), sample_of(tok, "a long question", " y")]
-    options(monkeypatch, method="grpo")
     for e in group:
         with torch.no_grad():
             logp = naive_logp(net, tok, e)
         e["old"], e["ref"] = logp, logp + 0.3 * torch.randn(len(logp))
         e["advantage"] = torch.randn(len(logp))
     with torch.no_grad():
-        plain, stats = finetune.rl_loss(net, group)
+        plain, stats = rl.grpo_loss(net, group, tok.n_vocab)
         options(monkeypatch, kl_weight=0.7)
-        loss, _ = finetune.rl_loss(net, group)
+        loss, _ = rl.grpo_loss(net, group, tok.n_vocab)
     assert float(plain) == pytest.approx(-sum(float(e["advantage"].sum()) for e in group), abs=1e-4)
     ratio = torch.cat([(e["ref"] - e["old"]).exp() for e in group])  # pi_ref / pi
     k3 = (ratio - 1 - ratio.log()).sum()
@@ -135,15 +135,13 @@ def test_grpo_adds_schulmans_k3(tok, monkeypatch):
 
 def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
     net = net_for(tok).eval()
-    net.n_vocab = tok.n_vocab
     net.set_score(["value"])
-    options(monkeypatch, method="ppo", kl_weight=0.2)
+    options(monkeypatch, kl_weight=0.2)
     group = [sample_of(tok, "def", " return x", reward=1.0)]
     group += [sample_of(tok, "a long question", " y", reward=-0.5)]
-    one, reference = SimpleNamespace(world=1), net_for(tok).eval()
-    reference.n_vocab = tok.n_vocab
-    cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
-    finetune.judge_samples(one, net, reference, group, cast)
+    reference = net_for(tok).eval()
+    rl.add_log_probs(net, reference, group, tok.n_vocab, FLOAT32)
+    rl.add_gae(ALONE, group)
     raw = []
     for e in group:
         with torch.no_grad():
@@ -153,7 +151,7 @@ def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
         torch.testing.assert_close(e["value"], value.detach(), rtol=1e-4, atol=1e-5)
         rewards = 0.2 * (ref - old)
         rewards[-1] += e["reward"]
-        raw.append(finetune.gae(rewards, e["value"]))
+        raw.append(rl.gae(rewards, e["value"]))
         torch.testing.assert_close(e["return"], raw[-1] + e["value"], rtol=1e-4, atol=1e-4)
     every = torch.cat(raw)
     white = (every - every.mean()) / every.std(unbiased=False)
@@ -161,11 +159,11 @@ def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
     torch.testing.assert_close(got, white, rtol=1e-3, atol=1e-3)
     for e in group:
         e["value"] = e["value"] + 0.5  # farther than clip from the value now
-    loss, stats = finetune.rl_loss(net.eval(), group)
+    loss, _ = rl.ppo_loss(net.eval(), group, tok.n_vocab)
     before, goal = (torch.cat([e[k] for e in group]) for k in ("value", "return"))
     now = before - 0.5
     clipped = torch.max((now - goal) ** 2, (before - 0.2 - goal) ** 2).sum()
-    expected = -float(got.sum()) + 0.5 * finetune.value_weight * float(clipped)
+    expected = -float(got.sum()) + 0.5 * rl.value_weight * float(clipped)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
@@ -215,9 +213,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("name, text, answer, expected", CASES)
-def test_rewards(name, text, answer, expected, monkeypatch):
-    options(monkeypatch, reward=name)
-    assert finetune.open_reward(None)([], text, answer) == pytest.approx(expected)
+def test_rewards(name, text, answer, expected):
+    assert open_reward(name, "cpu")([], text, answer) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text, answer, expected", [c[1:] for c in CASES if c[0] == "gsm8k"])
@@ -241,21 +238,18 @@ def test_gsm8ks_strict_match_finds_what_lm_eval_finds():
             assert verdict["strict_match"] == (plain == right)
 
 
-def test_a_reward_is_a_function_of_a_file(tmp_path, monkeypatch):
+def test_a_reward_is_a_function_of_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def longer(messages, text, answer):\n    return len(text) - len(answer)\n")
-    options(monkeypatch, reward=f"{file}:longer")
-    assert finetune.open_reward(None)([], "abc", "a") == 2
+    assert open_reward(f"{file}:longer", "cpu")([], "abc", "a") == 2
     for named, why in (
         (f"{file}:lnger", "no function 'lnger' in it"),
         (f"{file}", "expected .*:F"),
     ):
-        options(monkeypatch, reward=named)
         with pytest.raises(UserError, match=why):
-            finetune.open_reward(None)
-    options(monkeypatch, reward=f"{tmp_path}/none.py:f")
+            open_reward(named, "cpu")
     with pytest.raises(UserError, match="no such file"):
-        finetune.open_reward(None)
+        open_reward(f"{tmp_path}/none.py:f", "cpu")
 
 
 HEAD = "import numpy as np, torch, decimal, functools\n"
@@ -280,24 +274,27 @@ NO_NUMBERS += ["torch.tensor([1.0, 2.0])", "torch.tensor(float('nan'))", "np.str
 NO_NUMBERS += ["print", "(x for x in [1])", "wait()"]
 
 
-def reward_of(folder, monkeypatch, code):
-    """The function `f` of a file with this code, opened as a reward, and a prompt to ask it of."""
+def write_reward(folder, code):
+    """The name of a reward: the function `f` of a file with this code."""
     (folder / "r.py").write_text(code)
-    options(monkeypatch, reward=f"{folder}/r.py:f")
-    return finetune.open_reward(None), {"messages": [], "answer": "", "row": "train.jsonl:3"}
+    return f"{folder}/r.py:f"
+
+
+PROMPT = {"messages": [], "answer": "", "row": "train.jsonl:3"}
 
 
 @pytest.mark.parametrize("value", [*NUMBERS, *NO_NUMBERS])
 @pytest.mark.filterwarnings("error")
-def test_a_reward_is_a_finite_number(value, tmp_path, monkeypatch):
+def test_a_reward_is_a_finite_number(value, tmp_path):
     code = f"{HEAD}async def wait(): pass\ndef f(messages, text, answer):\n    return {value}\n"
-    judge, prompt = reward_of(tmp_path, monkeypatch, code)
+    name = write_reward(tmp_path, code)
+    judge = open_reward(name, "cpu")
     if value in NUMBERS:
-        got = finetune.score_of(judge, prompt, "text")
+        got = reward_of(judge, name, PROMPT, "text")
         assert type(got) is float and got == NUMBERS[value]
         return
     with pytest.raises(UserError) as refusal:
-        finetune.score_of(judge, prompt, "text")
+        reward_of(judge, name, PROMPT, "text")
     said = str(refusal.value)
     shown = repr(eval(value, {"np": np, "torch": torch, "wait": lambda: 0}))[:12]
     assert "r.py:f: " in said and "train.jsonl:3" in said and "finite number" in said
@@ -314,12 +311,13 @@ RAISES = {
 
 
 @pytest.mark.parametrize("body", RAISES)
-def test_a_reward_that_raises_is_a_line(body, tmp_path, monkeypatch):
+def test_a_reward_that_raises_is_a_line(body, tmp_path):
     code = f"{HEAD}def f(messages, text, answer):\n    {body}\n"
     code += "def helper(text):\n    return 1 / 0\n"
-    judge, prompt = reward_of(tmp_path, monkeypatch, code)
+    name = write_reward(tmp_path, code)
+    judge = open_reward(name, "cpu")
     with pytest.raises(UserError) as refusal:
-        finetune.score_of(judge, prompt, "text")
+        reward_of(judge, name, PROMPT, "text")
     said = str(refusal.value)
     assert all(part in said for part in ("r.py:f: ", RAISES[body], "train.jsonl:3", "'text'"))
     assert "\n" not in said
@@ -340,9 +338,10 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("code", MISFITS)
-def test_a_function_that_is_no_reward_is_refused_before_the_run(code, tmp_path, monkeypatch):
+def test_a_function_that_is_no_reward_is_refused_before_the_run(code, tmp_path):
+    name = write_reward(tmp_path, HEAD + code + "\n")
     with pytest.raises(UserError) as refusal:
-        reward_of(tmp_path, monkeypatch, HEAD + code + "\n")
+        open_reward(name, "cpu")
     assert MISFITS[code] in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -351,8 +350,8 @@ FITTING += ["f = functools.partial(lambda a, b, c, d: 1, 2)", "f = max"]
 
 
 @pytest.mark.parametrize("code", FITTING)
-def test_what_can_be_called_as_a_reward_is_taken(code, tmp_path, monkeypatch):
-    assert callable(reward_of(tmp_path, monkeypatch, HEAD + code + "\n")[0])
+def test_what_can_be_called_as_a_reward_is_taken(code, tmp_path):
+    assert callable(open_reward(write_reward(tmp_path, HEAD + code + "\n"), "cpu"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,20 +360,18 @@ def test_what_can_be_called_as_a_reward_is_taken(code, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method, temperature", [("grpo", 1.0), ("ppo", 1.0), ("grpo", 0.6)])
 def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monkeypatch):
-    options(monkeypatch, method=method, group_size=3, max_new_tokens=9, temperature=temperature)
+    options(monkeypatch, max_new_tokens=9, temperature=temperature)
     shape = QWEN3 | {"n_ctx": 64, "vocab_size": 2 * tok.n_vocab}  # half is never sampled
     net = make_net(**shape, dropout=0.3).train()
-    net.n_vocab = tok.n_vocab
     tok.eos_ids = [*tok.eos_ids, *range(0, tok.n_vocab, 8)]  # some samples end early
     rows = [{"messages": talk(asked, "yes")} for asked in ("what", "a longer question")]
-    prompts = [finetune.read_prompt(row, tok, 64) for row in rows]
-    made, real = [], finetune.core.generate
+    prompts = [rl.read_prompt(row, tok, 64) for row in rows]
+    made, real = [], rl.generate
     keep = lambda *args, **how: made.extend(real(*args, **how)) or made
-    monkeypatch.setattr(finetune.core, "generate", keep)
-    cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(rl, "generate", keep)
     judge = lambda messages, text, answer: len(text)
     n = 3 if method == "grpo" else 1
-    samples = finetune.roll_out(net, tok, prompts, judge, 5, cast, n)
+    samples = rl.roll_out(net, tok, prompts, judge, 5, FLOAT32, n)
     assert len(samples) == len(made) == 2 * n
     assert [e["group"] for e in samples] == [i // n for i in range(2 * n)]
     for i, (e, g) in enumerate(zip(samples, made)):
@@ -383,11 +380,11 @@ def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monk
         assert e["targets"] == [-100] * (len(asked) - 1) + g.ids
     if method == "grpo":
         assert {g.finish_reason for g in made} == {"stop", "length"}
-        finetune.judge_samples(SimpleNamespace(world=1), net, None, samples, cast)
+        rl.add_log_probs(net, None, samples, tok.n_vocab, FLOAT32)
     net.eval()
     for e, g in zip(samples, made):
         with torch.no_grad():
-            got = finetune.look(net, [e])[0]
+            got = rl.look(net, [e], tok.n_vocab)[0]
             expected = naive_logp(net, tok, e, temperature)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         if temperature == 1:
@@ -405,7 +402,6 @@ RL = [
     "--dataset=tiny",
     "--dtype=float32",
     "--warmup_steps=0",
-    "--check_memorized=0",
 ]
 RL += ["--batch_size=8", "--group_size=4", "--max_new_tokens=6", "--learning_rate=1e-2"]
 RL += ["--eval_examples=32", "--eval_every=1000", "--reward=letters.py:share"]
@@ -437,7 +433,7 @@ METHODS = {"grpo": ["--kl_weight=0.01"], "ppo": ["--rl_epochs=4", "--minibatches
 def test_the_reward_rises(method, processes, toy):
     args = [*RL, f"--method={method}", *METHODS[method], "--out_dir=out/rl", "--max_steps=20"]
     args += ["--eval_every=5"]
-    done = run(toy, "finetune.py", *args, processes=processes)
+    done = run(toy, "rl.py", *args, processes=processes)
     assert ("weights: equal on 2 processes" in done.stdout) == (processes == 2)
     rows = log(toy / "out/rl")
     first, *later = [row["val_reward"] for row in rows if "val_reward" in row]
@@ -461,7 +457,7 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(method, toy):
         f"    return len(text) if len(calls) <= {100 if method == 'grpo' else 50} else None\n"
     )
     args = [*RL, f"--method={method}", "--out_dir=out/bad", "--reward=bad.py:share"]
-    done = run(toy, "finetune.py", *args, "--max_steps=9", check=False)  # 32 or 8 a step, after 32
+    done = run(toy, "rl.py", *args, "--max_steps=9", check=False)  # 32 or 8 a step, after 32
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("--reward=bad.py:share: None for data/tiny/sft_train.jsonl:")
     assert "saved at step 2; --init_from=resume goes on" in done.stdout
@@ -471,7 +467,7 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(method, toy):
     assert all(math.isfinite(value) for row in rows for value in row.values())
     # and one that raises, from the first call
     (toy / "bad.py").write_text("def share(messages, text, answer):\n    return text.lenght\n")
-    done = run(toy, "finetune.py", *args, "--out_dir=out/worse", check=False)
+    done = run(toy, "rl.py", *args, "--out_dir=out/worse", check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     for part in ("bad.py:share: AttributeError: ", "(line 2)", "data/tiny/sft_val.jsonl:"):
         assert part in done.stderr
@@ -489,7 +485,6 @@ def net_that_says(tok, asked, answer):
     net.model.embed_positions.weight.copy_(torch.eye(64))
     for i, token in enumerate(answer):
         net.lm_head.weight[token, asked - 1 + i] = 20
-    net.n_vocab = tok.n_vocab
     return net.train()
 
 
@@ -500,9 +495,8 @@ def test_a_roll_out_ends_where_the_next_question_begins(reward, tok, monkeypatch
     net = net_that_says(tok, 2, answer)
     options(monkeypatch, reward=reward)
     prompt = {"ids": [1, 2], "messages": [], "answer": "#### 7"}
-    judge = finetune.open_reward(None)
-    cast = finetune.core.autocast(torch.device("cpu"), torch.float32)
-    [sample] = finetune.roll_out(net, tok, [prompt], judge, 0, cast)
+    judge = open_reward(reward, "cpu")
+    [sample] = rl.roll_out(net, tok, [prompt], judge, 0, FLOAT32)
     said = sample["ids"][2:] + sample["targets"][-1:]
     if reward == "gsm8k":
         assert tok.decode(said) == "#### 7\n\nQuestion:" and sample["reward"] == 1
@@ -513,9 +507,32 @@ def test_a_roll_out_ends_where_the_next_question_begins(reward, tok, monkeypatch
 def test_killed_and_resumed_is_never_stopped(toy):
     args = [*RL, "--method=grpo", "--kl_weight=0.1", "--max_steps=12", "--save_every=2"]
     args += ["--dropout=0.1"]
-    run(toy, "finetune.py", *args, "--out_dir=whole")
-    run_killed(toy, "finetune.py", *args, "--out_dir=cut", ending="cut/state.pt", times=2)
+    run(toy, "rl.py", *args, "--out_dir=whole")
+    run_killed(toy, "rl.py", *args, "--out_dir=cut", ending="cut/state.pt", times=2)
     assert torch.load(toy / "cut/state.pt")["step"] == 4
-    run(toy, "finetune.py", *args, "--out_dir=cut", "--init_from=resume")
+    run(toy, "rl.py", *args, "--out_dir=cut", "--init_from=resume")
     cut, whole = (toy / name / "model.safetensors" for name in ("cut", "whole"))
     assert cut.read_bytes() == whole.read_bytes()
+
+
+BAD = [
+    (["--method=rloo"], "--method=rloo: expected grpo, ppo"),
+    (["--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
+    (["--group_size=1"], "group_size=1: expected 2 or more"),
+    (["--method=ppo", "--minibatches=9"], "minibatches=9: a process has 8 samples a step"),
+    (["--method=ppo", "--adapt=prompt"], "adapt=prompt: expected --method=grpo"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD)
+def test_bad_input_is_a_line(args, message, toy):
+    done = run(toy, "rl.py", *RL, "--out_dir=out/new", *args, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(message)
+    assert not (toy / "out/new").exists()
+
+
+@pytest.mark.parametrize("args", [["--method=grpo", "--group_size=4"], ["config/ppo.py"]])
+def test_finetune_names_the_script_that_has_grpo_and_ppo(args, toy):
+    done = run(toy, "finetune.py", *args, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "rl.py" in done.stderr

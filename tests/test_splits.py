@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-import prepare
+from barelm.bpe import bpe_tokenizer
+from barelm.encoders import LibraryEncoder
 from barelm.files import read_json
 from barelm.run import UserError
 from barelm.shards import open_shard
-from barelm.tokenizer import QWEN2_SPLIT, Tokenizer, compile_pattern, split_at
+from barelm.splits import QWEN2_SPLIT, compile_pattern, split_at
+from barelm.tokenizer import Tokenizer
 
 BEHAVIORS = ["Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"]
 PATTERNS = [
@@ -185,7 +187,7 @@ def tokenizer_of(name):
 
 
 def test_a_million_blanks_are_bytes_to_the_tokenizer_of_bytes(capfd):
-    tok, text = prepare.bpe_tokenizer([]), "x" + " " * 1_000_000 + "end"
+    tok, text = bpe_tokenizer([]), "x" + " " * 1_000_000 + "end"
     ids = tok.encode(text)
     assert len(ids) == 1_000_004 and ids == list(text.encode())
     shorter = " " * 300_001  # and still too long a run for tiktoken's splitter to be asked
@@ -227,7 +229,7 @@ def test_the_commands_take_a_run_of_a_million_blanks(tmp_path):
 
 
 def test_a_pattern_without_an_end_is_one_line(monkeypatch):
-    monkeypatch.setattr("barelm.tokenizer.SPLIT_SECONDS", 0.1)
+    monkeypatch.setattr("barelm.splits.SPLIT_SECONDS", 0.1)
     for behavior, invert in (("Isolated", False), ("Removed", False), ("Removed", True)):
         tok = Tokenizer(spec_of("gpt2", [split(r"(?:a|aa)+$(?!d)c|b", behavior, invert)]), {})
         assert tok.decode(tok.encode("bb")) == (
@@ -240,32 +242,43 @@ def test_a_pattern_without_an_end_is_one_line(monkeypatch):
                 encode("a" * 99)
 
 
-@pytest.mark.parametrize(
-    "pattern, why",
-    [
-        (r"(?R)|a", r"\(\?R"),
-        (r"(a\g<0>?b)", r"\\g"),
-        (r"(?P>x)", r"\(\?P"),
-        (r"\ba", r"\\b"),
-        (r"\X", r"\\X"),
-        (r"(a)\1", r"\\1"),
-        (r"(?m:a.b)", r"\(\?m"),
-        (r"[[:alpha:]]+", r"\[:alpha:\]"),
-        (r"a{2,3}+", r"\{2,3\}\+"),
-        (r"a(", "the split pattern"),
-        (r"[a", "the split pattern"),
-        (r"(?<name>a)", r"\(\?<n"),
-        (r"a{99999999999}", "split pattern"),
-        ("", "not supported"),
-    ],
-)
-def test_patterns_that_others_read_otherwise_are_refused(pattern, why):
+@pytest.mark.parametrize("pattern", [r"a(", r"[a", r"a{99999999999}", r"(?<=a*)b("])
+def test_patterns_that_are_none_are_a_line(pattern):
     for spec in (spec_of("gpt2", [split(pattern)]), words_of([split(pattern)])):
-        with pytest.raises(UserError, match=why) as refusal:
+        with pytest.raises(UserError, match="split pattern") as refusal:
             Tokenizer(spec, {})
         assert str(refusal.value).count("\n") == 0 and "tokenizer.json" in str(refusal.value)
 
 
-def test_a_tokenizer_of_words_that_would_lose_text_is_refused():
-    with pytest.raises(UserError, match="a WordLevel tokenizer of this form"):
-        Tokenizer(words_of([split(r"\s", "Removed")]), {})
+ODD = [
+    r"(?R)|a",
+    r"(a\g<0>?b)",
+    r"(?P>x)",
+    r"\ba",
+    r"\X",
+    r"(a)\1",
+    r"(?m:a.b)",
+    r"[[:alpha:]]+",
+    r"a{2,3}+",
+    r"(?<name>a)",
+]
+
+
+@pytest.mark.parametrize("pattern", ODD)
+def test_patterns_that_others_read_otherwise_are_for_the_library(pattern):
+    pytest.importorskip("tokenizers")
+    texts = ["", "aa ab", "a\nb aaa", "漢 aab aaaa\r\n a.b"]
+    for spec in (spec_of("gpt2", [split(pattern)]), words_of([split(pattern)])):
+        try:
+            assert type(Tokenizer(spec, {}).encoder) is LibraryEncoder
+        except UserError as refusal:  # Oniguruma's
+            assert str(refusal).count("\n") == 0 and "tokenizer.json" in str(refusal)
+        else:
+            assert_same(spec, texts)
+
+
+def test_words_that_lose_text_are_as_tokenizers_has_them():
+    spec = words_of([split(r"\s", "Removed")])
+    assert_same(spec, ["def f(x)", "return  42\n"])
+    assert type(Tokenizer(spec, {}).encoder) is LibraryEncoder
+    assert Tokenizer(spec, {}).decode(Tokenizer(spec, {}).encode("return def")) == "returndef"

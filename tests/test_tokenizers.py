@@ -1,5 +1,5 @@
-"""Every kind of tokenizer: ids against `tokenizers`, the trainers against naive ones and its own,
-normalisation, special tokens, chat masks, and --inspect."""
+"""Every kind of tokenizer: ids against `tokenizers`, the trainers, normalisation, special tokens,
+chat masks, --inspect, and which of them need the library."""
 
 import itertools
 import json
@@ -7,9 +7,10 @@ import math
 import pickle
 import random
 import re
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
-from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,13 +19,28 @@ import pytest
 import regex
 from conftest import ROOT, run
 
-import prepare
-from barelm import tokenizer
+from barelm.bpe import (
+    BY_LIBRARY,
+    DEFAULT,
+    LETTERS,
+    PATTERNS,
+    TokenizerSettings,
+    bpe_tokenizer,
+    count_pieces,
+    normal_text,
+    show_tokens,
+    train_tokenizer,
+    train_unigram,
+    train_wordpiece,
+)
+from barelm.encoders import ByteBPE, LibraryEncoder, Words
 from barelm.files import read_json, write_json
 from barelm.run import UserError
-from barelm.tokenizer import PREPEND, REPLACE, Tokenizer, best_path, byte_letters, longest_match
+from barelm.splits import BERT_WORDS, normalize
+from barelm.tokenizer import Tokenizer
 
-KINDS = [*prepare.PATTERNS, "byte"]
+KINDS = [*PATTERNS, "byte"]
+FIXTURES = ROOT / "tests/fixtures/tokenizers"
 FORMS = ["", "nfc", "nfkc", "lower", "lower,nfc", "nfkc, lower"]
 SIZE = 700
 TEXTS = [
@@ -60,13 +76,14 @@ def more_texts():
     yield Path(json.decoder.__file__).read_text()
 
 
-def train_on(text, kind, size=SIZE):
+def train_on(text, kind, size=SIZE, settings=DEFAULT):
     """The tokenizer that prepare.py makes of a text."""
+    if kind in BY_LIBRARY:
+        pytest.importorskip("tokenizers")
     if kind == "byte":
-        return prepare.bpe_tokenizer([])
-    text = tokenizer.normalize(text, prepare.normalizers())
-    counts = prepare.count_pieces([(prepare.PATTERNS[kind], text)])
-    return prepare.train_tokenizer(kind, counts, size)
+        return bpe_tokenizer([], settings)
+    counts = count_pieces([normal_text(text, settings)], PATTERNS[kind])
+    return train_tokenizer(kind, counts, size, settings)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +92,9 @@ def make():
     made = {}
 
     def make(kind, normalize=""):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare, "normalize", normalize)
-            if (kind, normalize) not in made:
-                made[kind, normalize] = train_on(CORPUS, kind)
+        if (kind, normalize) not in made:
+            settings = TokenizerSettings(normalize=normalize)
+            made[kind, normalize] = train_on(CORPUS, kind, SIZE, settings)
         return made[kind, normalize]
 
     return make
@@ -87,11 +103,11 @@ def make():
 # The same ids as Hugging Face
 
 
-@pytest.mark.parametrize("normalize", FORMS)
+@pytest.mark.parametrize("asked", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokenizers_gives_the_same_ids_and_text(kind, normalize, make):
+def test_tokenizers_gives_the_same_ids_and_text(kind, asked, make):
     tokenizers = pytest.importorskip("tokenizers")
-    tok = make(kind, normalize)
+    tok = make(kind, asked)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tok.spec))
     assert theirs.get_vocab_size() == tok.n_vocab
     for text in [*TEXTS, *more_texts()]:
@@ -128,32 +144,33 @@ def test_normalizers_are_those_of_tokenizers(name):
     theirs = getattr(normalizers, name)()
     # Their tables of compatibility are of Unicode 9; since then a few letters have got one.
     assigned = [c for c in map(chr, range(0x32FF)) if unicodedata.category(c) != "Cn"]
-    assert [c for c in assigned if theirs.normalize_str(c) != tokenizer.normalize(c, [name])] == []
+    assert [c for c in assigned if theirs.normalize_str(c) != normalize(c, [name])] == []
     for text in TEXTS:
-        assert theirs.normalize_str(text) == tokenizer.normalize(text, [name])
+        assert theirs.normalize_str(text) == normalize(text, [name])
 
 
 # What the kinds are, without Hugging Face
 
 
-@pytest.mark.parametrize("normalize", ["", "nfkc,lower"])
+@pytest.mark.parametrize("asked", ["", "nfkc,lower"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_every_tokenizer_keeps(kind, normalize, make):
-    tok = make(kind, normalize)
+def test_what_every_tokenizer_keeps(kind, asked, make):
+    tok = make(kind, asked)
     known = {"byte", "bpe", "unigram"}
+    names = ["NFKC", "Lowercase"] if asked else []
     for text in [CORPUS, *more_texts()]:
-        ids, normal = tok.encode(text), tok.normal(text)
+        ids, normal = tok.encode(text), normalize(text, names)
         unknown = tok.special.get("<|unk|>") in ids
         assert not unknown or kind not in known
         if kind == "wordpiece":  # keeps all but white space
-            normal = "".join(regex.findall(prepare.WORDS, normal))
+            normal = "".join(regex.findall(BERT_WORDS, normal))
             back = "".join(tok.token_bytes(i).decode().strip(" ") for i in ids)
         else:
             back = b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
             assert unknown or tok.decode(ids) == normal
         assert unknown or back == normal
-    first = tok.n_vocab - len(prepare.special_tokens)
-    assert [tok.special[t] for t in prepare.special_tokens] == [*range(first, tok.n_vocab)]
+    first = tok.n_vocab - len(DEFAULT.special_tokens)
+    assert [tok.special[t] for t in DEFAULT.special_tokens] == [*range(first, tok.n_vocab)]
     assert kind in ("byte", "char") or tok.n_vocab == SIZE
     again = pickle.loads(pickle.dumps(tok))  # as a process of a pool gets it
     assert [a.tolist() for a in again.encode_batch(TEXTS, 2)] == [tok.encode(t) for t in TEXTS]
@@ -165,7 +182,7 @@ def test_half_a_surrogate_pair_is_one_unknown_letter(kind, make):
     assert tok.encode(broken) == tok.encode(mended) == tok.encode_batch([broken])[0].tolist()
     chats = [[{"role": "assistant", "content": text}] for text in (broken, mended)]
     assert tok.chat(chats[0]) == tok.chat(chats[1])
-    prepare.show_tokens(tok, broken)
+    show_tokens(tok, broken)
 
 
 def test_a_chat_keeps_letters_of_private_use(make):
@@ -181,73 +198,24 @@ def test_words_are_the_commonest_and_the_rest_is_unknown():
     assert tokens == [b" a", b" b", b" c"] and tok.n_vocab == 8
 
 
-def naive_wordpiece(word, vocab):
-    """BERT's words: while something is left, the longest prefix that is a token."""
-    found, mark = [], ""
-    while word:
-        fits = [n for n in range(1, len(word) + 1) if mark + word[:n] in vocab]
-        if not fits:
-            return None
-        found, word, mark = found + [mark + word[: max(fits)]], word[max(fits) :], "##"
-    return found
-
-
-def test_wordpiece_is_greedy():
-    vocab = {t: i for i, t in enumerate("a ab abc ##b ##bc ##c ##cd b".split())}
-    for length in range(1, 7):
-        for word in map("".join, itertools.product("abcd", repeat=length)):
-            expected = naive_wordpiece(word, vocab)
-            ids = longest_match(word, vocab, "##")
-            assert ids == (expected and [vocab[t] for t in expected])
-
-
-def segmentations(data, scores):
-    """All ways to make data up of tokens."""
-    if not data:
-        return [[]]
-    heads = [data[:n] for n in range(1, len(data) + 1) if data[:n] in scores]
-    return [[head, *rest] for head in heads for rest in segmentations(data[len(head) :], scores)]
-
-
-def test_viterbi_finds_the_best_of_all_segmentations():
-    rng = random.Random(7)
-    for _ in range(100):
-        tokens = {bytes(rng.choices(b"abc", k=rng.randint(1, 4))) for _ in range(15)}
-        tokens = sorted(tokens | {b"a", b"b", b"c"})
-        scores = {token: (i, rng.uniform(-9, -1)) for i, token in enumerate(tokens)}
-        data = bytes(rng.choices(b"abc", k=rng.randint(1, 9)))
-        every = segmentations(data, scores)
-        best = max(every, key=lambda found: sum(scores[t][1] for t in found))
-        assert best_path(data, scores, 4) == [scores[t][0] for t in best]
-
-
-def test_viterbi_keeps_the_longer_last_token_of_equals():
-    scores = {t: (i, -1.0) for i, t in enumerate([b"a", b"b", b"c", b"ab", b"bc"])}
-    assert best_path(b"abc", scores, 2) == [0, 4]
-
-
 # Training
 
 
-def naive_wordpiece_training(words, n_tokens, rare):
-    """The pair with the highest count(ab) / (count(a) count(b)) is joined, all counted from the
-    beginning each time; of pairs that occur twice, and as often as `rare` of the commonest."""
+def naive_wordpiece_training(words, n_tokens):
+    """The commonest pair is joined, of equals that with the lowest ids, all counted from the
+    beginning each time; of pairs that occur twice."""
     split = {w: [w[0], *("##" + c for c in w[1:])] for w in words}
     tokens = sorted({c for w in words for c in w})
     tokens += sorted({c for cut in split.values() for c in cut[1:]})
     while len(tokens) < n_tokens:
-        pairs, singles = Counter(), Counter()
+        pairs = Counter()
         for word, cut in split.items():
-            for token in cut:
-                singles[token] += words[word]
             for pair in zip(cut, cut[1:]):
                 pairs[pair] += words[word]
-        least = max(2, rare * max(pairs.values(), default=0))
-        common = [pair for pair in pairs if pairs[pair] >= least]
+        common = [pair for pair in pairs if pairs[pair] > 1]
         if not common:
             break
-        score = lambda pair: Fraction(pairs[pair], singles[pair[0]] * singles[pair[1]])
-        pair = min(common, key=lambda p: (-score(p), -pairs[p], *map(tokens.index, p)))
+        pair = min(common, key=lambda p: (-pairs[p], *map(tokens.index, p)))
         joined = pair[0] + pair[1].removeprefix("##")
         if joined not in tokens:
             tokens.append(joined)
@@ -260,133 +228,86 @@ def naive_wordpiece_training(words, n_tokens, rare):
     return tokens
 
 
-@pytest.mark.parametrize("rare", [0.0, 0.05, 1.0])
-def test_wordpiece_training_equals_the_textbook(rare, monkeypatch):
-    monkeypatch.setattr(prepare, "RARE", rare)
-    words = Counter(regex.findall(prepare.WORDS, (ROOT / "sample.py").read_text()))
+def test_wordpiece_training_equals_the_textbook():
+    pytest.importorskip("tokenizers")
+    words = Counter(regex.findall(BERT_WORDS, (ROOT / "sample.py").read_text()))
     words |= {"aaaa": 50, "aaaaa": 31, "abab": 40}  # pairs that overlap
-    expected = naive_wordpiece_training(words, 230, rare)
+    expected = naive_wordpiece_training(words, 230)
     assert len(expected) == 230 and max(map(len, expected)) > 4
     # A quarter of the vocabulary would be too few for all the letters here: none may be left out.
     letters = len({c for w in words for c in w})
-    assert prepare.train_wordpiece(words, 4 * letters, lambda _: None)[:230] == expected
-
-
-def test_wordpiece_joins_what_is_likely_and_not_what_is_common():
-    """The example of the Hugging Face course: u and g are the commonest pair, g and s the one that
-    is seen apart the least."""
-    words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
-    tokens = prepare.train_wordpiece(words, 40, lambda _: None)
-    assert tokens[:8] == ["b", "g", "h", "n", "p", "s", "u", "##g"]
-    assert tokens[8:12] == ["##n", "##s", "##u", "##gs"]
+    assert train_wordpiece(words, 4 * letters)[:230] == expected
 
 
 def test_wordpiece_ends_where_no_pair_occurs_twice():
-    assert prepare.train_wordpiece({"ab": 1, "c": 5}, 99, lambda _: None) == ["a", "b", "c", "##b"]
-    assert len(prepare.train_wordpiece({"a" * 5000: 2}, 99, lambda _: None)) <= 99
+    pytest.importorskip("tokenizers")
+    assert train_wordpiece({"ab": 1, "c": 5}, 99) == ["a", "b", "c", "##b"]
+    assert len(train_wordpiece({"a" * 5000: 2}, 99)) <= 99
 
 
 def test_wordpiece_keeps_the_commonest_letters_and_calls_other_words_unknown():
     tok = train_on("aab aab aab cab cab é x", "wordpiece", 4 + 1 + 13)
     unknown = tok.special["<|unk|>"]
-    assert [t for t in tok.vocab if len(t) == 1] == ["a", "b", "c"]
+    vocab = tok.spec["model"]["vocab"]
+    assert [t for t in vocab if len(t) == 1] == ["a", "b", "c"]
     assert tok.encode("éab") == tok.encode("x") == [unknown] != tok.encode("cab")
 
 
-def likelihood(pieces, scores):
+def unigram_counts():
+    return count_pieces([(ROOT / "model.py").read_text()])
+
+
+def likelihood(counts, scores):
     """The log-likelihood of {piece: count} by the definition: a sum over all segmentations."""
-    total, p = 0.0, {t: math.exp(s) for t, s in scores.items()}
-    for piece, n in pieces.items():
-        paths = [1.0] + [0.0] * len(piece)
-        for end in range(1, len(piece) + 1):
-            starts = range(max(0, end - prepare.MAX_TOKEN), end)
-            paths[end] = sum(paths[s] * p.get(piece[s:end], 0.0) for s in starts)
+    total = 0.0
+    p = {token: math.exp(score) for token, score in scores.items()}
+    for piece, n in counts.items():
+        letters = "".join(LETTERS[byte] for byte in piece.encode())
+        paths = [1.0] + [0.0] * len(letters)
+        for end in range(1, len(letters) + 1):
+            starts = range(max(0, end - 16), end)
+            paths[end] = sum(paths[s] * p.get(letters[s:end], 0.0) for s in starts)
         total += n * math.log(paths[-1])
     return total
 
 
-def test_expectations_are_those_of_all_segmentations():
-    scores = {t: math.log(p) for t, p in {b"a": 0.3, b"b": 0.2, b"ab": 0.4, b"aba": 0.1}.items()}
-    pieces, expected, total = {b"abab": 3, b"a": 5, b"aabaab": 2, b"bb": 1}, Counter(), 0.0
-    for piece, n in pieces.items():
-        every = segmentations(piece, scores)
-        chances = [math.exp(sum(scores[t] for t in found)) for found in every]
-        total += n * math.log(sum(chances))
-        for found, chance in zip(every, chances):
-            for token in found:
-                expected[token] += n * chance / sum(chances)
-    edges, ends = prepare.lattice(pieces, {t: i for i, t in enumerate(scores)})
-    found, log_likelihood = prepare.expect(
-        edges, ends, np.array([*pieces.values()]), np.array([*scores.values()])
-    )
-    assert found == pytest.approx([expected[t] for t in scores])
-    assert log_likelihood == pytest.approx(total) == pytest.approx(likelihood(pieces, scores))
+def test_unigram_has_all_bytes_and_then_the_likeliest():
+    pytest.importorskip("tokenizers")
+    counts = unigram_counts()
+    scores = train_unigram(counts, 600)
+    tokens = [*scores]
+    assert tokens[:256] == [LETTERS[byte] for byte in range(256)] and len(scores) == 600
+    others = [scores[token] for token in tokens[256:]]
+    assert others == sorted(others, reverse=True) and max(map(len, tokens)) <= 16
+    assert scores[LETTERS[0]] == scores[LETTERS[255]] == min(scores.values())  # of no use here
+    bytes_alone = Counter()
+    for piece, n in counts.items():
+        for byte in piece.encode():
+            bytes_alone[LETTERS[byte]] += n
+    total = sum(bytes_alone.values())
+    alone = {letter: math.log(n / total) for letter, n in bytes_alone.items()}
+    assert likelihood(counts, scores) > 0.8 * likelihood(counts, alone)  # both are negative
 
 
-def unigram_pieces():
-    counts = prepare.count_pieces([(prepare.SPLIT, (ROOT / "model.py").read_text())])
-    return {piece.encode(): n for piece, n in counts.items()}
+def test_a_text_of_too_many_pieces_keeps_its_shares(monkeypatch):
+    monkeypatch.setattr("barelm.bpe.MAX_PIECES", 10)
+    from barelm.bpe import repeated
+
+    assert Counter(repeated({"b": 60, "a": 40, "c": 1})) == {"a": 3, "b": 5}
 
 
-def test_em_never_makes_the_text_less_likely():
-    pieces = unigram_pieces()
-    tokens = prepare.BYTES + sorted({p[i : i + 3] for p in pieces for i in range(len(p) - 2)})
-    edges, ends = prepare.lattice(pieces, {t: i for i, t in enumerate(tokens)})
-    weights, expected, last = np.array([*pieces.values()]), np.ones(len(tokens)), -math.inf
-    for step in range(8):
-        expected, now = prepare.expect(edges, ends, weights, prepare.likeliest(expected))
-        assert now >= last - 1e-6 * abs(now) and (step > 3 or now > last)
-        assert expected @ [len(t) for t in tokens] == pytest.approx(
-            sum(n * len(p) for p, n in pieces.items())
-        )
-        last = now
-
-
-def test_unigram_is_at_least_as_likely_as_that_of_tokenizers():
-    tokenizers = pytest.importorskip("tokenizers")
-    pieces, size = unigram_pieces(), 1000
-    ours = dict(prepare.train_unigram(pieces, size))
-    new = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    new.pre_tokenizer = tokenizers.Tokenizer.from_str(
-        json.dumps(prepare.bpe_tokenizer([]).spec)
-    ).pre_tokenizer
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    how = dict(vocab_size=size + 1, unk_token="<unk>", initial_alphabet=alphabet)
-    trainer = tokenizers.trainers.UnigramTrainer(show_progress=False, **how)
-    new.train_from_iterator([(ROOT / "model.py").read_text()], trainer)
-    bytes_of = {letter: b for b, letter in byte_letters().items()}
-    vocab = json.loads(new.to_str())["model"]["vocab"]
-    theirs = {bytes(bytes_of[c] for c in t): s for t, s in vocab if t != "<unk>"}
-    assert len(theirs) == len(ours) == size
-    whole = math.log(sum(map(math.exp, theirs.values())))  # theirs do not add up to one
-    theirs = {t: s - whole for t, s in theirs.items()}
-    assert likelihood(pieces, ours) > 1.01 * likelihood(pieces, theirs)  # both are negative
-
-
-def test_unigram_is_a_distribution_and_better_than_bpe_tokens():
-    pieces = unigram_pieces()
-    ours = prepare.train_unigram(pieces, 600)
-    assert [t for t, _ in ours[:256]] == prepare.BYTES and len(dict(ours)) == 600
-    assert sum(math.exp(s) for _, s in ours) == pytest.approx(1, abs=1e-4)
-    assert [s for _, s in ours[256:]] == sorted((s for _, s in ours[256:]), reverse=True)
-    merged = prepare.BYTES + [a + b for a, b in prepare.train_bpe(pieces, 344)]
-    edges, ends = prepare.lattice(pieces, {t: i for i, t in enumerate(merged)})
-    expected, weights = np.ones(600), np.array([*pieces.values()])
-    for _ in range(10):
-        expected, bpe = prepare.expect(edges, ends, weights, prepare.likeliest(expected))
-    assert likelihood(pieces, dict(ours)) > bpe
-
-
-@pytest.mark.parametrize("kind", prepare.PATTERNS)
+@pytest.mark.parametrize("kind", PATTERNS)
 def test_the_order_of_the_pieces_says_nothing(kind):
-    counts = prepare.count_pieces([(prepare.PATTERNS[kind], CORPUS)])
+    if kind in BY_LIBRARY:
+        pytest.importorskip("tokenizers")
+    counts = count_pieces([CORPUS], PATTERNS[kind])
     backwards = dict(reversed(counts.items()))
-    made = [prepare.train_tokenizer(kind, c, 400).spec for c in (counts, backwards)]
+    made = [train_tokenizer(kind, c, 400).spec for c in (counts, backwards)]
     assert json.dumps(made[0]) == json.dumps(made[1])
 
 
 @pytest.mark.parametrize("text", ["a", "a" * 5000, "ab", "é", "."])
-@pytest.mark.parametrize("kind", prepare.PATTERNS)
+@pytest.mark.parametrize("kind", PATTERNS)
 def test_a_text_that_teaches_nothing(kind, text):
     tok = train_on(text, kind)
     assert tok.n_vocab <= SIZE
@@ -398,10 +319,9 @@ def test_a_text_that_teaches_nothing(kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_are_what_one_says(kind, monkeypatch):
+def test_special_tokens_are_what_one_says(kind):
     names = ["<s>", "[pad]", "<think>", "two words"]
-    monkeypatch.setattr(prepare, "special_tokens", names)
-    tok = train_on(CORPUS, kind)
+    tok = train_on(CORPUS, kind, SIZE, TokenizerSettings(names))
     assert [tok.special[t] for t in names] == [*range(tok.n_vocab - 4, tok.n_vocab)]
     assert (tok.bos_id, tok.eos_ids) == (tok.special["<s>"], [tok.special["<s>"]])
     assert tok.pad_id == tok.special["[pad]"]
@@ -409,9 +329,8 @@ def test_special_tokens_are_what_one_says(kind, monkeypatch):
     with pytest.raises(UserError, match="no chat template"):
         tok.chat([{"role": "user", "content": "a"}])
     if kind != "byte":
-        monkeypatch.setattr(prepare, "special_tokens", ["a", "<pad>"])
         with pytest.raises(UserError, match="'a' is an ordinary token too"):
-            train_on("a a b b", kind, 300)
+            train_on("a a b b", kind, 300, TokenizerSettings(["a", "<pad>"]))
 
 
 ALL_ROLES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
@@ -419,10 +338,9 @@ ALL_ROLES |= {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_role_has_a_token_of_its_own(kind, monkeypatch, tmp_path):
+def test_each_role_has_a_token_of_its_own(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(prepare, "roles", ALL_ROLES)
-    tok = train_on(CORPUS, kind)
+    tok = train_on(CORPUS, kind, SIZE, TokenizerSettings(roles=ALL_ROLES))
     assert kind in ("byte", "char") or tok.n_vocab == SIZE
     write_json(tmp_path / "tokenizer.json", tok.spec)
     write_json(tmp_path / "tokenizer_config.json", tok.config)
@@ -458,9 +376,8 @@ def test_each_role_has_a_token_of_its_own(kind, monkeypatch, tmp_path):
         ({"bos": "<s>", "eos": "<s>"}, "bos=<s> eos=<s> pad=<|pad|>"),
     ],
 )
-def test_roles_that_are_not_asked_for_stay_as_they_were(roles, expected, monkeypatch):
-    monkeypatch.setattr(prepare, "roles", roles)
-    tok = train_on(CORPUS, "bpe")
+def test_roles_that_are_not_asked_for_stay_as_they_were(roles, expected):
+    tok = train_on(CORPUS, "bpe", SIZE, TokenizerSettings(roles=roles))
     names = {id: name for name, id in tok.special.items()}
     assert " ".join(f"{role}={names[id]}" for role, id in tok.roles.items()) == expected
     apart = tok.roles["bos"] != tok.roles["eos"]
@@ -468,10 +385,10 @@ def test_roles_that_are_not_asked_for_stay_as_they_were(roles, expected, monkeyp
     assert tok.document_layout == ([tok.bos_id], tok.eos_ids * apart)
 
 
-@pytest.mark.parametrize("normalize", ["", "nfkc,lower"])
+@pytest.mark.parametrize("asked", ["", "nfkc,lower"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_chat_mask_covers_what_the_assistant_says(kind, normalize, make):
-    tok = make(kind, normalize)
+def test_the_chat_mask_covers_what_the_assistant_says(kind, asked, make):
+    tok = make(kind, asked)
     messages = [
         {"role": "user", "content": "Return\tthe FILE of e\u0301 ﬁ İ <|im_end|>"},
         {"role": "assistant", "content": "The file is read.\n x"},
@@ -521,6 +438,8 @@ def test_roles_of_others_are_read(tmp_path):
 def test_the_real_command_for_every_kind(tmp_path):
     (tmp_path / "text.txt").write_text(CORPUS, newline="")
     for kind in ("word", "wordpiece", "unigram"):
+        if kind in BY_LIBRARY:
+            pytest.importorskip("tokenizers")
         args = ["--source=text.txt", f"--tokenizer={kind}", "--vocab_size=500", "--threads=1"]
         for dataset in ("one", "two"):
             run(tmp_path, "prepare.py", *args, "--normalize=lower", f"--dataset={dataset}")
@@ -541,7 +460,7 @@ def test_the_real_command_for_every_kind(tmp_path):
 def test_inspect_shows_tokens_ids_and_statistics(make, capsys, monkeypatch):
     tok, text = make("bpe"), "return\n\tx漢\x1b[0m"
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    prepare.show_tokens(tok, text)
+    show_tokens(tok, text)
     lines = capsys.readouterr().out.split("\n")
     ids = tok.encode(text)
     assert lines[1] == " ".join(map(str, ids))
@@ -554,7 +473,7 @@ def test_inspect_shows_tokens_ids_and_statistics(make, capsys, monkeypatch):
     histogram = {int(m[1]): int(m[2]) for m in histogram if m}
     assert sum(histogram.values()) == tok.n_vocab - 4 and histogram[1] == 256
     monkeypatch.setenv("FORCE_COLOR", "1")
-    prepare.show_tokens(tok, text)
+    show_tokens(tok, text)
     coloured = capsys.readouterr().out.split("\n")
     plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in coloured]
     assert plain[0] == lines[0].replace("|", "") and plain[1:] == lines[1:]
@@ -595,21 +514,186 @@ def test_bpe_splits_by_the_patterns_of_rust(make):
     assert tok.decode(tok.encode("one 一, two")) == "one 一, two"
 
 
-def test_forms_that_do_not_run_here_are_refused(make):
-    unigram, pieces, words = make("unigram"), make("wordpiece"), make("word")
-    llama = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
-    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    cut = unigram.spec["model"] | {"vocab": unigram.spec["model"]["vocab"][1:]}
+# What our own encoders run, and what the library does
+
+OWN = ["gpt2", "llama3", "qwen3", "smollm2"]
+WITHOUT_LIBRARY = """
+import json, sys
+sys.modules["tokenizers"] = None  # import raises ImportError
+from pathlib import Path
+from barelm.bpe import finished_tokenizer
+from barelm.run import UserError
+from barelm.tokenizer import Tokenizer
+fixtures = Path(sys.argv[1])
+golden = json.loads((fixtures / "expected.json").read_text())
+for name in sys.argv[2:]:
+    tok = Tokenizer.from_folder(fixtures / name)
+    assert [tok.encode(text) for text in golden["texts"]] == golden[name]["ids"]
+    assert [tok.decode(ids) for ids in golden[name]["ids"]] == golden[name]["decoded"]
+for ask, name in ((Tokenizer.from_folder, fixtures / "llama2"), (finished_tokenizer, "unigram")):
+    try:
+        ask(name)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_byte_level_bpe_needs_no_library_and_others_name_it():
+    args = [sys.executable, "-c", WITHOUT_LIBRARY, str(FIXTURES), *OWN]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, check=True)
+    llama2, unigram = done.stdout.splitlines()
+    install = "needs tokenizers: pip install tokenizers"
+    assert llama2 == f"{FIXTURES}/llama2/tokenizer.json: the normalizer Prepend {install}"
+    assert unigram == f"--tokenizer=unigram {install}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_its_encoder(kind, make):
+    expected = {"bpe": ByteBPE, "byte": ByteBPE, "char": Words, "word": Words}
+    assert type(make(kind).encoder) is expected.get(kind, LibraryEncoder)
+
+
+def test_each_family_has_its_encoder():
+    for path in FIXTURES.iterdir():
+        if path.is_dir() and path.name in OWN:
+            assert type(Tokenizer.from_folder(path).encoder) is ByteBPE
+        elif path.is_dir():
+            pytest.importorskip("tokenizers")
+            assert type(Tokenizer.from_folder(path).encoder) is LibraryEncoder
+
+
+SPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+WORDPIECE = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+CTC = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+BERT |= {"strip_accents": None, "lowercase": True}
+
+
+def changed(name, make):
+    """A tokenizer.json that our encoders do not run, of an unusual form: (spec, config)."""
+    bpe, unigram, pieces, words = (make(k).spec for k in ("bpe", "unigram", "wordpiece", "word"))
+    model = lambda spec, **change: {"model": spec["model"] | change}
+    vocab = [[" " if t == "Ġ" else t, s] for t, s in unigram["model"]["vocab"]]
+    vocab = [[t.replace("Ġ", "▁").replace(" ", "▁"), s] for t, s in vocab]
+    plain = [bpe["added_tokens"][0] | {"id": SIZE, "content": "<x>", "special": False}]
+    forms = {
+        "T5": unigram | {"pre_tokenizer": SPACE, "decoder": SPACE, "normalizer": None}
+        | model(unigram, vocab=vocab, unk_id=0),
+        "BERT": pieces | {"pre_tokenizer": {"type": "BertPreTokenizer"}, "normalizer": BERT},
+        "RoBERTa": bpe | {"pre_tokenizer": LEVEL | {"add_prefix_space": True}},
+        "dropped suffixes": bpe | model(bpe, end_of_word_suffix="</w>"),
+        "merges in another order": bpe | model(bpe, merges=bpe["model"]["merges"][::-1]),
+        "a merge less": bpe | model(bpe, merges=bpe["model"]["merges"][:-1]),
+        "accents": words | {"normalizer": {"type": "StripAccents"}},
+        "words": words | {"pre_tokenizer": pieces["pre_tokenizer"]},
+        "no decoder": pieces | {"decoder": None},
+        "lstrip": bpe | {"added_tokens": [*bpe["added_tokens"], plain[0] | {"lstrip": True}]},
+        "single": bpe | {"added_tokens": [*bpe["added_tokens"], plain[0] | {"single_word": True}]},
+        "borders": bpe | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": r"\b"}, "behavior": "Isolated", "invert": False},
+            LEVEL | {"use_regex": False}]}},
+    }  # fmt: skip
+    return forms[name]
+
+
+UNUSUAL = ["T5", "BERT", "RoBERTa", "dropped suffixes", "merges in another order", "a merge less"]
+UNUSUAL += ["accents", "words", "no decoder", "lstrip", "single", "borders"]
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_not_ours_runs_by_the_library(name, make):
+    tokenizers = pytest.importorskip("tokenizers")
+    spec = changed(name, make)
+    tok = Tokenizer(spec, make("bpe").config)
+    assert type(tok.encoder) is LibraryEncoder
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    texts = [*TEXTS, "a  <x> b<x>c", "e\u0301t\u00e9 Déjà"]
+    for text in texts:
+        ids = tok.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert tok.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+        assert [id for id, _, _ in tok.encoder.spans(text)] == ids
+        # What is streamed is what is decoded, but for the space before the first word.
+        unknown = {tok.special.get("<|unk|>")}.intersection(ids)
+        stream = b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
+        if not unknown and "\ufffd" not in stream:
+            assert tok.decode(ids) in (stream, stream.removeprefix(" "))
+    named = "".join(tok.special)  # no special token is read from text, in a process of a pool too
+    special = {tok.special[name] for name in tok.special if name != "<x>"} - {
+        tok.special.get("<|unk|>")
+    }
+    for same in (tok, pickle.loads(pickle.dumps(tok))):
+        assert not special.intersection(same.encode(named))
+        assert [a.tolist() for a in same.encode_batch(texts, 2)] == [tok.encode(t) for t in texts]
+    talk = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "It is"}]
+    ids, mask = tok.chat(talk)
+    said = tok.decode([id for id, m in zip(ids, mask) if m])
+    assert said.replace(" ", "").replace("\n", "").endswith("<|im_end|>")
+    assert tok.special["<|im_end|>"] in ids and "user" not in said
+
+
+def test_a_space_is_put_before_the_first_words_of_a_chat_alone():
+    pytest.importorskip("tokenizers")
+    tok = Tokenizer.from_folder(FIXTURES / "mistral")  # whose prepend_scheme is "first"
+    first, later = (tok.encoder.spans("a b", first) for first in (True, False))
+    assert len(first) == len(later) + 1 and first[1:] == later
+    assert [begin for _, begin, _ in later] == [0, 1, 2]
+
+
+def test_roles_of_bert_begin_a_text(make):
+    tokenizers = pytest.importorskip("tokenizers")
+    spec = make("bpe").spec
+    name, id = spec["added_tokens"][1]["content"], spec["added_tokens"][1]["id"]
+    post = {"type": "RobertaProcessing", "cls": [name, id], "sep": [name, id]}
+    spec = spec | {"post_processor": post | {"trim_offsets": True, "add_prefix_space": False}}
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    assert Tokenizer(spec, {}).prompt("a text") == theirs.encode("a text").ids[:-1]
+
+
+def test_what_the_library_refuses_is_a_line(make, capfd):
+    pytest.importorskip("tokenizers")
+    unigram, words = make("unigram"), make("word")
     bare = {k: v for k, v in words.spec["model"]["vocab"].items() if k != "<|unk|>"}
     for tok, change, why in [
-        (unigram, {"pre_tokenizer": space}, "a Unigram tokenizer of this form is not supported"),
-        (unigram, {"model": cut}, "a byte is missing"),
-        (make("bpe"), {"normalizer": llama}, "a BPE tokenizer of this form is not supported"),
-        (pieces, {"pre_tokenizer": {"type": "BertPreTokenizer"}}, "a WordPiece tokenizer of this"),
-        (pieces, {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "cleanup"),
-        (words, {"normalizer": {"type": "StripAccents"}}, "a WordLevel tokenizer of this form"),
+        (unigram, {"model": unigram.spec["model"] | {"unk_id": 9999}}, "tokenizers refuses it"),
+        (unigram, {"pre_tokenizer": {"type": "Guess"}}, "tokenizers refuses it"),
+        (unigram, {"decoder": CTC}, "CTC"),
+        (make("bpe"), {"model": make("bpe").spec["model"] | {"dropout": 0.1}}, "dropout"),
+        (unigram, {"added_tokens": [unigram.spec["added_tokens"][0] | {"id": 9}]}, "both token 9"),
+        (
+            unigram,
+            {"added_tokens": [unigram.spec["added_tokens"][0] | {"id": 9999}]},
+            "the id 9999",
+        ),
         (words, {"model": words.spec["model"] | {"vocab": bare}}, "unk"),
-        (words, {"pre_tokenizer": pieces.spec["pre_tokenizer"]}, "a WordLevel tokenizer of this"),
+        (words, {"model": words.spec["model"] | {"vocab": {}}}, "a model with a vocab"),
     ]:
-        with pytest.raises((UserError, KeyError), match=why):
+        with pytest.raises((UserError, KeyError), match=why) as refusal:
             Tokenizer(tok.spec | change, tok.config)
+        assert "\n" not in str(refusal.value)
+
+
+def test_errors_and_panics_of_the_library_are_a_line():
+    from barelm.encoders import library_errors
+
+    class PanicException(BaseException):  # as pyo3's is
+        pass
+
+    for error in (PanicException("called `unwrap()`\non None"), ValueError("x\ny")):
+        with pytest.raises(UserError, match="^tokenizer.json: tokenizers refuses it: [^\n]*$"):
+            with library_errors():
+                raise error
+    with pytest.raises(KeyboardInterrupt), library_errors():
+        raise KeyboardInterrupt
+
+
+def test_a_fork_after_the_library_ran_prints_no_warning(tmp_path):
+    """As prepare.py's processes are: a warning of each would stand in the output."""
+    pytest.importorskip("tokenizers")
+    program = "import os, sys; from barelm.tokenizer import Tokenizer\n"
+    program += "tok = Tokenizer.from_folder(sys.argv[1]); tok.encode_batch(['a b'] * 9, 2)\n"
+    program += "child = os.fork()\nids = tok.encode('a b')\nif child: os.wait()\n"
+    args = [sys.executable, "-c", program, str(FIXTURES / "llama2")]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,26 +1,35 @@
-"""eval.py's reports, plans and look-up of memorized text, against other ways to find the same."""
+"""report.py: comparisons, plans and look-up of memorized text, against other ways to find them."""
 
 import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import eval as stage
-import finetune
 import model
-import prepare
+from barelm import overlap
+from barelm.adapters import AdaptConfig, NF4Linear, choose_weights
+from barelm.bpe import bpe_tokenizer, train_bpe
+from barelm.chart import ticks
 from barelm.checkpoint import save
+from barelm.compare import smooth
+from barelm.costs import finetune_memory, finetune_work, learned_weights
 from barelm.optim import flops_per_token, n_params
 from barelm.safetensors import write_safetensors
+from barelm.scaling import (
+    chinchilla_loss,
+    chinchilla_params,
+    fit_law,
+    fit_powers,
+    least_squares,
+)
 from config import script_keys
 
 
@@ -50,8 +59,8 @@ def test_compare_says_what_the_errors_allow(tmp_path):
     make_run(tmp_path, "out/b", [4, 3.5, 3], near, val=3.25)
     make_run(tmp_path, "out/c", [5, None, 4], val=4.5)
     words = ["out/a<&|b", "out/b", "out/c"]
-    done = run(tmp_path, "eval.py", "--compare", *words)
-    assert done.stdout == run(tmp_path, "eval.py", f"--compare={','.join(words)}").stdout
+    done = run(tmp_path, "report.py", "--compare", *words)
+    assert done.stdout == run(tmp_path, "report.py", f"--compare={','.join(words)}").stdout
     assert "out/c: no results.json" in done.stdout
     report = (tmp_path / "report.md").read_text()
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -81,25 +90,25 @@ def test_compare_says_what_the_errors_allow(tmp_path):
 def test_runs_without_tokens_are_shown_by_step(tmp_path):
     make_run(tmp_path, "a", [4, 3, 2], val=2.5)
     make_run(tmp_path, "b", [1, 0.5], tokens=0, val=0.7)
-    done = run(tmp_path, "eval.py", "--compare", "a", "b", "--report=x/../r.md", check=False)
+    done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=x/../r.md", check=False)
     assert done.returncode == 1 and "cannot be written" in done.stderr
-    done = run(tmp_path, "eval.py", "--compare", "a", "b", "--report=r.md")
+    done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=r.md")
     assert "not logged" in done.stdout and ">step</text>" in (tmp_path / "r.svg").read_text()
 
 
 def test_smoothing_is_the_bias_corrected_mean():
     points = [(i, float(v)) for i, v in enumerate(np.random.default_rng(0).normal(size=200))]
-    smoothed, span = stage.smooth(points), 4
+    smoothed, span = smooth(points), 4
     for i in (0, 7, 199):  # the definition: weights (1 - 1/span)^age, normalized
         weights = [(1 - 1 / span) ** (i - j) for j in range(i + 1)]
         mean = sum(w * y for w, (_, y) in zip(weights, points)) / sum(weights)
         assert smoothed[i] == (i, pytest.approx(mean))
-    assert len(stage.smooth([(i, 1.0) for i in range(9999)])) <= 402
+    assert len(smooth([(i, 1.0) for i in range(9999)])) <= 402
 
 
 @pytest.mark.parametrize("low, high, log", [(0, 1, 0), (3.1, 3.3, 0), (1e4, 3e9, 1), (2, 11, 1)])
 def test_ticks_are_round_and_inside(low, high, log):
-    marks = stage.ticks(low, high, log)
+    marks = ticks(low, high, log)
     assert 2 <= len(marks) <= 11 and marks == sorted(set(marks))
     for mark in marks:
         assert low <= mark <= high * 1.001
@@ -110,10 +119,10 @@ def test_ticks_are_round_and_inside(low, high, log):
 def test_the_optimum_is_where_a_search_finds_it():
     for c in (1e16, 1e20, 5.76e23):
         n = np.geomspace(1e5, 1e13, 200001)
-        best = n[np.argmin(stage.chinchilla_loss(n, c / (6 * n)))]
-        assert stage.chinchilla_params(c) == pytest.approx(best, 1e-3)
+        best = n[np.argmin(chinchilla_loss(n, c / (6 * n)))]
+        assert chinchilla_params(c) == pytest.approx(best, 1e-3)
     # Chinchilla's own budget: about 70B parameters and 20 tokens for each, as Besiroglu et al. say.
-    n = stage.chinchilla_params(5.76e23)
+    n = chinchilla_params(5.76e23)
     assert 6e10 < n < 8e10 and 15 < 5.76e23 / (6 * n * n) < 22
 
 
@@ -126,13 +135,13 @@ def recipe_of(text):
 @pytest.mark.parametrize("flag, n", [("flops=1e18", 8.05e7), ("params=124e6", 124e6),
                                      ("tokens=2e9", None), ("params=7e9", 7e9)])  # fmt: skip
 def test_a_plan_is_a_recipe_of_that_size(tmp_path, flag, n):
-    done = run(tmp_path, "eval.py", "--plan", f"--{flag}", "--device=a100", "--devices=3")
+    done = run(tmp_path, "report.py", "--plan", f"--{flag}", "--device=a100", "--devices=3")
     r = recipe_of(done.stdout)
     shape = {k: r[k] for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")}
     config = model.GPTConfig(vocab_size=50304, n_ctx=r["seq_len"], **shape)
     with torch.device("meta"):
         count = n_params(model.GPT(config))
-    n = n or stage.chinchilla_params(6 * 2e9 * 8.05e7)  # near the optimum for that many tokens
+    n = n or chinchilla_params(6 * 2e9 * 8.05e7)  # near the optimum for that many tokens
     assert abs(count / n - 1) < (0.1 if "tokens" not in flag else 0.3)
     assert f"{count:,} parameters" in done.stdout
     assert r["batch_tokens"] % (3 * r["seq_len"]) == 0
@@ -147,7 +156,7 @@ def test_a_plan_is_a_recipe_of_that_size(tmp_path, flag, n):
 
 
 def test_a_plan_for_money_is_one_for_the_hours_that_it_buys(tmp_path):
-    plan = lambda *flags: run(tmp_path, "eval.py", "--plan", "--devices=4", *flags).stdout
+    plan = lambda *flags: run(tmp_path, "report.py", "--plan", "--devices=4", *flags).stdout
     bought, hours = plan("--money=100", "--price=2"), plan("--hours=12.5", "--price=2")
     assert bought == hours
     cost, device_hours, price = re.search(r"cost: ([\d.]+) = ([\d.]+) .* x (\S+)", bought).groups()
@@ -156,8 +165,10 @@ def test_a_plan_for_money_is_one_for_the_hours_that_it_buys(tmp_path):
 
 
 def finetune_defaults(**changes):
-    path = Path(stage.__file__).with_name("finetune.py")
-    values = {key: default for key, (default, *_) in script_keys(path).items()}
+    values = {}
+    for script in ("rl.py", "finetune.py"):
+        keys = script_keys(ROOT / script)
+        values |= {key: default for key, (default, *_) in keys.items()}
     return SimpleNamespace(**values | changes)
 
 
@@ -168,14 +179,13 @@ def plan_net():
 
 
 @pytest.mark.parametrize("adapt", ["full", "lora", "adapter"])
-def test_a_plan_counts_the_products_that_torch_counts(adapt, monkeypatch):
+def test_a_plan_counts_the_products_that_torch_counts(adapt):
     """FLOPs forward and backward by torch's own counter, over the plain kernel of attention, whose
     products it sees."""
-    monkeypatch.setattr(finetune, "adapt", adapt)
     net, s = plan_net(), finetune_defaults(adapt=adapt, batch_size=3)
-    work = stage.finetune_work(net, s, count=3, length=64, steps=2)
-    learn, _ = stage.learned_weights(net, s)
-    finetune.choose_weights(net)
+    work = finetune_work(net, s, count=3, length=64, steps=2)
+    learn, _ = learned_weights(net, s)
+    choose_weights(net, AdaptConfig(adapt))
     assert learn == sum(p.numel() for p in net.parameters() if p.requires_grad)
     ids = torch.randint(0, 128, (3, 65))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -184,16 +194,15 @@ def test_a_plan_counts_the_products_that_torch_counts(adapt, monkeypatch):
     assert work["training"] / 2 == pytest.approx(counter.get_total_flops(), rel=exact)
 
 
-def test_a_plan_s_four_bits_are_those_that_are_kept(monkeypatch):
-    monkeypatch.setattr(finetune, "adapt", "qlora")
+def test_a_plan_s_four_bits_are_those_that_are_kept():
     net, s = plan_net(), finetune_defaults(adapt="qlora")
-    memory = stage.finetune_memory(net, s, 64, 0)
+    memory = finetune_memory(net, s, 64, 0)
     largest = 4 * net.model.layers[0].mlp.up_proj.weight.numel()  # unpacked while it is used
-    learn, _ = stage.learned_weights(net, s)
-    finetune.choose_weights(net)
+    learn, _ = learned_weights(net, s)
+    choose_weights(net, AdaptConfig("qlora"))
     tensors = [*net.parameters(), *net.buffers()]
     size = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-    packed = [m for m in net.modules() if isinstance(m, finetune.NF4Linear)]
+    packed = [m for m in net.modules() if isinstance(m, NF4Linear)]
     size -= sum(m.pairs.numel() * 8 for m in packed)  # a table of 2 kB a layer, not of a weight
     assert memory["weights"] + 4 * learn == pytest.approx(size + largest, rel=0.02)
     assert memory["what learns"] == 16 * learn  # a value, a gradient and AdamW's two moments
@@ -202,19 +211,19 @@ def test_a_plan_s_four_bits_are_those_that_are_kept(monkeypatch):
 def test_plans_of_fine_tunings(tmp_path):
     """The reference of dpo once for each pair, the roll-outs of grpo by group; a recipe counts."""
     net = plan_net()
-    plain = stage.finetune_work(net, finetune_defaults(), 100, 32, 5)["training"]
-    dpo = stage.finetune_work(net, finetune_defaults(method="dpo"), 100, 32, 5)
+    plain = finetune_work(net, finetune_defaults(), 100, 32, 5)["training"]
+    dpo = finetune_work(net, finetune_defaults(method="dpo"), 100, 32, 5)
     assert dpo["training"] == 2 * plain
     assert dpo["the reference"] == pytest.approx(2 * plain / 3)  # all 80 pairs forward
-    again = stage.finetune_work(net, finetune_defaults(method="dpo"), 40, 32, 5)
+    again = finetune_work(net, finetune_defaults(method="dpo"), 40, 32, 5)
     assert again["the reference"] == dpo["the reference"] / 2  # two passes over 40 need them once
-    grpo = stage.finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
+    grpo = finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
     assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
-    tok = prepare.bpe_tokenizer(prepare.train_bpe({b" some words": 9}, 8))
+    tok = bpe_tokenizer(train_bpe({b" some words": 9}, 8))
     save(tmp_path / "net", net, tok)
     (tmp_path / "mine.py").write_text("method = 'grpo'\nmax_steps = 30\nmax_epochs = None\n")
     flags = ["--plan", "--finetune=grpo", "--model=net", "--examples=64", "--tokens=640"]
-    out = run(tmp_path, "eval.py", "mine.py", *flags, "--price=36").stdout
+    out = run(tmp_path, "report.py", "mine.py", *flags, "--price=36").stdout
     assert "64 of 64 tokens" in out and "30 steps of 16" in out and "roll-outs" in out
     recipe = recipe_of(out)
     assert (recipe["method"], recipe["max_steps"], recipe["model"]) == ("grpo", 30, "net")
@@ -223,7 +232,7 @@ def test_plans_of_fine_tunings(tmp_path):
         "--model=out/none": "out/none: no such folder",
         "--tokens=none": "data/python/sft_train.jsonl: no such file",
     }.items():
-        done = run(tmp_path, "eval.py", *flags, bad, check=False)
+        done = run(tmp_path, "report.py", *flags, bad, check=False)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert words in done.stderr
 
@@ -231,7 +240,7 @@ def test_plans_of_fine_tunings(tmp_path):
 def test_train_takes_the_plan(tiny, tmp_path):
     for what in ("data", "out"):
         (tmp_path / what).symlink_to(tiny / what)
-    plan = run(tmp_path, "eval.py", "--plan", "--params=1e5", "--dataset=tiny").stdout
+    plan = run(tmp_path, "report.py", "--plan", "--params=1e5", "--dataset=tiny").stdout
     (tmp_path / "mine.py").write_text(plan)
     flags = ["--max_steps=1", "--max_tokens=none", f"--out_dir={tmp_path}/new", "--eval_tokens=256"]
     done = run(tmp_path, "train.py", str(tmp_path / "mine.py"), *flags)
@@ -242,18 +251,19 @@ def test_train_takes_the_plan(tiny, tmp_path):
 def test_a_law_is_found_again():
     n, d = (m.ravel() for m in np.meshgrid([1e6, 4e6, 2e7], [1e7, 1e8, 3e8]))
     law = lambda n, d: 1.5 + 300 / n**0.35 + 900 / d**0.4
-    _, terms, powers = stage.fit_law(np.c_[n, d], law(n, d))
-    assert powers == pytest.approx([0.35, 0.4], 1e-3)
-    assert terms == pytest.approx([1.5, 300, 900], 0.02)
+    again = fit_law(np.c_[n, d], law(n, d))
+    assert again.powers == pytest.approx([0.35, 0.4], 1e-3)
+    assert [again.offset, *again.factors] == pytest.approx([1.5, 300, 900], 0.02)
     far = np.array([1e9, 1e10])
-    assert stage.predict((0, terms, powers), far) == pytest.approx(law(*far), 1e-3)
+    assert again.predict(far) == pytest.approx(law(*far), 1e-3)
     # with the exponents held it is linear least squares, here without a coefficient below zero
     noisy = law(n, d) + np.random.default_rng(0).normal(size=9) / 100
-    error, terms, _ = stage.fit_law(np.c_[n, d], noisy, [0.3, 0.3])
+    linear = fit_powers(np.c_[n, d], noisy, [0.3, 0.3])
+    terms = np.array([linear.offset, *linear.factors])
     columns = np.c_[np.ones(9), n**-0.3, d**-0.3]
     assert terms == pytest.approx(np.linalg.lstsq(columns, noisy, rcond=None)[0], 1e-6)
-    assert error == pytest.approx(np.sqrt(np.mean((columns @ terms - noisy) ** 2)))
-    assert stage.least_squares(np.c_[[1.0, 1], [1.0, 2]], np.array([2.0, 1]))[1].min() == 0
+    assert linear.error == pytest.approx(np.sqrt(np.mean((columns @ terms - noisy) ** 2)))
+    assert least_squares(np.c_[[1.0, 1], [1.0, 2]], np.array([2.0, 1]))[1].min() == 0
 
 
 def test_a_curve_through_runs(tmp_path):
@@ -267,7 +277,7 @@ def test_a_curve_through_runs(tmp_path):
         with open(tmp_path / name / "model.safetensors", "wb") as file:
             write_safetensors(file, weights, {"step": "1"})
     names = [f"w{width}" for width in (8, 16, 32, 64)]
-    done = run(tmp_path, "eval.py", "--plan", "--compare", *names)
+    done = run(tmp_path, "report.py", "--plan", "--compare", *names)
     e, a, p = map(float, re.search(r"L = ([\d.]+) \+ ([\d.]+) / N\^([\d.]+)", done.stdout).groups())
     assert (e, a, p) == pytest.approx((1, 20, 0.5), rel=0.02)
     for n, loss in losses.items():
@@ -275,7 +285,7 @@ def test_a_curve_through_runs(tmp_path):
     assert "4 runs; rms error 0.0000" in done.stdout
     circles = ET.parse(tmp_path / "scaling.svg").iter("{http://www.w3.org/2000/svg}circle")
     assert len([c for c in circles if c.get("r") == "3.5"]) == 4
-    done = run(tmp_path, "eval.py", "--plan", "--compare", *names[:3])
+    done = run(tmp_path, "report.py", "--plan", "--compare", *names[:3])
     assert "exponents held at Chinchilla's" in done.stdout
 
 
@@ -294,7 +304,7 @@ def naive_longest(text, shards):
 
 @pytest.mark.parametrize("n, piece", [(3, 1 << 20), (3, 7), (8, 20)])
 def test_longest_runs_and_shares_equal_a_naive_search(n, piece, monkeypatch):
-    monkeypatch.setattr(stage, "PIECE", piece)  # runs that lie across pieces too
+    monkeypatch.setattr(overlap, "PIECE", piece)  # runs that lie across pieces too
     rng = np.random.default_rng(n)
     shards = [
         rng.integers(0, 4, size=k).astype(t) for k, t in ((150, "<u2"), (90, "<u4"), (2, "<u2"))
@@ -302,7 +312,7 @@ def test_longest_runs_and_shares_equal_a_naive_search(n, piece, monkeypatch):
     texts = [rng.integers(0, 4, size=k) for k in (1, 2, 5, 12, 30)]
     texts += [shards[0][40:75], shards[1][60:], np.full(20, 3), np.array([9, 9, 9, 9])]
     texts.append(np.concatenate([shards[0][-10:], shards[1][:10]]))  # no run goes over shards
-    found, runs = stage.longest_runs(shards, texts, n)
+    found, runs = overlap.longest_runs(shards, texts, n)
     assert runs.tolist() == [naive_longest(text, shards) for text in texts]
     assert {35, 30, 0} <= set(runs.tolist())
     for text, hits in zip(texts, found):
@@ -314,9 +324,9 @@ def test_longest_runs_and_shares_equal_a_naive_search(n, piece, monkeypatch):
 def test_memorized_on_a_model(tiny):
     flags = ["--model=out/tiny", "--dataset=tiny", "--num_texts=8", "--prompt_length=8"]
     flags += ["--text_length=16", "--ngram=4"]
-    done = run(tiny, "eval.py", "--memorized", *flags)
+    done = run(tiny, "report.py", "--memorized", *flags)
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    again = run(tiny, "eval.py", "--memorized", *flags).stdout.splitlines()
+    again = run(tiny, "report.py", "--memorized", *flags).stdout.splitlines()
     assert table == [line for line in again if line.startswith("|")]
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table[2:5]]
     assert [row[0] for row in rows] == [
@@ -335,7 +345,7 @@ def test_memorized_on_a_model(tiny):
     results = json.loads((tiny / "out/tiny/results.json").read_text())["results"]["memorized"]
     assert results["validation text, share of 4-grams"] == pytest.approx(share)
     for bad, words in (("--dataset=none", "data/none: no train"), ("--num_texts=0", "expected 1")):
-        done = run(tiny, "eval.py", "--memorized", *flags, bad, check=False)
+        done = run(tiny, "report.py", "--memorized", *flags, bad, check=False)
         assert done.returncode == 1 and words in done.stderr
 
 
@@ -351,14 +361,14 @@ def test_memorized_refuses_shards_of_other_ids_and_of_none(split, ids, words, ti
         file.write(np.array(ids, "<u2"))
     flags = ["--dataset=tiny", "--num_texts=2", "--prompt_length=8", "--text_length=16"]
     flags += [f"--model={tiny / 'out/tiny'}", "--out_dir=out", "--memorized"]
-    done = run(tmp_path, "eval.py", *flags, check=False)
+    done = run(tmp_path, "report.py", *flags, check=False)
     assert done.returncode == 1 and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_windows_hold_no_token_that_begins_or_ends_a_document():
     document = [1, *range(10, 16), 2]  # of a tokenizer with both, as Llama 3's is
-    windows = stage.draw_windows([np.array(document * 50, "<u2")], 6, 20, [1, 2])
+    windows = overlap.draw_windows([np.array(document * 50, "<u2")], 6, 20, [1, 2], 0, "data/x")
     assert all(window.tolist() == document[1:-1] for window in windows)
 
 
@@ -380,6 +390,9 @@ def test_windows_hold_no_token_that_begins_or_ends_a_document():
     (["--plan", "--compare=empty"], "needs 3 runs or more, not 1"),
     (["--plan", "--compare", "wrong", "w2", "w3"], "wrong: its log has no val_loss"),
     (["--memorized"], "out/python: no such folder"),
+    (["--memorized", "--plan"], "--memorized: expected no --compare and no --plan"),
+    (["--plan", "--compare=empty", "--flops=1"], "--plan: either --compare, to fit a curve"),
+    ([], "nothing to do: expected --compare, --plan or --memorized"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, args, words):
     make_run(tmp_path, "wrong", [1])
@@ -389,7 +402,7 @@ def test_bad_input_is_one_line(tmp_path, args, words):
     (tmp_path / "data/bad/meta.json").write_text('{"n_vocab": 300, "train": {"tokens": "x"}}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/log.jsonl").write_text("\n")
-    done = run(tmp_path, "eval.py", *args, check=False)
+    done = run(tmp_path, "report.py", *args, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert words in done.stderr
     assert not [*tmp_path.glob("*.svg")]

@@ -1,0 +1,80 @@
+"""Clients of a server, many at once: what each waits for its first token and between two.
+
+A way to ask is a function of a prompt, a list of ids, that returns ([when it began, when each token
+came, in seconds], how many tokens were made)."""
+
+import json
+import os
+import time
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
+
+import numpy as np
+import requests
+import torch
+
+from barelm.timing import rounded
+
+PROMPT = (32, 96)  # tokens that a client sends, at least and at most
+ANSWER = 64  # tokens that it gets
+LOAD = ["clients", "tokens_per_s", "ratio", "first_p50", "first_p95", "between_p50", "between_p95"]
+
+
+def ask(url, prompt):
+    """One client's request: ([when it began, when each token came, in seconds], tokens made)."""
+    times = [time.perf_counter()]
+    n_made = 0
+    body = dict(prompt=prompt, max_tokens=ANSWER, ignore_eos=True, stream=True)
+    body["stream_options"] = {"include_usage": True}
+    key = {"Authorization": f"Bearer {os.environ.get('BARELM_API_KEY')}"}  # serve.py reads it too
+    for line in requests.post(url, json=body, headers=key, stream=True).iter_lines():
+        if b'"choices"' in line:
+            event = json.loads(line.removeprefix(b"data: "))
+            times += [time.perf_counter()] * len(event["choices"])
+            usage = event.get("usage") or {}
+            n_made = usage.get("completion_tokens", n_made)
+        elif line not in (b"", b"data: [DONE]"):
+            raise ValueError(line.decode(errors="replace"))
+    return times, n_made
+
+
+def ask_alone(hf, lock, prompt):
+    """The same of transformers' generate, which knows one request at a time; HTTP costs nothing."""
+    times = [time.perf_counter()]
+    ids = torch.tensor([prompt], device=hf.device)
+
+    def put(_):
+        times.append(time.perf_counter())
+
+    with lock:
+        hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=ANSWER,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+            streamer=SimpleNamespace(put=put, end=lambda: None),
+        )
+    begun, _, *tokens_came = times  # the streamer is given the prompt first
+    return [begun, *tokens_came], len(tokens_came)
+
+
+def crowd(bench, name, way, prompts, n_clients):
+    """A row of n clients, each asking anew when it has its answer, while prompts are left."""
+    way([0] * PROMPT[0])  # warm-up
+    begun = time.perf_counter()
+    with ThreadPool(n_clients) as pool:  # which waits for nobody where it is cut off
+        answers = pool.map(way, prompts, 1)
+    spent = time.perf_counter() - begun
+    n_made = sum(n for _, n in answers)
+    firsts = [times[1] - times[0] for times, _ in answers]
+    gaps = np.concatenate([np.diff(times[1:]) for times, _ in answers])
+    rate = n_made / spent
+    alone = next((r["tokens_per_s"] for r in bench.rows if r["name"] == name), rate)
+    cells = [n_clients, rate, rate / alone]
+    for waits in (firsts, gaps):
+        cells += [1e3 * wait for wait in np.percentile(waits, [50, 95]).tolist()]
+    row = dict(part="serve", name=name, requests=len(prompts), tokens=n_made, seconds=spent)
+    bench.rows.append(rounded(row | dict(zip(LOAD, cells))))
+    print(f"  {name:<19}" + "".join(f"{round(x, 2):>13,}" for x in cells), flush=True)

@@ -1,0 +1,177 @@
+"""Runs side by side: their logs and scores as tables and charts.
+
+A log is the list of rows of a log.jsonl; scores are {(task, metric): (value, standard error or
+None, n)} of a results.json."""
+
+import json
+import math
+from pathlib import Path
+
+from barelm.chart import Chart, Series
+from barelm.run import UserError
+from barelm.scores import is_finite
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl; a line torn by a kill is left out."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        what = "no log.jsonl in this folder" if path.parent.is_dir() else "no such run"
+        raise UserError(f"{folder}: {what} (train.py and finetune.py write out/NAME/log.jsonl)")
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            if is_finite(row["step"]):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):  # whatever a torn line is
+            continue
+    if not rows:
+        raise UserError(f"{path}: no row of a step in it: has the run begun?")
+    return rows
+
+
+def curve(rows, key, x):
+    """[(x, value)] of the rows that have both as finite numbers."""
+    return [(row[x], row[key]) for row in rows if is_finite(row.get(x)) and is_finite(row.get(key))]
+
+
+def smooth(points, parts=50):
+    """The exponential mean over a `parts`-th of the points, at most 400 of them kept. The first
+    ones count in full: the bias correction of Adam (Kingma and Ba 2015, section 3)."""
+    if not points:
+        return []
+    span = max(1, len(points) // parts)
+    average = 0.0  # biased towards this zero,
+    weight = 0.0  # by what the weights of the points so far lack of 1
+    smoothed = []
+    for x, y in points:
+        average += (y - average) / span
+        weight += (1 - weight) / span
+        smoothed.append((x, average / weight))
+    every = math.ceil(len(smoothed) / 400)
+    return smoothed[::every] + smoothed[-1:]
+
+
+def lower_is_better(metric):
+    return any(word in metric for word in ("loss", "perplexity", "ppl", "bpb", "bits_per"))
+
+
+def cell(score, best):
+    """A (value, standard error, n) as the table shows it, * the best one, ~ what is not told apart
+    from it: within 2 standard errors of their difference, if the runs are independent."""
+    if score is None:
+        return ""
+    value, error, n = score
+    spread = "" if error is None else f" ± {error:.2g}"
+    mark = ""
+    if score is best:
+        mark = " *"
+    elif error is not None and best[1] is not None:
+        of_difference = math.hypot(error, best[1])
+        if abs(value - best[0]) <= 2 * of_difference:
+            mark = " ~"
+    return f"{value:.4g}{spread} (n {n}){mark}"
+
+
+def table(rows):
+    """Lines of a Markdown table, padded to be read as text too; the first row is the head."""
+    cells = []
+    for row in rows:
+        cells.append([str(value).replace("|", "\\|").replace("\n", " ") for value in row])
+    widths = [max(len(value) for value in column) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = []
+    for row in cells:
+        padded = [value.ljust(width) for value, width in zip(row, widths)]
+        lines.append("| " + " | ".join(padded) + " |")
+    return lines
+
+
+def score_lines(scores):
+    """The table of {run: its scores}: a column for each (task, metric)."""
+    lines = []
+    for run, its_scores in scores.items():
+        if not its_scores:
+            lines.append(f"{run}: no results.json (python eval.py --model={run})\n")
+    columns = all_scores(scores)
+    if not columns:
+        return lines
+    rows = {run: [run] for run in scores}
+    for column in columns:
+        present = [s[column] for s in scores.values() if column in s]
+        best_of = min if lower_is_better(column[1]) else max
+        best = best_of(present, key=lambda score: score[0])
+        for run, row in rows.items():
+            row.append(cell(scores[run].get(column), best))
+    head = ["run", *(" ".join(column) for column in columns)]
+    lines += table([head, *rows.values()])
+    legend = (
+        "Value ± standard error; * the best, ~ not told apart from it (within 2 standard errors)."
+    )
+    return [*lines, "", legend, ""]
+
+
+def all_scores(scores):
+    """The (task, metric) that any of {run: its scores} has, in their order."""
+    columns = {}  # a dict, since a set has no order
+    for its_scores in scores.values():
+        columns |= dict.fromkeys(its_scores)
+    return list(columns)
+
+
+def loss_lines(logs, x):
+    """The table of the last losses of {run: rows of its log}, over x: step or tokens."""
+    rows = [["run", "steps", "tokens", "loss (smoothed)", "val_loss", "val_bpb"]]
+    for run, log in logs.items():
+        seen = curve(log, "tokens", "tokens")
+        row = [run, log[-1]["step"], f"{seen[-1][0]:,}" if seen else "not logged"]
+        curves = [
+            smooth(curve(log, "loss", x)),
+            curve(log, "val_loss", x),
+            curve(log, "val_bpb", x),
+        ]
+        for points in curves:
+            row.append(f"{points[-1][1]:.4f}" if points else "")
+        rows.append(row)
+    return table(rows)
+
+
+def score_charts(scores):
+    """A chart for each metric of {run: its scores}: the tasks along x, the runs side by side."""
+    columns = all_scores(scores)
+    charts = []
+    for metric in dict.fromkeys(metric for _, metric in columns):
+        tasks = [task for task, its_metric in columns if its_metric == metric]
+        all_series = []
+        for i, (run, its_scores) in enumerate(scores.items()):
+            beside = 0.6 * ((i + 0.5) / len(scores) - 0.5)
+            points = []
+            for j, task in enumerate(tasks):
+                if (task, metric) in its_scores:
+                    value, error, _ = its_scores[task, metric]
+                    points.append((j + beside, value, error))
+            if points:
+                all_series.append(Series(run, i, "dots", points))
+        better = "lower" if lower_is_better(metric) else "higher"
+        title = f"{metric} ({better} is better; ± 1 standard error)"
+        charts.append(Chart(title, "", all_series, tasks))
+    return charts
+
+
+def loss_chart(logs, x):
+    """The chart of the losses of {run: rows of its log} over x."""
+    ends = []
+    for log in logs.values():
+        ends += [end for end, _ in curve(log, x, x)]
+    begin = max(ends, default=0) / 100  # before, all are alike: high
+    all_series = []
+    for i, (run, log) in enumerate(logs.items()):
+        training = [point for point in smooth(curve(log, "loss", x)) if point[0] >= begin]
+        all_series.append(Series("", i, "thin", training))
+        all_series.append(Series(run, i, "line", curve(log, "val_loss", x)))
+    return Chart("loss: thin in training, smoothed; thick in validation", x, all_series)

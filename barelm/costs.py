@@ -1,0 +1,140 @@
+"""What a fine-tuning takes, by arithmetic: weights that learn, memory, FLOPs.
+
+The settings `s` of these functions are finetune.py's or rl.py's keys, by their names."""
+
+import torch
+import torch.nn as nn
+
+from barelm.fast import head_rows
+from barelm.optim import flops_per_token, memory_estimate, n_params
+from barelm.run import UserError
+
+# Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
+MEMORY_GBS = {
+    "B200": 8000,
+    "H200": 4800,
+    "H100 PCIe": 2000,
+    "H100": 3350,
+    "A100": 2039,
+    "A10G": 600,
+    "L40S": 864,
+    "L4": 300,
+    "RTX 4090": 1008,
+    "RTX 3090": 936,
+}
+# Of a QLoRA weight: a code of 4 bits; a scale of 8 for 64 weights, and one of 32 for 256 scales.
+NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8
+
+
+def linear_layers(net):
+    """The matrices of the blocks."""
+    return [m for m in net.model.layers.modules() if isinstance(m, nn.Linear)]
+
+
+def learned_weights(net, s):
+    """(how many weights learn, how many of them are added ones)."""
+    c = net.config
+    if s.adapt in ("lora", "qlora"):
+        names = s.lora_targets.split(",")
+        layers = [m for name, m in net.named_modules() if name.rpartition(".")[2] in names]
+        if not layers or not all(isinstance(m, nn.Linear) for m in layers):
+            raise UserError(f"lora_targets={s.lora_targets}: expected names of linear layers")
+        added = sum(s.lora_rank * (m.in_features + m.out_features) for m in layers)
+        return added, added
+    if s.adapt == "adapter":
+        bottleneck = 2 * c.n_embd * s.adapter_size + s.adapter_size + c.n_embd  # and its biases
+        added = 2 * c.n_layer * bottleneck  # behind attention and behind the MLP
+        return added, added
+    if s.adapt == "prompt":  # rows of the embedding, all of which has gradients
+        return c.vocab_size * c.n_embd, 0
+    if s.train_last:
+        last = net.model.layers[-s.train_last :]
+        return sum(n_params(block) for block in last), 0
+    return n_params(net), 0
+
+
+def finetune_memory(net, s, length, rollouts):
+    """{what: bytes on each device} of a fine-tuning whose sequences have `length` tokens, which
+    holds so many roll-outs at once."""
+    c = net.config
+    learn, added = learned_weights(net, s)
+    weights = 4 * n_params(net)
+    if s.adapt == "qlora":
+        sizes = [m.weight.numel() for m in linear_layers(net)]
+        unpacked = 4 * max(sizes)  # the one that is used at the moment
+        weights += sum(sizes) * (NF4_BYTES - 4) + unpacked
+    moments = 1 if s.optimizer == "muon" else 2
+    full_length = min(s.seq_len or c.n_ctx, c.n_ctx)
+    device_batch_size = max(1, s.micro_tokens // full_length)
+    _, activations = memory_estimate(
+        c,
+        0,
+        device_batch_size,
+        full_length,
+        torch.bfloat16,
+        s.checkpoint_blocks,
+        device_type="cuda",
+    )
+    head = 0
+    if s.method not in ("classify", "reward"):  # which do not read it
+        # Logits, their float32 copy and its gradient; the gradient of the head's matrix.
+        at_once = head_rows("cuda", torch.bfloat16, c.vocab_size)
+        rows = min(device_batch_size * full_length, at_once)
+        head = c.vocab_size * (10 * rows + 4 * c.n_embd)
+    memory = {
+        "weights": weights,
+        "what learns": 4 * (added + learn * (1 + moments)),  # its gradients and moments
+        "activations and head": activations + head,
+    }
+    if rollouts:
+        cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * 2  # bytes of a token, in bfloat16
+        memory["roll-outs"] = rollouts * length * cache
+        if s.kl_weight:
+            memory["reference"] = weights
+    return memory
+
+
+def token_flops(net, s, length):
+    """(FLOPs of a token forward, FLOPs of a token in an update: forward, backward and what is added
+    or computed twice). Frozen weights have no gradients: their backward pass costs as much as the
+    forward one, not twice."""
+    c = net.config
+    learn, _ = learned_weights(net, s)
+    forward = flops_per_token(c, length, backward=False)
+    if s.method in ("classify", "reward"):  # the head is not read
+        forward -= 2 * c.n_embd * c.vocab_size
+    backward = 2 * forward
+    if s.adapt != "full":
+        # Attention's products are of activations alone: both of their sides have gradients.
+        attention = 4 * c.n_layer * c.n_head * c.head_dim * length
+        backward = forward + attention
+    if s.train_last:
+        backward *= min(1, s.train_last / c.n_layer)
+    update = forward + backward
+    if s.adapt in ("lora", "qlora", "adapter"):
+        update += 6 * learn
+    if s.checkpoint_blocks:
+        update += forward
+    return forward, update
+
+
+def finetune_work(net, s, count, length, steps):
+    """{what: FLOPs} of a fine-tuning on `count` examples of `length` tokens, as finetune.py and
+    rl.py do it, over all devices."""
+    forward, update = token_flops(net, s, length)
+    seen = steps * s.batch_size * length
+    if s.method in ("grpo", "ppo"):
+        if s.method == "grpo":
+            seen *= s.group_size
+        looks = 2 if s.kl_weight else 1  # by the policy of now, and by the reference
+        return {
+            "roll-outs": seen * forward,
+            "log-probabilities": looks * seen * forward,
+            "training": s.rl_epochs * seen * update,
+        }
+    answers = 2 if s.method in ("dpo", "reward") else 1  # the chosen and the rejected one
+    work = {"training": answers * seen * update}
+    if s.method == "dpo" and not s.reference_free:  # each pair once, before the first step
+        pairs = min(steps * s.batch_size, count)
+        work["the reference"] = 2 * pairs * length * forward
+    return work

@@ -1,0 +1,181 @@
+"""log p of what may follow a context: the plain way, and a faster one that gives the same."""
+
+import copy
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from barelm.fast import head_rows
+from barelm.run import compute_dtype
+from model import KVCache
+
+
+class Request(NamedTuple):
+    """What is asked at once: log p of each continuation after the context, or as many answers to it
+    as there are continuations, which are empty then.
+
+    Programs to run are requests too, with the source for a context; ratings, with the question and
+    the answer."""
+
+    shared: str  # what the questions of a subject begin with, so that they come into one batch
+    context: list  # token ids
+    continuations: list  # a list of token ids for each
+
+
+# --------------------------------------------------------------------------------------------------
+# The plain way
+
+
+def plain_scores(net, requests):
+    """For each request the sums of log p of its continuations, in nats: lists of floats. A row for
+    each continuation, behind its context."""
+    device = net.model.embed_tokens.weight.device
+    sums = []
+    for request in requests:
+        rows = [request.context + ids[:-1] for ids in request.continuations]
+        h = net.hidden(padded(rows, device)[0])  # (B, T, C)
+        first = len(request.context) - 1  # the place that predicts a continuation's first token
+        request_sums = []
+        for b, ids in enumerate(request.continuations):
+            states = h[b, first : first + len(ids)]
+            logp = token_logprobs(net, states, torch.tensor(ids, device=device))
+            request_sums.append(logp.cpu().sum().item())
+        sums.append(request_sums)
+    return sums
+
+
+def score_by_position(net, requests, width):
+    """For each request of one continuation the sums of log p of the tokens that are predicted at
+    its places 0 to width - 1, width to 2 width - 1, …: lists of nats."""
+    device = net.model.embed_tokens.weight.device
+    trunks = [trunk_of(request) for request in requests]
+    hidden = net.hidden(padded(trunks, device)[0])  # (B, T, C)
+    sums = []
+    for h, trunk, request in zip(hidden, trunks, requests):
+        first = len(request.context) - 1  # the place that predicts the continuation's first token
+        tokens = torch.tensor(request.continuations[0], device=device)
+        logp = token_logprobs(net, h[first : len(trunk)], tokens).cpu()
+        ranges = torch.arange(first, len(trunk)) // width
+        n_ranges = len(trunk) // width + 1
+        sums.append(torch.zeros(n_ranges).index_add(0, ranges, logp).tolist())
+    return sums
+
+
+def padded(rows, device):
+    """(B, T) int64 of lists of ids, padded on the right; their lengths (B,)."""
+    ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
+    return ids.to(device), torch.tensor(list(map(len, rows)), device=device)
+
+
+def token_logprobs(net, h, tokens):
+    """log p of tokens (N,) float32, each after a hidden state of h (N, C)."""
+    size = head_rows(h.device.type, h.dtype, net.config.vocab_size)  # logits of so many at once
+    parts = []
+    for states, ids in zip(h.split(size), tokens.split(size)):
+        logits = net.logits(states).float()  # (size, V)
+        parts.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
+# --------------------------------------------------------------------------------------------------
+# Of many questions with the same shots, or many choices of one question, in fewer products
+
+
+def shared_scores(net, requests):
+    """The same, faster: the batch's common beginning is computed once, a context once for all that
+    continue it, and all logits together.
+
+    Three passes, each on the cache of the one before: the common beginning (1 row), the trunks (a
+    row for each request), the branches (a row for each of several continuations)."""
+    device = net.model.embed_tokens.weight.device
+    trunks = [trunk_of(request) for request in requests]
+    branches = branches_of(requests)
+    n_common = common_length(requests, trunks)
+    h, cache = read_trunks(net, trunks, n_common, branches)
+    branch_states = read_branches(net, cache, branches)
+    states = []  # (n, C) each: at what predicts the tokens, in their order
+    tokens = []
+    lengths = []
+    for b, request in enumerate(requests):
+        last = len(request.context) - 1 - n_common  # this place predicts a continuation's first
+        for i, continuation in enumerate(request.continuations):
+            rest = branch_states.get((b, i), h[b, last + 1 :])
+            states += [h[b, last : last + 1], rest[: len(continuation) - 1]]
+            tokens += continuation
+            lengths.append(len(continuation))
+    logp = token_logprobs(net, torch.cat(states), torch.tensor(tokens, device=device)).cpu()
+    parts = iter(logp.split(lengths))  # one of each continuation
+    sums = []
+    for request in requests:
+        sums.append([next(parts).sum().item() for _ in request.continuations])
+    return sums
+
+
+def trunk_of(request):
+    """The ids of a request that are read in a row of their own: the context and, where a single
+    continuation follows, that too. The last token predicts nothing that is scored."""
+    if len(request.continuations) == 1:
+        return request.context + request.continuations[0][:-1]
+    return request.context
+
+
+def branches_of(requests):
+    """{(request, which of its continuations): ids} of what is read behind a trunk, the longest
+    first: of several continuations all but the last token."""
+    branches = {}
+    for b, request in enumerate(requests):
+        if len(request.continuations) > 1:
+            for i, continuation in enumerate(request.continuations):
+                if len(continuation) > 1:
+                    branches[b, i] = continuation[:-1]
+    return dict(sorted(branches.items(), key=branch_order))
+
+
+def branch_order(item):
+    return -len(item[1])
+
+
+def common_length(requests, trunks):
+    """How many ids all trunks begin with, before the last of any context, whose state is needed;
+    0 where a cache for them costs more than it saves."""
+    n_common = len(os.path.commonprefix(trunks))
+    for request in requests:
+        n_common = min(n_common, len(request.context) - 1)
+    if len(requests) == 1 or 4 * n_common < max(map(len, trunks)):
+        return 0
+    return n_common
+
+
+def read_trunks(net, trunks, n_common, branches):
+    """Hidden states (B, T, C) of what follows the trunks' n_common first ids, and the cache that
+    branches go on from; None where nothing does."""
+    table = net.model.embed_tokens.weight
+    ids, lengths = padded([trunk[n_common:] for trunk in trunks], table.device)  # (B, T), (B,)
+    if not n_common and not branches:
+        return net.hidden(ids), None
+    B, T = ids.shape
+    longest_branch = max(map(len, branches.values()), default=0)
+    dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
+    rows = 1 if n_common else B
+    cache = KVCache(net.config, rows, n_common + T + longest_branch, table.device, dtype)
+    if n_common:
+        net.hidden(torch.tensor([trunks[0][:n_common]], device=table.device), cache=cache)
+        cache.reorder(torch.zeros(B, dtype=torch.int64, device=table.device))  # its row, B times
+    return net.hidden(ids, cache=cache, n_new=lengths), cache
+
+
+def read_branches(net, cache, branches):
+    """{(request, which): hidden states (T, C)} of the branches, each behind its request's trunk."""
+    device = net.model.embed_tokens.weight.device
+    keys = list(branches)
+    states = {}
+    for begin in range(0, len(keys), 64):  # alike in length, so that little is padding
+        batch = keys[begin : begin + 64]
+        rows = [b for b, _ in batch]
+        ids, lengths = padded([branches[key] for key in batch], device)  # (B, T), (B,)
+        branch_cache = copy.copy(cache)  # reorder gives it tensors of its own; the trunks' stay
+        branch_cache.reorder(torch.tensor(rows, device=device))
+        states.update(zip(batch, net.hidden(ids, cache=branch_cache, n_new=lengths)))
+    return states

@@ -1,0 +1,310 @@
+"""Records of many forms as rows of the four kinds of task sets: sft, preference, classify, seq2seq;
+and the records that Python's own source gives."""
+
+import ast
+import json
+import os
+import re
+import textwrap
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+from barelm.clean import Reject, Tally, reject_if
+from barelm.dedup import digest
+from barelm.files import whole_file
+from barelm.mix import SPLITS
+from barelm.run import Progress
+from barelm.sources import raw_records
+
+# The names that data sets give their fields.
+ASK = ("instruction", "prompt", "question")
+MORE = ("input", "context")
+ANSWER = ("output", "response", "completion", "answer", "chosen")
+TEXT = ("text", "sentence", "content", "review")
+LABEL = ("label", "category", "class")
+PAIRS = [("source", "target"), ("document", "summary"), ("article", "highlights")]
+PAIRS += [("text", "summary"), ("instruction", "output"), ("input", "output")]
+PAIRS += [("question", "answer"), ("prompt", "completion")]
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+
+
+def first_text(record, names):
+    """The first of these fields that is a text with something in it, or ""."""
+    for name in names:
+        value = record.get(name)
+        if isinstance(value, str) and value.strip():
+            return value
+    return ""
+
+
+def turns(value):
+    """Messages of [{"role", "content"}] or ShareGPT's [{"from", "value"}]."""
+    if not isinstance(value, list) or not value or {type(turn) for turn in value} != {dict}:
+        raise Reject("messages are no list of turns")
+    messages = []
+    for turn in value:
+        role = ROLES.get(turn.get("role", turn.get("from")))
+        reject_if(role is None, "a role that is none of system, user, assistant, tool")
+        content = turn.get("content", turn.get("value"))
+        is_empty = not isinstance(content, str) or not content.strip()
+        reject_if(is_empty, "a turn without text")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def prompt_messages(record):
+    """The messages before the answer: of Alpaca, Dolly, prompt and completion, question and answer;
+    `system` and `history` [[user, assistant], ...] as LLaMA-Factory has them."""
+    if isinstance(record.get("prompt"), list):  # messages already
+        return turns(record["prompt"])
+    question = first_text(record, ASK)
+    context = first_text(record, MORE)
+    reject_if(not question, "no messages, instruction, prompt or question")
+    messages = []
+    system = first_text(record, ["system"])
+    if system:
+        messages.append({"role": "system", "content": system})
+    for user, assistant in record.get("history") or []:
+        messages.append({"role": "user", "content": user})
+        messages.append({"role": "assistant", "content": assistant})
+    content = f"{question}\n\n{context}" if context else question
+    messages.append({"role": "user", "content": content})
+    return turns(messages)
+
+
+def answer_text(value):
+    """The text of an answer: a string, or messages that end with it."""
+    text = value
+    if isinstance(value, list):
+        text = turns(value)[-1]["content"]
+    reject_if(not isinstance(text, str) or not text.strip(), "an empty answer")
+    return text
+
+
+def as_sft(record):
+    """The messages, and where the record has parts their texts, for finetune.py's --template."""
+    parts = {}
+    conversation = record.get("messages", record.get("conversations"))
+    if conversation is not None:
+        messages = turns(conversation)
+    else:
+        # The first that says something: a preference record is a demonstration, too.
+        answer = next((record[name] for name in ANSWER if record.get(name)), None)
+        messages = prompt_messages(record)
+        messages.append({"role": "assistant", "content": answer_text(answer)})
+        if not isinstance(record.get("prompt"), list):
+            parts["instruction"] = first_text(record, ASK)
+            parts["input"] = first_text(record, MORE)
+            parts["output"] = messages[-1]["content"]
+    if first_text(record, ["template"]):
+        parts["template"] = record["template"]
+    has_answer = messages[-1]["role"] == "assistant" and len(messages) >= 2
+    reject_if(not has_answer, "the last turn is not the assistant's")
+    return {"messages": messages} | parts
+
+
+def split_hh(chosen, rejected):
+    """(messages, chosen answer, rejected one) of two dialogues as Anthropic's HH has them, which
+    differ in the last answer."""
+    mark = "\n\nAssistant:"
+    common = len(os.path.commonprefix([chosen, rejected]))
+    cut = chosen.rfind(mark, 0, common)  # the last answer begins where both still agree
+    reject_if(cut < 0, "chosen and rejected do not answer the same")
+    # "", speaker, text, speaker, text ...
+    pieces = re.split(r"\n\n(Human|Assistant): ?", chosen[:cut])
+    dialogue = []
+    for speaker, text in zip(pieces[1::2], pieces[2::2]):
+        dialogue.append({"from": speaker.lower(), "value": text})
+    cut += len(mark)  # where the answers begin
+    return turns(dialogue), chosen[cut:].strip(), rejected[cut:].strip()
+
+
+def as_preference(record):
+    """A prompt with an answer that was chosen and one that was rejected."""
+    chosen = record.get("chosen")
+    rejected = record.get("rejected")
+    is_text = isinstance(chosen, str) and isinstance(rejected, str)
+    if is_text and "\n\nAssistant:" in chosen:
+        prompt, chosen, rejected = split_hh(chosen, rejected)
+    elif isinstance(chosen, list) and not first_text(record, ASK) and not record.get("prompt"):
+        prompt = turns(chosen)[:-1]
+    else:
+        prompt = prompt_messages(record)
+    chosen = answer_text(chosen)
+    rejected = answer_text(rejected)
+    reject_if(not prompt, "no messages, instruction, prompt or question")
+    reject_if(chosen == rejected, "chosen and rejected are the same")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def as_classify(record):
+    """A text with its label, as a string."""
+    text = first_text(record, TEXT)
+    label = next((record[name] for name in LABEL if record.get(name) is not None), None)
+    has_label = isinstance(label, (str, int)) and str(label).strip()
+    reject_if(not text or not has_label, "no text or no label")
+    return {"text": text, "label": str(label)}
+
+
+def as_seq2seq(record):
+    """A source text with its target."""
+    for source_name, target_name in PAIRS:
+        source = first_text(record, [source_name])
+        target = first_text(record, [target_name])
+        if source and target:
+            return {"source": source, "target": target}
+    raise Reject("no source and target, nor another known pair of fields")
+
+
+TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
+
+
+# --------------------------------------------------------------------------------------------------
+# Python's own source
+
+
+def functions_in(text):
+    """(code without its docstring, first paragraph of the docstring) of each function of a Python
+    file that has one; nothing where the text is no Python."""
+    lines = text.split("\n")
+    functions = []
+    with suppress(SyntaxError, ValueError, RecursionError):
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
+                continue  # or the docstring is all that there is
+            docstring = ast.get_docstring(node)
+            if not docstring:
+                continue
+            statement = node.body[0]  # the docstring's
+            code = lines[node.lineno - 1 : statement.lineno - 1]
+            code += lines[statement.end_lineno : node.end_lineno]
+            first_paragraph = docstring.split("\n\n")[0]
+            function = textwrap.dedent("\n".join(code)).strip("\n")
+            functions.append((function, " ".join(first_paragraph.split())))
+    return functions
+
+
+def python_records(files, text_field, seed):
+    """Yield records for every task out of Python files: one of each short function with a
+    docstring. The docstring of another function, drawn by the seed, is the rejected answer.
+    `split_by`: a hash of the file, so that its functions stay in one split."""
+    examples = []
+    for file in files:
+        split_by = digest(file[text_field].encode())
+        for code, docstring in functions_in(file[text_field]):
+            examples.append((code, docstring, file["path"], split_by))
+    for code, docstring, path, split_by in examples:
+        drawn = digest(f"{seed} {code}".encode()) % len(examples)
+        _, other_docstring, _, _ = examples[drawn]
+        # Short ones, for a small model's window.
+        if other_docstring == docstring or len(code) + len(docstring) > 700:
+            continue
+        folder = path.rpartition("/")[0]
+        yield {
+            "prompt": f"Write the docstring of this function.\n\n{code}",
+            "completion": docstring,
+            "chosen": docstring,
+            "rejected": other_docstring,
+            "text": code,
+            "label": folder.split("/")[0],  # the package, or "" for a module in none
+            "source": code,
+            "target": docstring,
+            "split_by": split_by,
+        }
+
+
+# --------------------------------------------------------------------------------------------------
+# Task sets as files
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the records of a unit are read."""
+
+    text_field: str  # of a text file's record
+    limit: int | None  # records of a unit
+    is_python: bool  # are they files of Python's own source
+    seed: int  # of the examples drawn out of that
+
+
+def build_tasks(folder, pool_map, units, names, reading, val_fraction):
+    """Make <task>_train.jsonl and <task>_val.jsonl of these tasks: {file name: its rows}. pool_map:
+    `map`, perhaps on several processes."""
+    parts = []
+    show = Progress()
+    for part in pool_map(partial(convert_unit, names, reading), units):
+        parts.append(part)
+        show(f"converting: {len(parts)} of {len(units)} parts", last=len(parts) == len(units))
+    n_rows = {}
+    for name in names:
+        rows = {}  # a dict, so that a row that came before is not there twice
+        tally = Tally()
+        for part in parts:
+            part_rows, part_tally = part[name]
+            rows |= part_rows
+            tally.add(part_tally)
+        print_bad_records(name, tally, rows)
+        n_rows |= write_task(folder, name, rows, val_fraction)
+    return n_rows
+
+
+def convert_unit(names, reading, unit):
+    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
+    bad = []
+    records = islice(raw_records(unit, reading.text_field, bad), reading.limit)
+    if reading.is_python:
+        records = python_records(records, reading.text_field, reading.seed)
+    converted = {name: ({}, Tally()) for name in names}
+    for record in records:
+        text = json.dumps(record, default=str)  # parquet has dates and the like
+        for name, (rows, tally) in converted.items():
+            if reading.is_python and name == "classify" and not record["label"]:
+                continue  # a module that is in no package
+            reason = None
+            try:
+                row = json.dumps(TASKS[name](record), ensure_ascii=False)
+                split_by = digest(row.encode(errors="replace"))
+                if reading.is_python:
+                    split_by = record["split_by"]
+                rows[row] = split_by
+            except Reject as rejected:
+                reason = str(rejected)
+            except (ValueError, TypeError, AttributeError):
+                reason = "fields of another type"
+            tally.count(text, text, reason)
+    for _, tally in converted.values():
+        for line in bad:
+            tally.count(line, line, "no JSON object")
+    return converted
+
+
+def print_bad_records(name, tally, rows):
+    for reason, (count, examples) in tally.reasons.items():
+        print(f"{name}: {count:,} bad records: {reason}, such as {examples[0]}")
+    if tally.docs_out > len(rows):
+        print(f"{name}: {tally.docs_out - len(rows):,} records came before, word for word")
+
+
+def write_task(folder, name, rows, val_fraction):
+    """Write the rows {row: hash to split by} of a task, divided by their hashes, or where there are
+    fewer than 20 the last ones for validation: {file name: its rows}."""
+    if len(rows) < 20:
+        # By hash too few rows might leave one split empty.
+        n_train = len(rows) - round(len(rows) * val_fraction)
+        val_rows = set(list(rows)[n_train:])
+    else:
+        val_rows = {row for row, row_hash in rows.items() if row_hash < val_fraction * 2**64}
+    n_rows = {}
+    for split in reversed(SPLITS):  # the training rows come last: see replace_rows
+        split_rows = [row for row in rows if (row in val_rows) == (split == "val")]
+        n_rows[task_file(name, split)] = len(split_rows)
+        with whole_file(folder / task_file(name, split)) as file:
+            file.write("".join(row + "\n" for row in split_rows).encode(errors="replace"))
+    return n_rows
+
+
+def task_file(name, split):
+    return f"{name}_{split}.jsonl"

@@ -1,0 +1,185 @@
+"""Calls timed in turn, A B A B, so that all else on the machine slows all alike, and the rows that
+this makes: their times, rates and shares of a ceiling."""
+
+import contextlib
+import ctypes
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from barelm.run import Run, autocast, memory_used
+from model import GPTConfig
+
+SHORTEST = 0.002  # seconds: a sample of a quicker call is the mean of several
+LONGEST = 15.0  # seconds: rows that take longer make do with three rounds, or one
+# What the work of a call is counted in: how many make a unit of the rate, and the unit's name.
+UNITS = {
+    "flops": (1e9, "GFLOP/s"),
+    "bytes": (1e9, "GB/s"),
+    "text_bytes": (1e6, "MB/s"),
+    "tokens": (1, "tokens/s"),
+}
+
+
+def measure(calls, seconds, sync=lambda: None, clock=time.perf_counter):
+    """Time the functions of {name: function} in turn: {name: [seconds of a call, one a round]}.
+    sync: waits until the device has done what it was given."""
+
+    def timed(call, n):
+        start = clock()
+        for _ in range(n):
+            call()
+        sync()
+        return clock() - start
+
+    repeats = {}
+    for name, call in calls.items():  # which also warms up
+        repeats[name] = math.ceil(SHORTEST / max(timed(call, 1), 1e-6))
+    times = {name: [] for name in calls}
+    begun = clock()
+    rounds = 0
+    while not is_enough(rounds, clock() - begun, seconds):
+        rounds += 1
+        for name, call in calls.items():
+            times[name].append(timed(call, repeats[name]) / repeats[name])
+    return times
+
+
+def is_enough(rounds, spent, seconds):
+    """Whether so many rounds, which took `spent` seconds, are enough."""
+    if rounds == 0:
+        return False
+    if rounds < 3:  # one is enough of what takes a minute
+        return spent >= 3 * LONGEST
+    return spent >= LONGEST or (rounds >= 5 and spent >= seconds)
+
+
+def title(text, note=""):
+    print(f"\n{text}")
+    if note:
+        print(f"  ({note})")
+    print(f"  {'':<33} {'ms, median':>10}  {'10 % to 90 %':<21} {'rate':>15}  of the ceiling")
+
+
+def rounded(row):
+    """A row with its floats at six digits."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+@dataclass
+class Bench:
+    """Where and how all is measured, and what was measured so far."""
+
+    run: Run
+    dtype: torch.dtype = torch.float32  # to compute in
+    config: GPTConfig | None = None  # the shape of the network
+    seconds: float = 2.0  # time of calls that are timed in turn, if five rounds fit it
+    rows: list = field(default_factory=list)  # dicts, as the last line prints them
+    ceilings: dict = field(default_factory=dict)  # {"float32": FLOP/s, "read": byte/s, ...}
+    left_out: set = field(default_factory=set)  # what skip has told
+
+    @property
+    def device(self):
+        return self.run.device
+
+    @property
+    def is_cuda(self):
+        return self.run.device.type == "cuda"
+
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
+
+    def cast(self):
+        """A context in which the network computes in the bench's dtype."""
+        return autocast(self.device, self.dtype)
+
+    def sync(self):
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def measure(self, calls):
+        return measure(calls, self.seconds, self.sync)
+
+    def row(self, part, name, times, ceiling=None, peak=None, **facts):
+        """Keep and print a measurement. Those of the facts that UNITS names are the work of one
+        call; the first of them is what the ceiling of this name is for."""
+        low, mid, high = np.percentile(times, [10, 50, 90]).tolist()
+        row = {"part": part, "name": name, "samples": len(times)} | facts
+        row |= {"ms": 1e3 * mid, "ms_p10": 1e3 * low, "ms_p90": 1e3 * high}
+        rates = {unit: facts[unit] / mid for unit in UNITS if unit in facts}
+        words = []
+        for unit, rate in rates.items():
+            size, unit_name = UNITS[unit]
+            words.append(f"{rate / size:,.{int(size > 1)}f} {unit_name}")
+            row[f"{unit}_per_s"] = rate
+        share = ""
+        if ceiling in self.ceilings:
+            rate = next(iter(rates.values()))
+            self.raise_ceiling(ceiling, rate)
+            row |= {"ceiling": ceiling, "percent": 100 * rate / self.ceilings[ceiling]}
+            share = f"{row['percent']:.1f} % of {ceiling}"
+        if peak is not None:
+            row["peak_bytes"] = peak
+            words.append(f"peak {peak / 2**20:,.0f} MiB")
+        self.rows.append(rounded(row))
+        line = f"  {name:<33} {1e3 * mid:>10.3f}  {f'{1e3 * low:.3f} to {1e3 * high:.3f}':<21}"
+        line += f" {''.join(words[:1]):>15}  {share:<18}  {'  '.join(words[1:])}"
+        print(line.rstrip(), flush=True)
+
+    def raise_ceiling(self, name, rate):
+        """A row that beats its ceiling is the new one: the products that were timed for it were not
+        the best."""
+        if rate > self.ceilings[name]:
+            print(f"  -> {name}: {rate / self.ceilings[name]:.2f} of its ceiling, which it now is")
+            self.ceilings[name] = rate
+
+    def table(self, part, calls, ceiling=None, peaks=None, factors=False, **facts):
+        """Rows of calls of equal work, timed in turn; `factors`: say how each compares with the
+        first."""
+        times = self.measure(calls)
+        for name in times:
+            self.row(part, name, times[name], ceiling, (peaks or {}).get(name), **facts)
+        if not factors:
+            return
+        medians = {name: np.median(t) for name, t in times.items()}
+        first, *others = medians
+        for name in others:
+            ratio = f"{medians[name] / medians[first]:.2f} times as slow"
+            if medians[name] < medians[first]:
+                ratio = f"{medians[first] / medians[name]:.2f} times as fast"
+            print(f"  -> {name} is {ratio} as {first}")
+
+    def skip(self, name, why):
+        """Say once why a row is left out."""
+        if (name, why) not in self.left_out:
+            self.left_out.add((name, why))
+            print(f"  {name}: left out: {(why.strip() or 'it failed').splitlines()[0]}")
+
+    def working(self, calls):
+        """Those of {name: function} that run here; of each other one line says why it does not."""
+        good = {}
+        for name, call in calls.items():
+            try:
+                call()
+                good[name] = call
+            except RuntimeError as error:
+                self.skip(name, str(error))
+        return good
+
+    def peak_memory(self, call):
+        """The most bytes that are in use while call() runs, over those before."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # Linux; elsewhere it is the growth alone
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would serve unseen
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        before = memory_used(self.device)
+        call()
+        return memory_used(self.device) - before

@@ -1,0 +1,476 @@
+"""What finetune.py and rl.py do alike, beyond what every run does (run.py, resume.py): opening the
+model to start from, the optimizer step, where the run stands, and writing what was learned."""
+
+import contextlib
+import copy
+import math
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from barelm import checkpoint, resume
+from barelm.adapters import (
+    AdaptConfig,
+    add_prompts,
+    add_tokens,
+    merge_adapters,
+    save_adapter,
+    unquantize,
+)
+from barelm.chat import CHATML, TemplateRefusal
+from barelm.checkpoint import load, model_and_bases
+from barelm.optim import make_optimizer, restore_optimizers, same_kind
+from barelm.resume import check_parts, check_state, clear_folder, fingerprint, weights_step
+from barelm.run import Run, UserError, duration, sync_grads
+from barelm.tokenizer import Tokenizer
+from model import GPT
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+ADAPTS = ("full", "lora", "qlora", "adapter", "prompt")
+
+
+def check_choice(key, value, choices):
+    if value not in choices:
+        raise UserError(f"--{key}={value}: expected {', '.join(choices)}")
+
+
+def check_least(key, value, least):
+    """Refuse a number that is too small; None is no number."""
+    if value is not None and value < least:
+        raise UserError(f"{key}={value}: expected {least} or more")
+
+
+def check_limit(key, value):
+    if value is not None and value <= 0:
+        raise UserError(f"{key}={value}: expected more than 0, or none")
+
+
+def check_adapt(config, merge):
+    """Refuse settings of what learns, an AdaptConfig, and of --merge, that do not go together."""
+    check_choice("adapt", config.adapt, ADAPTS)
+    for key in ("lora_rank", "adapter_size", "prompt_tokens"):
+        check_least(key, getattr(config, key), 1)
+    check_least("train_last", config.train_last, 0)
+    if config.train_last != 0 and config.adapt != "full":
+        raise UserError(f"train_last={config.train_last}: of --adapt=full, not of {config.adapt}")
+    if merge not in (False, True, "quantized"):  # any text is a value of a bool | str
+        raise UserError(f"--merge={merge}: expected nothing behind it, or quantized")
+    if merge and not config.is_lora:
+        raise UserError(f"--merge: there is no adapter to merge of --adapt={config.adapt}")
+    if merge == "quantized" and config.adapt != "qlora":
+        raise UserError("--merge=quantized: only qlora has weights in 4 bits")
+
+
+def count_steps(n_examples, batch_size, max_steps, max_epochs):
+    """The optimizer steps of a run; None where neither is set, so that its clock alone ends it."""
+    limits = []  # the first that is reached ends the run
+    if max_steps:
+        limits.append(max_steps)
+    if max_epochs:
+        limits.append(math.ceil(n_examples / batch_size * max_epochs))  # the last may begin another
+    return min(limits, default=None)
+
+
+# --------------------------------------------------------------------------------------------------
+# The model to start from
+
+
+@dataclass
+class Learner:
+    """A network that is being adapted, and what is needed to write it."""
+
+    run: Run
+    net: GPT
+    tok: Tokenizer
+    base: str  # the model that it was: a folder, or a name on the Hub
+    adapt: AdaptConfig
+    has_value_head: bool = False  # PPO's score: saved to resume, but no part of the model
+
+    def params(self):
+        """{name: parameter} of those that learn."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+
+def open_learner(run, base, adapt, seed, dropout=0.0, fast=True, add_markers=False):
+    """The model `base` with its tokenizer, and with soft prompts if AdaptConfig asks for them.
+    seed: of all that is drawn from here on. fast: as GPT takes it.
+    add_markers: give a model without a chat template ChatML's, and rows for its markers."""
+    # Of qlora the 4 bits alone go to the device, once they are made.
+    net, tok = load(base, "cpu" if adapt.adapt == "qlora" else run.device, fast=fast)
+    if add_markers and not tok.config.get("chat_template"):
+        if adapt.is_lora:  # a PEFT folder has no place for new rows of the embedding
+            raise UserError(f"{base} has no chat template, and new tokens need --method=sft first")
+        tok = add_tokens(net, tok, ("<|im_start|>", "<|im_end|>"), CHATML)
+        run.say(f"{base} has no chat template: ChatML's is added")
+    torch.manual_seed(seed)  # of the prompts, and later of LoRA's matrices or a head
+    if adapt.adapt == "prompt":
+        tok = add_prompts(net, tok, adapt.prompt_tokens)
+    net.config.dropout = dropout
+    return Learner(run, net, tok, base, adapt)
+
+
+def stop_at_turns(learner, learns_end=False):
+    """Let generation end where the chat template ends an answer, too. learns_end: whether the
+    network learns that end, so that a template without one is worth a word."""
+    tok = learner.tok
+    ends = []
+    try:
+        ends = tok.end_of_turn()
+    except TemplateRefusal as error:  # a reward model needs none, and templates may replace it
+        learner.run.say(f"{learner.base}: answers end at the end token alone: {error}")
+    else:
+        if not ends and learns_end:
+            learner.run.say(
+                f"{learner.base}: its chat template ends no answer with a special token: the model "
+                "learns no end (put {{ eos_token }} behind an assistant's content in it)"
+            )
+    for token in ends:
+        if token not in tok.eos_ids:
+            tok.eos_ids = [*tok.eos_ids, token]
+
+
+def facts_of(run, dataset, data, base, dtype):
+    """What the settings came to: the data, the model to start from, what it is computed in. A
+    resume with other ones is refused, or told."""
+    files = sorted((Path("data") / dataset).glob(f"{data}_*.jsonl"))
+    patterns = (
+        "config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "*.safetensors",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    )
+    model_files = []
+    for folder in model_and_bases(base):  # an adapter is as much its base
+        for pattern in patterns:
+            model_files += sorted(folder.glob(pattern))
+    return {
+        "dataset": dataset if dataset == "arithmetic" else fingerprint(files),
+        "model": fingerprint(model_files),
+        "processes": run.world,
+        "computed_in": str(dtype).removeprefix("torch."),
+        "torch": str(torch.__version__),
+    }
+
+
+def make_optimizers(net, name, learning_rate, weight_decay, layer_decay):
+    """`make_optimizer`'s; with a layer_decay other than 1 each block learns at the rate of the one
+    behind it times that, the embedding slowest of all (Howard and Ruder 2018, section 3.2)."""
+    # beta2 of 0.99: a fine-tuning is short, and an average over 1,000 steps would never warm up.
+    optimizers = make_optimizer(net, name, learning_rate, weight_decay, (0.9, 0.99))
+    if layer_decay == 1:
+        return optimizers
+    n_layer = net.config.n_layer
+    depths = {p: depth_of(name, n_layer) for name, p in net.named_parameters()}
+    for optimizer in optimizers:
+        groups = []
+        for group in optimizer.param_groups:  # with weight decay, and without
+            for depth in sorted({depths[p] for p in group["params"]}):
+                params = [p for p in group["params"] if depths[p] == depth]
+                peak = group["initial_lr"] * layer_decay ** (n_layer + 1 - depth)
+                groups.append(group | {"params": params, "initial_lr": peak})
+        optimizer.param_groups = groups
+    return optimizers
+
+
+def depth_of(name, n_layer):
+    """The place of a parameter on the way up: 0 the embedding, then the blocks, then the rest."""
+    _, in_layers, place = name.partition(".layers.")
+    if in_layers:
+        return int(place.split(".")[0]) + 1
+    return 0 if "embed" in name else n_layer + 1
+
+
+# --------------------------------------------------------------------------------------------------
+# A step
+
+
+def sum_figures(run, figures):
+    """{name: number} summed over all processes, of which each may have other names."""
+    if run.world == 1:
+        return figures
+    # As objects, not as a tensor: a process without an example has no names to agree on.
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, figures)
+    total = Counter()
+    for of_one in everyone:
+        total.update(of_one)
+    return total
+
+
+def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, warmup_steps):
+    """What a run is about to do. batch: what a step has, such as "16 examples"; data: what there
+    is; computing: the dtype, and why."""
+    run = learner.run
+    n_learning = sum(p.numel() for p in learner.params().values())
+    horizon = f"{n_steps:,} steps" if n_steps else f"{max_minutes:g} minutes of steps"
+    dtype, reason = computing
+    run.say(
+        f"model: {learner.base}, {n_params:,} parameters; {n_learning:,} learn "
+        f"({learner.adapt.adapt})\n"
+        f"data: {data}; {horizon} of {batch}\n"
+        f"device: {run.device}, computing in {str(dtype).removeprefix('torch.')}: {reason}"
+    )
+    if n_steps and warmup_steps >= n_steps:
+        run.say(
+            f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate"
+        )
+
+
+def update(updater, groups, loss_of, size, cast, step, warmup_steps, zero_is_fault=True):
+    """One optimizer step on this process's groups of examples (micro-batches): ({figure: its mean
+    over all processes}, the gradient's norm).
+
+    loss_of(group) gives a sum of losses, and {figure: its sum}. size: what this process's sums are
+    sums of, such as targets; the loss is divided by the size of the whole batch, so that neither
+    micro-batches nor processes change the gradient. zero_is_fault: see Updater.step."""
+    run = updater.run
+    [size] = run.sum(size)
+    size = max(size, 1e-9)  # a batch without a target: no loss, and no NaN
+    sums = Counter()
+    for group in groups:
+        with cast:
+            loss, figures = loss_of(group)
+        updater.backward(loss / size)
+        sums.update(figures)
+        sums["loss"] += float(loss.detach())
+    # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
+    sync_grads(updater.params)
+    norm = float(updater.clip_gradients())
+    sums = sum_figures(run, sums)
+    means = {name: total / size for name, total in sums.items()}
+    updater.step(step, means["loss"], norm, step < warmup_steps, zero_is_fault)
+    return means, norm
+
+
+@contextlib.contextmanager
+def saved_on_failure(learner, updater, state, folder):
+    """Save the run where a reward or an update ends it: nothing was learned in this step."""
+    try:
+        yield
+    except UserError:
+        if state.step:  # else there is nothing that the base has not
+            save_run(learner, updater, state, folder)
+            learner.run.say(f"saved at step {state.step}; --init_from=resume goes on")
+        raise
+
+
+def step_row(state, figures, lr, norm, step_begin):
+    """The figures of a step that has just ended, and began at step_begin (time.monotonic)."""
+    dt = time.monotonic() - step_begin
+    return {"step": state.step} | figures | {"lr": lr, "grad_norm": norm, "dt": dt}
+
+
+def show_step(run, row, n_steps, progress, seconds):
+    """The line of progress of a step: its row of the log, and the time that is left."""
+    if not run.is_main:
+        return
+    others = ("step", "lr", "grad_norm", "dt")  # which the line has in its own way
+    figures = {key: value for key, value in row.items() if key not in others}
+    of = f" of {n_steps}" if n_steps else ""
+    left = duration(seconds * (1 - progress) / progress)
+    run.progress(
+        f"step {row['step']}{of}  {words(figures)}  lr {row['lr']:.2e}  norm "
+        f"{row['grad_norm']:.2f}  {1 / row['dt']:.1f} steps/s  left {left}"
+    )
+
+
+def log_row(figures):
+    """A row for log.jsonl, which as JSON has no number that is not finite."""
+    row = {}
+    for name, value in figures.items():
+        row[name] = value if math.isfinite(value) else None
+    return row
+
+
+def words(figures):
+    """Figures as a line shows them."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def check_equal_weights(run, params):
+    """End a run of several processes whose weights have come apart."""
+    if run.world == 1:
+        return
+    # The sum of all weights, in the same order everywhere: equal or not at all.
+    own_sum = float(sum(p.detach().double().sum() for p in params))
+    sums = [None] * run.world
+    dist.all_gather_object(sums, own_sum)
+    if len(set(sums)) > 1:
+        raise UserError(f"the processes' weights have come apart: {sums}")
+    run.say(f"weights: equal on {run.world} processes")
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a run stands, and what it writes
+
+
+@dataclass
+class State:
+    """Where a run stands: what state.pt has beside the weights and the optimizers."""
+
+    step: int = 0  # optimizer steps done
+    best: float = math.inf  # the best validation's score, the lower the better
+    since_best: int = 0  # validations since then
+    first_verdict: dict | None = None  # the figures of the one before the first step
+    seconds: float = 0.0  # of the main process's clock
+    warm_seconds: float = 0.0  # the seconds when the warm-up ended; the present ones while it lasts
+
+    def is_best(self, score):
+        """Note the score of a validation: whether no other was as good."""
+        self.since_best += 1
+        if not score < self.best:  # nor is a NaN
+            return False
+        self.best = score
+        self.since_best = 0
+        return True
+
+    def stops_early(self, early_stopping, run):
+        """Whether so many validations had no new best; 0: never."""
+        early = 0 < early_stopping <= self.since_best
+        if early:
+            n = self.since_best
+            run.say(f"no new best in {n} validations: stopped; best/ has the best")
+        return early
+
+    def progress(self, horizon):
+        """The part of the run that is done, 0 to 1."""
+        return horizon.progress(self.step, seconds=self.seconds)
+
+    def advance(self, run, clock_begin, signals):
+        """Count a step: whether a signal to any process stops the run. The main process's clock,
+        which began at clock_begin, is everyone's."""
+        clock = time.monotonic() - clock_begin if run.is_main else 0.0
+        n_signals, self.seconds = run.sum(signals.received > 0, clock)
+        self.step += 1
+        return n_signals > 0  # a save is one of all processes
+
+    def lr_scale(self, schedule, horizon):
+        """The factor of the learning rate in the step that begins."""
+        warm_step = min(self.step, schedule.warmup_steps)
+        if self.step == warm_step:
+            self.warm_seconds = self.seconds
+        progress = self.progress(horizon)
+        warm_end = horizon.progress(warm_step, seconds=self.warm_seconds)
+        return schedule.scale(self.step, progress, warm_end)
+
+
+def load_state(folder):
+    """What save_run wrote into a folder: a dict."""
+    saved = resume.load_state(folder)
+    path = folder / "state.pt"
+    saved = {"warm_seconds": 0.0, "scaler": None} | saved  # which older runs did not save
+    kinds = dict(step=0, since_best=0, seconds=0.0, warm_seconds=0.0)
+    kinds["best"] = -1.0  # any number: that of a reward is below 0
+    kinds |= dict(weights={}, optimizers=[], parts=[])
+    check_state(saved, kinds, path)
+    check_parts(saved["parts"], path)
+    first = saved.get("first_verdict", "")
+    is_right = first is None  # before any validation
+    if isinstance(first, dict):
+        is_right = all(type(figure) is float for figure in first.values())
+    if not is_right:
+        raise UserError(f"{path}: first_verdict is none of a run's: damaged, or foreign")
+    return saved
+
+
+def restore(saved, learner, updater, folder):
+    """The State of a run that goes on, from what load_state gave. Weights, optimizers and scaler
+    are put back. With None: the State of a run that begins."""
+    if saved is None:
+        return State()
+    path = folder.path / "state.pt"
+    params = learner.params()
+    weights = saved["weights"]
+    same_names = params.keys() == weights.keys()
+    if not same_names or not all(same_kind(weights[name], p) for name, p in params.items()):
+        raise UserError(f"{path}: its weights are not those that learn here: damaged, or foreign")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(weights[name])
+    restore_optimizers(updater.optimizers, saved["optimizers"], path)
+    # A part of the run in another dtype has no scaler.
+    if updater.scaler and saved["scaler"]:
+        check_state(saved["scaler"], updater.scaler.state_dict(), path)
+        updater.scaler.load_state_dict(saved["scaler"])
+    learner.run.say(f"resumed {folder.path} at step {saved['step']}")
+    return State(**{field.name: saved[field.name] for field in fields(State)})
+
+
+def begin_part(folder, state, saved, facts):
+    """Begin a part of the run in its folder; a best that a resume's changes have made none is
+    forgotten."""
+    changed = folder.begin(state.step, facts, saved)
+    # The best may be one of other examples, or of a future that will not be.
+    of_the_future = weights_step(folder.path / "best") > state.step
+    if "eval_examples" in changed or (changed and of_the_future):
+        state.best = math.inf
+
+
+def stop(run, state, signals):
+    """The exit status of a run that was told to stop, and has saved."""
+    run.say(f"stopped at step {state.step} and saved; --init_from=resume goes on")
+    run.wait()  # or the launcher would end the save
+    return signals.exit_status
+
+
+def save_run(learner, updater, state, folder):
+    """Write a run's folder, a RunFolder, with all that a resume needs."""
+    if learner.run.is_main:
+        clear_folder(folder.path / "merged")  # of the adapter that is replaced
+    saved = asdict(state) | {"parts": folder.parts}
+    # Beside the folder's: an adapter that is merged, or a value head, is in no file of it.
+    saved["weights"] = {name: p.detach() for name, p in learner.params().items()}
+    saved["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
+    saved["scaler"] = updater.scaler.state_dict() if updater.scaler else None
+    save_weights(learner, folder.path, state.step, saved)
+
+
+def save_weights(learner, folder, step, saved=None):
+    """Write what was learned: a checkpoint folder, or an adapter; with `saved` also state.pt."""
+    net, tok = learner.net, learner.tok
+    if not learner.run.is_main:
+        return
+    score = net.score
+    if learner.has_value_head:  # taken off while the policy is written
+        net.score = None
+    if not learner.adapt.is_lora:
+        checkpoint.save(folder, net, tok, step, saved)
+    elif net.score is None:
+        save_adapter(folder, net, tok, learner.base, learner.adapt, step, saved)
+    else:  # PEFT's file has no place for our score; the copy is merged, training goes on
+        checkpoint.save(folder, merge_adapters(copy.deepcopy(net)), tok, step, saved)
+    net.score = score
+
+
+def finish_adapter(learner, out, step, merge):
+    """Write merged/ if asked for, and say on which weights each folder stands: qlora has learned on
+    4 bits, while a reader of its adapter adds it to the weights that these were made of. The
+    network is a plain one then."""
+    if not learner.run.is_main or not learner.adapt.is_lora:
+        return
+    net, base, say = learner.net, learner.base, learner.run.say
+    if learner.has_value_head:
+        net.score = None
+    full = f"the weights of {base}"
+    packed = f"the 4 bits of {base} that it was trained on"
+    is_packed = learner.adapt.adapt == "qlora"
+    if net.score is None:
+        say(f"adapter: {out}, which opens on {full}")
+    else:
+        say(f"plain folder: {out}, merged into {packed if is_packed else full}")
+    if not merge:
+        return
+    if is_packed and merge != "quantized":  # the products go onto the weights as they were
+        base_net, _ = load(base, net.model.embed_tokens.weight.device)
+        unquantize(net, base_net)
+    clear_folder(out / "merged")
+    checkpoint.save(out / "merged", merge_adapters(net).eval(), learner.tok, step)
+    say(f"merged: {out / 'merged'}, into {packed if merge == 'quantized' else full}")

@@ -1,0 +1,162 @@
+"""The working folder of a run of prepare.py, and the processes that work in it: locked while a run
+lasts, left for the next run where this one is stopped."""
+
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
+
+import torch.distributed as dist
+
+from barelm.run import Progress, UserError
+
+STOPPED = "stopped: the same command goes on from here"
+DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+class EmptySource(UserError):
+    """The sources hold nothing of use: what was made of them is removed."""
+
+
+def start_pool(n_workers):
+    """That many processes to work in, or none of them where one is enough."""
+    if n_workers == 1:
+        return nullcontext()
+    try:
+        return ProcessPoolExecutor(n_workers, initializer=start_worker)
+    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, no /dev/shm
+        why = str(error).partition(",")[0]
+        raise UserError(f"no processes to work in ({why}): --threads=1 needs none") from None
+
+
+def start_worker():
+    """A working process ends with Ctrl-C, without a word, and with the process that it serves."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    pr_set_pdeathsig = 1
+    with suppress(Exception):  # Linux alone
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def wait(run):
+    """Wait here until every rank has come."""
+    if run.world == 1:
+        return
+    try:
+        dist.barrier()
+    except RuntimeError:  # gloo's, when a rank has left
+        raise UserError("another process has stopped: see what it says") from None
+
+
+def for_each(function, items, run, pool_map, label):
+    """Call the function, which returns the bytes that it did, with this rank's share of the items,
+    on several processes. The ranks leave together."""
+    share = items[run.rank :: run.world]
+    show = Progress()
+    begun = time.monotonic()
+    n_bytes = 0
+    # One item alone is worth no other process.
+    call_all = pool_map if len(share) > 1 else map
+    results = call_all(function, share)
+    for n_done, size in enumerate(results, 1):
+        n_bytes += size
+        if run.is_main:
+            megabytes = n_bytes / 1e6
+            speed = megabytes / max(time.monotonic() - begun, 1e-9)
+            state = f"{n_done} of {len(share)} parts, {megabytes:,.1f} MB, {speed:,.1f} MB/s"
+            show(f"{label}: {state}", last=n_done == len(share))
+    wait(run)
+
+
+@contextmanager
+def working_folder(folder, run):
+    """data/<dataset>/work, for this run alone. It stays where the run is stopped, so that the same
+    command goes on from it; it is removed when all is done, or nothing can go on from it. What ends
+    a run is told in one line."""
+    work = folder / "work"
+    fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    with lock_folder(work, fresh) if run.is_main else nullcontext():
+        wait(run)
+        is_over = False  # is there nothing to go on from?
+        try:
+            yield work
+            is_over = True
+        except EmptySource:
+            is_over = True
+            raise
+        except UserError as error:
+            is_over = "cannot be written" in str(error)  # a full disk, as whole_file says it
+            raise
+        except BrokenPipeError:  # standard output's: the script ends as `config` says
+            raise
+        except OSError as error:  # a full disk, a file that may not be read
+            is_over = error.errno in DISK_IS_FULL
+            why = f"{error.filename or folder}: {error.strerror or error}"
+            raise UserError(f"{why}; nothing was changed") from None
+        except BrokenProcessPool:
+            raise UserError(why_no_worker()) from None
+        except KeyboardInterrupt:
+            raise UserError(STOPPED) from None
+        finally:
+            # Without a finished unit there is nothing to go on from.
+            if run.is_main and (is_over or not any(work.glob("*.json"))):
+                remove(work)
+                remove_empty(fresh)
+
+
+def why_no_worker():
+    """Why a working process is gone: Ctrl-C reaches those too, and may have ended them first."""
+    try:
+        time.sleep(0.5)
+    except KeyboardInterrupt:
+        return STOPPED
+    why = "a process was killed, for want of memory perhaps: --threads=1 takes less"
+    return f"{why}; the same command goes on from here"
+
+
+def lock_folder(work, fresh):
+    """Make the working folder, and lock it as long as the file is open that is returned: to the end
+    of the process, however it ends. `fresh` as in `remove_empty`."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = open(work / "lock", "wb")
+    except OSError as error:
+        remove_empty(fresh)
+        why = f"{error.filename or work}: {error.strerror or error}"
+        raise UserError(f"{why}; nothing was changed") from None
+    try:
+        import fcntl  # not on every system
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        why = "another prepare.py is at work there: wait for it, or choose another --dataset"
+        raise UserError(f"{work.parent}: {why}") from None
+    except (ImportError, OSError) as error:
+        print(f"{work}: no lock here ({error}): see that no second prepare.py works there")
+    # What a run left that was killed while it removed its working folder.
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+    return file
+
+
+def gone_name(work):
+    return work.with_name("work.gone")
+
+
+def remove(work):
+    """Remove the working folder. Its files vouch for each other, so it loses its name first: when
+    this is killed in between, the next run takes none of them for whole."""
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+    with suppress(OSError):
+        os.replace(work, gone_name(work))
+    shutil.rmtree(gone_name(work), ignore_errors=True)
+
+
+def remove_empty(fresh):
+    """Remove those of the folders, which were not there before this run, that are empty."""
+    for folder in fresh:
+        with suppress(OSError):  # one that is not empty
+            folder.rmdir()

@@ -1,0 +1,70 @@
+"""The table of families: what an entry may say, and that a new one is one entry."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from barelm import families
+from barelm.bpe import char_tokenizer
+from barelm.checkpoint import load, save
+from barelm.families import FAMILIES, Family, TensorNames, family, from_hf_config, misfits
+from barelm.safetensors import entries_of
+from model import GPT, GPTConfig
+
+TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
+IDS = torch.tensor([[1, 5, 3, 2, 7, 7, 2]])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_entry_names_fields_of_the_config_and_no_others(kind):
+    entry = FAMILIES[kind]
+    names = {f.name for f in fields(GPTConfig)}
+    for part in (entry.keys, entry.fixed, entry.absent, entry.derived, entry.copies):
+        assert set(part) <= names
+    assert not set(entry.keys) & set(entry.fixed)  # what differs from model to model is not fixed
+
+
+def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
+    """A family as published ones are: another MLP, keys of its own, q, k and v as one matrix (in,
+    out), the same layers under other names, a prefix."""
+    entry = Family(
+        causal_lm="OwlForCausalLM",
+        classifier="OwlForSequenceClassification",
+        keys={"vocab_size": "vocab", "n_ctx": "length", "n_layer": "depth", "n_embd": "width"}
+        | {"n_head": "heads", "n_hidden": "inner", "norm_eps": "epsilon", "tie": "tied"},
+        fixed=FAMILIES["llama"].fixed | {"mlp": "relu2", "bias": True},
+        absent={"tie": False},
+        derived=FAMILIES["gpt2"].derived,
+        written={"rotates": True},
+        tensors=TensorNames(
+            renames=(("model.layers.", "owl.stack."), ("model.", "owl."))
+            + tuple((f"self_attn.{x}_proj", "attention.qkv") for x in "qkv"),
+            transposed=True,
+            prefix="owl.",
+        ),
+    )
+    config = GPTConfig(64, 32, 2, 4, 16, qk_norm=False, mlp="relu2", bias=True, tie=False)
+    assert family(config) == "barelm"
+    monkeypatch.setitem(FAMILIES, "owl", entry)
+    assert family(config) == "owl"
+    assert misfits(replace(config, norm_place="post"), "owl") == {"norm_place": "pre"}
+    torch.manual_seed(0)
+    net = GPT(config).eval()
+    save(tmp_path, net, TOK)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "owl" and written["width"] == 16 and written["rotates"] is True
+    entries = entries_of(tmp_path / "model.safetensors")
+    assert entries["owl.stack.1.attention.qkv.weight"][1] == [16, 48]  # (in, out)
+    back, _ = load(tmp_path)
+    assert back.config == config
+    with torch.no_grad():
+        assert torch.equal(back(IDS), net(IDS))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_family_writes_it_reads(kind):
+    config = GPTConfig(64, 32, 2, 4, 16, **FAMILIES[kind].fixed)
+    written = {"model_type": kind} | families.family_keys(config, kind)
+    assert from_hf_config(written) == config

@@ -10,12 +10,16 @@ from model import TextStream
 def usage(jobs):
     """The tokens of a request: of its prompts, each counted once, and of its answers."""
     # The n jobs of a prompt share one list of ids. Of these the first says what was reused.
-    first_jobs = {}
+    seen = set()
+    n_prompt = 0
+    n_reused = 0
+    n_generated = 0
     for job in jobs:
-        first_jobs.setdefault(id(job.ids), job)
-    n_prompt = sum(len(job.ids) for job in first_jobs.values())
-    n_reused = sum(job.n_reused for job in first_jobs.values())
-    n_generated = sum(job.n_generated for job in jobs)
+        n_generated += job.n_generated
+        if id(job.ids) not in seen:
+            seen.add(id(job.ids))
+            n_prompt += len(job.ids)
+            n_reused += job.n_reused
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,
@@ -26,7 +30,7 @@ def usage(jobs):
 
 def decode(tok, ids):
     """The text of ids without special tokens."""
-    return b"".join(tok.token_bytes(id) for id in ids).decode(errors="replace")
+    return b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
 
 
 def token_name(tok, id):
@@ -44,14 +48,14 @@ class CompletionAnswer:
     def __init__(self, served, jobs):
         self.tok = served.tok
         self.head = answer_head("cmpl-", "text_completion", served.name)
-        self.chunk_head = self.head
+        self.chunk_head = self.head  # OpenAI's chunks of a completion have no kind of their own
         self.texts = [TextStream() for _ in jobs]  # of the tokens told so far, for their places
 
     def whole_choice(self, job, text, tokens):
         return self.choice(job, text, tokens, job.row.out.finish_reason)
 
     def first_choices(self, jobs):
-        """What a stream begins with."""
+        """What a stream begins with: of a completion, nothing."""
         return []
 
     def new_choices(self, update):
@@ -60,7 +64,7 @@ class CompletionAnswer:
         return [self.choice(update.job, update.text, update.tokens, finish_reason)]
 
     def choice(self, job, text, tokens, finish_reason):
-        logprobs = None
+        logprobs = None  # null where none were asked for
         if tokens and job.n_alternatives is not None:
             logprobs = self.logprobs(tokens, self.texts[job.index])
         return {
@@ -86,7 +90,7 @@ class CompletionAnswer:
         """{name: log p} of the token and its alternatives; of a text's first token None."""
         if token.logprob is None:
             return None
-        by_name = {name: token.logprob}
+        by_name = {name: token.logprob}  # the token is there even if it was not among the likeliest
         for id, logprob in reversed(token.alternatives.items()):
             by_name[token_name(self.tok, id)] = logprob  # of tokens that look alike the likeliest
         return by_name
@@ -105,7 +109,7 @@ class ChatAnswer:
         return self.choice(job, "message", message, tokens, job.row.out.finish_reason)
 
     def first_choices(self, jobs):
-        """What a stream begins with."""
+        """What a stream begins with: who speaks, before the first token is there."""
         opening = {"role": "assistant", "content": ""}
         return [self.choice(job, "delta", opening) for job in jobs]
 
@@ -113,10 +117,12 @@ class ChatAnswer:
         """What a stream tells of an Update."""
         job = update.job
         choices = []
+        # A token may have no text yet, such as half a character; its log p is told at once.
         if update.text or update.tokens:
             choices.append(self.choice(job, "delta", {"content": update.text}, update.tokens))
         if update.done:
             finish_reason = job.row.out.finish_reason
+            # In a chunk of its own, as OpenAI's.
             choices.append(self.choice(job, "delta", {}, finish_reason=finish_reason))
         return choices
 
@@ -136,7 +142,7 @@ class ChatAnswer:
         return self.entry(token.id, token.logprob) | {"top_logprobs": others}
 
     def entry(self, id, logprob):
-        data = list(self.tok.shown.get(id, b""))
+        data = list(self.tok.shown.get(id, b""))  # what a client joins where a name is no UTF-8
         return {"token": token_name(self.tok, id), "logprob": logprob, "bytes": data}
 
 

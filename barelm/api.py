@@ -332,7 +332,7 @@ def read_chat(served, body):
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs wants logprobs = true beside it", "top_logprobs")
     finish_reading(served, request)
-    if request.max_tokens is None:
+    if request.max_tokens is None:  # OpenAI's older name for a chat's limit
         request.max_tokens = request.max_completion_tokens
     if request.max_completion_tokens not in (None, request.max_tokens):
         why = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
@@ -401,6 +401,7 @@ def encode_text(served, text, add_special_tokens=True):
 def read_prompts(served, request):
     """The prompts of a completion, [ids]: given as a text, as ids, or as a list of either."""
     value = request.prompt
+    # A list of whole numbers is one prompt as ids. type(): true is an int to isinstance.
     is_one = not isinstance(value, list) or (value and type(value[0]) is int)
     prompts = [value] if is_one else value
     if len(prompts) > served.max_queue:
@@ -553,14 +554,14 @@ def make_jobs(served, request, prompts, listener, echoes, ends, n_alternatives, 
     if len(prompts) * request.n > served.max_queue:
         why = f"{len(prompts)} prompts, each {request.n} times: expected {served.max_queue} at most"
         raise ApiError(400, why, "n")
-    if request.ignore_eos:
+    if request.ignore_eos:  # as benchmarks ask, to get answers of one length
         ends = []
     jobs = []
     for ids, echo in zip(prompts, echoes):
         room = served.max_len - len(ids)
         limit = request.max_tokens
         if limit is None:
-            limit = max(min(room, usual_limit), 1)
+            limit = max(min(room, usual_limit), 1)  # 1, so that no room is told as an error below
         if limit > room:
             raise too_long(served, f"a prompt of {len(ids)} tokens and {limit} more")
         for _ in range(request.n):

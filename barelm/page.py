@@ -32,8 +32,9 @@ def model_parts(net):
         weight = getattr(layer, "weight", None)
         if weight is None:
             continue
+        # The codes of a quantized layer have another shape than the weights they stand for.
         shape = layer.shape if isinstance(layer, QuantizedLinear) else weight.shape
-        tied = net.config.tie and name == "lm_head"
+        tied = net.config.tie and name == "lm_head"  # counted with the embedding
         n_params = 0
         if not tied:
             bias = getattr(layer, "bias", None)
@@ -67,6 +68,7 @@ def attention_maps(net, ids, layer):
     what a fork's attention does."""
     attention = net.model.layers[layer].self_attn
     inputs = []
+    # What the layer is given in a usual pass, rotations and mask too, is what it is asked about.
     hook = attention.register_forward_pre_hook(lambda module, args: inputs.extend(args[:3]))
     try:
         net.hidden(torch.tensor([ids], device=net.model.embed_tokens.weight.device))
@@ -142,7 +144,7 @@ def nearest(net, n_vocab, token, n):
     cosines = torch.cat(parts)  # (V,)
     if not cosines.isfinite().all():
         raise ApiError(500, NOT_FINITE)
-    cosines[token] = -math.inf
+    cosines[token] = -math.inf  # the nearest to itself, which says nothing
     best = cosines.topk(min(n, n_vocab - 1))
     return list(zip(best.indices.tolist(), best.values.tolist()))
 
@@ -181,20 +183,27 @@ def neighbours_answer(tok, request, neighbours):
 # The run
 
 
+def null(word):
+    return None
+
+
 def read_row(line):
-    return json.loads(line, parse_constant=lambda word: None)  # NaN is no JSON of the page's
+    return json.loads(line, parse_constant=null)  # NaN and Infinity are no JSON of a browser's
 
 
 def log_rows(path, after):
     """(the rows of a log.jsonl behind step `after`, the last step there is or -1). Many are
     thinned, but for the evaluations; a row that is being written waits for the next time."""
-    data = path.read_bytes() if path.is_file() else b""
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    if not path.is_file():
+        return [], -1
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].splitlines()  # without what is not ended yet
     if not lines:
         return [], -1
+    # Steps rise: of a long log only a few lines are parsed to find where to begin.
     begin = bisect.bisect_right(lines, after, key=lambda line: read_row(line)["step"])
     new = lines[begin:]
-    stride = max(1, -(-len(new) // LOG_ROWS))
+    stride = max(1, math.ceil(len(new) / LOG_ROWS))
     thinned = [line for i, line in enumerate(new) if i % stride == 0 or b'"val_' in line]
     rows = [read_row(line) for line in thinned[-2 * LOG_ROWS :]]
     return rows, read_row(lines[-1])["step"]

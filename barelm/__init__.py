@@ -1,1 +1,4 @@
-"""The leaves that the scripts share: see each file's first line."""
+"""The leaves that the scripts share, each a subject of its own: see a file's first line.
+
+Imports go down only: checkpoint.py -> model.py -> fast.py, and all -> run.py; none opens a script.
+"""

@@ -299,7 +299,7 @@ def check_names(given, names, owners):
         near = difflib.get_close_matches(key, names, 1)
         hint = "--help lists the keys"
         if elsewhere:
-            hint = f"{' and '.join(elsewhere)} has it; --help lists the keys of this script"
+            hint = f"it is a key of {' and '.join(elsewhere)}; --help lists this script's"
         elif near:
             hint = f"did you mean {near[0]!r}?"
         raise ValueError(f"unknown key {key!r} ({hint})")

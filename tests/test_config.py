@@ -74,6 +74,7 @@ def script(tmp_path):
     return call
 
 
+SCRIPTS = "prepare train finetune rl eval report sample serve export".split()
 NO_RECIPE = "no such recipe (config/NAME.py or NAME.json; a flag is --key=value)"
 
 
@@ -154,7 +155,7 @@ def test_values_have_the_types_of_their_keys(script):
         (["--"], "--: unknown key '' (--help lists the keys)"),
         (
             ["--width=5"],
-            "--width: unknown key 'width' (other.py has it; --help lists the keys of this script)",
+            "--width: unknown key 'width' (it is a key of other.py; --help lists this script)",
         ),
         (["--letters=5"], "--letters: unknown key 'letters' (--help lists the keys)"),
         (["--below=5"], "--below: unknown key 'below' (--help lists the keys)"),
@@ -237,7 +238,7 @@ def test_under_torchrun_the_first_process_speaks(script, tmp_path):
         assert script(*args, RANK="1") == (code, None, "")
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "finetune", "eval", "sample", "serve"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_every_key_and_imports_no_torch(name, tmp_path):
     done = run(
         tmp_path, f"{name}.py", "--help", "--no_such_key", env={"PYTHONPROFILEIMPORTTIME": "1"}
@@ -333,7 +334,7 @@ def test_real_scripts_refuse_and_skip(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "config").glob("[!_]*.py")))
-@pytest.mark.parametrize("name", ["prepare", "train", "finetune", "eval", "sample", "serve"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_recipe_fits_every_script(name, recipe, tmp_path):
     # Recipes are read before the flag that ends the run.
     done = run(tmp_path, f"{name}.py", recipe, "--seed=x", check=False)

@@ -155,7 +155,7 @@ def test_values_have_the_types_of_their_keys(script):
         (["--"], "--: unknown key '' (--help lists the keys)"),
         (
             ["--width=5"],
-            "--width: unknown key 'width' (it is a key of other.py; --help lists this script)",
+            "--width: unknown key 'width' (it is a key of other.py; --help lists this script's)",
         ),
         (["--letters=5"], "--letters: unknown key 'letters' (--help lists the keys)"),
         (["--below=5"], "--below: unknown key 'below' (--help lists the keys)"),

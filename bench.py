@@ -242,12 +242,13 @@ def eager_and_compiled(bench, net, batch):
     """{"eager": (network, what its blocks are called by)}, and of "compiled" where it is."""
     begun = time.perf_counter()
     body = net
-    words = "off, as asked"
+    is_compiled = False
+    words = "off: as asked"
     if compile is not False:
-        body, words = try_compile(net, bench.run, batch, bench.cast())
+        body, is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
     print(f"  {batch[0].numel():,} tokens, {n_params(net):,} parameters, compile: {words}")
     networks = {"eager": (net, call_block)}
-    if words.startswith("on"):
+    if is_compiled:
         networks["compiled"] = (body, net.train_block)
         bench.row("model", "compilation, for training", [time.perf_counter() - begun])
     return networks

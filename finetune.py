@@ -116,7 +116,7 @@ from barelm.examples import (
     targets_of,
 )
 from barelm.optim import n_params
-from barelm.resume import ASIDE, FREE, RunFolder, choose_start, locked_folder
+from barelm.resume import RESUME_IGNORES, RESUME_MAY_CHANGE, RunFolder, choose_start, locked_folder
 from barelm.run import (
     Horizon,
     Schedule,
@@ -609,7 +609,7 @@ def try_memorized(learner, train, val, cast, row):
 
 # What a resume may change, and what shapes nothing, beside run.py's: see RunFolder.
 MAY_CHANGE = (
-    *FREE,
+    *RESUME_MAY_CHANGE,
     "early_stopping",
     "eval_examples",
     "fast",
@@ -617,7 +617,7 @@ MAY_CHANGE = (
     "micro_tokens",
     "neftune",
 )
-SHAPES_NOTHING = (*ASIDE, "merge", "check_memorized")
+IGNORES = (*RESUME_IGNORES, "merge", "check_memorized")
 
 
 def first_epoch(train, n_steps):
@@ -657,7 +657,7 @@ def main():
     task = METHODS[name]
     run = setup(device)
     chosen = settings(globals()) | {"method": name, "adapt": config.adapt}
-    folder = RunFolder(out_dir, run, chosen, defaults(globals()), MAY_CHANGE, SHAPES_NOTHING)
+    folder = RunFolder(out_dir, run, chosen, defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")
     refuse_source(out_dir, model)
     saved = load_state(folder.path) if start == "resume" else None

@@ -98,7 +98,8 @@ def rotate(x, rope):
 
 class Operations:
     """Three operations of a network, each as its formula. Where `fast` is true, barelm/fast.py is
-    asked first; what it has no faster way for, it leaves to the formula."""
+    asked first; what it has no faster way for, it leaves to the formula. Who changes a formula
+    deletes the `if` above it: before its first step train.py compares the two."""
 
     def __init__(self, fast):
         self.fast = fast
@@ -123,19 +124,18 @@ class Operations:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
         # One token sees all that there is. (bool: in torch.export T is a symbol.)
         causal = mask is None and bool(q.shape[2] > 1)
-        # A head of k and v for H / G heads of q. Where G is H it is off: some kernels have it not.
+        # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
         y = F.scaled_dot_product_attention(like_k, k, v, mask, dropout, causal, enable_gqa=grouped)
         return y.to(q.dtype)
 
-    def cross_entropy(self, h, head, targets):
-        """The sum of -log softmax(head(h))[target] in nats, float32: h (N, C), targets (N,) int64,
-        of which -100 counts for nothing."""
+    def cross_entropy(self, h, head, targets, logits):
+        """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
+        none. The faster way makes head(h) a piece at a time, and no `logits`."""
         if self.fast and can_piece(head):
             return cross_entropy_sum(h, head.weight, targets)
-        logits = self.project(h, head)  # (N, V)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
 
 class Attention(nn.Module):
@@ -207,15 +207,19 @@ class MLP(nn.Module):
         if self.kind == "swiglu":  # Shazeer 2020
             gate, up = self.ops.project(x, self.gate_proj, self.up_proj).chunk(2, -1)
             h = F.silu(gate) * up  # (B, T, n_hidden)
-        else:
-            h = self.ops.project(x, self.up_proj)  # (B, T, n_hidden)
-            h = F.gelu(h, approximate="tanh") if self.kind == "gelu" else F.relu(h)  # GPT-2's
-        if self.kind == "relu2":  # So et al. 2021
-            h = h.square()
+        elif self.kind == "gelu":
+            h = F.gelu(self.ops.project(x, self.up_proj), approximate="tanh")  # as GPT-2's
+        elif self.kind == "relu":
+            h = F.relu(self.ops.project(x, self.up_proj))
+        else:  # relu2: So et al. 2021
+            h = F.relu(self.ops.project(x, self.up_proj)).square()
         return self.ops.project(h, self.down_proj)
 
 
 class Block(nn.Module):
+    """Attention, then an MLP, each added to x. The norms have Hugging Face's names: with
+    norm_place "post" they stand behind the two, and not before."""
+
     def __init__(self, c, ops):
         super().__init__()
         self.c = c
@@ -239,11 +243,6 @@ class Block(nn.Module):
 
     def dropout(self, x):
         return F.dropout(x, self.c.dropout, self.training)
-
-
-def call_block(block, x, rope, mask):
-    """What torch.compile is given on a CPU: one compiled block then serves them all."""
-    return block(x, rope, mask)
 
 
 class GPT(nn.Module):
@@ -277,7 +276,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
-        # A tied matrix is drawn under both its names, so that seeds mean what they always meant.
+        # A tied matrix is drawn under both its names: drawn once, each seed would mean others.
         for name, p in self.named_parameters(remove_duplicate=False):
             self.init_weight(name, p)
 
@@ -355,9 +354,9 @@ class GPT(nn.Module):
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)
-        # The logits are made in there, piece by piece: who changes them in `logits` takes
-        # F.cross_entropy of those here.
-        loss = self.ops.cross_entropy(h.flatten(0, 1), self.lm_head, targets.flatten())
+        # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
+        h = h.flatten(0, 1)  # (B T, C)
+        loss = self.ops.cross_entropy(h, self.lm_head, targets.flatten(), self.logits)
         return loss, (targets != -100).sum()
 
     def set_score(self, labels, pooling="last", pad_id=None):
@@ -392,6 +391,11 @@ class GPT(nn.Module):
         while end > 1 and ids[end - 1] == self.pad_id:
             end -= 1
         return ids[:end]
+
+
+def call_block(block, x, rope, mask):
+    """What torch.compile is given on a CPU: one compiled block then serves them all."""
+    return block(x, rope, mask)
 
 
 def logprobs(net, ids, targets):
@@ -447,7 +451,8 @@ def document_positions(positions, docs):
 def attention_mask(c, positions, key_positions, docs=None, causal=True):
     """What the tokens at positions (B or 1, T) may look at, of those at key_positions (B or 1, S):
     None, or a mask that broadcasts to (B, H, T, S), either bool (true: it may) or float (added to
-    the scores: ALiBi's biases, say). This is the one place that knows.
+    the scores: ALiBi's biases, say). Who may look at whom is decided here and nowhere else; c is
+    for what the configuration says of it, such as a window.
 
     docs (B, T): they look at their own document only. causal: by their order in the tensors alone
     every token sees itself and what is before it, so that attention needs no mask (None)."""
@@ -461,7 +466,7 @@ def attention_mask(c, positions, key_positions, docs=None, causal=True):
 
 def attention_probabilities(q, k, mask=None):
     """softmax(q k^T / sqrt(D)) (B, H, T, S) float32: how much each token looks at each, by which
-    `Operations.attend` weighs v. Its arguments, and in a sequence's square of memory."""
+    `Operations.attend` weighs v. It takes the same q, k and mask, and O(T S) memory."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
     scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if mask is None and q.shape[2] > 1:

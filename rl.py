@@ -105,7 +105,14 @@ from barelm.examples import (
     padded,
 )
 from barelm.optim import n_params
-from barelm.resume import ASIDE, FREE, RunFolder, choose_start, fingerprint, locked_folder
+from barelm.resume import (
+    RESUME_IGNORES,
+    RESUME_MAY_CHANGE,
+    RunFolder,
+    choose_start,
+    fingerprint,
+    locked_folder,
+)
 from barelm.rewards import open_reward, reward_of
 from barelm.run import (
     Horizon,
@@ -467,8 +474,15 @@ def look_on(learner, prompts, judge, cast, folder, step):
 
 
 # What a resume may change, and what shapes nothing, beside run.py's: see RunFolder.
-MAY_CHANGE = (*FREE, "early_stopping", "eval_examples", "fast", "lora_dropout", "micro_tokens")
-SHAPES_NOTHING = (*ASIDE, "merge")
+MAY_CHANGE = (
+    *RESUME_MAY_CHANGE,
+    "early_stopping",
+    "eval_examples",
+    "fast",
+    "lora_dropout",
+    "micro_tokens",
+)
+IGNORES = (*RESUME_IGNORES, "merge")
 
 
 def sample_figures(run, samples):
@@ -518,9 +532,7 @@ def main():
     run = setup(device)
     n_samples = group_size if task.has_groups else 1  # of each prompt
     check_minibatches(n_samples, run)
-    folder = RunFolder(
-        out_dir, run, settings(globals()), defaults(globals()), MAY_CHANGE, SHAPES_NOTHING
-    )
+    folder = RunFolder(out_dir, run, settings(globals()), defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")
     refuse_source(out_dir, model)
     if Path(reward).is_dir():

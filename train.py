@@ -11,6 +11,9 @@ log.jsonl, run.json. Ctrl-C and SIGTERM save and exit.
 
 from config import configure, defaults, same_recipes, settings
 
+# Each of these names is a key: a global of this file that recipes and flags override, and that
+# every function below may read.
+
 # data and run
 dataset = "python"  # data/<dataset>, made by prepare.py
 out_dir = "out/python"  # where the run is written
@@ -72,7 +75,7 @@ compile: bool | None = None  # torch.compile; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
-# looking on
+# watching the run
 eval_every = 100  # steps between validations
 eval_tokens = 131072  # validation tokens each time, always the same; 0: all
 save_every = 100  # steps between checkpoints
@@ -82,10 +85,11 @@ tensorboard = False  # also log for TensorBoard, into out_dir
 wandb_project: str | None = None  # also log to Weights & Biases
 
 if __name__ == "__main__":
-    configure(globals())
+    configure(globals())  # before torch is imported, so that --help is instant
 
 import hashlib
 import math
+import os
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -95,7 +99,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from barelm.checkpoint import load, refuse_source, save
-from barelm.compiled import try_compile
+from barelm.compiled import check_fast, try_compile
 from barelm.families import family
 from barelm.optim import (
     MOMENTS,
@@ -108,8 +112,8 @@ from barelm.optim import (
     restore_optimizers,
 )
 from barelm.resume import (
-    ASIDE,
-    FREE,
+    RESUME_IGNORES,
+    RESUME_MAY_CHANGE,
     RunFolder,
     check_parts,
     check_rows,
@@ -144,10 +148,18 @@ from model import GPT, GPTConfig, generate
 
 # The keys that are the network's own: each goes to the field of GPTConfig that has its name.
 SHAPE = [key for key in GPTConfig.__dataclass_fields__ if key in globals()]
-# The keys that a resume may change, and those that shape nothing: see RunFolder.
-MAY_CHANGE = (*FREE, "batch_tokens", "beta1", "beta2", "momentum", "eval_tokens", "fast")
-SHAPES_NOTHING = (
-    *ASIDE,
+# A new key goes into one of these two, or no resume may change it: see RunFolder.
+MAY_CHANGE = (
+    *RESUME_MAY_CHANGE,
+    "batch_tokens",
+    "beta1",
+    "beta2",
+    "momentum",
+    "eval_tokens",
+    "fast",
+)
+IGNORES = (
+    *RESUME_IGNORES,
     "compile",
     "micro_batch",
     "sample_tokens",
@@ -183,7 +195,7 @@ class Data:
 
 
 def open_dataset(device="cpu"):
-    """The Data of --dataset."""
+    """The Data in data/<dataset>; a UserError where there is none, or too little."""
     folder = Path("data") / dataset
     if not (folder / "meta.json").is_file():
         source = "" if dataset == "python" else "--source=... "
@@ -195,6 +207,7 @@ def open_dataset(device="cpu"):
     if train.n == 0:
         raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
     val = validation_windows(folder.glob("val_*.bin"), tok)
+    # Of a mix each source has shards of its own: val.wikipedia_000000.bin.
     names = {path.name[4:].rpartition("_")[0] for path in folder.glob("val.*.bin")}
     val_of_source = {}
     for name in sorted(names):
@@ -216,10 +229,13 @@ def validation_windows(paths, tok):
 
 def check_settings(config):
     """Refuse numbers that no run can have, before anything is read or written."""
-    from_0 = ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens")
-    from_0 += ("learning_rate", "weight_decay", "grad_clip", "min_lr")
+    from_0 = ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens", "stride")
+    from_0 += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "decay_fraction")
     check_least(config, from_0, 0)
     check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
+    for name in ("dropout", "momentum", "beta1", "beta2"):
+        if not 0 <= config[name] < 1:
+            raise UserError(f"{name}={config[name]}: expected 0 or more, and less than 1")
 
 
 @dataclass
@@ -244,25 +260,33 @@ def divide_batch(world, fits):
         )
     share = batch_tokens // unit  # windows of a process
     device_batch_size = min(share, micro_batch or max(1, fits))
-    while share % device_batch_size:  # all micro-batches are of one size
+    while share % device_batch_size:  # of one size: a compiled network is compiled for one
         device_batch_size -= 1
     return Batch(share * world, device_batch_size, share // device_batch_size)
 
 
-def plan_batch(net, run, computing, saved):
+def plan_batch(net, run, dtype_used, saved):
     """(Batch, a line on memory): as large micro-batches as fit, or on a resume those of before,
     whatever memory is free now: the same sums."""
-    n_moments = MOMENTS.get(optimizer, 2)
-    options = (computing, checkpoint_blocks, n_moments, run.device.type)
-    fixed, per_window = memory_estimate(net.config, n_params(net), 1, seq_len, *options)
+    fixed, per_window = memory_estimate(
+        net.config,
+        n_params(net),
+        rows=1,
+        seq_len=seq_len,
+        dtype=dtype_used,
+        recompute=checkpoint_blocks,
+        moments=MOMENTS.get(optimizer, 2),
+        device_type=run.device.type,
+    )
     free = free_memory(run.device)
-    if run.device.type == "cpu":
-        free /= run.world  # which all processes of a machine share
+    if run.device.type == "cpu":  # all processes of a machine share it
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     fits = int((0.8 * free - fixed) / per_window)  # a fifth is left for what is not estimated
     if run.device.type == "cpu":
-        fits = min(fits, max(1, 4096 // seq_len))  # more at once is no faster on a CPU
+        fits = min(fits, max(1, 4096 // seq_len))  # more tokens at once are no faster on a CPU
     if saved:
         fits = saved["micro"]
+    fits = run.least(fits)  # one number for all processes, as a resume will have it
     batch = divide_batch(run.world, fits)
     needed = fixed + batch.device_batch_size * per_window
     return batch, (
@@ -276,7 +300,8 @@ def plan_batch(net, run, computing, saved):
 
 @dataclass
 class State:
-    """Where the run is: what state.pt holds, beside the optimizers, for an exact resume."""
+    """Where the run is: what state.pt holds, beside the optimizers, for an exact resume. A new
+    field needs a default, which a run that was saved without it has."""
 
     step: int = 0  # optimizer steps done
     windows: int = 0  # consumed over all processes: the whole state of the loader
@@ -286,6 +311,17 @@ class State:
     history: list = field(default_factory=list)  # [step, mean_loss, val_loss] of each validation
     # Step, windows and seconds at the end of the warm-up, or while it lasts at present.
     warmed: list = field(default_factory=lambda: [0, 0, 0.0])
+
+    def progress(self, horizon, windows_per_epoch):
+        """The part of the run that is done, 0 to 1."""
+        return progress_at(horizon, self.step, self.windows, self.seconds, windows_per_epoch)
+
+    def lr_scale(self, schedule, horizon, windows_per_epoch):
+        """The factor of the learning rate in the step that begins."""
+        if self.step <= schedule.warmup_steps:
+            self.warmed = [self.step, self.windows, self.seconds]
+        warm_end = progress_at(horizon, *self.warmed, windows_per_epoch)
+        return schedule.scale(self.step, self.progress(horizon, windows_per_epoch), warm_end)
 
     def advance(self, windows, loss, seconds):
         """Count a step of so many windows, and its loss if it is finite."""
@@ -299,11 +335,16 @@ class State:
         self.mean_loss += 0.1 * (loss - self.mean_loss)
 
 
+def progress_at(horizon, step, windows, seconds, windows_per_epoch):
+    """The part of the run that is done, 0 to 1, after so many steps, windows and seconds."""
+    return horizon.progress(step, windows * seq_len, windows / windows_per_epoch, seconds)
+
+
 def read_saved(out):
     """The dict in a folder's state.pt, checked to be one that `save_run` writes."""
     saved = load_state(out)
     path = out / "state.pt"
-    # A value of each entry's kind; a number from 0 on where this one is, NaN only where this is.
+    # A sample of each entry: the type must be its; a number 0 or more if it is; NaN only if it is.
     kinds = dict(step=0, windows=0, seconds=0.0, best=-1.0, mean_loss=math.nan, history=[])
     kinds |= dict(warmed=[], micro=0, compiled=True, parts=[], optimizers=[])
     check_state(saved, kinds, path)
@@ -335,10 +376,21 @@ def open_network(data, folder):
     if (tok.bytes, tok.eot_id) != (data.tok.bytes, data.tok.eot_id):
         mend = f"prepare the data with --tokenizer={source}"
         raise UserError(f"data/{dataset} and {source} have different tokenizers: {mend}")
-    if not saved and seq_len > net.config.n_ctx:
-        raise UserError(f"seq_len={seq_len}, but the context of {source} is {net.config.n_ctx}")
+    if not saved:
+        check_shape(net.config, source)
     net.config.dropout = dropout
     return net, tok, saved
+
+
+def check_shape(c, source):
+    """Refuse a shape that was asked for, and is not that of the network to start from."""
+    if seq_len > c.n_ctx:
+        raise UserError(f"seq_len={seq_len}, but the context of {source} is {c.n_ctx}")
+    usual = defaults(globals())
+    for key in SHAPE:
+        value = globals()[key]
+        if key != "dropout" and value not in (usual[key], getattr(c, key)):
+            raise UserError(f"{key}={value!r}, but {source} has {getattr(c, key)!r}: leave it out")
 
 
 def add_end_tokens(tok, data, run):
@@ -378,7 +430,8 @@ def restore(saved, updater, run):
         if updater.scaler and saved.get("scaler"):
             check_state(saved["scaler"], updater.scaler.state_dict(), path)
             updater.scaler.load_state_dict(saved["scaler"])
-        state = State(**{name: saved[name] for name in State.__dataclass_fields__})
+        fields = [name for name in State.__dataclass_fields__ if name in saved]
+        state = State(**{name: saved[name] for name in fields})
         run.say(f"resumed {out_dir} at step {state.step}")
     if run.sum(state.step) != [state.step * run.world]:
         raise UserError(f"{out_dir}: another checkpoint on another node: share the folder")
@@ -392,7 +445,8 @@ def begin_part(folder, state, saved, facts):
     if "eval_tokens" in changed:  # a loss of other tokens: the best is another
         state.best = math.inf
         state.history = []
-    if changed and weights_step(folder.path / "best") > state.step:  # of a future that will not be
+    # best/ is of a later step, which will now be another.
+    if changed and weights_step(folder.path / "best") > state.step:
         state.best = math.inf
 
 
@@ -401,7 +455,7 @@ def begin_part(folder, state, saved, facts):
 
 
 def flops_of_run(net, train_tokens):
-    """About how many FLOPs the run has before it, by the first of its horizons."""
+    """About how many FLOPs the run will take, by the first of its horizons."""
     if max_steps == 0:
         return 0.0
     tokens = math.inf
@@ -417,17 +471,92 @@ def flops_of_run(net, train_tokens):
     return flops
 
 
-def wants_compile(net, run, train_tokens, saved):
-    """(whether to compile, why not). A resume does as before, whatever the horizon is now: the same
-    sums. On a CPU compiling has to pay for the time it takes."""
-    if compile is not None:
-        return compile, "off, as asked"
-    if saved and saved["step"] > 0:
-        return saved["compiled"], "off, as before"
-    if run.device.type == "cuda":
-        return True, ""
-    pays = flops_of_run(net, train_tokens) >= COMPILE_FLOPS * run.world
-    return pays, "off: on a CPU it would take longer than it saves here (--compile turns it on)"
+def why_not_compile(net, run, train_tokens, saved):
+    """Why the network is not to be compiled, or "". A resume does as before, whatever the horizon
+    is now: the same sums. On a CPU compiling has to pay for the time it takes."""
+    if compile is False:
+        return "as asked"
+    if compile is None and saved and saved["step"] > 0:
+        return "" if saved["compiled"] else "as before"
+    if compile or run.device.type == "cuda":
+        return ""
+    if flops_of_run(net, train_tokens) >= COMPILE_FLOPS * run.world:
+        return ""
+    return "on a CPU it would take longer than it saves here (--compile turns it on)"
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up of the loop
+
+
+def make_updater(net, run, dtype_used):
+    """The optimizers, and what they do in a step."""
+    betas = (beta1, beta2)
+    muon_dtype = torch.bfloat16 if dtype_used == torch.bfloat16 else torch.float32
+    optimizers = make_optimizer(
+        net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype
+    )
+    scaler = make_scaler(run.device, dtype_used)
+    return Updater(run, net.parameters(), optimizers, scaler, grad_clip)
+
+
+def prepare_network(net, run, data, batch, cast, saved):
+    """(the network that the loop calls, whether it is compiled): net, with what is faster where
+    that pays and computes the same, and of several processes in DistributedDataParallel."""
+    first = [i % data.train.n for i in range(batch.device_batch_size)]
+    first_batch = data.train.batch(first, run.device)
+    if net.fast:
+        fault = check_fast(net, run, first_batch, cast, data.documents)
+        if fault:
+            run.say(f"note: {fault}")
+    why_not = why_not_compile(net, run, data.train.n * seq_len, saved)
+    network = net
+    is_compiled = False
+    words = f"off: {why_not}"
+    if not why_not:
+        network, is_compiled, words = try_compile(net, run, first_batch, cast, data.documents)
+    run.say(f"compile: {words}")
+    if run.world > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    return network, is_compiled
+
+
+def say_plan(net, run, data, batch, memory, dtype_used, reason):
+    """What the run is, before it begins."""
+    c = net.config
+    run.say(
+        f"model: {family(c)}, {n_params(net):,} parameters: {c.n_layer} layers of width "
+        f"{c.n_embd}, context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
+        f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {batch.grad_accum_steps} "
+        f"micro-batch(es) x {batch.device_batch_size} window(s) x {seq_len} tokens\n"
+        f"data: {data.train.n:,} windows an epoch, {data.train.n * seq_len:,} tokens; "
+        f"{data.val.n:,} to validate\n"
+        f"{memory}\n"
+        f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}"
+    )
+
+
+def say_notes(run, horizon, batch, data):
+    """What of the horizon a user may not expect."""
+    for note in horizon.notes(batch_tokens, data.train.n * seq_len):
+        run.say(f"note: {note}")
+    warmed = progress_at(horizon, warmup_steps, warmup_steps * batch.size, 0.0, data.train.n)
+    if warmed >= 1 and max_steps != 0:
+        run.say(
+            f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate"
+        )
+
+
+def facts_of(data, run, dtype_used, batch, compiled):
+    """What the settings came to on this machine, for run.json."""
+    return {
+        "dataset": data.digest,
+        "computed_in": str(dtype_used).removeprefix("torch."),
+        "micro_batch": batch.device_batch_size,
+        "compiled": compiled,
+        "processes": run.world,
+        "torch": str(torch.__version__),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,24 +589,24 @@ def validate(net, data, run, cast, device_batch_size):
     val_loss, val_bpb = evaluate(net, data.val, data, run, cast, device_batch_size)
     figures = {"val_loss": val_loss, "val_ppl": math.exp(min(val_loss, 700)), "val_bpb": val_bpb}
     for name, windows in data.val_of_source.items():
+        if windows.n == 0:
+            continue
         source_loss, _ = evaluate(net, windows, data, run, cast, device_batch_size)
         figures[f"val_loss.{name}"] = source_loss
     return figures
 
 
-def look_on(net, tok, data, folder, state, cast, batch, with_sample):
-    """Validate: the figures are recorded and told, with what they mean and a sample of what the
-    model writes by now; the best model so far is kept in best/."""
+def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
+    """Validate: the figures, which are recorded and told with what they mean; the best model so far
+    is kept in best/."""
     run = folder.run
     figures = validate(net, data, run, cast, batch.device_batch_size)
     folder.record({"step": state.step, "tokens": state.windows * seq_len} | figures)
-    state.history = [*state.history, [state.step, state.mean_loss, figures["val_loss"]]]
+    state.history.append([state.step, state.mean_loss, figures["val_loss"]])
     words = [f"{key} {value:.4f}" for key, value in figures.items()]
     run.say(f"step {state.step}: {'  '.join(words)}")
     for remark in remarks(state.history, math.log(net.config.vocab_size)):
         run.say(f"note: {remark}")
-    if run.is_main and with_sample and sample_tokens:
-        run.say(show_sample(net, tok, data, cast))
     if figures["val_loss"] < state.best:
         state.best = figures["val_loss"]
         if run.is_main:
@@ -487,7 +616,7 @@ def look_on(net, tok, data, folder, state, cast, batch, with_sample):
 
 def remarks(history, guessing=math.inf):
     """What the validations say, in words: history [(step, training loss, validation loss)];
-    guessing: the loss of who guesses among all ids alike, ln(vocabulary), in nats."""
+    guessing: the loss of a uniform guess among all ids, ln(vocabulary), in nats."""
     _, train_loss, val_loss = history[-1]
     lower = f"lower learning_rate ({learning_rate:g}) or raise warmup_steps ({warmup_steps})"
     if not val_loss <= 1.02 * guessing:  # nor is a NaN
@@ -550,12 +679,7 @@ def accumulate_gradients(network, data, batch, first, updater, run, cast):
     return loss_sum
 
 
-def progress_at(horizon, step, windows, seconds, windows_per_epoch):
-    """The part of the run that is done, 0 to 1, after so many steps, windows and seconds."""
-    return horizon.progress(step, windows * seq_len, windows / windows_per_epoch, seconds)
-
-
-def step_row(state, run, net, loss, norm, updater, dt):
+def step_row(state, run, net, loss, grad_norm, updater, dt):
     """The log's row of a step that took dt seconds."""
     tok_s = batch_tokens / dt
     peak = peak_flops(run.device)  # None for an unknown device, which has no mfu
@@ -565,7 +689,7 @@ def step_row(state, run, net, loss, norm, updater, dt):
         "tokens": state.windows * seq_len,
         "loss": loss,
         "lr": learning_rate * updater.lr_scale,
-        "grad_norm": norm,
+        "grad_norm": grad_norm,
         "dt": dt,
         "tok_s": tok_s,
         "mfu": flops / (peak * run.world) if peak else None,
@@ -574,7 +698,7 @@ def step_row(state, run, net, loss, norm, updater, dt):
 
 
 def show_progress(run, row, progress, seconds_left):
-    """The line of progress."""
+    """Rewrite the line of progress on the terminal; in a log, one every few seconds."""
     of_peak = f"{100 * row['mfu']:.1f} %" if row["mfu"] else "n/a"
     run.progress(
         f"step {row['step']} ({100 * progress:.0f} %)  loss {row['loss']:.4f}  "
@@ -583,35 +707,9 @@ def show_progress(run, row, progress, seconds_left):
     )
 
 
-def make_updater(net, run, computing):
-    """The optimizers, and what they do in a step."""
-    betas = (beta1, beta2)
-    muon_dtype = torch.bfloat16 if computing == torch.bfloat16 else torch.float32
-    optimizers = make_optimizer(
-        net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype
-    )
-    scaler = make_scaler(run.device, computing)
-    return Updater(run, net.parameters(), optimizers, scaler, grad_clip)
-
-
-def prepare_network(net, run, data, batch, cast, saved):
-    """(the network that the loop runs, whether it is compiled): compiled where that pays and
-    computes the same, and where there are several processes in DistributedDataParallel."""
-    network = net
-    wanted, words = wants_compile(net, run, data.train.n * seq_len, saved)
-    if wanted:
-        first = [i % data.train.n for i in range(batch.device_batch_size)]
-        first_batch = data.train.batch(first, run.device)
-        network, words = try_compile(net, run, first_batch, cast, data.documents)
-    run.say(f"compile: {words}")
-    if run.world > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    return network, words.startswith("on")
-
-
 @contextmanager
 def advice_on_memory():
-    """A line in the place of a traceback where memory ends."""
+    """A line in the place of a traceback when memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -624,25 +722,10 @@ def advice_on_memory():
         ) from None
 
 
-def say_plan(net, run, data, batch, memory, computing, reason):
-    """What the run is, before it begins."""
-    c = net.config
-    run.say(
-        f"model: {family(c)}, {n_params(net):,} parameters: {c.n_layer} layers of width "
-        f"{c.n_embd}, context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
-        f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {batch.grad_accum_steps} "
-        f"micro-batch(es) x {batch.device_batch_size} window(s) x {seq_len} tokens\n"
-        f"data: {data.train.n:,} windows an epoch, {data.train.n * seq_len:,} tokens; "
-        f"{data.val.n:,} to validate\n"
-        f"{memory}\n"
-        f"device: {run.device}, computing in {str(computing).removeprefix('torch.')}: {reason}"
-    )
-
-
 def finish(run, row, state, progress, signals):
     """The last lines of a run, `key: value`, and its exit status."""
     run.say("")
-    if not row and max_steps == 0:
+    if not row and max_steps == 0 and state.step == 0:
         run.say(f"wrote {out_dir}, as it is before the first step (max_steps=0)")
     elif not row:
         at = f"{out_dir} is at its horizon (step {state.step})"
@@ -655,18 +738,6 @@ def finish(run, row, state, progress, signals):
     return signals.exit_status if progress < 1 else 0
 
 
-def facts_of(data, run, computing, batch, compiled):
-    """What the settings came to on this machine, for run.json."""
-    return {
-        "dataset": data.digest,
-        "computed_in": str(computing).removeprefix("torch."),
-        "micro_batch": batch.device_batch_size,
-        "compiled": compiled,
-        "processes": run.world,
-        "torch": str(torch.__version__),
-    }
-
-
 def main():
     config = settings(globals())  # as the user gave it
     check_settings(config)
@@ -675,64 +746,64 @@ def main():
     horizon.check()
     schedule.check()
     run = setup(device)
-    folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, SHAPES_NOTHING)
+    folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, IGNORES)
     data = open_dataset(run.device)
     net, tok, saved = open_network(data, folder)
     add_end_tokens(tok, data, run)
     run.wait()  # nobody writes before everybody has read
     net.to(run.device).train()
     net.checkpoint = checkpoint_blocks
-    computing, reason = choose_dtype(run.device, dtype, net.config.n_embd)
-    cast = autocast(run.device, computing)
-    batch, memory = plan_batch(net, run, computing, saved)
-    say_plan(net, run, data, batch, memory, computing, reason)
-    updater = make_updater(net, run, computing)
+    dtype_used, reason = choose_dtype(run.device, dtype, net.config.n_embd)
+    cast = autocast(run.device, dtype_used)
+    batch, memory = plan_batch(net, run, dtype_used, saved)
+    say_plan(net, run, data, batch, memory, dtype_used, reason)
+    updater = make_updater(net, run, dtype_used)
     state = restore(saved, updater, run)
     clock_begin = time.monotonic() - state.seconds
     network, compiled = prepare_network(net, run, data, batch, cast, saved)
     if run.is_main:
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
-    begin_part(folder, state, saved, facts_of(data, run, computing, batch, compiled))
+    begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
     signals = StopSignals()
 
-    warmed = progress_at(horizon, warmup_steps, warmup_steps * batch.size, 0.0, data.train.n)
-    if warmed >= 1 and max_steps != 0:
-        run.say(
-            f"note: warmup_steps={warmup_steps} is the whole run: no step has the learning rate"
-        )
-    progress = progress_at(horizon, state.step, state.windows, state.seconds, data.train.n)
+    say_notes(run, horizon, batch, data)
     if max_steps == 0 and not saved:
         save_run(folder, net, tok, state, batch, compiled, updater)
-    first_progress = progress
+
+    n_windows = data.train.n
+    progress = state.progress(horizon, n_windows)
     loop_begin = step_begin = time.monotonic()
+    # The time left is by the rate of this loop: compilation was before it, a resume had its own.
+    clock = loop_begin - clock_begin
+    first_progress = progress_at(horizon, state.step, state.windows, clock, n_windows)
     stopped = False
     row = {}
     while progress < 1 and not stopped:
         torch.manual_seed(step_seed(seed, state.step, run.rank))
-        if state.step <= warmup_steps:
-            state.warmed = [state.step, state.windows, state.seconds]
-        warm_end = progress_at(horizon, *state.warmed, data.train.n)
-        updater.set_lr(schedule.scale(state.step, progress, warm_end))
+        updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         loss_sum = accumulate_gradients(network, data, batch, state.windows, updater, run, cast)
-        norm = updater.clip_gradients()
+        grad_norm = updater.clip_gradients()
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
         loss_sum, n_stops, seconds = run.sum(loss_sum, signals.received > 0, clock)
         loss = loss_sum / batch_tokens
         stopped = n_stops > 0
-        is_finite = updater.step(state.step, loss, float(norm), state.step < warmup_steps)
+        grad_norm = float(grad_norm)
+        is_finite = updater.step(state.step, loss, grad_norm, state.step < warmup_steps)
         state.advance(batch.size, loss if is_finite else math.nan, seconds)
-        progress = progress_at(horizon, state.step, state.windows, seconds, data.train.n)
+        progress = state.progress(horizon, n_windows)
 
-        row = step_row(state, run, net, loss, float(norm), updater, time.monotonic() - step_begin)
+        dt = time.monotonic() - step_begin
+        row = step_row(state, run, net, loss, grad_norm, updater, dt)
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
         if not stopped:
-            # By the rate of this loop: compilation was before it, and a resume had its own.
             rate = (progress - first_progress) / (time.monotonic() - loop_begin)
-            show_progress(run, row, progress, (1 - progress) / rate)
+            show_progress(run, row, progress, (1 - progress) / max(rate, 1e-9))
         updater.check_bad_steps(learning_rate, warmup_steps)
         if data.val.n and (state.step % eval_every == 0 or progress >= 1):
-            row |= look_on(net, tok, data, folder, state, cast, batch, with_sample=progress < 1)
+            row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch)
+            if run.is_main and sample_tokens and progress < 1:  # sample.py shows the last one
+                run.say(show_sample(net, tok, data, cast))
         if state.step % save_every == 0 or progress >= 1 or stopped:
             save_run(folder, net, tok, state, batch, compiled, updater)
         step_begin = time.monotonic()

@@ -29,24 +29,34 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     if net.quantize:
         raise UserError(f"{net.quantize} weights are not trained: start from what they were")
     matrices, wide, narrow = split_parameters(net)
-    if name != "muon":
+    if name == "muon":
+        optimizers = [
+            *make_adamw(wide, narrow, lr, weight_decay, betas),
+            *make_muon(matrices, lr, momentum, weight_decay, dtype),
+        ]
+    elif name == "adamw":
         # In the order of the network, in which a state.pt of AdamW numbers them.
         wide = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
-        matrices = []
+        optimizers = make_adamw(wide, narrow, lr, weight_decay, betas)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = lr
+    return optimizers
+
+
+def make_adamw(wide, narrow, lr, weight_decay, betas):
+    """AdamW in a list, or none where nothing is to learn; `narrow` parameters do not decay."""
     groups = []
     if wide:
         groups.append({"params": wide, "weight_decay": weight_decay})
     if narrow:
         groups.append({"params": narrow, "weight_decay": 0.0})
-    optimizers = []
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr, betas, fused=True))
-    if matrices:
-        optimizers.append(Muon(matrices, lr, momentum, weight_decay, dtype))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = lr
-    return optimizers
+    return [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
+
+
+def make_muon(matrices, lr, momentum, weight_decay, dtype):
+    """Muon in a list, or none."""
+    return [Muon(matrices, lr, momentum, weight_decay, dtype)] if matrices else []
 
 
 def split_parameters(net):
@@ -97,7 +107,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(moments, grads, 1 - beta)  # m = beta m + (1 - beta) g
         ahead = torch._foreach_lerp(grads, moments, beta)  # Nesterov: as if one step further
         orthogonal = partial(orthogonalize, dtype=self.dtype)
-        updates = shared(torch.stack(ahead), orthogonal)  # (n, rows, columns)
+        updates = split_over_processes(torch.stack(ahead), orthogonal)  # (n, rows, columns)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(params[0].shape))
         torch._foreach_add_(params, updates.unbind(), alpha=-lr * scale)
@@ -118,7 +128,7 @@ def orthogonalize(g, dtype=torch.float32, steps=5):
     return x.to(g.dtype)
 
 
-def shared(x, f):
+def split_over_processes(x, f):
     """f(x), where f works on each x[i] alone: every process does a part of x, which all have."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
@@ -203,7 +213,7 @@ def peak_flops(device):
         return None
     device_name = torch.cuda.get_device_name(device)
     for part, tflops in PEAK_TFLOPS.items():
-        if part in device_name:
+        if re.search(rf"\b{part}\b", device_name):  # whole words: an RTX A1000 is no A100
             return 1e12 * tflops
     return None
 
@@ -257,4 +267,6 @@ def free_memory(device):
         available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
         return 1024 * int(available[1])
     except OSError:  # not Linux: all that there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if hasattr(os, "sysconf"):
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 4 * 2**30  # Windows does not say it here: a small machine's

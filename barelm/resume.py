@@ -168,8 +168,11 @@ def say_no_lock(folder, why):
 
 
 def file_sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for piece in iter(lambda: file.read(1 << 20), b""):  # until nothing is left
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint(paths):
@@ -338,7 +341,7 @@ def write_row(log, row):
 # The rules of out_dir: what a run may replace, what it goes on from, what a resume may change
 
 # What a resume may change, and tells; the scripts have some more of their own.
-FREE = (
+RESUME_MAY_CHANGE = (
     "learning_rate",
     "lr_schedule",
     "warmup_steps",
@@ -353,7 +356,7 @@ FREE = (
     "max_minutes",
 )
 # What shapes no number, or only by what it comes to, which the facts of a part have.
-ASIDE = (
+RESUME_IGNORES = (
     "out_dir",
     "init_from",
     "overwrite",

@@ -92,8 +92,6 @@ class Run:
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
 
-    main = is_main
-
     def say(self, text):
         """Print on the main process."""
         if self.is_main:
@@ -109,6 +107,12 @@ class Run:
         if self.world > 1:
             dist.all_reduce(totals)
         return totals.tolist()
+
+    def least(self, value):
+        """The least whole number of all processes'."""
+        values = [0] * self.world
+        values[self.rank] = value
+        return int(min(self.sum(*values)))
 
     def wait(self):
         """Go on when all processes have come here."""
@@ -182,7 +186,7 @@ def lost_process():
 
 
 def sync_grads(params):
-    """Sum the gradients over all processes, in one flat all-reduce (none counts as zero)."""
+    """Sum the gradients over all processes, in one flat all-reduce; a missing one is zero."""
     if not dist.is_initialized():
         return
     params = [p for p in params if p.requires_grad]
@@ -290,6 +294,23 @@ class Horizon:
         if self.max_steps != 0 and not any(limits.values()):
             raise UserError(f"no horizon: set {', '.join(limits)}: one of them at least")
 
+    def notes(self, tokens_per_step, tokens_per_epoch):
+        """What a user may not expect of several limits, in words: max_steps has a default, and the
+        first limit that is reached ends the run."""
+        steps = {}
+        if self.max_tokens:
+            steps["max_tokens"] = self.max_tokens / tokens_per_step
+        if self.max_epochs:
+            steps["max_epochs"] = self.max_epochs * tokens_per_epoch / tokens_per_step
+        notes = []
+        for name, n_steps in steps.items():
+            if self.max_steps and self.max_steps < n_steps:
+                notes.append(
+                    f"max_steps={self.max_steps} ends the run before {name}={vars(self)[name]} "
+                    f"does, which would be {n_steps:,.0f} steps: --max_steps=none leaves it to that"
+                )
+        return notes
+
     def progress(self, step=0, tokens=0, epochs=0.0, seconds=0.0):
         """The part of the run that is done, 0 to 1: the largest over the limits that are set."""
         if self.max_steps == 0:
@@ -355,7 +376,7 @@ def check_least(config, names, least):
 def step_seed(seed, step, rank):
     """The seed of torch in a step: dropout and samples depend on nothing else, so that no state of
     a generator has to be saved for a resume to be exact."""
-    return (seed * 1_000_003 + step) * 65_537 + rank
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,7 +386,7 @@ BAD_STEPS = 5  # non-finite steps in a row that end a run
 
 
 class Updater:
-    """What an optimizer step does in every run, and what it does not do to a network.
+    """What an optimizer step does in every run; it refuses updates that would ruin the network.
 
     A step whose loss or gradient is not finite changes nothing; BAD_STEPS of them in a row end the
     run. So does a gradient of exactly zero, and a first step that moves no weight: such a run would
@@ -480,8 +501,10 @@ def memory_used(device):
     """The most memory that this process has held, in bytes: on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":
         return most

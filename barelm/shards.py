@@ -47,6 +47,8 @@ def check_tokens(ids, n_vocab, path):
 class Windows:
     """Windows of seq_len tokens from shards, in one global sequence: position i is window
     permutation(seed, epoch)[i mod n] of epoch i // n. How many were consumed is all its state.
+    Another loader needs n, `at` and `batch`, and to be a function of the position alone: then a
+    resume is exact, on any number of processes.
 
     stride: tokens from the beginning of a window to that of the next; 0: seq_len, so that none
     overlap. partial: the last window of a shard may be short, so that every token is a target once.
@@ -61,9 +63,7 @@ class Windows:
         self.n_vocab = n_vocab
         sizes = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         shortest = 1 if partial else seq_len  # targets that a window has at least
-        last_begin = (
-            sizes - 1 - shortest
-        )  # of a window: it reads one token more than it has targets
+        last_begin = sizes - 1 - shortest  # a window reads one token more than it has targets
         n_windows = np.maximum(last_begin + self.stride, 0) // self.stride
         self.ends = np.cumsum(n_windows)  # of shard s: windows ends[s - 1] to ends[s]
         self.n = int(self.ends[-1]) if self.paths else 0  # windows an epoch

@@ -21,7 +21,7 @@ import model
 import train
 from barelm.checkpoint import load
 from barelm.resume import load_state, make_trackers
-from barelm.run import Horizon, Schedule, UserError
+from barelm.run import Horizon, Schedule, UserError, step_seed
 from barelm.safetensors import read_header
 from barelm.shards import Windows
 
@@ -269,7 +269,7 @@ forward, calls = model.GPT.forward, []
 def faulty(self, ids, targets=None, **how):
     out = forward(self, ids, targets, **how)
     calls.append(1)
-    return (out[0] * float("nan"), out[1]) if len(calls) > 4 and self.training else out
+    return (out[0] * float("nan"), out[1]) if len(calls) > 6 and self.training else out
 if os.environ.get("RANK", "0") == {rank!r}:
     model.GPT.forward = faulty
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -394,6 +394,10 @@ def test_starts_from_a_folder_and_overwrites_only_when_told(words):
 
 
 REFUSALS = {
+    "n_layer=5, but out/held has 2: leave it out": ["--init_from=out/held", "--n_layer=5"],
+    "stride=-1: expected 0 or more": ["--stride=-1"],
+    "beta2=1.0: expected 0 or more, and less than 1": ["--beta2=1"],
+    "decay_fraction=-1.0: expected 0 or more": ["--decay_fraction=-1"],
     "no checkpoint to resume": ["--init_from=resume"],
     "no resume with another n_layer": ["--init_from=resume", "--out_dir=out/held", "--n_layer=3"],
     "another seed, optimizer": ["--init_from=resume", "--out_dir=out/held", "--seed=8"]
@@ -520,6 +524,21 @@ def test_the_first_horizon_reached_ends_the_run():
     assert horizon.progress(30, 100, 0.5, 6.0) == 1.0
     assert Horizon(max_epochs=4.0).progress(30, 100, 1.0, 6.0) == 0.25
     assert Horizon(max_steps=0, max_epochs=4.0).progress() == 1.0
+
+
+def test_any_seed_is_one_of_torch():
+    for seed in (0, 7, 2**40, 10**18):
+        torch.manual_seed(step_seed(seed, 12, 3))
+    assert step_seed(7, 12, 3) == (7 * 1_000_003 + 12) * 65_537 + 3
+
+
+def test_a_limit_that_never_comes_is_told():
+    assert Horizon(max_steps=300).notes(4096, 1_000_000) == []
+    assert Horizon(max_steps=300, max_epochs=1.0).notes(4096, 1_000_000) == []  # 244 steps
+    [note] = Horizon(max_steps=300, max_epochs=4.0).notes(4096, 1_000_000)
+    assert "max_steps=300 ends the run before max_epochs=4.0 does, which would be 977" in note
+    [note] = Horizon(max_steps=10, max_tokens=409_600).notes(4096, 1_000_000)
+    assert "before max_tokens=409600" in note and "100 steps" in note
 
 
 def test_remarks_name_what_happens():

@@ -255,17 +255,6 @@ class GPT(nn.Module):
         c = config
         self.config = config
         self.ops = Operations(fast)
-        # How it is trained: both may be set by whoever trains it.
-        self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
-        self.train_block: Callable = call_block  # or torch.compile(call_block)
-        # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
-        self.score: nn.Linear | None = None  # (n_labels, C)
-        self.labels: list[str] | None = None  # of the rows of score
-        self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
-        self.pad_id: int | None = None  # the token that is no text's last one
-        self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
-        self.quantize: str | None = None  # int8 or int4, by barelm.fast.quantize_weights
-
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
@@ -279,6 +268,17 @@ class GPT(nn.Module):
         # A tied matrix is drawn under both its names: drawn once, each seed would mean others.
         for name, p in self.named_parameters(remove_duplicate=False):
             self.init_weight(name, p)
+
+        # How it is trained: both may be set by whoever trains it.
+        self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
+        self.train_block: Callable = call_block  # or torch.compile(call_block)
+        # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
+        self.score: nn.Linear | None = None  # (n_labels, C)
+        self.labels: list[str] | None = None  # of the rows of score
+        self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
+        self.pad_id: int | None = None  # the token that is no text's last one
+        self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
+        self.quantize: str | None = None  # int8 or int4, by barelm.fast.quantize_weights
 
     def init_weight(self, name, p):
         """Draw a parameter's first values; norms keep their ones."""

@@ -49,7 +49,7 @@ prompt_tokens = 8  # number of soft prompts
 merge: bool | str = False  # write merged/ too, a plain folder; quantized: of qlora's 4 bits
 
 # the optimizer
-optimizer = "adamw"  # adamw or muon
+optimizer = "adamw"  # any of train.py's
 learning_rate = 3e-4  # the peak
 lr_schedule = "linear"  # linear, cosine, trapezoid or constant, after the warm-up
 warmup_steps = 10  # steps of linear warm-up
@@ -483,7 +483,7 @@ def check_settings(name, config):
         check_limit(key, globals()[key])
     if max_steps is None and max_epochs is None and max_minutes is None:
         raise UserError("no horizon: set max_steps, max_epochs or max_minutes")
-    Schedule(lr_schedule).check()
+    Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction).check()
     if template is not None:
         check_templates(name)
     no_prompt = template or weight_decay or METHODS[name].add_head  # decay would move frozen rows

@@ -289,10 +289,10 @@ class GPT(nn.Module):
             nn.init.xavier_uniform_(p)
         elif "proj" in name and c.init == "he":
             nn.init.kaiming_normal_(p)
-        elif p.ndim == 2 and name.endswith(("o_proj.weight", "down_proj.weight")):
+        elif p.ndim > 1 and name.endswith(("o_proj.weight", "down_proj.weight")):
             # Each block adds to x twice: so the sum of all has the variance of one (GPT-2).
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
-        elif p.ndim == 2:
+        elif p.ndim > 1:
             nn.init.normal_(p, std=0.02)
 
     @property
@@ -350,7 +350,8 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
-        nats, float32; their count). `options` are those of `hidden`."""
+        nats, float32; their count). `options` are those of `hidden`. Pre-training and SFT come by
+        here, and get what is added to the loss; other methods take `hidden` and `logits`."""
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)

@@ -699,6 +699,8 @@ def step_row(state, run, net, loss, grad_norm, updater, dt):
 
 def show_progress(run, row, progress, seconds_left):
     """Rewrite the line of progress on the terminal; in a log, one every few seconds."""
+    if not run.is_main:
+        return
     of_peak = f"{100 * row['mfu']:.1f} %" if row["mfu"] else "n/a"
     run.progress(
         f"step {row['step']} ({100 * progress:.0f} %)  loss {row['loss']:.4f}  "

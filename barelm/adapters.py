@@ -242,9 +242,9 @@ class Adapter(nn.Module):
 def add_adapters(net, size):
     """Put a bottleneck of this size behind each attention and each MLP, in place."""
     net.adapter_size = size
-    for block in net.model.layers:
-        block.self_attn.o_proj = Adapter(block.self_attn.o_proj, size)
-        block.mlp.down_proj = Adapter(block.mlp.down_proj, size)
+    for name, layer in list(net.model.layers.named_modules()):
+        if name.endswith(("o_proj", "down_proj")):
+            net.model.layers.set_submodule(name, Adapter(layer, size))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ here knows HTTP; barelm/answers.py has the way back.
 A request is a dataclass below: a field's name, type, default and limits stand in one line, and
 `read_fields` checks them. Whatever else a client sends is refused by name rather than ignored, but
 for the values that ask for what is done anyway (NEUTRAL). A new field that changes how tokens are
-chosen, such as logit_bias, is a line in `engine.Sampling` and its use in `Engine.penalized`.
+chosen, such as logit_bias, is a line in `engine.Sampling`, its part in `changes_logits` there, its
+use in `Engine.penalized`, and where a type and limits do not check it, a line in `finish_reading`:
+what the engine's thread raises ends all requests of the batch.
 """
 
 import difflib

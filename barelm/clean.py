@@ -21,6 +21,7 @@ import torch
 from barelm.checkpoint import load
 from barelm.files import file_ending, read_input
 from barelm.run import UserError
+from barelm.sources import HTML_ENDINGS
 
 
 class Reject(Exception):
@@ -141,7 +142,6 @@ def apply_step(name, text, record, settings):
 # --------------------------------------------------------------------------------------------------
 # HTML
 
-HTML_ENDINGS = (".html", ".htm", ".xhtml", ".xhtm")
 # A comment, a tag (its slash, name and attributes) or a declaration. One that does not end goes on
 # to the end of the page, as in browsers; so each matches where it begins, and time is linear.
 TAG = re.compile(

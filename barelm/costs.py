@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from barelm.fast import head_rows
-from barelm.optim import flops_per_token, memory_estimate, n_params
+from barelm.optim import MOMENTS, flops_per_token, memory_estimate, n_params
 from barelm.run import UserError
 
 # Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
@@ -63,7 +63,7 @@ def finetune_memory(net, s, length, rollouts):
         sizes = [m.weight.numel() for m in linear_layers(net)]
         unpacked = 4 * max(sizes)  # the one that is used at the moment
         weights += sum(sizes) * (NF4_BYTES - 4) + unpacked
-    moments = 1 if s.optimizer == "muon" else 2
+    moments = MOMENTS.get(s.optimizer, 2)
     full_length = min(s.seq_len or c.n_ctx, c.n_ctx)
     device_batch_size = max(1, s.micro_tokens // full_length)
     _, activations = memory_estimate(

@@ -185,7 +185,7 @@ def quantized_product(x, codes, scale, bias, packed=None):
         y = int8_product(rows, codes, scale)
     else:
         y = int4_product(rows, codes, scale, packed)
-    y = y.view(*x.shape[:-1], -1)
+    y = y.view(*x.shape[:-1], len(codes))  # not -1: of no rows torch could not tell it
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y

@@ -61,7 +61,7 @@ def make_muon(matrices, lr, momentum, weight_decay, dtype):
 
 def split_parameters(net):
     """The parameters that learn: the blocks' matrices; the embedding, the head and whatever else
-    has two dimensions; and norms and biases, which are not decayed."""
+    has two dimensions or more (a stack of experts); norms and biases, which are not decayed."""
     matrices, wide, narrow = [], [], []
     for name, p in net.named_parameters():
         if not p.requires_grad:
@@ -222,13 +222,17 @@ def n_params(net):
     return sum(p.numel() for p in net.parameters())
 
 
+# How many matrices an MLP of each kind multiplies a token with. One that is not here is counted
+# nowhere else: FLOPs, memory and the decision to compile stand on it.
+MLP_MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2, "relu2": 2}
+
+
 def flops_per_token(c, seq_len, backward=True):
     """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020),
     attention as the whole seq_len x seq_len square, as is usual; backward costs twice forward."""
     projections = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)  # q and o, k and v
     attention = 2 * c.head_dim * c.n_head * seq_len  # q k^T, and its softmax times v
-    n_matrices = 3 if c.mlp == "swiglu" else 2
-    mlp = n_matrices * c.n_embd * c.n_hidden
+    mlp = MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden
     head = c.n_embd * c.vocab_size
     forward = 2 * (c.n_layer * (projections + attention + mlp) + head)
     return 3 * forward if backward else forward
@@ -244,7 +248,7 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
     head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter."""
     width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
-    n_hidden = (4 if c.mlp == "swiglu" else 3) * c.n_hidden  # before and behind the activation
+    n_hidden = (MLP_MATRICES[c.mlp] + 1) * c.n_hidden  # before and behind the activation
     # Of a token in a block: x and its sums and norms in float32, then what the products read.
     block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads + n_hidden)
     if device_type == "cpu" and width == 2 and seq_len <= 1024:  # BlockedAttention's probabilities

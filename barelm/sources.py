@@ -56,6 +56,8 @@ DOWNLOAD_FOLDER = Path("data/downloads")
 # What files with these endings hold; all others are text.
 FORMATS = dict.fromkeys(JSONL, "jsonl")
 FORMATS |= {".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+# What is HTML, by the end of a document's path or URL: a format of web pages belongs here too.
+HTML_ENDINGS = (".html", ".htm", ".xhtml", ".xhtm")
 # Of a Hub data set the files of one format are taken, of the first one here that it has.
 HUB_FORMATS = ("jsonl", "parquet", "text", "json", "csv", "tsv")
 # Of Python's library: not its test suites, nor other people's packages.

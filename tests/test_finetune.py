@@ -613,7 +613,7 @@ def test_a_classifier_of_the_mean_is_not_said_to_be_transformers(tiny):
 
 
 BAD = [
-    (["--method=dqo"], "--method=dqo: expected sft, classify, dpo, reward, lora, qlora, "),
+    (["--method=dqo"], "--method=dqo: expected sft, "),
     (["--dataset=none"], "data/none/sft_train.jsonl: no such file: python prepare.py --task=sft"),
     (["--model=out/none"], "out/none: no such folder"),
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),

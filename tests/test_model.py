@@ -810,7 +810,7 @@ def test_parameters_are_counted_and_initialized_as_gpt2_is():
     [
         (dict(n_head=3), "n_head"),
         (dict(n_kv_head=3), "n_kv_head"),
-        (dict(pos="alibi"), "pos"),
+        (dict(pos="absolute"), "pos"),
         (dict(n_layer=0), "n_layer"),
         (dict(head_dim=7), "head_dim"),
         (dict(dropout=1.5), "dropout"),

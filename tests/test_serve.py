@@ -281,7 +281,7 @@ WRONG = [
     ('{"prompt": "a", "stream": 1}', "stream = 1: expected true or false"),
     ('{"prompt": "a", "best_of": 3}', "best_of is not supported"),
     ('{"prompt": "a", "temprature": 1}', "did you mean 'temperature'?"),
-    ('{"prompt": "a", "logit_bias": {"1": 5}}', "'logit_bias' is not supported"),
+    ('{"prompt": "a", "bad_words": ["x"]}', "'bad_words' is not supported"),
     ('{"messages": "hi"}', "messages = 'hi': expected a list"),
     ('{"messages": [{"role": "\\ud800", "content": "a"}]}', "messages[0]: expected"),
     ('{"messages": [{"role": "user", "content": 5}]}', "messages[0]: expected"),

@@ -407,7 +407,7 @@ REFUSALS = {
     "python prepare.py --source=... --dataset=nothing": ["--dataset=nothing"],
     "config/tiny.py --dataset=nothing first": ["config/tiny.py", "--dataset=nothing"],
     "such as 480 or 512": ["--batch_tokens=500"],
-    "cosine, linear, trapezoid or constant": ["--lr_schedule=cubic"],
+    "lr_schedule=cubic: expected": ["--lr_schedule=cubic"],
     "no horizon": ["--max_steps=none"],
     "eval_every=0: expected 1 or more": ["--eval_every=0"],
     "micro_batch=-1: expected 0 or more": ["--micro_batch=-1"],

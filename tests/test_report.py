@@ -370,8 +370,10 @@ def test_memorized_refuses_shards_of_other_ids_and_of_none(split, ids, words, ti
 
 def test_windows_hold_no_token_that_begins_or_ends_a_document():
     document = [1, *range(10, 16), 2]  # of a tokenizer with both, as Llama 3's is
-    windows = overlap.draw_windows([np.array(document * 50, "<u2")], 6, 20, [1, 2], 0, "data/x")
-    assert all(window.tolist() == document[1:-1] for window in windows)
+    shard = np.array(document * 50, "<u2")
+    for seed in (0, -1):
+        windows = overlap.draw_windows([shard], 6, 20, [1, 2], seed, "data/x")
+        assert all(window.tolist() == document[1:-1] for window in windows)
 
 
 @pytest.mark.parametrize("args, words", [
@@ -422,6 +424,14 @@ def test_logs_of_any_form_are_compared(tmp_path):
     assert curve(rows, "loss", "step") == [(3, 2.5)]
     done = run(tmp_path, "report.py", "--compare=.")
     assert "2.5000" in done.stdout and (tmp_path / "report.svg").exists()
+
+
+def test_a_task_s_name_may_be_half_a_surrogate_pair(tmp_path):
+    make_run(tmp_path, "a", [1])
+    results = {"\ud800x": {"acc": 1, "acc_stderr": 0, "n": 2}}
+    (tmp_path / "a/results.json").write_text(json.dumps({"results": results}))
+    done = run(tmp_path, "report.py", "--compare=a")
+    assert "\\ud800x acc" in done.stdout and "?x acc" in (tmp_path / "report.md").read_text()
 
 
 REPORTS = {"": "expected a name", "x.svg": "expected a name", "out": "no plain file"}

@@ -913,7 +913,7 @@ def macro_f1(right, guesses):
 
 def f1_error(right, guesses):
     """Its standard error: the spread over 200 samples of the rows, drawn with replacement."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(abs(seed))  # as random.Random, which draws the shots
     values = []
     for _ in range(200):
         drawn = rng.integers(0, len(right), len(right))

@@ -53,6 +53,7 @@ if __name__ == "__main__":
 
 import math
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -140,7 +141,7 @@ def write_report(path, text):
     if os.path.exists(path) and not os.path.isfile(path):  # no device is replaced by a file
         raise UserError(f"{path}: cannot be written: it is no plain file")
     with whole_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # half a surrogate pair has no UTF-8
     print(f"written: {path}")
 
 
@@ -685,4 +686,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of runs and tasks may be anything
     main()

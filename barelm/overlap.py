@@ -78,7 +78,7 @@ def draw_windows(shards, size, count, without, seed, where):
     if begins[-1] == 0:
         draws = []
     else:
-        draws = np.random.default_rng(seed).integers(begins[-1], size=20 * count)
+        draws = np.random.default_rng(abs(seed)).integers(begins[-1], size=20 * count)
     windows = []
     for place in draws:
         s = int(np.searchsorted(begins, place, side="right")) - 1

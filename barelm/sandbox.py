@@ -52,7 +52,10 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
         report, status = run_child(folder, token, timeout, memory_mb, weak)
     text = " ".join(report.decode("utf-8", "replace").split())
     if text.startswith("no sandbox:"):
-        raise UserError(f"{text}; --allow_weak_sandbox runs programs without it")
+        if not source:
+            raise UserError(f"{text}; --allow_weak_sandbox runs programs without it")
+        # A program can report this too, to end the evaluation: an empty one reports the truth.
+        run_program("", timeout, memory_mb, weak)
     if report == token:
         return "passed"
     if report:

@@ -14,14 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
+import report
 from barelm import overlap
 from barelm.adapters import AdaptConfig, NF4Linear, choose_weights
 from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.chart import ticks
 from barelm.checkpoint import save
-from barelm.compare import smooth
+from barelm.compare import curve, read_log, smooth
 from barelm.costs import finetune_memory, finetune_work, learned_weights
 from barelm.optim import flops_per_token, n_params
+from barelm.run import UserError
 from barelm.safetensors import write_safetensors
 from barelm.scaling import (
     chinchilla_loss,
@@ -368,8 +370,10 @@ def test_memorized_refuses_shards_of_other_ids_and_of_none(split, ids, words, ti
 
 def test_windows_hold_no_token_that_begins_or_ends_a_document():
     document = [1, *range(10, 16), 2]  # of a tokenizer with both, as Llama 3's is
-    windows = overlap.draw_windows([np.array(document * 50, "<u2")], 6, 20, [1, 2], 0, "data/x")
-    assert all(window.tolist() == document[1:-1] for window in windows)
+    shard = np.array(document * 50, "<u2")
+    for seed in (0, -1):
+        windows = overlap.draw_windows([shard], 6, 20, [1, 2], seed, "data/x")
+        assert all(window.tolist() == document[1:-1] for window in windows)
 
 
 @pytest.mark.parametrize("args, words", [
@@ -406,3 +410,45 @@ def test_bad_input_is_one_line(tmp_path, args, words):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert words in done.stderr
     assert not [*tmp_path.glob("*.svg")]
+
+
+DEEP = "[" * 100_000
+
+
+def test_logs_of_any_form_are_compared(tmp_path):
+    lines = [DEEP, '{"step": "1"}', "[1]", "\ufffe", '{"step": 1, "loss": 1e308, "tokens": "9"}']
+    lines += ['{"step": 2, "loss": 1' + "0" * 400 + ', "tokens": [1]}', '{"step": 3, "loss": 2.5}']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert curve(rows, "loss", "step") == [(3, 2.5)]
+    done = run(tmp_path, "report.py", "--compare=.")
+    assert "2.5000" in done.stdout and (tmp_path / "report.svg").exists()
+
+
+def test_a_task_s_name_may_be_half_a_surrogate_pair(tmp_path):
+    make_run(tmp_path, "a", [1])
+    results = {"\ud800x": {"acc": 1, "acc_stderr": 0, "n": 2}}
+    (tmp_path / "a/results.json").write_text(json.dumps({"results": results}))
+    done = run(tmp_path, "report.py", "--compare=a")
+    assert "\\ud800x acc" in done.stdout and "?x acc" in (tmp_path / "report.md").read_text()
+
+
+REPORTS = {"": "expected a name", "x.svg": "expected a name", "out": "no plain file"}
+REPORTS |= {"/dev/null": "no plain file", "f/x.md": "Not a directory", "a" * 300: "too long"}
+
+
+def test_odd_places_for_a_report_are_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 2.5}')
+    (tmp_path / "f").write_text("")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(report, "compare", ".")
+    for name, message in REPORTS.items():
+        monkeypatch.setattr(report, "report", name)
+        with pytest.raises(UserError, match=message) as error:
+            report.compare_runs()
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(report, "compare", ",")
+    with pytest.raises(UserError, match="expected the folders of runs"):
+        report.compare_runs()

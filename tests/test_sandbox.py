@@ -48,6 +48,12 @@ def test_honest_programs(run):
     assert run("x = '\ud800'") == "passed"  # what a model may write and no file can hold
 
 
+def test_a_program_cannot_say_that_there_is_no_sandbox(run):
+    """Which would end the evaluation, and advise the user to do without one."""
+    verdict = run("raise type('no sandbox', (Exception,), {})('landlock')")
+    assert verdict == "failed: no sandbox: landlock"
+
+
 def test_verdict_is_not_forged(run):
     for source in (
         "print('passed'); raise ValueError",

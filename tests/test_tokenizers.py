@@ -289,11 +289,20 @@ def test_unigram_has_all_bytes_and_then_the_likeliest():
     assert likelihood(counts, scores) > 0.8 * likelihood(counts, alone)  # both are negative
 
 
+def test_unigram_takes_a_common_word_that_is_part_of_no_other():
+    pytest.importorskip("tokenizers")
+    scores = train_unigram(Counter({" hello": 60, " world": 40, "rare": 1}), 300)
+    assert {"Ġhello", "Ġworld"} < scores.keys() and "rare" not in scores
+    assert not any(" " in token for token in scores)
+
+
 def test_a_text_of_too_many_pieces_keeps_its_shares(monkeypatch):
     monkeypatch.setattr("barelm.bpe.MAX_PIECES", 10)
     from barelm.bpe import repeated
 
-    assert Counter(repeated({"b": 60, "a": 40, "c": 1})) == {"a": 3, "b": 5}
+    counts = {"b": 60, "a": 40, "c": 1}
+    assert Counter(repeated(counts)) == {"a": 3, "b": 5}
+    assert Counter(repeated(counts, "!")) == {"a": 2, "a!": 1, "b": 4, "b!": 1}
 
 
 @pytest.mark.parametrize("kind", PATTERNS)

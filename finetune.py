@@ -361,6 +361,9 @@ def add_class_head(net, tok, train, val, say):
     """Give the network a score for each label in training. The validation examples: those whose
     label is among them."""
     counts = Counter(e["label"] for e in train)
+    if len(counts) < 2:  # a softmax over one label is 1, whatever the network says
+        why = f"the one label of all examples is {[*counts][0]!r:.60}"
+        raise UserError(f"data/{dataset}: {why}: expected two labels or more")
     unseen = Counter(e["label"] for e in val if e["label"] not in counts)
     if unseen:
         say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")

@@ -639,6 +639,10 @@ BAD = [
     (["--method=dpo", "--template={output}"], "template: it is of --method=sft, not of dpo"),
     (["--method=lora", "--train_last=1"], "train_last=1: of --adapt=full, not of lora"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),
+    (
+        ["--dataset=alike", "--method=classify"],
+        "data/alike: the one label of all examples is 'good': expected two labels or more",
+    ),
 ]
 
 
@@ -647,6 +651,9 @@ def test_bad_input_is_a_line(args, message, tiny):
     for name, lines in (("broken", ['{"messages": []}', "{broken"]), ("empty", ['{"text": 1}'])):
         (tiny / "data" / name).mkdir(exist_ok=True)
         (tiny / "data" / name / "sft_train.jsonl").write_text("\n".join(lines))
+    (tiny / "data/alike").mkdir(exist_ok=True)
+    alike = "".join(f'{{"text": "{word}", "label": "good"}}\n' for word in ("fine", "well"))
+    (tiny / "data/alike/classify_train.jsonl").write_text(alike)
     done = tune(tiny, "--out_dir=out/new", *args, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(message)

@@ -163,7 +163,7 @@ def attention_ways(n_head, n_few):
     for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
         one_kernel = partial(fused_attention, backend=getattr(SDPBackend, name))
         ways[f"fused, {name.split('_')[0].lower()}"] = (one_kernel, n_head)
-    ways["ours (model.attend)"] = (ours, n_head)
+    ways["ours"] = (ours, n_head)
     ways[f"fused, n_kv_head {n_few}"] = (fused_attention, n_few)
     ways[f"ours, n_kv_head {n_few}"] = (ours, n_few)
     return ways

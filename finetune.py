@@ -124,6 +124,7 @@ from barelm.run import (
     Updater,
     UserError,
     autocast,
+    check_least,
     choose_dtype,
     end_process,
     lost_process,
@@ -137,8 +138,8 @@ from barelm.tuning import (
     check_adapt,
     check_choice,
     check_equal_weights,
-    check_least,
-    check_limit,
+    check_numbers,
+    check_share,
     count_steps,
     facts_of,
     finish_adapter,
@@ -360,6 +361,9 @@ def add_class_head(net, tok, train, val, say):
     """Give the network a score for each label in training. The validation examples: those whose
     label is among them."""
     counts = Counter(e["label"] for e in train)
+    if len(counts) < 2:  # a softmax over one label is 1, whatever the network says
+        why = f"the one label of all examples is {[*counts][0]!r:.60}"
+        raise UserError(f"data/{dataset}: {why}: expected two labels or more")
     unseen = Counter(e["label"] for e in val if e["label"] not in counts)
     if unseen:
         say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
@@ -473,17 +477,15 @@ def check_settings(name, config):
         sys.exit(2)
     check_choice("method", name, [*METHODS, *ADAPTS[1:]])
     check_adapt(config, merge)
+    check_numbers(globals())
+    check_least(globals(), ("check_memorized", "neftune"), 0)
+    check_share(globals(), ("label_smoothing",))
+    if not 0 < beta < math.inf:  # by which IPO divides
+        raise UserError(f"beta={beta}: expected more than 0")
     check_choice("init_from", init_from, ("base", "resume", "auto"))
     check_choice("too_long", too_long, ("truncate", "drop"))
     check_choice("pooling", pooling, ("last", "mean"))
     check_choice("dpo_loss", dpo_loss, ("sigmoid", "ipo"))
-    for key in ("batch_size", "micro_tokens", "eval_every", "save_every"):
-        check_least(key, globals()[key], 1)
-    for key in ("max_steps", "max_epochs", "max_minutes"):
-        check_limit(key, globals()[key])
-    if max_steps is None and max_epochs is None and max_minutes is None:
-        raise UserError("no horizon: set max_steps, max_epochs or max_minutes")
-    Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction).check()
     if template is not None:
         check_templates(name)
     no_prompt = template or weight_decay or METHODS[name].add_head  # decay would move frozen rows

@@ -121,6 +121,7 @@ from barelm.run import (
     Updater,
     UserError,
     autocast,
+    check_least,
     choose_dtype,
     end_process,
     lost_process,
@@ -134,8 +135,8 @@ from barelm.tuning import (
     check_adapt,
     check_choice,
     check_equal_weights,
-    check_least,
-    check_limit,
+    check_numbers,
+    check_share,
     count_steps,
     facts_of,
     finish_adapter,
@@ -396,17 +397,13 @@ def check_settings():
     check_choice("method", method, METHODS)
     check_choice("init_from", init_from, ("base", "resume", "auto"))
     check_adapt(adapt_config(), merge)
-    least = "batch_size micro_tokens eval_every save_every max_new_tokens rl_epochs minibatches"
-    for key in least.split():
-        check_least(key, globals()[key], 1)
-    check_least("group_size", group_size, 2 if METHODS[method].has_groups else 1)
+    check_numbers(globals())
+    check_least(globals(), ("clip", "kl_weight", "value_weight"), 0)
+    check_least(globals(), ("max_new_tokens", "rl_epochs", "minibatches"), 1)
+    check_least(globals(), ("group_size",), 2 if METHODS[method].has_groups else 1)
+    check_share(globals(), ("gae_lambda", "gamma"))
     if not 1e-3 <= temperature < math.inf:  # below it the samples of a prompt are all the same
         raise UserError(f"temperature={temperature}: expected 0.001 or more")
-    for key in ("max_steps", "max_epochs", "max_minutes"):
-        check_limit(key, globals()[key])
-    if max_steps is None and max_epochs is None and max_minutes is None:
-        raise UserError("no horizon: set max_steps, max_epochs or max_minutes")
-    Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction).check()
     if adapt == "prompt" and (weight_decay or METHODS[method].has_value):
         raise UserError("adapt=prompt: expected --method=grpo and no weight_decay")
 

@@ -17,7 +17,7 @@ from barelm.engine import NOT_FINITE, limited
 from barelm.fast import QuantizedLinear
 
 MAP_TOKENS = 128  # the longest text whose attention is shown
-LOG_ROWS = 2000  # the most rows of training in one answer: of more, every so manieth
+LOG_ROWS = 2000  # the most rows of training in one answer: of more, one in so many
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases
 from barelm.optim import make_optimizer, restore_optimizers, same_kind
 from barelm.resume import check_parts, check_state, clear_folder, fingerprint, weights_step
-from barelm.run import Run, UserError, duration, sync_grads
+from barelm.run import Run, Schedule, UserError, check_least, duration, sync_grads
 from barelm.tokenizer import Tokenizer
 from model import GPT
 
@@ -40,23 +40,36 @@ def check_choice(key, value, choices):
         raise UserError(f"--{key}={value}: expected {', '.join(choices)}")
 
 
-def check_least(key, value, least):
-    """Refuse a number that is too small; None is no number."""
-    if value is not None and value < least:
-        raise UserError(f"{key}={value}: expected {least} or more")
+def check_share(config, names):
+    """Refuse the settings of these names that are no part of one."""
+    for name in names:
+        if not 0 <= config[name] <= 1:
+            raise UserError(f"{name}={config[name]}: expected 0 to 1")
 
 
-def check_limit(key, value):
-    if value is not None and value <= 0:
-        raise UserError(f"{key}={value}: expected more than 0, or none")
+def check_numbers(config):
+    """Refuse numbers that no run can have. config: {key: value} of all keys that the scripts share,
+    at least."""
+    from_0 = ("seed", "seq_len", "early_stopping", "eval_examples", "train_last", "lora_alpha")
+    from_0 += ("learning_rate", "layer_decay", "warmup_steps", "min_lr", "weight_decay")
+    check_least(config, (*from_0, "grad_clip"), 0)
+    from_1 = ("batch_size", "micro_tokens", "eval_every", "save_every")
+    from_1 += ("lora_rank", "adapter_size", "prompt_tokens")
+    check_least(config, from_1, 1)
+    check_share(config, ("dropout", "lora_dropout", "decay_fraction"))
+    limits = {name: config[name] for name in ("max_steps", "max_epochs", "max_minutes")}
+    for name, value in limits.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value}: expected more than 0, or none")
+    if all(value is None for value in limits.values()):
+        raise UserError(f"no horizon: set {', '.join(limits)}: one of them at least")
+    names = ("lr_schedule", "warmup_steps", "min_lr", "decay_fraction")
+    Schedule(*(config[name] for name in names)).check()
 
 
 def check_adapt(config, merge):
     """Refuse settings of what learns, an AdaptConfig, and of --merge, that do not go together."""
     check_choice("adapt", config.adapt, ADAPTS)
-    for key in ("lora_rank", "adapter_size", "prompt_tokens"):
-        check_least(key, getattr(config, key), 1)
-    check_least("train_last", config.train_last, 0)
     if config.train_last != 0 and config.adapt != "full":
         raise UserError(f"train_last={config.train_last}: of --adapt=full, not of {config.adapt}")
     if merge not in (False, True, "quantized"):  # any text is a value of a bool | str

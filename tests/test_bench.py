@@ -46,7 +46,7 @@ def test_rows_agree_with_the_shapes(tmp_path):
     ceiling = max([ceiling, *(row["flops_per_s"] for row in compared)])
     assert max(row["percent"] for row in compared) <= 100.001
 
-    names = ["naive", "fused, torch's choice", "fused, flash", "fused, math", "ours (model.attend)"]
+    names = ["naive", "fused, torch's choice", "fused, flash", "fused, math", "ours"]
     names += ["fused, n_kv_head 1", "ours, n_kv_head 1"]
     groups = {}
     for row in rows["attention"]:

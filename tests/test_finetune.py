@@ -619,6 +619,16 @@ BAD = [
     (["--method=lora", "--lora_targets=q_proj,z_proj"], "lora_targets: this model has no layer z_"),
     (["--batch_size=0"], "batch_size=0: expected 1 or more"),
     (["--max_steps=0"], "max_steps=0: expected more than 0, or none"),
+    (["--max_epochs=1e400"], "max_epochs=inf: expected more than 0, or none"),
+    (["--max_epochs=none", "--max_steps=none"], "no horizon: set max_steps, max_epochs, max_m"),
+    (["--seed=-1"], "seed=-1: expected 0 or more"),
+    (["--learning_rate=-1"], "learning_rate=-1.0: expected 0 or more"),
+    (["--eval_examples=-1"], "eval_examples=-1: expected 0 or more"),
+    (["--check_memorized=-1"], "check_memorized=-1: expected 0 or more"),
+    (["--dropout=1.5"], "dropout=1.5: expected 0 to 1"),
+    (["--method=lora", "--lora_dropout=-1"], "lora_dropout=-1.0: expected 0 to 1"),
+    (["--method=dpo", "--label_smoothing=2"], "label_smoothing=2.0: expected 0 to 1"),
+    (["--method=dpo", "--dpo_loss=ipo", "--beta=0"], "beta=0.0: expected more than 0"),
     (["--merge"], "--merge: there is no adapter to merge of --adapt=full"),
     (["--method=qlora", "--merge=full"], "--merge=full: expected nothing behind it, or quantized"),
     (["--method=lora", "--merge=quantized"], "--merge=quantized: only qlora has weights in 4 bits"),
@@ -629,6 +639,10 @@ BAD = [
     (["--method=dpo", "--template={output}"], "template: it is of --method=sft, not of dpo"),
     (["--method=lora", "--train_last=1"], "train_last=1: of --adapt=full, not of lora"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),
+    (
+        ["--dataset=alike", "--method=classify"],
+        "data/alike: the one label of all examples is 'good': expected two labels or more",
+    ),
 ]
 
 
@@ -637,6 +651,9 @@ def test_bad_input_is_a_line(args, message, tiny):
     for name, lines in (("broken", ['{"messages": []}', "{broken"]), ("empty", ['{"text": 1}'])):
         (tiny / "data" / name).mkdir(exist_ok=True)
         (tiny / "data" / name / "sft_train.jsonl").write_text("\n".join(lines))
+    (tiny / "data/alike").mkdir(exist_ok=True)
+    alike = "".join(f'{{"text": "{word}", "label": "good"}}\n' for word in ("fine", "well"))
+    (tiny / "data/alike/classify_train.jsonl").write_text(alike)
     done = tune(tiny, "--out_dir=out/new", *args, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(message)

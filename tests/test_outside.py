@@ -128,6 +128,7 @@ def test_a_mask_holds_beside_bytes_that_have_no_token():
 
 
 def test_templates_have_their_forms_and_refusals(tmp_path):
+    pytest.importorskip("tokenizers")  # which runs Llama 2's
     tok = open_tokenizer("llama2")
     with pytest.raises(UserError, match="roles must alternate"):
         tok.chat(TALK[2:])
@@ -186,6 +187,7 @@ def logits(folder, ids):
 
 
 def test_the_forms_that_files_have_on_the_hub(tmp_path):
+    pytest.importorskip("tokenizers")  # which runs Llama 2's
     ids = [1, 5, 3, 30]
     # GPT-2's own file: no prefix, causal masks, a config without the keys of later days.
     folder = folder_of("gpt2", tmp_path / "gpt2")
@@ -275,6 +277,7 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path):
 
 
 def test_malformed_folders_are_a_line(tmp_path):
+    pytest.importorskip("tokenizers")  # which runs Llama 2's
     folder = folder_of("llama2", tmp_path / "a")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
@@ -358,6 +361,7 @@ def test_a_hub_model_in_several_files_is_fetched_once_and_resumed(hub, tmp_path,
 
 
 def test_the_command_downloads_a_model_by_its_bare_name(hub, tmp_path):
+    pytest.importorskip("tokenizers")  # which runs Llama 2's
     hub.models["tiny-llama"] = folder_of("llama2", tmp_path / "source")
     args = ["--prompt=def f", "--max_new_tokens=4", "--device=cpu"]
     done = run(tmp_path, "sample.py", "--model=tiny-llama", *args)
@@ -370,6 +374,7 @@ def test_the_command_downloads_a_model_by_its_bare_name(hub, tmp_path):
 
 
 def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")  # which runs Llama 2's
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="^no/model: neither a folder here .*404"):
         load("no/model")

@@ -519,6 +519,9 @@ BAD = [
     (["--method=rloo"], "--method=rloo: expected grpo, ppo"),
     (["--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--group_size=1"], "group_size=1: expected 2 or more"),
+    (["--seed=-1"], "seed=-1: expected 0 or more"),
+    (["--clip=-0.1"], "clip=-0.1: expected 0 or more"),
+    (["--gamma=1.5"], "gamma=1.5: expected 0 to 1"),
     (["--method=ppo", "--minibatches=9"], "minibatches=9: a process has 8 samples a step"),
     (["--method=ppo", "--adapt=prompt"], "adapt=prompt: expected --method=grpo"),
 ]

@@ -1022,6 +1022,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.reconfigure(errors="backslashreplace")  # a subject may hold half a letter
     try:
         with lost_process():
             main()

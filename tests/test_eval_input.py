@@ -268,3 +268,9 @@ def test_a_subject_may_hold_half_a_surrogate_pair(tiny, tmp_path):
     assert "\\ud800x: acc" in done.stdout
     [entry] = json.loads((tmp_path / "results.json").read_text())["results"].values()
     assert [*entry["by"]] == ["y", "\ud800x"]
+
+
+def test_a_context_beyond_all_numbers_is_a_line(monkeypatch):
+    monkeypatch.setattr(evaluation, "context", 10**25)
+    with pytest.raises(UserError, match="context=1.*: expected less than"):
+        evaluation.check_settings()

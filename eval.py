@@ -931,6 +931,8 @@ def check_settings():
     counts = ["limit", "shots", "seq_len", "eval_tokens", "max_new_tokens", "temperature"]
     check_least(config, counts, 0)
     check_least(config, ["context", "num_samples", "micro_tokens"], 1)
+    if context is not None and context >= 2**31:  # no text is so long
+        raise UserError(f"context={context}: expected less than 2,147,483,648")
     if num_samples > 1 and temperature < GREEDY:
         raise UserError("num_samples: greedy answers are all the same: give --temperature=0.8")
 
@@ -1022,6 +1024,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.reconfigure(errors="backslashreplace")  # a subject may hold half a letter
     try:
         with lost_process():
             main()

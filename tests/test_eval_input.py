@@ -256,3 +256,21 @@ def test_the_command_says_the_loss_beyond_the_context(tiny, tmp_path):
     tokens = sum(figures["n"] for figures in found["by"].values())
     nats = sum(figures["n"] * figures["loss"] for figures in found["by"].values())
     assert nats / tokens == pytest.approx(found["loss"], abs=1e-6)
+
+
+def test_a_subject_may_hold_half_a_surrogate_pair(tiny, tmp_path):
+    rows = []
+    for subject in ("\ud800x", "y"):
+        rows.append({"subject": subject, "question": "q", "choices": ["a", "b"], "answer": 0})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model=out/tiny", f"--tasks={tmp_path}/own.jsonl", f"--out_dir={tmp_path}"]
+    done = run(tiny, "eval.py", *flags)
+    assert "\\ud800x: acc" in done.stdout
+    [entry] = json.loads((tmp_path / "results.json").read_text())["results"].values()
+    assert [*entry["by"]] == ["y", "\ud800x"]
+
+
+def test_a_context_beyond_all_numbers_is_a_line(monkeypatch):
+    monkeypatch.setattr(evaluation, "context", 10**25)
+    with pytest.raises(UserError, match="context=1.*: expected less than"):
+        evaluation.check_settings()

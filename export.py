@@ -16,7 +16,7 @@ from config import configure
 
 model = "out/python"  # a checkpoint folder
 export: str | None = None  # hf, barelm (a quantized model), gguf or onnx: what to write
-report = False  # with quantize or prune: print what they cost and gain, and write nothing
+report = False  # with quantize or prune: print what they cost and gain, as an export does too
 out_dir: str | None = None  # where an export goes; none: beside the model, by what was done
 overwrite = False  # let an export replace what out_dir holds
 

@@ -466,6 +466,8 @@ def method_and_adapt():
     adapts: lora is an sft with adapt=lora."""
     values = {field.name: globals()[field.name] for field in fields(AdaptConfig)}
     if method in ADAPTS and method != "full":
+        if adapt not in ("full", method):
+            raise UserError(f"--method={method} --adapt={adapt}: give one of the two")
         return "sft", AdaptConfig(**values | {"adapt": method})
     return method, AdaptConfig(**values)
 

@@ -638,6 +638,7 @@ BAD = [
     (["--template=[]"], "template: an empty list"),
     (["--method=dpo", "--template={output}"], "template: it is of --method=sft, not of dpo"),
     (["--method=lora", "--train_last=1"], "train_last=1: of --adapt=full, not of lora"),
+    (["--method=lora", "--adapt=qlora"], "--method=lora --adapt=qlora: give one of the two"),
     (["--dataset=empty"], "data/empty: no example for --method=sft"),
     (
         ["--dataset=alike", "--method=classify"],

@@ -84,7 +84,7 @@ def test_judge_is_away(judge):
 # ------------------------------------------------------------------------------------- The command
 
 
-def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge):
+def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge, holes):
     url, replies, asked = judge
     replies += [(200, "Rating: [[3]]"), (200, "Rating: [[6]]")]
     rows = {
@@ -107,7 +107,8 @@ def test_code_instructions_and_ratings_by_the_command(tiny, tmp_path, judge):
     flags += [f"--tasks=humaneval,ifeval,{mine}", f"--judge_url={url}", "--judge_model=m"]
     refused = run_script(tiny, "eval.py", *flags, check=False)
     assert refused.returncode == 1 and "--allow_code_exec allows it" in refused.stderr
-    run_script(tiny, "eval.py", *flags, "--allow_code_exec", "--samples", "--allow_weak_sandbox")
+    weak = ["--allow_weak_sandbox"] if holes else []
+    run_script(tiny, "eval.py", *flags, "--allow_code_exec", "--samples", *weak)
     found = json.loads((tmp_path / "results.json").read_text())["results"]
     samples = lambda name: [json.loads(line) for line in open(tmp_path / f"samples_{name}.jsonl")]
     passed = [sample["verdicts"] == ["passed"] for sample in samples("humaneval")]

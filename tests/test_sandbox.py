@@ -15,11 +15,6 @@ from barelm.run import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def holes():
-    return sandbox.check_sandbox()
-
-
 @pytest.fixture
 def run(holes):
     """run_program where the sandbox is complete; elsewhere a test that it is refused."""

@@ -243,6 +243,20 @@ def test_one_layer_without_gradients_is_noticed():
         assert compare.differs((eager[0], norms), eager, tolerance=0.1)
 
 
+def test_a_machine_without_a_compiler_computes_eagerly_and_says_why(monkeypatch):
+    def missing(*args):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function: missing)
+    net = model.GPT(model.GPTConfig(**SHAPE)).train()
+    batch = torch.randint(128, (2, 3, 160))
+    is_compiled, words = compare.try_compile(net, Run(CPU), batch, autocast(CPU, torch.float32))
+    assert not is_compiled and words == "off; without compiled blocks, since it failed: no compiler"
+    assert compare.Ways.of(net) == compare.Ways() and net.training
+    percents = [compare.in_percent(x) for x in (0, 0.0015, 0.002, 0.0199, 0.12)]
+    assert percents == ["0.01 %", "0.2 %", "0.2 %", "2 %", "20 %"]
+
+
 def test_a_step_that_changes_nothing_ends_the_run():
     params = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.zeros(2))]
     before = weight_sums(params)

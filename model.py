@@ -100,8 +100,8 @@ def rotate(x, rope):
 class Operations:
     """The operations of a network, each as its formula. Where `fast` is true, barelm/fast.py is
     asked first; what it has no faster way for, it leaves to the formula. Who changes a formula
-    deletes the `if` above it: before its first step train.py compares the two. Where `deterministic`
-    is true, barelm/invariant.py computes them, and a token's bits do not depend on the batch."""
+    deletes the `if` above it: before its first step train.py compares the two. `deterministic`: by
+    barelm/invariant.py, so that a token's bits do not depend on what else is in the batch."""
 
     def __init__(self, fast):
         self.fast = fast

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from barelm.run import compute_dtype
 
-TILE = {"cpu": 16, "cuda": 64}  # rows of the product that says what a row's bits are
-WIDE = {"cpu": 128, "cuda": 1024}  # rows of the one that is faster, used where its bits are those
+# How many rows a product may have. The first says what a row's bits are, if they do not depend on
+# its place; larger ones, which are faster, are used where they give the same.
+SIZES = {"cpu": (16, 48, 128), "cuda": (64, 256, 1024)}
 BATCH = 8  # matrices of a batched product that says the same
 QUERIES = 64  # that look at a block of keys together
 KEYS = 64  # of a block
@@ -28,7 +29,7 @@ def be_deterministic(net):
     """Let net compute each token by itself, as said above, and have the device add in one order.
     It is slower, and for tests and roll-outs that must agree with the policy to the bit."""
     net.deterministic = True
-    if net.model.embed_tokens.weight.device.type == "cuda":
+    if torch.cuda.is_available():
         # cuBLAS reads it when it is first used; torch refuses its products without.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -54,7 +55,7 @@ def linear(x, layer):
         if layer.bias is not None:
             y = y + layer.bias.to(y.dtype)
     else:  # adapted or quantized: whatever it does, it does with so many rows
-        tile = TILE.get(rows.device.type, 16)
+        tile = SIZES[rows.device.type][0]
         y = torch.cat([layer(part) for part in whole_tiles(rows, tile).split(tile)])[: len(rows)]
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -81,53 +82,66 @@ class Product(torch.autograd.Function):
 def tiled_product(x, weight):
     """x (N, C) times weight (O, C) transposed: as many rows at a time as are known to give each
     row the same bits."""
+    if len(x) == 0:
+        return F.linear(x, weight)
     sizes = row_counts(weight)  # the largest first
-    n = len(x)
-    x = whole_tiles(x, sizes[-1])
+    x = aligned(x)
     parts = []
     begin = 0
     with torch.autocast(x.device.type, enabled=False):  # it is in the dtype that it should be
-        for size in sizes:
-            while begin + size <= len(x):
-                parts.append(F.linear(x[begin : begin + size], weight))
-                begin += size
-    if not parts:  # of no row
-        return F.linear(x, weight)
+        while begin < len(x):
+            fitting = [size for size in sizes if begin + size <= len(x)]
+            size = fitting[0] if fitting else sizes[-1]
+            parts.append(F.linear(whole_tiles(x[begin : begin + size], size), weight))
+            begin += size
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y[:n]
+    return y[: len(x)]
+
+
+def aligned(x):
+    """x where a new tensor begins: some libraries compute otherwise from an odd address."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 64 else x
 
 
 def whole_tiles(x, size):
-    """x (N, C), with rows of zeros up to a whole number of tiles, and where a new tensor begins:
-    some libraries compute otherwise from an odd address."""
-    x = F.pad(x, (0, 0, 0, -len(x) % size)).contiguous()
-    return x.clone() if x.data_ptr() % 64 else x
+    """x (N, C), with rows of zeros up to a whole number of tiles."""
+    missing = -len(x) % size
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 KNOWN = {}  # {what a product is like: what was found out about it}
 
 
 def row_counts(weight):
-    """By how many rows at a time to multiply with weight (O, C): (WIDE, TILE) where a row has the
-    same bits in both, (TILE,) where not, and (1,) where they depend on its place in a tile.
+    """By how many rows at a time to multiply with weight (O, C), the largest first: the last is the
+    tile, in which a row has the same bits at every place, and of SIZES those with the tile's bits.
 
     It is tried out: the way that a library takes depends on shapes and addresses, not on values."""
     device = weight.device
-    tile = TILE.get(device.type, 16)
-    wide = WIDE.get(device.type, 128)
     key = (weight.shape, weight.dtype, device, weight.data_ptr() % 64, torch.get_num_threads())
     if key not in KNOWN:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            x = random_like(torch.empty(wide, weight.shape[1], dtype=weight.dtype, device=device))
-            tiles = torch.cat([F.linear(part, weight) for part in x.split(tile)])
-            alike = F.linear(x[:1].expand(tile, -1).contiguous(), weight)  # one row, everywhere
-            if not alike.equal(alike[:1].expand(tile, -1)):
-                KNOWN[key] = (1,)
-            elif F.linear(x, weight).equal(tiles):
-                KNOWN[key] = (wide, tile)
-            else:
-                KNOWN[key] = (tile,)
+            KNOWN[key] = try_row_counts(weight, SIZES[device.type])
     return KNOWN[key]
+
+
+def try_row_counts(weight, sizes):
+    x = torch.empty(2 * sizes[-1], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    x = random_like(x)
+    for tile in sizes:
+        alike = F.linear(x[:1].expand(tile, -1).contiguous(), weight)  # one row, everywhere
+        if alike.equal(alike[:1].expand_as(alike)):
+            break
+    else:
+        return (1,)
+    n_tiles = -(-sizes[-1] // tile)
+    tiles = torch.cat([F.linear(part, weight) for part in x[: n_tiles * tile].split(tile)])
+    counts = [tile]
+    for size in sizes:
+        if size > tile and F.linear(x[:size], weight).equal(tiles[:size]):
+            counts.insert(0, size)
+    return tuple(counts)
 
 
 def random_like(x):
@@ -228,7 +242,7 @@ def attend_tile(q, k_blocks, v_blocks, biases):
     """What the queries q (B, G, H / G, t, D), scaled, gather (B, G, H / G, t, D) float32 from
     blocks of keys and values."""
     B, G, n_shared, t, D = q.shape
-    tile = TILE.get(q.device.type, 16)
+    tile = SIZES[q.device.type][0]
     n_rows = n_shared * t
     q = F.pad(q.reshape(B * G, n_rows, D), (0, 0, 0, -n_rows % tile))  # (B G, M, D)
     top = q.new_full((*q.shape[:2], 1), BELOW_ALL)  # the largest score so far
@@ -261,8 +275,8 @@ def add_bias(scores, bias, M, B, G, n_shared):
 
 
 def multiply(a, b):
-    """a (n, M, K) times b (n, K, N), each row with the bits that it has in a product of BATCH
-    matrices with TILE rows: made at once where that is known to give them."""
+    """a (n, M, K) times b (n, K, N), M whole tiles: each row with the bits that it has in a product
+    of BATCH matrices with one tile, made at once where that is known to give them."""
     key = (a.shape, b.shape, b.stride(), a.dtype, a.device, torch.get_num_threads())
     if key not in KNOWN:
         x = random_like(a)
@@ -273,8 +287,8 @@ def multiply(a, b):
 
 
 def multiply_tiles(a, b):
-    """a (n, M, K) times b (n, K, N) by products of BATCH matrices with TILE rows alone; or with one
-    row, where a row's bits depend on its place."""
+    """a (n, M, K) times b (n, K, N) by products of BATCH matrices with one tile of rows alone; or
+    one row, where a row's bits depend on its place."""
     n, M, K = a.shape
     tile = tile_rows(b)
     a = a.unflatten(1, (-1, tile)).flatten(0, 1)  # (n M / tile, tile, K)
@@ -292,10 +306,10 @@ def multiply_tiles(a, b):
 
 
 def tile_rows(b):
-    """How many rows a tile of a batched product with b (n, K, N) has: TILE, or 1 where a row's bits
-    depend on its place or on the number of its matrix."""
+    """How many rows a tile of a batched product with b (n, K, N) has: 1 where a row's bits would
+    depend on its place, or on the number of its matrix."""
     transposed = b.stride(-1) != 1
-    tile = TILE.get(b.device.type, 16)
+    tile = SIZES[b.device.type][0]
     key = ("tile", b.shape[1:], transposed, b.dtype, b.device, torch.get_num_threads())
     if key not in KNOWN:
         K, N = b.shape[1:]
@@ -308,8 +322,8 @@ def tile_rows(b):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is computed of each number alone. torch's own silu and gelu treat the last numbers of a tensor
-# otherwise than the others on a CPU; its exp and tanh do not.
+# What is computed of each number alone. On a CPU torch's own silu and gelu treat a tensor's last
+# numbers otherwise than the others; its exp and tanh do not.
 
 
 def silu(x):

@@ -19,6 +19,7 @@ from barelm.run import compute_dtype
 # How many rows a product may have. The first says what a row's bits are, if they do not depend on
 # its place; larger ones, which are faster, are used where they give the same.
 SIZES = {"cpu": (16, 48, 128), "cuda": (64, 256, 1024)}
+TILES = {"cpu": (8, 16), "cuda": (64,)}  # rows of a product in attention
 BATCH = 8  # matrices of a batched product that says the same
 QUERIES = 64  # that look at a block of keys together
 KEYS = 64  # of a block
@@ -90,8 +91,8 @@ def tiled_product(x, weight):
     begin = 0
     with torch.autocast(x.device.type, enabled=False):  # it is in the dtype that it should be
         while begin < len(x):
-            fitting = [size for size in sizes if begin + size <= len(x)]
-            size = fitting[0] if fitting else sizes[-1]
+            half_full = [size for size in sizes if 2 * (len(x) - begin) > size]
+            size = half_full[0] if half_full else sizes[-1]
             parts.append(F.linear(whole_tiles(x[begin : begin + size], size), weight))
             begin += size
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -242,16 +243,14 @@ def attend_tile(q, k_blocks, v_blocks, biases):
     """What the queries q (B, G, H / G, t, D), scaled, gather (B, G, H / G, t, D) float32 from
     blocks of keys and values."""
     B, G, n_shared, t, D = q.shape
-    tile = SIZES[q.device.type][0]
-    n_rows = n_shared * t
-    q = F.pad(q.reshape(B * G, n_rows, D), (0, 0, 0, -n_rows % tile))  # (B G, M, D)
+    q = q.reshape(B * G, n_shared * t, D).contiguous()  # (B G, M, D)
     top = q.new_full((*q.shape[:2], 1), BELOW_ALL)  # the largest score so far
     total = torch.zeros_like(top)  # of exp(score - top)
     y = torch.zeros_like(q)  # the sum of exp(score - top) v
     for number, bias in biases:
         scores = multiply(q, k_blocks[number].mT)  # (B G, M, KEYS)
         if bias is not None:
-            scores = add_bias(scores, bias, q.shape[1], B, G, n_shared)
+            scores = add_bias(scores, bias, B, G, n_shared)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         p = (scores - new_top).exp_()
         shrink = (top - new_top).exp_()
@@ -259,38 +258,39 @@ def attend_tile(q, k_blocks, v_blocks, biases):
         y = y * shrink + multiply(p, v_blocks[number])
         top = new_top
     y = y / total.clamp(min=1e-30)  # of one who sees nothing: 0
-    return y[:, :n_rows].reshape(B, G, n_shared, t, D)
+    return y.view(B, G, n_shared, t, D)
 
 
-def add_bias(scores, bias, M, B, G, n_shared):
-    """scores (B G, M, KEYS), whose rows are those of n_shared heads and then padding, plus bias (B
-    or 1, H or 1, t, KEYS)."""
+def add_bias(scores, bias, B, G, n_shared):
+    """scores (B G, M, KEYS), whose rows are those of n_shared heads, plus bias (B or 1, H or 1, t,
+    KEYS)."""
     if bias.shape[1] == 1:
         bias = bias[:, :, None].expand(-1, -1, n_shared, -1, -1)
     else:
         bias = bias.unflatten(1, (G, n_shared))
-    bias = bias.flatten(2, 3)  # (B or 1, G or 1, rows, KEYS)
-    bias = F.pad(bias, (0, 0, 0, M - bias.shape[2]))
-    return (scores.view(B, G, M, KEYS) + bias).flatten(0, 1)
+    bias = bias.flatten(2, 3)  # (B or 1, G or 1, M, KEYS)
+    return (scores.unflatten(0, (B, G)) + bias).flatten(0, 1)
 
 
 def multiply(a, b):
-    """a (n, M, K) times b (n, K, N), M whole tiles: each row with the bits that it has in a product
-    of BATCH matrices with one tile, made at once where that is known to give them."""
+    """a (n, M, K) times b (n, K, N), each row with the bits that it has in a product of BATCH
+    matrices with one tile of rows, made at once where that is known to give them."""
+    rows = a.shape[1]
+    tile = tile_rows(b)
+    if rows % tile:
+        a = F.pad(a, (0, 0, 0, -rows % tile))
     key = (a.shape, b.shape, b.stride(), a.dtype, a.device, torch.get_num_threads())
     if key not in KNOWN:
         x = random_like(a)
-        KNOWN[key] = torch.bmm(x, random_like(b)).equal(multiply_tiles(x, random_like(b)))
-    if KNOWN[key]:
-        return torch.bmm(a, b)
-    return multiply_tiles(a, b)
+        y = random_like(b)
+        KNOWN[key] = torch.bmm(x, y).equal(multiply_tiles(x, y, tile))
+    y = torch.bmm(a, b) if KNOWN[key] else multiply_tiles(a, b, tile)
+    return y[:, :rows]
 
 
-def multiply_tiles(a, b):
-    """a (n, M, K) times b (n, K, N) by products of BATCH matrices with one tile of rows alone; or
-    one row, where a row's bits depend on its place."""
-    n, M, K = a.shape
-    tile = tile_rows(b)
+def multiply_tiles(a, b, tile):
+    """a (n, M, K) times b (n, K, N) by products of BATCH matrices with `tile` rows alone."""
+    n, M, _ = a.shape
     a = a.unflatten(1, (-1, tile)).flatten(0, 1)  # (n M / tile, tile, K)
     # Transposed where b is: a library treats the two differently.
     transposed = b.stride(-1) != 1
@@ -306,19 +306,31 @@ def multiply_tiles(a, b):
 
 
 def tile_rows(b):
-    """How many rows a tile of a batched product with b (n, K, N) has: 1 where a row's bits would
-    depend on its place, or on the number of its matrix."""
+    """How many rows a tile of a batched product with b (n, K, N) has: of TILES the first of which a
+    row has the same bits at every place, in every matrix, and among many rows; at worst 1."""
     transposed = b.stride(-1) != 1
-    tile = SIZES[b.device.type][0]
-    key = ("tile", b.shape[1:], transposed, b.dtype, b.device, torch.get_num_threads())
+    key = (b.shape[1:], transposed, b.dtype, b.device, torch.get_num_threads())
     if key not in KNOWN:
         K, N = b.shape[1:]
-        x = random_like(torch.empty(1, 1, K, dtype=b.dtype, device=b.device))
-        one = torch.empty(1, N, K, dtype=b.dtype, device=b.device)
-        many = random_like(one if transposed else one.mT.contiguous()).repeat(BATCH, 1, 1)
-        y = torch.bmm(x.repeat(BATCH, tile, 1), many.mT if transposed else many)
-        KNOWN[key] = tile if y.equal(y[:1, :1].expand_as(y)) else 1
+        shape = (1, N, K) if transposed else (1, K, N)
+        one = random_like(torch.empty(shape, dtype=b.dtype, device=b.device))
+        many = one.repeat(BATCH, 1, 1)
+        KNOWN[key] = try_tiles(many.mT if transposed else many)
     return KNOWN[key]
+
+
+def try_tiles(b):
+    """`tile_rows` for b (BATCH, K, N), of equal matrices."""
+    row = random_like(torch.empty_like(b[:1, :, 0]))  # (1, K)
+    among_many = torch.bmm(row.expand(BATCH, QUERIES, -1).contiguous(), b)
+    placeless = [1]
+    for tile in TILES[b.device.type]:
+        y = torch.bmm(row.expand(BATCH, tile, -1).contiguous(), b)
+        if y.equal(y[:1, :1].expand_as(y)):
+            if among_many.equal(y[:, :1].expand_as(among_many)):
+                return tile
+            placeless.append(tile)
+    return placeless[-1]
 
 
 # --------------------------------------------------------------------------------------------------

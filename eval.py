@@ -58,7 +58,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: plain mathematics, a row for each choice: a referee for a doubtful score
-deterministic = False  # a text's bits do not depend on the batch (docs/determinism.md); slower
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 
 if __name__ == "__main__":
     configure(globals())

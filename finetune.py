@@ -74,7 +74,7 @@ reference_free = False  # dpo: without the reference
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
-deterministic = False  # a text's bits do not depend on the batch (docs/determinism.md); slower
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # looking on

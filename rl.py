@@ -72,7 +72,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 micro_tokens = 4096  # tokens at once on a device, at most, but one sample at least
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
-deterministic = False  # a text's bits do not depend on the batch (docs/determinism.md); slower
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # looking on

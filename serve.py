@@ -46,7 +46,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
-deterministic = False  # a text's bits do not depend on the batch (docs/determinism.md); slower
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 
 if __name__ == "__main__":
     configure(globals())

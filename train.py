@@ -73,7 +73,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
-deterministic = False  # a text's bits do not depend on the batch (docs/determinism.md); slower
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # watching the run

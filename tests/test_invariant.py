@@ -40,7 +40,7 @@ def test_an_answer_has_the_same_bits_alone_among_others_and_in_the_trainer(name)
 
 
 def test_in_bfloat16_too():
-    figures = batch_invariance("cpu", torch.bfloat16, n_rows=16, n_ctx=112)
+    figures = batch_invariance("cpu", torch.bfloat16, n_rows=9, n_ctx=112)
     assert (figures["alone"], figures["trainer"]) == (0, 0)
 
 
@@ -156,13 +156,13 @@ def test_the_policy_that_drew_is_the_policy_that_learns(tiny, tmp_path):
     out = tmp_path / "out"
     run(
         tiny, "rl.py", f"--model={tiny / 'out/tiny'}", "--dataset=arithmetic", f"--out_dir={out}",
-        "--deterministic", "--dtype=float32", "--max_steps=2", "--batch_size=3", "--group_size=3",
+        "--deterministic", "--dtype=float32", "--max_steps=1", "--batch_size=3", "--group_size=3",
         "--max_new_tokens=9", "--micro_tokens=100", "--eval_examples=2", "--minibatches=1",
         "--rl_epochs=1",
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "approx_kl" in row]
-    assert len(steps) == 2
+    assert len(steps) == 1
     for row in steps:
         assert (row["approx_kl"], row["clipfrac"]) == (0, 0)
 

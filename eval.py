@@ -58,6 +58,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: plain mathematics, a row for each choice: a referee for a doubtful score
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 
 if __name__ == "__main__":
     configure(globals())
@@ -84,6 +85,7 @@ import torch.distributed as dist
 from barelm.checkpoint import load
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, whole_file
+from barelm.invariant import be_deterministic
 from barelm.judge import ask_judge
 from barelm.resume import make_folder
 from barelm.rows import fetch_rows, find_rows, read_rows, read_text
@@ -982,9 +984,11 @@ def main():
     opened = {name: open_task(name, run) for name in names if name not in without_questions}
     compute, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute, quantize, fast)
+    if deterministic:
+        be_deterministic(net)
     check_head(net, names)
     folder = results_folder()
-    mark = model_mark(model, compute, quantize, fast)
+    mark = model_mark(model, compute, quantize, fast, deterministic)
     answers = Answers(folder, mark, run)
     mark_before, results = read_results(folder)
     if mark_before != mark:  # of another model: not to be mixed with this one's

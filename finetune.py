@@ -74,6 +74,7 @@ reference_free = False  # dpo: without the reference
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # looking on
@@ -115,6 +116,7 @@ from barelm.examples import (
     parse_templates,
     targets_of,
 )
+from barelm.invariant import be_deterministic
 from barelm.optim import n_params
 from barelm.resume import RESUME_IGNORES, RESUME_MAY_CHANGE, RunFolder, choose_start, locked_folder
 from barelm.run import (
@@ -514,6 +516,8 @@ def open_model(run, task, config):
     chats = task.reads_chats and template is None
     learner = open_learner(run, model, config, seed, dropout, fast, add_markers=chats)
     learner.net.checkpoint = checkpoint_blocks
+    if deterministic:
+        be_deterministic(learner.net)
     if chats:
         stop_at_turns(learner, learns_end=task.learns_responses)
     if template is not None and not learner.tok.eos_ids:
@@ -617,6 +621,7 @@ MAY_CHANGE = (
     "early_stopping",
     "eval_examples",
     "fast",
+    "deterministic",
     "lora_dropout",
     "micro_tokens",
     "neftune",

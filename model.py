@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from barelm import invariant
 from barelm.fast import (
     block_mask,
     blocked_attention,
@@ -100,12 +101,14 @@ def rotate(x, rope):
 
 
 class Operations:
-    """Three operations of a network, each as its formula. Where `fast` is true, barelm/fast.py is
+    """The operations of a network, each as its formula. Where `fast` is true, barelm/fast.py is
     asked first; what it has no faster way for, it leaves to the formula. Who changes a formula
-    deletes the `if` above it: before its first step train.py compares the two."""
+    deletes the `if` above it: before its first step train.py compares the two. `deterministic`: by
+    barelm/invariant.py, so that a token's bits do not depend on what else is in the batch."""
 
     def __init__(self, fast):
         self.fast = fast
+        self.deterministic = False
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
         # Both by barelm/compiled.py, which compares before it sets them:
         self.sparse = False  # skip what documents hide: pays in compiled blocks on a GPU
@@ -113,6 +116,8 @@ class Operations:
 
     def project(self, x, *layers):
         """The outputs of linear layers that read the same x (…, C), side by side."""
+        if self.deterministic:
+            return invariant.project(x, layers)
         if self.fast:
             y = joined_product(x, layers, self.packed)
             if y is not None:
@@ -130,10 +135,16 @@ class Operations:
     def attend(self, q, k, v, mask=None, dropout=0.0):
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D); mask is
         `attention_mask`'s, or a `block_mask`."""
+        if self.deterministic and not dropout:
+            return invariant.attention(q, k, v, mask, partial(self.plain_attend, mask=mask))
         if mask is not None and not isinstance(mask, torch.Tensor):
             return sparse_attention(q, k, v, mask)
         if self.fast and can_block(q, k, mask, dropout):
             return blocked_attention(q, k, v, mask)
+        return self.plain_attend(q, k, v, mask, dropout)
+
+    def plain_attend(self, q, k, v, mask=None, dropout=0.0):
+        """`attend` by torch's own."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
         # One token sees all that there is. (bool: in torch.export T is a symbol.)
@@ -143,6 +154,13 @@ class Operations:
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
         y = F.scaled_dot_product_attention(like_k, k, v, mask, dropout, causal, enable_gqa=grouped)
         return y.to(q.dtype)
+
+    def silu(self, x):
+        return invariant.silu(x) if self.deterministic else F.silu(x)
+
+    def gelu(self, x):
+        """As GPT-2's: by tanh."""
+        return invariant.gelu(x) if self.deterministic else F.gelu(x, approximate="tanh")
 
     def cross_entropy(self, h, head, targets, logits):
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
@@ -220,9 +238,9 @@ class MLP(nn.Module):
     def forward(self, x):
         if self.kind == "swiglu":  # Shazeer 2020
             gate, up = self.ops.project(x, self.gate_proj, self.up_proj).chunk(2, -1)
-            h = F.silu(gate) * up  # (B, T, n_hidden)
+            h = self.ops.silu(gate) * up  # (B, T, n_hidden)
         elif self.kind == "gelu":
-            h = F.gelu(self.ops.project(x, self.up_proj), approximate="tanh")  # as GPT-2's
+            h = self.ops.gelu(self.ops.project(x, self.up_proj))
         elif self.kind == "relu":
             h = F.relu(self.ops.project(x, self.up_proj))
         else:  # relu2: So et al. 2021
@@ -318,6 +336,16 @@ class GPT(nn.Module):
     def fast(self, value):
         self.ops.fast = value
 
+    @property
+    def deterministic(self):
+        """Whether barelm/invariant.py computes, instead of both; see its `be_deterministic`."""
+        return self.ops.deterministic
+
+    @deterministic.setter
+    def deterministic(self, value):
+        self.ops.deterministic = value
+        self.ops.fast = self.ops.fast and not value
+
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
@@ -325,6 +353,10 @@ class GPT(nn.Module):
         docs (B, T) int64: a token attends to its own document, where positions start anew."""
         c = self.config
         x = self.model.embed_tokens(ids) if embeds is None else embeds  # (B, T, C)
+        length = x.shape[1]
+        apart = self.deterministic and cache is None and docs is not None
+        if apart:
+            x, docs, places = invariant.spread(x, docs)
         T = x.shape[1]
         if cache is None:
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
@@ -339,8 +371,8 @@ class GPT(nn.Module):
         if c.pos == "rope":
             rope = rope_angles(c, positions, compute_dtype(x))
         elif c.pos == "learned":
-            if cache is None and T > c.n_ctx:
-                raise ValueError(f"{T} tokens, but the model has {c.n_ctx} learned positions")
+            if cache is None and length > c.n_ctx:
+                raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
             # A cache's padding may lie behind the last position; nothing reads it.
             x = x + self.model.embed_positions(positions.clamp(max=c.n_ctx - 1))
         elif c.pos == "sinusoidal":
@@ -354,6 +386,8 @@ class GPT(nn.Module):
                 x = checkpoint(self.train_block, block, x, rope, mask, use_reentrant=False)
             else:
                 x = self.train_block(block, x, rope, mask)
+        if apart:
+            x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
         return self.model.norm(x)
 
     def logits(self, h):

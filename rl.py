@@ -72,6 +72,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 micro_tokens = 4096  # tokens at once on a device, at most, but one sample at least
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # looking on
@@ -104,6 +105,7 @@ from barelm.examples import (
     n_tokens,
     padded,
 )
+from barelm.invariant import be_deterministic
 from barelm.optim import n_params
 from barelm.resume import (
     RESUME_IGNORES,
@@ -219,7 +221,7 @@ def look(net, samples, n_vocab):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     if net.score is None:
         return log_p, entropy, None
-    return log_p, entropy, net.score(h).float()[:, 0]
+    return log_p, entropy, net.ops.project(h, net.score).float()[:, 0]
 
 
 @torch.no_grad()
@@ -422,6 +424,8 @@ def open_policy(run, task):
     """The network and tokenizer to start from, ppo's with a head for values."""
     learner = open_learner(run, model, adapt_config(), seed, dropout, fast)
     learner.net.checkpoint = checkpoint_blocks
+    if deterministic:
+        be_deterministic(learner.net)
     stop_at_turns(learner)
     if task.has_value:
         learner.net.set_score(["value"])
@@ -476,6 +480,7 @@ MAY_CHANGE = (
     "early_stopping",
     "eval_examples",
     "fast",
+    "deterministic",
     "lora_dropout",
     "micro_tokens",
 )

@@ -31,6 +31,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 
 if __name__ == "__main__":
     configure(globals())
@@ -44,6 +45,7 @@ from barelm.chat import TemplateRefusal
 from barelm.checkpoint import load
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
+from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
 from model import check_sampling, generate
 
@@ -201,6 +203,8 @@ def main():
     compute, _ = choose_dtype(run.device, dtype)
     check_settings()
     net, tok = load(model, run.device, compute, quantize, fast)
+    if deterministic:
+        be_deterministic(net)
     if net.score is not None:
         classify(net, tok)
         return

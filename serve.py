@@ -46,6 +46,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 
 if __name__ == "__main__":
     configure(globals())
@@ -65,6 +66,7 @@ from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.checkpoint import load
 from barelm.engine import Engine
+from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -455,6 +457,8 @@ def main():
     run = setup(device)
     compute_dtype, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute_dtype, quantize, fast)
+    if deterministic:
+        be_deterministic(net)
     n_params = sum(part["params"] for part in page.model_parts(net))
     kind = str(compute_dtype).removeprefix("torch.")
     print(f"{model}: {n_params / 1e6:.1f}M parameters, {kind} on {run.device}")

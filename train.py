@@ -73,6 +73,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
+deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
 # watching the run
@@ -103,6 +104,7 @@ from torch.nn.parallel import DistributedDataParallel
 from barelm.checkpoint import load, refuse_source, save
 from barelm.compiled import check_fast, try_compile
 from barelm.families import family
+from barelm.invariant import be_deterministic
 from barelm.optim import (
     MOMENTS,
     flops_per_token,
@@ -159,6 +161,7 @@ MAY_CHANGE = (
     "momentum",
     "eval_tokens",
     "fast",
+    "deterministic",
 )
 IGNORES = (
     *RESUME_IGNORES,
@@ -478,6 +481,8 @@ def why_not_compile(net, run, train_tokens, saved):
     is now: the same sums. On a CPU compiling has to pay for the time it takes."""
     if compile is False:
         return "as asked"
+    if deterministic:
+        return "a compiler chooses the order of sums by the shape (--deterministic)"
     if compile is None and saved and saved["step"] > 0:
         return "" if saved["compiled"] else "as before"
     if compile or run.device.type == "cuda":
@@ -762,6 +767,8 @@ def main():
     run.wait()  # nobody writes before everybody has read
     net.to(run.device).train()
     net.checkpoint = checkpoint_blocks
+    if deterministic:
+        be_deterministic(net)
     dtype_used, reason = choose_dtype(run.device, dtype, net.config.n_embd)
     cast = autocast(run.device, dtype_used)
     batch, memory = plan_batch(net, run, dtype_used, saved)

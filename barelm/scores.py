@@ -113,12 +113,14 @@ def read_scores(folder):
     return scores
 
 
-def model_mark(model, dtype, quantize, fast=True):
+def model_mark(model, dtype, quantize, fast=True, deterministic=False):
     """What tells this model's results from another's, 16 hex digits: its files, and what it
     computes in."""
     parts = [str(dtype), quantize, model]
     if not fast:  # whose sums differ in their last bits
         parts.append("plain")
+    if deterministic:
+        parts.append("deterministic")
     # Sizes and times stand for what is in the files: to read those would take long.
     for path in sorted(find(model).glob("*")):
         if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):

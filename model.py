@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from barelm.decode import decode_rows
 from barelm.fast import (
     blocked_attention,
     can_block,
@@ -748,6 +749,9 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 best = beam_search(net, tok, prompt, row.limit, num_beams)
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
+        elif net.fast:
+            options = filters | dict(repetition_penalty=repetition_penalty)
+            decode_rows(net, tok, prompts, rows, seed, options)
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]

@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from barelm.decode import decode_rows
 from barelm.fast import (
     blocked_attention,
     can_block,
@@ -32,6 +31,7 @@ from barelm.fast import (
     generating,
     joined_product,
 )
+from barelm.generation import decode_rows
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 

@@ -5,7 +5,11 @@
 returns all that there is to look at.
 """
 
+import sys
+
 import torch
+
+from barelm.graphs import one_line
 
 
 class ChunkCache:
@@ -128,3 +132,37 @@ def pays_to_pack(c, lengths):
     n = sum(lengths)
     longest = max(lengths)
     return n * (linear + n) < len(lengths) * longest * (linear + longest)
+
+
+def flash_agrees(decoder):
+    """Whether `StepCache.attend` computes here what the attention by the mask does, in each layer
+    of the decoder's network, of numbers drawn into its empty store."""
+    n = decoder.max_len
+    decoder.store.normal_()
+    lengths = torch.arange(decoder.n_slots, device=decoder.device) * 31 % n
+    decoder.lengths.copy_(lengths)
+    cache = StepCache(decoder, slice(0, decoder.n_slots), n, flash=True)
+    seen = decoder.positions[:, :n] <= lengths[:, None]  # (n_slots, n)
+    ops = decoder.net.ops
+    agrees = []
+
+    def both(q, k, v, mask):
+        ops.attend_cached = None
+        plain = ops.attend(q, k[:, :, :n], v[:, :, :n], mask)
+        ops.attend_cached = both
+        close = torch.allclose(cache.attend(q, k, v, mask), plain, rtol=0.05, atol=0.02)
+        # A network of another mask, a window's say, is not one for this attention.
+        agrees.append(close and torch.equal(mask[:, 0, 0], seen))
+        return plain
+
+    ops.attend_cached = both
+    try:
+        decoder.net.hidden(decoder.newest[:, None], cache=cache)
+    except Exception as error:
+        print(f"decoding: attention by a mask ({one_line(error)})", file=sys.stderr)
+        agrees.append(False)
+    finally:
+        ops.attend_cached = None
+        decoder.store.zero_()
+        decoder.lengths.zero_()
+    return all(agrees)

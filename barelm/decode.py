@@ -24,23 +24,19 @@ the cache that it looks at, T: tokens of a prompt.
 """
 
 import contextlib
-import sys
 import time
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from barelm.caches import ChunkCache, PackedCache, StepCache, pays_to_pack
-from barelm.graphs import Graphs, one_line
+from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, pays_to_pack
+from barelm.graphs import Graphs
 from barelm.run import compute_dtype
 from barelm.sampling import (
-    GREEDY,
     OFF,
     PENALTIES,
     draw_tokens,
-    draws,
     kinds_of,
     penalize,
     power_of_two,
@@ -113,12 +109,14 @@ class Decoder:
         self.products = {} if net.fast and self.on_gpu else None
         self.flash = False
         if net.fast and graphs and self.on_gpu:
-            self.flash = self.try_flash()
+            with torch.no_grad(), self.computing():
+                self.flash = flash_agrees(self)
         self.graphs = Graphs(self.device) if graphs and self.on_gpu else None
         self.buffers = {}  # pinned memory for what `choose` gives, by its shape
         # What the host knows of each slot:
         self.ready = []  # slots that are to get tokens, in order: their prompts are read
         self.unchosen = set()  # those whose logits no token was chosen by
+        self.kinds = None  # Kinds of the ready slots' options, and how many alternatives they want
         self.length = [0] * n_slots  # tokens whose keys and values it has (at most, on a GPU)
         self.n_left = [0] * n_slots  # tokens that may come (at most, on a GPU)
         self.prompt_length = [0] * n_slots
@@ -284,6 +282,7 @@ class Decoder:
         self.lengths[rows] = self.to_device([self.length[slot] for slot in slots])
         self.left[rows] = self.to_device([self.n_left[slot] for slot in slots])
         self.ready = sorted(self.ready + slots)
+        self.kinds = None
         self.unchosen.update(slots)
 
     def keep_logits(self, rows, h):
@@ -303,11 +302,12 @@ class Decoder:
         """Choose a token for each ready slot: Chosen. Those of which this was the last that its
         limit allows are ready no more."""
         slots = list(self.ready)
-        n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
-        n = min(n, self.n_vocab)
-        kinds = kinds_of([self.options[slot] for slot in slots])
+        if self.kinds is None:  # of a slot that has left since they may be too much, never too few
+            n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
+            kinds = kinds_of([self.options[slot] for slot in slots])
+            self.kinds = (kinds, min(n, self.n_vocab))
         rows, places = self.rows_of(slots)
-        values = self.run(self.choose_rows, rows, kinds, n)
+        values = self.run(self.choose_rows, rows, *self.kinds)
         copied = None
         if self.on_gpu:
             values, copied = self.to_host(values)
@@ -447,39 +447,6 @@ class Decoder:
         finally:
             ops.packed = packed
 
-    def try_flash(self):
-        """Whether FlashAttention to what rows hold computes here what the attention by the mask
-        does, in each layer: the mask may be another one, and torch's function too."""
-        rows = slice(0, self.n_slots)
-        self.store.normal_()
-        lengths = torch.arange(self.n_slots, device=self.device) * 31 % self.max_len
-        self.lengths.copy_(lengths)
-        cache = StepCache(self, rows, self.max_len, flash=True)
-        expected = self.positions[:, : self.max_len] <= lengths[:, None]  # (n, max_len)
-        agrees = []
-
-        def both(q, k, v, mask):
-            self.net.ops.attend_cached = None
-            n = self.max_len
-            plain = self.net.ops.attend(q, k[:, :, :n], v[:, :, :n], mask)
-            self.net.ops.attend_cached = both
-            close = torch.allclose(cache.attend(q, k, v, mask), plain, rtol=0.05, atol=0.02)
-            agrees.append(close and torch.equal(mask[:, 0, 0], expected))
-            return plain
-
-        self.net.ops.attend_cached = both
-        try:
-            with torch.no_grad(), self.computing():
-                self.net.hidden(self.newest[:, None], cache=cache)
-        except Exception as error:
-            print(f"decoding: attention by a mask ({one_line(error)})", file=sys.stderr)
-            agrees.append(False)
-        finally:
-            self.net.ops.attend_cached = None
-            self.store.zero_()
-            self.lengths.zero_()
-        return all(agrees)
-
     def refresh(self):
         """The weights may have changed, in their places: the copies of them change too."""
         for product in (self.products or {}).values():
@@ -491,8 +458,10 @@ class Decoder:
         """Within, no row is active, so that a step may be tried and changes nothing but logits."""
         left = self.left.clone()
         self.left.zero_()
-        yield
-        self.left.copy_(left)
+        try:
+            yield
+        finally:
+            self.left.copy_(left)
 
     def capture(self, batches=(), lengths=(), options=()):
         """Capture CUDA graphs ahead, before any slot is set: for these numbers of rows and cache
@@ -513,59 +482,3 @@ class Decoder:
         mib = (torch.cuda.memory_reserved(self.device) - before) / 2**20
         seconds = time.monotonic() - begun
         return f"{len(self.graphs.graphs)} CUDA graphs, {seconds:.1f} s, {mib:.0f} MiB"
-
-
-# --------------------------------------------------------------------------------------------------
-# All of a generation
-
-
-def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
-    """Feed model.py's `rows` with what follows their prompts until all are done. On a GPU the host
-    reads the tokens of step t - 1 while the device computes step t: neither waits for the other."""
-    limit = max(row.limit for row in rows)
-    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
-    decoder = decoder_for(net, tok, len(rows), longest)
-    options = filters | {"repetition_penalty": penalty}
-    for i, (prompt, row) in enumerate(zip(prompts, rows)):
-        uniform = draws(seed, i, limit) if options["temperature"] >= GREEDY else None
-        decoder.set(i, prompt, row.limit, options=options, uniform=uniform, ends=row.ends)
-    decoder.read(dict(enumerate(prompts)))
-    under_way = []
-    while decoder.ready or under_way:
-        if decoder.ready:
-            under_way.append(decoder.choose())
-        if len(under_way) > int(decoder.on_gpu and bool(decoder.ready)):
-            take(decoder, rows, under_way.pop(0))
-        decoder.feed()
-
-
-def take(decoder, rows, chosen):
-    """Give the rows their tokens; those that are done leave."""
-    tokens = chosen.wait()
-    for slot, token, logprob in zip(chosen.slots, tokens.tokens, tokens.logprobs):
-        rows[slot].take(token, logprob)
-        if rows[slot].done:
-            decoder.clear(slot)
-
-
-DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
-
-
-def decoder_for(net, tok, n_slots, max_len):
-    """A Decoder for a generation. On a GPU it and its graphs serve later ones too: as long as the
-    network's weights are in the same places, with what they are by then."""
-    if net.model.embed_tokens.weight.device.type != "cuda":
-        return Decoder(net, tok, n_slots, max_len)
-    tensors = [*net.parameters(), *net.buffers()]
-    made_for = (net.fast, tok.n_vocab, compute_dtype(tensors[0]))
-    made_for += tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors)
-    kept_for, decoder = DECODERS.pop(net, (None, None))
-    fits = kept_for == made_for and decoder.n_slots >= n_slots and decoder.max_len >= max_len
-    if not fits:
-        decoder = None  # its memory is free before another one is made
-        decoder = Decoder(net, tok, power_of_two(n_slots), power_of_two(max_len))
-    decoder.refresh()
-    for slot in range(decoder.n_slots):
-        decoder.clear(slot)
-    DECODERS[net] = (made_for, decoder)
-    return decoder

@@ -12,8 +12,9 @@ from test_model import GPT2, OURS, QWEN3, SHAPES, make_net
 import model
 from barelm.adapters import add_adapters
 from barelm.bpe import char_tokenizer
-from barelm.decode import Decoder, decoder_for
+from barelm.decode import Decoder
 from barelm.fast import PlacedProduct, generating, quantize_weights
+from barelm.generation import decoder_for
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
 from barelm.tokenizer import Tokenizer
 

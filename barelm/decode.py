@@ -153,7 +153,7 @@ class Decoder:
         self.uniform = zeros(self.max_len + 1, dtype=torch.float32)  # their draws, and one more
         self.ends = zeros(8) - 1  # ids that end the sequence; -1 is none
         self.columns = zeros(len(OFF), dtype=torch.float32)  # options, in OFF's order
-        self.logits = zeros(c.vocab_size, dtype=torch.float32) - torch.inf  # what comes next
+        self.logits = zeros(c.vocab_size, dtype=torch.float32).fill_(-torch.inf)  # of what is next
         self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
         self.counts = None  # (n, V) float32: how often each was chosen
         self.numbers = torch.arange(n, device=device)
@@ -290,7 +290,7 @@ class Decoder:
 
     def keep_logits(self, rows, h):
         """Padding of the vocabulary stays at -inf."""
-        self.logits[rows, : self.n_vocab] = self.net.logits(h)[:, : self.n_vocab].float()
+        self.logits[rows, : self.n_vocab] = self.net.logits(h)[:, : self.n_vocab]
 
     def index(self, slots):
         """Slots as an index: a slice, which copies nothing, where they follow one another."""

@@ -35,7 +35,9 @@ from barelm.fast import (
     joined_product,
     sparse_attention,
 )
+from barelm.generation import decode_rows
 from barelm.run import UserError, compute_dtype
+from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 
 
 @dataclass
@@ -94,10 +96,10 @@ def make_norm(c):
 
 
 def rotate(x, rope):
-    """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, (cos, sin)."""
+    """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, `rope_angles`'."""
     cos, sin = rope
     a, b = x.chunk(2, -1)  # (B, T, H, D / 2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return x * cos + torch.cat((b, a), -1) * sin  # a cos - b sin, and b cos + a sin
 
 
 class Operations:
@@ -113,6 +115,7 @@ class Operations:
         # Both by barelm/compiled.py, which compares before it sets them:
         self.sparse = False  # skip what documents hide: pays in compiled blocks on a GPU
         self.head_piece: Callable = head_piece  # or that compiled
+        self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
 
     def project(self, x, *layers):
         """The outputs of linear layers that read the same x (…, C), side by side."""
@@ -137,6 +140,8 @@ class Operations:
         `attention_mask`'s, or a `block_mask`."""
         if self.deterministic and not dropout:
             return invariant.attention(q, k, v, mask, partial(self.plain_attend, mask=mask))
+        if self.attend_cached is not None:
+            return self.attend_cached(q, k, v, mask)
         if mask is not None and not isinstance(mask, torch.Tensor):
             return sparse_attention(q, k, v, mask)
         if self.fast and can_block(q, k, mask, dropout):
@@ -476,10 +481,13 @@ def rope_frequencies(c, device):
 
 
 def rope_angles(c, positions, dtype):
-    """(cos, sin), each (B, T, 1, D / 2), of the angles by which RoPE turns at positions (B, T)."""
+    """(cos and cos, -sin and sin), each (B, T, 1, D), of the angles by which RoPE turns at
+    positions (B, T): for the first half of a head's dimensions and for the second."""
     # The angles are float32: bfloat16 has no whole numbers above 256.
     angles = positions[:, :, None, None] * rope_frequencies(c, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def sinusoids(positions, size):
@@ -777,112 +785,6 @@ class Row:
             self.emit(piece)
 
 
-LARGEST_FLOAT = torch.finfo(torch.float32).max
-GREEDY = 1e-20  # below it a temperature counts as 0: what it divides would overflow float32
-SAMPLING = {  # what `generate` takes: (least, most)
-    "temperature": (0, LARGEST_FLOAT),
-    "top_k": (0, math.inf),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (1e-6, 1e6),
-    "num_beams": (1, math.inf),
-}
-
-
-def check_sampling(**options):
-    """Refuse an option of `generate` that is beyond its range, or no number."""
-    for name, value in options.items():
-        least, most = SAMPLING[name]
-        if least <= value <= most:  # NaN is neither
-            continue
-        limits = f"from {least} to {most}"
-        if most >= LARGEST_FLOAT:
-            limits = f"{least} or more, and finite"
-        raise UserError(f"{name}={value!r}: expected a number {limits}")
-
-
-def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
-    """Logits (B, V), lower where a token is `seen` (B, V) bool (Keskar et al. 2019), and by how
-    often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
-    penalty is a number, or (B, 1)."""
-    lower = torch.where(logits > 0, logits / repetition, logits * repetition)
-    # An infinite logit would make every probability NaN; padding of the vocabulary stays at -inf.
-    lower = lower.clamp(-LARGEST_FLOAT, LARGEST_FLOAT)
-    logits = torch.where(seen & (logits > -math.inf), lower, logits)
-    return logits - presence * (counts > 0) - frequency * counts
-
-
-def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
-    no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
-    et al. 2024) filter in this order, as in transformers. Each is a number, or a list with one for
-    each row; temperature 0, or below GREEDY, takes the likeliest."""
-    B = len(logits)
-    temperature = option_column(temperature, B)
-    temperature = temperature.where(temperature >= GREEDY, 0.0)
-    if not temperature.any():
-        return logits.argmax(-1)
-    temperature = temperature.to(logits.device)
-    # The likeliest becomes 0, so that no quotient is beyond float32 but by being very unlikely.
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled = scaled / temperature.where(temperature > 0, 1.0)
-    scaled = keep_top_k(scaled, logits, option_column(top_k, B))
-    probs = scaled.softmax(-1)  # (B, V)
-    probs = keep_top_p(probs, option_column(top_p, B))
-    probs = keep_min_p(probs, option_column(min_p, B))
-    mass = probs.cumsum(-1)
-    # The mass may end a rounding below 1: no threshold lies beyond its end.
-    threshold = uniform[:, None] * (1 - 2**-20) * mass[:, -1:]
-    drawn = (mass <= threshold).sum(-1)
-    return drawn.where(temperature[:, 0] > 0, logits.argmax(-1))
-
-
-def option_column(option, batch):
-    """A number, or a list with one for each row, as (batch, 1) float32. It is on the host, where
-    to look at it waits for no device."""
-    return torch.tensor(option, dtype=torch.float32).expand(batch)[:, None]
-
-
-def keep_top_k(scaled, logits, top_k):
-    """scaled (B, V), -inf but for each row's top_k (B, 1) largest logits; 0 keeps all."""
-    k = min(int(top_k.max()), logits.shape[-1])
-    if k == 0:
-        return scaled
-    top_k = top_k.to(logits.device)
-    best = logits.topk(k).values  # (B, k)
-    last = best.gather(1, top_k.long().clamp(1, k) - 1)  # (B, 1): each row's own k-th
-    # By the logits: where the temperature rounds two to the same, they are still apart.
-    return scaled.masked_fill((logits < last) & (top_k > 0), -math.inf)
-
-
-def keep_top_p(probs, top_p):
-    """probs (B, V), 0 but for each row's likeliest tokens that reach top_p (B, 1) together."""
-    rows = (top_p[:, 0] < 1).nonzero()[:, 0].to(probs.device)  # the others need no sort: it is slow
-    if len(rows) == 0:
-        return probs
-    ordered, order = probs[rows].sort(descending=True, stable=True)  # (N, V)
-    before = ordered.cumsum(-1) - ordered  # what is likelier than each
-    beyond = before >= top_p.to(probs.device)[rows]
-    beyond[:, 0] = False  # whatever top_p, the likeliest stays
-    ordered = ordered.masked_fill(beyond, 0)
-    probs[rows] = torch.zeros_like(ordered).scatter(-1, order, ordered)
-    return probs
-
-
-def keep_min_p(probs, min_p):
-    """probs (B, V), 0 where below min_p (B, 1) of the row's likeliest."""
-    if not min_p.any():
-        return probs
-    least = min_p.to(probs.device) * probs.amax(-1, keepdim=True)
-    return probs.masked_fill(probs < least, 0.0)
-
-
-def draws(seed, i, n):
-    """The n uniform numbers of row i: they depend on nothing else."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-    return torch.rand(n, generator=generator)
-
-
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), num_beams=1,
@@ -912,6 +814,8 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 best = beam_search(net, tok, prompt, row.limit, num_beams)
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
+        elif net.fast:
+            decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]

@@ -1,0 +1,487 @@
+"""Decoding: a batch grows by a token a step, everything of fixed shape on the device.
+
+    decoder = Decoder(net, tok, n_slots=16, max_len=256)
+    with generating(net), torch.no_grad():
+        decoder.set(0, prompt, limit=9, options=dict(temperature=0), ends=tok.eos_ids)
+        decoder.read({0: prompt})  # or a chunk of it at a time
+        while decoder.ready:
+            chosen = decoder.choose()  # a token for each slot that is ready
+            decoder.feed()  # which is fed: on a GPU before anyone waits for the tokens
+            for slot, token in zip(chosen.slots, chosen.wait().tokens):
+                ...  # decoder.clear(slot) where its text is complete
+
+A slot is a place for a sequence: a row of the cache and of each tensor of the state. Slots are set
+and cleared between steps, and none is ever copied. The lowest serve best: a GPU computes all rows
+up to the highest that is ready. What ends at an end token or at its limit is known on the device,
+so that the host may read a step's tokens while the next one is computed: such a row neither grows
+nor writes over anything, whatever is asked of it until it is cleared.
+
+On a GPU both halves of a step are CUDA graphs, `feed` one for each bucket of rows and of cache
+length, `choose` for rows and Kinds, captured when first needed or ahead by `Decoder.capture`.
+
+C: n_embd, G: heads of keys and values, D: head_dim, V: vocabulary, B: rows of a step, S: places of
+the cache that it looks at, T: tokens of a prompt.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, packs, pays_to_pack
+from barelm.graphs import Graphs
+from barelm.run import compute_dtype
+from barelm.sampling import (
+    OFF,
+    PENALTIES,
+    draw_tokens,
+    kinds_of,
+    penalize,
+    power_of_two,
+)
+
+
+@dataclass
+class Tokens:
+    """A step's tokens, one of each of Chosen.slots."""
+
+    tokens: list[int]
+    logprobs: list[float]  # the model's own, in nats: without penalties, temperature and filters
+    finite: list[bool]  # whether all logits were finite; true where the decoder does not check
+    alternatives: list[dict[int, float]]  # {id: log p} of the likeliest, as many as were asked for
+
+
+class Chosen:
+    """Tokens under way to the host. slots: whose they are, in order; owners: what `set` was given
+    for each. Of a row that has ended meanwhile there is a token too, which means nothing."""
+
+    def __init__(self, slots, owners, n_alternatives, values, places, copied=None):
+        self.slots = slots
+        self.owners = owners
+        self.n_alternatives = n_alternatives
+        self.values = values  # `Decoder.choose_rows`', on the host
+        self.places = places  # in it, of each of slots
+        self.copied = copied  # the event after which it is there; None: it is
+        self.tokens = None
+
+    def wait(self):
+        """The Tokens; on a GPU at most two steps later, as there are three buffers for them."""
+        if self.tokens is None:
+            if self.copied is not None:
+                self.copied.synchronize()
+            rows = self.values.tolist()
+            self.tokens = self.in_words([rows[place] for place in self.places])
+        return self.tokens
+
+    def in_words(self, rows):
+        n = self.values.shape[1] // 2 - 1
+        checked = self.values.shape[1] % 2 == 1
+        alternatives = []
+        for row, wanted in zip(rows, self.n_alternatives):
+            ids = [int(id) for id in row[2 : 2 + min(wanted, n)]]
+            alternatives.append(dict(zip(ids, row[2 + n :])))
+        return Tokens(
+            tokens=[int(row[0]) for row in rows],
+            logprobs=[row[1] for row in rows],
+            finite=[not checked or bool(row[-1]) for row in rows],
+            alternatives=alternatives,
+        )
+
+
+class Decoder:
+    """n_slots sequences of at most max_len tokens each, prompt and answer together, of a network.
+
+    All methods want `generating(net)` and no gradients around them. check: look whether all logits
+    are finite. graphs: capture CUDA graphs, on a GPU. Arguments are the caller's to check:
+    0 < len(prompt) and len(prompt) + limit <= max_len."""
+
+    def __init__(self, net, tok, n_slots, max_len, *, check=False, graphs=True):
+        self.net = net
+        self.n_vocab = min(tok.n_vocab, net.config.vocab_size)  # ids from here on are padding
+        self.n_slots = n_slots
+        self.max_len = max_len
+        self.check = check
+        self.device = net.model.embed_tokens.weight.device
+        self.on_gpu = self.device.type == "cuda"
+        with torch.inference_mode(False):  # a tensor made within it is not written to outside
+            self.make_state(net.config)
+        self.products = {} if net.fast and self.on_gpu else None
+        self.flash = False
+        if net.fast and graphs and self.on_gpu:
+            with torch.no_grad(), self.computing():
+                self.flash = flash_agrees(self)
+        self.graphs = Graphs(self.device) if graphs and self.on_gpu else None
+        self.buffers = {}  # pinned memory for what `choose` gives, by its shape
+        # What the host knows of each slot:
+        self.ready = []  # slots that are to get tokens, in order: their prompts are read
+        self.unchosen = set()  # those whose logits no token was chosen by
+        self.kinds = None  # Kinds of the ready slots' options, and how many alternatives they want
+        self.length = [0] * n_slots  # tokens whose keys and values it has (at most, on a GPU)
+        self.n_left = [0] * n_slots  # tokens that may come (at most, on a GPU)
+        self.prompt_length = [0] * n_slots
+        self.options = [OFF] * n_slots
+        self.ends_of = [()] * n_slots
+        self.n_alternatives = [0] * n_slots
+        self.owners = [None] * n_slots
+
+    def make_state(self, c):
+        """The tensors: all there is of a sequence, a row a slot."""
+        n = self.n_slots
+        device = self.device
+        # A CPU attends to float32 faster than to less: it has to convert the rest.
+        dtype = torch.float32
+        if self.on_gpu:
+            dtype = compute_dtype(self.net.model.embed_tokens.weight)
+        # One place more than max_len: where writes that belong to no token go.
+        places = self.max_len + 1
+        if self.on_gpu:  # a token's heads side by side, as FlashAttention takes them
+            shape = (2, c.n_layer, n, places, c.n_kv_head, c.head_dim)
+            self.store = torch.zeros(shape, device=device, dtype=dtype).transpose(3, 4)
+        else:
+            shape = (2, c.n_layer, n, c.n_kv_head, places, c.head_dim)
+            self.store = torch.zeros(shape, dtype=dtype)
+
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(n, *shape, device=device, dtype=dtype)
+
+        self.lengths = zeros()  # tokens in the cache
+        self.newest = zeros()  # the token that was chosen last, which is not in the cache
+        self.left = zeros()  # how many tokens may still come; 0: nothing changes any more
+        self.drawn = zeros()  # how many were chosen
+        self.uniform = zeros(self.max_len + 1, dtype=torch.float32)  # their draws, and one more
+        self.ends = zeros(8) - 1  # ids that end the sequence; -1 is none
+        self.columns = zeros(len(OFF), dtype=torch.float32)  # options, in OFF's order
+        self.logits = zeros(c.vocab_size, dtype=torch.float32).fill_(-torch.inf)  # of what is next
+        self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
+        self.counts = None  # (n, V) float32: how often each was chosen
+        self.numbers = torch.arange(n, device=device)
+        # (1, …): of tokens, and as many as there are slots at least
+        self.positions = torch.arange(max(self.max_len, n) + 1, device=device)[None]
+
+    # ------------------------------------------------------------------ slots
+
+    def set(self, slot, prompt, limit, *, options=None, uniform=None, ends=(), n_alternatives=0,
+            n_cached=0, owner=None):  # fmt: skip
+        """A sequence begins in a slot: prompt (ids, all of it), to which at most `limit` tokens are
+        added, until one of `ends`.
+
+        options: what differs from sampling.OFF. uniform: (limit,) float32 on the host, one draw a
+        token; not needed where temperature is 0. n_cached: so many of the prompt's first tokens
+        have their keys and values in the slot already: `read` goes on from there. owner: anything;
+        it is in Chosen.owners."""
+        self.clear(slot)
+        options = OFF | (options or {})
+        self.options[slot] = options
+        self.ends_of[slot] = tuple(ends)
+        self.n_alternatives[slot] = n_alternatives
+        self.owners[slot] = owner
+        self.n_left[slot] = limit
+        self.prompt_length[slot] = len(prompt)
+        self.length[slot] = n_cached
+        self.columns[slot] = self.to_device([options[name] for name in OFF], torch.float32)
+        self.drawn[slot] = 0
+        if uniform is not None:
+            self.uniform[slot, : len(uniform)] = uniform.to(self.device, non_blocking=True)
+        self.set_ends(slot, list(ends))
+        if kinds_of([options]).penalized:
+            self.remember(slot, prompt)
+
+    def to_device(self, values, dtype=torch.int64):
+        """A list as a tensor on the device, which nobody waits for."""
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    def set_ends(self, slot, ends):
+        if len(ends) > self.ends.shape[1]:
+            wider = self.ends.new_full((self.n_slots, power_of_two(len(ends))), -1)
+            wider[:, : self.ends.shape[1]] = self.ends
+            self.replace("ends", wider)
+        self.ends[slot] = self.to_device(ends + [-1] * (self.ends.shape[1] - len(ends)))
+
+    def remember(self, slot, prompt):
+        """The tokens of a prompt, for penalties; the first one to have a penalty makes the room."""
+        if self.counts is None:
+            self.replace("seen", torch.zeros_like(self.logits, dtype=torch.bool))
+            self.replace("counts", torch.zeros_like(self.logits))
+        self.counts[slot] = 0
+        self.seen[slot] = False
+        self.seen[slot].index_fill_(0, self.to_device(prompt), True)
+
+    def replace(self, name, tensor):
+        """Another tensor for a part of the state: graphs that have the old one are gone."""
+        setattr(self, name, tensor)
+        if self.graphs is not None:
+            self.graphs.forget("choose_rows")
+
+    def clear(self, slot):
+        """The sequence of a slot has left. What it had read stays until the slot is used again."""
+        self.unchosen.discard(slot)
+        self.owners[slot] = None
+        if slot in self.ready:
+            self.ready.remove(slot)
+        self.left[slot] = 0
+
+    def copy(self, to, source, length):
+        """Slot `to` gets the keys and values of the first `length` tokens of another."""
+        self.store[:, :, to, :, :length] = self.store[:, :, source, :, :length]
+
+    def wipe(self, slot):
+        """Zeros for what a slot has read: to attend to NaN, with whatever weight, gives NaN."""
+        self.store[:, :, slot] = 0
+
+    # ------------------------------------------------------------------ prompts
+
+    def read(self, chunks):
+        """Read prompts, {slot: ids}, each a whole or what follows what the slot has read; a slot is
+        `ready` where its prompt ends. Call it after `feed`, not between `choose` and `feed`.
+        Returns {slot: hidden states (T, C) of its chunk}."""
+        slots = list(chunks)
+        lengths = {slot: len(ids) for slot, ids in chunks.items()}
+        states = {}
+        with self.computing():
+            if any(
+                self.length[slot] for slot in slots
+            ):  # behind others: each has a mask of its own
+                for slot in slots:
+                    states.update(self.read_padded([slot], chunks, self.length[slot]))
+            elif pays_to_pack(self.net.config, lengths.values()):
+                for group in packs(lengths):
+                    states.update(self.read_packed(group, chunks))
+            else:
+                states = self.read_padded(slots, chunks)
+            for slot in slots:
+                self.length[slot] += lengths[slot]
+            ended = [slot for slot in slots if self.length[slot] == self.prompt_length[slot]]
+            if ended:
+                self.begin_answers(ended, torch.stack([states[slot][-1] for slot in ended]))
+        return states
+
+    def read_padded(self, slots, chunks, begin=0):
+        """Of chunks that all begin at the same place, as rows that are as long as the longest."""
+        rows = [torch.tensor(chunks[slot]) for slot in slots]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
+        ids = ids.to(self.device, non_blocking=True)
+        h = self.net.hidden(ids, cache=ChunkCache(self, self.index(slots), begin))  # (B, T, C)
+        return {slot: h[i, : len(chunks[slot])] for i, slot in enumerate(slots)}
+
+    def read_packed(self, slots, chunks):
+        """Of whole prompts, one after the other in one row, each a document."""
+        lengths = [len(chunks[slot]) for slot in slots]
+        packed = []
+        docs = []
+        for slot in slots:
+            packed += chunks[slot]
+            docs += [slot] * len(chunks[slot])
+        docs = self.to_device(docs)  # (N,): the slot of each token
+        ids = self.to_device(packed)[None]
+        h = self.net.hidden(ids, cache=PackedCache(self, docs, lengths), docs=docs[None])[0]
+        return dict(zip(slots, h.split(lengths)))
+
+    def begin_answers(self, slots, h):
+        """The prompts of these slots are read, the last tokens' hidden states being h (B, C)."""
+        rows = self.index(slots)
+        self.keep_logits(rows, h)
+        self.lengths[rows] = self.to_device([self.length[slot] for slot in slots])
+        self.left[rows] = self.to_device([self.n_left[slot] for slot in slots])
+        self.ready = sorted(self.ready + slots)
+        self.kinds = None
+        self.unchosen.update(slots)
+
+    def keep_logits(self, rows, h):
+        """Padding of the vocabulary stays at -inf."""
+        self.logits[rows, : self.n_vocab] = self.net.logits(h)[:, : self.n_vocab]
+
+    def index(self, slots):
+        """Slots as an index: a slice, which copies nothing, where they follow one another."""
+        first = slots[0]
+        if slots == list(range(first, first + len(slots))):
+            return slice(first, first + len(slots))
+        return self.to_device(slots)
+
+    # ------------------------------------------------------------------ a step
+
+    def choose(self):
+        """Choose a token for each ready slot: Chosen. Those of which this was the last that its
+        limit allows are ready no more."""
+        slots = list(self.ready)
+        if self.kinds is None:  # of a slot that has left since they may be too much, never too few
+            n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
+            kinds = kinds_of([self.options[slot] for slot in slots])
+            self.kinds = (kinds, min(n, self.n_vocab))
+        rows, places = self.rows_of(slots)
+        values = self.run(self.choose_rows, rows, *self.kinds)
+        copied = None
+        if self.on_gpu:
+            values, copied = self.to_host(values)
+        owners = [self.owners[slot] for slot in slots]
+        wanted = [self.n_alternatives[slot] for slot in slots]
+        chosen = Chosen(slots, owners, wanted, values, places, copied)
+        self.unchosen.clear()
+        self.note_chosen(chosen)
+        return chosen
+
+    def note_chosen(self, chosen):
+        """What the host knows after `choose`. On a CPU it looks for ends too: what has ended costs
+        nothing there, and the others' lengths are known."""
+        ids = [None] * len(chosen.slots) if self.on_gpu else chosen.wait().tokens
+        for slot, id in zip(chosen.slots, ids):
+            self.n_left[slot] -= 1
+            if self.n_left[slot] == 0 or id in self.ends_of[slot]:
+                self.ready.remove(slot)
+
+    def rows_of(self, slots):
+        """(the rows to compute for these slots; where in them each slot is)."""
+        first = 0
+        end = slots[-1] + 1
+        if self.on_gpu:  # a bucket
+            end = min(power_of_two(end), self.n_slots)
+        else:
+            first = slots[0]
+            if end - first >= 2 * len(slots):  # gathering them costs less than rows for nobody
+                return self.to_device(slots), range(len(slots))
+        return slice(first, end), [slot - first for slot in slots]
+
+    def choose_rows(self, rows, kinds, n_alternatives=0):
+        """On the device alone: the next token of each of the rows, (B, 2 + 2 n) float64: token, log
+        p, n alternatives, their log p; where `check`, also whether all logits are finite."""
+        logits = self.logits[rows]  # (B, V)
+        likely = logits
+        columns = uniform = None
+        drawn = self.drawn[rows]
+        if kinds.sampled or kinds.penalized:
+            columns = dict(zip(OFF, self.columns[rows].split(1, 1)))  # (B, 1) each
+            uniform = self.uniform[rows].gather(1, drawn[:, None])[:, 0]
+        if kinds.penalized:
+            counts = self.counts[rows]
+            seen = self.seen[rows] | (counts > 0)
+            repetition, presence, frequency = [columns[name] for name in PENALTIES]
+            likely = penalize(logits, seen, repetition, counts, presence, frequency)
+        tokens = draw_tokens(likely, uniform, columns, kinds)  # (B,)
+
+        left = self.left[rows]
+        active = left.clamp(max=1)  # 0 of a row that has ended
+        ended = (tokens[:, None] == self.ends[rows]).any(1)
+        self.newest[rows] = tokens
+        self.left[rows] = (left - active).masked_fill(ended, 0)
+        self.drawn[rows] = drawn + active
+        if kinds.penalized:
+            places = self.numbers[rows] * self.counts.shape[1] + tokens
+            self.counts.view(-1).scatter_add_(0, places, active.float())
+
+        logp = logits.log_softmax(-1)  # (B, V)
+        values = [tokens[:, None], logp.gather(1, tokens[:, None])]
+        if n_alternatives:
+            best = logp.topk(n_alternatives)
+            values += [best.indices, best.values]
+        if self.check:
+            values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
+        return torch.cat([value.double() for value in values], 1)
+
+    def feed(self):
+        """Feed each ready slot its newest token, so that `choose` can choose again."""
+        if not self.ready:
+            return
+        if self.unchosen:
+            raise RuntimeError(f"slots {self.unchosen} were read, but no token was chosen")
+        slots = self.ready
+        lengths = [self.length[slot] for slot in slots]
+        rows, _ = self.rows_of(slots)
+        used = max(lengths) + 1
+        even = None
+        if self.on_gpu:
+            used = min(max(128, power_of_two(used)), self.max_len)
+        elif min(lengths) == max(lengths) and rows == slice(slots[0], slots[0] + len(slots)):
+            even = used - 1
+        with self.computing():
+            self.run(self.feed_rows, rows, used, even)
+        for slot in slots:
+            self.length[slot] = min(self.length[slot] + 1, self.max_len)
+
+    def feed_rows(self, rows, used, even=None):
+        """On the device alone: the newest token of each of the rows goes through the network, which
+        looks at `used` places of the cache. even: all rows hold so many tokens, and all grow."""
+        cache = StepCache(self, rows, used, even, self.flash)
+        self.net.ops.attend_cached = cache.attend if self.flash else None
+        try:
+            h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
+        finally:
+            self.net.ops.attend_cached = None
+        self.keep_logits(rows, h[:, 0])
+        self.lengths[rows] += cache.active
+
+    def run(self, function, rows, *static):
+        """function(rows, *static), on a GPU as a graph."""
+        if self.graphs is None:
+            return function(rows, *static)
+        key = (function.__name__, rows.stop, *static)
+        return self.graphs.run(key, lambda: function(rows, *static), self.at_rest)
+
+    def to_host(self, values):
+        """(values copied to pinned memory, the event after which they are there)."""
+        buffers = self.buffers.get(values.shape)
+        if buffers is None:
+            buffers = [
+                torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for _ in "abc"
+            ]
+            self.buffers[values.shape] = buffers
+        buffer = buffers.pop(0)  # the oldest
+        buffers.append(buffer)
+        buffer.copy_(values, non_blocking=True)
+        return buffer, torch.cuda.current_stream(self.device).record_event()
+
+    # ------------------------------------------------------------------ on a GPU
+
+    @contextlib.contextmanager
+    def computing(self):
+        """Within, the network computes from weights in places that stay: autocast would cast them
+        to others, once a block of code, which a graph would go on to read when they are gone."""
+        if not self.on_gpu:
+            yield
+            return
+        ops = self.net.ops
+        packed = ops.packed
+        ops.packed = self.products
+        dtype = torch.get_autocast_dtype("cuda")
+        enabled = torch.is_autocast_enabled("cuda")
+        try:
+            with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+                yield
+        finally:
+            ops.packed = packed
+
+    def refresh(self):
+        """The weights may have changed, in their places: the copies of them change too."""
+        for product in (self.products or {}).values():
+            if product is not None:
+                product.refresh()
+
+    @contextlib.contextmanager
+    def at_rest(self):
+        """Within, no row is active, so that a step may be tried and changes nothing but logits."""
+        left = self.left.clone()
+        self.left.zero_()
+        try:
+            yield
+        finally:
+            self.left.copy_(left)
+
+    def capture(self, batches=(), lengths=(), options=()):
+        """Capture CUDA graphs ahead, before any slot is set: for these numbers of rows and cache
+        lengths, and for `choose` by each of these options (dicts, as of `set`). Returns words: how
+        many graphs, seconds, MiB."""
+        if self.graphs is None:
+            return "no CUDA graphs"
+        begun = time.monotonic()
+        before = torch.cuda.memory_reserved(self.device)
+        for batch in sorted(batches, reverse=True):  # the largest first: the others fit its memory
+            rows = slice(0, min(power_of_two(batch), self.n_slots))
+            for length in sorted(lengths, reverse=True):
+                with self.computing():
+                    self.run(self.feed_rows, rows, min(length, self.max_len), None)
+            for option in options:
+                self.run(self.choose_rows, rows, kinds_of([OFF | option]), 0)
+        torch.cuda.synchronize(self.device)
+        mib = (torch.cuda.memory_reserved(self.device) - before) / 2**20
+        seconds = time.monotonic() - begun
+        return f"{len(self.graphs.graphs)} CUDA graphs, {seconds:.1f} s, {mib:.0f} MiB"

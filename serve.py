@@ -439,7 +439,7 @@ def run_server(app, engine, sock, limits, shutdown):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     engine.start()
-    size = engine.cache.store.nbytes / 1e6
+    size = engine.decoder.store.nbytes / 1e6
     print(
         f"{max_batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values"
     )

@@ -46,7 +46,7 @@ def test_an_engine_needs_no_server(loaded):
         assert job.row.out.text == g.text
 
 
-def test_rows_that_move_keep_what_they_hold(loaded):
+def test_slots_that_come_and_go_keep_what_they_hold(loaded):
     net, tok = loaded
     engine = Engine(net, tok, max_batch=9, max_len=64, prefill_chunk=9, max_queue=99)
     jobs = []
@@ -60,7 +60,7 @@ def test_rows_that_move_keep_what_they_hold(loaded):
                 jobs.append(Job(tok, ids, draw.choice([1, 2, 25]), GREEDY, listener=ignore))
                 engine.submit(jobs[-1:])
             if draw.random() < 0.01 and engine.jobs:
-                engine.cancel([draw.choice(engine.jobs)])
+                engine.cancel([draw.choice([*engine.jobs.values()])])
             engine.step()
     done = [job for job in jobs if not job.cancelled]
     assert 40 < len(done) < len(jobs) == 60 and sum(job.n_reused for job in done) > 200

@@ -64,7 +64,7 @@ from barelm import api, page
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.checkpoint import load
-from barelm.engine import Engine
+from barelm.engine import Engine, tell_listeners
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -86,6 +86,7 @@ try:
         is_loopback,
         read_sites,
         reply,
+        to_json,
     )
 except ImportError as error:
     raise UserError(f"{error}: pip install -r requirements-serve.txt") from None
@@ -105,16 +106,39 @@ class Settings:
     client_timeout: float  # seconds that a client may take to send or to read a piece
 
 
-class Updates(asyncio.Queue):
-    """What the jobs of a request tell, brought from the engine's thread to the event loop's."""
+class Updates:
+    """What the jobs of a request tell, until the coroutine that answers it takes it. What comes
+    meanwhile is joined: of each job there is one Update here at most, however slowly the client
+    reads. at_end: what is not the end of a job wakes nobody.
 
-    def __init__(self):
-        super().__init__()
-        self.loop = asyncio.get_running_loop()
+    All of it belongs to the event loop's thread."""
+
+    def __init__(self, at_end=False):
+        self.at_end = at_end
+        self.by_job = {}  # {index: Update}
+        self.problem = None  # an exception, of the watcher or the clock
+        self.is_new = asyncio.Event()
 
     def listener(self, update):
-        with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.put_nowait, update)
+        earlier = self.by_job.setdefault(update.job.index, update)
+        if earlier is not update:
+            earlier.add(update)
+        if update.done or not self.at_end:
+            self.is_new.set()
+
+    def fail(self, problem):
+        self.problem = problem
+        self.is_new.set()
+
+    async def take(self):
+        """What is new, [Update]."""
+        await self.is_new.wait()
+        self.is_new.clear()
+        if self.problem is not None:
+            raise self.problem
+        updates = list(self.by_job.values())
+        self.by_job.clear()
+        return updates
 
 
 class Handlers:
@@ -125,6 +149,14 @@ class Handlers:
         self.engine = engine
         self.served = settings.served
         self.settings = settings
+        self.loop = None  # the event loop, once there was a request
+        engine.tell = self.tell
+
+    def tell(self, updates):
+        """Bring what is new after a step from the engine's thread to the event loop's: in one call,
+        as each of them wakes it."""
+        with suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(tell_listeners, updates)
 
     # ------------------------------------------------------------------ text from the model
 
@@ -132,7 +164,7 @@ class Handlers:
         wanted = api.read_completion(self.served, await self.read_body(request))
         # To tokenize may take long: in a thread, so that the event loop goes on with the others.
         prompts = await asyncio.to_thread(api.read_prompts, self.served, wanted)
-        updates = Updates()
+        updates = Updates(at_end=not wanted.stream)
         jobs = api.completion_jobs(self.served, wanted, prompts, updates.listener)
         answer = CompletionAnswer(self.served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
@@ -140,13 +172,14 @@ class Handlers:
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
         ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages)
-        updates = Updates()
+        updates = Updates(at_end=not wanted.stream)
         jobs = api.chat_jobs(self.served, wanted, ids, updates.listener)
         answer = ChatAnswer(self.served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
 
     async def generate(self, request, wanted, jobs, updates, answer):
         """The response to a request for text: one JSON object, or a stream of them."""
+        self.loop = asyncio.get_running_loop()
         if not self.engine.submit(jobs):
             raise ApiError(429, "the queue is full: try again", code="queue_full")
         record = request.scope["record"]
@@ -158,37 +191,37 @@ class Handlers:
             return StreamingResponse(lines, media_type="text/event-stream")
         texts = [""] * len(jobs)
         tokens = [[] for _ in jobs]
-        async for update in news:
-            texts[update.job.index] += update.text
-            tokens[update.job.index] += update.tokens
+        async for new in news:
+            for update in new:
+                texts[update.job.index] += update.text
+                tokens[update.job.index] += update.tokens
         choices = [answer.whole_choice(*parts) for parts in zip(jobs, texts, tokens)]
         return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
 
     async def follow(self, request, jobs, updates):
-        """The Updates of the jobs, until all are done, the client has left, or the time is over."""
+        """What is new of the jobs, [Update] each time, until all are done, the client has left, or
+        the time is over."""
 
         async def watch():  # whether the client leaves is told only to who asks
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            updates.put_nowait(ClientDisconnect())
+            updates.fail(ClientDisconnect())
 
         seconds = self.settings.timeout
         late = ApiError(
             504, f"the request took more than {seconds:g} s (--timeout)", code="timeout"
         )
-        clock = asyncio.get_running_loop().call_later(seconds, updates.put_nowait, late)
+        clock = asyncio.get_running_loop().call_later(seconds, updates.fail, late)
         watcher = asyncio.create_task(watch())
         n_running = len(jobs)
         try:
             while n_running:
-                update = await updates.get()
-                if isinstance(update, Exception):  # of the watcher or the clock
-                    raise update
-                if update.error is not None:
-                    raise ApiError(500, update.error)
-                if update.done:
-                    n_running -= 1
-                yield update
+                new = await updates.take()
+                for update in new:
+                    if update.error is not None:
+                        raise ApiError(500, update.error)
+                    n_running -= update.done
+                yield new
         finally:
             watcher.cancel()
             clock.cancel()
@@ -297,22 +330,28 @@ class Handlers:
         return reply({"rows": rows, "last": last})
 
 
-async def stream_lines(answer, jobs, updates, include_usage):
-    """Server-sent events: a chunk for each choice that is new, in the end the usage if wanted."""
+async def stream_lines(answer, jobs, news, include_usage):
+    """Server-sent events: a chunk for each choice that is new, in the end the usage if wanted. What
+    is new at once comes in one piece."""
     head = answer.chunk_head
+    # A chunk for each token: only what differs between them is put into JSON each time.
+    opening = f'data: {to_json(head)[:-1]}, "choices": ['
+    ending = "]}\n\n"
+    if include_usage:
+        ending = '], "usage": null}\n\n'  # as OpenAI's, in every chunk but the last
 
-    def chunk(choice):
-        body = head | {"choices": [choice]}
-        if include_usage:
-            body["usage"] = None  # as OpenAI's, in every chunk but the last
-        return event_line(body)
+    def chunks(choices):
+        return "".join([opening + to_json(choice) + ending for choice in choices])
 
     try:
-        for choice in answer.first_choices(jobs):
-            yield chunk(choice)
-        async for update in updates:
-            for choice in answer.new_choices(update):
-                yield chunk(choice)
+        first = answer.first_choices(jobs)
+        if first:
+            yield chunks(first)
+        async for new in news:
+            choices = []
+            for update in new:
+                choices += answer.new_choices(update)
+            yield chunks(choices)
         if include_usage:
             yield event_line(head | {"choices": [], "usage": usage(jobs)})
         yield "data: [DONE]\n\n"

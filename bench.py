@@ -68,10 +68,10 @@ import threading
 import time
 import warnings
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -653,7 +653,7 @@ def measure_load(bench):
             for name, way in ways.items():
                 try:
                     crowd(bench, name, way, prompts, n_clients)
-                except (requests.RequestException, ValueError) as error:
+                except (OSError, HTTPException, ValueError) as error:
                     raise UserError(f"--serve={serve}: {error}") from None
 
 

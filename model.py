@@ -92,10 +92,10 @@ def make_norm(c):
 
 
 def rotate(x, rope):
-    """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, (cos, sin)."""
+    """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, `rope_angles`'."""
     cos, sin = rope
     a, b = x.chunk(2, -1)  # (B, T, H, D / 2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return x * cos + torch.cat((b, a), -1) * sin  # a cos - b sin, and b cos + a sin
 
 
 class Operations:
@@ -432,10 +432,13 @@ def rope_frequencies(c, device):
 
 
 def rope_angles(c, positions, dtype):
-    """(cos, sin), each (B, T, 1, D / 2), of the angles by which RoPE turns at positions (B, T)."""
+    """(cos and cos, -sin and sin), each (B, T, 1, D), of the angles by which RoPE turns at positions
+    (B, T), once for the first half of a head's dimensions and once for the second."""
     # The angles are float32: bfloat16 has no whole numbers above 256.
     angles = positions[:, :, None, None] * rope_frequencies(c, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def sinusoids(positions, size):

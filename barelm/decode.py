@@ -352,15 +352,15 @@ class Decoder:
             places = self.numbers[rows] * self.counts.shape[1] + tokens
             self.counts.view(-1).scatter_add_(0, places, active.float())
 
-        log_sum = logits.logsumexp(-1, keepdim=True)  # (B, 1)
-        values = [tokens[:, None], logits.gather(1, tokens[:, None]) - log_sum]
+        logp = logits.log_softmax(-1)  # (B, V)
+        values = [tokens[:, None], logp.gather(1, tokens[:, None])]
         if self.check:
             values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
         else:
-            values.append(torch.ones_like(log_sum))
+            values.append(torch.ones_like(values[0]))
         if n_alternatives:
-            best = logits.topk(n_alternatives)
-            values += [best.indices, best.values - log_sum]
+            best = logp.topk(n_alternatives)
+            values += [best.indices, best.values]
         return torch.cat([value.double() for value in values], 1)
 
     def feed(self):
@@ -569,18 +569,26 @@ class StepCache:
     """A token for each of the rows, of which those with `left` grow."""
 
     def __init__(self, decoder, rows, used, even):
-        self.store = decoder.store
+        self.n_layer = len(decoder.store[0])
         self.positions = decoder.positions
         self.rows = rows
         self.used = used
         self.even = even
-        self.active = 1
-        if even is None:
-            self.lengths = decoder.lengths[rows]
-            self.active = decoder.left[rows] > 0
-            # Of a row that has ended: the spare place, which nobody looks at.
-            self.places = self.lengths.where(self.active, decoder.max_len)
-            self.numbers = decoder.numbers[rows]
+        # As lists of tensors for each layer, k's and then v's: one call for all of them, where a
+        # token's time goes to calls.
+        self.seen = list_of(decoder.store[..., :used, :])  # (n, G, S, D) each
+        if isinstance(rows, slice):
+            self.seen = list_of(decoder.store[:, :, rows, :, :used])  # (B, G, S, D) each
+        if even is not None:
+            self.active = 1
+            self.places = list_of(decoder.store[:, :, rows, :, even : even + 1])
+            return
+        self.stored = list_of(decoder.store)
+        self.lengths = decoder.lengths[rows]
+        self.active = decoder.left[rows] > 0
+        # Of a row that has ended: the spare place, which nobody looks at.
+        spare = self.lengths.where(self.active, decoder.max_len)
+        self.index = (decoder.numbers[rows], slice(None), spare)
 
     def extend(self, T, n_new=None):
         keys = self.positions[:, : self.used]
@@ -589,12 +597,21 @@ class StepCache:
         return self.lengths[:, None], keys, False
 
     def write(self, i, k, v):
-        for stored, new in zip(self.store[:, i], (k, v)):
+        for j, new in ((i, k), (i + self.n_layer, v)):
             if self.even is not None:
-                stored[self.rows, :, self.even] = new[:, :, 0]
+                self.places[j].copy_(new)
             else:
-                stored[self.numbers, :, self.places] = new[:, :, 0].to(stored.dtype)
-        return self.store[:, i, self.rows, :, : self.used]
+                self.stored[j][self.index] = new[:, :, 0].to(self.stored[j].dtype)
+        k = self.seen[i]
+        v = self.seen[i + self.n_layer]
+        if isinstance(self.rows, slice):
+            return k, v
+        return k[self.rows], v[self.rows]
+
+
+def list_of(store):
+    """(2, n_layer, …) as a list of 2 n_layer tensors, in the same memory."""
+    return store.flatten(0, 1).unbind(0)
 
 
 def pays_to_pack(c, lengths):

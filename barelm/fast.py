@@ -73,6 +73,8 @@ def joined_bias(layers):
 def packed_product(layers, dtype):
     """A function of x that multiplies with the layers' matrices, joined and packed; or None where
     oneDNN has no such product of this dtype."""
+    if layers[0].weight.device.type != "cpu":
+        return placed_product(layers, dtype)
     weight = torch.cat([layer.weight for layer in layers])
     bias = joined_bias(layers)
     if bias is not None:
@@ -102,6 +104,43 @@ def packed_int4(codes, scale):
     inner_tiles = 2  # which the CPU's product ignores
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked, inner_tiles)
     return packed, scale.transpose(0, 1).contiguous()
+
+
+def placed_product(layers, dtype):
+    """A PlacedProduct, or None where it would save nothing: of one layer that has this dtype, or of
+    large ones, whose reading takes longer than to start a kernel more."""
+    size = sum(layer.weight.numel() for layer in layers)
+    large = len(layers) == 1 or size > LARGE
+    if isinstance(layers[0], QuantizedLinear) or (layers[0].weight.dtype == dtype and large):
+        return None
+    return PlacedProduct(layers, dtype)
+
+
+LARGE = 1 << 23  # weights of layers that are not copied to be joined: 16 MiB, 6 us of an H100's
+
+
+class PlacedProduct:
+    """A function of x that multiplies with a GPU's copy of the layers' weights, joined and of dtype,
+    which stays in its place: a CUDA graph reads it there. `refresh` makes it what they are."""
+
+    def __init__(self, layers, dtype):
+        self.layers = layers
+        self.weight = torch.cat([layer.weight for layer in layers]).to(dtype)
+        self.bias = joined_bias(layers)
+        if self.bias is not None:
+            self.bias = self.bias.to(dtype)
+
+    def __call__(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+    def refresh(self):
+        begin = 0
+        for layer in self.layers:
+            end = begin + len(layer.weight)
+            self.weight[begin:end] = layer.weight
+            if self.bias is not None:
+                self.bias[begin:end] = layer.bias
+            begin = end
 
 
 ROWS_OF_A_STEP = 16  # for how many rows oneDNN is to lay out a matrix

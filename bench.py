@@ -714,8 +714,7 @@ def main():
     warnings.simplefilter("ignore")  # torch warns of what it then raises, which we tell
     begun = time.perf_counter()
     bench = Bench(setup(device), seconds=seconds)
-    # A server computes as serve.py does, which does not ask how wide the network is.
-    bench.dtype, why = choose_dtype(bench.device, dtype, 0 if serve else n_embd)
+    bench.dtype, why = choose_dtype(bench.device, dtype, n_embd)
     net = build(bench)  # which refuses a wrong shape before anything is timed
     make_optimizer(net, optimizer)  # so does this an optimizer
     bench.config = net.config

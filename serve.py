@@ -34,7 +34,7 @@ max_batch = 16  # sequences that are generated at once
 max_len = 0  # tokens of a prompt and its answer, at most; 0: the model's context
 max_queue = 256  # sequences that may wait for a place in the batch; more are answered 429
 max_connections = 1000  # that clients may have open at once; more are answered 503
-prefill_chunk = 128  # tokens of prompts read in one step, which the others wait for
+prefill_chunk = 0  # tokens of prompts read in one step, which others wait for; 0: by the device
 max_body = 4_000_000  # bytes of a request, at most
 timeout = 600.0  # seconds that a request may take
 client_timeout = 20.0  # seconds that a client may take to send its request, or to read a piece
@@ -43,8 +43,8 @@ log: str | None = None  # a file that gets a line of JSON for each request
 log_prompts = False  # with what was asked and answered
 seed: int | None = None  # of requests that bring none; None: another for each
 device = "auto"  # auto, cpu, cuda, cuda:1
-dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
-quantize: str | None = None  # int8 or int4: weights of one byte or half of one
+dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
+quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 
 if __name__ == "__main__":
@@ -426,12 +426,13 @@ def check_settings(net):
         "max_batch": max_batch,
         "max_queue": max_queue,
         "max_connections": max_connections,
-        "prefill_chunk": prefill_chunk,
         "max_body": max_body,
     }
     for name, n in counts.items():
         if n < 1:
             raise UserError(f"--{name}={n}: expected 1 or more")
+    if prefill_chunk < 0:
+        raise UserError(f"--prefill_chunk={prefill_chunk}: expected 1 or more, or 0: by the device")
     for name, seconds in dict(timeout=timeout, client_timeout=client_timeout, drain=drain).items():
         if not 0 < seconds < math.inf:
             raise UserError(f"--{name}={seconds}: expected seconds, more than 0")
@@ -442,6 +443,16 @@ def check_settings(net):
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
     if net.score is not None:
         raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
+
+
+def load_model(place):
+    """(the network, its tokenizer, the dtype that it computes in)."""
+    kind, _ = choose_dtype(place, dtype, n_embd=1 << 20)
+    net, tok = load(model, place, kind, quantize, fast)
+    right, _ = choose_dtype(place, dtype, net.config.n_embd)
+    if right != kind:  # it is too narrow to gain, as is only known now
+        net, tok = load(model, place, right, quantize, fast)
+    return net, tok, right
 
 
 def make_engine(net, tok, length):
@@ -492,8 +503,7 @@ def run_server(app, engine, sock, limits, shutdown):
 def main():
     key = read_key()
     run = setup(device)
-    compute_dtype, _ = choose_dtype(run.device, dtype)
-    net, tok = load(model, run.device, compute_dtype, quantize, fast)
+    net, tok, compute_dtype = load_model(run.device)
     n_params = sum(part["params"] for part in page.model_parts(net))
     kind = str(compute_dtype).removeprefix("torch.")
     print(f"{model}: {n_params / 1e6:.1f}M parameters, {kind} on {run.device}")

@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from barelm.decode import decode_rows
 from barelm.fast import (
     blocked_attention,
     can_block,
@@ -32,6 +31,7 @@ from barelm.fast import (
     generating,
     joined_product,
 )
+from barelm.generation import decode_rows
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 
@@ -106,6 +106,7 @@ class Operations:
     def __init__(self, fast):
         self.fast = fast
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
+        self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
 
     def project(self, x, *layers):
         """The outputs of linear layers that read the same x (…, C), side by side."""
@@ -120,6 +121,8 @@ class Operations:
     def attend(self, q, k, v, mask=None, dropout=0.0):
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D); mask is
         `attention_mask`'s."""
+        if self.attend_cached is not None:
+            return self.attend_cached(q, k, v, mask)
         if self.fast and can_block(q, k, mask, dropout):
             return blocked_attention(q, k, v, mask)
         if mask is not None and mask.dtype != torch.bool:
@@ -432,8 +435,8 @@ def rope_frequencies(c, device):
 
 
 def rope_angles(c, positions, dtype):
-    """(cos and cos, -sin and sin), each (B, T, 1, D), of the angles by which RoPE turns at positions
-    (B, T), once for the first half of a head's dimensions and once for the second."""
+    """(cos and cos, -sin and sin), each (B, T, 1, D), of the angles by which RoPE turns at
+    positions (B, T): for the first half of a head's dimensions and for the second."""
     # The angles are float32: bfloat16 has no whole numbers above 256.
     angles = positions[:, :, None, None] * rope_frequencies(c, positions.device)
     cos = angles.cos().to(dtype)
@@ -753,8 +756,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
         elif net.fast:
-            options = filters | dict(repetition_penalty=repetition_penalty)
-            decode_rows(net, tok, prompts, rows, seed, options)
+            decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]

@@ -24,20 +24,19 @@ the cache that it looks at, T: tokens of a prompt.
 """
 
 import contextlib
-import sys
 import time
-import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
+from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, pays_to_pack
+from barelm.graphs import Graphs
 from barelm.run import compute_dtype
 from barelm.sampling import (
-    GREEDY,
     OFF,
+    PENALTIES,
     draw_tokens,
-    draws,
     kinds_of,
     penalize,
     power_of_two,
@@ -108,11 +107,16 @@ class Decoder:
         with torch.inference_mode(False):  # a tensor made within it is not written to outside
             self.make_state(net.config)
         self.products = {} if net.fast and self.on_gpu else None
+        self.flash = False
+        if net.fast and graphs and self.on_gpu:
+            with torch.no_grad(), self.computing():
+                self.flash = flash_agrees(self)
         self.graphs = Graphs(self.device) if graphs and self.on_gpu else None
         self.buffers = {}  # pinned memory for what `choose` gives, by its shape
         # What the host knows of each slot:
         self.ready = []  # slots that are to get tokens, in order: their prompts are read
         self.unchosen = set()  # those whose logits no token was chosen by
+        self.kinds = None  # Kinds of the ready slots' options, and how many alternatives they want
         self.length = [0] * n_slots  # tokens whose keys and values it has (at most, on a GPU)
         self.n_left = [0] * n_slots  # tokens that may come (at most, on a GPU)
         self.prompt_length = [0] * n_slots
@@ -130,8 +134,13 @@ class Decoder:
         if self.on_gpu:
             dtype = compute_dtype(self.net.model.embed_tokens.weight)
         # One place more than max_len: where writes that belong to no token go.
-        shape = (2, c.n_layer, n, c.n_kv_head, self.max_len + 1, c.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        places = self.max_len + 1
+        if self.on_gpu:  # a token's heads side by side, as FlashAttention takes them
+            shape = (2, c.n_layer, n, places, c.n_kv_head, c.head_dim)
+            self.store = torch.zeros(shape, device=device, dtype=dtype).transpose(3, 4)
+        else:
+            shape = (2, c.n_layer, n, c.n_kv_head, places, c.head_dim)
+            self.store = torch.zeros(shape, dtype=dtype)
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(n, *shape, device=device, dtype=dtype)
@@ -147,7 +156,8 @@ class Decoder:
         self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
         self.counts = None  # (n, V) float32: how often each was chosen
         self.numbers = torch.arange(n, device=device)
-        self.positions = torch.arange(self.max_len + 1, device=device)[None]  # (1, max_len + 1)
+        # (1, …): of tokens, and as many as there are slots at least
+        self.positions = torch.arange(max(self.max_len, n) + 1, device=device)[None]
 
     # ------------------------------------------------------------------ slots
 
@@ -231,8 +241,8 @@ class Decoder:
         with self.computing():
             if len(slots) > 1 and max(begins) > 0:  # chunks behind others, each with its own mask
                 states = {}
-                for slot in slots:
-                    states.update(self.read_padded([slot], chunks, begins[0]))
+                for slot, begin in zip(slots, begins):
+                    states.update(self.read_padded([slot], chunks, begin))
             elif pays_to_pack(self.net.config, lengths):
                 states = self.read_packed(slots, chunks)
             else:
@@ -272,6 +282,7 @@ class Decoder:
         self.lengths[rows] = self.to_device([self.length[slot] for slot in slots])
         self.left[rows] = self.to_device([self.n_left[slot] for slot in slots])
         self.ready = sorted(self.ready + slots)
+        self.kinds = None
         self.unchosen.update(slots)
 
     def keep_logits(self, rows, h):
@@ -291,11 +302,12 @@ class Decoder:
         """Choose a token for each ready slot: Chosen. Those of which this was the last that its
         limit allows are ready no more."""
         slots = list(self.ready)
-        n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
-        n = min(n, self.n_vocab)
-        kinds = kinds_of([self.options[slot] for slot in slots])
+        if self.kinds is None:  # of a slot that has left since they may be too much, never too few
+            n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
+            kinds = kinds_of([self.options[slot] for slot in slots])
+            self.kinds = (kinds, min(n, self.n_vocab))
         rows, places = self.rows_of(slots)
-        values = self.run(self.choose_rows, rows, kinds, n)
+        values = self.run(self.choose_rows, rows, *self.kinds)
         copied = None
         if self.on_gpu:
             values, copied = self.to_host(values)
@@ -336,8 +348,8 @@ class Decoder:
         if kinds.penalized:
             counts = self.counts[rows]
             seen = self.seen[rows] | (counts > 0)
-            likely = penalize(logits, seen, columns["repetition_penalty"], counts,
-                              columns["presence_penalty"], columns["frequency_penalty"])  # fmt: skip
+            repetition, presence, frequency = [columns[name] for name in PENALTIES]
+            likely = penalize(logits, seen, repetition, counts, presence, frequency)
         drawn = self.drawn[rows]
         uniform = self.uniform[rows].gather(1, drawn[:, None])[:, 0] if kinds.sampled else None
         tokens = draw_tokens(likely, uniform, columns, kinds)  # (B,)
@@ -386,8 +398,12 @@ class Decoder:
     def feed_rows(self, rows, used, even=None):
         """On the device alone: the newest token of each of the rows goes through the network, which
         looks at `used` places of the cache. even: all rows hold so many tokens, and all grow."""
-        cache = StepCache(self, rows, used, even)
-        h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
+        cache = StepCache(self, rows, used, even, self.flash)
+        self.net.ops.attend_cached = cache.attend if self.flash else None
+        try:
+            h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
+        finally:
+            self.net.ops.attend_cached = None
         self.keep_logits(rows, h[:, 0])
         self.lengths[rows] += cache.active
 
@@ -442,8 +458,10 @@ class Decoder:
         """Within, no row is active, so that a step may be tried and changes nothing but logits."""
         left = self.left.clone()
         self.left.zero_()
-        yield
-        self.left.copy_(left)
+        try:
+            yield
+        finally:
+            self.left.copy_(left)
 
     def capture(self, batches=(), lengths=(), options=()):
         """Capture CUDA graphs ahead, before any slot is set: for these numbers of rows and cache
@@ -464,215 +482,3 @@ class Decoder:
         mib = (torch.cuda.memory_reserved(self.device) - before) / 2**20
         seconds = time.monotonic() - begun
         return f"{len(self.graphs.graphs)} CUDA graphs, {seconds:.1f} s, {mib:.0f} MiB"
-
-
-class Graphs:
-    """CUDA graphs of functions without arguments, by key, in one pool of memory: no two of them
-    run at a time. Where a capture fails, functions are called from then on."""
-
-    def __init__(self, device):
-        self.device = device
-        self.graphs = {}  # {key: (graph, what the function returned)}
-        self.pool = None
-        self.failed = False
-
-    def run(self, key, function, at_rest):
-        """function() or its graph's replay; what it returns is overwritten by the next one."""
-        if key not in self.graphs and not self.failed:
-            try:
-                with at_rest():
-                    self.graphs[key] = self.capture(function)
-            except Exception as error:
-                message = str(error).strip() or type(error).__name__
-                print(f"no CUDA graphs ({message.splitlines()[0]}): each kernel is launched",
-                      file=sys.stderr)  # fmt: skip
-                self.failed = True
-                self.graphs.clear()
-        if self.failed:
-            return function()
-        graph, returned = self.graphs[key]
-        graph.replay()
-        return returned
-
-    def capture(self, function):
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries choose their kernels and make their workspaces
-                function()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile, for what is none of this graph's.
-        how = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.graph(graph, **how):
-            returned = function()
-        return graph, returned
-
-    def forget(self, kind):
-        """Drop the graphs whose key begins so."""
-        for key in [key for key in self.graphs if key[0] == kind]:
-            del self.graphs[key]
-
-
-# --------------------------------------------------------------------------------------------------
-# What GPT.hidden sees as its cache: `extend` tells positions, those of what is there to look at,
-# and whether causal attention is enough; `write` stores layer i's k and v (B, G, T, D) and returns
-# all that there is to look at.
-
-
-class ChunkCache:
-    """T tokens for each of the rows, all of which have `begin` tokens. Padding at their ends is
-    written too: nobody looks at it, and the place is free again."""
-
-    def __init__(self, decoder, rows, begin):
-        self.store = decoder.store
-        self.positions = decoder.positions
-        self.rows = rows
-        self.begin = begin
-
-    def extend(self, T, n_new=None):
-        self.end = self.begin + T
-        positions = self.positions[:, self.begin : self.end]
-        return positions, self.positions[:, : self.end], self.begin == 0
-
-    def write(self, i, k, v):
-        self.store[0, i, self.rows, :, self.begin : self.end] = k.to(self.store.dtype)
-        self.store[1, i, self.rows, :, self.begin : self.end] = v.to(self.store.dtype)
-        if self.begin == 0:  # as they came: not yet rounded to the cache's type
-            return k, v
-        return self.store[:, i, self.rows, :, : self.end]
-
-
-class PackedCache:
-    """Whole prompts one after the other in one row. slots (N,): whose each token is."""
-
-    def __init__(self, decoder, slots, lengths):
-        self.store = decoder.store
-        self.slots = slots
-        places = [torch.arange(n) for n in lengths]
-        self.places = torch.cat(places).to(slots.device, non_blocking=True)  # (N,)
-
-    def extend(self, T, n_new=None):
-        positions = torch.arange(T, device=self.slots.device)[None]
-        return positions, positions, True
-
-    def write(self, i, k, v):
-        for stored, new in zip(self.store[:, i], (k, v)):
-            # Two indices with a slice between them give (N, G, D).
-            stored[self.slots, :, self.places] = new[0].transpose(0, 1).to(stored.dtype)
-        return k, v
-
-
-class StepCache:
-    """A token for each of the rows, of which those with `left` grow."""
-
-    def __init__(self, decoder, rows, used, even):
-        self.n_layer = len(decoder.store[0])
-        self.positions = decoder.positions
-        self.rows = rows
-        self.used = used
-        self.even = even
-        # As lists of tensors for each layer, k's and then v's: one call for all of them, where a
-        # token's time goes to calls.
-        self.seen = list_of(decoder.store[..., :used, :])  # (n, G, S, D) each
-        if isinstance(rows, slice):
-            self.seen = list_of(decoder.store[:, :, rows, :, :used])  # (B, G, S, D) each
-        if even is not None:
-            self.active = 1
-            self.places = list_of(decoder.store[:, :, rows, :, even : even + 1])
-            return
-        self.stored = list_of(decoder.store)
-        self.lengths = decoder.lengths[rows]
-        self.active = decoder.left[rows] > 0
-        # Of a row that has ended: the spare place, which nobody looks at.
-        spare = self.lengths.where(self.active, decoder.max_len)
-        self.index = (decoder.numbers[rows], slice(None), spare)
-
-    def extend(self, T, n_new=None):
-        keys = self.positions[:, : self.used]
-        if self.even is not None:  # nothing is behind the new token: it sees all
-            return keys[:, self.even :], keys, True
-        return self.lengths[:, None], keys, False
-
-    def write(self, i, k, v):
-        for j, new in ((i, k), (i + self.n_layer, v)):
-            if self.even is not None:
-                self.places[j].copy_(new)
-            else:
-                self.stored[j][self.index] = new[:, :, 0].to(self.stored[j].dtype)
-        k = self.seen[i]
-        v = self.seen[i + self.n_layer]
-        if isinstance(self.rows, slice):
-            return k, v
-        return k[self.rows], v[self.rows]
-
-
-def list_of(store):
-    """(2, n_layer, …) as a list of 2 n_layer tensors, in the same memory."""
-    return store.flatten(0, 1).unbind(0)
-
-
-def pays_to_pack(c, lengths):
-    """Whether prompts of these lengths are read faster in one packed row, where each token is held
-    against all, than as rows padded to the longest: by the products of both."""
-    linear = 6 * c.n_embd  # of a token, in units of 2 C: those of a token with another
-    n = sum(lengths)
-    longest = max(lengths)
-    return n * (linear + n) < len(lengths) * longest * (linear + longest)
-
-
-# --------------------------------------------------------------------------------------------------
-# All of a generation
-
-
-def decode_rows(net, tok, prompts, rows, seed, options):
-    """Feed model.py's `rows` with what follows their prompts until all are done. On a GPU the host
-    reads the tokens of step t - 1 while the device computes step t: neither waits for the other."""
-    limit = max(row.limit for row in rows)
-    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
-    decoder = decoder_for(net, tok, len(rows), longest)
-    for i, (prompt, row) in enumerate(zip(prompts, rows)):
-        uniform = draws(seed, i, limit) if options["temperature"] >= GREEDY else None
-        decoder.set(i, prompt, row.limit, options=options, uniform=uniform, ends=row.ends)
-    decoder.read(dict(enumerate(prompts)))
-    under_way = []
-    while decoder.ready or under_way:
-        if decoder.ready:
-            under_way.append(decoder.choose())
-        if len(under_way) > int(decoder.on_gpu and bool(decoder.ready)):
-            take(decoder, rows, under_way.pop(0))
-        decoder.feed()
-
-
-def take(decoder, rows, chosen):
-    """Give the rows their tokens; those that are done leave."""
-    tokens = chosen.wait()
-    for slot, token, logprob in zip(chosen.slots, tokens.tokens, tokens.logprobs):
-        rows[slot].take(token, logprob)
-        if rows[slot].done:
-            decoder.clear(slot)
-
-
-DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
-
-
-def decoder_for(net, tok, n_slots, max_len):
-    """A Decoder for a generation. On a GPU it and its graphs serve later ones too: as long as the
-    network's weights are in the same places, with what they are by then."""
-    if net.model.embed_tokens.weight.device.type != "cuda":
-        return Decoder(net, tok, n_slots, max_len)
-    tensors = [*net.parameters(), *net.buffers()]
-    made_for = (net.fast, tok.n_vocab, compute_dtype(tensors[0]))
-    made_for += tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors)
-    kept_for, decoder = DECODERS.pop(net, (None, None))
-    fits = kept_for == made_for and decoder.n_slots >= n_slots and decoder.max_len >= max_len
-    if not fits:
-        decoder = None  # its memory is free before another one is made
-        decoder = Decoder(net, tok, power_of_two(n_slots), power_of_two(max_len))
-    decoder.refresh()
-    for slot in range(decoder.n_slots):
-        decoder.clear(slot)
-    DECODERS[net] = (made_for, decoder)
-    return decoder

@@ -120,15 +120,16 @@ LARGE = 1 << 23  # weights of layers that are not copied to be joined: 16 MiB, 6
 
 
 class PlacedProduct:
-    """A function of x that multiplies with a GPU's copy of the layers' weights, joined and of dtype,
-    which stays in its place: a CUDA graph reads it there. `refresh` makes it what they are."""
+    """A function of x that multiplies with a copy of the layers' weights, joined, of dtype, which
+    stays in its place on a GPU: a CUDA graph reads it there. `refresh` makes it what they are."""
 
     def __init__(self, layers, dtype):
         self.layers = layers
-        self.weight = torch.cat([layer.weight for layer in layers]).to(dtype)
-        self.bias = joined_bias(layers)
-        if self.bias is not None:
-            self.bias = self.bias.to(dtype)
+        with torch.inference_mode(False), torch.no_grad():  # so that they may be written to later
+            self.weight = torch.cat([layer.weight for layer in layers]).to(dtype)
+            self.bias = joined_bias(layers)
+            if self.bias is not None:
+                self.bias = self.bias.to(dtype)
 
     def __call__(self, x):
         return F.linear(x, self.weight, self.bias)

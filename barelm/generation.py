@@ -1,0 +1,60 @@
+"""A whole generation by a Decoder: what model.generate calls for a fast network."""
+
+import weakref
+
+from barelm.decode import Decoder
+from barelm.run import compute_dtype
+from barelm.sampling import GREEDY, draws, power_of_two
+
+
+def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
+    """Feed model.py's `rows` with what follows their prompts until all are done. On a GPU the host
+    reads the tokens of step t - 1 while the device computes step t: neither waits for the other."""
+    limit = max(row.limit for row in rows)
+    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
+    decoder = decoder_for(net, tok, len(rows), longest)
+    options = filters | {"repetition_penalty": penalty}
+    for i, (prompt, row) in enumerate(zip(prompts, rows)):
+        uniform = draws(seed, i, limit) if options["temperature"] >= GREEDY else None
+        decoder.set(i, prompt, row.limit, options=options, uniform=uniform, ends=row.ends)
+    decoder.read(dict(enumerate(prompts)))
+    under_way = []
+    while decoder.ready or under_way:
+        if decoder.ready:
+            under_way.append(decoder.choose())
+        if len(under_way) > int(decoder.on_gpu and bool(decoder.ready)):
+            take(decoder, rows, under_way.pop(0))
+        decoder.feed()
+
+
+def take(decoder, rows, chosen):
+    """Give the rows their tokens; those that are done leave."""
+    tokens = chosen.wait()
+    for slot, token, logprob in zip(chosen.slots, tokens.tokens, tokens.logprobs):
+        rows[slot].take(token, logprob)
+        if rows[slot].done:
+            decoder.clear(slot)
+
+
+DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
+
+
+def decoder_for(net, tok, n_slots, max_len):
+    """A Decoder for a generation. On a GPU it and its graphs serve later ones too: as long as the
+    network's weights are in the same places, with what they are by then."""
+    kept_for, decoder = DECODERS.pop(net, (None, None))
+    if net.model.embed_tokens.weight.device.type != "cuda":
+        return Decoder(net, tok, n_slots, max_len)
+    tensors = [*net.parameters(), *net.buffers()]
+    made_for = (net.fast, tok.n_vocab, compute_dtype(tensors[0]))
+    made_for += tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors)
+    fits = kept_for == made_for and decoder.n_slots >= n_slots and decoder.max_len >= max_len
+    if not fits:
+        decoder = None  # its memory is free before another one is made
+        decoder = Decoder(net, tok, power_of_two(n_slots), power_of_two(max_len))
+        decoder.net = weakref.proxy(net)  # or neither would ever go
+    decoder.refresh()
+    for slot in range(decoder.n_slots):
+        decoder.clear(slot)
+    DECODERS[net] = (made_for, decoder)
+    return decoder

@@ -1,0 +1,272 @@
+"""barelm/decode.py against model.py's plain loop, and against each sequence by itself."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from test_model import GPT2, OURS, QWEN3, SHAPES, make_net
+
+import model
+from barelm.adapters import add_adapters
+from barelm.bpe import char_tokenizer
+from barelm.decode import Decoder
+from barelm.fast import PlacedProduct, generating, quantize_weights
+from barelm.generation import decoder_for
+from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
+from barelm.tokenizer import Tokenizer
+
+SETTINGS = [
+    dict(temperature=0),
+    dict(seed=2),
+    dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3),
+    dict(temperature=0, repetition_penalty=2.0, stop=["a", "yx"]),
+]
+PROMPTS = {
+    "even": [[1, 2, 3], [5, 5, 5], [4, 1, 2]],
+    "uneven": [[1, 2, 3], [5], [4] * 29, [7, 8, 9, 10, 11, 12, 1, 2]],
+    "one long": [[9] * 28, [1], [2], [3], [4], [5]],  # read as one packed row
+}
+
+
+@pytest.fixture(scope="module")
+def tok():
+    tok = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n.?!😀é")
+    many_ends = Tokenizer(tok.spec, tok.config)
+    many_ends.eos_ids = [0, 3, 11, *range(20, 27)]  # more than there is room for at first
+    return many_ends
+
+
+def adapted(net):
+    add_adapters(net, 4)
+    for name, p in net.named_parameters():
+        if "adapter" in name:
+            nn.init.normal_(p, std=0.3)
+    return net
+
+
+def quantized(net):
+    return quantize_weights(net, "int8")
+
+
+NETS = {
+    "qwen3": (QWEN3, None),
+    "wide heads": (SHAPES["qwen3-untied-wide-heads"], None),
+    "sinusoidal": (OURS["post-sinusoidal-relu2"], None),
+    "int8": (QWEN3, quantized),
+    "adapters": (GPT2, adapted),
+}
+
+
+def compare(ours, theirs, tolerance=1e-4):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.ids, a.text, a.finish_reason) == (b.ids, b.text, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_generate_is_the_plain_loop(name, tok, monkeypatch):
+    shape, change = NETS[name]
+    net = make_net(**shape)
+    net.lm_head.weight.data[tok.n_vocab :] += 5  # ids of no token, which must never come
+    if change is not None:
+        net = change(net)
+    cases = list(itertools.product(SETTINGS, PROMPTS.values()))
+    for settings, prompts in cases[:: 1 if name == "qwen3" else 2]:
+        net.fast = True
+        ours = model.generate(net, tok, prompts, max_new_tokens=9, **settings)
+        with monkeypatch.context() as patch:  # the same products, which round alike
+            patch.setattr(model, "decode_rows", model.sample_rows)
+            compare(ours, model.generate(net, tok, prompts, max_new_tokens=9, **settings))
+        if name == "int8":  # its plain product is another
+            continue
+        net.fast = False
+        compare(ours, model.generate(net, tok, prompts, max_new_tokens=9, **settings), 1e-3)
+
+
+def random_job(chance, i, n_vocab):
+    """(prompt, limit, options) of a sequence."""
+    options = [
+        dict(temperature=0.0),
+        dict(),
+        dict(top_k=5, top_p=0.9),
+        dict(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5),
+        dict(min_p=0.1, temperature=0.7),
+    ]
+    prompt = [chance.randrange(n_vocab) for _ in range(chance.randint(1, 20))]
+    return prompt, chance.randint(1, 12), options[i % len(options)]
+
+
+def run_alone(net, tok, i, prompt, limit, options):
+    """[(id, log p)] of a sequence, from one forward pass a token and today's functions."""
+    uniform = draws(i, 0, limit)
+    ids = list(prompt)
+    answer = []
+    counts = torch.zeros(1, net.config.vocab_size)
+    while len(answer) < limit:
+        with torch.no_grad():
+            logits = model.head(net, tok, net.hidden(torch.tensor([ids]))[:, -1])  # (1, V)
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, ids] = True
+        penalties = [options.get("repetition_penalty", 1.0), counts]
+        penalties += [options.get("presence_penalty", 0.0), options.get("frequency_penalty", 0.0)]
+        likely = model.penalize(logits, seen, *penalties)
+        filters = {name: options[name] for name in FILTERS if name in options}
+        token = choose_tokens(likely, uniform[len(answer) : len(answer) + 1], **filters).item()
+        answer.append((token, logits.log_softmax(-1)[0, token].item()))
+        ids.append(token)
+        counts[0, token] += 1
+        if token in tok.eos_ids:
+            break
+    return answer
+
+
+def test_slots_set_and_cleared_between_steps_are_sequences_by_themselves(tok):
+    """Four slots for 24 sequences, each with its own options and a prompt that is read in chunks;
+    some leave before their end; a copied beginning is as good as one that was read."""
+    net = make_net(**QWEN3)
+    chance = random.Random(3)
+    jobs = [random_job(chance, i, tok.n_vocab) for i in range(24)]
+    answers = [[] for _ in jobs]
+    patience = [chance.choice([2, 99, 99]) for _ in jobs]  # tokens after which its client leaves
+    waiting = list(range(len(jobs)))
+    slots = {}  # {slot: job}
+    with generating(net), torch.no_grad():
+        decoder = Decoder(net, tok, 4, 32, check=True)
+        while waiting or slots:
+            if decoder.ready:
+                chosen = decoder.choose()
+                tokens = chosen.wait()
+                assert all(tokens.finite) and chosen.owners == [slots[s] for s in chosen.slots]
+                for n, (slot, i) in enumerate(zip(chosen.slots, chosen.owners)):
+                    answers[i].append((tokens.tokens[n], tokens.logprobs[n]))
+                    best = tokens.alternatives[n]
+                    assert len(best) == i % 4 and sorted(best.values())[::-1] == [*best.values()]
+                    done = len(answers[i]) in (jobs[i][1], patience[i])
+                    if done or tokens.tokens[n] in tok.eos_ids:
+                        decoder.clear(slot)
+                        del slots[slot]
+                decoder.feed()
+            if waiting and len(slots) < 4:
+                slot = chance.choice([s for s in range(4) if s not in slots])
+                i = slots[slot] = waiting.pop(0)
+                prompt, limit, options = jobs[i]
+                how = dict(uniform=draws(i, 0, limit), ends=tok.eos_ids, n_alternatives=i % 4)
+                decoder.set(slot, prompt, limit, options=options, owner=i, **how)
+                decoder.read({slot: prompt[:-1][:9]}) if len(prompt) > 1 else None
+            unread = {}
+            for slot, i in slots.items():
+                if decoder.length[slot] < len(jobs[i][0]):
+                    unread[slot] = jobs[i][0][decoder.length[slot] :][:9]
+            if unread:
+                states = decoder.read(unread)
+                assert {slot: len(h) for slot, h in states.items()} == {
+                    slot: len(ids) for slot, ids in unread.items()
+                }
+    for i, answer in enumerate(answers):
+        expected = run_alone(net, tok, i, *jobs[i])[: patience[i]]
+        assert [id for id, _ in answer] == [id for id, _ in expected], jobs[i]
+        assert [p for _, p in answer] == pytest.approx([p for _, p in expected], abs=1e-4)
+
+
+def test_a_copied_beginning_is_as_good_as_one_that_was_read(tok):
+    net = make_net(**QWEN3)
+    with generating(net), torch.no_grad():
+        decoder = Decoder(net, tok, 5, 32)
+        decoder.set(0, [1, 2, 3, 4, 5], 4)
+        expected = decoder.read({0: [1, 2, 3, 4, 5]})[0]
+        decoder.copy(4, 0, 3)
+        decoder.set(4, [1, 2, 3, 4, 5], 4, n_cached=3)
+        torch.testing.assert_close(decoder.read({4: [4, 5]})[4], expected[3:])
+        torch.testing.assert_close(decoder.logits[4], decoder.logits[0])
+        assert decoder.ready == [0, 4]
+        with pytest.raises(RuntimeError, match="no token was chosen"):
+            decoder.feed()
+        decoder.wipe(0)
+        assert not decoder.store[:, :, 0].any()
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 4)])
+def test_a_row_that_has_ended_neither_grows_nor_disturbs_the_others(rows, tok):
+    """On a GPU such rows are computed until the host has heard of it."""
+    net = make_net(**QWEN3)
+    prompts = {1: [1, 2, 3], 2: [4, 5]}
+    kinds = kinds_of([{"temperature": 0.0}])
+    with generating(net), torch.no_grad():
+        both = Decoder(net, tok, 4, 16)
+        for slot, limit in ((1, 9), (2, 2)):
+            both.set(slot, prompts[slot], limit, options={"temperature": 0.0})
+        both.read(prompts)
+        alone = Decoder(net, tok, 1, 16)
+        alone.set(0, prompts[1], 9, options={"temperature": 0.0})
+        alone.read({0: prompts[1]})
+        for step in range(9):
+            expected = alone.choose().wait()
+            values = both.choose_rows(rows, kinds)[1 - rows.start].tolist()
+            assert values[0] == expected.tokens[0]
+            assert values[1] == pytest.approx(expected.logprobs[0], abs=1e-5)
+            alone.feed()
+            both.feed_rows(rows, 16)
+            if step == 1:  # the last token of the limit is chosen, and not fed
+                kept = both.store[:, :, 2, :, :16].clone()
+        assert both.lengths.tolist() == [0, 3 + 8, 2 + 1, 0] and not both.left.any()
+        assert torch.equal(both.store[:, :, 2, :, :16], kept) and kept[..., 3:, :].eq(0).all()
+        assert both.store[:, :, [0, 3], :, :16].eq(0).all()
+
+
+def on_the_device(net, device):
+    """The network with weights that are nowhere, on a device that need not be there."""
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            p = torch.empty(p.shape, dtype=torch.bfloat16, device=device)
+            module.register_parameter(name, nn.Parameter(p))
+    return net
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no device to pretend")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "post-sinusoidal-relu2"])
+def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
+    """Of fake tensors nothing can be read on the host, and devices may not be mixed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    net = make_net(**(SHAPES | OURS)[name])
+    with FakeTensorMode(), generating(net), torch.no_grad():
+        net = on_the_device(net, "cuda")
+        decoder = Decoder(net, tok, 4, 32, graphs=False, check=True)
+        options = dict(repetition_penalty=2.0)
+        for slot in range(2):
+            uniform = torch.empty(5)
+            decoder.set(slot, [1, 2], 5, options=options, uniform=uniform, ends=tok.eos_ids)
+        decoder.read({0: [1, 2], 1: [1]})
+        decoder.read({1: [2]})
+        for sampled, top_k, top_p, min_p, penalized in itertools.product((False, True), repeat=5):
+            kinds = Kinds(sampled, 8 * top_k, top_p, min_p, penalized)
+            values = decoder.choose_rows(slice(0, 4), kinds, 2)
+            assert values.device.type == "cuda" and values.shape == (4, 3 + 2 * 2)
+        for flash in (False, True):
+            decoder.flash = flash
+            with decoder.computing():
+                decoder.feed_rows(slice(0, 2), 32)
+        decoder.refresh()
+
+
+def test_a_placed_product_follows_the_weights():
+    layers = [nn.Linear(8, 3), nn.Linear(8, 5)]
+    product = PlacedProduct(layers, torch.bfloat16)
+    place = product.weight.data_ptr()
+    x = torch.randn(2, 8).bfloat16()
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight += 1
+            layer.bias += 1
+        product.refresh()
+        expected = [F.linear(x, f.weight.bfloat16(), f.bias.bfloat16()) for f in layers]
+        torch.testing.assert_close(product(x), torch.cat(expected, 1), rtol=0.02, atol=0.02)
+    assert product.weight.data_ptr() == place
+
+
+def test_a_decoder_for_a_cpu_is_of_one_generation(tok):
+    net = make_net(**QWEN3)
+    assert decoder_for(net, tok, 2, 8) is not decoder_for(net, tok, 2, 8)

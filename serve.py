@@ -16,7 +16,7 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/front.py        who may ask, and what is written down
     this file              the addresses
     barelm/api.py          what a request may say, and the jobs that it becomes
-    barelm/engine.py       the thread that owns the network: jobs in, tokens out
+    barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
     barelm/page.py         what the page (serve.html) shows; barelm/metrics.py what is counted
 
@@ -65,6 +65,7 @@ from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.checkpoint import load
 from barelm.engine import Engine, tell_listeners
+from barelm.jobs import Updates
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -104,41 +105,6 @@ class Settings:
     max_body: int  # bytes of a request
     timeout: float  # seconds that a request may take
     client_timeout: float  # seconds that a client may take to send or to read a piece
-
-
-class Updates:
-    """What the jobs of a request tell, until the coroutine that answers it takes it. What comes
-    meanwhile is joined: of each job there is one Update here at most, however slowly the client
-    reads. at_end: what is not the end of a job wakes nobody.
-
-    All of it belongs to the event loop's thread."""
-
-    def __init__(self, at_end=False):
-        self.at_end = at_end
-        self.by_job = {}  # {index: Update}
-        self.problem = None  # an exception, of the watcher or the clock
-        self.is_new = asyncio.Event()
-
-    def listener(self, update):
-        earlier = self.by_job.setdefault(update.job.index, update)
-        if earlier is not update:
-            earlier.add(update)
-        if update.done or not self.at_end:
-            self.is_new.set()
-
-    def fail(self, problem):
-        self.problem = problem
-        self.is_new.set()
-
-    async def take(self):
-        """What is new, [Update]."""
-        await self.is_new.wait()
-        self.is_new.clear()
-        if self.problem is not None:
-            raise self.problem
-        updates = list(self.by_job.values())
-        self.by_job.clear()
-        return updates
 
 
 class Handlers:

@@ -10,7 +10,8 @@ from conftest import ROOT
 
 import model
 from barelm.checkpoint import load
-from barelm.engine import NOT_FINITE, Engine, Job, Sampling, Update
+from barelm.engine import NOT_FINITE, Engine
+from barelm.jobs import Job, Sampling, Update, Updates
 
 CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 GREEDY = Sampling(temperature=0.0)
@@ -113,19 +114,15 @@ def test_each_row_has_its_own_filters():
 
 
 def test_what_a_slow_client_has_not_read_is_one_update(loaded):
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    import serve
-
     job = Job(loaded[1], [5], 9, GREEDY, ignore)
 
     async def read():
-        waiting = serve.Updates()
+        waiting = Updates()
         for text, done in (("a", False), ("b", False), ("c", True)):
             waiting.listener(Update(job, text, [text], done))
         [update] = await waiting.take()
         assert (update.text, update.tokens, update.done) == ("abc", ["a", "b", "c"], True)
-        at_end = serve.Updates(at_end=True)
+        at_end = Updates(at_end=True)
         at_end.listener(Update(job, "a", [], False))
         assert not at_end.is_new.is_set()
         at_end.fail(ValueError())

@@ -30,7 +30,7 @@ host = "127.0.0.1"  # who may connect: 127.0.0.1 this machine alone, 0.0.0.0 eve
 port = 8000  # 0: any free one
 api_key: str | None = None  # asked of every client; or set BARELM_API_KEY, which ps does not show
 cors: str | None = None  # web sites that may call, "https://a.org,https://b.org", or "*"
-max_batch = 16  # sequences that are generated at once
+max_batch: int | None = None  # sequences that are made at once; None: 16, on a GPU by its memory
 max_len = 0  # tokens of a prompt and its answer, at most; 0: the model's context
 max_queue = 256  # sequences that may wait for a place in the batch; more are answered 429
 max_connections = 1000  # that clients may have open at once; more are answered 503
@@ -59,6 +59,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from barelm import api, page
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
@@ -389,7 +391,7 @@ def read_key():
 
 def check_settings(net):
     counts = {
-        "max_batch": max_batch,
+        "max_batch": 16 if max_batch is None else max_batch,
         "max_queue": max_queue,
         "max_connections": max_connections,
         "max_body": max_body,
@@ -421,11 +423,26 @@ def load_model(place):
     return net, tok, right
 
 
+def batch_limit(net, length):
+    """How many sequences of so many tokens are made at once: on a GPU their keys and values take
+    half of the memory that is free, at most."""
+    table = net.model.embed_tokens.weight
+    if max_batch is not None:
+        return max_batch
+    if table.device.type == "cpu":
+        return 16
+    c = net.config
+    row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * table.element_size()  # bytes
+    free, _ = torch.cuda.mem_get_info(table.device)
+    return max(1, min(256, free // 2 // row))
+
+
 def make_engine(net, tok, length):
+    batch = batch_limit(net, length)
     try:
-        return Engine(net, tok, max_batch, length, prefill_chunk, max_queue)
+        return Engine(net, tok, batch, length, prefill_chunk, max_queue)
     except RuntimeError:  # torch's word for no memory
-        why = f"no memory for the keys and values of {max_batch} times {length} tokens"
+        why = f"no memory for the keys and values of {batch} times {length} tokens"
         raise UserError(f"{why}: lower --max_batch or --max_len") from None
 
 
@@ -456,9 +473,8 @@ def run_server(app, engine, sock, limits, shutdown):
         signal.signal(number, server.handle_exit)
     engine.start()
     size = engine.decoder.store.nbytes / 1e6
-    print(
-        f"{max_batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values"
-    )
+    batch = engine.max_batch
+    print(f"{batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values")
     address = f"[{host}]" if ":" in host else host
     name = Path(model).resolve().name
     print(f"serving {name} at http://{address}:{sock.getsockname()[1]}", flush=True)

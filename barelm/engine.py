@@ -68,6 +68,10 @@ class Engine(threading.Thread):
         self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
         # What a pass of the network costs beside its tokens, in tokens: less is not worth one.
         self.pass_cost = 256 if self.on_gpu else 32
+        # A GPU reads many prompts in hardly more time than one: so they may gather, for so many
+        # times as long as the last pass took, while others get their tokens.
+        self.rest = 3 if self.on_gpu else 0
+        self.next_pass = 0.0  # time.monotonic()
         self.n_steps = 0
         self.jobs = {}  # {slot: job}; changed by this thread alone, as is what follows
         self.reading = []  # jobs of which a chunk was read, and not the whole prompt
@@ -128,7 +132,16 @@ class Engine(threading.Thread):
                     self.step()
                 except Exception as error:  # no memory, say: the batch is lost, the server is not
                     print(f"serve.py: a step failed: {error!r}", file=sys.stderr, flush=True)
-                    self.drop_all("the step that this sequence was in failed")
+                    self.recover()
+
+    def recover(self):
+        """Go on without the batch; a GPU that computes no more ends the server, for whoever watches
+        it to start it anew."""
+        try:
+            self.drop_all("the step that this sequence was in failed")
+        except Exception as error:
+            print(f"serve.py: nor can another one begin: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def first_step(self):
         """Make a token of nothing, so that no client waits while the weights are packed, and on a
@@ -195,7 +208,15 @@ class Engine(threading.Thread):
 
     def read_prompts(self):
         """Read at most prefill_chunk tokens of prompts: first of those that were begun."""
-        room = self.prefill_chunk
+        begun = time.monotonic()
+        if self.decoder.ready and begun < self.next_pass:
+            return
+        self.read_for(self.prefill_chunk)
+        now = time.monotonic()
+        self.next_pass = now + self.rest * (now - begun)
+
+    def read_for(self, room):
+        """Read at most `room` tokens of prompts."""
         for job in list(self.reading):
             if room <= 0:
                 return

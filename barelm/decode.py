@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, pays_to_pack
+from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, packs, pays_to_pack
 from barelm.graphs import Graphs
 from barelm.run import compute_dtype
 from barelm.sampling import (
@@ -236,25 +236,27 @@ class Decoder:
         `ready` where its prompt ends. Call it after `feed`, not between `choose` and `feed`.
         Returns {slot: hidden states (T, C) of its chunk}."""
         slots = list(chunks)
-        lengths = [len(chunks[slot]) for slot in slots]
-        begins = [self.length[slot] for slot in slots]
+        lengths = {slot: len(ids) for slot, ids in chunks.items()}
+        states = {}
         with self.computing():
-            if len(slots) > 1 and max(begins) > 0:  # chunks behind others, each with its own mask
-                states = {}
-                for slot, begin in zip(slots, begins):
-                    states.update(self.read_padded([slot], chunks, begin))
-            elif pays_to_pack(self.net.config, lengths):
-                states = self.read_packed(slots, chunks)
+            if any(
+                self.length[slot] for slot in slots
+            ):  # behind others: each has a mask of its own
+                for slot in slots:
+                    states.update(self.read_padded([slot], chunks, self.length[slot]))
+            elif pays_to_pack(self.net.config, lengths.values()):
+                for group in packs(lengths):
+                    states.update(self.read_packed(group, chunks))
             else:
-                states = self.read_padded(slots, chunks, begins[0])
-            for slot, n in zip(slots, lengths):
-                self.length[slot] += n
+                states = self.read_padded(slots, chunks)
+            for slot in slots:
+                self.length[slot] += lengths[slot]
             ended = [slot for slot in slots if self.length[slot] == self.prompt_length[slot]]
             if ended:
                 self.begin_answers(ended, torch.stack([states[slot][-1] for slot in ended]))
         return states
 
-    def read_padded(self, slots, chunks, begin):
+    def read_padded(self, slots, chunks, begin=0):
         """Of chunks that all begin at the same place, as rows that are as long as the longest."""
         rows = [torch.tensor(chunks[slot]) for slot in slots]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right

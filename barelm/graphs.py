@@ -13,6 +13,7 @@ class Graphs:
         self.device = device
         self.graphs = {}  # {key: (graph, what the function returned)}
         self.pool = None
+        self.stream = None  # one for all: a library keeps a workspace for each
         self.failed = False
 
     def run(self, key, function, at_rest):
@@ -37,7 +38,8 @@ class Graphs:
     def capture(self, function):
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self.device)
+            self.stream = torch.cuda.Stream(self.device)
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose their kernels and make their workspaces

@@ -415,12 +415,19 @@ def check_settings(net):
 
 def load_model(place):
     """(the network, its tokenizer, the dtype that it computes in)."""
-    kind, _ = choose_dtype(place, dtype, n_embd=1 << 20)
+    kind, _ = choose_dtype(place, dtype, n_embd=widest_of_bfloat16())
     net, tok = load(model, place, kind, quantize, fast)
-    right, _ = choose_dtype(place, dtype, net.config.n_embd)
-    if right != kind:  # it is too narrow to gain, as is only known now
+    right, _ = choose_dtype(place, dtype, min(net.config.n_embd, widest_of_bfloat16()))
+    if right != kind:  # it is too narrow to gain by bfloat16, as is only known now
         net, tok = load(model, place, right, quantize, fast)
     return net, tok, right
+
+
+def widest_of_bfloat16():
+    """For choose_dtype: 0 where a CPU gains nothing by bfloat16, as oneDNN has no such products."""
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    return 1 << 20 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0
 
 
 def batch_limit(net, length):

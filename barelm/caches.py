@@ -67,10 +67,11 @@ class StepCache:
         self.even = even
         # As lists of tensors for each layer, k's and then v's: one call for all of them, where a
         # token's time goes to calls.
-        self.seen = list_of(decoder.store[..., :used, :])  # (n, G, S, D) each
         if isinstance(rows, slice):
             width = decoder.max_len + 1 if flash else used  # `attend` wants whole rows
             self.seen = list_of(decoder.store[:, :, rows, :, :width])  # (B, G, S, D) each
+        else:
+            self.seen = list_of(decoder.store[..., :used, :])  # (n, G, S, D) each
         if even is not None:
             self.active = 1
             self.places = list_of(decoder.store[:, :, rows, :, even : even + 1])

@@ -61,7 +61,7 @@ class Chosen:
         self.slots = slots
         self.owners = owners
         self.n_alternatives = n_alternatives
-        self.values = values  # (B, 3 + 2 n) float64 on the host
+        self.values = values  # `Decoder.choose_rows`', on the host
         self.places = places  # in it, of each of slots
         self.copied = copied  # the event after which it is there; None: it is
         self.tokens = None
@@ -76,15 +76,16 @@ class Chosen:
         return self.tokens
 
     def in_words(self, rows):
-        n = (self.values.shape[1] - 3) // 2
+        n = self.values.shape[1] // 2 - 1
+        checked = self.values.shape[1] % 2 == 1
         alternatives = []
         for row, wanted in zip(rows, self.n_alternatives):
-            ids = [int(id) for id in row[3 : 3 + min(wanted, n)]]
-            alternatives.append(dict(zip(ids, row[3 + n :])))
+            ids = [int(id) for id in row[2 : 2 + min(wanted, n)]]
+            alternatives.append(dict(zip(ids, row[2 + n :])))
         return Tokens(
             tokens=[int(row[0]) for row in rows],
             logprobs=[row[1] for row in rows],
-            finite=[bool(row[2]) for row in rows],
+            finite=[not checked or bool(row[-1]) for row in rows],
             alternatives=alternatives,
         )
 
@@ -149,10 +150,10 @@ class Decoder:
         self.newest = zeros()  # the token that was chosen last, which is not in the cache
         self.left = zeros()  # how many tokens may still come; 0: nothing changes any more
         self.drawn = zeros()  # how many were chosen
-        self.uniform = zeros(self.max_len, dtype=torch.float32)  # their draws
+        self.uniform = zeros(self.max_len + 1, dtype=torch.float32)  # their draws, and one more
         self.ends = zeros(8) - 1  # ids that end the sequence; -1 is none
         self.columns = zeros(len(OFF), dtype=torch.float32)  # options, in OFF's order
-        self.logits = zeros(c.vocab_size, dtype=torch.float32) - torch.inf  # what comes next
+        self.logits = zeros(c.vocab_size, dtype=torch.float32).fill_(-torch.inf)  # of what is next
         self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
         self.counts = None  # (n, V) float32: how often each was chosen
         self.numbers = torch.arange(n, device=device)
@@ -289,7 +290,7 @@ class Decoder:
 
     def keep_logits(self, rows, h):
         """Padding of the vocabulary stays at -inf."""
-        self.logits[rows, : self.n_vocab] = self.net.logits(h)[:, : self.n_vocab].float()
+        self.logits[rows, : self.n_vocab] = self.net.logits(h)[:, : self.n_vocab]
 
     def index(self, slots):
         """Slots as an index: a slice, which copies nothing, where they follow one another."""
@@ -342,39 +343,39 @@ class Decoder:
         return slice(first, end), [slot - first for slot in slots]
 
     def choose_rows(self, rows, kinds, n_alternatives=0):
-        """On the device alone: the next token of each of the rows, (B, 3 + 2 n) float64: token,
-        log p, whether all is finite, n alternatives, their log p."""
+        """On the device alone: the next token of each of the rows, (B, 2 + 2 n) float64: token, log
+        p, n alternatives, their log p; where `check`, also whether all logits are finite."""
         logits = self.logits[rows]  # (B, V)
-        columns = dict(zip(OFF, self.columns[rows].split(1, 1)))  # (B, 1) each
         likely = logits
+        columns = uniform = None
+        drawn = self.drawn[rows]
+        if kinds.sampled or kinds.penalized:
+            columns = dict(zip(OFF, self.columns[rows].split(1, 1)))  # (B, 1) each
+            uniform = self.uniform[rows].gather(1, drawn[:, None])[:, 0]
         if kinds.penalized:
             counts = self.counts[rows]
             seen = self.seen[rows] | (counts > 0)
             repetition, presence, frequency = [columns[name] for name in PENALTIES]
             likely = penalize(logits, seen, repetition, counts, presence, frequency)
-        drawn = self.drawn[rows]
-        uniform = self.uniform[rows].gather(1, drawn[:, None])[:, 0] if kinds.sampled else None
         tokens = draw_tokens(likely, uniform, columns, kinds)  # (B,)
 
         left = self.left[rows]
-        active = left > 0
+        active = left.clamp(max=1)  # 0 of a row that has ended
         ended = (tokens[:, None] == self.ends[rows]).any(1)
-        self.newest[rows] = tokens.where(active, self.newest[rows])
-        self.left[rows] = (left - 1).clamp(min=0).masked_fill(ended, 0)
-        self.drawn[rows] = (drawn + active).clamp(max=self.max_len - 1)
+        self.newest[rows] = tokens
+        self.left[rows] = (left - active).masked_fill(ended, 0)
+        self.drawn[rows] = drawn + active
         if kinds.penalized:
             places = self.numbers[rows] * self.counts.shape[1] + tokens
             self.counts.view(-1).scatter_add_(0, places, active.float())
 
         logp = logits.log_softmax(-1)  # (B, V)
         values = [tokens[:, None], logp.gather(1, tokens[:, None])]
-        if self.check:
-            values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
-        else:
-            values.append(torch.ones_like(values[0]))
         if n_alternatives:
             best = logp.topk(n_alternatives)
             values += [best.indices, best.values]
+        if self.check:
+            values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
         return torch.cat([value.double() for value in values], 1)
 
     def feed(self):

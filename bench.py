@@ -68,10 +68,10 @@ import threading
 import time
 import warnings
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -669,7 +669,7 @@ def measure_load(bench):
             for name, way in ways.items():
                 try:
                     crowd(bench, name, way, prompts, n_clients)
-                except (requests.RequestException, ValueError) as error:
+                except (OSError, HTTPException, ValueError) as error:
                     raise UserError(f"--serve={serve}: {error}") from None
 
 
@@ -730,8 +730,7 @@ def main():
     warnings.simplefilter("ignore")  # torch warns of what it then raises, which we tell
     begun = time.perf_counter()
     bench = Bench(setup(device), seconds=seconds)
-    # A server computes as serve.py does, which does not ask how wide the network is.
-    bench.dtype, why = choose_dtype(bench.device, dtype, 0 if serve else n_embd)
+    bench.dtype, why = choose_dtype(bench.device, dtype, n_embd)
     net = build(bench)  # which refuses a wrong shape before anything is timed
     make_optimizer(net, optimizer)  # so does this an optimizer
     bench.config = net.config

@@ -99,6 +99,7 @@ from barelm.run import (
     lost_process,
     setup,
 )
+from barelm.sampling import GREEDY
 from barelm.sandbox import require_sandbox, run_programs
 from barelm.scores import (
     divided,
@@ -126,7 +127,7 @@ from barelm.tasks import (
     write_program,
 )
 from barelm.tokenizer import Tokenizer
-from model import GREEDY, generate
+from model import generate
 
 # --------------------------------------------------------------------------------------------------
 # Tasks with their rows: of the table, or your own

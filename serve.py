@@ -16,7 +16,7 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/front.py        who may ask, and what is written down
     this file              the addresses
     barelm/api.py          what a request may say, and the jobs that it becomes
-    barelm/engine.py       the thread that owns the network: jobs in, tokens out
+    barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
     barelm/page.py         what the page (serve.html) shows; barelm/metrics.py what is counted
 
@@ -30,11 +30,11 @@ host = "127.0.0.1"  # who may connect: 127.0.0.1 this machine alone, 0.0.0.0 eve
 port = 8000  # 0: any free one
 api_key: str | None = None  # asked of every client; or set BARELM_API_KEY, which ps does not show
 cors: str | None = None  # web sites that may call, "https://a.org,https://b.org", or "*"
-max_batch = 16  # sequences that are generated at once
+max_batch: int | None = None  # sequences that are made at once; None: 16, on a GPU by its memory
 max_len = 0  # tokens of a prompt and its answer, at most; 0: the model's context
 max_queue = 256  # sequences that may wait for a place in the batch; more are answered 429
 max_connections = 1000  # that clients may have open at once; more are answered 503
-prefill_chunk = 128  # tokens of prompts read in one step, which the others wait for
+prefill_chunk = 0  # tokens of prompts read in one step, which others wait for; 0: by the device
 max_body = 4_000_000  # bytes of a request, at most
 timeout = 600.0  # seconds that a request may take
 client_timeout = 20.0  # seconds that a client may take to send its request, or to read a piece
@@ -43,8 +43,8 @@ log: str | None = None  # a file that gets a line of JSON for each request
 log_prompts = False  # with what was asked and answered
 seed: int | None = None  # of requests that bring none; None: another for each
 device = "auto"  # auto, cpu, cuda, cuda:1
-dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
-quantize: str | None = None  # int8 or int4: weights of one byte or half of one
+dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
+quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 
@@ -61,12 +61,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from barelm import api, page
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.checkpoint import load
-from barelm.engine import Engine
+from barelm.engine import Engine, tell_listeners
 from barelm.invariant import be_deterministic
+from barelm.jobs import Updates
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -88,6 +91,7 @@ try:
         is_loopback,
         read_sites,
         reply,
+        to_json,
     )
 except ImportError as error:
     raise UserError(f"{error}: pip install -r requirements-serve.txt") from None
@@ -107,18 +111,6 @@ class Settings:
     client_timeout: float  # seconds that a client may take to send or to read a piece
 
 
-class Updates(asyncio.Queue):
-    """What the jobs of a request tell, brought from the engine's thread to the event loop's."""
-
-    def __init__(self):
-        super().__init__()
-        self.loop = asyncio.get_running_loop()
-
-    def listener(self, update):
-        with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.put_nowait, update)
-
-
 class Handlers:
     """What is done for each address of the server, which make_app gives them. A handler reads the
     request, has the engine do what it asks for, and shapes the answer."""
@@ -127,6 +119,14 @@ class Handlers:
         self.engine = engine
         self.served = settings.served
         self.settings = settings
+        self.loop = None  # the event loop, once there was a request
+        engine.tell = self.tell
+
+    def tell(self, updates):
+        """Bring what is new after a step from the engine's thread to the event loop's: in one call,
+        as each of them wakes it."""
+        with suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(tell_listeners, updates)
 
     # ------------------------------------------------------------------ text from the model
 
@@ -134,7 +134,7 @@ class Handlers:
         wanted = api.read_completion(self.served, await self.read_body(request))
         # To tokenize may take long: in a thread, so that the event loop goes on with the others.
         prompts = await asyncio.to_thread(api.read_prompts, self.served, wanted)
-        updates = Updates()
+        updates = Updates(at_end=not wanted.stream)
         jobs = api.completion_jobs(self.served, wanted, prompts, updates.listener)
         answer = CompletionAnswer(self.served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
@@ -142,13 +142,14 @@ class Handlers:
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
         ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages)
-        updates = Updates()
+        updates = Updates(at_end=not wanted.stream)
         jobs = api.chat_jobs(self.served, wanted, ids, updates.listener)
         answer = ChatAnswer(self.served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
 
     async def generate(self, request, wanted, jobs, updates, answer):
         """The response to a request for text: one JSON object, or a stream of them."""
+        self.loop = asyncio.get_running_loop()
         if not self.engine.submit(jobs):
             raise ApiError(429, "the queue is full: try again", code="queue_full")
         record = request.scope["record"]
@@ -160,37 +161,37 @@ class Handlers:
             return StreamingResponse(lines, media_type="text/event-stream")
         texts = [""] * len(jobs)
         tokens = [[] for _ in jobs]
-        async for update in news:
-            texts[update.job.index] += update.text
-            tokens[update.job.index] += update.tokens
+        async for new in news:
+            for update in new:
+                texts[update.job.index] += update.text
+                tokens[update.job.index] += update.tokens
         choices = [answer.whole_choice(*parts) for parts in zip(jobs, texts, tokens)]
         return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
 
     async def follow(self, request, jobs, updates):
-        """The Updates of the jobs, until all are done, the client has left, or the time is over."""
+        """What is new of the jobs, [Update] each time, until all are done, the client has left, or
+        the time is over."""
 
         async def watch():  # whether the client leaves is told only to who asks
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            updates.put_nowait(ClientDisconnect())
+            updates.fail(ClientDisconnect())
 
         seconds = self.settings.timeout
         late = ApiError(
             504, f"the request took more than {seconds:g} s (--timeout)", code="timeout"
         )
-        clock = asyncio.get_running_loop().call_later(seconds, updates.put_nowait, late)
+        clock = asyncio.get_running_loop().call_later(seconds, updates.fail, late)
         watcher = asyncio.create_task(watch())
         n_running = len(jobs)
         try:
             while n_running:
-                update = await updates.get()
-                if isinstance(update, Exception):  # of the watcher or the clock
-                    raise update
-                if update.error is not None:
-                    raise ApiError(500, update.error)
-                if update.done:
-                    n_running -= 1
-                yield update
+                new = await updates.take()
+                for update in new:
+                    if update.error is not None:
+                        raise ApiError(500, update.error)
+                    n_running -= update.done
+                yield new
         finally:
             watcher.cancel()
             clock.cancel()
@@ -299,22 +300,28 @@ class Handlers:
         return reply({"rows": rows, "last": last})
 
 
-async def stream_lines(answer, jobs, updates, include_usage):
-    """Server-sent events: a chunk for each choice that is new, in the end the usage if wanted."""
+async def stream_lines(answer, jobs, news, include_usage):
+    """Server-sent events: a chunk for each choice that is new, in the end the usage if wanted. What
+    is new at once comes in one piece."""
     head = answer.chunk_head
+    # A chunk for each token: only what differs between them is put into JSON each time.
+    opening = f'data: {to_json(head)[:-1]}, "choices": ['
+    ending = "]}\n\n"
+    if include_usage:
+        ending = '], "usage": null}\n\n'  # as OpenAI's, in every chunk but the last
 
-    def chunk(choice):
-        body = head | {"choices": [choice]}
-        if include_usage:
-            body["usage"] = None  # as OpenAI's, in every chunk but the last
-        return event_line(body)
+    def chunks(choices):
+        return "".join([opening + to_json(choice) + ending for choice in choices])
 
     try:
-        for choice in answer.first_choices(jobs):
-            yield chunk(choice)
-        async for update in updates:
-            for choice in answer.new_choices(update):
-                yield chunk(choice)
+        first = answer.first_choices(jobs)
+        if first:
+            yield chunks(first)
+        async for new in news:
+            choices = []
+            for update in new:
+                choices += answer.new_choices(update)
+            yield chunks(choices)
         if include_usage:
             yield event_line(head | {"choices": [], "usage": usage(jobs)})
         yield "data: [DONE]\n\n"
@@ -386,15 +393,16 @@ def read_key():
 
 def check_settings(net):
     counts = {
-        "max_batch": max_batch,
+        "max_batch": 16 if max_batch is None else max_batch,
         "max_queue": max_queue,
         "max_connections": max_connections,
-        "prefill_chunk": prefill_chunk,
         "max_body": max_body,
     }
     for name, n in counts.items():
         if n < 1:
             raise UserError(f"--{name}={n}: expected 1 or more")
+    if prefill_chunk < 0:
+        raise UserError(f"--prefill_chunk={prefill_chunk}: expected 1 or more, or 0: by the device")
     for name, seconds in dict(timeout=timeout, client_timeout=client_timeout, drain=drain).items():
         if not 0 < seconds < math.inf:
             raise UserError(f"--{name}={seconds}: expected seconds, more than 0")
@@ -407,11 +415,43 @@ def check_settings(net):
         raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
 
 
+def load_model(place):
+    """(the network, its tokenizer, the dtype that it computes in)."""
+    kind, _ = choose_dtype(place, dtype, n_embd=widest_of_bfloat16())
+    net, tok = load(model, place, kind, quantize, fast)
+    right, _ = choose_dtype(place, dtype, min(net.config.n_embd, widest_of_bfloat16()))
+    if right != kind:  # it is too narrow to gain by bfloat16, as is only known now
+        net, tok = load(model, place, right, quantize, fast)
+    return net, tok, right
+
+
+def widest_of_bfloat16():
+    """For choose_dtype: 0 where a CPU gains nothing by bfloat16, as oneDNN has no such products."""
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    return 1 << 20 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0
+
+
+def batch_limit(net, length):
+    """How many sequences of so many tokens are made at once: on a GPU their keys and values take
+    half of the memory that is free, at most."""
+    table = net.model.embed_tokens.weight
+    if max_batch is not None:
+        return max_batch
+    if table.device.type == "cpu":
+        return 16
+    c = net.config
+    row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * table.element_size()  # bytes
+    free, _ = torch.cuda.mem_get_info(table.device)
+    return max(1, min(256, free // 2 // row))
+
+
 def make_engine(net, tok, length):
+    batch = batch_limit(net, length)
     try:
-        return Engine(net, tok, max_batch, length, prefill_chunk, max_queue)
+        return Engine(net, tok, batch, length, prefill_chunk, max_queue)
     except RuntimeError:  # torch's word for no memory
-        why = f"no memory for the keys and values of {max_batch} times {length} tokens"
+        why = f"no memory for the keys and values of {batch} times {length} tokens"
         raise UserError(f"{why}: lower --max_batch or --max_len") from None
 
 
@@ -441,10 +481,9 @@ def run_server(app, engine, sock, limits, shutdown):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     engine.start()
-    size = engine.cache.store.nbytes / 1e6
-    print(
-        f"{max_batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values"
-    )
+    size = engine.decoder.store.nbytes / 1e6
+    batch = engine.max_batch
+    print(f"{batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values")
     address = f"[{host}]" if ":" in host else host
     name = Path(model).resolve().name
     print(f"serving {name} at http://{address}:{sock.getsockname()[1]}", flush=True)
@@ -455,8 +494,7 @@ def run_server(app, engine, sock, limits, shutdown):
 def main():
     key = read_key()
     run = setup(device)
-    compute_dtype, _ = choose_dtype(run.device, dtype)
-    net, tok = load(model, run.device, compute_dtype, quantize, fast)
+    net, tok, compute_dtype = load_model(run.device)
     if deterministic:
         be_deterministic(net)
     n_params = sum(part["params"] for part in page.model_parts(net))

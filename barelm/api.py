@@ -4,9 +4,9 @@ here knows HTTP; barelm/answers.py has the way back.
 A request is a dataclass below: a field's name, type, default and limits stand in one line, and
 `read_fields` checks them. Whatever else a client sends is refused by name rather than ignored, but
 for the values that ask for what is done anyway (NEUTRAL). A new field that changes how tokens are
-chosen, such as logit_bias, is a line in `engine.Sampling`, its part in `changes_logits` there, its
-use in `Engine.penalized`, and where a type and limits do not check it, a line in `finish_reading`:
-what the engine's thread raises ends all requests of the batch.
+chosen, such as logit_bias, is a line in `jobs.Sampling`, one in `sampling.OFF` with its part in
+`kinds_of` and its use there, and where a type and limits do not check it, a line in
+`finish_reading`: what the engine's thread raises ends all requests of the batch.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import get_args
 
 from barelm.answers import decode, token_name
-from barelm.engine import Job, Sampling, limited
+from barelm.jobs import Job, Sampling, limited
 from barelm.run import UserError
 
 

@@ -6,11 +6,13 @@ came, in seconds], how many tokens were made)."""
 import json
 import os
 import time
+from contextlib import closing
+from http.client import HTTPConnection, HTTPSConnection
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
-import requests
 import torch
 
 from barelm.timing import rounded
@@ -21,21 +23,36 @@ LOAD = ["clients", "tokens_per_s", "ratio", "first_p50", "first_p95", "between_p
 
 
 def ask(url, prompt):
-    """One client's request: ([when it began, when each token came, in seconds], tokens made)."""
-    times = [time.perf_counter()]
-    n_made = 0
+    """One client's request: ([when it began, when each event came, in seconds], tokens made). While
+    the answer comes it is only counted: what a client computes, on the server's own machine, is
+    missing to the server."""
     body = dict(prompt=prompt, max_tokens=ANSWER, ignore_eos=True, stream=True)
     body["stream_options"] = {"include_usage": True}
-    key = {"Authorization": f"Bearer {os.environ.get('BARELM_API_KEY')}"}  # serve.py reads it too
-    for line in requests.post(url, json=body, headers=key, stream=True).iter_lines():
-        if b'"choices"' in line:
-            event = json.loads(line.removeprefix(b"data: "))
-            times += [time.perf_counter()] * len(event["choices"])
-            usage = event.get("usage") or {}
-            n_made = usage.get("completion_tokens", n_made)
-        elif line not in (b"", b"data: [DONE]"):
-            raise ValueError(line.decode(errors="replace"))
-    return times, n_made
+    key = f"Bearer {os.environ.get('BARELM_API_KEY')}"  # serve.py reads it too
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ValueError(f"No host in {url}")
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    times = [time.perf_counter()]
+    pieces = []
+    with closing(kind(parts.netloc)) as connection:
+        headers = {"Authorization": key, "Content-Type": "application/json"}
+        connection.request("POST", parts.path, json.dumps(body), headers)
+        answer = connection.getresponse()
+        piece = answer.read1()
+        while piece:
+            pieces.append(piece)
+            times += [time.perf_counter()] * piece.count(b'"text"')  # of an event, with some text
+            piece = answer.read1()
+    return times, tokens_made(b"".join(pieces))
+
+
+def tokens_made(answer):
+    """How many tokens a streamed answer has, by the usage in the end of it."""
+    *_, last, done, _ = [b"", b"", *answer.split(b"\n\n")]
+    if done != b"data: [DONE]":
+        raise ValueError(answer.decode(errors="replace"))
+    return json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"]
 
 
 def ask_alone(hf, lock, prompt):

@@ -103,9 +103,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets=None):
         await super().startup([])  # no socket: uvicorn would accept for itself
-        self.accepting = asyncio.create_task(self.accept(sockets[0]))
+        self.listening = sockets[0]
+        self.accepting = asyncio.create_task(self.accept(self.listening))
 
     async def shutdown(self, sockets=None):
+        # A connection that comes in this very moment would be told to what is cancelled.
+        with suppress(NotImplementedError):  # Windows
+            asyncio.get_running_loop().remove_reader(self.listening)
         self.accepting.cancel()
         with suppress(asyncio.CancelledError):
             await self.accepting

@@ -8,9 +8,12 @@
 
 Jobs in, tokens out; who asks for them, and how, is not known here. Every step gives each sequence
 of the batch one token, so that sequences join and leave between steps (iteration-level scheduling:
-Yu et al. 2022, "Orca"). In the same step a new prompt is read, a chunk of it if it is long, so that
-the others never wait for the whole (chunked prefills: Agrawal et al. 2023, "Sarathi"). A prompt
-that begins like one that the cache still has is read from where they part.
+Yu et al. 2022, "Orca"). In the same step new prompts are read, several in one pass, a chunk of one
+if it is long, so that the others never wait for the whole (chunked prefills: Agrawal et al. 2023,
+"Sarathi"). A prompt that begins like one that the cache still has is read from where they part.
+
+What is computed is barelm/decode.py's: a sequence has a slot of its Decoder, where it stays. On a
+GPU the tokens of a step are told while the device computes the next one.
 """
 
 import os
@@ -20,14 +23,16 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import torch
 
+from barelm.decode import Decoder
 from barelm.fast import generating
+from barelm.jobs import Token, Update
 from barelm.metrics import Metrics
 from barelm.run import UserError
-from model import KVCache, Row, choose_tokens, draws, feed, head, penalize
+from barelm.sampling import power_of_two
+from model import head
 
 NOT_FINITE = (
     "the network gives NaN or infinity here: its weights are damaged, or --dtype is too narrow for "
@@ -35,137 +40,46 @@ NOT_FINITE = (
 )
 
 
-def limited(default, least, most):
-    """A field of a dataclass that wants numbers from `least` to `most`."""
-    return field(default=default, metadata={"limits": (least, most)})
-
-
-@dataclass
-class Sampling:
-    """How the tokens of a sequence are chosen. What is added here is a field of the server's
-    requests too (barelm/api.py), which checks the type and the limits."""
-
-    presence_penalty: float = limited(0.0, -2, 2)  # off the logit of a token that was generated
-    frequency_penalty: float = limited(0.0, -2, 2)  # the same, each time that it was
-    repetition_penalty: float = limited(1.0, 0.01, 100)  # divides the logits of tokens seen
-    temperature: float = limited(1.0, 0, 100)  # 0: always the likeliest token
-    top_k: int = limited(0, -1, 2**31)  # draw among so many likeliest; 0: all
-    top_p: float = limited(1.0, 0, 1)  # draw among the likeliest with this much probability
-    min_p: float = limited(0.0, 0, 1)  # draw among those this fraction as likely as the likeliest
-    seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draws; None: 0
-    stop: object = field(default_factory=list)  # texts that end the answer, which lacks them
-
-    def changes_logits(self):
-        penalties = (self.presence_penalty, self.frequency_penalty)
-        return self.repetition_penalty != 1 or any(penalties)
-
-
-FILTERS = ("temperature", "top_k", "top_p", "min_p")  # of Sampling: what choose_tokens takes
-
-
-@dataclass
-class Token:
-    """A token of an answer, or of a prompt that is scored."""
-
-    id: int
-    logprob: float | None  # the network's own, in nats; None: nothing stands before the token
-    alternatives: dict  # {id: log p} of the likeliest tokens at this place
-
-
-@dataclass
-class Update:
-    """What is new of a job."""
-
-    job: "Job"
-    text: str
-    tokens: list  # [Token]
-    done: bool  # nothing comes after it
-    error: str | None = None  # why the job failed
-
-
-class Job:
-    """One sequence in the making.
-
-    ids: the prompt, not empty.
-    limit: how many tokens to add at most; 0 asks about the prompt alone.
-    listener(update): called by the engine's thread with each Update; it must not wait.
-    index: which of a request's sequences it is, and so which random numbers it draws.
-    ends: ids that end the answer.
-    n_alternatives: how many to tell of each token; None: no log-probabilities either.
-    echo: the prompt's text, where it belongs to the answer, and its tokens' log-probabilities too.
-    """
-
-    def __init__(
-        self, tok, ids, limit, sampling, listener, index=0, ends=(), n_alternatives=None, echo=None
-    ):
-        self.ids = ids
-        self.sampling = sampling
-        self.listener = listener
-        self.index = index
-        self.n_alternatives = n_alternatives
-        self.scores_prompt = echo is not None and n_alternatives is not None
-        self.pieces = [echo or ""]  # text that was not told yet
-        self.tokens = []  # Tokens that were not told yet
-        if self.scores_prompt:
-            self.tokens.append(Token(ids[0], None, {}))
-        self.row = Row(tok, limit, sampling.stop, self.pieces.append, ends)
-        self.uniform = draws(sampling.seed or 0, index, limit)  # (limit,), one draw a token
-        self.seen = None  # (V,) bool: tokens of prompt and answer, once a penalty asks
-        self.counts = None  # (V,): how often each was generated
-        self.n_reused = 0  # tokens of the prompt that the cache had already
-        self.cancelled = False
-        self.arrived = time.monotonic()
-        self.first_token_at = None
-        self.last_token_at = None
-
-    @property
-    def n_generated(self):
-        return len(self.row.out.ids)
-
-    def count(self, token):
-        """Remember a generated token, for penalties."""
-        if self.counts is not None:
-            self.seen[token] = True
-            self.counts[token] += 1
-
-    def tell(self):
-        """What is new, to the listener."""
-        update = Update(self, "".join(self.pieces), self.tokens, done=self.row.done)
-        self.tokens = []
-        self.pieces.clear()  # the row appends to this very list
-        self.listener(update)
-
-    def fail(self, why):
-        self.listener(Update(self, "", [], done=True, error=why))
+def tell_listeners(updates):
+    for update in updates:
+        update.job.listener(update)
 
 
 class Engine(threading.Thread):
     """The thread that owns the network.
 
-    jobs[i] has row i of the cache. First come the jobs that decode, then at most one whose prompt
-    is being read. The rows behind them have no job, but keep what they had, for prompts that begin
-    alike. prefill_chunk: how many tokens of prompts are read in a step. max_queue: how many jobs
-    may wait."""
+    prefill_chunk: how many tokens of prompts are read in a step; 0: by the device. max_queue: how
+    many jobs may wait. tell(updates): called by the thread with what is new after a step, [Update];
+    it must not wait."""
 
-    def __init__(self, net, tok, max_batch, max_len, prefill_chunk=128, max_queue=256):
+    def __init__(
+        self, net, tok, max_batch, max_len, prefill_chunk=0, max_queue=256, tell=tell_listeners
+    ):
         super().__init__(daemon=True)
         self.net = net
         self.tok = tok
         self.max_batch = max_batch
         self.max_len = max_len  # tokens of a prompt and its answer
-        self.prefill_chunk = prefill_chunk
         self.max_queue = max_queue
+        self.tell = tell
         self.metrics = Metrics()
-        table = net.model.embed_tokens.weight
-        self.device = table.device
-        # A CPU attends to float32 faster than to less, as in model.prefill.
-        dtype = torch.float32 if self.device.type == "cpu" else table.dtype
-        self.cache = KVCache(net.config, max_batch, max_len, self.device, dtype)
-        self.cached_ids = [[] for _ in range(max_batch)]  # whose keys and values each row has
-        self.last_used = [0] * max_batch  # the step in which a row's last job left
+        self.decoder = Decoder(net, tok, max_batch, max_len, check=True)
+        self.on_gpu = self.decoder.on_gpu
+        self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
+        # What a pass of the network costs beside its tokens, in tokens: less is not worth one.
+        self.pass_cost = 256 if self.on_gpu else 32
+        # A GPU reads many prompts in hardly more time than one: so they may gather, for so many
+        # times as long as the last pass took, while others get their tokens.
+        self.rest = 3 if self.on_gpu else 0
+        self.next_pass = 0.0  # time.monotonic()
         self.n_steps = 0
-        self.jobs = []  # changed by this thread alone
-        self.waiting = deque()  # jobs without a row; this and the rest under the lock of `wake`
+        self.jobs = {}  # {slot: job}; changed by this thread alone, as is what follows
+        self.reading = []  # jobs of which a chunk was read, and not the whole prompt
+        self.under_way = deque()  # Chosen whose tokens nobody was given
+        self.updates = []  # not told yet
+        self.cached_ids = [[] for _ in range(max_batch)]  # whose keys and values each slot has
+        self.last_used = [0] * max_batch  # the step in which a slot's last job left
+        self.waiting = deque()  # jobs without a slot; this and the rest under the lock of `wake`
         self.calls = deque()  # (future, f, args)
         self.stopped = False
         self.wake = threading.Condition()
@@ -218,12 +132,34 @@ class Engine(threading.Thread):
                     self.step()
                 except Exception as error:  # no memory, say: the batch is lost, the server is not
                     print(f"serve.py: a step failed: {error!r}", file=sys.stderr, flush=True)
-                    self.drop_all("the step that this sequence was in failed")
+                    self.recover()
+
+    def recover(self):
+        """Go on without the batch; a GPU that computes no more ends the server, for whoever watches
+        it to start it anew."""
+        try:
+            self.drop_all("the step that this sequence was in failed")
+        except Exception as error:
+            print(f"serve.py: nor can another one begin: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def first_step(self):
-        """Feed one token, so that no client waits while the weights are packed."""
+        """Make a token of nothing, so that no client waits while the weights are packed, and on a
+        GPU the graphs of the usual steps."""
+        decoder = self.decoder
         try:
-            feed(self.net, self.tok, self.cache.part(0, [0]), self.cache.lengths[:1, None])
+            decoder.set(0, [0], limit=1, options={"temperature": 0})
+            decoder.read({0: [0]})
+            decoder.choose().wait()
+            decoder.clear(0)
+            if self.on_gpu:
+                words = decoder.capture(
+                    powers_of_two(1, self.max_batch),
+                    powers_of_two(128, self.max_len),
+                    [{}, {"temperature": 0}],
+                )
+                if not decoder.graphs.failed:  # else it has said why
+                    print(f"captured {words}", flush=True)
         except Exception as error:  # then no other step would succeed
             print(f"serve.py: the first step failed: {error}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -244,182 +180,219 @@ class Engine(threading.Thread):
             future.set_exception(error)
 
     def step(self):
-        """Every sequence gets its next token, those too whose prompts a chunk completes."""
+        """Every sequence whose prompt is read gets its next token; then prompts are read."""
         self.n_steps += 1
         self.metrics.add("steps_total")
         self.drop_cancelled()
-        ready = [job for i, job in enumerate(self.jobs) if not self.is_reading(i)]
-        logits = []  # of the ready jobs, in their order: pieces (n, V)
-        if ready:
-            logits.append(self.decode(ready))
-        room = self.prefill_chunk
-        while room > 0:
-            if len(self.jobs) == len(ready) and not self.admit():
-                break
-            n_read, last_logits = self.read_prompt(room)
-            room -= n_read
-            if last_logits is not None:
-                ready.append(self.jobs[-1])
-                logits.append(last_logits)
-        if ready:  # ready[i] is jobs[i]
-            self.add_tokens(ready, torch.cat(logits))
+        decoder = self.decoder
+        if decoder.ready:
+            self.under_way.append(decoder.choose())
+            if self.on_gpu:  # it computes the next step while we see to the tokens of the last one
+                decoder.feed()
+        n_behind = int(self.on_gpu and bool(decoder.ready))
+        while len(self.under_way) > n_behind:
+            self.add_tokens(self.under_way.popleft())
+        self.tell_updates()  # who writes to the clients has the time of the computation for it
+        if not self.on_gpu:
+            decoder.feed()
+        self.read_prompts()
+        self.tell_updates()
 
-    def is_reading(self, i):
-        """Whether the prompt of job i is not read to its end."""
-        return len(self.cached_ids[i]) < len(self.jobs[i].ids)
-
-    def decode(self, ready):
-        """The logits (n, V) after the newest token of each of the n first rows' jobs, which is fed
-        here: until now only its text was told."""
-        lengths = [len(ids) for ids in self.cached_ids[: len(ready)]]
-        rows = self.cache.part(0, lengths)
-        newest = [job.row.out.ids[-1] for job in ready]
-        for ids, token in zip(self.cached_ids, newest):
-            ids.append(token)
-        return feed(self.net, self.tok, rows, torch.tensor(newest).to(self.device)[:, None])
+    def tell_updates(self):
+        if self.updates:
+            updates = self.updates
+            self.updates = []
+            self.tell(updates)
 
     # ------------------------------------------------------------------ prompts
 
-    def admit(self):
-        """Give the next job that waits the first row without one: whether there were both. The row
-        starts with the longest beginning of the prompt that any row has."""
-        i = len(self.jobs)
+    def read_prompts(self):
+        """Read at most prefill_chunk tokens of prompts: first of those that were begun."""
+        begun = time.monotonic()
+        if self.decoder.ready and begun < self.next_pass:
+            return
+        self.read_for(self.prefill_chunk)
+        now = time.monotonic()
+        self.next_pass = now + self.rest * (now - begun)
+
+    def read_for(self, room):
+        """Read at most `room` tokens of prompts."""
+        for job in list(self.reading):
+            if room <= 0:
+                return
+            room -= self.read([job], room)
+        pack = []  # jobs whose prompts are read whole, in one pass
+        while room > 0:
+            job = self.admit(pack, room)
+            if job is None:
+                break
+            n = len(job.ids) - job.n_read
+            if job.n_read == 0 and n <= room:
+                pack.append(job)
+                room -= n
+            else:
+                room -= self.read([job], room)
+        self.read(pack, self.prefill_chunk)
+
+    def admit(self, pack, room):
+        """The next job that waits, with a slot, which starts with the longest beginning of the
+        prompt that any slot has; None where there is no job, no slot, or too little room for it in
+        this step. pack: jobs whose prompts are about to be read: they are, where this one begins
+        like one of them."""
         with self.wake:
-            if not self.waiting or i == self.max_batch:
-                return False
-            job = self.waiting.popleft()
-            self.jobs.append(job)
-        n_reused, source = self.longest_beginning(job)
-        if source >= i and 2 * n_reused >= len(self.cached_ids[source]):
-            row = source  # no job has it, and this prompt continues most of it
-        else:
-            row = min(range(i, self.max_batch), key=self.last_used.__getitem__)
-            if n_reused:
-                self.cache.copy([row], [source], n_reused)
-        self.cached_ids[row] = job.ids[:n_reused]
-        self.swap_rows(i, row)
-        job.n_reused = n_reused
+            if not self.waiting or len(self.jobs) == self.max_batch:
+                return None
+            job = self.waiting[0]
+            if room < len(job.ids) <= self.prefill_chunk:  # the next step reads it whole
+                return None
+            self.waiting.popleft()
+        n_known, source = self.longest_beginning(job)
+        for other in pack:
+            n_common = common_beginning(other.ids, job.ids, self.reusable(job))
+            if n_common >= n_known + self.pass_cost:
+                self.read(pack, self.prefill_chunk)
+                pack.clear()
+                n_known, source = self.longest_beginning(job)
+                break
+        if n_known < self.pass_cost and (pack or self.waiting):
+            n_known = 0  # in one pass with the others' it costs less than in one of its own
+        self.take_slot(job, n_known, source)
         self.metrics.add("prompt_tokens_total", len(job.ids))
-        self.metrics.add("reused_tokens_total", n_reused)
-        return True
+        self.metrics.add("reused_tokens_total", job.n_reused)
+        return job
+
+    def reusable(self, job):
+        """How many of the prompt's first tokens need not be read, where the cache has them."""
+        # One token at least has to be fed, for the logits after it; to score a prompt, all.
+        return 0 if job.scores_prompt else len(job.ids) - 1
 
     def longest_beginning(self, job):
-        """(how many of the prompt's first tokens a row has, which row): the most there are."""
-        # One token at least has to be fed, for the logits after it; to score a prompt, all.
-        most = 0 if job.scores_prompt else len(job.ids) - 1
+        """(how many of the prompt's first tokens a slot has, which slot): the most there are."""
+        most = self.reusable(job)
         best = (0, 0)
-        for row, ids in enumerate(self.cached_ids):
-            best = max(best, (common_beginning(ids, job.ids, most), row))
+        for slot in range(self.max_batch):
+            best = max(best, (common_beginning(self.known_ids(slot), job.ids, most), slot))
         return best
 
-    def read_prompt(self, room):
-        """Feed at most `room` tokens of the last job's prompt: (how many; the logits (1, V) behind
-        the prompt if this was its end and tokens are wanted, else None)."""
-        i = len(self.jobs) - 1
-        job = self.jobs[i]
-        begin = len(self.cached_ids[i])
-        chunk = job.ids[begin : begin + room]
-        row = self.cache.part(i, [begin])
-        h = self.net.hidden(torch.tensor([chunk], device=self.device), cache=row)  # (1, T, C)
-        self.cached_ids[i] += chunk
-        # Checked at once, before another prompt begins with what this one left in the cache.
-        finite = bool(h.isfinite().all())
-        if finite and job.scores_prompt:
-            finite = self.score_prompt(job, begin, h[0])
-        if not finite:
-            self.fail(i)
-            return len(chunk), None
-        if self.is_reading(i):
-            return len(chunk), None
-        if job.row.limit == 0:  # only the prompt was asked about
-            job.row.done = True
-            job.tell()
-            self.release(i)
-            return len(chunk), None
-        return len(chunk), head(self.net, self.tok, h[:, -1])
+    def known_ids(self, slot):
+        """The ids whose keys and values a slot has for certain."""
+        job = self.jobs.get(slot)
+        if job is None:
+            return self.cached_ids[slot]
+        if job.n_read < len(job.ids):
+            return job.ids[: job.n_read]
+        return job.ids + job.row.out.ids[:-1]  # the newest may not have been fed
 
-    def score_prompt(self, job, begin, h):
-        """Score the prompt's tokens that follow those at begin to begin + T, whose hidden states
-        are h (T, C): whether the logits are finite."""
-        targets = job.ids[begin + 1 : begin + len(h) + 1]  # none behind the prompt's last token
+    def take_slot(self, job, n_known, source):
+        """Give the job a slot, with the first n_known tokens of its prompt, which `source` has."""
+        n_low = max(16, len(self.jobs) + 4)  # low slots serve best: see Decoder
+        free = [slot for slot in range(min(n_low, self.max_batch)) if slot not in self.jobs]
+        if source in free and 2 * n_known >= len(self.cached_ids[source]):
+            slot = source  # no job has it, and this prompt continues most of it
+        else:
+            slot = min(free, key=self.last_used.__getitem__)
+            if n_known:
+                self.decoder.copy(slot, source, n_known)
+        self.jobs[slot] = job
+        job.slot = slot
+        job.n_read = job.n_reused = n_known
+        self.set_slot(job)
+
+    def set_slot(self, job):
+        self.decoder.set(
+            job.slot,
+            job.ids,
+            job.row.limit,
+            options=job.sampling.options(),
+            uniform=job.uniform,
+            ends=job.row.ends,
+            n_alternatives=job.n_alternatives or 0,
+            n_cached=job.n_read,
+            owner=job,
+        )
+
+    def read(self, jobs, room):
+        """Read what is left of the prompts of jobs, or at most `room` tokens of each: how many."""
+        if not jobs:
+            return 0
+        chunks = {job.slot: job.ids[job.n_read : job.n_read + room] for job in jobs}
+        states = self.decoder.read(chunks)  # {slot: (T, C)}
+        finite = self.all_finite(states)
+        if len(jobs) > 1 and not all(finite):
+            # In one pass NaN is not only its own prompt's: each has a pass of its own.
+            for job in jobs:
+                self.decoder.wipe(job.slot)
+                self.set_slot(job)
+            return sum(self.read([job], room) for job in jobs)
+        for job, is_finite in zip(jobs, finite):
+            self.after_chunk(job, states[job.slot], is_finite)
+        return sum(map(len, chunks.values()))
+
+    def all_finite(self, states):
+        """Whether the states (T, C) of each slot are finite, [bool]. It waits for the device, so
+        that no other prompt begins with what one without numbers left in the cache."""
+        finite = torch.cat(list(states.values())).isfinite().all(-1).tolist()
+        answers = []
+        begin = 0
+        for h in states.values():
+            answers.append(all(finite[begin : begin + len(h)]))
+            begin += len(h)
+        return answers
+
+    def after_chunk(self, job, h, is_finite):
+        """The next tokens of the job's prompt were read; h (T, C): their hidden states."""
+        if is_finite and job.scores_prompt:
+            is_finite = self.score_prompt(job, h)
+        if not is_finite:
+            self.fail(job)
+            return
+        job.n_read += len(h)
+        is_reading = job.n_read < len(job.ids)
+        if is_reading and job not in self.reading:
+            self.reading.append(job)
+        elif not is_reading and job in self.reading:
+            self.reading.remove(job)
+        if not is_reading and job.row.limit == 0:  # only the prompt was asked about
+            job.row.done = True
+            self.updates.append(job.news())
+            self.release(job)
+
+    def score_prompt(self, job, h):
+        """Score the prompt's tokens that follow those whose hidden states are h (T, C): whether the
+        logits are finite."""
+        begin = job.n_read + 1
+        targets = job.ids[begin : begin + len(h)]  # none behind the prompt's last token
         if not targets:
             return True
         logits = head(self.net, self.tok, h[: len(targets)])
-        job.tokens += self.describe(logits, targets, [job.n_alternatives] * len(targets))
-        return all(self.finite_rows(logits))
+        logprobs = logits.log_softmax(-1)  # (T, V)
+        of_targets = logprobs.gather(1, torch.tensor(targets, device=h.device)[:, None])[:, 0]
+        best = logprobs.topk(min(job.n_alternatives, self.tok.n_vocab))
+        values = zip(targets, of_targets.tolist(), best.indices.tolist(), best.values.tolist())
+        for id, logprob, ids, others in values:
+            job.tokens.append(Token(id, logprob, dict(zip(ids, others))))
+        return bool(logits[:, : self.tok.n_vocab].isfinite().all())
 
     # ------------------------------------------------------------------ new tokens
 
-    def add_tokens(self, jobs, logits):
-        """Give each job its next token by its row of logits (n, V), and tell those who wait."""
-        ids = self.choose(jobs, logits)
-        tokens = self.describe(logits, ids, [job.n_alternatives for job in jobs])
-        finite = self.finite_rows(logits)
+    def add_tokens(self, chosen):
+        """Give each job its token of those that were chosen."""
+        tokens = chosen.wait()
         now = time.monotonic()
-        self.metrics.add("generated_tokens_total", len(jobs))
-        for job, token, is_finite in zip(jobs, tokens, finite):
-            if is_finite:
-                self.deliver(job, token, now)
-        for i in reversed(range(len(jobs))):  # from the end, as rows behind i move when i leaves
-            if not finite[i]:
-                self.fail(i)
-            elif jobs[i].row.done:
-                self.release(i)
-
-    def choose(self, jobs, logits):
-        """The next token of each job, [id]."""
-        logits = self.penalized(jobs, logits)
-        filters = {name: [getattr(job.sampling, name) for job in jobs] for name in FILTERS}
-        uniform = torch.stack([job.uniform[job.n_generated] for job in jobs])
-        return choose_tokens(logits, uniform.to(self.device), **filters).tolist()
-
-    def penalized(self, jobs, logits):
-        """The logits with the penalties of those jobs that have one."""
-        rows = [i for i, job in enumerate(jobs) if job.sampling.changes_logits()]
-        if not rows:
-            return logits
-        jobs = [jobs[i] for i in rows]
-        for job in jobs:
-            if job.counts is None:
-                job.seen = torch.zeros_like(logits[0], dtype=torch.bool)
-                job.seen[torch.tensor(job.ids, device=self.device)] = True
-                job.counts = torch.zeros_like(logits[0])
-
-        def column(name):  # (n, 1)
-            return logits.new_tensor([[getattr(job.sampling, name)] for job in jobs])
-
-        logits = logits.clone()  # the log-probabilities that are told are the network's own
-        logits[rows] = penalize(
-            logits[rows],
-            torch.stack([job.seen for job in jobs]),
-            column("repetition_penalty"),
-            torch.stack([job.counts for job in jobs]),
-            column("presence_penalty"),
-            column("frequency_penalty"),
-        )
-        return logits
-
-    def describe(self, logits, ids, n_alternatives):
-        """[Token] of ids by their rows of logits (n, V), each with so many alternatives; None: its
-        log p is of no interest, and 0 if no other's is."""
-        if all(n is None for n in n_alternatives):
-            return [Token(id, 0.0, {}) for id in ids]
-        logprobs = logits.log_softmax(-1)
-        of_ids = logprobs.gather(1, torch.tensor(ids, device=self.device)[:, None])[:, 0].tolist()
-        most = max(n or 0 for n in n_alternatives)
-        best = logprobs.topk(min(most, self.tok.n_vocab))
-        tokens = []
-        for i, (others, values) in enumerate(zip(best.indices.tolist(), best.values.tolist())):
-            n = n_alternatives[i] or 0
-            tokens.append(Token(ids[i], of_ids[i], dict(zip(others[:n], values[:n]))))
-        return tokens
-
-    def finite_rows(self, logits):
-        """Of each row (V,) whether it has a finite number for every token: [bool]."""
-        return logits[:, : self.tok.n_vocab].isfinite().all(-1).tolist()
+        values = zip(tokens.tokens, tokens.logprobs, tokens.finite, tokens.alternatives)
+        for job, (id, logprob, is_finite, alternatives) in zip(chosen.owners, values):
+            if job.slot is None:  # it left while the token was under way
+                continue
+            if not is_finite:
+                self.fail(job)
+                continue
+            self.deliver(job, Token(id, logprob, alternatives), now)
+            if job.row.done:
+                self.release(job)
 
     def deliver(self, job, token, now):
         """Add the token to the job; tell what is certain of the text."""
+        self.metrics.add("generated_tokens_total")
         if job.first_token_at is None:
             job.first_token_at = now
             self.metrics.observe("first_token_seconds", now - job.arrived)
@@ -428,55 +401,53 @@ class Engine(threading.Thread):
         job.last_token_at = now
         job.tokens.append(token)
         job.row.take(token.id, token.logprob)
-        job.count(token.id)
         if any(job.pieces) or job.row.done:
-            job.tell()
+            self.updates.append(job.news())
 
-    # ------------------------------------------------------------------ rows
+    # ------------------------------------------------------------------ who leaves
 
-    def release(self, i):
-        """Job i leaves. Its row moves behind those with jobs, and those that decode stay together,
-        before the one that reads."""
-        self.last_used[i] = self.n_steps
-        self.jobs[i].seen = self.jobs[i].counts = None  # a slow client may hold the job for long
-        last = len(self.jobs) - 1
-        last_decoding = last - 1 if self.is_reading(last) else last
-        for j in (last_decoding, last):
-            if i < j:
-                self.swap_rows(i, j)
-                self.jobs[i] = self.jobs[j]
-                i = j
-        self.jobs.pop()
+    def release(self, job):
+        """The job leaves. Its slot keeps what it had, for prompts that begin alike."""
+        slot = job.slot
+        self.cached_ids[slot] = self.known_ids(slot)
+        self.last_used[slot] = self.n_steps
+        self.decoder.clear(slot)
+        del self.jobs[slot]
+        job.slot = None
+        job.uniform = None  # a slow client may hold the job for long
+        if job in self.reading:
+            self.reading.remove(job)
 
-    def swap_rows(self, i, j):
-        """Exchange two rows of the cache."""
-        if i == j:
-            return
-        length = max(len(self.cached_ids[i]), len(self.cached_ids[j]))
-        self.cache.copy([i, j], [j, i], length)
-        for values in (self.cached_ids, self.last_used):
-            values[i], values[j] = values[j], values[i]
-
-    def fail(self, i):
-        """Job i leaves with an error, and its keys and values with it: attention gives what is
+    def fail(self, job):
+        """The job leaves with an error, and its keys and values with it: attention gives what is
         behind a row's end no weight, but 0 times NaN is NaN."""
-        self.jobs[i].fail(NOT_FINITE)
-        self.release(i)
-        row = len(self.jobs)  # where release puts it
-        self.cached_ids[row] = []
-        self.cache.store[:, :, row] = 0
+        self.updates.append(Update(job, "", [], done=True, error=NOT_FINITE))
+        slot = job.slot
+        self.release(job)
+        self.cached_ids[slot] = []
+        self.decoder.wipe(slot)
 
     def drop_cancelled(self):
-        for i in reversed(range(len(self.jobs))):
-            if self.jobs[i].cancelled:
-                self.release(i)
+        for job in list(self.jobs.values()):
+            if job.cancelled:
+                self.release(job)
 
     def drop_all(self, why):
         """Every job of the batch fails, and what the cache has is trusted no more."""
-        for job in self.jobs:
-            job.fail(why)
-        self.jobs = []
+        self.under_way.clear()
+        for job in list(self.jobs.values()):
+            self.updates.append(Update(job, "", [], done=True, error=why))
+            self.release(job)
         self.cached_ids = [[] for _ in range(self.max_batch)]
+        self.tell_updates()
+
+
+def powers_of_two(least, most):
+    """[least, 2 least, 4 least ...], of which the last is the first that is no less than most."""
+    powers = [power_of_two(least)]
+    while powers[-1] < most:
+        powers.append(2 * powers[-1])
+    return powers
 
 
 def common_beginning(a, b, most):

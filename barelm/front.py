@@ -26,10 +26,13 @@ CLIENT_LEFT = 499  # nginx's status for a client that left before its answer
 FULL = ApiError(503, "all connections are taken (--max_connections): try again", code="full")
 
 
+# JSON in ASCII: half a surrogate pair has no UTF-8. (json.dumps would make such an encoder anew.)
+to_json = json.JSONEncoder(allow_nan=False).encode
+
+
 def reply(value, status=200, headers=None):
-    """A response of JSON, in ASCII: half a surrogate pair has no UTF-8."""
-    text = json.dumps(value, allow_nan=False)
-    return Response(text, status, headers, media_type="application/json")
+    """A response of JSON."""
+    return Response(to_json(value), status, headers, media_type="application/json")
 
 
 def error_reply(error, headers=None):
@@ -45,7 +48,7 @@ def error_reply(error, headers=None):
 
 def event_line(value):
     """A server-sent event of JSON."""
-    return f"data: {json.dumps(value, allow_nan=False)}\n\n"
+    return f"data: {to_json(value)}\n\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +150,7 @@ class Record:
     jobs: list = field(default_factory=list)  # those of the engine; the Front cancels the rest
     status: int | None = None  # None: nothing was answered yet
     is_stream: bool = False
+    gave_up: bool = False  # the client did not read
 
 
 class RequestLog:
@@ -222,17 +226,32 @@ class Front:
         record = Record()
         scope["record"] = record
 
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+
+        def give_up():
+            record.gave_up = True
+            task.cancel()
+
         async def patient_send(message):
             record.status = message.get("status", record.status)
-            await asyncio.wait_for(send(message), self.client_timeout)
+            # Until Python 3.12 asyncio.wait_for makes a task each time: this is once a token.
+            clock = loop.call_later(self.client_timeout, give_up)
+            try:
+                await send(message)
+            finally:
+                clock.cancel()
 
         try:
             refusal = self.access.refusal(scope)
             answer = self.app if refusal is None else error_reply(refusal)
             await answer(scope, receive, patient_send)
-        except (ClientDisconnect, asyncio.TimeoutError):
+        except ClientDisconnect:
             record.status = record.status or CLIENT_LEFT
-        except asyncio.CancelledError:  # uvicorn stops
+        except asyncio.CancelledError:  # uvicorn stops, or a client does not read
+            if record.gave_up:
+                record.status = record.status or CLIENT_LEFT
+                return
             why = f"cut off after --drain={self.shutdown.drain:g} s"
             if self.shutdown.forced:
                 why = "cut off by a second Ctrl-C"

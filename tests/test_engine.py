@@ -1,5 +1,6 @@
 """barelm/engine.py alone, without a server: jobs in, tokens out."""
 
+import asyncio
 import copy
 import random
 
@@ -9,7 +10,8 @@ from conftest import ROOT
 
 import model
 from barelm.checkpoint import load
-from barelm.engine import NOT_FINITE, Engine, Job, Sampling
+from barelm.engine import NOT_FINITE, Engine
+from barelm.jobs import Job, Sampling, Update, Updates
 
 CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 GREEDY = Sampling(temperature=0.0)
@@ -46,21 +48,24 @@ def test_an_engine_needs_no_server(loaded):
         assert job.row.out.text == g.text
 
 
-def test_rows_that_move_keep_what_they_hold(loaded):
+@pytest.mark.parametrize("one_behind", [False, True])
+def test_slots_that_come_and_go_keep_what_they_hold(loaded, one_behind):
     net, tok = loaded
-    engine = Engine(net, tok, max_batch=9, max_len=64, prefill_chunk=9, max_queue=99)
+    engine = Engine(net, tok, max_batch=9, max_len=64, prefill_chunk=40, max_queue=99)
+    engine.pass_cost = 4
+    engine.on_gpu = one_behind  # tokens are told when the step behind them has begun
     jobs = []
     draw = random.Random(0)
     beginnings = [tok.encode(CODE[i : i + 70])[:30] for i in (0, 400, 800)]
     with torch.inference_mode():
-        for _ in range(900):
+        for _ in range(600):
             if len(jobs) < 60 and draw.random() < 0.15:
                 ids = draw.choice(beginnings)[: draw.choice([0, 0, 5, 28, 30])]
                 ids += draw.choices(range(500), k=draw.randrange(1, 4))
                 jobs.append(Job(tok, ids, draw.choice([1, 2, 25]), GREEDY, listener=ignore))
                 engine.submit(jobs[-1:])
             if draw.random() < 0.01 and engine.jobs:
-                engine.cancel([draw.choice(engine.jobs)])
+                engine.cancel([draw.choice([*engine.jobs.values()])])
             engine.step()
     done = [job for job in jobs if not job.cancelled]
     assert 40 < len(done) < len(jobs) == 60 and sum(job.n_reused for job in done) > 200
@@ -106,3 +111,22 @@ def test_each_row_has_its_own_filters():
     together = model.choose_tokens(logits, uniform, t, k, p, m)
     for i, how in enumerate(zip(t, k, p, m)):
         assert model.choose_tokens(logits[i : i + 1], uniform[i : i + 1], *how) == together[i]
+
+
+def test_what_a_slow_client_has_not_read_is_one_update(loaded):
+    job = Job(loaded[1], [5], 9, GREEDY, ignore)
+
+    async def read():
+        waiting = Updates()
+        for text, done in (("a", False), ("b", False), ("c", True)):
+            waiting.listener(Update(job, text, [text], done))
+        [update] = await waiting.take()
+        assert (update.text, update.tokens, update.done) == ("abc", ["a", "b", "c"], True)
+        at_end = Updates(at_end=True)
+        at_end.listener(Update(job, "a", [], False))
+        assert not at_end.is_new.is_set()
+        at_end.fail(ValueError())
+        with pytest.raises(ValueError):
+            await at_end.take()
+
+    asyncio.run(read())

@@ -82,8 +82,9 @@ from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
 from barelm.compiled import try_compile
 from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
-from barelm.fast import cross_entropy_sum, quantize_weights
+from barelm.fast import cross_entropy_sum
 from barelm.optim import flops_per_token, make_optimizer, n_params
+from barelm.quantized import quantize_weights
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
 from barelm.timing import Bench, title

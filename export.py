@@ -50,9 +50,10 @@ import torch
 
 from barelm.checkpoint import find, is_adapter, load, refuse_source, save, saved_tensors, weights_of
 from barelm.families import FAMILIES, family, misfits
-from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights, tie_embedding
+from barelm.fast import generating
 from barelm.files import write_json
 from barelm.gguf_file import FILE_TYPES, check_gguf, require_gguf, write_gguf
+from barelm.quantized import QuantizedLinear, dequantize, quantize_weights, tie_embedding
 from barelm.resume import clear_folder, holds_model, locked_folder, make_folder, move_files
 from barelm.run import UserError, choose_dtype, setup
 from barelm.safetensors import entries_of

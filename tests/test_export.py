@@ -21,10 +21,11 @@ import model
 from barelm.bpe import bpe_tokenizer, char_tokenizer
 from barelm.checkpoint import load, save, saved_tensors
 from barelm.families import family
-from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights
+from barelm.fast import generating
 from barelm.files import whole_file, write_json
 from barelm.gguf_file import GGUF_PRE, add_tokenizer, as_array, check_gguf, write_gguf
 from barelm.optim import make_optimizer
+from barelm.quantized import QuantizedLinear, dequantize, quantize_weights
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.splits import GPT2_SPLIT, QWEN2_SPLIT

@@ -21,8 +21,8 @@ from barelm.fast import (
     cross_entropy_sum,
     generating,
     joined_product,
-    quantize_weights,
 )
+from barelm.quantized import quantize_weights
 from barelm.run import autocast
 from model import KVCache, Operations, attention_mask, attention_probabilities
 

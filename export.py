@@ -23,7 +23,7 @@ overwrite = False  # let an export replace what out_dir holds
 # smaller
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 prune: str | None = None  # make weights zero: 0.5, the smaller half of each matrix; or 2:4
-gguf_type = "F16"  # F32, F16 or Q8_0, of a GGUF file's matrices
+gguf_type = "F16"  # F32, F16, Q8_0 or Q4_0, of a GGUF file's matrices
 
 # the report
 dataset = "python"  # data/<dataset>, whose validation shards it measures on

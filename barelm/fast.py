@@ -7,13 +7,12 @@ adapted layer, a mask of numbers) is left to the plain way, with which tests/tes
 
 import contextlib
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from barelm.quantized import QuantizedLinear, packed_int4, quantized_product
+from barelm.quantized import QuantizedLinear, QuantizedProduct, quantized_product
 from barelm.run import compute_dtype
 
 
@@ -80,8 +79,7 @@ def packed_product(layers, dtype):
         bias = bias.to(dtype)
     if isinstance(layers[0], QuantizedLinear):
         scale = torch.cat([layer.scale for layer in layers])
-        return partial(quantized_product, codes=weight, scale=scale, bias=bias,
-                       packed=packed_int4(weight, scale))  # fmt: skip
+        return QuantizedProduct(weight, scale, bias)
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     if dtype not in (torch.float32, torch.bfloat16):

@@ -3,6 +3,7 @@
     python bench.py                                  # about three minutes on two CPU cores
     python bench.py config/small.py --only=model     # the shape of a recipe, one part
     python bench.py --compare --nanogpt=../nanoGPT   # others beside ours, in the same run
+    python bench.py --compare --only=decode --llama=../llama  # a folder with node-llama-cpp
     python bench.py --profile                        # bench_trace.json, of three training steps
     python bench.py config/gpt2.py --serve --compare # a server of this shape, loaded by clients
 
@@ -44,6 +45,7 @@ only = ""  # parts to run, as in --only=attention,model; empty: all
 seconds = 2.0  # time of the rows that are timed in turn, if five rounds fit it
 compare = False  # also time transformers, tokenizers, tiktoken; with --serve its generate
 nanogpt: str | None = None  # with --compare: a checkout of nanoGPT, to time its step too
+llama: str | None = None  # with --compare: where npm installed node-llama-cpp, to decode beside it
 profile = False  # write bench_trace.json, and nothing else
 serve: bool | str = False  # only load a server: of a random network, of =FOLDER, or at =http://...
 clients = "1,4,16,64"  # with --serve: how many ask at once, a row of the table each
@@ -82,8 +84,10 @@ from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
 from barelm.compiled import Ways, try_compile
 from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
-from barelm.fast import cross_entropy_sum, head_piece, quantize_weights
+from barelm.fast import cross_entropy_sum, head_piece
+from barelm.llama import check_llama, llama_generate
 from barelm.optim import flops_per_token, make_optimizer, n_params
+from barelm.quantized import quantize_weights
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
 from barelm.timing import Bench, title
@@ -428,6 +432,8 @@ def measure_decode(bench):
                 bench.row("decode", name, steps, "read", bytes=weight_bytes(net), tokens=B)
     if compare:
         compare_decode(bench, tok, n_new, n_prompt)
+    if compare and llama:
+        compare_llama(bench, tok, n_new, n_prompt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,13 +588,19 @@ def nanogpt_steps(bench, batch, shape):
     return steps
 
 
-def compare_decode(bench, tok, n_new, n_prompt):
-    """Greedy generation, prompt and all, at batch 1, and whether the ids agree."""
-    net = build(bench, max(seq_len, n_prompt + n_new))
-    with torch.no_grad():  # louder blocks: random ones with a tied head repeat the last token
+def build_loud(bench, n_ctx):
+    """`build`'s with louder blocks: random ones with a tied head repeat the last token."""
+    net = build(bench, n_ctx)
+    with torch.no_grad():
         for p in net.model.layers.parameters():
             if p.ndim == 2:
                 p.mul_(4)
+    return net
+
+
+def compare_decode(bench, tok, n_new, n_prompt):
+    """Greedy generation, prompt and all, at batch 1, and whether the ids agree."""
+    net = build_loud(bench, max(seq_len, n_prompt + n_new))
     hf = hugging_face(bench, net)
     if not hf:
         return
@@ -616,6 +628,31 @@ def compare_decode(bench, tok, n_new, n_prompt):
     print(f"  float32, batch 1, {n_new} tokens, {different} different ones; {same} ids the same:")
     calls = {"generate, ours": ours, f"generate, {type(hf).__name__}": theirs}
     bench.table("compare", calls, factors=True, tokens=n_new, same_ids=same)
+
+
+def compare_llama(bench, tok, n_new, n_prompt):
+    """Greedy steps at batch 1 by llama.cpp and by ours, on the same weights; the prompt's time is
+    taken off both."""
+    ids = torch.randint(min(vocab_size, tok.n_vocab), (n_prompt,)).tolist()
+    print(f"  llama.cpp and ours, batch 1, {n_new} tokens behind {n_prompt}, greedy, steps:")
+    for kind, gguf_type in (("float32", "F32"), ("int8", "Q8_0"), ("int4", "Q4_0")):
+        net = build_loud(bench, max(seq_len, n_prompt + n_new + 1))
+        name = f"llama.cpp, {gguf_type}"
+        try:
+            threads = torch.get_num_threads()
+            theirs, seconds = llama_generate(llama, net, tok, ids, n_new, gguf_type, threads)
+        except (OSError, RuntimeError, UserError) as error:
+            bench.skip(name, str(error))
+            continue
+        if kind != "float32":
+            net = quantize_weights(net, kind)
+        decode = partial(generate, net, tok, [ids], temperature=0)
+        [ours] = decode(max_new_tokens=n_new)
+        same = sum(a == b for a, b in zip(ours.ids, theirs))
+        times = bench.measure({n: partial(decode, max_new_tokens=n) for n in (1, n_new)})
+        steps = np.subtract(times[n_new], times[1]) / (n_new - 1)
+        bench.row("compare", f"ours, {kind}", steps, tokens=1, same_ids=same)
+        bench.row("compare", name, [seconds / (n_new - 1)], tokens=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -698,6 +735,8 @@ def check_settings():
         raise UserError(f"--clients={clients}: expected numbers of them, as in 1,4,16")
     if nanogpt and not (Path(nanogpt) / "model.py").is_file():
         raise UserError(f"--nanogpt={nanogpt}: no model.py there; expected its checkout")
+    if llama:
+        check_llama(llama)
     return wanted
 
 

@@ -23,7 +23,7 @@ overwrite = False  # let an export replace what out_dir holds
 # smaller
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 prune: str | None = None  # make weights zero: 0.5, the smaller half of each matrix; or 2:4
-gguf_type = "F16"  # F32, F16 or Q8_0, of a GGUF file's matrices
+gguf_type = "F16"  # F32, F16, Q8_0 or Q4_0, of a GGUF file's matrices
 
 # the report
 dataset = "python"  # data/<dataset>, whose validation shards it measures on
@@ -50,9 +50,10 @@ import torch
 
 from barelm.checkpoint import find, is_adapter, load, refuse_source, save, saved_tensors, weights_of
 from barelm.families import FAMILIES, family, misfits
-from barelm.fast import QuantizedLinear, dequantize, generating, quantize_weights, tie_embedding
+from barelm.fast import generating
 from barelm.files import write_json
 from barelm.gguf_file import FILE_TYPES, check_gguf, require_gguf, write_gguf
+from barelm.quantized import QuantizedLinear, dequantize, quantize_weights, tie_embedding
 from barelm.resume import clear_folder, holds_model, locked_folder, make_folder, move_files
 from barelm.run import UserError, choose_dtype, setup
 from barelm.safetensors import entries_of

@@ -315,7 +315,7 @@ class GPT(nn.Module):
         self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
         self.pad_id: int | None = None  # the token that is no text's last one
         self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
-        self.quantize: str | None = None  # int8 or int4, by barelm.fast.quantize_weights
+        self.quantize: str | None = None  # int8 or int4, by barelm.quantized
 
     def init_weight(self, name, p):
         """Draw a parameter's first values; norms keep their ones."""

@@ -21,9 +21,9 @@ from barelm.families import (
     tensors_in_file,
     to_hf_config,
 )
-from barelm.fast import QuantizedLinear, quantize_weights, tie_embedding
 from barelm.files import read_json, write_json
 from barelm.peft import add_lora, read_adapter_config
+from barelm.quantized import QuantizedLinear, quantize_weights, tie_embedding
 from barelm.resume import PARTS, make_folder, write_weights
 from barelm.run import UserError
 from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors

@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 
 from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, packs, pays_to_pack
+from barelm.fast import PlacedProduct
 from barelm.graphs import Graphs
 from barelm.run import compute_dtype
 from barelm.sampling import (
@@ -453,7 +454,7 @@ class Decoder:
     def refresh(self):
         """The weights may have changed, in their places: the copies of them change too."""
         for product in (self.products or {}).values():
-            if product is not None:
+            if isinstance(product, PlacedProduct):
                 product.refresh()
 
     @contextlib.contextmanager

@@ -17,7 +17,12 @@ from barelm.run import UserError
 from barelm.splits import GPT2_SPLIT
 from model import rope_frequencies
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # of the matrices; the numbers are llama_ftype's
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q8_0": 7,
+    "Q4_0": 2,
+}  # of the matrices; the numbers are llama_ftype's
 
 # The split patterns that llama.cpp knows, and its names for them.
 QWEN2_SPLIT = (
@@ -69,7 +74,7 @@ def add_network(writer, gguf, c, gguf_type):
     """Add the keys of a GGUF file that describe the network, a GPTConfig."""
     writer.add_custom_alignment(32)  # bytes; the usual one, said
     writer.add_file_type(FILE_TYPES[gguf_type])
-    if gguf_type == "Q8_0":
+    if gguf_type in ("Q8_0", "Q4_0"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(c.n_ctx)
     writer.add_embedding_length(c.n_embd)
@@ -149,16 +154,20 @@ def renamed_tensors(net, names):
 
 def tensor_type(name, t, gguf_type):
     """The name of a tensor's type: vectors and positions stay float32, as llama.cpp wants them; a
-    row that blocks of 32 do not fill is float16."""
+    row that blocks of 32 do not fill is float16. Beside Q4_0 the embedding and the head are Q8_0:
+    4 bits cost them most."""
     if t.ndim == 1 or name == "position_embd.weight":
         return "F32"
-    if gguf_type == "Q8_0" and t.shape[1] % 32:
+    if gguf_type in ("Q8_0", "Q4_0") and t.shape[1] % 32:
         return "F16"
+    if gguf_type == "Q4_0" and name in ("token_embd.weight", "output.weight"):
+        return "Q8_0"
     return gguf_type
 
 
 def as_array(gguf, t, type_name):
-    """A tensor as a NumPy array of one of GGUF's types; Q8_0 is bytes (rows, bytes of a row)."""
+    """A tensor as a NumPy array of one of GGUF's types; Q8_0's and Q4_0's are bytes (rows, bytes of
+    a row)."""
     if type_name == "F16" and not t.half().isfinite().all():
         raise UserError("--gguf_type=F16: a weight is beyond float16: --gguf_type=F32")
     values = t.detach().float().contiguous().numpy()

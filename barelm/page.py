@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from barelm.answers import token_name
 from barelm.api import ApiError, encode_text, is_ids, read_fields
 from barelm.engine import NOT_FINITE
-from barelm.fast import QuantizedLinear
 from barelm.jobs import limited
+from barelm.quantized import QuantizedLinear
 
 MAP_TOKENS = 128  # the longest text whose attention is shown
 LOG_ROWS = 2000  # the most rows of training in one answer: of more, one in so many

@@ -74,6 +74,7 @@ def test_wrong_settings_are_refused(tmp_path):
     for flag, words in {
         "--only=foo": "ceilings, attention, model, head, decode, tokenizer",
         "--nanogpt=nowhere": "no model.py there",
+        "--llama=nowhere": "no node_modules/node-llama-cpp/dist/index.js there",
         "--optimizer=sgd": "muon or adamw",
         "--n_head=3": "n_head to divide it",
         "--tokens=0": "1 or more",

@@ -27,8 +27,8 @@ from barelm.fast import (
     head_piece,
     head_rows,
     joined_product,
-    quantize_weights,
 )
+from barelm.quantized import quantize_weights
 from barelm.run import autocast
 from model import KVCache, Operations, attention_mask, attention_probabilities
 
@@ -88,13 +88,13 @@ def test_fast_and_plain_logits_agree(name, quantize):
         quantize_weights(fast, quantize)
         quantize_weights(plain, quantize)
     ids = random_ids(3, 9)
-    # torch's quantized products on a CPU take bfloat16.
-    close = dict(rtol=1e-4, atol=1e-4) if quantize is None else dict(rtol=0.05, atol=0.6)
+    # Quantized products round x to bfloat16 or to bytes: to 63 levels, 1 to 2 % in each of them.
+    tolerance = 1e-4 if quantize is None else 0.2
     with torch.no_grad():
         expected = plain(ids)
-        torch.testing.assert_close(fast(ids), expected, **close)
+        assert (fast(ids) - expected).norm() <= tolerance * expected.norm()
         with generating(fast):
-            torch.testing.assert_close(fast(ids), expected, **close)
+            assert (fast(ids) - expected).norm() <= tolerance * expected.norm()
         with generating(plain):
             assert plain.ops.packed is None
             assert torch.equal(plain(ids), expected)

@@ -14,8 +14,8 @@ import torch
 import train
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
-from barelm.fast import quantize_weights
 from barelm.files import write_json
+from barelm.quantized import quantize_weights
 from barelm.run import UserError
 from barelm.safetensors import INDEX, read_safetensors, write_safetensors
 from barelm.shards import open_shard

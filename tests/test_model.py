@@ -21,7 +21,6 @@ from barelm.adapters import add_adapters
 from barelm.bpe import bpe_tokenizer, char_tokenizer, train_bpe
 from barelm.checkpoint import load, save
 from barelm.families import family
-from barelm.fast import quantize_weights
 from barelm.files import whole_file, write_json
 from barelm.optim import (
     Muon,
@@ -31,6 +30,7 @@ from barelm.optim import (
     n_params,
     orthogonalize,
 )
+from barelm.quantized import quantize_weights
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.tokenizer import Tokenizer

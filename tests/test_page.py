@@ -21,8 +21,8 @@ from test_model import QWEN3, make_net
 import model as core
 from barelm import page as inside
 from barelm.checkpoint import load
-from barelm.fast import quantize_weights
 from barelm.optim import n_params
+from barelm.quantized import quantize_weights
 
 pytest.importorskip("fastapi")
 

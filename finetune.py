@@ -108,11 +108,16 @@ from barelm.examples import (
     epoch_order,
     fill_template,
     load_examples,
+    longest_row,
     micro_batches,
+    n_rows,
     n_tokens,
     pack_rows,
     padded,
+    padded_length,
     parse_templates,
+    places_of_targets,
+    share_of,
     targets_of,
 )
 from barelm.optim import n_params
@@ -123,6 +128,7 @@ from barelm.run import (
     StopSignals,
     Updater,
     UserError,
+    advice_on_memory,
     autocast,
     check_least,
     choose_dtype,
@@ -131,9 +137,12 @@ from barelm.run import (
     make_scaler,
     setup,
     step_seed,
+    to_device,
 )
 from barelm.tuning import (
     ADAPTS,
+    Load,
+    add_figures,
     begin_part,
     check_adapt,
     check_choice,
@@ -143,14 +152,17 @@ from barelm.tuning import (
     count_steps,
     facts_of,
     finish_adapter,
+    generate_all,
     load_state,
     log_row,
     make_optimizers,
     open_learner,
+    read_figures,
     restore,
     save_run,
     save_weights,
     saved_on_failure,
+    say_memory,
     say_plan,
     show_step,
     step_row,
@@ -160,7 +172,6 @@ from barelm.tuning import (
     update,
     words,
 )
-from model import generate, logprobs
 
 # --------------------------------------------------------------------------------------------------
 # Records become examples: (row, tok, limit) -> a dict, of `limit` tokens at most
@@ -248,16 +259,16 @@ def checked_pair(pair, limit):
 
 def sft_loss(net, rows):
     """The sum of -log p over the targets of packed rows, and nothing else to log."""
-    device = net.model.embed_tokens.weight.device
-    ids = padded(rows, "ids", device)  # (B, T), as are targets and docs
-    targets = padded(rows, "targets", device, IGNORED)
+    ids = padded(rows, "ids", net)  # (B, T), as are targets and docs
+    targets = padded(rows, "targets", net, IGNORED)
     docs = None
     if any(max(row["docs"]) > 1 for row in rows):  # several examples in a row
-        docs = padded(rows, "docs", device)
+        docs = padded(rows, "docs", net)
     embeds = None
     if neftune and net.training:
         embeds = net.model.embed_tokens(ids)  # (B, T, C)
-        reach = neftune / math.sqrt(embeds.shape[1] * embeds.shape[2])
+        longest = max(map(longest_row, rows))  # whatever it is padded to
+        reach = neftune / math.sqrt(longest * embeds.shape[2])
         embeds = embeds + torch.empty_like(embeds).uniform_(-reach, reach)
     loss, _ = net(ids, targets, docs=docs, embeds=embeds)
     return loss, {}
@@ -266,22 +277,32 @@ def sft_loss(net, rows):
 def classify_loss(net, examples):
     """Cross-entropy, weighted by label where class_weights says so. In validation also {(label,
     guess): count}; of one batch they would say little."""
-    scores = net.scores([e["ids"] for e in examples])  # (B, n_labels)
+    scores = text_scores(net, [e["ids"] for e in examples])  # (B, n_labels)
     labels = [net.labels.index(e["label"]) for e in examples]
-    weights = torch.tensor([e.get("weight", 1.0) for e in examples], device=scores.device)
-    targets = torch.tensor(labels, device=scores.device)
+    weights = to_device(torch.tensor([e.get("weight", 1.0) for e in examples]), scores.device)
+    targets = to_device(torch.tensor(labels), scores.device)
     loss = (F.cross_entropy(scores, targets, reduction="none") * weights).sum()
     if net.training:
         return loss, {}
     return loss, Counter(zip(labels, scores.argmax(1).tolist()))
 
 
+def text_scores(net, texts):
+    """`net.scores` of texts, lists of ids, padded as this net's batches are."""
+    texts = [net.without_padding(ids) for ids in texts]
+    lengths = torch.tensor([len(ids) for ids in texts])
+    ids = padded([{"ids": ids} for ids in texts], "ids", net)  # (B, T)
+    return net.scores_of(ids, to_device(lengths, ids.device))
+
+
 def response_logprobs(net, sequences):
     """(B,) float32: the sum of log p over the targets of each sequence."""
-    device = net.model.embed_tokens.weight.device
-    ids = padded(sequences, "ids", device)
-    targets = padded(sequences, "targets", device, IGNORED)
-    return logprobs(net, ids, targets).sum(1)
+    ids = padded(sequences, "ids", net)  # (B, T)
+    places, targets = places_of_targets(sequences, net)  # (N,)
+    h = net.hidden(ids).flatten(0, 1).index_select(0, places)  # (N, C): no other logits are made
+    log_p = -F.cross_entropy(net.logits(h).float(), targets, reduction="none")
+    by_place = torch.zeros(ids.numel(), device=ids.device).scatter(0, places, log_p)
+    return by_place.view_as(ids).sum(1)
 
 
 def both_logprobs(net, pairs):
@@ -308,7 +329,8 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected):
 def dpo(net, pairs):
     """DPO's loss over pairs, whose log-probabilities under the reference were computed once."""
     chosen, rejected = both_logprobs(net, pairs)
-    reference = torch.tensor([pair["reference"] for pair in pairs]).to(chosen)  # (B, 2)
+    reference = torch.tensor([pair["reference"] for pair in pairs])  # (B, 2)
+    reference = to_device(reference, chosen.device)
     loss, good, bad = preference_loss(chosen, rejected, reference[:, 0], reference[:, 1])
     figures = {
         "reward_chosen": good,
@@ -316,7 +338,7 @@ def dpo(net, pairs):
         "margin": good - bad,
         "accuracy": (good > bad) + 0.5 * (good == bad),  # at the start all are equal
     }
-    return loss.sum(), {name: float(values.detach().sum()) for name, values in figures.items()}
+    return loss.sum(), {name: values.sum() for name, values in figures.items()}
 
 
 @torch.no_grad()
@@ -327,18 +349,19 @@ def add_reference(learner, pairs, cast):
     run = learner.run
     for number, pair in enumerate(pairs):
         pair["number"] = number
-    share = sorted(pairs[run.rank :: run.world], key=n_tokens)
-    log_probs = Counter()  # {(number of the pair, which answer): log p}; without a reference all 0
+    share = [] if reference_free else sorted(share_of(pairs, run), key=n_tokens)
+    of_groups = []  # (2, B) each
     net.eval()  # dropout is for the network that learns
-    for group in micro_batches(share, micro_tokens):
-        if reference_free:
-            continue
+    for group in micro_batches(share, micro_tokens, net):
         with cast:
-            chosen, rejected = both_logprobs(net, group)
-        for pair, c, r in zip(group, chosen, rejected):
-            log_probs[pair["number"], "chosen"] = float(c)
-            log_probs[pair["number"], "rejected"] = float(r)
+            of_groups.append(torch.stack(both_logprobs(net, group)))
     net.train()
+    log_probs = Counter()  # {(number of the pair, which answer): log p}; without a reference all 0
+    if of_groups:
+        both = torch.cat(of_groups, 1).tolist()  # the one wait for the device
+        for pair, chosen, rejected in zip(share, *both):
+            log_probs[pair["number"], "chosen"] = chosen
+            log_probs[pair["number"], "rejected"] = rejected
     log_probs = sum_figures(run, log_probs)  # each is of one process
     for number, pair in enumerate(pairs):
         pair["reference"] = [log_probs[number, "chosen"], log_probs[number, "rejected"]]
@@ -347,10 +370,10 @@ def add_reference(learner, pairs, cast):
 def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [pair["chosen"]["ids"] for pair in pairs] + [pair["rejected"]["ids"] for pair in pairs]
-    good, bad = net.scores(rows).chunk(2)  # (B, 1) each
-    loss = -F.logsigmoid(good - bad).sum()
-    margins = (good - bad).detach()
-    return loss, {"margin": float(margins.sum()), "accuracy": int((margins > 0).sum())}
+    good, bad = text_scores(net, rows).chunk(2)  # (B, 1) each
+    margins = good - bad
+    loss = -F.logsigmoid(margins).sum()
+    return loss, {"margin": margins.sum(), "accuracy": (margins > 0).sum()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,6 +451,14 @@ def means(sums, size):
     return {name: total / size for name, total in sums.items()}
 
 
+def no_logits(group):
+    return 0
+
+
+def pair_targets(pairs):
+    return sum(count_targets([pair["chosen"], pair["rejected"]]) for pair in pairs)
+
+
 @dataclass
 class Method:
     """A way of fine-tuning. A new one is a loss and an entry here."""
@@ -435,7 +466,9 @@ class Method:
     data: str  # it reads data/<dataset>/<data>_{train,val}.jsonl
     read_row: Callable  # (row, tok, limit) -> an example
     loss: Callable  # (net, a group of examples) -> (sum of losses, {figure: sum})
+    n_logits: Callable = no_logits  # (a group) -> of how many tokens it makes logits, all at once
     size: Callable = total_weight  # (examples) -> what the loss of a whole batch is divided by
+    logs: tuple = ()  # the names of the figures that its loss gives in training
     reads_chats: bool = True  # it needs a chat template, and answers end where the template says
     # Whether it learns to say whole responses: they are packed into rows, and tried at the end.
     learns_responses: bool = False
@@ -456,8 +489,21 @@ METHODS = {
         figures=accuracies,
         table=confusion,
     ),
-    "dpo": Method("preference", read_pair, dpo, prepare=add_reference),
-    "reward": Method("preference", read_scored_pair, reward_loss, add_head=add_reward_head),
+    "dpo": Method(
+        "preference",
+        read_pair,
+        dpo,
+        n_logits=pair_targets,
+        logs=("reward_chosen", "reward_rejected", "margin", "accuracy"),
+        prepare=add_reference,
+    ),
+    "reward": Method(
+        "preference",
+        read_scored_pair,
+        reward_loss,
+        logs=("margin", "accuracy"),
+        add_head=add_reward_head,
+    ),
 }
 
 
@@ -521,6 +567,28 @@ def open_model(run, task, config):
     return learner
 
 
+def largest_load(task, net, train, limit):
+    """The Load of a batch of the longest examples, of which one process has all."""
+    longest = sorted(train, key=n_tokens)[-batch_size:]
+    loads = []
+    for group in groups_of(task, net, longest, limit):
+        rows = sum(map(n_rows, group))
+        length = padded_length(net, max(map(longest_row, group)))
+        loads.append(Load(rows, length, task.n_logits(group)))
+    return max(loads, key=lambda load: load.rows * load.length)
+
+
+def memory_advice():
+    """What to change where memory runs out."""
+    length = seq_len or "the model's context"
+    _, config = method_and_adapt()
+    return (
+        f"lower micro_tokens (now {micro_tokens}) or seq_len (now {length}), set checkpoint_blocks "
+        f"(now {checkpoint_blocks}), or let less learn: adapt=lora, adapt=qlora (now "
+        f"{config.adapt})"
+    )
+
+
 def open_data(learner, task, limit):
     """The examples to train on and to validate with; the network gets the head that they need."""
     tok = learner.tok
@@ -534,13 +602,13 @@ def open_data(learner, task, limit):
     return train, val[: eval_examples or None]
 
 
-def groups_of(task, examples, limit):
+def groups_of(task, net, examples, limit):
     """The examples in micro-batches, those of like length together."""
     if task.learns_responses:
         rows = pack_rows(examples, limit, several=pack)
     else:
         rows = sorted(examples, key=n_tokens)
-    return micro_batches(rows, micro_tokens)
+    return micro_batches(rows, micro_tokens, net)
 
 
 @torch.no_grad()
@@ -549,16 +617,15 @@ def validate(learner, task, examples, limit, cast):
     value}, the sums that they were made of)."""
     net = learner.net
     run = learner.run
-    share = examples[run.rank :: run.world]
+    share = share_of(examples, run)
     sums = Counter(loss=0.0, size=task.size(share))
     net.eval()
-    for group in groups_of(task, share, limit):
+    for group in groups_of(task, net, share, limit):
         with cast:
             loss, figures = task.loss(net, group)
-        sums.update(figures)
-        sums["loss"] += float(loss)
+        add_figures(sums, figures | {"loss": loss})
     net.train()
-    sums = sum_figures(run, sums)
+    sums = sum_figures(run, read_figures(sums))
     size = max(sums.pop("size"), 1e-9)
     val_loss = sums.pop("loss") / size
     figures = {f"val_{name}": value for name, value in task.figures(sums, size).items()}
@@ -580,7 +647,7 @@ def repeated(net, tok, examples, cast):
             answers.append(e["targets"][first:end])
     longest = max(map(len, answers), default=0)
     with cast:
-        generations = generate(net, tok, prompts, max_new_tokens=longest + 1, temperature=0)
+        generations = generate_all(net, tok, prompts, longest + 1, temperature=0)
     n_same = 0
     n_ended = 0
     for g, answer in zip(generations, answers):
@@ -686,6 +753,7 @@ def main():
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
+    say_memory(learner, largest_load(task, net, train, limit), computing, optimizer)
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)
@@ -703,6 +771,7 @@ def main():
     if val and state.first_verdict is None:
         state.first_verdict, sums = look_on(learner, task, val, limit, cast, folder, 0)
 
+    loss_of = partial(task.loss, net)
     progress = state.progress(horizon)
     stopped = False
     early = False
@@ -710,12 +779,13 @@ def main():
         step_begin = time.monotonic()
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon))
-        examples = batch_of(train, state.step, batch_size, seed, run)
-        groups = groups_of(task, examples, limit)
+        examples = batch_of(train, state.step, batch_size, seed)
+        groups = groups_of(task, net, share_of(examples, run), limit)
         size = task.size(examples)
-        loss_of = partial(task.loss, net)
         with saved_on_failure(learner, updater, state, folder):
-            figures, norm = update(updater, groups, loss_of, size, cast, state.step, warmup_steps)
+            figures, norm = update(
+                updater, groups, loss_of, size, task.logs, cast, state.step, warmup_steps
+            )
             updater.check_bad_steps(learning_rate, warmup_steps)
         stopped = state.advance(run, clock_begin, signals)
         progress = state.progress(horizon)
@@ -738,6 +808,6 @@ def main():
 
 
 if __name__ == "__main__":
-    with locked_folder(out_dir), lost_process():
+    with locked_folder(out_dir), lost_process(), advice_on_memory(memory_advice):
         status = main()
     end_process(status)

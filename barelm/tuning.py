@@ -4,6 +4,7 @@ model to start from, the optimizer step, where the run stands, and writing what 
 import contextlib
 import copy
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -23,11 +24,18 @@ from barelm.adapters import (
 )
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases
-from barelm.optim import make_optimizer, restore_optimizers, same_kind
+from barelm.optim import (
+    MOMENTS,
+    free_memory,
+    make_optimizer,
+    memory_estimate,
+    restore_optimizers,
+    same_kind,
+)
 from barelm.resume import check_parts, check_state, clear_folder, fingerprint, weights_step
 from barelm.run import Run, Schedule, UserError, check_least, duration, sync_grads
 from barelm.tokenizer import Tokenizer
-from model import GPT
+from model import GPT, generate
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -202,6 +210,76 @@ def depth_of(name, n_layer):
 
 
 # --------------------------------------------------------------------------------------------------
+# Memory
+
+
+@dataclass
+class Load:
+    """The largest micro-batch of a run, as far as one can tell."""
+
+    rows: int
+    length: int  # tokens of a row, padding counted
+    n_logits: int  # tokens whose logits exist at once, in float32; 0: the head works by pieces
+
+
+def say_memory(learner, load, dtype, optimizer, n_copies=0):
+    """How much memory training will take beside the weights, and how much there is. n_copies: of
+    the whole network, such as a reference. The numbers are estimates."""
+    run = learner.run
+    net = learner.net
+    moments = MOMENTS.get(optimizer, 2)
+    n_learning = sum(p.numel() for p in learner.params().values())
+    head, activations = memory_estimate(
+        net.config,
+        0,
+        rows=load.rows,
+        seq_len=load.length,
+        dtype=dtype,
+        recompute=net.checkpoint,
+        moments=moments,
+        device_type=run.device.type,
+    )
+    if load.n_logits:  # in the dtype and in float32; log p, and the gradient of both
+        head = load.n_logits * net.config.vocab_size * (2 * dtype.itemsize + 12)
+    needed = 4 * n_learning * (1 + moments) + head + activations + n_copies * bytes_of(net)
+    free = free_memory(run.device)
+    if run.device.type == "cpu":  # all processes of a machine share it
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
+    text = f"memory: about {needed / 2**30:.2f} GiB a process, beside the weights, of "
+    text += f"{free / 2**30:.1f} GiB free"
+    if needed > free:
+        text += ": it may not fit (micro_tokens, seq_len, checkpoint_blocks, adapt make it less)"
+    run.say(text)
+
+
+def bytes_of(net):
+    """The bytes of a network's weights and buffers, each once."""
+    return sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+
+
+def rows_that_fit(net, longest):
+    """How many sequences of `longest` tokens can be generated at once: their keys and values, and
+    logits, in half of the memory that is free."""
+    c = net.config
+    table = net.model.embed_tokens.weight
+    row = 4 * (2 * c.n_layer * c.n_kv_head * c.head_dim * longest + 4 * c.vocab_size)
+    return max(1, int(free_memory(table.device) / 2 / row))
+
+
+def generate_all(net, tok, prompts, max_new_tokens, **options):
+    """model.generate's answers, with as many rows at once as fit the memory."""
+    if not prompts:
+        return []
+    longest = min(net.config.n_ctx, max(map(len, prompts)) + max_new_tokens)
+    n = rows_that_fit(net, longest)
+    generations = []
+    for i in range(0, len(prompts), n):
+        options |= {"first": i, "max_new_tokens": max_new_tokens}
+        generations += generate(net, tok, prompts[i : i + n], **options)
+    return generations
+
+
+# --------------------------------------------------------------------------------------------------
 # A step
 
 
@@ -237,30 +315,55 @@ def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, wa
         )
 
 
-def update(updater, groups, loss_of, size, cast, step, warmup_steps, zero_is_fault=True):
+def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero_is_fault=True):
     """One optimizer step on this process's groups of examples (micro-batches): ({figure: its mean
     over all processes}, the gradient's norm).
 
-    loss_of(group) gives a sum of losses, and {figure: its sum}. size: what this process's sums are
-    sums of, such as targets; the loss is divided by the size of the whole batch, so that neither
-    micro-batches nor processes change the gradient. zero_is_fault: see Updater.step."""
-    run = updater.run
-    [size] = run.sum(size)
+    loss_of(group) gives a sum of losses, and {figure: its sum}; names: the figures', which a
+    process without an example could not tell. size: what the sums of all processes together are
+    sums of, such as targets; the loss is divided by it, so that neither micro-batches nor processes
+    change the gradient. zero_is_fault: see Updater.step."""
     size = max(size, 1e-9)  # a batch without a target: no loss, and no NaN
-    sums = Counter()
+    sums = accumulate_gradients(updater, groups, loss_of, size, names, cast)
+    # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
+    sync_grads(updater.params)
+    norm = updater.clip_gradients()
+    # The one exchange of a step's figures, and its one wait for the device.
+    totals = updater.run.sum(*sums.values())
+    norm = float(norm)
+    means = {name: total / size for name, total in zip(sums, totals)}
+    updater.step(step, means["loss"], norm, step < warmup_steps, zero_is_fault)
+    return means, norm
+
+
+def accumulate_gradients(updater, groups, loss_of, size, names, cast):
+    """Forward and backward of each group: {figure: its sum}, of the loss and of these names, 0-dim
+    float64 tensors. Nothing here waits for the device."""
+    sums = {}
+    for name in ("loss", *names):
+        sums[name] = torch.zeros((), dtype=torch.float64, device=updater.run.device)
     for group in groups:
         with cast:
             loss, figures = loss_of(group)
         updater.backward(loss / size)
-        sums.update(figures)
-        sums["loss"] += float(loss.detach())
-    # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
-    sync_grads(updater.params)
-    norm = float(updater.clip_gradients())
-    sums = sum_figures(run, sums)
-    means = {name: total / size for name, total in sums.items()}
-    updater.step(step, means["loss"], norm, step < warmup_steps, zero_is_fault)
-    return means, norm
+        add_figures(sums, figures | {"loss": loss})
+    return sums
+
+
+def add_figures(sums, figures):
+    """Add figures, {name: number or 0-dim tensor}, to the sums of these names: in float64, and
+    where they are, so that nothing waits for the device."""
+    for name, value in figures.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach().double()
+        sums[name] = sums[name] + value
+
+
+def read_figures(sums):
+    """The same with numbers for the tensors, all of which one wait reads."""
+    tensors = {name: v for name, v in sums.items() if isinstance(v, torch.Tensor)}
+    numbers = torch.stack([*tensors.values()]).tolist() if tensors else []
+    return sums | dict(zip(tensors, numbers))
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def test_packing_and_chunks_change_no_gradient(tok, pack, monkeypatch):
     monkeypatch.setattr(finetune, "pack", pack)
     for micro in (8, 70, 10_000):
         monkeypatch.setattr(finetune, "micro_tokens", micro)
-        for a, b in zip(alone, gradients(finetune.groups_of(sft, examples, 64))):
+        for a, b in zip(alone, gradients(finetune.groups_of(sft, net, examples, 64))):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -79,7 +79,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from barelm.bpe import DEFAULT, bpe_tokenizer, count_pieces, train_bpe
 from barelm.checkpoint import load, save
 from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
-from barelm.compiled import try_compile
+from barelm.compiled import Ways, try_compile
 from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, quantize_weights
@@ -87,7 +87,7 @@ from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
 from barelm.timing import Bench, title
-from model import GPT, GPTConfig, Operations, call_block, generate
+from model import GPT, GPTConfig, Operations, generate
 
 PRODUCT = 0.5  # seconds: a matrix product for a ceiling takes less, or a smaller one is timed
 
@@ -239,19 +239,18 @@ def whole_step(loss, net, optimizers):
 
 
 def eager_and_compiled(bench, net, batch):
-    """{"eager": (network, what its blocks are called by)}, and of "compiled" where it is."""
+    """{"eager": the Ways that net computes by}, and of "compiled" where it is."""
     begun = time.perf_counter()
-    body = net
     is_compiled = False
     words = "off: as asked"
     if compile is not False:
-        body, is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
+        is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
     print(f"  {batch[0].numel():,} tokens, {n_params(net):,} parameters, compile: {words}")
-    networks = {"eager": (net, call_block)}
+    ways = {"eager": Ways()}
     if is_compiled:
-        networks["compiled"] = (body, net.train_block)
+        ways["compiled"] = Ways.of(net)
         bench.row("model", "compilation, for training", [time.perf_counter() - begun])
-    return networks
+    return ways
 
 
 def measure_model(bench):
@@ -263,24 +262,23 @@ def measure_model(bench):
     net = build(bench)
     shape = (2, max(1, tokens // seq_len), seq_len)  # ids and targets, B, T
     batch = torch.randint(vocab_size, shape, device=bench.device)
-    networks = eager_and_compiled(bench, net, batch)
+    ways = eager_and_compiled(bench, net, batch)
 
     def loss_of(name):
-        network, block = networks[name]
-        net.train_block = block
+        ways[name].give(net)
         with bench.cast():
-            loss_sum, _ = network(*batch)
+            loss_sum, _ = net(*batch)
             return loss_sum / batch[0].numel()
 
     optimizers = {}
     for name in ("muon", "adamw"):
         optimizers[name] = make_optimizer(net, name, lr=1e-5, dtype=bench.dtype)
-    best = list(networks)[-1]
+    best = list(ways)[-1]
     if profile:
         write_trace(bench, partial(whole_step, partial(loss_of, best), net, optimizers[optimizer]))
         return
     calls = {}
-    for name in networks:
+    for name in ways:
         loss = partial(loss_of, name)
         calls[f"forward, {name}"] = torch.no_grad()(loss)
         calls[f"forward+backward, {name}"] = partial(forward_backward, loss, net)

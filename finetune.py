@@ -73,6 +73,7 @@ reference_free = False  # dpo: without the reference
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
+compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
@@ -152,11 +153,13 @@ from barelm.tuning import (
     count_steps,
     facts_of,
     finish_adapter,
+    flops_of_run,
     generate_all,
     load_state,
     log_row,
     make_optimizers,
     open_learner,
+    prepare_network,
     read_figures,
     restore,
     save_run,
@@ -170,6 +173,7 @@ from barelm.tuning import (
     stop_at_turns,
     sum_figures,
     update,
+    why_not_compile,
     words,
 )
 
@@ -688,7 +692,7 @@ MAY_CHANGE = (
     "micro_tokens",
     "neftune",
 )
-IGNORES = (*RESUME_IGNORES, "merge", "check_memorized")
+IGNORES = (*RESUME_IGNORES, "compile", "merge", "check_memorized")
 
 
 def first_epoch(train, n_steps):
@@ -697,6 +701,24 @@ def first_epoch(train, n_steps):
     if n_steps:
         n = min(n, n_steps * batch_size)
     return [train[i] for i in epoch_order(seed, 0, len(train))[:n]]
+
+
+def make_fast(learner, task, train, limit, cast, n_steps, saved):
+    """Let the network compute by what is faster, compared on a micro-batch of the first step."""
+    net = learner.net
+    packed = task.learns_responses and pack
+    lengths = [limit] if packed else map(longest_row, train)
+    tokens = batch_size * sum(map(n_tokens, train)) / len(train)  # of a step
+    flops = flops_of_run(net, tokens, n_steps, max_minutes)
+    why_not = why_not_compile(compile, learner, saved, flops, lengths)
+    first = next(groups_of(task, net, batch_of(train, 0, batch_size, seed), limit))
+    rows = []
+    for example in first:
+        if "chosen" in example:
+            rows += [example["chosen"]["ids"], example["rejected"]["ids"]]
+        else:
+            rows.append(example["ids"])
+    prepare_network(learner, rows, cast, packed, why_not)
 
 
 def look_on(learner, task, val, limit, cast, folder, step):
@@ -747,13 +769,15 @@ def main():
     n_base = n_params(net)
     choose_weights(net, config, reads_head=False)
     net.to(run.device).train()
-    if task.prepare:
-        task.prepare(learner, first_epoch(train, n_steps), cast)
-        task.prepare(learner, val, cast)
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
     say_memory(learner, largest_load(task, net, train, limit), computing, optimizer)
+    make_fast(learner, task, train, limit, cast, n_steps, saved)
+    facts["compiled"] = learner.compiled
+    if task.prepare:
+        task.prepare(learner, first_epoch(train, n_steps), cast)
+        task.prepare(learner, val, cast)
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)

@@ -136,8 +136,9 @@ class Operations:
             return blocked_attention(q, k, v, mask)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
-        # One token sees all that there is. (bool: in torch.export T is a symbol.)
-        causal = mask is None and bool(q.shape[2] > 1)
+        causal = False
+        if mask is None and q.shape[2] > 1:  # one token sees all that there is
+            causal = True  # a literal: in torch.compile and torch.export T may be a symbol
         # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not

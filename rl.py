@@ -71,6 +71,7 @@ dropout = 0.0  # in the network
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 micro_tokens = 4096  # tokens at once on a device, at most, but one sample at least
+compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
@@ -146,11 +147,13 @@ from barelm.tuning import (
     count_steps,
     facts_of,
     finish_adapter,
+    flops_of_run,
     generate_all,
     load_state,
     log_row,
     make_optimizers,
     open_learner,
+    prepare_network,
     restore,
     save_run,
     save_weights,
@@ -162,6 +165,7 @@ from barelm.tuning import (
     stop,
     stop_at_turns,
     update,
+    why_not_compile,
     words,
 )
 
@@ -509,7 +513,22 @@ MAY_CHANGE = (
     "lora_dropout",
     "micro_tokens",
 )
-IGNORES = (*RESUME_IGNORES, "merge")
+IGNORES = (*RESUME_IGNORES, "compile", "merge")
+
+
+def make_fast(learner, train, cast, n_steps, n_samples, saved):
+    """Let the network compute by what is faster, compared on prompts of the first step."""
+    net = learner.net
+    lengths = []
+    for prompt in train:
+        lengths += [n_tokens(prompt) + 1, n_tokens(prompt) + max_new_tokens]
+    tokens = batch_size * n_samples * rl_epochs * sum(lengths) / len(lengths)  # of a step
+    flops = flops_of_run(net, tokens, n_steps, max_minutes)
+    why_not = why_not_compile(compile, learner, saved, flops, lengths)
+    first = batch_of(train, 0, batch_size, seed)
+    prompts = next(micro_batches(sorted(first, key=n_tokens), micro_tokens, net))
+    rows = [prompt["ids"] for prompt in prompts]
+    prepare_network(learner, rows, cast, packed=False, why_not=why_not)
 
 
 def sample_figures(run, samples):
@@ -586,12 +605,14 @@ def main():
     choose_weights(net, learner.adapt)
     net.to(run.device).train()
     judge = open_reward(reward, run.device)
-    reference = copy.deepcopy(net).eval() if kl_weight else None
     data = f"{len(train):,} prompts to train on, {len(val):,} to validate"
     batch = f"{batch_size} prompts"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
     load = largest_load(net, train, n_samples)
-    say_memory(learner, load, computing, optimizer, n_copies=int(reference is not None))
+    say_memory(learner, load, computing, optimizer, n_copies=int(kl_weight > 0))
+    make_fast(learner, train, cast, n_steps, n_samples, saved)
+    facts["compiled"] = learner.compiled
+    reference = copy.deepcopy(net).eval() if kl_weight else None
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)

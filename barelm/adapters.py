@@ -161,25 +161,28 @@ class NF4Linear(nn.Module):
     @property
     def weight(self):
         """The matrix (n_out, n_in) float32 that the codes stand for, made anew."""
-        return unpacked(self.codes, self.scales(), self.pairs, torch.float32, self.in_features)
+        return unpacked(self.codes, self.scales(), self.pairs, self.shape, torch.float32)
+
+    @property
+    def shape(self):
+        return self.out_features, self.in_features
 
     def forward(self, x):
         x = x.to(compute_dtype(x))
-        y = Dequantized.apply(x, self.codes, self.scales(), self.pairs)
+        y = Dequantized.apply(x, self.codes, self.scales(), self.pairs, self.shape)
         if self.bias is None:
             return y
         return y + self.bias
 
 
-def unpacked(codes, scales, pairs, dtype, n_in):
-    """The matrix (n_out, n_in) of `dtype` that codes (n_blocks * 32,) uint8 and scales (n_blocks or
-    more,) stand for; pairs: an NF4Linear's."""
+def unpacked(codes, scales, pairs, shape, dtype):
+    """The matrix of this shape, (n_out, n_in), and dtype that codes (n_blocks * 32,) uint8 and
+    scales (n_blocks or more,) stand for; pairs: an NF4Linear's."""
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         flat = unpack_by_pieces(codes, scales, pairs, dtype)
     else:
         flat = unpack(codes, scales, pairs, dtype)
-    n_out = len(flat) // n_in
-    return flat[: n_out * n_in].view(n_out, n_in)
+    return flat[: math.prod(shape)].view(shape)
 
 
 def unpack(codes, scales, pairs, dtype):
@@ -213,14 +216,15 @@ class Dequantized(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, codes, scales, pairs):
+    def forward(ctx, x, codes, scales, pairs, shape):
         ctx.save_for_backward(codes, scales, pairs)
-        ctx.n_in = x.shape[-1]
-        return x @ unpacked(codes, scales, pairs, x.dtype, ctx.n_in).T
+        ctx.shape = shape
+        return x @ unpacked(codes, scales, pairs, shape, x.dtype).T
 
     @staticmethod
     def backward(ctx, dy):
-        return dy @ unpacked(*ctx.saved_tensors, dy.dtype, ctx.n_in), None, None, None
+        weight = unpacked(*ctx.saved_tensors, ctx.shape, dy.dtype)
+        return dy @ weight, None, None, None, None
 
 
 def unquantize(net, full):

@@ -267,11 +267,15 @@ def padded_length(net, longest):
     from there to each power of two four more."""
     if net.train_block is call_block and device_of(net).type != "cuda":
         return longest
+    return rounded_length(longest, net.config.n_ctx)
+
+
+def rounded_length(longest, n_ctx):
     unit = 64
     while 8 * unit < longest:
         unit *= 2
     length = -(-longest // unit) * unit
-    return max(longest, min(length, net.config.n_ctx))  # no position lies behind the context
+    return max(longest, min(length, n_ctx))  # no position lies behind the context
 
 
 def device_of(net):

@@ -24,8 +24,11 @@ from barelm.adapters import (
 )
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases
+from barelm.compiled import check_fast, try_compile
+from barelm.examples import IGNORED, rounded_length
 from barelm.optim import (
     MOMENTS,
+    flops_per_token,
     free_memory,
     make_optimizer,
     memory_estimate,
@@ -33,7 +36,7 @@ from barelm.optim import (
     same_kind,
 )
 from barelm.resume import check_parts, check_state, clear_folder, fingerprint, weights_step
-from barelm.run import Run, Schedule, UserError, check_least, duration, sync_grads
+from barelm.run import Run, Schedule, UserError, check_least, duration, sync_grads, to_device
 from barelm.tokenizer import Tokenizer
 from model import GPT, generate
 
@@ -112,6 +115,7 @@ class Learner:
     base: str  # the model that it was: a folder, or a name on the Hub
     adapt: AdaptConfig
     has_value_head: bool = False  # PPO's score: saved to resume, but no part of the model
+    compiled: bool = False  # whether its blocks are
 
     def params(self):
         """{name: parameter} of those that learn."""
@@ -207,6 +211,102 @@ def depth_of(name, n_layer):
     if in_layers:
         return int(place.split(".")[0]) + 1
     return 0 if "embed" in name else n_layer + 1
+
+
+# --------------------------------------------------------------------------------------------------
+# What is faster, trusted where it computes the same
+
+COMPILE_FLOPS = 1e14  # a process's work from which compiling for a length pays on a CPU
+
+
+def flops_of_run(net, tokens, n_steps, max_minutes):
+    """About how many FLOPs a run takes, of so many tokens a step."""
+    flops = math.inf
+    if n_steps:
+        flops = n_steps * tokens * flops_per_token(net.config, net.config.n_ctx)
+    if max_minutes:
+        flops = min(flops, 60 * max_minutes * 5e11)  # what two cores with bfloat16 do in a second
+    return flops
+
+
+def why_not_compile(asked, learner, saved, flops, lengths):
+    """Why the blocks are not to be compiled, or "". asked: the key `compile`; saved: the state to
+    resume, which is computed as before; lengths: of the rows, each of which a CPU compiles for."""
+    device = learner.run.device
+    if asked is False:
+        return "as asked"
+    if not learns_in_network(learner.net):
+        return "the head alone learns"
+    if asked is None and saved and saved["step"] > 0:
+        return "" if saved["compiled"] else "as before"
+    if asked or device.type == "cuda":
+        return ""
+    n_lengths = len({rounded_length(n, learner.net.config.n_ctx) for n in lengths})
+    if flops >= COMPILE_FLOPS * learner.run.world * n_lengths:
+        return ""
+    return "on a CPU it would take longer than it saves here (--compile turns it on)"
+
+
+def learns_in_network(net):
+    """Whether more learns than a score on top."""
+    return any(p.requires_grad for name, p in net.named_parameters() if name != "score.weight")
+
+
+def prepare_network(learner, rows, cast, packed, why_not):
+    """Let the network compute by what is faster, where that gives the same on these rows, lists of
+    ids; what came of it is said. packed: whether rows will hold several examples. why_not: why its
+    blocks are not to be compiled, or ""."""
+    net = learner.net
+    run = learner.run
+    batch = batch_to_compare(rows, net)
+    documents = halves if packed else None
+    if net.fast and learns_in_network(net):
+        fault = check_fast(net, run, batch, cast, documents)
+        if fault:
+            run.say(f"note: {fault}")
+    words = f"off: {why_not}"
+    if not why_not:
+        # Whether blocks are asked for gradients, look at documents, are in training: all of these
+        # are compiled for, and on a CPU each length.
+        torch._dynamo.config.recompile_limit = 64
+        hook = ask_all_blocks_alike(net)
+        learner.compiled, words = try_compile(net, run, batch, cast, documents, dynamic=True)
+        if hook and not learner.compiled:
+            hook.remove()
+    run.say(f"compile: {words}")
+
+
+def batch_to_compare(rows, net):
+    """(ids, targets) (B, T) of rows, lists of ids, by which two ways to compute are compared: any
+    targets will do. B is two at least: for a single row torch compiles anew."""
+    if len(rows) == 1:
+        rows = rows * 2
+    T = rounded_length(max(map(len, rows)), net.config.n_ctx)
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+    targets = torch.tensor([row + [IGNORED] * (T - len(row)) for row in rows])
+    device = net.model.embed_tokens.weight.device
+    return to_device(ids, device), to_device(targets, device)
+
+
+def halves(ids):
+    """Two documents in each row of ids (B, T)."""
+    T = ids.shape[1]
+    second = torch.arange(T, device=ids.device) >= T // 2
+    return second.long().expand_as(ids)
+
+
+def ask_all_blocks_alike(net):
+    """Of a frozen embedding's output no gradient is asked, so that torch would compile the first
+    block apart from the others. Where that block learns, let one be asked: a hook, or None."""
+    table = net.model.embed_tokens
+    block_learns = any(p.requires_grad for p in net.model.layers[0].parameters())
+    if table.weight.requires_grad or not block_learns:
+        return None
+
+    def ask(module, args, output):
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
+    return table.register_forward_hook(ask)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,8 +582,9 @@ def load_state(folder):
     """What save_run wrote into a folder: a dict."""
     saved = resume.load_state(folder)
     path = folder / "state.pt"
-    saved = {"warm_seconds": 0.0, "scaler": None} | saved  # which older runs did not save
-    kinds = dict(step=0, since_best=0, seconds=0.0, warm_seconds=0.0)
+    older = {"warm_seconds": 0.0, "scaler": None, "compiled": False}  # what they did not save
+    saved = older | saved
+    kinds = dict(step=0, since_best=0, seconds=0.0, warm_seconds=0.0, compiled=True)
     kinds["best"] = -1.0  # any number: that of a reward is below 0
     kinds |= dict(weights={}, optimizers=[], parts=[])
     check_state(saved, kinds, path)
@@ -544,6 +645,7 @@ def save_run(learner, updater, state, folder):
     saved = asdict(state) | {"parts": folder.parts}
     # Beside the folder's: an adapter that is merged, or a value head, is in no file of it.
     saved["weights"] = {name: p.detach() for name, p in learner.params().items()}
+    saved["compiled"] = learner.compiled
     saved["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
     saved["scaler"] = updater.scaler.state_dict() if updater.scaler else None
     save_weights(learner, folder.path, state.step, saved)

@@ -82,7 +82,7 @@ from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
 from barelm.compiled import Ways, try_compile
 from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
-from barelm.fast import cross_entropy_sum, quantize_weights
+from barelm.fast import cross_entropy_sum, head_piece, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
@@ -169,17 +169,34 @@ def attention_ways(n_head, n_few):
     return ways
 
 
+def document_ways(bench, n_rows, length, n_head):
+    """On a GPU, attention to documents of about 300 tokens by each kernel, as `attention_ways` has
+    its ways."""
+    if not bench.is_cuda:
+        return {}
+    docs = (torch.rand(n_rows, length, device=bench.device) < 1 / 300).cumsum(1)  # (B, T)
+    positions = torch.arange(length, device=bench.device)[None]
+    ways = {}
+    for name in ("dense", "sparse"):
+        ops = Operations(fast=True)
+        ops.sparse = name == "sparse"
+        mask = ops.mask(bench.config, positions, docs)
+        attend = torch.compile(ops.attend) if ops.sparse else ops.attend
+        ways[f"documents, {name}"] = (partial(attend, mask=mask), n_head)
+    return ways
+
+
 def measure_attention(bench):
     """Attention forward, and forward and backward, at three lengths."""
     H = bench.config.n_head
     D = bench.config.head_dim
     n_few = H // 3 if H % 3 == 0 else 1
-    ways = attention_ways(H, n_few)
-    note = "FLOPs: half the square; backward: x 2"
+    note = "FLOPs: half the square, of documents too; backward: x 2"
     title(f"attention: {H} heads of {D}, {bench.dtype_name}", note)
     lengths = (1024, 4096, 16384) if bench.is_cuda else (128, 512, 2048)
     for T in lengths:
         B = max(tokens, lengths[-1]) // T
+        ways = attention_ways(H, n_few) | document_ways(bench, B, T, H)
 
         def random_heads(n, learns=True):
             x = torch.randn(B, n, T, D, device=bench.device, dtype=bench.dtype)
@@ -331,7 +348,7 @@ def model_row(bench, name, times, peak, net, n_tokens):
 
 def measure_head(bench):
     """The head and its loss at a large vocabulary, where the logits are what fills the memory."""
-    N = min(2048, tokens)
+    N = 32768 if bench.is_cuda else min(2048, tokens)
     V = 50304
     C = n_embd
     what = f"{N} rows of {C}, vocabulary {V:,}, {bench.dtype_name}, forward+backward"
@@ -343,19 +360,20 @@ def measure_head(bench):
     def all_logits():
         return F.cross_entropy((h @ weight.T).float(), targets, reduction="sum")
 
-    def ours():
-        return cross_entropy_sum(h, weight, targets)
+    def ours(piece=head_piece):
+        return cross_entropy_sum(h, weight, targets, piece)
 
     def gradients(loss):
         with bench.cast():
             return torch.autograd.grad(loss(), (h, weight))
 
-    calls = bench.working(
-        {
-            "all logits, F.cross_entropy": partial(gradients, all_logits),
-            "ours (fast.cross_entropy_sum)": partial(gradients, ours),
-        }
-    )
+    calls = {
+        "all logits, F.cross_entropy": partial(gradients, all_logits),
+        "ours (fast.cross_entropy_sum)": partial(gradients, ours),
+    }
+    if bench.is_cuda:  # as train.py does where it compiles
+        calls["ours, compiled"] = partial(gradients, partial(ours, torch.compile(head_piece)))
+    calls = bench.working(calls)
     peaks = {name: bench.peak_memory(call) for name, call in calls.items()}
     facts = dict(flops=6 * N * V * C, tokens=N, vocabulary=V)
     bench.table("head", calls, bench.dtype_name, peaks, **facts)

@@ -774,7 +774,8 @@ def main():
         save_run(folder, net, tok, state, batch, compiled, updater)
 
     batches = MicroBatches(data.train, run.device, batch.device_batch_size, run.rank, run.world)
-    gc.collect()
+    if compiled:
+        gc.collect()  # compiling leaves much behind
     gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
     progress = state.progress(horizon, n_windows)

@@ -26,6 +26,7 @@ class Ways:
     block: Callable = call_block
     head_piece: Callable = head_piece
     sparse: bool = False  # attention to documents by a kernel that skips what is hidden
+    name: str = ""  # what a run that may not compute so goes without
 
     @classmethod
     def of(cls, net):
@@ -43,13 +44,14 @@ def compiled_ways(net, device, documents, dynamic):
     """The Ways to try, the fastest first. One block is compiled for all of them. On a CPU the eager
     head is as fast, and its plain attention too."""
     block = torch.compile(call_block, dynamic=dynamic)
+    blocks_alone = Ways(block, name="compiled blocks")
     if device.type != "cuda":
-        return [Ways(block)]
+        return [blocks_alone]
     piece = torch.compile(head_piece, dynamic=dynamic)
-    ways = [Ways(block, piece), Ways(block)]
+    ways = [Ways(block, piece, name="a compiled head"), blocks_alone]
     # The sparse kernel has no dropout, and is made for one length.
     if documents and not net.config.dropout and not dynamic:
-        ways.insert(0, Ways(block, piece, sparse=True))
+        ways.insert(0, Ways(block, piece, sparse=True, name="sparse attention"))
     return ways
 
 
@@ -64,18 +66,19 @@ def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     eager = loss_and_gradients(net, *batch, cast, documents, pieces)
     # With dropout, which the two draw differently, they differ by chance too.
     tolerance = 0.5 if net.config.dropout else 0.1
-    fault = ""
+    faults = ""
     for ways in compiled_ways(net, run.device, documents, dynamic):
         ways.give(net)
-        difference, fault_here = compare_with(eager, net, batch, cast, documents, tolerance)
-        [n_faults] = run.sum(bool(fault_here))
+        difference, fault = compare_with(eager, net, batch, cast, documents, tolerance)
+        [n_faults] = run.sum(bool(fault))
         if n_faults == 0:
             seconds = duration(time.monotonic() - begun)
             words = f"on, after {seconds}; equal to eager within {in_percent(difference)}"
-            return True, words + (f"; not the fastest way: {fault}" if fault else "")
-        fault = fault or fault_here or "it failed or differed on another process"
+            return True, words + faults
+        fault = fault or "it failed or differed on another process"
+        faults += f"; without {ways.name}, since {fault}"
     Ways().give(net)
-    return False, f"off, since {fault}"
+    return False, f"off{faults}"
 
 
 def compare_with(eager, net, batch, cast, documents, tolerance):
@@ -182,8 +185,8 @@ def differs(result, reference, tolerance):
 
 
 def in_percent(fraction):
-    """A fraction in words, rounded up to a digit: 0.2 %."""
-    if fraction == 0:
-        return "0 %"
-    unit = 10.0 ** math.floor(math.log10(100 * fraction))
-    return f"{math.ceil(100 * fraction / unit - 1e-9) * unit:.1g} %"
+    """A fraction in words, rounded up to one digit: 0.2 %; the least is 0.01 %."""
+    percent = max(100 * fraction, 0.01)
+    unit = 10.0 ** math.floor(math.log10(percent))
+    digit = math.ceil(percent / unit - 1e-9)
+    return f"{round(digit * unit, 2):g} %"

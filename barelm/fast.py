@@ -385,13 +385,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight = weight.to(h.dtype)
         total = torch.zeros((), device=h.device)
         dh = []
-        dw = 0.0
+        dw = None
         for x, t in zip(h.split(size), targets[:, None].split(size)):
             loss, dx, dw_piece = piece(x, weight, t, learn)
             total = total + loss
             if learn:
                 dh.append(dx)
-                dw = dw + dw_piece.to(grad_dtype)
+                dw_piece = dw_piece.to(grad_dtype)
+                dw = dw_piece if dw is None else dw + dw_piece
         if learn:
             ctx.save_for_backward(torch.cat(dh), dw)
         return total
@@ -419,10 +420,10 @@ def compiled_head_rows(n, device_type, dtype, vocab_size):
         # The logits and their gradient in this dtype; an eager head has float32 copies of both.
         most = most * (dtype.itemsize + 8) // (2 * dtype.itemsize)
     most = max(1, min(most, (2**31 - 1) // vocab_size))  # kernels count in 32 bits
-    fewest = -(-n // most)
+    fewest = max(1, -(-n // most))
     for pieces in range(fewest, 2 * fewest + 1):
         if n % pieces == 0:
-            return n // pieces
+            return max(1, n // pieces)
     return most
 
 

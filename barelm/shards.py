@@ -101,7 +101,8 @@ class Windows:
                 check_tokens(window, self.n_vocab, self.paths[self.shard_of(i)])
         windows = torch.from_numpy(windows)
         if device.type == "cuda":
-            windows = windows.pin_memory().to(device, non_blocking=True)
+            windows = windows.pin_memory()  # from where it is copied while the host goes on
+        windows = windows.to(device, non_blocking=True)
         ids = windows[:, :-1].clamp(
             min=0
         )  # where there is no token, any will do: no target is there

@@ -121,6 +121,14 @@ from barelm.examples import (
     share_of,
     targets_of,
 )
+from barelm.fitting import (
+    Load,
+    flops_of_run,
+    generate_all,
+    prepare_network,
+    say_memory,
+    why_not_compile,
+)
 from barelm.optim import n_params
 from barelm.resume import RESUME_IGNORES, RESUME_MAY_CHANGE, RunFolder, choose_start, locked_folder
 from barelm.run import (
@@ -142,7 +150,6 @@ from barelm.run import (
 )
 from barelm.tuning import (
     ADAPTS,
-    Load,
     add_figures,
     begin_part,
     check_adapt,
@@ -153,19 +160,15 @@ from barelm.tuning import (
     count_steps,
     facts_of,
     finish_adapter,
-    flops_of_run,
-    generate_all,
     load_state,
     log_row,
     make_optimizers,
     open_learner,
-    prepare_network,
     read_figures,
     restore,
     save_run,
     save_weights,
     saved_on_failure,
-    say_memory,
     say_plan,
     show_step,
     step_row,
@@ -173,7 +176,6 @@ from barelm.tuning import (
     stop_at_turns,
     sum_figures,
     update,
-    why_not_compile,
     words,
 )
 

@@ -108,6 +108,14 @@ from barelm.examples import (
     places_of_targets,
     share_of,
 )
+from barelm.fitting import (
+    Load,
+    flops_of_run,
+    generate_all,
+    prepare_network,
+    say_memory,
+    why_not_compile,
+)
 from barelm.optim import n_params
 from barelm.resume import (
     RESUME_IGNORES,
@@ -137,7 +145,6 @@ from barelm.run import (
 )
 from barelm.tasks import GSM8K_STOP
 from barelm.tuning import (
-    Load,
     begin_part,
     check_adapt,
     check_choice,
@@ -147,25 +154,20 @@ from barelm.tuning import (
     count_steps,
     facts_of,
     finish_adapter,
-    flops_of_run,
-    generate_all,
     load_state,
     log_row,
     make_optimizers,
     open_learner,
-    prepare_network,
     restore,
     save_run,
     save_weights,
     saved_on_failure,
-    say_memory,
     say_plan,
     show_step,
     step_row,
     stop,
     stop_at_turns,
     update,
-    why_not_compile,
     words,
 )
 

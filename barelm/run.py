@@ -276,7 +276,7 @@ def to_device(tensor, device):
 def compute_dtype(x):
     """The dtype that matrix products of x are computed in: autocast's, or its own."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # which knows no meta
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 

@@ -17,8 +17,8 @@ from barelm.adapters import (
     save_adapter,
 )
 from barelm.checkpoint import load, save
+from barelm.fitting import ask_all_blocks_alike
 from barelm.tokenizer import Tokenizer
-from barelm.tuning import ask_all_blocks_alike
 from model import call_block
 
 

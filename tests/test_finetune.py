@@ -15,7 +15,7 @@ from test_model import QWEN3, make_net
 from test_outside import FAMILIES, open_tokenizer
 
 import finetune
-from barelm import tuning
+from barelm import fitting
 from barelm.adapters import Adapter, NF4Linear, add_adapters, add_tokens
 from barelm.chat import CHATML
 from barelm.checkpoint import load, save
@@ -231,7 +231,6 @@ def accumulated(task, net, examples, cast, scaler=None):
 @pytest.mark.parametrize("method", EVERY)
 def test_a_step_waits_for_no_device(method, tok, monkeypatch):
     """On a device that holds no numbers, as meta does, whoever asks for one fails."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta
     monkeypatch.setattr(finetune, "micro_tokens", 40)  # several micro-batches
     task, net, examples = prepared(method, tok, monkeypatch)
     net.to("meta")
@@ -287,8 +286,8 @@ def test_answers_are_the_same_in_batches_of_any_size(tok, monkeypatch):
     for options in (dict(temperature=0), dict(temperature=1.0, seed=3)):
         together = generate(net, tok, prompts, max_new_tokens=9, **options)
         for n in (1, 2, 9):
-            monkeypatch.setattr(tuning, "rows_that_fit", lambda net, longest: n)
-            parts = tuning.generate_all(net, tok, prompts, 9, **options)
+            monkeypatch.setattr(fitting, "rows_that_fit", lambda net, longest: n)
+            parts = fitting.generate_all(net, tok, prompts, 9, **options)
             assert [g.ids for g in parts] == [g.ids for g in together]
 
 

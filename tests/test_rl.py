@@ -172,7 +172,6 @@ def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_a_step_waits_for_no_device(method, tok, monkeypatch):
     """On a device that holds no numbers, as meta does, whoever asks for one fails."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta
     options(monkeypatch, kl_weight=0.1)
     task, net = rl.METHODS[method], net_for(tok)
     if task.has_value:

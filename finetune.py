@@ -108,6 +108,7 @@ from barelm.examples import (
     count_targets,
     epoch_order,
     fill_template,
+    is_compiled,
     load_examples,
     longest_row,
     micro_batches,
@@ -268,7 +269,8 @@ def sft_loss(net, rows):
     ids = padded(rows, "ids", net)  # (B, T), as are targets and docs
     targets = padded(rows, "targets", net, IGNORED)
     docs = None
-    if any(max(row["docs"]) > 1 for row in rows):  # several examples in a row
+    several = any(max(row["docs"]) > 1 for row in rows)  # examples in a row
+    if several or (pack and is_compiled(net)):  # blocks are compiled for a mask, or for none
         docs = padded(rows, "docs", net)
     embeds = None
     if neftune and net.training:

@@ -265,7 +265,7 @@ def padded_length(net, longest):
     """To how many tokens rows are padded, of which the longest has so many: compiled blocks, and
     the memory that a GPU keeps, are for certain lengths alone: the multiples of 64 up to 512, and
     from there to each power of two four more."""
-    if net.train_block is call_block and device_of(net).type != "cuda":
+    if not is_compiled(net) and device_of(net).type != "cuda":
         return longest
     return rounded_length(longest, net.config.n_ctx)
 
@@ -276,6 +276,11 @@ def rounded_length(longest, n_ctx):
         unit *= 2
     length = -(-longest // unit) * unit
     return max(longest, min(length, n_ctx))  # no position lies behind the context
+
+
+def is_compiled(net):
+    """Whether the network's blocks are."""
+    return net.train_block is not call_block
 
 
 def device_of(net):

@@ -73,6 +73,7 @@ reference_free = False  # dpo: without the reference
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
+compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
@@ -108,13 +109,27 @@ from barelm.examples import (
     count_targets,
     epoch_order,
     fill_template,
+    is_compiled,
     load_examples,
+    longest_row,
     micro_batches,
+    n_rows,
     n_tokens,
     pack_rows,
     padded,
+    padded_length,
     parse_templates,
+    places_of_targets,
+    share_of,
     targets_of,
+)
+from barelm.fitting import (
+    Load,
+    flops_of_run,
+    generate_all,
+    prepare_network,
+    say_memory,
+    why_not_compile,
 )
 from barelm.invariant import be_deterministic
 from barelm.optim import n_params
@@ -125,6 +140,7 @@ from barelm.run import (
     StopSignals,
     Updater,
     UserError,
+    advice_on_memory,
     autocast,
     check_least,
     choose_dtype,
@@ -133,9 +149,11 @@ from barelm.run import (
     make_scaler,
     setup,
     step_seed,
+    to_device,
 )
 from barelm.tuning import (
     ADAPTS,
+    add_figures,
     begin_part,
     check_adapt,
     check_choice,
@@ -149,6 +167,7 @@ from barelm.tuning import (
     log_row,
     make_optimizers,
     open_learner,
+    read_figures,
     restore,
     save_run,
     save_weights,
@@ -162,7 +181,6 @@ from barelm.tuning import (
     update,
     words,
 )
-from model import generate, logprobs
 
 # --------------------------------------------------------------------------------------------------
 # Records become examples: (row, tok, limit) -> a dict, of `limit` tokens at most
@@ -250,16 +268,17 @@ def checked_pair(pair, limit):
 
 def sft_loss(net, rows):
     """The sum of -log p over the targets of packed rows, and nothing else to log."""
-    device = net.model.embed_tokens.weight.device
-    ids = padded(rows, "ids", device)  # (B, T), as are targets and docs
-    targets = padded(rows, "targets", device, IGNORED)
+    ids = padded(rows, "ids", net)  # (B, T), as are targets and docs
+    targets = padded(rows, "targets", net, IGNORED)
     docs = None
-    if any(max(row["docs"]) > 1 for row in rows):  # several examples in a row
-        docs = padded(rows, "docs", device)
+    several = any(max(row["docs"]) > 1 for row in rows)  # examples in a row
+    if several or (pack and is_compiled(net)):  # blocks are compiled for a mask, or for none
+        docs = padded(rows, "docs", net)
     embeds = None
     if neftune and net.training:
         embeds = net.model.embed_tokens(ids)  # (B, T, C)
-        reach = neftune / math.sqrt(embeds.shape[1] * embeds.shape[2])
+        longest = max(map(longest_row, rows))  # whatever it is padded to
+        reach = neftune / math.sqrt(longest * embeds.shape[2])
         embeds = embeds + torch.empty_like(embeds).uniform_(-reach, reach)
     loss, _ = net(ids, targets, docs=docs, embeds=embeds)
     return loss, {}
@@ -268,22 +287,32 @@ def sft_loss(net, rows):
 def classify_loss(net, examples):
     """Cross-entropy, weighted by label where class_weights says so. In validation also {(label,
     guess): count}; of one batch they would say little."""
-    scores = net.scores([e["ids"] for e in examples])  # (B, n_labels)
+    scores = text_scores(net, [e["ids"] for e in examples])  # (B, n_labels)
     labels = [net.labels.index(e["label"]) for e in examples]
-    weights = torch.tensor([e.get("weight", 1.0) for e in examples], device=scores.device)
-    targets = torch.tensor(labels, device=scores.device)
+    weights = to_device(torch.tensor([e.get("weight", 1.0) for e in examples]), scores.device)
+    targets = to_device(torch.tensor(labels), scores.device)
     loss = (F.cross_entropy(scores, targets, reduction="none") * weights).sum()
     if net.training:
         return loss, {}
     return loss, Counter(zip(labels, scores.argmax(1).tolist()))
 
 
+def text_scores(net, texts):
+    """`net.scores` of texts, lists of ids, padded as this net's batches are."""
+    texts = [net.without_padding(ids) for ids in texts]
+    lengths = torch.tensor([len(ids) for ids in texts])
+    ids = padded([{"ids": ids} for ids in texts], "ids", net)  # (B, T)
+    return net.scores_of(ids, to_device(lengths, ids.device))
+
+
 def response_logprobs(net, sequences):
     """(B,) float32: the sum of log p over the targets of each sequence."""
-    device = net.model.embed_tokens.weight.device
-    ids = padded(sequences, "ids", device)
-    targets = padded(sequences, "targets", device, IGNORED)
-    return logprobs(net, ids, targets).sum(1)
+    ids = padded(sequences, "ids", net)  # (B, T)
+    places, targets = places_of_targets(sequences, net)  # (N,)
+    h = net.hidden(ids).flatten(0, 1).index_select(0, places)  # (N, C): no other logits are made
+    log_p = -F.cross_entropy(net.logits(h).float(), targets, reduction="none")
+    by_place = torch.zeros(ids.numel(), device=ids.device).scatter(0, places, log_p)
+    return by_place.view_as(ids).sum(1)
 
 
 def both_logprobs(net, pairs):
@@ -310,7 +339,8 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected):
 def dpo(net, pairs):
     """DPO's loss over pairs, whose log-probabilities under the reference were computed once."""
     chosen, rejected = both_logprobs(net, pairs)
-    reference = torch.tensor([pair["reference"] for pair in pairs]).to(chosen)  # (B, 2)
+    reference = torch.tensor([pair["reference"] for pair in pairs])  # (B, 2)
+    reference = to_device(reference, chosen.device)
     loss, good, bad = preference_loss(chosen, rejected, reference[:, 0], reference[:, 1])
     figures = {
         "reward_chosen": good,
@@ -318,7 +348,7 @@ def dpo(net, pairs):
         "margin": good - bad,
         "accuracy": (good > bad) + 0.5 * (good == bad),  # at the start all are equal
     }
-    return loss.sum(), {name: float(values.detach().sum()) for name, values in figures.items()}
+    return loss.sum(), {name: values.sum() for name, values in figures.items()}
 
 
 @torch.no_grad()
@@ -329,18 +359,19 @@ def add_reference(learner, pairs, cast):
     run = learner.run
     for number, pair in enumerate(pairs):
         pair["number"] = number
-    share = sorted(pairs[run.rank :: run.world], key=n_tokens)
-    log_probs = Counter()  # {(number of the pair, which answer): log p}; without a reference all 0
+    share = [] if reference_free else sorted(share_of(pairs, run), key=n_tokens)
+    of_groups = []  # (2, B) each
     net.eval()  # dropout is for the network that learns
-    for group in micro_batches(share, micro_tokens):
-        if reference_free:
-            continue
+    for group in micro_batches(share, micro_tokens, net):
         with cast:
-            chosen, rejected = both_logprobs(net, group)
-        for pair, c, r in zip(group, chosen, rejected):
-            log_probs[pair["number"], "chosen"] = float(c)
-            log_probs[pair["number"], "rejected"] = float(r)
+            of_groups.append(torch.stack(both_logprobs(net, group)))
     net.train()
+    log_probs = Counter()  # {(number of the pair, which answer): log p}; without a reference all 0
+    if of_groups:
+        both = torch.cat(of_groups, 1).tolist()  # the one wait for the device
+        for pair, chosen, rejected in zip(share, *both):
+            log_probs[pair["number"], "chosen"] = chosen
+            log_probs[pair["number"], "rejected"] = rejected
     log_probs = sum_figures(run, log_probs)  # each is of one process
     for number, pair in enumerate(pairs):
         pair["reference"] = [log_probs[number, "chosen"], log_probs[number, "rejected"]]
@@ -349,10 +380,10 @@ def add_reference(learner, pairs, cast):
 def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [pair["chosen"]["ids"] for pair in pairs] + [pair["rejected"]["ids"] for pair in pairs]
-    good, bad = net.scores(rows).chunk(2)  # (B, 1) each
-    loss = -F.logsigmoid(good - bad).sum()
-    margins = (good - bad).detach()
-    return loss, {"margin": float(margins.sum()), "accuracy": int((margins > 0).sum())}
+    good, bad = text_scores(net, rows).chunk(2)  # (B, 1) each
+    margins = good - bad
+    loss = -F.logsigmoid(margins).sum()
+    return loss, {"margin": margins.sum(), "accuracy": (margins > 0).sum()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,6 +461,14 @@ def means(sums, size):
     return {name: total / size for name, total in sums.items()}
 
 
+def no_logits(group):
+    return 0
+
+
+def pair_targets(pairs):
+    return sum(count_targets([pair["chosen"], pair["rejected"]]) for pair in pairs)
+
+
 @dataclass
 class Method:
     """A way of fine-tuning. A new one is a loss and an entry here."""
@@ -437,7 +476,9 @@ class Method:
     data: str  # it reads data/<dataset>/<data>_{train,val}.jsonl
     read_row: Callable  # (row, tok, limit) -> an example
     loss: Callable  # (net, a group of examples) -> (sum of losses, {figure: sum})
+    n_logits: Callable = no_logits  # (a group) -> of how many tokens it makes logits, all at once
     size: Callable = total_weight  # (examples) -> what the loss of a whole batch is divided by
+    logs: tuple = ()  # the names of the figures that its loss gives in training
     reads_chats: bool = True  # it needs a chat template, and answers end where the template says
     # Whether it learns to say whole responses: they are packed into rows, and tried at the end.
     learns_responses: bool = False
@@ -458,8 +499,21 @@ METHODS = {
         figures=accuracies,
         table=confusion,
     ),
-    "dpo": Method("preference", read_pair, dpo, prepare=add_reference),
-    "reward": Method("preference", read_scored_pair, reward_loss, add_head=add_reward_head),
+    "dpo": Method(
+        "preference",
+        read_pair,
+        dpo,
+        n_logits=pair_targets,
+        logs=("reward_chosen", "reward_rejected", "margin", "accuracy"),
+        prepare=add_reference,
+    ),
+    "reward": Method(
+        "preference",
+        read_scored_pair,
+        reward_loss,
+        logs=("margin", "accuracy"),
+        add_head=add_reward_head,
+    ),
 }
 
 
@@ -525,6 +579,28 @@ def open_model(run, task, config):
     return learner
 
 
+def largest_load(task, net, train, limit):
+    """The Load of a batch of the longest examples, of which one process has all."""
+    longest = sorted(train, key=n_tokens)[-batch_size:]
+    loads = []
+    for group in groups_of(task, net, longest, limit):
+        rows = sum(map(n_rows, group))
+        length = padded_length(net, max(map(longest_row, group)))
+        loads.append(Load(rows, length, task.n_logits(group)))
+    return max(loads, key=lambda load: load.rows * load.length)
+
+
+def memory_advice():
+    """What to change where memory runs out."""
+    length = seq_len or "the model's context"
+    _, config = method_and_adapt()
+    return (
+        f"lower micro_tokens (now {micro_tokens}) or seq_len (now {length}), set checkpoint_blocks "
+        f"(now {checkpoint_blocks}), or let less learn: adapt=lora, adapt=qlora (now "
+        f"{config.adapt})"
+    )
+
+
 def open_data(learner, task, limit):
     """The examples to train on and to validate with; the network gets the head that they need."""
     tok = learner.tok
@@ -538,13 +614,13 @@ def open_data(learner, task, limit):
     return train, val[: eval_examples or None]
 
 
-def groups_of(task, examples, limit):
+def groups_of(task, net, examples, limit):
     """The examples in micro-batches, those of like length together."""
     if task.learns_responses:
         rows = pack_rows(examples, limit, several=pack)
     else:
         rows = sorted(examples, key=n_tokens)
-    return micro_batches(rows, micro_tokens)
+    return micro_batches(rows, micro_tokens, net)
 
 
 @torch.no_grad()
@@ -553,16 +629,15 @@ def validate(learner, task, examples, limit, cast):
     value}, the sums that they were made of)."""
     net = learner.net
     run = learner.run
-    share = examples[run.rank :: run.world]
+    share = share_of(examples, run)
     sums = Counter(loss=0.0, size=task.size(share))
     net.eval()
-    for group in groups_of(task, share, limit):
+    for group in groups_of(task, net, share, limit):
         with cast:
             loss, figures = task.loss(net, group)
-        sums.update(figures)
-        sums["loss"] += float(loss)
+        add_figures(sums, figures | {"loss": loss})
     net.train()
-    sums = sum_figures(run, sums)
+    sums = sum_figures(run, read_figures(sums))
     size = max(sums.pop("size"), 1e-9)
     val_loss = sums.pop("loss") / size
     figures = {f"val_{name}": value for name, value in task.figures(sums, size).items()}
@@ -584,7 +659,7 @@ def repeated(net, tok, examples, cast):
             answers.append(e["targets"][first:end])
     longest = max(map(len, answers), default=0)
     with cast:
-        generations = generate(net, tok, prompts, max_new_tokens=longest + 1, temperature=0)
+        generations = generate_all(net, tok, prompts, longest + 1, temperature=0)
     n_same = 0
     n_ended = 0
     for g, answer in zip(generations, answers):
@@ -626,7 +701,7 @@ MAY_CHANGE = (
     "micro_tokens",
     "neftune",
 )
-IGNORES = (*RESUME_IGNORES, "merge", "check_memorized")
+IGNORES = (*RESUME_IGNORES, "compile", "merge", "check_memorized")
 
 
 def first_epoch(train, n_steps):
@@ -635,6 +710,24 @@ def first_epoch(train, n_steps):
     if n_steps:
         n = min(n, n_steps * batch_size)
     return [train[i] for i in epoch_order(seed, 0, len(train))[:n]]
+
+
+def make_fast(learner, task, train, limit, cast, n_steps, saved):
+    """Let the network compute by what is faster, compared on a micro-batch of the first step."""
+    net = learner.net
+    packed = task.learns_responses and pack
+    lengths = [limit] if packed else map(longest_row, train)
+    tokens = batch_size * sum(map(n_tokens, train)) / len(train)  # of a step
+    flops = flops_of_run(net, tokens, n_steps, max_minutes)
+    why_not = why_not_compile(compile, learner, saved, flops, lengths)
+    first = next(groups_of(task, net, batch_of(train, 0, batch_size, seed), limit))
+    rows = []
+    for example in first:
+        if "chosen" in example:
+            rows += [example["chosen"]["ids"], example["rejected"]["ids"]]
+        else:
+            rows.append(example["ids"])
+    prepare_network(learner, rows, cast, packed, why_not)
 
 
 def look_on(learner, task, val, limit, cast, folder, step):
@@ -685,12 +778,15 @@ def main():
     n_base = n_params(net)
     choose_weights(net, config, reads_head=False)
     net.to(run.device).train()
-    if task.prepare:
-        task.prepare(learner, first_epoch(train, n_steps), cast)
-        task.prepare(learner, val, cast)
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
+    say_memory(learner, largest_load(task, net, train, limit), computing, optimizer)
+    make_fast(learner, task, train, limit, cast, n_steps, saved)
+    facts["compiled"] = learner.compiled
+    if task.prepare:
+        task.prepare(learner, first_epoch(train, n_steps), cast)
+        task.prepare(learner, val, cast)
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)
@@ -708,6 +804,7 @@ def main():
     if val and state.first_verdict is None:
         state.first_verdict, sums = look_on(learner, task, val, limit, cast, folder, 0)
 
+    loss_of = partial(task.loss, net)
     progress = state.progress(horizon)
     stopped = False
     early = False
@@ -715,12 +812,13 @@ def main():
         step_begin = time.monotonic()
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon))
-        examples = batch_of(train, state.step, batch_size, seed, run)
-        groups = groups_of(task, examples, limit)
+        examples = batch_of(train, state.step, batch_size, seed)
+        groups = groups_of(task, net, share_of(examples, run), limit)
         size = task.size(examples)
-        loss_of = partial(task.loss, net)
         with saved_on_failure(learner, updater, state, folder):
-            figures, norm = update(updater, groups, loss_of, size, cast, state.step, warmup_steps)
+            figures, norm = update(
+                updater, groups, loss_of, size, task.logs, cast, state.step, warmup_steps
+            )
             updater.check_bad_steps(learning_rate, warmup_steps)
         stopped = state.advance(run, clock_begin, signals)
         progress = state.progress(horizon)
@@ -743,6 +841,6 @@ def main():
 
 
 if __name__ == "__main__":
-    with locked_folder(out_dir), lost_process():
+    with locked_folder(out_dir), lost_process(), advice_on_memory(memory_advice):
         status = main()
     end_process(status)

@@ -152,8 +152,9 @@ class Operations:
         """`attend` by torch's own."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
-        # One token sees all that there is. (bool: in torch.export T is a symbol.)
-        causal = mask is None and bool(q.shape[2] > 1)
+        causal = False
+        if mask is None and q.shape[2] > 1:  # one token sees all that there is
+            causal = True  # a literal: in torch.compile and torch.export T may be a symbol
         # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
@@ -429,12 +430,16 @@ class GPT(nn.Module):
         lengths = torch.tensor([len(ids) for ids in texts], device=device)  # (B,)
         rows = [torch.tensor(ids) for ids in texts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-        h = self.hidden(ids.to(device))  # (B, T, C)
+        return self.scores_of(ids.to(device), lengths)
+
+    def scores_of(self, ids, lengths):
+        """`scores` of the first lengths (B,) tokens of each row of ids (B, T)."""
+        h = self.hidden(ids)  # (B, T, C)
         if self.pooling == "mean":
-            real = torch.arange(h.shape[1], device=device) < lengths[:, None]  # (B, T)
+            real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (B, T)
             h = (h * real[..., None]).sum(1) / lengths[:, None]  # (B, C)
         else:
-            h = h[torch.arange(len(h), device=device), lengths - 1]  # (B, C)
+            h = h[torch.arange(len(h), device=h.device), lengths - 1]  # (B, C)
         return self.score(h).float()
 
     def without_padding(self, ids):
@@ -757,11 +762,13 @@ class TextStream:
 
 class Row:
     """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
-    a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain."""
+    a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
+    draws are its own."""
 
-    def __init__(self, tok, limit, stop, emit=None, ends=None):
+    def __init__(self, tok, limit, stop, emit=None, ends=None, number=0):
         self.tok = tok
         self.limit = limit
+        self.number = number
         self.emit = emit
         self.ends = tok.eos_ids if ends is None else ends
         self.out = Generation()
@@ -787,12 +794,13 @@ class Row:
 
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
-             min_p=0.0, repetition_penalty=1.0, seed=0, stop=(), num_beams=1,
+             min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
              on_text=None):  # fmt: skip
     """Continue each prompt (a text, or token ids); returns [Generation], one a prompt.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
-    max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, i) alone.
+    max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
+    alone: prompts may come in batches of any size.
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
@@ -805,7 +813,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
         if not 0 < n < n_ctx:
             raise UserError(f"a prompt of {n} tokens: expected 1 to {n_ctx - 1}, the context")
         emit = None if on_text is None else partial(on_text, i)
-        rows.append(Row(tok, min(max_new_tokens, n_ctx - n), stop, emit))
+        rows.append(Row(tok, min(max_new_tokens, n_ctx - n), stop, emit, number=first + i))
     if not rows or max_new_tokens < 1:
         return [row.out for row in rows]
     with generating(net):
@@ -828,7 +836,7 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
     logits, cache = prefill(net, tok, prompts, longest)  # (B, V)
     device = logits.device
-    uniform = torch.stack([draws(seed, i, limit) for i in range(len(rows))]).to(device)
+    uniform = torch.stack([draws(seed, row.number, limit) for row in rows]).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
         seen[i, torch.tensor(prompt, device=device)] = True

@@ -71,6 +71,7 @@ dropout = 0.0  # in the network
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 micro_tokens = 4096  # tokens at once on a device, at most, but one sample at least
+compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
@@ -104,6 +105,17 @@ from barelm.examples import (
     micro_batches,
     n_tokens,
     padded,
+    padded_length,
+    places_of_targets,
+    share_of,
+)
+from barelm.fitting import (
+    Load,
+    flops_of_run,
+    generate_all,
+    prepare_network,
+    say_memory,
+    why_not_compile,
 )
 from barelm.invariant import be_deterministic
 from barelm.optim import n_params
@@ -122,6 +134,7 @@ from barelm.run import (
     StopSignals,
     Updater,
     UserError,
+    advice_on_memory,
     autocast,
     check_least,
     choose_dtype,
@@ -130,6 +143,7 @@ from barelm.run import (
     make_scaler,
     setup,
     step_seed,
+    to_device,
 )
 from barelm.tasks import GSM8K_STOP
 from barelm.tuning import (
@@ -158,7 +172,6 @@ from barelm.tuning import (
     update,
     words,
 )
-from model import generate
 
 # --------------------------------------------------------------------------------------------------
 # Roll out: prompts become samples
@@ -184,11 +197,11 @@ def roll_out(net, tok, prompts, judge, seed, cast, n=1):
     # As in the evaluation: an answer ends where the model asks itself the next question.
     stops = GSM8K_STOP if reward == "gsm8k" else ()
     with cast:
-        generations = generate(
+        generations = generate_all(
             net,
             tok,
             [prompt["ids"] for prompt in repeated],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens,
             temperature=temperature,
             seed=seed,
             stop=stops,
@@ -210,13 +223,12 @@ def look(net, samples, n_vocab):
     """Of the N answer tokens of the samples, one sample after the other, under the distribution
     that they are drawn from: log p (N,), the entropy (N,), and the values (N,) or None.
     n_vocab: ids from here on are padding, which is never sampled."""
-    device = net.model.embed_tokens.weight.device
-    targets = padded(samples, "targets", device, IGNORED)  # (B, T)
-    is_answer = targets != IGNORED
-    h = net.hidden(padded(samples, "ids", device))[is_answer]  # (N, C)
+    places, targets = places_of_targets(samples, net)  # (N,)
+    h = net.hidden(padded(samples, "ids", net))  # (B, T, C)
+    h = h.flatten(0, 1).index_select(0, places)  # (N, C)
     logits = net.logits(h)[:, :n_vocab].float() / temperature
     log_probs = logits.log_softmax(-1)  # (N, n_vocab)
-    log_p = log_probs.gather(1, targets[is_answer][:, None])[:, 0]
+    log_p = log_probs.gather(1, targets[:, None])[:, 0]
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     if net.score is None:
@@ -228,19 +240,26 @@ def look(net, samples, n_vocab):
 def add_log_probs(net, reference, samples, n_vocab, cast):
     """Put into each sample of T answer tokens their log-probabilities (T,) `old` under the network
     as it is now and `ref` under the reference, and with a value head their values (T,)."""
+    samples = sorted(samples, key=n_tokens)
+    seen = {"old": [], "ref": [], "value": []}  # of each group, on the device
     net.eval()  # dropout would take the old log-probabilities from another network
-    for group in micro_batches(sorted(samples, key=n_tokens), micro_tokens):
+    for group in micro_batches(samples, micro_tokens, net):
         with cast:
             old, _, value = look(net, group, n_vocab)
             ref = old
             if reference is not None:
                 ref, _, _ = look(reference, group, n_vocab)
-        lengths = [count_targets([sample]) for sample in group]
-        for key, values in (("old", old), ("ref", ref), ("value", value)):
-            if values is not None:
-                for sample, part in zip(group, values.cpu().split(lengths)):
-                    sample[key] = part
+        seen["old"].append(old)
+        seen["ref"].append(ref)
+        if value is not None:
+            seen["value"].append(value)
     net.train()
+    lengths = [count_targets([sample]) for sample in samples]
+    for key, of_groups in seen.items():
+        if of_groups:
+            values = torch.cat(of_groups).cpu()  # the first of these waits for the device
+            for sample, part in zip(samples, values.split(lengths)):
+                sample[key] = part
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,7 +341,7 @@ def policy_loss(log_p, old, advantages):
 
 def joined(samples, key, like):
     """The values (N,) that the samples have under a key, one sample after the other."""
-    return torch.cat([sample[key] for sample in samples]).to(like)
+    return to_device(torch.cat([sample[key] for sample in samples]), like.device)
 
 
 def policy_figures(log_p, old, entropy):
@@ -337,7 +356,7 @@ def policy_figures(log_p, old, entropy):
 
 
 def summed(figures):
-    return {name: float(values.detach().double().sum()) for name, values in figures.items()}
+    return {name: values.detach().double().sum() for name, values in figures.items()}
 
 
 def grpo_loss(net, samples, n_vocab):
@@ -380,13 +399,16 @@ def ppo_loss(net, samples, n_vocab):
 class Method:
     add_advantages: Callable  # (run, samples): puts `advantage` (T,) into each
     loss: Callable  # (net, samples, n_vocab) -> (sum of losses, {figure: sum})
+    logs: tuple  # the names of the figures that its loss gives
     has_groups: bool = False  # whether group_size samples of a prompt are compared
     has_value: bool = False  # whether the network gets a head for values
 
 
+OF_POLICY = ("entropy", "approx_kl", "clipfrac")
+OF_VALUES = ("value_loss", "unexplained", "return", "return2")
 METHODS = {
-    "grpo": Method(add_group_advantages, grpo_loss, has_groups=True),
-    "ppo": Method(add_gae, ppo_loss, has_value=True),
+    "grpo": Method(add_group_advantages, grpo_loss, OF_POLICY, has_groups=True),
+    "ppo": Method(add_gae, ppo_loss, OF_POLICY + OF_VALUES, has_value=True),
 }
 
 
@@ -447,6 +469,23 @@ def open_data(learner):
     return train, val[: eval_examples or None]
 
 
+def largest_load(net, prompts, n_samples):
+    """The Load of samples of the longest prompt, if each is as long as may be."""
+    length = padded_length(net, max(map(n_tokens, prompts)) + max_new_tokens)
+    rows = min(batch_size * n_samples, max(1, micro_tokens // length))
+    return Load(rows, length, rows * max_new_tokens)
+
+
+def memory_advice():
+    """What to change where memory runs out."""
+    length = seq_len or "the model's context"
+    return (
+        f"lower micro_tokens (now {micro_tokens}), max_new_tokens (now {max_new_tokens}) or "
+        f"seq_len (now {length}), set checkpoint_blocks (now {checkpoint_blocks}), or let less "
+        f"learn: adapt=lora, adapt=qlora (now {adapt})"
+    )
+
+
 def reward_facts():
     """What `reward` came to: the contents of its file, or of its folder's weights."""
     path = Path(reward.rpartition(":")[0] or reward)
@@ -457,12 +496,9 @@ def reward_facts():
 def validate(learner, prompts, judge, cast):
     """The mean reward of one sample of each prompt, by all processes together."""
     run = learner.run
-    share = prompts[run.rank :: run.world]
-    total = 0.0
-    for i in range(0, len(share), 32):
-        samples = roll_out(learner.net, learner.tok, share[i : i + 32], judge, i, cast)
-        total += sum(sample["reward"] for sample in samples)
-    total, n = run.sum(total, len(share))
+    share = share_of(prompts, run)
+    samples = roll_out(learner.net, learner.tok, share, judge, 0, cast)
+    total, n = run.sum(sum(sample["reward"] for sample in samples), len(share))
     return {"val_reward": total / max(1, n)}
 
 
@@ -484,7 +520,22 @@ MAY_CHANGE = (
     "lora_dropout",
     "micro_tokens",
 )
-IGNORES = (*RESUME_IGNORES, "merge")
+IGNORES = (*RESUME_IGNORES, "compile", "merge")
+
+
+def make_fast(learner, train, cast, n_steps, n_samples, saved):
+    """Let the network compute by what is faster, compared on prompts of the first step."""
+    net = learner.net
+    lengths = []
+    for prompt in train:
+        lengths += [n_tokens(prompt) + 1, n_tokens(prompt) + max_new_tokens]
+    tokens = batch_size * n_samples * rl_epochs * sum(lengths) / len(lengths)  # of a step
+    flops = flops_of_run(net, tokens, n_steps, max_minutes)
+    why_not = why_not_compile(compile, learner, saved, flops, lengths)
+    first = batch_of(train, 0, batch_size, seed)
+    prompts = next(micro_batches(sorted(first, key=n_tokens), micro_tokens, net))
+    rows = [prompt["ids"] for prompt in prompts]
+    prepare_network(learner, rows, cast, packed=False, why_not=why_not)
 
 
 def sample_figures(run, samples):
@@ -513,17 +564,22 @@ def finish(learner, state, row):
 
 def learn(learner, task, samples, updater, cast, step):
     """The updates on the samples of a step: (the last one's figures, and its gradient's norm)."""
-    loss_of = partial(task.loss, learner.net, n_vocab=learner.tok.n_vocab)
+    net = learner.net
+    loss_of = partial(task.loss, net, n_vocab=learner.tok.n_vocab)
     for _ in range(rl_epochs):
         order = torch.randperm(len(samples)).tolist()
+        parts = []
         for i in range(minibatches):
             minibatch = [samples[k] for k in order[i::minibatches]]
-            groups = micro_batches(sorted(minibatch, key=n_tokens), micro_tokens)
-            size = count_targets(minibatch)
+            parts.append(sorted(minibatch, key=n_tokens))
+        sizes = learner.run.sum(*map(count_targets, parts))  # each process has its own samples
+        for part, size in zip(parts, sizes):
+            groups = micro_batches(part, micro_tokens, net)
             # Of equal rewards a gradient is exactly zero, rightly.
             figures, norm = update(
-                updater, groups, loss_of, size, cast, step, warmup_steps, zero_is_fault=False
-            )
+                updater, groups, loss_of, size, task.logs, cast, step, warmup_steps,
+                zero_is_fault=False,
+            )  # fmt: skip
             updater.check_bad_steps(learning_rate, warmup_steps)
     return figures, norm
 
@@ -556,10 +612,14 @@ def main():
     choose_weights(net, learner.adapt)
     net.to(run.device).train()
     judge = open_reward(reward, run.device)
-    reference = copy.deepcopy(net).eval() if kl_weight else None
     data = f"{len(train):,} prompts to train on, {len(val):,} to validate"
     batch = f"{batch_size} prompts"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
+    load = largest_load(net, train, n_samples)
+    say_memory(learner, load, computing, optimizer, n_copies=int(kl_weight > 0))
+    make_fast(learner, train, cast, n_steps, n_samples, saved)
+    facts["compiled"] = learner.compiled
+    reference = copy.deepcopy(net).eval() if kl_weight else None
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)
@@ -583,7 +643,7 @@ def main():
         step_begin = time.monotonic()
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon))
-        prompts = batch_of(train, state.step, batch_size, seed, run)
+        prompts = share_of(batch_of(train, state.step, batch_size, seed), run)
         sample_seed = (seed * 1_000_003 + state.step) * run.world + run.rank
         with saved_on_failure(learner, updater, state, folder):
             samples = roll_out(net, tok, prompts, judge, sample_seed, cast, n_samples)
@@ -614,6 +674,6 @@ def main():
 
 
 if __name__ == "__main__":
-    with locked_folder(out_dir), lost_process():
+    with locked_folder(out_dir), lost_process(), advice_on_memory(memory_advice):
         status = main()
     end_process(status)

@@ -93,7 +93,7 @@ import hashlib
 import math
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -134,12 +134,12 @@ from barelm.run import (
     StopSignals,
     Updater,
     UserError,
+    advice_on_memory,
     autocast,
     check_least,
     choose_dtype,
     duration,
     end_process,
-    is_out_of_memory,
     lost_process,
     make_scaler,
     memory_used,
@@ -721,19 +721,13 @@ def show_progress(run, row, progress, seconds_left):
     )
 
 
-@contextmanager
-def advice_on_memory():
-    """A line in the place of a traceback when memory runs out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        size = micro_batch or "as many as seem to fit"
-        raise UserError(
-            f"out of memory: lower micro_batch (now {size}), lower seq_len (now "
-            f"{seq_len}), or set checkpoint_blocks (now {checkpoint_blocks})"
-        ) from None
+def memory_advice():
+    """What to change where memory runs out."""
+    size = micro_batch or "as many as seem to fit"
+    return (
+        f"lower micro_batch (now {size}), lower seq_len (now {seq_len}), or set checkpoint_blocks "
+        f"(now {checkpoint_blocks})"
+    )
 
 
 def finish(run, row, state, progress, signals):
@@ -833,6 +827,6 @@ def main():
 
 
 if __name__ == "__main__":
-    with locked_folder(out_dir), lost_process(), advice_on_memory():
+    with locked_folder(out_dir), lost_process(), advice_on_memory(memory_advice):
         status = main()
     end_process(status, threads_may_run=tensorboard or bool(wandb_project))

@@ -40,24 +40,26 @@ class Ways:
         net.ops.sparse = self.sparse
 
 
-def compiled_ways(net, device, documents):
+def compiled_ways(net, device, documents, dynamic):
     """The Ways to try, the fastest first. One block is compiled for all of them. On a CPU the eager
     head is as fast, and its plain attention too."""
-    block = torch.compile(call_block)
+    block = torch.compile(call_block, dynamic=dynamic)
     blocks_alone = Ways(block, name="compiled blocks")
     if device.type != "cuda":
         return [blocks_alone]
-    piece = torch.compile(head_piece)
+    piece = torch.compile(head_piece, dynamic=dynamic)
     ways = [Ways(block, piece, name="a compiled head"), blocks_alone]
-    if documents and not net.config.dropout:  # which the sparse kernel has not
+    # The sparse kernel has no dropout, and is made for one length.
+    if documents and not net.config.dropout and not dynamic:
         ways.insert(0, Ways(block, piece, sparse=True, name="sparse attention"))
     return ways
 
 
-def try_compile(net, run, batch, cast, documents=None):
+def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     """(is it compiled, words): let net compute by the fastest of `compiled_ways` whose loss and
     gradients on this micro-batch, (ids, targets), agree with the eager ones on every process; else
-    eagerly. Both passes are compiled here, that of training and that of validation."""
+    eagerly. Both passes are compiled here, that of training and that of validation. dynamic: True
+    compiles them for batches of any shape, None for this one until another comes."""
     begun = time.monotonic()
     # In quarters: an eager network takes more memory than a compiled one.
     pieces = min(4, len(batch[0]))
@@ -65,7 +67,7 @@ def try_compile(net, run, batch, cast, documents=None):
     # With dropout, which the two draw differently, they differ by chance too.
     tolerance = 0.5 if net.config.dropout else 0.1
     faults = ""
-    for ways in compiled_ways(net, run.device, documents):
+    for ways in compiled_ways(net, run.device, documents, dynamic):
         ways.give(net)
         difference, fault = compare_with(eager, net, batch, cast, documents, tolerance)
         [n_faults] = run.sum(bool(fault))

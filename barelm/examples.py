@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from barelm.files import parse_json
-from barelm.run import UserError
+from barelm.run import UserError, to_device
+from model import call_block
 
 IGNORED = -100  # as F.cross_entropy has it: no target here
 
@@ -191,14 +192,19 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def batch_of(examples, step, batch_size, seed, run):
-    """This process's share of the examples of a step. All steps read one endless sequence, epoch
-    after epoch, each in an order of its own; process r takes every world-th from the r-th on."""
-    share = []
-    for i in range(step * batch_size + run.rank, (step + 1) * batch_size, run.world):
+def batch_of(examples, step, batch_size, seed):
+    """The examples of a step, over all processes. All steps read one endless sequence, epoch after
+    epoch, each in an order of its own."""
+    batch = []
+    for i in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(i, len(examples))
-        share.append(examples[epoch_order(seed, epoch, len(examples))[place]])
-    return share
+        batch.append(examples[epoch_order(seed, epoch, len(examples))[place]])
+    return batch
+
+
+def share_of(examples, run):
+    """Those of the examples that are this process's: every world-th, from its own rank on."""
+    return examples[run.rank :: run.world]
 
 
 def pack_rows(examples, limit, several=True):
@@ -221,32 +227,85 @@ def pack_rows(examples, limit, several=True):
     return rows
 
 
-def micro_batches(examples, micro_tokens):
+def micro_batches(examples, micro_tokens, net):
     """The examples in groups of `micro_tokens` tokens at most, padding counted, but one example at
     least. Their order is kept: near each other should stand those of like length."""
     group = []
     longest = 0
     for example in examples:
-        longest = max(longest, n_tokens(example))  # to which all of the group are padded
+        tokens = n_rows(example) * padded_length(net, longest_row(example))
+        longest = max(longest, tokens)  # to which all of the group are padded
         if group and longest * (len(group) + 1) > micro_tokens:
             yield group
             group = []
-            longest = n_tokens(example)
+            longest = tokens
         group.append(example)
     if group:
         yield group
 
 
-def n_tokens(example):
-    """How many tokens an example takes in a batch; a pair's answers are two rows of one length."""
+def n_rows(example):
+    """How many rows an example takes in a batch; a pair's answers are two."""
+    return 2 if "chosen" in example else 1
+
+
+def longest_row(example):
+    """The tokens of an example's (longer) row."""
     if "chosen" in example:
-        return 2 * max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))
+        return max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))
     return len(example["ids"])
 
 
-def padded(sequences, key, device, pad=0):
-    """(B, T) int64 of the lists that the sequences have under a key, padded on the right."""
-    T = max(len(s[key]) for s in sequences)
+def n_tokens(example):
+    """How many tokens an example takes in a batch."""
+    return n_rows(example) * longest_row(example)
+
+
+def padded_length(net, longest):
+    """To how many tokens rows are padded, of which the longest has so many: compiled blocks, and
+    the memory that a GPU keeps, are for certain lengths alone: the multiples of 64 up to 512, and
+    from there to each power of two four more."""
+    if not is_compiled(net) and device_of(net).type != "cuda":
+        return longest
+    return rounded_length(longest, net.config.n_ctx)
+
+
+def rounded_length(longest, n_ctx):
+    unit = 64
+    while 8 * unit < longest:
+        unit *= 2
+    length = -(-longest // unit) * unit
+    return max(longest, min(length, n_ctx))  # no position lies behind the context
+
+
+def is_compiled(net):
+    """Whether the network's blocks are."""
+    return net.train_block is not call_block
+
+
+def device_of(net):
+    """Where a network is."""
+    return net.model.embed_tokens.weight.device
+
+
+def padded(sequences, key, net, pad=0):
+    """(B, T) int64, where the network is, of the lists that the sequences have under a key, padded
+    on the right: T is `padded_length`'s."""
+    return to_device(padded_on_host(sequences, key, net, pad), device_of(net))
+
+
+def padded_on_host(sequences, key, net, pad=0):
+    T = padded_length(net, max(len(s[key]) for s in sequences))
     # On the right no real token sees the padding, attention being causal.
     rows = [s[key] + [pad] * (T - len(s[key])) for s in sequences]
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows)
+
+
+def places_of_targets(sequences, net):
+    """Of a batch of sequences (B, T): the places of its N targets among its B T tokens, and the
+    targets, (N,) int64 each. The host finds them: a device that is asked for what is not IGNORED
+    has to be waited for, since it has to say how many they are."""
+    targets = padded_on_host(sequences, "targets", net, IGNORED).flatten()  # (B T,)
+    [places] = (targets != IGNORED).nonzero(as_tuple=True)
+    device = device_of(net)
+    return to_device(places, device), to_device(targets[places], device)

@@ -244,10 +244,11 @@ def sparse_attention(q, k, v, mask):
     return flex_attention(*qkv, block_mask=mask, enable_gqa=grouped).to(q.dtype)
 
 
-def head_piece(x, weight, targets, learn):
+def head_piece(x, weight, targets, learn, weight_learns=True):
     """The loss of some rows and its gradients, in one: x (N, C), weight (V, C) in x's dtype,
     targets (N, 1) int64, -100 meaning none. Returns (the sum of -log p in nats, float32; and where
-    learn, its gradient by x (N, C) and by weight (V, C), else None twice).
+    learn, its gradient by x (N, C) and by weight (V, C), else None twice; None for a frozen weight,
+    as LoRA's head is).
 
     Compiled, it makes no float32 logits: two products, a pass that reads the logits for their sum,
     one that makes their gradient of them, and two products of that."""
@@ -266,7 +267,10 @@ def head_piece(x, weight, targets, learn):
         d = logp.exp_().scatter_add_(1, targets, -ones)
     d = d.to(x.dtype)
     # Rows without a target count for nothing: of C columns that is cheaper to say than of V.
-    return loss, (d @ weight) * valid, d.T @ (x * valid)
+    dx = (d @ weight) * valid
+    if not weight_learns:
+        return loss, dx, None
+    return loss, dx, d.T @ (x * valid)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -283,15 +287,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, learn, size, piece=head_piece):
         grad_dtype = weight.dtype  # float32, where h is bfloat16
+        weight_learns = ctx.needs_input_grad[1]
         weight = weight.to(h.dtype)
         total = torch.zeros((), device=h.device)
         dh = []
         dw = None
         for x, t in zip(h.split(size), targets[:, None].split(size)):
-            loss, dx, dw_piece = piece(x, weight, t, learn)
+            loss, dx, dw_piece = piece(x, weight, t, learn, weight_learns)
             total = total + loss
             if learn:
                 dh.append(dx)
+            if learn and weight_learns:
                 dw_piece = dw_piece.to(grad_dtype)
                 dw = dw_piece if dw is None else dw + dw_piece
         if learn:
@@ -302,7 +308,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         dh, dw = ctx.saved_tensors
         # In float32: a gradient's scale may be beyond what float16 holds.
-        return (dh.float() * g).to(dh.dtype), dw * g, None, None, None, None
+        dh = (dh.float() * g).to(dh.dtype)
+        return dh, None if dw is None else dw * g, None, None, None, None
 
 
 def head_rows(device_type, dtype, vocab_size):

@@ -100,6 +100,8 @@ class Run:
     def sum(self, *values):
         """Numbers, or 0-dim tensors, each summed over all processes: a list of floats. In a step it
         is called once, since it is where the host waits for the device."""
+        if self.world == 1 and not any(isinstance(value, torch.Tensor) for value in values):
+            return [float(value) for value in values]  # all are here: no device is asked
         numbers = []
         for value in values:
             numbers.append(torch.as_tensor(value, dtype=torch.float64, device=self.device))
@@ -263,10 +265,18 @@ def make_scaler(device, dtype):
     return torch.amp.GradScaler(device.type)
 
 
+def to_device(tensor, device):
+    """A tensor of the host on the device. A GPU reads pinned memory by itself, so that the host
+    goes on at once; of other memory it would wait for the copy."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def compute_dtype(x):
     """The dtype that matrix products of x are computed in: autocast's, or its own."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # which knows no meta
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 
@@ -509,6 +519,17 @@ def memory_used(device):
     if sys.platform == "darwin":
         return most
     return 1024 * most
+
+
+@contextlib.contextmanager
+def advice_on_memory(advice):
+    """A line in the place of a traceback when memory runs out: what advice() says to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice()}") from None
 
 
 def is_out_of_memory(error):

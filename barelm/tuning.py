@@ -104,6 +104,7 @@ class Learner:
     base: str  # the model that it was: a folder, or a name on the Hub
     adapt: AdaptConfig
     has_value_head: bool = False  # PPO's score: saved to resume, but no part of the model
+    compiled: bool = False  # whether its blocks are
 
     def params(self):
         """{name: parameter} of those that learn."""
@@ -237,30 +238,55 @@ def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, wa
         )
 
 
-def update(updater, groups, loss_of, size, cast, step, warmup_steps, zero_is_fault=True):
+def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero_is_fault=True):
     """One optimizer step on this process's groups of examples (micro-batches): ({figure: its mean
     over all processes}, the gradient's norm).
 
-    loss_of(group) gives a sum of losses, and {figure: its sum}. size: what this process's sums are
-    sums of, such as targets; the loss is divided by the size of the whole batch, so that neither
-    micro-batches nor processes change the gradient. zero_is_fault: see Updater.step."""
-    run = updater.run
-    [size] = run.sum(size)
+    loss_of(group) gives a sum of losses, and {figure: its sum}; names: the figures', which a
+    process without an example could not tell. size: what the sums of all processes together are
+    sums of, such as targets; the loss is divided by it, so that neither micro-batches nor processes
+    change the gradient. zero_is_fault: see Updater.step."""
     size = max(size, 1e-9)  # a batch without a target: no loss, and no NaN
-    sums = Counter()
+    sums = accumulate_gradients(updater, groups, loss_of, size, names, cast)
+    # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
+    sync_grads(updater.params)
+    norm = updater.clip_gradients()
+    # The one exchange of a step's figures, and its one wait for the device.
+    totals = updater.run.sum(*sums.values())
+    norm = float(norm)
+    means = {name: total / size for name, total in zip(sums, totals)}
+    updater.step(step, means["loss"], norm, step < warmup_steps, zero_is_fault)
+    return means, norm
+
+
+def accumulate_gradients(updater, groups, loss_of, size, names, cast):
+    """Forward and backward of each group: {figure: its sum}, of the loss and of these names, 0-dim
+    float64 tensors. Nothing here waits for the device."""
+    sums = {}
+    for name in ("loss", *names):
+        sums[name] = torch.zeros((), dtype=torch.float64, device=updater.run.device)
     for group in groups:
         with cast:
             loss, figures = loss_of(group)
         updater.backward(loss / size)
-        sums.update(figures)
-        sums["loss"] += float(loss.detach())
-    # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
-    sync_grads(updater.params)
-    norm = float(updater.clip_gradients())
-    sums = sum_figures(run, sums)
-    means = {name: total / size for name, total in sums.items()}
-    updater.step(step, means["loss"], norm, step < warmup_steps, zero_is_fault)
-    return means, norm
+        add_figures(sums, figures | {"loss": loss})
+    return sums
+
+
+def add_figures(sums, figures):
+    """Add figures, {name: number or 0-dim tensor}, to the sums of these names: in float64, and
+    where they are, so that nothing waits for the device."""
+    for name, value in figures.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach().double()
+        sums[name] = sums[name] + value
+
+
+def read_figures(sums):
+    """The same with numbers for the tensors, all of which one wait reads."""
+    tensors = {name: v for name, v in sums.items() if isinstance(v, torch.Tensor)}
+    numbers = torch.stack([*tensors.values()]).tolist() if tensors else []
+    return sums | dict(zip(tensors, numbers))
 
 
 @contextlib.contextmanager
@@ -379,8 +405,9 @@ def load_state(folder):
     """What save_run wrote into a folder: a dict."""
     saved = resume.load_state(folder)
     path = folder / "state.pt"
-    saved = {"warm_seconds": 0.0, "scaler": None} | saved  # which older runs did not save
-    kinds = dict(step=0, since_best=0, seconds=0.0, warm_seconds=0.0)
+    older = {"warm_seconds": 0.0, "scaler": None, "compiled": False}  # what they did not save
+    saved = older | saved
+    kinds = dict(step=0, since_best=0, seconds=0.0, warm_seconds=0.0, compiled=True)
     kinds["best"] = -1.0  # any number: that of a reward is below 0
     kinds |= dict(weights={}, optimizers=[], parts=[])
     check_state(saved, kinds, path)
@@ -441,6 +468,7 @@ def save_run(learner, updater, state, folder):
     saved = asdict(state) | {"parts": folder.parts}
     # Beside the folder's: an adapter that is merged, or a value head, is in no file of it.
     saved["weights"] = {name: p.detach() for name, p in learner.params().items()}
+    saved["compiled"] = learner.compiled
     saved["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
     saved["scaler"] = updater.scaler.state_dict() if updater.scaler else None
     save_weights(learner, folder.path, state.step, saved)

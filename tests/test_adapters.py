@@ -5,17 +5,21 @@ import torch
 import torch.nn.functional as F
 from test_finetune import net_for
 
+from barelm import adapters
 from barelm.adapters import (
     NF4,
     AdaptConfig,
     LoRA,
     NF4Linear,
     add_lora,
+    choose_weights,
     merge_adapters,
     save_adapter,
 )
 from barelm.checkpoint import load, save
+from barelm.fitting import ask_all_blocks_alike
 from barelm.tokenizer import Tokenizer
+from model import call_block
 
 
 @pytest.fixture
@@ -48,6 +52,43 @@ def test_nf4_is_the_nearest_code_of_each_block(shape):
     torch.testing.assert_close(y, F.linear(x, packed.weight, layer.bias), rtol=1e-4, atol=1e-5)
     y.sum().backward()
     torch.testing.assert_close(x.grad, packed.weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_nf4_unpacks_by_pieces_and_keeps_no_weight(monkeypatch):
+    torch.manual_seed(1)
+    packed = NF4Linear(torch.nn.Linear(96, 128))
+    whole = packed.weight
+    monkeypatch.setattr(adapters, "PIECE", 640)  # the last one is shorter
+    assert torch.equal(packed.weight, whole)
+    kept = []
+    keep = lambda tensor: kept.append(tensor.nbytes) or tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed(torch.randn(5, 96, requires_grad=True))
+    assert sum(kept) - packed.pairs.nbytes < 0.6 * whole.numel()  # bytes a weight; 4 for a float
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_adapted_blocks_are_one_graph_for_all_shapes(kind, tok):
+    net = net_for(tok)
+    choose_weights(net, AdaptConfig(kind))
+    ask_all_blocks_alike(net)
+    torch._dynamo.reset()
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    net.train_block = torch.compile(call_block, backend=count, fullgraph=True, dynamic=True)
+    for shape in ((2, 64), (3, 48), (5, 60)):
+        ids = torch.randint(0, 200, shape)
+        loss, _ = net(ids, ids)
+        loss.backward()
+        net.train_block, block = call_block, net.train_block
+        with torch.no_grad():
+            torch.testing.assert_close(net(ids, ids)[0], loss, rtol=1e-4, atol=1e-4)
+        net.train_block = block
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "o_proj,gate_proj,up_proj,down_proj"])

@@ -15,8 +15,8 @@ from barelm.adapters import add_adapters
 from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
 from barelm.fast import PlacedProduct, generating
-from barelm.quantized import quantize_weights
 from barelm.generation import decoder_for
+from barelm.quantized import quantize_weights
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
 from barelm.tokenizer import Tokenizer
 

@@ -405,6 +405,9 @@ def test_the_head_equals_cross_entropy(dtype, size, compiled):
         want = torch.autograd.grad(3 * reference, (h, weight), retain_graph=True)
         for a, b in zip(got, want):
             assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
+    # Of a frozen head no gradient is made, and h has the same.
+    frozen = LinearCrossEntropy.apply(h, weight.detach(), targets, True, size, piece)
+    assert torch.equal(frozen, loss) and torch.equal(torch.autograd.grad(3 * frozen, h)[0], got[0])
 
 
 def test_a_compiled_head_takes_pieces_of_one_size_in_no_more_memory():

@@ -1,6 +1,7 @@
 """finetune.py: every loss against its formula, every kind of added weight against the plain one,
 and the commands from start to end."""
 
+import contextlib
 import json
 import math
 import re
@@ -14,15 +15,26 @@ from test_model import QWEN3, make_net
 from test_outside import FAMILIES, open_tokenizer
 
 import finetune
+from barelm import fitting
 from barelm.adapters import Adapter, NF4Linear, add_adapters, add_tokens
 from barelm.chat import CHATML
 from barelm.checkpoint import load, save
-from barelm.examples import check_template, count_targets, pack_rows
+from barelm.examples import (
+    check_template,
+    count_targets,
+    longest_row,
+    pack_rows,
+    padded_length,
+    rounded_length,
+)
 from barelm.rewards import open_reward
-from barelm.run import UserError
+from barelm.run import Run, Updater, UserError, advice_on_memory, autocast, make_scaler
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.tokenizer import Tokenizer
-from barelm.tuning import make_optimizers
+from barelm.tuning import accumulate_gradients, make_optimizers
+from model import call_block, generate
+
+CPU = torch.device("cpu")
 
 QUICK = [
     "--max_steps=4",
@@ -102,7 +114,7 @@ def test_packing_and_chunks_change_no_gradient(tok, pack, monkeypatch):
     monkeypatch.setattr(finetune, "pack", pack)
     for micro in (8, 70, 10_000):
         monkeypatch.setattr(finetune, "micro_tokens", micro)
-        for a, b in zip(alone, gradients(finetune.groups_of(sft, examples, 64))):
+        for a, b in zip(alone, gradients(finetune.groups_of(sft, net, examples, 64))):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -177,6 +189,115 @@ def test_accuracy_and_f1():
     for i, (number, label, *row) in enumerate(table):
         assert (number, label) == (str(i), "abcd"[i])
         assert row == [str(((labels == i) & (guesses == j)).sum()) for j in range(4)]
+
+
+# --------------------------------------------------------------------------------------------------
+# A step, on any device
+
+PAIRS = [("ask", "one two three", "no"), ("a longer question", "yes", "it is not, or is it")]
+EVERY = ["sft", "classify", "dpo", "ipo", "reward"]
+
+
+def prepared(method, tok, monkeypatch, **shape):
+    """(task, net, examples) of a method, ready for its loss."""
+    monkeypatch.setattr(finetune, "dpo_loss", "ipo" if method == "ipo" else "sigmoid")
+    task = finetune.METHODS["dpo" if method == "ipo" else method]
+    net = net_for(tok, **shape)
+    if method == "sft":
+        return task, net, examples_of(tok, *TALKS)
+    if method == "classify":
+        texts = {"one two three": "x", "a": "y", "four and five": "x"}
+        rows = [{"text": text, "label": label} for text, label in texts.items()]
+        examples = [finetune.read_class(row, tok, 64) for row in rows]
+        net.set_score(["x", "y"])
+        return task, net, examples
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS]
+    examples = [task.read_row(row, tok, 64) | {"reference": [-20.0, -21.0]} for row in rows]
+    if method == "reward":
+        net.set_score(["reward"])
+    return task, net, examples
+
+
+def accumulated(task, net, examples, cast, scaler=None):
+    """The sums of a step, and the gradients (each the whole batch's) that it leaves in net."""
+    run_here = Run(net.model.embed_tokens.weight.device)
+    updater = Updater(run_here, net.parameters(), [], scaler)
+    loss_of = lambda group: task.loss(net, group)
+    groups = finetune.groups_of(task, net, examples, 64)
+    sums = accumulate_gradients(updater, groups, loss_of, task.size(examples), task.logs, cast)
+    return sums
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_step_waits_for_no_device(method, tok, monkeypatch):
+    """On a device that holds no numbers, as meta does, whoever asks for one fails."""
+    monkeypatch.setattr(finetune, "micro_tokens", 40)  # several micro-batches
+    task, net, examples = prepared(method, tok, monkeypatch)
+    net.to("meta")
+    sums = accumulated(task, net, examples, contextlib.nullcontext())
+    assert sums.keys() == {"loss", *task.logs} and all(s.is_meta for s in sums.values())
+    assert any(p.grad is not None for p in net.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(sums["loss"])
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_padding_changes_no_loss_and_no_gradient(method, tok, monkeypatch):
+    task, net, examples = prepared(method, tok, monkeypatch, n_ctx=100)
+    cast = torch.autocast("cpu", enabled=False)
+    results = []
+    for block in (call_block, lambda *args: call_block(*args)):
+        net.zero_grad()
+        net.train_block = block  # one that is not call_block counts as compiled
+        [group, *others] = finetune.groups_of(task, net, examples, 64)
+        length = padded_length(net, max(map(longest_row, group)))
+        assert not others and (length in (64, 100)) == (block is not call_block)
+        sums = accumulated(task, net, examples, cast)
+        results.append([*sums.values()] + [p.grad for p in net.parameters() if p.grad is not None])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_lengths_of_batches_are_few():
+    lengths = [rounded_length(n, 4000) for n in range(1, 4001)]
+    assert lengths == sorted(lengths) and all(n <= T for n, T in enumerate(lengths, 1))
+    assert set(lengths[:512]) == set(range(64, 513, 64)) and len(set(lengths)) == 8 + 4 * 3
+    assert max(lengths) == 4000  # the context, behind which no position lies
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_float16_learns_what_float32_learns(method, tok, monkeypatch):
+    task, net, examples = prepared(method, tok, monkeypatch)
+    gradients = []
+    scaler = make_scaler(CPU, torch.float16)
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 16.0})  # as it finds after some steps
+    for dtype, used, scale in ((torch.float32, None, 1), (torch.float16, scaler, 16)):
+        net.zero_grad()
+        accumulated(task, net, examples, autocast(CPU, dtype), used)
+        grads = [p.grad / scale for p in net.parameters() if p.grad is not None]
+        gradients.append(torch.cat([grad.flatten() for grad in grads]))
+    one, half = gradients
+    assert half.isfinite().all() and (half - one).norm() < 0.02 * one.norm()
+
+
+def test_answers_are_the_same_in_batches_of_any_size(tok, monkeypatch):
+    net = net_for(tok).eval()
+    prompts = [tok.encode(text) for text in ("one", "a longer one", "two three", "x", "def f")]
+    for options in (dict(temperature=0), dict(temperature=1.0, seed=3)):
+        together = generate(net, tok, prompts, max_new_tokens=9, **options)
+        for n in (1, 2, 9):
+            monkeypatch.setattr(fitting, "rows_that_fit", lambda net, longest: n)
+            parts = fitting.generate_all(net, tok, prompts, 9, **options)
+            assert [g.ids for g in parts] == [g.ids for g in together]
+
+
+def test_out_of_memory_names_the_settings():
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+        with pytest.raises(UserError, match=r"^out of memory: lower micro_tokens \(now 4096\)"):
+            with advice_on_memory(finetune.memory_advice):
+                raise error
+    with pytest.raises(RuntimeError, match="other"), advice_on_memory(finetune.memory_advice):
+        raise RuntimeError("other")
 
 
 # --------------------------------------------------------------------------------------------------

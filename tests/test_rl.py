@@ -1,6 +1,7 @@
 """rl.py: every formula against a naive one, what is sampled against
 what is learned from it, and rewards that rise."""
 
+import contextlib
 import json
 import math
 import random
@@ -17,8 +18,9 @@ import rl
 from barelm import tasks as evaluation
 from barelm.checkpoint import load
 from barelm.rewards import open_reward, reward_of
-from barelm.run import Run, UserError, autocast
+from barelm.run import Run, Updater, UserError, autocast
 from barelm.tokenizer import Tokenizer
+from barelm.tuning import accumulate_gradients
 
 
 @pytest.fixture
@@ -165,6 +167,26 @@ def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
     clipped = torch.max((now - goal) ** 2, (before - 0.2 - goal) ** 2).sum()
     expected = -float(got.sum()) + 0.5 * rl.value_weight * float(clipped)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_step_waits_for_no_device(method, tok, monkeypatch):
+    """On a device that holds no numbers, as meta does, whoever asks for one fails."""
+    options(monkeypatch, kl_weight=0.1)
+    task, net = rl.METHODS[method], net_for(tok)
+    if task.has_value:
+        net.set_score(["value"])
+    group = [sample_of(tok, "def", " return x"), sample_of(tok, "a long question", " y")]
+    for e in group:
+        n = sum(t != -100 for t in e["targets"])
+        e |= {key: torch.randn(n) for key in ("old", "ref", "value", "advantage", "return")}
+    net.to("meta")
+    updater = Updater(Run(torch.device("meta")), net.parameters(), [])
+    loss_of = lambda samples: task.loss(net, samples, tok.n_vocab)
+    groups = [[e] for e in group]
+    sums = accumulate_gradients(updater, groups, loss_of, 9, task.logs, contextlib.nullcontext())
+    assert sums.keys() == {"loss", *task.logs} and all(s.is_meta for s in sums.values())
+    assert any(p.grad is not None for p in net.parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,9 +388,9 @@ def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monk
     tok.eos_ids = [*tok.eos_ids, *range(0, tok.n_vocab, 8)]  # some samples end early
     rows = [{"messages": talk(asked, "yes")} for asked in ("what", "a longer question")]
     prompts = [rl.read_prompt(row, tok, 64) for row in rows]
-    made, real = [], rl.generate
+    made, real = [], rl.generate_all
     keep = lambda *args, **how: made.extend(real(*args, **how)) or made
-    monkeypatch.setattr(rl, "generate", keep)
+    monkeypatch.setattr(rl, "generate_all", keep)
     judge = lambda messages, text, answer: len(text)
     n = 3 if method == "grpo" else 1
     samples = rl.roll_out(net, tok, prompts, judge, 5, FLOAT32, n)

@@ -91,7 +91,8 @@ def orthogonalize(g, dtype=torch.float32):
         x = iterate(x)
     if is_tall:
         x = x.mT
-    return x.to(g.dtype)
+    # Contiguous, as g is: of other strides the update would be a kernel for each parameter.
+    return torch.empty_like(g).copy_(x)
 
 
 def iterate(x):

@@ -92,7 +92,7 @@ def orthogonalize(g, dtype=torch.float32):
     if is_tall:
         x = x.mT
     # Contiguous, as g is: of other strides the update would be a kernel for each parameter.
-    return torch.empty_like(g).copy_(x)
+    return x.to(g.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def iterate(x):

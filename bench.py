@@ -86,6 +86,7 @@ from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, head_piece
 from barelm.llama import check_llama, llama_generate
+from barelm.muon import COEFFICIENTS
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.quantized import quantize_weights
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
@@ -333,12 +334,12 @@ def model_row(bench, name, times, peak, net, n_tokens):
     """The row of a call of measure_model, with its work and the ceiling for that."""
     if name == "adamw step":  # four numbers read, three written; caches hold a small net's
         bench.row("model", name, times, "update", bytes=28 * n_params(net))
-    elif name == "muon step":  # five rounds of x x^T, a a and their product with x
+    elif name == "muon step":  # in each round x x^T, its square and the product of both with x
         work = 0
         for p in net.model.layers.parameters():
             if p.ndim == 2:
                 a, b = sorted(p.shape)
-                work += 5 * 2 * (2 * a * a * b + a**3)
+                work += len(COEFFICIENTS) * 2 * (2 * a * a * b + a**3)
         bench.row("model", name, times, bench.dtype_name, flops=work)
     else:
         backward = not name.startswith("forward,")

@@ -6,8 +6,8 @@
     [answer] = generate(net, tokenizer, ["Once upon a time"], max_new_tokens=50)
 
 B rows of T tokens, C: n_embd, H: heads of queries, G: of keys and values, D: head_dim, S: tokens
-to look at, V: vocab_size. What is only there for speed stands in barelm/fast.py and is chosen in
-`Operations`; GPT(config, fast=False) does without.
+to look at, V: vocab_size. What is only there for speed stands in barelm/fast.py and
+barelm/elementwise.py and is chosen in `Operations`; GPT(config, fast=False) does without.
 """
 
 import codecs
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from barelm import invariant
+from barelm.elementwise import FusedRMSNorm, FusedRotation, FusedSwiGLU, can_fuse
 from barelm.fast import (
     block_mask,
     blocked_attention,
@@ -84,14 +85,18 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.RMSNorm):
+    def __init__(self, size, eps, ops):
+        super().__init__(size, eps)
+        self.ops = ops
+
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-def make_norm(c):
+def make_norm(c, ops):
     """The norm of a block's input or output."""
     if c.norm == "rms":
-        return RMSNorm(c.n_embd, c.norm_eps)
+        return RMSNorm(c.n_embd, c.norm_eps, ops)
     return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias)
 
 
@@ -103,10 +108,11 @@ def rotate(x, rope):
 
 
 class Operations:
-    """The operations of a network, each as its formula. Where `fast` is true, barelm/fast.py is
-    asked first; what it has no faster way for, it leaves to the formula. Who changes a formula
-    deletes the `if` above it: before its first step train.py compares the two. `deterministic`: by
-    barelm/invariant.py, so that a token's bits do not depend on what else is in the batch."""
+    """The operations of a network, each as its formula. Where `fast` is true, barelm/fast.py or
+    barelm/elementwise.py is asked first; what they have no faster way for, they leave to the
+    formula. Who changes a formula deletes the `if` above it: before its first step train.py
+    compares the two. `deterministic`: by barelm/invariant.py, so that a token's bits do not depend
+    on what else is in the batch."""
 
     def __init__(self, fast):
         self.fast = fast
@@ -128,6 +134,23 @@ class Operations:
         if len(layers) == 1:
             return layers[0](x)
         return torch.cat([layer(x) for layer in layers], -1)
+
+    def rms_norm(self, x, weight, eps):
+        if self.fast and can_fuse(x):
+            return FusedRMSNorm.apply(x, weight, eps)
+        return rms_norm(x, weight, eps)
+
+    def rotate(self, x, rope):
+        if self.fast and can_fuse(x):
+            return FusedRotation.apply(x, *rope)
+        return rotate(x, rope)
+
+    def swiglu(self, gate_up):
+        """silu(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
+        if self.fast and can_fuse(gate_up):
+            return FusedSwiGLU.apply(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return self.silu(gate) * up
 
     def mask(self, c, positions, docs):
         """What `attend` takes to let tokens at positions (1, T) look at one another."""
@@ -189,8 +212,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, ops)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, ops)
 
     def qkv(self, x, rope=None):
         """q (B, H, T, D), k and v (B, G, T, D) of x (B, T, C)."""
@@ -206,9 +229,9 @@ class Attention(nn.Module):
         if c.qk_norm:
             # No query or key is long, so that no score runs away (Henry et al. 2020).
             weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
-            qk = rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
+            qk = self.ops.rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
         if rope is not None:
-            qk = rotate(qk, rope)
+            qk = self.ops.rotate(qk, rope)
         q, k = qk.transpose(1, 2).split((H, G), 1)
         return q, k, v.transpose(1, 2)
 
@@ -242,9 +265,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.n_hidden, c.n_embd, bias=c.bias)
 
     def forward(self, x):
-        if self.kind == "swiglu":  # Shazeer 2020
-            gate, up = self.ops.project(x, self.gate_proj, self.up_proj).chunk(2, -1)
-            h = self.ops.silu(gate) * up  # (B, T, n_hidden)
+        if self.kind == "swiglu":
+            gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
+            h = self.ops.swiglu(gate_up)  # (B, T, n_hidden)
         elif self.kind == "gelu":
             h = self.ops.gelu(self.ops.project(x, self.up_proj))
         elif self.kind == "relu":
@@ -263,11 +286,11 @@ class Block(nn.Module):
         self.c = c
         self.self_attn = Attention(c, ops)
         self.mlp = MLP(c, ops)
-        self.input_layernorm = make_norm(c)
-        self.post_attention_layernorm = make_norm(c)
+        self.input_layernorm = make_norm(c, ops)
+        self.post_attention_layernorm = make_norm(c, ops)
         both = c.norm_place == "both"
-        self.attn_out_norm = make_norm(c) if both else nn.Identity()
-        self.mlp_out_norm = make_norm(c) if both else nn.Identity()
+        self.attn_out_norm = make_norm(c, ops) if both else nn.Identity()
+        self.mlp_out_norm = make_norm(c, ops) if both else nn.Identity()
 
     def forward(self, x, rope=None, mask=None, cache=None):
         if self.c.norm_place == "post":
@@ -299,7 +322,8 @@ class GPT(nn.Module):
             self.model.embed_positions = nn.Embedding(c.n_ctx, c.n_embd)
         self.model.layers = nn.ModuleList(Block(c, self.ops) for _ in range(c.n_layer))
         # With norms after the sums the last block's output is normed already.
-        self.model.norm = nn.Identity() if c.norm_place == "post" else make_norm(c)
+        post = c.norm_place == "post"
+        self.model.norm = nn.Identity() if post else make_norm(c, self.ops)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -35,6 +35,8 @@ def why_not_compile(asked, learner, saved, flops, lengths):
     device = learner.run.device
     if asked is False:
         return "as asked"
+    if learner.net.deterministic:
+        return "a compiler chooses the order of sums by the shape (--deterministic)"
     if not learns_in_network(learner.net):
         return "the head alone learns"
     if asked is None and saved and saved["step"] > 0:

@@ -15,7 +15,7 @@ def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
     decoder = decoder_for(net, tok, len(rows), longest)
     options = filters | {"repetition_penalty": penalty}
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
-        uniform = draws(seed, i, limit) if options["temperature"] >= GREEDY else None
+        uniform = draws(seed, row.number, limit) if options["temperature"] >= GREEDY else None
         decoder.set(i, prompt, row.limit, options=options, uniform=uniform, ends=row.ends)
     decoder.read(dict(enumerate(prompts)))
     under_way = []

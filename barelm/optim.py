@@ -3,17 +3,14 @@
 A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimizer`.
 """
 
-import math
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
 from barelm.fast import head_rows
+from barelm.muon import Muon
 from barelm.run import UserError
 
 # The optimizers by name, and how many numbers each keeps a parameter.
@@ -73,73 +70,6 @@ def split_parameters(net):
         else:
             narrow.append(p)
     return matrices, wide, narrow
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024), for matrices; equal shapes go together.
-
-    Steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size (Liu et
-    al. 2025, section 2.2), so that one learning rate serves both."""
-
-    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype  # of the Newton-Schulz products
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                by_shape.setdefault(p.shape, []).append(p)
-            for params in by_shape.values():
-                self.step_of_shape(params, group)
-
-    def step_of_shape(self, params, group):
-        """A step of n parameters of one shape (rows, columns), in one batch of products."""
-        lr = group["lr"]
-        beta = group["momentum"]
-        grads = [p.grad for p in params]
-        moments = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(moments, grads, 1 - beta)  # m = beta m + (1 - beta) g
-        ahead = torch._foreach_lerp(grads, moments, beta)  # Nesterov: as if one step further
-        orthogonal = partial(orthogonalize, dtype=self.dtype)
-        updates = split_over_processes(torch.stack(ahead), orthogonal)  # (n, rows, columns)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        scale = 0.2 * math.sqrt(max(params[0].shape))
-        torch._foreach_add_(params, updates.unbind(), alpha=-lr * scale)
-
-
-def orthogonalize(g, dtype=torch.float32, steps=5):
-    """The nearest semi-orthogonal matrices to g (n, rows, columns), by Newton-Schulz iteration: the
-    quintic of Muon (Jordan et al. 2024), whose singular values land between about 0.7 and 1.2."""
-    is_tall = g.shape[-2] > g.shape[-1]
-    x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # no singular value above 1
-    if is_tall:
-        x = x.mT  # so that x x^T is the smaller of the two squares
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    if is_tall:
-        x = x.mT
-    return x.to(g.dtype)
-
-
-def split_over_processes(x, f):
-    """f(x), where f works on each x[i] alone: every process does a part of x, which all have."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1:
-        return f(x)
-    padding = -len(x) % world  # so that all parts are of one size
-    whole = F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding))
-    part = f(whole.chunk(world)[dist.get_rank()])
-    # torch 2.13 has a new name for it, and a warning for the old one
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(whole, part.contiguous())
-    return whole[: len(x)]
 
 
 # --------------------------------------------------------------------------------------------------

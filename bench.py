@@ -636,7 +636,7 @@ def place_of(bench):
     """Where the checks compute, and the network whose speed they tell."""
     shape = {k: v for k, v in vars(bench.config).items() if k != "n_ctx"}
     compiles = compile is not False
-    return Place(bench.device, bench.dtype, shape, tokens, seq_len, compiles)
+    return Place(bench.device, bench.dtype, shape, tokens, seq_len, compiles, seconds / 2)
 
 
 def parts_to_run(wanted):

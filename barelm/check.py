@@ -259,6 +259,7 @@ def check_machine(names, place):
     begun = time.monotonic()
     status = 0
     print("error or other figure, and the most that it may be; ceilings are told, not judged")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end what was started
     try:
         run_checks(names, place, table.show)
     except KeyboardInterrupt:

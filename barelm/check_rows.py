@@ -35,6 +35,7 @@ class Place:
     tokens: int = 4096  # of its training step
     seq_len: int = 256
     compile: bool = True  # whether anything is compiled at all
+    seconds: float = 1.0  # for which a speed is measured, if five rounds fit it
 
     @property
     def is_cuda(self):
@@ -78,7 +79,9 @@ class Worst:
         self.where = ""
 
     def add(self, figure, where):
-        if not figure <= self.figure:  # a NaN is the worst of all, and stays
+        if math.isnan(self.figure):  # the worst of all
+            return
+        if not figure <= self.figure:
             self.figure = figure
             self.where = where
 

@@ -59,12 +59,17 @@ def make_dataset(folder):
     write_json(folder / "meta.json", {"document": {"begin": begin, "end": end}})
 
 
+def flags(place, **settings):
+    """The command line of a run on the place's device in its dtype."""
+    here = dict(device=str(place.device), dtype=place.dtype_name)
+    return [f"--{key}={value}" for key, value in (SETTINGS | here | settings).items()]
+
+
 def start(folder, place, ranks=None, code=None, **settings):
     """Start train.py in a folder, on the place's device in its dtype: a Popen. ranks: torchrun's
     variables of one of several processes. code: a program that runs the script."""
-    settings = SETTINGS | dict(device=str(place.device), dtype=place.dtype_name) | settings
     command = [sys.executable, *(["-c", code] if code else []), str(ROOT / "train.py")]
-    command += [f"--{key}={value}" for key, value in settings.items()]
+    command += flags(place, **settings)
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (ranks or {})
     output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=folder, env=environment, **output)
@@ -94,17 +99,16 @@ def weights(folder, run):
 # Killed and resumed
 
 
-def check_resume(place, interrupted=None):
+def check_resume(place, make_runs=None):
     """A run of STEPS steps against one that was killed after its save at SAVED and resumed. On a
     CPU the weights are the same bits. On a GPU sums are made in any order: there the difference is
-    a small part of what the steps since the kill moved. interrupted(folder, place) makes the second
-    run, out/interrupted."""
+    a small part of what the steps since the kill moved. make_runs(folder, place) makes out/whole
+    and out/interrupted, and returns the weights that the latter had when it was killed."""
+    make_runs = make_runs or whole_and_interrupted
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_dataset(folder / "data" / SETTINGS["dataset"])
-        uninterrupted = start(folder, place, out_dir="out/whole")
-        saved = (interrupted or killed_and_resumed)(folder, place)
-        finish(uninterrupted)
+        saved = make_runs(folder, place)
         whole = weights(folder, "whole")
         resumed = weights(folder, "interrupted")
     difference = (whole - resumed).norm().item()
@@ -118,11 +122,17 @@ def check_resume(place, interrupted=None):
     yield Finding("difference, of what moved", difference / moved, allowed, words)
 
 
-def killed_and_resumed(folder, place):
-    """Make out/interrupted; the weights that it had when it was killed."""
-    finish(start(folder, place, code=KILLED, out_dir="out/interrupted"), -signal.SIGKILL)
-    saved = weights(folder, "interrupted")
-    finish(start(folder, place, out_dir="out/interrupted", init_from="resume"))
+def whole_and_interrupted(folder, place):
+    """The two runs of check_resume, at the same time."""
+    whole = start(folder, place, out_dir="out/whole")
+    try:
+        killed = start(folder, place, code=KILLED, out_dir="out/interrupted")
+        finish(killed, expected=-signal.SIGKILL)
+        saved = weights(folder, "interrupted")
+        finish(start(folder, place, out_dir="out/interrupted", init_from="resume"))
+        finish(whole)
+    finally:
+        whole.kill()
     return saved
 
 
@@ -133,34 +143,39 @@ def killed_and_resumed(folder, place):
 WITHOUT_CHANCE = dict(dropout=0.0, max_steps=8, dtype="float32")
 
 
-def check_processes(place, changes=None):
+def check_processes(place, make_runs=None):
     """The losses and gradient norms of two processes against those of one, of the same batches, in
-    float32. changes: settings of the two alone."""
+    float32. make_runs(folder, place) makes out/one and out/two."""
     if place.is_cuda and torch.cuda.device_count() < 2:
         raise Skip("one GPU only")
+    make_runs = make_runs or one_and_two
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_dataset(folder / "data" / SETTINGS["dataset"])
-        processes = [start(folder, place, out_dir="out/one", **WITHOUT_CHANCE)]
-        two = WITHOUT_CHANCE | (changes or {})
-        for ranks in two_ranks():
-            processes.append(start(folder, place, ranks, out_dir="out/two", **two))
-        try:
-            for process in processes:
-                finish(process)
-        finally:
-            for process in processes:
-                process.kill()
+        make_runs(folder, place)
         rows = [log_rows(folder / "out" / run / "log.jsonl") for run in ("one", "two")]
     # A step's update is rounded, and the next one begins there.
     allowed = allowed_error(torch.float32, SETTINGS["batch_tokens"], layers=8)
     for key, title in (("loss", "losses"), ("grad_norm", "gradient norms")):
         worst = Worst()
         for one, two in zip(*rows):
-            worst.add(abs(two[key] / one[key] - 1), f"step {one['step']}: {one[key]:.5f}")
+            worst.add(abs(two[key] / one[key] - 1), f"step {one['step']}, {one[key]:.5f}")
         if len(rows[0]) != len(rows[1]) or not rows[0]:
             worst.add(math.inf, f"{len(rows[0])} and {len(rows[1])} steps")
         yield worst.finding(title, allowed)
+
+
+def one_and_two(folder, place):
+    """The runs of check_processes, all three processes at the same time."""
+    processes = [start(folder, place, out_dir="out/one", **WITHOUT_CHANCE)]
+    for ranks in two_ranks():
+        processes.append(start(folder, place, ranks, out_dir="out/two", **WITHOUT_CHANCE))
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def two_ranks():

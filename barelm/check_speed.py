@@ -20,7 +20,7 @@ DECODED = 32
 def check_speed(place):
     """The machine's own ceilings, measured, and the shares of them that a training step of
     bench.py's shape and its decoding at batch 1 reach; of a known GPU those of the data sheet."""
-    bench = Bench(place.run(), place.dtype, seconds=1.0)
+    bench = Bench(place.run(), place.dtype, seconds=place.seconds)
     flops_limit = product_rate(bench)
     bytes_limit = read_rate(bench)
     yield Finding(f"products, {place.dtype_name}", flops_limit / 1e9, unit="GFLOP/s")

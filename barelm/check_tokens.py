@@ -144,29 +144,29 @@ def check_decode(place, ask=answers):
 CROWD = 64  # clients at once
 
 
-def check_server(place, serve=None):
-    """The engine's answers, alone and among CROWD, greedy and drawn, against the plain loop's."""
+def check_server(place, serve=None, n_clients=CROWD):
+    """The engine's answers, alone and among many, greedy and drawn, against the plain loop's."""
     serve = serve or engine_answers
     generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(1, 41, (CROWD,), generator=generator).tolist()
+    lengths = torch.randint(1, 41, (n_clients,), generator=generator).tolist()
     prompts = random_prompts(lengths, seed=5)
     for dtype in dict.fromkeys((torch.float32, place.dtype)):
         net = speaking_network(place, dtype)
         name = str(dtype).removeprefix("torch.")
-        greedy = [dict(temperature=0.0)] * CROWD
+        greedy = [dict(temperature=0.0)] * n_clients
         right = plain_answers(net, prompts, max_new_tokens=SERVED, temperature=0)
         few = slice(0, 8)
         alone = serve(net, prompts[few], greedy[few], at_once=False)
         yield same_greedy(f"greedy, {name}, alone", net, prompts[few], alone, right[few])
         crowd = serve(net, prompts, greedy, at_once=True)
-        yield same_greedy(f"greedy, {name}, among {CROWD}", net, prompts, crowd, right)
+        yield same_greedy(f"greedy, {name}, among {n_clients}", net, prompts, crowd, right)
     net = speaking_network(place, torch.float32)
-    drawn = [dict(temperature=0.9, top_p=0.9, seed=seed) for seed in range(CROWD)]
+    drawn = [dict(temperature=0.9, top_p=0.9, seed=seed) for seed in range(n_clients)]
     right = []
     for prompt, options in zip(prompts, drawn):
         right += plain_answers(net, [prompt], max_new_tokens=SERVED, **options)
     crowd = serve(net, prompts, drawn, at_once=True)
-    yield same_drawn(f"drawn, float32, among {CROWD}", crowd, right)
+    yield same_drawn(f"drawn, float32, among {n_clients}", crowd, right)
 
 
 SERVED = 10  # tokens of an answer

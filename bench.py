@@ -83,15 +83,15 @@ from barelm.check import CHECKS, check_machine
 from barelm.check_rows import Place
 from barelm.checkpoint import load, save
 from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
-from barelm.compiled import try_compile
+from barelm.compiled import Ways, try_compile
 from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
-from barelm.fast import cross_entropy_sum, quantize_weights
+from barelm.fast import cross_entropy_sum, head_piece, quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
 from barelm.timing import Bench, measure_ceilings, title, weight_bytes
-from model import GPT, GPTConfig, Operations, call_block, generate
+from model import GPT, GPTConfig, Operations, generate
 
 # --------------------------------------------------------------------------------------------------
 # Attention
@@ -126,17 +126,34 @@ def attention_ways(n_head, n_few):
     return ways
 
 
+def document_ways(bench, n_rows, length, n_head):
+    """On a GPU, attention to documents of about 300 tokens by each kernel, as `attention_ways` has
+    its ways."""
+    if not bench.is_cuda:
+        return {}
+    docs = (torch.rand(n_rows, length, device=bench.device) < 1 / 300).cumsum(1)  # (B, T)
+    positions = torch.arange(length, device=bench.device)[None]
+    ways = {}
+    for name in ("dense", "sparse"):
+        ops = Operations(fast=True)
+        ops.sparse = name == "sparse"
+        mask = ops.mask(bench.config, positions, docs)
+        attend = torch.compile(ops.attend) if ops.sparse else ops.attend
+        ways[f"documents, {name}"] = (partial(attend, mask=mask), n_head)
+    return ways
+
+
 def measure_attention(bench):
     """Attention forward, and forward and backward, at three lengths."""
     H = bench.config.n_head
     D = bench.config.head_dim
     n_few = H // 3 if H % 3 == 0 else 1
-    ways = attention_ways(H, n_few)
-    note = "FLOPs: half the square; backward: x 2"
+    note = "FLOPs: half the square, of documents too; backward: x 2"
     title(f"attention: {H} heads of {D}, {bench.dtype_name}", note)
     lengths = (1024, 4096, 16384) if bench.is_cuda else (128, 512, 2048)
     for T in lengths:
         B = max(tokens, lengths[-1]) // T
+        ways = attention_ways(H, n_few) | document_ways(bench, B, T, H)
 
         def random_heads(n, learns=True):
             x = torch.randn(B, n, T, D, device=bench.device, dtype=bench.dtype)
@@ -196,19 +213,18 @@ def whole_step(loss, net, optimizers):
 
 
 def eager_and_compiled(bench, net, batch):
-    """{"eager": (network, what its blocks are called by)}, and of "compiled" where it is."""
+    """{"eager": the Ways that net computes by}, and of "compiled" where it is."""
     begun = time.perf_counter()
-    body = net
     is_compiled = False
     words = "off: as asked"
     if compile is not False:
-        body, is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
+        is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
     print(f"  {batch[0].numel():,} tokens, {n_params(net):,} parameters, compile: {words}")
-    networks = {"eager": (net, call_block)}
+    ways = {"eager": Ways()}
     if is_compiled:
-        networks["compiled"] = (body, net.train_block)
+        ways["compiled"] = Ways.of(net)
         bench.row("model", "compilation, for training", [time.perf_counter() - begun])
-    return networks
+    return ways
 
 
 def measure_model(bench):
@@ -220,24 +236,23 @@ def measure_model(bench):
     net = build(bench)
     shape = (2, max(1, tokens // seq_len), seq_len)  # ids and targets, B, T
     batch = torch.randint(vocab_size, shape, device=bench.device)
-    networks = eager_and_compiled(bench, net, batch)
+    ways = eager_and_compiled(bench, net, batch)
 
     def loss_of(name):
-        network, block = networks[name]
-        net.train_block = block
+        ways[name].give(net)
         with bench.cast():
-            loss_sum, _ = network(*batch)
+            loss_sum, _ = net(*batch)
             return loss_sum / batch[0].numel()
 
     optimizers = {}
     for name in ("muon", "adamw"):
         optimizers[name] = make_optimizer(net, name, lr=1e-5, dtype=bench.dtype)
-    best = list(networks)[-1]
+    best = list(ways)[-1]
     if profile:
         write_trace(bench, partial(whole_step, partial(loss_of, best), net, optimizers[optimizer]))
         return
     calls = {}
-    for name in networks:
+    for name in ways:
         loss = partial(loss_of, name)
         calls[f"forward, {name}"] = torch.no_grad()(loss)
         calls[f"forward+backward, {name}"] = partial(forward_backward, loss, net)
@@ -290,7 +305,7 @@ def model_row(bench, name, times, peak, net, n_tokens):
 
 def measure_head(bench):
     """The head and its loss at a large vocabulary, where the logits are what fills the memory."""
-    N = min(2048, tokens)
+    N = 32768 if bench.is_cuda else min(2048, tokens)
     V = 50304
     C = n_embd
     what = f"{N} rows of {C}, vocabulary {V:,}, {bench.dtype_name}, forward+backward"
@@ -302,19 +317,20 @@ def measure_head(bench):
     def all_logits():
         return F.cross_entropy((h @ weight.T).float(), targets, reduction="sum")
 
-    def ours():
-        return cross_entropy_sum(h, weight, targets)
+    def ours(piece=head_piece):
+        return cross_entropy_sum(h, weight, targets, piece)
 
     def gradients(loss):
         with bench.cast():
             return torch.autograd.grad(loss(), (h, weight))
 
-    calls = bench.working(
-        {
-            "all logits, F.cross_entropy": partial(gradients, all_logits),
-            "ours (fast.cross_entropy_sum)": partial(gradients, ours),
-        }
-    )
+    calls = {
+        "all logits, F.cross_entropy": partial(gradients, all_logits),
+        "ours (fast.cross_entropy_sum)": partial(gradients, ours),
+    }
+    if bench.is_cuda:  # as train.py does where it compiles
+        calls["ours, compiled"] = partial(gradients, partial(ours, torch.compile(head_piece)))
+    calls = bench.working(calls)
     peaks = {name: bench.peak_memory(call) for name, call in calls.items()}
     facts = dict(flops=6 * N * V * C, tokens=N, vocabulary=V)
     bench.table("head", calls, bench.dtype_name, peaks, **facts)

@@ -24,12 +24,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from barelm.fast import (
+    block_mask,
     blocked_attention,
     can_block,
     can_piece,
     cross_entropy_sum,
     generating,
+    head_piece,
     joined_product,
+    sparse_attention,
 )
 from barelm.run import UserError, compute_dtype
 
@@ -104,6 +107,9 @@ class Operations:
     def __init__(self, fast):
         self.fast = fast
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
+        # Both by barelm/compiled.py, which compares before it sets them:
+        self.sparse = False  # skip what documents hide: pays in compiled blocks on a GPU
+        self.head_piece: Callable = head_piece  # or that compiled
 
     def project(self, x, *layers):
         """The outputs of linear layers that read the same x (…, C), side by side."""
@@ -115,9 +121,17 @@ class Operations:
             return layers[0](x)
         return torch.cat([layer(x) for layer in layers], -1)
 
+    def mask(self, c, positions, docs):
+        """What `attend` takes to let tokens at positions (1, T) look at one another."""
+        if self.fast and self.sparse and docs is not None:
+            return block_mask(partial(may_look, c), docs)
+        return attention_mask(c, positions, positions, docs)
+
     def attend(self, q, k, v, mask=None, dropout=0.0):
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D); mask is
-        `attention_mask`'s."""
+        `attention_mask`'s, or a `block_mask`."""
+        if mask is not None and not isinstance(mask, torch.Tensor):
+            return sparse_attention(q, k, v, mask)
         if self.fast and can_block(q, k, mask, dropout):
             return blocked_attention(q, k, v, mask)
         if mask is not None and mask.dtype != torch.bool:
@@ -134,7 +148,7 @@ class Operations:
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
         none. The faster way makes head(h) a piece at a time, and no `logits`."""
         if self.fast and can_piece(head):
-            return cross_entropy_sum(h, head.weight, targets)
+            return cross_entropy_sum(h, head.weight, targets, self.head_piece)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
 
@@ -271,7 +285,7 @@ class GPT(nn.Module):
 
         # How it is trained: both may be set by whoever trains it.
         self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
-        self.train_block: Callable = call_block  # or torch.compile(call_block)
+        self.train_block: Callable = call_block  # or torch.compile(call_block); not with a cache
         # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
         self.score: nn.Linear | None = None  # (n_labels, C)
         self.labels: list[str] | None = None  # of the rows of score
@@ -314,7 +328,7 @@ class GPT(nn.Module):
         T = x.shape[1]
         if cache is None:
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
-            mask = attention_mask(c, positions, positions, docs)
+            mask = self.ops.mask(c, positions, docs)
         else:
             positions, key_positions, causal = cache.extend(T, n_new)
             mask = attention_mask(c, positions, key_positions, docs, causal)
@@ -338,10 +352,8 @@ class GPT(nn.Module):
                 x = block(x, rope, mask, partial(cache.write, i))
             elif self.training and self.checkpoint:
                 x = checkpoint(self.train_block, block, x, rope, mask, use_reentrant=False)
-            elif self.training:
-                x = self.train_block(block, x, rope, mask)
             else:
-                x = block(x, rope, mask)
+                x = self.train_block(block, x, rope, mask)
         return self.model.norm(x)
 
     def logits(self, h):
@@ -395,7 +407,7 @@ class GPT(nn.Module):
 
 
 def call_block(block, x, rope, mask):
-    """What torch.compile is given on a CPU: one compiled block then serves them all."""
+    """What torch.compile is given: one compiled block then serves them all."""
     return block(x, rope, mask)
 
 
@@ -449,19 +461,32 @@ def document_positions(positions, docs):
     return positions - (begins * positions).cummax(1).values
 
 
+def may_look(c, query, key, query_doc=None, key_doc=None):
+    """Whether a token at position `query` may look at one at position `key`, of these documents:
+    bool, of int tensors that broadcast. c is for what the configuration says of it, such as a
+    window. It is asked of whole squares of tokens, and by kernels of one pair at a time."""
+    seen = key <= query
+    if query_doc is not None:
+        seen = seen & (key_doc == query_doc)
+    return seen
+
+
 def attention_mask(c, positions, key_positions, docs=None, causal=True):
     """What the tokens at positions (B or 1, T) may look at, of those at key_positions (B or 1, S):
     None, or a mask that broadcasts to (B, H, T, S), either bool (true: it may) or float (added to
-    the scores: ALiBi's biases, say). Who may look at whom is decided here and nowhere else; c is
-    for what the configuration says of it, such as a window.
+    the scores: ALiBi's biases, say). Who may look at whom is decided here and in `may_look`, and
+    nowhere else.
 
     docs (B, T): they look at their own document only. causal: by their order in the tensors alone
     every token sees itself and what is before it, so that attention needs no mask (None)."""
     if causal and docs is None:
         return None
-    mask = key_positions[:, None, :] <= positions[:, :, None]  # (B or 1, T, S)
-    if docs is not None:
-        mask = mask & (docs[:, None, :] == docs[:, :, None])
+    query = positions[:, :, None]  # (B or 1, T, 1)
+    key = key_positions[:, None, :]  # (B or 1, 1, S)
+    if docs is None:
+        mask = may_look(c, query, key)
+    else:
+        mask = may_look(c, query, key, docs[:, :, None], docs[:, None, :])
     return mask[:, None]  # (B or 1, 1, T, S): the same for all heads
 
 

@@ -87,6 +87,7 @@ wandb_project: str | None = None  # also log to Weights & Biases
 if __name__ == "__main__":
     configure(globals())  # before torch is imported, so that --help is instant
 
+import gc
 import hashlib
 import math
 import os
@@ -96,6 +97,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from barelm.checkpoint import load, refuse_source, save
@@ -142,9 +144,9 @@ from barelm.run import (
     setup,
     step_seed,
 )
-from barelm.shards import Windows, document_layout, document_numbers
+from barelm.shards import MicroBatches, Windows, document_layout, document_numbers
 from barelm.tokenizer import Tokenizer
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, call_block, generate
 
 # The keys that are the network's own: each goes to the field of GPTConfig that has its name.
 SHAPE = [key for key in GPTConfig.__dataclass_fields__ if key in globals()]
@@ -501,8 +503,8 @@ def make_updater(net, run, dtype_used):
 
 
 def prepare_network(net, run, data, batch, cast, saved):
-    """(the network that the loop calls, whether it is compiled): net, with what is faster where
-    that pays and computes the same, and of several processes in DistributedDataParallel."""
+    """(the network that the loop calls, whether it is compiled): net, computing by what is faster
+    where that pays and gives the same, and of several processes in DistributedDataParallel."""
     first = [i % data.train.n for i in range(batch.device_batch_size)]
     first_batch = data.train.batch(first, run.device)
     if net.fast:
@@ -510,14 +512,15 @@ def prepare_network(net, run, data, batch, cast, saved):
         if fault:
             run.say(f"note: {fault}")
     why_not = why_not_compile(net, run, data.train.n * seq_len, saved)
-    network = net
     is_compiled = False
     words = f"off: {why_not}"
     if not why_not:
-        network, is_compiled, words = try_compile(net, run, first_batch, cast, data.documents)
+        documents = data.documents if document_mask else None
+        is_compiled, words = try_compile(net, run, first_batch, cast, documents)
     run.say(f"compile: {words}")
+    network = net
     if run.world > 1:
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(net, gradient_as_bucket_view=True)
     return network, is_compiled
 
 
@@ -573,11 +576,17 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, targets, bytes
     indices = [i * windows.n // n for i in range(run.rank, n, run.world)]
     net.eval()
+    is_compiled = net.train_block is not call_block
     for i in range(0, len(indices), device_batch_size):
         ids, targets = windows.batch(indices[i : i + device_batch_size], run.device)
+        if is_compiled:  # for one size: a short batch would be compiled for
+            missing = (0, 0, 0, device_batch_size - len(ids))
+            ids = F.pad(ids, missing)
+            targets = F.pad(targets, missing, value=-100)
         with cast:
             loss_sum, n_targets = net(ids, targets, docs=data.documents(ids))
-        n_bytes = data.token_bytes[targets[targets >= 0]].sum()
+        bytes_of_targets = data.token_bytes[targets.clamp(min=0)]  # (B, T)
+        n_bytes = bytes_of_targets.where(targets >= 0, 0).sum()
         totals += torch.stack([loss_sum.double(), n_targets.double(), n_bytes.double()])
     net.train()
     loss_sum, n_targets, n_bytes = run.sum(*totals)
@@ -657,17 +666,14 @@ def show_sample(net, tok, data, cast):
 # The loop
 
 
-def accumulate_gradients(network, data, batch, first, updater, run, cast):
-    """Forward and backward of this process's windows of the step that begins at window `first` of
-    the global sequence: the sum of its losses, a 0-dim tensor."""
-    indices = [data.train.at(first + i) for i in range(run.rank, batch.size, run.world)]
+def accumulate_gradients(network, data, batches, first, n_micro, updater, run, cast):
+    """Forward and backward of this process's n_micro micro-batches of the step that begins at
+    window `first` of the global sequence: the sum of their losses, a 0-dim tensor. Nothing in it
+    waits for the device."""
     loss_sum = torch.zeros((), device=run.device)
-    for micro_step in range(batch.grad_accum_steps):
-        begin = micro_step * batch.device_batch_size
-        ids, targets = data.train.batch(
-            indices[begin : begin + batch.device_batch_size], run.device
-        )
-        is_last = micro_step == batch.grad_accum_steps - 1
+    for micro_step in range(n_micro):
+        ids, targets = batches.take(first + micro_step * batches.size)
+        is_last = micro_step == n_micro - 1
         # Gradients are exchanged once a step, with the last micro-batch.
         waits = run.world > 1 and not is_last
         with network.no_sync() if waits else nullcontext():
@@ -676,6 +682,7 @@ def accumulate_gradients(network, data, batch, first, updater, run, cast):
             # The mean over the global batch. DDP divides by the number of processes: multiply.
             updater.backward(loss * (run.world / batch_tokens))
         loss_sum += loss.detach()
+        batches.make_ahead()  # the next, while the device computes this one
     return loss_sum
 
 
@@ -772,6 +779,9 @@ def main():
     if max_steps == 0 and not saved:
         save_run(folder, net, tok, state, batch, compiled, updater)
 
+    batches = MicroBatches(data.train, run.device, batch.device_batch_size, run.rank, run.world)
+    gc.collect()
+    gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
     progress = state.progress(horizon, n_windows)
     loop_begin = step_begin = time.monotonic()
@@ -783,7 +793,9 @@ def main():
     while progress < 1 and not stopped:
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
-        loss_sum = accumulate_gradients(network, data, batch, state.windows, updater, run, cast)
+        loss_sum = accumulate_gradients(
+            network, data, batches, state.windows, batch.grad_accum_steps, updater, run, cast
+        )
         grad_norm = updater.clip_gradients()
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.
         clock = time.monotonic() - clock_begin if run.is_main else 0.0

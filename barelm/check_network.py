@@ -3,6 +3,7 @@ whether the host waits for the device."""
 
 import contextlib
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -96,21 +97,21 @@ def document_thirds(ids):
 
 
 def check_compiled(place, compile_network=try_compile):
-    """The loss and every gradient of the network that train.py would compile, against the eager
-    one's: causal, and of packed documents."""
+    """The loss and every gradient of a network that is compiled as train.py does it, against the
+    eager one's: causal, and of packed documents. On a GPU its steps must not wait either."""
     if not place.compile:
         raise Skip("--compile=false")
     batch = random_batch(place, rows=4, length=128)
     for name, documents in {"causal": None, "packed documents": document_thirds}.items():
         eager = small_network(place.device).train()
         net = small_network(place.device).train()
-        network, is_compiled, words = compile_network(
-            net, place.run(), batch, place.cast(), documents
-        )
+        is_compiled, words = compile_network(net, place.run(), batch, place.cast(), documents)
         if is_compiled:
             docs = documents(batch[0]) if documents else None
-            expected = loss_and_gradients(eager, eager, place, batch, docs)
-            yield compare_gradients(name, place, net, network, batch, docs, expected)
+            finding = compare_gradients(place, net, eager, batch, docs)
+            yield replace(finding, name=name, words=f"{finding.words}; {words}")
+            if place.is_cuda:
+                yield no_wait(f"waits, {name}", place, net, [documents] * 3)
         elif "failed" in words:
             raise Skip(f"torch.compile is {words}; train.py goes on without it")
         else:
@@ -118,10 +119,10 @@ def check_compiled(place, compile_network=try_compile):
         torch._dynamo.reset()
 
 
-def loss_and_gradients(network, net, place, batch, docs=None):
+def loss_and_gradients(net, place, batch, docs=None):
     """{name: tensor} of the mean loss and of each parameter's gradient."""
     net.zero_grad()
-    loss = mean_loss(network, place, batch, docs=docs)
+    loss = mean_loss(net, place, batch, docs=docs)
     loss.backward()
     tensors = {"loss": loss.detach()[None]}
     for name, p in net.named_parameters():
@@ -129,13 +130,14 @@ def loss_and_gradients(network, net, place, batch, docs=None):
     return tensors
 
 
-def compare_gradients(name, place, net, network, batch, docs, expected):
-    """The Finding on a network's loss and gradients, where the eager one's are `expected`."""
+def compare_gradients(place, net, eager, batch, docs):
+    """The Finding on a network's loss and gradients, where they are to be the eager one's."""
     worst = Worst()
-    for what, tensor in loss_and_gradients(network, net, place, batch, docs).items():
+    expected = loss_and_gradients(eager, place, batch, docs)
+    for what, tensor in loss_and_gradients(net, place, batch, docs).items():
         worst.add(error(tensor, expected[what]), what)
     # Both are rounded, each in its own way.
-    return worst.finding(name, math.sqrt(2) * hidden_allowed(place, net))
+    return worst.finding("", math.sqrt(2) * hidden_allowed(place, net))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,11 +253,16 @@ def check_waiting(place):
     if not place.is_cuda:
         raise Skip("a CPU has nothing to wait for")
     net = small_network(place.device).train()
-    micro_batches(place, net, fetch)  # warm-up: what is made once may wait
+    yield no_wait("waits in a step, eager", place, net, [None, document_thirds])
+
+
+def no_wait(name, place, net, documents):
+    """The Finding on micro-batches, one for each of `documents`: none has to wait for the GPU."""
+    micro_batches(place, net, fetch, documents)  # warm-up: what is made once may wait
     torch.cuda.synchronize(place.device)
     with alarm():
-        micro_batches(place, net, fetch)
-    yield Finding("waits of the host in a micro-step", 0.0, 0.0, "torch's sync debug mode: error")
+        micro_batches(place, net, fetch, documents)
+    return Finding(name, 0.0, 0.0, "torch's sync debug mode: error")
 
 
 @contextlib.contextmanager
@@ -274,15 +281,15 @@ def fetch(place):
     return random_ids(2, 129).pin_memory().to(place.device, non_blocking=True)
 
 
-def micro_batches(place, net, fetch):
-    """Forward and backward of three micro-batches as train.py makes them: the sum of the losses.
-    fetch(place): windows (B, T + 1)."""
+def micro_batches(place, net, fetch, documents=(None, document_thirds)):
+    """Forward and backward of micro-batches as train.py makes them, one for each of `documents`:
+    the sum of the losses. fetch(place): windows (B, T + 1)."""
     loss_sum = torch.zeros((), device=place.device)
-    for documents in (None, document_thirds, document_thirds):
+    for number in documents:
         windows = fetch(place)
         ids = windows[:, :-1].clamp(min=0)
         targets = windows[:, 1:].contiguous()
-        docs = documents(ids) if documents else None
+        docs = number(ids) if number else None
         with place.cast():
             loss, _ = net(ids, targets, docs=docs)
         (loss / ids.numel()).backward()

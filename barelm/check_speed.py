@@ -55,17 +55,16 @@ def training_speed(place, bench, flops_limit):
     rows = max(1, place.tokens // place.seq_len)
     windows = random_ids(rows, place.seq_len + 1, n_vocab=net.config.vocab_size).to(place.device)
     batch = (windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
-    network = net
     words = "eager"
     if place.compile:
-        network, is_compiled, why = try_compile(net, place.run(), batch, place.cast())
+        is_compiled, why = try_compile(net, place.run(), batch, place.cast())
         words = "compiled" if is_compiled else f"eager: compile is {why}"
     optimizers = make_optimizer(net, "adamw", lr=1e-5)
 
     def step():
         net.zero_grad()
         with place.cast():
-            loss, _ = network(*batch)
+            loss, _ = net(*batch)
         (loss / batch[0].numel()).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:

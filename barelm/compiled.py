@@ -6,45 +6,110 @@ goes through barelm/fast.py and through model.py alone: a formula that was chang
 and not in the other is found before the first step.
 """
 
+import math
 import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from barelm.fast import head_piece
 from barelm.run import duration, is_out_of_memory
 from model import call_block
 
 
+@dataclass
+class Ways:
+    """By what a network computes its blocks and its head; as it stands here, eagerly."""
+
+    block: Callable = call_block
+    head_piece: Callable = head_piece
+    sparse: bool = False  # attention to documents by a kernel that skips what is hidden
+
+    @classmethod
+    def of(cls, net):
+        """Those that net computes by."""
+        return cls(net.train_block, net.ops.head_piece, net.ops.sparse)
+
+    def give(self, net):
+        """Let net compute by these."""
+        net.train_block = self.block
+        net.ops.head_piece = self.head_piece
+        net.ops.sparse = self.sparse
+
+
+def compiled_ways(net, device, documents):
+    """The Ways to try, the fastest first. One block is compiled for all of them. On a CPU the eager
+    head is as fast, and its plain attention too."""
+    block = torch.compile(call_block)
+    if device.type != "cuda":
+        return [Ways(block)]
+    piece = torch.compile(head_piece)
+    ways = [Ways(block, piece), Ways(block)]
+    if documents and not net.config.dropout:  # which the sparse kernel has not
+        ways.insert(0, Ways(block, piece, sparse=True))
+    return ways
+
+
 def try_compile(net, run, batch, cast, documents=None):
-    """(network, is it compiled, words): the compiled network, once its loss and its gradients on
-    this micro-batch, (ids, targets), agree with the eager one's on every process; else net. On a
-    CPU one block is compiled for all of them: as fast, and ready in half a minute."""
+    """(is it compiled, words): let net compute by the fastest of `compiled_ways` whose loss and
+    gradients on this micro-batch, (ids, targets), agree with the eager ones on every process; else
+    eagerly. Both passes are compiled here, that of training and that of validation."""
     begun = time.monotonic()
     # In quarters: an eager network takes more memory than a compiled one.
     pieces = min(4, len(batch[0]))
-    eager = loss_and_gradients(net, net, *batch, cast, documents, pieces)
-    fault = figures = ""
-    network = net
-    if run.device.type == "cuda":
-        network = torch.compile(net)
-    else:
-        net.train_block = torch.compile(call_block)
+    eager = loss_and_gradients(net, *batch, cast, documents, pieces)
+    # With dropout, which the two draw differently, they differ by chance too.
+    tolerance = 0.5 if net.config.dropout else 0.1
+    fault = ""
+    for ways in compiled_ways(net, run.device, documents):
+        ways.give(net)
+        difference, fault_here = compare_with(eager, net, batch, cast, documents, tolerance)
+        [n_faults] = run.sum(bool(fault_here))
+        if n_faults == 0:
+            seconds = duration(time.monotonic() - begun)
+            words = f"on, after {seconds}; equal to eager within {in_percent(difference)}"
+            return True, words + (f"; not the fastest way: {fault}" if fault else "")
+        fault = fault or fault_here or "it failed or differed on another process"
+    Ways().give(net)
+    return False, f"off, since {fault}"
+
+
+def compare_with(eager, net, batch, cast, documents, tolerance):
+    """(the largest difference of net, as it now computes, from what `loss_and_gradients` gave of
+    the eager one, a fraction; what is wrong with it, or "")."""
     try:
-        compiled = loss_and_gradients(network, net, *batch, cast, documents)
-        figures = f"{in_words(compiled)}; eager {in_words(eager)}"
-        # With dropout, which the two draw differently, they differ by chance too.
-        if differs(compiled, eager, tolerance=0.5 if net.config.dropout else 0.1):
-            fault = f"it computes wrongly here ({figures})"
+        with warnings.catch_warnings():
+            # float32 stays float32 where it is asked for; torch would advise TF32.
+            warnings.filterwarnings("ignore", "TensorFloat32")
+            compiled = loss_and_gradients(net, *batch, cast, documents)
+            loss = validation_loss(net, *batch, cast, documents)
     except Exception as error:  # no compiler on this machine, or one that fails
         if is_out_of_memory(error):
             raise
         message = str(error).strip() or type(error).__name__
-        fault = f"it failed: {message.splitlines()[0]}"
-    net.zero_grad()
-    [n_faults] = run.sum(bool(fault))
-    if n_faults:
-        net.train_block = call_block
-        return net, False, f"off, since {fault or 'it failed or differed on another process'}"
-    return network, True, f"on, after {duration(time.monotonic() - begun)}: {figures}"
+        return math.nan, f"it failed: {message.splitlines()[0]}"
+    finally:
+        net.train()
+        net.zero_grad()
+    fault = ""
+    for result in (compiled, (loss, compiled[1])):
+        if differs(result, eager, tolerance):
+            figures = f"{in_words(result)}; eager {in_words(eager)}"
+            fault = f"it computes wrongly here ({figures})"
+    return max(differences(compiled, eager)), fault
+
+
+@torch.no_grad()
+def validation_loss(net, ids, targets, cast, documents=None):
+    """The mean loss of a micro-batch, as a validation computes it."""
+    net.eval()
+    docs = documents(ids) if documents else None
+    with cast:
+        loss, _ = net(ids, targets, docs=docs)
+    net.train()
+    return loss.item() / targets.numel()
 
 
 def check_fast(net, run, batch, cast, documents=None):
@@ -54,9 +119,9 @@ def check_fast(net, run, batch, cast, documents=None):
     ids = batch[0][:1]  # (1, T): all logits of a whole micro-batch may not fit
     targets = batch[1][:1]
     net.eval()  # without dropout, which the two would draw differently
-    fast = loss_and_gradients(net, net, ids, targets, cast, documents)
+    fast = loss_and_gradients(net, ids, targets, cast, documents)
     net.fast = False
-    plain = loss_and_gradients(net, net, ids, targets, cast, documents)
+    plain = loss_and_gradients(net, ids, targets, cast, documents)
     net.train()
     [n_faults] = run.sum(differs(fast, plain, tolerance=0.05))  # rounding is below 0.01
     net.fast = n_faults == 0
@@ -74,18 +139,17 @@ def in_words(result):
     return f"loss {loss:.4f}, gradient norm {norms.norm():.4g}"
 
 
-def loss_and_gradients(network, net, ids, targets, cast, documents=None, pieces=1):
-    """The mean loss of a micro-batch, ids and targets (B, T), under `network`, which is net or net
-    compiled, and the norm of each parameter's gradient (n_parameters,), float32 on the host.
-    documents: a function that numbers the documents of ids. pieces: the batch goes through in so
-    many, whose gradients add up to the same."""
+def loss_and_gradients(net, ids, targets, cast, documents=None, pieces=1):
+    """The mean loss of a micro-batch, ids and targets (B, T), and the norm of each parameter's
+    gradient (n_parameters,), float32 on the host. documents: a function that numbers the documents
+    of ids. pieces: the batch goes through in so many, whose gradients add up to the same."""
     loss_scale = 1024.0  # float16 loses smaller gradients
     net.zero_grad()
     loss_sum = 0.0
     for piece_ids, piece_targets in zip(ids.chunk(pieces), targets.chunk(pieces)):
         docs = documents(piece_ids) if documents else None
         with cast:
-            loss, _ = network(piece_ids, piece_targets, docs=docs)
+            loss, _ = net(piece_ids, piece_targets, docs=docs)
         (loss * (loss_scale / targets.numel())).backward()
         loss_sum += loss.detach().item()
     norms = []
@@ -97,13 +161,27 @@ def loss_and_gradients(network, net, ids, targets, cast, documents=None, pieces=
     return loss_sum / targets.numel(), norms
 
 
-def differs(result, reference, tolerance):
-    """Whether, of two results of `loss_and_gradients`, a parameter's gradient norm differs by more
-    than this fraction, or the loss by more than a fifth of it."""
+def differences(result, reference):
+    """How far two results of `loss_and_gradients` are apart, as fractions: (the norms of the
+    parameter's gradients that differ most, the losses)."""
     loss, norms = result
     reference_loss, reference_norms = reference
     floor = 0.01 * reference_norms.norm()  # smaller gradients are mostly rounding
     worst = ((norms - reference_norms).abs() / (reference_norms + floor)).max().item()
-    loss_difference = abs(loss - reference_loss) / abs(reference_loss)
+    return worst, abs(loss - reference_loss) / abs(reference_loss)
+
+
+def differs(result, reference, tolerance):
+    """Whether, of two results of `loss_and_gradients`, a parameter's gradient norm differs by more
+    than this fraction, or the loss by more than a fifth of it."""
+    worst, loss_difference = differences(result, reference)
     agrees = worst <= tolerance and loss_difference <= tolerance / 5  # of a NaN neither is true
     return not agrees
+
+
+def in_percent(fraction):
+    """A fraction in words, rounded up to a digit: 0.2 %."""
+    if fraction == 0:
+        return "0 %"
+    unit = 10.0 ** math.floor(math.log10(100 * fraction))
+    return f"{math.ceil(100 * fraction / unit - 1e-9) * unit:.1g} %"

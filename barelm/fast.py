@@ -1,8 +1,9 @@
 """What is faster than model.py's plain mathematics and gives the same.
 
 model.py's `Operations` asks: `joined_product` for linear layers that read the same x, `can_block`
-and `blocked_attention`, `can_piece` and `cross_entropy_sum`. What these are not sure to compute (an
-adapted layer, a mask of numbers) is left to the plain way, with which tests/test_fast.py compares.
+and `blocked_attention`, `block_mask` and `sparse_attention`, `can_piece` and `cross_entropy_sum`.
+What these are not sure to compute (an adapted layer, a mask of numbers) is left to the plain way,
+with which tests/test_fast.py compares.
 """
 
 import contextlib
@@ -315,34 +316,82 @@ def blocked_attention(q, k, v, mask=None):
     return BlockedAttention.apply(q, k, v, ~mask)
 
 
+def block_mask(may_look, docs):
+    """The mask of `sparse_attention` for documents docs (B, T) int64: which blocks of 128 queries
+    and 128 keys are seen in whole, in part, or not at all. Made on the device, in one pass over
+    T x T. may_look(query, key, query_doc, key_doc) is model.may_look's rule."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    docs = docs.int()  # which the kernel reads again for each block
+
+    def seen(row, head, query, key):
+        return may_look(query, key, docs[row, query], docs[row, key])
+
+    B, T = docs.shape
+    return create_block_mask(seen, B, None, T, T, docs.device)
+
+
+def sparse_attention(q, k, v, mask):
+    """softmax(q k^T / sqrt(D)) v under a `block_mask`, without the blocks that it hides; where it
+    is not compiled, torch computes all of them. It knows no dropout."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    grouped = q.shape[1] != k.shape[1]
+    # One dtype, which autocast does not see to here.
+    dtype = compute_dtype(v)
+    qkv = (q.to(dtype), k.to(dtype), v.to(dtype))
+    return flex_attention(*qkv, block_mask=mask, enable_gqa=grouped).to(q.dtype)
+
+
+def head_piece(x, weight, targets, learn):
+    """The loss of some rows and its gradients, in one: x (N, C), weight (V, C) in x's dtype,
+    targets (N, 1) int64, -100 meaning none. Returns (the sum of -log p in nats, float32; and where
+    learn, its gradient by x (N, C) and by weight (V, C), else None twice).
+
+    Compiled, it makes no float32 logits: two products, a pass that reads the logits for their sum,
+    one that makes their gradient of them, and two products of that."""
+    valid = targets >= 0  # (N, 1)
+    targets = targets.clamp(min=0)  # gather takes no -100
+    logp = (x @ weight.T).float().log_softmax(-1)  # (N, V)
+    loss = -logp.gather(1, targets).where(valid, 0.0).sum()
+    if not learn:
+        return loss, None, None
+    # The gradient of the logits: softmax less one-hot.
+    if torch.compiler.is_compiling():  # no scatter, so that it is one pass
+        columns = torch.arange(len(weight), device=x.device)
+        d = logp.exp() - (columns == targets).float()
+    else:  # in the logits' own memory, which nothing else reads
+        ones = torch.ones_like(targets, dtype=logp.dtype)
+        d = logp.exp_().scatter_add_(1, targets, -ones)
+    d = d.to(x.dtype)
+    # Rows without a target count for nothing: of C columns that is cheaper to say than of V.
+    return loss, (d @ weight) * valid, d.T @ (x * valid)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The head and its loss in one, some rows at a time: no more logits than one piece's exist,
     and since the loss is a sum, each piece's gradients are made with it.
 
     h (N, C), weight (V, C), targets (N,) int64, -100 meaning none; learn: whether gradients are
-    wanted; size: rows of a piece. Returns the sum of -log p in nats, float32.
+    wanted; size: rows of a piece; piece: head_piece, or that compiled. Returns the sum of -log p in
+    nats, float32.
 
     What is saved for backward is made whole and is never written to, here or in backward: a
     compiled network of torch 2.11 loses writes into a tensor that its backward reads."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, learn, size):
+    def forward(ctx, h, weight, targets, learn, size, piece=head_piece):
         grad_dtype = weight.dtype  # float32, where h is bfloat16
         weight = weight.to(h.dtype)
         total = torch.zeros((), device=h.device)
         dh = []
         dw = 0.0
         for x, t in zip(h.split(size), targets[:, None].split(size)):
-            logp = (x @ weight.T).float().log_softmax(-1)  # (size, V)
-            valid = t >= 0  # (size, 1)
-            t = t.clamp(min=0)  # gather takes no -100
-            total = total - logp.gather(1, t).where(valid, 0.0).sum()
+            loss, dx, dw_piece = piece(x, weight, t, learn)
+            total = total + loss
             if learn:
-                # softmax less one-hot, in the logits' own memory, which nothing else reads
-                d = logp.exp_().scatter_add_(1, t, torch.full_like(t, -1, dtype=logp.dtype))
-                d = d.mul_(valid).to(h.dtype)
-                dh.append(d @ weight)
-                dw = dw + (d.T @ x).to(grad_dtype)
+                dh.append(dx)
+                dw = dw + dw_piece.to(grad_dtype)
         if learn:
             ctx.save_for_backward(torch.cat(dh), dw)
         return total
@@ -351,7 +400,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         dh, dw = ctx.saved_tensors
         # In float32: a gradient's scale may be beyond what float16 holds.
-        return (dh.float() * g).to(dh.dtype), dw * g, None, None, None
+        return (dh.float() * g).to(dh.dtype), dw * g, None, None, None, None
 
 
 def head_rows(device_type, dtype, vocab_size):
@@ -361,14 +410,34 @@ def head_rows(device_type, dtype, vocab_size):
     return min(rows, 4096) if dtype == torch.float16 else rows
 
 
+def compiled_head_rows(n, device_type, dtype, vocab_size):
+    """Of how many of n rows a compiled head makes the logits at once: in the memory that an eager
+    one's rows take, and in pieces of one size where n has such a divisor, since another size would
+    be compiled anew."""
+    most = head_rows(device_type, dtype, vocab_size)
+    if dtype != torch.float16:
+        # The logits and their gradient in this dtype; an eager head has float32 copies of both.
+        most = most * (dtype.itemsize + 8) // (2 * dtype.itemsize)
+    most = max(1, min(most, (2**31 - 1) // vocab_size))  # kernels count in 32 bits
+    fewest = -(-n // most)
+    for pieces in range(fewest, 2 * fewest + 1):
+        if n % pieces == 0:
+            return n // pieces
+    return most
+
+
 def can_piece(head):
     """Whether `cross_entropy_sum` is that of this head's logits."""
     return type(head) is nn.Linear and head.bias is None
 
 
-def cross_entropy_sum(h, weight, targets):
+def cross_entropy_sum(h, weight, targets, piece=head_piece):
     """The sum of -log p(target) in nats, float32, under the logits h @ weight.T: h (N, C), weight
-    (V, C), targets (N,) int64 of which -100 counts for nothing."""
+    (V, C), targets (N,) int64 of which -100 counts for nothing. piece: head_piece, or that
+    compiled."""
     h = h.to(compute_dtype(h))
-    size = head_rows(h.device.type, h.dtype, len(weight))
-    return LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled(), size)
+    if piece is head_piece:
+        size = head_rows(h.device.type, h.dtype, len(weight))
+    else:
+        size = compiled_head_rows(len(h), h.device.type, h.dtype, len(weight))
+    return LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled(), size, piece)

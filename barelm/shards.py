@@ -4,6 +4,7 @@ A shard is 256 little-endian int32, of which the first three are a magic number,
 count of tokens, and then the tokens, uint16 or uint32.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -100,12 +101,50 @@ class Windows:
                 check_tokens(window, self.n_vocab, self.paths[self.shard_of(i)])
         windows = torch.from_numpy(windows)
         if device.type == "cuda":
-            windows = windows.pin_memory().to(device, non_blocking=True)
+            windows = windows.pin_memory()  # from where it is copied while the host goes on
+        windows = windows.to(device, non_blocking=True)
         ids = windows[:, :-1].clamp(
             min=0
         )  # where there is no token, any will do: no target is there
         targets = windows[:, 1:].contiguous()
         return ids, targets
+
+
+class MicroBatches:
+    """The micro-batches of one process: of `rows` windows each, every world-th of the global
+    sequence, from the rank-th on. They depend on their position there, and on nothing else.
+
+    A GPU computes while the host goes on: the next micro-batch is best made then, and copied, so
+    that it is there when it is wanted."""
+
+    def __init__(self, windows, device, rows, rank=0, world=1):
+        self.windows = windows
+        self.device = device
+        self.rows = rows
+        self.rank = rank
+        self.world = world
+        self.size = rows * world  # windows from one micro-batch to the next
+        self.next_position = 0  # behind the one that was taken last
+        self.ahead = {}  # {position: micro-batch}: the next one, where it is made
+
+    def make(self, position):
+        """ids and targets (rows, seq_len) of the micro-batch that begins at this window."""
+        first = position + self.rank
+        positions = range(first, first + self.size, self.world)
+        return self.windows.batch([self.windows.at(i) for i in positions], self.device)
+
+    def take(self, position):
+        """The micro-batch at a position, made now if it was not made ahead."""
+        self.next_position = position + self.size
+        if position in self.ahead:
+            return self.ahead.pop(position)
+        return self.make(position)
+
+    def make_ahead(self):
+        """Make the one behind that which was taken last."""
+        self.ahead = {}
+        with contextlib.suppress(UserError):  # which is told when it is taken, if it ever is
+            self.ahead[self.next_position] = self.make(self.next_position)
 
 
 def document_layout(folder, tok):

@@ -3,13 +3,22 @@ with every option; and train.py notices where that is not so."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import flex_attention
 
 import model
+import train
 from barelm import compiled as compare
-from barelm.run import Run, UserError, autocast, check_gradient, check_moved, weight_sums
+from barelm.fast import head_piece
+from barelm.optim import make_optimizer
+from barelm.run import Run, Updater, UserError, autocast, check_gradient, check_moved, weight_sums
+from barelm.shards import MicroBatches, Windows
+
+CPU = torch.device("cpu")
 
 SHAPE = dict(vocab_size=128, n_ctx=160, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -91,6 +100,98 @@ def test_the_whole_network_in_compiled_kernels():
     assert_same(loss_and_gradients(compiled(net, "inductor"), net), want, 1e-3)
 
 
+def make_windows(folder, n_tokens, seq_len, **options):
+    """Windows of a shard of random tokens."""
+    header = np.array([20240520, 1, n_tokens, *[0] * 253], "<i4")
+    tokens = np.random.default_rng(0).integers(0, 128, n_tokens).astype("<u2")
+    (folder / "a.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    return Windows([folder / "a.bin"], seq_len, n_vocab=128, **options)
+
+
+def make_data(windows, monkeypatch, documents):
+    """train.Data of these windows, of which train.py trains all and validates with all."""
+    monkeypatch.setattr(train, "seq_len", windows.seq_len)
+    monkeypatch.setattr(train, "document_mask", documents)
+    token_bytes = torch.arange(128)
+    return train.Data(None, windows, windows, {}, "", [5], [], token_bytes)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # torch has a backward on a CPU for what inductor does not compile, but refuses to be asked.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
+    torch.manual_seed(1)
+    net = model.GPT(model.GPTConfig(**(SHAPE | {"n_layer": 3}))).train()
+    net.checkpoint = documents
+    windows = make_windows(tmp_path, 160 * 7 + 50, 160, partial=True)
+    data = make_data(windows, monkeypatch, documents)
+    process = Run(CPU)
+    cast = autocast(CPU, torch.bfloat16 if documents else torch.float32)
+    updater = Updater(process, net.parameters(), make_optimizer(net, "adamw"))
+
+    def step_and_validation():
+        """The gradient's norm and the validation's losses; of 8 windows, 3 at once."""
+        batches = MicroBatches(windows, CPU, 3)
+        net.zero_grad()
+        loss = train.accumulate_gradients(net, data, batches, 0, 2, updater, process, cast)
+        return (
+            loss.item(),
+            updater.clip_gradients().item(),
+            *train.evaluate(net, windows, data, process, cast, 3),
+        )
+
+    eager = step_and_validation()
+    block = torch.compile(model.call_block, backend="aot_eager")
+    piece = torch.compile(head_piece, backend="aot_eager")
+    compare.Ways(block, piece, sparse=documents).give(net)
+    first = data.train.batch(range(3), CPU)
+    compare.loss_and_gradients(net, *first, cast, data.documents)
+    compare.validation_loss(net, *first, cast, data.documents)
+    # Blocks and head, for training and for validation: one of each for all layers.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(step_and_validation(), eager, rtol=2e-3, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_no_micro_batch_waits_for_the_device(documents, tmp_path, monkeypatch):
+    windows = make_windows(tmp_path, 160 * 7 + 50, 160, partial=True)
+    data = make_data(windows, monkeypatch, documents)
+    process = Run(CPU)
+    with FakeTensorMode():  # its tensors have no values: who asks for one raises
+        data.token_bytes = torch.zeros(128, dtype=torch.int64)
+        net = model.GPT(model.GPTConfig(**SHAPE)).train()
+        updater = Updater(process, net.parameters(), make_optimizer(net, "adamw"))
+        batches = MicroBatches(windows, CPU, 3)
+        cast = autocast(CPU, torch.float32)
+        loss = train.accumulate_gradients(net, data, batches, 0, 2, updater, process, cast)
+        norm = updater.clip_gradients()
+        assert loss.shape == norm.shape == ()
+        with pytest.raises(DataDependentOutputException):
+            process.sum(loss)
+        monkeypatch.setattr(Run, "sum", lambda self, *totals: [1.0] * len(totals))
+        train.evaluate(net, windows, data, process, cast, 3)
+
+
+def test_micro_batches_are_those_of_their_positions(tmp_path):
+    windows = make_windows(tmp_path, 16 * 5 + 1, 16)
+    order = [windows.at(i) for i in range(36)]  # of 5 windows an epoch
+    for world in (1, 3):
+        for rank in range(world):
+            ahead = MicroBatches(windows, CPU, 2, rank, world)
+            late = MicroBatches(windows, CPU, 2, rank, world)
+            # The first is made ahead in vain: a run may begin anywhere.
+            for position in (0, 12, 12 + ahead.size, 12 + 2 * ahead.size):
+                wanted = [order[position + rank + j * world] for j in range(2)]
+                expected = windows.batch(wanted, CPU)
+                for got in (ahead.take(position), late.take(position)):
+                    assert all(map(torch.equal, got, expected))
+                ahead.make_ahead()
+
+
 # train.py trusts a compiled network only where it agrees with the eager one
 
 
@@ -117,12 +218,15 @@ def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_fact
     batch = torch.randint(128, (2, 3, 160))
     cast = autocast(torch.device("cpu"), torch.float32)
 
-    def network(ids, targets, docs):
-        loss, count = net(ids, targets, docs=docs)
+    eager = compare.loss_and_gradients(net, *batch, cast, pieces=2)
+    right = net.forward
+
+    def wrong(ids, targets, docs):
+        loss, count = right(ids, targets, docs=docs)
         return loss_factor * Scaled.apply(loss, gradient_factor), count
 
-    eager = compare.loss_and_gradients(net, net, *batch, cast, pieces=2)
-    other = compare.loss_and_gradients(network, net, *batch, cast)
+    net.forward = wrong
+    other = compare.loss_and_gradients(net, *batch, cast)
     assert compare.differs(other, eager, tolerance=0.1) == differs
     assert all(p.grad is None for p in net.parameters())
 
@@ -131,7 +235,7 @@ def test_one_layer_without_gradients_is_noticed():
     net = model.GPT(model.GPTConfig(**(SHAPE | {"n_layer": 3}))).train()
     batch = torch.randint(128, (2, 3, 160))
     cast = autocast(torch.device("cpu"), torch.float32)
-    eager = compare.loss_and_gradients(net, net, *batch, cast)
+    eager = compare.loss_and_gradients(net, *batch, cast)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
         index = [n for n, _ in net.named_parameters()].index(name)
         norms = eager[1].clone()

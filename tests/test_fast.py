@@ -3,11 +3,13 @@ not know is left to the plain way."""
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
+from torch.nn.attention import flex_attention
 
 import model
 from barelm.adapters import add_adapters
@@ -16,10 +18,14 @@ from barelm.checkpoint import load, save
 from barelm.fast import (
     BlockedAttention,
     LinearCrossEntropy,
+    block_mask,
     can_block,
     can_piece,
+    compiled_head_rows,
     cross_entropy_sum,
     generating,
+    head_piece,
+    head_rows,
     joined_product,
     quantize_weights,
 )
@@ -277,6 +283,42 @@ def test_blocked_attention_gives_its_gradients_twice():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize(
+    "T, heads, dtype", [(300, (4, 2), torch.float32), (256, (3, 3), torch.bfloat16)]
+)
+def test_sparse_attention_equals_the_dense_mask(T, heads, dtype, monkeypatch):
+    # torch has a backward on a CPU, for uncompiled attention, but does not let it be asked for.
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
+    q, k, v = (x.requires_grad_() for x in some_qkv(T, T, dtype, heads))
+    docs = (torch.rand(2, T) < 0.02).cumsum(1)
+    positions = torch.arange(T)[None]
+    ops = Operations(fast=True)
+    dense = ops.mask(None, positions, docs)
+    assert torch.equal(dense, attention_mask(None, positions, positions, docs))
+    ops.sparse = True
+    assert ops.mask(None, positions, None) is None
+    blocks = ops.mask(None, positions, docs)
+    # No block that has something to see is left out, and none is whole that has not all.
+    padding = (0, -T % 128, 0, -T % 128)
+    seen = F.pad(dense, padding).unflatten(3, (-1, 128)).unflatten(2, (-1, 128))
+    assert torch.equal(blocks.to_dense().bool(), seen.any(5).any(3))
+    ours = ops.attend(q, k, v, blocks)
+    plain = Operations(fast=False).attend(q, k, v, dense)
+    assert ours.dtype == dtype
+    close = {} if dtype == torch.float32 else dict(rtol=0.02, atol=0.03)
+    torch.testing.assert_close(ours, plain, **close)
+    got = torch.autograd.grad(ours.float().square().sum(), (q, k, v))
+    want = torch.autograd.grad(plain.float().square().sum(), (q, k, v))
+    for a, b in zip(got, want):
+        assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
+
+
+def test_blocks_are_made_without_waiting_for_the_device():
+    docs = torch.zeros(2, 300, dtype=torch.int64, device="meta")  # of which nothing can be read
+    assert block_mask(partial(model.may_look, None), docs).kv_indices.is_meta
+
+
 # A fork's positions and masks: one function is changed, and everything follows
 
 
@@ -345,14 +387,15 @@ def test_what_a_layer_is_shown_to_look_at_is_what_it_looks_at(fork, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [7, 64, 1000])
-def test_the_head_equals_cross_entropy(dtype, size):
+@pytest.mark.parametrize("size, compiled", [(7, False), (64, False), (13, True), (1000, False)])
+def test_the_head_equals_cross_entropy(dtype, size, compiled):
+    piece = torch.compile(head_piece, backend="eager") if compiled else head_piece
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(65, 24, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(50, 24, generator=generator).requires_grad_()
     targets = torch.randint(50, (65,), generator=generator)
     targets[::5] = -100
-    loss = LinearCrossEntropy.apply(h, weight, targets, True, size)
+    loss = LinearCrossEntropy.apply(h, weight, targets, True, size, piece)
     logits = (h @ weight.to(dtype).T).float()
     reference = F.cross_entropy(logits, targets, reduction="sum")
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
@@ -362,6 +405,18 @@ def test_the_head_equals_cross_entropy(dtype, size):
         want = torch.autograd.grad(3 * reference, (h, weight), retain_graph=True)
         for a, b in zip(got, want):
             assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
+
+
+def test_a_compiled_head_takes_pieces_of_one_size_in_no_more_memory():
+    for dtype, V in ((torch.bfloat16, 50304), (torch.float32, 4096), (torch.float16, 151936)):
+        rows = head_rows("cuda", dtype, V)
+        eager_bytes = rows * V * (dtype.itemsize + 8)
+        for n in (1, 1000, 32768, 65536, 7 * 8192):
+            size = compiled_head_rows(n, "cuda", dtype, V)
+            assert n % size == 0 and n / size <= 2 * math.ceil(n / rows)
+            assert size * V * 2 * dtype.itemsize <= eager_bytes and size * V < 2**31
+    assert compiled_head_rows(32768, "cuda", torch.bfloat16, 50304) == 16384
+    assert compiled_head_rows(100003, "cuda", torch.bfloat16, 50304) > 10000  # a prime number
 
 
 def test_the_loss_head_in_pieces_equals_cross_entropy():

@@ -99,8 +99,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
         whole = start(words, *options, f"--out_dir=out/{name}")
     assert whole.wait() == 0, whole.stdout.read()
     if name == "compiled":  # and compared with the eager network before it was trusted
-        figures = r"loss [\d.]+, gradient norm [\d.]+"
-        assert re.search(f"compile: on, after .*: {figures}; eager {figures}\n", said.stdout)
+        assert re.search(r"compile: on, after \S+; equal to eager within \S+ %\n", said.stdout)
     assert weights(words, f"out/{name}") == weights(words, killed)
     for key in ("loss", "lr", "grad_norm", "val_loss"):
         assert log(words, f"out/{name}", key) == log(words, killed, key)

@@ -7,6 +7,7 @@ has failed, and another process goes on with the rest.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,7 +31,12 @@ from barelm.check_network import (
 from barelm.check_rows import Place, Skip
 from barelm.check_runs import check_processes, check_resume
 from barelm.check_speed import check_speed
-from barelm.check_tokens import check_decode, check_quantized, check_server
+from barelm.check_tokens import (
+    check_decode,
+    check_invariance,
+    check_quantized,
+    check_server,
+)
 from barelm.run import duration
 from barelm.timing import rounded
 
@@ -45,6 +51,7 @@ class Check:
     function: object
     title: str
     in_float32: bool = False  # also in float32, where the machine's dtype is another
+    apart: bool = False  # in a process of its own: it changes how torch computes
 
 
 CHECKS = {
@@ -56,6 +63,9 @@ CHECKS = {
     "decode": Check(check_decode, "generation, against the plain loop"),
     "server": Check(check_server, "a server's engine, against the plain loop"),
     "quantized": Check(check_quantized, "int8 and int4, against the weights they stand for"),
+    "invariance": Check(
+        check_invariance, "--deterministic: the same bits in any batch", in_float32=True, apart=True
+    ),
     "resume": Check(check_resume, "train.py killed and resumed, against uninterrupted"),
     "processes": Check(check_processes, "train.py on two processes, against one"),
     "compiled": Check(check_compiled, "the compiled network, against the eager one"),
@@ -79,11 +89,14 @@ def work():
     place = read_place(order["place"])
     if place.is_cuda:
         torch.cuda.set_device(place.device)
-    for name in order["names"]:
+    for i, name in enumerate(order["names"]):
+        check = CHECKS[name]
+        if check.apart and i > 0:
+            return  # another process goes on from here
         tell(begins=name)
-        sound = run_check(CHECKS[name], place, tell)
+        sound = run_check(check, place, tell)
         tell(ends=name)
-        if not sound and place.is_cuda:  # a GPU that failed once fails this process for good
+        if check.apart or (place.is_cuda and not sound):  # a GPU that failed once fails for good
             return
 
 
@@ -233,8 +246,10 @@ class Table:
             print(f"\n{self.check}: {CHECKS[self.check].title}", flush=True)
         elif "row" in event:
             row = {"check": self.check} | event["row"]
-            self.rows.append(rounded(row))
             print(in_a_line(row), flush=True)
+            if row["figure"] is not None and not math.isfinite(row["figure"]):
+                row |= {"figure": None, "words": f"not finite; {row['words']}"}  # JSON has no NaN
+            self.rows.append(rounded(row))
 
     def count(self, verdict):
         return sum(row["verdict"] == verdict for row in self.rows)

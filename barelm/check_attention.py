@@ -10,6 +10,7 @@ from barelm.check_rows import (
     error,
     exact_loss,
     exact_network,
+    hidden_allowed,
     random_ids,
     small_network,
 )
@@ -130,12 +131,6 @@ def one_token(place, ways, allowed):
 # Whole networks: what a document or a cache holds is what it is alone
 
 
-def hidden_allowed(place, net):
-    """How far hidden states may be from float64's: each block rounds in attention and in its MLP,
-    and what it adds to. float32's angles of RoPE are float64's too."""
-    return allowed_error(place.dtype, net.config.n_hidden, layers=4 * net.config.n_layer)
-
-
 def packed_documents(place, net=None):
     """Documents side by side, with `docs`, against each of them alone: the gradients of weights."""
     net = net or small_network(place.device)
@@ -160,7 +155,7 @@ def packed_documents(place, net=None):
         for (name, p), truth in zip(net.named_parameters(), exact.parameters()):
             worst.add(error(gradient(p), truth.grad), f"{way}, gradient of {name}")
     net.fast = True
-    return worst.finding("network, packed documents", hidden_allowed(place, net))
+    return worst.finding("network, packed documents", hidden_allowed(place.dtype, net))
 
 
 def gradient(p):
@@ -191,4 +186,4 @@ def cached(place, net=None, cache_class=KVCache):
         for b, row in enumerate(pieces):
             truth = exact.hidden(ids[b : b + 1, : begins[b]])[0]
             worst.add(error(torch.cat(row), truth), f"row {b + 1}, of {begins[b]} tokens")
-    return worst.finding("network, cached", hidden_allowed(place, net))
+    return worst.finding("network, cached", hidden_allowed(place.dtype, net))

@@ -112,6 +112,12 @@ def allowed_error(dtype, n, layers=1):
     return 8 * one * math.sqrt(layers)
 
 
+def hidden_allowed(dtype, net):
+    """How far what a network computes may be from float64: each block rounds in attention, in its
+    MLP, and twice in what they are added to."""
+    return allowed_error(dtype, net.config.n_hidden, layers=4 * net.config.n_layer)
+
+
 def error(ours, truth):
     """The largest difference of an element of `ours` from float64's truth (…, D), over what is
     usual there: the root mean square of its last dimension and of all elements, added up, so that

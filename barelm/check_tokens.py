@@ -9,18 +9,20 @@ import torch.nn as nn
 from barelm.check_rows import (
     N_VOCAB,
     Finding,
+    Skip,
     Worst,
     allowed_error,
     endless_tokenizer,
     error,
     exact_network,
+    hidden_allowed,
     small_network,
 )
 from barelm.engine import Engine, Job, Sampling
 from barelm.fast import QuantizedLinear, generating
 from model import generate
 
-LENGTHS = (5, 1, 33, 12, 64, 2)  # of prompts, uneven
+LENGTHS = (5, 1, 33, 12, 118, 2)  # of prompts, uneven; one passes 128 places of a cache
 ANSWER = 24  # tokens of an answer
 FILTERS = {  # how answers are drawn, beside greedily
     "temperature 0.8": dict(temperature=0.8),
@@ -41,22 +43,27 @@ def speaking_network(place, dtype=None):
 
 
 def answers(net, prompts, **options):
-    """The ids of the answers to prompts, in one batch."""
+    """The answers to prompts, in one batch: [Generation]."""
     options = dict(max_new_tokens=ANSWER) | options
-    return [g.ids for g in generate(net, endless_tokenizer(), prompts, **options)]
+    return generate(net, endless_tokenizer(), prompts, **options)
 
 
-def answers_alone(net, prompts, **options):
-    """The ids of the answers to prompts, each asked alone."""
-    return [answers(net, [prompt], **options)[0] for prompt in prompts]
+def answers_alone(net, prompts, ask=answers, **options):
+    """The answers to prompts, each asked alone."""
+    return [ask(net, [prompt], **options)[0] for prompt in prompts]
 
 
-def plain_answers(net, prompts, **options):
-    """answers_alone, by model.py's plain loop."""
+def plain_answers(net, prompts, ask=answers_alone, **options):
+    """The answers to prompts by model.py's plain loop."""
     net.fast = False
-    ids = answers_alone(net, prompts, **options)
-    net.fast = True
-    return ids
+    try:
+        return ask(net, prompts, **options)
+    finally:
+        net.fast = True
+
+
+def ids_of(generations):
+    return [g.ids for g in generations]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,23 +126,36 @@ def same_drawn(name, ours, right):
 def check_decode(place, ask=answers):
     """Answers by the fast step, together and each alone, against those of the plain loop, each
     alone: greedy ones in the place's dtype and in float32, drawn ones in float32. `ask(net,
-    prompts, **options)` gives the ids."""
+    prompts, **options)` gives [Generation]."""
     prompts = random_prompts(LENGTHS)
     for dtype in dict.fromkeys((torch.float32, place.dtype)):
         net = speaking_network(place, dtype)
         name = str(dtype).removeprefix("torch.")
-        right = plain_answers(net, prompts, temperature=0)
+        right = ids_of(plain_answers(net, prompts, temperature=0))
         ours = ask(net, prompts, temperature=0)
-        yield same_greedy(f"greedy, {name}, together", net, prompts, ours, right)
-        alone = [ask(net, [prompt], temperature=0)[0] for prompt in prompts]
+        yield same_greedy(f"greedy, {name}, together", net, prompts, ids_of(ours), right)
+        alone = ids_of(answers_alone(net, prompts, ask, temperature=0))
         yield same_greedy(f"greedy, {name}, alone", net, prompts, alone, right)
+        yield same_logprobs(f"log-probabilities, {name}", net, prompts, ours)
     net = speaking_network(place, torch.float32)
     for name, options in FILTERS.items():
-        ours = ask(net, prompts, seed=3, **options)
-        net.fast = False
-        right = answers(net, prompts, seed=3, **options)
-        net.fast = True
+        ours = ids_of(ask(net, prompts, seed=3, **options))
+        right = ids_of(plain_answers(net, prompts, answers, seed=3, **options))
         yield same_drawn(f"drawn, float32, {name}", ours, right)
+
+
+def same_logprobs(name, net, prompts, generations):
+    """The Finding on the log-probabilities that were told with answers, against those that the
+    network gives the same ids in float64, read at once."""
+    exact = exact_network(net)
+    worst = Worst()
+    for row, (prompt, g) in enumerate(zip(prompts, generations)):
+        with torch.no_grad():
+            logits = exact(torch.tensor([prompt + g.ids[:-1]]))[0, len(prompt) - 1 :, :N_VOCAB]
+        truth = logits.log_softmax(-1).gather(1, torch.tensor(g.ids)[:, None])[:, 0]  # (n,)
+        ours = torch.tensor(g.logprobs, dtype=torch.float64)
+        worst.add(error(ours, truth), f"row {row + 1}")
+    return worst.finding(name, hidden_allowed(net.lm_head.weight.dtype, net))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,7 +174,7 @@ def check_server(place, serve=None, n_clients=CROWD):
         net = speaking_network(place, dtype)
         name = str(dtype).removeprefix("torch.")
         greedy = [dict(temperature=0.0)] * n_clients
-        right = plain_answers(net, prompts, max_new_tokens=SERVED, temperature=0)
+        right = ids_of(plain_answers(net, prompts, max_new_tokens=SERVED, temperature=0))
         few = slice(0, 8)
         alone = serve(net, prompts[few], greedy[few], at_once=False)
         yield same_greedy(f"greedy, {name}, alone", net, prompts[few], alone, right[few])
@@ -164,7 +184,7 @@ def check_server(place, serve=None, n_clients=CROWD):
     drawn = [dict(temperature=0.9, top_p=0.9, seed=seed) for seed in range(n_clients)]
     right = []
     for prompt, options in zip(prompts, drawn):
-        right += plain_answers(net, [prompt], max_new_tokens=SERVED, **options)
+        right += ids_of(plain_answers(net, [prompt], max_new_tokens=SERVED, **options))
     crowd = serve(net, prompts, drawn, at_once=True)
     yield same_drawn(f"drawn, float32, among {n_clients}", crowd, right)
 
@@ -270,3 +290,23 @@ def code_error(weight, decoded, kind):
         differences = (weight - decoded)[:, begin : begin + 64].abs() / step
         worst = max(worst, differences.max().item())
     return worst
+
+
+# --------------------------------------------------------------------------------------------------
+# Batch invariance
+
+
+def check_invariance(place, count=None):
+    """With --deterministic, whether a sequence has the same bits alone, in the trainer's forward
+    pass and read in pieces as it had among CROWD. count(device, dtype, n_rows=…) counts the answers
+    that have not: {"answers": how many were looked at, "alone", "trainer", "chunks"}."""
+    if count is None:
+        try:
+            from barelm.alike import batch_invariance as count
+        except ImportError:
+            raise Skip("no --deterministic in this version") from None
+    counts = count(place.device, place.dtype, n_rows=CROWD)
+    n = counts.pop("answers")
+    for where, differing in counts.items():
+        words = f"answers of {n} with other bits than among {CROWD}"
+        yield Finding(f"other bits, {where}", float(differing), 0.0, words)

@@ -15,7 +15,7 @@ from test_bench import TINY
 from barelm import check, check_attention, check_network, check_runs, check_tokens
 from barelm.check_rows import SHAPE, Finding, Place, Skip, Worst, error, small_network
 from barelm.fast import QuantizedLinear, cross_entropy_sum
-from model import GPT, GPTConfig, KVCache, Operations, generate
+from model import GPT, GPTConfig, KVCache, Operations
 
 CPU = Place(torch.device("cpu"), torch.float32)
 NARROW = Place(torch.device("cpu"), torch.bfloat16)
@@ -170,7 +170,8 @@ def test_a_step_that_waits_for_the_device_is_noticed():
 def test_a_wrong_id_fails_and_a_tie_does_not():
     net = check_tokens.speaking_network(CPU)
     prompts = check_tokens.random_prompts((5, 9))
-    right = check_tokens.plain_answers(net, prompts, temperature=0, max_new_tokens=6)
+    how = dict(temperature=0, max_new_tokens=6)
+    right = check_tokens.ids_of(check_tokens.plain_answers(net, prompts, **how))
     good = check_tokens.same_greedy("name", net, prompts, right, right)
     assert good.verdict == "PASS" and "12 ids equal" in good.words
     ours = copy.deepcopy(right)
@@ -189,15 +190,13 @@ def test_a_wrong_id_fails_and_a_tie_does_not():
 def test_generation_that_takes_other_tokens_fails():
     def second_prompt_wrong(net, prompts, **options):
         prompts = [prompt if i != 1 else [*prompt, 7] for i, prompt in enumerate(prompts)]
-        answers = generate(net, check_tokens.endless_tokenizer(), prompts, max_new_tokens=24,
-                           **options)  # fmt: skip
-        return [g.ids for g in answers]
+        return check_tokens.answers(net, prompts, **options)
 
     found = verdicts(check_tokens.check_decode(CPU, second_prompt_wrong))
     assert (
         found["greedy, float32, together"] == "FAIL" and found["greedy, float32, alone"] == "PASS"
     )
-    assert found["drawn, float32, min_p"] == "FAIL"
+    assert found["drawn, float32, min_p"] == found["log-probabilities, float32"] == "FAIL"
 
 
 def test_a_server_that_mixes_its_clients_up_fails():
@@ -227,6 +226,18 @@ def test_a_wrong_scale_of_quantized_weights_fails(place):
     found = verdicts(check_tokens.check_quantized(place, product=forgets_a_step))
     assert found["int8 products"] == found["int4 products"] == "FAIL"
     assert found["int8 codes, error in steps"] == "PASS"
+
+
+def test_bits_that_depend_on_the_batch_fail():
+    def count(device, dtype, n_rows):
+        return dict(answers=n_rows, alone=0, trainer=3, chunks=0)
+
+    found = verdicts(check_tokens.check_invariance(CPU, count))
+    assert found == {
+        "other bits, alone": "PASS",
+        "other bits, trainer": "FAIL",
+        "other bits, chunks": "PASS",
+    }
 
 
 # Whole runs

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -131,6 +132,8 @@ def run_check(check, place, tell):
             tell(row=failure(f"all{suffix}", "SKIP", str(why)))
         except (Exception, SystemExit) as error:  # of a script of ours: UserError
             words = f"{type(error).__name__}: {error}".splitlines()[0]
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            words += f" ({Path(frame.filename).name}, line {frame.lineno})"
             behind = f"behind {row['name']}" if row else f"all{suffix}"
             tell(row=failure(behind, "FAIL", words))
             sound = False
@@ -219,14 +222,14 @@ def events_of(process):
 def how_it_ended(process, errors):
     """In words: the signal or exit status of a process, and the last line of its errors."""
     status = process.returncode
-    ending = f"exit status {status}"
+    ending = f"ended with exit status {status}"
     if status == -signal.SIGKILL:
-        ending = f"killed, by the system or since nothing came in {LIMIT:.0f} s"
+        ending = f"was killed, by the system or since nothing came in {LIMIT:.0f} s"
     elif status < 0:
-        ending = f"ended by {signal.Signals(-status).name}"
+        ending = f"was ended by {signal.Signals(-status).name}"
     errors.seek(0)
     lines = errors.read().strip().splitlines()
-    return ": ".join([f"the checking process was {ending}", *lines[-1:]])
+    return ": ".join([f"the checking process {ending}", *lines[-1:]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def check_machine(names, place):
     table = Table()
     begun = time.monotonic()
     status = 0
-    print("error or other figure, and the most that it may be; ceilings are told, not judged")
+    print("the largest error, or what a row names, and the most that it may be; speeds are told")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end what was started
     try:
         run_checks(names, place, table.show)

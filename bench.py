@@ -79,7 +79,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from barelm.bpe import DEFAULT, bpe_tokenizer, count_pieces, train_bpe
-from barelm.check import CHECKS, check_machine
+from barelm.check import CHECKS, check_machine, versions
 from barelm.check_rows import Place
 from barelm.checkpoint import load, save
 from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
@@ -695,8 +695,10 @@ def main():
     print(f"{machine['gpu'] or machine['cpu']}, {threads}")
     reason = "" if serve else f": {why}"
     print(f"torch {torch.__version__}, computing in {bench.dtype_name}{reason}")
+    record = {"machine": machine, "torch": torch.__version__, "dtype": bench.dtype_name}
     status = 0
     if check:
+        record |= versions(place_of(bench))
         bench.rows, status = check_machine(wanted, place_of(bench))
     else:
         for part in parts_to_run(wanted):
@@ -706,7 +708,6 @@ def main():
             rate = row.get("flops_per_s", row.get("bytes_per_s"))
             row["percent"] = float(f"{100 * rate / bench.ceilings[row['ceiling']]:.6g}")
     print(f"\nmeasured in {duration(time.perf_counter() - begun)}")
-    record = {"machine": machine, "torch": torch.__version__, "dtype": bench.dtype_name}
     print(json.dumps(record | {"settings": settings(globals()), "rows": bench.rows}))
     sys.exit(status)
 

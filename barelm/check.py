@@ -38,7 +38,7 @@ from barelm.check_tokens import (
     check_quantized,
     check_server,
 )
-from barelm.run import duration
+from barelm.run import duration, made_with
 from barelm.timing import rounded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,6 +292,14 @@ def check_machine(names, place):
         if row["verdict"] == "FAIL":
             print(f"  FAIL  {row['check']}: {row['name']}")
     return table.rows, status
+
+
+def versions(place):
+    """What a bug report needs to know beside bench.py's record of the machine."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if place.is_cuda:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(place.device)))
+    return made_with() | {"cuda": torch.version.cuda, "capability": capability}
 
 
 if __name__ == "__main__":

@@ -341,7 +341,8 @@ def test_a_machine_is_checked(tmp_path):
     only = "--only=head,waiting,speed"
     done = run(tmp_path, "bench.py", *TINY, "--check", only, "--dtype=bfloat16")
     record = json.loads(done.stdout.splitlines()[-1])
-    assert record["dtype"] == "bfloat16" and record["machine"]["python"]
+    assert record["dtype"] == "bfloat16" and record["machine"]["cpu"]
+    assert record["versions"]["torch"] == torch.__version__ and record["capability"]
     verdicts = {row["verdict"] for row in record["rows"]}
     assert verdicts == {"PASS", "SKIP"} and "0 FAIL" in done.stdout
     for row in record["rows"]:

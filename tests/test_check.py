@@ -112,12 +112,17 @@ def test_a_compiler_that_computes_wrongly_fails_and_one_that_is_missing_does_not
     def eager(net, run, batch, cast, documents):
         return True, "on"
 
+    def slower(net, run, batch, cast, documents):
+        return True, "on; without sparse, since it computes wrongly here"
+
     def off(words):
         return lambda *args: (False, words)
 
     assert set(verdicts(check_network.check_compiled(CPU, loud)).values()) == {"FAIL"}
     assert set(verdicts(check_network.check_compiled(CPU, eager)).values()) == {"PASS"}
-    wrong = off("off, since it computes wrongly here")
+    found = verdicts(check_network.check_compiled(CPU, slower))
+    assert found["causal"] == "PASS" and found["causal, ways that are wrong"] == "FAIL"
+    wrong = off("off; without a, since it computes wrongly here; without b, since it failed")
     assert set(verdicts(check_network.check_compiled(CPU, wrong)).values()) == {"FAIL"}
     with pytest.raises(Skip, match="no compiler"):
         list(check_network.check_compiled(CPU, off("off, since it failed: no compiler")))

@@ -44,7 +44,7 @@ def product_rate(bench):
 
 def read_rate(bench):
     """Bytes a second of reading more memory than caches hold."""
-    a = torch.ones(1 << 26, device=bench.device)  # 256 MiB
+    a = torch.ones(1 << 27, device=bench.device)  # 512 MiB
     return a.nbytes / fastest(bench, a.sum)
 
 

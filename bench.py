@@ -6,6 +6,7 @@
     python bench.py --compare --only=decode --llama=../llama  # a folder with node-llama-cpp
     python bench.py --profile                        # bench_trace.json, of three training steps
     python bench.py config/gpt2.py --serve --compare # a server of this shape, loaded by clients
+    python bench.py --check                          # two minutes: does this machine compute right?
 
 Measures the ceilings first, then each part against them. What is compared is timed in turn, A B A
 B, so that all else on the machine slows all alike. The last line is a JSON object with every row.
@@ -41,7 +42,8 @@ compile: bool | None = None  # torch.compile; none: where train.py would
 seed = 0  # of the weights and the inputs
 
 # what to measure, and how long
-only = ""  # parts to run, as in --only=attention,model; empty: all
+check = False  # compare what is computed here with what is right; exit code 1 if anything is not
+only = ""  # parts to run, as in --only=attention,model (or checks: --only=decode); empty: all
 seconds = 2.0  # time of the rows that are timed in turn, if five rounds fit it
 compare = False  # also time transformers, tokenizers, tiktoken; with --serve its generate
 nanogpt: str | None = None  # with --compare: a checkout of nanoGPT, to time its step too
@@ -79,6 +81,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from barelm.bpe import DEFAULT, bpe_tokenizer, count_pieces, train_bpe
+from barelm.check import CHECKS, check_machine, versions
+from barelm.check_rows import Place
 from barelm.checkpoint import load, save
 from barelm.clients import ANSWER, LOAD, PROMPT, ask, ask_alone, crowd
 from barelm.compiled import Ways, try_compile
@@ -91,55 +95,8 @@ from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.quantized import quantize_weights
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
-from barelm.timing import Bench, title
+from barelm.timing import Bench, measure_ceilings, title, weight_bytes
 from model import GPT, GPTConfig, Operations, generate
-
-PRODUCT = 0.5  # seconds: a matrix product for a ceiling takes less, or a smaller one is timed
-
-# --------------------------------------------------------------------------------------------------
-# The ceilings
-
-
-def product_size(bench, dtype):
-    """How large a square matrix of this dtype can be whose product takes less than PRODUCT seconds:
-    a CPU that has no such products needs minutes for what another does in 20 ms."""
-    n = 128
-    largest = 8192 if bench.is_cuda else 2048
-    while n < largest:
-        a = torch.randn(n, n, device=bench.device, dtype=dtype)
-        a @ a  # warm-up
-        bench.sync()
-        begun = time.perf_counter()
-        a @ a
-        bench.sync()
-        spent = time.perf_counter() - begun
-        if 8 * spent > PRODUCT:  # what twice the size would take
-            break
-        n *= 2
-    return n
-
-
-def measure_ceilings(bench):
-    """What no program on this machine can beat by much: the best that was seen."""
-    size = 1 << 28 if bench.is_cuda else 1 << 27  # numbers: more than any cache holds
-    title(f"ceilings: square matrix products, and {4 * size / 2**20:,.0f} MiB of memory")
-    names = ["float32", "bfloat16"]
-    if bench.is_cuda:
-        names.append("float16")
-    for name in names:
-        dtype = getattr(torch, name)
-        n = product_size(bench, dtype)
-        a = torch.randn(n, n, device=bench.device, dtype=dtype)
-        bench.table("ceilings", {name: partial(torch.matmul, a, a)}, flops=2 * n**3, size=n)
-    a = torch.randn(size, device=bench.device)
-    b = torch.randn(size, device=bench.device)
-    bench.table("ceilings", {"read": a.sum}, bytes=a.nbytes)
-    both = {"copy": partial(b.copy_, a), "update": partial(a.mul_, 0.999)}
-    bench.table("ceilings", both, bytes=2 * a.nbytes)  # read and written
-    for row in bench.rows:
-        calls_a_second = 1e3 / row["ms_p10"]
-        bench.ceilings[row["name"]] = calls_a_second * row.get("flops", row.get("bytes"))
-
 
 # --------------------------------------------------------------------------------------------------
 # Attention
@@ -395,17 +352,6 @@ def every_token():
     tok = bpe_tokenizer(list(itertools.islice(pairs, n_merges)))
     tok.eos_ids = []
     return tok
-
-
-def weight_bytes(net):
-    """The bytes that one step of decoding reads: all weights once, but an embedding only as a tied
-    head."""
-    tensors = {}
-    for module in net.modules():
-        if not isinstance(module, torch.nn.Embedding):
-            for t in (*module.parameters(False), *module.buffers(False)):
-                tensors[t.data_ptr()] = t.nbytes
-    return sum(tensors.values())
 
 
 def measure_decode(bench):
@@ -726,10 +672,11 @@ PARTS = {
 
 def check_settings():
     """Refuse what cannot be measured, before anything is; the parts that are asked for."""
-    wanted = [name.strip() for name in only.split(",") if name.strip()] or list(PARTS)
+    names = list(CHECKS if check else PARTS)
+    wanted = [name.strip() for name in only.split(",") if name.strip()] or names
     for name in wanted:
-        if name not in PARTS:
-            raise UserError(f"--only={name}: expected some of {', '.join(PARTS)}")
+        if name not in names:
+            raise UserError(f"--only={name}: expected some of {', '.join(names)}")
     if min(tokens, seq_len) < 1:
         raise UserError(f"tokens={tokens}, seq_len={seq_len}: expected 1 or more")
     if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", clients):
@@ -739,6 +686,13 @@ def check_settings():
     if llama:
         check_llama(llama)
     return wanted
+
+
+def place_of(bench):
+    """Where the checks compute, and the network whose speed they tell."""
+    shape = {k: v for k, v in vars(bench.config).items() if k != "n_ctx"}
+    compiles = compile is not False
+    return Place(bench.device, bench.dtype, shape, tokens, seq_len, compiles, seconds / 2)
 
 
 def parts_to_run(wanted):
@@ -780,15 +734,21 @@ def main():
     print(f"{machine['gpu'] or machine['cpu']}, {threads}")
     reason = "" if serve else f": {why}"
     print(f"torch {torch.__version__}, computing in {bench.dtype_name}{reason}")
-    for part in parts_to_run(wanted):
-        part(bench)
+    record = {"machine": machine, "torch": torch.__version__, "dtype": bench.dtype_name}
+    status = 0
+    if check:
+        record |= versions(place_of(bench))
+        bench.rows, status = check_machine(wanted, place_of(bench))
+    else:
+        for part in parts_to_run(wanted):
+            part(bench)
     for row in bench.rows:  # by the ceilings as they are at the end
         if "ceiling" in row:
             rate = row.get("flops_per_s", row.get("bytes_per_s"))
             row["percent"] = float(f"{100 * rate / bench.ceilings[row['ceiling']]:.6g}")
     print(f"\nmeasured in {duration(time.perf_counter() - begun)}")
-    record = {"machine": machine, "torch": torch.__version__, "dtype": bench.dtype_name}
     print(json.dumps(record | {"settings": settings(globals()), "rows": bench.rows}))
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ctypes
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from model import GPTConfig
 
 SHORTEST = 0.002  # seconds: a sample of a quicker call is the mean of several
 LONGEST = 15.0  # seconds: rows that take longer make do with three rounds, or one
+PRODUCT = 0.5  # seconds: a matrix product for a ceiling takes less, or a smaller one is timed
 # What the work of a call is counted in: how many make a unit of the rate, and the unit's name.
 UNITS = {
     "flops": (1e9, "GFLOP/s"),
@@ -183,3 +185,59 @@ class Bench:
         before = memory_used(self.device)
         call()
         return memory_used(self.device) - before
+
+
+# --------------------------------------------------------------------------------------------------
+# The ceilings
+
+
+def product_size(bench, dtype):
+    """How large a square matrix of this dtype can be whose product takes less than PRODUCT seconds:
+    a CPU that has no such products needs minutes for what another does in 20 ms."""
+    n = 128
+    largest = 8192 if bench.is_cuda else 2048
+    while n < largest:
+        a = torch.randn(n, n, device=bench.device, dtype=dtype)
+        a @ a  # warm-up
+        bench.sync()
+        begun = time.perf_counter()
+        a @ a
+        bench.sync()
+        spent = time.perf_counter() - begun
+        if 8 * spent > PRODUCT:  # what twice the size would take
+            break
+        n *= 2
+    return n
+
+
+def measure_ceilings(bench):
+    """What no program on this machine can beat by much: the best that was seen."""
+    size = 1 << 28 if bench.is_cuda else 1 << 27  # numbers: more than any cache holds
+    title(f"ceilings: square matrix products, and {4 * size / 2**20:,.0f} MiB of memory")
+    names = ["float32", "bfloat16"]
+    if bench.is_cuda:
+        names.append("float16")
+    for name in names:
+        dtype = getattr(torch, name)
+        n = product_size(bench, dtype)
+        a = torch.randn(n, n, device=bench.device, dtype=dtype)
+        bench.table("ceilings", {name: partial(torch.matmul, a, a)}, flops=2 * n**3, size=n)
+    a = torch.randn(size, device=bench.device)
+    b = torch.randn(size, device=bench.device)
+    bench.table("ceilings", {"read": a.sum}, bytes=a.nbytes)
+    both = {"copy": partial(b.copy_, a), "update": partial(a.mul_, 0.999)}
+    bench.table("ceilings", both, bytes=2 * a.nbytes)  # read and written
+    for row in bench.rows:
+        calls_a_second = 1e3 / row["ms_p10"]
+        bench.ceilings[row["name"]] = calls_a_second * row.get("flops", row.get("bytes"))
+
+
+def weight_bytes(net):
+    """The bytes that one step of decoding reads: all weights once, but an embedding only as a tied
+    head."""
+    tensors = {}
+    for module in net.modules():
+        if not isinstance(module, torch.nn.Embedding):
+            for t in (*module.parameters(False), *module.buffers(False)):
+                tensors[t.data_ptr()] = t.nbytes
+    return sum(tensors.values())

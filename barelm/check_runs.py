@@ -1,0 +1,194 @@
+"""Do whole runs agree here? train.py killed and resumed, and on two processes, in a folder of its
+own with data that is made up."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from barelm.bpe import bpe_tokenizer
+from barelm.check_rows import Finding, Skip, Worst, allowed_error, rounding
+from barelm.files import write_json
+from barelm.safetensors import read_safetensors
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 20
+SAVED = 10  # the step behind which a run is killed
+SETTINGS = dict(dataset="made_up", n_layer=2, n_head=4, n_kv_head=2, n_embd=128, n_hidden=128)
+SETTINGS |= dict(seq_len=32, batch_tokens=512, micro_batch=4, dropout=0.1, warmup_steps=2)
+SETTINGS |= dict(max_steps=STEPS, save_every=SAVED, eval_every=1000, eval_tokens=512)
+SETTINGS |= dict(sample_tokens=0, compile="false")
+# Runs a script that kills itself, as no signal from outside could at so certain a point: when it
+# has renamed state.pt, the last file of a save, to its name.
+KILLED = """
+import os, runpy, signal, sys
+rename = os.replace
+def replace(a, b):
+    rename(a, b)
+    if str(b).endswith("state.pt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def make_dataset(folder):
+    """A dataset of 20,000 tokens, as prepare.py would write it: words of letters, drawn at random
+    from a few, so that there is something to learn."""
+    draw = np.random.default_rng(0)
+    words = draw.integers(97, 123, (50, 5))  # ids of bytes are their values' order; any will do
+    tokens = words[draw.integers(0, 50, 4000)].ravel()  # (20000,)
+    tok = bpe_tokenizer([])
+    folder.mkdir(parents=True)
+    for split, ids in {"train": tokens[2000:], "val": tokens[:2000]}.items():
+        header = np.array([20240520, 1, len(ids), *[0] * 253], "<i4")
+        path = folder / f"{split}_000000.bin"
+        path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+    begin, end = tok.document_layout
+    write_json(folder / "tokenizer.json", tok.spec)
+    write_json(folder / "tokenizer_config.json", tok.config)
+    write_json(folder / "meta.json", {"document": {"begin": begin, "end": end}})
+
+
+def flags(place, **settings):
+    """The command line of a run on the place's device in its dtype."""
+    here = dict(device=str(place.device), dtype=place.dtype_name)
+    return [f"--{key}={value}" for key, value in (SETTINGS | here | settings).items()]
+
+
+def start(folder, place, ranks=None, code=None, **settings):
+    """Start train.py in a folder, on the place's device in its dtype: a Popen. ranks: torchrun's
+    variables of one of several processes. code: a program that runs the script."""
+    command = [sys.executable, *(["-c", code] if code else []), str(ROOT / "train.py")]
+    command += flags(place, **settings)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (ranks or {})
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment, **output)
+
+
+LONGEST_RUN = 120.0  # seconds of a run of train.py
+
+
+def finish(process, expected=0):
+    """Wait for a Popen, and raise what it said last where its exit status is not the expected."""
+    try:
+        output, _ = process.communicate(timeout=LONGEST_RUN)
+    finally:
+        process.kill()  # which a process that has ended does not feel
+    if process.returncode != expected:
+        last = (output.strip() or "it said nothing").splitlines()[-1]
+        raise RuntimeError(f"train.py: exit status {process.returncode}: {last}")
+
+
+def weights(folder, run):
+    """All weights of a run's checkpoint, one after the other (N,) float64."""
+    tensors, _ = read_safetensors(folder / "out" / run / "model.safetensors")
+    return torch.cat([t.flatten().double() for t in tensors.values()])
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed and resumed
+
+
+def check_resume(place, make_runs=None):
+    """A run of STEPS steps against one that was killed after its save at SAVED and resumed. On a
+    CPU the weights are the same bits. On a GPU sums are made in any order: there the difference is
+    a small part of what the steps since the kill moved. make_runs(folder, place) makes out/whole
+    and out/interrupted, and returns the weights that the latter had when it was killed."""
+    make_runs = make_runs or whole_and_interrupted
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_dataset(folder / "data" / SETTINGS["dataset"])
+        saved = make_runs(folder, place)
+        whole = weights(folder, "whole")
+        resumed = weights(folder, "interrupted")
+    difference = (whole - resumed).norm().item()
+    moved = (whole - saved).norm().item()
+    differing = int((whole != resumed).sum())
+    words = f"{differing:,} of {len(whole):,} weights differ; steps {SAVED} to {STEPS}"
+    if moved == 0:
+        yield Finding("difference, of what moved", math.inf, 0.0, f"{words} moved none")
+        return
+    allowed = 0.0 if place.device.type == "cpu" else math.sqrt(rounding(place.dtype))
+    yield Finding("difference, of what moved", difference / moved, allowed, words)
+
+
+def whole_and_interrupted(folder, place):
+    """The two runs of check_resume, at the same time."""
+    whole = start(folder, place, out_dir="out/whole")
+    try:
+        killed = start(folder, place, code=KILLED, out_dir="out/interrupted")
+        finish(killed, expected=-signal.SIGKILL)
+        saved = weights(folder, "interrupted")
+        finish(start(folder, place, out_dir="out/interrupted", init_from="resume"))
+        finish(whole)
+    finally:
+        whole.kill()
+    return saved
+
+
+# --------------------------------------------------------------------------------------------------
+# Two processes
+
+# Each process draws its own dropout, and rounding grows from step to step.
+WITHOUT_CHANCE = dict(dropout=0.0, max_steps=8, dtype="float32")
+
+
+def check_processes(place, make_runs=None):
+    """The losses and gradient norms of two processes against those of one, of the same batches, in
+    float32. make_runs(folder, place) makes out/one and out/two."""
+    if place.is_cuda and torch.cuda.device_count() < 2:
+        raise Skip("one GPU only")
+    make_runs = make_runs or one_and_two
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_dataset(folder / "data" / SETTINGS["dataset"])
+        make_runs(folder, place)
+        rows = [log_rows(folder / "out" / run / "log.jsonl") for run in ("one", "two")]
+    # A step's update is rounded, and the next one begins there.
+    allowed = allowed_error(torch.float32, SETTINGS["batch_tokens"], layers=8)
+    for key, title in (("loss", "losses"), ("grad_norm", "gradient norms")):
+        worst = Worst()
+        for one, two in zip(*rows):
+            worst.add(abs(two[key] / one[key] - 1), f"step {one['step']}, {one[key]:.5f}")
+        if len(rows[0]) != len(rows[1]) or not rows[0]:
+            worst.add(math.inf, f"{len(rows[0])} and {len(rows[1])} steps")
+        yield worst.finding(title, allowed)
+
+
+def one_and_two(folder, place):
+    """The runs of check_processes, all three processes at the same time."""
+    processes = [start(folder, place, out_dir="out/one", **WITHOUT_CHANCE)]
+    for ranks in two_ranks():
+        processes.append(start(folder, place, ranks, out_dir="out/two", **WITHOUT_CHANCE))
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def two_ranks():
+    """What torchrun tells each of two processes, in their environment."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = []
+    for rank in ("0", "1"):
+        ranks.append(place | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"})
+    return ranks
+
+
+def log_rows(path):
+    """The rows of training steps in a log."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if "grad_norm" in row]

@@ -8,8 +8,8 @@ import torch
 from barelm.check_rows import Finding, endless_tokenizer, random_ids
 from barelm.compiled import try_compile
 from barelm.costs import MEMORY_GBS
-from barelm.fast import quantize_weights
 from barelm.optim import flops_per_token, make_optimizer, peak_flops
+from barelm.quantized import quantize_weights
 from barelm.timing import Bench, product_size, weight_bytes
 from model import GPT, GPTConfig, generate
 

@@ -6,10 +6,10 @@ import queue
 import torch
 import torch.nn as nn
 
+from barelm.alike import batch_invariance
 from barelm.check_rows import (
     N_VOCAB,
     Finding,
-    Skip,
     Worst,
     allowed_error,
     endless_tokenizer,
@@ -18,8 +18,10 @@ from barelm.check_rows import (
     hidden_allowed,
     small_network,
 )
-from barelm.engine import Engine, Job, Sampling
-from barelm.fast import QuantizedLinear, generating
+from barelm.engine import Engine
+from barelm.fast import generating
+from barelm.jobs import Job, Sampling
+from barelm.quantized import QuantizedLinear
 from model import generate
 
 LENGTHS = (5, 1, 33, 12, 118, 2)  # of prompts, uneven; one passes 128 places of a cache
@@ -298,15 +300,10 @@ def code_error(weight, decoded, kind):
 # Batch invariance
 
 
-def check_invariance(place, count=None):
+def check_invariance(place, count=batch_invariance):
     """With --deterministic, whether a sequence has the same bits alone, in the trainer's forward
     pass and read in pieces as it had among CROWD. count(device, dtype, n_rows=…) counts the answers
     that have not: {"answers": how many were looked at, "alone", "trainer", "chunks"}."""
-    if count is None:
-        try:
-            from barelm.alike import batch_invariance as count
-        except ImportError:
-            raise Skip("no --deterministic in this version") from None
     counts = count(place.device, place.dtype, n_rows=CROWD)
     n = counts.pop("answers")
     for where, differing in counts.items():

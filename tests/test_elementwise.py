@@ -8,7 +8,6 @@ from torch.autograd import gradcheck
 import model
 from barelm.elementwise import FusedRMSNorm, FusedRotation, FusedSwiGLU, can_fuse
 
-
 PLAIN = model.Operations(fast=False)
 
 

@@ -291,7 +291,10 @@ class Decoder:
 
     def keep_logits(self, rows, h):
         """Padding of the vocabulary stays at -inf."""
-        self.logits[rows, : self.n_vocab] = self.net.logits(h)[:, : self.n_vocab]
+        logits = self.net.logits(h)[:, : self.n_vocab]
+        if not isinstance(rows, slice):  # to places by an index torch writes of the same type alone
+            logits = logits.to(self.logits.dtype)
+        self.logits[rows, : self.n_vocab] = logits
 
     def index(self, slots):
         """Slots as an index: a slice, which copies nothing, where they follow one another."""

@@ -287,7 +287,7 @@ class Engine(threading.Thread):
         """Give the job a slot, with the first n_known tokens of its prompt, which `source` has."""
         n_low = max(16, len(self.jobs) + 4)  # low slots serve best: see Decoder
         free = [slot for slot in range(min(n_low, self.max_batch)) if slot not in self.jobs]
-        if source in free and 2 * n_known >= len(self.cached_ids[source]):
+        if n_known and source in free and 2 * n_known >= len(self.cached_ids[source]):
             slot = source  # no job has it, and this prompt continues most of it
         else:
             slot = min(free, key=self.last_used.__getitem__)

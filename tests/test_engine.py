@@ -74,6 +74,22 @@ def test_slots_that_come_and_go_keep_what_they_hold(loaded, one_behind):
         assert job.row.done and job.row.out.ids[: len(g.ids)] == g.ids[: len(job.row.out.ids)]
 
 
+def test_a_network_of_bfloat16_answers_whoever_comes_and_goes(loaded):
+    net, tok = copy.deepcopy(loaded[0]).bfloat16(), loaded[1]
+    engine = Engine(net, tok, max_batch=5, max_len=64)
+    updates = []
+    jobs = []
+    for i in range(12):
+        sampling = Sampling(seed=i, frequency_penalty=i % 2 / 2)
+        jobs.append(Job(tok, [*range(1 + i, 9), i], 1 + i, sampling, updates.append))
+    engine.submit(jobs)
+    with torch.inference_mode():
+        while engine.waiting or engine.jobs:
+            engine.step()
+    assert [job.n_generated for job in jobs] == [1 + i for i in range(12)]
+    assert sum(update.done for update in updates) == 12 and not any(u.error for u in updates)
+
+
 def test_a_row_without_numbers_leaves_the_others_as_they_are(loaded):
     net, tok = copy.deepcopy(loaded[0]), loaded[1]
     net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.detach().clone())

@@ -9,12 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from barelm.muon import Muon, iterate, iterate_square, orthogonalize
 
 SHAPES = ((8, 8), (8, 8), (4, 12), (12, 4))
-STEPS = [
-    (8.2218, -23.3469, 16.6338),
-    (3.9728, -2.8449, 0.5170),
-    (3.4735, -2.5057, 0.4810),
-    (2.3166, -1.6564, 0.3766),
-]
+STEPS = [(3.4445, -4.7750, 2.0315)] * 5
 
 
 def naive_muon(p, grads, lr, decay, momentum=0.95):
@@ -69,7 +64,7 @@ def test_singular_values_land_near_1_and_vectors_stay(shape, dtype):
     x = orthogonalize(torch.stack([g, -3 * g]).float(), dtype)  # of any size
     torch.testing.assert_close(x[1], -x[0], atol=0.1, rtol=0)
     core = u.T @ x[0].double() @ v  # diagonal, were it exact
-    assert 0.68 < core.diagonal().min() and core.diagonal().max() < 1.2
+    assert 0.65 < core.diagonal().min() and core.diagonal().max() < 1.25
     assert (core - core.diagonal().diag()).abs().max() < 0.05
 
 
@@ -80,7 +75,7 @@ def test_one_large_singular_value_does_not_run_away(tail, dtype):
     for columns in (32, 96):
         g = torch.randn(1, 32, 1) * torch.randn(1, 1, columns)
         g = g / g.norm() + tail * torch.randn(1, 32, columns)
-        assert torch.linalg.svdvals(orthogonalize(g, dtype)).max() < 1.2
+        assert torch.linalg.svdvals(orthogonalize(g, dtype)).max() < 1.25
 
 
 def test_iterating_on_the_square_is_the_iteration():

@@ -71,7 +71,7 @@ def test_the_way_is_chosen_by_rows_and_kind(monkeypatch):
     for top, few in ((127, "rounded"), (63, "plain"), (0, "plain")):
         monkeypatch.setattr(quantized, "largest_code", lambda top=top: top)
         assert quantized.way("int8", 1, "cpu") == "plain"
-        assert quantized.way("int8", 4, "cpu") == few
+        assert quantized.way("int8", 12, "cpu") == few
         assert quantized.way("int8", 300, "cpu") == ("rounded" if top else "plain")
         assert quantized.way("int4", 1, "cpu") == "int4"
         assert quantized.way("int4", 64, "cpu") == ("rounded" if top else "int4")

@@ -37,6 +37,7 @@ def start_pool(n_workers):
 def start_worker():
     """A working process ends with Ctrl-C, without a word, and with the process that it serves."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends the others
     pr_set_pdeathsig = 1
     with suppress(Exception):  # Linux alone
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

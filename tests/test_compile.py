@@ -247,7 +247,7 @@ def test_a_machine_without_a_compiler_computes_eagerly_and_says_why(monkeypatch)
     def missing(*args):
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(torch, "compile", lambda function: missing)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: missing)
     net = model.GPT(model.GPTConfig(**SHAPE)).train()
     batch = torch.randint(128, (2, 3, 160))
     is_compiled, words = compare.try_compile(net, Run(CPU), batch, autocast(CPU, torch.float32))

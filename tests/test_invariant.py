@@ -10,8 +10,9 @@ from test_finetune import net_for
 
 from barelm.adapters import AdaptConfig, add_lora
 from barelm.alike import Ids, batch_invariance, net_and_prompts
-from barelm.engine import Engine, Job, Sampling
+from barelm.engine import Engine
 from barelm.invariant import KNOWN, be_deterministic, linear
+from barelm.jobs import Job, Sampling
 from barelm.quantized import quantize_weights
 from barelm.tokenizer import Tokenizer
 from model import generate

@@ -192,7 +192,7 @@ def test_a_plan_counts_the_products_that_torch_counts(adapt):
     ids = torch.randint(0, 128, (3, 65))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net(ids[:, :-1], ids[:, 1:])[0].backward()
-    exact = 1e-9 if adapt == "full" else 0.06  # the first block's input has no gradient, ...
+    exact = 1e-9 if adapt == "full" else 0.09  # the first block's input has no gradient, ...
     assert work["training"] / 2 == pytest.approx(counter.get_total_flops(), rel=exact)
 
 
@@ -205,7 +205,7 @@ def test_a_plan_s_four_bits_are_those_that_are_kept():
     tensors = [*net.parameters(), *net.buffers()]
     size = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
     packed = [m for m in net.modules() if isinstance(m, NF4Linear)]
-    size -= sum(m.pairs.numel() * 8 for m in packed)  # a table of 2 kB a layer, not of a weight
+    size -= sum(m.pairs.nbytes for m in packed)  # a table of 2 kB a layer, not of a weight
     assert memory["weights"] + 4 * learn == pytest.approx(size + largest, rel=0.02)
     assert memory["what learns"] == 16 * learn  # a value, a gradient and AdamW's two moments
 

@@ -36,6 +36,12 @@ def take(decoder, rows, chosen):
             decoder.clear(slot)
 
 
+def a_little_more(n, step=1):
+    """n rounded up, by a quarter at most or to a whole `step`: so that a Decoder serves longer."""
+    step = max(step, power_of_two(n) // 8)
+    return -(-n // step) * step
+
+
 DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
 
 
@@ -51,7 +57,8 @@ def decoder_for(net, tok, n_slots, max_len):
     fits = kept_for == made_for and decoder.n_slots >= n_slots and decoder.max_len >= max_len
     if not fits:
         decoder = None  # its memory is free before another one is made
-        decoder = Decoder(net, tok, power_of_two(n_slots), power_of_two(max_len))
+        max_len = min(a_little_more(max_len, 128), net.config.n_ctx)
+        decoder = Decoder(net, tok, a_little_more(n_slots), max_len)
         decoder.net = weakref.proxy(net)  # or neither would ever go
     decoder.refresh()
     for slot in range(decoder.n_slots):

@@ -37,7 +37,8 @@ class Graphs:
                 self.graphs.clear()
         if self.failed:
             return function()
-        graph, returned = self.graphs[key] = self.graphs.pop(key)
+        graph, returned = self.graphs.pop(key)
+        self.graphs[key] = (graph, returned)  # at the end
         graph.replay()
         return returned
 

@@ -2,6 +2,8 @@
 
 import weakref
 
+import torch
+
 from barelm.decode import Decoder
 from barelm.run import compute_dtype
 from barelm.sampling import GREEDY, draws, power_of_two
@@ -46,8 +48,8 @@ DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decod
 
 
 def decoder_for(net, tok, n_slots, max_len):
-    """A Decoder for a generation. On a GPU it and its graphs serve later ones too: as long as the
-    network's weights are in the same places, with what they are by then."""
+    """A Decoder for a generation. On a GPU it and its graphs serve later ones too, if it is small,
+    as long as the network's weights are in the same places, with what they are by then."""
     kept_for, decoder = DECODERS.pop(net, (None, None))
     if net.model.embed_tokens.weight.device.type != "cuda":
         return Decoder(net, tok, n_slots, max_len)
@@ -63,5 +65,12 @@ def decoder_for(net, tok, n_slots, max_len):
     decoder.refresh()
     for slot in range(decoder.n_slots):
         decoder.clear(slot)
-    DECODERS[net] = (made_for, decoder)
+    if may_stay(decoder):
+        DECODERS[net] = (made_for, decoder)
     return decoder
+
+
+def may_stay(decoder):
+    """Whether it is small beside the GPU: what it takes is not there for training meanwhile."""
+    size = decoder.store.nbytes + 3 * decoder.logits.nbytes  # with what penalties count
+    return size <= torch.cuda.get_device_properties(decoder.device).total_memory // 8

@@ -237,9 +237,12 @@ def check_quantized(place, make_layer=QuantizedLinear, product=None):
         weights = Worst()
         products = Worst()
         with generating(net), torch.no_grad():
+            if place.is_cuda:  # as a Decoder does: or only the plain product would be compared
+                net.ops.packed = {}
             multiply = product or net.ops.project
             for n_in, n_out in LAYERS:
                 linear = random_layer(n_in, n_out)
+                bias = linear.bias.double()  # a copy: the layers share theirs, and take it along
                 layer = make_layer(linear, kind).to(place.device)
                 twin = make_layer(linear, kind).to(place.device)
                 decoded = decoded_weight(layer, n_in, place.device)
@@ -247,7 +250,7 @@ def check_quantized(place, make_layer=QuantizedLinear, product=None):
                 weights.add(code_error(linear.weight.double(), decoded, kind), where)
                 for n in ROWS:
                     x = random_rows(n, n_in, place)
-                    truth = x.cpu().double() @ decoded.T + linear.bias.double()
+                    truth = x.cpu().double() @ decoded.T + bias
                     products.add(error(multiply(x, layer), truth), f"{n} rows times {where}")
                     joined = multiply(x, twin, layer)  # as q, k and v, side by side
                     truth = torch.cat((truth, truth), -1)

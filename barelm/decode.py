@@ -26,6 +26,7 @@ the cache that it looks at, T: tokens of a prompt.
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -182,7 +183,7 @@ class Decoder:
         self.prompt_length[slot] = len(prompt)
         self.length[slot] = n_cached
         self.columns[slot] = self.to_device([options[name] for name in OFF], torch.float32)
-        self.drawn[slot] = 0
+        self.drawn[slot].zero_()  # to set a number to 0 would copy it there, and wait
         if uniform is not None:
             self.uniform[slot, : len(uniform)] = uniform.to(self.device, non_blocking=True)
         self.set_ends(slot, list(ends))
@@ -195,7 +196,8 @@ class Decoder:
 
     def set_ends(self, slot, ends):
         if len(ends) > self.ends.shape[1]:
-            wider = self.ends.new_full((self.n_slots, power_of_two(len(ends))), -1)
+            with torch.inference_mode(False):  # as in __init__
+                wider = self.ends.new_full((self.n_slots, power_of_two(len(ends))), -1)
             wider[:, : self.ends.shape[1]] = self.ends
             self.replace("ends", wider)
         self.ends[slot] = self.to_device(ends + [-1] * (self.ends.shape[1] - len(ends)))
@@ -203,8 +205,9 @@ class Decoder:
     def remember(self, slot, prompt):
         """The tokens of a prompt, for penalties; the first one to have a penalty makes the room."""
         if self.counts is None:
-            self.replace("seen", torch.zeros_like(self.logits, dtype=torch.bool))
-            self.replace("counts", torch.zeros_like(self.logits))
+            with torch.inference_mode(False):  # as in __init__
+                self.replace("seen", torch.zeros_like(self.logits, dtype=torch.bool))
+                self.replace("counts", torch.zeros_like(self.logits))
         self.counts[slot] = 0
         self.seen[slot] = False
         self.seen[slot].index_fill_(0, self.to_device(prompt), True)
@@ -221,7 +224,7 @@ class Decoder:
         self.owners[slot] = None
         if slot in self.ready:
             self.ready.remove(slot)
-        self.left[slot] = 0
+        self.left[slot].zero_()
 
     def copy(self, to, source, length):
         """Slot `to` gets the keys and values of the first `length` tokens of another."""
@@ -248,7 +251,9 @@ class Decoder:
                     states.update(self.read_padded([slot], chunks, self.length[slot]))
             elif pays_to_pack(self.net.config, lengths.values()):
                 for group in packs(lengths):
-                    states.update(self.read_packed(group, chunks))
+                    # One alone needs no mask, which has the square of its tokens.
+                    read_group = self.read_packed if len(group) > 1 else self.read_padded
+                    states.update(read_group(group, chunks))
             else:
                 states = self.read_padded(slots, chunks)
             for slot in slots:
@@ -425,9 +430,9 @@ class Decoder:
         """(values copied to pinned memory, the event after which they are there)."""
         buffers = self.buffers.get(values.shape)
         if buffers is None:
-            buffers = [
-                torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for _ in "abc"
-            ]
+            empty = partial(torch.empty, values.shape, dtype=values.dtype, pin_memory=True)
+            with torch.inference_mode(False):  # as in __init__
+                buffers = [empty(), empty(), empty()]
             self.buffers[values.shape] = buffers
         buffer = buffers.pop(0)  # the oldest
         buffers.append(buffer)

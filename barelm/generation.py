@@ -2,6 +2,8 @@
 
 import weakref
 
+import torch
+
 from barelm.decode import Decoder
 from barelm.run import compute_dtype
 from barelm.sampling import GREEDY, draws, power_of_two
@@ -36,12 +38,18 @@ def take(decoder, rows, chosen):
             decoder.clear(slot)
 
 
+def a_little_more(n, step=1):
+    """n rounded up, by a quarter at most or to a whole `step`: so that a Decoder serves longer."""
+    step = max(step, power_of_two(n) // 8)
+    return -(-n // step) * step
+
+
 DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
 
 
 def decoder_for(net, tok, n_slots, max_len):
-    """A Decoder for a generation. On a GPU it and its graphs serve later ones too: as long as the
-    network's weights are in the same places, with what they are by then."""
+    """A Decoder for a generation. On a GPU it and its graphs serve later ones too, if it is small,
+    as long as the network's weights are in the same places, with what they are by then."""
     kept_for, decoder = DECODERS.pop(net, (None, None))
     if net.model.embed_tokens.weight.device.type != "cuda":
         return Decoder(net, tok, n_slots, max_len)
@@ -51,10 +59,18 @@ def decoder_for(net, tok, n_slots, max_len):
     fits = kept_for == made_for and decoder.n_slots >= n_slots and decoder.max_len >= max_len
     if not fits:
         decoder = None  # its memory is free before another one is made
-        decoder = Decoder(net, tok, power_of_two(n_slots), power_of_two(max_len))
+        max_len = min(a_little_more(max_len, 128), net.config.n_ctx)
+        decoder = Decoder(net, tok, a_little_more(n_slots), max_len)
         decoder.net = weakref.proxy(net)  # or neither would ever go
     decoder.refresh()
     for slot in range(decoder.n_slots):
         decoder.clear(slot)
-    DECODERS[net] = (made_for, decoder)
+    if may_stay(decoder):
+        DECODERS[net] = (made_for, decoder)
     return decoder
+
+
+def may_stay(decoder):
+    """Whether it is small beside the GPU: what it takes is not there for training meanwhile."""
+    size = decoder.store.nbytes + 3 * decoder.logits.nbytes  # with what penalties count
+    return size <= torch.cuda.get_device_properties(decoder.device).total_memory // 8

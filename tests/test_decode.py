@@ -1,5 +1,6 @@
 """barelm/decode.py against model.py's plain loop, and against each sequence by itself."""
 
+import contextlib
 import itertools
 import random
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from test_model import GPT2, OURS, QWEN3, SHAPES, make_net
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from barelm import caches
@@ -17,6 +19,7 @@ from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
 from barelm.fast import PlacedProduct, generating
 from barelm.generation import decoder_for
+from barelm.graphs import Graphs
 from barelm.quantized import quantize_weights
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
 from barelm.tokenizer import Tokenizer
@@ -77,7 +80,7 @@ def test_generate_is_the_plain_loop(name, tok, monkeypatch):
     if change is not None:
         net = change(net)
     if name == "wide heads":
-        monkeypatch.setattr(caches, "PACK", 30)  # several packed rows
+        monkeypatch.setattr(caches, "PACK", 28)  # several packed rows, one of a single prompt
     if name == "int8":  # one product, however many rows there are left
         of_all = dict.fromkeys(quantized_layers.ROUNDED_FROM, 1)
         monkeypatch.setattr(quantized_layers, "ROUNDED_FROM", of_all)
@@ -239,6 +242,16 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
     """Of fake tensors nothing can be read on the host, and devices may not be mixed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    copied = []
+
+    class NoCopies(TorchDispatchMode):
+        """Notes what is copied from the host: which a fake tensor allows."""
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if operation in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+                copied.extend(x for x in args if getattr(x, "is_cpu", False))
+            return operation(*args, **(kwargs or {}))
+
     net = make_net(**(SHAPES | OURS)[name])
     with FakeTensorMode(), generating(net), torch.no_grad():
         net = on_the_device(net, "cuda")
@@ -251,13 +264,53 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
         decoder.read({1: [2]})
         for sampled, top_k, top_p, min_p, penalized in itertools.product((False, True), repeat=5):
             kinds = Kinds(sampled, 8 * top_k, top_p, min_p, penalized)
-            values = decoder.choose_rows(slice(0, 4), kinds, 2)
+            with NoCopies():
+                values = decoder.choose_rows(slice(0, 4), kinds, 2)
             assert values.device.type == "cuda" and values.shape == (4, 2 + 2 * 2 + 1)
         for flash in (False, True):
             decoder.flash = flash
-            with decoder.computing():
+            with decoder.computing(), NoCopies():
                 decoder.feed_rows(slice(0, 2), 32)
         decoder.refresh()
+        with NoCopies():
+            decoder.clear(0)
+    assert not copied
+
+
+def test_without_graphs_functions_are_called():
+    """Where there is a GPU this is a graph of nothing."""
+    graphs = Graphs(torch.device("cuda", 0))
+    for _ in range(2):
+        assert graphs.run(("choose_rows", 1), lambda: 5, contextlib.nullcontext) == 5
+    assert graphs.failed != torch.cuda.is_available()
+    graphs.forget("choose_rows")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_after_a_capture_that_failed_the_device_is_as_before():
+    device = torch.device("cuda", 0)
+    ones = torch.ones(3, device=device)
+    graphs = Graphs(device)
+    before = torch.cuda.current_stream(device)
+    total = graphs.run(("sum",), lambda: ones.sum().item(), contextlib.nullcontext)  # it waits
+    assert graphs.failed and total == 3
+    assert torch.cuda.current_stream(device) == before
+    torch.rand(3, device=device)
+    torch.cuda.empty_cache()
+
+
+def test_a_decoder_may_be_used_within_inference_mode_and_without(tok):
+    net = make_net(**QWEN3)
+    many = dict(options=dict(repetition_penalty=2.0, temperature=0), ends=range(90, 99))
+    answers = []
+    with generating(net), torch.no_grad():
+        decoder = Decoder(net, tok, 1, 16)
+        for within in (True, False):
+            with torch.inference_mode(within), torch.no_grad():
+                decoder.set(0, [1, 2], 5, **many)
+                decoder.read({0: [1, 2]})
+                answers.append(decoder.choose().wait().tokens)
+    assert answers[0] == answers[1]
 
 
 def test_a_placed_product_follows_the_weights():

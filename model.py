@@ -180,6 +180,14 @@ class Operations:
             causal = True  # a literal: in torch.compile and torch.export T may be a symbol
         # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
+        if grouped and k.device.type == "cuda":
+            # There flash attention alone has it, which has no mask and no float32: what torch does
+            # in its place keeps all T x S scores in float32.
+            has_flash = mask is None and compute_dtype(k) == torch.bfloat16
+            if not has_flash:
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
+                v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+                grouped = False
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
         y = F.scaled_dot_product_attention(like_k, k, v, mask, dropout, causal, enable_gqa=grouped)
         return y.to(q.dtype)

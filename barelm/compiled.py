@@ -68,7 +68,7 @@ def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     # In quarters: an eager network takes more memory than a compiled one.
     pieces = min(4, len(batch[0]))
     eager = loss_and_gradients(net, *batch, cast, documents, pieces)
-    eager_loss = validation_loss(net, *batch, cast, documents)
+    eager_loss = validation_loss(net, *batch, cast, documents, pieces)
     # With dropout, which the two draw differently, they differ by chance too.
     tolerance = 0.5 if net.config.dropout else 0.1
     faults = ""
@@ -114,14 +114,18 @@ def compare_with(eager, eager_loss, net, batch, cast, documents, tolerance):
 
 
 @torch.no_grad()
-def validation_loss(net, ids, targets, cast, documents=None):
-    """The mean loss of a micro-batch, as a validation computes it."""
+def validation_loss(net, ids, targets, cast, documents=None, pieces=1):
+    """The mean loss of a micro-batch, as a validation computes it; pieces: as in
+    `loss_and_gradients`."""
     net.eval()
-    docs = documents(ids) if documents else None
-    with cast:
-        loss, _ = net(ids, targets, docs=docs)
+    loss_sum = 0.0
+    for piece_ids, piece_targets in zip(ids.chunk(pieces), targets.chunk(pieces)):
+        docs = documents(piece_ids) if documents else None
+        with cast:
+            loss, _ = net(piece_ids, piece_targets, docs=docs)
+        loss_sum += loss.item()
     net.train()
-    return loss.item() / targets.numel()
+    return loss_sum / targets.numel()
 
 
 def check_fast(net, run, batch, cast, documents=None):

@@ -180,9 +180,9 @@ class Operations:
             causal = True  # a literal: in torch.compile and torch.export T may be a symbol
         # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
-        if grouped and k.device.type == "cuda":
+        if grouped and k.device.type == "cuda" and not self.deterministic:
             # There flash attention alone has it, which has no mask and no float32: what torch does
-            # in its place keeps all T x S scores in float32.
+            # in its place keeps all T x S scores in float32 (but always adds in the same order).
             has_flash = mask is None and compute_dtype(k) == torch.bfloat16
             if not has_flash:
                 k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)

@@ -463,3 +463,6 @@ def test_a_gpu_is_given_groups_of_heads_where_it_has_a_kernel_for_them():
             q, k, v = (torch.empty(1, n, 6, 8, device=device, dtype=dtype) for n in (4, 2, 2))
             net.plain_attend(q, k, v, mask_given)
             assert noted.heads == heads
+        net.deterministic = True
+        net.plain_attend(*(torch.empty(1, n, 6, 8, device="cuda") for n in (4, 2, 2)))
+        assert noted.heads == (2, 2, True)

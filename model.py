@@ -180,6 +180,14 @@ class Operations:
             causal = True  # a literal: in torch.compile and torch.export T may be a symbol
         # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
+        if grouped and k.device.type == "cuda" and not self.deterministic:
+            # There flash attention alone has it, which has no mask and no float32: what torch does
+            # in its place keeps all T x S scores in float32 (but always adds in the same order).
+            has_flash = mask is None and compute_dtype(k) == torch.bfloat16
+            if not has_flash:
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
+                v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+                grouped = False
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
         y = F.scaled_dot_product_attention(like_k, k, v, mask, dropout, causal, enable_gqa=grouped)
         return y.to(q.dtype)
@@ -331,9 +339,10 @@ class GPT(nn.Module):
         for name, p in self.named_parameters(remove_duplicate=False):
             self.init_weight(name, p)
 
-        # How it is trained: both may be set by whoever trains it.
+        # How it is trained: all of these may be set by whoever trains it.
         self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
         self.train_block: Callable = call_block  # or torch.compile(call_block); not with a cache
+        self.eval_block: Callable = call_block  # the same of eval mode
         # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
         self.score: nn.Linear | None = None  # (n_labels, C)
         self.labels: list[str] | None = None  # of the rows of score
@@ -376,6 +385,11 @@ class GPT(nn.Module):
         self.ops.deterministic = value
         self.ops.fast = self.ops.fast and not value
 
+    @property
+    def block(self):
+        """What computes a block where there is no cache, in the mode that the network is in."""
+        return self.train_block if self.training else self.eval_block
+
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
@@ -413,9 +427,9 @@ class GPT(nn.Module):
             if cache is not None:
                 x = block(x, rope, mask, partial(cache.write, i))
             elif self.training and self.checkpoint:
-                x = checkpoint(self.train_block, block, x, rope, mask, use_reentrant=False)
+                x = checkpoint(self.block, block, x, rope, mask, use_reentrant=False)
             else:
-                x = self.train_block(block, x, rope, mask)
+                x = self.block(block, x, rope, mask)
         if apart:
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
         return self.model.norm(x)

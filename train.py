@@ -581,7 +581,7 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, targets, bytes
     indices = [i * windows.n // n for i in range(run.rank, n, run.world)]
     net.eval()
-    is_compiled = net.train_block is not call_block
+    is_compiled = net.block is not call_block
     for i in range(0, len(indices), device_batch_size):
         ids, targets = windows.batch(indices[i : i + device_batch_size], run.device)
         if is_compiled:  # for one size: a short batch would be compiled for
@@ -781,8 +781,6 @@ def main():
         save_run(folder, net, tok, state, batch, compiled, updater)
 
     batches = MicroBatches(data.train, run.device, batch.device_batch_size, run.rank, run.world)
-    if compiled:
-        gc.collect()  # compiling leaves much behind
     gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
     progress = state.progress(horizon, n_windows)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from barelm.families import family, gpt2_names
 from barelm.files import write_json
@@ -169,7 +170,12 @@ class NF4Linear(nn.Module):
 
     def forward(self, x):
         x = x.to(compute_dtype(x))
-        y = Dequantized.apply(x, self.codes, self.scales(), self.pairs, self.shape)
+        packed = (self.codes, self.scales(), self.pairs, self.shape)
+        if torch.compiler.is_compiling():
+            # Of the two times that Dequantized unpacks, a compiler makes one, and keeps its result.
+            y = checkpoint(product, x, *packed, use_reentrant=False)
+        else:
+            y = Dequantized.apply(x, *packed)
         if self.bias is None:
             return y
         return y + self.bias
@@ -210,6 +216,11 @@ def unpack_by_pieces(codes, scales, pairs, dtype):
     return flat
 
 
+def product(x, codes, scales, pairs, shape):
+    """x @ weight.T (..., n_out) for x (..., n_in) and a packed weight, `unpacked`'s."""
+    return x @ unpacked(codes, scales, pairs, shape, x.dtype).T
+
+
 class Dequantized(torch.autograd.Function):
     """x @ weight.T for a packed weight, which is unpacked in forward and again in backward, so that
     only its 4 bits and scales are kept between the two. x (..., n_in); the others are `unpacked`'s.
@@ -219,7 +230,7 @@ class Dequantized(torch.autograd.Function):
     def forward(ctx, x, codes, scales, pairs, shape):
         ctx.save_for_backward(codes, scales, pairs)
         ctx.shape = shape
-        return x @ unpacked(codes, scales, pairs, shape, x.dtype).T
+        return product(x, codes, scales, pairs, shape)
 
     @staticmethod
     def backward(ctx, dy):

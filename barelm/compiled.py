@@ -6,6 +6,7 @@ goes through barelm/fast.py and through model.py alone: a formula that was chang
 and not in the other is found before the first step.
 """
 
+import gc
 import math
 import time
 import warnings
@@ -23,7 +24,8 @@ from model import call_block
 class Ways:
     """By what a network computes its blocks and its head; as it stands here, eagerly."""
 
-    block: Callable = call_block
+    train_block: Callable = call_block
+    eval_block: Callable = call_block  # of validation
     head_piece: Callable = head_piece
     sparse: bool = False  # attention to documents by a kernel that skips what is hidden
     name: str = ""  # what a run that may not compute so goes without
@@ -31,45 +33,49 @@ class Ways:
     @classmethod
     def of(cls, net):
         """Those that net computes by."""
-        return cls(net.train_block, net.ops.head_piece, net.ops.sparse)
+        return cls(net.train_block, net.eval_block, net.ops.head_piece, net.ops.sparse)
 
     def give(self, net):
         """Let net compute by these."""
-        net.train_block = self.block
+        net.train_block = self.train_block
+        net.eval_block = self.eval_block
         net.ops.head_piece = self.head_piece
         net.ops.sparse = self.sparse
 
 
 def compiled_ways(net, device, documents, dynamic):
     """The Ways to try, the fastest first. One block is compiled for all of them. On a CPU the eager
-    head is as fast, and its plain attention too."""
+    head is as fast, and its plain attention too; a validation would save less there than the half
+    minute that compiling for it takes."""
     block = torch.compile(call_block, dynamic=dynamic)
-    blocks_alone = Ways(block, name="compiled blocks")
     if device.type != "cuda":
-        return [blocks_alone]
+        return [Ways(block, name="compiled blocks")]
     piece = torch.compile(head_piece, dynamic=dynamic)
-    ways = [Ways(block, piece, name="a compiled head"), blocks_alone]
+    ways = [Ways(block, block, piece, name="a compiled head")]
+    ways.append(Ways(block, block, name="compiled blocks"))
     # The sparse kernel has no dropout, and is made for one length.
     if documents and not net.config.dropout and not dynamic:
-        ways.insert(0, Ways(block, piece, sparse=True, name="sparse attention"))
+        ways.insert(0, Ways(block, block, piece, sparse=True, name="sparse attention"))
     return ways
 
 
 def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     """(is it compiled, words): let net compute by the fastest of `compiled_ways` whose loss and
     gradients on this micro-batch, (ids, targets), agree with the eager ones on every process; else
-    eagerly. Both passes are compiled here, that of training and that of validation. dynamic: True
-    compiles them for batches of any shape, None for this one until another comes."""
+    eagerly. All that is compiled is compiled here, for validation too. dynamic: True compiles for
+    batches of any shape, None for this one until another comes."""
     begun = time.monotonic()
     # In quarters: an eager network takes more memory than a compiled one.
     pieces = min(4, len(batch[0]))
     eager = loss_and_gradients(net, *batch, cast, documents, pieces)
+    eager_loss = validation_loss(net, *batch, cast, documents, pieces)
     # With dropout, which the two draw differently, they differ by chance too.
     tolerance = 0.5 if net.config.dropout else 0.1
     faults = ""
     for ways in compiled_ways(net, run.device, documents, dynamic):
         ways.give(net)
-        difference, fault = compare_with(eager, net, batch, cast, documents, tolerance)
+        difference, fault = compare_with(eager, eager_loss, net, batch, cast, documents, tolerance)
+        gc.collect()  # compiling leaves much behind, and a failure what was in memory then
         [n_faults] = run.sum(bool(fault))
         if n_faults == 0:
             seconds = duration(time.monotonic() - begun)
@@ -81,9 +87,9 @@ def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     return False, f"off{faults}"
 
 
-def compare_with(eager, net, batch, cast, documents, tolerance):
-    """(the largest difference of net, as it now computes, from what `loss_and_gradients` gave of
-    the eager one, a fraction; what is wrong with it, or "")."""
+def compare_with(eager, eager_loss, net, batch, cast, documents, tolerance):
+    """(the largest difference of net, as it now computes, from what `loss_and_gradients` and
+    `validation_loss` gave of the eager one, a fraction; what is wrong with it, or "")."""
     try:
         with warnings.catch_warnings():
             # float32 stays float32 where it is asked for; torch would advise TF32.
@@ -99,22 +105,27 @@ def compare_with(eager, net, batch, cast, documents, tolerance):
         net.train()
         net.zero_grad()
     fault = ""
-    for result in (compiled, (loss, compiled[1])):
-        if differs(result, eager, tolerance):
-            figures = f"{in_words(result)}; eager {in_words(eager)}"
-            fault = f"it computes wrongly here ({figures})"
+    if differs(compiled, eager, tolerance):
+        fault = f"it computes wrongly here ({in_words(compiled)}; eager {in_words(eager)})"
+    elif not abs(loss - eager_loss) <= 0.02 * abs(eager_loss):  # without dropout, and a NaN is not
+        figures = f"validation loss {loss:.4f}; eager {eager_loss:.4f}"
+        fault = f"it computes wrongly here ({figures})"
     return max(differences(compiled, eager)), fault
 
 
 @torch.no_grad()
-def validation_loss(net, ids, targets, cast, documents=None):
-    """The mean loss of a micro-batch, as a validation computes it."""
+def validation_loss(net, ids, targets, cast, documents=None, pieces=1):
+    """The mean loss of a micro-batch, as a validation computes it; pieces: as in
+    `loss_and_gradients`."""
     net.eval()
-    docs = documents(ids) if documents else None
-    with cast:
-        loss, _ = net(ids, targets, docs=docs)
+    loss_sum = 0.0
+    for piece_ids, piece_targets in zip(ids.chunk(pieces), targets.chunk(pieces)):
+        docs = documents(piece_ids) if documents else None
+        with cast:
+            loss, _ = net(piece_ids, piece_targets, docs=docs)
+        loss_sum += loss.item()
     net.train()
-    return loss.item() / targets.numel()
+    return loss_sum / targets.numel()
 
 
 def check_fast(net, run, batch, cast, documents=None):

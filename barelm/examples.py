@@ -279,8 +279,8 @@ def rounded_length(longest, n_ctx):
 
 
 def is_compiled(net):
-    """Whether the network's blocks are."""
-    return net.train_block is not call_block
+    """Whether the network's blocks are, in the mode that it is in."""
+    return net.block is not call_block
 
 
 def device_of(net):

@@ -68,8 +68,8 @@ def prepare_network(learner, rows, cast, packed, why_not):
             run.say(f"note: {fault}")
     words = f"off: {why_not}"
     if not why_not:
-        # Whether blocks are asked for gradients, look at documents, are in training: all of these
-        # are compiled for, and on a CPU each length.
+        # Whether blocks are asked for gradients, look at documents, are in training (on a GPU): all
+        # of these are compiled for, and on a CPU each length.
         torch._dynamo.config.recompile_limit = 64
         hook = ask_all_blocks_alike(net)
         learner.compiled, words = try_compile(net, run, batch, cast, documents, dynamic=True)

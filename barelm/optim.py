@@ -196,9 +196,10 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
 def free_memory(device):
     """Bytes that this process may still take on the device."""
     if device.type == "cuda":
-        # What torch holds and does not use, it can use.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free, _ = torch.cuda.mem_get_info(device)
+        # What was freed torch keeps, for whoever asks next.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept
     try:  # what the kernel could free counts too
         available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
         return 1024 * int(available[1])

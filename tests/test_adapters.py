@@ -91,6 +91,28 @@ def test_adapted_blocks_are_one_graph_for_all_shapes(kind, tok):
     assert len(compiled) == 1
 
 
+def test_compiled_blocks_keep_no_unpacked_weight(tok):
+    net = net_for(tok).train()
+    choose_weights(net, AdaptConfig("qlora"))
+    ask_all_blocks_alike(net)
+    ids = torch.randint(0, 200, (2, 24))
+    shapes = {m.shape for m in net.modules() if isinstance(m, NF4Linear)}
+    results = []
+    for block in (call_block, torch.compile(call_block, backend="aot_eager_decomp_partition")):
+        torch._dynamo.reset()
+        net.train_block = block
+        net.zero_grad()
+        kept = set()
+        keep = lambda tensor: kept.add(tensor.shape) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = net(ids, ids)
+        loss.backward()
+        assert not kept & (shapes | {shape[::-1] for shape in shapes})
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        results.append([loss, *gradients])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "o_proj,gate_proj,up_proj,down_proj"])
 def test_an_adapter_starts_as_nothing_and_merges_as_it_is(tok, targets):
     net, ids = net_for(tok).eval(), torch.randint(0, 200, (2, 9))

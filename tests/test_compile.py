@@ -145,7 +145,7 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
     eager = step_and_validation()
     block = torch.compile(model.call_block, backend="aot_eager")
     piece = torch.compile(head_piece, backend="aot_eager")
-    compare.Ways(block, piece, sparse=documents).give(net)
+    compare.Ways(block, block, piece, sparse=documents).give(net)
     first = data.train.batch(range(3), CPU)
     compare.loss_and_gradients(net, *first, cast, data.documents)
     compare.validation_loss(net, *first, cast, data.documents)
@@ -154,6 +154,26 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(step_and_validation(), eager, rtol=2e-3, atol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+def test_a_cpu_validates_by_eager_blocks_and_a_gpu_by_those_of_training(tmp_path, monkeypatch):
+    net = model.GPT(model.GPTConfig(**SHAPE)).train()
+    documents = lambda ids: torch.zeros_like(ids)
+    [on_cpu] = compare.compiled_ways(net, CPU, documents, None)
+    on_gpu = compare.compiled_ways(net, torch.device("cuda"), documents, None)
+    assert on_cpu.train_block is not model.call_block and on_cpu.eval_block is model.call_block
+    assert len(on_gpu) == 3 and all(ways.eval_block is ways.train_block for ways in on_gpu)
+
+    def compiled(*args):
+        raise AssertionError("asked in a validation")
+
+    windows = make_windows(tmp_path, 160 * 7 + 50, 160, partial=True)
+    data = make_data(windows, monkeypatch, False)
+    cast = autocast(CPU, torch.float32)
+    eager = train.evaluate(net, windows, data, Run(CPU), cast, 3)
+    compare.Ways(compiled).give(net)
+    assert train.evaluate(net, windows, data, Run(CPU), cast, 3) == eager
+    assert compare.Ways.of(net) == compare.Ways(compiled)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -229,6 +249,29 @@ def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_fact
     other = compare.loss_and_gradients(net, *batch, cast)
     assert compare.differs(other, eager, tolerance=0.1) == differs
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_wrong_validation_is_noticed_and_one_without_dropout_is_none():
+    torch.manual_seed(1)
+    net = model.GPT(model.GPTConfig(**(SHAPE | {"dropout": 0.3}))).train()
+    with torch.no_grad():
+        net.model.embed_tokens.weight.mul_(30)  # what dropout takes away is missed
+    ids = torch.randint(128, (2, 160))
+    cast = autocast(CPU, torch.float32)
+    eager = compare.loss_and_gradients(net, ids, ids, cast)
+    loss = compare.validation_loss(net, ids, ids, cast)
+    assert eager[0] > 1.2 * loss
+    faults = []
+    for block in (
+        model.call_block,
+        lambda block, x, *rest: -x,
+        lambda block, x, *rest: math.nan * x,
+    ):
+        net.eval_block = block
+        # With dropout one draw's gradients are not the other's.
+        result = compare.compare_with(eager, loss, net, (ids, ids), cast, None, math.inf)
+        faults.append(result[1])
+    assert faults[0] == "" and all("wrongly here (validation loss" in f for f in faults[1:])
 
 
 def test_one_layer_without_gradients_is_noticed():

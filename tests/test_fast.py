@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
+from torch.overrides import TorchFunctionMode
 
 import model
 from barelm.adapters import add_adapters
@@ -436,3 +438,31 @@ def test_the_loss_head_in_pieces_equals_cross_entropy():
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert cross_entropy_sum(h, w, targets) == ours
+
+
+class Attends(TorchFunctionMode):
+    """Notes with how many heads of k, and whether grouped, torch's attention is called."""
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is F.scaled_dot_product_attention:
+            self.heads = args[1].shape[1], args[2].shape[1], kwargs["enable_gqa"]
+            return args[0]
+        return f(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_given_groups_of_heads_where_it_has_a_kernel_for_them():
+    net = Operations(fast=True)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    with FakeTensorMode(allow_non_fake_inputs=True), Attends() as noted:
+        for device, dtype, mask_given, heads in (
+            ("cuda", torch.bfloat16, None, (2, 2, True)),
+            ("cuda", torch.bfloat16, mask, (4, 4, False)),
+            ("cuda", torch.float32, None, (4, 4, False)),
+            ("cpu", torch.float32, mask, (2, 2, True)),
+        ):
+            q, k, v = (torch.empty(1, n, 6, 8, device=device, dtype=dtype) for n in (4, 2, 2))
+            net.plain_attend(q, k, v, mask_given)
+            assert noted.heads == heads
+        net.deterministic = True
+        net.plain_attend(*(torch.empty(1, n, 6, 8, device="cuda") for n in (4, 2, 2)))
+        assert noted.heads == (2, 2, True)

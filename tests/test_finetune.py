@@ -27,6 +27,7 @@ from barelm.examples import (
     padded_length,
     rounded_length,
 )
+from barelm.optim import free_memory
 from barelm.rewards import open_reward
 from barelm.run import Run, Updater, UserError, advice_on_memory, autocast, make_scaler
 from barelm.safetensors import read_safetensors, write_safetensors
@@ -256,6 +257,13 @@ def test_padding_changes_no_loss_and_no_gradient(method, tok, monkeypatch):
         results.append([*sums.values()] + [p.grad for p in net.parameters() if p.grad is not None])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_that_torch_keeps_of_a_gpu_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert free_memory(torch.device("cuda")) == 500
 
 
 def test_lengths_of_batches_are_few():

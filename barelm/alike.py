@@ -36,16 +36,16 @@ def batch_invariance(device, dtype=torch.float32, deterministic=True, n_rows=64,
     if deterministic:
         be_deterministic(net)
     tok = Ids(net.config.vocab_size)
-    how = dict(max_new_tokens=N_NEW, temperature=0)
+    greedy = dict(max_new_tokens=N_NEW, temperature=0)
     half = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     figures = dict(answers=n_rows, alone=0, trainer=0, chunks=0)
     with half:
-        answers = generate(net, tok, prompts, **how)
+        answers = generate(net, tok, prompts, **greedy)
         read = trainer_logprobs(net, prompts, answers)
         for i, (prompt, answer) in enumerate(zip(prompts, answers)):
             figures["trainer"] += read[i] != answer.logprobs
             if i % 8 == 0:
-                [alone] = generate(net, tok, [prompt], **how)
+                [alone] = generate(net, tok, [prompt], **greedy)
                 figures["alone"] += alone != answer
                 figures["chunks"] += chunk_logprobs(net, prompt, answer) != answer.logprobs
     return figures

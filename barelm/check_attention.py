@@ -119,8 +119,8 @@ def one_token(place, ways, allowed):
     for B, H, G, S, D in SHAPES:
         q, k, v, dy = random_heads(place, S, (B, H, 1, D), (B, G, S, D), (B, G, S, D), (B, H, 1, D))
         every = torch.ones(B, 1, 1, S, dtype=torch.bool)
-        some = torch.arange(S) < torch.tensor([S, S // 3])[:B, None, None, None]
-        for given, meant in ((None, every), (some, some)):
+        first = torch.arange(S) < torch.tensor([S, S // 3])[:B, None, None, None]
+        for given, meant in ((None, every), (first, first)):
             for way, attend in ways.items():
                 figure, of = attention_error(place, attend, (q, k, v), dy, given, meant)
                 worst.add(figure, f"{way}, {of}, {B} x {S} tokens, {H} heads over {G} of {D}")

@@ -65,9 +65,9 @@ class Graphs:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile, for what is none of this graph's.
-        how = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")
+        options = dict(pool=self.pool, stream=stream, capture_error_mode="thread_local")
         with torch.cuda.stream(current):  # a capture that fails leaves its own stream behind
-            with torch.cuda.graph(graph, **how):
+            with torch.cuda.graph(graph, **options):
                 returned = function()
         return graph, returned
 

@@ -17,6 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no threads that a fork woul
 KIND_OF_CPU = os.environ.get("ATEN_CPU_CAPABILITY", "native")
 COMPILED = f"{tempfile.gettempdir()}/barelm_compiled_{os.getuid()}_{KIND_OF_CPU}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED)
+# Its threads would be lost in a fork too, which would wait for them for ever.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 import pytest
 import torch
 

@@ -6,7 +6,7 @@
     python bench.py --compare --only=decode --llama=../llama  # a folder with node-llama-cpp
     python bench.py --profile                        # bench_trace.json, of three training steps
     python bench.py config/gpt2.py --serve --compare # a server of this shape, loaded by clients
-    python bench.py --check                          # two minutes: does this machine compute right?
+    python bench.py --check                          # does this machine compute right?
 
 Measures the ceilings first, then each part against them. What is compared is timed in turn, A B A
 B, so that all else on the machine slows all alike. The last line is a JSON object with every row.

@@ -398,8 +398,8 @@ class GPT(nn.Module):
         c = self.config
         x = self.model.embed_tokens(ids) if embeds is None else embeds  # (B, T, C)
         length = x.shape[1]
-        apart = self.deterministic and cache is None and docs is not None
-        if apart:
+        is_spread = self.deterministic and cache is None and docs is not None
+        if is_spread:
             x, docs, places = invariant.spread(x, docs)
         T = x.shape[1]
         if cache is None:
@@ -430,7 +430,7 @@ class GPT(nn.Module):
                 x = checkpoint(self.block, block, x, rope, mask, use_reentrant=False)
             else:
                 x = self.block(block, x, rope, mask)
-        if apart:
+        if is_spread:
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
         return self.model.norm(x)
 

@@ -74,13 +74,14 @@ def with_gradients(attend, inputs, mask, dy):
     return [y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
 
 
-def attention_error(place, attend, qkv, dy, given, meant):
-    """(error, of what) of attend(q, k, v, given), forward and backward; `meant`: the mask."""
+def attention_error(place, attend, qkv, dy, mask, dense_mask):
+    """(error, of what) of attend(q, k, v, mask), forward and backward. dense_mask: what
+    mask, or None, stands for."""
     exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
-    truth = with_gradients(exact_attention, exact, meant, dy.detach().cpu().double())
-    if given is not None:
-        given = given.to(place.device)
-    ours = with_gradients(attend, qkv, given, dy)
+    truth = with_gradients(exact_attention, exact, dense_mask, dy.detach().cpu().double())
+    if mask is not None:
+        mask = mask.to(place.device)
+    ours = with_gradients(attend, qkv, mask, dy)
     errors = [error(*pair) for pair in zip(ours, truth)]
     worst = max(errors, key=lambda x: math.inf if math.isnan(x) else x)
     return worst, ("forward", "gradient of q", "of k", "of v")[errors.index(worst)]
@@ -120,9 +121,9 @@ def one_token(place, ways, allowed):
         q, k, v, dy = random_heads(place, S, (B, H, 1, D), (B, G, S, D), (B, G, S, D), (B, H, 1, D))
         every = torch.ones(B, 1, 1, S, dtype=torch.bool)
         first = torch.arange(S) < torch.tensor([S, S // 3])[:B, None, None, None]
-        for given, meant in ((None, every), (first, first)):
+        for mask, dense_mask in ((None, every), (first, first)):
             for way, attend in ways.items():
-                figure, of = attention_error(place, attend, (q, k, v), dy, given, meant)
+                figure, of = attention_error(place, attend, (q, k, v), dy, mask, dense_mask)
                 worst.add(figure, f"{way}, {of}, {B} x {S} tokens, {H} heads over {G} of {D}")
     return worst.finding("one token over many", allowed)
 

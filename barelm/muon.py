@@ -38,12 +38,14 @@ class Muon(torch.optim.Optimizer):
     def moments(self, key, params):
         """The momentum of n parameters of one shape, in one tensor (n, rows, columns), and its n
         parts, which `state` has by parameter, as a state.pt does."""
-        kept = [self.state[p].get("momentum") for p in params]
+        momenta = [self.state[p].get("momentum") for p in params]
         whole, parts = self.stacks.get(key, (None, ()))
-        if len(kept) == len(parts) and all(a is b for a, b in zip(kept, parts)):
+        if len(momenta) == len(parts) and all(a is b for a, b in zip(momenta, parts)):
             return whole, parts
         # The first step, one behind a resume, or other parameters than before have gradients.
-        whole = torch.stack([torch.zeros_like(p) if m is None else m for p, m in zip(params, kept)])
+        whole = torch.stack(
+            [torch.zeros_like(p) if m is None else m for p, m in zip(params, momenta)]
+        )
         parts = whole.unbind()
         for p, part in zip(params, parts):
             self.state[p]["momentum"] = part

@@ -198,8 +198,8 @@ def free_memory(device):
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What was freed torch keeps, for whoever asks next.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
     try:  # what the kernel could free counts too
         available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
         return 1024 * int(available[1])

@@ -6,7 +6,14 @@ import torch
 import torch.nn as nn
 
 from barelm.fast import head_rows
-from barelm.optim import MOMENTS, flops_per_token, memory_estimate, n_params
+from barelm.optim import (
+    MOMENTS,
+    attention_products,
+    cached_tokens,
+    flops_per_token,
+    memory_estimate,
+    n_params,
+)
 from barelm.run import UserError
 
 # Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
@@ -87,8 +94,8 @@ def finetune_memory(net, s, length, rollouts):
         "activations and head": activations + head,
     }
     if rollouts:
-        cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * 2  # bytes of a token, in bfloat16
-        memory["roll-outs"] = rollouts * length * cache
+        row = 2 * c.n_kv_head * c.head_dim * 2 * cached_tokens(c, length)  # bytes, in bfloat16
+        memory["roll-outs"] = rollouts * row
         if s.kl_weight:
             memory["reference"] = weights
     return memory
@@ -106,8 +113,8 @@ def token_flops(net, s, length):
     backward = 2 * forward
     if s.adapt != "full":
         # Attention's products are of activations alone: both of their sides have gradients.
-        attention = 4 * c.n_layer * c.n_head * c.head_dim * length
-        backward = forward + attention
+        products = sum(attention_products(c, pattern, length) for pattern in c.patterns)
+        backward = forward + 2 * products
     if s.train_last:
         backward *= min(1, s.train_last / c.n_layer)
     update = forward + backward

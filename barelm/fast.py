@@ -139,82 +139,119 @@ ROWS_OF_A_STEP = 16  # for how many rows oneDNN is to lay out a matrix
 
 
 class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v as plain matrix products over blocks of queries, without the keys
-    that lie behind a block: on a CPU two to three times as fast as its fused kernel in bfloat16.
-    Keeps the probabilities, in q's dtype, which the fused one computes twice.
+    """softmax(scale q k^T) v as plain matrix products over blocks of queries, without the keys
+    that no query of a block sees: on a CPU two to three times as fast as its fused kernel in
+    bfloat16. Keeps the probabilities, in q's dtype, which the fused one computes twice.
 
-    q (B, H, T, D), k and v (B, n_kv_head, T, D), unseen (1 or B, 1, T, T) bool, true where a query
-    may not look (at least at what is behind it). Blocks are joined, not written into a result: see
-    LinearCrossEntropy."""
+    q (B, H, T, D), k and v (B, n_kv_head, S, D), unseen (1 or B, 1, T, S) bool, true where a query
+    may not look, or None: all see all. blocks: `query_blocks`. Blocks are joined, not written into
+    a result: see LinearCrossEntropy."""
 
     @staticmethod
-    def forward(ctx, q, k, v, unseen):
+    def forward(ctx, q, k, v, unseen, scale, blocks):
         B, H, T, D = q.shape
         G = k.shape[1]
-        size = max(128, -(-T // 4))  # of a block
-        q = (q * D**-0.5).reshape(B, G, -1, T, D)  # the H / G heads that share a k
+        q = (q * scale).reshape(B, G, -1, T, D)  # the H / G heads that share a k
         k = k.contiguous()
         v = v.contiguous()
         y = []
         probabilities = []
-        for i in range(0, T, size):
-            j = min(i + size, T)
-            # One product for the H / G heads of each k: (B, G, H / G (j - i), D) @ (B, G, D, j)
-            p = q[..., i:j, :].reshape(B, G, -1, D) @ k[:, :, :j].mT
-            p = p.view(B, G, -1, j - i, j).masked_fill_(unseen[:, :, None, i:j, :j], -math.inf)
-            p = p.softmax(-1).view(B, G, -1, j)  # (B, G, H / G (j - i), j)
-            y.append((p @ v[:, :, :j]).view(B, G, -1, j - i, D))
+        for i, j, low, high in blocks:
+            n = high - low
+            # One product for the H / G heads of each k: (B, G, H / G (j - i), D) @ (B, G, D, n)
+            p = q[..., i:j, :].reshape(B, G, -1, D) @ k[:, :, low:high].mT
+            if unseen is not None:
+                hidden = unseen[:, :, None, i:j, low:high]
+                p = p.view(B, G, -1, j - i, n).masked_fill_(hidden, -math.inf)
+            p = p.softmax(-1).view(B, G, -1, n)  # (B, G, H / G (j - i), n)
+            y.append((p @ v[:, :, low:high]).view(B, G, -1, j - i, D))
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.scale = scale
+        ctx.blocks = blocks
         return torch.cat(y, -2).view(B, H, T, D)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, *probabilities = ctx.saved_tensors
         B, G, _, T, D = q.shape
+        S = k.shape[2]
         dy = dy.reshape(q.shape)
         dq = []
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)
-        i = 0
-        for p in probabilities:
-            j = p.shape[-1]
+        for (i, j, low, high), p in zip(ctx.blocks, probabilities):
             dy_block = dy[..., i:j, :].reshape(B, G, -1, D)
             q_block = q[..., i:j, :].reshape(B, G, -1, D)
-            dp = dy_block @ v[:, :, :j].mT
+            dp = dy_block @ v[:, :, low:high].mT
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # of the scores
-            dq.append((ds @ k[:, :, :j]).view(B, G, -1, j - i, D))
-            dk = dk + F.pad(ds.mT @ q_block, (0, 0, 0, T - j))  # no key behind j was seen
-            dv = dv + F.pad(p.mT @ dy_block, (0, 0, 0, T - j))
-            i = j
+            dq.append((ds @ k[:, :, low:high]).view(B, G, -1, j - i, D))
+            around = (0, 0, low, S - high)  # the keys that this block did not see
+            dk = dk + F.pad(ds.mT @ q_block, around)
+            dv = dv + F.pad(p.mT @ dy_block, around)
         # q was scaled before it was saved: dk has the factor, dq does not yet.
-        dq = (torch.cat(dq, -2) * D**-0.5).view(B, -1, T, D)
-        return dq, dk, dv, None
+        dq = (torch.cat(dq, -2) * ctx.scale).view(B, -1, T, D)
+        return dq, dk, dv, None, None, None
 
 
-def can_block(q, k, mask, dropout):
+BLOCK = 128  # queries of the smallest block
+
+
+def query_blocks(T, S, causal, reach):
+    """[(i, j, low, high)]: queries i to j - 1 see no key but low to high - 1. reach: how many
+    places before a query (and without causality, behind it) it may look; None: all."""
+    size = max(BLOCK, -(-T // 4))
+    if reach is not None and 2 * reach < T:  # smaller blocks look at less that they do not see
+        size = BLOCK
+    blocks = []
+    for i in range(0, T, size):
+        j = min(i + size, T)
+        low = 0 if reach is None else max(0, i - reach)
+        high = S
+        if causal:
+            high = j
+        elif reach is not None:
+            high = min(S, j + reach)
+        blocks.append((i, j, low, high))
+    return blocks
+
+
+KEPT = 1024 * 1024  # of a head: so many probabilities are kept at most, and not computed twice
+
+
+def can_block(q, k, mask, dropout, causal=True, reach=None):
     """Whether `blocked_attention` computes this attention, and faster than torch: on a CPU in less
-    than float32, where products are far faster than sums, of tokens to themselves."""
+    than float32, where products are far faster than sums, of many tokens to themselves, or without
+    causality to others."""
     T = q.shape[2]
     S = k.shape[2]
     if q.device.type != "cpu" or q.dtype == torch.float32 or dropout:
         return False
-    if not 1 < T == S <= 1024:  # it keeps T x T probabilities of each head
+    if k.dtype != q.dtype or T < 2 or (causal and T != S):
+        return False
+    n_keys = S if reach is None else min(S, 2 * reach + BLOCK)
+    if T * n_keys > KEPT:
         return False
     if mask is None:
         return True
     if mask.dtype != torch.bool or mask.shape[1] != 1:  # numbers to add, or a mask for each head
         return False
     # Keys behind a query are never looked at. (A compiled network is compared with this one.)
-    return torch.compiler.is_compiling() or not mask.triu(1).any()
+    return not causal or torch.compiler.is_compiling() or not mask.triu(1).any()
 
 
-def blocked_attention(q, k, v, mask=None):
-    """BlockedAttention where mask (1 or B, 1, T, T) bool is true; causal where it is None."""
-    if mask is None:
-        T = q.shape[2]
-        return BlockedAttention.apply(q, k, v, torch.ones(1, 1, T, T, dtype=torch.bool).triu(1))
-    return BlockedAttention.apply(q, k, v, ~mask)
+def blocked_attention(q, k, v, mask=None, scale=None, causal=True, reach=None):
+    """BlockedAttention where mask (1 or B, 1, T or 1, S) bool is true; where it is None, causal or
+    without any. reach: as `query_blocks` has it; the mask hides what is out of it."""
+    T = q.shape[2]
+    S = k.shape[2]
+    unseen = None
+    if mask is not None:
+        unseen = ~mask.expand(-1, -1, T, S)
+    elif causal:
+        unseen = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return BlockedAttention.apply(q, k, v, unseen, scale, query_blocks(T, S, causal, reach))
 
 
 def block_mask(may_look, docs):

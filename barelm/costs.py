@@ -5,6 +5,7 @@ The settings `s` of these functions are finetune.py's or rl.py's keys, by their 
 import torch
 import torch.nn as nn
 
+from barelm.adapters import adapted_layers
 from barelm.fast import head_rows
 from barelm.optim import (
     MOMENTS,
@@ -35,7 +36,8 @@ NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8
 
 def linear_layers(net):
     """The matrices of the blocks."""
-    return [m for m in net.model.layers.modules() if isinstance(m, nn.Linear)]
+    names = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+    return [net.get_submodule(name) for name in names if ".layers." in name]
 
 
 def learned_weights(net, s):
@@ -50,7 +52,7 @@ def learned_weights(net, s):
         return added, added
     if s.adapt == "adapter":
         bottleneck = 2 * c.n_embd * s.adapter_size + s.adapter_size + c.n_embd  # and its biases
-        added = 2 * c.n_layer * bottleneck  # behind attention and behind the MLP
+        added = len(adapted_layers(net)) * bottleneck  # behind attention and behind the MLP
         return added, added
     if s.adapt == "prompt":  # rows of the embedding, all of which has gradients
         return c.vocab_size * c.n_embd, 0

@@ -8,11 +8,13 @@ with which tests/test_fast.py compares.
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from barelm.positions import relative_bucket
 from barelm.quantized import QuantizedLinear, QuantizedProduct, quantized_product
 from barelm.run import compute_dtype
 
@@ -221,11 +223,12 @@ KEPT = 1024 * 1024  # of a head: so many probabilities are kept at most, and not
 
 def can_block(q, k, mask, dropout, causal=True, reach=None):
     """Whether `blocked_attention` computes this attention, and faster than torch: on a CPU in less
-    than float32, where products are far faster than sums, of many tokens to themselves, or without
-    causality to others."""
+    than float32, where products are far faster than sums, or where tokens see no far ones; of many
+    tokens to themselves, or without causality to others."""
     T = q.shape[2]
     S = k.shape[2]
-    if q.device.type != "cpu" or q.dtype == torch.float32 or dropout:
+    is_narrow = reach is not None and 2 * reach < T
+    if q.device.type != "cpu" or dropout or (q.dtype == torch.float32 and not is_narrow):
         return False
     if k.dtype != q.dtype or T < 2 or (causal and T != S):
         return False
@@ -254,34 +257,71 @@ def blocked_attention(q, k, v, mask=None, scale=None, causal=True, reach=None):
     return BlockedAttention.apply(q, k, v, unseen, scale, query_blocks(T, S, causal, reach))
 
 
-def block_mask(may_look, positions, docs):
-    """The mask of `sparse_attention` for tokens at positions (B or 1, T) in documents docs (B, T)
-    int64: which blocks of 128 queries and 128 keys are seen in whole, in part, or not at all. Made
-    on the device, in one pass over T x T. may_look(query, key, query_doc, key_doc) is the rule."""
+class SparseMask(NamedTuple):
+    """What `sparse_attention` looks at, and what it adds to the scores. A tuple, whose tensors
+    torch.compile takes as inputs."""
+
+    blocks: object  # a BlockMask: which blocks of 128 queries and 128 keys are seen
+    slopes: torch.Tensor | None = None  # (H,), of ALiBi
+    table: torch.Tensor | None = None  # (n_buckets, H), of relative positions
+    buckets: tuple = ()  # n_buckets, max_distance, causal: how `relative_bucket` finds its row
+
+
+def block_mask(may_look, positions, docs=None):
+    """The BlockMask for tokens at positions (B or 1, T), in documents docs (B, T) int64 or in one:
+    which blocks of 128 queries and 128 keys are seen in whole, in part, or not at all. Made on the
+    device, in one pass over T x T. may_look(query, key, query_doc, key_doc) is the rule."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    if docs is None:
+
+        def seen(row, head, query, key):
+            return may_look(query, key)
+
+        T = positions.shape[1]
+        return create_block_mask(seen, None, None, T, T, positions.device)
 
     docs = docs.int()  # which the kernel reads again for each block
     positions = positions.int().expand_as(docs)
 
-    def seen(row, head, query, key):
+    def seen_in_documents(row, head, query, key):
         query_doc = docs[row, query]
         key_doc = docs[row, key]
         return may_look(positions[row, query], positions[row, key], query_doc, key_doc)
 
     B, T = docs.shape
-    return create_block_mask(seen, B, None, T, T, docs.device)
+    return create_block_mask(seen_in_documents, B, None, T, T, docs.device)
 
 
-def sparse_attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v under a `block_mask`, without the blocks that it hides; where it
-    is not compiled, torch computes all of them. It knows no dropout."""
-    from torch.nn.attention.flex_attention import flex_attention
+def sparse_attention(q, k, v, mask, scale=None, softcap=0.0, sinks=None):
+    """`Operations.attend` under a SparseMask, without the blocks that it hides; where it is not
+    compiled, torch computes all of them. It knows no dropout."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    grouped = q.shape[1] != k.shape[1]
+    def score(score, row, head, query, key):
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        distance = key - query  # within a document: of tokens, as of positions
+        if mask.slopes is not None:
+            score = score - mask.slopes[head] * distance.abs()
+        if mask.table is not None:
+            score = score + mask.table[relative_bucket(distance, *mask.buckets), head]
+        return score
+
     # One dtype, which autocast does not see to here.
     dtype = compute_dtype(v)
     qkv = (q.to(dtype), k.to(dtype), v.to(dtype))
-    return flex_attention(*qkv, block_mask=mask, enable_gqa=grouped).to(q.dtype)
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if softcap or mask.slopes is not None or mask.table is not None:
+        options["score_mod"] = score
+    if sinks is None:
+        return flex_attention(*qkv, block_mask=mask.blocks, **options).to(q.dtype)
+    y, aux = flex_attention(
+        *qkv, block_mask=mask.blocks, return_aux=AuxRequest(lse=True), **options
+    )
+    # Of exp(lse) + exp(sink), by which all should have been divided, this is the share of exp(lse).
+    share = torch.sigmoid(aux.lse - sinks.float()[:, None])  # (B, H, T)
+    return (y * share[..., None]).to(q.dtype)
 
 
 def head_piece(x, weight, targets, learn, weight_learns=True):

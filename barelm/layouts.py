@@ -106,18 +106,19 @@ class Layout:
 
     def can_cut(self, length, reached):
         """Whether a row that has had `reached` tokens may go on behind its first `length`."""
-        return reached <= self.turns_at or reached - length <= self.slack
+        return length == 0 or reached <= self.turns_at or reached - length <= self.slack
 
     def in_order(self, pattern, length):
-        """Whether a query behind the `length` tokens that a row has may be told to see all that is
-        held, as far as its pattern sees so many: none of them is out of its sight."""
+        """Whether the newest of a row's `length` tokens sees all that the row holds, if its pattern
+        sees so many at all: what stands in the ring is then no further away than its places say."""
         return length <= self.turns_at or pattern.kind == "sliding"
 
 
-def layout_for(pattern, max_len, slack=0):
+def layout_for(pattern, max_len, slack=0, whole=False):
     """The Layout of a layer whose tokens see by this Pattern, in rows of max_len tokens. A kind
-    that is not named here keeps all, which is right for each."""
-    whole = Layout(max_len, max_len)
+    that is not named here keeps all, which is right for each; as does any where `whole` is asked
+    for."""
+    all_places = Layout(max_len, max_len)
     size = pattern.window
     ring = size + slack
     n_first = pattern.n_sinks
@@ -128,5 +129,5 @@ def layout_for(pattern, max_len, slack=0):
         n = n_first + ring + -(-max_len // size) * tail
         layout = Layout(n, n_first, ring, size, tail, slack)
     else:  # `strided`: at every distance there is a token that looks so far back
-        return whole
-    return layout if layout.n < max_len else whole
+        return all_places
+    return layout if layout.n < max_len and not whole else all_places

@@ -55,6 +55,10 @@ class Layout:
             place = (self.turns_at + of_tail).where(self.in_tail(positions) >= 0, place)
         return positions.where(positions < self.n_first, place)
 
+    def place_of(self, position):
+        """`of` a whole number, on the host."""
+        return position if self.whole else int(self.of(torch.tensor(position)))
+
     def in_tail(self, positions):
         """The number of a position among its block's last ones; negative: it is none of them."""
         return positions % self.block - (self.block - self.tail)

@@ -182,7 +182,7 @@ class PackedCache(SlotCache):
     def __init__(self, decoder, slots, lengths):
         super().__init__(decoder, slots)
         positions = torch.cat([torch.arange(n) for n in lengths])
-        ends = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))
+        ends = torch.cat([torch.full((n,), n) for n in lengths])
         self.index = {}  # of each group: (slots (N,), ':', places (N,))
         for group in self.stores.groups:
             places = group.layout.to_write(positions[:, None], ends)[:, 0]

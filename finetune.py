@@ -51,7 +51,7 @@ merge: bool | str = False  # write merged/ too, a plain folder; quantized: of ql
 # the optimizer
 optimizer = "adamw"  # any of train.py's
 learning_rate = 3e-4  # the peak
-lr_schedule = "linear"  # linear, cosine, trapezoid or constant, after the warm-up
+lr_schedule = "linear"  # linear, cosine, trapezoid, constant or inverse_sqrt, after the warm-up
 warmup_steps = 10  # steps of linear warm-up
 min_lr = 0.0  # the last learning rate, as a fraction of the peak
 decay_fraction = 0.4  # trapezoid: the part of the run that decays

@@ -213,8 +213,23 @@ def mean_keys(pattern, length):
 
 
 def mlp_weights(c, layer):
-    """Weights of a decoder layer's MLP that a token is multiplied with."""
-    return MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden
+    """Weights of a decoder layer's MLP that a token is multiplied with: where it has experts the
+    router's, and those of the experts that the token is given to."""
+    weights = MLP_MATRICES[c.mlp] * c.n_embd
+    if not c.has_experts[layer]:
+        return weights * c.n_hidden
+    n = c.n_experts_per_token + c.n_shared_experts
+    return c.n_experts * c.n_embd + n * weights * c.expert_hidden
+
+
+def mlp_numbers(c, layer):
+    """Numbers that a token leaves for backward in a decoder layer's MLP: before and behind the
+    activation; of its experts each has its own, and what it reads and gives."""
+    n = MLP_MATRICES[c.mlp] + 1
+    if not c.has_experts[layer]:
+        return n * c.n_hidden
+    k = c.n_experts_per_token
+    return (k + c.n_shared_experts) * n * c.expert_hidden + 3 * k * c.n_embd + 2 * c.n_experts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,15 +243,17 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
     An encoder-decoder's rows have a source of seq_len too."""
     width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
     blocks = []  # bytes of a token in each
-    for pattern in c.patterns:
-        blocks.append(block_bytes(c, pattern, seq_len, width, device_type))
+    for i, pattern in enumerate(c.patterns):
+        size = block_bytes(c, pattern, seq_len, width, device_type)
+        blocks.append(size + width * mlp_numbers(c, i))
     if c.is_seq2seq:
         # Cross-attention: as much as self-attention, whose MLP is counted already.
         cross = 8 * c.n_embd + 2 * width * (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
         cross += score_bytes(c, seq_len, width)
         blocks = [size + cross for size in blocks]
+        mlp = width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden
         for pattern in c.encoder_patterns:
-            blocks.append(block_bytes(c, pattern, seq_len, width, device_type))
+            blocks.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
     if recompute:  # of each block its input alone, and all of the one that is computed again
         kept = len(blocks) * 4 * c.n_embd + max(blocks)
     else:
@@ -249,11 +266,10 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
 
 
 def block_bytes(c, pattern, seq_len, width, device_type):
-    """Bytes that a token leaves in a block for backward."""
+    """Bytes that a token leaves in a block for backward, without the MLP's inside."""
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
-    n_hidden = (MLP_MATRICES[c.mlp] + 1) * c.n_hidden  # before and behind the activation
     # x and its sums and norms in float32, then what the products read.
-    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads + n_hidden)
+    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads)
     plain = score_bytes(c, seq_len, width)
     if not plain and device_type == "cpu" and width == 2 and seq_len <= 1024:
         # BlockedAttention's probabilities: of whole blocks of keys.

@@ -26,6 +26,7 @@ REPLACED = 0.1  # so many by any token of text; the others are left as they are
 SPAN_LENGTH = 3.0  # tokens of a span that is cut out, the mean
 N_SENTINELS = 100  # of T5's tokenizers
 VALIDATION_SEED = 2019  # a validation's masks are always the same, whatever the seed of a run
+SHORTEST = 10  # tokens of a text that has room for a span
 MASKS = 0x6D61736B  # tells the draws of masks from others that have the same seed
 
 
@@ -214,6 +215,11 @@ class Objective:
             "ids": np.append(v.start_id, targets[:-1]),
             "targets": targets,
         }
+
+
+def fills_gaps(c):
+    """Whether the network of a GPTConfig tells what is hidden in a text, and not what follows."""
+    return not c.causal or c.n_encoder_layer > 0
 
 
 def check_kind(objective, c):

@@ -1,4 +1,4 @@
-"""What is asked of a window in pre-training: masked tokens, whole words, spans; and runs by them."""
+"""What pre-training asks of a window: masked tokens, whole words, spans; and runs by them."""
 
 import json
 import random

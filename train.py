@@ -447,10 +447,7 @@ def open_network(data, folder):
         vocab_size = math.ceil(tok.n_vocab / 64) * 64  # rows in multiples that GPUs like
         config = GPTConfig(vocab_size=vocab_size, n_ctx=seq_len, **shape)
         torch.manual_seed(seed)
-        net = GPT(config, fast=fast)
-        if objective == "span":  # as T5: what a decoder's input begins with is padding
-            net.pad_id = net.start_id = tok.pad_id
-        return net, tok, None
+        return GPT(config, fast=fast), tok, None
     saved = None
     source = Path(start)
     if start == "resume":
@@ -483,6 +480,8 @@ def check_shape(c, source):
 def set_objective(data, net, tok):
     """Let the data ask what `objective` says, which has to suit the network and its tokenizer."""
     check_kind(objective, net.config)
+    if objective == "span" and net.start_id is None:  # as T5: a decoder's input begins with padding
+        net.pad_id = net.start_id = tok.pad_id
     vocabulary = vocabulary_of(tok, net.start_id)
     data.objective = Objective(objective, vocabulary, seed, mask_rate, whole_words)
     data.objective.check(seq_len)

@@ -716,6 +716,8 @@ def run_loss(net, tok, answers, say):
     """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
     texts, whose first token follows the one that starts a document."""
     if fills_gaps(net.config):
+        if asked_lengths():
+            raise UserError(f"lengths={lengths}: expected a model that predicts the next token")
         return run_gaps(net, tok, answers)
     length = window_length(net)
     if text:

@@ -201,7 +201,7 @@ def mean_keys(pattern, length):
     if pattern.sees_all(n):
         return length
     keys = torch.arange(n)
-    every = max(1, n // 2048) | 1  # of long rows some queries: an odd step meets each place of a block
+    every = max(1, n // 2048) | 1  # of long rows some queries, at all places of a block: it is odd
     full = Pattern(causal=pattern.causal)
     n_seen = 0
     n_in_all = 0

@@ -2,17 +2,15 @@
 answer is compared with the one that was wanted."""
 
 import json
-import math
 import random
 
 import numpy as np
 import pytest
-import torch
 
 from barelm.clean import Reject
 from barelm.dedup import digest
 from barelm.number_words import draw_numbers, in_english, in_german
-from barelm.run import Schedule, UserError
+from barelm.run import Schedule
 from barelm.similarity import chrf, chrf_counts, common_subsequence, rouge_l
 from barelm.sources import cut_into_units
 from barelm.tasksets import Reading, as_seq2seq, convert_unit, translation_of

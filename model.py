@@ -1161,6 +1161,8 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
     alone: prompts may come in batches of any size.
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
+    if not net.config.causal:
+        raise UserError("an encoder sees all of a text and continues none: sample.py fills its masks")
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]

@@ -237,7 +237,7 @@ def block_biases(mask, queries, T, S, device, causal=True):
         if mask is not None:
             part = mask[:, :, queries.start : queries.stop, begin : keys.stop]
         elif T == 1 or not causal:  # alone, it sees all that there is
-            part = torch.ones(1, 1, 1, len(keys), dtype=torch.bool, device=device)
+            part = torch.ones(1, 1, len(queries), len(keys), dtype=torch.bool, device=device)
         elif begin >= queries.stop:  # causal: no query is behind these keys
             break
         else:

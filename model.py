@@ -1162,13 +1162,12 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     alone: prompts may come in batches of any size.
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     if not net.config.causal:
-        raise UserError("an encoder sees all of a text and continues none: sample.py fills its masks")
+        raise UserError("an encoder continues no text: sample.py fills its masks")
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
-    read = tok.source if is_seq2seq else tok.prompt
-    prompts = [read(p) if isinstance(p, str) else list(p) for p in prompts]
+    prompts = [list(p) if not isinstance(p, str) else text_ids(tok, p, is_seq2seq) for p in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
@@ -1192,6 +1191,11 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]
+
+
+def text_ids(tok, text, is_source):
+    """The ids of a text that is continued, or of a source."""
+    return tok.source(text) if is_source else tok.prompt(text)
 
 
 def sample_rows(net, tok, prompts, rows, seed, penalty, filters):

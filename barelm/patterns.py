@@ -24,7 +24,6 @@ class Pattern:
         reach = self.window if self.causal or self.kind != "sliding" else self.window // 2 + 1
         return n <= reach
 
-
     @property
     def reach(self):
         """No token sees one that is further from it; None: any."""

@@ -218,6 +218,14 @@ def query_blocks(T, S, causal, reach):
     return blocks
 
 
+def keys_of_block(S, causal, reach):
+    """How many of S keys a block of BLOCK queries is held against, at most."""
+    if reach is None:
+        return S
+    sides = 1 if causal else 2
+    return min(S, sides * reach + BLOCK)
+
+
 KEPT = 1024 * 1024  # of a head: so many probabilities are kept at most, and not computed twice
 
 
@@ -232,8 +240,7 @@ def can_block(q, k, mask, dropout, causal=True, reach=None):
         return False
     if k.dtype != q.dtype or T < 2 or (causal and T != S):
         return False
-    n_keys = S if reach is None else min(S, 2 * reach + BLOCK)
-    if T * n_keys > KEPT:
+    if T * keys_of_block(S, causal, reach) > KEPT:
         return False
     if mask is None:
         return True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from barelm.fast import head_rows
+from barelm.fast import KEPT, head_rows, keys_of_block
 from barelm.muon import Muon
 from barelm.patterns import Pattern, may_look
 from barelm.run import UserError
@@ -271,13 +271,20 @@ def block_bytes(c, pattern, seq_len, width, device_type):
     # x and its sums and norms in float32, then what the products read.
     block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads)
     plain = score_bytes(c, seq_len, width)
-    if not plain and device_type == "cpu" and width == 2 and seq_len <= 1024:
-        # BlockedAttention's probabilities: of whole blocks of keys.
-        keys = 5 * seq_len // 8 if pattern.causal else seq_len
-        if not pattern.sees_all(seq_len):
-            keys = min(keys, mean_keys(pattern, seq_len) + seq_len // 4)
-        block += int(width * c.n_head * max(128, keys))
+    if not plain and device_type == "cpu":
+        block += width * c.n_head * probabilities_kept(pattern, seq_len, width)
     return block + plain
+
+
+def probabilities_kept(pattern, seq_len, width):
+    """How many probabilities of a head BlockedAttention keeps of a token, on average."""
+    reach = pattern.reach
+    if reach is not None and 2 * reach < seq_len:
+        keys = keys_of_block(seq_len, pattern.causal, reach)
+        return keys if seq_len * keys <= KEPT else 0
+    if width > 2 or seq_len > 1024:  # torch's kernel keeps none
+        return 0
+    return max(128, 5 * seq_len // 8 if pattern.causal else seq_len)
 
 
 def score_bytes(c, n_keys, width):

@@ -249,6 +249,14 @@ class Tokenizer:
         begin, end = self.document_layout
         return [*end, *begin][-1:]
 
+    def source(self, text):
+        """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
+        behind it, or else the end token behind it, as T5 has it."""
+        end = self.finish
+        if not end and self.end_id is not None:
+            end = [self.end_id]
+        return self.start + self.encode(text) + end
+
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
         return self.bytes.get(id, b"")

@@ -35,7 +35,7 @@ from barelm.fast import (
     joined_product,
     sparse_attention,
 )
-from barelm.generation import decode_rows
+from barelm.generation import check_generates, decode_rows
 from barelm.layouts import layout_for
 from barelm.patterns import Pattern, attention_mask, may_look, with_bias
 from barelm.positions import (
@@ -1133,6 +1133,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
+    check_generates(net.config)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
     read = tok.source if is_seq2seq else tok.prompt

@@ -17,10 +17,13 @@ from barelm import quantized as quantized_layers
 from barelm.adapters import add_adapters
 from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
+from barelm.engine import Engine
 from barelm.fast import PlacedProduct, generating
 from barelm.generation import decoder_for
 from barelm.graphs import Graphs
+from barelm.jobs import Job, Sampling
 from barelm.quantized import quantize_weights
+from barelm.run import UserError
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
 from barelm.tokenizer import Tokenizer
 
@@ -331,3 +334,76 @@ def test_a_placed_product_follows_the_weights():
 def test_a_decoder_for_a_cpu_is_of_one_generation(tok):
     net = make_net(**QWEN3)
     assert decoder_for(net, tok, 2, 8) is not decoder_for(net, tok, 2, 8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder-decoders: a prompt is a source, which is read once
+
+
+T5 = dict(n_head=4, n_embd=32, n_encoder_layer=2, pos="relative", n_buckets=8, max_distance=20)
+T5 |= dict(scale_scores=False, qk_norm=False, mlp="relu", logit_scale=32**-0.5)
+SEQ2SEQ = {
+    "t5": T5,
+    "vaswani": dict(n_head=4, n_embd=32, n_encoder_layer=1, pos="sinusoidal", norm="layer")
+    | dict(norm_place="post", mlp="relu", bias=True, qk_norm=False, embed_scale=True),
+    "windows": QWEN3 | dict(n_encoder_layer=1, window=4, layers="SL"),
+}
+SOURCES = [[1, 2, 3], [5], [4, 9] * 15, [7, 8, 9, 10, 11, 12, 1, 2]]
+
+
+def make_seq2seq(name):
+    net = make_net(**SEQ2SEQ[name])
+    net.start_id = 2
+    return net
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_sources_are_answered_as_by_whole_passes(name, tok):
+    net = make_seq2seq(name)
+    endless = Tokenizer(tok.spec, tok.config)
+    endless.eos_ids = []
+    expected = [without_cache(net, endless, source, 11) for source in SOURCES]
+    for net.fast in (True, False):
+        for settings in SETTINGS[1:]:
+            how = dict(max_new_tokens=11, **settings)
+            together = model.generate(net, tok, SOURCES, **how)
+            for i, source in enumerate(SOURCES):
+                compare([together[i]], model.generate(net, tok, [source], first=i, **how), 1e-3)
+        answers = model.generate(net, endless, SOURCES, max_new_tokens=11, temperature=0)
+        assert [answer.ids for answer in answers] == expected
+        [full] = model.generate(net, endless, [[3] * 32], max_new_tokens=99, temperature=0)
+        assert len(full.ids) == 31  # the contexts of source and answer are two
+
+
+def without_cache(net, tok, source, n):
+    """The likeliest tokens, by a whole pass for each."""
+    ids = [net.start_id]
+    for _ in range(n):
+        with torch.no_grad():
+            h = net.hidden(torch.tensor([ids]), encoder_ids=torch.tensor([source]))
+        ids.append(model.head(net, tok, h[0, -1]).argmax().item())
+    return ids[1:]
+
+
+def test_an_engine_answers_sources(tok):
+    net = make_seq2seq("t5")
+    engine = Engine(net, tok, max_batch=3, max_len=32, prefill_chunk=7)
+    sources = [*SOURCES, SOURCES[2], [4] * 32]
+    jobs = [Job(tok, source, 9, Sampling(temperature=0.0), print) for source in sources]
+    for job in jobs:
+        job.listener = lambda update: None
+    engine.submit(jobs)
+    with generating(net), torch.inference_mode():
+        while engine.waiting or engine.jobs:
+            engine.step()
+    for job in jobs:
+        [answer] = model.generate(net, tok, [job.ids], max_new_tokens=9, temperature=0)
+        assert job.row.out.ids[: len(answer.ids)] == answer.ids and job.n_reused == 0
+
+
+def test_an_encoder_generates_nothing(tok):
+    net = make_net(**QWEN3, causal=False)
+    with pytest.raises(UserError, match="an encoder .*generates none"):
+        model.generate(net, tok, [[1]])
+    with pytest.raises(UserError, match="an encoder .*generates none"):
+        Engine(net, tok, max_batch=2, max_len=9)

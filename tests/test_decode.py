@@ -60,6 +60,17 @@ def quantized(net):
     return quantize_weights(net, "int8")
 
 
+T5 = dict(n_head=4, n_embd=32, n_encoder_layer=2, pos="relative", n_buckets=8, max_distance=20)
+T5 |= dict(scale_scores=False, qk_norm=False, mlp="relu", logit_scale=32**-0.5)
+SEQ2SEQ = {
+    "t5": T5,
+    "vaswani": dict(n_head=4, n_embd=32, n_encoder_layer=1, pos="sinusoidal", norm="layer")
+    | dict(norm_place="post", mlp="relu", bias=True, qk_norm=False, embed_scale=True),
+    "windows": QWEN3 | dict(n_encoder_layer=1, window=4, layers="SL"),
+}
+STEPS = SHAPES | OURS | SEQ2SEQ
+STEPS["rings"] = QWEN3 | dict(window=5, layers="SSSL", n_layer=4, sink_tokens=2, pos="alibi")
+STEPS["blocks"] = QWEN3 | dict(window=8, attention="fixed", sinks=True, softcap=9.0)
 NETS = {
     "qwen3": (QWEN3, None),
     "wide heads": (SHAPES["qwen3-untied-wide-heads"], None),
@@ -240,7 +251,9 @@ def on_the_device(net, device):
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no device to pretend")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "post-sinusoidal-relu2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gpt2", "post-sinusoidal-relu2", "rings", "blocks", "windows", "t5"]
+)
 def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
     """Of fake tensors nothing can be read on the host, and devices may not be mixed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -255,7 +268,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
                 copied.extend(x for x in args if getattr(x, "is_cpu", False))
             return operation(*args, **(kwargs or {}))
 
-    net = make_net(**(SHAPES | OURS)[name])
+    net = make_net(**STEPS[name])
+    net.start_id = 2
     with FakeTensorMode(), generating(net), torch.no_grad():
         net = on_the_device(net, "cuda")
         decoder = Decoder(net, tok, 4, 32, graphs=False, check=True)
@@ -264,16 +278,17 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
             uniform = torch.empty(5)
             decoder.set(slot, [1, 2], 5, options=options, uniform=uniform, ends=tok.eos_ids)
         decoder.read({0: [1, 2], 1: [1]})
-        decoder.read({1: [2]})
+        if not decoder.is_seq2seq:
+            decoder.read({1: [2]})
         for sampled, top_k, top_p, min_p, penalized in itertools.product((False, True), repeat=5):
             kinds = Kinds(sampled, 8 * top_k, top_p, min_p, penalized)
             with NoCopies():
                 values = decoder.choose_rows(slice(0, 4), kinds, 2)
             assert values.device.type == "cuda" and values.shape == (4, 2 + 2 * 2 + 1)
-        for flash in (False, True):
+        for flash in (False, True)[: 1 + net.config.is_plain]:
             decoder.flash = flash
             with decoder.computing(), NoCopies():
-                decoder.feed_rows(slice(0, 2), 32)
+                decoder.feed_rows(slice(0, 2), 32, None, decoder.source_places([]))
         decoder.refresh()
         with NoCopies():
             decoder.clear(0)
@@ -339,15 +354,6 @@ def test_a_decoder_for_a_cpu_is_of_one_generation(tok):
 # --------------------------------------------------------------------------------------------------
 # Encoder-decoders: a prompt is a source, which is read once
 
-
-T5 = dict(n_head=4, n_embd=32, n_encoder_layer=2, pos="relative", n_buckets=8, max_distance=20)
-T5 |= dict(scale_scores=False, qk_norm=False, mlp="relu", logit_scale=32**-0.5)
-SEQ2SEQ = {
-    "t5": T5,
-    "vaswani": dict(n_head=4, n_embd=32, n_encoder_layer=1, pos="sinusoidal", norm="layer")
-    | dict(norm_place="post", mlp="relu", bias=True, qk_norm=False, embed_scale=True),
-    "windows": QWEN3 | dict(n_encoder_layer=1, window=4, layers="SL"),
-}
 SOURCES = [[1, 2, 3], [5], [4, 9] * 15, [7, 8, 9, 10, 11, 12, 1, 2]]
 
 

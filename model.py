@@ -36,7 +36,7 @@ from barelm.fast import (
     joined_product,
     sparse_attention,
 )
-from barelm.generation import decode_rows
+from barelm.generation import check_generates, decode_rows
 from barelm.layouts import layout_for
 from barelm.patterns import Pattern, attention_mask, may_look, with_bias
 from barelm.positions import (
@@ -1165,6 +1165,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
         raise UserError("an encoder continues no text: sample.py fills its masks")
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
+    check_generates(net.config)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
     prompts = [list(p) if not isinstance(p, str) else text_ids(tok, p, is_seq2seq) for p in prompts]

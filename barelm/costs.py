@@ -2,15 +2,17 @@
 
 The settings `s` of these functions are finetune.py's or rl.py's keys, by their names."""
 
+import math
+
 import torch
 import torch.nn as nn
 
 from barelm.adapters import adapted_layers
 from barelm.fast import head_rows
+from barelm.layouts import cached_numbers
 from barelm.optim import (
     MOMENTS,
     attention_products,
-    cached_tokens,
     flops_per_token,
     memory_estimate,
     n_params,
@@ -96,7 +98,7 @@ def finetune_memory(net, s, length, rollouts):
         "activations and head": activations + head,
     }
     if rollouts:
-        row = 2 * c.n_kv_head * c.head_dim * 2 * cached_tokens(c, length)  # bytes, in bfloat16
+        row = 2 * cached_numbers(c, math.ceil(length))  # bytes, in bfloat16
         memory["roll-outs"] = rollouts * row
         if s.kl_weight:
             memory["reference"] = weights

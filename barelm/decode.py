@@ -47,7 +47,7 @@ from barelm.caches import (
 )
 from barelm.fast import PlacedProduct
 from barelm.graphs import Graphs
-from barelm.run import UserError, compute_dtype
+from barelm.run import compute_dtype
 from barelm.sampling import (
     OFF,
     PENALTIES,
@@ -105,15 +105,6 @@ class Chosen:
         )
 
 
-def check_generates(c):
-    """Refuse a network that makes no text."""
-    if not c.causal:
-        raise UserError(
-            "this network is an encoder (causal=false): it fills in masks and reads texts, and "
-            "generates none; a decoder or an encoder-decoder does"
-        )
-
-
 class Decoder:
     """n_slots sequences of at most max_len tokens each, prompt and answer together, of a network.
 
@@ -125,7 +116,6 @@ class Decoder:
     def __init__(
         self, net, tok, n_slots, max_len, *, max_source=0, check=False, graphs=True, slack=0
     ):
-        check_generates(net.config)
         self.net = net
         self.n_vocab = min(tok.n_vocab, net.config.vocab_size)  # ids from here on are padding
         self.n_slots = n_slots

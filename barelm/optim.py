@@ -297,17 +297,6 @@ def score_bytes(c, n_keys, width):
     return 0
 
 
-def cached_tokens(c, length):
-    """How many tokens' keys and values a row's cache holds, all layers added, after `length`."""
-    places = 0
-    for pattern in c.patterns:
-        if pattern.causal and pattern.kind in ("sliding", "local"):  # a ring: the rest is not seen
-            places += min(length, pattern.window + pattern.n_sinks)
-        else:
-            places += length
-    return places
-
-
 def free_memory(device):
     """Bytes that this process may still take on the device."""
     if device.type == "cuda":

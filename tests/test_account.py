@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_model import GPT2, QWEN3, make_net, random_ids
 
-from barelm.optim import cached_tokens, flops_per_token, mean_keys, memory_estimate, sequence_flops
+from barelm.layouts import cached_numbers
+from barelm.optim import flops_per_token, mean_keys, memory_estimate, sequence_flops
 from barelm.patterns import Pattern
 from model import GPTConfig
 
@@ -74,7 +75,7 @@ def test_the_keys_of_a_pattern_are_counted_as_a_loop_counts_them(kind, causal):
     assert mean_keys(Pattern(causal, "sliding", 2 * n), n) == n
 
 
-def test_windows_save_flops_and_cached_tokens():
+def test_windows_save_flops_and_places_in_a_cache():
     shape = dict(vocab_size=64, n_ctx=256, n_layer=4, n_head=4, n_embd=64)
     full = GPTConfig(**shape)
     mixed = GPTConfig(**shape, window=32, layers="SSSL")
@@ -82,9 +83,9 @@ def test_windows_save_flops_and_cached_tokens():
     seen = sum(min(32, t + 1) for t in range(256))  # pairs
     share = seen / (256 * 257 / 2)
     assert saved == pytest.approx(3 * 4 * 64 * 256 * (1 - share))  # 3 of 4 layers, H D = 64
-    assert cached_tokens(full, 200) == 4 * 200
-    assert cached_tokens(mixed, 200) == 200 + 3 * 32
-    assert cached_tokens(mixed, 20) == 4 * 20
+    assert cached_numbers(full, 200) == 2 * 64 * 4 * 200
+    assert cached_numbers(mixed, 20) == 2 * 64 * 4 * 20
+    assert cached_numbers(mixed, 200) < 2 * 64 * (200 + 3 * 100)
 
 
 MEMORY = {

@@ -17,10 +17,13 @@ from barelm import quantized as quantized_layers
 from barelm.adapters import add_adapters
 from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
+from barelm.engine import Engine
 from barelm.fast import PlacedProduct, generating
 from barelm.generation import decoder_for
 from barelm.graphs import Graphs
+from barelm.jobs import Job, Sampling
 from barelm.quantized import quantize_weights
+from barelm.run import UserError
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
 from barelm.tokenizer import Tokenizer
 
@@ -57,6 +60,17 @@ def quantized(net):
     return quantize_weights(net, "int8")
 
 
+T5 = dict(n_head=4, n_embd=32, n_encoder_layer=2, pos="relative", n_buckets=8, max_distance=20)
+T5 |= dict(scale_scores=False, qk_norm=False, mlp="relu", logit_scale=32**-0.5)
+SEQ2SEQ = {
+    "t5": T5,
+    "vaswani": dict(n_head=4, n_embd=32, n_encoder_layer=1, pos="sinusoidal", norm="layer")
+    | dict(norm_place="post", mlp="relu", bias=True, qk_norm=False, embed_scale=True),
+    "windows": QWEN3 | dict(n_encoder_layer=1, window=4, layers="SL"),
+}
+STEPS = SHAPES | OURS | SEQ2SEQ
+STEPS["rings"] = QWEN3 | dict(window=5, layers="SSSL", n_layer=4, sink_tokens=2, pos="alibi")
+STEPS["blocks"] = QWEN3 | dict(window=8, attention="fixed", sinks=True, softcap=9.0)
 NETS = {
     "qwen3": (QWEN3, None),
     "wide heads": (SHAPES["qwen3-untied-wide-heads"], None),
@@ -237,7 +251,9 @@ def on_the_device(net, device):
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no device to pretend")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "post-sinusoidal-relu2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gpt2", "post-sinusoidal-relu2", "rings", "blocks", "windows", "t5"]
+)
 def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
     """Of fake tensors nothing can be read on the host, and devices may not be mixed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -252,7 +268,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
                 copied.extend(x for x in args if getattr(x, "is_cpu", False))
             return operation(*args, **(kwargs or {}))
 
-    net = make_net(**(SHAPES | OURS)[name])
+    net = make_net(**STEPS[name])
+    net.start_id = 2
     with FakeTensorMode(), generating(net), torch.no_grad():
         net = on_the_device(net, "cuda")
         decoder = Decoder(net, tok, 4, 32, graphs=False, check=True)
@@ -261,16 +278,17 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
             uniform = torch.empty(5)
             decoder.set(slot, [1, 2], 5, options=options, uniform=uniform, ends=tok.eos_ids)
         decoder.read({0: [1, 2], 1: [1]})
-        decoder.read({1: [2]})
+        if not decoder.is_seq2seq:
+            decoder.read({1: [2]})
         for sampled, top_k, top_p, min_p, penalized in itertools.product((False, True), repeat=5):
             kinds = Kinds(sampled, 8 * top_k, top_p, min_p, penalized)
             with NoCopies():
                 values = decoder.choose_rows(slice(0, 4), kinds, 2)
             assert values.device.type == "cuda" and values.shape == (4, 2 + 2 * 2 + 1)
-        for flash in (False, True):
+        for flash in (False, True)[: 1 + net.config.is_plain]:
             decoder.flash = flash
             with decoder.computing(), NoCopies():
-                decoder.feed_rows(slice(0, 2), 32)
+                decoder.feed_rows(slice(0, 2), 32, None, decoder.source_places([]))
         decoder.refresh()
         with NoCopies():
             decoder.clear(0)
@@ -331,3 +349,67 @@ def test_a_placed_product_follows_the_weights():
 def test_a_decoder_for_a_cpu_is_of_one_generation(tok):
     net = make_net(**QWEN3)
     assert decoder_for(net, tok, 2, 8) is not decoder_for(net, tok, 2, 8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder-decoders: a prompt is a source, which is read once
+
+SOURCES = [[1, 2, 3], [5], [4, 9] * 15, [7, 8, 9, 10, 11, 12, 1, 2]]
+
+
+def make_seq2seq(name):
+    net = make_net(**SEQ2SEQ[name])
+    net.start_id = 2
+    return net
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_sources_are_answered_as_by_whole_passes(name, tok):
+    net = make_seq2seq(name)
+    endless = Tokenizer(tok.spec, tok.config)
+    endless.eos_ids = []
+    expected = [without_cache(net, endless, source, 11) for source in SOURCES]
+    for net.fast in (True, False):
+        for settings in SETTINGS[1:]:
+            how = dict(max_new_tokens=11, **settings)
+            together = model.generate(net, tok, SOURCES, **how)
+            for i, source in enumerate(SOURCES):
+                compare([together[i]], model.generate(net, tok, [source], first=i, **how), 1e-3)
+        answers = model.generate(net, endless, SOURCES, max_new_tokens=11, temperature=0)
+        assert [answer.ids for answer in answers] == expected
+        [full] = model.generate(net, endless, [[3] * 32], max_new_tokens=99, temperature=0)
+        assert len(full.ids) == 31  # the contexts of source and answer are two
+
+
+def without_cache(net, tok, source, n):
+    """The likeliest tokens, by a whole pass for each."""
+    ids = [net.start_id]
+    for _ in range(n):
+        with torch.no_grad():
+            h = net.hidden(torch.tensor([ids]), encoder_ids=torch.tensor([source]))
+        ids.append(model.head(net, tok, h[0, -1]).argmax().item())
+    return ids[1:]
+
+
+def test_an_engine_answers_sources(tok):
+    net = make_seq2seq("t5")
+    engine = Engine(net, tok, max_batch=3, max_len=32, prefill_chunk=7)
+    sources = [*SOURCES, SOURCES[2], [4] * 32]
+    jobs = [Job(tok, source, 9, Sampling(temperature=0.0), print) for source in sources]
+    for job in jobs:
+        job.listener = lambda update: None
+    engine.submit(jobs)
+    with generating(net), torch.inference_mode():
+        while engine.waiting or engine.jobs:
+            engine.step()
+    for job in jobs:
+        [answer] = model.generate(net, tok, [job.ids], max_new_tokens=9, temperature=0)
+        assert job.row.out.ids[: len(answer.ids)] == answer.ids and job.n_reused == 0
+
+
+def test_an_encoder_generates_nothing(tok):
+    net = make_net(**QWEN3, causal=False)
+    with pytest.raises(UserError, match="an encoder .*generates none"):
+        model.generate(net, tok, [[1]])
+    with pytest.raises(UserError, match="an encoder .*generates none"):
+        Engine(net, tok, max_batch=2, max_len=9)

@@ -321,8 +321,8 @@ class Operations:
 
     def gelu(self, x, approximate="tanh"):
         """By tanh, as GPT-2's, or exact ("none")."""
-        if self.deterministic and approximate == "tanh":
-            return invariant.gelu(x)
+        if self.deterministic:
+            return invariant.gelu(x, approximate)
         return F.gelu(x, approximate=approximate)
 
     def cross_entropy(self, h, head, targets, logits, head_input):

@@ -375,15 +375,21 @@ def silu_forward(x):
     return (wide / (1 + (-wide).exp_())).to(x.dtype)
 
 
-def gelu(x):
-    """As GPT-2's: by tanh."""
-    return PlainGradient.apply(gelu_forward, partial(F.gelu, approximate="tanh"), x)
+def gelu(x, approximate="tanh"):
+    """As F.gelu: by tanh, or exact ("none")."""
+    forward = gelu_forward if approximate == "tanh" else exact_gelu
+    return PlainGradient.apply(forward, partial(F.gelu, approximate=approximate), x)
 
 
 def gelu_forward(x):
     wide = x.float()
     inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)  # sqrt(2 / pi)
     return (0.5 * wide * (1 + inner.tanh_())).to(x.dtype)
+
+
+def exact_gelu(x):
+    wide = x.float()
+    return (0.5 * wide * (1 + (wide * 0.7071067811865476).erf_())).to(x.dtype)  # 1 / sqrt(2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -413,3 +413,50 @@ def test_an_encoder_generates_nothing(tok):
         model.generate(net, tok, [[1]])
     with pytest.raises(UserError, match="an encoder .*generates none"):
         Engine(net, tok, max_batch=2, max_len=9)
+
+
+def t5_name(name):
+    """What transformers' T5 calls a parameter of ours."""
+    side = "encoder" if ".encoder." in name else "decoder"
+    if name.startswith(("lm_head", "model.embed")):
+        return name.replace("model.embed_tokens", "shared")
+    if name.endswith("relative_bias.weight"):
+        return f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    if name.endswith(".norm.weight"):
+        return f"{side}.final_layer_norm.weight"
+    i, part, *matrix, _ = name.split("layers.")[1].split(".")
+    layer = {"self": 0, "input": 0, "cross": 1, "mlp": 2, "post": 2}[part.split("_")[0]]
+    if side == "encoder" and layer == 2:
+        layer = 1
+    module = {"self_attn": "SelfAttention.", "cross_attn": "EncDecAttention."}.get(part, "")
+    if part == "mlp":
+        module = "DenseReluDense."
+    names = dict(q_proj="q", k_proj="k", v_proj="v", o_proj="o")
+    names |= dict(gate_proj="wi_0", up_proj="wi_1", down_proj="wo")
+    module += names[matrix[0]] if matrix else "layer_norm"
+    return f"{side}.block.{i}.layer.{layer}.{module}.weight"
+
+
+def test_greedy_answers_are_those_of_transformers_t5(tok):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    shape = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    shape |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
+    shape |= dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, initializer_factor=3.0)
+    config = transformers.T5Config(**shape, decoder_start_token_id=2, eos_token_id=None)
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    own = dict(mlp="geglu", tie=False, n_hidden=48, logit_scale=1.0)
+    net = make_net(**T5 | own, norm_eps=1e-6)
+    net.start_id = 2
+    weights = theirs.state_dict()
+    net.load_state_dict({name: weights[t5_name(name)] for name in net.state_dict()})
+    endless = Tokenizer(tok.spec, tok.config)
+    endless.eos_ids = []
+    net.lm_head.weight.data[tok.n_vocab :] = 0  # ids of no token
+    theirs.lm_head.weight.data[tok.n_vocab :] = 0
+    for net.fast in (True, False):
+        answers = model.generate(net, endless, SOURCES, max_new_tokens=14, temperature=0)
+        for source, answer in zip(SOURCES, answers):
+            how = dict(max_new_tokens=14, do_sample=False, pad_token_id=0)
+            [expected] = theirs.generate(torch.tensor([source]), **how).tolist()
+            assert answer.ids == expected[1:] and len(set(answer.ids)) > 1

@@ -1224,8 +1224,8 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. Of an
-    encoder-decoder they are sources, which are read once; what is fed is the start token."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. Of
+    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     table = net.model.embed_tokens.weight
     # A CPU attends to float32 faster than to less: it has to convert the rest.
     dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)

@@ -15,13 +15,20 @@ import model
 from barelm import caches
 from barelm import quantized as quantized_layers
 from barelm.adapters import add_adapters
+from barelm.api import (
+    ApiError,
+    ServedModel,
+    completion_jobs,
+    read_completion,
+    read_messages,
+    read_prompts,
+)
 from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
 from barelm.engine import Engine
 from barelm.fast import PlacedProduct, generating
 from barelm.generation import decoder_for
 from barelm.graphs import Graphs
-from barelm.jobs import Job, Sampling
 from barelm.quantized import quantize_weights
 from barelm.run import UserError
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
@@ -237,7 +244,10 @@ def test_a_row_that_has_ended_neither_grows_nor_disturbs_the_others(rows, tok):
             if step == 1:  # the last token of the limit is chosen, and not fed
                 kept = both.stores.groups[0].store[:, :, 2, :, :16].clone()
         assert both.lengths.tolist() == [0, 3 + 8, 2 + 1, 0] and not both.left.any()
-        assert torch.equal(both.stores.groups[0].store[:, :, 2, :, :16], kept) and kept[..., 3:, :].eq(0).all()
+        assert (
+            torch.equal(both.stores.groups[0].store[:, :, 2, :, :16], kept)
+            and kept[..., 3:, :].eq(0).all()
+        )
         assert both.stores.groups[0].store[:, :, [0, 3], :, :16].eq(0).all()
 
 
@@ -395,16 +405,26 @@ def test_an_engine_answers_sources(tok):
     net = make_seq2seq("t5")
     engine = Engine(net, tok, max_batch=3, max_len=32, prefill_chunk=7)
     sources = [*SOURCES, SOURCES[2], [4] * 32]
-    jobs = [Job(tok, source, 9, Sampling(temperature=0.0), print) for source in sources]
-    for job in jobs:
-        job.listener = lambda update: None
+    served = ServedModel("sources", tok, 32, 9, is_seq2seq=True)
+    wanted = read_completion(served, {"prompt": sources, "max_tokens": 9, "temperature": 0})
+    jobs = completion_jobs(served, wanted, read_prompts(served, wanted), lambda update: None)
     engine.submit(jobs)
     with generating(net), torch.inference_mode():
         while engine.waiting or engine.jobs:
             engine.step()
     for job in jobs:
         [answer] = model.generate(net, tok, [job.ids], max_new_tokens=9, temperature=0)
-        assert job.row.out.ids[: len(answer.ids)] == answer.ids and job.n_reused == 0
+        assert job.row.out.ids == answer.ids and job.n_reused == 0
+    wanted.prompt = "abc"
+    assert read_prompts(served, wanted) == [tok.source("abc")]
+    for refused, why in (
+        (lambda: read_completion(served, {"prompt": "a", "echo": True}), "echo: a source"),
+        (lambda: read_messages(served, [{"role": "user", "content": "a"}]), "ask /v1/completions"),
+        (lambda: completion_jobs(served, wanted, [[1] * 33], print), "a source of 33 tokens"),
+    ):
+        with pytest.raises(ApiError) as error:
+            refused()
+        assert why in error.value.message
 
 
 def test_an_encoder_generates_nothing(tok):

@@ -7,7 +7,6 @@ import torch
 from test_model import QWEN3, make_net, random_ids
 
 import model
-from barelm import caches
 from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
 from barelm.engine import Engine
@@ -15,6 +14,7 @@ from barelm.fast import generating
 from barelm.jobs import Job, Sampling
 from barelm.layouts import Layout, layout_for
 from barelm.patterns import PATTERNS, Pattern, may_look
+from barelm.scoring import Request, plain_scores, shared_scores
 from barelm.tokenizer import Tokenizer
 from model import KVCache
 
@@ -158,7 +158,6 @@ def test_a_ring_is_cut_by_its_slack_and_no_more():
 def test_generation_is_that_of_whole_passes_without_a_cache(name, prompts, tok, monkeypatch):
     net = net_of(name)
     if prompts == "packed":
-        monkeypatch.setattr(caches, "pays_to_pack", lambda *_: True)
         monkeypatch.setattr("barelm.decode.pays_to_pack", lambda *_: True)
     prompts = PROMPTS[prompts]
     expected = [without_cache(net, tok, prompt, 18) for prompt in prompts]
@@ -169,13 +168,32 @@ def test_generation_is_that_of_whole_passes_without_a_cache(name, prompts, tok, 
             assert answer.logprobs == pytest.approx(logprobs, abs=2e-4)
 
 
-def without_cache(net, tok, prompt, n, **source):
+@pytest.mark.parametrize("name", ["first tokens", "fixed"])
+def test_beams_and_scores_are_those_of_a_cache_that_keeps_all(name, tok, monkeypatch):
+    net = net_of(name)
+    prompts = [[4, 9] * 9, [7, 8, 9]]
+    beams = model.generate(net, tok, prompts, max_new_tokens=16, num_beams=3)
+    requests = []
+    for i in range(4):  # one context of its own, several continuations of a common one
+        ends = random_ids(3, 12).tolist()
+        requests.append(
+            Request("", [1, 2] * 12 + [i], [ids[: 3 * n + 1] for n, ids in enumerate(ends)])
+        )
+    with torch.no_grad():
+        for ours, plain in zip(shared_scores(net, requests), plain_scores(net, requests)):
+            assert ours == pytest.approx(plain, abs=1e-3)
+    monkeypatch.setattr(model, "layout_for", lambda pattern, n, *_: Layout(n, n))
+    for a, b in zip(beams, model.generate(net, tok, prompts, max_new_tokens=16, num_beams=3)):
+        assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def without_cache(net, tok, prompt, n):
     """(ids, log p) of the n likeliest tokens, by a whole pass for each."""
     ids = list(prompt)
     logprobs = []
     for _ in range(n):
         with torch.no_grad():
-            logits = model.head(net, tok, net.hidden(torch.tensor([ids]), **source)[0, -1])
+            logits = model.head(net, tok, net.hidden(torch.tensor([ids]))[0, -1])
         ids.append(logits.argmax().item())
         logprobs.append(logits.log_softmax(-1).max().item())
     return ids[len(prompt) :], logprobs

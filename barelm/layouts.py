@@ -1,4 +1,4 @@
-"""Where a cache keeps the keys and values of a token, by its layer's Pattern: who will look at them.
+"""Where a cache keeps the keys and values of a token, by who looks at them: its layer's Pattern.
 
     layout = layout_for(pattern, max_len)
     layout.n                       # how many places there are

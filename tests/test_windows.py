@@ -168,6 +168,26 @@ def test_generation_is_that_of_whole_passes_without_a_cache(name, prompts, tok, 
             assert answer.logprobs == pytest.approx(logprobs, abs=2e-4)
 
 
+def test_a_mistral_goes_on_beyond_its_window_as_transformers(tok):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    config = transformers.MistralConfig(**shape, sliding_window=6, eos_token_id=None)
+    theirs = transformers.MistralForCausalLM(config).eval()
+    theirs.lm_head.weight.data[tok.n_vocab :] = 0  # ids of no token
+    own = dict(qk_norm=False, tie=False, n_hidden=48, window=6)
+    net = make_net(n_ctx=N_CTX, **QWEN3 | own)
+    net.load_state_dict(theirs.state_dict())
+    for net.fast in (True, False):
+        answers = model.generate(net, tok, PROMPTS["uneven"], max_new_tokens=18, temperature=0)
+        for prompt, answer in zip(PROMPTS["uneven"], answers):
+            how = dict(max_new_tokens=18, do_sample=False, pad_token_id=0)
+            ids = torch.tensor([prompt])
+            [out] = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how).tolist()
+            assert answer.ids == out[len(prompt) :] and len(set(answer.ids)) > 4
+
+
 @pytest.mark.parametrize("name", ["first tokens", "fixed"])
 def test_beams_and_scores_are_those_of_a_cache_that_keeps_all(name, tok, monkeypatch):
     net = net_of(name)

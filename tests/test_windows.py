@@ -279,13 +279,16 @@ def test_an_engine_reuses_what_a_ring_still_has(one_behind, tok):
             for i, job in enumerate(chats):
                 if job.row.done and len(job.ids) < 32:  # the next turn, or a second one like it
                     more = draw.choices(range(30), k=draw.randint(1, 4))
-                    again = job.ids[:-1] if draw.random() < 0.2 else job.ids + job.row.out.ids
+                    again = job.ids + job.row.out.ids
+                    if draw.random() < 0.3:  # another turn in place of an earlier one
+                        again = job.ids[: draw.randint(1, len(job.ids))]
                     chats[i] = ask(again + more)
     assert len(jobs) > 12 and all(job.row.done for job in jobs)
     assert sum(job.n_reused for job in jobs if len(job.ids) > 16) > 100
     for job in jobs:
         [answer] = model.generate(net, tok, [job.ids], max_new_tokens=job.row.limit, temperature=0)
         assert job.row.out.ids == answer.ids
+        assert job.row.out.logprobs == pytest.approx(answer.logprobs, abs=1e-4)
 
 
 def ignore(update):

@@ -1133,7 +1133,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
-    check_generates(net.config)
+    check_generates(net)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
     prompts = [prompt_ids(net, tok, prompt) for prompt in prompts]
@@ -1224,7 +1224,7 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. Of
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
     an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     table = net.model.embed_tokens.weight
     # A CPU attends to float32 faster than to less: it has to convert the rest.

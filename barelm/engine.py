@@ -60,7 +60,7 @@ class Engine(threading.Thread):
         super().__init__(daemon=True)
         self.net = net
         self.tok = tok
-        check_generates(net.config)
+        check_generates(net)
         self.max_batch = max_batch
         self.max_len = max_len  # tokens of a prompt and its answer
         self.max_queue = max_queue

@@ -413,9 +413,9 @@ def check_settings(net):
     n_ctx = net.config.n_ctx
     if not 0 <= max_len <= n_ctx or max_len == 1:
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
-    check_generates(net)
     if net.score is not None:
         raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
+    check_generates(net)
 
 
 def load_model(place):

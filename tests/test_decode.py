@@ -290,7 +290,10 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
         decoder.read({0: [1, 2], 1: [1]})
         if not decoder.is_seq2seq:
             decoder.read({1: [2]})
-        for sampled, top_k, top_p, min_p, penalized in itertools.product((False, True), repeat=5):
+        every_kind = list(itertools.product((False, True), repeat=5))
+        if name != "qwen3":  # where logits come from is one to `choose`
+            every_kind = every_kind[-1:]
+        for sampled, top_k, top_p, min_p, penalized in every_kind:
             kinds = Kinds(sampled, 8 * top_k, top_p, min_p, penalized)
             with NoCopies():
                 values = decoder.choose_rows(slice(0, 4), kinds, 2)

@@ -384,10 +384,10 @@ def test_sources_are_answered_as_by_whole_passes(name, tok):
     expected = [without_cache(net, endless, source, 11) for source in SOURCES]
     for net.fast in (True, False):
         for settings in SETTINGS[1:]:
-            how = dict(max_new_tokens=11, **settings)
-            together = model.generate(net, tok, SOURCES, **how)
+            options = dict(max_new_tokens=11, **settings)
+            together = model.generate(net, tok, SOURCES, **options)
             for i, source in enumerate(SOURCES):
-                compare([together[i]], model.generate(net, tok, [source], first=i, **how), 1e-3)
+                compare([together[i]], model.generate(net, tok, [source], first=i, **options), 1e-3)
         answers = model.generate(net, endless, SOURCES, max_new_tokens=11, temperature=0)
         assert [answer.ids for answer in answers] == expected
         [full] = model.generate(net, endless, [[3] * 32], max_new_tokens=99, temperature=0)
@@ -480,6 +480,6 @@ def test_greedy_answers_are_those_of_transformers_t5(tok):
     for net.fast in (True, False):
         answers = model.generate(net, endless, SOURCES, max_new_tokens=14, temperature=0)
         for source, answer in zip(SOURCES, answers):
-            how = dict(max_new_tokens=14, do_sample=False, pad_token_id=0)
-            [expected] = theirs.generate(torch.tensor([source]), **how).tolist()
+            options = dict(max_new_tokens=14, do_sample=False, pad_token_id=0)
+            [expected] = theirs.generate(torch.tensor([source]), **options).tolist()
             assert answer.ids == expected[1:] and len(set(answer.ids)) > 1

@@ -182,9 +182,9 @@ def test_a_mistral_goes_on_beyond_its_window_as_transformers(tok):
     for net.fast in (True, False):
         answers = model.generate(net, tok, PROMPTS["uneven"], max_new_tokens=18, temperature=0)
         for prompt, answer in zip(PROMPTS["uneven"], answers):
-            how = dict(max_new_tokens=18, do_sample=False, pad_token_id=0)
+            options = dict(max_new_tokens=18, do_sample=False, pad_token_id=0)
             ids = torch.tensor([prompt])
-            [out] = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how).tolist()
+            [out] = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
             assert answer.ids == out[len(prompt) :] and len(set(answer.ids)) > 4
 
 

@@ -1133,11 +1133,10 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
-    check_generates(net.config)
+    check_generates(net)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
-    read = tok.source if is_seq2seq else tok.prompt
-    prompts = [read(p) if isinstance(p, str) else list(p) for p in prompts]
+    prompts = [prompt_ids(net, tok, prompt) for prompt in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
@@ -1244,6 +1243,13 @@ def prefill(net, tok, prompts, max_len):
     if len(set(lengths)) > 1:
         n_new = torch.tensor(lengths, device=table.device)
     return feed(net, tok, cache, ids, n_new), cache
+
+
+def prompt_ids(net, tok, prompt):
+    """The ids of a prompt, or of a source, that is a text or ids."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return tok.source(prompt) if net.config.is_seq2seq else tok.prompt(prompt)
 
 
 def decoder_prompt(net, prompt):

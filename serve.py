@@ -68,7 +68,6 @@ from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.checkpoint import load
 from barelm.engine import Engine, tell_listeners
-from barelm.generation import check_generates
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
@@ -413,7 +412,6 @@ def check_settings(net):
     n_ctx = net.config.n_ctx
     if not 0 <= max_len <= n_ctx or max_len == 1:
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
-    check_generates(net.config)
     if net.score is not None:
         raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
 

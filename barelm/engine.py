@@ -60,7 +60,7 @@ class Engine(threading.Thread):
         super().__init__(daemon=True)
         self.net = net
         self.tok = tok
-        check_generates(net.config)
+        check_generates(net)
         self.max_batch = max_batch
         self.max_len = max_len  # tokens of a prompt and its answer
         self.max_queue = max_queue
@@ -68,8 +68,8 @@ class Engine(threading.Thread):
         self.metrics = Metrics()
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
-        how = dict(check=True, slack=8, max_source=max_len)
-        self.decoder = Decoder(net, tok, max_batch, max_len, **how)
+        options = dict(check=True, slack=8, max_source=max_len)
+        self.decoder = Decoder(net, tok, max_batch, max_len, **options)
         self.on_gpu = self.decoder.on_gpu
         self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
         # What a pass of the network costs beside its tokens, in tokens: less is not worth one.

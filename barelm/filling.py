@@ -10,18 +10,20 @@ C: n_embd, V: the vocabulary.
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from barelm.examples import device_of
+from barelm.examples import IGNORED, device_of
 from barelm.fast import head_rows
-from barelm.objectives import IGNORED
 from barelm.run import UserError
+from model import at_places
 
 
 @torch.no_grad()
 def score_targets(net, batch, docs=None):
     """(B, 3) float64 of a batch, the network's arguments by name with their targets: of each row
     the sum of -log p(target) in nats, the number of targets, how many are the likeliest token."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+    inputs = {name: t for name, t in batch.items() if name not in ("targets", "places")}
     h = net.hidden(**inputs, docs=docs)  # (B, T, C)
+    if "places" in batch:
+        h = at_places(h, batch["places"])  # (B, n, C)
     is_target = batch["targets"] != IGNORED
     states = h[is_target]  # (N, C)
     targets = batch["targets"][is_target]  # (N,)
@@ -121,13 +123,13 @@ def filled_line(net, tok, batch, n):
     net.eval()
     guesses = net.logits(net.hidden(ids))[0].argmax(-1).tolist()  # (T,)
     net.train()
-    targets = batch["targets"][0].tolist()
+    right = dict(zip(batch["places"][0].tolist(), batch["targets"][0].tolist()))
     text = ""
-    for token, guess, right in list(zip(ids[0].tolist(), guesses, targets))[:n]:
-        if right == IGNORED:
-            text += shown_text(tok, [token])
+    for place, token in enumerate(ids[0, :n].tolist()):
+        if place in right:
+            text += gap_text(tok, [guesses[place]], [right[place]])
         else:
-            text += gap_text(tok, [guess], [right])
+            text += shown_text(tok, [token])
     return text
 
 

@@ -11,7 +11,6 @@ from conftest import ROOT, run
 
 from barelm.checkpoint import load
 from barelm.objectives import (
-    IGNORED,
     Objective,
     continues_word,
     noise_mask,
@@ -49,18 +48,25 @@ def make(name, tok, seed=0, **options):
 # Masks
 
 
+def targets_of(batch):
+    """Where the targets of a batch are: (B, T) bool."""
+    is_target = np.zeros(batch["ids"].shape, bool)
+    np.put_along_axis(is_target, batch["places"].numpy(), True, 1)
+    return is_target
+
+
 @pytest.mark.parametrize("mask_rate", [0.15, 0.3])
 def test_of_the_targets_80_10_10_are_masked_replaced_and_left(tok, windows, mask_rate):
     objective = make("mlm", tok, mask_rate=mask_rate)
     counts = np.zeros(3)
     for turn in range(5):
         batch = objective.batch(windows, range(turn * 64, turn * 64 + 64))
-        ids, targets = batch["ids"].numpy(), batch["targets"].numpy()
-        is_target = targets != IGNORED
-        assert (is_target.sum(1) == round(256 * mask_rate)).all()
-        assert (is_target.sum(1) == objective.n_targets(256)).all()
+        ids = batch["ids"].numpy()
+        is_target = targets_of(batch)
+        assert batch["targets"].shape[1] == round(256 * mask_rate) == objective.n_targets(256)
         tokens = windows[:, :-1]
-        assert (targets == tokens)[is_target].all() and (ids == tokens)[~is_target].all()
+        assert (tokens[is_target] == batch["targets"].numpy().ravel()).all()
+        assert (ids == tokens)[~is_target].all()
         assert not is_target[:, 100].any()  # a special token is none
         ids, tokens = ids[is_target], tokens[is_target]
         assert vocabulary_of(tok).is_text[ids[ids != tok.mask_id]].all()
@@ -86,8 +92,7 @@ def test_whole_words_are_masked_or_left_whole(tok, windows):
     objective = make("mlm", tok, whole_words=True)
     batch = objective.batch(windows, range(64))
     n_long = 0
-    for tokens, targets in zip(windows, batch["targets"].numpy()):
-        is_target = targets != IGNORED
+    for tokens, is_target in zip(windows, targets_of(batch)):
         assert is_target.sum() == objective.n_targets(256)
         for word in words_of(tok, tokens[:-1].tolist()):
             assert len(set(is_target[word])) == 1

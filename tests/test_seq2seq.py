@@ -531,8 +531,8 @@ def test_two_processes_and_any_micro_batch_make_the_same_steps(pairs):
 def test_a_decoder_answers_the_same_rows(pairs):
     """Its loss is that of the assistant's turn in a conversation about the source."""
     ask = "--source_template=Document it: {source}"
-    run(pairs, "eval.py", "--model=out/tiny", "--tasks=seq2seq", "--dataset=tiny", "--limit=12", ask,
-        "--max_new_tokens=6", "--out_dir=out/decoder_scores", "--samples")  # fmt: skip
+    run(pairs, "eval.py", "--model=out/tiny", "--tasks=seq2seq", "--dataset=tiny", "--limit=12",
+        ask, "--max_new_tokens=6", "--out_dir=out/decoder_scores", "--samples")  # fmt: skip
     net, tok = load(pairs / "out/tiny")
     lines = (pairs / "out/decoder_scores/samples_seq2seq.jsonl").read_text().splitlines()
     n_compared = 0

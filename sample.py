@@ -128,14 +128,16 @@ def show_piece(i, piece):
 def complete(net, tok):
     """Continue every prompt num_samples times: one as it is made, several when they are done."""
     prompts = [text for text in read_prompts() for _ in range(num_samples)]
+    # An encoder-decoder answers its source, and continues nothing.
+    shown = ["" if net.config.is_seq2seq else text for text in prompts]
     if len(prompts) == 1:
-        show(prompts[0])
+        show(shown[0])
         continue_texts(net, tok, prompts, show_piece)
         show("\n")
         return
     for i, g in enumerate(continue_texts(net, tok, prompts)):
         print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})")
-        print(prompts[i] + g.text)
+        print(shown[i] + g.text)
 
 
 def classify(net, tok):
@@ -236,6 +238,8 @@ def main():
     if net.score is not None:
         classify(net, tok)
         return
+    if chat and net.config.is_seq2seq:
+        raise UserError(f"--chat: {model} is an encoder-decoder, which answers a source: --prompt")
     if not net.config.causal:
         if chat:
             raise UserError(f"--chat: {model} is an encoder, which fills masks and does not talk")

@@ -72,9 +72,14 @@ class LoRA(nn.Module):
 def add_lora(net, config):
     """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
     qlora the blocks' linear layers go to 4 bits too."""
-    targets = set(config.lora_targets.split(","))
-    names = [name for name, _ in net.named_modules() if last_word(name) in targets]
-    missing = targets - {last_word(name) for name in names}
+    targets = config.lora_targets.split(",")
+    names = []
+    missing = set(targets)
+    for name, _ in net.named_modules():
+        matching = {target for target in targets if is_named(name, target)}
+        if matching:
+            names.append(name)
+        missing -= matching
     if missing:
         raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
     net.requires_grad_(False)
@@ -93,9 +98,10 @@ def add_lora(net, config):
         return_memory()
 
 
-def last_word(name):
-    """The last part of a module's dotted name."""
-    return name.rpartition(".")[2]
+def is_named(name, target):
+    """Whether a layer's name ends with these words: q_proj, or cross_attn.q_proj, as PEFT reads
+    them."""
+    return f".{name}".endswith(f".{target}")
 
 
 def return_memory():
@@ -288,9 +294,13 @@ class Adapter(nn.Module):
 def add_adapters(net, size):
     """Put a bottleneck of this size behind each attention and each MLP, in place."""
     net.adapter_size = size
-    for name, layer in list(net.model.layers.named_modules()):
-        if name.endswith(("o_proj", "down_proj")):
-            net.model.layers.set_submodule(name, Adapter(layer, size))
+    parts = [net.model.layers]
+    if net.config.is_seq2seq:
+        parts.append(net.model.encoder.layers)
+    for layers in parts:
+        for name, layer in list(layers.named_modules()):
+            if name.endswith(("o_proj", "down_proj")):
+                layers.set_submodule(name, Adapter(layer, size))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -392,7 +402,7 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     write_json(folder / "generation_config.json", ids)
     peft_config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if net.config.is_seq2seq else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,

@@ -12,6 +12,7 @@ import torch
 
 from barelm.adapters import add_adapters
 from barelm.download import HUB, download
+from barelm.embeddings import POOLING_FILE, POOLINGS, read_pooling, write_pooling
 from barelm.families import (
     FAMILIES,
     from_hf_config,
@@ -22,6 +23,7 @@ from barelm.families import (
     to_hf_config,
 )
 from barelm.files import read_json, write_json
+from barelm.head_names import from_class, task_of, to_class
 from barelm.peft import add_lora, read_adapter_config
 from barelm.quantized import QuantizedLinear, quantize_weights, tie_embedding
 from barelm.resume import PARTS, make_folder, write_weights
@@ -84,6 +86,7 @@ def download_model(name, folder):
     for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
         get(f"{file}.json", optional=True)
     get("chat_template.jinja", optional=True)
+    get(POOLING_FILE, optional=True)
     Tokenizer.from_folder(part)
     if not get("model.safetensors", optional=True):
         get(INDEX, optional=True)
@@ -113,19 +116,29 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
 
     # The names and shapes in the files' headers come first: what does not fit is refused before
     # anything of the size that config.json, or a file, claims is built.
-    entries = read_entries(folder, kind)
+    task = task_of(settings)
+    entries = from_class(read_entries(folder, kind), kind, task)
     check_layers(folder, entries, config.n_layer)
     labels = read_labels(folder, settings, entries)
     net = empty_network(config, settings, labels, fast)
     check_entries(folder, entries, net, kind)
 
-    tensors = read_weights(folder, kind, dtype)
+    tensors = from_class(read_weights(folder, kind, dtype), kind, task)
     tensors = tensors_from_file(tensors, net.state_dict(), kind)
     complete_head(folder, tensors, net)
     fill(net, tensors, device, dtype)
     if quantize:
         quantize_weights(net, quantize)
+    read_embedding(folder, net)
     return net.eval(), tok
+
+
+def read_embedding(folder, net):
+    """Take over which state stands for a text, where the folder says so."""
+    pooling = read_pooling(folder)
+    if pooling is not None and net.score is None:
+        net.pooling = pooling
+        net.task = "embed"
 
 
 def read_config(folder):
@@ -137,7 +150,7 @@ def read_config(folder):
     except (TypeError, ValueError, AttributeError) as error:  # such as a list where a text is due
         raise UserError(f"{path}: malformed: {error}") from None
     size = d.get("adapter_size")
-    poolings = ("last", "mean") if d["model_type"] == "barelm" else ("last",)
+    poolings = POOLINGS if d["model_type"] == "barelm" else ("last",)
     checks = {
         "adapter_size": size is None or type(size) is int and 0 <= size <= LARGEST,
         "pooling": d.get("pooling", "last") in poolings,
@@ -197,12 +210,15 @@ def check_layers(folder, entries, n_layer):
 
 def read_labels(folder, d, entries):
     """The labels of a folder's classifier, by a config.json's dict d; none of a text model's."""
-    if "ForSequenceClassification" not in str(d.get("architectures")):
+    task = task_of(d)
+    if task is None:
         return []
     _, shape = entries.get("score.weight", (None, []))
     if len(shape) != 2 or shape[0] == 0:
         raise UserError(f"{folder}: a classifier by its config.json, but without a score.weight")
     n_labels = shape[0]
+    if task == "span" and n_labels != 2:
+        raise UserError(f"{folder}: {n_labels} scores of a token: expected a start and an end")
     usual = {str(i): f"LABEL_{i}" for i in range(n_labels)}  # transformers' names
     labels = usual if d.get("id2label") is None else d["id2label"]
     good = (
@@ -224,7 +240,8 @@ def empty_network(config, settings, labels, fast):
         if settings.get("adapter_size"):
             add_adapters(net, settings["adapter_size"])
         if labels:
-            net.set_score(labels, settings.get("pooling", "last"), settings.get("pad_token_id"))
+            pooling = settings.get("pooling", "last")
+            net.set_score(labels, pooling, settings.get("pad_token_id"), task_of(settings))
         if settings.get("quantize"):
             quantize_weights(net, settings["quantize"])
     return net
@@ -387,11 +404,14 @@ def save(folder, net, tok, step=0, state=None):
     folder = Path(folder)
     make_folder(folder)
     config = to_hf_config(net, tok)
-    tensors = tensors_in_file(saved_tensors(net), config["model_type"])
+    kind = config["model_type"]
+    tensors = to_class(tensors_in_file(saved_tensors(net), kind), kind, net.task)
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)  # what transformers' generate reads
     write_json(folder / "tokenizer.json", tok.spec)
+    if net.task == "embed":
+        write_pooling(folder, net.pooling, net.config.n_embd)
     length = {"model_max_length": net.config.n_ctx}  # where transformers warns of long texts
     write_json(folder / "tokenizer_config.json", tok.config | length)
     write_weights(folder / "model.safetensors", tensors, step, state)

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 
 import torch
 
+from barelm.head_names import CLASSES, has_class
 from barelm.run import UserError
 from model import GPTConfig
 
@@ -254,7 +255,9 @@ def family(c):
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
     kind = family(net.config)
-    if net.pooling != "last" or net.adapter_size or net.quantize:
+    other_pooling = net.score is not None and net.pooling != "last"
+    no_class = net.score is not None and not has_class(kind, net.task)
+    if other_pooling or no_class or net.adapter_size or net.quantize:
         kind = "barelm"  # no class of transformers has these
     dtype = str(net.model.embed_tokens.weight.dtype).removeprefix("torch.")
     out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}  # before transformers 5, after
@@ -263,7 +266,7 @@ def to_hf_config(net, tok):
     out["pad_token_id"] = tok.pad_id
     if net.score is not None:
         out |= classifier_keys(net, tok)
-    out["architectures"] = [architecture(kind, net.score is not None)]
+    out["architectures"] = [architecture(kind, None if net.score is None else net.task)]
     if kind != "barelm":
         return out | family_keys(net.config, kind)
     return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
@@ -279,11 +282,13 @@ def classifier_keys(net, tok):
     }
 
 
-def architecture(kind, is_classifier):
-    """The name of the class that opens such a folder."""
+def architecture(kind, task):
+    """The name of the class that opens such a folder; task: of its head, None where it has none."""
     if kind == "barelm":
-        return "BarelmForSequenceClassification" if is_classifier else "BarelmForCausalLM"
-    return FAMILIES[kind].classifier if is_classifier else FAMILIES[kind].causal_lm
+        return "Barelm" + ("ForCausalLM" if task is None else CLASSES[task])
+    if task is None:
+        return FAMILIES[kind].causal_lm
+    return FAMILIES[kind].classifier.replace(CLASSES["classify"], CLASSES[task])
 
 
 def family_keys(c, kind):

@@ -451,7 +451,7 @@ def add_class_head(net, tok, train, val, say):
         say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
     val = [e for e in val if e["label"] in counts]
     set_head(net, sorted(counts), "classify", pooling, tok.pad_id)
-    if pooling != "last" and getattr(net.config, "causal", True):
+    if pooling != "last" and net.config.causal:
         say(
             f"pooling={pooling}: the folder is model_type barelm, for these scripts alone: "
             "transformers' sequence classifiers read the last token, as --pooling=last does"

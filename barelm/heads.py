@@ -52,7 +52,7 @@ def usual_pooler(net, task):
     """What stands before a new head's scores: BERT's classifiers of texts have a dense layer and
     tanh, ModernBERT's heads its masked model's dense layer and norm, decoders nothing."""
     c = net.config
-    if getattr(c, "causal", True) or not c.mlm_head:
+    if c.causal or not c.mlm_head:
         return ""
     if c.norm_place == "pre":
         return "gelu_norm"

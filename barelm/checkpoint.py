@@ -6,13 +6,14 @@ formats are in families.py (config.json and tensor names) and safetensors.py."""
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from barelm.adapters import add_adapters
 from barelm.download import HUB, download
+from barelm.embeddings import POOLING_FILE, read_pooling, write_pooling
 from barelm.families import FAMILIES, from_hf_config, table_of, task_of, to_hf_config
 from barelm.files import read_json, write_json
 from barelm.peft import add_lora, read_adapter_config
@@ -86,6 +87,7 @@ def download_model(name, folder):
     for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
         get(f"{file}.json", optional=True)
     get("chat_template.jinja", optional=True)
+    get(POOLING_FILE, optional=True)
     Tokenizer.from_folder(part)
     if not get("model.safetensors", optional=True):
         get(INDEX, optional=True)
@@ -132,7 +134,16 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     read_token_ids(folder, settings, net)
     if quantize:
         quantize_weights(net, quantize)
+    read_embedding(folder, net)
     return net.eval(), tok
+
+
+def read_embedding(folder, net):
+    """Take over which state stands for a text, where the folder says so."""
+    pooling = read_pooling(folder)
+    if pooling is not None and net.score is None:
+        net.pooling = pooling
+        net.task = "embed"
 
 
 def tied_again(net, settings, tensors, head, fast):
@@ -272,7 +283,9 @@ def read_head(folder, d, entries, table):
     _, shape = entries.get(name, (None, []))
     if len(shape) != 2 or shape[0] == 0:
         raise UserError(f"{folder}: a classifier by its config.json, but without a {name}")
-    labels = read_labels(folder, d, shape[0])
+    if task == "span" and shape[0] != 2:
+        raise UserError(f"{folder}: {shape[0]} scores of a token: expected a start and an end")
+    labels = ["start", "end"] if task == "span" else read_labels(folder, d, shape[0])
     bias = renamed("score.bias", table) in entries
     if d["model_type"] == "barelm":
         return HeadHere(labels, task, d.get("pooling", "last"), d.get("pooler", ""), bias)
@@ -307,7 +320,7 @@ def empty_network(config, settings, head, fast):
             add_adapters(net, settings["adapter_size"])
         if head is not None:
             pad_id = settings.get("pad_token_id")
-            net.set_score(head.labels, head.pooling, pad_id, head.task, head.pooler, head.bias)
+            net.set_score(**asdict(head), pad_id=pad_id)
         if settings.get("quantize"):
             quantize_weights(net, settings["quantize"])
     return net
@@ -498,6 +511,8 @@ def save(folder, net, tok, step=0, state=None):
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)  # what transformers' generate reads
     write_json(folder / "tokenizer.json", tok.spec)
+    if net.task == "embed":
+        write_pooling(folder, net.pooling, net.config.n_embd)
     length = {"model_max_length": net.config.n_ctx}  # where transformers warns of long texts
     write_json(folder / "tokenizer_config.json", tok.config | length)
     write_weights(folder / "model.safetensors", tensors, step, state)

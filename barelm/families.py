@@ -277,7 +277,7 @@ def not_exact(d, entry):
         if not isinstance(kinds, list):
             return [*faults, f"layer_types={kinds!r:.60} not supported"]
         kinds = sorted({str(kind) for kind in kinds} - {"full_attention"})
-        faults += [f"layers of {kind!r:.60} not supported" for kind in kinds]
+        faults += [f"layer_types of {kind!r:.60} not supported" for kind in kinds]
     return faults
 
 

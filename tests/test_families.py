@@ -2,6 +2,7 @@
 greedy ids and tensors, each key of their config.json; and fixtures of the same, without it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -360,3 +361,38 @@ def test_known_families_that_are_not_exact_are_refused_with_the_key():
         with pytest.raises(UserError) as error:
             from_hf_config({"model_type": kind})
         assert why in str(error.value) and "\n" not in str(error.value)
+
+
+# Without transformers: what fixtures/make_families.py wrote
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("*")))
+def test_fixtures_of_other_families(name, tmp_path):
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    write_json(folder / "tokenizer.json", TOK.spec)
+    write_json(folder / "tokenizer_config.json", TOK.config)
+    facts = json.loads((folder / "expected.json").read_text())
+    net, tok = load(folder)
+    ids = torch.tensor([facts["ids"]])
+    options = {}
+    if net.config.is_seq2seq:
+        options["encoder_ids"] = torch.tensor([facts["source"]])
+    if net.score is None:
+        made = net(ids, **options)
+    elif net.task == "classify":
+        made = net.scores_of(ids, torch.tensor([ids.shape[1]]))
+    else:
+        made = net.score_states(net.hidden(ids))
+    torch.testing.assert_close(made.flatten(), torch.tensor(facts["logits"]), atol=3e-5, rtol=1e-4)
+    save(tmp_path / "ours", net, tok)
+    ours = tensors(tmp_path / "ours")
+    theirs = tensors(folder)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+    if "greedy" not in facts or net.config.is_seq2seq:
+        return
+    tok.eos_ids = []
+    n_new = len(facts["greedy"])
+    [answer] = generate(net, tok, [facts["ids"]], max_new_tokens=n_new, temperature=0)
+    assert answer.ids == facts["greedy"]

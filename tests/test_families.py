@@ -304,7 +304,7 @@ FLIPS = {
     "rope_theta": [500.0],
     "partial_rotary_factor": [0.5, 1.0],
     "type_vocab_size": [1],
-    "pad_token_id": [3],
+    "pad_token_id": [2],
     "attention_bias": [True],
     "mlp_bias": [True],
     "norm_bias": [True],
@@ -330,9 +330,7 @@ FLIPS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", ["mistral", "qwen2", "stablelm", "bloom", "bert", "roberta", "modernbert", "t5"]
-)
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "stablelm", "roberta", "modernbert", "t5"])
 def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, tmp_path):
     theirs = make(transformers, name)
     write(tmp_path, theirs)
@@ -340,12 +338,19 @@ def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, t
     counts = [0, 0]
     for key, values in FLIPS.items():
         for value in values:
-            write_json(tmp_path / "config.json", config | {key: value})
+            changed = {key: value}
+            if key == "feed_forward_proj":  # else two keys that follow from it count there
+                changed |= {"dense_act_fn": value.split("-")[-1], "is_gated_act": "-" in value}
+            write_json(tmp_path / "config.json", config | changed)
             try:
                 net, _ = load(tmp_path)
             except UserError as error:
                 assert "\n" not in str(error)
                 counts[0] += 1
+                continue
+            try:
+                transformers.AutoConfig.from_pretrained(tmp_path)
+            except Exception:  # malformed to transformers, and not to us
                 continue
             back, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
             assert not any(report.values()), (key, value)

@@ -329,6 +329,11 @@ FLIPS = {
 }
 
 
+# Keys that a family's config.json may have though transformers writes others, or none, today.
+BESIDE = "position_embedding_type layer_types sliding_window use_sliding_window is_decoder"
+BESIDE += " max_window_layers global_attn_every_n_layers rope_scaling partial_rotary_factor"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "stablelm", "roberta", "modernbert", "t5"])
 def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, tmp_path):
@@ -337,6 +342,8 @@ def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, t
     config = json.loads((tmp_path / "config.json").read_text())
     counts = [0, 0]
     for key, values in FLIPS.items():
+        if key not in config and key not in BESIDE.split():
+            continue
         for value in values:
             changed = {key: value}
             if key == "feed_forward_proj":  # else two keys that follow from it count there
@@ -357,7 +364,7 @@ def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, t
             given, made = pairs(back.eval(), net)
             torch.testing.assert_close(made, given, atol=1e-4, rtol=1e-4, msg=f"{key}={value}")
             counts[1] += 1
-    assert min(counts) > 9
+    assert min(counts) > 4
 
 
 def test_known_families_that_are_not_exact_are_refused_with_the_key():

@@ -310,11 +310,12 @@ class Operations:
             return invariant.gelu(x)
         return F.gelu(x, approximate=approximate)
 
-    def cross_entropy(self, h, head, targets, logits):
+    def cross_entropy(self, h, head, targets, logits, head_input):
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
-        none. The faster way makes head(h) a piece at a time, and no `logits`; where there is more
-        to the logits than a product, head is None."""
+        none. The faster way makes head(head_input(h)) a piece at a time, and no `logits`; where
+        there is more to the logits than that, head is None."""
         if self.fast and can_piece(head):
+            h = head_input(h)
             return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
@@ -785,7 +786,11 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """The logits (…, V) of hidden states (…, C)."""
-        return self.head_logits(self.head_input(h))
+        logits = self.ops.project(self.head_input(h), self.lm_head)
+        softcap = self.config.logit_softcap
+        if softcap:
+            logits = softcap * (logits.float() / softcap).tanh()
+        return logits
 
     def head_input(self, h):
         """What the head's matrix multiplies."""
@@ -795,13 +800,6 @@ class GPT(nn.Module):
             h = h * self.config.logit_scale
         return h
 
-    def head_logits(self, h):
-        logits = self.ops.project(h, self.lm_head)
-        softcap = self.config.logit_softcap
-        if softcap:
-            logits = softcap * (logits.float() / softcap).tanh()
-        return logits
-
     def forward(self, ids, targets=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
         nats, float32; their count). `options` are those of `hidden`. Pre-training and SFT come by
@@ -810,9 +808,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(h)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
-        h = self.head_input(h.flatten(0, 1))  # (B T, C)
+        h = h.flatten(0, 1)  # (B T, C)
         head = None if self.config.logit_softcap else self.lm_head
-        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.head_logits)
+        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
         n_targets = (targets != -100).sum()
         if self.training and self.config.n_experts:
             loss = loss + n_targets * self.routing_loss()

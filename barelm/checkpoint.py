@@ -392,12 +392,12 @@ def complete_head(folder, tensors, net):
 
 
 def names_here(net):
-    """The names of the tensors that a network's file may hold: with another head in its place the
-    language model's has no name."""
-    names = net.state_dict()
-    if net.score is not None:
-        names = [name for name in names if not is_of_lm_head(name)]
-    return names
+    """{name: tensor} of what a network's file may hold: with another head in its place the language
+    model's has no name."""
+    tensors = net.state_dict()
+    if net.score is None:
+        return tensors
+    return {name: t for name, t in tensors.items() if not is_of_lm_head(name)}
 
 
 def is_of_lm_head(name):

@@ -57,13 +57,14 @@ def make_muon(matrices, lr, momentum, weight_decay, dtype):
 
 
 def split_parameters(net):
-    """The parameters that learn: the blocks' matrices; the embedding, the head and whatever else
-    has two dimensions or more (a stack of experts); norms and biases, which are not decayed."""
+    """The parameters that learn: the blocks' matrices, and their stacks of matrices (experts); the
+    embedding, the head and whatever else has two dimensions; norms and biases, which are not
+    decayed."""
     matrices, wide, narrow = [], [], []
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and ".layers." in name:
+        if p.ndim > 1 and ".layers." in name:
             matrices.append(p)
         elif p.ndim > 1:
             wide.append(p)

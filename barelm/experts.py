@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from barelm import invariant
 from barelm.run import compute_dtype
+from model import GATED, MLP, activation
 
 
 class Router(nn.Module):
@@ -50,20 +51,18 @@ class ExpertWeights(nn.Module):
         return [*gate, self.up_proj, self.down_proj]
 
 
-GATED = ("swiglu",)  # kinds of MLP with a gate
-
-
 class Experts(nn.Module):
     """E MLPs, of which each token is given to k, and adds up what they say of it (Shazeer et al.
     2017); beside them n_shared_experts that see every token (Dai et al. 2024)."""
 
-    def __init__(self, c, ops, shared=None):
+    def __init__(self, c, ops):
         super().__init__()
         self.c = c
         self.ops = ops
         self.gate = Router(c)
         self.experts = ExpertWeights(c)
-        self.shared = shared
+        if c.n_shared_experts:  # as one: their sum is an MLP of that width
+            self.shared = MLP(c, ops, c.n_shared_experts * c.expert_hidden)
         if c.balance == "bias":
             self.register_buffer("expert_bias", torch.zeros(c.n_experts))
 
@@ -75,7 +74,7 @@ class Experts(nn.Module):
         probabilities = scores.softmax(-1)
         weights, chosen = self.choose(probabilities)  # (N, k) each
         y = self.mix(rows, weights, chosen).view(x.shape)
-        if self.shared is not None:
+        if self.c.n_shared_experts:
             y = y + self.shared(x)
         if self.training:
             return y, figures(scores, probabilities, chosen)
@@ -123,15 +122,8 @@ class Experts(nn.Module):
 
     def activate(self, inner):
         """The hidden numbers (N, n) of [gate, up], or of [up]."""
-        if self.c.mlp == "swiglu":
-            gate, up = inner
-            return self.ops.silu(gate) * up
-        [up] = inner
-        if self.c.mlp == "gelu":
-            return self.ops.gelu(up)
-        if self.c.mlp == "relu":
-            return F.relu(up)
-        return F.relu(up).square()
+        h = activation(self.c.mlp, inner[0], self.ops)
+        return h * inner[1] if len(inner) == 2 else h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,42 +328,54 @@ def update_bias(net, counts, rate=1e-3):
 
 
 class RoutingLog:
-    """What a step's micro-batches were routed to. Nothing in it waits for the device."""
+    """How a step's tokens were routed, in a trainer's log; of a network without experts nothing.
+    Nothing in it waits for the device."""
 
-    def __init__(self, net):
+    # Of the experts of a layer the largest load over the mean one, in the worst layer; of
+    # `figures` the means over layers.
+    names = ("load_max", "balance_loss", "z_loss", "router_entropy")
+
+    def __init__(self, net, world=1):
         self.net = net
+        self.world = world
         self.total = None  # (layers with experts, E + 3), of the step so far
         self.n = 0  # micro-batches in it
 
     def add(self):
         """Count the micro-batch that the network has just computed."""
+        if self.net.routing is None:
+            return
         routing = self.net.routing.detach().double()
         self.total = routing if self.total is None else self.total + routing
         self.n += 1
 
     def end_step(self):
-        """[the figures of the step, 0-dim tensors, those of LOGGED], over all processes."""
-        total = self.total / self.n
+        """The figures of the step, 0-dim tensors in the order of `names`. All processes call it:
+        each has a part of all processes' figure, so that they add up to it."""
+        if self.total is None:
+            return []
+        total = self.total / (self.n * self.world)
         self.total = None
         self.n = 0
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.world > 1:
             dist.all_reduce(total)
-            total = total / dist.get_world_size()
-        self.counts = total[:, :-3]
-        largest = self.counts.amax(1) / self.counts.mean(1)  # (layers with experts,)
-        return [largest.max(), *total[:, -3:].mean(0)]
+        self.load = total[:, :-3]  # (layers with experts, E)
+        largest = self.load.amax(1) / self.load.mean(1)  # (layers with experts,)
+        figures = [largest.max(), *total[:, -3:].mean(0)]
+        return [figure / self.world for figure in figures]
+
+    def row(self, figures):
+        """What the log has of a step with these figures, numbers."""
+        if not figures:
+            return {}
+        return dict(zip(self.names, figures)) | {"dropped": 0}  # whatever the load
 
     def update_bias(self):
         """`update_bias` by the step that has ended."""
-        if self.net.config.balance == "bias":
-            update_bias(self.net, self.counts)
+        if self.net.routing is not None and self.net.config.balance == "bias":
+            update_bias(self.net, self.load)
 
 
-# Of the experts of a layer the largest load, over the mean one, of the worst layer; and of
-# `figures` the means over layers.
-LOGGED = ("load_max", "balance_loss", "z_loss", "router_entropy")
-
-
-def make_experts(c, ops, shared=None):
-    """The Experts of a block; shared: the MLP of its n_shared_experts, or None."""
-    return Experts(c, ops, shared)
+def make_experts(c, ops):
+    """What a block with experts has in the place of its MLP."""
+    return Experts(c, ops)

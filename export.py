@@ -257,8 +257,9 @@ def hf_family(net):
         raise UserError(f"--export={export} cannot hold {net.quantize} weights: {mend}")
     if net.adapter_size:
         raise UserError(f"--export={export}: no Hugging Face architecture has bottleneck adapters")
-    if net.pooling != "last":
-        raise UserError(f"--export={export}: no Hugging Face architecture has mean pooling")
+    if net.score is not None and net.pooling != "last":
+        why = f"no Hugging Face architecture has {net.pooling} pooling"
+        raise UserError(f"--export={export}: {why}")
     kind = family(c)
     if kind != "barelm":
         return kind

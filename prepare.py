@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 prepare.py config/fineweb_edu.py
 
 Writes data/<dataset>/: tokenizer.json, tokenizer_config.json, train_*.bin and val_*.bin (llm.c's
-format), meta.json; for tasks {sft,preference,classify,seq2seq}_{train,val}.jsonl. The same input
+format), meta.json; for a task, such as sft, sft_{train,val}.jsonl. The same input
 gives the same bytes on any number of processes. A run that was killed goes on where it was.
 """
 
@@ -17,7 +17,7 @@ from config import configure, same_recipes, settings
 source = "python"  # python, a named download, file, folder, glob, URL, @list of URLs, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
-task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
+task: str | None = None  # make a task set: sft, preference, classify, seq2seq, tag, embed, span
 field = "text"  # the field of a JSONL, CSV or parquet record that is its text
 input_format: str | None = None  # text, jsonl, json, csv, tsv or parquet; none: by the file's name
 separator: str | None = None  # a text file is cut into documents here; "\n\n": at blank lines
@@ -139,7 +139,7 @@ from barelm.mix import SPLITS, TOKENS, Encoded, plan_splits
 from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
 from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
-from barelm.tasksets import TASKS, Reading, build_tasks, task_file
+from barelm.tasksets import OF_PYTHON, TASKS, Reading, build_tasks, task_file
 from barelm.tokenizer import Tokenizer
 from barelm.working import EmptySource, for_each, start_pool, wait, working_folder
 
@@ -791,8 +791,8 @@ def build(run, folder, work, pool_map):
         if save_cleaned:
             files = cleaned_names(corpus, jobs)
             meta["cleaned"] = list(files)
-        if is_default_source():  # whose functions and docstrings make all four
-            files += make_tasks(corpus.folder, pool_map, units, list(TASKS))
+        if is_default_source():  # whose functions and docstrings make all of these
+            files += make_tasks(corpus.folder, pool_map, units, OF_PYTHON)
         if report:
             write_report(corpus, tok, tallies, clusters, splits | meta)
             files.append("report.md")

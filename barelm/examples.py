@@ -2,7 +2,8 @@
 
 An example is a dict. `ids` are the inputs, and `targets`, of the same length, the next tokens to
 learn, IGNORED where there is none; a classifier's has a `label`, a pair of answers has `chosen` and
-`rejected`. `row` names the line that it came from, `cut` says whether it was too long."""
+`rejected`, one of vectors `texts`. `row` names the line that it came from, `cut` says whether it was
+too long."""
 
 import ast
 import contextlib
@@ -246,11 +247,15 @@ def micro_batches(examples, micro_tokens, net):
 
 def n_rows(example):
     """How many rows an example takes in a batch; a pair's answers are two."""
+    if "texts" in example:
+        return len(example["texts"])
     return 2 if "chosen" in example else 1
 
 
 def longest_row(example):
     """The tokens of an example's (longer) row."""
+    if "texts" in example:
+        return max(map(len, example["texts"]))
     if "chosen" in example:
         return max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))
     return len(example["ids"])

@@ -55,6 +55,7 @@ class Tokenizer:
         self.read_added_tokens()
         self.read_roles()
         self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
+        self.end = trailing_tokens(spec, self.special)  # those that a text by itself ends with
 
     def read_encoder(self):
         """What others ask about the encoder."""
@@ -218,6 +219,15 @@ class Tokenizer:
             return self.start + self.encode(text)
         begin, end = self.document_layout
         return [*end, *begin][-1:]
+
+    def whole_text(self, text, limit=None):
+        """(ids of a text that is read by itself, with what begins and ends one; whether it was cut
+        to `limit` tokens)."""
+        ids = self.encode(text)
+        room = len(ids)
+        if limit is not None:
+            room = max(0, limit - len(self.start) - len(self.end))
+        return self.start + ids[:room] + self.end, len(ids) > room
 
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
@@ -389,6 +399,42 @@ def leading_tokens(spec, special):
                 break  # the text itself
             names.append(part["SpecialToken"]["id"])
     return [special[name] for name in names]
+
+
+def trailing_tokens(spec, special):
+    """The ids that the post-processor puts behind a text, such as [sep]."""
+    names = []
+    for step in post_processors(spec):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            names.append(step["sep"][0])
+        behind = []
+        for part in step.get("single", []):
+            if "SpecialToken" in part:
+                behind.append(part["SpecialToken"]["id"])
+            else:
+                behind = []  # the text itself
+        names += behind
+    return [special[name] for name in names if name in special]
+
+
+def pair_tokens(spec, special):
+    """(ids before two texts, between them, behind them) as the post-processor puts them, or None
+    where it says nothing of pairs."""
+    for step in post_processors(spec):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            cls, sep = special[step["cls"][0]], special[step["sep"][0]]
+            n = 2 if step["type"] == "RobertaProcessing" else 1
+            return [cls], [sep] * n, [sep]
+        if step.get("pair"):
+            places = [[], [], []]
+            n_texts = 0
+            for part in step["pair"]:
+                if "SpecialToken" in part:
+                    places[n_texts].append(special[part["SpecialToken"]["id"]])
+                else:
+                    n_texts += 1
+            return tuple(places)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -38,12 +38,13 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        shape = (c.n_experts, c.expert_hidden, c.n_embd)
+        E = c.n_experts
+        n = c.expert_hidden
         self.gated = c.mlp in GATED
         if self.gated:
-            self.gate_proj = nn.Parameter(torch.empty(shape))  # (E, n, C)
-        self.up_proj = nn.Parameter(torch.empty(shape))  # (E, n, C)
-        self.down_proj = nn.Parameter(torch.empty(shape).transpose(1, 2).contiguous())  # (E, C, n)
+            self.gate_proj = nn.Parameter(torch.empty(E, n, c.n_embd))
+        self.up_proj = nn.Parameter(torch.empty(E, n, c.n_embd))
+        self.down_proj = nn.Parameter(torch.empty(E, c.n_embd, n))
 
     def matrices(self):
         """[gate, up, down], or [up, down]."""

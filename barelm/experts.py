@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from barelm import invariant
+from barelm.quantized import QuantizedStack
 from barelm.run import compute_dtype
 from model import GATED, MLP, activation
 
@@ -46,10 +47,23 @@ class ExpertWeights(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, n, c.n_embd))
         self.down_proj = nn.Parameter(torch.empty(E, c.n_embd, n))
 
-    def matrices(self):
+    def stacks(self):
         """[gate, up, down], or [up, down]."""
         gate = [self.gate_proj] if self.gated else []
         return [*gate, self.up_proj, self.down_proj]
+
+    def quantize_stacks(self, kind):
+        """Make them int8 or int4, in place."""
+        for name, stack in list(self.named_parameters()):
+            delattr(self, name)
+            setattr(self, name, QuantizedStack(stack, kind))
+
+
+def in_dtype(matrices, dtype):
+    """An expert's matrix (out, in), or a stack of them: quantized ones are made anew."""
+    if isinstance(matrices, torch.Tensor):
+        return matrices.to(dtype)
+    return matrices(dtype)
 
 
 class Experts(nn.Module):
@@ -97,16 +111,16 @@ class Experts(nn.Module):
     def mix(self, x, weights, chosen):
         """The weighted sum (N, C) of what the chosen experts make of x (N, C)."""
         x = x.to(compute_dtype(x))
-        matrices = self.experts.matrices()
+        stacks = self.experts.stacks()
         if self.ops.deterministic:  # of each expert's own tokens, in whatever number
-            return one_by_one(x, weights, chosen, matrices, self.expert)
+            return one_by_one(x, weights, chosen, stacks, self.expert)
         if not self.ops.fast:
-            return all_experts(x, weights, chosen, matrices, self.expert)
-        if can_group(x, matrices):
-            return grouped(x, weights, chosen, matrices, self.activate)
+            return all_experts(x, weights, chosen, stacks, self.expert)
+        if can_group(x, stacks) and not pays_to_pick(x, chosen, stacks):
+            return grouped(x, weights, chosen, stacks, self.activate)
         if is_capturing(x):  # a CUDA graph cannot wait for the counts
-            return all_experts(x, weights, chosen, matrices, self.expert)
-        return one_by_one(x, weights, chosen, matrices, self.expert)
+            return all_experts(x, weights, chosen, stacks, self.expert)
+        return one_by_one(x, weights, chosen, stacks, self.expert)
 
     def product(self):
         """x (N, in) times a matrix (out, in) transposed."""
@@ -117,7 +131,7 @@ class Experts(nn.Module):
     def expert(self, x, *matrices):
         """What one expert makes of x (N, C): an MLP."""
         product = self.product()
-        *inner, down = [matrix.to(x.dtype) for matrix in matrices]
+        *inner, down = [in_dtype(matrix, x.dtype) for matrix in matrices]
         h = self.activate([product(x, matrix) for matrix in inner])  # (N, n)
         return product(h, down)
 
@@ -131,15 +145,14 @@ class Experts(nn.Module):
 # The formula, and the faster ways
 
 
-def all_experts(x, weights, chosen, matrices, expert):
+def all_experts(x, weights, chosen, stacks, expert):
     """The formula: the sum over all E of weight times expert(x), the weight of an expert that was
     not chosen being 0. x (N, C), weights and chosen (N, k)."""
-    n_experts = len(matrices[0])
+    n_experts = stacks[0].shape[0]
     all_weights = weights.new_zeros(len(x), n_experts).scatter(1, chosen, weights)  # (N, E)
     y = torch.zeros_like(x)
-    for e in range(n_experts):
-        of_one = expert(x, *[matrix[e] for matrix in matrices])  # (N, C)
-        y = y + all_weights[:, e, None].to(x.dtype) * of_one
+    for e, matrices in enumerate(zip(*[stack.unbind() for stack in stacks])):
+        y = y + all_weights[:, e, None].to(x.dtype) * expert(x, *matrices)
     return y
 
 
@@ -187,26 +200,27 @@ def load(chosen, n_experts):
     return (chosen.reshape(-1, 1) == numbers).sum(0)
 
 
-def grouped(x, weights, chosen, matrices, activate):
+def grouped(x, weights, chosen, stacks, activate):
     """`all_experts` as products of rows that lie in groups, an expert's matrix a group."""
     rows, order, places = by_expert(x, chosen)
-    ends = load(chosen, len(matrices[0])).cumsum(0).int()  # (E,)
-    *inner, down = [matrix.to(x.dtype) for matrix in matrices]
-    h = activate([F.grouped_mm(rows, matrix.mT, offs=ends) for matrix in inner])  # (M, n)
+    ends = load(chosen, stacks[0].shape[0]).cumsum(0).int()  # (E,)
+    *inner, down = [in_dtype(stack, x.dtype) for stack in stacks]
+    h = activate([F.grouped_mm(rows, stack.mT, offs=ends) for stack in inner])  # (M, n)
     y = F.grouped_mm(h, down.mT, offs=ends)  # (M, C)
     return weighted_sum(y, weights, order, places)
 
 
 @torch.compiler.disable  # its shapes are known when the counts are
-def one_by_one(x, weights, chosen, matrices, expert):
+def one_by_one(x, weights, chosen, stacks, expert):
     """`all_experts`, each expert on its own tokens, and only of those that were chosen. The host
     waits for the counts."""
     rows, order, places = by_expert(x, chosen)
-    sizes = load(chosen, len(matrices[0])).tolist()
+    sizes = load(chosen, stacks[0].shape[0]).tolist()
     outputs = []
-    for size, part, *of_one in zip(sizes, rows.split(sizes), *[m.unbind() for m in matrices]):
+    separate = [stack.unbind() for stack in stacks]
+    for size, part, *matrices in zip(sizes, rows.split(sizes), *separate):
         if size:
-            outputs.append(expert(part, *of_one))
+            outputs.append(expert(part, *matrices))
     return weighted_sum(torch.cat(outputs), weights, order, places)
 
 
@@ -216,19 +230,27 @@ def one_by_one(x, weights, chosen, matrices, expert):
 GROUPED = {}  # {(device, dtype): whether they were right there, without a wait}
 
 
-def can_group(x, matrices):
+def can_group(x, stacks):
     """Whether `grouped` computes this. A kernel wants rows that begin at multiples of 16 bytes; the
     compiler knows bfloat16 alone."""
     compiling = torch.compiler.is_compiling()
     if compiling and x.dtype != torch.bfloat16:
         return False
-    for size in matrices[0].shape[1:]:
+    for size in stacks[0].shape[1:]:
         if size * x.element_size() % 16:
             return False
     key = (x.device, x.dtype)
     if key not in GROUPED and not compiling and not is_capturing(x):
         GROUPED[key] = try_grouped(x.device, x.dtype)
     return GROUPED.get(key, False)
+
+
+def pays_to_pick(x, chosen, stacks):
+    """Whether few tokens leave most experts alone, which `grouped` would all convert to x's
+    dtype. On a GPU to wait costs more."""
+    if isinstance(stacks[0], torch.Tensor) and stacks[0].dtype == x.dtype:
+        return False
+    return x.device.type == "cpu" and chosen.numel() < stacks[0].shape[0]
 
 
 def is_capturing(x):
@@ -282,8 +304,8 @@ def small_problem(device, dtype):
 
 
 def small_step(way, inputs):
-    """[y, the gradients of x and of the matrices] of a way to compute experts."""
-    x, weights, chosen, matrices = inputs
+    """[y, the gradients of x and of the stacks] of a way to compute experts."""
+    x, weights, chosen, stacks = inputs
 
     def activate(inner):
         return inner[0].relu()
@@ -291,8 +313,8 @@ def small_step(way, inputs):
     def expert(x, up, down):
         return F.linear(F.linear(x, up).relu(), down)
 
-    y = way(x, weights, chosen, matrices, activate if way is grouped else expert)
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *matrices])]
+    y = way(x, weights, chosen, stacks, activate if way is grouped else expert)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *stacks])]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -76,6 +76,10 @@ def add_lora(net, config):
     """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
     qlora the blocks' linear layers go to 4 bits too."""
     targets = set(config.lora_targets.split(","))
+    for name, p in net.named_parameters():
+        if p.ndim == 3 and last_word(name) in targets:
+            why = "the matrices of all experts, which LoRA does not adapt"
+            raise UserError(f"lora_targets: {name} is {why}: those of attention are q_proj, …")
     names = [name for name, _ in net.named_modules() if last_word(name) in targets]
     missing = targets - {last_word(name) for name in names}
     if missing:
@@ -94,6 +98,8 @@ def add_lora(net, config):
         net.set_submodule(name, layer)
     if config.adapt == "qlora":
         return_memory()
+        if net.config.n_experts:
+            print("note: the experts stay as they are: qlora packs linear layers")
 
 
 def last_word(name):

@@ -27,7 +27,7 @@ EXACT = {
     "quantization_config": (None, False),
 }
 # What shapes training alone: written under our own names, which transformers passes over.
-TRAINING = ("dropout", "init")
+TRAINING = ("dropout", "init", "balance", "balance_weight", "z_weight")
 # What a config.json of model_type barelm has beside GPTConfig's fields.
 BESIDE = (
     "model_type",

@@ -10,22 +10,28 @@ from dataclasses import dataclass, field, replace
 
 from barelm.config_keys import (
     BOTH_SIDES,
+    EXPERT_LAYERS,
     LISTED_WINDOW,
     OFFSET,
     ONE_WINDOW,
     PARTIAL_ROPE,
     ROPE,
+    SWITCHED_WINDOW,
     T5_HEAD,
     T5_LENGTHS,
     T5_MLP,
     TWO_ROPES,
     USED_WINDOW,
+    expert_count,
     named,
+    with_absent,
 )
 from barelm.tensor_names import (
     BERT_TENSORS,
     GPT2_TENSORS,
+    MIXTRAL_TENSORS,
     MODERNBERT_TENSORS,
+    QWEN3_MOE_TENSORS,
     ROBERTA_TENSORS,
     TensorNames,
     bloom_tensors,
@@ -91,6 +97,10 @@ GPT2_KEYS = {
     "norm_eps": "layer_norm_epsilon",
     "tie": "tie_word_embeddings",
 }
+EXPERT_KEYS = LLAMA_KEYS | {
+    "n_experts_per_token": "num_experts_per_tok",
+    "balance_weight": "router_aux_loss_coef",
+}
 BERT_KEYS = {
     "vocab_size": "vocab_size",
     "n_ctx": "max_position_embeddings",
@@ -144,6 +154,16 @@ LLAMA_WRITTEN = {
     "mlp_bias": False,
     "use_sliding_window": False,
 }
+
+
+def balance_in_file(c):
+    """`balance` of a family whose choice of experts has no bias: what shapes training alone."""
+    return "loss" if c.balance == "bias" else c.balance
+
+
+def width_of_an_mlp(c):
+    """expert_hidden of a family that has no other MLPs than experts."""
+    return c.n_hidden
 
 
 def heads_of_queries(c):
@@ -246,6 +266,51 @@ FAMILIES = {
         exact=LLAMA_EXACT | {"qk_layernorm": (False, None), "use_parallel_residual": (False, None)},
         written={"hidden_act": "silu", "qk_layernorm": False, "use_parallel_residual": False},
     ),
+    "mixtral": Family(
+        lm="MixtralForCausalLM",
+        heads=decoder_heads("Mixtral"),
+        keys=EXPERT_KEYS,
+        fixed=LLAMA_FIXED | {"norm_topk": True},
+        absent={"tie": False, "head_dim": 0, "n_experts_per_token": 2, "balance_weight": 0.001},
+        parts=(
+            with_absent(ROPE, rope_theta=1e6),
+            with_absent(ONE_WINDOW, sliding_window=None),
+            expert_count(8),
+        ),
+        derived={"balance": balance_in_file, "expert_hidden": width_of_an_mlp},
+        exact=LLAMA_EXACT | {"use_sliding_window": (None, False, True)},
+        written=LLAMA_WRITTEN,
+        tensors=MIXTRAL_TENSORS,
+    ),
+    "qwen3_moe": Family(
+        lm="Qwen3MoeForCausalLM",
+        heads=llama_heads("Qwen3Moe"),
+        keys=EXPERT_KEYS
+        | {"expert_hidden": "moe_intermediate_size", "norm_topk": "norm_topk_prob"},
+        fixed=LLAMA_FIXED | {"qk_norm": True},
+        absent={"tie": False, "head_dim": 0, "n_experts_per_token": 8, "expert_hidden": 768}
+        | {"norm_topk": False, "balance_weight": 0.001},
+        parts=(ROPE, SWITCHED_WINDOW, expert_count(128), EXPERT_LAYERS),
+        derived={"balance": balance_in_file},
+        exact=LLAMA_EXACT | {"use_sliding_window": (None, False, True)},
+        written=LLAMA_WRITTEN,
+        tensors=QWEN3_MOE_TENSORS,
+    ),
+    "olmoe": Family(
+        lm="OlmoeForCausalLM",
+        heads={},
+        keys={name: key for name, key in EXPERT_KEYS.items() if name != "head_dim"}
+        | {"norm_topk": "norm_topk_prob"},
+        fixed=LLAMA_FIXED | {"qk_norm": True, "qk_norm_all": True},
+        absent={"tie": False, "n_kv_head": 0, "n_experts_per_token": 8, "norm_topk": False}
+        | {"balance_weight": 0.01},
+        parts=(ROPE, expert_count(64)),
+        derived={"balance": balance_in_file, "expert_hidden": width_of_an_mlp}
+        | {"head_dim": width_of_a_head},
+        exact=LLAMA_EXACT | {"clip_qkv": (None,), "head_dim": (None,)},
+        written=LLAMA_WRITTEN,
+        tensors=QWEN3_MOE_TENSORS,
+    ),
     "gpt2": Family(
         lm="GPT2LMHeadModel",
         heads=decoder_heads("GPT2", tag="classifier."),
@@ -345,6 +410,7 @@ FAMILIES = {
         parts=(
             TWO_ROPES,
             BOTH_SIDES,
+            EXPERT_LAYERS,
             named(
                 "mlp",
                 "hidden_activation",

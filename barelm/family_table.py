@@ -410,7 +410,6 @@ FAMILIES = {
         parts=(
             TWO_ROPES,
             BOTH_SIDES,
-            EXPERT_LAYERS,
             named(
                 "mlp",
                 "hidden_activation",

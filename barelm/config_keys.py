@@ -290,14 +290,44 @@ def read_rope(d, values):
     scaling, theta, fraction = flat_rope(d)
     if fraction not in (None, 1):
         raise Inexact(f"partial_rotary_factor={fraction!r:.60} not supported")
-    return {
-        "rope_theta": 10000.0 if theta is None else theta,
-        "rope_scaling": read_scaling(d, scaling),
-    }
+    theta = 10000.0 if theta is None else theta
+    scaling = read_scaling(d, scaling)
+    return {"rope_scaling": scaling, "rope_theta": theta} | read_ntk(d, values, scaling, theta)
 
 
 def write_rope(c):
-    return {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
+    scaling = c.rope_scaling
+    if not scaling or scaling.get("rope_type") != "ntk":
+        return {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    # transformers has no such scaling, but it is another base: that, and our own key beside it.
+    theta = ntk_theta(c.rope_theta, scaling["factor"], c.head_dim)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "ntk": {"rope_theta": c.rope_theta} | scaling,
+    }
+
+
+def ntk_theta(theta, factor, head_dim):
+    """The base that NTK scaling comes to, as barelm/positions.py computes it."""
+    return theta * factor ** (head_dim / (head_dim - 2))
+
+
+def read_ntk(d, values, scaling, theta):
+    """{rope_theta, rope_scaling} by our own key, where it says what the base says; else {}."""
+    own = d.get("ntk")
+    head_dim = values.get("head_dim")
+    if not head_dim and type(values.get("n_embd")) is int and type(values.get("n_head")) is int:
+        head_dim = values["n_embd"] // max(1, values["n_head"])
+    if scaling or not isinstance(own, dict) or type(head_dim) is not int or head_dim <= 2:
+        return {}
+    own = dict(own)
+    base = own.pop("rope_theta", None)
+    factor = own.get("factor")
+    numbers = all(type(x) in (int, float) and 0 < x < 1e9 for x in (base, factor))
+    if not numbers or ntk_theta(base, factor, head_dim) != theta:
+        return {}
+    return {"rope_theta": base, "rope_scaling": own}
 
 
 def read_partial_rope(d, values):
@@ -437,6 +467,23 @@ EXPERT_LAYERS = Part(
     read_expert_layers,
     write_expert_layers,
 )
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoders without a head
+
+
+def mlm_head(base):
+    """The Part of whether an encoder's files have the head of masked language modelling: those of
+    its class `base` alone, as models that embed texts are published, have none."""
+
+    def read(d, values):
+        return {"mlm_head": d.get("architectures") != [base]}
+
+    def write(c):
+        return {} if c.mlm_head else {"architectures": [base]}
+
+    return Part(("mlm_head",), ("architectures",), read, write)
 
 
 # --------------------------------------------------------------------------------------------------

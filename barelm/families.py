@@ -131,6 +131,8 @@ def to_hf_config(net, tok):
     if net.score is not None:
         out |= head_keys(net, kind)
     out["architectures"] = [architecture(kind, net)]
+    if kind != "barelm" and net.score is not None:
+        return family_keys(net.config, kind) | out
     if kind != "barelm":
         return out | family_keys(net.config, kind)
     return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}

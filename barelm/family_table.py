@@ -23,6 +23,7 @@ from barelm.config_keys import (
     TWO_ROPES,
     USED_WINDOW,
     expert_count,
+    mlm_head,
     named,
     with_absent,
 )
@@ -138,7 +139,6 @@ BERT_FIXED = GPT2_FIXED | {
     "tie": True,
     "causal": False,
     "embed_norm": True,
-    "mlm_head": True,
 }
 LLAMA_EXACT = {"hidden_act": (None, "silu", "swish")}
 BERT_EXACT = {
@@ -357,6 +357,7 @@ FAMILIES = {
         keys=BERT_KEYS,
         fixed=BERT_FIXED,
         absent={"norm_eps": 1e-12, "n_types": 2},
+        parts=(mlm_head("BertModel"),),
         derived=PLAIN_HEADS,
         exact=BERT_EXACT,
         dropout_keys=("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -379,7 +380,7 @@ FAMILIES = {
         keys={name: key for name, key in BERT_KEYS.items() if name != "n_ctx"},
         fixed=BERT_FIXED,
         absent={"norm_eps": 1e-12, "n_types": 2},
-        parts=(OFFSET,),
+        parts=(OFFSET, mlm_head("RobertaModel")),
         derived=PLAIN_HEADS,
         exact=BERT_EXACT,
         dropout_keys=("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -410,6 +411,7 @@ FAMILIES = {
         parts=(
             TWO_ROPES,
             BOTH_SIDES,
+            mlm_head("ModernBertModel"),
             named(
                 "mlp",
                 "hidden_activation",
@@ -453,6 +455,7 @@ FAMILIES = {
 FAMILIES["xlm-roberta"] = replace(
     FAMILIES["roberta"],
     lm="XLMRobertaForMaskedLM",
+    parts=(OFFSET, mlm_head("XLMRobertaModel")),
     heads={
         task: replace(head, architecture=f"XLM{head.architecture}")
         for task, head in FAMILIES["roberta"].heads.items()

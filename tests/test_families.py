@@ -18,7 +18,7 @@ from barelm.files import write_json
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.tokenizer import Tokenizer
-from model import generate
+from model import GPT, GPTConfig, generate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "families"
 TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
@@ -266,6 +266,35 @@ def test_old_files_of_bert_and_t5(transformers, tmp_path):
         back = type(theirs).from_pretrained(place).eval()
         assert back.lm_head.weight.equal(head)
         close(*pairs(back, net)[::-1])
+
+
+@torch.no_grad()
+def test_ntk_scaling_is_another_base_there(transformers, tmp_path):
+    scaling = {"rope_type": "ntk", "factor": 4.0}
+    net = GPT(GPTConfig(TOK.n_vocab, 64, 2, 4, 32, rope_scaling=scaling, qk_norm=False)).eval()
+    save(tmp_path, net, TOK)
+    ids = torch.randint(3, 30, (1, 40))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    close(net(ids), theirs(ids).logits)
+    back, _ = load(tmp_path)
+    assert back.config == net.config and back(ids).equal(net(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Bert", "ModernBert"])
+def test_an_encoder_without_a_head_embeds_texts(name, transformers, tmp_path):
+    """As models for embeddings are published: BertModel, whose pooler nothing reads."""
+    _, keys = MODELS[name.lower()]
+    base = getattr(transformers, f"{name}Model")
+    theirs = base(getattr(transformers, f"{name}Config")(**keys)).eval()
+    net, tok = load(write(tmp_path / "theirs", theirs))
+    ids = torch.randint(3, 30, (2, 9))
+    close(net.hidden(ids), theirs(ids).last_hidden_state)
+    save(tmp_path / "ours", net, tok)
+    back = base.from_pretrained(tmp_path / "ours").eval()
+    close(back(ids).last_hidden_state, net.hidden(ids))
+    assert load(tmp_path / "ours")[0].config == net.config
 
 
 @torch.no_grad()

@@ -961,13 +961,13 @@ def text_gap_windows(tok, length):
     """The same of the documents of `text`; what is left at a document's end, too, but for less than
     what a span needs."""
     requests = []
-    room = length - len(tok.start) - len(tok.finish)
+    room = length - len(tok.start) - len(tok.end)
     for document in read_text(Path(text)):
         ids = tok.encode(document)
         for begin in range(0, len(ids), room):
             part = ids[begin : begin + room]
             if len(part) >= SHORTEST:
-                window = tok.start + part + tok.finish
+                window = tok.start + part + tok.end
                 requests.append(Request("", window, [[len(requests)]]))
     if not requests:
         raise UserError(f"{text}: expected texts of {SHORTEST} tokens, to hide some of them")

@@ -130,6 +130,8 @@ class GPTConfig:
         check_fields(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_hidden == 0 and self.n_encoder_layer == 0 and "D" not in self.expert_layers:
+            self.n_hidden = self.expert_hidden  # where no block has another MLP
         if self.n_hidden == 0 and self.mlp in GATED:
             self.n_hidden = -(-self.n_embd * 8 // (3 * 64)) * 64  # it has a third matrix
         elif self.n_hidden == 0:
@@ -470,7 +472,7 @@ class MLP(nn.Module):
             gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
             h = self.gated(gate_up)  # (B, T, n_hidden)
         else:
-            h = self.activation(self.ops.project(x, self.up_proj))
+            h = activation(self.kind, self.ops.project(x, self.up_proj), self.ops)
         return self.ops.project(h, self.down_proj)
 
     def gated(self, gate_up):
@@ -478,16 +480,20 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             return self.ops.swiglu(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return self.activation(gate) * up
+        return activation(self.kind, gate, self.ops) * up
 
-    def activation(self, x):
-        if self.kind in ("gelu", "geglu"):
-            return self.ops.gelu(x)
-        if self.kind in ("gelu_erf", "geglu_erf"):
-            return self.ops.gelu(x, "none")
-        if self.kind == "relu":
-            return F.relu(x)
-        return F.relu(x).square()  # relu2: So et al. 2021
+
+def activation(kind, x, ops):
+    """What an MLP of this kind does with each number x, a gated one with those of its gate."""
+    if kind == "swiglu":
+        return ops.silu(x)
+    if kind in ("gelu", "geglu"):
+        return ops.gelu(x)
+    if kind in ("gelu_erf", "geglu_erf"):
+        return ops.gelu(x, "none")
+    if kind == "relu":
+        return F.relu(x)
+    return F.relu(x).square()  # relu2: So et al. 2021
 
 
 def make_mlp(c, ops, has_experts):
@@ -618,8 +624,12 @@ class GPT(nn.Module):
         self.eval_block: Callable = call_block  # the same of eval mode
         # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
         self.score: nn.Linear | None = None  # (n_labels, C)
+        self.score_dense: nn.Linear | None = None  # (C, C), before it, and its norm
+        self.score_norm: nn.Module | None = None
         self.labels: list[str] | None = None  # of the rows of score
-        self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
+        self.task: str = "classify"  # what score is for: texts; or "tag": tokens, "span": answers
+        self.pooling: str = "last"  # what score reads of a text: its last state, first, or "mean"
+        self.pooler: str = ""  # what stands before score: "tanh" or "gelu_norm"
         self.pad_id: int | None = None  # the token that is no text's last one
         self.start_id: int | None = None  # with which an encoder-decoder's targets begin
         self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
@@ -628,6 +638,10 @@ class GPT(nn.Module):
     def init_weight(self, name, p):
         """Draw a parameter's first values; norms keep their ones."""
         c = self.config
+        if p.ndim == 3:  # a stack of matrices, experts': each is drawn for itself
+            for matrix in p.detach():
+                self.init_weight(f"{name}.weight", matrix)
+            return
         if name.endswith(".bias"):
             nn.init.zeros_(p)
         elif "proj" in name and c.init == "xavier":
@@ -852,19 +866,41 @@ class GPT(nn.Module):
         weight = c.balance_weight if c.balance == "loss" else 0.0
         return weight * balance + c.z_weight * z
 
-    def set_score(self, labels, pooling="last", pad_id=None):
-        """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
-        token that is no text's last one."""
+    def set_score(self, labels, pooling="last", pad_id=None, *, task="classify", pooler="",
+                  bias=None):  # fmt: skip
+        """Give the network a head of so many scores: of a text (a classifier's, or a reward model's
+        with its one label), of each token (task "tag"), or of each token as the start and the end
+        of an answer ("span"). pooler: a layer before it, as encoders have one (`score_states`).
+        bias: of the scores; None: as transformers' classes have it. pad_id: a token that is no
+        text's last one."""
+        c = self.config
         device = self.model.embed_tokens.weight.device
-        self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=device)
+        if bias is None:
+            bias = task != "classify" or not c.causal
+        self.score_dense = None
+        self.score_norm = None
+        if pooler:
+            has_norm = pooler == "gelu_norm"
+            self.score_dense = nn.Linear(c.n_embd, c.n_embd, bias=not has_norm, device=device)
+            nn.init.normal_(self.score_dense.weight, std=0.02)
+            if has_norm:
+                self.score_norm = make_norm(c, self.ops).to(device)
+            else:
+                nn.init.zeros_(self.score_dense.bias)
+        self.score = nn.Linear(c.n_embd, len(labels), bias=bias, device=device)
         nn.init.normal_(self.score.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.score.bias)
         self.labels = labels
         self.pooling = pooling
+        self.pooler = pooler
         self.pad_id = pad_id
+        self.task = task
 
     def scores(self, texts):
         """(B, labels) float32 of texts, lists of ids: by the state of the last token that is no
-        padding, as transformers finds it (the first where all are), or by the mean's."""
+        padding, as transformers finds it (the first where all are), the first one's, or the
+        mean's."""
         device = self.score.weight.device
         texts = [self.without_padding(ids) for ids in texts]
         lengths = torch.tensor([len(ids) for ids in texts], device=device)  # (B,)
@@ -874,16 +910,26 @@ class GPT(nn.Module):
 
     def scores_of(self, ids, lengths):
         """`scores` of the first lengths (B,) tokens of each row of ids (B, T)."""
-        # A decoder's tokens do not see the padding behind them.
-        h = self.hidden(ids, lengths=None if self.config.causal else lengths)  # (B, T, C)
-        if self.pooling == "mean":
-            real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (B, T)
-            h = (h * real[..., None]).sum(1) / lengths[:, None]  # (B, C)
-        elif self.pooling == "first":
-            h = h[:, 0]
-        else:
-            h = h[torch.arange(len(h), device=h.device), lengths - 1]  # (B, C)
+        h = self.states(ids, lengths)  # (B, T, C)
+        return self.score_states(pooled(h, lengths, self.pooling))
+
+    def score_states(self, h):
+        """The scores (…, labels) float32 of states h (…, C), of tokens or of whole texts."""
+        if self.pooler == "tanh":  # BERT's
+            h = self.score_dense(h).tanh()
+        elif self.pooler == "gelu_norm":  # ModernBERT's
+            h = self.score_norm(F.gelu(self.score_dense(h)))
         return self.score(h).float()
+
+    def states(self, ids, lengths):
+        """The hidden states (B, T, C) of texts, the first lengths (B,) tokens of each row of ids
+        (B, T); what stands behind them is seen by none of them. Of an encoder-decoder, its
+        encoder's."""
+        if self.config.is_seq2seq:
+            return self.encode(ids, lengths).h
+        if self.config.causal:  # then nobody looks at the padding anyway
+            return self.hidden(ids)
+        return self.hidden(ids, lengths=lengths)
 
     def without_padding(self, ids):
         """The ids up to the last one that is no padding, and one at least."""
@@ -891,6 +937,17 @@ class GPT(nn.Module):
         while end > 1 and ids[end - 1] == self.pad_id:
             end -= 1
         return ids[:end]
+
+
+def pooled(h, lengths, pooling):
+    """One state for each text (B, C), of the states h (B, T, C) of its first lengths (B,) tokens:
+    the "first" one's, the "last" one's, or their "mean"."""
+    if pooling == "first":
+        return h[:, 0]
+    if pooling == "last":
+        return h[torch.arange(len(h), device=h.device), lengths - 1]
+    real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (B, T)
+    return (h * real[..., None]).sum(1) / lengths[:, None]
 
 
 def padding_apart(T, lengths, docs=None):

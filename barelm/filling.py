@@ -100,7 +100,7 @@ def ids_with_gaps(tok, text, gap_ids):
     if not places:
         names = ", ".join(list(entries)[:2])
         raise UserError(f"nothing to fill: expected {names} in the prompt {text[:60]!r}")
-    return ids + tok.finish, places
+    return ids + tok.end, places
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def fill_spans(net, tok, text, n):
     """A text with what an encoder-decoder writes, greedily and n tokens in all, for each sentinel
     in it (<extra_id_0>, <extra_id_1>, …)."""
     ids, _ = ids_with_gaps(tok, text, tok.sentinel_ids)
-    if not tok.finish and tok.end_id is not None:
+    if not tok.end and tok.end_id is not None:
         ids.append(tok.end_id)
     check_length(net, ids)
     start_id = tok.pad_id if net.start_id is None else net.start_id

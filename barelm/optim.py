@@ -59,13 +59,14 @@ def make_muon(matrices, lr, momentum, weight_decay, dtype):
 
 
 def split_parameters(net):
-    """The parameters that learn: the blocks' matrices; the embedding, the head and whatever else
-    has two dimensions or more (a stack of experts); norms and biases, which are not decayed."""
+    """The parameters that learn: the blocks' matrices, and their stacks of matrices (experts); the
+    embedding, the head and whatever else has two dimensions; norms and biases, which are not
+    decayed."""
     matrices, wide, narrow = [], [], []
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and ".layers." in name:
+        if p.ndim > 1 and ".layers." in name:
             matrices.append(p)
         elif p.ndim > 1:
             wide.append(p)
@@ -152,6 +153,15 @@ def peak_flops(device):
 
 def n_params(net):
     return sum(p.numel() for p in net.parameters())
+
+
+def n_active(net):
+    """How many parameters a token is computed with: of a layer's experts those that it is given
+    to."""
+    c = net.config
+    idle = c.n_experts - c.n_experts_per_token
+    expert = MLP_MATRICES[c.mlp] * c.n_embd * c.expert_hidden
+    return n_params(net) - sum(c.has_experts) * idle * expert
 
 
 # How many matrices an MLP of each kind multiplies a token with. One that is not here is counted

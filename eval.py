@@ -5,12 +5,15 @@
     python eval.py --tasks=mmlu,arc_easy --data=FOLDER --shots=0 --limit=100 --samples
     python eval.py --tasks=gsm8k,math --download         # rows from the Hub, kept in --data
     python eval.py --tasks=mine.jsonl,mine.py:function   # the README shows both
-    python eval.py --model=out/classify --tasks=classify
+    python eval.py --model=out/classify --tasks=classify    # likewise tag, span
+    python eval.py --tasks=neighbours                    # vectors: which function a docstring is of
+    python eval.py --tasks=sts --rows_file=FILE.jsonl    # ... how alike two sentences are
     python eval.py --tasks=humaneval --allow_code_exec   # programs, in a sandbox
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
 Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
-(generation); humaneval, mbpp (code); ifeval (instructions); classify. Prompts, truncation and
+(generation); humaneval, mbpp (code); ifeval (instructions); classify, tag, span (of a head);
+neighbours, sts (of vectors). Prompts, truncation and
 scores are lm-evaluation-harness's, so that numbers compare. Writes results.json (and with --samples
 each prompt, answer and verdict) into out_dir. A run that was stopped continues: what was answered
 is kept there until the end.
@@ -33,11 +36,15 @@ limit = 0  # rows of each task (of each subject), the first ones; 0: all
 seed = 1234  # of the shots that are drawn (the harness's) and of sampled answers
 
 # loss
-dataset = "python"  # data/<dataset>, whose validation shards loss reads; classify: its task set
+dataset = "python"  # data/<dataset>, whose validation shards loss reads; of a head: its task set
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
 context: int | None = None  # the same, beyond the model's context too, with the loss by position
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
+
+# heads and vectors
+rows_file: str | None = None  # classify, tag, span, neighbours, sts: a JSONL instead of the task set
+pooling: str | None = None  # neighbours, sts: first, last or mean; none: the model's own, or mean
 
 # multiple choice and generation
 shots: int | None = None  # examples before a question; none: as many as are usual for the task
@@ -83,8 +90,10 @@ import torch
 import torch.distributed as dist
 
 from barelm.checkpoint import load
+from barelm.embeddings import POOLINGS, pooling_of
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, whole_file
+from barelm.head_tasks import run_neighbours, run_span, run_sts, run_tag
 from barelm.invariant import be_deterministic
 from barelm.judge import ask_judge
 from barelm.resume import make_folder
@@ -144,7 +153,7 @@ def open_task(name, run):
     elif name in TASKS:
         task = open_benchmark(name, run)
     else:
-        near = difflib.get_close_matches(name, [*TASKS, "loss", "classify"], 1)
+        near = difflib.get_close_matches(name, [*TASKS, "loss", *OF_HEADS, "neighbours", "sts"], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     # What a task lacks is told now, not when the model has answered.
@@ -867,19 +876,48 @@ def loss_by_position(requests, sums, width):
 
 
 # --------------------------------------------------------------------------------------------------
-# A classifier's labels
+# Heads and vectors: a classifier's labels; the rest by barelm/head_tasks.py
+
+OF_HEADS = ("classify", "tag", "span")  # which need a head of that task
+
+
+def own_rows(name):
+    """(the rows, their path) of a task set: of the data set, or those of `rows_file`."""
+    path = Path(rows_file) if rows_file else Path("data") / dataset / f"{name}_val.jsonl"
+    return list(limited(read_rows(path))), path
+
+
+def run_tags(net, tok, answers, say):
+    scores, n, log = run_tag(net, tok, answers, *own_rows("tag"), seed)
+    return Result(scores, n, samples=log)
+
+
+def run_spans(net, tok, answers, say):
+    scores, n, log = run_span(net, tok, answers, *own_rows("span"))
+    return Result(scores, n, samples=log)
+
+
+def run_nearest(net, tok, answers, say):
+    of_text = pooling or pooling_of(net)
+    scores, n, log = run_neighbours(net, tok, answers, *own_rows("embed"), of_text, say)
+    return Result(scores, n, samples=log)
+
+
+def run_likeness(net, tok, answers, say):
+    of_text = pooling or pooling_of(net)
+    scores, n, log = run_sts(net, tok, answers, *own_rows("sts"), of_text, seed)
+    return Result(scores, n, samples=log)
 
 
 def run_classify(net, tok, answers, say):
     """Accuracy and macro F1 (the mean over the labels that occur), its error by bootstrap."""
-    path = Path("data") / dataset / "classify_val.jsonl"
-    rows = list(limited(read_rows(path)))
+    task_rows, path = own_rows("classify")
     requests = []
     labels = []
     try:
-        for row in rows:
-            ids = tok.start + tok.encode(row["text"])
-            requests.append(Request("", ids[: net.config.n_ctx], []))
+        for row in task_rows:
+            ids, _ = tok.whole_text(row["text"], net.config.n_ctx)
+            requests.append(Request("", ids, []))
             labels.append(str(row["label"]))
     except ROW_ERRORS as error:
         raise UserError(f"{path}: expected text and label in each record: {error!r}") from None
@@ -887,7 +925,7 @@ def run_classify(net, tok, answers, say):
     unknown = sorted(set(labels) - set(names))
     if unknown:
         raise UserError(f"{path}: label {unknown[0]!r} is none of {model}'s: {', '.join(names)}")
-    if not rows or not all(request.context for request in requests):
+    if not task_rows or not all(request.context for request in requests):
         raise UserError(f"{path}: an empty text has no label")
 
     def work(batch):
@@ -899,10 +937,10 @@ def run_classify(net, tok, answers, say):
     scores = {"accuracy": mean(right == guesses)}
     scores["f1"] = macro_f1(right, guesses), f1_error(right, guesses)
     log = []
-    for row, label, guess, row_scores in zip(rows, labels, guesses, label_scores):
+    for row, label, guess, row_scores in zip(task_rows, labels, guesses, label_scores):
         sample = {"text": row["text"], "label": label, "answer": names[guess]}
         log.append(sample | {"scores": row_scores})
-    return Result(scores, len(rows), samples=log)
+    return Result(scores, len(task_rows), samples=log)
 
 
 def macro_f1(right, guesses):
@@ -934,6 +972,8 @@ def check_settings():
     counts = ["limit", "shots", "seq_len", "eval_tokens", "max_new_tokens", "temperature"]
     check_least(config, counts, 0)
     check_least(config, ["context", "num_samples", "micro_tokens"], 1)
+    if pooling not in (None, *POOLINGS):
+        raise UserError(f"--pooling={pooling}: expected {', '.join(POOLINGS)}")
     if context is not None and context >= 2**31:  # no text is so long
         raise UserError(f"context={context}: expected less than 2,147,483,648")
     if num_samples > 1 and temperature < GREEDY:
@@ -952,9 +992,14 @@ def task_names():
 
 def check_head(net, names):
     """Refuse tasks that a network's last layer does not fit: a classifier has no words to say."""
-    if (net.score is not None) != (names == ["classify"]):
-        expected = "a classifier" if net.score is None else "--tasks=classify, and no other"
-        raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
+    for name in names:
+        if name in ("neighbours", "sts"):  # of any network
+            continue
+        if net.score is None and name in OF_HEADS:
+            raise UserError(f"{model} with --tasks={tasks}: expected a model of {name}")
+        if net.score is not None and name != net.task:
+            expected = f"--tasks={net.task}, and no other"
+            raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
 
 
 def results_folder():
@@ -981,7 +1026,8 @@ def main():
     # Whatever can be refused is, before the weights are read.
     check_settings()
     names = task_names()
-    without_questions = {"loss": run_loss, "classify": run_classify}
+    without_questions = {"loss": run_loss, "classify": run_classify, "tag": run_tags}
+    without_questions |= {"span": run_spans, "neighbours": run_nearest, "sts": run_likeness}
     opened = {name: open_task(name, run) for name in names if name not in without_questions}
     compute, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute, quantize, fast)

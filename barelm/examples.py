@@ -2,8 +2,8 @@
 
 An example is a dict. `ids` are the inputs, and `targets`, of the same length, the next tokens to
 learn, IGNORED where there is none; a classifier's has a `label`, a pair of answers has `chosen` and
-`rejected`, one of vectors `texts`. `row` names the line that it came from, `cut` says whether it was
-too long."""
+`rejected`, one of vectors `texts`. `row` names the line that it came from, `cut` says whether it
+was too long."""
 
 import ast
 import contextlib

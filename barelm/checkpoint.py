@@ -242,7 +242,8 @@ def empty_network(config, settings, labels, fast):
             add_adapters(net, settings["adapter_size"])
         if labels:
             pooling = settings.get("pooling", "last")
-            net.set_score(labels, pooling, settings.get("pad_token_id"), task_of(settings))
+            pad_id = settings.get("pad_token_id")
+            net.set_score(labels, pooling, pad_id, task=task_of(settings))
         if settings.get("quantize"):
             quantize_weights(net, settings["quantize"])
     return net

@@ -16,10 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from barelm.families import family, gpt2_names
+from barelm.families import family, table_of
 from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
+from barelm.tensor_names import joined, names_in_file
 from barelm.tokenizer import Tokenizer
 
 
@@ -388,7 +389,7 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt."""
     make_folder(folder)
     gpt2 = family(net.config) == "gpt2"
-    tensors, ranks = adapter_tensors(net, gpt2)
+    tensors, ranks = adapter_tensors(net)
     # Layers of another rank than the others, each with an alpha that leaves its scale as it is.
     rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.lora_rank}
     alpha_pattern = {}
@@ -420,21 +421,30 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     write_weights(folder / "adapter_model.safetensors", tensors, step, state)
 
 
-def adapter_tensors(net, gpt2):
-    """({PEFT's name: matrix}, {layer as PEFT names it: rank}) of a network with LoRA. GPT-2's file
-    has q, k and v as one layer: their three products are one of three times the rank, with blocks
-    of zeros."""
+def adapter_tensors(net):
+    """({PEFT's name: matrix}, {layer as PEFT names it: rank}) of a network with LoRA. Where a
+    family's file has q, k and v as one layer, their three products are one of three times the rank,
+    with blocks of zeros."""
+    kind = family(net.config)
+    table = table_of(kind, net.config)
     layers = {f"{name}.weight": m for name, m in net.named_modules() if isinstance(m, LoRA)}
-    groups = gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
     tensors = {}
     ranks = {}
-    for theirs, ours in groups.items():
+    for theirs, ours in names_in_file(layers, table).items():
         place = theirs.removesuffix(".weight")
         A = torch.cat([layers[name].lora_A.weight for name in ours])
         B = torch.block_diag(*[layers[name].lora_B.weight for name in ours])
+        if len(ours) > 1:
+            B = joined(B.chunk(len(ours)), table)
         tensors[f"base_model.model.{place}.lora_A.weight"] = A
         tensors[f"base_model.model.{place}.lora_B.weight"] = B
-        # GPT-2 has a c_proj in attention and one in the MLP: two words tell them apart.
-        n_words = 2 if gpt2 else 1
-        ranks[".".join(place.split(".")[-n_words:])] = len(A)
+        ranks[peft_target(place, kind, table)] = len(A)
     return tensors, ranks
+
+
+def peft_target(place, kind, table):
+    """The end of a layer's name by which PEFT finds it, and no other."""
+    words = place.split(".")
+    if kind == "gpt2":  # it has a c_proj in attention and one in the MLP
+        return ".".join(words[-2:])
+    return place if table.renames else words[-1]

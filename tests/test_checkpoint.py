@@ -21,17 +21,18 @@ IDS = torch.tensor([[1, 5, 3, 2, 7, 7, 2]])
 def test_an_entry_names_fields_of_the_config_and_no_others(kind):
     entry = FAMILIES[kind]
     names = {f.name for f in fields(GPTConfig)}
-    for part in (entry.keys, entry.fixed, entry.absent, entry.derived, entry.copies):
+    of_parts = {name for part in entry.parts for name in part.fields}
+    for part in (entry.keys, entry.fixed, entry.absent, entry.derived, entry.copies, of_parts):
         assert set(part) <= names
-    assert not set(entry.keys) & set(entry.fixed)  # what differs from model to model is not fixed
+    assert not {*entry.keys, *of_parts} & set(entry.fixed)  # what differs from model to model is not fixed
 
 
 def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
     """A family as published ones are: another MLP, keys of its own, q, k and v as one matrix (in,
     out), the same layers under other names, a prefix."""
     entry = Family(
-        causal_lm="OwlForCausalLM",
-        classifier="OwlForSequenceClassification",
+        lm="OwlForCausalLM",
+        heads={},
         keys={"vocab_size": "vocab", "n_ctx": "length", "n_layer": "depth", "n_embd": "width"}
         | {"n_head": "heads", "n_hidden": "inner", "norm_eps": "epsilon", "tie": "tied"},
         fixed=FAMILIES["llama"].fixed | {"mlp": "relu2", "bias": True},

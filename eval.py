@@ -43,7 +43,7 @@ context: int | None = None  # the same, beyond the model's context too, with the
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
 
 # heads and vectors
-rows_file: str | None = None  # classify, tag, span, neighbours, sts: not the task set, but this JSONL
+rows_file: str | None = None  # classify, tag, span, neighbours, sts: a JSONL, not the task set
 pooling: str | None = None  # neighbours, sts: first, last or mean; none: the model's own, or mean
 
 # multiple choice and generation

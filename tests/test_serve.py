@@ -32,14 +32,15 @@ CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
-def served(folder, *args, env=None, **popen):
+def served(folder, *args, env=None, name="tiny", **popen):
     """A server of folder/out/tiny: its address, and its process as `.process`."""
     command = [sys.executable, ROOT / "serve.py", "--model=out/tiny", "--port=0", *args]
     pipe = dict(stdout=subprocess.PIPE, text=True, env=os.environ | (env or {})) | popen
     with subprocess.Popen(command, cwd=folder, **pipe) as process:
         try:
             lines = iter(process.stdout.readline, "")
-            url = next(m[1] for line in lines if (m := re.search(r"serving tiny at (\S+)", line)))
+            says = re.compile(rf"serving {name} at (\S+)")
+            url = next(m[1] for line in lines if (m := says.search(line)))
             yield Site(url, process)
         finally:
             process.kill()
@@ -875,6 +876,6 @@ def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
         port = taken.getsockname()[1]
         assert "--port=0 takes a free one" in refusal("--model=out/tiny", f"--port={port}")
     net, tok = load(tiny / "out" / "tiny")
-    net.set_score(["a", "b"])
-    save(tmp_path / "labels", net, tok)
-    assert "is a classifier" in refusal(f"--model={tmp_path}/labels")
+    net.set_score(["O", "B-x"], task="tag")
+    save(tmp_path / "tags", net, tok)
+    assert "has a head for tag, which is not served" in refusal(f"--model={tmp_path}/tags")

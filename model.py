@@ -310,11 +310,12 @@ class Operations:
             return invariant.gelu(x)
         return F.gelu(x, approximate=approximate)
 
-    def cross_entropy(self, h, head, targets, logits):
+    def cross_entropy(self, h, head, targets, logits, head_input):
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
-        none. The faster way makes head(h) a piece at a time, and no `logits`; where there is more
-        to the logits than a product, head is None."""
+        none. The faster way makes head(head_input(h)) a piece at a time, and no `logits`; where
+        there is more to the logits than that, head is None."""
         if self.fast and can_piece(head):
+            h = head_input(h)
             return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
@@ -785,7 +786,11 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """The logits (…, V) of hidden states (…, C)."""
-        return self.head_logits(self.head_input(h))
+        logits = self.ops.project(self.head_input(h), self.lm_head)
+        softcap = self.config.logit_softcap
+        if softcap:
+            logits = softcap * (logits.float() / softcap).tanh()
+        return logits
 
     def head_input(self, h):
         """What the head's matrix multiplies."""
@@ -795,24 +800,20 @@ class GPT(nn.Module):
             h = h * self.config.logit_scale
         return h
 
-    def head_logits(self, h):
-        logits = self.ops.project(h, self.lm_head)
-        softcap = self.config.logit_softcap
-        if softcap:
-            logits = softcap * (logits.float() / softcap).tanh()
-        return logits
-
-    def forward(self, ids, targets=None, **options):
+    def forward(self, ids, targets=None, places=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
-        nats, float32; their count). `options` are those of `hidden`. Pre-training and SFT come by
+        nats, float32; their count). places (B, n): where in a row the targets (B, n) are, so that
+        logits are made there alone. `options` are those of `hidden`. Pre-training and SFT come by
         here, and get what is added to the loss; other methods take `hidden` and `logits`."""
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)
+        if places is not None:
+            h = at_places(h, places)  # (B, n, C)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
-        h = self.head_input(h.flatten(0, 1))  # (B T, C)
+        h = h.flatten(0, 1)  # (B T, C)
         head = None if self.config.logit_softcap else self.lm_head
-        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.head_logits)
+        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
         n_targets = (targets != -100).sum()
         if self.training and self.config.n_experts:
             loss = loss + n_targets * self.routing_loss()
@@ -919,6 +920,11 @@ def padding_apart(T, lengths, docs=None):
 def call_block(block, x, rope, mask, memory=None, memory_mask=None):
     """What torch.compile is given: one compiled block then serves them all."""
     return block(x, rope, mask, None, memory, memory_mask)
+
+
+def at_places(h, places):
+    """The states (B, n, C) at places (B, n) of the rows of h (B, T, C)."""
+    return h.gather(1, places[..., None].expand(-1, -1, h.shape[-1]))
 
 
 def logprobs(net, ids, targets):

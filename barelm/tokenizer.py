@@ -55,7 +55,7 @@ class Tokenizer:
         self.read_added_tokens()
         self.read_roles()
         self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
-        self.end = trailing_tokens(spec, self.special)  # those that a text by itself ends with
+        self.finish = trailing_tokens(spec, self.special)  # what an encoder's text ends with
 
     def read_encoder(self):
         """What others ask about the encoder."""
@@ -174,6 +174,35 @@ class Tokenizer:
         return self.eos_ids[0]
 
     @property
+    def mask_id(self):
+        """The token that hides another, or None."""
+        return self.roles.get("mask")
+
+    @property
+    def sentinel_ids(self):
+        """The tokens that stand for the spans cut out of a text, in their order: <extra_id_0>, …,
+        as T5's, whose ids fall. [] where there are none."""
+        ids = []
+        while f"<extra_id_{len(ids)}>" in self.special:
+            ids.append(self.special[f"<extra_id_{len(ids)}>"])
+        return ids
+
+    def with_added(self, names, config=None, **flags):
+        """A tokenizer like this one with more special tokens, behind its last; of these names those
+        that it has already stay what they are. config: what tokenizer_config.json says anew."""
+        spec = json.loads(json.dumps(self.spec))  # a copy, all the way down
+        usual = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        new_names = [name for name in names if name not in self.special]
+        entries = []
+        for i, name in enumerate(new_names):
+            entries.append({"id": self.n_vocab + i, "content": name} | usual | flags)
+        spec["added_tokens"] = spec.get("added_tokens", []) + entries
+        tok = Tokenizer(spec, self.config | (config or {}))
+        tok.eos_ids = self.eos_ids
+        tok.bos_id = self.bos_id
+        return tok
+
+    @property
     def document_layout(self):
         """(ids before a document, ids behind it) in the shards that are written today. What begins
         a text is the post-processor's word. Where one token is bos and the end, or there is but
@@ -226,8 +255,8 @@ class Tokenizer:
         ids = self.encode(text)
         room = len(ids)
         if limit is not None:
-            room = max(0, limit - len(self.start) - len(self.end))
-        return self.start + ids[:room] + self.end, len(ids) > room
+            room = max(0, limit - len(self.start) - len(self.finish))
+        return self.start + ids[:room] + self.finish, len(ids) > room
 
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
@@ -402,18 +431,17 @@ def leading_tokens(spec, special):
 
 
 def trailing_tokens(spec, special):
-    """The ids that the post-processor puts behind a text, such as [sep]."""
+    """The ids that stand behind a text where nothing is to follow, such as [sep]."""
     names = []
     for step in post_processors(spec):
         if step["type"] in ("BertProcessing", "RobertaProcessing"):
             names.append(step["sep"][0])
-        behind = []
+        is_behind = False
         for part in step.get("single", []):
-            if "SpecialToken" in part:
-                behind.append(part["SpecialToken"]["id"])
-            else:
-                behind = []  # the text itself
-        names += behind
+            if "SpecialToken" not in part:
+                is_behind = True  # the text itself
+            elif is_behind:
+                names.append(part["SpecialToken"]["id"])
     return [special[name] for name in names if name in special]
 
 

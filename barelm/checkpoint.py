@@ -111,6 +111,8 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     settings, config = read_config(folder)
     kind = settings["model_type"]
     tok = Tokenizer.from_folder(folder)
+    if not config.causal and not tok.start and tok.eot_id is not None:
+        tok.start = [tok.eot_id]  # as the documents began that an encoder of ours has read
     if tok.n_vocab > config.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {config.vocab_size}")
 

@@ -869,7 +869,7 @@ def main():
     if saved:
         folder.check_resume(saved, facts)
     n_base = n_params(net)
-    choose_weights(net, config, reads_head=False)
+    choose_weights(net, config, reads_head=net.score is None and net.task != "embed")
     net.to(run.device).train()
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"

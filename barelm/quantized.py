@@ -25,7 +25,7 @@ def quantize_weights(net, kind):
     if net.quantize not in (None, kind):
         raise UserError(f"--quantize={kind}: this model is {net.quantize} already")
     for name, layer in list(net.named_modules()):
-        if not isinstance(layer, nn.Linear) or layer is net.score:
+        if not isinstance(layer, nn.Linear) or name.startswith("score"):
             continue
         if name == "lm_head" and net.score is not None:  # nothing reads it
             continue

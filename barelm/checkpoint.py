@@ -128,7 +128,7 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     check_entries(folder, entries, net, table)
 
     tensors = read_weights(folder, table, dtype)
-    tensors = tensors_from_file(tensors, net.state_dict(), table)
+    tensors = tensors_from_file(tensors, names_here(net), table)
     if not config.tie and kind in FAMILIES and FAMILIES[kind].tie_by_files:
         net = tied_again(net, settings, tensors, head, fast)
     complete_head(folder, tensors, net)
@@ -391,6 +391,15 @@ def complete_head(folder, tensors, net):
         for name, empty in net.state_dict().items():
             if is_of_lm_head(name) and name not in tensors:
                 tensors[name] = torch.zeros(empty.shape)
+
+
+def names_here(net):
+    """The names of the tensors that a network's file may hold: with another head in its place the
+    language model's has no name."""
+    names = net.state_dict()
+    if net.score is not None:
+        names = [name for name in names if not is_of_lm_head(name)]
+    return names
 
 
 def is_of_lm_head(name):

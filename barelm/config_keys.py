@@ -107,20 +107,27 @@ def count_layers(values):
     return n_layer
 
 
+def listed_kinds(d):
+    """The kinds that layer_types names, once each."""
+    types = d.get("layer_types")
+    if types is None:
+        return set()
+    if not isinstance(types, list):
+        refuse(d, "layer_types")
+    return {str(kind) for kind in types}
+
+
 def read_one_window(d, values):
     """Mistral's: sliding_window is every layer's, or none's."""
     window = d.get("sliding_window", 4096)
-    if window is None:
-        types = d.get("layer_types")
-        if types is not None and set(check_types(d, len(types))) - {FULL}:
-            refuse(d, "layer_types", "not supported without a sliding_window")
-        return read_layers(d, [FULL], 0)
-    check_window(d, "sliding_window", window)
-    n_layer = count_layers(values)
-    types = check_types(d, n_layer)
-    if types is not None and FULL in types:  # which transformers passes over in this family
-        refuse(d, "layer_types", "not supported: in this family every layer has the sliding_window")
-    return read_layers(d, [SLIDING] * n_layer, window)
+    kind = FULL
+    if window is not None:
+        check_window(d, "sliding_window", window)
+        kind = SLIDING
+    for other in listed_kinds(d) - {kind}:  # which transformers passes over in this family
+        why = f"with sliding_window={window!r:.60} not supported: here all layers are alike"
+        raise Inexact(f"layer_types of {other!r:.60} {why}")
+    return read_layers(d, [kind], window or 0)
 
 
 def write_one_window(c):
@@ -133,17 +140,13 @@ def write_one_window(c):
 def read_listed_window(d, values):
     """Ministral's: sliding_window, of the layers that layer_types lists."""
     window = d.get("sliding_window", 4096)
-    listed = d.get("layer_types")
-    if window is None and listed is None:
-        return read_layers(d, [FULL], 0)
-    n_layer = count_layers(values)
-    types = check_types(d, n_layer)
     if window is None:
-        if SLIDING in types:
-            refuse(d, "layer_types", "not supported without a sliding_window")
-        return read_layers(d, types, 0)
+        for kind in listed_kinds(d) - {FULL}:
+            raise Inexact(f"layer_types of {kind!r:.60} not supported without a sliding_window")
+        return read_layers(d, [FULL], 0)
     check_window(d, "sliding_window", window)
-    return read_layers(d, types or [SLIDING] * n_layer, window)
+    types = check_types(d, count_layers(values))
+    return read_layers(d, types or [SLIDING], window)
 
 
 def write_listed_window(c):
@@ -158,12 +161,11 @@ def read_used_window(d, values):
     or else of those from max_window_layers on."""
     used = d.get("use_sliding_window") or False
     window = d.get("sliding_window", 4096) if used else None
-    listed = d.get("layer_types")
     if type(used) is not bool:
         refuse(d, "use_sliding_window")
     if window is None:
-        if listed is not None and SLIDING in check_types(d, values.get("n_layer")):
-            refuse(d, "layer_types", "not supported without use_sliding_window")
+        for kind in listed_kinds(d) - {FULL}:
+            raise Inexact(f"layer_types of {kind!r:.60} not supported without use_sliding_window")
         return read_layers(d, [FULL], 0)
     check_window(d, "sliding_window", window)
     n_layer = count_layers(values)

@@ -224,7 +224,7 @@ FAMILIES = {
     ),
     "ministral": Family(
         lm="MinistralForCausalLM",
-        heads=decoder_heads("Ministral"),
+        heads=llama_heads("Ministral"),
         keys=LLAMA_KEYS,
         fixed=LLAMA_FIXED,
         absent={"tie": False, "head_dim": 0},
@@ -234,7 +234,7 @@ FAMILIES = {
     ),
     "stablelm": Family(
         lm="StableLmForCausalLM",
-        heads=decoder_heads("StableLm"),
+        heads={task: decoder_heads("StableLm")[task] for task in ("classify", "tag")},
         keys={name: key for name, key in LLAMA_KEYS.items() if name != "head_dim"}
         | {"norm_eps": "layer_norm_eps", "qkv_bias": "use_qkv_bias"},
         fixed={name: value for name, value in LLAMA_FIXED.items() if name != "qkv_bias"}

@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from barelm.embeddings import write_pooling
 from barelm.families import family, table_of
 from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
@@ -397,6 +398,8 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
         alpha_pattern[name] = config.lora_alpha * rank / config.lora_rank
     if os.path.isdir(base):
         base = os.path.relpath(base, folder)  # both may be moved together
+    if net.task == "embed":
+        write_pooling(folder, net.pooling, net.config.n_embd)
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config)
     ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}

@@ -486,6 +486,13 @@ def test_a_batch_is_one_on_several_processes(tuned):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
 
 
+def test_an_adapter_says_how_a_text_is_embedded(tuned):
+    args = [*QUICK, "--method=embed", "--adapt=lora", "--pooling=first", "--max_steps=1"]
+    run(tuned, "finetune.py", *args, "--out_dir=out/embed-lora", "--eval_examples=4")
+    net, _ = load(tuned / "out/embed-lora")
+    assert (net.task, net.pooling) == ("embed", "first")
+
+
 def test_the_wrong_task_is_a_line(tuned):
     def refusal(*args):
         done = run(tuned, "eval.py", "--dataset=tiny", *args, check=False)

@@ -978,6 +978,9 @@ class KVCache:
         shape = (2, config.n_layer, batch, config.n_kv_head, max_len + 1, config.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Of an encoder-decoder: a source's keys and values, which no step changes.
+        self.source: list | None = None  # [(k, v)] (batch, G, S, D), one a layer
+        self.cross_mask: torch.Tensor | None = None  # (batch, 1, 1, S) bool
 
     @property
     def k(self):
@@ -1034,9 +1037,22 @@ class KVCache:
             return k, v
         return self.store[0, i, :, :, : self.used], self.store[1, i, :, :, : self.used]
 
+    def set_source(self, keys_values, mask=None):
+        """Let each row look at a source: keys_values are `GPT.cross_kv`'s, mask is its Memory's."""
+        self.source = [(k.to(self.store.dtype), v.to(self.store.dtype)) for k, v in keys_values]
+        self.cross_mask = mask
+
+    def cross(self, i):
+        """The keys and values of the source for layer i."""
+        return self.source[i]
+
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
         self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
+        if self.source is not None:
+            self.source = [(k[rows], v[rows]) for k, v in self.source]
+        if self.cross_mask is not None:
+            self.cross_mask = self.cross_mask[rows]
 
     def part(self, begin, lengths):
         """The rows from `begin` on as a cache of their own, in the same memory: as many as there
@@ -1133,7 +1149,8 @@ class Row:
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
              on_text=None):  # fmt: skip
-    """Continue each prompt (a text, or token ids); returns [Generation], one a prompt.
+    """Continue each prompt (a text, or token ids); returns [Generation], one a prompt. For an
+    encoder-decoder a prompt is a source, which is answered: as ids, its end token among them.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
@@ -1142,15 +1159,19 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
-    prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
+    is_seq2seq = net.config.is_seq2seq
+    read = tok.source if is_seq2seq else tok.prompt
+    prompts = [read(p) if isinstance(p, str) else list(p) for p in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
         n = len(prompt)
-        if not 0 < n < n_ctx:
-            raise UserError(f"a prompt of {n} tokens: expected 1 to {n_ctx - 1}, the context")
+        longest = n_ctx if is_seq2seq else n_ctx - 1
+        if not 0 < n <= longest:
+            raise UserError(f"a prompt of {n} tokens: expected 1 to {longest}, the context")
+        limit = min(max_new_tokens, n_ctx - len(decoder_prompt(net, prompt)))
         emit = None if on_text is None else partial(on_text, i)
-        rows.append(Row(tok, min(max_new_tokens, n_ctx - n), stop, emit, number=first + i))
+        rows.append(Row(tok, limit, stop, emit, number=first + i))
     if not rows or max_new_tokens < 1:
         return [row.out for row in rows]
     with generating(net):
@@ -1159,7 +1180,7 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 best = beam_search(net, tok, prompt, row.limit, num_beams)
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
-        elif net.fast:
+        elif net.fast and not is_seq2seq:
             decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
@@ -1170,13 +1191,14 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
-    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
+    begins = [decoder_prompt(net, prompt) for prompt in prompts]
+    longest = max(len(begin) + row.limit for begin, row in zip(begins, rows))
     logits, cache = prefill(net, tok, prompts, longest)  # (B, V)
     device = logits.device
     uniform = torch.stack([draws(seed, row.number, limit) for row in rows]).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        seen[i, torch.tensor(prompt, device=device)] = True
+    for i, begin in enumerate(begins):
+        seen[i, torch.tensor(begin, device=device)] = True
     pending = []  # functions that wait for a step's tokens
     for t in range(limit):
         likely = logits if penalty == 1 else penalize(logits, seen, penalty)
@@ -1227,7 +1249,8 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
+    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     table = net.model.embed_tokens.weight
     # A CPU attends to float32 faster than to less: it has to convert the rest.
     dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
@@ -1235,10 +1258,20 @@ def prefill(net, tok, prompts, max_len):
     rows = [torch.tensor(prompt, device=table.device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
     lengths = [len(prompt) for prompt in prompts]
+    if net.config.is_seq2seq:
+        memory = net.encode(ids, torch.tensor(lengths, device=table.device))
+        cache.set_source(net.cross_kv(memory), memory.mask)
+        begin = torch.full_like(ids[:, :1], net.start_id)  # (B, 1)
+        return feed(net, tok, cache, begin), cache
     n_new = None  # equal lengths keep the cache even
     if len(set(lengths)) > 1:
         n_new = torch.tensor(lengths, device=table.device)
     return feed(net, tok, cache, ids, n_new), cache
+
+
+def decoder_prompt(net, prompt):
+    """The ids that are continued: the prompt, or where it is a source the start token alone."""
+    return [net.start_id] if net.config.is_seq2seq else prompt
 
 
 @dataclass
@@ -1257,7 +1290,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
     """The Beam with the best mean log p per token that a search of this width finds in `limit`
     tokens, or until num_beams continuations have ended: transformers' search with early_stopping
     and a length_penalty of 1."""
-    logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
+    logits, cache = prefill(net, tok, [prompt], len(decoder_prompt(net, prompt)) + limit)
     beams = [Beam(0, [], [])]
     ended = []
     # So many candidates that, whichever of them end, num_beams are left to go on with.

@@ -258,6 +258,14 @@ class Tokenizer:
             room = max(0, limit - len(self.start) - len(self.finish))
         return self.start + ids[:room] + self.finish, len(ids) > room
 
+    def source(self, text):
+        """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
+        behind it, or else the end token behind it, as T5 has it."""
+        end = self.finish
+        if not end and self.end_id is not None:
+            end = [self.end_id]
+        return self.start + self.encode(text) + end
+
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
         return self.bytes.get(id, b"")

@@ -74,6 +74,7 @@ from barelm.embeddings import POOLINGS, batches_of, pooling_of
 from barelm.engine import Engine, tell_listeners
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
+from barelm.layouts import cached_numbers
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -490,7 +491,7 @@ def batch_limit(net, length):
     if table.device.type == "cpu":
         return 16
     c = net.config
-    row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * table.element_size()  # bytes
+    row = cached_numbers(c, length) * table.element_size()  # bytes
     free, _ = torch.cuda.mem_get_info(table.device)
     return max(1, min(256, free // 2 // row))
 
@@ -533,7 +534,7 @@ def run_server(app, engine, sock, limits, shutdown):
         signal.signal(number, server.handle_exit)
     engine.start()
     if isinstance(engine, Engine):
-        size = engine.decoder.store.nbytes / 1e6
+        size = engine.decoder.nbytes / 1e6
         many = f"{engine.max_batch} sequences of up to {engine.max_len} tokens"
         print(f"{many}: {size:,.0f} MB of keys and values")
     else:
@@ -558,7 +559,15 @@ def main():
 
     length = max_len or net.config.n_ctx
     name = Path(model).resolve().name
-    served = api.ServedModel(name, tok, length, max_queue, seed, why_no_text(net))
+    served = api.ServedModel(
+        name,
+        tok,
+        length,
+        max_queue,
+        seed,
+        refusal=why_no_text(net),
+        is_seq2seq=net.config.is_seq2seq,
+    )
     engine = make_engine(net, tok, length)
     request_log = open_log(tok)
     limits = connection_limits(max_connections)

@@ -393,6 +393,35 @@ def write_t5_head(c):
     return {"tie_word_embeddings": c.tie, "scale_decoder_outputs": c.logit_scale != 1}
 
 
+T5_MLPS = {  # feed_forward_proj: (our name, dense_act_fn)
+    "relu": ("relu", "relu"),
+    "gated-gelu": ("geglu", "gelu_new"),
+    "gated-gelu_new": ("geglu", "gelu_new"),
+    "gated-silu": ("swiglu", "silu"),
+    "gelu": ("gelu_erf", "gelu"),
+    "gelu_new": ("gelu", "gelu_new"),
+}
+
+
+def read_t5_mlp(d, values):
+    """feed_forward_proj, with which two other keys agree where a file has them."""
+    name = d.get("feed_forward_proj", "relu")
+    if name not in list(T5_MLPS):
+        refuse(d, "feed_forward_proj")
+    mlp, activation = T5_MLPS[name]
+    for key, value in (("dense_act_fn", activation), ("is_gated_act", name.startswith("gated"))):
+        if d.get(key, value) != value:
+            refuse(d, key, f"with feed_forward_proj={name!r} not supported")
+    return {"mlp": mlp}
+
+
+def write_t5_mlp(c):
+    for name, (mlp, _) in T5_MLPS.items():
+        if mlp == c.mlp:
+            return {"feed_forward_proj": name}
+    return {"feed_forward_proj": None}  # which reads as none of them
+
+
 def read_offset(d, values):
     """RoBERTa's positions, which begin behind the number of its padding token."""
     pad = d.get("pad_token_id", 1)
@@ -414,5 +443,6 @@ LENGTH_KEYS = ("num_layers", "num_decoder_layers", "n_positions")
 HEAD_KEYS = ("tie_word_embeddings", "scale_decoder_outputs")
 OFFSET_KEYS = ("max_position_embeddings", "pad_token_id")
 T5_LENGTHS = Part(("n_layer", "n_ctx"), LENGTH_KEYS, read_t5_lengths, write_t5_lengths)
+T5_MLP = Part(("mlp",), ("feed_forward_proj", "dense_act_fn"), read_t5_mlp, write_t5_mlp)
 T5_HEAD = Part(("tie", "logit_scale"), HEAD_KEYS, read_t5_head, write_t5_head)
 OFFSET = Part(("n_ctx", "position_offset"), OFFSET_KEYS, read_offset, write_offset)

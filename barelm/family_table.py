@@ -17,6 +17,7 @@ from barelm.config_keys import (
     ROPE,
     T5_HEAD,
     T5_LENGTHS,
+    T5_MLP,
     TWO_ROPES,
     USED_WINDOW,
     named,
@@ -358,6 +359,7 @@ FAMILIES = {
             "classifier_bias": (False, None),
             "classifier_activation": ("gelu", None),
             "head_dim": (None,),
+            "sliding_window": (None,),  # which counts for local_attention
         },
         written={"decoder_bias": True, "attention_bias": False, "mlp_bias": False}
         | {"classifier_bias": False, "classifier_activation": "gelu"},
@@ -373,13 +375,7 @@ FAMILIES = {
         parts=(
             T5_LENGTHS,
             T5_HEAD,
-            named(
-                "mlp",
-                "feed_forward_proj",
-                {"relu": "relu", "gated-gelu": "geglu", "gated-gelu_new": "geglu"}
-                | {"gated-silu": "swiglu", "gelu": "gelu_erf", "gelu_new": "gelu"},
-                "relu",
-            ),
+            T5_MLP,
         ),
         derived={"n_kv_head": heads_of_queries},
         exact={"is_encoder_decoder": (True,), "is_decoder": (False, None)},

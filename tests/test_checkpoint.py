@@ -24,7 +24,7 @@ def test_an_entry_names_fields_of_the_config_and_no_others(kind):
     of_parts = {name for part in entry.parts for name in part.fields}
     for part in (entry.keys, entry.fixed, entry.absent, entry.derived, entry.copies, of_parts):
         assert set(part) <= names
-    assert not {*entry.keys, *of_parts} & set(entry.fixed)  # what differs from model to model is not fixed
+    assert not {*entry.keys, *of_parts} & set(entry.fixed)  # these differ
 
 
 def test_a_new_family_is_one_entry(tmp_path, monkeypatch):

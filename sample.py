@@ -178,8 +178,8 @@ def answer(net, tok):
     for text in read_prompts():
         question, _, context = text.partition("\n")
         windows = make_windows(tok, question, context.strip(), net.config.n_ctx)
-        found, score = find_answer(net, context.strip(), windows)
-        print(f"{found}  {score:.4f}")
+        text, score = find_answer(net, context.strip(), windows)
+        print(f"{text}  {score:.4f}")
 
 
 def fill_masks(net, tok):

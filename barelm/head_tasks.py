@@ -5,6 +5,7 @@ answers(name, depends_on, requests, work) is eval.py's `Answers`: it keeps what 
 shares the requests out over all processes."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,12 +73,19 @@ def run_tag(net, tok, answers, rows, path, seed):
         shown = [text[begin:end] for begin, end in words]
         log.append({"words": shown, "right": right, "answer": guessed})
 
-    def score(metric):
-        return lambda some: tag_figures(sum(some, Counter()), 0).get(metric, 0.0)
-
-    metrics = ["accuracy", "f1"] if of_spans else ["accuracy"]
-    scores = {m: (score(m)(counts), bootstrap(counts, score(m), seed)) for m in metrics}
+    scores = {}
+    for metric in ("accuracy", "f1") if of_spans else ("accuracy",):
+        score = partial(tag_score, metric)
+        scores[metric] = score(counts), bootstrap(counts, score, seed)
     return scores, len(rows), log
+
+
+def tag_score(metric, counts):
+    """One of `tag_figures` of several texts together; counts: a Counter of each."""
+    total = Counter()
+    for of_text in counts:
+        total.update(of_text)
+    return tag_figures(total, 0).get(metric, 0.0)
 
 
 def show_spans(text, words, tags):
@@ -111,8 +119,8 @@ def run_span(net, tok, answers, rows, path):
     may_lack = not all(right)
     log = []
     for row, of_row, texts in zip(rows, windows, right):
-        found = [next(spans) for _ in of_row]
-        guess, score = choose_answer(row["context"], of_row, found, may_lack)
+        row_spans = [next(spans) for _ in of_row]
+        guess, score = choose_answer(row["context"], of_row, row_spans, may_lack)
         texts = [text for text, _ in texts]
         exact, f1 = answer_scores(guess, texts)
         sample = {"question": row["question"], "right": texts, "answer": guess, "score": score}
@@ -155,10 +163,14 @@ def run_sts(net, tok, answers, rows, path, pooling, seed):
     cosines = (first * second).sum(1).tolist()
     pairs = [(cosine, row[2]) for cosine, row in zip(cosines, read_rows)]
     scores = {}
-    for name, correlation in (("spearman", spearman), ("pearson", pearson)):
-        score = lambda some, f=correlation: f(*zip(*some))
-        scores[name] = score(pairs), bootstrap(pairs, score, seed)
+    for correlation in (spearman, pearson):
+        score = partial(of_pairs, correlation)
+        scores[correlation.__name__] = score(pairs), bootstrap(pairs, score, seed)
     return scores, len(rows), [row | {"cosine": cosine} for row, cosine in zip(rows, cosines)]
+
+
+def of_pairs(correlation, pairs):
+    return correlation(*zip(*pairs))
 
 
 def run_neighbours(net, tok, answers, rows, path, pooling, say):
@@ -169,11 +181,11 @@ def run_neighbours(net, tok, answers, rows, path, pooling, say):
     documents = list(dict.fromkeys(text for _, text in pairs))
     queries = [query for query, _ in pairs]
     vectors = vectors_by(net, tok, answers, "neighbours", queries + documents, pooling)
-    asked, kept = vectors.split([len(queries), len(documents)])
+    of_queries, of_documents = vectors.split([len(queries), len(documents)])
     number = {text: i for i, text in enumerate(documents)}
     right = torch.tensor([number[text] for _, text in pairs])
-    ranks = right_ranks(asked, kept, right).tolist()
-    nearest = (asked @ kept.T).topk(min(5, len(documents)))
+    ranks = right_ranks(of_queries, of_documents, right).tolist()
+    nearest = (of_queries @ of_documents.T).topk(min(5, len(documents)))
     log = []
     for i, (query, document) in enumerate(pairs):
         near = []

@@ -178,6 +178,8 @@ def run_neighbours(net, tok, answers, rows, path, pooling, say):
     (accuracy@1), and the mean of 1 / its rank (MRR). Rows are those of `finetune.py
     --method=embed`; the nearest of a few are printed."""
     pairs = [texts[:2] for texts in read_each(rows, path, read_embed_pair)]
+    if all(query == document for query, document in pairs):
+        raise UserError(f"{path}: rows of one text alone: there is nothing to look for")
     documents = list(dict.fromkeys(text for _, text in pairs))
     queries = [query for query, _ in pairs]
     vectors = vectors_by(net, tok, answers, "neighbours", queries + documents, pooling)

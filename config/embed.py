@@ -14,7 +14,7 @@ out_dir = "out/embed"
 pooling = "mean"
 batch_size = 64
 max_epochs = 3.0
-learning_rate = 5e-4
+learning_rate = 1e-3
 eval_every = 50
 eval_examples = 0
 

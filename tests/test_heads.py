@@ -1,7 +1,6 @@
 """What is done with hidden states: tags of words, answers that stand in a text, vectors of texts;
 each against a naive loop, a formula of its paper, or the library that it has to equal."""
 
-import base64
 import json
 import math
 from collections import Counter
@@ -508,40 +507,6 @@ def test_the_wrong_task_is_a_line(tuned):
 # The server
 
 
-def test_embeddings_are_openais(tuned):
-    pytest.importorskip("fastapi")
-    from test_serve import served
-
-    net, tok = load(tuned / "out/embed")
-    expected = embeddings.embed(net, tok, TEXTS, "mean").numpy()
-    with served(tuned, "--model=out/embed", "--dtype=float32", name="embed") as site:
-        answer = site.post("/v1/embeddings", {"input": TEXTS}).json()
-        vectors = [row["embedding"] for row in answer["data"]]
-        np.testing.assert_allclose(vectors, expected, rtol=1e-3, atol=1e-4)
-        n_tokens = sum(len(tok.encode(text)) for text in TEXTS)
-        assert answer["usage"] == {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        ids = [tok.encode(text) for text in TEXTS]
-        body = {"input": ids, "encoding_format": "base64", "dimensions": net.config.n_embd}
-        coded = site.post("/v1/embeddings", body).json()["data"]
-        again = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in coded]
-        np.testing.assert_allclose(again, vectors, rtol=1e-5, atol=1e-6)
-        for body, why in (
-            ({"input": ""}, "none of them empty"),
-            ({"input": "a", "dimensions": 3}, "vectors have 64"),
-            ({"input": "word " * 80}, "expected 64 at most"),
-            ({"input": "a", "encoding_format": "int8"}, "expected float or base64"),
-            ({"input": "a", "truncate": 1}, "not supported"),
-        ):
-            refused = site.post("/v1/embeddings", body)
-            assert refused.status_code == 400 and why in refused.text
-        assert "is no classifier" in site.post("/classify", {"input": "a"}).text
-        assert site.complete(prompt="import", max_tokens=2)["choices"]  # it is still a text model
-        openai = pytest.importorskip("openai")
-        client = openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
-        made = client.embeddings.create(model="embed", input=TEXTS)  # which asks for base64
-        np.testing.assert_allclose([row.embedding for row in made.data], expected, atol=1e-4)
-
-
 def test_an_encoder_and_a_classifier_are_served(tuned, tok):
     pytest.importorskip("fastapi")
     from test_serve import served
@@ -549,7 +514,9 @@ def test_an_encoder_and_a_classifier_are_served(tuned, tok):
     net = make_net(vocab_size=-(-tok.n_vocab // 64) * 64, **ENCODER).eval()
     net.set_score(["yes", "no"], "first")
     save(tuned / "out/encoder", net, tok)
-    rows = [tok.encode(text) for text in TEXTS]
+    net, tok = load(tuned / "out/encoder")
+    rows = [tok.whole_text(text)[0] for text in TEXTS]
+    assert rows[0][0] == tok.eot_id  # as a document begins that it has learned from
     with torch.no_grad():
         expected = net.scores(rows).softmax(-1).numpy()
     with served(tuned, "--model=out/encoder", "--dtype=float32", name="encoder") as site:

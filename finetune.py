@@ -264,20 +264,20 @@ def read_class(row, tok, limit):
     ids, cut = tok.whole_text(row["text"], limit)
     if not ids:
         raise UserError("an empty text")
-    return kept({"ids": ids, "label": str(row["label"]), "cut": cut}, limit)
+    return unless_dropped({"ids": ids, "label": str(row["label"]), "cut": cut}, limit)
 
 
 def read_tags(row, tok, limit):
     """The first tokens of a text, and the tags of its words."""
-    return kept(read_tagged(row, tok, limit), limit)
+    return unless_dropped(read_tagged(row, tok, limit), limit)
 
 
 def read_vectors(row, tok, limit):
     """The first tokens of each of two or three texts."""
-    return kept(read_texts(row, tok, limit), limit)
+    return unless_dropped(read_texts(row, tok, limit), limit)
 
 
-def kept(example, limit):
+def unless_dropped(example, limit):
     """An example that was cut to `limit` tokens; with too_long=drop it is none."""
     if example["cut"] and too_long == "drop":
         raise UserError(f"longer than {limit} tokens")
@@ -954,7 +954,7 @@ def main():
     if saved:
         folder.check_resume(saved, facts)
     n_base = n_params(net)
-    choose_weights(net, config, reads_head=False)
+    choose_weights(net, config, reads_head=net.score is None and net.task != "embed")
     net.to(run.device).train()
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"

@@ -5,6 +5,7 @@
     echo "def main(" | python sample.py --prompt=- --temperature=0
     python sample.py --model=out/sft --chat
     python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
+    python sample.py --model=out/tag --prompt="def f(x): ..."   # the names in it, and their kinds
     python sample.py --model=out/bert --prompt="The [MASK] of France"   # an encoder fills masks
 
 --model is a run of ours, a Hugging Face folder or a model's name on its Hub (Qwen3, Qwen2, Llama,
@@ -44,11 +45,14 @@ import torch
 
 from barelm.chat import TemplateRefusal
 from barelm.checkpoint import load
+from barelm.extraction import make_windows
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
 from barelm.filling import fill, fill_spans
+from barelm.heads import find_answer, tag_tokens
 from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
+from barelm.tagging import guessed_tags, is_bio, spans_of, tokenize_words, words_of
 from model import check_sampling, generate
 
 
@@ -144,7 +148,7 @@ def classify(net, tok):
     """The labels of each prompt with their probabilities, the likeliest first; a reward model's
     score, which is no probability, as it is."""
     for text in read_prompts():
-        ids = (tok.start + tok.encode(text))[: net.config.n_ctx]
+        ids, _ = tok.whole_text(text, net.config.n_ctx)
         if not ids:
             raise UserError("an empty text has no label")
         with torch.no_grad():
@@ -153,6 +157,31 @@ def classify(net, tok):
             scores = scores.softmax(0)
         for i in scores.argsort(descending=True)[:10].tolist():
             print(f"{net.labels[i]}  {scores[i]:.4f}")
+
+
+def tag(net, tok):
+    """The spans in each prompt by their kinds; of tags that are of no spans, each word and its."""
+    for text in read_prompts():
+        row = {"text": text, "entities": []}
+        _, words, _ = words_of(row)
+        ids, firsts, _ = tokenize_words(tok, text, words, net.config.n_ctx)
+        [tokens] = tag_tokens(net, [ids])
+        tags = guessed_tags(firsts, [label for label, _ in tokens])
+        if is_bio(net.labels):
+            spans = spans_of(tags)
+        else:
+            spans = [(tag, i, i + 1) for i, tag in enumerate(tags)]
+        for kind, begin, end in spans:
+            print(f"{kind}  {text[words[begin][0] : words[end - 1][1]]}")
+
+
+def answer(net, tok):
+    """The part of each prompt that answers its first line, which is the question."""
+    for text in read_prompts():
+        question, _, context = text.partition("\n")
+        windows = make_windows(tok, question, context.strip(), net.config.n_ctx)
+        text, score = find_answer(net, context.strip(), windows)
+        print(f"{text}  {score:.4f}")
 
 
 def fill_masks(net, tok):
@@ -236,7 +265,7 @@ def main():
     if deterministic:
         be_deterministic(net)
     if net.score is not None:
-        classify(net, tok)
+        {"classify": classify, "tag": tag, "span": answer}[net.task](net, tok)
         return
     if chat and net.config.is_seq2seq:
         raise UserError(f"--chat: {model} is an encoder-decoder, which answers a source: --prompt")

@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from barelm.embeddings import write_pooling
 from barelm.families import family, table_of
 from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
@@ -369,7 +370,7 @@ def add_prompts(net, tok, n):
 def choose_weights(net, config, reads_head=True):
     """Freeze what does not learn, and add what AdaptConfig asks for (but the prompts: add_prompts,
     which need a tokenizer). A score always learns. reads_head: whether the loss depends on the
-    language-model head of a network with a score, as PPO's does and a classifier's does not."""
+    language-model head, as PPO's does and that of a classifier or of vectors does not."""
     if config.is_lora:
         add_lora(net, config)
     elif config.adapt == "adapter":
@@ -377,16 +378,26 @@ def choose_weights(net, config, reads_head=True):
         add_adapters(net, config.adapter_size)
     elif config.train_last != 0:
         train_last_blocks(net, config.train_last)
-    if net.score is not None:
-        net.score.requires_grad_(True)
-        if not reads_head:  # a tied one learns as the embedding that it is
-            as_embedding = net.config.tie and net.model.embed_tokens.weight.requires_grad
-            net.lm_head.requires_grad_(as_embedding)
+    for name, p in net.named_parameters():
+        if name.startswith("score"):
+            p.requires_grad_(True)
+    if not reads_head:
+        freeze_head(net)
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError(
             f"train_last={config.train_last}: nothing would learn: the head of this model is its "
             "embedding, which is frozen (--train_last=1 or more, or an untied model)"
         )
+
+
+def freeze_head(net):
+    """Freeze what stands between the last hidden states and the logits; the weights of a tied head
+    learn as the embedding that they are."""
+    as_embedding = net.config.tie and net.model.embed_tokens.weight.requires_grad
+    for name, p in net.named_parameters():
+        if name.startswith(("lm_head.", "head_")):
+            p.requires_grad_(False)
+    net.lm_head.weight.requires_grad_(as_embedding)
 
 
 def train_last_blocks(net, n):
@@ -412,6 +423,8 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
         alpha_pattern[name] = config.lora_alpha * rank / config.lora_rank
     if os.path.isdir(base):
         base = os.path.relpath(base, folder)  # both may be moved together
+    if net.task == "embed":
+        write_pooling(folder, net.pooling, net.config.n_embd)
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config)
     ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}

@@ -51,7 +51,8 @@ def why_not_compile(asked, learner, saved, flops, lengths):
 
 def learns_in_network(net):
     """Whether more learns than a score on top."""
-    return any(p.requires_grad for name, p in net.named_parameters() if name != "score.weight")
+    learning = [name for name, p in net.named_parameters() if p.requires_grad]
+    return not all(name.startswith("score") for name in learning)
 
 
 def prepare_network(learner, rows, cast, packed, why_not, sources=None):

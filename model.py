@@ -39,6 +39,7 @@ from barelm.fast import (
 from barelm.generation import decode_rows
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
+from barelm.speculate import check_speculation, speculate_rows
 
 
 @dataclass
@@ -450,6 +451,13 @@ class GPT(nn.Module):
         loss = self.ops.cross_entropy(h, self.lm_head, targets.flatten(), self.logits)
         return loss, (targets != -100).sum()
 
+    def make_cache(self, batch, max_len):
+        """An empty cache for `batch` rows of at most max_len tokens."""
+        table = self.model.embed_tokens.weight
+        # A CPU attends to float32 faster than to less: it has to convert the rest.
+        dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
+        return KVCache(self.config, batch, max_len, table.device, dtype)
+
     def set_score(self, labels, pooling="last", pad_id=None):
         """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
         token that is no text's last one."""
@@ -748,6 +756,11 @@ class KVCache:
         part.used, part.even = max(lengths), len(set(lengths)) == 1
         return part
 
+    def truncate(self, lengths):
+        """Forget what is behind the first lengths[b] tokens of each row (a list)."""
+        self.lengths = torch.tensor(lengths, device=self.store.device)
+        self.used, self.even = max(lengths), len(set(lengths)) == 1
+
     def copy(self, to, rows, length):
         """The first `length` places of the rows `to` become what they were in `rows` (lists)."""
         self.store[:, :, to, :, :length] = self.store[:, :, rows, :, :length]
@@ -761,6 +774,9 @@ class Generation:
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = "length"  # or "stop": an end token, or a stop string (not part of text)
+    passes: int = 0  # of speculative decoding: how often the network was asked for it,
+    drafted: int = 0  # the tokens that were proposed to it
+    accepted: int = 0  # and those of them that it accepted
 
 
 class TextStream:
@@ -833,15 +849,20 @@ class Row:
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
-             on_text=None):  # fmt: skip
+             speculate=0, draft=None, on_text=None):  # fmt: skip
     """Continue each prompt (a text, or token ids); returns [Generation], one a prompt.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
     alone: prompts may come in batches of any size.
-    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
+    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters.
+    speculate: so many tokens are drafted for each pass (barelm/speculate.py), by `draft`: a smaller
+    network, "heads" (the network's own: mtp) or "lookup"; None: by its heads, or else by lookup."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
+    options = dict(repetition_penalty=repetition_penalty, num_beams=num_beams, speculate=speculate)
+    check_sampling(**filters, **options)
+    if speculate:
+        check_speculation(net, tok.n_vocab, speculate, draft, num_beams)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
     n_ctx = net.config.n_ctx
@@ -860,6 +881,9 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 best = beam_search(net, tok, prompt, row.limit, num_beams)
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
+        elif speculate:
+            options = (seed, repetition_penalty, filters, speculate, draft)
+            speculate_rows(net, tok, prompts, rows, *options)
         elif net.fast:
             decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
@@ -929,16 +953,14 @@ def head(net, tok, h):
 
 def prefill(net, tok, prompts, max_len):
     """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
-    table = net.model.embed_tokens.weight
-    # A CPU attends to float32 faster than to less: it has to convert the rest.
-    dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
-    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype)
-    rows = [torch.tensor(prompt, device=table.device) for prompt in prompts]
+    cache = net.make_cache(len(prompts), max_len)
+    device = cache.lengths.device
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
     lengths = [len(prompt) for prompt in prompts]
     n_new = None  # equal lengths keep the cache even
     if len(set(lengths)) > 1:
-        n_new = torch.tensor(lengths, device=table.device)
+        n_new = torch.tensor(lengths, device=device)
     return feed(net, tok, cache, ids, n_new), cache
 
 

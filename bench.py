@@ -92,6 +92,7 @@ from barelm.fast import cross_entropy_sum, head_piece
 from barelm.llama import check_llama, llama_generate
 from barelm.muon import COEFFICIENTS
 from barelm.optim import flops_per_token, make_optimizer, n_params
+from barelm.patterns import Pattern
 from barelm.quantized import quantize_weights
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
@@ -142,7 +143,7 @@ def document_ways(bench, n_rows, length, n_head):
     for name in ("dense", "sparse"):
         ops = Operations(fast=True)
         ops.sparse = name == "sparse"
-        mask = ops.mask(bench.config, positions, docs)
+        mask = ops.mask(Pattern(), positions, docs)
         attend = torch.compile(ops.attend) if ops.sparse else ops.attend
         ways[f"documents, {name}"] = (partial(attend, mask=mask), n_head)
     return ways

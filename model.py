@@ -14,9 +14,9 @@ import codecs
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -37,9 +37,21 @@ from barelm.fast import (
     sparse_attention,
 )
 from barelm.generation import decode_rows
+from barelm.patterns import Pattern, attention_mask, may_look, with_bias
+from barelm.positions import (
+    alibi,
+    alibi_slopes,
+    document_positions,
+    relative,
+    rope_angles,
+    sinusoids,
+)
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
+from barelm.shapes import check_fields, check_shape
 from barelm.speculate import check_speculation, speculate_rows
+
+GATED = ("swiglu", "geglu", "geglu_erf")  # MLPs with a third matrix
 
 
 @dataclass
@@ -57,26 +69,107 @@ class GPTConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_place: Literal["pre", "post", "both"] = "pre"  # post: after the sum, as in Vaswani et al.
     norm_eps: float = 1e-6
+    norm_bias: bool = False  # LayerNorm has one even where linear layers have none
     qk_norm: bool = True  # RMSNorm on each head's query and key, before the rotation
+    qk_norm_all: bool = False  # on all heads at once
     qkv_bias: bool = False
     bias: bool = False  # biases in every linear layer but the head, and in LayerNorm
-    pos: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Hugging Face's dict: rope_type linear or llama3
-    mlp: Literal["swiglu", "gelu", "relu", "relu2"] = "swiglu"
+    mlp: Literal["swiglu", "geglu", "geglu_erf", "gelu", "gelu_erf", "relu", "relu2"] = "swiglu"
     tie: bool = True  # the head's weights are the embedding's
     dropout: float = 0.0
     init: Literal["scaled", "xavier", "he"] = "scaled"
+
+    # Who reads what: a decoder as it stands here; an encoder; a decoder beside an encoder
+    causal: bool = True  # false: an encoder, in which every token sees all
+    n_encoder_layer: int = 0  # above 0: so many blocks read a source, which the decoder looks at
+    mlm_head: bool = False  # a dense layer and a norm before the head, as BERT has
+
+    # Positions
+    pos: Literal["rope", "relative", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    rope_theta: float = 10000.0
+    local_rope_theta: float = 0.0  # of the layers with a window; 0: rope_theta
+    rope_fraction: float = 1.0  # of a head, its first dimensions, that are turned
+    rope_scaling: dict | None = None  # Hugging Face's dict: rope_type linear, llama3, yarn; or ntk
+    n_buckets: int = 32  # of relative positions (T5)
+    max_distance: int = 128  # the buckets grow up to it
+    position_offset: int = 0  # rows of the learned positions before the first (RoBERTa)
+
+    # Who sees whom, and what is done to the scores
+    window: int = 0  # tokens that a token sees, itself counted; 0: all
+    attention: Literal["sliding", "local", "strided", "fixed"] = "sliding"  # which tokens
+    layers: str | list = ""  # S with the window, L without, which repeat: SSSL; none: all S
+    sink_tokens: int = 0  # first tokens that are seen in spite of a window
+    sinks: bool = False  # each head has a score that takes its share and gives nothing
+    softcap: float = 0.0  # scores end there, by tanh (Gemma Team 2024, 2); 0: they do not
+    logit_softcap: float = 0.0  # the same of the logits
+    scale_scores: bool = True  # by 1 / sqrt(D)
+
+    # The embedding and the head
+    embed_scale: bool = False  # the embedding times sqrt(C) (Vaswani et al. 2017, 3.4)
+    embed_norm: bool = False  # a norm behind it
+    n_types: int = 0  # of tokens, in BERT: all are of the first
+    first_norm: bool = True  # false: none before the first block's attention
+    logit_scale: float = 1.0  # what the head reads is multiplied by it
+
+    # Experts
+    n_experts: int = 0  # 0: an MLP a block
+    n_experts_per_token: int = 2
+    n_shared_experts: int = 0  # that every token goes to
+    expert_hidden: int = 0  # their width; 0: n_hidden
+    expert_layers: str = ""  # D with an MLP, E with experts, which repeat; none: all E
+    norm_topk: bool = True  # the weights of a token's experts add up to 1
+    balance: Literal["loss", "bias", "none"] = "loss"  # what keeps experts equally loaded
+    balance_weight: float = 0.01
+    z_weight: float = 0.001  # of the router's z-loss
+
+    # More tokens ahead
+    mtp: int = 0  # so many beside the next one are predicted in training
+    mtp_weight: float = 0.3
 
     def __post_init__(self):
         check_fields(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.n_hidden == 0 and self.mlp == "swiglu":
+        if self.n_hidden == 0 and self.mlp in GATED:
             self.n_hidden = -(-self.n_embd * 8 // (3 * 64)) * 64  # it has a third matrix
         elif self.n_hidden == 0:
             self.n_hidden = 4 * self.n_embd
+        if self.n_experts and self.expert_hidden == 0:
+            self.expert_hidden = self.n_hidden
         check_shape(self)
+
+    @property
+    def patterns(self):
+        """What each block's tokens see: [Pattern]."""
+        return self.patterns_of(self.n_layer, self.causal)
+
+    @property
+    def encoder_patterns(self):
+        return self.patterns_of(self.n_encoder_layer, causal=False)
+
+    def patterns_of(self, n_layer, causal):
+        letters = self.layers or ("S" if self.window else "L")
+        windowed = Pattern(causal, self.attention, self.window, self.sink_tokens)
+        kinds = {"S": windowed, "L": Pattern(causal)}
+        return [kinds[letters[i % len(letters)]] for i in range(n_layer)]
+
+    @property
+    def has_experts(self):
+        """Which blocks have experts: [bool]."""
+        letters = self.expert_layers or "E"
+        n = self.n_layer
+        return [self.n_experts > 0 and letters[i % len(letters)] == "E" for i in range(n)]
+
+    @property
+    def is_seq2seq(self):
+        return self.n_encoder_layer > 0
+
+    @property
+    def is_plain(self):
+        """Whether attention is softmax(q k^T / sqrt(D)) v of all that came before."""
+        biased = self.pos in ("relative", "alibi") or self.softcap or self.sinks
+        unusual = self.window or biased or self.is_seq2seq or not self.scale_scores
+        return self.causal and not unusual
 
 
 def rms_norm(x, weight, eps):
@@ -98,7 +191,7 @@ def make_norm(c, ops):
     """The norm of a block's input or output."""
     if c.norm == "rms":
         return RMSNorm(c.n_embd, c.norm_eps, ops)
-    return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias)
+    return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias or c.norm_bias)
 
 
 def rotate(x, rope):
@@ -142,6 +235,10 @@ class Operations:
         return rms_norm(x, weight, eps)
 
     def rotate(self, x, rope):
+        size = rope[0].shape[-1]
+        if size < x.shape[-1]:  # the rest of the head knows no positions
+            turned, rest = x.split((size, x.shape[-1] - size), -1)
+            return torch.cat((rotate(turned, rope), rest), -1)
         if self.fast and can_fuse(x):
             return FusedRotation.apply(x, *rope)
         return rotate(x, rope)
@@ -153,32 +250,42 @@ class Operations:
         gate, up = gate_up.chunk(2, -1)
         return self.silu(gate) * up
 
-    def mask(self, c, positions, docs):
-        """What `attend` takes to let tokens at positions (1, T) look at one another."""
+    def mask(self, pattern, positions, docs):
+        """What `attend` takes to let tokens at positions (B or 1, T) look at one another."""
         if self.fast and self.sparse and docs is not None:
-            return block_mask(partial(may_look, c), docs)
-        return attention_mask(c, positions, positions, docs)
+            return block_mask(partial(may_look, pattern), positions, docs)
+        return attention_mask(pattern, positions, positions, docs)
 
-    def attend(self, q, k, v, mask=None, dropout=0.0):
-        """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D); mask is
-        `attention_mask`'s, or a `block_mask`."""
-        if self.deterministic and not dropout:
-            return invariant.attention(q, k, v, mask, partial(self.plain_attend, mask=mask))
+    def attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None, softcap=0.0,
+               sinks=None):  # fmt: skip
+        """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D).
+
+        mask: `attention_mask`'s, or a `block_mask`, or numbers to add to the scores; where it is
+        None, causal says whether tokens see what is behind them. scale: None is 1 / sqrt(D).
+        softcap, sinks: as in `attention_probabilities`."""
+        if softcap or sinks is not None:
+            p = attention_probabilities(q, k, mask, causal, scale, softcap, sinks)
+            p = F.dropout(p, dropout).to(v.dtype)  # (B, H, T, S)
+            return (p @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).to(q.dtype)
+        plain = partial(self.plain_attend, mask=mask, causal=causal, scale=scale)
+        usual = causal and scale is None  # all that the others know
+        if self.deterministic and not dropout and usual:
+            return invariant.attention(q, k, v, mask, plain)
         if self.attend_cached is not None:
             return self.attend_cached(q, k, v, mask)
         if mask is not None and not isinstance(mask, torch.Tensor):
             return sparse_attention(q, k, v, mask)
-        if self.fast and can_block(q, k, mask, dropout):
+        if self.fast and usual and can_block(q, k, mask, dropout):
             return blocked_attention(q, k, v, mask)
-        return self.plain_attend(q, k, v, mask, dropout)
+        return plain(q, k, v, dropout=dropout)
 
-    def plain_attend(self, q, k, v, mask=None, dropout=0.0):
+    def plain_attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
         """`attend` by torch's own."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
-        causal = False
-        if mask is None and q.shape[2] > 1:  # one token sees all that there is
-            causal = True  # a literal: in torch.compile and torch.export T may be a symbol
+        is_causal = False
+        if causal and mask is None and q.shape[2] > 1:  # one token sees all that there is
+            is_causal = True  # a literal: in torch.compile and torch.export T may be a symbol
         # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
         grouped = q.shape[1] != k.shape[1]
         if grouped and k.device.type == "cuda" and not self.deterministic:
@@ -190,28 +297,33 @@ class Operations:
                 v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
                 grouped = False
         like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
-        y = F.scaled_dot_product_attention(like_k, k, v, mask, dropout, causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            like_k, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=grouped
+        )
         return y.to(q.dtype)
 
     def silu(self, x):
         return invariant.silu(x) if self.deterministic else F.silu(x)
 
-    def gelu(self, x):
-        """As GPT-2's: by tanh."""
-        return invariant.gelu(x) if self.deterministic else F.gelu(x, approximate="tanh")
+    def gelu(self, x, approximate="tanh"):
+        """By tanh, as GPT-2's, or exact ("none")."""
+        if self.deterministic and approximate == "tanh":
+            return invariant.gelu(x)
+        return F.gelu(x, approximate=approximate)
 
     def cross_entropy(self, h, head, targets, logits):
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
-        none. The faster way makes head(h) a piece at a time, and no `logits`."""
+        none. The faster way makes head(h) a piece at a time, and no `logits`; where there is more
+        to the logits than a product, head is None."""
         if self.fast and can_piece(head):
-            return cross_entropy_sum(h, head.weight, targets, self.head_piece)
+            return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H heads of queries, G of keys and values."""
+    """Grouped-query attention: H heads of queries, G of keys and values. is_cross: to a source."""
 
-    def __init__(self, c, ops):
+    def __init__(self, c, ops, pattern, is_cross=False):
         super().__init__()
         self.c = c
         self.ops = ops
@@ -221,8 +333,25 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, ops)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, ops)
+            heads = (c.n_head, c.n_kv_head) if c.qk_norm_all else (1, 1)
+            self.q_norm = RMSNorm(heads[0] * c.head_dim, c.norm_eps, ops)
+            self.k_norm = RMSNorm(heads[1] * c.head_dim, c.norm_eps, ops)
+        # What is not as usual of the scores, as `Operations.attend` takes it:
+        self.options = {}
+        if not pattern.causal or is_cross:
+            self.options["causal"] = False
+        if not c.scale_scores:
+            self.options["scale"] = 1.0
+        if c.softcap:
+            self.options["softcap"] = c.softcap
+        if c.sinks and not is_cross:
+            self.sinks = nn.Parameter(torch.zeros(c.n_head))
+
+    def scoring(self):
+        """`options`, with the parameters among them."""
+        if self.c.sinks and hasattr(self, "sinks"):
+            return self.options | {"sinks": self.sinks}
+        return self.options
 
     def qkv(self, x, rope=None):
         """q (B, H, T, D), k and v (B, G, T, D) of x (B, T, C)."""
@@ -236,13 +365,25 @@ class Attention(nn.Module):
         # the calls, which is what a single token's time goes to.
         qk, v = qkv.split((H + G, G), 2)
         if c.qk_norm:
-            # No query or key is long, so that no score runs away (Henry et al. 2020).
-            weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
-            qk = self.ops.rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
+            qk = self.normed(qk)
         if rope is not None:
             qk = self.ops.rotate(qk, rope)
         q, k = qk.transpose(1, 2).split((H, G), 1)
         return q, k, v.transpose(1, 2)
+
+    def normed(self, qk):
+        """Queries and keys (B, T, H + G, D), none of them long, so that no score runs away (Henry
+        et al. 2020)."""
+        c = self.c
+        H = c.n_head
+        G = c.n_kv_head
+        if c.qk_norm_all:
+            q, k = qk.split((H, G), 2)
+            q = self.q_norm(q.flatten(2)).unflatten(2, (H, -1))
+            k = self.k_norm(k.flatten(2)).unflatten(2, (G, -1))
+            return torch.cat((q, k), 2)
+        weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
+        return self.ops.rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
 
     def forward(self, x, rope=None, mask=None, cache=None):
         """What each token of x (B, T, C) gathers (B, T, C). cache(k, v) stores what is new and
@@ -250,73 +391,187 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache(k, v)  # (B, G, S, D)
+        return self.gather(q, k, v, mask)
+
+    def gather(self, q, k, v, mask):
+        """(B, T, C) of q (B, H, T, D), k and v (B, G, S, D)."""
         dropout = self.c.dropout if self.training else 0.0
-        y = self.ops.attend(q, k, v, mask, dropout)  # (B, H, T, D)
+        y = self.ops.attend(q, k, v, mask, dropout, **self.scoring())  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
         return self.ops.project(y, self.o_proj)
+
+    def source(self, memory):
+        """Keys and values (B, G, S, D) of a source's hidden states (B, S, C)."""
+        c = self.c
+        kv = self.ops.project(memory, self.k_proj, self.v_proj)
+        kv = kv.unflatten(2, (2 * c.n_kv_head, c.head_dim)).transpose(1, 2)
+        k, v = kv.chunk(2, 1)
+        if c.qk_norm:
+            k = self.one_normed(k, self.k_norm)
+        return k, v
+
+    def cross(self, x, memory, mask, cached=None):
+        """What each token of x (B, T, C) gathers of a source's hidden states (B, S, C), or of its
+        keys and values, which cached() gives."""
+        c = self.c
+        q = self.ops.project(x, self.q_proj).unflatten(2, (c.n_head, c.head_dim)).transpose(1, 2)
+        if c.qk_norm:
+            q = self.one_normed(q, self.q_norm)
+        k, v = self.source(memory) if cached is None else cached()
+        return self.gather(q, k, v, mask)
+
+    def one_normed(self, x, norm):
+        """x (B, heads, T, D) by q_norm or k_norm."""
+        if not self.c.qk_norm_all:
+            return norm(x)
+        heads = x.shape[1]
+        return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
 
     def probabilities(self, x, rope=None, mask=None):
         """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
         q, k, _ = self.qkv(x, rope)
-        return attention_probabilities(q, k, mask)
+        return attention_probabilities(q, k, mask, **self.scoring())
 
 
 class MLP(nn.Module):
     """What is done with each token by itself."""
 
-    def __init__(self, c, ops):
+    def __init__(self, c, ops, n_hidden=0):
         super().__init__()
         self.kind = c.mlp
         self.ops = ops
-        if c.mlp == "swiglu":
-            self.gate_proj = nn.Linear(c.n_embd, c.n_hidden, bias=c.bias)
-        self.up_proj = nn.Linear(c.n_embd, c.n_hidden, bias=c.bias)
-        self.down_proj = nn.Linear(c.n_hidden, c.n_embd, bias=c.bias)
+        n_hidden = n_hidden or c.n_hidden
+        if c.mlp in GATED:
+            self.gate_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
+        self.up_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
+        self.down_proj = nn.Linear(n_hidden, c.n_embd, bias=c.bias)
 
     def forward(self, x):
-        if self.kind == "swiglu":
+        if self.kind in GATED:
             gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
-            h = self.ops.swiglu(gate_up)  # (B, T, n_hidden)
-        elif self.kind == "gelu":
-            h = self.ops.gelu(self.ops.project(x, self.up_proj))
-        elif self.kind == "relu":
-            h = F.relu(self.ops.project(x, self.up_proj))
-        else:  # relu2: So et al. 2021
-            h = F.relu(self.ops.project(x, self.up_proj)).square()
+            h = self.gated(gate_up)  # (B, T, n_hidden)
+        else:
+            h = self.activation(self.ops.project(x, self.up_proj))
         return self.ops.project(h, self.down_proj)
+
+    def gated(self, gate_up):
+        """act(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
+        if self.kind == "swiglu":
+            return self.ops.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return self.activation(gate) * up
+
+    def activation(self, x):
+        if self.kind in ("gelu", "geglu"):
+            return self.ops.gelu(x)
+        if self.kind in ("gelu_erf", "geglu_erf"):
+            return self.ops.gelu(x, "none")
+        if self.kind == "relu":
+            return F.relu(x)
+        return F.relu(x).square()  # relu2: So et al. 2021
+
+
+def make_mlp(c, ops, has_experts):
+    if not has_experts:
+        return MLP(c, ops)
+    from barelm.experts import make_experts  # it imports this file
+
+    return make_experts(c, ops)
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each added to x. The norms have Hugging Face's names: with
-    norm_place "post" they stand behind the two, and not before."""
+    """Attention, attention to a source where there is one, then an MLP, each added to x. The norms
+    have Hugging Face's names: with norm_place "post" they stand behind these, and not before."""
 
-    def __init__(self, c, ops):
+    def __init__(self, c, ops, pattern, is_first=False, has_cross=False, has_experts=False):
         super().__init__()
         self.c = c
-        self.self_attn = Attention(c, ops)
-        self.mlp = MLP(c, ops)
-        self.input_layernorm = make_norm(c, ops)
-        self.post_attention_layernorm = make_norm(c, ops)
+        self.pattern = pattern
+        self.has_experts = has_experts
         both = c.norm_place == "both"
+        self.self_attn = Attention(c, ops, pattern)
+        self.mlp = make_mlp(c, ops, has_experts)
+        no_norm = is_first and not c.first_norm
+        self.input_layernorm = nn.Identity() if no_norm else make_norm(c, ops)
+        self.post_attention_layernorm = make_norm(c, ops)
         self.attn_out_norm = make_norm(c, ops) if both else nn.Identity()
         self.mlp_out_norm = make_norm(c, ops) if both else nn.Identity()
+        if has_cross:
+            self.cross_attn = Attention(c, ops, pattern, is_cross=True)
+            self.cross_layernorm = make_norm(c, ops)
+            self.cross_out_norm = make_norm(c, ops) if both else nn.Identity()
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(self, x, rope=None, mask=None, cache=None, memory=None, memory_mask=None,
+                cross=None):  # fmt: skip
+        """x (B, T, C); of a block with experts also what its router did, (E + 3,) float32. memory
+        (B, S, C) and its mask, or cross(), which gives its keys and values: the source."""
+        y = self.self_attn(self.before(x, self.input_layernorm), rope, mask, cache)
+        x = self.after(x, y, self.input_layernorm, self.attn_out_norm)
+        if memory is not None or cross is not None:
+            y = self.before(x, self.cross_layernorm)
+            y = self.cross_attn.cross(y, memory, memory_mask, cross)
+            x = self.after(x, y, self.cross_layernorm, self.cross_out_norm)
+        y = self.mlp(self.before(x, self.post_attention_layernorm))
+        routing = None
+        if self.has_experts:
+            y, routing = y
+        x = self.after(x, y, self.post_attention_layernorm, self.mlp_out_norm)
+        return (x, routing) if self.has_experts else x
+
+    def before(self, x, norm):
+        """What a part of the block reads."""
+        return x if self.c.norm_place == "post" else norm(x)
+
+    def after(self, x, y, norm, out_norm):
+        """x and what a part made of it, y."""
         if self.c.norm_place == "post":
-            x = x + self.dropout(self.self_attn(x, rope, mask, cache))
-            x = self.input_layernorm(x)
-            return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
-        y = self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        x = x + self.dropout(self.attn_out_norm(y))
-        y = self.mlp(self.post_attention_layernorm(x))
-        return x + self.dropout(self.mlp_out_norm(y))
+            return norm(x + self.dropout(y))
+        return x + self.dropout(out_norm(y))
 
     def dropout(self, x):
         return F.dropout(x, self.c.dropout, self.training)
 
 
+class Ahead(Block):
+    """Multi-token prediction's block (DeepSeek-AI 2024, 2.2), which looks a token further ahead
+    than the one before it."""
+
+    def __init__(self, c, ops):
+        super().__init__(c, ops, Pattern())
+        self.ops = ops
+        self.hidden_norm = make_norm(c, ops)
+        self.token_norm = make_norm(c, ops)
+        self.joint_proj = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
+        self.norm = make_norm(c, ops)
+
+    def join(self, h, e):
+        """What the block reads (B, T, C): states h (B, T, C), and embeddings e (B, T, C)."""
+        x = torch.cat((self.hidden_norm(h), self.token_norm(e)), -1)
+        return self.ops.project(x, self.joint_proj)
+
+
+@dataclass
+class Memory:
+    """A source that was read: h (B, S, C), and mask (B, 1, 1, S) bool, true where there is a token
+    (None: everywhere)."""
+
+    h: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+def make_blocks(c, ops, patterns, is_encoder=False):
+    """A block for each Pattern."""
+    blocks = nn.ModuleList()
+    has_cross = c.is_seq2seq and not is_encoder
+    for i, pattern in enumerate(patterns):
+        has_experts = c.has_experts[i] if not is_encoder else False
+        blocks.append(Block(c, ops, pattern, i == 0, has_cross, has_experts))
+    return blocks
+
+
 class GPT(nn.Module):
-    """A decoder-only transformer. Its state_dict is, name by name, the Hugging Face file's.
+    """A transformer: a decoder, an encoder, or a decoder beside an encoder. Its state_dict is, name
+    by name, the Hugging Face file's.
 
     fast=False computes everything as it stands in this file, to compare with."""
 
@@ -328,17 +583,39 @@ class GPT(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
-            self.model.embed_positions = nn.Embedding(c.n_ctx, c.n_embd)
-        self.model.layers = nn.ModuleList(Block(c, self.ops) for _ in range(c.n_layer))
+            self.model.embed_positions = nn.Embedding(c.position_offset + c.n_ctx, c.n_embd)
+        if c.n_types:
+            self.model.embed_types = nn.Embedding(c.n_types, c.n_embd)
+        if c.embed_norm:
+            self.model.embed_norm = make_norm(c, self.ops)
+        self.model.layers = make_blocks(c, self.ops, c.patterns)
         # With norms after the sums the last block's output is normed already.
         post = c.norm_place == "post"
         self.model.norm = nn.Identity() if post else make_norm(c, self.ops)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.is_seq2seq:
+            self.model.encoder = nn.Module()
+            self.model.encoder.layers = make_blocks(c, self.ops, c.encoder_patterns, True)
+            self.model.encoder.norm = nn.Identity() if post else make_norm(c, self.ops)
+        if c.pos == "relative":
+            self.model.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
+        if c.pos == "relative" and c.is_seq2seq:
+            self.model.encoder.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
+        if c.mtp:
+            self.model.mtp = nn.Module()
+            self.model.mtp.layers = nn.ModuleList(Ahead(c, self.ops) for _ in range(c.mtp))
+        if c.mtp and c.pos == "relative":
+            self.model.mtp.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
+        if c.mlm_head:
+            self.head_dense = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+            self.head_norm = make_norm(c, self.ops)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=c.mlm_head)
         if c.tie:
             self.lm_head.weight = self.model.embed_tokens.weight
         # A tied matrix is drawn under both its names: drawn once, each seed would mean others.
         for name, p in self.named_parameters(remove_duplicate=False):
             self.init_weight(name, p)
+        self.routing: torch.Tensor | None = None  # of the last `hidden`: see barelm/experts.py
+        self.mtp_loss: torch.Tensor | None = None  # of the last `forward`: a sum, as the loss is
 
         # How it is trained: all of these may be set by whoever trains it.
         self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
@@ -349,13 +626,14 @@ class GPT(nn.Module):
         self.labels: list[str] | None = None  # of the rows of score
         self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
         self.pad_id: int | None = None  # the token that is no text's last one
+        self.start_id: int | None = None  # with which an encoder-decoder's targets begin
         self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
         self.quantize: str | None = None  # int8 or int4, by barelm.quantized
 
     def init_weight(self, name, p):
         """Draw a parameter's first values; norms keep their ones."""
         c = self.config
-        if name.endswith("proj.bias"):
+        if name.endswith(".bias"):
             nn.init.zeros_(p)
         elif "proj" in name and c.init == "xavier":
             nn.init.xavier_uniform_(p)
@@ -391,53 +669,159 @@ class GPT(nn.Module):
         """What computes a block where there is no cache, in the mode that the network is in."""
         return self.train_block if self.training else self.eval_block
 
-    def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None):
+    def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None, lengths=None,
+               encoder_ids=None, encoder_lengths=None, memory=None):  # fmt: skip
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
         With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
-        docs (B, T) int64: a token attends to its own document, where positions start anew."""
+        docs (B, T) int64: a token attends to its own document, where positions start anew. lengths
+        (B,): an encoder's rows have so many tokens, and padding behind them. An encoder-decoder has
+        its source as encoder_ids (B, S), or what `encode` made of them, or in the cache."""
         c = self.config
+        if encoder_ids is not None:
+            memory = self.encode(encoder_ids, encoder_lengths)
+        if c.is_seq2seq and memory is None and cache is None:
+            raise ValueError("an encoder-decoder reads a source: encoder_ids")
         x = self.model.embed_tokens(ids) if embeds is None else embeds  # (B, T, C)
+        if lengths is not None:
+            docs = padding_apart(x.shape[1], lengths, docs)
         length = x.shape[1]
         is_spread = self.deterministic and cache is None and docs is not None
         if is_spread:
             x, docs, places = invariant.spread(x, docs)
         T = x.shape[1]
+        alone = True
         if cache is None:
-            positions = torch.arange(T, device=x.device)[None]  # (1, T)
-            mask = self.ops.mask(c, positions, docs)
-        else:
-            positions, key_positions, causal = cache.extend(T, n_new)
-            mask = attention_mask(c, positions, key_positions, docs, causal)
-        if docs is not None:
-            positions = document_positions(positions, docs)
-
-        rope = None
-        if c.pos == "rope":
-            rope = rope_angles(c, positions, compute_dtype(x))
-        elif c.pos == "learned":
-            if cache is None and length > c.n_ctx:
+            if c.pos == "learned" and length > c.n_ctx:
                 raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
-            # A cache's padding may lie behind the last position; nothing reads it.
-            x = x + self.model.embed_positions(positions.clamp(max=c.n_ctx - 1))
-        elif c.pos == "sinusoidal":
-            x = x + sinusoids(positions, c.n_embd).to(x.dtype)
-        x = F.dropout(x, c.dropout, self.training)
-
-        for i, block in enumerate(self.model.layers):
-            if cache is not None:
-                x = block(x, rope, mask, partial(cache.write, i))
-            elif self.training and self.checkpoint:
-                x = checkpoint(self.block, block, x, rope, mask, use_reentrant=False)
-            else:
-                x = self.block(block, x, rope, mask)
+            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+            if docs is not None:
+                positions = document_positions(positions, docs)
+            key_positions = positions
+        else:
+            positions, key_positions, alone = cache.extend(T, n_new)
+            if docs is not None:  # whole prompts in one row
+                positions = key_positions = document_positions(positions, docs)
+        x = self.embed(x, positions)
+        looks = self.looks(self.model, x, positions, key_positions, docs, alone, cache)
+        x = self.run_blocks(self.model.layers, x, looks, cache, memory)
         if is_spread:
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
         return self.model.norm(x)
 
+    def encode(self, ids, lengths=None):
+        """Read a source, ids (B, S) int64, of which row b's first lengths[b] are real (None: all up
+        to the last that is not pad_id): the Memory that `hidden` takes."""
+        part = self.model.encoder
+        S = ids.shape[1]
+        if lengths is None and self.pad_id is not None:
+            numbers = torch.arange(1, S + 1, device=ids.device)
+            lengths = ((ids != self.pad_id) * numbers).amax(1).clamp(min=1)  # (B,)
+        docs = mask = None
+        if lengths is not None:
+            docs = padding_apart(S, lengths)  # (B, S)
+            mask = (docs >= 0)[:, None, None]  # (B, 1, 1, S)
+        positions = torch.arange(S, device=ids.device)[None]
+        x = self.embed(self.model.embed_tokens(ids), positions)
+        x = self.run_blocks(part.layers, x, self.looks(part, x, positions, positions, docs))
+        return Memory(part.norm(x), mask)
+
+    def cross_kv(self, memory):
+        """The keys and values (B, G, S, D) that each block makes of a source: [(k, v)]."""
+        return [block.cross_attn.source(memory.h) for block in self.model.layers]
+
+    def embed(self, x, positions):
+        """What the first block reads, of the tokens' embeddings x (B, T, C)."""
+        c = self.config
+        if c.embed_scale:
+            x = x * math.sqrt(c.n_embd)
+        if c.n_types:
+            x = x + self.model.embed_types.weight[0]
+        if c.pos == "learned":
+            # A cache's padding may lie behind the last position; nothing reads it.
+            places = positions.clamp(max=c.n_ctx - 1) + c.position_offset
+            x = x + self.model.embed_positions(places)
+        elif c.pos == "sinusoidal":
+            x = x + sinusoids(positions, c.n_embd).to(x.dtype)
+        if c.embed_norm:
+            x = self.model.embed_norm(x)
+        return F.dropout(x, c.dropout, self.training)
+
+    def looks(self, part, x, positions, key_positions, docs=None, alone=True, cache=None):
+        """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
+        encoder, whose tokens are at positions (B or 1, T)."""
+        c = self.config
+        found = {}
+        ropes = {}
+        for block in part.layers:
+            pattern = block.pattern
+            if pattern in found:
+                continue
+            theta = c.local_rope_theta if pattern.kind != "full" else 0.0
+            if c.pos == "rope" and theta not in ropes:
+                ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
+            bias = self.score_bias(part, positions, key_positions, pattern.causal)
+            if bias is not None:
+                mask = attention_mask(pattern, positions, key_positions, docs, alone=False)
+                mask = with_bias(mask, bias)
+            elif cache is None:
+                mask = self.ops.mask(pattern, positions, docs)
+            else:
+                mask = attention_mask(pattern, positions, key_positions, docs, alone=alone)
+            found[pattern] = (ropes.get(theta), mask)
+        return found
+
+    def score_bias(self, part, positions, key_positions, causal):
+        """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions
+        (B or 1, S): (B or 1, H, T, S) float32, or None."""
+        c = self.config
+        if c.pos == "alibi":
+            return alibi(positions, key_positions, alibi_slopes(c.n_head))
+        if c.pos == "relative":
+            return relative(positions, key_positions, part.relative_bias.weight, c, causal)
+        return None
+
+    def run_blocks(self, blocks, x, looks, cache=None, memory=None):
+        """x (B, T, C) through the blocks."""
+        source = () if memory is None else (memory.h, memory.mask)
+        routing = []
+        for i, block in enumerate(blocks):
+            rope, mask = looks[block.pattern]
+            if cache is not None and self.config.is_seq2seq and memory is None:
+                cross = partial(cache.cross, i)
+                write = partial(cache.write, i)
+                x = block(x, rope, mask, write, None, cache.cross_mask, cross)
+            elif cache is not None:
+                x = block(x, rope, mask, partial(cache.write, i), *source)
+            elif self.training and self.checkpoint:
+                x = checkpoint(self.block, block, x, rope, mask, *source, use_reentrant=False)
+            else:
+                x = self.block(block, x, rope, mask, *source)
+            if block.has_experts:
+                x, figures = x
+                routing.append(figures)
+        if routing:
+            self.routing = torch.stack(routing)  # (blocks with experts, E + 3)
+        return x
+
     def logits(self, h):
         """The logits (…, V) of hidden states (…, C)."""
-        return self.ops.project(h, self.lm_head)
+        return self.head_logits(self.head_input(h))
+
+    def head_input(self, h):
+        """What the head's matrix multiplies."""
+        if self.config.mlm_head:
+            h = self.head_norm(self.ops.gelu(self.ops.project(h, self.head_dense), "none"))
+        if self.config.logit_scale != 1:
+            h = h * self.config.logit_scale
+        return h
+
+    def head_logits(self, h):
+        logits = self.ops.project(h, self.lm_head)
+        softcap = self.config.logit_softcap
+        if softcap:
+            logits = softcap * (logits.float() / softcap).tanh()
+        return logits
 
     def forward(self, ids, targets=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
@@ -447,16 +831,66 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(h)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
-        h = h.flatten(0, 1)  # (B T, C)
-        loss = self.ops.cross_entropy(h, self.lm_head, targets.flatten(), self.logits)
-        return loss, (targets != -100).sum()
+        loss = self.loss_of(h, targets)
+        n_targets = (targets != -100).sum()
+        if self.training and self.config.n_experts:
+            loss = loss + n_targets * self.routing_loss()
+        if self.training and self.config.mtp:
+            ahead = self.ahead_loss(h, ids, targets, options.get("docs"))
+            loss = loss + self.config.mtp_weight * ahead
+            self.mtp_loss = ahead.detach()
+        return loss, n_targets
 
-    def make_cache(self, batch, max_len):
+    def loss_of(self, h, targets):
+        """The sum of -log p of targets (B, T), by the states h (B, T, C) before each."""
+        h = self.head_input(h.flatten(0, 1))  # (B T, C)
+        head = None if self.config.logit_softcap else self.lm_head
+        return self.ops.cross_entropy(h, head, targets.flatten(), self.head_logits)
+
+    def routing_loss(self):
+        """What the routers add to the mean loss: means over the blocks with experts."""
+        c = self.config
+        balance, z, _ = self.routing[:, c.n_experts :].mean(0)
+        weight = c.balance_weight if c.balance == "loss" else 0.0
+        return weight * balance + c.z_weight * z
+
+    def ahead(self, k, h, ids, looks, cache=None):
+        """The states (B, T, C) by which depth k of multi-token prediction, 0 and up, predicts the
+        token k + 2 places on: from those of the depth before, h (B, T, C), `hidden`'s for the
+        first, and the tokens k + 1 places on, ids (B, T)."""
+        block = self.model.mtp.layers[k]
+        x = block.join(h, self.model.embed_tokens(ids))
+        if cache is None:
+            x = self.run_blocks([block], x, looks)
+        else:
+            x = block(x, *looks[block.pattern], partial(cache.write, k))
+        return block.norm(x)
+
+    def ahead_loss(self, h, ids, targets, docs=None):
+        """The sum of -log p of the tokens further ahead than targets (B, T), a mean over depths;
+        h (B, T, C) are the states of ids. What is behind the end of its document does not count."""
+        T = ids.shape[1]
+        positions = torch.arange(T, device=ids.device)[None]
+        if docs is not None:
+            positions = document_positions(positions, docs)
+        looks = self.looks(self.model.mtp, h, positions, positions, docs)
+        loss = 0.0
+        for k in range(min(self.config.mtp, T - 1)):
+            n = k + 1
+            # What comes around from the beginning stands at the end, where no target is.
+            h = self.ahead(k, h, ids.roll(-n, 1), looks)
+            wanted = F.pad(targets[:, n:], (0, n), value=-100)
+            if docs is not None:
+                wanted = wanted.masked_fill(docs.roll(-n, 1) != docs, -100)
+            loss = loss + self.loss_of(h, wanted)
+        return loss / self.config.mtp
+
+    def make_cache(self, batch, max_len, config=None):
         """An empty cache for `batch` rows of at most max_len tokens."""
         table = self.model.embed_tokens.weight
         # A CPU attends to float32 faster than to less: it has to convert the rest.
         dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
-        return KVCache(self.config, batch, max_len, table.device, dtype)
+        return KVCache(config or self.config, batch, max_len, table.device, dtype)
 
     def set_score(self, labels, pooling="last", pad_id=None):
         """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
@@ -480,10 +914,13 @@ class GPT(nn.Module):
 
     def scores_of(self, ids, lengths):
         """`scores` of the first lengths (B,) tokens of each row of ids (B, T)."""
-        h = self.hidden(ids)  # (B, T, C)
+        # A decoder's tokens do not see the padding behind them.
+        h = self.hidden(ids, lengths=None if self.config.causal else lengths)  # (B, T, C)
         if self.pooling == "mean":
             real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (B, T)
             h = (h * real[..., None]).sum(1) / lengths[:, None]  # (B, C)
+        elif self.pooling == "first":
+            h = h[:, 0]
         else:
             h = h[torch.arange(len(h), device=h.device), lengths - 1]  # (B, C)
         return self.score(h).float()
@@ -496,9 +933,16 @@ class GPT(nn.Module):
         return ids[:end]
 
 
-def call_block(block, x, rope, mask):
+def padding_apart(T, lengths, docs=None):
+    """Documents (B, T) in which what is behind the first lengths (B,) tokens is document -1."""
+    numbers = torch.arange(T, device=lengths.device)
+    docs = torch.zeros_like(numbers) if docs is None else docs
+    return docs.where(numbers < lengths[:, None], -1)
+
+
+def call_block(block, x, rope, mask, memory=None, memory_mask=None):
     """What torch.compile is given: one compiled block then serves them all."""
-    return block(x, rope, mask)
+    return block(x, rope, mask, None, memory, memory_mask)
 
 
 def logprobs(net, ids, targets):
@@ -510,162 +954,27 @@ def logprobs(net, ids, targets):
     return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(wanted, logp)
 
 
-# --------------------------------------------------------------------------------------------------
-# Where tokens stand, and what they may look at
-
-
-def rope_frequencies(c, device):
-    """Radians per position of each pair of dimensions (D / 2,) float32 (Su et al. 2021)."""
-    exponents = torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim
-    frequencies = c.rope_theta**-exponents
-    scaling = c.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    # llama3: slow frequencies are divided by the factor, fast ones kept, those between blended.
-    low = scaling["low_freq_factor"]
-    high = scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling["factor"])
-
-
-def rope_angles(c, positions, dtype):
-    """(cos and cos, -sin and sin), each (B, T, 1, D), of the angles by which RoPE turns at
-    positions (B, T): for the first half of a head's dimensions and for the second."""
-    # The angles are float32: bfloat16 has no whole numbers above 256.
-    angles = positions[:, :, None, None] * rope_frequencies(c, positions.device)
-    cos = angles.cos().to(dtype)
-    sin = angles.sin().to(dtype)
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def sinusoids(positions, size):
-    """Fixed position embeddings (…, size): sines, then cosines (Vaswani et al. 2017, 3.5)."""
-    exponents = torch.arange(0, size, 2, device=positions.device).float() / size
-    angles = positions[..., None] / 10000.0**exponents
-    return torch.cat((angles.sin(), angles.cos()), -1)[..., :size]
-
-
-def document_positions(positions, docs):
-    """Positions (B, T) that begin at 0 in each document of docs (B, T)."""
-    begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))  # a row's first is at 0 anyway
-    return positions - (begins * positions).cummax(1).values
-
-
-def may_look(c, query, key, query_doc=None, key_doc=None):
-    """Whether a token at position `query` may look at one at position `key`, of these documents:
-    bool, of int tensors that broadcast. c is for what the configuration says of it, such as a
-    window. It is asked of whole squares of tokens, and by kernels of one pair at a time."""
-    seen = key <= query
-    if query_doc is not None:
-        seen = seen & (key_doc == query_doc)
-    return seen
-
-
-def attention_mask(c, positions, key_positions, docs=None, causal=True):
-    """What the tokens at positions (B or 1, T) may look at, of those at key_positions (B or 1, S):
-    None, or a mask that broadcasts to (B, H, T, S), either bool (true: it may) or float (added to
-    the scores: ALiBi's biases, say). Who may look at whom is decided here and in `may_look`, and
-    nowhere else.
-
-    docs (B, T): they look at their own document only. causal: by their order in the tensors alone
-    every token sees itself and what is before it, so that attention needs no mask (None)."""
-    if causal and docs is None:
-        return None
-    query = positions[:, :, None]  # (B or 1, T, 1)
-    key = key_positions[:, None, :]  # (B or 1, 1, S)
-    if docs is None:
-        mask = may_look(c, query, key)
-    else:
-        mask = may_look(c, query, key, docs[:, :, None], docs[:, None, :])
-    return mask[:, None]  # (B or 1, 1, T, S): the same for all heads
-
-
-def attention_probabilities(q, k, mask=None):
+def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.0, sinks=None):
     """softmax(q k^T / sqrt(D)) (B, H, T, S) float32: how much each token looks at each, by which
-    `Operations.attend` weighs v. It takes the same q, k and mask, and O(T S) memory."""
+    `Operations.attend` weighs v. It takes the same q, k and mask, and O(T S) memory.
+
+    softcap: scores s are softcap tanh(s / softcap) (Gemma Team 2024, 2). sinks (H,): a score of
+    each head for nothing, so that what a token looks at may add up to less than 1."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
-    scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    if mask is None and q.shape[2] > 1:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q.float() @ k.float().mT * scale  # (B, H, T, S)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is None and causal and q.shape[2] > 1:
         mask = torch.ones_like(scores, dtype=torch.bool).tril()
-    if mask is None:
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is None:
         return scores.softmax(-1)
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return (scores + mask).softmax(-1)
-
-
-# --------------------------------------------------------------------------------------------------
-# What a configuration may hold
-
-
-LARGEST = 1 << 28  # of a config's whole numbers, so that torch can count the bytes of a product
-SCALING_KEYS = {  # of rope_scaling, by its rope_type
-    "linear": ["factor"],
-    "llama3": [
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ],
-}
-
-
-def check(c, name, good, expected):
-    if not good:
-        raise UserError(f"{name}={getattr(c, name)!r}: expected {expected}")
-
-
-def check_fields(c):
-    """Refuse a value that is not of its field's type, or that no field of the type can have."""
-    for f in fields(c):
-        value = getattr(c, f.name)
-        if f.type is int:
-            # 0 means the usual value where 0 is the default. A bool is no int here.
-            least = 1 if f.default is MISSING else min(1, f.default)
-            good = type(value) is int and least <= value <= LARGEST
-            check(c, f.name, good, f"a whole number from {least} to {LARGEST}")
-        elif f.type is float:
-            # Computed in float32, which ends at 3.4e38. NaN is less than nothing.
-            good = type(value) in (int, float) and abs(value) < 3e38
-            check(c, f.name, good, "a finite number")
-            setattr(c, f.name, float(value))
-        elif f.type is bool:
-            check(c, f.name, type(value) is bool, "true or false")
-        elif get_origin(f.type) is Literal:
-            allowed = get_args(f.type)
-            check(c, f.name, value in allowed, " or ".join(map(str, allowed)))
-    check(c, "n_embd", c.head_dim or c.n_embd % c.n_head == 0, "n_head to divide it")
-
-
-def check_shape(c):
-    """Refuse values that do not go together, of a config whose zeros are filled in."""
-    check(c, "n_hidden", c.n_hidden <= LARGEST, f"at most {LARGEST}")
-    check(c, "n_head", c.n_head * c.head_dim <= LARGEST, "a width that a machine holds")
-    check(c, "n_kv_head", c.n_head % c.n_kv_head == 0, "to divide n_head")
-    check(c, "head_dim", c.pos != "rope" or c.head_dim % 2 == 0, "an even number")
-    # Of a row of zeros, as a padding token's may be, 0 would make NaN.
-    check(c, "norm_eps", 1e-30 <= c.norm_eps < 1, "a number above 0 and less than 1")
-    check(c, "rope_theta", c.rope_theta >= 1, "1 or more")
-    check(c, "dropout", 0 <= c.dropout < 1, "0 or more and less than 1")
-    if c.rope_scaling is not None:
-        check_scaling(c, c.rope_scaling)
-
-
-def check_scaling(c, scaling):
-    """Refuse a rope_scaling of unknown type, or with numbers that scale to nothing."""
-    expected = f"a dict with rope_type and the keys of {SCALING_KEYS}"
-    check(c, "rope_scaling", isinstance(scaling, dict), expected)
-    check(c, "rope_scaling", scaling.get("rope_type") in list(SCALING_KEYS), expected)
-    for key in SCALING_KEYS[scaling["rope_type"]]:
-        value = scaling.get(key)
-        good = type(value) in (int, float) and 0 < value <= LARGEST
-        check(c, "rope_scaling", good, f"{expected}, {key} a number above 0")
-    if scaling["rope_type"] == "llama3":
-        ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
-        check(c, "rope_scaling", ordered, "high_freq_factor above low_freq_factor")
+    nothing = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)  # (B, H, T, 1)
+    return torch.cat((scores, nothing), -1).softmax(-1)[..., :-1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from barelm.quantized import QuantizedLinear, quantize_weights, tie_embedding
 from barelm.resume import PARTS, make_folder, write_weights
 from barelm.run import UserError
 from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors
+from barelm.shapes import LARGEST
 from barelm.tokenizer import Tokenizer
-from model import GPT, LARGEST
+from model import GPT
 
 # --------------------------------------------------------------------------------------------------
 # Find: a folder here, or a model of the Hub

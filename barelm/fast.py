@@ -217,16 +217,19 @@ def blocked_attention(q, k, v, mask=None):
     return BlockedAttention.apply(q, k, v, ~mask)
 
 
-def block_mask(may_look, docs):
-    """The mask of `sparse_attention` for documents docs (B, T) int64: which blocks of 128 queries
-    and 128 keys are seen in whole, in part, or not at all. Made on the device, in one pass over
-    T x T. may_look(query, key, query_doc, key_doc) is model.may_look's rule."""
+def block_mask(may_look, positions, docs):
+    """The mask of `sparse_attention` for tokens at positions (B or 1, T) in documents docs (B, T)
+    int64: which blocks of 128 queries and 128 keys are seen in whole, in part, or not at all. Made
+    on the device, in one pass over T x T. may_look(query, key, query_doc, key_doc) is the rule."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     docs = docs.int()  # which the kernel reads again for each block
+    positions = positions.int().expand_as(docs)
 
     def seen(row, head, query, key):
-        return may_look(query, key, docs[row, query], docs[row, key])
+        query_doc = docs[row, query]
+        key_doc = docs[row, key]
+        return may_look(positions[row, query], positions[row, key], query_doc, key_doc)
 
     B, T = docs.shape
     return create_block_mask(seen, B, None, T, T, docs.device)
@@ -337,14 +340,18 @@ def compiled_head_rows(n, device_type, dtype, vocab_size):
 
 def can_piece(head):
     """Whether `cross_entropy_sum` is that of this head's logits."""
-    return type(head) is nn.Linear and head.bias is None
+    return type(head) is nn.Linear
 
 
-def cross_entropy_sum(h, weight, targets, piece=head_piece):
-    """The sum of -log p(target) in nats, float32, under the logits h @ weight.T: h (N, C), weight
-    (V, C), targets (N,) int64 of which -100 counts for nothing. piece: head_piece, or that
-    compiled."""
+def cross_entropy_sum(h, weight, targets, piece=head_piece, bias=None):
+    """The sum of -log p(target) in nats, float32, under the logits h @ weight.T + bias: h (N, C),
+    weight (V, C), targets (N,) int64 of which -100 counts for nothing, bias (V,). piece:
+    head_piece, or that compiled."""
     h = h.to(compute_dtype(h))
+    if bias is not None:  # as the weights of a number that is always 1, and 7 zeros beside it
+        ones = torch.ones_like(h[:, :1])
+        h = torch.cat((h, F.pad(ones, (0, 7))), 1)
+        weight = torch.cat((weight, F.pad(bias[:, None], (0, 7))), 1)
     if piece is head_piece:
         size = head_rows(h.device.type, h.dtype, len(weight))
     else:

@@ -13,9 +13,9 @@ import torch
 
 from barelm.checkpoint import saved_tensors
 from barelm.families import family
+from barelm.positions import rope_frequencies
 from barelm.run import UserError
 from barelm.splits import GPT2_SPLIT
-from model import rope_frequencies
 
 FILE_TYPES = {
     "F32": 0,

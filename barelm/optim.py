@@ -154,7 +154,8 @@ def n_params(net):
 
 # How many matrices an MLP of each kind multiplies a token with. One that is not here is counted
 # nowhere else: FLOPs, memory and the decision to compile stand on it.
-MLP_MATRICES = {"swiglu": 3, "gelu": 2, "relu": 2, "relu2": 2}
+MLP_MATRICES = {"swiglu": 3, "geglu": 3, "geglu_erf": 3, "gelu": 2, "gelu_erf": 2}
+MLP_MATRICES |= {"relu": 2, "relu2": 2}
 
 
 def flops_per_token(c, seq_len, backward=True):

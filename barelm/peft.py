@@ -10,7 +10,7 @@ from barelm.families import family, names_in_file
 from barelm.files import read_json
 from barelm.run import UserError
 from barelm.safetensors import check_finite, read_safetensors
-from model import LARGEST
+from barelm.shapes import LARGEST
 
 # Of an adapter_config.json: what may be anything, since it changes no product or is checked apart.
 NOTES = {

@@ -13,6 +13,8 @@ likely the text may differ from the ordinary one, but not with --deterministic.
 B: rows, k: drafts of a row in a round, V: tokens of the vocabulary, C: n_embd, T: tokens to read.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,6 +31,14 @@ def check_speculation(net, n_vocab, speculate, draft, num_beams=1):
     asked = f"speculate={speculate}"
     if num_beams > 1:
         raise UserError(f"{asked} with num_beams={num_beams}: a beam search draws no tokens")
+    c = net.config
+    for config in (c, network_of(draft, net).config):
+        if not config.causal or config.is_seq2seq:
+            raise UserError(f"{asked}: for decoders, not for encoders or encoder-decoders")
+    if draft == "heads" and not c.mtp:
+        raise UserError(f"{asked}: the model has no heads for it: train.py --mtp={speculate}")
+    if c.mtp and draft in (None, "heads") and speculate > c.mtp:
+        raise UserError(f"{asked}: the model's heads (mtp) look {c.mtp} tokens ahead, not further")
     if isinstance(draft, nn.Module):
         if draft.score is not None:
             raise UserError(f"{asked}: the draft is a classifier, which says nothing")
@@ -125,11 +135,13 @@ class Texts:
 class Reader:
     """A network with a cache of what it has read of each text."""
 
+    keeps_states = False  # a draft may want them
+    states = None  # (B, room, C) of what was read
+
     def __init__(self, net, n_rows, room):
         self.net = net
         self.cache = net.make_cache(n_rows, room)
         self.n_read = [0] * n_rows
-        self.states = None  # (B, room, C) of what was read, where a draft wants them
 
     def rewind(self, texts):
         """Forget what is no part of the texts, and the last token, which is read again."""
@@ -141,11 +153,16 @@ class Reader:
         begins, counts, n_new = span(self.n_read, [n + n_drafts for n in texts.lengths], texts)
         T = max(counts)
         h = self.net.hidden(texts.window(begins, T), cache=self.cache, n_new=n_new)  # (B, T, C)
-        if self.states is not None:  # padding behind a row's end is written over later
-            places = begins[:, None] + texts.places[:T]
-            self.states.scatter_(1, places[..., None].expand_as(h), h.to(self.states.dtype))
+        if self.keeps_states:
+            self.keep(h, begins[:, None] + texts.places[:T], len(texts.places))
         self.n_read = [n + n_drafts for n in texts.lengths]
         return last_states(h, counts, n_states)
+
+    def keep(self, h, places, room):
+        """Keep states h (B, T, C) by their places (B, T); padding is written over later."""
+        if self.states is None:
+            self.states = h.new_zeros(len(h), room, h.shape[-1])
+        self.states.scatter_(1, places[..., None].expand_as(h), h)
 
     def select(self, rows, index):
         self.n_read = [self.n_read[row] for row in rows]
@@ -228,11 +245,57 @@ class NetworkDraft:
         self.reader.select(rows, index)
 
 
+class HeadsDraft:
+    """The network's own heads for tokens further ahead (mtp), one after the other.
+
+    The head of depth d reads, at the place of each token, the state of depth d - 1 and the token d
+    places on, which at the end is a draft: what it made of that is read again in the next round."""
+
+    def __init__(self, net, choose, n_vocab, n_rows, room, target):
+        c = net.config
+        self.net = net
+        self.choose = choose
+        self.n_vocab = n_vocab
+        self.target = target
+        target.keeps_states = True
+        plain = replace(c, n_layer=c.mtp, window=0, layers="", attention="sliding", sink_tokens=0)
+        self.cache = net.make_cache(n_rows, room, plain)
+        self.n_read = [0] * n_rows  # places of which all heads read what is there, and no draft
+
+    def propose(self, texts, k, uniform):
+        ends = [length - 1 for length in texts.lengths]  # the last token has no state yet
+        begins, counts, n_new = span(self.n_read, ends, texts)
+        T = max(counts)
+        self.cache.truncate(self.n_read)
+        positions, key_positions, alone = self.cache.extend(T, n_new)
+        h = self.states(begins, T)
+        net = self.net
+        looks = net.looks(net.model.mtp, h, positions, key_positions, alone=alone, cache=self.cache)
+        q = []
+        for j in range(k):
+            h = net.ahead(j, h, texts.window(begins + j + 1, T), looks, self.cache)
+            logits = net.logits(last_states(h, counts, 1))[..., : self.n_vocab]  # (B, 1, V)
+            q.append(self.choose(logits, texts, j))
+            texts.put(j, invert(q[j][:, 0], uniform[:, j]))
+        self.n_read = [max(0, length - net.config.mtp) for length in texts.lengths]
+        return torch.cat(q, 1), all_proposed(texts, k)
+
+    def states(self, begins, T):
+        """The network's own states (B, T, C) from a place of each row on."""
+        places = begins[:, None] + torch.arange(T, device=begins.device)
+        states = self.target.states
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+    def select(self, rows, index):
+        self.n_read = [self.n_read[row] for row in rows]
+        self.cache.reorder(index)
+
+
 def all_proposed(texts, k):
     return torch.ones(len(texts.ids), k, dtype=torch.bool, device=texts.ids.device)
 
 
-DRAFTS = ("lookup",)
+DRAFTS = ("heads", "lookup")
 
 
 def network_of(draft, net):
@@ -240,12 +303,14 @@ def network_of(draft, net):
     return draft if isinstance(draft, nn.Module) else net
 
 
-def make_draft(draft, target, choose, n_vocab, n_rows, room, k):
-    """The draft that `generate` was given: a network, or one of DRAFTS; None is the first that
-    there is."""
+def make_draft(draft, target, choose, n_vocab, n_rows, room):
+    """The draft that `generate` was given, for the network of a Reader: another network, or one of
+    DRAFTS; None is its heads where it has some."""
     if isinstance(draft, nn.Module):
         return NetworkDraft(draft, choose, n_vocab, n_rows, room)
-    return LookupDraft(n_vocab)
+    if draft == "lookup" or not target.net.config.mtp:
+        return LookupDraft(n_vocab)
+    return HeadsDraft(target.net, choose, n_vocab, n_rows, room, target)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,7 +350,7 @@ class Speculation:
         self.texts = Texts(prompts, room, net.model.embed_tokens.weight.device)
         self.choose = Chooser(penalty, filters)
         self.target = Reader(net, len(rows), room)
-        options = (self.choose, self.n_vocab, len(rows), room, k)
+        options = (self.choose, self.n_vocab, len(rows), room)
         self.draft = make_draft(draft, self.target, *options)
 
     def run(self, seed):

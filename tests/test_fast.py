@@ -30,6 +30,7 @@ from barelm.fast import (
     head_rows,
     joined_product,
 )
+from barelm.patterns import Pattern, may_look
 from barelm.quantized import quantize_weights
 from barelm.run import autocast
 from model import KVCache, Operations, attention_mask, attention_probabilities
@@ -187,7 +188,7 @@ def test_layers_of_other_kinds_are_left_to_the_plain_way():
     assert joined_product(x, (usual, doubled), {}) is None
     with torch.no_grad():
         assert joined_product(x, (doubled,), {}) is None
-    assert not can_piece(doubled) and not can_piece(usual)  # which has a bias
+    assert not can_piece(doubled) and not can_piece(None)
     net = make_net(**QWEN3)
     add_adapters(net, 3)
     for block in net.model.layers:
@@ -296,11 +297,11 @@ def test_sparse_attention_equals_the_dense_mask(T, heads, dtype, monkeypatch):
     docs = (torch.rand(2, T) < 0.02).cumsum(1)
     positions = torch.arange(T)[None]
     ops = Operations(fast=True)
-    dense = ops.mask(None, positions, docs)
-    assert torch.equal(dense, attention_mask(None, positions, positions, docs))
+    dense = ops.mask(Pattern(), positions, docs)
+    assert torch.equal(dense, attention_mask(Pattern(), positions, positions, docs))
     ops.sparse = True
-    assert ops.mask(None, positions, None) is None
-    blocks = ops.mask(None, positions, docs)
+    assert ops.mask(Pattern(), positions, None) is None
+    blocks = ops.mask(Pattern(), positions, docs)
     # No block that has something to see is left out, and none is whole that has not all.
     padding = (0, -T % 128, 0, -T % 128)
     seen = F.pad(dense, padding).unflatten(3, (-1, 128)).unflatten(2, (-1, 128))
@@ -318,23 +319,25 @@ def test_sparse_attention_equals_the_dense_mask(T, heads, dtype, monkeypatch):
 
 def test_blocks_are_made_without_waiting_for_the_device():
     docs = torch.zeros(2, 300, dtype=torch.int64, device="meta")  # of which nothing can be read
-    assert block_mask(partial(model.may_look, None), docs).kv_indices.is_meta
+    positions = torch.arange(300, device="meta")[None]
+    assert block_mask(partial(may_look, Pattern()), positions, docs).kv_indices.is_meta
 
 
 # A fork's positions and masks: one function is changed, and everything follows
 
 
-def alibi(c, positions, key_positions, docs=None, causal=True):
+def alibi(pattern, positions, key_positions, docs=None, key_docs=None, alone=True):
     """`attention_mask` with the biases of Press et al. 2022 in it."""
-    seen = attention_mask(c, positions, key_positions, docs, causal=False)
+    seen = attention_mask(pattern, positions, key_positions, docs, key_docs, alone=False)
     distances = positions[:, None, :, None] - key_positions[:, None, None, :]
-    slopes = 2.0 ** (-8 / c.n_head * torch.arange(1, c.n_head + 1))
+    n_head = QWEN3["n_head"]
+    slopes = 2.0 ** (-8 / n_head * torch.arange(1, n_head + 1))
     return (-slopes[:, None, None] * distances).masked_fill(~seen, -math.inf)
 
 
-def window(c, positions, key_positions, docs=None, causal=True):
+def window(pattern, positions, key_positions, docs=None, key_docs=None, alone=True):
     """`attention_mask` of tokens that see themselves and the four before them."""
-    seen = attention_mask(c, positions, key_positions, docs, causal=False)
+    seen = attention_mask(pattern, positions, key_positions, docs, key_docs, alone=False)
     return seen & (positions[:, None, :, None] - key_positions[:, None, None, :] < 5)
 
 

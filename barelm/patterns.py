@@ -1,0 +1,99 @@
+"""Who sees whom: one rule, from which come the dense mask, the block mask of a GPU's kernel, what
+a cache has to hold, and how many keys a query is held against.
+
+A new pattern is one function of positions: an entry of PATTERNS. B rows, T queries, S keys."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What the tokens of a layer see."""
+
+    causal: bool = True  # nothing behind themselves
+    kind: str = "full"  # all, or an entry of PATTERNS
+    window: int = 0  # its size in tokens
+    n_sinks: int = 0  # so many first tokens are seen by all (Xiao et al. 2024, StreamingLLM)
+
+    def sees_all(self, n):
+        """Whether it hides nothing but what is behind a token, of n tokens from position 0 on."""
+        if self.kind == "full":
+            return True
+        reach = self.window if self.causal or self.kind != "sliding" else self.window // 2 + 1
+        return n <= reach
+
+
+# --------------------------------------------------------------------------------------------------
+# The patterns: whether a token at position `query` sees one at `key`, bool, of int tensors that
+# broadcast. What is behind a causal token is hidden by `may_look`.
+
+
+def sliding(query, key, pattern):
+    """The last `window` tokens, itself counted; without causality half of it on each side."""
+    if pattern.causal:
+        return query - key < pattern.window
+    return (query - key).abs() <= pattern.window // 2
+
+
+def local(query, key, pattern):
+    """Its own block of `window` tokens."""
+    return query // pattern.window == key // pattern.window
+
+
+def strided(query, key, pattern):
+    """The last `window` tokens, and every window-th one before (Child et al. 2019, 4.3)."""
+    distance = (query - key).abs()
+    return (distance < pattern.window) | (distance % pattern.window == 0)
+
+
+def fixed(query, key, pattern):
+    """Its own block, and the last eighth of each block, which sums it up (Child et al., 4.3)."""
+    size = pattern.window
+    return local(query, key, pattern) | (key % size >= size - max(1, size // 8))
+
+
+PATTERNS = {"sliding": sliding, "local": local, "strided": strided, "fixed": fixed}
+
+
+def may_look(pattern, query, key, query_doc=None, key_doc=None):
+    """Whether a token at position `query` may look at one at position `key`, both counted from the
+    beginning of their documents: bool, of int tensors that broadcast. A key at a negative position
+    is a cache's empty place. It is asked of whole squares of tokens, and by kernels of one pair at
+    a time."""
+    seen = key <= query if pattern.causal else key >= 0
+    if pattern.kind != "full":
+        near = PATTERNS[pattern.kind](query, key, pattern)
+        if pattern.n_sinks:
+            near = near | (key < pattern.n_sinks)
+        seen = seen & near & (key >= 0)
+    if query_doc is not None:
+        seen = seen & (key_doc == query_doc)
+    return seen
+
+
+def attention_mask(pattern, positions, key_positions, docs=None, key_docs=None, alone=True):
+    """What the tokens at positions (B or 1, T) may look at, of those at key_positions (B or 1, S):
+    a mask (B or 1, 1, T, S) bool, true where one may; or None where attention needs no mask.
+
+    docs (B, T), key_docs (B, S; None: docs): tokens look at their own document only. alone: keys
+    and queries are the same tokens in the order of their positions, from 0 on, or there is one
+    query, behind all keys: then causality follows from their order in the tensors alone."""
+    if alone and docs is None and pattern.sees_all(key_positions.shape[1]):
+        return None
+    query = positions[:, :, None]  # (B or 1, T, 1)
+    key = key_positions[:, None, :]  # (B or 1, 1, S)
+    if docs is None:
+        mask = may_look(pattern, query, key)
+    else:
+        key_docs = docs if key_docs is None else key_docs
+        mask = may_look(pattern, query, key, docs[:, :, None], key_docs[:, None, :])
+    return mask[:, None]  # (B or 1, 1, T, S): the same for all heads
+
+
+def with_bias(mask, bias):
+    """A bias (B or 1, H, T, S) float that is added to the scores, and -inf where mask hides."""
+    if bias is None:
+        return mask
+    return bias.masked_fill(~mask, -torch.inf)

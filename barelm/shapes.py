@@ -1,0 +1,167 @@
+"""What a GPTConfig may hold: what is no shape of a network is refused in a line."""
+
+import math
+from dataclasses import MISSING, fields
+from typing import Literal, get_args, get_origin
+
+from barelm.run import UserError
+
+LARGEST = 1 << 28  # of a config's whole numbers, so that torch can count the bytes of a product
+SCALING_KEYS = {  # of rope_scaling, by its rope_type
+    "linear": ["factor"],
+    "ntk": ["factor"],
+    "yarn": ["factor", "original_max_position_embeddings"],
+    "llama3": [
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ],
+}
+# Hugging Face's words for the two kinds of layers, and our letters.
+LAYER_TYPES = {"sliding_attention": "S", "full_attention": "L"}
+
+
+def check(c, name, good, expected):
+    if not good:
+        raise UserError(f"{name}={getattr(c, name)!r}: expected {expected}")
+
+
+def check_fields(c):
+    """Refuse a value that is not of its field's type, or that no field of the type can have."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.type is int:
+            # 0 means the usual value where 0 is the default. A bool is no int here.
+            least = 1 if f.default is MISSING else min(1, f.default)
+            good = type(value) is int and least <= value <= LARGEST
+            check(c, f.name, good, f"a whole number from {least} to {LARGEST}")
+        elif f.type is float:
+            # Computed in float32, which ends at 3.4e38. NaN is less than nothing.
+            good = type(value) in (int, float) and abs(value) < 3e38
+            check(c, f.name, good, "a finite number")
+            setattr(c, f.name, float(value))
+        elif f.type is bool:
+            check(c, f.name, type(value) is bool, "true or false")
+        elif get_origin(f.type) is Literal:
+            allowed = get_args(f.type)
+            check(c, f.name, value in allowed, " or ".join(map(str, allowed)))
+    check(c, "n_embd", c.head_dim or c.n_embd % c.n_head == 0, "n_head to divide it")
+    if isinstance(c.layers, list):
+        known = [LAYER_TYPES.get(word, "?") if isinstance(word, str) else "?" for word in c.layers]
+        check(c, "layers", "?" not in known, f"words of {', '.join(LAYER_TYPES)}")
+        c.layers = "".join(known)
+    check_letters(c, "layers", "SL")
+    check_letters(c, "expert_layers", "DE")
+
+
+def check_letters(c, name, letters):
+    value = getattr(c, name)
+    good = isinstance(value, str) and set(value) <= set(letters) and len(value) <= c.n_layer
+    check(c, name, good, f"a letter a layer, {' or '.join(letters)}, which repeat")
+
+
+def check_shape(c):
+    """Refuse values that do not go together, of a config whose zeros are filled in."""
+    check(c, "n_hidden", c.n_hidden <= LARGEST, f"at most {LARGEST}")
+    check(c, "n_head", c.n_head * c.head_dim <= LARGEST, "a width that a machine holds")
+    check(c, "n_kv_head", c.n_head % c.n_kv_head == 0, "to divide n_head")
+    check(c, "head_dim", c.pos != "rope" or c.head_dim % 2 == 0, "an even number")
+    # Of a row of zeros, as a padding token's may be, 0 would make NaN.
+    check(c, "norm_eps", 1e-30 <= c.norm_eps < 1, "a number above 0 and less than 1")
+    check(c, "rope_theta", c.rope_theta >= 1, "1 or more")
+    check(c, "dropout", 0 <= c.dropout < 1, "0 or more and less than 1")
+    check_positions(c)
+    check_patterns(c)
+    check_kind(c)
+    check_experts(c)
+    if c.rope_scaling is not None:
+        check_scaling(c, c.rope_scaling)
+
+
+def check_positions(c):
+    turned = c.head_dim * c.rope_fraction
+    good = 0 < c.rope_fraction <= 1 and (c.pos != "rope" or round(turned) % 2 == 0)
+    good = good and round(turned) >= 2 and abs(turned - round(turned)) < 1e-6
+    if c.pos == "rope":
+        check(c, "rope_fraction", good, "above 0 and at most 1, and an even part of head_dim")
+    else:
+        check(c, "rope_fraction", c.rope_fraction == 1, f"1 with pos={c.pos}")
+    local = c.local_rope_theta
+    check(c, "local_rope_theta", local == 0 or local >= 1, "0, or 1 or more")
+    check(c, "local_rope_theta", local == 0 or c.window, "0 without a window")
+    if c.pos == "relative":
+        # Each half, of an encoder each quarter, of the buckets has one at least.
+        check(c, "n_buckets", c.n_buckets >= 4 and c.n_buckets % 4 == 0, "a multiple of 4")
+        check(c, "max_distance", c.max_distance > c.n_buckets // 2, "more than half of n_buckets")
+    check(c, "position_offset", c.position_offset == 0 or c.pos == "learned", "0 but for learned")
+
+
+def check_patterns(c):
+    for name in ("softcap", "logit_softcap"):
+        check(c, name, getattr(c, name) >= 0, "0 or more")
+    check(c, "logit_scale", c.logit_scale > 0, "more than 0")
+    check(c, "layers", c.window or "S" not in c.layers, "L alone, or a window (--window=1024)")
+    check(c, "attention", c.window or c.attention == "sliding", "a window with it (--window=128)")
+    check(c, "sink_tokens", c.window or c.sink_tokens == 0, "0 without a window")
+    check(c, "window", "S" in c.layers or not c.layers or not c.window, "0, as no layer is S")
+    check(c, "qk_norm_all", c.qk_norm or not c.qk_norm_all, "false without qk_norm")
+
+
+def check_kind(c):
+    """What an encoder, or an encoder beside a decoder, cannot be."""
+    if c.n_encoder_layer:
+        check(c, "causal", c.causal, "true: an encoder-decoder's decoder is causal")
+        check(c, "mlm_head", not c.mlm_head, "false with an encoder-decoder")
+    for name in ("n_types", "mlm_head"):
+        value = getattr(c, name)
+        check(c, name, not value or not c.causal, f"{type(value)()} but for encoders")
+    if c.mtp:
+        check(c, "mtp", c.causal and not c.n_encoder_layer, "0 but for a decoder alone")
+        check(c, "mtp", c.norm_place != "post", "0 with norm_place=post")
+    check(c, "mtp_weight", c.mtp_weight >= 0, "0 or more")
+
+
+def check_experts(c):
+    n = c.n_experts
+    check(c, "n_experts", n != 1, "0, or 2 or more")
+    for name in ("balance_weight", "z_weight"):
+        check(c, name, getattr(c, name) >= 0, "0 or more")
+    if n:
+        good = 1 <= c.n_experts_per_token <= n
+        check(c, "n_experts_per_token", good, f"1 to n_experts={n}")
+        check(c, "n_experts", "E" in c.expert_layers or not c.expert_layers, "a layer E with it")
+        check(c, "expert_hidden", c.expert_hidden <= LARGEST, f"at most {LARGEST}")
+    else:
+        check(c, "n_shared_experts", c.n_shared_experts == 0, "0 without n_experts")
+        check(c, "expert_hidden", c.expert_hidden == 0, "0 without n_experts")
+        check(c, "expert_layers", c.expert_layers == "", "none without n_experts")
+
+
+def check_scaling(c, scaling):
+    """Refuse a rope_scaling of unknown type, or with numbers that scale to nothing."""
+    expected = f"a dict with rope_type and the keys of {SCALING_KEYS}"
+    good = isinstance(scaling, dict) and scaling.get("rope_type") in list(SCALING_KEYS)
+    if not good:
+        raise UserError(f"rope_scaling={scaling!r}: expected {expected}")
+    for key in SCALING_KEYS[scaling["rope_type"]]:
+        value = scaling.get(key)
+        good = type(value) in (int, float) and 0 < value <= LARGEST
+        check(c, "rope_scaling", good, f"{expected}, {key} a number above 0")
+    if scaling["rope_type"] == "llama3":
+        ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
+        check(c, "rope_scaling", ordered, "high_freq_factor above low_freq_factor")
+    if scaling["rope_type"] == "ntk":
+        check(c, "rope_scaling", round(c.head_dim * c.rope_fraction) > 2, "wider heads for ntk")
+    if scaling["rope_type"] == "yarn":
+        check_yarn(c, scaling)
+
+
+def check_yarn(c, scaling):
+    check(c, "rope_theta", c.rope_theta > 1, "more than 1 with yarn")
+    for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+        value = scaling.get(key)
+        good = value is None or type(value) in (int, float) and 0 < value < math.inf
+        check(c, "rope_scaling", good, f"{key} a number above 0, or absent")
+    good = type(scaling.get("truncate", True)) is bool
+    check(c, "rope_scaling", good, "truncate true or false")

@@ -6,14 +6,15 @@
     python eval.py --tasks=gsm8k,math --download         # rows from the Hub, kept in --data
     python eval.py --tasks=mine.jsonl,mine.py:function   # the README shows both
     python eval.py --model=out/classify --tasks=classify
+    python eval.py --model=out/seq2seq --tasks=seq2seq --num_beams=4
     python eval.py --tasks=humaneval --allow_code_exec   # programs, in a sandbox
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
 Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
-(generation); humaneval, mbpp (code); ifeval (instructions); classify. Prompts, truncation and
-scores are lm-evaluation-harness's, so that numbers compare. Writes results.json (and with --samples
-each prompt, answer and verdict) into out_dir. A run that was stopped continues: what was answered
-is kept there until the end.
+(generation); humaneval, mbpp (code); ifeval (instructions); classify; seq2seq (a source, its
+target). Prompts, truncation and scores are lm-evaluation-harness's, so that numbers compare. Writes
+results.json (and with --samples each prompt, answer and verdict) into out_dir. A run that was
+stopped continues: what was answered is kept there until the end.
 
 The file tells how an evaluation goes, in this order: rows become requests, requests are answered by
 the network, answers become scores; then the tasks that have no questions (loss, classify), and
@@ -33,7 +34,7 @@ limit = 0  # rows of each task (of each subject), the first ones; 0: all
 seed = 1234  # of the shots that are drawn (the harness's) and of sampled answers
 
 # loss
-dataset = "python"  # data/<dataset>, whose validation shards loss reads; classify: its task set
+dataset = "python"  # data/<dataset>, whose validation shards loss reads; or its task set
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
 context: int | None = None  # the same, beyond the model's context too, with the loss by position
@@ -45,6 +46,8 @@ chat = False  # generation: the prompt as a user's turn of the model's chat temp
 max_new_tokens = 0  # of an answer; 0: the task's
 num_samples = 1  # answers to each prompt, for pass@k
 temperature = 0.0  # of the answers; 0 is greedy
+num_beams = 1  # seq2seq: beams of a search for the likeliest answer; 1: none
+source_template = "{source}"  # seq2seq: what the model reads, such as "summarize: {source}"
 
 # code, and answers that another model judges
 allow_code_exec = False  # run the programs that the model writes, in a sandbox
@@ -111,8 +114,15 @@ from barelm.scores import (
     read_results,
     write_results,
 )
-from barelm.scoring import Request, plain_scores, score_by_position, shared_scores
+from barelm.scoring import (
+    Request,
+    plain_scores,
+    score_by_position,
+    shared_scores,
+    target_scores,
+)
 from barelm.shards import check_tokens, open_shard
+from barelm.similarity import chrf, chrf_counts, rouge_l
 from barelm.tasks import (
     ROW_ERRORS,
     TASKS,
@@ -129,6 +139,8 @@ from barelm.tasks import (
 from barelm.tokenizer import Tokenizer
 from model import generate
 
+SEQ2SEQ_TOKENS = 128  # of an answer of task seq2seq, where max_new_tokens does not say
+
 # --------------------------------------------------------------------------------------------------
 # Tasks with their rows: of the table, or your own
 
@@ -144,7 +156,7 @@ def open_task(name, run):
     elif name in TASKS:
         task = open_benchmark(name, run)
     else:
-        near = difflib.get_close_matches(name, [*TASKS, "loss", "classify"], 1)
+        near = difflib.get_close_matches(name, [*TASKS, "loss", "classify", "seq2seq"], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     # What a task lacks is told now, not when the model has answered.
@@ -210,7 +222,10 @@ def make_items(task, net, tok):
             item.requests, was_cut = choice_requests(task, tok, item, n_ctx)
         else:
             room = n_ctx - answer_tokens
-            ids = prompt_ids(task, tok, item.prompt)
+            if net.config.is_seq2seq:
+                ids = tok.source(item.prompt)
+            else:
+                ids = prompt_ids(task, tok, item.prompt)
             was_cut = len(ids) > room
             # An empty continuation for each answer that is to be made.
             item.requests = [Request("", ids[-room:], [[]] * num_samples)]
@@ -925,6 +940,127 @@ def f1_error(right, guesses):
 
 
 # --------------------------------------------------------------------------------------------------
+# A source and its target: of an encoder-decoder, or of a decoder as a conversation
+
+
+def run_seq2seq(net, tok, answers, say):
+    """Loss of the targets (nats per token, the end token among them); exact match, ROUGE-L and chrF
+    of what is generated from the sources."""
+    path = Path("data") / dataset / "seq2seq_val.jsonl"
+    rows = list(limited(read_rows(path)))
+    pairs = []  # (ids of the source, ids of the target) of each row
+    try:
+        for row in rows:
+            pairs.append(pair_ids(net, tok, row["source"], row["target"]))
+    except ROW_ERRORS as error:
+        raise UserError(f"{path}: expected source and target in each record: {error!r}") from None
+    nats, tokens = target_nats(net, answers, pairs, say)
+    texts = generated_texts(net, tok, answers, [source for source, _ in pairs], say)
+    counts = []  # what chrF counts in each text
+    log = []
+    for row, text, row_nats, n_tokens in zip(rows, texts, nats, tokens):
+        text = text.strip()
+        target = row["target"].strip()
+        counts.append(chrf_counts(text, target))
+        figures = {"exact_match": float(text == target), "rouge_l": rouge_l(text, target)}
+        figures |= {"chrf": chrf(counts[-1]), "nats": row_nats, "tokens": n_tokens}
+        log.append({"source": row["source"], "target": target, "answer": text} | figures)
+    loss = mean(nats, tokens)
+    scores = {"loss": loss, "perplexity": perplexity(loss)}
+    for metric in ("exact_match", "rouge_l"):
+        scores[metric] = mean([sample[metric] for sample in log])
+    scores["chrf"] = corpus_chrf(counts)
+    return Result(scores, len(rows), samples=log)
+
+
+def pair_ids(net, tok, source, target):
+    """(what the network reads, what it is to answer) of a row, as ids. A decoder reads the source
+    as a user's turn, where its tokenizer has a chat template."""
+    text = source_template.replace("{source}", source)
+    if not net.config.is_seq2seq and tok.config.get("chat_template"):
+        talk = [{"role": "user", "content": text}, {"role": "assistant", "content": target}]
+        ids, is_said = tok.chat(talk)
+        first = is_said.index(1)
+        end = first + sum(is_said)
+        return ids[:first], ids[first:end]
+    end_ids = [] if tok.end_id is None else [tok.end_id]
+    answer = tok.encode(target) + end_ids
+    if net.config.is_seq2seq:
+        return tok.source(text), answer
+    return tok.prompt(text), answer
+
+
+def target_nats(net, answers, pairs, say):
+    """-log p of each target, and its tokens: of each pair of ids (source, target)."""
+    requests = []
+    n_cut = 0
+    n_ctx = net.config.n_ctx
+    for source, target in pairs:
+        room = n_ctx
+        if not net.config.is_seq2seq:  # both are in one row
+            room = max(1, n_ctx + 1 - len(target))
+        n_cut += len(source) > room or len(target) > n_ctx
+        requests.append(Request("", cut_source(net, source, room), [target[:n_ctx]]))
+    if n_cut:
+        say(f"seq2seq: {n_cut} of {len(pairs)} sources or targets are cut to the context")
+
+    def work(batch):
+        if net.config.is_seq2seq:
+            return [[logp] for logp in target_scores(net, batch)]
+        return score(net, batch)
+
+    sums = answers("seq2seq, targets", "targets", requests, work)
+    lengths = [len(request.continuations[0]) for request in requests]
+    return [-row_sums[0] for row_sums in sums], lengths
+
+
+def cut_source(net, source, room):
+    """A source of `room` tokens at most: an encoder's without the last ones before its end token,
+    as in training, a decoder's without the first."""
+    if len(source) <= room:
+        return source
+    if net.config.is_seq2seq:
+        return [*source[: room - 1], source[-1]]
+    return source[-room:]
+
+
+def generated_texts(net, tok, answers, sources, say):
+    """What the network answers to each source, greedily, by a beam search, or drawn."""
+    n_new = max_new_tokens or SEQ2SEQ_TOKENS
+    room = net.config.n_ctx
+    if not net.config.is_seq2seq:
+        n_new = min(n_new, room // 2)
+        room -= n_new
+    requests = [Request("", cut_source(net, source, room), [[]]) for source in sources]
+
+    def work(batch):
+        generations = generate(
+            net,
+            tok,
+            [request.context for request in batch],
+            max_new_tokens=n_new,
+            temperature=temperature,
+            num_beams=num_beams,
+            seed=abs(seed),
+        )
+        return [generation.text for generation in generations]
+
+    depends_on = ["complete", n_new, temperature, num_beams, seed]
+    return answers("seq2seq, answers", depends_on, requests, work)
+
+
+def corpus_chrf(counts):
+    """chrF of all texts together, and its standard error by bootstrap; counts: [chrf_counts]."""
+    counts = np.array(counts)  # (n, MAX_N, 3)
+    rng = np.random.default_rng(abs(seed))
+    values = []
+    for _ in range(200):
+        drawn = rng.integers(0, len(counts), len(counts))
+        values.append(chrf(counts[drawn].sum(0).tolist()))
+    return chrf(counts.sum(0).tolist()), float(np.std(values, ddof=1))
+
+
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -933,7 +1069,9 @@ def check_settings():
     config = settings(globals())
     counts = ["limit", "shots", "seq_len", "eval_tokens", "max_new_tokens", "temperature"]
     check_least(config, counts, 0)
-    check_least(config, ["context", "num_samples", "micro_tokens"], 1)
+    check_least(config, ["context", "num_samples", "micro_tokens", "num_beams"], 1)
+    if "{source}" not in source_template:
+        raise UserError(f"source_template={source_template!r}: expected {{source}} in it")
     if context is not None and context >= 2**31:  # no text is so long
         raise UserError(f"context={context}: expected less than 2,147,483,648")
     if num_samples > 1 and temperature < GREEDY:
@@ -955,6 +1093,16 @@ def check_head(net, names):
     if (net.score is not None) != (names == ["classify"]):
         expected = "a classifier" if net.score is None else "--tasks=classify, and no other"
         raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
+
+
+def check_source(net, opened, names):
+    """Refuse tasks that an encoder-decoder cannot do: it has no text to go on from."""
+    if not net.config.is_seq2seq:
+        return
+    for name in names:
+        if name != "seq2seq" and (name not in opened or opened[name].kind != "generate"):
+            why = "an encoder-decoder answers a source: expected seq2seq, or tasks of generation"
+            raise UserError(f"{model} with --tasks={name}: {why}")
 
 
 def results_folder():
@@ -981,13 +1129,14 @@ def main():
     # Whatever can be refused is, before the weights are read.
     check_settings()
     names = task_names()
-    without_questions = {"loss": run_loss, "classify": run_classify}
+    without_questions = {"loss": run_loss, "classify": run_classify, "seq2seq": run_seq2seq}
     opened = {name: open_task(name, run) for name in names if name not in without_questions}
     compute, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute, quantize, fast)
     if deterministic:
         be_deterministic(net)
     check_head(net, names)
+    check_source(net, opened, names)
     folder = results_folder()
     mark = model_mark(model, compute, quantize, fast, deterministic)
     answers = Answers(folder, mark, run)

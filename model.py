@@ -11,7 +11,6 @@ barelm/elementwise.py and is chosen in `Operations`; GPT(config, fast=False) doe
 """
 
 import codecs
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from barelm.fast import (
     sparse_attention,
 )
 from barelm.generation import decode_rows
+from barelm.layouts import layout_for
 from barelm.patterns import Pattern, attention_mask, may_look, with_bias
 from barelm.positions import (
     alibi,
@@ -311,11 +311,12 @@ class Operations:
             return invariant.gelu(x)
         return F.gelu(x, approximate=approximate)
 
-    def cross_entropy(self, h, head, targets, logits):
+    def cross_entropy(self, h, head, targets, logits, head_input):
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
-        none. The faster way makes head(h) a piece at a time, and no `logits`; where there is more
-        to the logits than a product, head is None."""
+        none. The faster way makes head(head_input(h)) a piece at a time, and no `logits`; where
+        there is more to the logits than that, head is None."""
         if self.fast and can_piece(head):
+            h = head_input(h)
             return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
@@ -690,20 +691,16 @@ class GPT(nn.Module):
         if is_spread:
             x, docs, places = invariant.spread(x, docs)
         T = x.shape[1]
-        alone = True
-        if cache is None:
-            if c.pos == "learned" and length > c.n_ctx:
-                raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
-            positions = torch.arange(T, device=x.device)[None]  # (1, T)
-            if docs is not None:
-                positions = document_positions(positions, docs)
-            key_positions = positions
+        if cache is not None:
+            positions = cache.extend(T, n_new)
+        elif c.pos == "learned" and length > c.n_ctx:
+            raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
         else:
-            positions, key_positions, alone = cache.extend(T, n_new)
-            if docs is not None:  # whole prompts in one row
-                positions = key_positions = document_positions(positions, docs)
+            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+        if docs is not None:
+            positions = document_positions(positions, docs)
         x = self.embed(x, positions)
-        looks = self.looks(self.model, x, positions, key_positions, docs, alone, cache)
+        looks = self.looks(self.model, x, positions, docs, cache)
         x = self.run_blocks(self.model.layers, x, looks, cache, memory)
         if is_spread:
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
@@ -723,7 +720,7 @@ class GPT(nn.Module):
             mask = (docs >= 0)[:, None, None]  # (B, 1, 1, S)
         positions = torch.arange(S, device=ids.device)[None]
         x = self.embed(self.model.embed_tokens(ids), positions)
-        x = self.run_blocks(part.layers, x, self.looks(part, x, positions, positions, docs))
+        x = self.run_blocks(part.layers, x, self.looks(part, x, positions, docs))
         return Memory(part.norm(x), mask)
 
     def cross_kv(self, memory):
@@ -747,16 +744,20 @@ class GPT(nn.Module):
             x = self.model.embed_norm(x)
         return F.dropout(x, c.dropout, self.training)
 
-    def looks(self, part, x, positions, key_positions, docs=None, alone=True, cache=None):
+    def looks(self, part, x, positions, docs=None, cache=None):
         """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
         encoder, whose tokens are at positions (B or 1, T)."""
         c = self.config
+        key_positions = positions
+        alone = True
         found = {}
         ropes = {}
         for block in part.layers:
             pattern = block.pattern
             if pattern in found:
                 continue
+            if cache is not None and docs is None:  # documents in a cache are whole, and all new
+                key_positions, alone = cache.keys(pattern)
             theta = c.local_rope_theta if pattern.kind != "full" else 0.0
             if c.pos == "rope" and theta not in ropes:
                 ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
@@ -776,7 +777,7 @@ class GPT(nn.Module):
         (B or 1, S): (B or 1, H, T, S) float32, or None."""
         c = self.config
         if c.pos == "alibi":
-            return alibi(positions, key_positions, alibi_slopes(c.n_head))
+            return alibi(positions, key_positions, alibi_slopes(c.n_head, positions.device))
         if c.pos == "relative":
             return relative(positions, key_positions, part.relative_bias.weight, c, causal)
         return None
@@ -806,7 +807,11 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """The logits (…, V) of hidden states (…, C)."""
-        return self.head_logits(self.head_input(h))
+        logits = self.ops.project(self.head_input(h), self.lm_head)
+        softcap = self.config.logit_softcap
+        if softcap:
+            logits = softcap * (logits.float() / softcap).tanh()
+        return logits
 
     def head_input(self, h):
         """What the head's matrix multiplies."""
@@ -815,13 +820,6 @@ class GPT(nn.Module):
         if self.config.logit_scale != 1:
             h = h * self.config.logit_scale
         return h
-
-    def head_logits(self, h):
-        logits = self.ops.project(h, self.lm_head)
-        softcap = self.config.logit_softcap
-        if softcap:
-            logits = softcap * (logits.float() / softcap).tanh()
-        return logits
 
     def forward(self, ids, targets=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
@@ -843,9 +841,9 @@ class GPT(nn.Module):
 
     def loss_of(self, h, targets):
         """The sum of -log p of targets (B, T), by the states h (B, T, C) before each."""
-        h = self.head_input(h.flatten(0, 1))  # (B T, C)
+        h = h.flatten(0, 1)  # (B T, C)
         head = None if self.config.logit_softcap else self.lm_head
-        return self.ops.cross_entropy(h, head, targets.flatten(), self.head_logits)
+        return self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
 
     def routing_loss(self):
         """What the routers add to the mean loss: means over the blocks with experts."""
@@ -873,7 +871,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=ids.device)[None]
         if docs is not None:
             positions = document_positions(positions, docs)
-        looks = self.looks(self.model.mtp, h, positions, positions, docs)
+        looks = self.looks(self.model.mtp, h, positions, docs)
         loss = 0.0
         for k in range(min(self.config.mtp, T - 1)):
             n = k + 1
@@ -885,12 +883,14 @@ class GPT(nn.Module):
             loss = loss + self.loss_of(h, wanted)
         return loss / self.config.mtp
 
-    def make_cache(self, batch, max_len, config=None):
-        """An empty cache for `batch` rows of at most max_len tokens."""
+    def make_cache(self, batch, max_len, config=None, slack=0):
+        """An empty KVCache for generation, of `batch` rows of at most max_len tokens."""
         table = self.model.embed_tokens.weight
         # A CPU attends to float32 faster than to less: it has to convert the rest.
         dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
-        return KVCache(config or self.config, batch, max_len, table.device, dtype)
+        whole = self.deterministic  # keys in the order that they have without a cache
+        config = config or self.config
+        return KVCache(config, batch, max_len, table.device, dtype, slack, whole)
 
     def set_score(self, labels, pooling="last", pad_id=None):
         """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
@@ -984,31 +984,37 @@ def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.
 class KVCache:
     """Keys and values of past tokens, every row with a length of its own.
 
-    k, v (n_layer, batch, G, max_len, D); lengths (batch,) int64 on the device. A token's place is
-    its position. Who changes lengths makes `even` False; length 0 empties a row."""
+    stores: of each layer (2, batch, G, S + 1, D), with as many places S as barelm/layouts.py finds
+    that its pattern needs: a ring for a window, else max_len, a token's place being its position.
+    lengths (batch,) int64 on the device; who changes them makes `even` False. slack: by so many
+    tokens rows may be cut (`truncate`). whole: a ring for none."""
 
-    def __init__(self, config, batch, max_len, device, dtype):
+    def __init__(self, config, batch, max_len, device, dtype, slack=0, whole=False):
         self.max_len = max_len
+        self.patterns = config.patterns
         # What the host knows by itself, so that no step waits for the device to tell its lengths:
         self.used = 0  # no row is longer
         self.even = True  # all rows are that long, so that slices do for indices and masks
-        # One place more than max_len: where writes that belong to no token go.
-        shape = (2, config.n_layer, batch, config.n_kv_head, max_len + 1, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.layouts = {p: layout_for(p, max_len, slack, whole) for p in self.patterns}
+        self.stores = []
+        for pattern in self.patterns:
+            # One place more than there are: where writes that belong to no token go.
+            n = self.layouts[pattern].n + 1
+            shape = (2, batch, config.n_kv_head, n, config.head_dim)
+            self.stores.append(torch.zeros(shape, device=device, dtype=dtype))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.reached = self.lengths  # the most that each row had before it was cut
+        # Of an encoder-decoder: a source's keys and values, which no step changes.
+        self.source: list | None = None  # [(k, v)] (batch, G, S, D), one a layer
+        self.cross_mask: torch.Tensor | None = None  # (batch, 1, 1, S) bool
 
     @property
-    def k(self):
-        return self.store[0, ..., : self.max_len, :]
-
-    @property
-    def v(self):
-        return self.store[1, ..., : self.max_len, :]
+    def nbytes(self):
+        return sum(store.nbytes for store in self.stores)
 
     def extend(self, T, n_new=None):
         """Make room for T tokens a row, of which the first n_new[b] of row b are real (None: all).
-        Returns what `attention_mask` asks for: the positions of the tokens (B or 1, T), those of
-        what is there to look at (1, S), and whether causal attention is enough."""
+        Returns the positions of the tokens (B or 1, T)."""
         device = self.lengths.device
         begin = self.used
         end = begin + T
@@ -1016,63 +1022,98 @@ class KVCache:
             raise ValueError(f"{T} tokens do not fit a cache of {self.max_len}")
         self.used = min(end, self.max_len)
         self.fresh = begin == 0  # there is nothing to look at but the new tokens themselves
+        self.before = self.lengths
         if n_new is not None or end > self.max_len:  # some rows grow by less than others
             self.even = False
-        key_positions = torch.arange(self.used, device=device)[None]  # (1, S)
-
         if self.even:
-            self.slots = slice(begin, end)
+            self.positions = torch.arange(begin, end, device=device)[None]
             self.lengths = self.lengths + T
-            # Nothing is behind the last token: alone, it sees all.
-            return key_positions[:, begin:], key_positions, self.fresh or T == 1
-
-        steps = torch.arange(T, device=device)
-        positions = self.lengths[:, None] + steps  # (B, T)
-        real = positions < self.max_len
-        if n_new is not None:
-            real = real & (steps < n_new[:, None])
-        self.lengths = self.lengths + real.sum(1)
-        if self.fresh:
-            # Padding comes after all real tokens, which do not look there; its place is free again.
-            self.slots = slice(0, end)
+            slots = slice(begin, end)
         else:
-            self.slots = torch.where(real, positions, self.max_len)  # (B, T)
-        return positions, key_positions, self.fresh
+            steps = torch.arange(T, device=device)
+            self.positions = self.lengths[:, None] + steps  # (B, T)
+            real = self.positions < self.max_len
+            if n_new is not None:
+                real = real & (steps < n_new[:, None])
+            self.lengths = self.lengths + real.sum(1)
+            # A row's padding comes after its tokens, which do not look there; where all rows are
+            # new, its place is free again.
+            slots = slice(0, end) if self.fresh else self.positions.where(real, self.max_len)
+        self.slots = {}  # of each layout: where the new tokens go, a slice or (B, T)
+        for layout in self.layouts.values():
+            if layout.whole:
+                self.slots[layout] = slots
+            else:
+                self.slots[layout] = layout.to_write(self.positions, self.lengths)
+        return self.positions
+
+    def keys(self, pattern):
+        """Of what `write` returns for layers of this pattern: the positions (B or 1, S), and
+        `attention_mask`'s alone."""
+        layout = self.layouts[pattern]
+        if self.fresh:
+            return self.positions[:1], True  # the same in every row
+        if layout.whole:
+            T = self.positions.shape[1]
+            key_positions = torch.arange(self.used, device=self.lengths.device)[None]
+            return key_positions, self.even and T == 1  # nothing is behind the last token
+        held = layout.held(self.before[:1] if self.even else self.before)
+        return torch.cat((held, self.positions), 1), False
 
     def write(self, i, k, v):
         """Store layer i's new k and v (B, G, T, D); return all that there is to look at."""
-        for stored, new in ((self.store[0, i], k), (self.store[1, i], v)):
-            if isinstance(self.slots, slice):
-                stored[:, :, self.slots] = new
+        layout = self.layouts[self.patterns[i]]
+        slots = self.slots[layout]
+        seen = []
+        for stored, new in zip(self.stores[i], (k, v)):
+            if not (self.fresh or layout.whole):  # the new tokens take the places of old ones
+                seen.append(torch.cat((stored[:, :, : layout.n], new.to(stored.dtype)), 2))
+            if isinstance(slots, slice):
+                stored[:, :, slots] = new
             else:
                 rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
                 # Two indices with a slice between them give (B, T, G, D).
-                stored[rows, :, self.slots] = new.transpose(1, 2).to(stored.dtype)
+                stored[rows, :, slots] = new.transpose(1, 2).to(stored.dtype)
         if self.fresh:  # as they came: not yet rounded to the cache's type
             return k, v
-        return self.store[0, i, :, :, : self.used], self.store[1, i, :, :, : self.used]
+        if layout.whole:
+            return self.stores[i][:, :, :, : self.used].unbind(0)
+        return seen
+
+    def set_source(self, keys_values, mask=None):
+        """Let each row look at a source: keys_values are `GPT.cross_kv`'s, mask is its Memory's."""
+        dtype = self.stores[0].dtype
+        self.source = [(k.to(dtype), v.to(dtype)) for k, v in keys_values]
+        self.cross_mask = mask
+
+    def cross(self, i):
+        """The keys and values of the source for layer i."""
+        return self.source[i]
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
-        self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
-
-    def part(self, begin, lengths):
-        """The rows from `begin` on as a cache of their own, in the same memory: as many as there
-        are lengths (a list), which it starts with."""
-        part = copy.copy(self)
-        part.store = self.store[:, :, begin : begin + len(lengths)]
-        part.lengths = torch.tensor(lengths, device=self.store.device)
-        part.used, part.even = max(lengths), len(set(lengths)) == 1
-        return part
+        self.stores = [store[:, rows] for store in self.stores]
+        self.lengths = self.lengths[rows]
+        self.reached = self.reached[rows]
+        if self.source is not None:
+            self.source = [(k[rows], v[rows]) for k, v in self.source]
+        if self.cross_mask is not None:
+            self.cross_mask = self.cross_mask[rows]
 
     def truncate(self, lengths):
-        """Forget what is behind the first lengths[b] tokens of each row (a list)."""
-        self.lengths = torch.tensor(lengths, device=self.store.device)
-        self.used, self.even = max(lengths), len(set(lengths)) == 1
-
-    def copy(self, to, rows, length):
-        """The first `length` places of the rows `to` become what they were in `rows` (lists)."""
-        self.store[:, :, to, :, :length] = self.store[:, :, rows, :, :length]
+        """Row b keeps its first lengths[b] tokens (a list): speculation takes back what was not
+        accepted. A ring that has come round allows `slack` tokens, or all of them."""
+        self.reached = self.reached.maximum(self.lengths)
+        rings = [layout for layout in self.layouts.values() if not layout.whole]
+        for layout in rings:
+            for length, reached in zip(lengths, self.reached.tolist()):
+                if not layout.can_cut(length, reached):
+                    words = f"a row of {reached} tokens is not cut to {length}"
+                    raise ValueError(f"{words}: its ring has a slack of {layout.slack}")
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self.reached = self.reached.masked_fill(self.lengths == 0, 0)
+        self.used = max(lengths)
+        self.even = len(set(lengths)) == 1
 
 
 @dataclass
@@ -1159,7 +1200,8 @@ class Row:
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
              speculate=0, draft=None, on_text=None):  # fmt: skip
-    """Continue each prompt (a text, or token ids); returns [Generation], one a prompt.
+    """Continue each prompt (a text, or token ids); returns [Generation], one a prompt. For an
+    encoder-decoder a prompt is a source, which is answered: as ids, its end token among them.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
@@ -1173,15 +1215,19 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     if speculate:
         check_speculation(net, tok.n_vocab, speculate, draft, num_beams)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
-    prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
+    is_seq2seq = net.config.is_seq2seq
+    read = tok.source if is_seq2seq else tok.prompt
+    prompts = [read(p) if isinstance(p, str) else list(p) for p in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
         n = len(prompt)
-        if not 0 < n < n_ctx:
-            raise UserError(f"a prompt of {n} tokens: expected 1 to {n_ctx - 1}, the context")
+        longest = n_ctx if is_seq2seq else n_ctx - 1
+        if not 0 < n <= longest:
+            raise UserError(f"a prompt of {n} tokens: expected 1 to {longest}, the context")
+        limit = min(max_new_tokens, n_ctx - len(decoder_prompt(net, prompt)))
         emit = None if on_text is None else partial(on_text, i)
-        rows.append(Row(tok, min(max_new_tokens, n_ctx - n), stop, emit, number=first + i))
+        rows.append(Row(tok, limit, stop, emit, number=first + i))
     if not rows or max_new_tokens < 1:
         return [row.out for row in rows]
     with generating(net):
@@ -1204,13 +1250,14 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
-    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
+    begins = [decoder_prompt(net, prompt) for prompt in prompts]
+    longest = max(len(begin) + row.limit for begin, row in zip(begins, rows))
     logits, cache = prefill(net, tok, prompts, longest)  # (B, V)
     device = logits.device
     uniform = torch.stack([draws(seed, row.number, limit) for row in rows]).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        seen[i, torch.tensor(prompt, device=device)] = True
+    for i, begin in enumerate(begins):
+        seen[i, torch.tensor(begin, device=device)] = True
     pending = []  # functions that wait for a step's tokens
     for t in range(limit):
         likely = logits if penalty == 1 else penalize(logits, seen, penalty)
@@ -1261,16 +1308,27 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. Of an
+    encoder-decoder they are sources, which are read once; what is fed is the start token."""
     cache = net.make_cache(len(prompts), max_len)
     device = cache.lengths.device
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
     lengths = [len(prompt) for prompt in prompts]
+    if net.config.is_seq2seq:
+        memory = net.encode(ids, torch.tensor(lengths, device=device))
+        cache.set_source(net.cross_kv(memory), memory.mask)
+        begin = torch.full_like(ids[:, :1], net.start_id)  # (B, 1)
+        return feed(net, tok, cache, begin), cache
     n_new = None  # equal lengths keep the cache even
     if len(set(lengths)) > 1:
         n_new = torch.tensor(lengths, device=device)
     return feed(net, tok, cache, ids, n_new), cache
+
+
+def decoder_prompt(net, prompt):
+    """The ids that are continued: the prompt, or where it is a source the start token alone."""
+    return [net.start_id] if net.config.is_seq2seq else prompt
 
 
 @dataclass
@@ -1289,7 +1347,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
     """The Beam with the best mean log p per token that a search of this width finds in `limit`
     tokens, or until num_beams continuations have ended: transformers' search with early_stopping
     and a length_penalty of 1."""
-    logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
+    logits, cache = prefill(net, tok, [prompt], len(decoder_prompt(net, prompt)) + limit)
     beams = [Beam(0, [], [])]
     ended = []
     # So many candidates that, whichever of them end, num_beams are left to go on with.

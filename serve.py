@@ -481,7 +481,7 @@ def run_server(app, engine, sock, limits, shutdown):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     engine.start()
-    size = engine.decoder.store.nbytes / 1e6
+    size = engine.decoder.nbytes / 1e6
     batch = engine.max_batch
     print(f"{batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values")
     address = f"[{host}]" if ":" in host else host

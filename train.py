@@ -58,7 +58,7 @@ max_minutes: float | None = None  # minutes of wall clock, evaluation and compil
 # the optimizer
 optimizer = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
 learning_rate = 5e-3  # the peak
-lr_schedule = "cosine"  # cosine, linear, trapezoid (constant, then linear decay) or constant
+lr_schedule = "cosine"  # cosine, linear, trapezoid (constant, then linear), constant, inverse_sqrt
 warmup_steps = 20  # steps of linear warm-up
 min_lr = 0.0  # the last learning rate, as a fraction of the peak
 decay_fraction = 0.4  # trapezoid: the part of the run that decays

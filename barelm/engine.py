@@ -63,7 +63,9 @@ class Engine(threading.Thread):
         self.max_queue = max_queue
         self.tell = tell
         self.metrics = Metrics()
-        self.decoder = Decoder(net, tok, max_batch, max_len, check=True)
+        # A chat's next turn begins like the one before but for its last tokens, at most so many: as
+        # far back a ring can be continued from.
+        self.decoder = Decoder(net, tok, max_batch, max_len, check=True, slack=8)
         self.on_gpu = self.decoder.on_gpu
         self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
         # What a pass of the network costs beside its tokens, in tokens: less is not worth one.
@@ -271,7 +273,9 @@ class Engine(threading.Thread):
         most = self.reusable(job)
         best = (0, 0)
         for slot in range(self.max_batch):
-            best = max(best, (common_beginning(self.known_ids(slot), job.ids, most), slot))
+            n_common = common_beginning(self.known_ids(slot), job.ids, most)
+            if self.decoder.can_begin(slot, n_common):
+                best = max(best, (n_common, slot))
         return best
 
     def known_ids(self, slot):

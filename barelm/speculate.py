@@ -138,9 +138,9 @@ class Reader:
     keeps_states = False  # a draft may want them
     states = None  # (B, room, C) of what was read
 
-    def __init__(self, net, n_rows, room):
+    def __init__(self, net, n_rows, room, k):
         self.net = net
-        self.cache = net.make_cache(n_rows, room)
+        self.cache = net.make_cache(n_rows, room, slack=k)  # drafts that may have to be forgotten
         self.n_read = [0] * n_rows
 
     def rewind(self, texts):
@@ -226,8 +226,8 @@ def what_followed(tokens, k, longest=LONGEST):
 class NetworkDraft:
     """A smaller network with the same tokenizer."""
 
-    def __init__(self, net, choose, n_vocab, n_rows, room):
-        self.reader = Reader(net, n_rows, room)
+    def __init__(self, net, choose, n_vocab, n_rows, room, k):
+        self.reader = Reader(net, n_rows, room, k)
         self.choose = choose
         self.n_vocab = n_vocab
 
@@ -267,10 +267,10 @@ class HeadsDraft:
         begins, counts, n_new = span(self.n_read, ends, texts)
         T = max(counts)
         self.cache.truncate(self.n_read)
-        positions, key_positions, alone = self.cache.extend(T, n_new)
+        positions = self.cache.extend(T, n_new)
         h = self.states(begins, T)
         net = self.net
-        looks = net.looks(net.model.mtp, h, positions, key_positions, alone=alone, cache=self.cache)
+        looks = net.looks(net.model.mtp, h, positions, cache=self.cache)
         q = []
         for j in range(k):
             h = net.ahead(j, h, texts.window(begins + j + 1, T), looks, self.cache)
@@ -303,11 +303,11 @@ def network_of(draft, net):
     return draft if isinstance(draft, nn.Module) else net
 
 
-def make_draft(draft, target, choose, n_vocab, n_rows, room):
+def make_draft(draft, target, choose, n_vocab, n_rows, room, k):
     """The draft that `generate` was given, for the network of a Reader: another network, or one of
     DRAFTS; None is its heads where it has some."""
     if isinstance(draft, nn.Module):
-        return NetworkDraft(draft, choose, n_vocab, n_rows, room)
+        return NetworkDraft(draft, choose, n_vocab, n_rows, room, k)
     if draft == "lookup" or not target.net.config.mtp:
         return LookupDraft(n_vocab)
     return HeadsDraft(target.net, choose, n_vocab, n_rows, room, target)
@@ -349,8 +349,8 @@ class Speculation:
         room = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows)) + k + 1
         self.texts = Texts(prompts, room, net.model.embed_tokens.weight.device)
         self.choose = Chooser(penalty, filters)
-        self.target = Reader(net, len(rows), room)
-        options = (self.choose, self.n_vocab, len(rows), room)
+        self.target = Reader(net, len(rows), room, k)
+        options = (self.choose, self.n_vocab, len(rows), room, k)
         self.draft = make_draft(draft, self.target, *options)
 
     def run(self, seed):

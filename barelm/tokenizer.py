@@ -219,6 +219,12 @@ class Tokenizer:
         begin, end = self.document_layout
         return [*end, *begin][-1:]
 
+    def source(self, text):
+        """The ids of a text that an encoder reads whole: the end token behind it, as T5 has it, and
+        before it what the post-processor puts there."""
+        end = [] if self.end_id is None else [self.end_id]
+        return self.start + self.encode(text) + end
+
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
         return self.bytes.get(id, b"")

@@ -196,7 +196,7 @@ def test_a_copied_beginning_is_as_good_as_one_that_was_read(tok):
         with pytest.raises(RuntimeError, match="no token was chosen"):
             decoder.feed()
         decoder.wipe(0)
-        assert not decoder.store[:, :, 0].any()
+        assert not decoder.stores.groups[0].store[:, :, 0].any()
 
 
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 4)])
@@ -221,10 +221,10 @@ def test_a_row_that_has_ended_neither_grows_nor_disturbs_the_others(rows, tok):
             alone.feed()
             both.feed_rows(rows, 16)
             if step == 1:  # the last token of the limit is chosen, and not fed
-                kept = both.store[:, :, 2, :, :16].clone()
+                kept = both.stores.groups[0].store[:, :, 2, :, :16].clone()
         assert both.lengths.tolist() == [0, 3 + 8, 2 + 1, 0] and not both.left.any()
-        assert torch.equal(both.store[:, :, 2, :, :16], kept) and kept[..., 3:, :].eq(0).all()
-        assert both.store[:, :, [0, 3], :, :16].eq(0).all()
+        assert torch.equal(both.stores.groups[0].store[:, :, 2, :, :16], kept) and kept[..., 3:, :].eq(0).all()
+        assert both.stores.groups[0].store[:, :, [0, 3], :, :16].eq(0).all()
 
 
 def on_the_device(net, device):

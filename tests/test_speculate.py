@@ -240,8 +240,8 @@ def test_heads_with_a_cache_say_what_they_do_without(name, tok):
                 asked.append((texts.ids[i, : length + k].tolist(), length, q[i]))
             return q, is_proposed
 
-    def make(draft, target, *options):
-        return Recorder(net, *options, target)
+    def make(draft, target, choose, n_vocab, n_rows, room, k):
+        return Recorder(net, choose, n_vocab, n_rows, room, target)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculate, "make_draft", make)
@@ -253,7 +253,7 @@ def test_heads_with_a_cache_say_what_they_do_without(name, tok):
         T = length - 1  # places with a state
         h = net.hidden(text[:, :T])
         positions = torch.arange(T)[None]
-        looks = net.looks(net.model.mtp, h, positions, positions)
+        looks = net.looks(net.model.mtp, h, positions)
         for j in range(len(q)):
             h = net.ahead(j, h, text[:, j + 1 : j + 1 + T], looks)
             expected = (net.logits(h)[0, -1, : tok.n_vocab] / 1.5).softmax(-1)

@@ -224,7 +224,8 @@ def eager_and_compiled(bench, net, batch):
     is_compiled = False
     words = "off: as asked"
     if compile is not False:
-        is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
+        arguments = {"ids": batch[0], "targets": batch[1]}
+        is_compiled, words = try_compile(net, bench.run, arguments, bench.cast())
     print(f"  {batch[0].numel():,} tokens, {n_params(net):,} parameters, compile: {words}")
     ways = {"eager": Ways()}
     if is_compiled:

@@ -39,6 +39,7 @@ text: str | None = None  # loss of this text file, or of the field `text` of a J
 seq_len = 0  # tokens of a window; 0: the model's context
 context: int | None = None  # the same, beyond the model's context too, with the loss by position
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
+mask_rate = 0.15  # of a model that fills gaps: the part of the tokens that is hidden
 
 # multiple choice and generation
 shots: int | None = None  # examples before a question; none: as many as are usual for the task
@@ -86,10 +87,13 @@ import torch
 import torch.distributed as dist
 
 from barelm.checkpoint import load
+from barelm.examples import device_of
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, whole_file
+from barelm.filling import padded_batch, score_targets
 from barelm.invariant import be_deterministic
 from barelm.judge import ask_judge
+from barelm.objectives import SHORTEST, VALIDATION_SEED, Objective, fills_gaps, vocabulary_of
 from barelm.resume import make_folder
 from barelm.rows import fetch_rows, find_rows, read_rows, read_text
 from barelm.run import (
@@ -121,7 +125,7 @@ from barelm.scoring import (
     shared_scores,
     target_scores,
 )
-from barelm.shards import check_tokens, open_shard
+from barelm.shards import Windows, check_tokens, open_shard
 from barelm.similarity import chrf, chrf_counts, rouge_l
 from barelm.tasks import (
     ROW_ERRORS,
@@ -708,6 +712,8 @@ class Piece:
 def run_loss(net, tok, answers, say):
     """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
     texts, whose first token follows the one that starts a document."""
+    if fills_gaps(net.config):
+        return run_gaps(net, tok, answers)
     length = window_length(net)
     if text:
         pieces = {"": text_pieces(tok, length)}
@@ -788,6 +794,17 @@ def window_length(net):
 
 def shard_pieces(tok, length):
     """{source: [Piece]} of the validation shards, a window each; "" is all sources together."""
+    pieces = {}
+    for source, source_paths in shard_paths(tok).items():
+        pieces[source] = []
+        for window in shard_windows(source_paths, length, tok.n_vocab):
+            n_bytes = sum(len(tok.token_bytes(token)) for token in window.continuations[0])
+            pieces[source].append(Piece([window], n_bytes))
+    return pieces
+
+
+def shard_paths(tok):
+    """{source: the paths of its validation shards}; "" is all sources together."""
     folder = Path("data") / dataset
     paths = {}
     for path in sorted(folder.glob("val_*.bin")):
@@ -799,13 +816,7 @@ def shard_pieces(tok, length):
         raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
     if Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
-    pieces = {}
-    for source, source_paths in paths.items():
-        pieces[source] = []
-        for window in shard_windows(source_paths, length, tok.n_vocab):
-            n_bytes = sum(len(tok.token_bytes(token)) for token in window.continuations[0])
-            pieces[source].append(Piece([window], n_bytes))
-    return pieces
+    return paths
 
 
 def shard_windows(paths, length, n_vocab):
@@ -845,6 +856,78 @@ def text_windows(ids, prefix, length):
         end = min(begin + length, len(ids))
         before = ids[max(0, end - length - 1) : begin]
         yield Request("", before or [prefix], [ids[begin:end]])
+
+
+# Of an encoder behind its masks, of an encoder-decoder where spans are cut out
+
+
+def run_gaps(net, tok, answers):
+    """Loss (nats per hidden token), perplexity and accuracy (the likeliest token is the right one)
+    of validation shards, by source, with the masks of train.py's validation, or of texts."""
+    length = window_length(net)
+    name = "span" if net.config.is_seq2seq else "mlm"
+    vocabulary = vocabulary_of(tok, net.start_id)
+    objective = Objective(name, vocabulary, VALIDATION_SEED, mask_rate)
+    objective.check(length)
+    windows = {"": text_gap_windows(tok, length)} if text else shard_gap_windows(tok, length)
+    requests = [request for of_source in windows.values() for request in of_source]
+
+    def work(batch):
+        rows = []
+        for request in batch:
+            [[number]] = request.continuations
+            rows.append(objective.row(np.array(request.context), number))
+        return score_targets(net, padded_batch(rows, device_of(net))).tolist()
+
+    replies = iter(answers("loss", [name, mask_rate], requests, work))
+    scores = {}
+    by = {}
+    for source, of_source in windows.items():
+        figures = np.array([next(replies) for _ in of_source])  # (windows, 3)
+        if len(figures) == 0:
+            continue
+        nats, n_targets, n_right = figures.T
+        loss = mean(nats, n_targets)
+        scores[source] = {"loss": loss, "perplexity": perplexity(loss)}
+        scores[source]["accuracy"] = mean(n_right, n_targets)
+        if source:
+            by[source] = flat(scores[source]) | {"n": len(of_source)}
+    if not scores:
+        raise UserError(f"data/{dataset}: no window of {length} tokens: lower --seq_len")
+    whole = "" if "" in scores else next(iter(scores))
+    return Result(scores[whole], len(windows[whole]), by)
+
+
+def shard_gap_windows(tok, length):
+    """{source: [Request]} of windows of the validation shards, as train.py's: the ids, and instead
+    of a continuation the window's number, by which it is masked."""
+    requests = {}
+    for source, paths in shard_paths(tok).items():
+        windows = Windows(paths, length, n_vocab=tok.n_vocab)
+        n = windows.n
+        if eval_tokens:
+            n = min(n, math.ceil(eval_tokens / length))
+        numbers = [i * windows.n // n for i in range(n)]
+        rows = windows.rows(numbers)[:, :-1].tolist() if n else []
+        requests[source] = [Request("", ids, [[i]]) for ids, i in zip(rows, numbers)]
+    return requests
+
+
+def text_gap_windows(tok, length):
+    """The same of the documents of `text`; what is left at a document's end, too, but for less than
+    what a span needs."""
+    requests = []
+    room = length - len(tok.start) - len(tok.finish)
+    for document in read_text(Path(text)):
+        ids = tok.encode(document)
+        for begin in range(0, len(ids), room):
+            part = ids[begin : begin + room]
+            if len(part) >= SHORTEST:
+                window = tok.start + part + tok.finish
+                requests.append(Request("", window, [[len(requests)]]))
+    if not requests:
+        raise UserError(f"{text}: expected texts of {SHORTEST} tokens, to hide some of them")
+    return requests
 
 
 # Beyond the context: how the loss grows with the position, where a model was not trained
@@ -1105,6 +1188,13 @@ def check_source(net, opened, names):
             raise UserError(f"{model} with --tasks={name}: {why}")
 
 
+def check_order(net, opened):
+    """Refuse tasks of questions, {name: Task}, for a network that writes no answers."""
+    if opened and not net.config.causal:
+        why = "an encoder fills masks, and continues no prompt: expected --tasks=loss"
+        raise UserError(f"{model} with --tasks={next(iter(opened))}: {why}")
+
+
 def results_folder():
     """The folder where results.json is written."""
     if out_dir == "":
@@ -1137,6 +1227,7 @@ def main():
         be_deterministic(net)
     check_head(net, names)
     check_source(net, opened, names)
+    check_order(net, opened)
     folder = results_folder()
     mark = model_mark(model, compute, quantize, fast, deterministic)
     answers = Answers(folder, mark, run)

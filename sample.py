@@ -6,6 +6,7 @@
     python sample.py --model=out/sft --chat
     python sample.py --speculate=4 --draft=out/small    # the same text by fewer passes
     python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
+    python sample.py --model=out/bert --prompt="The [MASK] of France"   # an encoder fills masks
 
 --model is a run of ours, a Hugging Face folder or a model's name on its Hub (Qwen3, Qwen2, Llama,
 SmolLM2, Mistral, GPT-2), which is downloaded once. Prints the prompt and its continuation.
@@ -48,6 +49,7 @@ from barelm.chat import TemplateRefusal
 from barelm.checkpoint import load
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
+from barelm.filling import fill
 from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
 from barelm.sampling import check_sampling
@@ -177,6 +179,17 @@ def classify(net, tok):
             print(f"{net.labels[i]}  {scores[i]:.4f}")
 
 
+def fill_masks(net, tok):
+    """The likeliest tokens for each mask of each prompt, top_k of them at most: of those that have
+    less than one in a hundred the likeliest alone."""
+    for text in read_prompts():
+        print(text)
+        for i, tokens in enumerate(fill(net, tok, text, top_k)):
+            for rank, (token, probability) in enumerate(tokens):
+                if rank == 0 or probability >= 0.01:
+                    print(f"mask {i + 1}: {probability:.4f}  {token!r}")
+
+
 def fit_context(net, tok, messages):
     """The ids of a conversation, its oldest turns dropped until an answer fits behind it."""
     first = int(messages[0]["role"] == "system")  # a system message stays
@@ -236,6 +249,11 @@ def main():
         be_deterministic(net)
     if net.score is not None:
         classify(net, tok)
+        return
+    if not net.config.causal:
+        if chat:
+            raise UserError(f"--chat: {model} is an encoder, which fills masks and does not talk")
+        fill_masks(net, tok)
         return
     drafter = open_draft(net, tok, run.device, compute)
     with generating(net), generating(network_of(drafter, net)):  # once for all turns

@@ -5,7 +5,6 @@ A network is changed in place: `choose_weights` freezes it and adds what AdaptCo
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import sys
@@ -20,7 +19,6 @@ from barelm.families import family, gpt2_names
 from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
-from barelm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -302,15 +300,7 @@ def add_adapters(net, size):
 def add_tokens(net, tok, names, template):
     """A tokenizer with more special tokens and this chat template; the network gets rows for those
     that it has none for, each the mean of the others."""
-    spec = json.loads(json.dumps(tok.spec))  # a copy, all the way down
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    new_names = [name for name in names if name not in tok.special]
-    entries = []
-    for i, name in enumerate(new_names):
-        entries.append({"id": tok.n_vocab + i, "content": name} | flags)
-    spec["added_tokens"] = spec.get("added_tokens", []) + entries
-    new_tok = Tokenizer(spec, tok.config | {"chat_template": template})
-    new_tok.eos_ids = tok.eos_ids
+    new_tok = tok.with_added(names, {"chat_template": template})
     if new_tok.n_vocab > net.config.vocab_size:
         add_rows(net, -(-new_tok.n_vocab // 64) * 64)  # a multiple of 64, as of a new network
     return new_tok

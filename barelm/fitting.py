@@ -79,14 +79,15 @@ def prepare_network(learner, rows, cast, packed, why_not):
 
 
 def batch_to_compare(rows, net):
-    """(ids, targets) (B, T) of rows, lists of ids, by which two ways to compute are compared: any
-    targets will do. B is two at least: for a single row torch compiles anew."""
+    """ids and targets (B, T) by name, of rows, lists of ids, by which two ways to compute are
+    compared: any targets will do. B is two at least: for a single row torch compiles anew."""
     if len(rows) == 1:
         rows = rows * 2
     T = rounded_length(max(map(len, rows)), net.config.n_ctx)
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
     targets = torch.tensor([row + [IGNORED] * (T - len(row)) for row in rows])
-    return to_device(ids, device_of(net)), to_device(targets, device_of(net))
+    device = device_of(net)
+    return {"ids": to_device(ids, device), "targets": to_device(targets, device)}
 
 
 def halves(ids):

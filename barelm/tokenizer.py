@@ -55,6 +55,7 @@ class Tokenizer:
         self.read_added_tokens()
         self.read_roles()
         self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
+        self.finish = trailing_tokens(spec, self.special)  # what an encoder's text ends with
 
     def read_encoder(self):
         """What others ask about the encoder."""
@@ -171,6 +172,35 @@ class Tokenizer:
         if own in self.eos_ids or not self.eos_ids:
             return own
         return self.eos_ids[0]
+
+    @property
+    def mask_id(self):
+        """The token that hides another, or None."""
+        return self.roles.get("mask")
+
+    @property
+    def sentinel_ids(self):
+        """The tokens that stand for the spans cut out of a text, in their order: <extra_id_0>, …,
+        as T5's, whose ids fall. [] where there are none."""
+        ids = []
+        while f"<extra_id_{len(ids)}>" in self.special:
+            ids.append(self.special[f"<extra_id_{len(ids)}>"])
+        return ids
+
+    def with_added(self, names, config=None, **flags):
+        """A tokenizer like this one with more special tokens, behind its last; of these names those
+        that it has already stay what they are. config: what tokenizer_config.json says anew."""
+        spec = json.loads(json.dumps(self.spec))  # a copy, all the way down
+        usual = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        new_names = [name for name in names if name not in self.special]
+        entries = []
+        for i, name in enumerate(new_names):
+            entries.append({"id": self.n_vocab + i, "content": name} | usual | flags)
+        spec["added_tokens"] = spec.get("added_tokens", []) + entries
+        tok = Tokenizer(spec, self.config | (config or {}))
+        tok.eos_ids = self.eos_ids
+        tok.bos_id = self.bos_id
+        return tok
 
     @property
     def document_layout(self):
@@ -395,6 +425,21 @@ def leading_tokens(spec, special):
                 break  # the text itself
             names.append(part["SpecialToken"]["id"])
     return [special[name] for name in names]
+
+
+def trailing_tokens(spec, special):
+    """The ids that stand behind a text where nothing is to follow, such as [sep]."""
+    names = []
+    for step in post_processors(spec):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            names.append(step["sep"][0])
+        is_behind = False
+        for part in step.get("single", []):
+            if "SpecialToken" not in part:
+                is_behind = True  # the text itself
+            elif is_behind:
+                names.append(part["SpecialToken"]["id"])
+    return [special[name] for name in names if name in special]
 
 
 # --------------------------------------------------------------------------------------------------

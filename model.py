@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from barelm import invariant
 from barelm.elementwise import FusedRMSNorm, FusedRotation, FusedSwiGLU, can_fuse
 from barelm.fast import (
+    SparseMask,
     block_mask,
     blocked_attention,
     can_block,
@@ -213,7 +214,8 @@ class Operations:
         self.deterministic = False
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
         # Both by barelm/compiled.py, which compares before it sets them:
-        self.sparse = False  # skip what documents hide: pays in compiled blocks on a GPU
+        self.sparse = False  # skip what no token sees: pays in compiled blocks on a GPU
+        self.block_masks: dict = {}  # for it, of patterns without documents, which stay the same
         self.head_piece: Callable = head_piece  # or that compiled
         self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
 
@@ -250,37 +252,50 @@ class Operations:
         gate, up = gate_up.chunk(2, -1)
         return self.silu(gate) * up
 
-    def mask(self, pattern, positions, docs):
-        """What `attend` takes to let tokens at positions (B or 1, T) look at one another."""
-        if self.fast and self.sparse and docs is not None:
+    def mask(self, pattern, positions, docs, alone=True, is_changed=False):
+        """What `attend` takes to let tokens at positions (B or 1, T) look at one another. alone: as
+        `attention_mask` has it; is_changed: whether scores are more than products, too."""
+        hides = docs is not None or not pattern.sees_all(positions.shape[1])
+        if self.fast and self.sparse and (hides or is_changed):
+            return SparseMask(self.seen_blocks(pattern, positions, docs))
+        return attention_mask(pattern, positions, positions, docs, alone=alone)
+
+    def seen_blocks(self, pattern, positions, docs):
+        """The BlockMask of these; where there are no documents, the one that was made before."""
+        if docs is not None:
             return block_mask(partial(may_look, pattern), positions, docs)
-        return attention_mask(pattern, positions, positions, docs)
+        key = (pattern, positions.shape[1], positions.device)
+        if key not in self.block_masks:
+            self.block_masks[key] = block_mask(partial(may_look, pattern), positions)
+        return self.block_masks[key]
 
     def attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None, softcap=0.0,
-               sinks=None):  # fmt: skip
+               sinks=None, reach=None):  # fmt: skip
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D).
 
-        mask: `attention_mask`'s, or a `block_mask`, or numbers to add to the scores; where it is
+        mask: `attention_mask`'s, or a SparseMask, or numbers to add to the scores; where it is
         None, causal says whether tokens see what is behind them. scale: None is 1 / sqrt(D).
-        softcap, sinks: as in `attention_probabilities`."""
+        softcap, sinks: as in `attention_probabilities`. reach: no token sees one that is further
+        from it, as the mask says too; None: any."""
+        if isinstance(mask, SparseMask):
+            return sparse_attention(q, k, v, mask, scale, softcap, sinks)
+        plain = partial(self.plain_attend, causal=causal, scale=scale, softcap=softcap)
+        if self.deterministic and not dropout:
+            return invariant.attention(q, k, v, mask, sinks, plain, causal, scale, softcap)
+        usual = not softcap and sinks is None  # all that the others know
+        if self.attend_cached is not None and usual and causal and scale is None:
+            return self.attend_cached(q, k, v, mask)
+        if self.fast and usual and can_block(q, k, mask, dropout, causal, reach):
+            return blocked_attention(q, k, v, mask, scale, causal, reach)
+        return plain(q, k, v, mask, sinks, dropout=dropout)
+
+    def plain_attend(self, q, k, v, mask=None, sinks=None, dropout=0.0, causal=True, scale=None,
+                     softcap=0.0):  # fmt: skip
+        """`attend` by torch's own, or where that lacks something by the formula."""
         if softcap or sinks is not None:
             p = attention_probabilities(q, k, mask, causal, scale, softcap, sinks)
             p = F.dropout(p, dropout).to(v.dtype)  # (B, H, T, S)
             return (p @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).to(q.dtype)
-        plain = partial(self.plain_attend, mask=mask, causal=causal, scale=scale)
-        usual = causal and scale is None  # all that the others know
-        if self.deterministic and not dropout and usual:
-            return invariant.attention(q, k, v, mask, plain)
-        if self.attend_cached is not None:
-            return self.attend_cached(q, k, v, mask)
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            return sparse_attention(q, k, v, mask)
-        if self.fast and usual and can_block(q, k, mask, dropout):
-            return blocked_attention(q, k, v, mask)
-        return plain(q, k, v, dropout=dropout)
-
-    def plain_attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-        """`attend` by torch's own."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
         is_causal = False
@@ -345,6 +360,8 @@ class Attention(nn.Module):
             self.options["scale"] = 1.0
         if c.softcap:
             self.options["softcap"] = c.softcap
+        if pattern.reach is not None and not is_cross:
+            self.options["reach"] = pattern.reach
         if c.sinks and not is_cross:
             self.sinks = nn.Parameter(torch.zeros(c.n_head))
 
@@ -431,7 +448,9 @@ class Attention(nn.Module):
     def probabilities(self, x, rope=None, mask=None):
         """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
         q, k, _ = self.qkv(x, rope)
-        return attention_probabilities(q, k, mask, **self.scoring())
+        options = dict(self.scoring())
+        options.pop("reach", None)  # which the mask says too
+        return attention_probabilities(q, k, mask, **options)
 
 
 class MLP(nn.Module):
@@ -748,6 +767,8 @@ class GPT(nn.Module):
         """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
         encoder, whose tokens are at positions (B or 1, T)."""
         c = self.config
+        is_biased = c.pos in ("alibi", "relative")  # a mask of numbers, then
+        is_changed = is_biased or c.softcap > 0 or c.sinks
         key_positions = positions
         alone = True
         found = {}
@@ -761,16 +782,25 @@ class GPT(nn.Module):
             theta = c.local_rope_theta if pattern.kind != "full" else 0.0
             if c.pos == "rope" and theta not in ropes:
                 ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
-            bias = self.score_bias(part, positions, key_positions, pattern.causal)
-            if bias is not None:
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=False)
-                mask = with_bias(mask, bias)
-            elif cache is None:
-                mask = self.ops.mask(pattern, positions, docs)
+            if cache is None:
+                mask = self.ops.mask(pattern, positions, docs, not is_biased, is_changed)
             else:
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=alone)
+                is_alone = alone and not is_biased
+                mask = attention_mask(pattern, positions, key_positions, docs, alone=is_alone)
+            if is_biased:
+                mask = self.biased(mask, part, positions, key_positions, pattern.causal)
             found[pattern] = (ropes.get(theta), mask)
         return found
+
+    def biased(self, mask, part, positions, key_positions, causal):
+        """A mask with what is added to the scores, `score_bias`."""
+        c = self.config
+        if not isinstance(mask, SparseMask):
+            return with_bias(mask, self.score_bias(part, positions, key_positions, causal))
+        if c.pos == "alibi":
+            return mask._replace(slopes=alibi_slopes(c.n_head).to(positions.device))
+        buckets = (c.n_buckets, c.max_distance, causal)
+        return mask._replace(table=part.relative_bias.weight, buckets=buckets)
 
     def score_bias(self, part, positions, key_positions, causal):
         """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions

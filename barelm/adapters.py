@@ -286,11 +286,20 @@ class Adapter(nn.Module):
 
 
 def add_adapters(net, size):
-    """Put a bottleneck of this size behind each attention and each MLP, in place."""
+    """Put a bottleneck of this size behind each attention and each MLP, in place; of experts behind
+    the shared ones alone."""
     net.adapter_size = size
-    for name, layer in list(net.model.layers.named_modules()):
-        if name.endswith(("o_proj", "down_proj")):
-            net.model.layers.set_submodule(name, Adapter(layer, size))
+    for name, layer in adapted_layers(net):
+        net.set_submodule(name, Adapter(layer, size))
+
+
+def adapted_layers(net):
+    """[(name, layer)] of the linear layers that bottlenecks stand behind."""
+    layers = []
+    for name, layer in net.named_modules():
+        if ".layers." in name and name.endswith(("o_proj", "down_proj")):
+            layers.append((name, layer))
+    return layers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,6 +323,10 @@ def add_rows(net, vocab_size):
         weight = layer.weight.data
         mean = weight[:n_old].mean(0, keepdim=True)  # (1, C)
         layer.weight = nn.Parameter(torch.cat([weight, mean.repeat(vocab_size - n_old, 1)]))
+    bias = net.lm_head.bias  # which an encoder's head has
+    if bias is not None:
+        new = bias.data.mean().repeat(vocab_size - n_old)
+        net.lm_head.bias = nn.Parameter(torch.cat([bias.data, new]))
     if net.config.tie:
         net.lm_head.weight = net.model.embed_tokens.weight
 

@@ -9,7 +9,7 @@ import torch
 
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import IGNORED, device_of, rounded_length
-from barelm.optim import MOMENTS, flops_per_token, free_memory, memory_estimate
+from barelm.optim import MOMENTS, cached_tokens, flops_per_token, free_memory, memory_estimate
 from barelm.run import to_device
 from model import generate
 
@@ -163,7 +163,7 @@ def rows_that_fit(net, longest):
     """How many sequences of `longest` tokens can be generated at once: their keys and values, and
     logits, in half of the memory that is free."""
     c = net.config
-    row = 4 * (2 * c.n_layer * c.n_kv_head * c.head_dim * longest + 4 * c.vocab_size)
+    row = 4 * (2 * c.n_kv_head * c.head_dim * cached_tokens(c, longest) + 4 * c.vocab_size)
     return max(1, int(free_memory(device_of(net)) / 2 / row))
 
 

@@ -1,20 +1,27 @@
 """barelm/speculate.py: the text is distributed as without a draft, and greedy text is the same."""
 
+import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run
-from test_model import OURS, QWEN3, SHAPES, make_net
+from test_model import OURS, QWEN3, SHAPES, make_net, random_ids
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from barelm import speculate
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
+from barelm.families import family
 from barelm.invariant import be_deterministic
+from barelm.muon import Muon
+from barelm.optim import flops_per_token, make_optimizer, memory_estimate
 from barelm.run import UserError
 from barelm.speculate import HeadsDraft, verify, what_followed
 from barelm.tokenizer import Tokenizer
-from model import generate
+from model import GPT, GPTConfig, generate
 
 SMALL = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16)
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 1, 2]]
@@ -266,6 +273,122 @@ def test_a_lookup_finds_what_followed_the_longest_and_latest_match():
     assert what_followed([5, 1, 5, 2, 5], 1) == [2]
     assert what_followed([1, 2, 3], 4) == what_followed([1], 4) == []
     assert what_followed([4, 4], 3) == [4]
+
+
+# Multi-token prediction
+
+
+def naive_ahead_loss(net, ids, targets):
+    """DeepSeek-V3's equations 21 to 25 for one row, each depth by slices: (sum of all depths)."""
+    T = ids.shape[1]
+    h = net.hidden(ids)
+    total = 0.0
+    for k, block in enumerate(net.model.mtp.layers, 1):
+        h = h[:, : T - k]
+        e = net.model.embed_tokens(ids[:, k:])
+        x = block.joint_proj(torch.cat((block.hidden_norm(h), block.token_norm(e)), -1))
+        positions = torch.arange(T - k)[None]
+        h = block.norm(block(x, *net.looks(net.model.mtp, x, positions)[block.pattern]))
+        total = total + F.cross_entropy(net.logits(h)[0], targets[0, k:], reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "relative", "windows"])
+def test_the_loss_of_tokens_further_ahead_is_the_papers(name):
+    net = make_net(**ALL[name], mtp=3, mtp_weight=0.5)
+    ids = random_ids(1, 17)
+    targets = ids.roll(-1, 1).masked_fill(ids % 7 == 0, -100)
+    plain, n_targets = net(ids, targets)
+    net.train()
+    loss, n = net(ids, targets)
+    expected = naive_ahead_loss(net, ids, targets) / 3
+    assert n == n_targets
+    torch.testing.assert_close(net.mtp_loss, expected.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss, plain + 0.5 * expected, rtol=1e-5, atol=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.model.mtp.parameters())
+
+
+@torch.no_grad()
+def test_documents_look_ahead_as_they_do_alone():
+    net = make_net(**QWEN3, mtp=2).train()
+    ids = random_ids(1, 20)
+    targets = ids.roll(-1, 1)
+    docs = torch.tensor([[0] * 7 + [1] * 12 + [2]])
+    net(ids, targets, docs=docs)
+    packed = net.mtp_loss
+    alone = 0.0
+    for part in (slice(0, 7), slice(7, 19)):  # that of one token looks at nothing
+        net(ids[:, part], targets[:, part])
+        alone = alone + net.mtp_loss
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_heads_are_counted_trained_initialized_and_saved(tok, tmp_path):
+    shape = QWEN3 | dict(vocab_size=64, n_ctx=32, n_layer=2)
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(**shape, mtp=2))
+    matrices = {n: p for n, p in net.model.mtp.named_parameters() if p.ndim == 2}
+    assert len(matrices) == 2 * 8  # of attention 4, of the MLP 3, and what joins
+    for name, p in matrices.items():
+        expected = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        assert p.std().item() == pytest.approx(expected, rel=0.15)
+    muon = make_optimizer(net, "muon")[-1].param_groups[0]["params"]
+    held = [id(p) for p in muon]
+    assert isinstance(make_optimizer(net, "muon")[-1], Muon)
+    assert set(map(id, matrices.values())) <= set(held)
+    ids = random_ids(2, 16)
+    net.train()
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        net(ids, ids)[0].backward()
+    assert counted.get_total_flops() == 32 * flops_per_token(net.config, 16)
+    save(tmp_path, net, tok)
+    back, _ = load(tmp_path)
+    assert family(net.config) == "barelm" and back.config == net.config
+    for name, t in net.state_dict().items():
+        assert torch.equal(back.state_dict()[name], t), name
+    for kind in (dict(causal=False), dict(n_encoder_layer=2), dict(norm_place="post")):
+        with pytest.raises(UserError, match="mtp=2: expected 0"):
+            GPTConfig(**shape, mtp=2, **kind)
+
+
+def test_memory_of_heads_is_estimated_near_what_autograd_keeps():
+    shape = dict(vocab_size=256, n_ctx=128, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+    kept = []
+    estimates = []
+    for mtp in (0, 4):
+        net = make_net(**shape, mtp=mtp).train()
+        own = {p.data_ptr() for p in net.parameters()}
+        storages = {}
+
+        def keep(t, own=own, storages=storages):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss, _ = net(random_ids(4, 128), random_ids(4, 128))
+        kept.append(sum(storages.values()))
+        estimates.append(memory_estimate(net.config, 0, 4, 128)[1])
+    assert 0.6 < (estimates[1] - estimates[0]) / (kept[1] - kept[0]) < 1.7
+
+
+def test_train_logs_the_loss_ahead_and_sample_drafts_by_the_heads(tiny):
+    options = ["config/tiny.py", "--max_steps=4", "--mtp=2", "--out_dir=out/mtp"]
+    said = run(tiny, "train.py", *options).stdout
+    assert "mtp_loss: " in said and "val_loss: " in said
+    rows = [json.loads(line) for line in (tiny / "out/mtp/log.jsonl").read_text().splitlines()]
+    losses = [row for row in rows if "mtp_loss" in row]
+    assert len(losses) == 4
+    # Before the first update all is a guess, one token ahead or three; the last have no target.
+    guess = math.log(load(tiny / "out" / "mtp")[0].config.vocab_size)
+    assert losses[0]["loss"] == pytest.approx(guess, rel=0.05)
+    assert 0.9 * guess < losses[0]["mtp_loss"] < 1.05 * guess
+    greedy = ["--model=out/mtp", "--max_new_tokens=20", "--temperature=0"]
+    expected = run(tiny, "sample.py", *greedy).stdout
+    done = run(tiny, "sample.py", *greedy, "--speculate=2")
+    assert done.stdout == expected and "drafts accepted" in done.stderr
 
 
 # sample.py

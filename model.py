@@ -865,8 +865,9 @@ class GPT(nn.Module):
             loss = loss + n_targets * self.routing_loss()
         if self.training and self.config.mtp:
             ahead = self.ahead_loss(h, ids, targets, options.get("docs"))
-            loss = loss + self.config.mtp_weight * ahead
             self.mtp_loss = ahead.detach()
+            # The gradient is that of both; the value stays the next tokens', as in validation.
+            loss = loss + self.config.mtp_weight * (ahead - self.mtp_loss)
         return loss, n_targets
 
     def loss_of(self, h, targets):

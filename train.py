@@ -934,8 +934,7 @@ def main():
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
         loss_sum, mtp_sum, n_stops, seconds = run.sum(*losses, signals.received > 0, clock)
-        mtp_loss = mtp_sum / data.n_targets(batch.size)
-        loss = loss_sum / data.n_targets(batch.size) - net.config.mtp_weight * mtp_loss
+        loss = loss_sum / data.n_targets(batch.size)
         stopped = n_stops > 0
         grad_norm = float(grad_norm)
         is_finite = updater.step(state.step, loss, grad_norm, state.step < warmup_steps)
@@ -944,8 +943,8 @@ def main():
 
         dt = time.monotonic() - step_begin
         row = step_row(state, run, net, loss, grad_norm, updater, dt)
-        if net.config.mtp:  # a mean over depths
-            row["mtp_loss"] = mtp_loss if math.isfinite(mtp_loss) else None
+        if net.config.mtp and is_finite:
+            row["mtp_loss"] = mtp_sum / data.n_targets(batch.size)  # a mean over depths
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
         if not stopped:
             rate = (progress - first_progress) / (time.monotonic() - loop_begin)

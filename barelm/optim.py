@@ -193,6 +193,10 @@ def sequence_flops(c, length, source_len=0, backward=True):
         # Cross-attention: q and o of the target's tokens, k and v of the source's.
         forward += length * c.n_layer * 2 * c.head_dim * c.n_head * (c.n_embd + source_len)
         forward += source_len * c.n_layer * 2 * c.head_dim * c.n_kv_head * c.n_embd
+    if c.mtp and backward:  # in training alone
+        block = heads + attention_products(c, Pattern(), length)
+        block += MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden + 2 * c.n_embd**2
+        forward += length * c.mtp * (block + c.n_embd * c.vocab_size)
     flops = 2 * forward
     return 3 * flops if backward else flops
 
@@ -264,6 +268,9 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
         mlp = width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden
         for pattern in c.encoder_patterns:
             blocks.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
+    ahead = block_bytes(c, Pattern(), seq_len, width, device_type)
+    ahead += width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden + 4 * 6 * c.n_embd  # two states, joined
+    blocks += [ahead] * c.mtp
     if recompute:  # of each block its input alone, and all of the one that is computed again
         kept = len(blocks) * 4 * c.n_embd + max(blocks)
     else:

@@ -1409,8 +1409,8 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. Of an
-    encoder-decoder they are sources, which are read once; what is fed is the start token."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. An
+    encoder-decoder's are sources, which are read once; what is fed is the start token."""
     cache = net.make_cache(len(prompts), max_len)
     device = cache.lengths.device
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]

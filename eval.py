@@ -6,16 +6,19 @@
     python eval.py --tasks=mmlu,arc_easy --data=FOLDER --shots=0 --limit=100 --samples
     python eval.py --tasks=gsm8k,math --download         # rows from the Hub, kept in --data
     python eval.py --tasks=mine.jsonl,mine.py:function   # the README shows both
-    python eval.py --model=out/classify --tasks=classify
+    python eval.py --model=out/classify --tasks=classify    # likewise tag, span
+    python eval.py --tasks=neighbours                    # vectors: which function a docstring is of
+    python eval.py --tasks=sts --rows_file=FILE.jsonl    # ... how alike two sentences are
     python eval.py --model=out/seq2seq --tasks=seq2seq --num_beams=4
     python eval.py --tasks=humaneval --allow_code_exec   # programs, in a sandbox
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
 Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
-(generation); humaneval, mbpp (code); ifeval (instructions); classify; seq2seq (a source, its
-target). Prompts, truncation and scores are lm-evaluation-harness's, so that numbers compare. Writes
-results.json (and with --samples each prompt, answer and verdict) into out_dir. A run that was
-stopped continues: what was answered is kept there until the end.
+(generation); humaneval, mbpp (code); ifeval (instructions); classify, tag, span (of a head);
+neighbours, sts (of vectors); seq2seq (a source, its target). Prompts, truncation and scores are
+lm-evaluation-harness's, so that numbers compare. Writes results.json (and with --samples each
+prompt, answer and verdict) into out_dir. A run that was stopped continues: what was answered is
+kept there until the end.
 
 The file tells how an evaluation goes, in this order: rows become requests, requests are answered by
 the network, answers become scores; then the tasks that have no questions (loss, classify), and
@@ -35,7 +38,7 @@ limit = 0  # rows of each task (of each subject), the first ones; 0: all
 seed = 1234  # of the shots that are drawn (the harness's) and of sampled answers
 
 # loss
-dataset = "python"  # data/<dataset>, whose validation shards loss reads; or its task set
+dataset = "python"  # data/<dataset>, whose validation shards loss reads; of a head: its task set
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
 context: int | None = None  # the same, beyond the model's context too, with the loss by position
@@ -43,6 +46,10 @@ lengths = ""  # also the loss of windows of these lengths, with commas between t
 rope_scaling: dict | None = None  # of a rotary model instead of its own: yarn, ntk, linear
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
 mask_rate = 0.15  # of a model that fills gaps: the part of the tokens that is hidden
+
+# heads and vectors
+rows_file: str | None = None  # classify, tag, span, neighbours, sts: a JSONL, not the task set
+pooling: str | None = None  # neighbours, sts: first, last or mean; none: the model's own, or mean
 
 # multiple choice and generation
 shots: int | None = None  # examples before a question; none: as many as are usual for the task
@@ -90,10 +97,12 @@ import torch
 import torch.distributed as dist
 
 from barelm.checkpoint import load
+from barelm.embeddings import POOLINGS, pooling_of
 from barelm.examples import device_of
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, whole_file
 from barelm.filling import padded_batch, score_targets
+from barelm.head_tasks import run_neighbours, run_span, run_sts, run_tag
 from barelm.invariant import be_deterministic
 from barelm.judge import ask_judge
 from barelm.objectives import SHORTEST, VALIDATION_SEED, Objective, fills_gaps, vocabulary_of
@@ -163,7 +172,7 @@ def open_task(name, run):
     elif name in TASKS:
         task = open_benchmark(name, run)
     else:
-        near = difflib.get_close_matches(name, [*TASKS, "loss", "classify", "seq2seq"], 1)
+        near = difflib.get_close_matches(name, [*TASKS, *WITHOUT_QUESTIONS], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     # What a task lacks is told now, not when the model has answered.
@@ -961,13 +970,13 @@ def text_gap_windows(tok, length):
     """The same of the documents of `text`; what is left at a document's end, too, but for less than
     what a span needs."""
     requests = []
-    room = length - len(tok.start) - len(tok.finish)
+    room = length - len(tok.start) - len(tok.end)
     for document in read_text(Path(text)):
         ids = tok.encode(document)
         for begin in range(0, len(ids), room):
             part = ids[begin : begin + room]
             if len(part) >= SHORTEST:
-                window = tok.start + part + tok.finish
+                window = tok.start + part + tok.end
                 requests.append(Request("", window, [[len(requests)]]))
     if not requests:
         raise UserError(f"{text}: expected texts of {SHORTEST} tokens, to hide some of them")
@@ -1009,19 +1018,48 @@ def loss_by_position(requests, sums, width):
 
 
 # --------------------------------------------------------------------------------------------------
-# A classifier's labels
+# Heads and vectors: a classifier's labels; the rest by barelm/head_tasks.py
+
+OF_HEADS = ("classify", "tag", "span")  # which need a head of that task
+
+
+def own_rows(name):
+    """(the rows, their path) of a task set: of the data set, or those of `rows_file`."""
+    path = Path(rows_file) if rows_file else Path("data") / dataset / f"{name}_val.jsonl"
+    return list(limited(read_rows(path))), path
+
+
+def run_tags(net, tok, answers, say):
+    scores, n, log = run_tag(net, tok, answers, *own_rows("tag"), seed)
+    return Result(scores, n, samples=log)
+
+
+def run_spans(net, tok, answers, say):
+    scores, n, log = run_span(net, tok, answers, *own_rows("span"))
+    return Result(scores, n, samples=log)
+
+
+def run_nearest(net, tok, answers, say):
+    of_text = pooling or pooling_of(net)
+    scores, n, log = run_neighbours(net, tok, answers, *own_rows("embed"), of_text, say)
+    return Result(scores, n, samples=log)
+
+
+def run_likeness(net, tok, answers, say):
+    of_text = pooling or pooling_of(net)
+    scores, n, log = run_sts(net, tok, answers, *own_rows("sts"), of_text, seed)
+    return Result(scores, n, samples=log)
 
 
 def run_classify(net, tok, answers, say):
     """Accuracy and macro F1 (the mean over the labels that occur), its error by bootstrap."""
-    path = Path("data") / dataset / "classify_val.jsonl"
-    rows = list(limited(read_rows(path)))
+    task_rows, path = own_rows("classify")
     requests = []
     labels = []
     try:
-        for row in rows:
-            ids = tok.start + tok.encode(row["text"])
-            requests.append(Request("", ids[: net.config.n_ctx], []))
+        for row in task_rows:
+            ids, _ = tok.whole_text(row["text"], net.config.n_ctx)
+            requests.append(Request("", ids, []))
             labels.append(str(row["label"]))
     except ROW_ERRORS as error:
         raise UserError(f"{path}: expected text and label in each record: {error!r}") from None
@@ -1029,7 +1067,7 @@ def run_classify(net, tok, answers, say):
     unknown = sorted(set(labels) - set(names))
     if unknown:
         raise UserError(f"{path}: label {unknown[0]!r} is none of {model}'s: {', '.join(names)}")
-    if not rows or not all(request.context for request in requests):
+    if not task_rows or not all(request.context for request in requests):
         raise UserError(f"{path}: an empty text has no label")
 
     def work(batch):
@@ -1041,10 +1079,10 @@ def run_classify(net, tok, answers, say):
     scores = {"accuracy": mean(right == guesses)}
     scores["f1"] = macro_f1(right, guesses), f1_error(right, guesses)
     log = []
-    for row, label, guess, row_scores in zip(rows, labels, guesses, label_scores):
+    for row, label, guess, row_scores in zip(task_rows, labels, guesses, label_scores):
         sample = {"text": row["text"], "label": label, "answer": names[guess]}
         log.append(sample | {"scores": row_scores})
-    return Result(scores, len(rows), samples=log)
+    return Result(scores, len(task_rows), samples=log)
 
 
 def macro_f1(right, guesses):
@@ -1190,12 +1228,24 @@ def corpus_chrf(counts):
 # --------------------------------------------------------------------------------------------------
 # The run
 
+WITHOUT_QUESTIONS = {
+    "loss": run_loss,
+    "classify": run_classify,
+    "tag": run_tags,
+    "span": run_spans,
+    "neighbours": run_nearest,
+    "sts": run_likeness,
+    "seq2seq": run_seq2seq,
+}
+
 
 def check_settings():
     """Refuse what no run can have before anything is read."""
     config = settings(globals())
     counts = ["limit", "shots", "seq_len", "eval_tokens", "max_new_tokens", "temperature"]
     check_least(config, counts, 0)
+    if pooling not in (None, *POOLINGS):
+        raise UserError(f"--pooling={pooling}: expected {', '.join(POOLINGS)}")
     check_least(config, ["context", "num_samples", "micro_tokens", "num_beams"], 1)
     if "{source}" not in source_template:
         raise UserError(f"source_template={source_template!r}: expected {{source}} in it")
@@ -1219,9 +1269,14 @@ def task_names():
 
 def check_head(net, names):
     """Refuse tasks that a network's last layer does not fit: a classifier has no words to say."""
-    if (net.score is not None) != (names == ["classify"]):
-        expected = "a classifier" if net.score is None else "--tasks=classify, and no other"
-        raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
+    for name in names:
+        if name in ("neighbours", "sts"):  # of any network
+            continue
+        if net.score is None and name in OF_HEADS:
+            raise UserError(f"{model} with --tasks={tasks}: expected a model of {name}")
+        if net.score is not None and name != net.task:
+            expected = f"--tasks={net.task}, and no other"
+            raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
 
 
 def scale_rope(net):
@@ -1268,8 +1323,7 @@ def main():
     # Whatever can be refused is, before the weights are read.
     check_settings()
     names = task_names()
-    without_questions = {"loss": run_loss, "classify": run_classify, "seq2seq": run_seq2seq}
-    opened = {name: open_task(name, run) for name in names if name not in without_questions}
+    opened = {name: open_task(name, run) for name in names if name not in WITHOUT_QUESTIONS}
     compute, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute, quantize, fast)
     if deterministic:
@@ -1288,8 +1342,8 @@ def main():
     for name in names:
         begun = time.monotonic()
         with torch.inference_mode(), generating(net):
-            if name in without_questions:
-                result = without_questions[name](net, tok, answers, run.say)
+            if name in WITHOUT_QUESTIONS:
+                result = WITHOUT_QUESTIONS[name](net, tok, answers, run.say)
             else:
                 result = run_questions(opened[name], net, tok, answers, run.say)
         entry = flat(result.scores) | {"n": result.n}

@@ -3,6 +3,8 @@
     python finetune.py config/sft.py                    # out/python learns to write docstrings
     python finetune.py --method=lora --model=out/python --dataset=python --out_dir=out/lora
     python finetune.py --method=classify --out_dir=out/classify
+    python finetune.py config/tag.py                    # names, calls, strings ... in a function
+    python finetune.py config/embed.py                  # vectors: which function a docstring is of
     python finetune.py --method=dpo --model=out/sft --out_dir=out/dpo
     python finetune.py config/seq2seq.py                # an encoder-decoder: a source, its target
     torchrun --nproc_per_node=8 finetune.py config/sft.py --model=path/to/a/hugging-face-folder
@@ -17,7 +19,7 @@ A method is a loss over examples: one entry of METHODS, below the losses. GRPO a
 from config import configure, defaults, settings
 
 # what, from what, to where
-method = "sft"  # sft, seq2seq, classify, dpo, reward; or sft of added weights, by adapt's names
+method = "sft"  # sft, seq2seq, classify, tag, span, embed, dpo, reward; or an adapt, which is sft
 model = "out/python"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has the task's JSONL
 out_dir = "out/sft"  # where the result is written
@@ -65,7 +67,8 @@ dropout = 0.0  # in the network
 
 # the methods
 template: str | list | None = None  # sft of plain records: "Q: {instruction} {input} A: {output}"
-pooling = "last"  # classify: last (as transformers) or mean, which hidden state is read
+pooling = "last"  # classify, embed: the state that is read: last (a decoder's), first, or mean
+embed_temperature = 0.05  # embed: of the softmax over a batch's cosines
 class_weights = False  # classify: rare labels count as much as frequent ones
 beta = 0.1  # dpo, ipo: the weight of the reference
 dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
@@ -104,6 +107,7 @@ import torch.nn.functional as F
 
 from barelm.adapters import AdaptConfig, choose_weights
 from barelm.checkpoint import refuse_source
+from barelm.embeddings import POOLINGS
 from barelm.examples import (
     IGNORED,
     batch_of,
@@ -127,6 +131,7 @@ from barelm.examples import (
     share_of,
     targets_of,
 )
+from barelm.extraction import read_answer
 from barelm.fitting import (
     Load,
     flops_of_run,
@@ -134,6 +139,20 @@ from barelm.fitting import (
     prepare_network,
     say_memory,
     why_not_compile,
+)
+from barelm.heads import (
+    add_embed_pooling,
+    add_span_head,
+    add_tag_head,
+    embed_loss,
+    read_texts,
+    set_head,
+    span_loss,
+    tag_figures,
+    tag_loss,
+    tag_table,
+    validate_vectors,
+    with_gradients,
 )
 from barelm.invariant import be_deterministic
 from barelm.optim import n_params
@@ -155,6 +174,7 @@ from barelm.run import (
     step_seed,
     to_device,
 )
+from barelm.tagging import read_tagged
 from barelm.tuning import (
     ADAPTS,
     add_figures,
@@ -241,11 +261,27 @@ def cut_before_end(source, limit, tok):
 
 def read_class(row, tok, limit):
     """The first tokens of a text, and its label."""
-    ids = tok.start + tok.encode(row["text"])
+    ids, cut = tok.whole_text(row["text"], limit)
     if not ids:
         raise UserError("an empty text")
-    cut = is_too_long(ids, limit)
-    return {"ids": ids[:limit], "label": str(row["label"]), "cut": cut}
+    return unless_dropped({"ids": ids, "label": str(row["label"]), "cut": cut}, limit)
+
+
+def read_tags(row, tok, limit):
+    """The first tokens of a text, and the tags of its words."""
+    return unless_dropped(read_tagged(row, tok, limit), limit)
+
+
+def read_vectors(row, tok, limit):
+    """The first tokens of each of two or three texts."""
+    return unless_dropped(read_texts(row, tok, limit), limit)
+
+
+def unless_dropped(example, limit):
+    """An example that was cut to `limit` tokens; with too_long=drop it is none."""
+    if example["cut"] and too_long == "drop":
+        raise UserError(f"longer than {limit} tokens")
+    return example
 
 
 def read_pair(row, tok, limit):
@@ -423,6 +459,19 @@ def add_reference(learner, pairs, cast):
         pair["reference"] = [log_probs[number, "chosen"], log_probs[number, "rejected"]]
 
 
+def in_batch_loss(net, examples):
+    """InfoNCE of vectors, each anchor's own candidate among all of the batch."""
+    return embed_loss(embed_temperature, net, examples)
+
+
+def join_batch(learner, examples, make_groups, cast, step_begin):
+    return with_gradients(embed_temperature, learner, examples, make_groups, cast, step_begin)
+
+
+def validate_batches(learner, examples, cast):
+    return validate_vectors(embed_temperature, batch_size, micro_tokens, learner, examples, cast)
+
+
 def reward_loss(net, pairs):
     """Bradley and Terry's: -log sigmoid of the difference of the two answers' scores."""
     rows = [pair["chosen"]["ids"] for pair in pairs] + [pair["rejected"]["ids"] for pair in pairs]
@@ -447,16 +496,21 @@ def add_class_head(net, tok, train, val, say):
     if unseen:
         say(f"val: {unseen.total()} examples left out: labels unseen in training: {[*unseen]}")
     val = [e for e in val if e["label"] in counts]
-    net.set_score(sorted(counts), pooling, tok.pad_id)
-    if pooling == "mean":
+    set_head(net, sorted(counts), "classify", pooling, tok.pad_id)
+    if pooling != "last" and net.config.causal:
         say(
-            "pooling=mean: the folder is model_type barelm, for these scripts alone: "
+            f"pooling={pooling}: the folder is model_type barelm, for these scripts alone: "
             "transformers' sequence classifiers read the last token, as --pooling=last does"
         )
     if class_weights:
         for e in [*train, *val]:
             e["weight"] = len(train) / (len(counts) * counts[e["label"]])
     return val
+
+
+def add_pooling(net, tok, train, val, say):
+    """Let one state, or the mean, stand for a text."""
+    return add_embed_pooling(pooling, net, tok, train, val, say)
 
 
 def add_reward_head(net, tok, train, val, say):
@@ -535,6 +589,10 @@ class Method:
     has_source: bool = False  # for an encoder-decoder, in rows of their own; for no other network
     add_head: Callable | None = None  # (net, tok, train, val, say) -> val: gives the net a score
     prepare: Callable | None = None  # (learner, examples, cast): before the first step
+    # (learner, a step's examples of all processes, make_groups, cast, the step's seed) -> groups of
+    # this process's, for a loss that is not a sum over examples
+    join: Callable | None = None
+    validate: Callable | None = None  # (learner, examples, cast): in the place of `validate`'s loop
     figures: Callable = means  # (sums over the validation examples, their size) -> {figure: value}
     table: Callable | None = None  # (the same sums, labels) -> a text for the end
 
@@ -559,6 +617,26 @@ METHODS = {
         add_head=add_class_head,
         figures=accuracies,
         table=confusion,
+    ),
+    "tag": Method(
+        "tag",
+        read_tags,
+        tag_loss,
+        size=count_targets,
+        reads_chats=False,
+        add_head=add_tag_head,
+        figures=tag_figures,
+        table=tag_table,
+    ),
+    "span": Method("span", read_answer, span_loss, reads_chats=False, add_head=add_span_head),
+    "embed": Method(
+        "embed",
+        read_vectors,
+        in_batch_loss,
+        reads_chats=False,
+        add_head=add_pooling,
+        join=join_batch,
+        validate=validate_batches,
     ),
     "dpo": Method(
         "preference",
@@ -605,7 +683,9 @@ def check_settings(name, config):
         raise UserError(f"beta={beta}: expected more than 0")
     check_choice("init_from", init_from, ("base", "resume", "auto"))
     check_choice("too_long", too_long, ("truncate", "drop"))
-    check_choice("pooling", pooling, ("last", "mean"))
+    check_choice("pooling", pooling, POOLINGS)
+    if not 0 < embed_temperature < math.inf:
+        raise UserError(f"embed_temperature={embed_temperature}: expected more than 0")
     check_choice("dpo_loss", dpo_loss, ("sigmoid", "ipo"))
     if template is not None:
         check_templates(name)
@@ -700,10 +780,21 @@ def groups_of(task, net, examples, limit):
     return micro_batches(rows, micro_tokens, net)
 
 
+def groups_of_step(learner, task, examples, limit, cast, step):
+    """This process's micro-batches of a step's examples."""
+    make_groups = partial(groups_of, task, learner.net, limit=limit)
+    if task.join:
+        step_begin = step_seed(seed, step, 0)
+        return task.join(learner, examples, make_groups, cast, step_begin)
+    return make_groups(share_of(examples, learner.run))
+
+
 @torch.no_grad()
 def validate(learner, task, examples, limit, cast):
     """The method's loss and figures over some examples, shared out over all processes: ({figure:
     value}, the sums that they were made of)."""
+    if task.validate:
+        return task.validate(learner, examples, cast)
     net = learner.net
     run = learner.run
     share = share_of(examples, run)
@@ -807,6 +898,8 @@ def make_fast(learner, task, train, limit, cast, n_steps, saved):
     for example in first:
         if "chosen" in example:
             rows += [example["chosen"]["ids"], example["rejected"]["ids"]]
+        elif "texts" in example:
+            rows += example["texts"]
         elif "source" in example:
             rows.append(example["targets"])
             sources.append(example["source"])
@@ -861,7 +954,7 @@ def main():
     if saved:
         folder.check_resume(saved, facts)
     n_base = n_params(net)
-    choose_weights(net, config, reads_head=False)
+    choose_weights(net, config, reads_head=net.score is None and net.task != "embed")
     net.to(run.device).train()
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"
@@ -898,7 +991,7 @@ def main():
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon))
         examples = batch_of(train, state.step, batch_size, seed)
-        groups = groups_of(task, net, share_of(examples, run), limit)
+        groups = groups_of_step(learner, task, examples, limit, cast, state.step)
         size = task.size(examples)
         with saved_on_failure(learner, updater, state, folder):
             figures, norm = update(

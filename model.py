@@ -50,6 +50,7 @@ from barelm.positions import (
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 from barelm.shapes import check_fields, check_shape
+from barelm.speculate import check_speculation, speculate_rows
 
 GATED = ("swiglu", "geglu", "geglu_erf")  # MLPs with a third matrix
 
@@ -130,6 +131,8 @@ class GPTConfig:
         check_fields(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_hidden == 0 and self.n_encoder_layer == 0 and "D" not in self.expert_layers:
+            self.n_hidden = self.expert_hidden  # where no block has another MLP
         if self.n_hidden == 0 and self.mlp in GATED:
             self.n_hidden = -(-self.n_embd * 8 // (3 * 64)) * 64  # it has a third matrix
         elif self.n_hidden == 0:
@@ -470,7 +473,7 @@ class MLP(nn.Module):
             gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
             h = self.gated(gate_up)  # (B, T, n_hidden)
         else:
-            h = self.activation(self.ops.project(x, self.up_proj))
+            h = activation(self.kind, self.ops.project(x, self.up_proj), self.ops)
         return self.ops.project(h, self.down_proj)
 
     def gated(self, gate_up):
@@ -478,16 +481,20 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             return self.ops.swiglu(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return self.activation(gate) * up
+        return activation(self.kind, gate, self.ops) * up
 
-    def activation(self, x):
-        if self.kind in ("gelu", "geglu"):
-            return self.ops.gelu(x)
-        if self.kind in ("gelu_erf", "geglu_erf"):
-            return self.ops.gelu(x, "none")
-        if self.kind == "relu":
-            return F.relu(x)
-        return F.relu(x).square()  # relu2: So et al. 2021
+
+def activation(kind, x, ops):
+    """What an MLP of this kind does with each number x, a gated one with those of its gate."""
+    if kind == "swiglu":
+        return ops.silu(x)
+    if kind in ("gelu", "geglu"):
+        return ops.gelu(x)
+    if kind in ("gelu_erf", "geglu_erf"):
+        return ops.gelu(x, "none")
+    if kind == "relu":
+        return F.relu(x)
+    return F.relu(x).square()  # relu2: So et al. 2021
 
 
 def make_mlp(c, ops, has_experts):
@@ -551,6 +558,24 @@ class Block(nn.Module):
         return F.dropout(x, self.c.dropout, self.training)
 
 
+class Ahead(Block):
+    """Multi-token prediction's block (DeepSeek-AI 2024, 2.2), which looks a token further ahead
+    than the one before it."""
+
+    def __init__(self, c, ops):
+        super().__init__(c, ops, Pattern())
+        self.ops = ops
+        self.hidden_norm = make_norm(c, ops)
+        self.token_norm = make_norm(c, ops)
+        self.joint_proj = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
+        self.norm = make_norm(c, ops)
+
+    def join(self, h, e):
+        """What the block reads (B, T, C): states h (B, T, C), and embeddings e (B, T, C)."""
+        x = torch.cat((self.hidden_norm(h), self.token_norm(e)), -1)
+        return self.ops.project(x, self.joint_proj)
+
+
 @dataclass
 class Memory:
     """A source that was read: h (B, S, C), and mask (B, 1, 1, S) bool, true where there is a token
@@ -601,6 +626,11 @@ class GPT(nn.Module):
             self.model.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
         if c.pos == "relative" and c.is_seq2seq:
             self.model.encoder.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
+        if c.mtp:
+            self.model.mtp = nn.Module()
+            self.model.mtp.layers = nn.ModuleList(Ahead(c, self.ops) for _ in range(c.mtp))
+        if c.mtp and c.pos == "relative":
+            self.model.mtp.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
         if c.mlm_head:
             self.head_dense = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
             self.head_norm = make_norm(c, self.ops)
@@ -611,6 +641,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters(remove_duplicate=False):
             self.init_weight(name, p)
         self.routing: torch.Tensor | None = None  # of the last `hidden`: see barelm/experts.py
+        self.mtp_loss: torch.Tensor | None = None  # of the last `forward`: a sum, as the loss is
 
         # How it is trained: all of these may be set by whoever trains it.
         self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
@@ -618,8 +649,12 @@ class GPT(nn.Module):
         self.eval_block: Callable = call_block  # the same of eval mode
         # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
         self.score: nn.Linear | None = None  # (n_labels, C)
+        self.score_dense: nn.Linear | None = None  # (C, C), before it, and its norm
+        self.score_norm: nn.Module | None = None
         self.labels: list[str] | None = None  # of the rows of score
-        self.pooling: str = "last"  # what score reads: the last token's state, or the "mean"
+        self.task: str = "classify"  # what score is for: texts; or "tag": tokens, "span": answers
+        self.pooling: str = "last"  # what score reads of a text: its last state, first, or "mean"
+        self.pooler: str = ""  # what stands before score: "tanh" or "gelu_norm"
         self.pad_id: int | None = None  # the token that is no text's last one
         self.start_id: int | None = None  # with which an encoder-decoder's targets begin
         self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
@@ -628,6 +663,10 @@ class GPT(nn.Module):
     def init_weight(self, name, p):
         """Draw a parameter's first values; norms keep their ones."""
         c = self.config
+        if p.ndim == 3:  # a stack of matrices, experts': each is drawn for itself
+            for matrix in p.detach():
+                self.init_weight(f"{name}.weight", matrix)
+            return
         if name.endswith(".bias"):
             nn.init.zeros_(p)
         elif "proj" in name and c.init == "xavier":
@@ -826,21 +865,33 @@ class GPT(nn.Module):
             h = h * self.config.logit_scale
         return h
 
-    def forward(self, ids, targets=None, **options):
+    def forward(self, ids, targets=None, places=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
-        nats, float32; their count). `options` are those of `hidden`. Pre-training and SFT come by
+        nats, float32; their count). places (B, n): where in a row the targets (B, n) are, so that
+        logits are made there alone. `options` are those of `hidden`. Pre-training and SFT come by
         here, and get what is added to the loss; other methods take `hidden` and `logits`."""
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)
+        if places is not None:
+            h = at_places(h, places)  # (B, n, C)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
-        h = h.flatten(0, 1)  # (B T, C)
-        head = None if self.config.logit_softcap else self.lm_head
-        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
+        loss = self.loss_of(h, targets)
         n_targets = (targets != -100).sum()
         if self.training and self.config.n_experts:
             loss = loss + n_targets * self.routing_loss()
+        if self.training and self.config.mtp:
+            ahead = self.ahead_loss(h, ids, targets, options.get("docs"))
+            self.mtp_loss = ahead.detach()
+            # The gradient is that of both; the value stays the next tokens', as in validation.
+            loss = loss + self.config.mtp_weight * (ahead - self.mtp_loss)
         return loss, n_targets
+
+    def loss_of(self, h, targets):
+        """The sum of -log p of targets (B, T), by the states h (B, T, C) before each."""
+        h = h.flatten(0, 1)  # (B T, C)
+        head = None if self.config.logit_softcap else self.lm_head
+        return self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
 
     def routing_loss(self):
         """What the routers add to the mean loss: means over the blocks with experts."""
@@ -849,19 +900,81 @@ class GPT(nn.Module):
         weight = c.balance_weight if c.balance == "loss" else 0.0
         return weight * balance + c.z_weight * z
 
-    def set_score(self, labels, pooling="last", pad_id=None):
-        """Give the network a classifier's head, or a reward model's with its one label. pad_id: a
-        token that is no text's last one."""
+    def ahead(self, k, h, ids, looks, cache=None):
+        """The states (B, T, C) by which depth k of multi-token prediction, 0 and up, predicts the
+        token k + 2 places on: from those of the depth before, h (B, T, C), `hidden`'s for the
+        first, and the tokens k + 1 places on, ids (B, T)."""
+        block = self.model.mtp.layers[k]
+        x = block.join(h, self.model.embed_tokens(ids))
+        if cache is None:
+            x = self.run_blocks([block], x, looks)
+        else:
+            x = block(x, *looks[block.pattern], partial(cache.write, k))
+        return block.norm(x)
+
+    def ahead_loss(self, h, ids, targets, docs=None):
+        """The sum of -log p of the tokens further ahead than targets (B, T), a mean over depths;
+        h (B, T, C) are the states of ids. What is behind the end of its document does not count."""
+        T = ids.shape[1]
+        positions = torch.arange(T, device=ids.device)[None]
+        if docs is not None:
+            positions = document_positions(positions, docs)
+        looks = self.looks(self.model.mtp, h, positions, docs)
+        loss = 0.0
+        for k in range(min(self.config.mtp, T - 1)):
+            n = k + 1
+            # What comes around from the beginning stands at the end, where no target is.
+            h = self.ahead(k, h, ids.roll(-n, 1), looks)
+            wanted = F.pad(targets[:, n:], (0, n), value=-100)
+            if docs is not None:
+                wanted = wanted.masked_fill(docs.roll(-n, 1) != docs, -100)
+            loss = loss + self.loss_of(h, wanted)
+        return loss / self.config.mtp
+
+    def make_cache(self, batch, max_len, config=None, slack=0):
+        """An empty KVCache for generation, of `batch` rows of at most max_len tokens."""
+        table = self.model.embed_tokens.weight
+        # A CPU attends to float32 faster than to less: it has to convert the rest.
+        dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
+        whole = self.deterministic  # keys in the order that they have without a cache
+        config = config or self.config
+        return KVCache(config, batch, max_len, table.device, dtype, slack, whole)
+
+    def set_score(self, labels, pooling="last", pad_id=None, *, task="classify", pooler="",
+                  bias=None):  # fmt: skip
+        """Give the network a head of so many scores: of a text (a classifier's, or a reward model's
+        with its one label), of each token (task "tag"), or of each token as the start and the end
+        of an answer ("span"). pooler: a layer before it, as encoders have one (`score_states`).
+        bias: of the scores; None: as transformers' classes have it. pad_id: a token that is no
+        text's last one."""
+        c = self.config
         device = self.model.embed_tokens.weight.device
-        self.score = nn.Linear(self.config.n_embd, len(labels), bias=False, device=device)
+        if bias is None:
+            bias = task != "classify" or not c.causal
+        self.score_dense = None
+        self.score_norm = None
+        if pooler:
+            has_norm = pooler == "gelu_norm"
+            self.score_dense = nn.Linear(c.n_embd, c.n_embd, bias=not has_norm, device=device)
+            nn.init.normal_(self.score_dense.weight, std=0.02)
+            if has_norm:
+                self.score_norm = make_norm(c, self.ops).to(device)
+            else:
+                nn.init.zeros_(self.score_dense.bias)
+        self.score = nn.Linear(c.n_embd, len(labels), bias=bias, device=device)
         nn.init.normal_(self.score.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.score.bias)
         self.labels = labels
         self.pooling = pooling
+        self.pooler = pooler
         self.pad_id = pad_id
+        self.task = task
 
     def scores(self, texts):
         """(B, labels) float32 of texts, lists of ids: by the state of the last token that is no
-        padding, as transformers finds it (the first where all are), or by the mean's."""
+        padding, as transformers finds it (the first where all are), the first one's, or the
+        mean's."""
         device = self.score.weight.device
         texts = [self.without_padding(ids) for ids in texts]
         lengths = torch.tensor([len(ids) for ids in texts], device=device)  # (B,)
@@ -871,16 +984,26 @@ class GPT(nn.Module):
 
     def scores_of(self, ids, lengths):
         """`scores` of the first lengths (B,) tokens of each row of ids (B, T)."""
-        # A decoder's tokens do not see the padding behind them.
-        h = self.hidden(ids, lengths=None if self.config.causal else lengths)  # (B, T, C)
-        if self.pooling == "mean":
-            real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (B, T)
-            h = (h * real[..., None]).sum(1) / lengths[:, None]  # (B, C)
-        elif self.pooling == "first":
-            h = h[:, 0]
-        else:
-            h = h[torch.arange(len(h), device=h.device), lengths - 1]  # (B, C)
+        h = self.states(ids, lengths)  # (B, T, C)
+        return self.score_states(pooled(h, lengths, self.pooling))
+
+    def score_states(self, h):
+        """The scores (…, labels) float32 of states h (…, C), of tokens or of whole texts."""
+        if self.pooler == "tanh":  # BERT's
+            h = self.score_dense(h).tanh()
+        elif self.pooler == "gelu_norm":  # ModernBERT's
+            h = self.score_norm(F.gelu(self.score_dense(h)))
         return self.score(h).float()
+
+    def states(self, ids, lengths):
+        """The hidden states (B, T, C) of texts, the first lengths (B,) tokens of each row of ids
+        (B, T); what stands behind them is seen by none of them. Of an encoder-decoder, its
+        encoder's."""
+        if self.config.is_seq2seq:
+            return self.encode(ids, lengths).h
+        if self.config.causal:  # then nobody looks at the padding anyway
+            return self.hidden(ids)
+        return self.hidden(ids, lengths=lengths)
 
     def without_padding(self, ids):
         """The ids up to the last one that is no padding, and one at least."""
@@ -888,6 +1011,17 @@ class GPT(nn.Module):
         while end > 1 and ids[end - 1] == self.pad_id:
             end -= 1
         return ids[:end]
+
+
+def pooled(h, lengths, pooling):
+    """One state for each text (B, C), of the states h (B, T, C) of its first lengths (B,) tokens:
+    the "first" one's, the "last" one's, or their "mean"."""
+    if pooling == "first":
+        return h[:, 0]
+    if pooling == "last":
+        return h[torch.arange(len(h), device=h.device), lengths - 1]
+    real = torch.arange(h.shape[1], device=h.device) < lengths[:, None]  # (B, T)
+    return (h * real[..., None]).sum(1) / lengths[:, None]
 
 
 def padding_apart(T, lengths, docs=None):
@@ -900,6 +1034,11 @@ def padding_apart(T, lengths, docs=None):
 def call_block(block, x, rope, mask, memory=None, memory_mask=None):
     """What torch.compile is given: one compiled block then serves them all."""
     return block(x, rope, mask, None, memory, memory_mask)
+
+
+def at_places(h, places):
+    """The states (B, n, C) at places (B, n) of the rows of h (B, T, C)."""
+    return h.gather(1, places[..., None].expand(-1, -1, h.shape[-1]))
 
 
 def logprobs(net, ids, targets):
@@ -1081,6 +1220,9 @@ class Generation:
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = "length"  # or "stop": an end token, or a stop string (not part of text)
+    passes: int = 0  # of speculative decoding: how often the network was asked for it,
+    drafted: int = 0  # the tokens that were proposed to it
+    accepted: int = 0  # and those of them that it accepted
 
 
 class TextStream:
@@ -1153,22 +1295,25 @@ class Row:
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
-             on_text=None):  # fmt: skip
+             speculate=0, draft=None, on_text=None):  # fmt: skip
     """Continue each prompt (a text, or token ids); returns [Generation], one a prompt. For an
     encoder-decoder a prompt is a source, which is answered: as ids, its end token among them.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
     alone: prompts may come in batches of any size.
-    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
-    if not net.config.causal:
-        raise UserError("an encoder continues no text: sample.py fills its masks")
+    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters.
+    speculate: so many tokens are drafted for each pass (barelm/speculate.py), by `draft`: a smaller
+    network, "heads" (the network's own: mtp) or "lookup"; None: by its heads, or else by lookup."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
-    check_generates(net.config)
+    options = dict(repetition_penalty=repetition_penalty, num_beams=num_beams, speculate=speculate)
+    check_sampling(**filters, **options)
+    if speculate:
+        check_speculation(net, tok.n_vocab, speculate, draft, num_beams)
+    check_generates(net)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
-    prompts = [list(p) if not isinstance(p, str) else text_ids(tok, p, is_seq2seq) for p in prompts]
+    prompts = [prompt_ids(net, tok, prompt) for prompt in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
@@ -1187,6 +1332,9 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 best = beam_search(net, tok, prompt, row.limit, num_beams)
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
+        elif speculate:
+            options = (seed, repetition_penalty, filters, speculate, draft)
+            speculate_rows(net, tok, prompts, rows, *options)
         elif net.fast:
             decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
@@ -1261,25 +1409,29 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
-    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
-    table = net.model.embed_tokens.weight
-    # A CPU attends to float32 faster than to less: it has to convert the rest.
-    dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
-    whole = net.deterministic  # keys in the order that they have without a cache
-    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype, whole=whole)
-    rows = [torch.tensor(prompt, device=table.device) for prompt in prompts]
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. An
+    encoder-decoder's are sources, which are read once; what is fed is the start token."""
+    cache = net.make_cache(len(prompts), max_len)
+    device = cache.lengths.device
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
     lengths = [len(prompt) for prompt in prompts]
     if net.config.is_seq2seq:
-        memory = net.encode(ids, torch.tensor(lengths, device=table.device))
+        memory = net.encode(ids, torch.tensor(lengths, device=device))
         cache.set_source(net.cross_kv(memory), memory.mask)
         begin = torch.full_like(ids[:, :1], net.start_id)  # (B, 1)
         return feed(net, tok, cache, begin), cache
     n_new = None  # equal lengths keep the cache even
     if len(set(lengths)) > 1:
-        n_new = torch.tensor(lengths, device=table.device)
+        n_new = torch.tensor(lengths, device=device)
     return feed(net, tok, cache, ids, n_new), cache
+
+
+def prompt_ids(net, tok, prompt):
+    """The ids of a prompt, or of a source, that is a text or ids."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return tok.source(prompt) if net.config.is_seq2seq else tok.prompt(prompt)
 
 
 def decoder_prompt(net, prompt):

@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 prepare.py config/fineweb_edu.py
 
 Writes data/<dataset>/: tokenizer.json, tokenizer_config.json, train_*.bin and val_*.bin (llm.c's
-format), meta.json; for tasks {sft,preference,classify,seq2seq}_{train,val}.jsonl. The same input
+format), meta.json; for a task, such as sft, sft_{train,val}.jsonl. The same input
 gives the same bytes on any number of processes. A run that was killed goes on where it was.
 """
 
@@ -17,7 +17,7 @@ from config import configure, same_recipes, settings
 source = "python"  # python, numbers, copy:48, a download, file, glob, URL, @list, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
-task: str | None = None  # make a task set instead: sft, preference, classify, seq2seq
+task: str | None = None  # make a task set: sft, preference, classify, seq2seq, tag, embed, span
 languages = ""  # seq2seq of translations: the fields of source and target, such as en,de
 field = "text"  # the field of a JSONL, CSV or parquet record that is its text
 input_format: str | None = None  # text, jsonl, json, csv, tsv or parquet; none: by the file's name
@@ -141,7 +141,7 @@ from barelm.number_words import SOURCE as NUMBERS
 from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
 from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
-from barelm.tasksets import TASKS, Reading, build_tasks, task_file
+from barelm.tasksets import OF_PYTHON, TASKS, Reading, build_tasks, task_file
 from barelm.tokenizer import Tokenizer
 from barelm.working import EmptySource, for_each, start_pool, wait, working_folder
 
@@ -623,8 +623,8 @@ def is_default_source():
 
 def tasks_of_source():
     """The task sets that the source's own records make, beside the shards."""
-    if is_default_source():  # whose functions and docstrings make all four
-        return list(TASKS)
+    if is_default_source():  # whose functions and docstrings make all of these
+        return OF_PYTHON
     if is_numbers():
         return ["sft", "seq2seq"]
     return []

@@ -601,7 +601,7 @@ def main():
     # the policy, its reference and the prompts
     learner = open_policy(run, task)
     net = learner.net
-    check_generates(net.config, continues=True)
+    check_generates(net, continues=True)
     tok = learner.tok
     train, val = open_data(learner)
     n_steps = count_steps(len(train), batch_size, max_steps, max_epochs)

@@ -15,10 +15,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from barelm.families import family, gpt2_names
+from barelm.embeddings import write_pooling
+from barelm.families import family, table_of
 from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
+from barelm.tensor_names import joined, names_in_file
 
 
 @dataclass
@@ -72,9 +74,18 @@ class LoRA(nn.Module):
 def add_lora(net, config):
     """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
     qlora the blocks' linear layers go to 4 bits too."""
-    targets = set(config.lora_targets.split(","))
-    names = [name for name, _ in net.named_modules() if last_word(name) in targets]
-    missing = targets - {last_word(name) for name in names}
+    targets = config.lora_targets.split(",")
+    for name, p in net.named_parameters():
+        if p.ndim == 3 and any(is_named(name, target) for target in targets):
+            why = "the matrices of all experts, which LoRA does not adapt"
+            raise UserError(f"lora_targets: {name} is {why}: those of attention are q_proj, …")
+    names = []
+    missing = set(targets)
+    for name, _ in net.named_modules():
+        matching = {target for target in targets if is_named(name, target)}
+        if matching:
+            names.append(name)
+        missing -= matching
     if missing:
         raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
     net.requires_grad_(False)
@@ -91,11 +102,14 @@ def add_lora(net, config):
         net.set_submodule(name, layer)
     if config.adapt == "qlora":
         return_memory()
+        if net.config.n_experts:
+            print("note: the experts stay as they are: qlora packs linear layers")
 
 
-def last_word(name):
-    """The last part of a module's dotted name."""
-    return name.rpartition(".")[2]
+def is_named(name, target):
+    """Whether a layer's name ends with these words: q_proj, or cross_attn.q_proj, as PEFT reads
+    them."""
+    return f".{name}".endswith(f".{target}")
 
 
 def return_memory():
@@ -356,7 +370,7 @@ def add_prompts(net, tok, n):
 def choose_weights(net, config, reads_head=True):
     """Freeze what does not learn, and add what AdaptConfig asks for (but the prompts: add_prompts,
     which need a tokenizer). A score always learns. reads_head: whether the loss depends on the
-    language-model head of a network with a score, as PPO's does and a classifier's does not."""
+    language-model head, as PPO's does and that of a classifier or of vectors does not."""
     if config.is_lora:
         add_lora(net, config)
     elif config.adapt == "adapter":
@@ -364,16 +378,26 @@ def choose_weights(net, config, reads_head=True):
         add_adapters(net, config.adapter_size)
     elif config.train_last != 0:
         train_last_blocks(net, config.train_last)
-    if net.score is not None:
-        net.score.requires_grad_(True)
-        if not reads_head:  # a tied one learns as the embedding that it is
-            as_embedding = net.config.tie and net.model.embed_tokens.weight.requires_grad
-            net.lm_head.requires_grad_(as_embedding)
+    for name, p in net.named_parameters():
+        if name.startswith("score"):
+            p.requires_grad_(True)
+    if not reads_head:
+        freeze_head(net)
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError(
             f"train_last={config.train_last}: nothing would learn: the head of this model is its "
             "embedding, which is frozen (--train_last=1 or more, or an untied model)"
         )
+
+
+def freeze_head(net):
+    """Freeze what stands between the last hidden states and the logits; the weights of a tied head
+    learn as the embedding that they are."""
+    as_embedding = net.config.tie and net.model.embed_tokens.weight.requires_grad
+    for name, p in net.named_parameters():
+        if name.startswith(("lm_head.", "head_")):
+            p.requires_grad_(False)
+    net.lm_head.weight.requires_grad_(as_embedding)
 
 
 def train_last_blocks(net, n):
@@ -391,7 +415,7 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt."""
     make_folder(folder)
     gpt2 = family(net.config) == "gpt2"
-    tensors, ranks = adapter_tensors(net, gpt2)
+    tensors, ranks = adapter_tensors(net)
     # Layers of another rank than the others, each with an alpha that leaves its scale as it is.
     rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.lora_rank}
     alpha_pattern = {}
@@ -399,13 +423,15 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
         alpha_pattern[name] = config.lora_alpha * rank / config.lora_rank
     if os.path.isdir(base):
         base = os.path.relpath(base, folder)  # both may be moved together
+    if net.task == "embed":
+        write_pooling(folder, net.pooling, net.config.n_embd)
     write_json(folder / "tokenizer.json", tok.spec)
     write_json(folder / "tokenizer_config.json", tok.config)
     ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_ids, "pad_token_id": tok.pad_id}
     write_json(folder / "generation_config.json", ids)
     peft_config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if net.config.is_seq2seq else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
@@ -423,21 +449,30 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     write_weights(folder / "adapter_model.safetensors", tensors, step, state)
 
 
-def adapter_tensors(net, gpt2):
-    """({PEFT's name: matrix}, {layer as PEFT names it: rank}) of a network with LoRA. GPT-2's file
-    has q, k and v as one layer: their three products are one of three times the rank, with blocks
-    of zeros."""
+def adapter_tensors(net):
+    """({PEFT's name: matrix}, {layer as PEFT names it: rank}) of a network with LoRA. Where a
+    family's file has q, k and v as one layer, their three products are one of three times the rank,
+    with blocks of zeros."""
+    kind = family(net.config)
+    table = table_of(kind, net.config)
     layers = {f"{name}.weight": m for name, m in net.named_modules() if isinstance(m, LoRA)}
-    groups = gpt2_names(layers) if gpt2 else {name: [name] for name in layers}
     tensors = {}
     ranks = {}
-    for theirs, ours in groups.items():
+    for theirs, ours in names_in_file(layers, table).items():
         place = theirs.removesuffix(".weight")
         A = torch.cat([layers[name].lora_A.weight for name in ours])
         B = torch.block_diag(*[layers[name].lora_B.weight for name in ours])
+        if len(ours) > 1:
+            B = joined(B.chunk(len(ours)), table)
         tensors[f"base_model.model.{place}.lora_A.weight"] = A
         tensors[f"base_model.model.{place}.lora_B.weight"] = B
-        # GPT-2 has a c_proj in attention and one in the MLP: two words tell them apart.
-        n_words = 2 if gpt2 else 1
-        ranks[".".join(place.split(".")[-n_words:])] = len(A)
+        ranks[peft_target(place, kind, table)] = len(A)
     return tensors, ranks
+
+
+def peft_target(place, kind, table):
+    """The end of a layer's name by which PEFT finds it, and no other."""
+    words = place.split(".")
+    if kind == "gpt2":  # it has a c_proj in attention and one in the MLP
+        return ".".join(words[-2:])
+    return place if table.renames else words[-1]

@@ -57,6 +57,7 @@ class ServedModel:
     max_len: int  # tokens of a prompt and its answer
     max_queue: int  # sequences of a request, at most
     seed: int | None = None  # of requests that bring none; None: another for each
+    refusal: str = ""  # why it continues no text; "": it does
     is_seq2seq: bool = False  # a prompt is a source of max_len tokens, and so may its answer be
     longest_token: int = field(init=False)  # in bytes
     turn_ends: list = field(init=False)  # ids that end an answer in a chat
@@ -322,7 +323,13 @@ def check_model(served, name):
         raise ApiError(404, why, "model", "model_not_found")
 
 
+def check_continues(served):
+    if served.refusal:
+        raise ApiError(400, f"{served.name} {served.refusal}", code="model_not_supported")
+
+
 def read_completion(served, body):
+    check_continues(served)
     request = read_fields(body, Completion)
     if request.best_of not in (None, request.n):
         raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
@@ -333,6 +340,7 @@ def read_completion(served, body):
 
 
 def read_chat(served, body):
+    check_continues(served)
     request = read_fields(body, Chat)
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs wants logprobs = true beside it", "top_logprobs")

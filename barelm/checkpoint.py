@@ -6,29 +6,39 @@ formats are in families.py (config.json and tensor names) and safetensors.py."""
 import os
 import re
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from barelm.adapters import add_adapters
 from barelm.download import HUB, download
-from barelm.families import (
-    FAMILIES,
-    from_hf_config,
-    layer_numbers,
-    tensor_names,
-    tensors_from_file,
-    tensors_in_file,
-    to_hf_config,
-)
+from barelm.embeddings import POOLING_FILE, read_pooling, write_pooling
+from barelm.families import FAMILIES, from_hf_config, table_of, task_of, to_hf_config
 from barelm.files import read_json, write_json
 from barelm.peft import add_lora, read_adapter_config
-from barelm.quantized import QuantizedLinear, quantize_weights, tie_embedding
+from barelm.quantized import quantize_weights, tie_embedding
 from barelm.resume import PARTS, make_folder, write_weights
 from barelm.run import UserError
-from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors
+from barelm.safetensors import INDEX
 from barelm.shapes import LARGEST
+from barelm.tensor_names import (
+    renamed,
+    tensors_from_file,
+    tensors_in_file,
+)
 from barelm.tokenizer import Tokenizer
+from barelm.weights import (
+    check_entries,
+    check_layers,
+    complete_head,
+    has_coded_table,
+    names_here,
+    read_entries,
+    read_weights,
+    saved_tensors,
+    weights_of,
+)
 from model import GPT
 
 # --------------------------------------------------------------------------------------------------
@@ -85,6 +95,7 @@ def download_model(name, folder):
     for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
         get(f"{file}.json", optional=True)
     get("chat_template.jinja", optional=True)
+    get(POOLING_FILE, optional=True)
     Tokenizer.from_folder(part)
     if not get("model.safetensors", optional=True):
         get(INDEX, optional=True)
@@ -107,29 +118,78 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
         return load_adapted(folder, device, dtype, quantize, fast)
     settings, config = read_config(folder)
     kind = settings["model_type"]
-    tell_window(folder, settings, config)
     tok = Tokenizer.from_folder(folder)
+    begin_texts(tok, config)
     if tok.n_vocab > config.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {config.vocab_size}")
 
     # The names and shapes in the files' headers come first: what does not fit is refused before
     # anything of the size that config.json, or a file, claims is built.
-    entries = read_entries(folder, kind)
-    check_layers(folder, entries, config.n_layer)
-    labels = read_labels(folder, settings, entries)
-    net = empty_network(config, settings, labels, fast)
-    check_entries(folder, entries, net, kind)
+    table = table_of(kind, config, task_of(settings))
+    entries = read_entries(folder, table)
+    check_layers(folder, entries, config, table)
+    if kind in FAMILIES and FAMILIES[kind].tie_by_files:
+        config = replace(config, tie="lm_head.weight" not in entries)
+    head = read_head(folder, settings, entries, table)
+    net = empty_network(config, settings, head, fast)
+    check_entries(folder, entries, net, table)
 
-    tensors = read_weights(folder, kind, dtype)
-    tensors = tensors_from_file(tensors, net.state_dict(), kind)
+    tensors = read_weights(folder, table, dtype)
+    tensors = tensors_from_file(tensors, names_here(net), table)
+    if not config.tie and kind in FAMILIES and FAMILIES[kind].tie_by_files:
+        net = tied_again(net, settings, tensors, head, fast)
     complete_head(folder, tensors, net)
     fill(net, tensors, device, dtype)
-    if config.is_seq2seq:
-        net.pad_id = settings.get("pad_token_id")
-        net.start_id = settings.get("decoder_start_token_id", net.pad_id)  # T5's way
+    read_token_ids(folder, settings, net)
     if quantize:
         quantize_weights(net, quantize)
+    read_embedding(folder, net)
     return net.eval(), tok
+
+
+def begin_texts(tok, config):
+    """Let the texts of an encoder begin as its documents did in training, where the tokenizer does
+    not say how."""
+    if not config.causal and not tok.start and tok.eot_id is not None:
+        tok.start = [tok.eot_id]
+
+
+def read_embedding(folder, net):
+    """Take over which state stands for a text, where the folder says so."""
+    pooling = read_pooling(folder)
+    if pooling is not None and net.score is None:
+        net.pooling = pooling
+        net.task = "embed"
+
+
+def tied_again(net, settings, tensors, head, fast):
+    """The network with a tied head where a file whose config.json says so has a copy of it."""
+    said = settings.get("tie_word_embeddings", True)
+    if said and tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"]):
+        return empty_network(replace(net.config, tie=True), settings, head, fast)
+    return net
+
+
+def read_token_ids(folder, settings, net):
+    """Take over the ids that a network itself needs: of padding, and of an encoder-decoder's first
+    token."""
+    c = net.config
+    ids = read_json(folder / "generation_config.json", {}) | settings
+    names = ["pad_token_id"] if not c.causal or c.n_encoder_layer else []
+    names += ["decoder_start_token_id"] if c.n_encoder_layer else []
+    for name in names:
+        id = ids.get(name)
+        good = id is None or type(id) is int and 0 <= id < c.vocab_size
+        if not good:
+            why = f"expected the number of a token below {c.vocab_size:,}"
+            raise UserError(f"{folder}/config.json: {name}={id!r:.60}: {why}")
+    if names:
+        net.pad_id = ids.get("pad_token_id")
+    if c.n_encoder_layer:
+        start = ids.get("decoder_start_token_id")
+        net.start_id = net.pad_id if start is None else start  # T5's way
+        if net.start_id is None:
+            raise UserError(f"{folder}/config.json: decoder_start_token_id missing")
 
 
 def read_config(folder):
@@ -141,10 +201,12 @@ def read_config(folder):
     except (TypeError, ValueError, AttributeError) as error:  # such as a list where a text is due
         raise UserError(f"{path}: malformed: {error}") from None
     size = d.get("adapter_size")
-    poolings = ("last", "mean") if d["model_type"] == "barelm" else ("last",)
     checks = {
         "adapter_size": size is None or type(size) is int and 0 <= size <= LARGEST,
-        "pooling": d.get("pooling", "last") in poolings,
+        "pooling": d.get("pooling", "last") in poolings_of(d),
+        "classifier_pooling": d.get("classifier_pooling", "cls") in ("cls", "mean"),
+        "pooler": d.get("pooler", "") in ("", "tanh", "gelu_norm"),
+        "task": d.get("task", "classify") in ("classify", "tag", "span"),
         "quantize": d.get("quantize") in (None, "int8", "int4"),
     }
     for key, good in checks.items():
@@ -153,60 +215,49 @@ def read_config(folder):
     return d, config
 
 
-def tell_window(folder, settings, config):
-    """Say so where the context is shorter than config.json's, for the sake of a sliding window."""
-    entry = FAMILIES.get(settings["model_type"])
-    if entry is None or entry.sliding_window is None:
-        return
-    if config.n_ctx < settings[entry.keys["n_ctx"]]:
-        print(f"{folder}: the context ends with the sliding window, at {config.n_ctx} tokens")
+def poolings_of(d):
+    """What a classifier of a config.json's family may read of a text."""
+    if d["model_type"] == "barelm":
+        return ("last", "first", "mean")
+    heads = FAMILIES[d["model_type"]].heads
+    return (*heads["classify"].poolings, "last") if "classify" in heads else ("last",)
 
 
-def weights_of(folder):
-    """The paths of the files that hold a folder's tensors: one, or those that an index names."""
-    whole = folder / "model.safetensors"
-    index = folder / INDEX
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        why = "no model.safetensors here, nor its index (a pytorch_model.bin is a pickle, "
-        raise UserError(f"{folder}: {why}which may run code: convert it where you trust it)")
-    names = read_json(index).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [""]
-    if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):  # no ../ either
-        raise UserError(f"{index}: malformed: expected names of safetensors files")
-    return [folder / name for name in names]
+@dataclass
+class HeadHere:
+    """What a folder's files say of its head, as GPT.set_score takes it."""
+
+    labels: list[str]
+    task: str
+    pooling: str
+    pooler: str
+    bias: bool
 
 
-def read_entries(folder, kind):
-    """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others, but
-    for those that are not read."""
-    unread = tensor_names(kind).unread
-    entries = {}
-    for path in weights_of(folder):
-        for name, entry in entries_of(path).items():
-            if name in entries:
-                raise UserError(f"{path}: {name} is in another file of the folder too")
-            if not name.endswith(unread):
-                entries[name] = entry
-    return entries
-
-
-def check_layers(folder, entries, n_layer):
-    """Refuse files whose names are those of another number of layers than config.json's."""
-    n_found = len(layer_numbers(entries))
-    if n_found != n_layer:
-        raise UserError(f"{folder}: {n_layer} layers in config.json, {n_found} in its weights")
-
-
-def read_labels(folder, d, entries):
-    """The labels of a folder's classifier, by a config.json's dict d; none of a text model's."""
-    if "ForSequenceClassification" not in str(d.get("architectures")):
-        return []
-    _, shape = entries.get("score.weight", (None, []))
+def read_head(folder, d, entries, table):
+    """The HeadHere of a folder, by a config.json's dict d; None of a language model's."""
+    task = task_of(d)
+    if not task:
+        return None
+    name = renamed("score.weight", table)
+    _, shape = entries.get(name, (None, []))
     if len(shape) != 2 or shape[0] == 0:
-        raise UserError(f"{folder}: a classifier by its config.json, but without a score.weight")
-    n_labels = shape[0]
+        raise UserError(f"{folder}: a classifier by its config.json, but without a {name}")
+    if task == "span" and shape[0] != 2:
+        raise UserError(f"{folder}: {shape[0]} scores of a token: expected a start and an end")
+    labels = ["start", "end"] if task == "span" else read_labels(folder, d, shape[0])
+    bias = renamed("score.bias", table) in entries
+    if d["model_type"] == "barelm":
+        return HeadHere(labels, task, d.get("pooling", "last"), d.get("pooler", ""), bias)
+    head = FAMILIES[d["model_type"]].heads[task]
+    pooling = head.poolings[0]
+    if d.get("classifier_pooling") == "mean" and "mean" in head.poolings:
+        pooling = "mean"
+    return HeadHere(labels, task, pooling, head.pooler, head.bias)
+
+
+def read_labels(folder, d, n_labels):
+    """The names of a head's labels by a config.json's dict d."""
     usual = {str(i): f"LABEL_{i}" for i in range(n_labels)}  # transformers' names
     labels = usual if d.get("id2label") is None else d["id2label"]
     good = (
@@ -221,67 +272,18 @@ def read_labels(folder, d, entries):
     return [labels[number] for number in usual]
 
 
-def empty_network(config, settings, labels, fast):
+def empty_network(config, settings, head, fast):
     """The network of a config.json, whose tensors have shapes and types but no memory."""
     with torch.device("meta"):
         net = GPT(config, fast)
         if settings.get("adapter_size"):
             add_adapters(net, settings["adapter_size"])
-        if labels:
-            net.set_score(labels, settings.get("pooling", "last"), settings.get("pad_token_id"))
+        if head is not None:
+            pad_id = settings.get("pad_token_id")
+            net.set_score(**asdict(head), pad_id=pad_id)
         if settings.get("quantize"):
             quantize_weights(net, settings["quantize"])
     return net
-
-
-def check_entries(folder, entries, net, kind):
-    """Refuse files whose tensors, {name: (dtype, shape)}, are not the network's."""
-    prefix = tensor_names(kind).prefix
-    want = tensors_in_file(saved_tensors(net), kind)
-    want = {name.removeprefix(prefix): t for name, t in want.items()}
-    given = {name.removeprefix(prefix): entry for name, entry in entries.items()}
-    if len(given) < len(entries):
-        raise UserError(f"{folder}: tensors with and without the prefix {prefix}")
-    spare = {"lm_head.weight": net.lm_head.weight}  # of a tied head, or beside a classifier's
-    bad = []
-    for name, t in (spare | want).items():
-        if name in want or name in given:
-            dtype, shape = given.get(name, (torch.bool, []))  # missing: unlike any tensor of ours
-            # Any float becomes load's dtype; codes must be what they are.
-            both_float = dtype.is_floating_point and t.is_floating_point()
-            if shape != list(t.shape) or not (both_float or dtype == t.dtype):
-                bad.append(name)
-    for name in given:
-        if name not in want and name not in spare:
-            bad.append(name)
-    if bad:
-        raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
-
-
-def read_weights(folder, kind, dtype):
-    """{name: tensor} of a folder's files, but for those that are not read. What is not finite as
-    dtype is a UserError."""
-    unread = tensor_names(kind).unread
-    tensors = {}
-    for path in weights_of(folder):
-        part, _ = read_safetensors(path)
-        part = {name: t for name, t in part.items() if not name.endswith(unread)}
-        check_finite(path, part, dtype)
-        tensors |= part
-    return tensors  # in the files' own dtypes
-
-
-def complete_head(folder, tensors, net):
-    """Add the head to {name: tensor} where the file has none: a tied one's is the embedding."""
-    table = tensors.get("model.embed_tokens.weight")  # (V, C)
-    if net.config.tie and table is not None:
-        head = tensors.get("lm_head.weight", table)
-        if head.dtype != table.dtype or not head.equal(table):
-            raise UserError(f"{folder}: lm_head.weight is not the embedding that it is tied to")
-        tensors["lm_head.weight"] = table
-    if net.labels and "lm_head.weight" not in tensors:  # a classifier's file: nothing reads it
-        shape = (net.config.vocab_size, net.config.n_embd)
-        tensors["lm_head.weight"] = torch.zeros(shape)
 
 
 def fill(net, tensors, device, dtype):
@@ -296,11 +298,6 @@ def fill(net, tensors, device, dtype):
     # assign: what is on meta has no memory to copy into. It also parts what was tied.
     net.load_state_dict(state, strict=False, assign=True)
     tie_embedding(net, dtype)
-
-
-def has_coded_table(net):
-    """Whether the embedding is tied to a head of int8 codes, and so is in no file."""
-    return net.config.tie and isinstance(net.lm_head, QuantizedLinear)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,6 +336,8 @@ def load_adapted(folder, device, dtype, quantize, fast, above=()):
         quantize_weights(net, quantize)
     if (folder / "tokenizer.json").is_file():
         tok = adapter_tokenizer(folder, tok.eos_ids)
+        begin_texts(tok, net.config)
+    read_embedding(folder, net)
     if tok.n_vocab > net.config.vocab_size:
         why = f"{tok.n_vocab} tokens, but the base knows {net.config.vocab_size}"
         raise UserError(f"{folder}: {why}")
@@ -373,17 +372,6 @@ def find_base(folder, name):
 # Save
 
 
-def saved_tensors(net):
-    """The tensors that a network's file holds, by our names: of tied ones, the one that is read."""
-    if has_coded_table(net):
-        absent = "model.embed_tokens.weight"
-    elif net.config.tie or net.score is not None:  # a classifier's head is read by nothing
-        absent = "lm_head.weight"
-    else:
-        absent = None
-    return {name: t for name, t in net.state_dict().items() if name != absent}
-
-
 def save(folder, net, tok, step=0, state=None):
     """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt, to resume.
     The weights, without which nothing opens the folder, come last. The folder is new, or of this
@@ -391,11 +379,15 @@ def save(folder, net, tok, step=0, state=None):
     folder = Path(folder)
     make_folder(folder)
     config = to_hf_config(net, tok)
-    tensors = tensors_in_file(saved_tensors(net), config["model_type"])
+    task = net.task if net.score is not None else ""
+    table = table_of(config["model_type"], net.config, task)
+    tensors = tensors_in_file(saved_tensors(net), table)
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)  # what transformers' generate reads
     write_json(folder / "tokenizer.json", tok.spec)
+    if net.task == "embed":
+        write_pooling(folder, net.pooling, net.config.n_embd)
     length = {"model_max_length": net.config.n_ctx}  # where transformers warns of long texts
     write_json(folder / "tokenizer_config.json", tok.config | length)
     write_weights(folder / "model.safetensors", tensors, step, state)

@@ -19,20 +19,17 @@ GPU the tokens of a step are told while the device computes the next one.
 
 import os
 import sys
-import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from contextlib import suppress
 
 import torch
 
+from barelm.caller import Caller
 from barelm.decode import Decoder
 from barelm.fast import generating
 from barelm.generation import check_generates
 from barelm.jobs import Token, Update
-from barelm.metrics import Metrics
-from barelm.run import UserError
 from barelm.sampling import power_of_two
 from model import head
 
@@ -47,7 +44,7 @@ def tell_listeners(updates):
         update.job.listener(update)
 
 
-class Engine(threading.Thread):
+class Engine(Caller):
     """The thread that owns the network.
 
     prefill_chunk: how many tokens of prompts are read in a step; 0: by the device. max_queue: how
@@ -57,19 +54,17 @@ class Engine(threading.Thread):
     def __init__(
         self, net, tok, max_batch, max_len, prefill_chunk=0, max_queue=256, tell=tell_listeners
     ):
-        super().__init__(daemon=True)
-        self.net = net
+        super().__init__(net)
         self.tok = tok
-        check_generates(net.config)
+        check_generates(net)
         self.max_batch = max_batch
         self.max_len = max_len  # tokens of a prompt and its answer
         self.max_queue = max_queue
         self.tell = tell
-        self.metrics = Metrics()
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
-        how = dict(check=True, slack=8, max_source=max_len)
-        self.decoder = Decoder(net, tok, max_batch, max_len, **how)
+        options = dict(check=True, slack=8, max_source=max_len)
+        self.decoder = Decoder(net, tok, max_batch, max_len, **options)
         self.on_gpu = self.decoder.on_gpu
         self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
         # What a pass of the network costs beside its tokens, in tokens: less is not worth one.
@@ -85,10 +80,7 @@ class Engine(threading.Thread):
         self.updates = []  # not told yet
         self.cached_ids = [[] for _ in range(max_batch)]  # whose keys and values each slot has
         self.last_used = [0] * max_batch  # the step in which a slot's last job left
-        self.waiting = deque()  # jobs without a slot; this and the rest under the lock of `wake`
-        self.calls = deque()  # (future, f, args)
-        self.stopped = False
-        self.wake = threading.Condition()
+        self.waiting = deque()  # jobs without a slot, under the lock of `wake`
 
     # ------------------------------------------------------------------ what other threads call
 
@@ -110,21 +102,6 @@ class Engine(threading.Thread):
                 with suppress(ValueError):  # it is in the batch, or done
                     self.waiting.remove(job)
             self.wake.notify()
-
-    def call(self, f, *args):
-        """A Future of f(*args), called between two steps: for whoever else needs the network."""
-        future = Future()
-        with self.wake:
-            self.calls.append((future, f, args))
-            self.wake.notify()
-        return future
-
-    def stop(self):
-        """End the thread after its step: Python may not end while torch computes."""
-        with self.wake:
-            self.stopped = True
-            self.wake.notify()
-        self.join()
 
     # ------------------------------------------------------------------ the thread
 
@@ -176,14 +153,6 @@ class Engine(threading.Thread):
             while not (self.jobs or self.waiting or self.calls or self.stopped):
                 self.wake.wait()
         return not self.stopped
-
-    def answer_call(self, future, f, args):
-        if not future.set_running_or_notify_cancel():  # it was given up meanwhile
-            return
-        try:
-            future.set_result(f(*args))
-        except (Exception, UserError) as error:
-            future.set_exception(error)
 
     def step(self):
         """Every sequence whose prompt is read gets its next token; then prompts are read."""

@@ -2,8 +2,8 @@
 
 An example is a dict. `ids` are the inputs, and `targets`, of the same length, the next tokens to
 learn, IGNORED where there is none; an encoder-decoder's has its `source` and `targets`, a
-classifier's has a `label`, a pair of answers has `chosen` and `rejected`. `row` names the line that
-it came from, `cut` says whether it was too long."""
+classifier's has a `label`, a pair of answers has `chosen` and `rejected`, one of vectors `texts`.
+`row` names the line that it came from, `cut` says whether it was too long."""
 
 import ast
 import contextlib
@@ -247,6 +247,8 @@ def micro_batches(examples, micro_tokens, net):
 
 def n_rows(example):
     """How many rows an example takes in a batch; a pair's answers are two."""
+    if "texts" in example:
+        return len(example["texts"])
     return 2 if "chosen" in example else 1
 
 
@@ -256,6 +258,8 @@ def row_lengths(example):
         return [max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))]
     if "source" in example:
         return [len(example["source"]), len(example["targets"])]
+    if "texts" in example:
+        return [max(map(len, example["texts"]))]
     return [len(example["ids"])]
 
 

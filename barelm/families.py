@@ -1,181 +1,17 @@
-"""transformers' config.json and tensor names, to ours and back: one entry of FAMILIES a model_type.
+"""transformers' config.json, to ours and back, by the entries of family_table.py.
 
-A new family is one `Family` in the table below. What it must say is where its config.json has each
-field of GPTConfig that differs from model to model (`keys`), what all its models have in common
-(`fixed`), and how its files name their tensors (`tensors`). What the entry does not mention is not
-lost: `family` answers "barelm" for a network with a field that no entry holds."""
+What an entry does not mention is not lost: `family` answers "barelm" for a network with a field
+that no entry holds."""
 
-import re
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, fields, replace
 
-import torch
-
+from barelm.config_keys import Inexact
+from barelm.family_table import FAMILIES, REFUSED, Family
 from barelm.run import UserError
+from barelm.tensor_names import TensorNames
 from model import GPTConfig
 
-
-@dataclass(frozen=True)
-class TensorNames:
-    """How a family's files name and lay out the tensors of our state_dict. Where one of their
-    tensors has several of ours (GPT-2's q, k and v), these stand one below the other in it."""
-
-    renames: tuple[tuple[str, str], ...] = ()  # (ours, theirs), replaced one after another
-    transposed: bool = False  # matrices of linear layers are (in, out) there
-    prefix: str = ""  # that the names in some files lack
-    unread: tuple[str, ...] = (".rotary_emb.inv_freq",)  # ends of names: what is computed here
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the models of one model_type say in config.json what GPTConfig says here."""
-
-    causal_lm: str  # the classes that config.json's `architectures` names
-    classifier: str
-    keys: dict[str, str]  # GPTConfig's field: its key, for what differs from model to model
-    fixed: dict  # GPTConfig's field: the value that every model of the family has
-    absent: dict  # GPTConfig's field: what transformers takes where its key is absent
-    # GPTConfig's field: a function of the config, for a value that follows from others there.
-    derived: dict[str, Callable] = field(default_factory=dict)
-    # Key: the values with which we are exact, that of an absent key first.
-    exact: dict[str, tuple] = field(default_factory=dict)
-    dropout_keys: tuple[str, ...] = ()  # their names for our one dropout
-    sliding_window: int | None = None  # where the key is absent; None: the family has no window
-    written: dict = field(default_factory=dict)  # keys that we write for other readers
-    copies: dict[str, str] = field(default_factory=dict)  # GPTConfig's field: a second key, written
-    tensors: TensorNames = TensorNames()
-
-    @property
-    def has_rope(self):
-        return self.fixed["pos"] == "rope"
-
-
-# --------------------------------------------------------------------------------------------------
-# The table
-
-LLAMA_KEYS = {
-    "vocab_size": "vocab_size",
-    "n_ctx": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "n_embd": "hidden_size",
-    "n_hidden": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tie": "tie_word_embeddings",
-}
-GPT2_KEYS = {
-    "vocab_size": "vocab_size",
-    "n_ctx": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_hidden": "n_inner",
-    "norm_eps": "layer_norm_epsilon",
-    "tie": "tie_word_embeddings",
-}
-LLAMA_FIXED = {
-    "norm": "rms",
-    "norm_place": "pre",
-    "pos": "rope",
-    "mlp": "swiglu",
-    "bias": False,
-    "qk_norm": False,
-    "qkv_bias": False,
-}
-LLAMA_EXACT = {"hidden_act": (None, "silu", "swish")}
-LLAMA_WRITTEN = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-}
-GPT2_TENSORS = TensorNames(
-    renames=(
-        ("model.", "transformer."),
-        ("embed_tokens", "wte"),
-        ("embed_positions", "wpe"),
-        (".layers.", ".h."),
-        (".norm.", ".ln_f."),
-        ("input_layernorm", "ln_1"),
-        ("post_attention_layernorm", "ln_2"),
-        ("self_attn.q_proj", "attn.c_attn"),
-        ("self_attn.k_proj", "attn.c_attn"),
-        ("self_attn.v_proj", "attn.c_attn"),
-        ("self_attn.o_proj", "attn.c_proj"),
-        ("up_proj", "c_fc"),
-        ("mlp.down_proj", "mlp.c_proj"),
-    ),
-    transposed=True,  # its layers are Conv1D
-    prefix="transformer.",
-    unread=(".attn.bias", ".attn.masked_bias"),  # causal masks of old files
-)
-
-
-def heads_of_queries(c):
-    """n_kv_head of a family without grouped-query attention."""
-    return c.n_head
-
-
-def width_of_a_head(c):
-    """head_dim of a family whose heads share the width among them."""
-    return c.n_embd / c.n_head
-
-
-# Of several that hold a network the first is written: Mistral's, within its window, is Llama's.
-FAMILIES = {
-    "qwen3": Family(
-        causal_lm="Qwen3ForCausalLM",
-        classifier="Qwen3ForSequenceClassification",
-        keys=LLAMA_KEYS,
-        fixed=LLAMA_FIXED | {"qk_norm": True},
-        absent={"tie": False},  # transformers' head_dim is 128 there, whatever the width: refuse
-        exact=LLAMA_EXACT,
-        written=LLAMA_WRITTEN,
-    ),
-    "qwen2": Family(
-        causal_lm="Qwen2ForCausalLM",
-        classifier="Qwen2ForSequenceClassification",
-        keys=LLAMA_KEYS,
-        fixed=LLAMA_FIXED | {"qkv_bias": True},
-        absent={"tie": False, "head_dim": 0},
-        exact=LLAMA_EXACT,
-        written=LLAMA_WRITTEN,
-    ),
-    "llama": Family(
-        causal_lm="LlamaForCausalLM",
-        classifier="LlamaForSequenceClassification",
-        keys=LLAMA_KEYS,
-        fixed=LLAMA_FIXED,
-        absent={"tie": False, "head_dim": 0, "n_kv_head": 0},
-        exact=LLAMA_EXACT,
-        written=LLAMA_WRITTEN,
-    ),
-    "mistral": Family(
-        causal_lm="MistralForCausalLM",
-        classifier="MistralForSequenceClassification",
-        keys=LLAMA_KEYS,
-        fixed=LLAMA_FIXED,
-        absent={"tie": False, "head_dim": 0},
-        exact=LLAMA_EXACT,
-        sliding_window=4096,
-        written=LLAMA_WRITTEN,
-    ),
-    "gpt2": Family(
-        causal_lm="GPT2LMHeadModel",
-        classifier="GPT2ForSequenceClassification",
-        keys=GPT2_KEYS,
-        fixed=LLAMA_FIXED | {"norm": "layer", "pos": "learned", "mlp": "gelu", "bias": True},
-        absent={"tie": True, "n_hidden": 0},
-        derived={"n_kv_head": heads_of_queries, "head_dim": width_of_a_head},
-        exact={"activation_function": (None, "gelu_new", "gelu_pytorch_tanh")},
-        dropout_keys=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-        written={"activation_function": "gelu_new"},
-        copies={"n_ctx": "n_ctx"},
-        tensors=GPT2_TENSORS,
-    ),
-}
+__all__ = ["FAMILIES", "Family", "TensorNames"]
 
 # What no family here may have otherwise: the values with which we are exact, an absent key's first.
 EXACT = {
@@ -190,9 +26,8 @@ EXACT = {
     "add_cross_attention": (None, False),
     "quantization_config": (None, False),
 }
-ROPE_FIELDS = ("rope_theta", "rope_scaling")
 # What shapes training alone: written under our own names, which transformers passes over.
-TRAINING = ("dropout", "init")
+TRAINING = ("dropout", "init", "balance", "balance_weight", "z_weight")
 # What a config.json of model_type barelm has beside GPTConfig's fields.
 BESIDE = (
     "model_type",
@@ -205,7 +40,9 @@ BESIDE = (
     "architectures",
     "id2label",
     "label2id",
+    "task",
     "pooling",
+    "pooler",
     "adapter_size",
     "quantize",
     "transformers_version",
@@ -231,13 +68,21 @@ def misfits(c, kind):
     for name, value_of in entry.derived.items():
         wanted[name] = value_of(c)
     in_file = {*entry.keys, *TRAINING}
-    if entry.has_rope:
-        in_file.update(ROPE_FIELDS)
+    for part in entry.parts:
+        wanted |= read_back(c, part)
     for f in fields(c):
         # A field that was added to GPTConfig and not to the table comes by here: never lost.
         if f.name not in in_file and f.name not in wanted:
             wanted[f.name] = default_of(f)
     return {name: value for name, value in wanted.items() if getattr(c, name) != value}
+
+
+def read_back(c, part):
+    """{field: value} of a part's fields as a file would have them, written by a GPTConfig."""
+    try:
+        return part.read(part.write(c), asdict(c))
+    except Inexact:
+        return {f.name: default_of(f) for f in fields(c) if f.name in part.fields}
 
 
 def family(c):
@@ -248,45 +93,93 @@ def family(c):
     return "barelm"
 
 
+def family_of(net):
+    """The model_type that holds a network with what was added to it: its head, adapters, codes."""
+    kind = family(net.config)
+    if net.adapter_size or net.quantize:
+        return "barelm"  # no class of transformers has these
+    if net.score is None or kind == "barelm":
+        return kind
+    return kind if head_fits(net, FAMILIES[kind]) else "barelm"
+
+
+def head_fits(net, entry):
+    """Whether a family has a class with a network's head."""
+    head = entry.heads.get(net.task)
+    if head is None or net.pooler != head.pooler or head.bias != (net.score.bias is not None):
+        return False
+    return net.task != "classify" or net.pooling in head.poolings
+
+
 # --------------------------------------------------------------------------------------------------
 # Ours to config.json
 
 
 def to_hf_config(net, tok):
     """config.json for a network and its tokenizer, as a dict."""
-    kind = family(net.config)
-    if net.pooling != "last" or net.adapter_size or net.quantize:
-        kind = "barelm"  # no class of transformers has these
+    kind = family_of(net)
+    pad_id = tok.pad_id if net.pad_id is None else net.pad_id
+    if net.config.position_offset and pad_id != net.config.position_offset - 1:
+        kind = "barelm"  # elsewhere positions begin behind the number of the padding token
     dtype = str(net.model.embed_tokens.weight.dtype).removeprefix("torch.")
     out = {"model_type": kind, "torch_dtype": dtype, "dtype": dtype}  # before transformers 5, after
     out["bos_token_id"] = tok.bos_id
     out["eos_token_id"] = tok.eos_ids[0] if len(tok.eos_ids) == 1 else tok.eos_ids
-    out["pad_token_id"] = tok.pad_id
+    out["pad_token_id"] = pad_id
     if net.config.n_encoder_layer:
         out["decoder_start_token_id"] = net.start_id
     if net.score is not None:
-        out |= classifier_keys(net, tok)
-    out["architectures"] = [architecture(kind, net.score is not None)]
+        out |= head_keys(net, kind)
+    out["architectures"] = [architecture(kind, net)]
+    if kind != "barelm" and net.score is not None:
+        return family_keys(net.config, kind) | out
     if kind != "barelm":
         return out | family_keys(net.config, kind)
     return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
 
 
-def classifier_keys(net, tok):
-    """What config.json says of a classifier: its labels, and how a text's last token is found."""
-    return {
+def head_keys(net, kind):
+    """What config.json says of a head: its labels, and what it reads of a text."""
+    out = {
         "id2label": {str(i): label for i, label in enumerate(net.labels)},
         "label2id": {label: i for i, label in enumerate(net.labels)},
         "pooling": net.pooling,
-        "pad_token_id": tok.pad_id if net.pad_id is None else net.pad_id,
     }
-
-
-def architecture(kind, is_classifier):
-    """The name of the class that opens such a folder."""
+    if kind == "modernbert":
+        out["classifier_pooling"] = "mean" if net.pooling == "mean" else "cls"
     if kind == "barelm":
-        return "BarelmForSequenceClassification" if is_classifier else "BarelmForCausalLM"
-    return FAMILIES[kind].classifier if is_classifier else FAMILIES[kind].causal_lm
+        out |= {"task": net.task, "pooler": net.pooler}
+    return out
+
+
+TASKS = {
+    "classify": "ForSequenceClassification",
+    "tag": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+}
+
+
+def architecture(kind, net):
+    """The name of the class that opens such a folder."""
+    has_head = net.score is not None
+    if kind != "barelm":
+        entry = FAMILIES[kind]
+        return entry.heads[net.task].architecture if has_head else entry.lm
+    if has_head:
+        return f"Barelm{TASKS[net.task]}"
+    if net.config.n_encoder_layer:
+        return "BarelmForConditionalGeneration"
+    return "BarelmForCausalLM" if net.config.causal else "BarelmForMaskedLM"
+
+
+def task_of(d):
+    """The task of the head that a config.json's dict says the model has; "" for a language
+    model's."""
+    names = str(d.get("architectures"))
+    for task, ending in TASKS.items():
+        if ending in names:
+            return task
+    return ""
 
 
 def family_keys(c, kind):
@@ -300,12 +193,27 @@ def family_keys(c, kind):
             out[f.name] = getattr(c, f.name)
     for key in entry.dropout_keys:
         out[key] = c.dropout
-    if entry.has_rope:
-        out |= {name: getattr(c, name) for name in ROPE_FIELDS}
     out |= entry.written
+    for part in entry.parts:
+        out |= part.write(c)
     for name, key in entry.copies.items():
         out[key] = getattr(c, name)
     return out
+
+
+def table_of(kind, c, task=""):
+    """The TensorNames of a model_type's files, for a GPTConfig and a head; barelm's are our own."""
+    if kind not in FAMILIES:
+        return TensorNames()
+    entry = FAMILIES[kind]
+    table = entry.tensors if isinstance(entry.tensors, TensorNames) else entry.tensors(c)
+    if task in entry.heads:
+        head = entry.heads[task]
+        # What a head reads is read, though another model's files have it for nothing.
+        read = tuple(name + end for _, name in head.renames for end in ("weight", "bias"))
+        unread = tuple(end for end in table.unread if not any(n.endswith(end) for n in read))
+        table = replace(table.with_head(head.renames), unread=unread)
+    return table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,19 +225,22 @@ def from_hf_config(d, where="config.json"):
     kind = d.get("model_type")
     if kind == "barelm":
         return from_our_config(d, where)
-    if kind not in list(FAMILIES):  # a list, since a dict refuses to look for some JSON types
+    if kind in list(REFUSED):  # lists, since a dict refuses to look for some JSON types
+        raise UserError(f"{where}: model_type {kind!r} is not supported: {REFUSED[kind]}")
+    if kind not in list(FAMILIES):
         why = f"is not supported: {', '.join(FAMILIES)} are"
         raise UserError(f"{where}: model_type {kind!r:.60} {why}")
     entry = FAMILIES[kind]
     values, faults = read_keys(d, entry)
-    faults += end_at_window(values, d, entry)
-    d, rope, rope_faults = flat_rope(d)
-    faults += rope_faults
+    for part in entry.parts:
+        try:
+            values |= part.read(d, values)
+        except Inexact as error:
+            faults.append(str(error))
     faults += not_exact(d, entry)
     if faults:
         raise UserError(f"{where}: {', '.join(faults)}")
     values |= entry.fixed
-    values |= rope_values(d, rope)
     values |= training_values(d, entry)
     return checked_config(values, entry.keys, where)
 
@@ -356,57 +267,20 @@ def read_keys(d, entry):
     return values, faults
 
 
-def end_at_window(values, d, entry):
-    """Cut n_ctx of {field: value} to the sliding window, within which it changes nothing; [what is
-    wrong with the window]."""
-    if entry.sliding_window is None:
-        return []
-    window = d.get("sliding_window", entry.sliding_window)
-    if window is None:  # the file says that there is none
-        return []
-    if type(window) is not int or window < 1:
-        return [f"sliding_window={window!r:.60} not supported"]
-    if type(values.get("n_ctx")) is int:
-        values["n_ctx"] = min(values["n_ctx"], window)
-    return []
-
-
-def flat_rope(d):
-    """(d with rope_theta and partial_rotary_factor as keys of its own, the rope's scaling, [what is
-    wrong]): all is one dict in transformers 5, and apart in those before it."""
-    rope = d.get("rope_scaling") or d.get("rope_parameters") or {}
-    nested = isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
-    if not isinstance(rope, dict) or nested:  # nested: another rope for each type of layer
-        return d, {}, [f"rope_parameters={rope!r:.60} not supported"]
-    scaling = dict(rope)
-    beside = {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in scaling:
-            beside[key] = scaling.pop(key)
-    return d | beside, scaling, []
-
-
 def not_exact(d, entry):
     """[what a config.json asks for that we would not compute exactly]."""
+    read = {key for part in entry.parts for key in part.keys}
     faults = []
-    for key, values in (entry.exact | EXACT).items():
-        if d.get(key, values[0]) not in values:
-            faults.append(f"{key}={d[key]!r:.60} not supported")
-    if entry.sliding_window is None:  # else the context ends where the window would count
-        kinds = set(d.get("layer_types") or ()) - {"full_attention"}
-        faults += [f"layers of {kind} not supported" for kind in kinds]
+    for key, values in (EXACT | entry.exact).items():
+        if key not in read and d.get(key, values[0]) not in values:
+            faults.append(f"{key}={d.get(key)!r:.60} not supported")
+    if "layer_types" not in read:
+        kinds = d.get("layer_types") or []
+        if not isinstance(kinds, list):
+            return [*faults, f"layer_types={kinds!r:.60} not supported"]
+        kinds = sorted({str(kind) for kind in kinds} - {"full_attention"})
+        faults += [f"layer_types of {kind!r:.60} not supported" for kind in kinds]
     return faults
-
-
-def rope_values(d, rope):
-    """rope_theta and rope_scaling, as GPTConfig has them."""
-    theta = d.get("rope_theta")
-    # `type` is the key's name in old files.
-    kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    return {
-        "rope_theta": 10000.0 if theta is None else theta,
-        "rope_scaling": None if kind == "default" else rope,
-    }
 
 
 def training_values(d, entry):
@@ -427,82 +301,3 @@ def checked_config(values, names, where):
     except UserError as error:
         name, _, rest = str(error).partition("=")
         raise UserError(f"{where}: {names.get(name, name)}={rest}") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# Tensors
-
-
-def tensor_names(kind):
-    """The TensorNames of a model_type's files; barelm's are our own."""
-    return FAMILIES[kind].tensors if kind in FAMILIES else TensorNames()
-
-
-def renamed(name, table):
-    """A name of ours, as a table's files have it."""
-    for ours, theirs in table.renames:
-        name = name.replace(ours, theirs)
-    return name
-
-
-def names_in_file(names, kind):
-    """{name in a file of this model_type: those of our names that it holds: q, k and v, or one}."""
-    table = tensor_names(kind)
-    groups = {}
-    for name in names:
-        groups.setdefault(renamed(name, table), []).append(name)
-    return groups
-
-
-def gpt2_names(names):
-    """`names_in_file` of GPT-2, whose layers an adapter of PEFT's names."""
-    return names_in_file(names, "gpt2")
-
-
-def is_transposed(name, table):
-    return table.transposed and name.endswith("_proj.weight")
-
-
-def tensors_from_file(tensors, names, kind):
-    """A file's tensors (with or without the family's prefix) under our names; what is under none of
-    `names` keeps its own."""
-    table = tensor_names(kind)
-    rest = {name.removeprefix(table.prefix): t for name, t in tensors.items()}
-    out = {}
-    for theirs, ours in names_in_file(names, kind).items():
-        t = rest.pop(theirs.removeprefix(table.prefix), None)
-        if t is None:
-            continue  # a tied head, or a classifier's
-        if is_transposed(ours[0], table):
-            t = t.t().contiguous()
-        if len(ours) == 1:
-            out[ours[0]] = t  # (out, in)
-        else:
-            out.update(zip(ours, t.chunk(len(ours))))  # equal parts: no grouped-query attention
-    return out | rest
-
-
-def tensors_in_file(state, kind):
-    """Our tensors under the names of a file of this model_type."""
-    table = tensor_names(kind)
-    out = {}
-    for theirs, ours in names_in_file(state, kind).items():
-        t = state[ours[0]]
-        if len(ours) > 1:  # their rows below each other: (out of q + of k + of v, in)
-            t = torch.cat([state[name] for name in ours])
-        out[theirs] = t.t() if is_transposed(ours[0], table) else t
-    return out
-
-
-def layer_numbers(names):
-    """The numbers of the layers that the tensors of a file belong to, by their names in any of the
-    families: of files that are none of config.json's family, too, there is a number to tell."""
-    begins = set()
-    for entry in FAMILIES.values():
-        begin = renamed("model.layers.", entry.tensors)
-        begins.add(re.escape(begin))
-        begins.add(re.escape(begin.removeprefix(entry.tensors.prefix)))
-    # Nine digits, since int() refuses thousands of them, which a name may have.
-    pattern = re.compile(rf"(?:{'|'.join(sorted(begins))})(\d{{1,9}})\.")
-    matches = [pattern.match(name) for name in names]
-    return {int(match[1]) for match in matches if match}

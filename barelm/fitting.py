@@ -9,7 +9,6 @@ import torch
 
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import IGNORED, device_of, rounded_length
-from barelm.layouts import cached_numbers
 from barelm.optim import MOMENTS, flops_per_token, free_memory, memory_estimate
 from barelm.run import to_device
 from model import generate
@@ -52,7 +51,8 @@ def why_not_compile(asked, learner, saved, flops, lengths):
 
 def learns_in_network(net):
     """Whether more learns than a score on top."""
-    return any(p.requires_grad for name, p in net.named_parameters() if name != "score.weight")
+    learning = [name for name, p in net.named_parameters() if p.requires_grad]
+    return not all(name.startswith("score") for name in learning)
 
 
 def prepare_network(learner, rows, cast, packed, why_not, sources=None):
@@ -173,7 +173,7 @@ def rows_that_fit(net, longest):
     """How many sequences of `longest` tokens can be generated at once: their keys and values, and
     logits, in half of the memory that is free."""
     c = net.config
-    row = 4 * (cached_numbers(c, longest) + 4 * c.vocab_size)
+    row = 4 * (2 * c.n_layer * c.n_kv_head * c.head_dim * longest + 4 * c.vocab_size)
     return max(1, int(free_memory(device_of(net)) / 2 / row))
 
 

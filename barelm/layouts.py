@@ -1,4 +1,4 @@
-"""Where a cache keeps the keys and values of a token, by who will look at them: its layer's Pattern.
+"""Where a cache keeps the keys and values of a token, by who looks at them: its layer's Pattern.
 
     layout = layout_for(pattern, max_len)
     layout.n                       # how many places there are

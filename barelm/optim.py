@@ -59,13 +59,14 @@ def make_muon(matrices, lr, momentum, weight_decay, dtype):
 
 
 def split_parameters(net):
-    """The parameters that learn: the blocks' matrices; the embedding, the head and whatever else
-    has two dimensions or more (a stack of experts); norms and biases, which are not decayed."""
+    """The parameters that learn: the blocks' matrices, and their stacks of matrices (experts); the
+    embedding, the head and whatever else has two dimensions; norms and biases, which are not
+    decayed."""
     matrices, wide, narrow = [], [], []
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and ".layers." in name:
+        if p.ndim > 1 and ".layers." in name:
             matrices.append(p)
         elif p.ndim > 1:
             wide.append(p)
@@ -154,6 +155,15 @@ def n_params(net):
     return sum(p.numel() for p in net.parameters())
 
 
+def n_active(net):
+    """How many parameters a token is computed with: of a layer's experts those that it is given
+    to."""
+    c = net.config
+    idle = c.n_experts - c.n_experts_per_token
+    expert = MLP_MATRICES[c.mlp] * c.n_embd * c.expert_hidden
+    return n_params(net) - sum(c.has_experts) * idle * expert
+
+
 # How many matrices an MLP of each kind multiplies a token with. One that is not here is counted
 # nowhere else: FLOPs, memory and the decision to compile stand on it.
 MLP_MATRICES = {"swiglu": 3, "geglu": 3, "geglu_erf": 3, "gelu": 2, "gelu_erf": 2}
@@ -183,6 +193,10 @@ def sequence_flops(c, length, source_len=0, backward=True):
         # Cross-attention: q and o of the target's tokens, k and v of the source's.
         forward += length * c.n_layer * 2 * c.head_dim * c.n_head * (c.n_embd + source_len)
         forward += source_len * c.n_layer * 2 * c.head_dim * c.n_kv_head * c.n_embd
+    if c.mtp and backward:  # in training alone
+        block = heads + attention_products(c, Pattern(), length)
+        block += MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden + 2 * c.n_embd**2
+        forward += length * c.mtp * (block + c.n_embd * c.vocab_size)
     flops = 2 * forward
     return 3 * flops if backward else flops
 
@@ -254,6 +268,9 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
         mlp = width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden
         for pattern in c.encoder_patterns:
             blocks.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
+    ahead = block_bytes(c, Pattern(), seq_len, width, device_type)
+    ahead += width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden + 4 * 6 * c.n_embd  # two states, joined
+    blocks += [ahead] * c.mtp
     if recompute:  # of each block its input alone, and all of the one that is computed again
         kept = len(blocks) * 4 * c.n_embd + max(blocks)
     else:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from barelm.families import family, names_in_file
+from barelm.families import family, table_of
 from barelm.files import read_json
 from barelm.run import UserError
 from barelm.safetensors import check_finite, read_safetensors
 from barelm.shapes import LARGEST
+from barelm.tensor_names import names_in_file, parted
 
 # Of an adapter_config.json: what may be anything, since it changes no product or is checked apart.
 NOTES = {
@@ -126,7 +127,8 @@ def add_lora(net, folder, base, d):
     path = folder / "adapter_config.json"
     file = folder / "adapter_model.safetensors"
     weights = dict(net.named_parameters())
-    names = adapter_names(net.config, weights)
+    table = table_of(family(net.config), net.config)
+    names = adapter_names(table, weights)
     for pair in read_pairs(folder, file):
         # Several where the base's file has q, k and v as one: their rows are below each other.
         targets = [weights[name] for name in names.get(f"{pair.layer}.weight", ())]
@@ -136,20 +138,21 @@ def add_lora(net, folder, base, d):
             raise UserError(f"{path}: r={rank!r:.60}, but {pair.key} has {len(pair.A)} rows")
         alpha = of_pattern(d.get("alpha_pattern"), pair.layer, d["lora_alpha"])
         delta = (alpha / rank) * (pair.B.float() @ pair.A.float())  # (out, in)
-        parts = delta.to(targets[0].device).split([len(p) for p in targets])
+        delta = delta.to(targets[0].device)
+        parts = parted(delta, len(targets), table) if len(targets) > 1 else [delta]
         for p, part in zip(targets, parts):
             with torch.no_grad():  # p is a leaf that wants gradients
                 p += part.to(p.dtype)
             check_finite(file, {pair.key: p}, p.dtype)
 
 
-def adapter_names(config, weights):
+def adapter_names(table, weights):
     """{a weight's name in an adapter: those of ours that it holds}: as the base's file has it, and
     as transformers' AutoModel does, without the prefix."""
-    names = names_in_file(weights, family(config))
+    names = names_in_file(weights, table)
     short = {}
     for theirs, ours in names.items():
-        short[theirs.removeprefix("transformer.").removeprefix("model.")] = ours
+        short[theirs.removeprefix(table.prefix).removeprefix("model.")] = ours
     return names | short
 
 

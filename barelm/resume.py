@@ -32,6 +32,8 @@ STATES = ("state.pt", "state.pt.tmp")
 # What a folder of weights has beside them.
 COMPANIONS = (
     "config.json",
+    "modules.json",  # this and the next say how a text is embedded
+    "1_Pooling/config.json",
     "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

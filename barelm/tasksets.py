@@ -1,5 +1,5 @@
-"""Records of many forms as rows of the four kinds of task sets: sft, preference, classify, seq2seq;
-and the records that Python's own source gives."""
+"""Records of many forms as rows of the kinds of task sets: sft, preference, classify, seq2seq, tag,
+embed, span; and the records that Python's own source gives."""
 
 import ast
 import json
@@ -13,10 +13,13 @@ from itertools import islice
 
 from barelm.clean import Reject, Tally, reject_if
 from barelm.dedup import digest
+from barelm.extraction import right_answers
 from barelm.files import whole_file
 from barelm.mix import SPLITS
-from barelm.run import Progress
+from barelm.python_names import entities_of
+from barelm.run import Progress, UserError
 from barelm.sources import raw_records
+from barelm.tagging import words_of
 
 # The names that data sets give their fields.
 ASK = ("instruction", "prompt", "question")
@@ -28,6 +31,8 @@ PAIRS = [("source", "target"), ("document", "summary"), ("article", "highlights"
 PAIRS += [("text", "summary"), ("dialogue", "summary"), ("article", "summary")]
 PAIRS += [("instruction", "output"), ("input", "output")]
 PAIRS += [("question", "answer"), ("prompt", "completion")]
+EMBED_PAIRS = [("anchor", "positive"), ("query", "positive"), ("a", "b")]
+EMBED_PAIRS += [("sentence1", "sentence2"), ("question", "answer"), ("query", "answer")]
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 
@@ -167,6 +172,62 @@ def as_seq2seq(record):
     raise Reject("no source and target, nor another known pair of fields")
 
 
+def as_tag(record):
+    """The words of a text with their tags, as BIO; or a text with the characters of its entities.
+    A text whose lines are CoNLL's columns (a word first, its tag last) has words, too."""
+    try:
+        if "entities" in record:
+            text, _, _ = words_of(record)  # or an error of what is wrong
+            entities = []
+            for entity in record["entities"]:
+                entities.append({key: entity[key] for key in ("start", "end", "label")})
+            return {"text": text, "entities": entities}
+        if "tokens" not in record:
+            record = columns_of(record.get("text"))
+        _, _, tags = words_of(record)
+    except KeyError as error:
+        raise Reject(f"no field {error}") from None
+    except UserError as error:
+        raise Reject(str(error)) from None
+    return {"tokens": record["tokens"], "tags": tags}
+
+
+def columns_of(text):
+    """{"tokens", "tags"} of lines in columns."""
+    lines = [line.split() for line in str(text).splitlines()]
+    lines = [line for line in lines if line and line[0] != "-DOCSTART-"]
+    reject_if(not lines or min(map(len, lines)) < 2, "no tokens with tags, nor text with entities")
+    return {"tokens": [line[0] for line in lines], "tags": [line[-1] for line in lines]}
+
+
+def as_embed(record):
+    """Two texts that belong together, and perhaps a third that does not; or one alone."""
+    for names in EMBED_PAIRS:
+        texts = [first_text(record, [name]) for name in names]
+        if all(texts):
+            pair = dict(zip(("anchor", "positive"), texts))
+            negative = first_text(record, ["negative"])
+            return pair | ({"negative": negative} if negative else {})
+    text = first_text(record, TEXT)
+    reject_if(not text, "no anchor and positive, nor another known pair of fields, nor a text")
+    return {"text": text}
+
+
+def as_span(record):
+    """A question, a context, and the answers in it, as SQuAD has them."""
+    question = first_text(record, ["question"])
+    context = record.get("context")
+    reject_if(not question or not isinstance(context, str) or not context, "no question or context")
+    try:
+        answers = right_answers(record)
+    except (UserError, KeyError, ValueError) as error:
+        raise Reject(str(error)) from None
+    texts = [text for text, _ in answers]
+    starts = [start for _, start in answers]
+    answers = {"text": texts, "answer_start": starts}
+    return {"question": question, "context": context, "answers": answers}
+
+
 def translation_of(record, languages):
     """A record with the texts of these two languages, its own fields or those of its
     `translation`, as source and target."""
@@ -178,7 +239,16 @@ def translation_of(record, languages):
     return {"source": texts[source], "target": texts[target]}
 
 
-TASKS = {"sft": as_sft, "preference": as_preference, "classify": as_classify, "seq2seq": as_seq2seq}
+TASKS = {
+    "sft": as_sft,
+    "preference": as_preference,
+    "classify": as_classify,
+    "seq2seq": as_seq2seq,
+    "tag": as_tag,
+    "embed": as_embed,
+    "span": as_span,
+}
+OF_PYTHON = [name for name in TASKS if name != "span"]  # of which Python's source has records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,6 +301,9 @@ def python_records(files, text_field, seed):
             "label": folder.split("/")[0],  # the package, or "" for a module in none
             "source": code,
             "target": docstring,
+            "anchor": docstring,
+            "positive": code,
+            "entities": entities_of(code),
             "split_by": split_by,
         }
 

@@ -55,7 +55,7 @@ class Tokenizer:
         self.read_added_tokens()
         self.read_roles()
         self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
-        self.finish = trailing_tokens(spec, self.special)  # what an encoder's text ends with
+        self.end = trailing_tokens(spec, self.special)  # those that a text by itself ends with
 
     def read_encoder(self):
         """What others ask about the encoder."""
@@ -157,12 +157,13 @@ class Tokenizer:
 
     @property
     def eot_id(self):
-        """The token that starts a document: bos, or where there is none the end token, or None."""
+        """The token that starts a document: bos, or where there is none the end token, or that of
+        the post-processor (BERT's [CLS]), or None."""
         if self.bos_id is not None:
             return self.bos_id
         if self.eos_ids:
             return self.eos_ids[0]
-        return None
+        return self.start[0] if self.start else None
 
     @property
     def end_id(self):
@@ -207,6 +208,8 @@ class Tokenizer:
         """(ids before a document, ids behind it) in the shards that are written today. What begins
         a text is the post-processor's word. Where one token is bos and the end, or there is but
         one, it stands before each document, and so behind the one before."""
+        if self.end_id is None and self.end:  # BERT's: [CLS] … [SEP]
+            return self.start, self.end
         if self.end_id in (None, self.bos_id):  # GPT-2's way
             return self.start or [self.eot_id], []
         return self.start, [self.end_id]  # Llama's: <s> … </s>
@@ -252,10 +255,19 @@ class Tokenizer:
     def source(self, text):
         """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
         behind it, or else the end token behind it, as T5 has it."""
-        end = self.finish
+        end = self.end
         if not end and self.end_id is not None:
             end = [self.end_id]
         return self.start + self.encode(text) + end
+
+    def whole_text(self, text, limit=None):
+        """(ids of a text that is read by itself, with what begins and ends one; whether it was cut
+        to `limit` tokens)."""
+        ids = self.encode(text)
+        room = len(ids)
+        if limit is not None:
+            room = max(0, limit - len(self.start) - len(self.end))
+        return self.start + ids[:room] + self.end, len(ids) > room
 
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
@@ -430,18 +442,39 @@ def leading_tokens(spec, special):
 
 
 def trailing_tokens(spec, special):
-    """The ids that stand behind a text where nothing is to follow, such as [sep]."""
+    """The ids that the post-processor puts behind a text, such as [sep]."""
     names = []
     for step in post_processors(spec):
         if step["type"] in ("BertProcessing", "RobertaProcessing"):
             names.append(step["sep"][0])
-        is_behind = False
+        behind = []
         for part in step.get("single", []):
-            if "SpecialToken" not in part:
-                is_behind = True  # the text itself
-            elif is_behind:
-                names.append(part["SpecialToken"]["id"])
+            if "SpecialToken" in part:
+                behind.append(part["SpecialToken"]["id"])
+            else:
+                behind = []  # the text itself
+        names += behind
     return [special[name] for name in names if name in special]
+
+
+def pair_tokens(spec, special):
+    """(ids before two texts, between them, behind them) as the post-processor puts them, or None
+    where it says nothing of pairs."""
+    for step in post_processors(spec):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            cls, sep = special[step["cls"][0]], special[step["sep"][0]]
+            n = 2 if step["type"] == "RobertaProcessing" else 1
+            return [cls], [sep] * n, [sep]
+        if step.get("pair"):
+            places = [[], [], []]
+            n_texts = 0
+            for part in step["pair"]:
+                if "SpecialToken" in part:
+                    places[n_texts].append(special[part["SpecialToken"]["id"]])
+                else:
+                    n_texts += 1
+            return tuple(places)
+    return None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,17 +21,18 @@ IDS = torch.tensor([[1, 5, 3, 2, 7, 7, 2]])
 def test_an_entry_names_fields_of_the_config_and_no_others(kind):
     entry = FAMILIES[kind]
     names = {f.name for f in fields(GPTConfig)}
-    for part in (entry.keys, entry.fixed, entry.absent, entry.derived, entry.copies):
+    of_parts = {name for part in entry.parts for name in part.fields}
+    for part in (entry.keys, entry.fixed, entry.absent, entry.derived, entry.copies, of_parts):
         assert set(part) <= names
-    assert not set(entry.keys) & set(entry.fixed)  # what differs from model to model is not fixed
+    assert not {*entry.keys, *of_parts} & set(entry.fixed)  # these differ
 
 
 def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
     """A family as published ones are: another MLP, keys of its own, q, k and v as one matrix (in,
     out), the same layers under other names, a prefix."""
     entry = Family(
-        causal_lm="OwlForCausalLM",
-        classifier="OwlForSequenceClassification",
+        lm="OwlForCausalLM",
+        heads={},
         keys={"vocab_size": "vocab", "n_ctx": "length", "n_layer": "depth", "n_embd": "width"}
         | {"n_head": "heads", "n_hidden": "inner", "norm_eps": "epsilon", "tie": "tied"},
         fixed=FAMILIES["llama"].fixed | {"mlp": "relu2", "bias": True},
@@ -65,6 +66,12 @@ def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_a_family_writes_it_reads(kind):
-    config = GPTConfig(64, 32, 2, 4, 16, **FAMILIES[kind].fixed)
+    fields_of_parts = {name for part in FAMILIES[kind].parts for name in part.fields}
+    # In the families that have them:
+    needed = {"position_offset": 2, "n_encoder_layer": 3, "n_experts": 4}
+    held = {*FAMILIES[kind].keys, *fields_of_parts}
+    needed = {name: value for name, value in needed.items() if name in held}
+    config = GPTConfig(64, 32, 2, 4, 16, **FAMILIES[kind].fixed, **needed)
+    assert not misfits(config, kind)
     written = {"model_type": kind} | families.family_keys(config, kind)
     assert from_hf_config(written) == config

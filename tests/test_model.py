@@ -84,8 +84,7 @@ def test_fixture_made_by_transformers(name, tok, tmp_path):
     write_json(folder / "tokenizer_config.json", tok.config)
     facts = json.loads((folder / "expected.json").read_text())
     net, loaded = load(folder)
-    # Mistral within its window, and SmolLM2, are Llama.
-    assert family(net.config) == {"smollm2": "llama", "mistral": "llama"}.get(name, name)
+    assert family(net.config) == {"smollm2": "llama"}.get(name, name)
     assert loaded.eos_ids == [0]  # generation_config.json's word
     with torch.no_grad():
         logits = net(torch.tensor(facts["ids"]))[0]
@@ -295,7 +294,7 @@ def test_unfit_folders_are_refused_in_a_line(tok, tmp_path):
         ({"hidden_act": "gelu"}, "gelu"),
         ({"vocab_size": 3}, "tokens"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ):
         write_json(tmp_path / "config.json", config | change)
         with pytest.raises(UserError, match=word):

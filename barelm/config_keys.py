@@ -1,0 +1,580 @@
+"""Fields of GPTConfig whose keys in transformers' config.json are no plain renaming: windows by
+layer, rotations, activations by name. Each is a `Part`, of which families.py composes a family."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MOST_LAYERS = 100_000  # of a config.json that names a kind for each of them
+
+
+class Inexact(Exception):
+    """What a config.json asks for that we would not compute exactly, or cannot read."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some fields of GPTConfig that a family's config.json has in another form.
+
+    read(d, values): {field: value} by the config.json's dict d and the values {field: value} of the
+    plain keys; Inexact where d asks for what no value of the fields does exactly.
+    write(c): {key: value} by a GPTConfig. What it writes must read as it was, else no file holds
+    the network: `families.misfits`."""
+
+    fields: tuple[str, ...]
+    keys: tuple[str, ...]  # of config.json, that it reads
+    read: Callable
+    write: Callable
+
+
+def refuse(d, key, why="not supported"):
+    raise Inexact(f"{key}={d.get(key)!r:.60} {why}")
+
+
+def with_absent(part, **usual):
+    """The Part of a family in which these are the values of absent keys."""
+
+    def read(d, values):
+        return part.read(usual | d, values)
+
+    return Part(part.fields, part.keys, read, part.write)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which layers have a window
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+def layer_types(c):
+    """The kind of each layer of a GPTConfig, in transformers' words."""
+    letters = c.layers or "S"
+    if not c.window:
+        letters = "L"
+    return [SLIDING if letters[i % len(letters)] == "S" else FULL for i in range(c.n_layer)]
+
+
+def shortest_layers(types):
+    """GPTConfig's `layers` for the kinds of all layers: the shortest letters that, repeated, give
+    them; "" where all have the window."""
+    letters = "".join("S" if kind == SLIDING else "L" for kind in types)
+    return "" if "L" not in letters else shortest(letters)
+
+
+def shortest(letters):
+    """The fewest of these letters, one a layer, that give them when they are repeated."""
+    n = len(letters)
+    for size in range(1, n + 1):
+        if repeated(letters[:size], n) == letters:
+            break
+    return letters[:size]
+
+
+def repeated(letters, n):
+    return (letters * -(-n // len(letters)))[:n]
+
+
+def read_layers(d, types, window):
+    """{window, layers} by the kinds of all layers. Where no layer has the window, there is none.
+    Our own key `layers` counts where it says the same in other letters."""
+    if SLIDING not in types:
+        window = 0
+    letters = shortest_layers(types) if window else ""
+    own = d.get("layers")
+    if isinstance(own, str) and own and not own.strip("SL"):
+        letters_of_all = repeated(own, len(types))
+        same = [SLIDING if letter == "S" else FULL for letter in letters_of_all]
+        if not window or same == list(types):
+            letters = own
+    return {"window": window, "layers": letters}
+
+
+def write_letters(c):
+    """Our own key for `layers`, where the kinds of all layers do not say its very letters."""
+    types = layer_types(c)
+    if read_layers({}, types, c.window)["layers"] == c.layers:
+        return {}
+    return {"layers": c.layers}
+
+
+def check_window(d, key, window):
+    if type(window) is not int or window < 1:
+        raise Inexact(f"{key}={window!r:.60} not supported")
+
+
+def check_types(d, n_layer):
+    """The kinds of all layers that config.json lists; None where it lists none."""
+    types = d.get("layer_types")
+    if types is None:
+        return None
+    good = isinstance(types, list) and len(types) == n_layer
+    if not good or any(kind not in (FULL, SLIDING) for kind in types):
+        unknown = []
+        if isinstance(types, list):
+            unknown = [str(kind) for kind in types if kind not in (FULL, SLIDING)]
+        what = unknown[0] if unknown else types
+        raise Inexact(f"layer_types with {what!r:.60} not supported for {n_layer!r:.60} layers")
+    return types
+
+
+def count_layers(values):
+    n_layer = values.get("n_layer")
+    if type(n_layer) is not int or not 0 < n_layer <= MOST_LAYERS:
+        raise Inexact(f"a window for each of {n_layer!r:.60} layers not supported")
+    return n_layer
+
+
+def listed_kinds(d):
+    """The kinds that layer_types names, once each."""
+    types = d.get("layer_types")
+    if types is None:
+        return set()
+    if not isinstance(types, list):
+        refuse(d, "layer_types")
+    return {str(kind) for kind in types}
+
+
+def read_one_window(d, values):
+    """Mistral's: sliding_window is every layer's, or none's."""
+    window = d.get("sliding_window", 4096)
+    kind = FULL
+    if window is not None:
+        check_window(d, "sliding_window", window)
+        kind = SLIDING
+    for other in listed_kinds(d) - {kind}:  # which transformers passes over in this family
+        why = f"with sliding_window={window!r:.60} not supported: here all layers are alike"
+        raise Inexact(f"layer_types of {other!r:.60} {why}")
+    return read_layers(d, [kind], window or 0)
+
+
+def write_one_window(c):
+    if not c.window:
+        return {"sliding_window": None} | write_letters(c)
+    # vLLM reads it for every family.
+    return {"sliding_window": c.window, "use_sliding_window": True} | write_letters(c)
+
+
+def read_listed_window(d, values):
+    """Ministral's: sliding_window, of the layers that layer_types lists."""
+    window = d.get("sliding_window", 4096)
+    if window is None:
+        for kind in listed_kinds(d) - {FULL}:
+            raise Inexact(f"layer_types of {kind!r:.60} not supported without a sliding_window")
+        return read_layers(d, [FULL], 0)
+    check_window(d, "sliding_window", window)
+    types = check_types(d, count_layers(values))
+    return read_layers(d, types or [SLIDING], window)
+
+
+def write_listed_window(c):
+    return {
+        "sliding_window": c.window or None,
+        "layer_types": layer_types(c),
+    } | write_letters(c)
+
+
+def read_used_window(d, values):
+    """Qwen's: sliding_window counts with use_sliding_window, of the layers that layer_types lists,
+    or else of those from max_window_layers on."""
+    used = d.get("use_sliding_window") or False
+    window = d.get("sliding_window", 4096) if used else None
+    if type(used) is not bool:
+        refuse(d, "use_sliding_window")
+    if window is None:
+        for kind in listed_kinds(d) - {FULL}:
+            raise Inexact(f"layer_types of {kind!r:.60} not supported without use_sliding_window")
+        return read_layers(d, [FULL], 0)
+    check_window(d, "sliding_window", window)
+    n_layer = count_layers(values)
+    types = check_types(d, n_layer)
+    if types is None:
+        first = d.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            refuse(d, "max_window_layers")
+        types = [FULL if i < first else SLIDING for i in range(n_layer)]
+    return read_layers(d, types, window)
+
+
+def write_used_window(c):
+    if not c.window:
+        return {"use_sliding_window": False} | write_letters(c)
+    types = layer_types(c)
+    return {
+        "use_sliding_window": True,
+        "sliding_window": c.window,
+        # For transformers before layer_types, as far as it says the same.
+        "max_window_layers": types.index(SLIDING) if SLIDING in types else c.n_layer,
+        "layer_types": types,
+    } | write_letters(c)
+
+
+def read_both_sides(d, values):
+    """ModernBERT's: local_attention, half on each side, of the layers that layer_types lists, or
+    else of all but every third."""
+    n_layer = count_layers(values)
+    types = check_types(d, n_layer)
+    if types is None:
+        every = d.get("global_attn_every_n_layers", 3)
+        if type(every) is not int or every < 1:
+            refuse(d, "global_attn_every_n_layers")
+        types = [SLIDING if i % every else FULL for i in range(n_layer)]
+    window = d.get("local_attention", 128)
+    check_window(d, "local_attention", window)
+    return read_layers(d, types, window)
+
+
+def write_both_sides(c):
+    out = {"local_attention": c.window or 128, "layer_types": layer_types(c)}
+    for every in range(1, c.n_layer + 1):  # for transformers before layer_types
+        types = [SLIDING if i % every else FULL for i in range(c.n_layer)]
+        if types == out["layer_types"]:
+            out["global_attn_every_n_layers"] = every
+            break
+    return out | write_letters(c)
+
+
+def read_switched_window(d, values):
+    """Qwen3-MoE's: sliding_window is every layer's, with use_sliding_window."""
+    used = d.get("use_sliding_window") or False
+    if type(used) is not bool:
+        refuse(d, "use_sliding_window")
+    window = d.get("sliding_window", 4096) if used else None
+    return read_one_window(d | {"sliding_window": window}, values)
+
+
+WINDOW_KEYS = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
+LOCAL_KEYS = ("local_attention", "layer_types", "global_attn_every_n_layers")
+ONE_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_one_window, write_one_window)
+LISTED_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_listed_window, write_listed_window)
+USED_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_used_window, write_used_window)
+SWITCHED_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_switched_window, write_one_window)
+BOTH_SIDES = Part(("window", "layers"), LOCAL_KEYS, read_both_sides, write_both_sides)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotations
+
+
+def flat_rope(d):
+    """(the rope's dict without rope_theta and partial_rotary_factor, these two or None): all is one
+    dict in transformers 5, and apart in those before it."""
+    rope = d.get("rope_scaling") or d.get("rope_parameters") or {}
+    nested = isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values())
+    if not isinstance(rope, dict) or nested:  # nested: another rope for each type of layer
+        raise Inexact(f"rope_parameters={rope!r:.60} not supported")
+    scaling = dict(rope)
+    beside = []
+    for key in ("rope_theta", "partial_rotary_factor"):
+        beside.append(scaling.pop(key, d.get(key)))
+    # `type` is the key's name in old files.
+    scaling.setdefault("rope_type", scaling.get("type", "default"))
+    return scaling, *beside
+
+
+def read_scaling(d, scaling):
+    """rope_scaling as GPTConfig has it: None where nothing is scaled."""
+    kind = scaling["rope_type"]
+    if kind == "default":
+        return None
+    if kind in ("dynamic", "longrope"):
+        why = "which changes with the length of the text"
+        raise Inexact(f"rope_type {kind!r}, {why}, not supported")
+    length = d.get("max_position_embeddings")
+    if kind == "yarn" and type(length) is int:  # as transformers does
+        scaling.setdefault("original_max_position_embeddings", length)
+    return scaling
+
+
+def read_rope(d, values):
+    """One rotation for all layers, of whole heads."""
+    scaling, theta, fraction = flat_rope(d)
+    if fraction not in (None, 1):
+        raise Inexact(f"partial_rotary_factor={fraction!r:.60} not supported")
+    theta = 10000.0 if theta is None else theta
+    scaling = read_scaling(d, scaling)
+    return {"rope_scaling": scaling, "rope_theta": theta} | read_ntk(d, values, scaling, theta)
+
+
+def write_rope(c):
+    scaling = c.rope_scaling
+    if not scaling or scaling.get("rope_type") != "ntk":
+        return {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    # transformers has no such scaling, but it is another base: that, and our own key beside it.
+    theta = ntk_theta(c.rope_theta, scaling["factor"], c.head_dim)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "ntk": {"rope_theta": c.rope_theta} | scaling,
+    }
+
+
+def ntk_theta(theta, factor, head_dim):
+    """The base that NTK scaling comes to, as barelm/positions.py computes it."""
+    return theta * factor ** (head_dim / (head_dim - 2))
+
+
+def read_ntk(d, values, scaling, theta):
+    """{rope_theta, rope_scaling} by our own key, where it says what the base says; else {}."""
+    own = d.get("ntk")
+    head_dim = values.get("head_dim")
+    if not head_dim and type(values.get("n_embd")) is int and type(values.get("n_head")) is int:
+        head_dim = values["n_embd"] // max(1, values["n_head"])
+    if scaling or not isinstance(own, dict) or type(head_dim) is not int or head_dim <= 2:
+        return {}
+    own = dict(own)
+    base = own.pop("rope_theta", None)
+    factor = own.get("factor")
+    numbers = all(type(x) in (int, float) and 0 < x < 1e9 for x in (base, factor))
+    if not numbers or ntk_theta(base, factor, head_dim) != theta:
+        return {}
+    return {"rope_theta": base, "rope_scaling": own}
+
+
+def read_partial_rope(d, values):
+    """One rotation for all layers, of a part of each head: StableLM's."""
+    scaling, theta, fraction = flat_rope(d)
+    return {
+        "rope_theta": 10000.0 if theta is None else theta,
+        "rope_scaling": read_scaling(d, scaling),
+        "rope_fraction": 0.25 if fraction is None else fraction,
+    }
+
+
+def write_partial_rope(c):
+    return write_rope(c) | {"partial_rotary_factor": c.rope_fraction}
+
+
+def read_two_ropes(d, values):
+    """ModernBERT's: an angle for the layers with a window and one for the others, unscaled."""
+    given = d.get("rope_parameters") or {}
+    if d.get("rope_scaling"):
+        refuse(d, "rope_scaling")
+    if not isinstance(given, dict):
+        refuse(d, "rope_parameters")
+    thetas = []
+    usual = {FULL: ("global_rope_theta", 160000.0), SLIDING: ("local_rope_theta", 10000.0)}
+    for kind, (key, default) in usual.items():
+        rope = given.get(kind) or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+            refuse(d, "rope_parameters")
+        theta = rope.get("rope_theta", d.get(key, default))
+        if kind == SLIDING and theta is None:  # old files: as in the other layers
+            theta = thetas[0]
+        thetas.append(theta)
+    whole, local = thetas
+    return {"rope_theta": whole, "local_rope_theta": 0.0 if local == whole else local}
+
+
+def write_two_ropes(c):
+    local = c.local_rope_theta or c.rope_theta
+    return {
+        "global_rope_theta": c.rope_theta,  # before transformers 5, and after
+        "local_rope_theta": local,
+        "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": c.rope_theta},
+            SLIDING: {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+TWO_KEYS = ("global_rope_theta", "local_rope_theta", "rope_parameters")
+ROPE_FIELDS = ("rope_theta", "rope_scaling")
+ROPE = Part(ROPE_FIELDS, ROPE_KEYS, read_rope, write_rope)
+PARTIAL_ROPE = Part(
+    (*ROPE_FIELDS, "rope_fraction"), ROPE_KEYS, read_partial_rope, write_partial_rope
+)
+TWO_ROPES = Part(("rope_theta", "local_rope_theta"), TWO_KEYS, read_two_ropes, write_two_ropes)
+
+
+# --------------------------------------------------------------------------------------------------
+# Values by another name
+
+
+def named(field, key, names, absent):
+    """A Part for a field whose values have names in a config.json, {theirs: ours}: of several for
+    one of ours the first is written. absent: what counts where the key is not there."""
+
+    def read(d, values):
+        name = d.get(key)
+        name = absent if name is None else name
+        if name not in list(names):  # a list, since a dict refuses to look for some JSON types
+            refuse(d, key)
+        return {field: names[name]}
+
+    def write(c):
+        for theirs, ours in names.items():
+            if ours == getattr(c, field):
+                return {key: theirs}
+        return {}  # which reads as another value
+
+    return Part((field,), (key,), read, write)
+
+
+# --------------------------------------------------------------------------------------------------
+# Experts
+
+
+def expert_count(absent):
+    """The Part of the number of experts, for which transformers has two keys. absent: what counts
+    where neither is there."""
+    keys = ("num_experts", "num_local_experts")
+
+    def read(d, values):
+        given = [d[key] for key in keys if d.get(key) is not None] or [absent]
+        if given.count(given[0]) < len(given) or given[0] == 0:
+            raise Inexact(f"num_experts={given[0]!r:.60} not supported")
+        return {"n_experts": given[0]}
+
+    def write(c):
+        return dict.fromkeys(keys, c.n_experts)
+
+    return Part(("n_experts",), keys, read, write)
+
+
+def read_expert_layers(d, values):
+    """Qwen's: every decoder_sparse_step-th layer has experts, but for mlp_only_layers. Our own key
+    counts where it says the same in other letters."""
+    n_layer = count_layers(values)
+    step = d.get("decoder_sparse_step", 1)
+    dense = d.get("mlp_only_layers") or []
+    if type(step) is not int or step < 1:
+        refuse(d, "decoder_sparse_step")
+    if not isinstance(dense, list):
+        refuse(d, "mlp_only_layers")
+    letters = ""
+    for i in range(n_layer):
+        letters += "D" if i in dense or (i + 1) % step else "E"
+    if "E" not in letters:
+        raise Inexact("mlp_only_layers with all layers not supported")
+    own = d.get("expert_layers")
+    if isinstance(own, str) and own and repeated(own, n_layer) == letters:
+        return {"expert_layers": own}
+    return {"expert_layers": shortest(letters) if "D" in letters else ""}
+
+
+def write_expert_layers(c):
+    dense = [i for i, has_experts in enumerate(c.has_experts) if not has_experts]
+    out = {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if read_expert_layers(out, {"n_layer": c.n_layer})["expert_layers"] != c.expert_layers:
+        out["expert_layers"] = c.expert_layers
+    return out
+
+
+EXPERT_LAYERS = Part(
+    ("expert_layers",),
+    ("decoder_sparse_step", "mlp_only_layers"),
+    read_expert_layers,
+    write_expert_layers,
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoders without a head
+
+
+def mlm_head(base):
+    """The Part of whether an encoder's files have the head of masked language modelling: those of
+    its class `base` alone, as models that embed texts are published, have none."""
+
+    def read(d, values):
+        return {"mlm_head": d.get("architectures") != [base]}
+
+    def write(c):
+        return {} if c.mlm_head else {"architectures": [base]}
+
+    return Part(("mlm_head",), ("architectures",), read, write)
+
+
+# --------------------------------------------------------------------------------------------------
+# T5 and RoBERTa
+
+
+def read_t5_lengths(d, values):
+    """T5's numbers of layers, the decoder's being the encoder's where there is no key, and its
+    context, which nothing in the network limits."""
+    n = d.get("num_decoder_layers")
+    length = d.get("n_positions")
+    return {
+        "n_layer": d.get("num_layers", 6) if n is None else n,
+        "n_ctx": 512 if length is None else length,
+    }
+
+
+def write_t5_lengths(c):
+    return {"num_decoder_layers": c.n_layer, "n_positions": c.n_ctx}
+
+
+def read_t5_head(d, values):
+    """Whether the head is the embedding's, and whether states are scaled before it: T5 1.0 is and
+    does, 1.1 neither. transformers 5 has a key for each, those before it one."""
+    tie = d.get("tie_word_embeddings")
+    tie = True if tie is None else tie
+    scaled = d.get("scale_decoder_outputs")
+    scaled = tie if scaled is None else scaled
+    width = values.get("n_embd")
+    for key, value in (("tie_word_embeddings", tie), ("scale_decoder_outputs", scaled)):
+        if type(value) is not bool:
+            refuse(d, key)
+    if type(width) is not int or width < 1:
+        raise Inexact(f"d_model={width!r:.60} not supported")
+    return {"tie": tie, "logit_scale": width**-0.5 if scaled else 1.0}
+
+
+def write_t5_head(c):
+    return {"tie_word_embeddings": c.tie, "scale_decoder_outputs": c.logit_scale != 1}
+
+
+T5_MLPS = {  # feed_forward_proj: (our name, dense_act_fn)
+    "relu": ("relu", "relu"),
+    "gated-gelu": ("geglu", "gelu_new"),
+    "gated-gelu_new": ("geglu", "gelu_new"),
+    "gated-silu": ("swiglu", "silu"),
+    "gelu": ("gelu_erf", "gelu"),
+    "gelu_new": ("gelu", "gelu_new"),
+}
+
+
+def read_t5_mlp(d, values):
+    """feed_forward_proj, with which two other keys agree where a file has them."""
+    name = d.get("feed_forward_proj", "relu")
+    if name not in list(T5_MLPS):
+        refuse(d, "feed_forward_proj")
+    mlp, activation = T5_MLPS[name]
+    for key, value in (("dense_act_fn", activation), ("is_gated_act", name.startswith("gated"))):
+        if d.get(key, value) != value:
+            refuse(d, key, f"with feed_forward_proj={name!r} not supported")
+    return {"mlp": mlp}
+
+
+def write_t5_mlp(c):
+    for name, (mlp, _) in T5_MLPS.items():
+        if mlp == c.mlp:
+            return {"feed_forward_proj": name}
+    return {"feed_forward_proj": None}  # which reads as none of them
+
+
+def read_offset(d, values):
+    """RoBERTa's positions, which begin behind the number of its padding token."""
+    pad = d.get("pad_token_id", 1)
+    rows = d.get("max_position_embeddings", 512)
+    if type(pad) is not int or pad < 0 or type(rows) is not int or rows < pad + 2:
+        why = f"with pad_token_id={pad!r:.60} not supported"
+        raise Inexact(f"max_position_embeddings={rows!r:.60} {why}")
+    return {"n_ctx": rows - pad - 1, "position_offset": pad + 1}
+
+
+def write_offset(c):
+    return {
+        "max_position_embeddings": c.n_ctx + c.position_offset,
+        "pad_token_id": c.position_offset - 1,
+    }
+
+
+LENGTH_KEYS = ("num_layers", "num_decoder_layers", "n_positions")
+HEAD_KEYS = ("tie_word_embeddings", "scale_decoder_outputs")
+OFFSET_KEYS = ("max_position_embeddings", "pad_token_id")
+T5_LENGTHS = Part(("n_layer", "n_ctx"), LENGTH_KEYS, read_t5_lengths, write_t5_lengths)
+T5_MLP = Part(("mlp",), ("feed_forward_proj", "dense_act_fn"), read_t5_mlp, write_t5_mlp)
+T5_HEAD = Part(("tie", "logit_scale"), HEAD_KEYS, read_t5_head, write_t5_head)
+OFFSET = Part(("n_ctx", "position_offset"), OFFSET_KEYS, read_offset, write_offset)

@@ -233,7 +233,7 @@ def test_a_tokenizer_without_the_tokens_is_refused():
 
 SMALL = ["--dataset=words", "--n_layer=3", "--n_head=2", "--n_kv_head=2", "--n_embd=32"]
 SMALL += ["--n_hidden=64", "--seq_len=32", "--batch_tokens=256", "--warmup_steps=3", "--seed=7"]
-SMALL += ["--device=cpu", "--compile=false", "--eval_tokens=2048", "--dtype=float32"]
+SMALL += ["--device=cpu", "--compile=false", "--eval_tokens=512", "--dtype=float32"]
 SMALL += ["--save_every=10", "--eval_every=10", "--sample_tokens=8"]
 RECIPES = {
     "mlm": ["config/bert.py", *SMALL, "--window=8", "--document_mask", "--whole_words"],
@@ -286,19 +286,19 @@ def use_it(folder, name, model, val_acc):
         return
     said = run(folder, "sample.py", *options, "--prompt=the <extra_id_0>at", "--max_new_tokens=9")
     assert "<extra_id" not in said.stdout and said.stdout.startswith("the ")
-    options += ["--dataset=words", "--eval_tokens=2048", "--seq_len=32"]
+    options += ["--dataset=words", "--eval_tokens=512", "--seq_len=32"]
     said = run(folder, "eval.py", *options).stdout
     assert float(re.search(r"loss.accuracy: (\S+)", said)[1]) == pytest.approx(val_acc, abs=1e-5)
     (folder / "some.txt").write_text("the old cat sees the young dog")
     assert "loss.accuracy" in run(folder, "eval.py", *options, "--text=some.txt").stdout
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["span"])
 def test_two_processes_have_the_losses_of_one(words, name):
     losses = []
     for processes in (1, 2):
         out = f"out/{name}-{processes}"
-        options = [*RECIPES[name], f"--out_dir={out}", "--max_steps=3", "--dropout=0"]
+        options = [*RECIPES[name], f"--out_dir={out}", "--max_steps=2", "--dropout=0"]
         run(words, "train.py", *options, processes=processes)
         losses.append([loss for key in ("loss", "val_loss") for _, loss in log(words, out, key)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -166,7 +166,8 @@ def read_token_ids(folder, settings, net):
     """Take over the ids that a network itself needs: of padding, and of an encoder-decoder's first
     token."""
     c = net.config
-    ids = read_json(folder / "generation_config.json", {}) | settings
+    ids = read_json(folder / "generation_config.json", {})
+    ids |= {key: value for key, value in settings.items() if value is not None}
     names = ["pad_token_id"] if not c.causal or c.n_encoder_layer else []
     names += ["decoder_start_token_id"] if c.n_encoder_layer else []
     for name in names:

@@ -5,6 +5,7 @@
     python serve.py --quantize=int4                     # weights of half a byte, in memory alone
     python serve.py --host=0.0.0.0 --api_key=SECRET     # open to others: give it a key
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 20}'
+    curl http://127.0.0.1:8000/v1/embeddings -d '{"input": ["a text", "another"]}'
 
 --model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). Any client of
 OpenAI's works with base_url="http://127.0.0.1:8000/v1". One thread owns the network and advances
@@ -42,6 +43,7 @@ drain = 30.0  # seconds that running requests have to finish in after SIGTERM
 log: str | None = None  # a file that gets a line of JSON for each request
 log_prompts = False  # with what was asked and answered
 seed: int | None = None  # of requests that bring none; None: another for each
+pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the model's own, or mean
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
@@ -63,13 +65,16 @@ from pathlib import Path
 
 import torch
 
-from barelm import api, page
+from barelm import api, page, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
+from barelm.caller import Caller
 from barelm.checkpoint import load
+from barelm.embeddings import POOLINGS, batches_of, pooling_of
 from barelm.engine import Engine, tell_listeners
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
+from barelm.layouts import cached_numbers
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -96,6 +101,8 @@ try:
 except ImportError as error:
     raise UserError(f"{error}: pip install -r requirements-serve.txt") from None
 
+BATCH_TOKENS = 4096  # of texts that are embedded or classified in one pass, padding counted
+
 
 @dataclass
 class Settings:
@@ -109,6 +116,7 @@ class Settings:
     max_body: int  # bytes of a request
     timeout: float  # seconds that a request may take
     client_timeout: float  # seconds that a client may take to send or to read a piece
+    pooling: str = "mean"  # which state stands for a text
 
 
 class Handlers:
@@ -214,6 +222,35 @@ class Handlers:
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body took more than {seconds:g} s") from None
         return api.parse_body(data)
+
+    # ------------------------------------------------------------------ texts as vectors, labels
+
+    async def embeddings(self, request: Request):
+        body = await self.read_body(request)
+        wanted = vector_api.read_embeddings(self.served, body, self.engine.net.config.n_embd)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
+        vectors = await self.in_batches(vector_api.make_vectors, inputs, self.settings.pooling)
+        answer = vector_api.embeddings_answer
+        return reply(
+            await asyncio.to_thread(answer, self.served, inputs, vectors, wanted.encoding_format)
+        )
+
+    async def classify(self, request: Request):
+        net = self.engine.net
+        wanted = vector_api.read_classify(self.served, net, await self.read_body(request))
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
+        shares = await self.in_batches(vector_api.make_scores, inputs)
+        return reply(vector_api.classes_answer(self.served, net.labels, inputs, shares))
+
+    async def in_batches(self, f, inputs, *args):
+        """f(engine, [ids], *args) in the engine's thread, of batches of the inputs: a step of those
+        who wait for tokens goes between two of them. A list of what f gives for each input."""
+        answers = [None] * len(inputs)
+        for batch in batches_of(inputs, BATCH_TOKENS):
+            rows = [inputs[i] for i in batch]
+            for i, answer in zip(batch, await self.ask_engine(f, self.engine, rows, *args)):
+                answers[i] = answer
+        return answers
 
     # ------------------------------------------------------------------ the model and its tokens
 
@@ -337,6 +374,8 @@ def make_app(engine, settings):
     routes = [
         ("POST", "/v1/completions", handlers.completions),
         ("POST", "/v1/chat/completions", handlers.chat_completions),
+        ("POST", "/v1/embeddings", handlers.embeddings),
+        ("POST", "/classify", handlers.classify),  # vLLM's
         ("GET", "/v1/models", handlers.models),
         ("GET", "/v1/models/{name:path}", handlers.one_model),  # a name may have a slash
         ("POST", "/tokenize", handlers.tokenize),
@@ -411,8 +450,19 @@ def check_settings(net):
     n_ctx = net.config.n_ctx
     if not 0 <= max_len <= n_ctx or max_len == 1:
         raise UserError(f"--max_len={max_len}: expected 2 to {n_ctx}, the context, or 0 for that")
+    if pooling not in (None, *POOLINGS):
+        raise UserError(f"--pooling={pooling}: expected {', '.join(POOLINGS)}")
+    if net.score is not None and net.task != "classify":
+        raise UserError(f"{model} has a head for {net.task}, which is not served: see sample.py")
+
+
+def why_no_text(net):
+    """Why a network continues no text, or ""."""
     if net.score is not None:
-        raise UserError(f"{model} is a classifier, which continues no text: sample.py labels one")
+        return "is a classifier, which continues no text: /classify labels one"
+    if not net.config.causal:
+        return "is an encoder, which continues no text: /v1/embeddings makes vectors of one"
+    return ""
 
 
 def load_model(place):
@@ -441,12 +491,14 @@ def batch_limit(net, length):
     if table.device.type == "cpu":
         return 16
     c = net.config
-    row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * table.element_size()  # bytes
+    row = cached_numbers(c, length) * table.element_size()  # bytes
     free, _ = torch.cuda.mem_get_info(table.device)
     return max(1, min(256, free // 2 // row))
 
 
 def make_engine(net, tok, length):
+    if why_no_text(net):
+        return Caller(net)
     batch = batch_limit(net, length)
     try:
         return Engine(net, tok, batch, length, prefill_chunk, max_queue)
@@ -481,9 +533,12 @@ def run_server(app, engine, sock, limits, shutdown):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     engine.start()
-    size = engine.decoder.store.nbytes / 1e6
-    batch = engine.max_batch
-    print(f"{batch} sequences of up to {engine.max_len} tokens: {size:,.0f} MB of keys and values")
+    if isinstance(engine, Engine):
+        size = engine.decoder.nbytes / 1e6
+        many = f"{engine.max_batch} sequences of up to {engine.max_len} tokens"
+        print(f"{many}: {size:,.0f} MB of keys and values")
+    else:
+        print(f"it {why_no_text(engine.net)}")
     address = f"[{host}]" if ":" in host else host
     name = Path(model).resolve().name
     print(f"serving {name} at http://{address}:{sock.getsockname()[1]}", flush=True)
@@ -503,7 +558,16 @@ def main():
     check_settings(net)
 
     length = max_len or net.config.n_ctx
-    served = api.ServedModel(Path(model).resolve().name, tok, length, max_queue, seed)
+    name = Path(model).resolve().name
+    served = api.ServedModel(
+        name,
+        tok,
+        length,
+        max_queue,
+        seed,
+        refusal=why_no_text(net),
+        is_seq2seq=net.config.is_seq2seq,
+    )
     engine = make_engine(net, tok, length)
     request_log = open_log(tok)
     limits = connection_limits(max_connections)
@@ -519,6 +583,7 @@ def main():
         max_body=max_body,
         timeout=timeout,
         client_timeout=client_timeout,
+        pooling=pooling or pooling_of(net),
     )
     app = make_app(engine, settings)
     run_server(app, engine, sock, limits, shutdown)

@@ -119,6 +119,7 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     settings, config = read_config(folder)
     kind = settings["model_type"]
     tok = Tokenizer.from_folder(folder)
+    begin_texts(tok, config)
     if tok.n_vocab > config.vocab_size:
         raise UserError(f"{folder}: {tok.n_vocab} tokens, but the model knows {config.vocab_size}")
 
@@ -144,6 +145,13 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
         quantize_weights(net, quantize)
     read_embedding(folder, net)
     return net.eval(), tok
+
+
+def begin_texts(tok, config):
+    """Let the texts of an encoder begin as its documents did in training, where the tokenizer does
+    not say how."""
+    if not config.causal and not tok.start and tok.eot_id is not None:
+        tok.start = [tok.eot_id]
 
 
 def read_embedding(folder, net):
@@ -329,6 +337,8 @@ def load_adapted(folder, device, dtype, quantize, fast, above=()):
         quantize_weights(net, quantize)
     if (folder / "tokenizer.json").is_file():
         tok = adapter_tokenizer(folder, tok.eos_ids)
+        begin_texts(tok, net.config)
+    read_embedding(folder, net)
     if tok.n_vocab > net.config.vocab_size:
         why = f"{tok.n_vocab} tokens, but the base knows {net.config.vocab_size}"
         raise UserError(f"{folder}: {why}")

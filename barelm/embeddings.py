@@ -23,6 +23,11 @@ POOLINGS = ("first", "last", "mean")
 # Texts to vectors
 
 
+def pooling_of(net):
+    """Which state of a network stands for a text: the one that it was trained with, or the mean."""
+    return net.pooling if net.task == "embed" else "mean"
+
+
 def embed(net, tok, texts, pooling="mean", micro_tokens=8192):
     """Unit vectors (N, C) float32, on the CPU, of texts or lists of ids. A text has what the
     tokenizer puts before and behind one; it is cut to the context. At most micro_tokens tokens are

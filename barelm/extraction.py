@@ -106,34 +106,31 @@ def read_answer(row, tok, limit):
 # Scores of tokens become an answer
 
 
-def best_span(window, starts, ends):
-    """(score, first, last) of the likeliest answer within a window, as places of its context's
-    tokens: the largest sum of a start's and an end's score, the end not before the start, nor more
-    than LONGEST tokens. starts, ends: (T,) float32 of the window's ids."""
+def best_span(window, scores):
+    """[score, first, last, lacking]: the likeliest answer within a window, as places of its
+    context's tokens: the largest sum of a start's and an end's score, the end not before the start,
+    nor more than LONGEST tokens. lacking: the sum of the first id's, that there is no answer.
+    scores (T, 2) float32: of the window's ids."""
     n = len(window.places)
     begin = window.first
-    sums = starts[begin : begin + n, None] + ends[None, begin : begin + n]  # (n, n)
+    starts, ends = scores[begin : begin + n].T
+    sums = starts[:, None] + ends  # (n, n)
     allowed = torch.ones_like(sums, dtype=torch.bool).triu().tril(LONGEST - 1)
     best = sums.masked_fill(~allowed, -torch.inf).flatten().argmax()
     first, last = divmod(int(best), n)
-    return float(sums[first, last]), first, last
+    return [float(sums[first, last]), first, last, float(scores[0].sum())]
 
 
-def choose_answer(context, windows, scores, may_lack=False):
-    """(the answer, its score) by the scores of all windows of a question, (T, 2) float32 each.
-    may_lack: "" is an answer too, scored by both scores of the first id (SQuAD 2.0)."""
-    answer = ""
-    best = -torch.inf
-    for window, of_tokens in zip(windows, scores):
-        score, first, last = best_span(window, of_tokens[:, 0], of_tokens[:, 1])
-        if score > best:
-            best = score
-            answer = context[window.places[first][0] : window.places[last][1]]
-    if may_lack:
-        lacking = min(float(of_tokens[0].sum()) for of_tokens in scores)
-        if lacking > best:
-            return "", lacking
-    return answer.strip(), best
+def choose_answer(context, windows, spans, may_lack=False):
+    """(the answer, its score) by the `best_span`s of all windows of a question. may_lack: "" is an
+    answer too, where every window thinks so (SQuAD 2.0)."""
+    best = max(range(len(spans)), key=lambda i: spans[i][0])
+    score, first, last, _ = spans[best]
+    lacking = min(span[3] for span in spans)
+    if may_lack and lacking > score:
+        return "", lacking
+    places = windows[best].places
+    return context[places[first][0] : places[last][1]].strip(), score
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from barelm.examples import (
     places_of_targets,
     share_of,
 )
-from barelm.extraction import LABELS, answer_scores, choose_answer
+from barelm.extraction import LABELS, answer_scores, best_span, choose_answer
 from barelm.run import UserError, step_seed, to_device
 from barelm.tagging import (
     count_spans,
@@ -111,7 +111,7 @@ def tag_loss(net, examples):
 
 def tag_figures(counts, size):
     """Micro F1 of the spans, where there are any, and the accuracy of the tags."""
-    figures = {"accuracy": counts["right"] / max(1, counts["words"])}
+    figures = {"accuracy": counts.get("right", 0) / max(1, counts.get("words", 0))}
     if any(isinstance(key, tuple) for key in counts):
         figures["f1"] = span_scores(counts)[2]
     return figures
@@ -173,12 +173,18 @@ def token_scores(net, rows):
 
 
 @torch.no_grad()
+def read_windows(net, windows):
+    """`best_span` of each window, all read in one pass."""
+    scores = token_scores(net, [window.ids for window in windows]).cpu()  # (B, T, 2)
+    return [best_span(window, of_window) for window, of_window in zip(windows, scores)]
+
+
 def find_answer(net, context, windows, may_lack=False):
-    """(the likeliest answer in a context, its score) by its windows."""
-    scores = []
+    """(the likeliest answer in a context, its score), by windows that are read one by one."""
+    spans = []
     for window in windows:
-        scores.append(token_scores(net, [window.ids])[0].cpu())
-    return choose_answer(context, windows, scores, may_lack)
+        spans += read_windows(net, [window])
+    return choose_answer(context, windows, spans, may_lack)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def quantize_weights(net, kind):
     for name, layer in list(net.named_modules()):
         if hasattr(layer, "quantize_stacks"):  # experts
             layer.quantize_stacks(kind)
-        if not isinstance(layer, nn.Linear) or layer is net.score:
+        if not isinstance(layer, nn.Linear) or name.startswith("score"):
             continue
         if name == "lm_head" and net.score is not None:  # nothing reads it
             continue

@@ -93,7 +93,7 @@ def span_table(counts):
     lines = ["spans of each kind: precision, recall, F1, and how many there are"]
     for kind in kinds:
         precision, recall, f1 = span_scores(counts, kind)
-        n = counts[("there", kind)]
+        n = counts.get(("there", kind), 0)
         lines.append(f"  {kind:{width}}  {precision:.4f}  {recall:.4f}  {f1:.4f}  {n:,}")
     return "\n".join(lines)
 

@@ -196,7 +196,22 @@ def test_accuracy_and_f1():
 # A step, on any device
 
 PAIRS = [("ask", "one two three", "no"), ("a longer question", "yes", "it is not, or is it")]
-EVERY = ["sft", "classify", "dpo", "ipo", "reward"]
+EVERY = ["sft", "classify", "tag", "span", "embed", "dpo", "ipo", "reward"]
+ROWS = {
+    "tag": [
+        {"tokens": ["def", "one", "(", "two", ")"], "tags": ["O", "B-name", "O", "B-arg", "O"]},
+        {"text": "print a", "entities": [{"start": 0, "end": 5, "label": "name"}]},
+    ],
+    "span": [
+        {"question": "who", "context": text, "answers": {"text": ["he"], "answer_start": [4]}}
+        for text in ("was he", "was he, or was it she")
+    ],
+    "embed": [
+        {"a": "one two", "b": "two one"},
+        {"query": "a", "positive": "b, as long as nothing", "negative": "c"},
+        {"anchor": "x is", "positive": "is x"},
+    ],
+}
 
 
 def prepared(method, tok, monkeypatch, **shape):
@@ -211,6 +226,10 @@ def prepared(method, tok, monkeypatch, **shape):
         rows = [{"text": text, "label": label} for text, label in texts.items()]
         examples = [finetune.read_class(row, tok, 64) for row in rows]
         net.set_score(["x", "y"])
+        return task, net, examples
+    if method in ROWS:
+        examples = [task.read_row(row, tok, 64) for row in ROWS[method]]
+        task.add_head(net, tok, examples, [], print)
         return task, net, examples
     rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS]
     examples = [task.read_row(row, tok, 64) | {"reference": [-20.0, -21.0]} for row in rows]

@@ -338,7 +338,8 @@ def test_ragged_cache_gives_the_logits_of_a_full_forward(name):
                 torch.testing.assert_close(logits[b, :n], full, atol=1e-5, rtol=1e-4)
         at = [a + n for a, n in zip(at, sizes)]
         assert cache.lengths.tolist() == at
-    assert cache.k.shape == cache.v.shape == (2, 3, net.config.n_kv_head, 16, net.config.head_dim)
+    shape = (2, 3, net.config.n_kv_head, 16 + 1, net.config.head_dim)
+    assert [store.shape for store in cache.stores] == 2 * [shape]
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *OURS])

@@ -862,7 +862,7 @@ def test_a_task_set_says_which_settings_it_does_not_use(tmp_path):
     assert "note: roles, save_cleaned, clean_symbols: of documents alone" in told
 
 
-def test_the_default_source_makes_all_four_task_sets(tiny):
+def test_the_default_source_makes_task_sets(tiny):
     folder = tiny / "data" / "tiny"
     library = "\n".join(source_texts())
     flat = " ".join(library.split())
@@ -871,6 +871,8 @@ def test_the_default_source_makes_all_four_task_sets(tiny):
         "preference": lambda r: r["chosen"] != r["rejected"] and r["rejected"] in flat,
         "classify": lambda r: f"{r['label']}/" in str(list(prepare.plan(setup("cpu")))),
         "seq2seq": lambda r: r["target"] in flat and r["source"].split("\n")[0] in library,
+        "embed": lambda r: r["anchor"] in flat and r["positive"].split("\n")[0] in library,
+        "tag": lambda r: r["entities"][0]["label"] in ("function", "call", "parameter"),
     }.items():
         rows = [
             json.loads(line) for line in (folder / f"{name}_train.jsonl").read_text().splitlines()

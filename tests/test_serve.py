@@ -1,5 +1,6 @@
 """serve.py as its clients see it: the real server in a process of its own, on a free port."""
 
+import base64
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import requests
 import torch
@@ -21,6 +23,7 @@ from conftest import ROOT, run
 import model
 from barelm import api
 from barelm.checkpoint import load, save
+from barelm.embeddings import embed
 from barelm.tokenizer import Tokenizer
 
 pytest.importorskip("fastapi")
@@ -32,14 +35,15 @@ CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
-def served(folder, *args, env=None, **popen):
+def served(folder, *args, env=None, name="tiny", **popen):
     """A server of folder/out/tiny: its address, and its process as `.process`."""
     command = [sys.executable, ROOT / "serve.py", "--model=out/tiny", "--port=0", *args]
     pipe = dict(stdout=subprocess.PIPE, text=True, env=os.environ | (env or {})) | popen
     with subprocess.Popen(command, cwd=folder, **pipe) as process:
         try:
             lines = iter(process.stdout.readline, "")
-            url = next(m[1] for line in lines if (m := re.search(r"serving tiny at (\S+)", line)))
+            says = re.compile(rf"serving {name} at (\S+)")
+            url = next(m[1] for line in lines if (m := says.search(line)))
             yield Site(url, process)
         finally:
             process.kill()
@@ -215,6 +219,36 @@ def test_chat_is_the_template_and_generate(site, loaded):
     assert parts[0]["delta"] == {"role": "assistant", "content": ""} and parts[-1]["delta"] == {}
     assert "".join(p["delta"].get("content", "") for p in parts) == g.text
     assert parts[-1]["finish_reason"] == choice["finish_reason"]
+
+
+def test_embeddings_are_openais(site, loaded):
+    net, tok = loaded
+    texts = ["one", "two three, and then some more", "def f(x):", "a"]
+    expected = embed(net, tok, texts, "mean").numpy()
+    answer = site.post("/v1/embeddings", {"input": texts}).json()
+    vectors = [row["embedding"] for row in answer["data"]]
+    np.testing.assert_allclose(vectors, expected, rtol=1e-3, atol=1e-3)
+    ids = [tok.encode(text) for text in texts]
+    n_tokens = sum(map(len, ids))
+    assert answer["usage"] == {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    body = {"input": ids, "encoding_format": "base64", "dimensions": net.config.n_embd}
+    coded = site.post("/v1/embeddings", body).json()["data"]
+    again = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in coded]
+    np.testing.assert_allclose(again, vectors, rtol=1e-4, atol=1e-6)
+    for body, why in (
+        ({"input": ""}, "none of them empty"),
+        ({"input": "a", "dimensions": 3}, "vectors have 64"),
+        ({"input": "word " * 80}, "expected 64 at most"),
+        ({"input": "a", "encoding_format": "int8"}, "expected float or base64"),
+        ({"input": "a", "truncate": 1}, "not supported"),
+    ):
+        refused = site.post("/v1/embeddings", body)
+        assert refused.status_code == 400 and why in refused.text
+    assert "is no classifier" in site.post("/classify", {"input": "a"}).text
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    made = client.embeddings.create(model="tiny", input=texts)  # which asks for base64
+    np.testing.assert_allclose([row.embedding for row in made.data], expected, atol=1e-3)
 
 
 def test_openais_client_works_unchanged(site, loaded):
@@ -875,6 +909,6 @@ def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
         port = taken.getsockname()[1]
         assert "--port=0 takes a free one" in refusal("--model=out/tiny", f"--port={port}")
     net, tok = load(tiny / "out" / "tiny")
-    net.set_score(["a", "b"])
-    save(tmp_path / "labels", net, tok)
-    assert "is a classifier" in refusal(f"--model={tmp_path}/labels")
+    net.set_score(["O", "B-x"], task="tag")
+    save(tmp_path / "tags", net, tok)
+    assert "has a head for tag, which is not served" in refusal(f"--model={tmp_path}/tags")

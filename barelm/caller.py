@@ -1,0 +1,63 @@
+"""The thread that owns a network, and does one after another what others ask of it."""
+
+import threading
+from collections import deque
+from concurrent.futures import Future
+
+import torch
+
+from barelm.fast import generating
+from barelm.metrics import Metrics
+from barelm.run import UserError
+
+
+class Caller(threading.Thread):
+    """A network that continues no text, such as an encoder: it is called, and no more. What else a
+    server asks of its engine is empty here."""
+
+    def __init__(self, net):
+        super().__init__(daemon=True)
+        self.net = net
+        self.metrics = Metrics()
+        self.max_batch = 0
+        self.jobs = {}
+        self.waiting = deque()
+        self.calls = deque()  # (future, f, args); this and the next under the lock of `wake`
+        self.stopped = False
+        self.wake = threading.Condition()
+
+    def call(self, f, *args):
+        """A Future of f(*args), called between two steps: for whoever else needs the network."""
+        future = Future()
+        with self.wake:
+            self.calls.append((future, f, args))
+            self.wake.notify()
+        return future
+
+    def cancel(self, jobs):
+        """Nobody waits for these any more; there are none."""
+
+    def stop(self):
+        """End the thread after its step: Python may not end while torch computes."""
+        with self.wake:
+            self.stopped = True
+            self.wake.notify()
+        self.join()
+
+    def run(self):
+        with generating(self.net), torch.inference_mode():
+            while True:
+                with self.wake:
+                    while not (self.calls or self.stopped):
+                        self.wake.wait()
+                if self.stopped:
+                    return
+                self.answer_call(*self.calls.popleft())
+
+    def answer_call(self, future, f, args):
+        if not future.set_running_or_notify_cancel():  # it was given up meanwhile
+            return
+        try:
+            future.set_result(f(*args))
+        except (Exception, UserError) as error:
+            future.set_exception(error)

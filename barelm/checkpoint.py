@@ -87,7 +87,8 @@ def download_model(name, folder):
     for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
         get(f"{file}.json", optional=True)
     get("chat_template.jinja", optional=True)
-    get(POOLING_FILE, optional=True)
+    for file in ("modules.json", POOLING_FILE):
+        get(file, optional=True)
     Tokenizer.from_folder(part)
     if not get("model.safetensors", optional=True):
         get(INDEX, optional=True)
@@ -119,11 +120,15 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     # anything of the size that config.json, or a file, claims is built.
     table = table_of(kind, config, task_of(settings))
     entries = read_entries(folder, table)
+    table = without_model(table, entries)
     check_layers(folder, entries, config, table)
     if kind in FAMILIES and FAMILIES[kind].tie_by_files:
         config = replace(config, tie="lm_head.weight" not in entries)
     head = read_head(folder, settings, entries, table)
     net = empty_network(config, settings, head, fast)
+    if is_trunk(settings):
+        net.task = "embed"
+        net.pooling = "mean"
     check_entries(folder, entries, net, table)
 
     tensors = read_weights(folder, table, dtype)
@@ -144,6 +149,28 @@ def begin_texts(tok, config):
     not say how."""
     if not config.causal and not tok.start and tok.eot_id is not None:
         tok.start = [tok.eot_id]
+
+
+def is_trunk(settings):
+    """Whether a config.json is that of a network without any head, such as a BertModel: what
+    models of vectors are saved as."""
+    names = settings.get("architectures")
+    is_one = isinstance(names, list) and len(names) == 1
+    return is_one and bool(re.fullmatch(r"\w*(?<!LMHead)Model", str(names[0])))
+
+
+def lacks_head(net):
+    """Whether the file of an empty network need not have a language model's head."""
+    return net.score is not None or net.task == "embed"
+
+
+def without_model(table, entries):
+    """The TensorNames of a file of these names, whose trunk may stand by itself: without `model.`
+    before each."""
+    bare = any(name.startswith(("layers.", "embed_tokens.", "embeddings.")) for name in entries)
+    if bare and not table.prefix and not any(name.startswith("model.") for name in entries):
+        return replace(table, prefix="model.")
+    return table
 
 
 def read_embedding(folder, net):
@@ -337,7 +364,10 @@ def empty_network(config, settings, head, fast):
 def check_entries(folder, entries, net, table):
     """Refuse files whose tensors, {name: (dtype, shape)}, are not the network's."""
     prefix = table.prefix
-    want = tensors_in_file(saved_tensors(net), table)
+    want = saved_tensors(net)
+    if lacks_head(net):
+        want = {name: t for name, t in want.items() if not is_of_lm_head(name)}
+    want = tensors_in_file(want, table)
     want = {name.removeprefix(prefix): t for name, t in want.items()}
     given = {name.removeprefix(prefix): entry for name, entry in entries.items()}
     if len(given) < len(entries):
@@ -393,17 +423,21 @@ def complete_head(folder, tensors, net):
         if head.dtype != table.dtype or not head.equal(table):
             raise UserError(f"{folder}: lm_head.weight is not the embedding that it is tied to")
         tensors["lm_head.weight"] = table
-    if net.score is not None:  # a classifier's file: nothing reads it
+    if lacks_head(net):  # nothing reads it
+        n_zeros = 0
         for name, empty in net.state_dict().items():
             if is_of_lm_head(name) and name not in tensors:
                 tensors[name] = torch.zeros(empty.shape)
+                n_zeros += 1
+        if n_zeros and net.score is None:
+            print(f"{folder}: no language model's head in it: for vectors, and for new heads")
 
 
 def names_here(net):
     """The names of the tensors that a network's file may hold: with another head in its place the
     language model's has no name."""
     names = net.state_dict()
-    if net.score is not None:
+    if lacks_head(net):
         names = [name for name in names if not is_of_lm_head(name)]
     return names
 

@@ -407,6 +407,40 @@ def test_a_folder_says_how_a_text_is_embedded(tok, tmp_path):
     assert embeddings.pooling_of(net_for(tok)) == "mean"
 
 
+TRUNKS = {
+    "BertConfig": {"max_position_embeddings": 64},
+    "ModernBertConfig": {"max_position_embeddings": 64, "cls_token_id": 0, "sep_token_id": 0},
+    "Qwen3Config": {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_trunk_of_others_makes_vectors(name, tok, tmp_path, capsys):
+    """What sentence-transformers saves: no head, and no prefix before the names."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    ids = dict(vocab_size=512, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    config = getattr(transformers, name)(**shape, **ids, **TRUNKS[name])
+    theirs = transformers.AutoModel.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    for file, content in (("tokenizer.json", tok.spec), ("tokenizer_config.json", tok.config)):
+        (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    net, its_tok = load(tmp_path)
+    assert "no language model's head" in capsys.readouterr().out
+    rows = [its_tok.whole_text(text)[0] for text in TEXTS]
+    vectors = embeddings.embed(net, its_tok, rows, embeddings.pooling_of(net))
+    for row, vector in zip(rows, vectors):
+        with torch.no_grad():
+            h = theirs(torch.tensor([row])).last_hidden_state[0, 0]
+        torch.testing.assert_close(vector, h / h.norm(), rtol=1e-3, atol=1e-5)
+    kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Pooling", "Dense")]
+    (tmp_path / "modules.json").write_text(json.dumps(kinds))
+    with pytest.raises(UserError, match="not supported: sentence_transformers.models.Dense"):
+        load(tmp_path)
+
+
 # --------------------------------------------------------------------------------------------------
 # The commands
 

@@ -129,6 +129,8 @@ class GPTConfig:
         check_fields(self)
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_hidden == 0 and self.n_encoder_layer == 0 and "D" not in self.expert_layers:
+            self.n_hidden = self.expert_hidden  # where no block has another MLP
         if self.n_hidden == 0 and self.mlp in GATED:
             self.n_hidden = -(-self.n_embd * 8 // (3 * 64)) * 64  # it has a third matrix
         elif self.n_hidden == 0:
@@ -451,7 +453,7 @@ class MLP(nn.Module):
             gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
             h = self.gated(gate_up)  # (B, T, n_hidden)
         else:
-            h = self.activation(self.ops.project(x, self.up_proj))
+            h = activation(self.kind, self.ops.project(x, self.up_proj), self.ops)
         return self.ops.project(h, self.down_proj)
 
     def gated(self, gate_up):
@@ -459,16 +461,20 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             return self.ops.swiglu(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return self.activation(gate) * up
+        return activation(self.kind, gate, self.ops) * up
 
-    def activation(self, x):
-        if self.kind in ("gelu", "geglu"):
-            return self.ops.gelu(x)
-        if self.kind in ("gelu_erf", "geglu_erf"):
-            return self.ops.gelu(x, "none")
-        if self.kind == "relu":
-            return F.relu(x)
-        return F.relu(x).square()  # relu2: So et al. 2021
+
+def activation(kind, x, ops):
+    """What an MLP of this kind does with each number x, a gated one with those of its gate."""
+    if kind == "swiglu":
+        return ops.silu(x)
+    if kind in ("gelu", "geglu"):
+        return ops.gelu(x)
+    if kind in ("gelu_erf", "geglu_erf"):
+        return ops.gelu(x, "none")
+    if kind == "relu":
+        return F.relu(x)
+    return F.relu(x).square()  # relu2: So et al. 2021
 
 
 def make_mlp(c, ops, has_experts):
@@ -613,6 +619,10 @@ class GPT(nn.Module):
     def init_weight(self, name, p):
         """Draw a parameter's first values; norms keep their ones."""
         c = self.config
+        if p.ndim == 3:  # a stack of matrices, experts': each is drawn for itself
+            for matrix in p.detach():
+                self.init_weight(f"{name}.weight", matrix)
+            return
         if name.endswith(".bias"):
             nn.init.zeros_(p)
         elif "proj" in name and c.init == "xavier":

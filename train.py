@@ -151,6 +151,7 @@ from torch.nn.parallel import DistributedDataParallel
 from barelm.checkpoint import load, refuse_source, save
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
+from barelm.experts import RoutingLog
 from barelm.families import family
 from barelm.filling import filled_line, score_targets, spans_line
 from barelm.invariant import be_deterministic
@@ -168,6 +169,7 @@ from barelm.optim import (
     free_memory,
     make_optimizer,
     memory_estimate,
+    n_active,
     n_params,
     peak_flops,
     restore_optimizers,
@@ -622,8 +624,9 @@ def prepare_network(net, run, data, batch, cast, saved):
 def say_plan(net, run, data, batch, memory, dtype_used, reason):
     """What the run is, before it begins."""
     c = net.config
+    active = f" ({n_active(net):,} of them for a token)" if c.n_experts else ""
     run.say(
-        f"model: {family(c)}, {n_params(net):,} parameters: {c.n_layer} layers of width "
+        f"model: {family(c)}, {n_params(net):,} parameters{active}: {c.n_layer} layers of width "
         f"{c.n_embd}, context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
         f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {batch.grad_accum_steps} "
         f"micro-batch(es) x {batch.device_batch_size} window(s) x {seq_len} tokens\n"
@@ -798,7 +801,7 @@ def sample_text(net, tok, data):
 # The loop
 
 
-def accumulate_gradients(network, data, batches, first, n_micro, updater, run, cast):
+def accumulate_gradients(network, data, batches, first, n_micro, updater, run, cast, routing):
     """Forward and backward of this process's n_micro micro-batches of the step that begins at
     window `first` of the global sequence: the sum of their losses, a 0-dim tensor. Nothing in it
     waits for the device."""
@@ -815,6 +818,7 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, run, c
             # The mean over the global batch. DDP divides by the number of processes: multiply.
             updater.backward(loss * (run.world / n_targets))
         loss_sum += loss.detach()
+        routing.add()
         batches.make_ahead()  # the next, while the device computes this one
     return loss_sum
 
@@ -904,6 +908,7 @@ def main():
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
     signals = StopSignals()
+    routing = RoutingLog(net, run.world)
 
     say_notes(run, horizon, batch, data)
     if max_steps == 0 and not saved:
@@ -925,21 +930,32 @@ def main():
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         loss_sum = accumulate_gradients(
-            network, data, batches, state.windows, batch.grad_accum_steps, updater, run, cast
+            network,
+            data,
+            batches,
+            state.windows,
+            batch.grad_accum_steps,
+            updater,
+            run,
+            cast,
+            routing,
         )
         grad_norm = updater.clip_gradients()
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
-        loss_sum, n_stops, seconds = run.sum(loss_sum, signals.received > 0, clock)
+        figures = (loss_sum, signals.received > 0, clock, *routing.end_step())
+        loss_sum, n_stops, seconds, *routed = run.sum(*figures)
         loss = loss_sum / data.n_targets(batch.size)
         stopped = n_stops > 0
         grad_norm = float(grad_norm)
         is_finite = updater.step(state.step, loss, grad_norm, state.step < warmup_steps)
+        if is_finite:
+            routing.update_bias()
         state.advance(batch.size, loss if is_finite else math.nan, seconds)
         progress = state.progress(horizon, n_windows)
 
         dt = time.monotonic() - step_begin
-        row = step_row(state, run, net, loss, grad_norm, updater, dt)
+        row = step_row(state, run, net, loss, grad_norm, updater, dt) | routing.row(routed)
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
         if not stopped:
             rate = (progress - first_progress) / (time.monotonic() - loop_begin)

@@ -75,6 +75,10 @@ def add_lora(net, config):
     """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
     qlora the blocks' linear layers go to 4 bits too."""
     targets = set(config.lora_targets.split(","))
+    for name, p in net.named_parameters():
+        if p.ndim == 3 and last_word(name) in targets:
+            why = "the matrices of all experts, which LoRA does not adapt"
+            raise UserError(f"lora_targets: {name} is {why}: those of attention are q_proj, …")
     names = [name for name, _ in net.named_modules() if last_word(name) in targets]
     missing = targets - {last_word(name) for name in names}
     if missing:
@@ -93,6 +97,8 @@ def add_lora(net, config):
         net.set_submodule(name, layer)
     if config.adapt == "qlora":
         return_memory()
+        if net.config.n_experts:
+            print("note: the experts stay as they are: qlora packs linear layers")
 
 
 def last_word(name):
@@ -406,7 +412,7 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     write_json(folder / "generation_config.json", ids)
     peft_config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type(net.config),
         "base_model_name_or_path": base,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
@@ -422,6 +428,13 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     }
     write_json(folder / "adapter_config.json", peft_config)
     write_weights(folder / "adapter_model.safetensors", tensors, step, state)
+
+
+def task_type(c):
+    """PEFT's word for what a network does; it has none for masked language modelling."""
+    if c.is_seq2seq:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if c.causal else None
 
 
 def adapter_tensors(net):

@@ -30,6 +30,15 @@ def refuse(d, key, why="not supported"):
     raise Inexact(f"{key}={d.get(key)!r:.60} {why}")
 
 
+def with_absent(part, **usual):
+    """The Part of a family in which these are the values of absent keys."""
+
+    def read(d, values):
+        return part.read(usual | d, values)
+
+    return Part(part.fields, part.keys, read, part.write)
+
+
 # --------------------------------------------------------------------------------------------------
 # Which layers have a window
 
@@ -49,12 +58,20 @@ def shortest_layers(types):
     """GPTConfig's `layers` for the kinds of all layers: the shortest letters that, repeated, give
     them; "" where all have the window."""
     letters = "".join("S" if kind == SLIDING else "L" for kind in types)
+    return "" if "L" not in letters else shortest(letters)
+
+
+def shortest(letters):
+    """The fewest of these letters, one a layer, that give them when they are repeated."""
     n = len(letters)
     for size in range(1, n + 1):
-        repeated = letters[:size] * -(-n // size)
-        if repeated[:n] == letters:
+        if repeated(letters[:size], n) == letters:
             break
-    return "" if "L" not in letters else letters[:size]
+    return letters[:size]
+
+
+def repeated(letters, n):
+    return (letters * -(-n // len(letters)))[:n]
 
 
 def read_layers(d, types, window):
@@ -65,8 +82,8 @@ def read_layers(d, types, window):
     letters = shortest_layers(types) if window else ""
     own = d.get("layers")
     if isinstance(own, str) and own and not own.strip("SL"):
-        repeated = own * -(-len(types) // len(own))
-        same = [SLIDING if letter == "S" else FULL for letter in repeated[: len(types)]]
+        letters_of_all = repeated(own, len(types))
+        same = [SLIDING if letter == "S" else FULL for letter in letters_of_all]
         if not window or same == list(types):
             letters = own
     return {"window": window, "layers": letters}
@@ -216,11 +233,21 @@ def write_both_sides(c):
     return out | write_letters(c)
 
 
+def read_switched_window(d, values):
+    """Qwen3-MoE's: sliding_window is every layer's, with use_sliding_window."""
+    used = d.get("use_sliding_window") or False
+    if type(used) is not bool:
+        refuse(d, "use_sliding_window")
+    window = d.get("sliding_window", 4096) if used else None
+    return read_one_window(d | {"sliding_window": window}, values)
+
+
 WINDOW_KEYS = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
 LOCAL_KEYS = ("local_attention", "layer_types", "global_attn_every_n_layers")
 ONE_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_one_window, write_one_window)
 LISTED_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_listed_window, write_listed_window)
 USED_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_used_window, write_used_window)
+SWITCHED_WINDOW = Part(("window", "layers"), WINDOW_KEYS, read_switched_window, write_one_window)
 BOTH_SIDES = Part(("window", "layers"), LOCAL_KEYS, read_both_sides, write_both_sides)
 
 
@@ -263,14 +290,44 @@ def read_rope(d, values):
     scaling, theta, fraction = flat_rope(d)
     if fraction not in (None, 1):
         raise Inexact(f"partial_rotary_factor={fraction!r:.60} not supported")
-    return {
-        "rope_theta": 10000.0 if theta is None else theta,
-        "rope_scaling": read_scaling(d, scaling),
-    }
+    theta = 10000.0 if theta is None else theta
+    scaling = read_scaling(d, scaling)
+    return {"rope_scaling": scaling, "rope_theta": theta} | read_ntk(d, values, scaling, theta)
 
 
 def write_rope(c):
-    return {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
+    scaling = c.rope_scaling
+    if not scaling or scaling.get("rope_type") != "ntk":
+        return {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    # transformers has no such scaling, but it is another base: that, and our own key beside it.
+    theta = ntk_theta(c.rope_theta, scaling["factor"], c.head_dim)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "ntk": {"rope_theta": c.rope_theta} | scaling,
+    }
+
+
+def ntk_theta(theta, factor, head_dim):
+    """The base that NTK scaling comes to, as barelm/positions.py computes it."""
+    return theta * factor ** (head_dim / (head_dim - 2))
+
+
+def read_ntk(d, values, scaling, theta):
+    """{rope_theta, rope_scaling} by our own key, where it says what the base says; else {}."""
+    own = d.get("ntk")
+    head_dim = values.get("head_dim")
+    if not head_dim and type(values.get("n_embd")) is int and type(values.get("n_head")) is int:
+        head_dim = values["n_embd"] // max(1, values["n_head"])
+    if scaling or not isinstance(own, dict) or type(head_dim) is not int or head_dim <= 2:
+        return {}
+    own = dict(own)
+    base = own.pop("rope_theta", None)
+    factor = own.get("factor")
+    numbers = all(type(x) in (int, float) and 0 < x < 1e9 for x in (base, factor))
+    if not numbers or ntk_theta(base, factor, head_dim) != theta:
+        return {}
+    return {"rope_theta": base, "rope_scaling": own}
 
 
 def read_partial_rope(d, values):
@@ -352,6 +409,81 @@ def named(field, key, names, absent):
         return {}  # which reads as another value
 
     return Part((field,), (key,), read, write)
+
+
+# --------------------------------------------------------------------------------------------------
+# Experts
+
+
+def expert_count(absent):
+    """The Part of the number of experts, for which transformers has two keys. absent: what counts
+    where neither is there."""
+    keys = ("num_experts", "num_local_experts")
+
+    def read(d, values):
+        given = [d[key] for key in keys if d.get(key) is not None] or [absent]
+        if given.count(given[0]) < len(given) or given[0] == 0:
+            raise Inexact(f"num_experts={given[0]!r:.60} not supported")
+        return {"n_experts": given[0]}
+
+    def write(c):
+        return dict.fromkeys(keys, c.n_experts)
+
+    return Part(("n_experts",), keys, read, write)
+
+
+def read_expert_layers(d, values):
+    """Qwen's: every decoder_sparse_step-th layer has experts, but for mlp_only_layers. Our own key
+    counts where it says the same in other letters."""
+    n_layer = count_layers(values)
+    step = d.get("decoder_sparse_step", 1)
+    dense = d.get("mlp_only_layers") or []
+    if type(step) is not int or step < 1:
+        refuse(d, "decoder_sparse_step")
+    if not isinstance(dense, list):
+        refuse(d, "mlp_only_layers")
+    letters = ""
+    for i in range(n_layer):
+        letters += "D" if i in dense or (i + 1) % step else "E"
+    if "E" not in letters:
+        raise Inexact("mlp_only_layers with all layers not supported")
+    own = d.get("expert_layers")
+    if isinstance(own, str) and own and repeated(own, n_layer) == letters:
+        return {"expert_layers": own}
+    return {"expert_layers": shortest(letters) if "D" in letters else ""}
+
+
+def write_expert_layers(c):
+    dense = [i for i, has_experts in enumerate(c.has_experts) if not has_experts]
+    out = {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if read_expert_layers(out, {"n_layer": c.n_layer})["expert_layers"] != c.expert_layers:
+        out["expert_layers"] = c.expert_layers
+    return out
+
+
+EXPERT_LAYERS = Part(
+    ("expert_layers",),
+    ("decoder_sparse_step", "mlp_only_layers"),
+    read_expert_layers,
+    write_expert_layers,
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoders without a head
+
+
+def mlm_head(base):
+    """The Part of whether an encoder's files have the head of masked language modelling: those of
+    its class `base` alone, as models that embed texts are published, have none."""
+
+    def read(d, values):
+        return {"mlm_head": d.get("architectures") != [base]}
+
+    def write(c):
+        return {} if c.mlm_head else {"architectures": [base]}
+
+    return Part(("mlm_head",), ("architectures",), read, write)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ EXACT = {
     "quantization_config": (None, False),
 }
 # What shapes training alone: written under our own names, which transformers passes over.
-TRAINING = ("dropout", "init")
+TRAINING = ("dropout", "init", "balance", "balance_weight", "z_weight")
 # What a config.json of model_type barelm has beside GPTConfig's fields.
 BESIDE = (
     "model_type",
@@ -131,6 +131,8 @@ def to_hf_config(net, tok):
     if net.score is not None:
         out |= head_keys(net, kind)
     out["architectures"] = [architecture(kind, net)]
+    if kind != "barelm" and net.score is not None:
+        return family_keys(net.config, kind) | out
     if kind != "barelm":
         return out | family_keys(net.config, kind)
     return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
@@ -229,7 +231,9 @@ def from_hf_config(d, where="config.json"):
         why = f"is not supported: {', '.join(FAMILIES)} are"
         raise UserError(f"{where}: model_type {kind!r:.60} {why}")
     entry = FAMILIES[kind]
+    d, other_faults = by_first_keys(d, entry)
     values, faults = read_keys(d, entry)
+    faults += other_faults
     for part in entry.parts:
         try:
             values |= part.read(d, values)
@@ -251,6 +255,20 @@ def from_our_config(d, where):
         why = "no fields of GPTConfig: a fork's, or a later version's"
         raise UserError(f"{where}: {', '.join(odd[:3])}: {why}")
     return checked_config({name: d[name] for name in names if name in d}, {}, where)
+
+
+def by_first_keys(d, entry):
+    """(d with the first name of what it has by a second one, [what is wrong])."""
+    out = dict(d)
+    faults = []
+    for other, key in entry.other_keys.items():
+        value = d.get(other)
+        if value is None:
+            continue
+        if out.get(key) not in (None, value):
+            faults.append(f"{other}={value!r:.60} with {key}={out[key]!r:.60} not supported")
+        out[key] = value
+    return out, faults
 
 
 def read_keys(d, entry):

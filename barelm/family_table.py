@@ -10,22 +10,29 @@ from dataclasses import dataclass, field, replace
 
 from barelm.config_keys import (
     BOTH_SIDES,
+    EXPERT_LAYERS,
     LISTED_WINDOW,
     OFFSET,
     ONE_WINDOW,
     PARTIAL_ROPE,
     ROPE,
+    SWITCHED_WINDOW,
     T5_HEAD,
     T5_LENGTHS,
     T5_MLP,
     TWO_ROPES,
     USED_WINDOW,
+    expert_count,
+    mlm_head,
     named,
+    with_absent,
 )
 from barelm.tensor_names import (
     BERT_TENSORS,
     GPT2_TENSORS,
+    MIXTRAL_TENSORS,
     MODERNBERT_TENSORS,
+    QWEN3_MOE_TENSORS,
     ROBERTA_TENSORS,
     TensorNames,
     bloom_tensors,
@@ -59,6 +66,7 @@ class Family:
     # Key: the values with which we are exact, that of an absent key first.
     exact: dict[str, tuple] = field(default_factory=dict)
     dropout_keys: tuple[str, ...] = ()  # their names for our one dropout
+    other_keys: dict[str, str] = field(default_factory=dict)  # {a key's second name: the key}
     written: dict = field(default_factory=dict)  # keys that we write for other readers
     copies: dict[str, str] = field(default_factory=dict)  # GPTConfig's field: a second key, written
     # The names in its files, or a function of the GPTConfig that returns them.
@@ -91,6 +99,10 @@ GPT2_KEYS = {
     "norm_eps": "layer_norm_epsilon",
     "tie": "tie_word_embeddings",
 }
+EXPERT_KEYS = LLAMA_KEYS | {
+    "n_experts_per_token": "num_experts_per_tok",
+    "balance_weight": "router_aux_loss_coef",
+}
 BERT_KEYS = {
     "vocab_size": "vocab_size",
     "n_ctx": "max_position_embeddings",
@@ -112,6 +124,7 @@ T5_KEYS = {
     "n_buckets": "relative_attention_num_buckets",
     "max_distance": "relative_attention_max_distance",
 }
+SECOND_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 LLAMA_FIXED = {
     "norm": "rms",
     "norm_place": "pre",
@@ -128,7 +141,6 @@ BERT_FIXED = GPT2_FIXED | {
     "tie": True,
     "causal": False,
     "embed_norm": True,
-    "mlm_head": True,
 }
 LLAMA_EXACT = {"hidden_act": (None, "silu", "swish")}
 BERT_EXACT = {
@@ -144,6 +156,16 @@ LLAMA_WRITTEN = {
     "mlp_bias": False,
     "use_sliding_window": False,
 }
+
+
+def balance_in_file(c):
+    """`balance` of a family whose choice of experts has no bias: what shapes training alone."""
+    return "loss" if c.balance == "bias" else c.balance
+
+
+def width_of_an_mlp(c):
+    """expert_hidden of a family that has no other MLPs than experts."""
+    return c.n_hidden
 
 
 def heads_of_queries(c):
@@ -246,6 +268,51 @@ FAMILIES = {
         exact=LLAMA_EXACT | {"qk_layernorm": (False, None), "use_parallel_residual": (False, None)},
         written={"hidden_act": "silu", "qk_layernorm": False, "use_parallel_residual": False},
     ),
+    "mixtral": Family(
+        lm="MixtralForCausalLM",
+        heads=decoder_heads("Mixtral"),
+        keys=EXPERT_KEYS,
+        fixed=LLAMA_FIXED | {"norm_topk": True},
+        absent={"tie": False, "head_dim": 0, "n_experts_per_token": 2, "balance_weight": 0.001},
+        parts=(
+            with_absent(ROPE, rope_theta=1e6),
+            with_absent(ONE_WINDOW, sliding_window=None),
+            expert_count(8),
+        ),
+        derived={"balance": balance_in_file, "expert_hidden": width_of_an_mlp},
+        exact=LLAMA_EXACT | {"use_sliding_window": (None, False, True)},
+        written=LLAMA_WRITTEN,
+        tensors=MIXTRAL_TENSORS,
+    ),
+    "qwen3_moe": Family(
+        lm="Qwen3MoeForCausalLM",
+        heads=llama_heads("Qwen3Moe"),
+        keys=EXPERT_KEYS
+        | {"expert_hidden": "moe_intermediate_size", "norm_topk": "norm_topk_prob"},
+        fixed=LLAMA_FIXED | {"qk_norm": True},
+        absent={"tie": False, "head_dim": 0, "n_experts_per_token": 8, "expert_hidden": 768}
+        | {"norm_topk": False, "balance_weight": 0.001},
+        parts=(ROPE, SWITCHED_WINDOW, expert_count(128), EXPERT_LAYERS),
+        derived={"balance": balance_in_file},
+        exact=LLAMA_EXACT | {"use_sliding_window": (None, False, True)},
+        written=LLAMA_WRITTEN,
+        tensors=QWEN3_MOE_TENSORS,
+    ),
+    "olmoe": Family(
+        lm="OlmoeForCausalLM",
+        heads={},
+        keys={name: key for name, key in EXPERT_KEYS.items() if name != "head_dim"}
+        | {"norm_topk": "norm_topk_prob"},
+        fixed=LLAMA_FIXED | {"qk_norm": True, "qk_norm_all": True},
+        absent={"tie": False, "n_kv_head": 0, "n_experts_per_token": 8, "norm_topk": False}
+        | {"balance_weight": 0.01},
+        parts=(ROPE, expert_count(64)),
+        derived={"balance": balance_in_file, "expert_hidden": width_of_an_mlp}
+        | {"head_dim": width_of_a_head},
+        exact=LLAMA_EXACT | {"clip_qkv": (None,), "head_dim": (None,)},
+        written=LLAMA_WRITTEN,
+        tensors=QWEN3_MOE_TENSORS,
+    ),
     "gpt2": Family(
         lm="GPT2LMHeadModel",
         heads=decoder_heads("GPT2", tag="classifier."),
@@ -257,6 +324,9 @@ FAMILIES = {
         dropout_keys=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         written={"activation_function": "gelu_new"},
         copies={"n_ctx": "n_ctx"},
+        other_keys=SECOND_KEYS
+        | {"hidden_size": "n_embd"}
+        | {"max_position_embeddings": "n_positions"},
         tensors=GPT2_TENSORS,
     ),
     "bloom": Family(
@@ -274,7 +344,8 @@ FAMILIES = {
         fixed=GPT2_FIXED | {"pos": "alibi", "embed_norm": True},
         absent={"tie": True, "n_ctx": 2048},
         derived=PLAIN_HEADS | {"n_hidden": four_widths},
-        exact={"apply_residual_connection_post_layernorm": (False, None), "n_embed": (None,)},
+        exact={"apply_residual_connection_post_layernorm": (False, None)},
+        other_keys=SECOND_KEYS | {"n_embed": "hidden_size"},
         tensors=bloom_tensors,
     ),
     "bert": Family(
@@ -292,6 +363,7 @@ FAMILIES = {
         keys=BERT_KEYS,
         fixed=BERT_FIXED,
         absent={"norm_eps": 1e-12, "n_types": 2},
+        parts=(mlm_head("BertModel"),),
         derived=PLAIN_HEADS,
         exact=BERT_EXACT,
         dropout_keys=("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -314,7 +386,7 @@ FAMILIES = {
         keys={name: key for name, key in BERT_KEYS.items() if name != "n_ctx"},
         fixed=BERT_FIXED,
         absent={"norm_eps": 1e-12, "n_types": 2},
-        parts=(OFFSET,),
+        parts=(OFFSET, mlm_head("RobertaModel")),
         derived=PLAIN_HEADS,
         exact=BERT_EXACT,
         dropout_keys=("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -345,6 +417,7 @@ FAMILIES = {
         parts=(
             TWO_ROPES,
             BOTH_SIDES,
+            mlm_head("ModernBertModel"),
             named(
                 "mlp",
                 "hidden_activation",
@@ -380,6 +453,8 @@ FAMILIES = {
         derived={"n_kv_head": heads_of_queries},
         exact={"is_encoder_decoder": (True,), "is_decoder": (False, None)},
         dropout_keys=("dropout_rate",),
+        other_keys={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+        | {"hidden_size": "d_model", "head_dim": "d_kv"},
         written={"is_encoder_decoder": True},
         tensors=t5_tensors,
         tie_by_files=True,
@@ -388,6 +463,7 @@ FAMILIES = {
 FAMILIES["xlm-roberta"] = replace(
     FAMILIES["roberta"],
     lm="XLMRobertaForMaskedLM",
+    parts=(OFFSET, mlm_head("XLMRobertaModel")),
     heads={
         task: replace(head, architecture=f"XLM{head.architecture}")
         for task, head in FAMILIES["roberta"].heads.items()

@@ -15,7 +15,8 @@ COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024), for matrices; equal shapes go together.
+    """Momentum, orthogonalized (Jordan et al. 2024), for matrices; equal shapes go together. A
+    parameter of three dimensions is a stack of matrices: experts.
 
     Steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size (Liu et
     al. 2025, section 2.2), so that one learning rate serves both."""
@@ -36,8 +37,8 @@ class Muon(torch.optim.Optimizer):
                 self.step_of_shape(params, group, self.moments((number, shape), params))
 
     def moments(self, key, params):
-        """The momentum of n parameters of one shape, in one tensor (n, rows, columns), and its n
-        parts, which `state` has by parameter, as a state.pt does."""
+        """The momentum of n parameters of one shape, in one tensor (n, …, rows, columns), and its
+        n parts, which `state` has by parameter, as a state.pt does."""
         momenta = [self.state[p].get("momentum") for p in params]
         whole, parts = self.stacks.get(key, (None, ()))
         if len(momenta) == len(parts) and all(a is b for a, b in zip(momenta, parts)):
@@ -53,7 +54,7 @@ class Muon(torch.optim.Optimizer):
         return whole, parts
 
     def step_of_shape(self, params, group, moments):
-        """A step of n parameters of one shape (rows, columns), in one batch of products."""
+        """A step of n parameters of one shape (…, rows, columns), in one batch of products."""
         lr = group["lr"]
         beta = group["momentum"]
         whole, parts = moments
@@ -61,9 +62,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(parts, grads, 1 - beta)  # m = beta m + (1 - beta) g
         ahead = torch.stack(grads).lerp_(whole, beta)  # Nesterov: as if one step further
         orthogonal = partial(orthogonalize, dtype=self.dtype)
-        updates = split_over_processes(ahead, orthogonal)  # (n, rows, columns)
+        matrices = ahead.flatten(0, -3)  # (n or n E, rows, columns)
+        updates = split_over_processes(matrices, orthogonal).view_as(ahead)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        scale = 0.2 * math.sqrt(max(params[0].shape))
+        scale = 0.2 * math.sqrt(max(params[0].shape[-2:]))
         torch._foreach_add_(params, updates.unbind(), alpha=-lr * scale)
 
 

@@ -57,13 +57,14 @@ def make_muon(matrices, lr, momentum, weight_decay, dtype):
 
 
 def split_parameters(net):
-    """The parameters that learn: the blocks' matrices; the embedding, the head and whatever else
-    has two dimensions or more (a stack of experts); norms and biases, which are not decayed."""
+    """The parameters that learn: the blocks' matrices, and their stacks of matrices (experts); the
+    embedding, the head and whatever else has two dimensions; norms and biases, which are not
+    decayed."""
     matrices, wide, narrow = [], [], []
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and ".layers." in name:
+        if p.ndim > 1 and ".layers." in name:
             matrices.append(p)
         elif p.ndim > 1:
             wide.append(p)
@@ -152,6 +153,15 @@ def n_params(net):
     return sum(p.numel() for p in net.parameters())
 
 
+def n_active(net):
+    """How many parameters a token is computed with: of a layer's experts those that it is given
+    to."""
+    c = net.config
+    idle = c.n_experts - c.n_experts_per_token
+    expert = MLP_MATRICES[c.mlp] * c.n_embd * c.expert_hidden
+    return n_params(net) - sum(c.has_experts) * idle * expert
+
+
 # How many matrices an MLP of each kind multiplies a token with. One that is not here is counted
 # nowhere else: FLOPs, memory and the decision to compile stand on it.
 MLP_MATRICES = {"swiglu": 3, "geglu": 3, "geglu_erf": 3, "gelu": 2, "gelu_erf": 2}
@@ -163,10 +173,30 @@ def flops_per_token(c, seq_len, backward=True):
     attention as the whole seq_len x seq_len square, as is usual; backward costs twice forward."""
     projections = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)  # q and o, k and v
     attention = 2 * c.head_dim * c.n_head * seq_len  # q k^T, and its softmax times v
-    mlp = MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden
+    mlps = sum(mlp_weights(c, layer) for layer in range(c.n_layer))
     head = c.n_embd * c.vocab_size
-    forward = 2 * (c.n_layer * (projections + attention + mlp) + head)
+    forward = 2 * (c.n_layer * (projections + attention) + mlps + head)
     return 3 * forward if backward else forward
+
+
+def mlp_weights(c, layer):
+    """Weights of a decoder layer's MLP that a token is multiplied with: where it has experts the
+    router's, and those of the experts that the token is given to."""
+    weights = MLP_MATRICES[c.mlp] * c.n_embd
+    if not c.has_experts[layer]:
+        return weights * c.n_hidden
+    n = c.n_experts_per_token + c.n_shared_experts
+    return c.n_experts * c.n_embd + n * weights * c.expert_hidden
+
+
+def mlp_numbers(c, layer):
+    """Numbers that a token leaves for backward in a decoder layer's MLP: before and behind the
+    activation; of its experts each has its own, and what it reads and gives."""
+    n = MLP_MATRICES[c.mlp] + 1
+    if not c.has_experts[layer]:
+        return n * c.n_hidden
+    k = c.n_experts_per_token
+    return (k + c.n_shared_experts) * n * c.expert_hidden + 3 * k * c.n_embd + 2 * c.n_experts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,15 +209,15 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
     head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter."""
     width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
-    n_hidden = (MLP_MATRICES[c.mlp] + 1) * c.n_hidden  # before and behind the activation
+    mlps = [mlp_numbers(c, layer) for layer in range(c.n_layer)]
     # Of a token in a block: x and its sums and norms in float32, then what the products read.
-    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads + n_hidden)
+    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads)
     if device_type == "cpu" and width == 2 and seq_len <= 1024:  # BlockedAttention's probabilities
         block += width * c.n_head * max(128, 5 * seq_len // 8)
     if recompute:  # of each block its input alone, and all of the one that is computed again
-        blocks = c.n_layer * 4 * c.n_embd + block
+        blocks = c.n_layer * 4 * c.n_embd + block + width * max(mlps)
     else:
-        blocks = c.n_layer * block
+        blocks = c.n_layer * block + width * sum(mlps)
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
     weights = 4 * params * (2 + moments)  # with the gradients

@@ -18,13 +18,15 @@ from barelm.run import UserError
 
 
 def quantize_weights(net, kind):
-    """Make the network's linear layers int8 or int4, in place: the head too (a tied embedding then
-    has the head's values), but not a classifier's."""
+    """Make the network's linear layers and experts int8 or int4, in place: the head too (a tied
+    embedding then has the head's values), but not a classifier's, nor the routers."""
     if kind not in ("int8", "int4"):
         raise UserError(f"--quantize={kind}: expected int8 or int4")
     if net.quantize not in (None, kind):
         raise UserError(f"--quantize={kind}: this model is {net.quantize} already")
     for name, layer in list(net.named_modules()):
+        if hasattr(layer, "quantize_stacks"):  # experts
+            layer.quantize_stacks(kind)
         if not isinstance(layer, nn.Linear) or name.startswith("score"):
             continue
         if name == "lm_head" and net.score is not None:  # nothing reads it
@@ -65,6 +67,28 @@ class QuantizedLinear(nn.Module):
         weight = dequantize(self.weight, self.scale)[:, : x.shape[-1]]
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x.float(), weight, bias).to(x.dtype)
+
+
+class QuantizedStack(nn.Module):
+    """A stack of matrices (E, out, in), experts', as codes like QuantizedLinear's. Called with a
+    dtype it gives what they stand for; so does each of the functions that `unbind` gives."""
+
+    def __init__(self, stack, kind):
+        super().__init__()
+        self.shape = stack.shape
+        make_codes = int8_codes if kind == "int8" else int4_codes
+        codes = [make_codes(matrix) for matrix in stack.detach().float()]
+        self.register_buffer("weight", torch.stack([weight for weight, _ in codes]))
+        self.register_buffer("scale", torch.stack([scale for _, scale in codes]))
+
+    def matrix(self, e, dtype):
+        return dequantize(self.weight[e], self.scale[e])[:, : self.shape[2]].to(dtype)
+
+    def unbind(self):
+        return [functools.partial(self.matrix, e) for e in range(self.shape[0])]
+
+    def forward(self, dtype):
+        return torch.stack([matrix(dtype) for matrix in self.unbind()])
 
 
 def int8_codes(w):

@@ -133,6 +133,7 @@ def check_experts(c):
         check(c, "n_experts_per_token", good, f"1 to n_experts={n}")
         check(c, "n_experts", "E" in c.expert_layers or not c.expert_layers, "a layer E with it")
         check(c, "expert_hidden", c.expert_hidden <= LARGEST, f"at most {LARGEST}")
+        check(c, "bias", not c.bias, "false with n_experts: they have no biases")
     else:
         check(c, "n_shared_experts", c.n_shared_experts == 0, "0 without n_experts")
         check(c, "expert_hidden", c.expert_hidden == 0, "0 without n_experts")

@@ -17,6 +17,7 @@ class TensorNames:
     renames: tuple[tuple[str, str], ...] = ()  # (ours, theirs), replaced one after another
     patterns: tuple[tuple[str, str], ...] = ()  # before these: regular expressions of ours
     transposed: bool = False  # matrices of linear layers are (in, out) there
+    experts_apart: bool = False  # a tensor for each matrix of each expert: `unstacked`
     n_head: int = 0  # of joined q, k and v: each head's three stand together (BLOOM); 0: each whole
     prefix: str = ""  # that the names in some files lack
     unread: tuple[str, ...] = (".rotary_emb.inv_freq",)  # ends of names: what is computed here
@@ -64,6 +65,8 @@ def tensors_from_file(tensors, names, table):
     """A file's tensors (with or without the family's prefix) under our names; what is under none of
     `names` keeps its own."""
     rest = {name.removeprefix(table.prefix): t for name, t in tensors.items()}
+    if table.experts_apart:
+        names = unstacked(names)
     out = {}
     for theirs, ours in names_in_file(names, table).items():
         t = rest.pop(theirs.removeprefix(table.prefix), None)
@@ -75,11 +78,13 @@ def tensors_from_file(tensors, names, table):
             out[ours[0]] = t  # (out, in)
         else:
             out.update(zip(ours, parted(t, len(ours), table)))
-    return out | rest
+    return stacked(out) | rest
 
 
 def tensors_in_file(state, table):
     """Our tensors under the names of a table's file."""
+    if table.experts_apart:
+        state = unstacked(state)
     out = {}
     for theirs, ours in names_in_file(state, table).items():
         t = state[ours[0]]
@@ -87,6 +92,33 @@ def tensors_in_file(state, table):
             t = joined([state[name] for name in ours], table)
         out[theirs] = t.t() if is_transposed(ours[0], table) else t
     return out
+
+
+def unstacked(state):
+    """{name: tensor} with the matrices of each expert by themselves, experts.{e}.up_proj.weight,
+    for what we have as one tensor (E, out, in), experts.up_proj."""
+    out = {}
+    for name, t in state.items():
+        place, _, kind = name.rpartition(".experts.")
+        if not place:
+            out[name] = t
+            continue
+        for e, matrix in enumerate(t.unbind()):
+            out[f"{place}.experts.{e}.{kind}.weight"] = matrix
+    return out
+
+
+def stacked(tensors):
+    """`unstacked`, back; a stack that lacks an expert has fewer."""
+    out = {}
+    stacks = {}
+    for name, t in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)\.weight", name)
+        if match:
+            stacks.setdefault(".".join(match.groups()), []).append(t)
+        else:
+            out[name] = t
+    return out | {name: torch.stack(matrices) for name, matrices in stacks.items()}
 
 
 def parted(t, n, table):
@@ -211,6 +243,7 @@ MODERNBERT_TENSORS = TensorNames(
         ("up_proj", "Wi"),
         ("down_proj", "Wo"),
     ),
+    prefix="model.",
     unread=(".inv_freq",),
 )
 BLOOM_RENAMES = (
@@ -226,6 +259,17 @@ BLOOM_RENAMES = (
     ("up_proj", "dense_h_to_4h"),
     ("down_proj", "dense_4h_to_h"),
 )
+
+MIXTRAL_TENSORS = TensorNames(
+    renames=(
+        (".mlp.", ".block_sparse_moe."),
+        ("gate_proj", "w1"),
+        ("up_proj", "w3"),
+        ("down_proj", "w2"),
+    ),
+    experts_apart=True,
+)
+QWEN3_MOE_TENSORS = TensorNames(experts_apart=True)
 
 
 def bloom_tensors(c):

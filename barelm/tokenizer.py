@@ -157,12 +157,13 @@ class Tokenizer:
 
     @property
     def eot_id(self):
-        """The token that starts a document: bos, or where there is none the end token, or None."""
+        """The token that starts a document: bos, or where there is none the end token, or that of
+        the post-processor (BERT's [CLS]), or None."""
         if self.bos_id is not None:
             return self.bos_id
         if self.eos_ids:
             return self.eos_ids[0]
-        return None
+        return self.start[0] if self.start else None
 
     @property
     def end_id(self):
@@ -207,6 +208,8 @@ class Tokenizer:
         """(ids before a document, ids behind it) in the shards that are written today. What begins
         a text is the post-processor's word. Where one token is bos and the end, or there is but
         one, it stands before each document, and so behind the one before."""
+        if self.end_id is None and self.end:  # BERT's: [CLS] … [SEP]
+            return self.start, self.end
         if self.end_id in (None, self.bos_id):  # GPT-2's way
             return self.start or [self.eot_id], []
         return self.start, [self.end_id]  # Llama's: <s> … </s>

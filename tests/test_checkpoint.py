@@ -67,7 +67,8 @@ def test_a_new_family_is_one_entry(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_a_family_writes_it_reads(kind):
     fields_of_parts = {name for part in FAMILIES[kind].parts for name in part.fields}
-    needed = {"position_offset": 2, "n_encoder_layer": 3}  # in the families that have them
+    # In the families that have them:
+    needed = {"position_offset": 2, "n_encoder_layer": 3, "n_experts": 4}
     held = {*FAMILIES[kind].keys, *fields_of_parts}
     needed = {name: value for name, value in needed.items() if name in held}
     config = GPTConfig(64, 32, 2, 4, 16, **FAMILIES[kind].fixed, **needed)

@@ -1,21 +1,26 @@
 """Formats of others open here, and ours there: small random models of transformers, their logits,
 greedy ids and tensors, each key of their config.json; and fixtures of the same, without it."""
 
+import io
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from barelm.adapters import AdaptConfig, LoRA, add_lora, save_adapter
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.families import FAMILIES, from_hf_config
 from barelm.family_table import REFUSED
 from barelm.files import write_json
+from barelm.optim import n_params
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
-from model import generate
+from barelm.tokenizer import Tokenizer
+from model import GPT, GPTConfig, generate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "families"
 TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
@@ -266,6 +271,35 @@ def test_old_files_of_bert_and_t5(transformers, tmp_path):
 
 
 @torch.no_grad()
+def test_ntk_scaling_is_another_base_there(transformers, tmp_path):
+    scaling = {"rope_type": "ntk", "factor": 4.0}
+    net = GPT(GPTConfig(TOK.n_vocab, 64, 2, 4, 32, rope_scaling=scaling, qk_norm=False)).eval()
+    save(tmp_path, net, TOK)
+    ids = torch.randint(3, 30, (1, 40))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    close(net(ids), theirs(ids).logits)
+    back, _ = load(tmp_path)
+    assert back.config == net.config and back(ids).equal(net(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Bert", "ModernBert"])
+def test_an_encoder_without_a_head_embeds_texts(name, transformers, tmp_path):
+    """As models for embeddings are published: BertModel, whose pooler nothing reads."""
+    _, keys = MODELS[name.lower()]
+    base = getattr(transformers, f"{name}Model")
+    theirs = base(getattr(transformers, f"{name}Config")(**keys)).eval()
+    net, tok = load(write(tmp_path / "theirs", theirs))
+    ids = torch.randint(3, 30, (2, 9))
+    close(net.hidden(ids), theirs(ids).last_hidden_state)
+    save(tmp_path / "ours", net, tok)
+    back = base.from_pretrained(tmp_path / "ours").eval()
+    close(back(ids).last_hidden_state, net.hidden(ids))
+    assert load(tmp_path / "ours")[0].config == net.config
+
+
+@torch.no_grad()
 def test_roberta_is_written_where_its_padding_fits_alone(transformers, tmp_path):
     net, tok = load(write(tmp_path / "theirs", make(transformers, "roberta")))
     net.pad_id = 0
@@ -326,12 +360,17 @@ FLIPS = {
     "rms_norm_eps": [0.5],
     "layer_norm_epsilon": [0.5],
     "is_encoder_decoder": [False],
+    "hidden_size": [16, 32],
+    "num_hidden_layers": [2, 3],
+    "num_attention_heads": [2, 6],
+    "n_embed": [12, 24],
 }
 
 
 # Keys that a family's config.json may have though transformers writes others, or none, today.
 BESIDE = "position_embedding_type layer_types sliding_window use_sliding_window is_decoder"
 BESIDE += " max_window_layers global_attn_every_n_layers rope_scaling partial_rotary_factor"
+BESIDE += " hidden_size num_hidden_layers num_attention_heads"
 
 
 @torch.no_grad()
@@ -365,6 +404,17 @@ def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, t
             torch.testing.assert_close(made, given, atol=1e-4, rtol=1e-4, msg=f"{key}={value}")
             counts[1] += 1
     assert min(counts) > 4
+
+
+PUBLISHED = json.loads((FIXTURES.parent / "published.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_their_number_of_parameters(name):
+    """The config.json of models on the Hub, with the keys of their days."""
+    config = from_hf_config(PUBLISHED[name]["config"])
+    with torch.device("meta"):
+        assert n_params(GPT(config)) == PUBLISHED[name]["parameters"]
 
 
 def test_known_families_that_are_not_exact_are_refused_with_the_key():
@@ -408,3 +458,179 @@ def test_fixtures_of_other_families(name, tmp_path):
     n_new = len(facts["greedy"])
     [answer] = generate(net, tok, [facts["ids"]], max_new_tokens=n_new, temperature=0)
     assert answer.ids == facts["greedy"]
+
+
+# Folders that are not what they say
+
+VALUES = [None, -1, 0, 1.5, [], {}, "x", True, 2**70, float("nan")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert-classify", "modernbert", "roberta", "t5", "bloom"])
+def test_a_changed_config_is_refused_in_a_line_or_computes(name, tmp_path):
+    """Each key of a fixture's config.json with a few of VALUES, always the same ones."""
+    folder = shutil.copytree(FIXTURES / name, tmp_path / name)
+    write_json(folder / "tokenizer.json", TOK.spec)
+    write_json(folder / "tokenizer_config.json", TOK.config)
+    config = json.loads((folder / "config.json").read_text())
+    ids = torch.tensor([[5, 7, 9]])
+    counts = [0, 0]
+    for key in config:
+        for i, value in enumerate(VALUES):
+            if zlib.crc32(f"{name} {key} {i}".encode()) % 8:
+                continue
+            (folder / "config.json").write_text(json.dumps(config | {key: value}))
+            try:
+                net, _ = load(folder)
+            except UserError as error:
+                assert "\n" not in str(error)
+                counts[0] += 1
+                continue
+            options = {"encoder_ids": ids} if net.config.is_seq2seq else {}
+            assert net(ids, **options).isfinite().all(), (key, value)
+            counts[1] += 1
+    assert min(counts) > 2
+    torn = (folder / "model.safetensors").read_bytes()
+    (folder / "config.json").write_text(json.dumps(config))
+    for key in [*tensors(folder)][::7]:
+        rewrite(folder, lambda given: {k: t for k, t in given.items() if k != key})
+        with pytest.raises(UserError) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+        (folder / "model.safetensors").write_bytes(torn)
+
+
+# Their tokenizers
+
+WORDS = "the cat sat on a mat, and naïve café owners saw Über-cats: (x + y) = 12.5; don't! " * 9
+STRANGE = [
+    "",
+    " ",
+    "The CAT  sat\n\ton",
+    "naïve café ﬁ Å ½ é",
+    "東京 a<mask>b [MASK] </s>x",
+    "don't?!",
+]
+
+
+def word_piece(library):
+    tok = library.Tokenizer(library.models.WordPiece(unk_token="[UNK]"))
+    tok.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+    tok.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    tok.decoder = library.decoders.WordPiece()
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = library.trainers.WordPieceTrainer(
+        vocab_size=120, special_tokens=names, show_progress=False
+    )
+    tok.train_from_iterator([WORDS], trainer)
+    single = dict(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1")
+    places = [("[CLS]", 2), ("[SEP]", 3)]
+    tok.post_processor = library.processors.TemplateProcessing(**single, special_tokens=places)
+    roles = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+    return tok, {f"{role}_token": names[id] for role, id in roles.items()}, roles, ([2], [3])
+
+
+def byte_level(library, names, normalizer=None):
+    tok = library.Tokenizer(library.models.BPE())
+    level = library.pre_tokenizers.ByteLevel
+    tok.normalizer = normalizer
+    tok.pre_tokenizer = level(add_prefix_space=False)
+    tok.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=names, show_progress=False, initial_alphabet=level.alphabet()
+    )
+    tok.train_from_iterator([WORDS], trainer)
+    return tok
+
+
+def roberta(library):
+    tok = byte_level(library, ["<s>", "<pad>", "</s>", "<unk>"])
+    mask = library.AddedToken("<mask>", lstrip=True, special=True)
+    tok.add_special_tokens([mask])
+    ends = [("</s>", 2), ("<s>", 0)]
+    tok.post_processor = library.processors.RobertaProcessing(*ends, add_prefix_space=False)
+    roles = dict(bos=0, eos=2, pad=1, cls=0, sep=2, mask=tok.token_to_id("<mask>"))
+    config = {f"{role}_token": tok.id_to_token(id) for role, id in roles.items()}
+    config["mask_token"] = {"content": "<mask>", "lstrip": True, "__type": "AddedToken"}
+    return tok, config, roles, ([0], [2])
+
+
+def modernbert(library):
+    tok = byte_level(library, ["<|endoftext|>"], library.normalizers.NFC())
+    spaces = [library.AddedToken(" " * n, normalized=True, special=False) for n in (4, 2)]
+    tok.add_tokens(spaces)
+    mask = library.AddedToken("[MASK]", lstrip=True, special=True)
+    tok.add_special_tokens(["[CLS]", "[SEP]", "[PAD]", mask])
+    names = {role: f"[{role.upper()}]" for role in ("cls", "sep", "pad", "mask")}
+    roles = {role: tok.token_to_id(name) for role, name in names.items()}
+    single = dict(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]")
+    places = [("[CLS]", roles["cls"]), ("[SEP]", roles["sep"])]
+    tok.post_processor = library.processors.TemplateProcessing(**single, special_tokens=places)
+    config = {f"{role}_token": name for role, name in names.items()}
+    return tok, config, roles, ([roles["cls"]], [roles["sep"]])
+
+
+def t5(library):
+    """A Unigram with SentencePiece's own table of normal forms."""
+    pieces = pytest.importorskip("sentencepiece")
+    model = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    file = io.BytesIO()
+    how = dict(vocab_size=40, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    lines = iter(WORDS.split(", "))
+    pieces.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=file, minloglevel=2, **how
+    )
+    model.ParseFromString(file.getvalue())
+    vocab = [(piece.piece, piece.score) for piece in model.pieces]
+    extra = ["<extra_id_1>", "<extra_id_0>"]
+    tok = library.Tokenizer(library.models.Unigram([*vocab, *((x, 0.0) for x in extra)], unk_id=2))
+    table = model.normalizer_spec.precompiled_charsmap
+    tok.normalizer = library.normalizers.Precompiled(table)
+    tok.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme="always")
+    tok.decoder = library.decoders.Metaspace(prepend_scheme="always")
+    tok.add_special_tokens(["<pad>", "</s>", "<unk>", *extra])
+    single = dict(single="$A </s>", pair="$A </s> $B </s>")
+    tok.post_processor = library.processors.TemplateProcessing(
+        **single, special_tokens=[("</s>", 1)]
+    )
+    config = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return tok, config, dict(pad=0, eos=1, unk=2), ([], [1])
+
+
+@pytest.mark.parametrize("make_one", [word_piece, roberta, modernbert, t5])
+def test_tokenizers_of_encoders_give_the_librarys_ids(make_one):
+    library = pytest.importorskip("tokenizers")
+    theirs, config, roles, (start, end) = make_one(library)
+    tok = Tokenizer(json.loads(theirs.to_str()), config)
+    assert tok.roles == roles
+    assert (tok.start, tok.end) == (start, end) == tok.document_layout
+    assert tok.prompt("cat")[: len(start)] == start
+    for text in [*STRANGE, WORDS[:60]]:
+        theirs.encode_special_tokens = True
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert tok.encode(text) == expected, text
+        assert tok.decode(expected) == theirs.decode(expected, skip_special_tokens=False)
+    theirs.encode_special_tokens = False
+    assert tok.start + tok.encode("the cat") + tok.end == theirs.encode("the cat").ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "modernbert", "bloom", "t5"])
+def test_adapters_have_the_names_of_their_base(name, transformers, tmp_path):
+    """Joined layers too, whose parts' products stand as the file's rows do."""
+    peft = pytest.importorskip("peft")
+    theirs = make(transformers, name)
+    net, tok = load(write(tmp_path / "base", theirs))
+    config = AdaptConfig("lora", lora_rank=2)
+    add_lora(net, config)
+    for layer in net.modules():
+        if isinstance(layer, LoRA):
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    save_adapter(tmp_path / "ours", net.eval(), tok, str(tmp_path / "base"), config)
+    reopened, _ = load(tmp_path / "ours")
+    with_adapter = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    ids = torch.randint(3, 30, (2, 9))
+    options = {"encoder_ids": ids} if is_seq2seq(theirs) else {}
+    there = {"decoder_input_ids": ids} if is_seq2seq(theirs) else {}
+    close(net(ids, **options), with_adapter(input_ids=ids, **there).logits)
+    close(net(ids, **options), reopened(ids, **options))

@@ -415,7 +415,7 @@ TRUNKS = {
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_a_trunk_of_others_makes_vectors(name, tok, tmp_path, capsys):
+def test_a_trunk_of_others_makes_vectors(name, tok, tmp_path):
     """What sentence-transformers saves: no head, and no prefix before the names."""
     transformers = pytest.importorskip("transformers")
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -428,7 +428,6 @@ def test_a_trunk_of_others_makes_vectors(name, tok, tmp_path, capsys):
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
     net, its_tok = load(tmp_path)
-    assert "no language model's head" in capsys.readouterr().out
     rows = [its_tok.whole_text(text)[0] for text in TEXTS]
     vectors = embeddings.embed(net, its_tok, rows, embeddings.pooling_of(net))
     for row, vector in zip(rows, vectors):

@@ -52,6 +52,16 @@ def test_muon_equals_its_formula():
         torch.testing.assert_close(p.data.double(), e, atol=1e-5, rtol=1e-5)
 
 
+def test_a_stack_of_experts_is_stepped_matrix_by_matrix():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, 4, 12))
+    singles = [torch.nn.Parameter(p.detach().clone()) for p in stack]
+    grads = torch.randn(2, 3, 4, 12)
+    take_steps(Muon([stack], lr=0.1, weight_decay=0.3), [stack], [[g] for g in grads])
+    take_steps(Muon(singles, lr=0.1, weight_decay=0.3), singles, list(grads))
+    torch.testing.assert_close(stack.data, torch.stack([p.data for p in singles]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24)])
 def test_singular_values_land_near_1_and_vectors_stay(shape, dtype):

@@ -2,6 +2,7 @@
 
     python eval.py                                       # out/python on data/python's validation
     python eval.py --text=book.txt                       # bits per byte of any text, or JSONL
+    python eval.py --lengths=256,512,1024                # the loss by the length of a window
     python eval.py --tasks=mmlu,arc_easy --data=FOLDER --shots=0 --limit=100 --samples
     python eval.py --tasks=gsm8k,math --download         # rows from the Hub, kept in --data
     python eval.py --tasks=mine.jsonl,mine.py:function   # the README shows both
@@ -41,6 +42,8 @@ dataset = "python"  # data/<dataset>, whose validation shards loss reads; of a h
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
 context: int | None = None  # the same, beyond the model's context too, with the loss by position
+lengths = ""  # also the loss of windows of these lengths, with commas between them: 256,512,1024
+rope_scaling: dict | None = None  # of a rotary model instead of its own: yarn, ntk, linear
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
 mask_rate = 0.15  # of a model that fills gaps: the part of the tokens that is hidden
 
@@ -722,6 +725,8 @@ def run_loss(net, tok, answers, say):
     """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
     texts, whose first token follows the one that starts a document."""
     if fills_gaps(net.config):
+        if asked_lengths():
+            raise UserError(f"lengths={lengths}: expected a model that predicts the next token")
         return run_gaps(net, tok, answers)
     length = window_length(net)
     if text:
@@ -753,7 +758,44 @@ def run_loss(net, tok, answers, say):
         raise UserError(f"data/{dataset}: no token to score: its shards hold one, or none")
     # Shards that are all of a source have none of all together: the first source stands for it.
     whole = "" if "" in scores else next(iter(scores))
-    return Result(scores[whole], len(pieces[whole]), by | by_position, log)
+    by |= by_position | loss_by_length(net, tok, answers)
+    return Result(scores[whole], len(pieces[whole]), by, log)
+
+
+def loss_by_length(net, tok, answers):
+    """{"length 512": its loss, flat} of windows of each of `lengths`, beyond the model's context
+    too: as many tokens of all sources for each, so that only what stands before them differs."""
+    by = {}
+    for length in asked_lengths():
+        if text:
+            pieces = text_pieces(tok, length)
+        else:
+            by_source = shard_pieces(tok, length)
+            pieces = by_source.get("") or next(iter(by_source.values()))
+        requests = []
+        for piece in pieces:
+            requests += piece.requests
+
+        def work(batch):
+            return score_by_position(net, batch, length)
+
+        sums = answers(f"loss at {length:,}", ["by position", length], requests, work)
+        rows = piece_rows("", pieces, iter([sum(parts) for parts in sums]))
+        if rows:
+            by[f"length {length}"] = flat(score_source(pieces, rows)) | {"n": len(pieces)}
+    return by
+
+
+def asked_lengths():
+    """The numbers that `lengths` has."""
+    numbers = []
+    for word in lengths.split(","):
+        if not word.strip():
+            continue
+        if not word.strip().isdecimal() or not 0 < int(word) < 2**31:
+            raise UserError(f"--lengths={lengths}: expected numbers of tokens, such as 256,512")
+        numbers.append(int(word))
+    return numbers
 
 
 def piece_rows(source, pieces, replies):
@@ -795,9 +837,11 @@ def window_length(net):
     if context is None and seq_len > n_ctx:
         hint = f"--context={seq_len} looks beyond it"
         raise UserError(f"seq_len={seq_len}, but the context of {model} is {n_ctx}: {hint}")
-    if context is not None and context > n_ctx and net.config.pos == "learned":
+    longest = max([context or 0, *asked_lengths()])
+    if longest > n_ctx and net.config.pos == "learned":
         why = f"the positions of {model} are learned ones, which end at {n_ctx}"
-        raise UserError(f"context={context}: {why}")
+        key = "context" if longest == context else "lengths"
+        raise UserError(f"{key}={globals()[key]}: {why}")
     return context or seq_len or n_ctx
 
 
@@ -926,13 +970,13 @@ def text_gap_windows(tok, length):
     """The same of the documents of `text`; what is left at a document's end, too, but for less than
     what a span needs."""
     requests = []
-    room = length - len(tok.start) - len(tok.finish)
+    room = length - len(tok.start) - len(tok.end)
     for document in read_text(Path(text)):
         ids = tok.encode(document)
         for begin in range(0, len(ids), room):
             part = ids[begin : begin + room]
             if len(part) >= SHORTEST:
-                window = tok.start + part + tok.finish
+                window = tok.start + part + tok.end
                 requests.append(Request("", window, [[len(requests)]]))
     if not requests:
         raise UserError(f"{text}: expected texts of {SHORTEST} tokens, to hide some of them")
@@ -1218,6 +1262,8 @@ def task_names():
         raise UserError(f"--tasks={tasks}: expected a task, or some with commas between them")
     if context and "loss" not in names:
         raise UserError(f"context={context}: it is for --tasks=loss alone")
+    if asked_lengths() and "loss" not in names:
+        raise UserError(f"lengths={lengths}: it is for --tasks=loss alone")
     return names
 
 
@@ -1231,6 +1277,13 @@ def check_head(net, names):
         if net.score is not None and name != net.task:
             expected = f"--tasks={net.task}, and no other"
             raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
+
+
+def scale_rope(net):
+    """Give a rotary network the `rope_scaling` that was asked for, and its config's checks."""
+    if net.config.pos != "rope":
+        raise UserError(f"rope_scaling: {model} has pos={net.config.pos}: expected rope")
+    net.config.rope_scaling = replace(net.config, rope_scaling=rope_scaling).rope_scaling
 
 
 def check_order(net, names, opened):
@@ -1276,9 +1329,11 @@ def main():
     if deterministic:
         be_deterministic(net)
     check_head(net, names)
+    if rope_scaling:
+        scale_rope(net)
     check_order(net, names, opened)
     folder = results_folder()
-    mark = model_mark(model, compute, quantize, fast, deterministic)
+    mark = model_mark(model, compute, quantize, fast, deterministic, rope_scaling)
     answers = Answers(folder, mark, run)
     mark_before, results = read_results(folder)
     if mark_before != mark:  # of another model: not to be mixed with this one's

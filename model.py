@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from barelm import invariant
 from barelm.elementwise import FusedRMSNorm, FusedRotation, FusedSwiGLU, can_fuse
 from barelm.fast import (
+    SparseMask,
     block_mask,
     blocked_attention,
     can_block,
@@ -49,6 +50,7 @@ from barelm.positions import (
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 from barelm.shapes import check_fields, check_shape
+from barelm.speculate import check_speculation, speculate_rows
 
 GATED = ("swiglu", "geglu", "geglu_erf")  # MLPs with a third matrix
 
@@ -214,7 +216,8 @@ class Operations:
         self.deterministic = False
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
         # Both by barelm/compiled.py, which compares before it sets them:
-        self.sparse = False  # skip what documents hide: pays in compiled blocks on a GPU
+        self.sparse = False  # skip what no token sees: pays in compiled blocks on a GPU
+        self.block_masks: dict = {}  # for it, of patterns without documents, which stay the same
         self.head_piece: Callable = head_piece  # or that compiled
         self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
 
@@ -251,37 +254,50 @@ class Operations:
         gate, up = gate_up.chunk(2, -1)
         return self.silu(gate) * up
 
-    def mask(self, pattern, positions, docs):
-        """What `attend` takes to let tokens at positions (B or 1, T) look at one another."""
-        if self.fast and self.sparse and docs is not None:
+    def mask(self, pattern, positions, docs, alone=True, is_changed=False):
+        """What `attend` takes to let tokens at positions (B or 1, T) look at one another. alone: as
+        `attention_mask` has it; is_changed: whether scores are more than products, too."""
+        hides = docs is not None or not pattern.sees_all(positions.shape[1])
+        if self.fast and self.sparse and (hides or is_changed):
+            return SparseMask(self.seen_blocks(pattern, positions, docs))
+        return attention_mask(pattern, positions, positions, docs, alone=alone)
+
+    def seen_blocks(self, pattern, positions, docs):
+        """The BlockMask of these; where there are no documents, the one that was made before."""
+        if docs is not None:
             return block_mask(partial(may_look, pattern), positions, docs)
-        return attention_mask(pattern, positions, positions, docs)
+        key = (pattern, positions.shape[1], positions.device)
+        if key not in self.block_masks:
+            self.block_masks[key] = block_mask(partial(may_look, pattern), positions)
+        return self.block_masks[key]
 
     def attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None, softcap=0.0,
-               sinks=None):  # fmt: skip
+               sinks=None, reach=None):  # fmt: skip
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D).
 
-        mask: `attention_mask`'s, or a `block_mask`, or numbers to add to the scores; where it is
+        mask: `attention_mask`'s, or a SparseMask, or numbers to add to the scores; where it is
         None, causal says whether tokens see what is behind them. scale: None is 1 / sqrt(D).
-        softcap, sinks: as in `attention_probabilities`."""
+        softcap, sinks: as in `attention_probabilities`. reach: no token sees one that is further
+        from it, as the mask says too; None: any."""
+        if isinstance(mask, SparseMask):
+            return sparse_attention(q, k, v, mask, scale, softcap, sinks)
+        plain = partial(self.plain_attend, causal=causal, scale=scale, softcap=softcap)
+        if self.deterministic and not dropout:
+            return invariant.attention(q, k, v, mask, sinks, plain, causal, scale, softcap)
+        usual = not softcap and sinks is None  # all that the others know
+        if self.attend_cached is not None and usual and causal and scale is None:
+            return self.attend_cached(q, k, v, mask)
+        if self.fast and usual and can_block(q, k, mask, dropout, causal, reach):
+            return blocked_attention(q, k, v, mask, scale, causal, reach)
+        return plain(q, k, v, mask, sinks, dropout=dropout)
+
+    def plain_attend(self, q, k, v, mask=None, sinks=None, dropout=0.0, causal=True, scale=None,
+                     softcap=0.0):  # fmt: skip
+        """`attend` by torch's own, or where that lacks something by the formula."""
         if softcap or sinks is not None:
             p = attention_probabilities(q, k, mask, causal, scale, softcap, sinks)
             p = F.dropout(p, dropout).to(v.dtype)  # (B, H, T, S)
             return (p @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).to(q.dtype)
-        plain = partial(self.plain_attend, mask=mask, causal=causal, scale=scale)
-        usual = causal and scale is None  # all that the others know
-        if self.deterministic and not dropout and usual:
-            return invariant.attention(q, k, v, mask, plain)
-        if self.attend_cached is not None:
-            return self.attend_cached(q, k, v, mask)
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            return sparse_attention(q, k, v, mask)
-        if self.fast and usual and can_block(q, k, mask, dropout):
-            return blocked_attention(q, k, v, mask)
-        return plain(q, k, v, dropout=dropout)
-
-    def plain_attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-        """`attend` by torch's own."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
         is_causal = False
@@ -308,8 +324,8 @@ class Operations:
 
     def gelu(self, x, approximate="tanh"):
         """By tanh, as GPT-2's, or exact ("none")."""
-        if self.deterministic and approximate == "tanh":
-            return invariant.gelu(x)
+        if self.deterministic:
+            return invariant.gelu(x, approximate)
         return F.gelu(x, approximate=approximate)
 
     def cross_entropy(self, h, head, targets, logits, head_input):
@@ -346,6 +362,8 @@ class Attention(nn.Module):
             self.options["scale"] = 1.0
         if c.softcap:
             self.options["softcap"] = c.softcap
+        if pattern.reach is not None and not is_cross:
+            self.options["reach"] = pattern.reach
         if c.sinks and not is_cross:
             self.sinks = nn.Parameter(torch.zeros(c.n_head))
 
@@ -432,7 +450,9 @@ class Attention(nn.Module):
     def probabilities(self, x, rope=None, mask=None):
         """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
         q, k, _ = self.qkv(x, rope)
-        return attention_probabilities(q, k, mask, **self.scoring())
+        options = dict(self.scoring())
+        options.pop("reach", None)  # which the mask says too
+        return attention_probabilities(q, k, mask, **options)
 
 
 class MLP(nn.Module):
@@ -538,6 +558,24 @@ class Block(nn.Module):
         return F.dropout(x, self.c.dropout, self.training)
 
 
+class Ahead(Block):
+    """Multi-token prediction's block (DeepSeek-AI 2024, 2.2), which looks a token further ahead
+    than the one before it."""
+
+    def __init__(self, c, ops):
+        super().__init__(c, ops, Pattern())
+        self.ops = ops
+        self.hidden_norm = make_norm(c, ops)
+        self.token_norm = make_norm(c, ops)
+        self.joint_proj = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
+        self.norm = make_norm(c, ops)
+
+    def join(self, h, e):
+        """What the block reads (B, T, C): states h (B, T, C), and embeddings e (B, T, C)."""
+        x = torch.cat((self.hidden_norm(h), self.token_norm(e)), -1)
+        return self.ops.project(x, self.joint_proj)
+
+
 @dataclass
 class Memory:
     """A source that was read: h (B, S, C), and mask (B, 1, 1, S) bool, true where there is a token
@@ -588,6 +626,11 @@ class GPT(nn.Module):
             self.model.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
         if c.pos == "relative" and c.is_seq2seq:
             self.model.encoder.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
+        if c.mtp:
+            self.model.mtp = nn.Module()
+            self.model.mtp.layers = nn.ModuleList(Ahead(c, self.ops) for _ in range(c.mtp))
+        if c.mtp and c.pos == "relative":
+            self.model.mtp.relative_bias = nn.Embedding(c.n_buckets, c.n_head)
         if c.mlm_head:
             self.head_dense = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
             self.head_norm = make_norm(c, self.ops)
@@ -598,6 +641,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters(remove_duplicate=False):
             self.init_weight(name, p)
         self.routing: torch.Tensor | None = None  # of the last `hidden`: see barelm/experts.py
+        self.mtp_loss: torch.Tensor | None = None  # of the last `forward`: a sum, as the loss is
 
         # How it is trained: all of these may be set by whoever trains it.
         self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
@@ -737,6 +781,8 @@ class GPT(nn.Module):
         """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
         encoder, whose tokens are at positions (B or 1, T)."""
         c = self.config
+        is_biased = c.pos in ("alibi", "relative")  # a mask of numbers, then
+        is_changed = is_biased or c.softcap > 0 or c.sinks
         key_positions = positions
         alone = True
         found = {}
@@ -750,16 +796,25 @@ class GPT(nn.Module):
             theta = c.local_rope_theta if pattern.kind != "full" else 0.0
             if c.pos == "rope" and theta not in ropes:
                 ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
-            bias = self.score_bias(part, positions, key_positions, pattern.causal)
-            if bias is not None:
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=False)
-                mask = with_bias(mask, bias)
-            elif cache is None:
-                mask = self.ops.mask(pattern, positions, docs)
+            if cache is None:
+                mask = self.ops.mask(pattern, positions, docs, not is_biased, is_changed)
             else:
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=alone)
+                is_alone = alone and not is_biased
+                mask = attention_mask(pattern, positions, key_positions, docs, alone=is_alone)
+            if is_biased:
+                mask = self.biased(mask, part, positions, key_positions, pattern.causal)
             found[pattern] = (ropes.get(theta), mask)
         return found
+
+    def biased(self, mask, part, positions, key_positions, causal):
+        """A mask with what is added to the scores, `score_bias`."""
+        c = self.config
+        if not isinstance(mask, SparseMask):
+            return with_bias(mask, self.score_bias(part, positions, key_positions, causal))
+        if c.pos == "alibi":
+            return mask._replace(slopes=alibi_slopes(c.n_head).to(positions.device))
+        buckets = (c.n_buckets, c.max_distance, causal)
+        return mask._replace(table=part.relative_bias.weight, buckets=buckets)
 
     def score_bias(self, part, positions, key_positions, causal):
         """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions
@@ -821,13 +876,22 @@ class GPT(nn.Module):
         if places is not None:
             h = at_places(h, places)  # (B, n, C)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
-        h = h.flatten(0, 1)  # (B T, C)
-        head = None if self.config.logit_softcap else self.lm_head
-        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
+        loss = self.loss_of(h, targets)
         n_targets = (targets != -100).sum()
         if self.training and self.config.n_experts:
             loss = loss + n_targets * self.routing_loss()
+        if self.training and self.config.mtp:
+            ahead = self.ahead_loss(h, ids, targets, options.get("docs"))
+            self.mtp_loss = ahead.detach()
+            # The gradient is that of both; the value stays the next tokens', as in validation.
+            loss = loss + self.config.mtp_weight * (ahead - self.mtp_loss)
         return loss, n_targets
+
+    def loss_of(self, h, targets):
+        """The sum of -log p of targets (B, T), by the states h (B, T, C) before each."""
+        h = h.flatten(0, 1)  # (B T, C)
+        head = None if self.config.logit_softcap else self.lm_head
+        return self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
 
     def routing_loss(self):
         """What the routers add to the mean loss: means over the blocks with experts."""
@@ -835,6 +899,46 @@ class GPT(nn.Module):
         balance, z, _ = self.routing[:, c.n_experts :].mean(0)
         weight = c.balance_weight if c.balance == "loss" else 0.0
         return weight * balance + c.z_weight * z
+
+    def ahead(self, k, h, ids, looks, cache=None):
+        """The states (B, T, C) by which depth k of multi-token prediction, 0 and up, predicts the
+        token k + 2 places on: from those of the depth before, h (B, T, C), `hidden`'s for the
+        first, and the tokens k + 1 places on, ids (B, T)."""
+        block = self.model.mtp.layers[k]
+        x = block.join(h, self.model.embed_tokens(ids))
+        if cache is None:
+            x = self.run_blocks([block], x, looks)
+        else:
+            x = block(x, *looks[block.pattern], partial(cache.write, k))
+        return block.norm(x)
+
+    def ahead_loss(self, h, ids, targets, docs=None):
+        """The sum of -log p of the tokens further ahead than targets (B, T), a mean over depths;
+        h (B, T, C) are the states of ids. What is behind the end of its document does not count."""
+        T = ids.shape[1]
+        positions = torch.arange(T, device=ids.device)[None]
+        if docs is not None:
+            positions = document_positions(positions, docs)
+        looks = self.looks(self.model.mtp, h, positions, docs)
+        loss = 0.0
+        for k in range(min(self.config.mtp, T - 1)):
+            n = k + 1
+            # What comes around from the beginning stands at the end, where no target is.
+            h = self.ahead(k, h, ids.roll(-n, 1), looks)
+            wanted = F.pad(targets[:, n:], (0, n), value=-100)
+            if docs is not None:
+                wanted = wanted.masked_fill(docs.roll(-n, 1) != docs, -100)
+            loss = loss + self.loss_of(h, wanted)
+        return loss / self.config.mtp
+
+    def make_cache(self, batch, max_len, config=None, slack=0):
+        """An empty KVCache for generation, of `batch` rows of at most max_len tokens."""
+        table = self.model.embed_tokens.weight
+        # A CPU attends to float32 faster than to less: it has to convert the rest.
+        dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
+        whole = self.deterministic  # keys in the order that they have without a cache
+        config = config or self.config
+        return KVCache(config, batch, max_len, table.device, dtype, slack, whole)
 
     def set_score(self, labels, pooling="last", pad_id=None, *, task="classify", pooler="",
                   bias=None):  # fmt: skip
@@ -1116,6 +1220,9 @@ class Generation:
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = "length"  # or "stop": an end token, or a stop string (not part of text)
+    passes: int = 0  # of speculative decoding: how often the network was asked for it,
+    drafted: int = 0  # the tokens that were proposed to it
+    accepted: int = 0  # and those of them that it accepted
 
 
 class TextStream:
@@ -1188,16 +1295,21 @@ class Row:
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
-             on_text=None):  # fmt: skip
+             speculate=0, draft=None, on_text=None):  # fmt: skip
     """Continue each prompt (a text, or token ids); returns [Generation], one a prompt. For an
     encoder-decoder a prompt is a source, which is answered: as ids, its end token among them.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
     alone: prompts may come in batches of any size.
-    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
+    on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters.
+    speculate: so many tokens are drafted for each pass (barelm/speculate.py), by `draft`: a smaller
+    network, "heads" (the network's own: mtp) or "lookup"; None: by its heads, or else by lookup."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
+    options = dict(repetition_penalty=repetition_penalty, num_beams=num_beams, speculate=speculate)
+    check_sampling(**filters, **options)
+    if speculate:
+        check_speculation(net, tok.n_vocab, speculate, draft, num_beams)
     check_generates(net)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
@@ -1220,11 +1332,19 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 best = beam_search(net, tok, prompt, row.limit, num_beams)
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
+        elif speculate:
+            options = (seed, repetition_penalty, filters, speculate, draft)
+            speculate_rows(net, tok, prompts, rows, *options)
         elif net.fast:
             decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]
+
+
+def text_ids(tok, text, is_source):
+    """The ids of a text that is continued, or of a source."""
+    return tok.source(text) if is_source else tok.prompt(text)
 
 
 def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
@@ -1289,24 +1409,21 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
-    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
-    table = net.model.embed_tokens.weight
-    # A CPU attends to float32 faster than to less: it has to convert the rest.
-    dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
-    whole = net.deterministic  # keys in the order that they have without a cache
-    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype, whole=whole)
-    rows = [torch.tensor(prompt, device=table.device) for prompt in prompts]
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. An
+    encoder-decoder's are sources, which are read once; what is fed is the start token."""
+    cache = net.make_cache(len(prompts), max_len)
+    device = cache.lengths.device
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
     lengths = [len(prompt) for prompt in prompts]
     if net.config.is_seq2seq:
-        memory = net.encode(ids, torch.tensor(lengths, device=table.device))
+        memory = net.encode(ids, torch.tensor(lengths, device=device))
         cache.set_source(net.cross_kv(memory), memory.mask)
         begin = torch.full_like(ids[:, :1], net.start_id)  # (B, 1)
         return feed(net, tok, cache, begin), cache
     n_new = None  # equal lengths keep the cache even
     if len(set(lengths)) > 1:
-        n_new = torch.tensor(lengths, device=table.device)
+        n_new = torch.tensor(lengths, device=device)
     return feed(net, tok, cache, ids, n_new), cache
 
 

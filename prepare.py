@@ -14,7 +14,7 @@ gives the same bytes on any number of processes. A run that was killed goes on w
 
 from config import configure, same_recipes, settings
 
-source = "python"  # python, numbers, a download, file, glob, URL, @list of URLs, hf:owner/name
+source = "python"  # python, numbers, copy:48, a download, file, glob, URL, @list, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set: sft, preference, classify, seq2seq, tag, embed, span

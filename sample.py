@@ -4,6 +4,7 @@
     python sample.py --model=out/shakespeare --prompt="ROMEO:" --num_samples=3
     echo "def main(" | python sample.py --prompt=- --temperature=0
     python sample.py --model=out/sft --chat
+    python sample.py --speculate=4 --draft=out/small    # the same text by fewer passes
     python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
     python sample.py --model=out/tag --prompt="def f(x): ..."   # the names in it, and their kinds
     python sample.py --model=out/bert --prompt="The [MASK] of France"   # an encoder fills masks
@@ -25,6 +26,8 @@ min_p = 0.0  # draw among those at least this fraction as likely as the likelies
 repetition_penalty = 1.0  # above 1: tokens already there become less likely
 num_samples = 1  # continuations of each prompt, made at once
 num_beams = 1  # above 1: beam search, the likeliest text it finds
+speculate = 0  # tokens that a draft proposes for each pass, which keeps those that fit; 0: none
+draft: str | None = None  # a smaller model of the same tokenizer, heads or lookup; none: by --model
 stop: list | None = None  # strings that end the text: '["\n\n"]'
 chat = False  # a conversation
 system: str | None = None  # its system message
@@ -48,12 +51,14 @@ from barelm.checkpoint import load
 from barelm.extraction import make_windows
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
-from barelm.filling import fill
+from barelm.filling import fill, fill_spans
 from barelm.heads import find_answer, tag_tokens
 from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
+from barelm.sampling import check_sampling
+from barelm.speculate import DRAFTS, check_speculation, network_of, summary
 from barelm.tagging import guessed_tags, is_bio, spans_of, tokenize_words, words_of
-from model import check_sampling, generate
+from model import generate
 
 
 def read_prompts():
@@ -111,12 +116,30 @@ def sampling():
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         num_beams=num_beams,
+        speculate=speculate,
     )
 
 
-def continue_texts(net, tok, prompts, on_text=None):
+def open_draft(net, tok, device, dtype):
+    """What drafts for `speculate`, as `generate` takes it: a network, a name or None."""
+    if not speculate:
+        if draft:
+            raise UserError(f"--draft={draft}: for how many tokens? --speculate=4, say")
+        return None
+    drafter = draft
+    if draft not in (None, *DRAFTS):
+        drafter, other = load(draft, device, dtype, fast=fast)
+        if other.shown != tok.shown:
+            raise UserError(f"--draft={draft}: its tokenizer is not that of {model}")
+        if deterministic:
+            be_deterministic(drafter)
+    check_speculation(net, tok.n_vocab, speculate, drafter, num_beams)
+    return drafter
+
+
+def continue_texts(net, tok, prompts, drafter, on_text=None):
     """`generate` with all settings: a Generation for each prompt, a text or ids."""
-    options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=stop or [])
+    options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=stop or [], draft=drafter)
     return generate(net, tok, prompts, **sampling(), **options, on_text=on_text)
 
 
@@ -129,17 +152,22 @@ def show_piece(i, piece):
     show(piece)
 
 
-def complete(net, tok):
-    """Continue every prompt num_samples times: one as it is made, several when they are done."""
+def complete(net, tok, drafter):
+    """Continue every prompt num_samples times: one as it is made, several when they are done.
+    Returns the Generations."""
     prompts = [text for text in read_prompts() for _ in range(num_samples)]
+    # An encoder-decoder answers its source, and continues nothing.
+    shown = ["" if net.config.is_seq2seq else text for text in prompts]
     if len(prompts) == 1:
-        show(prompts[0])
-        continue_texts(net, tok, prompts, show_piece)
+        show(shown[0])
+        generations = continue_texts(net, tok, prompts, drafter, show_piece)
         show("\n")
-        return
-    for i, g in enumerate(continue_texts(net, tok, prompts)):
+        return generations
+    generations = continue_texts(net, tok, prompts, drafter)
+    for i, g in enumerate(generations):
         print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})")
-        print(prompts[i] + g.text)
+        print(shown[i] + g.text)
+    return generations
 
 
 def classify(net, tok):
@@ -193,6 +221,21 @@ def fill_masks(net, tok):
                     print(f"mask {i + 1}: {probability:.4f}  {token!r}")
 
 
+def fill_gaps(net, tok):
+    """Each prompt with what an encoder-decoder writes in the place of the sentinels in it."""
+    for text in read_prompts():
+        print(fill_spans(net, tok, text, max_new_tokens))
+
+
+def has_gaps(net, tok):
+    """Whether the model is an encoder-decoder, and a sentinel in a prompt asks for a span; not of
+    standard input, which can be read but once."""
+    if not net.config.is_seq2seq or (prompt_file or prompt) == "-":
+        return False
+    names = [name for name, id in tok.special.items() if id in tok.sentinel_ids]
+    return any(name in text for text in read_prompts() for name in names)
+
+
 def fit_context(net, tok, messages):
     """The ids of a conversation, its oldest turns dropped until an answer fits behind it."""
     first = int(messages[0]["role"] == "system")  # a system message stays
@@ -208,8 +251,10 @@ def fit_context(net, tok, messages):
         del messages[first : first + 2]  # a question and its answer
 
 
-def converse(net, tok):
-    """A conversation on the terminal; an empty line or the end of the input ends it."""
+def converse(net, tok, drafter):
+    """A conversation on the terminal; an empty line or the end of the input ends it. Returns the
+    answers as Generations."""
+    generations = []
     messages = [{"role": "system", "content": system}] if system else []
     # An answer also ends with the token that the template puts behind an assistant's words.
     try:
@@ -220,11 +265,12 @@ def converse(net, tok):
         show("you> " if sys.stdin and sys.stdin.isatty() else "")
         text = read_stdin(whole=False).strip()
         if not text:
-            return
+            return generations
         messages.append({"role": "user", "content": text})
         show("model> ")
         ids = fit_context(net, tok, messages)
-        [g] = continue_texts(net, tok, [ids], show_piece)
+        [g] = continue_texts(net, tok, [ids], drafter, show_piece)
+        generations.append(g)
         show("\n")
         messages.append({"role": "assistant", "content": g.text})
 
@@ -250,16 +296,24 @@ def main():
     if net.score is not None:
         {"classify": classify, "tag": tag, "span": answer}[net.task](net, tok)
         return
+    if chat and net.config.is_seq2seq:
+        raise UserError(f"--chat: {model} is an encoder-decoder, which answers a source: --prompt")
     if not net.config.causal:
         if chat:
             raise UserError(f"--chat: {model} is an encoder, which fills masks and does not talk")
         fill_masks(net, tok)
         return
-    with generating(net):  # of a conversation: once for all turns
+    if not chat and has_gaps(net, tok):
+        fill_gaps(net, tok)
+        return
+    drafter = open_draft(net, tok, run.device, compute)
+    with generating(net), generating(network_of(drafter, net)):  # once for all turns
         if chat:
-            converse(net, tok)
+            generations = converse(net, tok, drafter)
         else:
-            complete(net, tok)
+            generations = complete(net, tok, drafter)
+    if speculate:
+        print(summary(generations), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ norm_topk = True  # the weights of a token's experts add up to 1
 balance = "loss"  # what spreads the load: loss, bias or none
 balance_weight = 0.01  # of the load-balancing loss
 z_weight = 0.001  # of the loss that keeps the router's logits small
-mtp = 0  # so many more tokens ahead are predicted
+mtp = 0  # so many tokens behind the next are predicted too: drafts for sample.py --speculate
 mtp_weight = 0.3  # of their loss
 
 # the batch: one number; micro-batch and accumulation follow from it
@@ -803,9 +803,10 @@ def sample_text(net, tok, data):
 
 def accumulate_gradients(network, data, batches, first, n_micro, updater, run, cast, routing):
     """Forward and backward of this process's n_micro micro-batches of the step that begins at
-    window `first` of the global sequence: the sum of their losses, a 0-dim tensor. Nothing in it
-    waits for the device."""
-    loss_sum = torch.zeros((), device=run.device)
+    window `first` of the global sequence: the sums of their losses, and of those of the tokens
+    further ahead (mtp) alone, (2,). Nothing in it waits for the device."""
+    net = getattr(network, "module", network)  # out of DistributedDataParallel
+    losses = torch.zeros(2, device=run.device)
     n_targets = data.n_targets(n_micro * batches.size)
     for micro_step in range(n_micro):
         batch = batches.take(first + micro_step * batches.size)
@@ -817,10 +818,12 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, run, c
                 loss, _ = network(**batch, docs=data.documents(batch["ids"]))
             # The mean over the global batch. DDP divides by the number of processes: multiply.
             updater.backward(loss * (run.world / n_targets))
-        loss_sum += loss.detach()
+        losses[0] += loss.detach()
+        if net.config.mtp:
+            losses[1] += net.mtp_loss
         routing.add()
         batches.make_ahead()  # the next, while the device computes this one
-    return loss_sum
+    return losses
 
 
 def step_row(state, run, net, loss, grad_norm, updater, dt):
@@ -929,7 +932,7 @@ def main():
     while progress < 1 and not stopped:
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
-        loss_sum = accumulate_gradients(
+        losses = accumulate_gradients(
             network,
             data,
             batches,
@@ -943,8 +946,8 @@ def main():
         grad_norm = updater.clip_gradients()
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
-        figures = (loss_sum, signals.received > 0, clock, *routing.end_step())
-        loss_sum, n_stops, seconds, *routed = run.sum(*figures)
+        figures = (*losses, signals.received > 0, clock, *routing.end_step())
+        loss_sum, mtp_sum, n_stops, seconds, *routed = run.sum(*figures)
         loss = loss_sum / data.n_targets(batch.size)
         stopped = n_stops > 0
         grad_norm = float(grad_norm)
@@ -956,6 +959,8 @@ def main():
 
         dt = time.monotonic() - step_begin
         row = step_row(state, run, net, loss, grad_norm, updater, dt) | routing.row(routed)
+        if net.config.mtp and is_finite:
+            row["mtp_loss"] = mtp_sum / data.n_targets(batch.size)  # a mean over depths
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
         if not stopped:
             rate = (progress - first_progress) / (time.monotonic() - loop_begin)

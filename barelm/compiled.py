@@ -27,7 +27,7 @@ class Ways:
     train_block: Callable = call_block
     eval_block: Callable = call_block  # of validation
     head_piece: Callable = head_piece
-    sparse: bool = False  # attention to documents by a kernel that skips what is hidden
+    sparse: bool = False  # attention by a kernel that skips what is hidden
     name: str = ""  # what a run that may not compute so goes without
 
     @classmethod
@@ -54,7 +54,8 @@ def compiled_ways(net, device, documents, dynamic):
     ways = [Ways(block, block, piece, name="a compiled head")]
     ways.append(Ways(block, block, name="compiled blocks"))
     # The sparse kernel has no dropout, and is made for one length.
-    if documents and not net.config.dropout and not dynamic:
+    hides = documents or not net.config.is_plain
+    if hides and not net.config.dropout and not dynamic:
         ways.insert(0, Ways(block, block, piece, sparse=True, name="sparse attention"))
     return ways
 

@@ -1,9 +1,9 @@
 """Rows become examples: a task's JSONL file is read, tokenized, cut to the context and batched.
 
 An example is a dict. `ids` are the inputs, and `targets`, of the same length, the next tokens to
-learn, IGNORED where there is none; a classifier's has a `label`, a pair of answers has `chosen` and
-`rejected`, one of vectors `texts`, an encoder-decoder's its `source` and `targets`. `row` names the
-line that it came from, `cut` says whether it was too long."""
+learn, IGNORED where there is none; an encoder-decoder's has its `source` and `targets`, a
+classifier's has a `label`, a pair of answers has `chosen` and `rejected`, one of vectors `texts`.
+`row` names the line that it came from, `cut` says whether it was too long."""
 
 import ast
 import contextlib
@@ -254,12 +254,12 @@ def n_rows(example):
 
 def row_lengths(example):
     """The tokens of an example's (longer) row, [n]; of a source and its target both."""
-    if "texts" in example:
-        return [max(map(len, example["texts"]))]
     if "chosen" in example:
         return [max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))]
     if "source" in example:
         return [len(example["source"]), len(example["targets"])]
+    if "texts" in example:
+        return [max(map(len, example["texts"]))]
     return [len(example["ids"])]
 
 

@@ -36,7 +36,7 @@ def make_windows(tok, question, context, limit):
     is the post-processor's; where it says nothing of pairs, a line end parts them."""
     tokens = token_places(tok, context)
     asked = tok.encode(question)
-    parts = pair_tokens(tok.spec, tok.special) or (tok.start, tok.encode("\n"), tok.finish)
+    parts = pair_tokens(tok.spec, tok.special) or (tok.start, tok.encode("\n"), tok.end)
     before, between, behind = parts
     head = before + asked + between
     room = limit - len(head) - len(behind)

@@ -24,6 +24,7 @@ SAMPLING = {  # what `generate` takes: (least, most)
     "min_p": (0, 1),
     "repetition_penalty": (1e-6, 1e6),
     "num_beams": (1, math.inf),
+    "speculate": (0, 64),
 }
 OFF = {  # the options of a row, as they change nothing but that it draws
     "temperature": 1.0,
@@ -104,6 +105,13 @@ def draw_tokens(logits, uniform, columns, kinds):
     likeliest. columns: the options of FILTERS, (B, 1) float32 each."""
     if not kinds.sampled:
         return logits.argmax(-1)
+    draws_one = columns["temperature"] >= GREEDY  # (B, 1)
+    drawn = invert(filtered(logits, columns, kinds), uniform)
+    return drawn.where(draws_one[:, 0], logits.argmax(-1))
+
+
+def filtered(logits, columns, kinds):
+    """By what probabilities (B, V) `draw_tokens` draws, but for a factor; arguments are its own."""
     temperature = columns["temperature"]
     draws_one = temperature >= GREEDY  # (B, 1)
     # The likeliest becomes 0, so that no quotient is beyond float32 but by being very unlikely.
@@ -116,11 +124,26 @@ def draw_tokens(logits, uniform, columns, kinds):
         probs = keep_top_p(probs, columns["top_p"])
     if kinds.min_p:
         probs = keep_min_p(probs, columns["min_p"])
+    return probs
+
+
+def invert(probs, uniform):
+    """The token (B,) at which the sum of probs (B, V), of any total, passes the part uniform (B,)
+    of it."""
     mass = probs.cumsum(-1)
     # The mass may end a rounding below 1: no threshold lies beyond its end.
     threshold = uniform[:, None] * (1 - 2**-20) * mass[:, -1:]
-    drawn = (mass <= threshold).sum(-1)
-    return drawn.where(draws_one[:, 0], logits.argmax(-1))
+    return (mass <= threshold).sum(-1)
+
+
+def distribution(logits, columns, kinds):
+    """The probabilities (B, V) by which `draw_tokens` chooses: all on one token where greedy."""
+    greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if not kinds.sampled:
+        return greedy
+    probs = filtered(logits, columns, kinds)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs.where(columns["temperature"] >= GREEDY, greedy)
 
 
 def keep_top_k(scaled, logits, top_k, largest):

@@ -182,13 +182,13 @@ def tokenize_words(tok, text, words, limit):
     """(ids, the index of each word's first token or None, whether they were cut) of a text with
     what begins and ends one, `limit` tokens at most."""
     places = token_places(tok, text)
-    room = max(0, limit - len(tok.start) - len(tok.finish))
+    room = max(0, limit - len(tok.start) - len(tok.end))
     before = len(tok.start)
     firsts = []
     for first in first_tokens(places, words):
         is_there = first is not None and first < room
         firsts.append(before + first if is_there else None)
-    ids = tok.start + [id for id, _, _ in places[:room]] + tok.finish
+    ids = tok.start + [id for id, _, _ in places[:room]] + tok.end
     return ids, firsts, len(places) > room
 
 

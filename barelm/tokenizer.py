@@ -55,7 +55,7 @@ class Tokenizer:
         self.read_added_tokens()
         self.read_roles()
         self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
-        self.finish = trailing_tokens(spec, self.special)  # what an encoder's text ends with
+        self.end = trailing_tokens(spec, self.special)  # those that a text by itself ends with
 
     def read_encoder(self):
         """What others ask about the encoder."""
@@ -252,22 +252,22 @@ class Tokenizer:
         begin, end = self.document_layout
         return [*end, *begin][-1:]
 
+    def source(self, text):
+        """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
+        behind it, or else the end token behind it, as T5 has it."""
+        end = self.end
+        if not end and self.end_id is not None:
+            end = [self.end_id]
+        return self.start + self.encode(text) + end
+
     def whole_text(self, text, limit=None):
         """(ids of a text that is read by itself, with what begins and ends one; whether it was cut
         to `limit` tokens)."""
         ids = self.encode(text)
         room = len(ids)
         if limit is not None:
-            room = max(0, limit - len(self.start) - len(self.finish))
-        return self.start + ids[:room] + self.finish, len(ids) > room
-
-    def source(self, text):
-        """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
-        behind it, or else the end token behind it, as T5 has it."""
-        end = self.finish
-        if not end and self.end_id is not None:
-            end = [self.end_id]
-        return self.start + self.encode(text) + end
+            room = max(0, limit - len(self.start) - len(self.end))
+        return self.start + ids[:room] + self.end, len(ids) > room
 
     def token_bytes(self, id):
         """The bytes that the token stands for; none for a special or unused one."""
@@ -442,17 +442,18 @@ def leading_tokens(spec, special):
 
 
 def trailing_tokens(spec, special):
-    """The ids that stand behind a text where nothing is to follow, such as [sep]."""
+    """The ids that the post-processor puts behind a text, such as [sep]."""
     names = []
     for step in post_processors(spec):
         if step["type"] in ("BertProcessing", "RobertaProcessing"):
             names.append(step["sep"][0])
-        is_behind = False
+        behind = []
         for part in step.get("single", []):
-            if "SpecialToken" not in part:
-                is_behind = True  # the text itself
-            elif is_behind:
-                names.append(part["SpecialToken"]["id"])
+            if "SpecialToken" in part:
+                behind.append(part["SpecialToken"]["id"])
+            else:
+                behind = []  # the text itself
+        names += behind
     return [special[name] for name in names if name in special]
 
 

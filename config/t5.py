@@ -2,6 +2,7 @@
 # trains opens in transformers as T5ForConditionalGeneration. A few minutes on two cores.
 #   python prepare.py
 #   python train.py config/t5.py
+#   python sample.py config/t5.py
 #   python eval.py config/t5.py
 
 # the model
@@ -30,3 +31,4 @@ save_every = 250
 
 # sample.py, eval.py
 model = "out/t5"
+prompt = "def main(<extra_id_0>):\n    for i in <extra_id_1>(10):\n        print(<extra_id_2>)\n"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from itertools import combinations
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from barelm.checkpoint import load
 from barelm.objectives import (
     Objective,
     continues_word,
@@ -19,9 +19,11 @@ from barelm.objectives import (
     with_mask_token,
     with_sentinels,
 )
+from barelm.optim import make_optimizer
 from barelm.run import UserError
 from barelm.shards import MicroBatches
 from barelm.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 FOLDER = ROOT / "tests" / "fixtures" / "tokenizers" / "qwen3"
 
@@ -267,5 +269,76 @@ def test_twenty_steps_are_ten_and_ten(words, name):
     assert files[0] == files[1]
     for key in ("loss", "val_loss", "val_acc"):
         assert log(words, outs[0], key) == log(words, outs[1], key)
-    net, tok = load(words / outs[0])
-    assert net.config.vocab_size % 64 == 0 and tok.n_vocab <= net.config.vocab_size
+    use_it(words, name, f"--model={outs[0]}", log(words, outs[0], "val_acc")[-1][1])
+
+
+def use_it(folder, name, model, val_acc):
+    """sample.py fills what is missing, and eval.py hides what train.py's validation does."""
+    recipe = RECIPES[name][0]
+    options = ["--device=cpu", "--dtype=float32", recipe, model]
+    if name == "mlm":
+        said = run(folder, "sample.py", *options, "--prompt=the [MASK]at [MASK]ees").stdout
+        assert "mask 1: 0." in said and "mask 2: 0." in said
+        done = run(folder, "sample.py", *options, "--prompt=the cat", check=False)
+        assert "expected [MASK] in the prompt" in done.stderr
+        done = run(folder, "eval.py", *options, "--tasks=arc_easy", "--data=.", check=False)
+        assert done.returncode == 1
+        return
+    said = run(folder, "sample.py", *options, "--prompt=the <extra_id_0>at", "--max_new_tokens=9")
+    assert "<extra_id" not in said.stdout and said.stdout.startswith("the ")
+    options += ["--dataset=words", "--eval_tokens=2048", "--seq_len=32"]
+    said = run(folder, "eval.py", *options).stdout
+    assert float(re.search(r"loss.accuracy: (\S+)", said)[1]) == pytest.approx(val_acc, abs=1e-5)
+    (folder / "some.txt").write_text("the old cat sees the young dog")
+    assert "loss.accuracy" in run(folder, "eval.py", *options, "--text=some.txt").stdout
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_have_the_losses_of_one(words, name):
+    losses = []
+    for processes in (1, 2):
+        out = f"out/{name}-{processes}"
+        options = [*RECIPES[name], f"--out_dir={out}", "--max_steps=3", "--dropout=0"]
+        run(words, "train.py", *options, processes=processes)
+        losses.append([loss for key in ("loss", "val_loss") for _, loss in log(words, out, key)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--objective=mlm"], "needs an encoder, which sees both sides: --causal=false"),
+        (["--objective=span"], "needs an encoder beside a decoder: --n_encoder_layer=4"),
+        (["--causal=false"], "sees the tokens that it is to predict: take mlm"),
+        (["--n_encoder_layer=2"], "its encoder would read nothing: take span"),
+        (["--objective=bert"], "objective=bert: expected causal, mlm, span"),
+        (["config/bert.py", "--mask_rate=1"], "mask_rate=1.0: expected more than 0"),
+        (["--whole_words"], "for --objective=mlm, and not causal"),
+        (["config/t5.py", "--document_mask"], "not with --objective=span"),
+        (["config/t5.py", "--seq_len=8", "--batch_tokens=64"], "seq_len=8: too short"),
+    ],
+)
+def test_what_has_no_meaning_together_is_refused(words, args, message):
+    options = ["--dataset=words", "--out_dir=out/refused", "--max_steps=1", "--device=cpu"]
+    done = run(words, "train.py", *args, *options, check=False)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (words / "out/refused").exists()
+
+
+@pytest.mark.parametrize("recipe", ["bert", "t5"])
+def test_every_parameter_of_a_recipe_learns(recipe, tok, windows):
+    space = {}
+    exec((ROOT / "config" / f"{recipe}.py").read_text(), space)
+    shape = {key: space[key] for key in GPTConfig.__dataclass_fields__ if key in space}
+    shape |= dict(n_embd=48, n_hidden=32, vocab_size=tok.n_vocab, n_ctx=256)
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(**shape)).train()
+    batch = make(space["objective"], tok).batch(windows[:4], range(4))
+    loss, n_targets = net(**batch)
+    (loss / n_targets).backward()
+    assert abs(loss.item() / n_targets.item() - np.log(tok.n_vocab)) < 1
+    learning = [name for name, p in net.named_parameters() if p.grad.abs().sum() > 0]
+    assert learning == [name for name, _ in net.named_parameters()]
+    groups = [g for optimizer in make_optimizer(net, "muon") for g in optimizer.param_groups]
+    optimized = [id(p) for group in groups for p in group["params"]]
+    assert sorted(optimized) == sorted(map(id, net.parameters()))

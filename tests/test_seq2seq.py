@@ -9,10 +9,8 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import run
 
-import eval as evaluation
 import finetune
 import model
 from barelm.bpe import char_tokenizer
@@ -26,6 +24,7 @@ from barelm.run import Schedule
 from barelm.similarity import chrf, chrf_counts, common_subsequence, rouge_l
 from barelm.sources import cut_into_units
 from barelm.tasksets import Reading, as_seq2seq, convert_unit, translation_of
+from barelm.tokenizer import Tokenizer
 from model import GPT, GPTConfig, generate
 
 # --------------------------------------------------------------------------------------------------
@@ -454,3 +453,137 @@ def test_greedy_answers_and_beams_are_transformers(theirs, tok):
         assert len(out) == 1 + len(g.ids)
         n_ended += g.finish_reason == "stop"
     assert 0 < n_ended < 16
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+QUICK = ["--method=seq2seq", "--model=out/pairs", "--dataset=tiny", "--max_steps=4"]
+QUICK += ["--batch_size=4", "--eval_examples=8", "--eval_every=4", "--check_memorized=2"]
+QUICK += ["--warmup_steps=0", "--dtype=float32", "--learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny):
+    """The folder of `tiny`, with an encoder-decoder in out/pairs."""
+    tok = Tokenizer.from_folder(tiny / "data/tiny")
+    shape = ROTARY | dict(n_ctx=48, init="xavier")
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(-(-tok.n_vocab // 64) * 64, n_layer=2, n_encoder_layer=2, **shape))
+    net.start_id = net.pad_id = tok.pad_id
+    save(tiny / "out/pairs", net, tok)
+    return tiny
+
+
+def log(folder, out):
+    return [json.loads(line) for line in (folder / out / "log.jsonl").read_text().splitlines()]
+
+
+CROSS = ["--adapt=lora", "--lora_targets=cross_attn.q_proj,cross_attn.v_proj"]
+ADAPTS = {
+    "full": ["--dropout=0.1", "--label_smoothing=0.1", "--layer_decay=0.8", "--beta2=0.98"],
+    "lora": [*CROSS, "--lora_dropout=0.1"],
+    "qlora": ["--adapt=qlora"],
+    "adapter": ["--adapt=adapter"],
+    "last": ["--train_last=1", "--lr_schedule=inverse_sqrt"],
+}
+
+
+@pytest.mark.parametrize("name", ADAPTS)
+def test_every_adapt_learns_and_its_folder_answers(name, pairs):
+    out = f"out/pairs_{name}"
+    done = run(pairs, "finetune.py", *QUICK, *ADAPTS[name], f"--out_dir={out}")
+    rows = log(pairs, out)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert "memory: about" in done.stdout and "come back word for word" in done.stdout
+    net, tok = load(pairs / out)
+    base, _ = load(pairs / "out/pairs")
+    assert (net.start_id, net.pad_id) == (tok.pad_id, tok.pad_id)
+    if name == "lora":
+        changed = [n for n, p in net.named_parameters() if not p.equal(base.get_parameter(n))]
+        assert len(changed) == 4 and all(".cross_attn." in n for n in changed)
+    # eval.py of the folder finds the loss that training saw last.
+    run(pairs, "eval.py", f"--model={out}", "--tasks=seq2seq", "--dataset=tiny", "--limit=8",
+        "--max_new_tokens=6", f"--out_dir={out}_scores")  # fmt: skip
+    scores = json.loads((pairs / f"{out}_scores/results.json").read_text())["results"]["seq2seq"]
+    if name != "qlora":  # which opens on the full weights
+        assert scores["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-4)
+    assert {"perplexity", "exact_match", "rouge_l", "chrf", "chrf_stderr"} < scores.keys()
+
+
+def test_a_resumed_run_is_a_run_that_was_never_stopped(pairs):
+    args = [*QUICK, "--dropout=0.1", "--label_smoothing=0.1", "--lr_schedule=inverse_sqrt"]
+    run(pairs, "finetune.py", *args, "--out_dir=out/whole", "--max_steps=6")
+    run(pairs, "finetune.py", *args, "--out_dir=out/cut", "--max_steps=3")
+    run(pairs, "finetune.py", *args, "--out_dir=out/cut", "--max_steps=6", "--init_from=resume")
+    for name in ("model.safetensors", "config.json"):
+        assert (pairs / "out/cut" / name).read_bytes() == (pairs / "out/whole" / name).read_bytes()
+
+
+def test_two_processes_and_any_micro_batch_make_the_same_steps(pairs):
+    run(pairs, "finetune.py", *QUICK, "--out_dir=out/one", "--micro_tokens=100000")
+    run(pairs, "finetune.py", *QUICK, "--out_dir=out/two", "--micro_tokens=100", processes=2)
+    for a, b in zip(log(pairs, "out/one"), log(pairs, "out/two"), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
+
+
+def test_a_decoder_answers_the_same_rows(pairs):
+    """Its loss is that of the assistant's turn in a conversation about the source."""
+    ask = "--source_template=Document it: {source}"
+    run(pairs, "eval.py", "--model=out/tiny", "--tasks=seq2seq", "--dataset=tiny", "--limit=12",
+        ask, "--max_new_tokens=6", "--out_dir=out/decoder_scores", "--samples")  # fmt: skip
+    net, tok = load(pairs / "out/tiny")
+    lines = (pairs / "out/decoder_scores/samples_seq2seq.jsonl").read_text().splitlines()
+    n_compared = 0
+    for sample in map(json.loads, lines):
+        talk = [{"role": "user", "content": f"Document it: {sample['source']}"}]
+        ids, said = tok.chat([*talk, {"role": "assistant", "content": sample["target"]}])
+        last = max(i for i, is_said in enumerate(said) if is_said)
+        if last > net.config.n_ctx:  # it is cut
+            continue
+        n_compared += 1
+        assert sum(said) == sample["tokens"]
+        with torch.no_grad():
+            logp = net(torch.tensor([ids[:last]]))[0].log_softmax(-1)
+        nats = -sum(logp[i - 1, ids[i]].item() for i in range(1, last + 1) if said[i])
+        assert sample["nats"] == pytest.approx(nats, rel=1e-4)
+    assert len(lines) == 12 and n_compared
+
+
+@pytest.mark.parametrize(
+    "script, args, message",
+    [
+        ("finetune.py", ["--model=out/tiny"], "out/tiny is a decoder alone: --method=sft"),
+        ("finetune.py", ["--method=sft"], "an encoder-decoder: expected --method=seq2seq"),
+        ("finetune.py", ["--method=classify"], "an encoder-decoder: expected --method=seq2seq"),
+        ("finetune.py", ["--source_template=x"], "source_template='x': expected {source} in it"),
+        ("eval.py", ["--tasks=mine.jsonl"], "an encoder-decoder answers a source"),
+        ("eval.py", ["--tasks=seq2sek"], "did you mean 'seq2seq'?"),
+        ("prepare.py", ["--languages=en"], "languages=en: expected two fields, such as en,de"),
+    ],
+)
+def test_bad_input_is_a_line(script, args, message, pairs):
+    choice = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
+    (pairs / "mine.jsonl").write_text(json.dumps(choice) + "\n")
+    if script == "finetune.py":
+        args = [*QUICK, "--out_dir=out/refused", *args]
+    elif script == "eval.py":
+        args = ["--model=out/pairs", *args]
+    done = run(pairs, script, *args, check=False)
+    assert done.returncode == 1 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_numbers_are_prepared_as_shards_and_rows(tmp_path):
+    args = ["--source=numbers", "--dataset=numbers", "--steps=exact", "--vocab_size=300"]
+    run(tmp_path, "prepare.py", *args, "--max_documents=200", "--threads=1")
+    rows = {}
+    for split in ("train", "val"):
+        path = tmp_path / f"data/numbers/seq2seq_{split}.jsonl"
+        rows[split] = [json.loads(line) for line in path.read_text().splitlines()]
+    counts = json.loads((tmp_path / "data/numbers/meta.json").read_text())
+    for split, split_rows in rows.items():
+        assert len(split_rows) == counts[split]["documents"] > 0
+    texts = [{row["source"] for row in split_rows} for split_rows in rows.values()]
+    assert not texts[0] & texts[1]

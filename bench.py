@@ -27,8 +27,11 @@ norm_eps = 1e-6  # added to the variance
 qk_norm = True  # normalize queries and keys
 qkv_bias = False  # biases in q, k and v alone
 bias = False  # biases everywhere
-pos = "rope"  # rope, learned, sinusoidal or none
-mlp = "swiglu"  # swiglu, gelu, relu or relu2
+pos = "rope"  # rope, learned, sinusoidal, relative, alibi or none
+mlp = "swiglu"  # swiglu, geglu, gelu, relu or relu2
+window = 0  # tokens that a layer sees, itself counted; 0: all
+layers = ""  # "SSSL", repeated: S has the window, L sees all; "": all S where there is a window
+attention = "sliding"  # what the window means: sliding, local, strided or fixed
 tie = True  # share the embedding with the head
 vocab_size = 4096  # ids that the network knows
 
@@ -149,17 +152,34 @@ def document_ways(bench, n_rows, length, n_head):
     return ways
 
 
+def window_ways(bench, length, n_head):
+    """Attention to a window of an eighth of the length, 64 at least, as `attention_ways` has its
+    ways; on a GPU by each kernel."""
+    pattern = Pattern(kind="sliding", window=max(64, length // 8))
+    positions = torch.arange(length, device=bench.device)[None]
+    ways = {}
+    for name in ("dense", "sparse") if bench.is_cuda else ("blocks",):
+        ops = Operations(fast=True)
+        ops.sparse = name == "sparse"
+        mask = ops.mask(pattern, positions, None)
+        attend = torch.compile(ops.attend) if ops.sparse else ops.attend
+        window = partial(attend, mask=mask, reach=pattern.reach)
+        ways[f"window {pattern.window}, {name}"] = (window, n_head)
+    return ways
+
+
 def measure_attention(bench):
     """Attention forward, and forward and backward, at three lengths."""
     H = bench.config.n_head
     D = bench.config.head_dim
     n_few = H // 3 if H % 3 == 0 else 1
-    note = "FLOPs: half the square, of documents too; backward: x 2"
+    note = "FLOPs: half the square, of documents and windows too; backward: x 2"
     title(f"attention: {H} heads of {D}, {bench.dtype_name}", note)
     lengths = (1024, 4096, 16384) if bench.is_cuda else (128, 512, 2048)
     for T in lengths:
         B = max(tokens, lengths[-1]) // T
         ways = attention_ways(H, n_few) | document_ways(bench, B, T, H)
+        ways |= window_ways(bench, T, H)
 
         def random_heads(n, learns=True):
             x = torch.randn(B, n, T, D, device=bench.device, dtype=bench.dtype)
@@ -224,7 +244,8 @@ def eager_and_compiled(bench, net, batch):
     is_compiled = False
     words = "off: as asked"
     if compile is not False:
-        is_compiled, words = try_compile(net, bench.run, batch, bench.cast())
+        arguments = {"ids": batch[0], "targets": batch[1]}
+        is_compiled, words = try_compile(net, bench.run, arguments, bench.cast())
     print(f"  {batch[0].numel():,} tokens, {n_params(net):,} parameters, compile: {words}")
     ways = {"eager": Ways()}
     if is_compiled:

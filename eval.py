@@ -2,18 +2,20 @@
 
     python eval.py                                       # out/python on data/python's validation
     python eval.py --text=book.txt                       # bits per byte of any text, or JSONL
+    python eval.py --lengths=256,512,1024                # the loss by the length of a window
     python eval.py --tasks=mmlu,arc_easy --data=FOLDER --shots=0 --limit=100 --samples
     python eval.py --tasks=gsm8k,math --download         # rows from the Hub, kept in --data
     python eval.py --tasks=mine.jsonl,mine.py:function   # the README shows both
     python eval.py --model=out/classify --tasks=classify
+    python eval.py --model=out/seq2seq --tasks=seq2seq --num_beams=4
     python eval.py --tasks=humaneval --allow_code_exec   # programs, in a sandbox
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
 Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
-(generation); humaneval, mbpp (code); ifeval (instructions); classify. Prompts, truncation and
-scores are lm-evaluation-harness's, so that numbers compare. Writes results.json (and with --samples
-each prompt, answer and verdict) into out_dir. A run that was stopped continues: what was answered
-is kept there until the end.
+(generation); humaneval, mbpp (code); ifeval (instructions); classify; seq2seq (a source, its
+target). Prompts, truncation and scores are lm-evaluation-harness's, so that numbers compare. Writes
+results.json (and with --samples each prompt, answer and verdict) into out_dir. A run that was
+stopped continues: what was answered is kept there until the end.
 
 The file tells how an evaluation goes, in this order: rows become requests, requests are answered by
 the network, answers become scores; then the tasks that have no questions (loss, classify), and
@@ -33,11 +35,14 @@ limit = 0  # rows of each task (of each subject), the first ones; 0: all
 seed = 1234  # of the shots that are drawn (the harness's) and of sampled answers
 
 # loss
-dataset = "python"  # data/<dataset>, whose validation shards loss reads; classify: its task set
+dataset = "python"  # data/<dataset>, whose validation shards loss reads; or its task set
 text: str | None = None  # loss of this text file, or of the field `text` of a JSONL, instead
 seq_len = 0  # tokens of a window; 0: the model's context
 context: int | None = None  # the same, beyond the model's context too, with the loss by position
+lengths = ""  # also the loss of windows of these lengths, with commas between them: 256,512,1024
+rope_scaling: dict | None = None  # of a rotary model instead of its own: yarn, ntk, linear
 eval_tokens = 131072  # tokens of the shards that are scored, as in train.py; 0: all
+mask_rate = 0.15  # of a model that fills gaps: the part of the tokens that is hidden
 
 # multiple choice and generation
 shots: int | None = None  # examples before a question; none: as many as are usual for the task
@@ -45,6 +50,8 @@ chat = False  # generation: the prompt as a user's turn of the model's chat temp
 max_new_tokens = 0  # of an answer; 0: the task's
 num_samples = 1  # answers to each prompt, for pass@k
 temperature = 0.0  # of the answers; 0 is greedy
+num_beams = 1  # seq2seq: beams of a search for the likeliest answer; 1: none
+source_template = "{source}"  # seq2seq: what the model reads, such as "summarize: {source}"
 
 # code, and answers that another model judges
 allow_code_exec = False  # run the programs that the model writes, in a sandbox
@@ -83,10 +90,13 @@ import torch
 import torch.distributed as dist
 
 from barelm.checkpoint import load
+from barelm.examples import device_of
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, whole_file
+from barelm.filling import padded_batch, score_targets
 from barelm.invariant import be_deterministic
 from barelm.judge import ask_judge
+from barelm.objectives import SHORTEST, VALIDATION_SEED, Objective, fills_gaps, vocabulary_of
 from barelm.resume import make_folder
 from barelm.rows import fetch_rows, find_rows, read_rows, read_text
 from barelm.run import (
@@ -111,8 +121,15 @@ from barelm.scores import (
     read_results,
     write_results,
 )
-from barelm.scoring import Request, plain_scores, score_by_position, shared_scores
-from barelm.shards import check_tokens, open_shard
+from barelm.scoring import (
+    Request,
+    plain_scores,
+    score_by_position,
+    shared_scores,
+    target_scores,
+)
+from barelm.shards import Windows, check_tokens, open_shard
+from barelm.similarity import chrf, chrf_counts, rouge_l
 from barelm.tasks import (
     ROW_ERRORS,
     TASKS,
@@ -129,6 +146,8 @@ from barelm.tasks import (
 from barelm.tokenizer import Tokenizer
 from model import generate
 
+SEQ2SEQ_TOKENS = 128  # of an answer of task seq2seq, where max_new_tokens does not say
+
 # --------------------------------------------------------------------------------------------------
 # Tasks with their rows: of the table, or your own
 
@@ -144,7 +163,7 @@ def open_task(name, run):
     elif name in TASKS:
         task = open_benchmark(name, run)
     else:
-        near = difflib.get_close_matches(name, [*TASKS, "loss", "classify"], 1)
+        near = difflib.get_close_matches(name, [*TASKS, "loss", "classify", "seq2seq"], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     # What a task lacks is told now, not when the model has answered.
@@ -210,7 +229,10 @@ def make_items(task, net, tok):
             item.requests, was_cut = choice_requests(task, tok, item, n_ctx)
         else:
             room = n_ctx - answer_tokens
-            ids = prompt_ids(task, tok, item.prompt)
+            if net.config.is_seq2seq:
+                ids = tok.source(item.prompt)
+            else:
+                ids = prompt_ids(task, tok, item.prompt)
             was_cut = len(ids) > room
             # An empty continuation for each answer that is to be made.
             item.requests = [Request("", ids[-room:], [[]] * num_samples)]
@@ -693,6 +715,10 @@ class Piece:
 def run_loss(net, tok, answers, say):
     """Loss (nats per token), perplexity and bits per byte of validation shards, by source, or of
     texts, whose first token follows the one that starts a document."""
+    if fills_gaps(net.config):
+        if asked_lengths():
+            raise UserError(f"lengths={lengths}: expected a model that predicts the next token")
+        return run_gaps(net, tok, answers)
     length = window_length(net)
     if text:
         pieces = {"": text_pieces(tok, length)}
@@ -723,7 +749,44 @@ def run_loss(net, tok, answers, say):
         raise UserError(f"data/{dataset}: no token to score: its shards hold one, or none")
     # Shards that are all of a source have none of all together: the first source stands for it.
     whole = "" if "" in scores else next(iter(scores))
-    return Result(scores[whole], len(pieces[whole]), by | by_position, log)
+    by |= by_position | loss_by_length(net, tok, answers)
+    return Result(scores[whole], len(pieces[whole]), by, log)
+
+
+def loss_by_length(net, tok, answers):
+    """{"length 512": its loss, flat} of windows of each of `lengths`, beyond the model's context
+    too: as many tokens of all sources for each, so that only what stands before them differs."""
+    by = {}
+    for length in asked_lengths():
+        if text:
+            pieces = text_pieces(tok, length)
+        else:
+            by_source = shard_pieces(tok, length)
+            pieces = by_source.get("") or next(iter(by_source.values()))
+        requests = []
+        for piece in pieces:
+            requests += piece.requests
+
+        def work(batch):
+            return score_by_position(net, batch, length)
+
+        sums = answers(f"loss at {length:,}", ["by position", length], requests, work)
+        rows = piece_rows("", pieces, iter([sum(parts) for parts in sums]))
+        if rows:
+            by[f"length {length}"] = flat(score_source(pieces, rows)) | {"n": len(pieces)}
+    return by
+
+
+def asked_lengths():
+    """The numbers that `lengths` has."""
+    numbers = []
+    for word in lengths.split(","):
+        if not word.strip():
+            continue
+        if not word.strip().isdecimal() or not 0 < int(word) < 2**31:
+            raise UserError(f"--lengths={lengths}: expected numbers of tokens, such as 256,512")
+        numbers.append(int(word))
+    return numbers
 
 
 def piece_rows(source, pieces, replies):
@@ -765,14 +828,27 @@ def window_length(net):
     if context is None and seq_len > n_ctx:
         hint = f"--context={seq_len} looks beyond it"
         raise UserError(f"seq_len={seq_len}, but the context of {model} is {n_ctx}: {hint}")
-    if context is not None and context > n_ctx and net.config.pos == "learned":
+    longest = max([context or 0, *asked_lengths()])
+    if longest > n_ctx and net.config.pos == "learned":
         why = f"the positions of {model} are learned ones, which end at {n_ctx}"
-        raise UserError(f"context={context}: {why}")
+        key = "context" if longest == context else "lengths"
+        raise UserError(f"{key}={globals()[key]}: {why}")
     return context or seq_len or n_ctx
 
 
 def shard_pieces(tok, length):
     """{source: [Piece]} of the validation shards, a window each; "" is all sources together."""
+    pieces = {}
+    for source, source_paths in shard_paths(tok).items():
+        pieces[source] = []
+        for window in shard_windows(source_paths, length, tok.n_vocab):
+            n_bytes = sum(len(tok.token_bytes(token)) for token in window.continuations[0])
+            pieces[source].append(Piece([window], n_bytes))
+    return pieces
+
+
+def shard_paths(tok):
+    """{source: the paths of its validation shards}; "" is all sources together."""
     folder = Path("data") / dataset
     paths = {}
     for path in sorted(folder.glob("val_*.bin")):
@@ -784,13 +860,7 @@ def shard_pieces(tok, length):
         raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
     if Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
-    pieces = {}
-    for source, source_paths in paths.items():
-        pieces[source] = []
-        for window in shard_windows(source_paths, length, tok.n_vocab):
-            n_bytes = sum(len(tok.token_bytes(token)) for token in window.continuations[0])
-            pieces[source].append(Piece([window], n_bytes))
-    return pieces
+    return paths
 
 
 def shard_windows(paths, length, n_vocab):
@@ -830,6 +900,78 @@ def text_windows(ids, prefix, length):
         end = min(begin + length, len(ids))
         before = ids[max(0, end - length - 1) : begin]
         yield Request("", before or [prefix], [ids[begin:end]])
+
+
+# Of an encoder behind its masks, of an encoder-decoder where spans are cut out
+
+
+def run_gaps(net, tok, answers):
+    """Loss (nats per hidden token), perplexity and accuracy (the likeliest token is the right one)
+    of validation shards, by source, with the masks of train.py's validation, or of texts."""
+    length = window_length(net)
+    name = "span" if net.config.is_seq2seq else "mlm"
+    vocabulary = vocabulary_of(tok, net.start_id)
+    objective = Objective(name, vocabulary, VALIDATION_SEED, mask_rate)
+    objective.check(length)
+    windows = {"": text_gap_windows(tok, length)} if text else shard_gap_windows(tok, length)
+    requests = [request for of_source in windows.values() for request in of_source]
+
+    def work(batch):
+        rows = []
+        for request in batch:
+            [[number]] = request.continuations
+            rows.append(objective.row(np.array(request.context), number))
+        return score_targets(net, padded_batch(rows, device_of(net))).tolist()
+
+    replies = iter(answers("loss", [name, mask_rate], requests, work))
+    scores = {}
+    by = {}
+    for source, of_source in windows.items():
+        figures = np.array([next(replies) for _ in of_source])  # (windows, 3)
+        if len(figures) == 0:
+            continue
+        nats, n_targets, n_right = figures.T
+        loss = mean(nats, n_targets)
+        scores[source] = {"loss": loss, "perplexity": perplexity(loss)}
+        scores[source]["accuracy"] = mean(n_right, n_targets)
+        if source:
+            by[source] = flat(scores[source]) | {"n": len(of_source)}
+    if not scores:
+        raise UserError(f"data/{dataset}: no window of {length} tokens: lower --seq_len")
+    whole = "" if "" in scores else next(iter(scores))
+    return Result(scores[whole], len(windows[whole]), by)
+
+
+def shard_gap_windows(tok, length):
+    """{source: [Request]} of windows of the validation shards, as train.py's: the ids, and instead
+    of a continuation the window's number, by which it is masked."""
+    requests = {}
+    for source, paths in shard_paths(tok).items():
+        windows = Windows(paths, length, n_vocab=tok.n_vocab)
+        n = windows.n
+        if eval_tokens:
+            n = min(n, math.ceil(eval_tokens / length))
+        numbers = [i * windows.n // n for i in range(n)]
+        rows = windows.rows(numbers)[:, :-1].tolist() if n else []
+        requests[source] = [Request("", ids, [[i]]) for ids, i in zip(rows, numbers)]
+    return requests
+
+
+def text_gap_windows(tok, length):
+    """The same of the documents of `text`; what is left at a document's end, too, but for less than
+    what a span needs."""
+    requests = []
+    room = length - len(tok.start) - len(tok.end)
+    for document in read_text(Path(text)):
+        ids = tok.encode(document)
+        for begin in range(0, len(ids), room):
+            part = ids[begin : begin + room]
+            if len(part) >= SHORTEST:
+                window = tok.start + part + tok.end
+                requests.append(Request("", window, [[len(requests)]]))
+    if not requests:
+        raise UserError(f"{text}: expected texts of {SHORTEST} tokens, to hide some of them")
+    return requests
 
 
 # Beyond the context: how the loss grows with the position, where a model was not trained
@@ -925,6 +1067,127 @@ def f1_error(right, guesses):
 
 
 # --------------------------------------------------------------------------------------------------
+# A source and its target: of an encoder-decoder, or of a decoder as a conversation
+
+
+def run_seq2seq(net, tok, answers, say):
+    """Loss of the targets (nats per token, the end token among them); exact match, ROUGE-L and chrF
+    of what is generated from the sources."""
+    path = Path("data") / dataset / "seq2seq_val.jsonl"
+    rows = list(limited(read_rows(path)))
+    pairs = []  # (ids of the source, ids of the target) of each row
+    try:
+        for row in rows:
+            pairs.append(pair_ids(net, tok, row["source"], row["target"]))
+    except ROW_ERRORS as error:
+        raise UserError(f"{path}: expected source and target in each record: {error!r}") from None
+    nats, tokens = target_nats(net, answers, pairs, say)
+    texts = generated_texts(net, tok, answers, [source for source, _ in pairs], say)
+    counts = []  # what chrF counts in each text
+    log = []
+    for row, text, row_nats, n_tokens in zip(rows, texts, nats, tokens):
+        text = text.strip()
+        target = row["target"].strip()
+        counts.append(chrf_counts(text, target))
+        figures = {"exact_match": float(text == target), "rouge_l": rouge_l(text, target)}
+        figures |= {"chrf": chrf(counts[-1]), "nats": row_nats, "tokens": n_tokens}
+        log.append({"source": row["source"], "target": target, "answer": text} | figures)
+    loss = mean(nats, tokens)
+    scores = {"loss": loss, "perplexity": perplexity(loss)}
+    for metric in ("exact_match", "rouge_l"):
+        scores[metric] = mean([sample[metric] for sample in log])
+    scores["chrf"] = corpus_chrf(counts)
+    return Result(scores, len(rows), samples=log)
+
+
+def pair_ids(net, tok, source, target):
+    """(what the network reads, what it is to answer) of a row, as ids. A decoder reads the source
+    as a user's turn, where its tokenizer has a chat template."""
+    text = source_template.replace("{source}", source)
+    if not net.config.is_seq2seq and tok.config.get("chat_template"):
+        talk = [{"role": "user", "content": text}, {"role": "assistant", "content": target}]
+        ids, is_said = tok.chat(talk)
+        first = is_said.index(1)
+        end = first + sum(is_said)
+        return ids[:first], ids[first:end]
+    end_ids = [] if tok.end_id is None else [tok.end_id]
+    answer = tok.encode(target) + end_ids
+    if net.config.is_seq2seq:
+        return tok.source(text), answer
+    return tok.prompt(text), answer
+
+
+def target_nats(net, answers, pairs, say):
+    """-log p of each target, and its tokens: of each pair of ids (source, target)."""
+    requests = []
+    n_cut = 0
+    n_ctx = net.config.n_ctx
+    for source, target in pairs:
+        room = n_ctx
+        if not net.config.is_seq2seq:  # both are in one row
+            room = max(1, n_ctx + 1 - len(target))
+        n_cut += len(source) > room or len(target) > n_ctx
+        requests.append(Request("", cut_source(net, source, room), [target[:n_ctx]]))
+    if n_cut:
+        say(f"seq2seq: {n_cut} of {len(pairs)} sources or targets are cut to the context")
+
+    def work(batch):
+        if net.config.is_seq2seq:
+            return [[logp] for logp in target_scores(net, batch)]
+        return score(net, batch)
+
+    sums = answers("seq2seq, targets", "targets", requests, work)
+    lengths = [len(request.continuations[0]) for request in requests]
+    return [-row_sums[0] for row_sums in sums], lengths
+
+
+def cut_source(net, source, room):
+    """A source of `room` tokens at most: an encoder's without the last ones before its end token,
+    as in training, a decoder's without the first."""
+    if len(source) <= room:
+        return source
+    if net.config.is_seq2seq:
+        return [*source[: room - 1], source[-1]]
+    return source[-room:]
+
+
+def generated_texts(net, tok, answers, sources, say):
+    """What the network answers to each source, greedily, by a beam search, or drawn."""
+    n_new = max_new_tokens or SEQ2SEQ_TOKENS
+    room = net.config.n_ctx
+    if not net.config.is_seq2seq:
+        n_new = min(n_new, room // 2)
+        room -= n_new
+    requests = [Request("", cut_source(net, source, room), [[]]) for source in sources]
+
+    def work(batch):
+        generations = generate(
+            net,
+            tok,
+            [request.context for request in batch],
+            max_new_tokens=n_new,
+            temperature=temperature,
+            num_beams=num_beams,
+            seed=abs(seed),
+        )
+        return [generation.text for generation in generations]
+
+    depends_on = ["complete", n_new, temperature, num_beams, seed]
+    return answers("seq2seq, answers", depends_on, requests, work)
+
+
+def corpus_chrf(counts):
+    """chrF of all texts together, and its standard error by bootstrap; counts: [chrf_counts]."""
+    counts = np.array(counts)  # (n, MAX_N, 3)
+    rng = np.random.default_rng(abs(seed))
+    values = []
+    for _ in range(200):
+        drawn = rng.integers(0, len(counts), len(counts))
+        values.append(chrf(counts[drawn].sum(0).tolist()))
+    return chrf(counts.sum(0).tolist()), float(np.std(values, ddof=1))
+
+
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -933,7 +1196,9 @@ def check_settings():
     config = settings(globals())
     counts = ["limit", "shots", "seq_len", "eval_tokens", "max_new_tokens", "temperature"]
     check_least(config, counts, 0)
-    check_least(config, ["context", "num_samples", "micro_tokens"], 1)
+    check_least(config, ["context", "num_samples", "micro_tokens", "num_beams"], 1)
+    if "{source}" not in source_template:
+        raise UserError(f"source_template={source_template!r}: expected {{source}} in it")
     if context is not None and context >= 2**31:  # no text is so long
         raise UserError(f"context={context}: expected less than 2,147,483,648")
     if num_samples > 1 and temperature < GREEDY:
@@ -947,6 +1212,8 @@ def task_names():
         raise UserError(f"--tasks={tasks}: expected a task, or some with commas between them")
     if context and "loss" not in names:
         raise UserError(f"context={context}: it is for --tasks=loss alone")
+    if asked_lengths() and "loss" not in names:
+        raise UserError(f"lengths={lengths}: it is for --tasks=loss alone")
     return names
 
 
@@ -955,6 +1222,26 @@ def check_head(net, names):
     if (net.score is not None) != (names == ["classify"]):
         expected = "a classifier" if net.score is None else "--tasks=classify, and no other"
         raise UserError(f"{model} with --tasks={tasks}: expected {expected}")
+
+
+def scale_rope(net):
+    """Give a rotary network the `rope_scaling` that was asked for, and its config's checks."""
+    if net.config.pos != "rope":
+        raise UserError(f"rope_scaling: {model} has pos={net.config.pos}: expected rope")
+    net.config.rope_scaling = replace(net.config, rope_scaling=rope_scaling).rope_scaling
+
+
+def check_order(net, names, opened):
+    """Refuse tasks for which a network reads text in another order. opened: {name: Task}, those of
+    questions."""
+    for name in names:
+        if name == "seq2seq" or name in opened:
+            if not net.config.causal:
+                why = "an encoder fills masks, and continues no prompt: expected --tasks=loss"
+                raise UserError(f"{model} with --tasks={name}: {why}")
+            if net.config.is_seq2seq and name in opened and opened[name].kind == "choice":
+                why = "an encoder-decoder answers a source: expected seq2seq, or generation"
+                raise UserError(f"{model} with --tasks={name}: {why}")
 
 
 def results_folder():
@@ -981,15 +1268,18 @@ def main():
     # Whatever can be refused is, before the weights are read.
     check_settings()
     names = task_names()
-    without_questions = {"loss": run_loss, "classify": run_classify}
+    without_questions = {"loss": run_loss, "classify": run_classify, "seq2seq": run_seq2seq}
     opened = {name: open_task(name, run) for name in names if name not in without_questions}
     compute, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute, quantize, fast)
     if deterministic:
         be_deterministic(net)
     check_head(net, names)
+    if rope_scaling:
+        scale_rope(net)
+    check_order(net, names, opened)
     folder = results_folder()
-    mark = model_mark(model, compute, quantize, fast, deterministic)
+    mark = model_mark(model, compute, quantize, fast, deterministic, rope_scaling)
     answers = Answers(folder, mark, run)
     mark_before, results = read_results(folder)
     if mark_before != mark:  # of another model: not to be mixed with this one's

@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 
 from barelm.checkpoint import find, is_adapter, load, refuse_source, save, saved_tensors, weights_of
-from barelm.families import FAMILIES, family, misfits
+from barelm.families import FAMILIES, family, family_of, misfits
 from barelm.fast import generating
 from barelm.files import write_json
 from barelm.gguf_file import FILE_TYPES, check_gguf, require_gguf, write_gguf
@@ -257,10 +257,10 @@ def hf_family(net):
         raise UserError(f"--export={export} cannot hold {net.quantize} weights: {mend}")
     if net.adapter_size:
         raise UserError(f"--export={export}: no Hugging Face architecture has bottleneck adapters")
-    if net.score is not None and net.pooling != "last":
-        why = f"no Hugging Face architecture has {net.pooling} pooling"
-        raise UserError(f"--export={export}: {why}")
     kind = family(c)
+    if kind != "barelm" and family_of(net) == "barelm":
+        what = f"{net.task}, {net.pooling}" + (f", {net.pooler}" if net.pooler else "")
+        raise UserError(f"--export={export}: no class of {kind} has such a head ({what})")
     if kind != "barelm":
         return kind
     # The family that the fewest options keep it from.

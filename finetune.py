@@ -6,6 +6,7 @@
     python finetune.py config/tag.py                    # names, calls, strings ... in a function
     python finetune.py config/embed.py                  # vectors: which function a docstring is of
     python finetune.py --method=dpo --model=out/sft --out_dir=out/dpo
+    python finetune.py config/seq2seq.py                # an encoder-decoder: a source, its target
     torchrun --nproc_per_node=8 finetune.py config/sft.py --model=path/to/a/hugging-face-folder
 
 Reads data/<dataset>/<task>_{train,val}.jsonl (prepare.py makes them; the default source has all).
@@ -18,7 +19,7 @@ A method is a loss over examples: one entry of METHODS, below the losses. GRPO a
 from config import configure, defaults, settings
 
 # what, from what, to where
-method = "sft"  # sft, classify, tag, span, embed, dpo, reward; or one of adapt's: sft of its kind
+method = "sft"  # sft, seq2seq, classify, tag, span, embed, dpo, reward; or an adapt, which is sft
 model = "out/python"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has the task's JSONL
 out_dir = "out/sft"  # where the result is written
@@ -53,12 +54,13 @@ merge: bool | str = False  # write merged/ too, a plain folder; quantized: of ql
 # the optimizer
 optimizer = "adamw"  # any of train.py's
 learning_rate = 3e-4  # the peak
-lr_schedule = "linear"  # linear, cosine, trapezoid or constant, after the warm-up
+lr_schedule = "linear"  # linear, cosine, trapezoid, constant or inverse_sqrt, after the warm-up
 warmup_steps = 10  # steps of linear warm-up
 min_lr = 0.0  # the last learning rate, as a fraction of the peak
 decay_fraction = 0.4  # trapezoid: the part of the run that decays
 layer_decay = 1.0  # the learning rate of a block over that of the one behind it
 weight_decay = 0.0  # decoupled
+beta2 = 0.99  # AdamW's: a fine-tuning is short, and an average over 1,000 steps never warms up
 grad_clip = 1.0  # the largest gradient norm; 0: no clipping
 neftune = 0.0  # noise on the embeddings of sft (Jain et al. 2023): its alpha, 5 or so
 dropout = 0.0  # in the network
@@ -70,7 +72,8 @@ embed_temperature = 0.05  # embed: of the softmax over a batch's cosines
 class_weights = False  # classify: rare labels count as much as frequent ones
 beta = 0.1  # dpo, ipo: the weight of the reference
 dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
-label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round
+label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round; seq2seq: see there
+source_template = "{source}"  # seq2seq: what the encoder reads, such as "summarize: {source}"
 reference_free = False  # dpo: without the reference
 
 # the machine
@@ -111,6 +114,7 @@ from barelm.examples import (
     check_template,
     conversation_ids,
     count_targets,
+    device_of,
     epoch_order,
     fill_template,
     is_compiled,
@@ -235,6 +239,26 @@ def is_too_long(ids, limit):
     return len(ids) > limit
 
 
+def read_seq2seq(row, tok, limit):
+    """A source with its end token, for the encoder; the target with the start token before it as
+    inputs and with the end token behind it as targets. net.start_id comes with the batch."""
+    source = tok.source(source_template.replace("{source}", row["source"]))
+    target = tok.encode(row["target"])
+    if tok.end_id is not None:
+        target = [*target, tok.end_id]
+    if not source or not target:
+        raise UserError("an empty source or target")
+    cut = is_too_long(source, limit) or is_too_long(target, limit)
+    return {"source": cut_before_end(source, limit, tok), "targets": target[:limit], "cut": cut}
+
+
+def cut_before_end(source, limit, tok):
+    """A source of `limit` tokens at most, the end token still at its end."""
+    if len(source) <= limit or tok.end_id is None:
+        return source[:limit]
+    return [*source[: limit - 1], tok.end_id]
+
+
 def read_class(row, tok, limit):
     """The first tokens of a text, and its label."""
     ids, cut = tok.whole_text(row["text"], limit)
@@ -317,6 +341,28 @@ def sft_loss(net, rows):
         reach = neftune / math.sqrt(longest * embeds.shape[2])
         embeds = embeds + torch.empty_like(embeds).uniform_(-reach, reach)
     loss, _ = net(ids, targets, docs=docs, embeds=embeds)
+    return loss, {}
+
+
+def seq2seq_loss(net, examples):
+    """The sum of -log p over the targets, each of which sees its source and the targets before it;
+    in training with label_smoothing: the right token is to have 1 - label_smoothing, and all tokens
+    an equal part of the rest (Szegedy et al. 2016; Vaswani et al. 2017, 5.4)."""
+    inputs = [{"ids": [net.start_id, *e["targets"][:-1]], "source": e["source"]} for e in examples]
+    lengths = torch.tensor([len(e["source"]) for e in examples])
+    batch = {
+        "ids": padded(inputs, "ids", net),  # (B, T)
+        "encoder_ids": padded(inputs, "source", net),  # (B, S)
+        "encoder_lengths": to_device(lengths, device_of(net)),
+    }
+    if not (label_smoothing and net.training):
+        targets = padded(examples, "targets", net, IGNORED)  # (B, T)
+        loss, _ = net(**batch, targets=targets)
+        return loss, {}
+    places, targets = places_of_targets(examples, net)  # (N,) each
+    h = net.hidden(**batch).flatten(0, 1).index_select(0, places)  # (N, C)
+    logits = net.logits(h).float()
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
     return loss, {}
 
 
@@ -519,6 +565,10 @@ def no_logits(group):
     return 0
 
 
+def smoothed_targets(examples):
+    return count_targets(examples) if label_smoothing else 0
+
+
 def pair_targets(pairs):
     return sum(count_targets([pair["chosen"], pair["rejected"]]) for pair in pairs)
 
@@ -536,6 +586,7 @@ class Method:
     reads_chats: bool = True  # it needs a chat template, and answers end where the template says
     # Whether it learns to say whole responses: they are packed into rows, and tried at the end.
     learns_responses: bool = False
+    has_source: bool = False  # for an encoder-decoder, in rows of their own; for no other network
     add_head: Callable | None = None  # (net, tok, train, val, say) -> val: gives the net a score
     prepare: Callable | None = None  # (learner, examples, cast): before the first step
     # (learner, a step's examples of all processes, make_groups, cast, the step's seed) -> groups of
@@ -548,6 +599,16 @@ class Method:
 
 METHODS = {
     "sft": Method("sft", read_sft, sft_loss, size=count_targets, learns_responses=True),
+    "seq2seq": Method(
+        "seq2seq",
+        read_seq2seq,
+        seq2seq_loss,
+        n_logits=smoothed_targets,
+        size=count_targets,
+        reads_chats=False,
+        learns_responses=True,
+        has_source=True,
+    ),
     "classify": Method(
         "classify",
         read_class,
@@ -615,7 +676,9 @@ def check_settings(name, config):
     check_adapt(config, merge)
     check_numbers(globals())
     check_least(globals(), ("check_memorized", "neftune"), 0)
-    check_share(globals(), ("label_smoothing",))
+    check_share(globals(), ("label_smoothing", "beta2"))
+    if "{source}" not in source_template:
+        raise UserError(f"source_template={source_template!r}: expected {{source}} in it")
     if not 0 < beta < math.inf:  # by which IPO divides
         raise UserError(f"beta={beta}: expected more than 0")
     check_choice("init_from", init_from, ("base", "resume", "auto"))
@@ -627,7 +690,7 @@ def check_settings(name, config):
     if template is not None:
         check_templates(name)
     no_prompt = template or weight_decay or METHODS[name].add_head  # decay would move frozen rows
-    if config.adapt == "prompt" and no_prompt:
+    if config.adapt == "prompt" and (no_prompt or METHODS[name].has_source):
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
 
 
@@ -649,6 +712,7 @@ def open_model(run, task, config):
     """The network and tokenizer to start from, with chat markers where the method wants them."""
     chats = task.reads_chats and template is None
     learner = open_learner(run, model, config, seed, dropout, fast, add_markers=chats)
+    check_network(learner.net, task)
     learner.net.checkpoint = checkpoint_blocks
     if deterministic:
         be_deterministic(learner.net)
@@ -657,6 +721,19 @@ def open_model(run, task, config):
     if template is not None and not learner.tok.eos_ids:
         run.say(f"{model}: its tokenizer has no end token: the model learns no end of an answer")
     return learner
+
+
+def check_network(net, task):
+    """Refuse a network that is none for the method."""
+    if task.has_source and not net.config.is_seq2seq:
+        raise UserError(
+            f"{model} is a decoder alone: --method=sft teaches it source and target as a "
+            "conversation (--method=seq2seq needs an encoder: n_encoder_layer of train.py)"
+        )
+    if net.config.is_seq2seq and not task.has_source:
+        raise UserError(f"{model} is an encoder-decoder: expected --method=seq2seq")
+    if task.has_source and net.start_id is None:
+        raise UserError(f"{model}: its config.json has no decoder_start_token_id")
 
 
 def largest_load(task, net, train, limit):
@@ -696,7 +773,7 @@ def open_data(learner, task, limit):
 
 def groups_of(task, net, examples, limit):
     """The examples in micro-batches, those of like length together."""
-    if task.learns_responses:
+    if task.learns_responses and not task.has_source:
         rows = pack_rows(examples, limit, several=pack)
     else:
         rows = sorted(examples, key=n_tokens)
@@ -741,6 +818,10 @@ def repeated(net, tok, examples, cast):
     prompts = []
     answers = []
     for e in examples:
+        if "source" in e:
+            prompts.append(e["source"])
+            answers.append(e["targets"])
+            continue
         first = next(i for i, t in enumerate(e["targets"]) if t != IGNORED)
         end = first
         while end < len(e["targets"]) and e["targets"][end] != IGNORED:
@@ -806,21 +887,25 @@ def first_epoch(train, n_steps):
 def make_fast(learner, task, train, limit, cast, n_steps, saved):
     """Let the network compute by what is faster, compared on a micro-batch of the first step."""
     net = learner.net
-    packed = task.learns_responses and pack
+    packed = task.learns_responses and not task.has_source and pack
     lengths = [limit] if packed else map(longest_row, train)
     tokens = batch_size * sum(map(n_tokens, train)) / len(train)  # of a step
     flops = flops_of_run(net, tokens, n_steps, max_minutes)
     why_not = why_not_compile(compile, learner, saved, flops, lengths)
     first = next(groups_of(task, net, batch_of(train, 0, batch_size, seed), limit))
     rows = []
+    sources = []
     for example in first:
         if "chosen" in example:
             rows += [example["chosen"]["ids"], example["rejected"]["ids"]]
         elif "texts" in example:
             rows += example["texts"]
+        elif "source" in example:
+            rows.append(example["targets"])
+            sources.append(example["source"])
         else:
             rows.append(example["ids"])
-    prepare_network(learner, rows, cast, packed, why_not)
+    prepare_network(learner, rows, cast, packed, why_not, sources)
 
 
 def look_on(learner, task, val, limit, cast, folder, step):
@@ -882,7 +967,7 @@ def main():
         task.prepare(learner, val, cast)
 
     # the optimizer, and where the run stands
-    optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)
+    optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay, beta2)
     scaler = make_scaler(run.device, computing)
     updater = Updater(run, learner.params().values(), optimizers, scaler, grad_clip)
     horizon = Horizon(max_steps=n_steps, max_minutes=max_minutes)

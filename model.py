@@ -11,7 +11,6 @@ barelm/elementwise.py and is chosen in `Operations`; GPT(config, fast=False) doe
 """
 
 import codecs
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from barelm import invariant
 from barelm.elementwise import FusedRMSNorm, FusedRotation, FusedSwiGLU, can_fuse
 from barelm.fast import (
+    SparseMask,
     block_mask,
     blocked_attention,
     can_block,
@@ -36,7 +36,8 @@ from barelm.fast import (
     joined_product,
     sparse_attention,
 )
-from barelm.generation import decode_rows
+from barelm.generation import check_generates, decode_rows
+from barelm.layouts import layout_for
 from barelm.patterns import Pattern, attention_mask, may_look, with_bias
 from barelm.positions import (
     alibi,
@@ -214,7 +215,8 @@ class Operations:
         self.deterministic = False
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
         # Both by barelm/compiled.py, which compares before it sets them:
-        self.sparse = False  # skip what documents hide: pays in compiled blocks on a GPU
+        self.sparse = False  # skip what no token sees: pays in compiled blocks on a GPU
+        self.block_masks: dict = {}  # for it, of patterns without documents, which stay the same
         self.head_piece: Callable = head_piece  # or that compiled
         self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
 
@@ -251,37 +253,50 @@ class Operations:
         gate, up = gate_up.chunk(2, -1)
         return self.silu(gate) * up
 
-    def mask(self, pattern, positions, docs):
-        """What `attend` takes to let tokens at positions (B or 1, T) look at one another."""
-        if self.fast and self.sparse and docs is not None:
+    def mask(self, pattern, positions, docs, alone=True, is_changed=False):
+        """What `attend` takes to let tokens at positions (B or 1, T) look at one another. alone: as
+        `attention_mask` has it; is_changed: whether scores are more than products, too."""
+        hides = docs is not None or not pattern.sees_all(positions.shape[1])
+        if self.fast and self.sparse and (hides or is_changed):
+            return SparseMask(self.seen_blocks(pattern, positions, docs))
+        return attention_mask(pattern, positions, positions, docs, alone=alone)
+
+    def seen_blocks(self, pattern, positions, docs):
+        """The BlockMask of these; where there are no documents, the one that was made before."""
+        if docs is not None:
             return block_mask(partial(may_look, pattern), positions, docs)
-        return attention_mask(pattern, positions, positions, docs)
+        key = (pattern, positions.shape[1], positions.device)
+        if key not in self.block_masks:
+            self.block_masks[key] = block_mask(partial(may_look, pattern), positions)
+        return self.block_masks[key]
 
     def attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None, softcap=0.0,
-               sinks=None):  # fmt: skip
+               sinks=None, reach=None):  # fmt: skip
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D).
 
-        mask: `attention_mask`'s, or a `block_mask`, or numbers to add to the scores; where it is
+        mask: `attention_mask`'s, or a SparseMask, or numbers to add to the scores; where it is
         None, causal says whether tokens see what is behind them. scale: None is 1 / sqrt(D).
-        softcap, sinks: as in `attention_probabilities`."""
+        softcap, sinks: as in `attention_probabilities`. reach: no token sees one that is further
+        from it, as the mask says too; None: any."""
+        if isinstance(mask, SparseMask):
+            return sparse_attention(q, k, v, mask, scale, softcap, sinks)
+        plain = partial(self.plain_attend, causal=causal, scale=scale, softcap=softcap)
+        if self.deterministic and not dropout:
+            return invariant.attention(q, k, v, mask, sinks, plain, causal, scale, softcap)
+        usual = not softcap and sinks is None  # all that the others know
+        if self.attend_cached is not None and usual and causal and scale is None:
+            return self.attend_cached(q, k, v, mask)
+        if self.fast and usual and can_block(q, k, mask, dropout, causal, reach):
+            return blocked_attention(q, k, v, mask, scale, causal, reach)
+        return plain(q, k, v, mask, sinks, dropout=dropout)
+
+    def plain_attend(self, q, k, v, mask=None, sinks=None, dropout=0.0, causal=True, scale=None,
+                     softcap=0.0):  # fmt: skip
+        """`attend` by torch's own, or where that lacks something by the formula."""
         if softcap or sinks is not None:
             p = attention_probabilities(q, k, mask, causal, scale, softcap, sinks)
             p = F.dropout(p, dropout).to(v.dtype)  # (B, H, T, S)
             return (p @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).to(q.dtype)
-        plain = partial(self.plain_attend, mask=mask, causal=causal, scale=scale)
-        usual = causal and scale is None  # all that the others know
-        if self.deterministic and not dropout and usual:
-            return invariant.attention(q, k, v, mask, plain)
-        if self.attend_cached is not None:
-            return self.attend_cached(q, k, v, mask)
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            return sparse_attention(q, k, v, mask)
-        if self.fast and usual and can_block(q, k, mask, dropout):
-            return blocked_attention(q, k, v, mask)
-        return plain(q, k, v, dropout=dropout)
-
-    def plain_attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None):
-        """`attend` by torch's own."""
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(k.dtype)  # torch adds it to scores of this type
         is_causal = False
@@ -308,15 +323,16 @@ class Operations:
 
     def gelu(self, x, approximate="tanh"):
         """By tanh, as GPT-2's, or exact ("none")."""
-        if self.deterministic and approximate == "tanh":
-            return invariant.gelu(x)
+        if self.deterministic:
+            return invariant.gelu(x, approximate)
         return F.gelu(x, approximate=approximate)
 
-    def cross_entropy(self, h, head, targets, logits):
+    def cross_entropy(self, h, head, targets, logits, head_input):
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
-        none. The faster way makes head(h) a piece at a time, and no `logits`; where there is more
-        to the logits than a product, head is None."""
+        none. The faster way makes head(head_input(h)) a piece at a time, and no `logits`; where
+        there is more to the logits than that, head is None."""
         if self.fast and can_piece(head):
+            h = head_input(h)
             return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
 
@@ -345,6 +361,8 @@ class Attention(nn.Module):
             self.options["scale"] = 1.0
         if c.softcap:
             self.options["softcap"] = c.softcap
+        if pattern.reach is not None and not is_cross:
+            self.options["reach"] = pattern.reach
         if c.sinks and not is_cross:
             self.sinks = nn.Parameter(torch.zeros(c.n_head))
 
@@ -431,7 +449,9 @@ class Attention(nn.Module):
     def probabilities(self, x, rope=None, mask=None):
         """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
         q, k, _ = self.qkv(x, rope)
-        return attention_probabilities(q, k, mask, **self.scoring())
+        options = dict(self.scoring())
+        options.pop("reach", None)  # which the mask says too
+        return attention_probabilities(q, k, mask, **options)
 
 
 class MLP(nn.Module):
@@ -679,20 +699,16 @@ class GPT(nn.Module):
         if is_spread:
             x, docs, places = invariant.spread(x, docs)
         T = x.shape[1]
-        alone = True
-        if cache is None:
-            if c.pos == "learned" and length > c.n_ctx:
-                raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
-            positions = torch.arange(T, device=x.device)[None]  # (1, T)
-            if docs is not None:
-                positions = document_positions(positions, docs)
-            key_positions = positions
+        if cache is not None:
+            positions = cache.extend(T, n_new)
+        elif c.pos == "learned" and length > c.n_ctx:
+            raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
         else:
-            positions, key_positions, alone = cache.extend(T, n_new)
-            if docs is not None:  # whole prompts in one row
-                positions = key_positions = document_positions(positions, docs)
+            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+        if docs is not None:
+            positions = document_positions(positions, docs)
         x = self.embed(x, positions)
-        looks = self.looks(self.model, x, positions, key_positions, docs, alone, cache)
+        looks = self.looks(self.model, x, positions, docs, cache)
         x = self.run_blocks(self.model.layers, x, looks, cache, memory)
         if is_spread:
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
@@ -712,7 +728,7 @@ class GPT(nn.Module):
             mask = (docs >= 0)[:, None, None]  # (B, 1, 1, S)
         positions = torch.arange(S, device=ids.device)[None]
         x = self.embed(self.model.embed_tokens(ids), positions)
-        x = self.run_blocks(part.layers, x, self.looks(part, x, positions, positions, docs))
+        x = self.run_blocks(part.layers, x, self.looks(part, x, positions, docs))
         return Memory(part.norm(x), mask)
 
     def cross_kv(self, memory):
@@ -736,36 +752,51 @@ class GPT(nn.Module):
             x = self.model.embed_norm(x)
         return F.dropout(x, c.dropout, self.training)
 
-    def looks(self, part, x, positions, key_positions, docs=None, alone=True, cache=None):
+    def looks(self, part, x, positions, docs=None, cache=None):
         """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
         encoder, whose tokens are at positions (B or 1, T)."""
         c = self.config
+        is_biased = c.pos in ("alibi", "relative")  # a mask of numbers, then
+        is_changed = is_biased or c.softcap > 0 or c.sinks
+        key_positions = positions
+        alone = True
         found = {}
         ropes = {}
         for block in part.layers:
             pattern = block.pattern
             if pattern in found:
                 continue
+            if cache is not None and docs is None:  # documents in a cache are whole, and all new
+                key_positions, alone = cache.keys(pattern)
             theta = c.local_rope_theta if pattern.kind != "full" else 0.0
             if c.pos == "rope" and theta not in ropes:
                 ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
-            bias = self.score_bias(part, positions, key_positions, pattern.causal)
-            if bias is not None:
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=False)
-                mask = with_bias(mask, bias)
-            elif cache is None:
-                mask = self.ops.mask(pattern, positions, docs)
+            if cache is None:
+                mask = self.ops.mask(pattern, positions, docs, not is_biased, is_changed)
             else:
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=alone)
+                is_alone = alone and not is_biased
+                mask = attention_mask(pattern, positions, key_positions, docs, alone=is_alone)
+            if is_biased:
+                mask = self.biased(mask, part, positions, key_positions, pattern.causal)
             found[pattern] = (ropes.get(theta), mask)
         return found
+
+    def biased(self, mask, part, positions, key_positions, causal):
+        """A mask with what is added to the scores, `score_bias`."""
+        c = self.config
+        if not isinstance(mask, SparseMask):
+            return with_bias(mask, self.score_bias(part, positions, key_positions, causal))
+        if c.pos == "alibi":
+            return mask._replace(slopes=alibi_slopes(c.n_head).to(positions.device))
+        buckets = (c.n_buckets, c.max_distance, causal)
+        return mask._replace(table=part.relative_bias.weight, buckets=buckets)
 
     def score_bias(self, part, positions, key_positions, causal):
         """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions
         (B or 1, S): (B or 1, H, T, S) float32, or None."""
         c = self.config
         if c.pos == "alibi":
-            return alibi(positions, key_positions, alibi_slopes(c.n_head))
+            return alibi(positions, key_positions, alibi_slopes(c.n_head, positions.device))
         if c.pos == "relative":
             return relative(positions, key_positions, part.relative_bias.weight, c, causal)
         return None
@@ -795,7 +826,11 @@ class GPT(nn.Module):
 
     def logits(self, h):
         """The logits (…, V) of hidden states (…, C)."""
-        return self.head_logits(self.head_input(h))
+        logits = self.ops.project(self.head_input(h), self.lm_head)
+        softcap = self.config.logit_softcap
+        if softcap:
+            logits = softcap * (logits.float() / softcap).tanh()
+        return logits
 
     def head_input(self, h):
         """What the head's matrix multiplies."""
@@ -805,24 +840,20 @@ class GPT(nn.Module):
             h = h * self.config.logit_scale
         return h
 
-    def head_logits(self, h):
-        logits = self.ops.project(h, self.lm_head)
-        softcap = self.config.logit_softcap
-        if softcap:
-            logits = softcap * (logits.float() / softcap).tanh()
-        return logits
-
-    def forward(self, ids, targets=None, **options):
+    def forward(self, ids, targets=None, places=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
-        nats, float32; their count). `options` are those of `hidden`. Pre-training and SFT come by
+        nats, float32; their count). places (B, n): where in a row the targets (B, n) are, so that
+        logits are made there alone. `options` are those of `hidden`. Pre-training and SFT come by
         here, and get what is added to the loss; other methods take `hidden` and `logits`."""
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)
+        if places is not None:
+            h = at_places(h, places)  # (B, n, C)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
-        h = self.head_input(h.flatten(0, 1))  # (B T, C)
+        h = h.flatten(0, 1)  # (B T, C)
         head = None if self.config.logit_softcap else self.lm_head
-        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.head_logits)
+        loss = self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
         n_targets = (targets != -100).sum()
         if self.training and self.config.n_experts:
             loss = loss + n_targets * self.routing_loss()
@@ -931,6 +962,11 @@ def call_block(block, x, rope, mask, memory=None, memory_mask=None):
     return block(x, rope, mask, None, memory, memory_mask)
 
 
+def at_places(h, places):
+    """The states (B, n, C) at places (B, n) of the rows of h (B, T, C)."""
+    return h.gather(1, places[..., None].expand(-1, -1, h.shape[-1]))
+
+
 def logprobs(net, ids, targets):
     """log p(targets) (B, T) float32 under net at each position of ids (B, T); 0 where -100, and
     no logits are made there."""
@@ -970,31 +1006,37 @@ def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.
 class KVCache:
     """Keys and values of past tokens, every row with a length of its own.
 
-    k, v (n_layer, batch, G, max_len, D); lengths (batch,) int64 on the device. A token's place is
-    its position. Who changes lengths makes `even` False; length 0 empties a row."""
+    stores: of each layer (2, batch, G, S + 1, D), with as many places S as barelm/layouts.py finds
+    that its pattern needs: a ring for a window, else max_len, a token's place being its position.
+    lengths (batch,) int64 on the device; who changes them makes `even` False. slack: by so many
+    tokens rows may be cut (`truncate`). whole: a ring for none."""
 
-    def __init__(self, config, batch, max_len, device, dtype):
+    def __init__(self, config, batch, max_len, device, dtype, slack=0, whole=False):
         self.max_len = max_len
+        self.patterns = config.patterns
         # What the host knows by itself, so that no step waits for the device to tell its lengths:
         self.used = 0  # no row is longer
         self.even = True  # all rows are that long, so that slices do for indices and masks
-        # One place more than max_len: where writes that belong to no token go.
-        shape = (2, config.n_layer, batch, config.n_kv_head, max_len + 1, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.layouts = {p: layout_for(p, max_len, slack, whole) for p in self.patterns}
+        self.stores = []
+        for pattern in self.patterns:
+            # One place more than there are: where writes that belong to no token go.
+            n = self.layouts[pattern].n + 1
+            shape = (2, batch, config.n_kv_head, n, config.head_dim)
+            self.stores.append(torch.zeros(shape, device=device, dtype=dtype))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.reached = self.lengths  # the most that each row had before it was cut
+        # Of an encoder-decoder: a source's keys and values, which no step changes.
+        self.source: list | None = None  # [(k, v)] (batch, G, S, D), one a layer
+        self.cross_mask: torch.Tensor | None = None  # (batch, 1, 1, S) bool
 
     @property
-    def k(self):
-        return self.store[0, ..., : self.max_len, :]
-
-    @property
-    def v(self):
-        return self.store[1, ..., : self.max_len, :]
+    def nbytes(self):
+        return sum(store.nbytes for store in self.stores)
 
     def extend(self, T, n_new=None):
         """Make room for T tokens a row, of which the first n_new[b] of row b are real (None: all).
-        Returns what `attention_mask` asks for: the positions of the tokens (B or 1, T), those of
-        what is there to look at (1, S), and whether causal attention is enough."""
+        Returns the positions of the tokens (B or 1, T)."""
         device = self.lengths.device
         begin = self.used
         end = begin + T
@@ -1002,58 +1044,98 @@ class KVCache:
             raise ValueError(f"{T} tokens do not fit a cache of {self.max_len}")
         self.used = min(end, self.max_len)
         self.fresh = begin == 0  # there is nothing to look at but the new tokens themselves
+        self.before = self.lengths
         if n_new is not None or end > self.max_len:  # some rows grow by less than others
             self.even = False
-        key_positions = torch.arange(self.used, device=device)[None]  # (1, S)
-
         if self.even:
-            self.slots = slice(begin, end)
+            self.positions = torch.arange(begin, end, device=device)[None]
             self.lengths = self.lengths + T
-            # Nothing is behind the last token: alone, it sees all.
-            return key_positions[:, begin:], key_positions, self.fresh or T == 1
-
-        steps = torch.arange(T, device=device)
-        positions = self.lengths[:, None] + steps  # (B, T)
-        real = positions < self.max_len
-        if n_new is not None:
-            real = real & (steps < n_new[:, None])
-        self.lengths = self.lengths + real.sum(1)
-        if self.fresh:
-            # Padding comes after all real tokens, which do not look there; its place is free again.
-            self.slots = slice(0, end)
+            slots = slice(begin, end)
         else:
-            self.slots = torch.where(real, positions, self.max_len)  # (B, T)
-        return positions, key_positions, self.fresh
+            steps = torch.arange(T, device=device)
+            self.positions = self.lengths[:, None] + steps  # (B, T)
+            real = self.positions < self.max_len
+            if n_new is not None:
+                real = real & (steps < n_new[:, None])
+            self.lengths = self.lengths + real.sum(1)
+            # A row's padding comes after its tokens, which do not look there; where all rows are
+            # new, its place is free again.
+            slots = slice(0, end) if self.fresh else self.positions.where(real, self.max_len)
+        self.slots = {}  # of each layout: where the new tokens go, a slice or (B, T)
+        for layout in self.layouts.values():
+            if layout.whole:
+                self.slots[layout] = slots
+            else:
+                self.slots[layout] = layout.to_write(self.positions, self.lengths)
+        return self.positions
+
+    def keys(self, pattern):
+        """Of what `write` returns for layers of this pattern: the positions (B or 1, S), and
+        `attention_mask`'s alone."""
+        layout = self.layouts[pattern]
+        if self.fresh:
+            return self.positions[:1], True  # the same in every row
+        if layout.whole:
+            T = self.positions.shape[1]
+            key_positions = torch.arange(self.used, device=self.lengths.device)[None]
+            return key_positions, self.even and T == 1  # nothing is behind the last token
+        held = layout.held(self.before[:1] if self.even else self.before)
+        return torch.cat((held, self.positions), 1), False
 
     def write(self, i, k, v):
         """Store layer i's new k and v (B, G, T, D); return all that there is to look at."""
-        for stored, new in ((self.store[0, i], k), (self.store[1, i], v)):
-            if isinstance(self.slots, slice):
-                stored[:, :, self.slots] = new
+        layout = self.layouts[self.patterns[i]]
+        slots = self.slots[layout]
+        seen = []
+        for stored, new in zip(self.stores[i], (k, v)):
+            if not (self.fresh or layout.whole):  # the new tokens take the places of old ones
+                seen.append(torch.cat((stored[:, :, : layout.n], new.to(stored.dtype)), 2))
+            if isinstance(slots, slice):
+                stored[:, :, slots] = new
             else:
                 rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
                 # Two indices with a slice between them give (B, T, G, D).
-                stored[rows, :, self.slots] = new.transpose(1, 2).to(stored.dtype)
+                stored[rows, :, slots] = new.transpose(1, 2).to(stored.dtype)
         if self.fresh:  # as they came: not yet rounded to the cache's type
             return k, v
-        return self.store[0, i, :, :, : self.used], self.store[1, i, :, :, : self.used]
+        if layout.whole:
+            return self.stores[i][:, :, :, : self.used].unbind(0)
+        return seen
+
+    def set_source(self, keys_values, mask=None):
+        """Let each row look at a source: keys_values are `GPT.cross_kv`'s, mask is its Memory's."""
+        dtype = self.stores[0].dtype
+        self.source = [(k.to(dtype), v.to(dtype)) for k, v in keys_values]
+        self.cross_mask = mask
+
+    def cross(self, i):
+        """The keys and values of the source for layer i."""
+        return self.source[i]
 
     def reorder(self, rows):
         """Row i becomes what row rows[i] was (beam search)."""
-        self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
+        self.stores = [store[:, rows] for store in self.stores]
+        self.lengths = self.lengths[rows]
+        self.reached = self.reached[rows]
+        if self.source is not None:
+            self.source = [(k[rows], v[rows]) for k, v in self.source]
+        if self.cross_mask is not None:
+            self.cross_mask = self.cross_mask[rows]
 
-    def part(self, begin, lengths):
-        """The rows from `begin` on as a cache of their own, in the same memory: as many as there
-        are lengths (a list), which it starts with."""
-        part = copy.copy(self)
-        part.store = self.store[:, :, begin : begin + len(lengths)]
-        part.lengths = torch.tensor(lengths, device=self.store.device)
-        part.used, part.even = max(lengths), len(set(lengths)) == 1
-        return part
-
-    def copy(self, to, rows, length):
-        """The first `length` places of the rows `to` become what they were in `rows` (lists)."""
-        self.store[:, :, to, :, :length] = self.store[:, :, rows, :, :length]
+    def truncate(self, lengths):
+        """Row b keeps its first lengths[b] tokens (a list): speculation takes back what was not
+        accepted. A ring that has come round allows `slack` tokens, or all of them."""
+        self.reached = self.reached.maximum(self.lengths)
+        rings = [layout for layout in self.layouts.values() if not layout.whole]
+        for layout in rings:
+            for length, reached in zip(lengths, self.reached.tolist()):
+                if not layout.can_cut(length, reached):
+                    words = f"a row of {reached} tokens is not cut to {length}"
+                    raise ValueError(f"{words}: its ring has a slack of {layout.slack}")
+        self.lengths = torch.tensor(lengths, device=self.lengths.device)
+        self.reached = self.reached.masked_fill(self.lengths == 0, 0)
+        self.used = max(lengths)
+        self.even = len(set(lengths)) == 1
 
 
 @dataclass
@@ -1137,7 +1219,8 @@ class Row:
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
              on_text=None):  # fmt: skip
-    """Continue each prompt (a text, or token ids); returns [Generation], one a prompt.
+    """Continue each prompt (a text, or token ids); returns [Generation], one a prompt. For an
+    encoder-decoder a prompt is a source, which is answered: as ids, its end token among them.
 
     temperature 0 is greedy. A row ends at one of tok.eos_ids, at a stop string, after
     max_new_tokens, or when prompt and answer fill the context. Row i draws from (seed, first + i)
@@ -1145,16 +1228,20 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     on_text(i, piece) gets the text as it is made. A beam search neither draws nor filters."""
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**filters, repetition_penalty=repetition_penalty, num_beams=num_beams)
+    check_generates(net)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
-    prompts = [tok.prompt(p) if isinstance(p, str) else list(p) for p in prompts]
+    is_seq2seq = net.config.is_seq2seq
+    prompts = [prompt_ids(net, tok, prompt) for prompt in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
         n = len(prompt)
-        if not 0 < n < n_ctx:
-            raise UserError(f"a prompt of {n} tokens: expected 1 to {n_ctx - 1}, the context")
+        longest = n_ctx if is_seq2seq else n_ctx - 1
+        if not 0 < n <= longest:
+            raise UserError(f"a prompt of {n} tokens: expected 1 to {longest}, the context")
+        limit = min(max_new_tokens, n_ctx - len(decoder_prompt(net, prompt)))
         emit = None if on_text is None else partial(on_text, i)
-        rows.append(Row(tok, min(max_new_tokens, n_ctx - n), stop, emit, number=first + i))
+        rows.append(Row(tok, limit, stop, emit, number=first + i))
     if not rows or max_new_tokens < 1:
         return [row.out for row in rows]
     with generating(net):
@@ -1170,17 +1257,23 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     return [row.out for row in rows]
 
 
+def text_ids(tok, text, is_source):
+    """The ids of a text that is continued, or of a source."""
+    return tok.source(text) if is_source else tok.prompt(text)
+
+
 def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
-    longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
+    begins = [decoder_prompt(net, prompt) for prompt in prompts]
+    longest = max(len(begin) + row.limit for begin, row in zip(begins, rows))
     logits, cache = prefill(net, tok, prompts, longest)  # (B, V)
     device = logits.device
     uniform = torch.stack([draws(seed, row.number, limit) for row in rows]).to(device)
     seen = torch.zeros_like(logits, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        seen[i, torch.tensor(prompt, device=device)] = True
+    for i, begin in enumerate(begins):
+        seen[i, torch.tensor(begin, device=device)] = True
     pending = []  # functions that wait for a step's tokens
     for t in range(limit):
         likely = logits if penalty == 1 else penalize(logits, seen, penalty)
@@ -1231,18 +1324,37 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
+    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     table = net.model.embed_tokens.weight
     # A CPU attends to float32 faster than to less: it has to convert the rest.
     dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
-    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype)
+    whole = net.deterministic  # keys in the order that they have without a cache
+    cache = KVCache(net.config, len(prompts), max_len, table.device, dtype, whole=whole)
     rows = [torch.tensor(prompt, device=table.device) for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
     lengths = [len(prompt) for prompt in prompts]
+    if net.config.is_seq2seq:
+        memory = net.encode(ids, torch.tensor(lengths, device=table.device))
+        cache.set_source(net.cross_kv(memory), memory.mask)
+        begin = torch.full_like(ids[:, :1], net.start_id)  # (B, 1)
+        return feed(net, tok, cache, begin), cache
     n_new = None  # equal lengths keep the cache even
     if len(set(lengths)) > 1:
         n_new = torch.tensor(lengths, device=table.device)
     return feed(net, tok, cache, ids, n_new), cache
+
+
+def prompt_ids(net, tok, prompt):
+    """The ids of a prompt, or of a source, that is a text or ids."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return tok.source(prompt) if net.config.is_seq2seq else tok.prompt(prompt)
+
+
+def decoder_prompt(net, prompt):
+    """The ids that are continued: the prompt, or where it is a source the start token alone."""
+    return [net.start_id] if net.config.is_seq2seq else prompt
 
 
 @dataclass
@@ -1261,7 +1373,7 @@ def beam_search(net, tok, prompt, limit, num_beams):
     """The Beam with the best mean log p per token that a search of this width finds in `limit`
     tokens, or until num_beams continuations have ended: transformers' search with early_stopping
     and a length_penalty of 1."""
-    logits, cache = prefill(net, tok, [prompt], len(prompt) + limit)
+    logits, cache = prefill(net, tok, [prompt], len(decoder_prompt(net, prompt)) + limit)
     beams = [Beam(0, [], [])]
     ended = []
     # So many candidates that, whichever of them end, num_beams are left to go on with.

@@ -14,10 +14,11 @@ gives the same bytes on any number of processes. A run that was killed goes on w
 
 from config import configure, same_recipes, settings
 
-source = "python"  # python, a named download, file, folder, glob, URL, @list of URLs, hf:owner/name
+source = "python"  # python, numbers, copy:48, a download, file, glob, URL, @list, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set: sft, preference, classify, seq2seq, tag, embed, span
+languages = ""  # seq2seq of translations: the fields of source and target, such as en,de
 field = "text"  # the field of a JSONL, CSV or parquet record that is its text
 input_format: str | None = None  # text, jsonl, json, csv, tsv or parquet; none: by the file's name
 separator: str | None = None  # a text file is cut into documents here; "\n\n": at blank lines
@@ -136,6 +137,7 @@ from barelm.dedup import (
 from barelm.download import HUB, download
 from barelm.files import require_zst, sync_folder, whole_file, write_json
 from barelm.mix import SPLITS, TOKENS, Encoded, plan_splits
+from barelm.number_words import SOURCE as NUMBERS
 from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
 from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
@@ -619,9 +621,23 @@ def is_default_source():
     return source == "python" and sources is None
 
 
+def tasks_of_source():
+    """The task sets that the source's own records make, beside the shards."""
+    if is_default_source():  # whose functions and docstrings make all of these
+        return OF_PYTHON
+    if is_numbers():
+        return ["sft", "seq2seq"]
+    return []
+
+
+def is_numbers():
+    return source == NUMBERS and sources is None
+
+
 def make_tasks(folder, pool_map, units, names):
     """The files of these task sets, in the folder: {file name: its rows}."""
-    reading = Reading(field, max_documents, is_default_source(), seed)
+    pair = [name.strip() for name in languages.split(",")] if languages else None
+    reading = Reading(field, max_documents, is_default_source(), seed, pair, is_numbers())
     return build_tasks(folder, pool_map, units, names, reading, val_fraction)
 
 
@@ -791,8 +807,8 @@ def build(run, folder, work, pool_map):
         if save_cleaned:
             files = cleaned_names(corpus, jobs)
             meta["cleaned"] = list(files)
-        if is_default_source():  # whose functions and docstrings make all of these
-            files += make_tasks(corpus.folder, pool_map, units, OF_PYTHON)
+        if tasks_of_source():
+            files += make_tasks(corpus.folder, pool_map, units, tasks_of_source())
         if report:
             write_report(corpus, tok, tallies, clusters, splits | meta)
             files.append("report.md")
@@ -971,6 +987,8 @@ def check_names():
             raise UserError(f"steps: {name!r}: expected some of {','.join([*STEPS, *COMPARING])}")
         if name == "language":
             language_model()  # or a line that says what to install
+    if languages and len(set(languages.split(","))) != 2:
+        raise UserError(f"languages={languages}: expected two fields, such as en,de")
     if task is not None and task not in TASKS:
         raise UserError(f"--task={task}: expected {', '.join(TASKS)}")
 

@@ -66,6 +66,8 @@ from barelm.chart import Chart, Series, picture, short
 from barelm.checkpoint import find, is_hub_name, load, read_config, weights_of
 from barelm.compare import (
     curve,
+    length_chart,
+    length_lines,
     loss_chart,
     loss_lines,
     read_log,
@@ -96,7 +98,16 @@ from barelm.scaling import (
     fit_powers,
     suggest_shape,
 )
-from barelm.scores import figure, flat, mean, model_mark, read_results, read_scores, write_results
+from barelm.scores import (
+    figure,
+    flat,
+    mean,
+    model_mark,
+    read_lengths,
+    read_results,
+    read_scores,
+    write_results,
+)
 from barelm.shards import check_tokens, document_layout, open_shard
 from barelm.tokenizer import Tokenizer
 from model import generate
@@ -129,12 +140,16 @@ def compare_runs():
     scores = {run: read_scores(run) for run in runs}
     all_count_tokens = all(curve(log, "loss", "tokens") for log in logs.values())
     x = "tokens" if all_count_tokens else "step"
-    lines = score_lines(scores) + loss_lines(logs, x)
+    losses = {run: read_lengths(run) for run in runs}  # where eval.py --lengths was asked
+    lines = score_lines(scores) + length_lines(losses) + loss_lines(logs, x)
     print("\n".join(lines))
     svg_path = path.with_suffix(".svg")
     text = ["# Runs compared", "", *lines, "", f"![scores and losses](<{svg_path.name}>)", ""]
     write_report(path, "\n".join(text))
-    write_report(svg_path, picture([*score_charts(scores), loss_chart(logs, x)]))
+    charts = score_charts(scores)
+    if any(losses.values()):
+        charts.append(length_chart(losses))
+    write_report(svg_path, picture([*charts, loss_chart(logs, x)]))
 
 
 def write_report(path, text):

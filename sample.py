@@ -5,6 +5,7 @@
     echo "def main(" | python sample.py --prompt=- --temperature=0
     python sample.py --model=out/sft --chat
     python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
+    python sample.py --model=out/bert --prompt="The [MASK] of France"   # an encoder fills masks
 
 --model is a run of ours, a Hugging Face folder or a model's name on its Hub (Qwen3, Qwen2, Llama,
 SmolLM2, Mistral, GPT-2), which is downloaded once. Prints the prompt and its continuation.
@@ -45,6 +46,7 @@ from barelm.chat import TemplateRefusal
 from barelm.checkpoint import load
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
+from barelm.filling import fill, fill_spans
 from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
 from model import check_sampling, generate
@@ -126,14 +128,16 @@ def show_piece(i, piece):
 def complete(net, tok):
     """Continue every prompt num_samples times: one as it is made, several when they are done."""
     prompts = [text for text in read_prompts() for _ in range(num_samples)]
+    # An encoder-decoder answers its source, and continues nothing.
+    shown = ["" if net.config.is_seq2seq else text for text in prompts]
     if len(prompts) == 1:
-        show(prompts[0])
+        show(shown[0])
         continue_texts(net, tok, prompts, show_piece)
         show("\n")
         return
     for i, g in enumerate(continue_texts(net, tok, prompts)):
         print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})")
-        print(prompts[i] + g.text)
+        print(shown[i] + g.text)
 
 
 def classify(net, tok):
@@ -149,6 +153,32 @@ def classify(net, tok):
             scores = scores.softmax(0)
         for i in scores.argsort(descending=True)[:10].tolist():
             print(f"{net.labels[i]}  {scores[i]:.4f}")
+
+
+def fill_masks(net, tok):
+    """The likeliest tokens for each mask of each prompt, top_k of them at most: of those that have
+    less than one in a hundred the likeliest alone."""
+    for text in read_prompts():
+        print(text)
+        for i, tokens in enumerate(fill(net, tok, text, top_k)):
+            for rank, (token, probability) in enumerate(tokens):
+                if rank == 0 or probability >= 0.01:
+                    print(f"mask {i + 1}: {probability:.4f}  {token!r}")
+
+
+def fill_gaps(net, tok):
+    """Each prompt with what an encoder-decoder writes in the place of the sentinels in it."""
+    for text in read_prompts():
+        print(fill_spans(net, tok, text, max_new_tokens))
+
+
+def has_gaps(net, tok):
+    """Whether the model is an encoder-decoder, and a sentinel in a prompt asks for a span; not of
+    standard input, which can be read but once."""
+    if not net.config.is_seq2seq or (prompt_file or prompt) == "-":
+        return False
+    names = [name for name, id in tok.special.items() if id in tok.sentinel_ids]
+    return any(name in text for text in read_prompts() for name in names)
 
 
 def fit_context(net, tok, messages):
@@ -207,6 +237,16 @@ def main():
         be_deterministic(net)
     if net.score is not None:
         classify(net, tok)
+        return
+    if chat and net.config.is_seq2seq:
+        raise UserError(f"--chat: {model} is an encoder-decoder, which answers a source: --prompt")
+    if not net.config.causal:
+        if chat:
+            raise UserError(f"--chat: {model} is an encoder, which fills masks and does not talk")
+        fill_masks(net, tok)
+        return
+    if not chat and has_gaps(net, tok):
+        fill_gaps(net, tok)
         return
     with generating(net):  # of a conversation: once for all turns
         if chat:

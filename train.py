@@ -2,6 +2,8 @@
 
     python train.py                                   # the default: data/python -> out/python
     python train.py config/shakespeare.py             # a recipe; config/ holds them
+    python train.py config/bert.py                    # an encoder, by masked tokens
+    python train.py config/t5.py                      # an encoder and a decoder, by spans
     python train.py --init_from=resume                # goes on, bit for bit, where the run stopped
     torchrun --nproc_per_node=8 train.py config/small.py
 
@@ -21,6 +23,11 @@ init_from = "scratch"  # scratch, resume, auto (resume if there is a run), or a 
 overwrite = False  # let scratch replace the run that out_dir holds
 seed = 0  # of the weights, the order of the data and dropout
 
+# what is asked of the network (docs/objectives.md)
+objective = "causal"  # causal: the next token; mlm: masked tokens; span: spans that were cut out
+mask_rate = 0.15  # mlm and span: the part of a window's tokens that is hidden
+whole_words = False  # mlm: hide all tokens of a word together
+
 # the network (model.GPTConfig says what each means); 0 is the usual value
 n_layer = 4  # blocks
 n_head = 3  # attention heads
@@ -28,21 +35,48 @@ n_kv_head = 1  # heads of keys and values (grouped-query attention); 0: n_head
 n_embd = 192  # width
 head_dim = 0  # width of a head; 0: n_embd / n_head
 n_hidden = 0  # width of the MLP; 0: 8/3 n_embd for swiglu, else 4 n_embd
-norm = "rms"  # rms or layer
-norm_place = "pre"  # pre, post or both
-norm_eps = 1e-6  # added to the variance
-qk_norm = True  # normalize queries and keys
-qkv_bias = False  # biases in q, k and v alone
-bias = False  # biases everywhere
-pos = "rope"  # rope, learned, sinusoidal or none
-rope_theta = 10000.0  # base of the rotary frequencies
-rope_scaling: dict | None = None  # Hugging Face's dict, for a longer context
-mlp = "swiglu"  # swiglu, gelu, relu or relu2
+causal = True  # false: an encoder, where every token sees all; with objective=mlm
+n_encoder_layer = 0  # above 0: an encoder beside the decoder, of so many blocks; objective=span
+mlp = "swiglu"  # swiglu, geglu, geglu_erf, gelu, gelu_erf, relu or relu2
 tie = True  # share the embedding with the head
 dropout = 0.0  # on the embedding, attention and what each block adds
 init = "scaled"  # scaled (GPT-2's), xavier or he
 
-# a mixture of experts
+# its norms, and biases
+norm = "rms"  # rms or layer
+norm_place = "pre"  # pre, post or both
+norm_eps = 1e-6  # added to the variance
+norm_bias = False  # biases in LayerNorm, where linear layers have none
+embed_norm = False  # a norm behind the embedding
+first_norm = True  # false: none before the first block's attention
+qk_norm = True  # normalize queries and keys
+qk_norm_all = False  # ... over all heads at once
+qkv_bias = False  # biases in q, k and v alone
+bias = False  # biases everywhere
+
+# its positions
+pos = "rope"  # rope, learned, sinusoidal, relative (T5's), alibi or none
+rope_theta = 10000.0  # base of the rotary frequencies
+local_rope_theta = 0.0  # the same of layers with a window; 0: rope_theta
+rope_fraction = 1.0  # so much of a head is turned, its first dimensions
+rope_scaling: dict | None = None  # Hugging Face's dict, for a longer context
+n_buckets = 32  # pos=relative: distances that are told apart
+max_distance = 128  # ... from here on all are one
+
+# who sees whom, and how scores are weighed
+window = 0  # tokens that a layer with a window sees, itself one of them; 0: all
+layers = ""  # "SSSL", repeated: S has the window, L sees all; "": all S where there is a window
+attention = "sliding"  # what the window means: sliding, local, strided or fixed
+sink_tokens = 0  # so many first tokens are always seen
+sinks = False  # each head has a score for nothing, which takes its share
+softcap = 0.0  # scores stay below this, by tanh; 0: no limit
+logit_softcap = 0.0  # the same of the logits
+scale_scores = True  # false: scores are not divided by sqrt(head_dim) (T5)
+logit_scale = 1.0  # hidden states times this before the head
+embed_scale = False  # the embedding times sqrt(n_embd)
+mlm_head = False  # an encoder's head has a layer of its own before the logits (BERT)
+
+# a mixture of experts, and more tokens ahead
 n_experts = 0  # experts of a layer; 0: a dense MLP
 n_experts_per_token = 2  # of which a token goes through so many
 n_shared_experts = 0  # and through so many that all tokens share
@@ -51,7 +85,9 @@ expert_layers = ""  # "DE", repeated: D dense, E experts; "": all E
 norm_topk = True  # the weights of a token's experts add up to 1
 balance = "loss"  # what spreads the load: loss, bias or none
 balance_weight = 0.01  # of the load-balancing loss
-z_weight = 0.001  # of the loss that keeps the router's scores small
+z_weight = 0.001  # of the loss that keeps the router's logits small
+mtp = 0  # so many more tokens ahead are predicted
+mtp_weight = 0.3  # of their loss
 
 # the batch: one number; micro-batch and accumulation follow from it
 batch_tokens = 4096  # tokens per optimizer step, over all processes
@@ -69,7 +105,7 @@ max_minutes: float | None = None  # minutes of wall clock, evaluation and compil
 # the optimizer
 optimizer = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
 learning_rate = 5e-3  # the peak
-lr_schedule = "cosine"  # cosine, linear, trapezoid (constant, then linear decay) or constant
+lr_schedule = "cosine"  # cosine, linear, trapezoid (constant, then linear), constant, inverse_sqrt
 warmup_steps = 20  # steps of linear warm-up
 min_lr = 0.0  # the last learning rate, as a fraction of the peak
 decay_fraction = 0.4  # trapezoid: the part of the run that decays
@@ -105,7 +141,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -114,9 +150,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barelm.checkpoint import load, refuse_source, save
 from barelm.compiled import check_fast, try_compile
+from barelm.examples import device_of
 from barelm.experts import RoutingLog
 from barelm.families import family
+from barelm.filling import filled_line, score_targets, spans_line
 from barelm.invariant import be_deterministic
+from barelm.objectives import (
+    OBJECTIVES,
+    VALIDATION_SEED,
+    Objective,
+    check_kind,
+    vocabulary_of,
+    with_tokens_of,
+)
 from barelm.optim import (
     MOMENTS,
     flops_per_token,
@@ -159,7 +205,13 @@ from barelm.run import (
     setup,
     step_seed,
 )
-from barelm.shards import MicroBatches, Windows, document_layout, document_numbers
+from barelm.shards import (
+    MicroBatches,
+    Windows,
+    batch_to_device,
+    document_layout,
+    document_numbers,
+)
 from barelm.tokenizer import Tokenizer
 from model import GPT, GPTConfig, call_block, generate
 
@@ -204,12 +256,17 @@ class Data:
     begin: list[int]  # the ids before each document
     end: list[int]  # and behind it; empty in old shards
     token_bytes: torch.Tensor  # (n_vocab,) int64: how many bytes each token stands for
+    objective: Objective = field(default_factory=Objective)  # what is asked of the windows
 
     def documents(self, ids):
         """With document_mask, which document each token (B, T) is of; else None."""
         if not document_mask:
             return None
         return document_numbers(ids, self.begin, self.end)
+
+    def n_targets(self, n_windows):
+        """The targets of so many windows of training."""
+        return n_windows * self.objective.n_targets(seq_len)
 
 
 def open_dataset(device="cpu"):
@@ -237,8 +294,10 @@ def open_dataset(device="cpu"):
 
 
 def validation_windows(paths, tok):
-    """Windows of every token of these shards, the last of each shard a short one."""
-    return Windows(sorted(paths), seq_len, partial=True, n_vocab=tok.n_vocab)
+    """Windows of every token of these shards, the last of each shard a short one; where tokens are
+    masked of whole windows alone, all of which have as many targets."""
+    partial = objective == "causal"
+    return Windows(sorted(paths), seq_len, partial=partial, n_vocab=tok.n_vocab)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,6 +313,14 @@ def check_settings(config):
     for name in ("dropout", "momentum", "beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]}: expected 0 or more, and less than 1")
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective={objective}: expected {', '.join(OBJECTIVES)}")
+    if not 0 < mask_rate < 1:
+        raise UserError(f"mask_rate={mask_rate}: expected more than 0, and less than 1")
+    if whole_words and objective != "mlm":
+        raise UserError(f"--whole_words: for --objective=mlm, and not {objective}")
+    if document_mask and objective == "span":
+        raise UserError("--document_mask: not with --objective=span: a window is one text there")
 
 
 @dataclass
@@ -378,10 +445,11 @@ def open_network(data, folder):
     start = choose_start(out_dir, init_from, overwrite)
     if start == "scratch":
         shape = {key: globals()[key] for key in SHAPE}
-        vocab_size = math.ceil(data.tok.n_vocab / 64) * 64  # rows in multiples that GPUs like
+        tok = with_tokens_of(objective, data.tok, seq_len, mask_rate)
+        vocab_size = math.ceil(tok.n_vocab / 64) * 64  # rows in multiples that GPUs like
         config = GPTConfig(vocab_size=vocab_size, n_ctx=seq_len, **shape)
         torch.manual_seed(seed)
-        return GPT(config, fast=fast), data.tok, None
+        return GPT(config, fast=fast), tok, None
     saved = None
     source = Path(start)
     if start == "resume":
@@ -409,6 +477,16 @@ def check_shape(c, source):
         value = globals()[key]
         if key != "dropout" and value not in (usual[key], getattr(c, key)):
             raise UserError(f"{key}={value!r}, but {source} has {getattr(c, key)!r}: leave it out")
+
+
+def set_objective(data, net, tok):
+    """Let the data ask what `objective` says, which has to suit the network and its tokenizer."""
+    check_kind(objective, net.config)
+    if objective == "span" and net.start_id is None:  # as T5: a decoder's input begins with padding
+        net.pad_id = net.start_id = tok.pad_id
+    vocabulary = vocabulary_of(tok, net.start_id)
+    data.objective = Objective(objective, vocabulary, seed, mask_rate, whole_words)
+    data.objective.check(seq_len)
 
 
 def add_end_tokens(tok, data, run):
@@ -524,7 +602,8 @@ def prepare_network(net, run, data, batch, cast, saved):
     """(the network that the loop calls, whether it is compiled): net, computing by what is faster
     where that pays and gives the same, and of several processes in DistributedDataParallel."""
     first = [i % data.train.n for i in range(batch.device_batch_size)]
-    first_batch = data.train.batch(first, run.device)
+    windows = data.train.rows(first)
+    first_batch = batch_to_device(data.objective.batch(windows, first), run.device)
     if net.fast:
         fault = check_fast(net, run, first_batch, cast, data.documents)
         if fault:
@@ -587,35 +666,60 @@ def facts_of(data, run, dtype_used, batch, compiled):
 
 @torch.no_grad()
 def evaluate(net, windows, data, run, cast, device_batch_size):
-    """(loss in nats per token, bits per byte) over eval_tokens of the windows, evenly spread, each
-    target scored once, shared out over all processes."""
+    """(loss in nats per target, bits per byte, or where tokens are masked the part of the targets
+    that is the likeliest token) over eval_tokens of the windows, evenly spread, each target scored
+    once, shared out over all processes. The masks are always the same."""
     n = windows.n
     if eval_tokens:
         n = min(n, math.ceil(eval_tokens / seq_len))
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # loss, targets, bytes
+    asked = replace(data.objective, seed=VALIDATION_SEED)
+    # Loss, targets, bytes of the targets; or how many are right.
+    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     indices = [i * windows.n // n for i in range(run.rank, n, run.world)]
     net.eval()
     is_compiled = net.block is not call_block
     for i in range(0, len(indices), device_batch_size):
-        ids, targets = windows.batch(indices[i : i + device_batch_size], run.device)
+        part = indices[i : i + device_batch_size]
+        batch = batch_to_device(asked.batch(windows.rows(part), part), run.device)
         if is_compiled:  # for one size: a short batch would be compiled for
-            missing = (0, 0, 0, device_batch_size - len(ids))
-            ids = F.pad(ids, missing)
-            targets = F.pad(targets, missing, value=-100)
+            batch = filled_up(batch, device_batch_size)
+        docs = data.documents(batch["ids"])
         with cast:
-            loss_sum, n_targets = net(ids, targets, docs=data.documents(ids))
-        bytes_of_targets = data.token_bytes[targets.clamp(min=0)]  # (B, T)
-        n_bytes = bytes_of_targets.where(targets >= 0, 0).sum()
-        totals += torch.stack([loss_sum.double(), n_targets.double(), n_bytes.double()])
+            if asked.name == "causal":
+                totals += causal_totals(net, batch, docs, data.token_bytes)
+            else:
+                totals += score_targets(net, batch, docs).sum(0)
     net.train()
-    loss_sum, n_targets, n_bytes = run.sum(*totals)
-    return loss_sum / max(n_targets, 1), loss_sum / max(n_bytes, 1) / math.log(2)
+    loss_sum, n_targets, n_bytes_or_right = run.sum(*totals)
+    loss = loss_sum / max(n_targets, 1)
+    if asked.name == "causal":
+        return loss, loss_sum / max(n_bytes_or_right, 1) / math.log(2)
+    return loss, n_bytes_or_right / max(n_targets, 1)
+
+
+def filled_up(batch, n_rows):
+    """A batch of n_rows rows: those that are missing have no targets."""
+    filled = {}
+    for name, tensor in batch.items():
+        missing = (0, 0, 0, n_rows - len(tensor))
+        filled[name] = F.pad(tensor, missing, value=-100 if name == "targets" else 0)
+    return filled
+
+
+def causal_totals(net, batch, docs, token_bytes):
+    """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
+    loss_sum, n_targets = net(**batch, docs=docs)
+    targets = batch["targets"]
+    bytes_of_targets = token_bytes[targets.clamp(min=0)]  # (B, T)
+    n_bytes = bytes_of_targets.where(targets >= 0, 0).sum()
+    return torch.stack([loss_sum.double(), n_targets.double(), n_bytes.double()])
 
 
 def validate(net, data, run, cast, device_batch_size):
     """The figures of a validation, as a row of the log has them."""
-    val_loss, val_bpb = evaluate(net, data.val, data, run, cast, device_batch_size)
-    figures = {"val_loss": val_loss, "val_ppl": math.exp(min(val_loss, 700)), "val_bpb": val_bpb}
+    val_loss, second = evaluate(net, data.val, data, run, cast, device_batch_size)
+    name = "val_bpb" if objective == "causal" else "val_acc"
+    figures = {"val_loss": val_loss, "val_ppl": math.exp(min(val_loss, 700)), name: second}
     for name, windows in data.val_of_source.items():
         if windows.n == 0:
             continue
@@ -671,14 +775,26 @@ def remarks(history, guessing=math.inf):
 
 
 def show_sample(net, tok, data, cast):
-    """A few tokens of what the model writes by now, each line set off."""
+    """A few tokens of what the model writes by now, each line set off: of an encoder what it sees
+    behind masks, of an encoder-decoder the spans of a window."""
+    with cast:
+        text = sample_text(net, tok, data)
+    return "  | " + text.replace("\n", "\n  | ")
+
+
+def sample_text(net, tok, data):
+    """What `show_sample` shows."""
+    if objective != "causal":
+        window = data.val.rows([0])
+        batch = replace(data.objective, seed=VALIDATION_SEED).batch(window, [0])
+        line = filled_line if objective == "mlm" else spans_line
+        return line(net, tok, batch_to_device(batch, device_of(net)), sample_tokens)
     prompt = tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :]
     if not prompt:  # as a document of the shards begins
         prompt = [*data.end, *data.begin][-1:]
     options = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
-    with cast:
-        [sample] = generate(net, tok, [prompt], **options)
-    return "  | " + (sample_prompt + sample.text).replace("\n", "\n  | ")
+    [sample] = generate(net, tok, [prompt], **options)
+    return sample_prompt + sample.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -690,16 +806,17 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, run, c
     window `first` of the global sequence: the sum of their losses, a 0-dim tensor. Nothing in it
     waits for the device."""
     loss_sum = torch.zeros((), device=run.device)
+    n_targets = data.n_targets(n_micro * batches.size)
     for micro_step in range(n_micro):
-        ids, targets = batches.take(first + micro_step * batches.size)
+        batch = batches.take(first + micro_step * batches.size)
         is_last = micro_step == n_micro - 1
         # Gradients are exchanged once a step, with the last micro-batch.
         waits = run.world > 1 and not is_last
         with network.no_sync() if waits else nullcontext():
             with cast:
-                loss, _ = network(ids, targets, docs=data.documents(ids))
+                loss, _ = network(**batch, docs=data.documents(batch["ids"]))
             # The mean over the global batch. DDP divides by the number of processes: multiply.
-            updater.backward(loss * (run.world / batch_tokens))
+            updater.backward(loss * (run.world / n_targets))
         loss_sum += loss.detach()
         routing.add()
         batches.make_ahead()  # the next, while the device computes this one
@@ -772,6 +889,7 @@ def main():
     folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, IGNORES)
     data = open_dataset(run.device)
     net, tok, saved = open_network(data, folder)
+    set_objective(data, net, tok)
     add_end_tokens(tok, data, run)
     run.wait()  # nobody writes before everybody has read
     net.to(run.device).train()
@@ -796,7 +914,9 @@ def main():
     if max_steps == 0 and not saved:
         save_run(folder, net, tok, state, batch, compiled, updater)
 
-    batches = MicroBatches(data.train, run.device, batch.device_batch_size, run.rank, run.world)
+    batches = MicroBatches(
+        data.train, run.device, batch.device_batch_size, run.rank, run.world, data.objective
+    )
     gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
     progress = state.progress(horizon, n_windows)
@@ -825,7 +945,7 @@ def main():
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
         figures = (loss_sum, signals.received > 0, clock, *routing.end_step())
         loss_sum, n_stops, seconds, *routed = run.sum(*figures)
-        loss = loss_sum / batch_tokens
+        loss = loss_sum / data.n_targets(batch.size)
         stopped = n_stops > 0
         grad_norm = float(grad_norm)
         is_finite = updater.step(state.step, loss, grad_norm, state.step < warmup_steps)

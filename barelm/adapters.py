@@ -5,7 +5,6 @@ A network is changed in place: `choose_weights` freezes it and adds what AdaptCo
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import sys
@@ -21,7 +20,6 @@ from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
 from barelm.tensor_names import joined, names_in_file
-from barelm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -75,13 +73,18 @@ class LoRA(nn.Module):
 def add_lora(net, config):
     """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
     qlora the blocks' linear layers go to 4 bits too."""
-    targets = set(config.lora_targets.split(","))
+    targets = config.lora_targets.split(",")
     for name, p in net.named_parameters():
-        if p.ndim == 3 and last_word(name) in targets:
+        if p.ndim == 3 and any(is_named(name, target) for target in targets):
             why = "the matrices of all experts, which LoRA does not adapt"
             raise UserError(f"lora_targets: {name} is {why}: those of attention are q_proj, …")
-    names = [name for name, _ in net.named_modules() if last_word(name) in targets]
-    missing = targets - {last_word(name) for name in names}
+    names = []
+    missing = set(targets)
+    for name, _ in net.named_modules():
+        matching = {target for target in targets if is_named(name, target)}
+        if matching:
+            names.append(name)
+        missing -= matching
     if missing:
         raise UserError(f"lora_targets: this model has no layer {', '.join(sorted(missing))}")
     net.requires_grad_(False)
@@ -102,9 +105,10 @@ def add_lora(net, config):
             print("note: the experts stay as they are: qlora packs linear layers")
 
 
-def last_word(name):
-    """The last part of a module's dotted name."""
-    return name.rpartition(".")[2]
+def is_named(name, target):
+    """Whether a layer's name ends with these words: q_proj, or cross_attn.q_proj, as PEFT reads
+    them."""
+    return f".{name}".endswith(f".{target}")
 
 
 def return_memory():
@@ -295,11 +299,20 @@ class Adapter(nn.Module):
 
 
 def add_adapters(net, size):
-    """Put a bottleneck of this size behind each attention and each MLP, in place."""
+    """Put a bottleneck of this size behind each attention and each MLP, in place; of experts behind
+    the shared ones alone."""
     net.adapter_size = size
-    for name, layer in list(net.model.layers.named_modules()):
-        if name.endswith(("o_proj", "down_proj")):
-            net.model.layers.set_submodule(name, Adapter(layer, size))
+    for name, layer in adapted_layers(net):
+        net.set_submodule(name, Adapter(layer, size))
+
+
+def adapted_layers(net):
+    """[(name, layer)] of the linear layers that bottlenecks stand behind."""
+    layers = []
+    for name, layer in net.named_modules():
+        if ".layers." in name and name.endswith(("o_proj", "down_proj")):
+            layers.append((name, layer))
+    return layers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,15 +322,7 @@ def add_adapters(net, size):
 def add_tokens(net, tok, names, template):
     """A tokenizer with more special tokens and this chat template; the network gets rows for those
     that it has none for, each the mean of the others."""
-    spec = json.loads(json.dumps(tok.spec))  # a copy, all the way down
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    new_names = [name for name in names if name not in tok.special]
-    entries = []
-    for i, name in enumerate(new_names):
-        entries.append({"id": tok.n_vocab + i, "content": name} | flags)
-    spec["added_tokens"] = spec.get("added_tokens", []) + entries
-    new_tok = Tokenizer(spec, tok.config | {"chat_template": template})
-    new_tok.eos_ids = tok.eos_ids
+    new_tok = tok.with_added(names, {"chat_template": template})
     if new_tok.n_vocab > net.config.vocab_size:
         add_rows(net, -(-new_tok.n_vocab // 64) * 64)  # a multiple of 64, as of a new network
     return new_tok
@@ -331,6 +336,10 @@ def add_rows(net, vocab_size):
         weight = layer.weight.data
         mean = weight[:n_old].mean(0, keepdim=True)  # (1, C)
         layer.weight = nn.Parameter(torch.cat([weight, mean.repeat(vocab_size - n_old, 1)]))
+    bias = net.lm_head.bias  # which an encoder's head has
+    if bias is not None:
+        new = bias.data.mean().repeat(vocab_size - n_old)
+        net.lm_head.bias = nn.Parameter(torch.cat([bias.data, new]))
     if net.config.tie:
         net.lm_head.weight = net.model.embed_tokens.weight
 
@@ -409,7 +418,7 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     write_json(folder / "generation_config.json", ids)
     peft_config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if net.config.is_seq2seq else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,

@@ -83,7 +83,8 @@ def chunk_logprobs(net, prompt, answer, size=37):
     """The log-probabilities of an answer that is read behind its prompt, some tokens at a time."""
     table = net.model.embed_tokens.weight
     ids = torch.tensor([prompt + answer.ids], device=table.device)  # (1, T)
-    cache = KVCache(net.config, 1, ids.shape[1], table.device, table.dtype)
+    whole = net.deterministic
+    cache = KVCache(net.config, 1, ids.shape[1], table.device, table.dtype, whole=whole)
     chunks = [net.hidden(part, cache=cache) for part in ids[:, :-1].split(size, 1)]
     states = torch.cat(chunks, 1)[:, len(prompt) - 1 :]
     logp = net.logits(states).float().log_softmax(-1)  # (1, n, V)

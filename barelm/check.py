@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from barelm.check_attention import check_attention
+from barelm.check_kinds import check_kinds
 from barelm.check_network import (
     check_compiled,
     check_float16,
@@ -57,6 +58,7 @@ class Check:
 
 CHECKS = {
     "attention": Check(check_attention, "each mask, fast and plain, against float64", True),
+    "kinds": Check(check_kinds, "every kind of attention and layer, against float64", True),
     "head": Check(check_head, "the head and its loss, against float64", True),
     "gradients": Check(check_gradients, "the eager network, against finite differences", True),
     "float16": Check(check_float16, "float16 and its scaler, against float32"),

@@ -109,7 +109,8 @@ def check_compiled(place, compile_network=try_compile):
     for name, documents in {"causal": None, "packed documents": document_thirds}.items():
         eager = small_network(place.device).train()
         net = small_network(place.device).train()
-        is_compiled, words = compile_network(net, place.run(), batch, place.cast(), documents)
+        arguments = {"ids": batch[0], "targets": batch[1]}
+        is_compiled, words = compile_network(net, place.run(), arguments, place.cast(), documents)
         n_wrong = words.count("computes wrongly")  # of the ways that were tried, the fastest first
         if n_wrong:
             yield Finding(f"{name}, ways that are wrong", float(n_wrong), 0.0, words)

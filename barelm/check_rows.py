@@ -114,8 +114,13 @@ def allowed_error(dtype, n, layers=1):
 
 def hidden_allowed(dtype, net):
     """How far what a network computes may be from float64: each block rounds in attention, in its
-    MLP, and twice in what they are added to."""
-    return allowed_error(dtype, net.config.n_hidden, layers=4 * net.config.n_layer)
+    MLP, and twice in what they are added to; in attention to a source, which was read, once more
+    each."""
+    c = net.config
+    layers = 4 * c.n_layer
+    if c.is_seq2seq:
+        layers += 2 * c.n_layer + 4 * c.n_encoder_layer
+    return allowed_error(dtype, c.n_hidden, layers)
 
 
 def error(ours, truth):

@@ -57,7 +57,8 @@ def training_speed(place, bench, flops_limit):
     batch = (windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
     words = "eager"
     if place.compile:
-        is_compiled, why = try_compile(net, place.run(), batch, place.cast())
+        arguments = {"ids": batch[0], "targets": batch[1]}
+        is_compiled, why = try_compile(net, place.run(), arguments, place.cast())
         words = "compiled" if is_compiled else f"eager: compile is {why}"
     optimizers = make_optimizer(net, "adamw", lr=1e-5)
 

@@ -167,6 +167,27 @@ def score_charts(scores):
     return charts
 
 
+def length_lines(losses):
+    """The table of {run: its (length, loss, error)}: a column for each length of a window."""
+    columns = sorted({length for points in losses.values() for length, _, _ in points})
+    if not columns:
+        return []
+    rows = [["run", *(f"loss at {length:,}" for length in columns)]]
+    for run, points in losses.items():
+        by_length = {length: loss for length, loss, _ in points}
+        cells = [f"{by_length[length]:.4f}" if length in by_length else "" for length in columns]
+        rows.append([run, *cells])
+    return [*table(rows), ""]
+
+
+def length_chart(losses):
+    """The chart of the same: a line for each run."""
+    all_series = []
+    for i, (run, points) in enumerate(losses.items()):
+        all_series.append(Series(run, i, "line", [(length, loss) for length, loss, _ in points]))
+    return Chart("loss by the length of a window", "tokens", all_series)
+
+
 def loss_chart(logs, x):
     """The chart of the losses of {run: rows of its log} over x."""
     ends = []

@@ -27,7 +27,7 @@ class Ways:
     train_block: Callable = call_block
     eval_block: Callable = call_block  # of validation
     head_piece: Callable = head_piece
-    sparse: bool = False  # attention to documents by a kernel that skips what is hidden
+    sparse: bool = False  # attention by a kernel that skips what is hidden
     name: str = ""  # what a run that may not compute so goes without
 
     @classmethod
@@ -54,21 +54,22 @@ def compiled_ways(net, device, documents, dynamic):
     ways = [Ways(block, block, piece, name="a compiled head")]
     ways.append(Ways(block, block, name="compiled blocks"))
     # The sparse kernel has no dropout, and is made for one length.
-    if documents and not net.config.dropout and not dynamic:
+    hides = documents or not net.config.is_plain
+    if hides and not net.config.dropout and not dynamic:
         ways.insert(0, Ways(block, block, piece, sparse=True, name="sparse attention"))
     return ways
 
 
 def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     """(is it compiled, words): let net compute by the fastest of `compiled_ways` whose loss and
-    gradients on this micro-batch, (ids, targets), agree with the eager ones on every process; else
+    gradients on this micro-batch, {name: tensor}, agree with the eager ones on every process; else
     eagerly. All that is compiled is compiled here, for validation too. dynamic: True compiles for
     batches of any shape, None for this one until another comes."""
     begun = time.monotonic()
     # In quarters: an eager network takes more memory than a compiled one.
-    pieces = min(4, len(batch[0]))
-    eager = loss_and_gradients(net, *batch, cast, documents, pieces)
-    eager_loss = validation_loss(net, *batch, cast, documents, pieces)
+    pieces = min(4, len(batch["ids"]))
+    eager = loss_and_gradients(net, batch, cast, documents, pieces)
+    eager_loss = validation_loss(net, batch, cast, documents, pieces)
     # With dropout, which the two draw differently, they differ by chance too.
     tolerance = 0.5 if net.config.dropout else 0.1
     faults = ""
@@ -94,8 +95,8 @@ def compare_with(eager, eager_loss, net, batch, cast, documents, tolerance):
         with warnings.catch_warnings():
             # float32 stays float32 where it is asked for; torch would advise TF32.
             warnings.filterwarnings("ignore", "TensorFloat32")
-            compiled = loss_and_gradients(net, *batch, cast, documents)
-            loss = validation_loss(net, *batch, cast, documents)
+            compiled = loss_and_gradients(net, batch, cast, documents)
+            loss = validation_loss(net, batch, cast, documents)
     except Exception as error:  # no compiler on this machine, or one that fails
         if is_out_of_memory(error):
             raise
@@ -114,30 +115,30 @@ def compare_with(eager, eager_loss, net, batch, cast, documents, tolerance):
 
 
 @torch.no_grad()
-def validation_loss(net, ids, targets, cast, documents=None, pieces=1):
+def validation_loss(net, batch, cast, documents=None, pieces=1):
     """The mean loss of a micro-batch, as a validation computes it; pieces: as in
     `loss_and_gradients`."""
     net.eval()
     loss_sum = 0.0
-    for piece_ids, piece_targets in zip(ids.chunk(pieces), targets.chunk(pieces)):
-        docs = documents(piece_ids) if documents else None
+    for piece in pieces_of(batch, pieces):
+        docs = documents(piece["ids"]) if documents else None
         with cast:
-            loss, _ = net(piece_ids, piece_targets, docs=docs)
+            loss, _ = net(**piece, docs=docs)
         loss_sum += loss.item()
     net.train()
-    return loss_sum / targets.numel()
+    return loss_sum / n_targets_of(batch)
 
 
 def check_fast(net, run, batch, cast, documents=None):
     """Leave net.fast true only where barelm/fast.py computes what model.py does: a window of this
-    micro-batch, (ids, targets), has the same loss and gradients on every process. Words where it
+    micro-batch, {name: tensor}, has the same loss and gradients on every process. Words where it
     has not, else ""."""
-    ids = batch[0][:1]  # (1, T): all logits of a whole micro-batch may not fit
-    targets = batch[1][:1]
+    # (1, T) each: all logits of a whole micro-batch may not fit
+    first = {name: tensor[:1] for name, tensor in batch.items()}
     net.eval()  # without dropout, which the two would draw differently
-    fast = loss_and_gradients(net, ids, targets, cast, documents)
+    fast = loss_and_gradients(net, first, cast, documents)
     net.fast = False
-    plain = loss_and_gradients(net, ids, targets, cast, documents)
+    plain = loss_and_gradients(net, first, cast, documents)
     net.train()
     [n_faults] = run.sum(differs(fast, plain, tolerance=0.05))  # rounding is below 0.01
     net.fast = n_faults == 0
@@ -155,18 +156,31 @@ def in_words(result):
     return f"loss {loss:.4f}, gradient norm {norms.norm():.4g}"
 
 
-def loss_and_gradients(net, ids, targets, cast, documents=None, pieces=1):
-    """The mean loss of a micro-batch, ids and targets (B, T), and the norm of each parameter's
-    gradient (n_parameters,), float32 on the host. documents: a function that numbers the documents
-    of ids. pieces: the batch goes through in so many, whose gradients add up to the same."""
+def pieces_of(batch, n):
+    """A micro-batch, {name: (B, …) tensor}, in n parts of its rows."""
+    chunks = [tensor.chunk(n) for tensor in batch.values()]
+    return [dict(zip(batch, parts)) for parts in zip(*chunks)]
+
+
+def n_targets_of(batch):
+    """About how many targets a micro-batch has: for a mean, whatever the network counts."""
+    return max(1, int((batch["targets"] >= 0).sum()))
+
+
+def loss_and_gradients(net, batch, cast, documents=None, pieces=1):
+    """The mean loss of a micro-batch, the network's arguments by name (ids and targets (B, T), and
+    what else an objective has), and the norm of each parameter's gradient (n_parameters,), float32
+    on the host. documents: a function that numbers the documents of ids. pieces: the batch goes
+    through in so many, whose gradients add up to the same."""
     loss_scale = 1024.0  # float16 loses smaller gradients
+    n_targets = n_targets_of(batch)
     net.zero_grad()
     loss_sum = 0.0
-    for piece_ids, piece_targets in zip(ids.chunk(pieces), targets.chunk(pieces)):
-        docs = documents(piece_ids) if documents else None
+    for piece in pieces_of(batch, pieces):
+        docs = documents(piece["ids"]) if documents else None
         with cast:
-            loss, _ = net(piece_ids, piece_targets, docs=docs)
-        (loss * (loss_scale / targets.numel())).backward()
+            loss, _ = net(**piece, docs=docs)
+        (loss * (loss_scale / n_targets)).backward()
         loss_sum += loss.detach().item()
     norms = []
     for p in net.parameters():
@@ -174,7 +188,7 @@ def loss_and_gradients(net, ids, targets, cast, documents=None, pieces=1):
         norms.append(grad.float().norm())
     norms = torch.stack(norms).cpu() / loss_scale
     net.zero_grad()
-    return loss_sum / targets.numel(), norms
+    return loss_sum / n_targets, norms
 
 
 def differences(result, reference):

@@ -124,20 +124,27 @@ def count_layers(values):
     return n_layer
 
 
+def listed_kinds(d):
+    """The kinds that layer_types names, once each."""
+    types = d.get("layer_types")
+    if types is None:
+        return set()
+    if not isinstance(types, list):
+        refuse(d, "layer_types")
+    return {str(kind) for kind in types}
+
+
 def read_one_window(d, values):
     """Mistral's: sliding_window is every layer's, or none's."""
     window = d.get("sliding_window", 4096)
-    if window is None:
-        types = d.get("layer_types")
-        if types is not None and set(check_types(d, len(types))) - {FULL}:
-            refuse(d, "layer_types", "not supported without a sliding_window")
-        return read_layers(d, [FULL], 0)
-    check_window(d, "sliding_window", window)
-    n_layer = count_layers(values)
-    types = check_types(d, n_layer)
-    if types is not None and FULL in types:  # which transformers passes over in this family
-        refuse(d, "layer_types", "not supported: in this family every layer has the sliding_window")
-    return read_layers(d, [SLIDING] * n_layer, window)
+    kind = FULL
+    if window is not None:
+        check_window(d, "sliding_window", window)
+        kind = SLIDING
+    for other in listed_kinds(d) - {kind}:  # which transformers passes over in this family
+        why = f"with sliding_window={window!r:.60} not supported: here all layers are alike"
+        raise Inexact(f"layer_types of {other!r:.60} {why}")
+    return read_layers(d, [kind], window or 0)
 
 
 def write_one_window(c):
@@ -150,17 +157,13 @@ def write_one_window(c):
 def read_listed_window(d, values):
     """Ministral's: sliding_window, of the layers that layer_types lists."""
     window = d.get("sliding_window", 4096)
-    listed = d.get("layer_types")
-    if window is None and listed is None:
-        return read_layers(d, [FULL], 0)
-    n_layer = count_layers(values)
-    types = check_types(d, n_layer)
     if window is None:
-        if SLIDING in types:
-            refuse(d, "layer_types", "not supported without a sliding_window")
-        return read_layers(d, types, 0)
+        for kind in listed_kinds(d) - {FULL}:
+            raise Inexact(f"layer_types of {kind!r:.60} not supported without a sliding_window")
+        return read_layers(d, [FULL], 0)
     check_window(d, "sliding_window", window)
-    return read_layers(d, types or [SLIDING] * n_layer, window)
+    types = check_types(d, count_layers(values))
+    return read_layers(d, types or [SLIDING], window)
 
 
 def write_listed_window(c):
@@ -175,12 +178,11 @@ def read_used_window(d, values):
     or else of those from max_window_layers on."""
     used = d.get("use_sliding_window") or False
     window = d.get("sliding_window", 4096) if used else None
-    listed = d.get("layer_types")
     if type(used) is not bool:
         refuse(d, "use_sliding_window")
     if window is None:
-        if listed is not None and SLIDING in check_types(d, values.get("n_layer")):
-            refuse(d, "layer_types", "not supported without use_sliding_window")
+        for kind in listed_kinds(d) - {FULL}:
+            raise Inexact(f"layer_types of {kind!r:.60} not supported without use_sliding_window")
         return read_layers(d, [FULL], 0)
     check_window(d, "sliding_window", window)
     n_layer = count_layers(values)
@@ -288,14 +290,44 @@ def read_rope(d, values):
     scaling, theta, fraction = flat_rope(d)
     if fraction not in (None, 1):
         raise Inexact(f"partial_rotary_factor={fraction!r:.60} not supported")
-    return {
-        "rope_theta": 10000.0 if theta is None else theta,
-        "rope_scaling": read_scaling(d, scaling),
-    }
+    theta = 10000.0 if theta is None else theta
+    scaling = read_scaling(d, scaling)
+    return {"rope_scaling": scaling, "rope_theta": theta} | read_ntk(d, values, scaling, theta)
 
 
 def write_rope(c):
-    return {"rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling}
+    scaling = c.rope_scaling
+    if not scaling or scaling.get("rope_type") != "ntk":
+        return {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    # transformers has no such scaling, but it is another base: that, and our own key beside it.
+    theta = ntk_theta(c.rope_theta, scaling["factor"], c.head_dim)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "ntk": {"rope_theta": c.rope_theta} | scaling,
+    }
+
+
+def ntk_theta(theta, factor, head_dim):
+    """The base that NTK scaling comes to, as barelm/positions.py computes it."""
+    return theta * factor ** (head_dim / (head_dim - 2))
+
+
+def read_ntk(d, values, scaling, theta):
+    """{rope_theta, rope_scaling} by our own key, where it says what the base says; else {}."""
+    own = d.get("ntk")
+    head_dim = values.get("head_dim")
+    if not head_dim and type(values.get("n_embd")) is int and type(values.get("n_head")) is int:
+        head_dim = values["n_embd"] // max(1, values["n_head"])
+    if scaling or not isinstance(own, dict) or type(head_dim) is not int or head_dim <= 2:
+        return {}
+    own = dict(own)
+    base = own.pop("rope_theta", None)
+    factor = own.get("factor")
+    numbers = all(type(x) in (int, float) and 0 < x < 1e9 for x in (base, factor))
+    if not numbers or ntk_theta(base, factor, head_dim) != theta:
+        return {}
+    return {"rope_theta": base, "rope_scaling": own}
 
 
 def read_partial_rope(d, values):
@@ -438,6 +470,23 @@ EXPERT_LAYERS = Part(
 
 
 # --------------------------------------------------------------------------------------------------
+# Encoders without a head
+
+
+def mlm_head(base):
+    """The Part of whether an encoder's files have the head of masked language modelling: those of
+    its class `base` alone, as models that embed texts are published, have none."""
+
+    def read(d, values):
+        return {"mlm_head": d.get("architectures") != [base]}
+
+    def write(c):
+        return {} if c.mlm_head else {"architectures": [base]}
+
+    return Part(("mlm_head",), ("architectures",), read, write)
+
+
+# --------------------------------------------------------------------------------------------------
 # T5 and RoBERTa
 
 
@@ -476,6 +525,35 @@ def write_t5_head(c):
     return {"tie_word_embeddings": c.tie, "scale_decoder_outputs": c.logit_scale != 1}
 
 
+T5_MLPS = {  # feed_forward_proj: (our name, dense_act_fn)
+    "relu": ("relu", "relu"),
+    "gated-gelu": ("geglu", "gelu_new"),
+    "gated-gelu_new": ("geglu", "gelu_new"),
+    "gated-silu": ("swiglu", "silu"),
+    "gelu": ("gelu_erf", "gelu"),
+    "gelu_new": ("gelu", "gelu_new"),
+}
+
+
+def read_t5_mlp(d, values):
+    """feed_forward_proj, with which two other keys agree where a file has them."""
+    name = d.get("feed_forward_proj", "relu")
+    if name not in list(T5_MLPS):
+        refuse(d, "feed_forward_proj")
+    mlp, activation = T5_MLPS[name]
+    for key, value in (("dense_act_fn", activation), ("is_gated_act", name.startswith("gated"))):
+        if d.get(key, value) != value:
+            refuse(d, key, f"with feed_forward_proj={name!r} not supported")
+    return {"mlp": mlp}
+
+
+def write_t5_mlp(c):
+    for name, (mlp, _) in T5_MLPS.items():
+        if mlp == c.mlp:
+            return {"feed_forward_proj": name}
+    return {"feed_forward_proj": None}  # which reads as none of them
+
+
 def read_offset(d, values):
     """RoBERTa's positions, which begin behind the number of its padding token."""
     pad = d.get("pad_token_id", 1)
@@ -497,5 +575,6 @@ LENGTH_KEYS = ("num_layers", "num_decoder_layers", "n_positions")
 HEAD_KEYS = ("tie_word_embeddings", "scale_decoder_outputs")
 OFFSET_KEYS = ("max_position_embeddings", "pad_token_id")
 T5_LENGTHS = Part(("n_layer", "n_ctx"), LENGTH_KEYS, read_t5_lengths, write_t5_lengths)
+T5_MLP = Part(("mlp",), ("feed_forward_proj", "dense_act_fn"), read_t5_mlp, write_t5_mlp)
 T5_HEAD = Part(("tie", "logit_scale"), HEAD_KEYS, read_t5_head, write_t5_head)
 OFFSET = Part(("n_ctx", "position_offset"), OFFSET_KEYS, read_offset, write_offset)

@@ -2,11 +2,21 @@
 
 The settings `s` of these functions are finetune.py's or rl.py's keys, by their names."""
 
+import math
+
 import torch
 import torch.nn as nn
 
+from barelm.adapters import adapted_layers
 from barelm.fast import head_rows
-from barelm.optim import MOMENTS, flops_per_token, memory_estimate, n_params
+from barelm.layouts import cached_numbers
+from barelm.optim import (
+    MOMENTS,
+    attention_products,
+    flops_per_token,
+    memory_estimate,
+    n_params,
+)
 from barelm.run import UserError
 
 # Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
@@ -28,7 +38,8 @@ NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8
 
 def linear_layers(net):
     """The matrices of the blocks."""
-    return [m for m in net.model.layers.modules() if isinstance(m, nn.Linear)]
+    names = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
+    return [net.get_submodule(name) for name in names if ".layers." in name]
 
 
 def learned_weights(net, s):
@@ -43,7 +54,7 @@ def learned_weights(net, s):
         return added, added
     if s.adapt == "adapter":
         bottleneck = 2 * c.n_embd * s.adapter_size + s.adapter_size + c.n_embd  # and its biases
-        added = 2 * c.n_layer * bottleneck  # behind attention and behind the MLP
+        added = len(adapted_layers(net)) * bottleneck  # behind attention and behind the MLP
         return added, added
     if s.adapt == "prompt":  # rows of the embedding, all of which has gradients
         return c.vocab_size * c.n_embd, 0
@@ -87,8 +98,8 @@ def finetune_memory(net, s, length, rollouts):
         "activations and head": activations + head,
     }
     if rollouts:
-        cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * 2  # bytes of a token, in bfloat16
-        memory["roll-outs"] = rollouts * length * cache
+        row = 2 * cached_numbers(c, math.ceil(length))  # bytes, in bfloat16
+        memory["roll-outs"] = rollouts * row
         if s.kl_weight:
             memory["reference"] = weights
     return memory
@@ -106,8 +117,8 @@ def token_flops(net, s, length):
     backward = 2 * forward
     if s.adapt != "full":
         # Attention's products are of activations alone: both of their sides have gradients.
-        attention = 4 * c.n_layer * c.n_head * c.head_dim * length
-        backward = forward + attention
+        products = sum(attention_products(c, pattern, length) for pattern in c.patterns)
+        backward = forward + 2 * products
     if s.train_last:
         backward *= min(1, s.train_last / c.n_layer)
     update = forward + backward

@@ -16,6 +16,10 @@ up to the highest that is ready. What ends at an end token or at its limit is kn
 so that the host may read a step's tokens while the next one is computed: such a row neither grows
 nor writes over anything, whatever is asked of it until it is cleared.
 
+Layers that see a window keep a ring of it (barelm/layouts.py). An encoder-decoder's prompt is its
+source: it is read at once and kept as each layer's keys and values of it, and the tokens begin with
+the network's start_id.
+
 On a GPU both halves of a step are CUDA graphs, `feed` one for each bucket of rows and of cache
 length, `choose` for rows and Kinds, captured when first needed or ahead by `Decoder.capture`.
 
@@ -25,13 +29,22 @@ the cache that it looks at, T: tokens of a prompt.
 
 import contextlib
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn as nn
 
-from barelm.caches import ChunkCache, PackedCache, StepCache, flash_agrees, packs, pays_to_pack
+from barelm.caches import (
+    ChunkCache,
+    PackedCache,
+    Source,
+    StepCache,
+    Stores,
+    flash_agrees,
+    packs,
+    pays_to_pack,
+)
+from barelm.chosen import Chosen
 from barelm.fast import PlacedProduct
 from barelm.graphs import Graphs
 from barelm.run import compute_dtype
@@ -45,73 +58,31 @@ from barelm.sampling import (
 )
 
 
-@dataclass
-class Tokens:
-    """A step's tokens, one of each of Chosen.slots."""
-
-    tokens: list[int]
-    logprobs: list[float]  # the model's own, in nats: without penalties, temperature and filters
-    finite: list[bool]  # whether all logits were finite; true where the decoder does not check
-    alternatives: list[dict[int, float]]  # {id: log p} of the likeliest, as many as were asked for
-
-
-class Chosen:
-    """Tokens under way to the host. slots: whose they are, in order; owners: what `set` was given
-    for each. Of a row that has ended meanwhile there is a token too, which means nothing."""
-
-    def __init__(self, slots, owners, n_alternatives, values, places, copied=None):
-        self.slots = slots
-        self.owners = owners
-        self.n_alternatives = n_alternatives
-        self.values = values  # `Decoder.choose_rows`', on the host
-        self.places = places  # in it, of each of slots
-        self.copied = copied  # the event after which it is there; None: it is
-        self.tokens = None
-
-    def wait(self):
-        """The Tokens; on a GPU at most two steps later, as there are three buffers for them."""
-        if self.tokens is None:
-            if self.copied is not None:
-                self.copied.synchronize()
-            rows = self.values.tolist()
-            self.tokens = self.in_words([rows[place] for place in self.places])
-        return self.tokens
-
-    def in_words(self, rows):
-        n = self.values.shape[1] // 2 - 1
-        checked = self.values.shape[1] % 2 == 1
-        alternatives = []
-        for row, wanted in zip(rows, self.n_alternatives):
-            ids = [int(id) for id in row[2 : 2 + min(wanted, n)]]
-            alternatives.append(dict(zip(ids, row[2 + n :])))
-        return Tokens(
-            tokens=[int(row[0]) for row in rows],
-            logprobs=[row[1] for row in rows],
-            finite=[not checked or bool(row[-1]) for row in rows],
-            alternatives=alternatives,
-        )
-
-
 class Decoder:
     """n_slots sequences of at most max_len tokens each, prompt and answer together, of a network.
 
     All methods want `generating(net)` and no gradients around them. check: look whether all logits
-    are finite. graphs: capture CUDA graphs, on a GPU. Arguments are the caller's to check:
-    0 < len(prompt) and len(prompt) + limit <= max_len."""
+    are finite. graphs: capture CUDA graphs, on a GPU. slack: of the rings (see `can_begin`).
+    Arguments are the caller's to check: 0 < len(prompt) and len(prompt) + limit <= max_len; of an
+    encoder-decoder len(prompt) <= max_source and 1 + limit <= max_len."""
 
-    def __init__(self, net, tok, n_slots, max_len, *, check=False, graphs=True):
+    def __init__(
+        self, net, tok, n_slots, max_len, *, max_source=0, check=False, graphs=True, slack=0
+    ):
         self.net = net
         self.n_vocab = min(tok.n_vocab, net.config.vocab_size)  # ids from here on are padding
         self.n_slots = n_slots
         self.max_len = max_len
+        self.is_seq2seq = net.config.is_seq2seq
         self.check = check
         self.device = net.model.embed_tokens.weight.device
         self.on_gpu = self.device.type == "cuda"
         with torch.inference_mode(False):  # a tensor made within it is not written to outside
             self.make_state(net.config)
+            self.make_stores(net.config, max_source, slack)
         self.products = {} if net.fast and self.on_gpu else None
         self.flash = False
-        if net.fast and graphs and self.on_gpu:
+        if net.fast and graphs and self.on_gpu and net.config.is_plain:
             with torch.no_grad(), self.computing():
                 self.flash = flash_agrees(self)
         self.graphs = Graphs(self.device) if graphs and self.on_gpu else None
@@ -121,6 +92,8 @@ class Decoder:
         self.unchosen = set()  # those whose logits no token was chosen by
         self.kinds = None  # Kinds of the ready slots' options, and how many alternatives they want
         self.length = [0] * n_slots  # tokens whose keys and values it has (at most, on a GPU)
+        self.reached = [0] * n_slots  # the most that it has had since it was empty
+        self.source_length = [0] * n_slots  # tokens of an encoder-decoder's source
         self.n_left = [0] * n_slots  # tokens that may come (at most, on a GPU)
         self.prompt_length = [0] * n_slots
         self.options = [OFF] * n_slots
@@ -132,18 +105,6 @@ class Decoder:
         """The tensors: all there is of a sequence, a row a slot."""
         n = self.n_slots
         device = self.device
-        # A CPU attends to float32 faster than to less: it has to convert the rest.
-        dtype = torch.float32
-        if self.on_gpu:
-            dtype = compute_dtype(self.net.model.embed_tokens.weight)
-        # One place more than max_len: where writes that belong to no token go.
-        places = self.max_len + 1
-        if self.on_gpu:  # a token's heads side by side, as FlashAttention takes them
-            shape = (2, c.n_layer, n, places, c.n_kv_head, c.head_dim)
-            self.store = torch.zeros(shape, device=device, dtype=dtype).transpose(3, 4)
-        else:
-            shape = (2, c.n_layer, n, c.n_kv_head, places, c.head_dim)
-            self.store = torch.zeros(shape, dtype=dtype)
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(n, *shape, device=device, dtype=dtype)
@@ -162,6 +123,24 @@ class Decoder:
         # (1, …): of tokens, and as many as there are slots at least
         self.positions = torch.arange(max(self.max_len, n) + 1, device=device)[None]
 
+    def make_stores(self, c, max_source, slack):
+        """Keys and values of what was read, a row a slot."""
+        # A CPU attends to float32 faster than to less: it has to convert the rest.
+        dtype = torch.float32
+        if self.on_gpu:
+            dtype = compute_dtype(self.net.model.embed_tokens.weight)
+        whole = self.net.deterministic  # keys in the order that they have without a cache
+        size = (self.n_slots, self.max_len, self.device, dtype)
+        self.stores = Stores(c, *size, slack=slack, whole=whole)
+        self.source = None
+        if self.is_seq2seq:
+            self.source = Source(c, self.n_slots, max_source or c.n_ctx, self.device, dtype)
+
+    @property
+    def nbytes(self):
+        """Of all keys and values."""
+        return self.stores.nbytes + (self.source.store.nbytes if self.is_seq2seq else 0)
+
     # ------------------------------------------------------------------ slots
 
     def set(self, slot, prompt, limit, *, options=None, uniform=None, ends=(), n_alternatives=0,
@@ -171,8 +150,8 @@ class Decoder:
 
         options: what differs from sampling.OFF. uniform: (limit,) float32 on the host, one draw a
         token; not needed where temperature is 0. n_cached: so many of the prompt's first tokens
-        have their keys and values in the slot already: `read` goes on from there. owner: anything;
-        it is in Chosen.owners."""
+        have their keys and values in the slot already (`can_begin`): `read` goes on from there.
+        owner: anything; it is in Chosen.owners."""
         self.clear(slot)
         options = OFF | (options or {})
         self.options[slot] = options
@@ -180,8 +159,12 @@ class Decoder:
         self.n_alternatives[slot] = n_alternatives
         self.owners[slot] = owner
         self.n_left[slot] = limit
+        if self.is_seq2seq:  # what the decoder itself begins with, behind the source
+            prompt = [self.net.start_id]
         self.prompt_length[slot] = len(prompt)
         self.length[slot] = n_cached
+        if n_cached == 0:
+            self.reached[slot] = 0
         self.columns[slot] = self.to_device([options[name] for name in OFF], torch.float32)
         self.drawn[slot].zero_()  # to set a number to 0 would copy it there, and wait
         if uniform is not None:
@@ -226,27 +209,39 @@ class Decoder:
             self.ready.remove(slot)
         self.left[slot].zero_()
 
+    def can_begin(self, slot, length):
+        """Whether the first `length` tokens of those that a slot has read last are a beginning to
+        go on from: in a ring that has come round the older ones are gone, so that it can only be
+        continued from its end, or from `slack` tokens before it."""
+        return not self.is_seq2seq and self.stores.can_cut(length, self.reached[slot])
+
     def copy(self, to, source, length):
         """Slot `to` gets the keys and values of the first `length` tokens of another."""
-        self.store[:, :, to, :, :length] = self.store[:, :, source, :, :length]
+        self.stores.copy(to, source, length)
+        self.reached[to] = self.reached[source]
 
     def wipe(self, slot):
         """Zeros for what a slot has read: to attend to NaN, with whatever weight, gives NaN."""
-        self.store[:, :, slot] = 0
+        self.stores.wipe(slot)
+        self.reached[slot] = 0
+        if self.is_seq2seq:
+            self.source.store[:, :, slot] = 0
 
     # ------------------------------------------------------------------ prompts
 
     def read(self, chunks):
         """Read prompts, {slot: ids}, each a whole or what follows what the slot has read; a slot is
         `ready` where its prompt ends. Call it after `feed`, not between `choose` and `feed`.
-        Returns {slot: hidden states (T, C) of its chunk}."""
+        Returns {slot: hidden states (T, C) of its chunk}; of an encoder-decoder, whose sources are
+        read whole, {slot: the start token's (1, C)}."""
         slots = list(chunks)
         lengths = {slot: len(ids) for slot, ids in chunks.items()}
         states = {}
         with self.computing():
-            if any(
-                self.length[slot] for slot in slots
-            ):  # behind others: each has a mask of its own
+            if self.is_seq2seq:
+                states = self.read_sources(slots, chunks)
+                lengths = dict.fromkeys(slots, 1)
+            elif any(self.length[slot] for slot in slots):  # behind others: each by itself
                 for slot in slots:
                     states.update(self.read_padded([slot], chunks, self.length[slot]))
             elif pays_to_pack(self.net.config, lengths.values()):
@@ -258,6 +253,7 @@ class Decoder:
                 states = self.read_padded(slots, chunks)
             for slot in slots:
                 self.length[slot] += lengths[slot]
+                self.reached[slot] = max(self.reached[slot], self.length[slot])
             ended = [slot for slot in slots if self.length[slot] == self.prompt_length[slot]]
             if ended:
                 self.begin_answers(ended, torch.stack([states[slot][-1] for slot in ended]))
@@ -265,11 +261,31 @@ class Decoder:
 
     def read_padded(self, slots, chunks, begin=0):
         """Of chunks that all begin at the same place, as rows that are as long as the longest."""
-        rows = [torch.tensor(chunks[slot]) for slot in slots]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T), padded at the right
-        ids = ids.to(self.device, non_blocking=True)
-        h = self.net.hidden(ids, cache=ChunkCache(self, self.index(slots), begin))  # (B, T, C)
+        lengths = [len(chunks[slot]) for slot in slots]
+        cache = ChunkCache(self, self.index(slots), begin, lengths)
+        h = self.net.hidden(self.padded(slots, chunks), cache=cache)  # (B, T, C)
         return {slot: h[i, : len(chunks[slot])] for i, slot in enumerate(slots)}
+
+    def padded(self, slots, chunks):
+        """(B, T), padded at the right."""
+        rows = [torch.tensor(chunks[slot]) for slot in slots]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return ids.to(self.device, non_blocking=True)
+
+    def read_sources(self, slots, chunks):
+        """Read whole sources, and behind each of them the start token."""
+        lengths = [len(chunks[slot]) for slot in slots]
+        for slot, length in zip(slots, lengths):
+            self.source_length[slot] = length
+        rows = self.index(slots)
+        ids = self.padded(slots, chunks)  # (B, S)
+        on_device = self.to_device(lengths)
+        memory = self.net.encode(ids, on_device)
+        self.source.write(rows, self.net.cross_kv(memory), on_device)
+        start = torch.full((len(slots), 1), self.net.start_id, device=self.device)
+        cache = ChunkCache(self, rows, 0, [1] * len(slots), n_source=max(lengths))
+        h = self.net.hidden(start, cache=cache)  # (B, 1, C)
+        return dict(zip(slots, h))
 
     def read_packed(self, slots, chunks):
         """Of whole prompts, one after the other in one row, each a document."""
@@ -403,14 +419,24 @@ class Decoder:
         elif min(lengths) == max(lengths) and rows == slice(slots[0], slots[0] + len(slots)):
             even = used - 1
         with self.computing():
-            self.run(self.feed_rows, rows, used, even)
+            self.run(self.feed_rows, rows, used, even, self.source_places(slots))
         for slot in slots:
             self.length[slot] = min(self.length[slot] + 1, self.max_len)
+            self.reached[slot] = max(self.reached[slot], self.length[slot])
 
-    def feed_rows(self, rows, used, even=None):
+    def source_places(self, slots):
+        """So many places of the sources hold all that these slots have: on a GPU all there are."""
+        if not self.is_seq2seq:
+            return 0
+        if self.on_gpu:
+            return len(self.source.places)
+        return max(self.source_length[slot] for slot in slots)
+
+    def feed_rows(self, rows, used, even=None, n_source=0):
         """On the device alone: the newest token of each of the rows goes through the network, which
-        looks at `used` places of the cache. even: all rows hold so many tokens, and all grow."""
-        cache = StepCache(self, rows, used, even, self.flash)
+        looks at what `used` tokens have in the cache, and at n_source places of the source. even:
+        all rows hold so many tokens, and all grow."""
+        cache = StepCache(self, rows, used, even, n_source, self.flash)
         self.net.ops.attend_cached = cache.attend if self.flash else None
         try:
             h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
@@ -487,7 +513,8 @@ class Decoder:
             rows = slice(0, min(power_of_two(batch), self.n_slots))
             for length in sorted(lengths, reverse=True):
                 with self.computing():
-                    self.run(self.feed_rows, rows, min(length, self.max_len), None)
+                    used = min(length, self.max_len)
+                    self.run(self.feed_rows, rows, used, None, self.source_places([]))
             for option in options:
                 self.run(self.choose_rows, rows, kinds_of([OFF | option]), 0)
         torch.cuda.synchronize(self.device)

@@ -1,9 +1,9 @@
 """Rows become examples: a task's JSONL file is read, tokenized, cut to the context and batched.
 
 An example is a dict. `ids` are the inputs, and `targets`, of the same length, the next tokens to
-learn, IGNORED where there is none; a classifier's has a `label`, a pair of answers has `chosen` and
-`rejected`, one of vectors `texts`. `row` names the line that it came from, `cut` says whether it was
-too long."""
+learn, IGNORED where there is none; an encoder-decoder's has its `source` and `targets`, a
+classifier's has a `label`, a pair of answers has `chosen` and `rejected`, one of vectors `texts`.
+`row` names the line that it came from, `cut` says whether it was too long."""
 
 import ast
 import contextlib
@@ -232,14 +232,14 @@ def micro_batches(examples, micro_tokens, net):
     """The examples in groups of `micro_tokens` tokens at most, padding counted, but one example at
     least. Their order is kept: near each other should stand those of like length."""
     group = []
-    longest = 0
+    longest = [0, 0]  # to which all of the group are padded
     for example in examples:
-        tokens = n_rows(example) * padded_length(net, longest_row(example))
-        longest = max(longest, tokens)  # to which all of the group are padded
-        if group and longest * (len(group) + 1) > micro_tokens:
+        lengths = [padded_length(net, n) for n in row_lengths(example)]
+        longest = [max(pair) for pair in zip(longest, lengths)]
+        if group and n_rows(example) * sum(longest) * (len(group) + 1) > micro_tokens:
             yield group
             group = []
-            longest = tokens
+            longest = lengths
         group.append(example)
     if group:
         yield group
@@ -252,18 +252,24 @@ def n_rows(example):
     return 2 if "chosen" in example else 1
 
 
-def longest_row(example):
-    """The tokens of an example's (longer) row."""
-    if "texts" in example:
-        return max(map(len, example["texts"]))
+def row_lengths(example):
+    """The tokens of an example's (longer) row, [n]; of a source and its target both."""
     if "chosen" in example:
-        return max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))
-    return len(example["ids"])
+        return [max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))]
+    if "source" in example:
+        return [len(example["source"]), len(example["targets"])]
+    if "texts" in example:
+        return [max(map(len, example["texts"]))]
+    return [len(example["ids"])]
+
+
+def longest_row(example):
+    return max(row_lengths(example))
 
 
 def n_tokens(example):
     """How many tokens an example takes in a batch."""
-    return n_rows(example) * longest_row(example)
+    return n_rows(example) * sum(row_lengths(example))
 
 
 def padded_length(net, longest):

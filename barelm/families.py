@@ -131,6 +131,8 @@ def to_hf_config(net, tok):
     if net.score is not None:
         out |= head_keys(net, kind)
     out["architectures"] = [architecture(kind, net)]
+    if kind != "barelm" and net.score is not None:
+        return family_keys(net.config, kind) | out
     if kind != "barelm":
         return out | family_keys(net.config, kind)
     return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
@@ -208,8 +210,8 @@ def table_of(kind, c, task=""):
     if task in entry.heads:
         head = entry.heads[task]
         # What a head reads is read, though another model's files have it for nothing.
-        theirs = tuple(name for _, name in head.renames)
-        unread = tuple(end for end in table.unread if not any(end in name for name in theirs))
+        read = tuple(name + end for _, name in head.renames for end in ("weight", "bias"))
+        unread = tuple(end for end in table.unread if not any(n.endswith(end) for n in read))
         table = replace(table.with_head(head.renames), unread=unread)
     return table
 
@@ -277,7 +279,7 @@ def not_exact(d, entry):
         if not isinstance(kinds, list):
             return [*faults, f"layer_types={kinds!r:.60} not supported"]
         kinds = sorted({str(kind) for kind in kinds} - {"full_attention"})
-        faults += [f"layers of {kind!r:.60} not supported" for kind in kinds]
+        faults += [f"layer_types of {kind!r:.60} not supported" for kind in kinds]
     return faults
 
 

@@ -19,9 +19,11 @@ from barelm.config_keys import (
     SWITCHED_WINDOW,
     T5_HEAD,
     T5_LENGTHS,
+    T5_MLP,
     TWO_ROPES,
     USED_WINDOW,
     expert_count,
+    mlm_head,
     named,
     with_absent,
 )
@@ -137,7 +139,6 @@ BERT_FIXED = GPT2_FIXED | {
     "tie": True,
     "causal": False,
     "embed_norm": True,
-    "mlm_head": True,
 }
 LLAMA_EXACT = {"hidden_act": (None, "silu", "swish")}
 BERT_EXACT = {
@@ -244,7 +245,7 @@ FAMILIES = {
     ),
     "ministral": Family(
         lm="MinistralForCausalLM",
-        heads=decoder_heads("Ministral"),
+        heads=llama_heads("Ministral"),
         keys=LLAMA_KEYS,
         fixed=LLAMA_FIXED,
         absent={"tie": False, "head_dim": 0},
@@ -254,7 +255,7 @@ FAMILIES = {
     ),
     "stablelm": Family(
         lm="StableLmForCausalLM",
-        heads=decoder_heads("StableLm"),
+        heads={task: decoder_heads("StableLm")[task] for task in ("classify", "tag")},
         keys={name: key for name, key in LLAMA_KEYS.items() if name != "head_dim"}
         | {"norm_eps": "layer_norm_eps", "qkv_bias": "use_qkv_bias"},
         fixed={name: value for name, value in LLAMA_FIXED.items() if name != "qkv_bias"}
@@ -356,6 +357,7 @@ FAMILIES = {
         keys=BERT_KEYS,
         fixed=BERT_FIXED,
         absent={"norm_eps": 1e-12, "n_types": 2},
+        parts=(mlm_head("BertModel"),),
         derived=PLAIN_HEADS,
         exact=BERT_EXACT,
         dropout_keys=("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -378,7 +380,7 @@ FAMILIES = {
         keys={name: key for name, key in BERT_KEYS.items() if name != "n_ctx"},
         fixed=BERT_FIXED,
         absent={"norm_eps": 1e-12, "n_types": 2},
-        parts=(OFFSET,),
+        parts=(OFFSET, mlm_head("RobertaModel")),
         derived=PLAIN_HEADS,
         exact=BERT_EXACT,
         dropout_keys=("hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -409,7 +411,7 @@ FAMILIES = {
         parts=(
             TWO_ROPES,
             BOTH_SIDES,
-            EXPERT_LAYERS,
+            mlm_head("ModernBertModel"),
             named(
                 "mlp",
                 "hidden_activation",
@@ -424,6 +426,7 @@ FAMILIES = {
             "classifier_bias": (False, None),
             "classifier_activation": ("gelu", None),
             "head_dim": (None,),
+            "sliding_window": (None,),  # which counts for local_attention
         },
         written={"decoder_bias": True, "attention_bias": False, "mlp_bias": False}
         | {"classifier_bias": False, "classifier_activation": "gelu"},
@@ -439,13 +442,7 @@ FAMILIES = {
         parts=(
             T5_LENGTHS,
             T5_HEAD,
-            named(
-                "mlp",
-                "feed_forward_proj",
-                {"relu": "relu", "gated-gelu": "geglu", "gated-gelu_new": "geglu"}
-                | {"gated-silu": "swiglu", "gelu": "gelu_erf", "gelu_new": "gelu"},
-                "relu",
-            ),
+            T5_MLP,
         ),
         derived={"n_kv_head": heads_of_queries},
         exact={"is_encoder_decoder": (True,), "is_decoder": (False, None)},
@@ -458,6 +455,7 @@ FAMILIES = {
 FAMILIES["xlm-roberta"] = replace(
     FAMILIES["roberta"],
     lm="XLMRobertaForMaskedLM",
+    parts=(OFFSET, mlm_head("XLMRobertaModel")),
     heads={
         task: replace(head, architecture=f"XLM{head.architecture}")
         for task, head in FAMILIES["roberta"].heads.items()

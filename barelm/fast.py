@@ -8,11 +8,13 @@ with which tests/test_fast.py compares.
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from barelm.positions import relative_bucket
 from barelm.quantized import QuantizedLinear, QuantizedProduct, quantized_product
 from barelm.run import compute_dtype
 
@@ -139,112 +141,194 @@ ROWS_OF_A_STEP = 16  # for how many rows oneDNN is to lay out a matrix
 
 
 class BlockedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v as plain matrix products over blocks of queries, without the keys
-    that lie behind a block: on a CPU two to three times as fast as its fused kernel in bfloat16.
-    Keeps the probabilities, in q's dtype, which the fused one computes twice.
+    """softmax(scale q k^T) v as plain matrix products over blocks of queries, without the keys
+    that no query of a block sees: on a CPU two to three times as fast as its fused kernel in
+    bfloat16. Keeps the probabilities, in q's dtype, which the fused one computes twice.
 
-    q (B, H, T, D), k and v (B, n_kv_head, T, D), unseen (1 or B, 1, T, T) bool, true where a query
-    may not look (at least at what is behind it). Blocks are joined, not written into a result: see
-    LinearCrossEntropy."""
+    q (B, H, T, D), k and v (B, n_kv_head, S, D), unseen (1 or B, 1, T, S) bool, true where a query
+    may not look, or None: all see all. blocks: `query_blocks`. Blocks are joined, not written into
+    a result: see LinearCrossEntropy."""
 
     @staticmethod
-    def forward(ctx, q, k, v, unseen):
+    def forward(ctx, q, k, v, unseen, scale, blocks):
         B, H, T, D = q.shape
         G = k.shape[1]
-        size = max(128, -(-T // 4))  # of a block
-        q = (q * D**-0.5).reshape(B, G, -1, T, D)  # the H / G heads that share a k
+        q = (q * scale).reshape(B, G, -1, T, D)  # the H / G heads that share a k
         k = k.contiguous()
         v = v.contiguous()
         y = []
         probabilities = []
-        for i in range(0, T, size):
-            j = min(i + size, T)
-            # One product for the H / G heads of each k: (B, G, H / G (j - i), D) @ (B, G, D, j)
-            p = q[..., i:j, :].reshape(B, G, -1, D) @ k[:, :, :j].mT
-            p = p.view(B, G, -1, j - i, j).masked_fill_(unseen[:, :, None, i:j, :j], -math.inf)
-            p = p.softmax(-1).view(B, G, -1, j)  # (B, G, H / G (j - i), j)
-            y.append((p @ v[:, :, :j]).view(B, G, -1, j - i, D))
+        for i, j, low, high in blocks:
+            n = high - low
+            # One product for the H / G heads of each k: (B, G, H / G (j - i), D) @ (B, G, D, n)
+            p = q[..., i:j, :].reshape(B, G, -1, D) @ k[:, :, low:high].mT
+            if unseen is not None:
+                hidden = unseen[:, :, None, i:j, low:high]
+                p = p.view(B, G, -1, j - i, n).masked_fill_(hidden, -math.inf)
+            p = p.softmax(-1).view(B, G, -1, n)  # (B, G, H / G (j - i), n)
+            y.append((p @ v[:, :, low:high]).view(B, G, -1, j - i, D))
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.scale = scale
+        ctx.blocks = blocks
         return torch.cat(y, -2).view(B, H, T, D)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, *probabilities = ctx.saved_tensors
         B, G, _, T, D = q.shape
+        S = k.shape[2]
         dy = dy.reshape(q.shape)
         dq = []
         dk = torch.zeros_like(k)
         dv = torch.zeros_like(v)
-        i = 0
-        for p in probabilities:
-            j = p.shape[-1]
+        for (i, j, low, high), p in zip(ctx.blocks, probabilities):
             dy_block = dy[..., i:j, :].reshape(B, G, -1, D)
             q_block = q[..., i:j, :].reshape(B, G, -1, D)
-            dp = dy_block @ v[:, :, :j].mT
+            dp = dy_block @ v[:, :, low:high].mT
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # of the scores
-            dq.append((ds @ k[:, :, :j]).view(B, G, -1, j - i, D))
-            dk = dk + F.pad(ds.mT @ q_block, (0, 0, 0, T - j))  # no key behind j was seen
-            dv = dv + F.pad(p.mT @ dy_block, (0, 0, 0, T - j))
-            i = j
+            dq.append((ds @ k[:, :, low:high]).view(B, G, -1, j - i, D))
+            around = (0, 0, low, S - high)  # the keys that this block did not see
+            dk = dk + F.pad(ds.mT @ q_block, around)
+            dv = dv + F.pad(p.mT @ dy_block, around)
         # q was scaled before it was saved: dk has the factor, dq does not yet.
-        dq = (torch.cat(dq, -2) * D**-0.5).view(B, -1, T, D)
-        return dq, dk, dv, None
+        dq = (torch.cat(dq, -2) * ctx.scale).view(B, -1, T, D)
+        return dq, dk, dv, None, None, None
 
 
-def can_block(q, k, mask, dropout):
+BLOCK = 128  # queries of the smallest block
+
+
+def query_blocks(T, S, causal, reach):
+    """[(i, j, low, high)]: queries i to j - 1 see no key but low to high - 1. reach: how many
+    places before a query (and without causality, behind it) it may look; None: all."""
+    size = max(BLOCK, -(-T // 4))
+    if reach is not None and 2 * reach < T:  # smaller blocks look at less that they do not see
+        size = BLOCK
+    blocks = []
+    for i in range(0, T, size):
+        j = min(i + size, T)
+        low = 0 if reach is None else max(0, i - reach)
+        high = S
+        if causal:
+            high = j
+        elif reach is not None:
+            high = min(S, j + reach)
+        blocks.append((i, j, low, high))
+    return blocks
+
+
+def keys_of_block(S, causal, reach):
+    """How many of S keys a block of BLOCK queries is held against, at most."""
+    if reach is None:
+        return S
+    sides = 1 if causal else 2
+    return min(S, sides * reach + BLOCK)
+
+
+KEPT = 1024 * 1024  # of a head: so many probabilities are kept at most, and not computed twice
+
+
+def can_block(q, k, mask, dropout, causal=True, reach=None):
     """Whether `blocked_attention` computes this attention, and faster than torch: on a CPU in less
-    than float32, where products are far faster than sums, of tokens to themselves."""
+    than float32, where products are far faster than sums, or where tokens see no far ones; of many
+    tokens to themselves, or without causality to others."""
     T = q.shape[2]
     S = k.shape[2]
-    if q.device.type != "cpu" or q.dtype == torch.float32 or dropout:
+    is_narrow = reach is not None and 2 * reach < T
+    if q.device.type != "cpu" or dropout or (q.dtype == torch.float32 and not is_narrow):
         return False
-    if not 1 < T == S <= 1024:  # it keeps T x T probabilities of each head
+    if k.dtype != q.dtype or T < 2 or (causal and T != S):
+        return False
+    if T * keys_of_block(S, causal, reach) > KEPT:
         return False
     if mask is None:
         return True
     if mask.dtype != torch.bool or mask.shape[1] != 1:  # numbers to add, or a mask for each head
         return False
     # Keys behind a query are never looked at. (A compiled network is compared with this one.)
-    return torch.compiler.is_compiling() or not mask.triu(1).any()
+    return not causal or torch.compiler.is_compiling() or not mask.triu(1).any()
 
 
-def blocked_attention(q, k, v, mask=None):
-    """BlockedAttention where mask (1 or B, 1, T, T) bool is true; causal where it is None."""
-    if mask is None:
-        T = q.shape[2]
-        return BlockedAttention.apply(q, k, v, torch.ones(1, 1, T, T, dtype=torch.bool).triu(1))
-    return BlockedAttention.apply(q, k, v, ~mask)
+def blocked_attention(q, k, v, mask=None, scale=None, causal=True, reach=None):
+    """BlockedAttention where mask (1 or B, 1, T or 1, S) bool is true; where it is None, causal or
+    without any. reach: as `query_blocks` has it; the mask hides what is out of it."""
+    T = q.shape[2]
+    S = k.shape[2]
+    unseen = None
+    if mask is not None:
+        unseen = ~mask.expand(-1, -1, T, S)
+    elif causal:
+        unseen = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return BlockedAttention.apply(q, k, v, unseen, scale, query_blocks(T, S, causal, reach))
 
 
-def block_mask(may_look, positions, docs):
-    """The mask of `sparse_attention` for tokens at positions (B or 1, T) in documents docs (B, T)
-    int64: which blocks of 128 queries and 128 keys are seen in whole, in part, or not at all. Made
-    on the device, in one pass over T x T. may_look(query, key, query_doc, key_doc) is the rule."""
+class SparseMask(NamedTuple):
+    """What `sparse_attention` looks at, and what it adds to the scores. A tuple, whose tensors
+    torch.compile takes as inputs."""
+
+    blocks: object  # a BlockMask: which blocks of 128 queries and 128 keys are seen
+    slopes: torch.Tensor | None = None  # (H,), of ALiBi
+    table: torch.Tensor | None = None  # (n_buckets, H), of relative positions
+    buckets: tuple = ()  # n_buckets, max_distance, causal: how `relative_bucket` finds its row
+
+
+def block_mask(may_look, positions, docs=None):
+    """The BlockMask for tokens at positions (B or 1, T), in documents docs (B, T) int64 or in one:
+    which blocks of 128 queries and 128 keys are seen in whole, in part, or not at all. Made on the
+    device, in one pass over T x T. may_look(query, key, query_doc, key_doc) is the rule."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    if docs is None:
+
+        def seen(row, head, query, key):
+            return may_look(query, key)
+
+        T = positions.shape[1]
+        return create_block_mask(seen, None, None, T, T, positions.device)
 
     docs = docs.int()  # which the kernel reads again for each block
     positions = positions.int().expand_as(docs)
 
-    def seen(row, head, query, key):
+    def seen_in_documents(row, head, query, key):
         query_doc = docs[row, query]
         key_doc = docs[row, key]
         return may_look(positions[row, query], positions[row, key], query_doc, key_doc)
 
     B, T = docs.shape
-    return create_block_mask(seen, B, None, T, T, docs.device)
+    return create_block_mask(seen_in_documents, B, None, T, T, docs.device)
 
 
-def sparse_attention(q, k, v, mask):
-    """softmax(q k^T / sqrt(D)) v under a `block_mask`, without the blocks that it hides; where it
-    is not compiled, torch computes all of them. It knows no dropout."""
-    from torch.nn.attention.flex_attention import flex_attention
+def sparse_attention(q, k, v, mask, scale=None, softcap=0.0, sinks=None):
+    """`Operations.attend` under a SparseMask, without the blocks that it hides; where it is not
+    compiled, torch computes all of them. It knows no dropout."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    grouped = q.shape[1] != k.shape[1]
+    def score(score, row, head, query, key):
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        distance = key - query  # within a document: of tokens, as of positions
+        if mask.slopes is not None:
+            score = score - mask.slopes[head] * distance.abs()
+        if mask.table is not None:
+            score = score + mask.table[relative_bucket(distance, *mask.buckets), head]
+        return score
+
     # One dtype, which autocast does not see to here.
     dtype = compute_dtype(v)
     qkv = (q.to(dtype), k.to(dtype), v.to(dtype))
-    return flex_attention(*qkv, block_mask=mask, enable_gqa=grouped).to(q.dtype)
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if softcap or mask.slopes is not None or mask.table is not None:
+        options["score_mod"] = score
+    if sinks is None:
+        return flex_attention(*qkv, block_mask=mask.blocks, **options).to(q.dtype)
+    y, aux = flex_attention(
+        *qkv, block_mask=mask.blocks, return_aux=AuxRequest(lse=True), **options
+    )
+    # Of exp(lse) + exp(sink), by which all should have been divided, this is the share of exp(lse).
+    share = torch.sigmoid(aux.lse - sinks.float()[:, None])  # (B, H, T)
+    return (y * share[..., None]).to(q.dtype)
 
 
 def head_piece(x, weight, targets, learn, weight_learns=True):

@@ -5,8 +5,23 @@ import weakref
 import torch
 
 from barelm.decode import Decoder
-from barelm.run import compute_dtype
+from barelm.run import UserError, compute_dtype
 from barelm.sampling import GREEDY, draws, power_of_two
+
+
+def check_generates(net, continues=False):
+    """Refuse a network that makes no text. continues: nor one whose text answers a source, and
+    continues no prompt."""
+    c = net.config
+    if not c.causal:
+        raise UserError(
+            "this network is an encoder (causal=false): it fills in masks and reads texts, and "
+            "generates none; a decoder or an encoder-decoder does"
+        )
+    if continues and c.is_seq2seq:
+        raise UserError("expected a decoder, which continues prompts, not an encoder-decoder")
+    if c.is_seq2seq and net.start_id is None:
+        raise UserError("an encoder-decoder without a start token: config.json has none")
 
 
 def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
@@ -14,7 +29,11 @@ def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
     reads the tokens of step t - 1 while the device computes step t: neither waits for the other."""
     limit = max(row.limit for row in rows)
     longest = max(len(prompt) + row.limit for prompt, row in zip(prompts, rows))
-    decoder = decoder_for(net, tok, len(rows), longest)
+    longest_source = 0
+    if net.config.is_seq2seq:
+        longest = 1 + limit  # the start token, and what comes
+        longest_source = max(len(prompt) for prompt in prompts)
+    decoder = decoder_for(net, tok, len(rows), longest, longest_source)
     options = filters | {"repetition_penalty": penalty}
     for i, (prompt, row) in enumerate(zip(prompts, rows)):
         uniform = draws(seed, row.number, limit) if options["temperature"] >= GREEDY else None
@@ -47,12 +66,12 @@ def a_little_more(n, step=1):
 DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
 
 
-def decoder_for(net, tok, n_slots, max_len):
+def decoder_for(net, tok, n_slots, max_len, max_source=0):
     """A Decoder for a generation. On a GPU it and its graphs serve later ones too, if it is small,
     as long as the network's weights are in the same places, with what they are by then."""
     kept_for, decoder = DECODERS.pop(net, (None, None))
     if net.model.embed_tokens.weight.device.type != "cuda":
-        return Decoder(net, tok, n_slots, max_len)
+        return Decoder(net, tok, n_slots, max_len, max_source=max_source)
     tensors = [*net.parameters(), *net.buffers()]
     made_for = (net.fast, tok.n_vocab, compute_dtype(tensors[0]))
     made_for += tuple((t.data_ptr(), t.dtype, t.shape) for t in tensors)
@@ -60,7 +79,7 @@ def decoder_for(net, tok, n_slots, max_len):
     if not fits:
         decoder = None  # its memory is free before another one is made
         max_len = min(a_little_more(max_len, 128), net.config.n_ctx)
-        decoder = Decoder(net, tok, a_little_more(n_slots), max_len)
+        decoder = Decoder(net, tok, a_little_more(n_slots), max_len)  # and of the longest sources
         decoder.net = weakref.proxy(net)  # or neither would ever go
     decoder.refresh()
     for slot in range(decoder.n_slots):
@@ -72,5 +91,5 @@ def decoder_for(net, tok, n_slots, max_len):
 
 def may_stay(decoder):
     """Whether it is small beside the GPU: what it takes is not there for training meanwhile."""
-    size = decoder.store.nbytes + 3 * decoder.logits.nbytes  # with what penalties count
+    size = decoder.nbytes + 3 * decoder.logits.nbytes  # with what penalties count
     return size <= torch.cuda.get_device_properties(decoder.device).total_memory // 8

@@ -17,6 +17,7 @@ from barelm.positions import rope_frequencies
 from barelm.run import UserError
 from barelm.splits import GPT2_SPLIT
 
+GGUF_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")  # whose names `add_network` writes
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -54,6 +55,10 @@ def check_gguf(c, tok):
     """Refuse a GPTConfig, which some Hugging Face family holds, or a Tokenizer that llama.cpp could
     not read."""
     kind = family(c)
+    if kind not in GGUF_FAMILIES:
+        raise UserError(f"--export=gguf: {kind}: expected one of {', '.join(GGUF_FAMILIES)}")
+    if c.window:
+        raise UserError(f"--export=gguf: window={c.window}: llama.cpp reads {kind} without one")
     scaling = c.rope_scaling or {}
     if scaling and scaling.get("rope_type") != "linear" and kind != "llama":
         raise UserError(f"--export=gguf: llama.cpp has rope_scaling llama3 for llama, not {kind}")

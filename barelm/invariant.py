@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from barelm.run import compute_dtype
+from barelm.run import UserError, compute_dtype
 
 # How many rows a product may have. The first says what a row's bits are, if they do not depend on
 # its place; larger ones, which are faster, are used where they give the same.
@@ -29,6 +29,9 @@ BELOW_ALL = -1e30  # what the maximum of no score is: finite, so that no differe
 def be_deterministic(net):
     """Let net compute each token by itself, as said above, and have the device add in one order.
     It is slower, and for tests and roll-outs that must agree with the policy to the bit."""
+    if net.config.n_experts:
+        why = "which tokens share an expert's product depends on the batch"
+        raise UserError(f"--deterministic: n_experts={net.config.n_experts}: expected 0: {why}")
     net.deterministic = True
     if torch.cuda.is_available():
         # cuBLAS reads it when it is first used; torch refuses its products without.
@@ -156,17 +159,20 @@ def random_like(x):
 # Attention
 
 
-def attention(q, k, v, mask, plain):
+def attention(q, k, v, mask, sinks, plain, causal=True, scale=None, softcap=0.0):
     """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D), in float32
-    inside; mask as `attention_mask` gives it. plain(q, k, v): the same, whose gradient it has.
+    inside; the others as `Operations.attend` takes them. plain(q, k, v, mask, sinks): the same,
+    whose gradient it has.
 
     The softmax goes over the keys block by block (Milakov and Gimelshein 2018). A block that a
     query does not see adds exactly zero: neither the cache's length nor padding changes a bit."""
-    return PlainGradient.apply(partial(blockwise, mask=mask), plain, q, k, v)
+    f = partial(blockwise, causal=causal, scale=scale, softcap=softcap)
+    return PlainGradient.apply(f, plain, q, k, v, mask, sinks)
 
 
 class PlainGradient(torch.autograd.Function):
-    """f(*tensors), with the gradient of plain(*tensors), which is computed in backward."""
+    """f(*tensors), with the gradient of plain(*tensors), which is computed in backward. A tensor
+    may be None."""
 
     @staticmethod
     def forward(ctx, f, plain, *tensors):
@@ -176,26 +182,40 @@ class PlainGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        needed = ctx.needs_input_grad[2:]
+        inputs = []
+        learned = []
+        for tensor, is_needed in zip(ctx.saved_tensors, needed):
+            if is_needed:
+                tensor = tensor.detach().requires_grad_()
+                learned.append(tensor)
+            inputs.append(tensor)
         with torch.enable_grad():
             y = ctx.plain(*inputs)
-        return None, None, *torch.autograd.grad(y, inputs, dy)
+        gradients = iter(torch.autograd.grad(y, learned, dy))
+        return None, None, *[next(gradients) if is_needed else None for is_needed in needed]
 
 
-def blockwise(q, k, v, mask):
+def blockwise(q, k, v, mask, sinks=None, causal=True, scale=None, softcap=0.0):
     """`attention`, forward."""
     B, H, T, D = q.shape
     G = k.shape[1]
     S = k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    if mask is not None:
+        mask = mask.expand(-1, -1, T, S)
+    if sinks is not None:
+        sinks = sinks.detach().float().view(G, -1)  # (G, H / G)
     with torch.autocast(q.device.type, enabled=False):
-        q_heads = (q.float() * D**-0.5).reshape(B, G, H // G, T, D)  # those that share a k
+        q_heads = (q.float() * scale).reshape(B, G, H // G, T, D)  # those that share a k
         k_blocks = key_blocks(k)
         v_blocks = key_blocks(v)
         y = []
         for i in range(0, T, QUERIES):
             j = min(i + QUERIES, T)
-            biases = block_biases(mask, range(i, j), T, S, q.device)
-            y.append(attend_tile(q_heads[:, :, :, i:j], k_blocks, v_blocks, biases))
+            biases = block_biases(mask, range(i, j), T, S, q.device, causal)
+            tile = q_heads[:, :, :, i:j]
+            y.append(attend_tile(tile, k_blocks, v_blocks, biases, sinks, softcap))
     return torch.cat(y, 3).view(B, H, T, D).to(q.dtype)
 
 
@@ -208,7 +228,7 @@ def key_blocks(k):
     return blocks
 
 
-def block_biases(mask, queries, T, S, device):
+def block_biases(mask, queries, T, S, device, causal=True):
     """[(number of a block of keys, what is added to its scores)] for a range of the T queries: what
     is added is (B or 1, H or 1, t, KEYS) float32, -inf where they may not look; None: nothing."""
     biases = []
@@ -216,8 +236,8 @@ def block_biases(mask, queries, T, S, device):
         keys = range(begin, min(begin + KEYS, S))
         if mask is not None:
             part = mask[:, :, queries.start : queries.stop, begin : keys.stop]
-        elif T == 1:  # alone, it sees all that there is
-            part = torch.ones(1, 1, 1, len(keys), dtype=torch.bool, device=device)
+        elif T == 1 or not causal:  # alone, it sees all that there is
+            part = torch.ones(1, 1, len(queries), len(keys), dtype=torch.bool, device=device)
         elif begin >= queries.stop:  # causal: no query is behind these keys
             break
         else:
@@ -239,9 +259,9 @@ def block_biases(mask, queries, T, S, device):
     return biases
 
 
-def attend_tile(q, k_blocks, v_blocks, biases):
+def attend_tile(q, k_blocks, v_blocks, biases, sinks=None, softcap=0.0):
     """What the queries q (B, G, H / G, t, D), scaled, gather (B, G, H / G, t, D) float32 from
-    blocks of keys and values."""
+    blocks of keys and values. sinks (G, H / G): what takes its share of the softmax."""
     B, G, n_shared, t, D = q.shape
     q = q.reshape(B * G, n_shared * t, D).contiguous()  # (B G, M, D)
     top = q.new_full((*q.shape[:2], 1), BELOW_ALL)  # the largest score so far
@@ -249,6 +269,8 @@ def attend_tile(q, k_blocks, v_blocks, biases):
     y = torch.zeros_like(q)  # the sum of exp(score - top) v
     for number, bias in biases:
         scores = multiply(q, k_blocks[number].mT)  # (B G, M, KEYS)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh_()
         if bias is not None:
             scores = add_bias(scores, bias, B, G, n_shared)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -257,6 +279,12 @@ def attend_tile(q, k_blocks, v_blocks, biases):
         total = total * shrink + p.sum(-1, keepdim=True)
         y = y * shrink + multiply(p, v_blocks[number])
         top = new_top
+    if sinks is not None:
+        sink = sinks[None, :, :, None].expand(B, G, n_shared, t).reshape(top.shape)
+        new_top = torch.maximum(top, sink)
+        shrink = (top - new_top).exp_()
+        total = total * shrink + (sink - new_top).exp_()
+        y = y * shrink
     y = y / total.clamp(min=1e-30)  # of one who sees nothing: 0
     return y.view(B, G, n_shared, t, D)
 
@@ -347,15 +375,21 @@ def silu_forward(x):
     return (wide / (1 + (-wide).exp_())).to(x.dtype)
 
 
-def gelu(x):
-    """As GPT-2's: by tanh."""
-    return PlainGradient.apply(gelu_forward, partial(F.gelu, approximate="tanh"), x)
+def gelu(x, approximate="tanh"):
+    """As F.gelu: by tanh, or exact ("none")."""
+    forward = gelu_forward if approximate == "tanh" else exact_gelu
+    return PlainGradient.apply(forward, partial(F.gelu, approximate=approximate), x)
 
 
 def gelu_forward(x):
     wide = x.float()
     inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)  # sqrt(2 / pi)
     return (0.5 * wide * (1 + inner.tanh_())).to(x.dtype)
+
+
+def exact_gelu(x):
+    wide = x.float()
+    return (0.5 * wide * (1 + (wide * 0.7071067811865476).erf_())).to(x.dtype)  # 1 / sqrt(2)
 
 
 # --------------------------------------------------------------------------------------------------

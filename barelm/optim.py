@@ -5,12 +5,14 @@ A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimi
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from barelm.fast import head_rows
+from barelm.fast import KEPT, head_rows, keys_of_block
 from barelm.muon import Muon
+from barelm.patterns import Pattern, may_look
 from barelm.run import UserError
 
 # The optimizers by name, and how many numbers each keeps a parameter.
@@ -169,14 +171,55 @@ MLP_MATRICES |= {"relu": 2, "relu2": 2}
 
 
 def flops_per_token(c, seq_len, backward=True):
-    """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020),
-    attention as the whole seq_len x seq_len square, as is usual; backward costs twice forward."""
-    projections = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)  # q and o, k and v
-    attention = 2 * c.head_dim * c.n_head * seq_len  # q k^T, and its softmax times v
-    mlps = sum(mlp_weights(c, layer) for layer in range(c.n_layer))
-    head = c.n_embd * c.vocab_size
-    forward = 2 * (c.n_layer * (projections + attention) + mlps + head)
-    return 3 * forward if backward else forward
+    """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020);
+    backward costs twice forward. Of an encoder-decoder: per token of a target of seq_len, behind a
+    source of seq_len."""
+    source_len = seq_len if c.is_seq2seq else 0
+    return sequence_flops(c, seq_len, source_len, backward) / seq_len
+
+
+def sequence_flops(c, length, source_len=0, backward=True):
+    """FLOPs of a row of `length` tokens, of an encoder-decoder behind a source of source_len."""
+    forward = length * c.n_embd * c.vocab_size  # the head
+    if c.mlm_head:
+        forward += length * c.n_embd**2
+    heads = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)  # q and o, k and v
+    for i, pattern in enumerate(c.patterns):
+        forward += length * (heads + attention_products(c, pattern, length) + mlp_weights(c, i))
+    if c.is_seq2seq:
+        for pattern in c.encoder_patterns:
+            keys = attention_products(c, pattern, source_len)
+            forward += source_len * (heads + keys + MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden)
+        # Cross-attention: q and o of the target's tokens, k and v of the source's.
+        forward += length * c.n_layer * 2 * c.head_dim * c.n_head * (c.n_embd + source_len)
+        forward += source_len * c.n_layer * 2 * c.head_dim * c.n_kv_head * c.n_embd
+    flops = 2 * forward
+    return 3 * flops if backward else flops
+
+
+def attention_products(c, pattern, length):
+    """Numbers that a token is multiplied with in attention: in q k^T, and its softmax times v.
+    Biases of scores are looked up, not multiplied."""
+    return 2 * c.head_dim * c.n_head * mean_keys(pattern, length)
+
+
+@lru_cache(1024)  # a run asks at each step
+def mean_keys(pattern, length):
+    """Keys that a token of `length` is held against. Full attention counts as the whole square,
+    causal or not, as is usual; others by what they see of what full attention would."""
+    n = round(length)
+    if pattern.sees_all(n):
+        return length
+    keys = torch.arange(n)
+    every = max(1, n // 2048) | 1  # of long rows some queries, at all places of a block: it is odd
+    full = Pattern(causal=pattern.causal)
+    n_seen = 0
+    n_in_all = 0
+    for queries in torch.arange(0, n, every).split(256):
+        pairs = torch.ones(len(queries), n, dtype=torch.bool)
+        n_seen += (pairs & may_look(pattern, queries[:, None], keys)).sum().item()
+        n_in_all += (pairs & may_look(full, queries[:, None], keys)).sum().item()
+    return length * n_seen / n_in_all
 
 
 def mlp_weights(c, layer):
@@ -206,22 +249,62 @@ def mlp_numbers(c, layer):
 def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,
                     device_type="cpu"):  # fmt: skip
     """Bytes that training needs, estimated: (parameters with gradients and optimizer state, and the
-    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter."""
+    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter.
+    An encoder-decoder's rows have a source of seq_len too."""
     width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
-    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
-    mlps = [mlp_numbers(c, layer) for layer in range(c.n_layer)]
-    # Of a token in a block: x and its sums and norms in float32, then what the products read.
-    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads)
-    if device_type == "cpu" and width == 2 and seq_len <= 1024:  # BlockedAttention's probabilities
-        block += width * c.n_head * max(128, 5 * seq_len // 8)
+    blocks = []  # bytes of a token in each
+    for i, pattern in enumerate(c.patterns):
+        size = block_bytes(c, pattern, seq_len, width, device_type)
+        blocks.append(size + width * mlp_numbers(c, i))
+    if c.is_seq2seq:
+        # Cross-attention: as much as self-attention, whose MLP is counted already.
+        cross = 8 * c.n_embd + 2 * width * (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim
+        cross += score_bytes(c, seq_len, width)
+        blocks = [size + cross for size in blocks]
+        mlp = width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden
+        for pattern in c.encoder_patterns:
+            blocks.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
     if recompute:  # of each block its input alone, and all of the one that is computed again
-        blocks = c.n_layer * 4 * c.n_embd + block + width * max(mlps)
+        kept = len(blocks) * 4 * c.n_embd + max(blocks)
     else:
-        blocks = c.n_layer * block + width * sum(mlps)
+        kept = sum(blocks)
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
     weights = 4 * params * (2 + moments)  # with the gradients
-    return weights + head, rows * seq_len * (blocks + (4 + width) * c.n_embd)
+    embedded = (4 + width) * c.n_embd * (2 if c.is_seq2seq else 1)
+    return weights + head, rows * seq_len * (kept + embedded)
+
+
+def block_bytes(c, pattern, seq_len, width, device_type):
+    """Bytes that a token leaves in a block for backward, without the MLP's inside."""
+    heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
+    # x and its sums and norms in float32, then what the products read.
+    block = 4 * 4 * c.n_embd + width * (2 * c.n_embd + 2 * heads)
+    plain = score_bytes(c, seq_len, width)
+    if not plain and device_type == "cpu":
+        block += width * c.n_head * probabilities_kept(pattern, seq_len, width)
+    return block + plain
+
+
+def probabilities_kept(pattern, seq_len, width):
+    """How many probabilities of a head BlockedAttention keeps of a token, on average."""
+    reach = pattern.reach
+    if reach is not None and 2 * reach < seq_len:
+        keys = keys_of_block(seq_len, pattern.causal, reach)
+        return keys if seq_len * keys <= KEPT else 0
+    if width > 2 or seq_len > 1024:  # torch's kernel keeps none
+        return 0
+    return max(128, 5 * seq_len // 8 if pattern.causal else seq_len)
+
+
+def score_bytes(c, n_keys, width):
+    """The same of the scores of all keys, where no kernel spares them: none does that caps them,
+    has learned sinks, or learns what is added to them."""
+    if c.softcap or c.sinks:  # in float32: before and behind tanh, and softmax; in v's dtype
+        return c.n_head * n_keys * (4 * (3 if c.softcap else 2) + width)
+    if c.pos == "relative":
+        return c.n_head * n_keys * 2 * width
+    return 0
 
 
 def free_memory(device):

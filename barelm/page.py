@@ -36,11 +36,21 @@ def model_parts(net):
         # The codes of a quantized layer have another shape than the weights they stand for.
         shape = layer.shape if isinstance(layer, QuantizedLinear) else weight.shape
         tied = net.config.tie and name == "lm_head"  # counted with the embedding
-        n_params = 0
+        bias = getattr(layer, "bias", None)
+        n_params = 0 if bias is None else bias.numel()
         if not tied:
-            bias = getattr(layer, "bias", None)
-            n_params = math.prod(shape) + (0 if bias is None else bias.numel())
+            n_params += math.prod(shape)
         parts.append({"name": name, "shape": list(shape), "params": n_params, "tied": tied})
+    return parts + loose_parameters(net)
+
+
+def loose_parameters(net):
+    """The same of parameters that are no layer's weight or bias: sinks, stacks of experts."""
+    parts = []
+    for name, p in net.named_parameters():
+        if name.rpartition(".")[2] in ("weight", "bias"):
+            continue
+        parts.append({"name": name, "shape": list(p.shape), "params": p.numel(), "tied": False})
     return parts
 
 
@@ -66,13 +76,18 @@ def describe_model(net):
 def attention_maps(net, ids, layer):
     """By how much each token looks at each in one layer (n_head, T, T) float32, in a pass over ids,
     a list: row i is what token i looks at. The network computes them itself, so that the page shows
-    what a fork's attention does."""
-    attention = net.model.layers[layer].self_attn
+    what a fork's attention does. Of an encoder-decoder it is the encoder, which reads a text."""
+    part = net.model.encoder if net.config.is_seq2seq else net.model
+    attention = part.layers[layer].self_attn
+    ids = torch.tensor([ids], device=net.model.embed_tokens.weight.device)
     inputs = []
     # What the layer is given in a usual pass, rotations and mask too, is what it is asked about.
     hook = attention.register_forward_pre_hook(lambda module, args: inputs.extend(args[:3]))
     try:
-        net.hidden(torch.tensor([ids], device=net.model.embed_tokens.weight.device))
+        if net.config.is_seq2seq:
+            net.encode(ids)
+        else:
+            net.hidden(ids)
     finally:
         hook.remove()
     x, rope, mask = inputs
@@ -92,7 +107,8 @@ class AttentionRequest:
 
 def read_attention(served, config, body):
     """An AttentionRequest with its ids."""
-    limits = {"layer": (0, config.n_layer - 1), "head": (0, config.n_head - 1)}
+    n_layer = config.n_encoder_layer or config.n_layer
+    limits = {"layer": (0, n_layer - 1), "head": (0, config.n_head - 1)}
     request = read_fields(body, AttentionRequest, neutral={}, ignored={}, limits=limits)
     request.ids = read_ids(served, request.text, request.ids)
     most = min(MAP_TOKENS, served.max_len)
@@ -103,19 +119,25 @@ def read_attention(served, config, body):
 
 
 def attention_answer(tok, request, maps):
-    """Of each head a row for each token: what it looks at, up to itself."""
+    """Of each head a row for each token: what it looks at; where none sees what is behind it, up to
+    itself."""
+    is_causal = not maps.triu(1).any()
     heads = range(len(maps)) if request.head is None else [request.head]
     return {
         "tokens": request.ids,
         "token_strs": [token_name(tok, id) for id in request.ids],
         "layer": request.layer,
-        "heads": [lower_triangle(maps[head].tolist()) for head in heads],
+        "heads": [rounded_rows(maps[head].tolist(), is_causal) for head in heads],
     }
 
 
-def lower_triangle(rows):
-    """Row i up to its place i, rounded."""
-    return [[round(weight, 5) for weight in row[: i + 1]] for i, row in enumerate(rows)]
+def rounded_rows(rows, is_causal):
+    """The rows, of causal ones row i up to its place i."""
+    rounded = []
+    for i, row in enumerate(rows):
+        end = i + 1 if is_causal else len(row)
+        rounded.append([round(weight, 5) for weight in row[:end]])
+    return rounded
 
 
 def read_ids(served, text, ids, add_special_tokens=True):

@@ -24,6 +24,15 @@ class Pattern:
         reach = self.window if self.causal or self.kind != "sliding" else self.window // 2 + 1
         return n <= reach
 
+    @property
+    def reach(self):
+        """No token sees one that is further from it; None: any."""
+        if self.n_sinks or self.kind not in ("sliding", "local"):
+            return None
+        if self.kind == "sliding" and not self.causal:
+            return self.window // 2
+        return self.window - 1
+
 
 # --------------------------------------------------------------------------------------------------
 # The patterns: whether a token at position `query` sees one at `key`, bool, of int tensors that

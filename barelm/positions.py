@@ -123,19 +123,20 @@ def document_positions(positions, docs):
 # Biases of scores
 
 
-def alibi_slopes(n_head):
+def alibi_slopes(n_head, device=None):
     """(H,) float32, of Press et al. 2022 (3): 2^(-8 / H), its square, …; where H is no power of
     two, those of the power below, and then every second one of the power above."""
     below = 2 ** math.floor(math.log2(n_head))
-    slopes = [2 ** (-8 * (i + 1) / below) for i in range(below)]
-    between = [2 ** (-4 * (2 * i + 1) / below) for i in range(n_head - below)]
-    return torch.tensor(slopes + between)
+    numbers = torch.arange(n_head, device=device, dtype=torch.float64)
+    slopes = 2 ** (-8 * (numbers[:below] + 1) / below)
+    between = 2 ** (-4 * (2 * numbers[: n_head - below] + 1) / below)
+    return torch.cat((slopes, between)).float()
 
 
 def alibi(positions, key_positions, slopes):
     """Minus the distance, times each head's slope (H,): (B or 1, H, T, S) float32."""
     distance = (positions[:, :, None] - key_positions[:, None, :]).abs()  # (B or 1, T, S)
-    return -slopes.to(positions.device)[:, None, None] * distance[:, None].float()
+    return -slopes[:, None, None] * distance[:, None].float()
 
 
 def relative_bucket(distance, n_buckets, max_distance, causal):

@@ -341,7 +341,8 @@ class Horizon:
 class Schedule:
     """The learning rate over its peak: a warm-up to 1, then a fall to min_lr, or none."""
 
-    lr_schedule: str = "cosine"  # cosine, linear, trapezoid (constant, then linear) or constant
+    # cosine, linear, trapezoid (constant, then linear), constant or inverse_sqrt
+    lr_schedule: str = "cosine"
     warmup_steps: int = 0  # of linear warm-up
     min_lr: float = 0.0  # the last learning rate, as a fraction of the peak
     decay_fraction: float = 0.4  # trapezoid: the part of the run that decays
@@ -355,10 +356,13 @@ class Schedule:
         warm = 1.0
         if self.warmup_steps:
             warm = min(1.0, (step + 1) / self.warmup_steps)
-        return warm * (self.min_lr + (1 - self.min_lr) * self.fall(progress, warm_end))
+        return warm * (self.min_lr + (1 - self.min_lr) * self.fall(step, progress, warm_end))
 
-    def fall(self, progress, warm_end):
+    def fall(self, step, progress, warm_end):
         """From 1 at the end of the warm-up to 0 at the end of the run."""
+        if self.lr_schedule == "inverse_sqrt":  # Vaswani et al. 2017, equation 3: not to 0
+            warm = max(1, self.warmup_steps)
+            return math.sqrt(warm / max(warm, step + 1))
         left = max(1 - warm_end, 1e-9)  # the part of the run behind the warm-up
         after = max(0.0, progress - warm_end) / left
         if self.lr_schedule == "cosine":
@@ -371,7 +375,8 @@ class Schedule:
         if self.lr_schedule == "constant":
             return 1.0
         raise UserError(
-            f"lr_schedule={self.lr_schedule}: expected cosine, linear, trapezoid or constant"
+            f"lr_schedule={self.lr_schedule}: expected cosine, linear, trapezoid, constant or "
+            "inverse_sqrt"
         )
 
 

@@ -113,14 +113,32 @@ def read_scores(folder):
     return scores
 
 
-def model_mark(model, dtype, quantize, fast=True, deterministic=False):
+def read_lengths(folder):
+    """[(length, loss, standard error or None)] of a run's results.json, by the length of a window
+    (eval.py --lengths), or []."""
+    _, results = read_results(folder)
+    points = []
+    by = results.get("loss", {}).get("by")
+    for name, figures in (by if isinstance(by, dict) else {}).items():
+        length = name.removeprefix("length ")
+        if name == length or not length.isdecimal() or not isinstance(figures, dict):
+            continue
+        if is_finite(figures.get("loss")):
+            error = figures.get("loss_stderr")
+            points.append((int(length), figures["loss"], error if is_finite(error) else None))
+    return sorted(points)
+
+
+def model_mark(model, dtype, quantize, fast=True, deterministic=False, rope_scaling=None):
     """What tells this model's results from another's, 16 hex digits: its files, and what it
-    computes in."""
+    computes in and by."""
     parts = [str(dtype), quantize, model]
     if not fast:  # whose sums differ in their last bits
         parts.append("plain")
     if deterministic:
         parts.append("deterministic")
+    if rope_scaling:
+        parts.append(rope_scaling)
     # Sizes and times stand for what is in the files: to read those would take long.
     for path in sorted(find(model).glob("*")):
         if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"):

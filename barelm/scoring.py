@@ -63,6 +63,21 @@ def score_by_position(net, requests, width):
     return sums
 
 
+def target_scores(net, requests):
+    """For each request the sum of log p of its one continuation, in nats, under an encoder-decoder
+    that reads the context as its source: a list of floats."""
+    device = net.model.embed_tokens.weight.device
+    sources, lengths = padded([request.context for request in requests], device)
+    targets = [request.continuations[0] for request in requests]
+    inputs = [[net.start_id, *target[:-1]] for target in targets]
+    ids, _ = padded(inputs, device)
+    hidden = net.hidden(ids, encoder_ids=sources, encoder_lengths=lengths)  # (B, T, C)
+    states = [h[: len(target)] for h, target in zip(hidden, targets)]
+    tokens = torch.cat([torch.tensor(target, device=device) for target in targets])
+    logp = token_logprobs(net, torch.cat(states), tokens).cpu()
+    return [part.sum().item() for part in logp.split([*map(len, targets)])]
+
+
 def padded(rows, device):
     """(B, T) int64 of lists of ids, padded on the right; their lengths (B,)."""
     ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
@@ -159,7 +174,8 @@ def read_trunks(net, trunks, n_common, branches):
     longest_branch = max(map(len, branches.values()), default=0)
     dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
     rows = 1 if n_common else B
-    cache = KVCache(net.config, rows, n_common + T + longest_branch, table.device, dtype)
+    size = n_common + T + longest_branch
+    cache = KVCache(net.config, rows, size, table.device, dtype, whole=net.deterministic)
     if n_common:
         net.hidden(torch.tensor([trunks[0][:n_common]], device=table.device), cache=cache)
         cache.reorder(torch.zeros(B, dtype=torch.int64, device=table.device))  # its row, B times

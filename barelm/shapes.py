@@ -49,7 +49,8 @@ def check_fields(c):
     check(c, "n_embd", c.head_dim or c.n_embd % c.n_head == 0, "n_head to divide it")
     if isinstance(c.layers, list):
         known = [LAYER_TYPES.get(word, "?") if isinstance(word, str) else "?" for word in c.layers]
-        check(c, "layers", "?" not in known, f"words of {', '.join(LAYER_TYPES)}")
+        good = "?" not in known and len(known) == c.n_layer
+        check(c, "layers", good, f"a word a layer, of {', '.join(LAYER_TYPES)}")
         c.layers = "".join(known)
     check_letters(c, "layers", "SL")
     check_letters(c, "expert_layers", "DE")
@@ -57,7 +58,7 @@ def check_fields(c):
 
 def check_letters(c, name, letters):
     value = getattr(c, name)
-    good = isinstance(value, str) and set(value) <= set(letters) and len(value) <= c.n_layer
+    good = isinstance(value, str) and set(value) <= set(letters)
     check(c, name, good, f"a letter a layer, {' or '.join(letters)}, which repeat")
 
 

@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
 from barelm.files import read_json
-from barelm.run import UserError
+from barelm.objectives import Objective, causal_batch
+from barelm.run import UserError, to_device
 
 HEADER_SIZE = 1024  # bytes
 TOKEN_DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # magic, version
@@ -93,45 +93,50 @@ class Windows:
             self.epoch = epoch
         return int(self.order[i])
 
-    def batch(self, indices, device):
-        """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""
-        windows = np.stack([self.window(i) for i in indices])  # (B, seq_len + 1)
+    def rows(self, indices):
+        """The windows of these indices, as `window` has them: (len(indices), seq_len + 1) int64."""
+        windows = np.stack([self.window(i) for i in indices])
         if self.n_vocab and windows.max() >= self.n_vocab:  # on the host: no device has to wait
             for i, window in zip(indices, windows):
                 check_tokens(window, self.n_vocab, self.paths[self.shard_of(i)])
-        windows = torch.from_numpy(windows)
-        if device.type == "cuda":
-            windows = windows.pin_memory()  # from where it is copied while the host goes on
-        windows = windows.to(device, non_blocking=True)
-        ids = windows[:, :-1].clamp(
-            min=0
-        )  # where there is no token, any will do: no target is there
-        targets = windows[:, 1:].contiguous()
-        return ids, targets
+        return windows
+
+    def batch(self, indices, device):
+        """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""
+        batch = batch_to_device(causal_batch(self.rows(indices)), device)
+        return batch["ids"], batch["targets"]
+
+
+def batch_to_device(batch, device):
+    """{name: tensor of the host} on the device, copied while the host goes on."""
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
 
 
 class MicroBatches:
     """The micro-batches of one process: of `rows` windows each, every world-th of the global
     sequence, from the rank-th on. They depend on their position there, and on nothing else.
+    objective: what the network is asked of them, such as an Objective; none is the next token.
 
     A GPU computes while the host goes on: the next micro-batch is best made then, and copied, so
     that it is there when it is wanted."""
 
-    def __init__(self, windows, device, rows, rank=0, world=1):
+    def __init__(self, windows, device, rows, rank=0, world=1, objective=None):
         self.windows = windows
         self.device = device
         self.rows = rows
         self.rank = rank
         self.world = world
+        self.objective = objective or Objective()
         self.size = rows * world  # windows from one micro-batch to the next
         self.next_position = 0  # behind the one that was taken last
         self.ahead = {}  # {position: micro-batch}: the next one, where it is made
 
     def make(self, position):
-        """ids and targets (rows, seq_len) of the micro-batch that begins at this window."""
+        """The network's arguments of the micro-batch that begins at this window: {name: tensor}."""
         first = position + self.rank
         positions = range(first, first + self.size, self.world)
-        return self.windows.batch([self.windows.at(i) for i in positions], self.device)
+        windows = self.windows.rows([self.windows.at(i) for i in positions])
+        return batch_to_device(self.objective.batch(windows, positions), self.device)
 
     def take(self, position):
         """The micro-batch at a position, made now if it was not made ahead."""

@@ -35,7 +35,10 @@ from barelm.files import (
     parse_json,
     read_input,
 )
+from barelm.number_words import SOURCE as NUMBERS
+from barelm.number_words import number_file
 from barelm.run import UserError
+from barelm.synthetic import copy_file, copy_length
 from barelm.working import wait
 
 RAW = "https://raw.githubusercontent.com/"
@@ -99,6 +102,17 @@ def files_of(spec, separator, max_files, run):
     every rank downloads its part, and waits for the others."""
     if spec == "python":
         return library_files(), sysconfig.get_path("stdlib"), None
+    if spec == NUMBERS:
+        if run.is_main:
+            number_file()
+        wait(run)  # it is there for all
+        return [number_file()], None, None
+    length = copy_length(spec)
+    if length:
+        if run.is_main:
+            copy_file(length)
+        wait(run)  # it is there for all
+        return [copy_file(length)], None, "\n"
     # A name, an address, a data set of the Hub, a file of addresses.
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
         urls = addresses(spec)[:max_files]
@@ -117,7 +131,7 @@ def files_of(spec, separator, max_files, run):
         names = matching(spec)
     paths = [Path(name) for name in sorted(names) if os.path.isfile(name)]
     if not paths:
-        named = ", ".join(["python", *DOWNLOADS, "fineweb10B"])
+        named = ", ".join(["python", NUMBERS, "copy:48", *DOWNLOADS, "fineweb10B"])
         raise UserError(f"--source={spec}: no such file or folder, nor one of {named}")
     paths.sort(key=is_behind_link)  # a file's own name before those of links
     return each_once(paths), None, separator

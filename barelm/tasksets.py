@@ -28,7 +28,8 @@ ANSWER = ("output", "response", "completion", "answer", "chosen")
 TEXT = ("text", "sentence", "content", "review")
 LABEL = ("label", "category", "class")
 PAIRS = [("source", "target"), ("document", "summary"), ("article", "highlights")]
-PAIRS += [("text", "summary"), ("instruction", "output"), ("input", "output")]
+PAIRS += [("text", "summary"), ("dialogue", "summary"), ("article", "summary")]
+PAIRS += [("instruction", "output"), ("input", "output")]
 PAIRS += [("question", "answer"), ("prompt", "completion")]
 EMBED_PAIRS = [("anchor", "positive"), ("query", "positive"), ("a", "b")]
 EMBED_PAIRS += [("sentence1", "sentence2"), ("question", "answer"), ("query", "answer")]
@@ -155,8 +156,15 @@ def as_classify(record):
 
 
 def as_seq2seq(record):
-    """A source text with its target."""
-    for source_name, target_name in PAIRS:
+    """A source text with its target: two fields of PAIRS, or the first two languages of a record
+    {"translation": {"en": text, "fr": text}}, as the Hub's translations have it."""
+    pairs = PAIRS
+    translation = record.get("translation")
+    if isinstance(translation, dict):
+        record = translation
+        pairs = [tuple(translation)[:2]]
+        reject_if(len(translation) < 2, "a translation of fewer than two languages")
+    for source_name, target_name in pairs:
         source = first_text(record, [source_name])
         target = first_text(record, [target_name])
         if source and target:
@@ -218,6 +226,17 @@ def as_span(record):
     starts = [start for _, start in answers]
     answers = {"text": texts, "answer_start": starts}
     return {"question": question, "context": context, "answers": answers}
+
+
+def translation_of(record, languages):
+    """A record with the texts of these two languages, its own fields or those of its
+    `translation`, as source and target."""
+    texts = record.get("translation", record)
+    reject_if(not isinstance(texts, dict), "a translation that is no dict of languages")
+    for language in languages:
+        reject_if(not first_text(texts, [language]), f"no text in {language}")
+    source, target = languages
+    return {"source": texts[source], "target": texts[target]}
 
 
 TASKS = {
@@ -301,6 +320,8 @@ class Reading:
     limit: int | None  # records of a unit
     is_python: bool  # are they files of Python's own source
     seed: int  # of the examples drawn out of that
+    languages: list | None = None  # seq2seq: the fields of source and target
+    by_text: bool = False  # a row goes into the split of its record's text
 
 
 def build_tasks(folder, pool_map, units, names, reading, val_fraction):
@@ -338,10 +359,14 @@ def convert_unit(names, reading, unit):
                 continue  # a module that is in no package
             reason = None
             try:
+                if name == "seq2seq" and reading.languages:
+                    record = translation_of(record, reading.languages)
                 row = json.dumps(TASKS[name](record), ensure_ascii=False)
                 split_by = digest(row.encode(errors="replace"))
                 if reading.is_python:
                     split_by = record["split_by"]
+                elif reading.by_text:
+                    split_by = digest(record[reading.text_field].encode())
                 rows[row] = split_by
             except Reject as rejected:
                 reason = str(rejected)

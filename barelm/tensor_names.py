@@ -243,6 +243,7 @@ MODERNBERT_TENSORS = TensorNames(
         ("up_proj", "Wi"),
         ("down_proj", "Wo"),
     ),
+    prefix="model.",
     unread=(".inv_freq",),
 )
 BLOOM_RENAMES = (

@@ -157,12 +157,13 @@ class Tokenizer:
 
     @property
     def eot_id(self):
-        """The token that starts a document: bos, or where there is none the end token, or None."""
+        """The token that starts a document: bos, or where there is none the end token, or that of
+        the post-processor (BERT's [CLS]), or None."""
         if self.bos_id is not None:
             return self.bos_id
         if self.eos_ids:
             return self.eos_ids[0]
-        return None
+        return self.start[0] if self.start else None
 
     @property
     def end_id(self):
@@ -174,10 +175,41 @@ class Tokenizer:
         return self.eos_ids[0]
 
     @property
+    def mask_id(self):
+        """The token that hides another, or None."""
+        return self.roles.get("mask")
+
+    @property
+    def sentinel_ids(self):
+        """The tokens that stand for the spans cut out of a text, in their order: <extra_id_0>, …,
+        as T5's, whose ids fall. [] where there are none."""
+        ids = []
+        while f"<extra_id_{len(ids)}>" in self.special:
+            ids.append(self.special[f"<extra_id_{len(ids)}>"])
+        return ids
+
+    def with_added(self, names, config=None, **flags):
+        """A tokenizer like this one with more special tokens, behind its last; of these names those
+        that it has already stay what they are. config: what tokenizer_config.json says anew."""
+        spec = json.loads(json.dumps(self.spec))  # a copy, all the way down
+        usual = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        new_names = [name for name in names if name not in self.special]
+        entries = []
+        for i, name in enumerate(new_names):
+            entries.append({"id": self.n_vocab + i, "content": name} | usual | flags)
+        spec["added_tokens"] = spec.get("added_tokens", []) + entries
+        tok = Tokenizer(spec, self.config | (config or {}))
+        tok.eos_ids = self.eos_ids
+        tok.bos_id = self.bos_id
+        return tok
+
+    @property
     def document_layout(self):
         """(ids before a document, ids behind it) in the shards that are written today. What begins
         a text is the post-processor's word. Where one token is bos and the end, or there is but
         one, it stands before each document, and so behind the one before."""
+        if self.end_id is None and self.end:  # BERT's: [CLS] … [SEP]
+            return self.start, self.end
         if self.end_id in (None, self.bos_id):  # GPT-2's way
             return self.start or [self.eot_id], []
         return self.start, [self.end_id]  # Llama's: <s> … </s>
@@ -219,6 +251,14 @@ class Tokenizer:
             return self.start + self.encode(text)
         begin, end = self.document_layout
         return [*end, *begin][-1:]
+
+    def source(self, text):
+        """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
+        behind it, or else the end token behind it, as T5 has it."""
+        end = self.end
+        if not end and self.end_id is not None:
+            end = [self.end_id]
+        return self.start + self.encode(text) + end
 
     def whole_text(self, text, limit=None):
         """(ids of a text that is read by itself, with what begins and ends one; whether it was cut

@@ -174,15 +174,17 @@ def facts_of(run, dataset, data, base, dtype):
     }
 
 
-def make_optimizers(net, name, learning_rate, weight_decay, layer_decay):
+def make_optimizers(net, name, learning_rate, weight_decay, layer_decay, beta2=0.99):
     """`make_optimizer`'s; with a layer_decay other than 1 each block learns at the rate of the one
     behind it times that, the embedding slowest of all (Howard and Ruder 2018, section 3.2)."""
-    # beta2 of 0.99: a fine-tuning is short, and an average over 1,000 steps would never warm up.
-    optimizers = make_optimizer(net, name, learning_rate, weight_decay, (0.9, 0.99))
+    optimizers = make_optimizer(net, name, learning_rate, weight_decay, (0.9, beta2))
     if layer_decay == 1:
         return optimizers
-    n_layer = net.config.n_layer
-    depths = {p: depth_of(name, n_layer) for name, p in net.named_parameters()}
+    n_encoder_layer = net.config.n_encoder_layer
+    n_layer = n_encoder_layer + net.config.n_layer
+    depths = {}
+    for name, p in net.named_parameters():
+        depths[p] = depth_of(name, n_layer, n_encoder_layer)
     for optimizer in optimizers:
         groups = []
         for group in optimizer.param_groups:  # with weight decay, and without
@@ -194,11 +196,13 @@ def make_optimizers(net, name, learning_rate, weight_decay, layer_decay):
     return optimizers
 
 
-def depth_of(name, n_layer):
-    """The place of a parameter on the way up: 0 the embedding, then the blocks, then the rest."""
+def depth_of(name, n_layer, n_encoder_layer=0):
+    """The place of a parameter on the way up: 0 the embedding, then the blocks, those of an encoder
+    before the decoder's, then the rest."""
     _, in_layers, place = name.partition(".layers.")
     if in_layers:
-        return int(place.split(".")[0]) + 1
+        before = 0 if ".encoder." in name else n_encoder_layer
+        return before + int(place.split(".")[0]) + 1
     return 0 if "embed" in name else n_layer + 1
 
 

@@ -13,7 +13,8 @@ import torch
 from conftest import run
 from test_bench import TINY
 
-from barelm import check, check_attention, check_network, check_runs, check_tokens
+from barelm import check, check_attention, check_network, check_runs, check_tokens, fast
+from barelm.check_kinds import check_kinds
 from barelm.check_rows import SHAPE, Finding, Place, Skip, Worst, error, small_network
 from barelm.fast import QuantizedLinear, cross_entropy_sum
 from model import GPT, GPTConfig, KVCache, Operations
@@ -371,3 +372,15 @@ def test_wrong_checks_are_refused_and_a_failure_is_the_exit_code(tmp_path, monke
     stop = KeyboardInterrupt
     rows, status = check.check_machine(["head"], CPU)
     assert status == 130 and len(rows) == 1 and "1 FAIL" in capsys.readouterr().out
+
+
+def test_a_window_that_loses_keys_is_found(monkeypatch):
+    kind = {"window": dict(window=24)}
+    assert [finding.verdict for finding in check_kinds(CPU, kind)] == ["PASS", "PASS"]
+    blocks = fast.query_blocks
+
+    def too_narrow(T, S, causal, reach):
+        return [(i, j, min(low + 9, i), high) for i, j, low, high in blocks(T, S, causal, reach)]
+
+    monkeypatch.setattr(fast, "query_blocks", too_narrow)
+    assert [finding.verdict for finding in check_kinds(CPU, kind)][0] == "FAIL"

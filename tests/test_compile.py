@@ -37,7 +37,18 @@ OPTIONS = [
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"tie": False, "init": "xavier"},
     {"dropout": 0.1, "init": "he"},
+    {"window": 48, "layers": "SL", "sink_tokens": 2, "local_rope_theta": 100.0},
+    {"window": 32, "attention": "strided", "norm": "layer", "norm_bias": True},
+    {"pos": "relative", "n_buckets": 8, "max_distance": 32, "scale_scores": False},
+    {"pos": "alibi", "mlp": "geglu", "embed_norm": True, "first_norm": False},
+    {"softcap": 5.0, "sinks": True, "rope_fraction": 0.5, "qk_norm_all": True},
+    {"logit_softcap": 5.0, "logit_scale": 0.5, "embed_scale": True},
 ]
+# Those with a test of their own, or that only say what the others do:
+ELSEWHERE = {"causal", "n_encoder_layer", "mlm_head", "n_types", "position_offset"}
+ELSEWHERE |= {"n_experts", "n_experts_per_token", "n_shared_experts", "expert_hidden"}
+ELSEWHERE |= {"expert_layers", "norm_topk", "balance", "balance_weight", "z_weight"}
+ELSEWHERE |= {"mtp", "mtp_weight"}
 
 
 def name_of(value):
@@ -81,7 +92,7 @@ def test_gradients_of_the_whole_network_compiled(options):
 def test_every_option_of_the_config_is_compiled():
     fields = set(model.GPTConfig.__dataclass_fields__)
     varied = set().union(*OPTIONS)
-    assert fields - varied <= {"vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"}
+    assert fields - varied - ELSEWHERE <= {"vocab_size", "n_ctx", "n_layer", "n_head", "n_embd"}
 
 
 def test_documents_recomputed_blocks_and_bfloat16_compiled():
@@ -106,6 +117,10 @@ def make_windows(folder, n_tokens, seq_len, **options):
     tokens = np.random.default_rng(0).integers(0, 128, n_tokens).astype("<u2")
     (folder / "a.bin").write_bytes(header.tobytes() + tokens.tobytes())
     return Windows([folder / "a.bin"], seq_len, n_vocab=128, **options)
+
+
+def named(ids, targets):
+    return {"ids": ids, "targets": targets}
 
 
 def make_data(windows, monkeypatch, documents):
@@ -146,9 +161,9 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
     block = torch.compile(model.call_block, backend="aot_eager")
     piece = torch.compile(head_piece, backend="aot_eager")
     compare.Ways(block, block, piece, sparse=documents).give(net)
-    first = data.train.batch(range(3), CPU)
-    compare.loss_and_gradients(net, *first, cast, data.documents)
-    compare.validation_loss(net, *first, cast, data.documents)
+    first = named(*data.train.batch(range(3), CPU))
+    compare.loss_and_gradients(net, first, cast, data.documents)
+    compare.validation_loss(net, first, cast, data.documents)
     # Blocks and head, for training and for validation: one of each for all layers.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -206,9 +221,9 @@ def test_micro_batches_are_those_of_their_positions(tmp_path):
             # The first is made ahead in vain: a run may begin anywhere.
             for position in (0, 12, 12 + ahead.size, 12 + 2 * ahead.size):
                 wanted = [order[position + rank + j * world] for j in range(2)]
-                expected = windows.batch(wanted, CPU)
+                expected = named(*windows.batch(wanted, CPU))
                 for got in (ahead.take(position), late.take(position)):
-                    assert all(map(torch.equal, got, expected))
+                    assert all(torch.equal(got[name], expected[name]) for name in expected)
                 ahead.make_ahead()
 
 
@@ -235,10 +250,10 @@ class Scaled(torch.autograd.Function):
 )  # fmt: skip
 def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_factor, differs):
     net = model.GPT(model.GPTConfig(**SHAPE)).train()
-    batch = torch.randint(128, (2, 3, 160))
+    batch = named(*torch.randint(128, (2, 3, 160)))
     cast = autocast(torch.device("cpu"), torch.float32)
 
-    eager = compare.loss_and_gradients(net, *batch, cast, pieces=2)
+    eager = compare.loss_and_gradients(net, batch, cast, pieces=2)
     right = net.forward
 
     def wrong(ids, targets, docs):
@@ -246,7 +261,7 @@ def test_a_network_that_computes_otherwise_is_noticed(loss_factor, gradient_fact
         return loss_factor * Scaled.apply(loss, gradient_factor), count
 
     net.forward = wrong
-    other = compare.loss_and_gradients(net, *batch, cast)
+    other = compare.loss_and_gradients(net, batch, cast)
     assert compare.differs(other, eager, tolerance=0.1) == differs
     assert all(p.grad is None for p in net.parameters())
 
@@ -258,8 +273,9 @@ def test_a_wrong_validation_is_noticed_and_one_without_dropout_is_none():
         net.model.embed_tokens.weight.mul_(30)  # what dropout takes away is missed
     ids = torch.randint(128, (2, 160))
     cast = autocast(CPU, torch.float32)
-    eager = compare.loss_and_gradients(net, ids, ids, cast)
-    loss = compare.validation_loss(net, ids, ids, cast)
+    batch = named(ids, ids)
+    eager = compare.loss_and_gradients(net, batch, cast)
+    loss = compare.validation_loss(net, batch, cast)
     assert eager[0] > 1.2 * loss
     faults = []
     for block in (
@@ -269,16 +285,16 @@ def test_a_wrong_validation_is_noticed_and_one_without_dropout_is_none():
     ):
         net.eval_block = block
         # With dropout one draw's gradients are not the other's.
-        result = compare.compare_with(eager, loss, net, (ids, ids), cast, None, math.inf)
+        result = compare.compare_with(eager, loss, net, batch, cast, None, math.inf)
         faults.append(result[1])
     assert faults[0] == "" and all("wrongly here (validation loss" in f for f in faults[1:])
 
 
 def test_one_layer_without_gradients_is_noticed():
     net = model.GPT(model.GPTConfig(**(SHAPE | {"n_layer": 3}))).train()
-    batch = torch.randint(128, (2, 3, 160))
+    batch = named(*torch.randint(128, (2, 3, 160)))
     cast = autocast(torch.device("cpu"), torch.float32)
-    eager = compare.loss_and_gradients(net, *batch, cast)
+    eager = compare.loss_and_gradients(net, batch, cast)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
         index = [n for n, _ in net.named_parameters()].index(name)
         norms = eager[1].clone()
@@ -292,7 +308,7 @@ def test_a_machine_without_a_compiler_computes_eagerly_and_says_why(monkeypatch)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: missing)
     net = model.GPT(model.GPTConfig(**SHAPE)).train()
-    batch = torch.randint(128, (2, 3, 160))
+    batch = named(*torch.randint(128, (2, 3, 160)))
     is_compiled, words = compare.try_compile(net, Run(CPU), batch, autocast(CPU, torch.float32))
     assert not is_compiled and words == "off; without compiled blocks, since it failed: no compiler"
     assert compare.Ways.of(net) == compare.Ways() and net.training
@@ -326,10 +342,11 @@ def test_a_formula_that_fast_does_not_know_trains_by_the_formula(monkeypatch):
     ids = torch.randint(0, SHAPE["vocab_size"], (2, 2, 16))
     cast = autocast(torch.device("cpu"), torch.float32)
     run = Run(torch.device("cpu"))
-    assert compare.check_fast(net, run, ids, cast) == "" and net.fast and net.training
+    batch = named(*ids)
+    assert compare.check_fast(net, run, batch, cast) == "" and net.fast and net.training
     plain_logits = model.GPT.logits
     monkeypatch.setattr(model.GPT, "logits", lambda self, h: 0.5 * plain_logits(self, h))
-    fault = compare.check_fast(net, run, ids, cast)
+    fault = compare.check_fast(net, run, batch, cast)
     assert "does not compute what model.py does" in fault and not net.fast and net.training
     loss, _ = net(*ids)
     capped = torch.nn.functional.cross_entropy(

@@ -3,7 +3,9 @@ and texts of other forms, full disks; each is a right result or one line."""
 
 import json
 import random
+import re
 import resource
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -274,3 +276,29 @@ def test_a_context_beyond_all_numbers_is_a_line(monkeypatch):
     monkeypatch.setattr(evaluation, "context", 10**25)
     with pytest.raises(UserError, match="context=1.*: expected less than"):
         evaluation.check_settings()
+
+
+def test_the_loss_by_the_length_of_a_window(tiny, tmp_path):
+    """As many tokens at each length; lengths within the context have train.py's loss; a picture."""
+    flags = ["--model=out/tiny", "--dataset=tiny", "--eval_tokens=2048"]
+    out = run(tiny, "eval.py", *flags, f"--out_dir={tmp_path}/own", "--lengths=32,64,128").stdout
+    whole = float(re.search(r"loss.loss: ([0-9.]+)", out)[1])
+    by_length = re.findall(r"loss length (\d+): loss ([0-9.]+)", out)
+    assert [length for length, _ in by_length] == ["32", "64", "128"]
+    assert float(by_length[1][1]) == pytest.approx(whole, abs=1e-4)  # its context is 64
+    scaling = '--rope_scaling={"rope_type": "linear", "factor": 2.0}'
+    run(tiny, "eval.py", *flags, f"--out_dir={tmp_path}/scaled", "--lengths=64", scaling)
+    for name in ("own", "scaled"):
+        shutil.copy(tiny / "out/tiny/log.jsonl", tmp_path / name)
+    runs = f"--compare={tmp_path}/own,{tmp_path}/scaled"
+    out = run(tmp_path, "report.py", runs).stdout
+    [head, _, own, scaled] = [line for line in out.splitlines() if line.startswith("|")][4:8]
+    assert "loss at 32" in head and "loss at 128" in head
+    assert own.count("|") == scaled.count("|") and by_length[2][1][:4] in own
+    assert "loss by the length of a window" in (tmp_path / "report.svg").read_text()
+    for bad, words in {
+        "--lengths=64,x": "numbers of tokens",
+        "--rope_scaling={'rope_type': 'own'}": "rope_scaling",
+    }.items():
+        done = run(tiny, "eval.py", *flags, bad, check=False)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

@@ -18,9 +18,9 @@ from barelm.adapters import add_adapters
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.fast import (
-    BlockedAttention,
     LinearCrossEntropy,
     block_mask,
+    blocked_attention,
     can_block,
     can_piece,
     compiled_head_rows,
@@ -29,6 +29,7 @@ from barelm.fast import (
     head_piece,
     head_rows,
     joined_product,
+    query_blocks,
 )
 from barelm.patterns import Pattern, may_look
 from barelm.quantized import quantize_weights
@@ -265,7 +266,7 @@ def test_blocked_attention_equals_softmax(length, documents):
         unseen = unseen | (ids[:, None, :, None] != ids[:, None, None, :])
     scores = q @ k.repeat_interleave(3, 1).mT / math.sqrt(8)
     y = scores.masked_fill(unseen, -math.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    ours = BlockedAttention.apply(q, k, v, unseen)
+    ours = blocked_attention(q, k, v, ~unseen)
     torch.testing.assert_close(ours, y)
     grads = [torch.autograd.grad(out, (q, k, v), dy) for out in (ours, y)]
     for mine, theirs in zip(*grads):
@@ -277,7 +278,7 @@ def test_blocked_attention_gives_its_gradients_twice():
     q, k, v = (torch.randn(2, n, 300, 16, dtype=torch.float64) for n in (4, 2, 2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     later = torch.ones(1, 1, 300, 300, dtype=torch.bool).triu(1)
-    ours = BlockedAttention.apply(q, k, v, later)
+    ours = blocked_attention(q, k, v, ~later)
     plain = F.scaled_dot_product_attention(q, k, v, ~later, enable_gqa=True)
     torch.testing.assert_close(ours, plain)
     for _ in range(2):
@@ -305,7 +306,7 @@ def test_sparse_attention_equals_the_dense_mask(T, heads, dtype, monkeypatch):
     # No block that has something to see is left out, and none is whole that has not all.
     padding = (0, -T % 128, 0, -T % 128)
     seen = F.pad(dense, padding).unflatten(3, (-1, 128)).unflatten(2, (-1, 128))
-    assert torch.equal(blocks.to_dense().bool(), seen.any(5).any(3))
+    assert torch.equal(blocks.blocks.to_dense().bool(), seen.any(5).any(3))
     ours = ops.attend(q, k, v, blocks)
     plain = Operations(fast=False).attend(q, k, v, dense)
     assert ours.dtype == dtype
@@ -315,6 +316,84 @@ def test_sparse_attention_equals_the_dense_mask(T, heads, dtype, monkeypatch):
     want = torch.autograd.grad(plain.float().square().sum(), (q, k, v))
     for a, b in zip(got, want):
         assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
+
+
+KINDS_OF_WINDOW = (("full",), ("sliding", 20), ("local", 32), ("strided", 9), ("fixed", 16))
+UNUSUAL = {
+    "window": dict(window=40, layers="SL", softcap=3.0),
+    "local": dict(window=32, attention="local", sinks=True),
+    "strided": dict(window=24, attention="strided", sink_tokens=2),
+    "fixed": dict(window=32, attention="fixed", pos="none"),
+    "alibi": dict(pos="alibi"),
+    "relative": dict(pos="relative", softcap=2.0, scale_scores=False),
+    "encoder": dict(causal=False, window=30, pos="relative"),
+}
+REACHING = [Pattern(causal, *kind) for causal in (True, False) for kind in KINDS_OF_WINDOW]
+
+
+@pytest.mark.parametrize("pattern", REACHING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocked_attention_of_windows_and_encoders_equals_the_formula(pattern, dtype):
+    T = 300
+    q, k, v = (x.requires_grad_() for x in some_qkv(T, T, dtype))
+    places = torch.arange(T)[None]
+    # Patterns that restart within a row, as in documents, are within reach too.
+    docs = (torch.arange(T) >= 131).long().expand(2, T)
+    for mask in (
+        attention_mask(pattern, places, places),
+        attention_mask(pattern, places, places, docs),
+    ):
+        options = dict(causal=pattern.causal, scale=0.3)
+        if mask is not None and not pattern.causal:
+            mask = mask.expand(-1, -1, T, T)
+        exact = attention_probabilities(q, k, mask, **options)
+        exact = exact @ v.float().repeat_interleave(2, 1)
+        ours = blocked_attention(q, k, v, mask, reach=pattern.reach, **options)
+        close = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.02, atol=0.03)
+        torch.testing.assert_close(ours.float(), exact, **close)
+        got = torch.autograd.grad(ours.float().square().sum(), (q, k, v))
+        want = torch.autograd.grad(exact.square().sum(), (q, k, v))
+        for a, b in zip(got, want):
+            assert (a - b).float().norm() <= (1e-5 if dtype == torch.float32 else 0.03) * b.norm()
+
+
+def test_blocks_of_queries_leave_out_what_no_query_sees():
+    for causal in (True, False):
+        for pattern in (Pattern(causal, "sliding", 40), Pattern(causal, "local", 64)):
+            places = torch.arange(1000)
+            seen = may_look(pattern, places[:, None], places)
+            total = 0
+            for i, j, low, high in query_blocks(1000, 1000, causal, pattern.reach):
+                assert not seen[i:j, :low].any() and not seen[i:j, high:].any()
+                total += (j - i) * (high - low)
+            assert total < 300 * 1000
+    assert query_blocks(256, 256, True, None) == [(0, 128, 0, 128), (128, 256, 0, 256)]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_sparse_attention_of_a_network_equals_the_formulas(name, monkeypatch):
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
+    torch._dynamo.reset()  # a number that was another before would be a symbol
+    net = make_net(n_ctx=300, **(QWEN3 | UNUSUAL[name])).train()
+    if net.config.sinks:
+        for block in net.model.layers:
+            torch.nn.init.normal_(block.self_attn.sinks)
+    ids = random_ids(2, 300)
+    docs = (torch.arange(300) >= 170).long().expand(2, 300)
+    for documents in (None, docs):
+        results = []
+        for sparse in (False, True):
+            net.ops.sparse = sparse
+            net.zero_grad()
+            loss, _ = net(ids, ids, docs=documents)
+            loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in net.parameters()])
+            results.append((loss.item(), gradients))
+        assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+        difference = (results[0][1] - results[1][1]).norm()
+        assert difference < 1e-4 * results[0][1].norm()
+    assert len(net.ops.block_masks) == len(set(net.config.patterns))  # made once
 
 
 def test_blocks_are_made_without_waiting_for_the_device():

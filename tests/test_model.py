@@ -84,8 +84,7 @@ def test_fixture_made_by_transformers(name, tok, tmp_path):
     write_json(folder / "tokenizer_config.json", tok.config)
     facts = json.loads((folder / "expected.json").read_text())
     net, loaded = load(folder)
-    # Mistral within its window, and SmolLM2, are Llama.
-    assert family(net.config) == {"smollm2": "llama", "mistral": "llama"}.get(name, name)
+    assert family(net.config) == {"smollm2": "llama"}.get(name, name)
     assert loaded.eos_ids == [0]  # generation_config.json's word
     with torch.no_grad():
         logits = net(torch.tensor(facts["ids"]))[0]
@@ -163,13 +162,13 @@ def test_no_field_is_lost_on_saving(key, name, tok, tmp_path):
         torch.testing.assert_close(theirs.eval()(ids).logits, expected, atol=2e-5, rtol=1e-4)
 
 
-FORKED = [("softcap", float, 0.0), ("n_expert", int, 0), ("gated", bool, False)]
-FORKED += [("window", list, field(default_factory=list))]
+FORKED = [("tilt", float, 0.0), ("n_hubs", int, 0), ("twisted", bool, False)]
+FORKED += [("zones", list, field(default_factory=list))]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "gpt2"])
 @pytest.mark.parametrize(
-    "key, value", [("softcap", 30.0), ("n_expert", 4), ("gated", True), ("window", [3])]
+    "key, value", [("tilt", 30.0), ("n_hubs", 4), ("twisted", True), ("zones", [3])]
 )
 def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path, monkeypatch):
     plain = GPTConfig
@@ -186,7 +185,7 @@ def test_a_field_that_a_fork_adds_is_never_lost(key, value, name, tok, tmp_path,
     with pytest.raises(UserError, match=f"{key}=.*here {re.escape(repr(value))}"):
         export.hf_family(net)
     monkeypatch.setattr("barelm.families.GPTConfig", plain)
-    with pytest.raises(UserError, match="config.json: softcap, .*no fields of GPTConfig"):
+    with pytest.raises(UserError, match="config.json: tilt, .*no fields of GPTConfig"):
         load(tmp_path)
 
 
@@ -295,7 +294,7 @@ def test_unfit_folders_are_refused_in_a_line(tok, tmp_path):
         ({"hidden_act": "gelu"}, "gelu"),
         ({"vocab_size": 3}, "tokens"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ):
         write_json(tmp_path / "config.json", config | change)
         with pytest.raises(UserError, match=word):
@@ -339,7 +338,8 @@ def test_ragged_cache_gives_the_logits_of_a_full_forward(name):
                 torch.testing.assert_close(logits[b, :n], full, atol=1e-5, rtol=1e-4)
         at = [a + n for a, n in zip(at, sizes)]
         assert cache.lengths.tolist() == at
-    assert cache.k.shape == cache.v.shape == (2, 3, net.config.n_kv_head, 16, net.config.head_dim)
+    shape = (2, 3, net.config.n_kv_head, 16 + 1, net.config.head_dim)
+    assert [store.shape for store in cache.stores] == 2 * [shape]
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *OURS])

@@ -247,7 +247,8 @@ def test_published_models_have_their_number_of_parameters(name):
         d |= {"max_position_embeddings": 32768, "tie_word_embeddings": tie}
         d |= {"head_dim": 128} if kind == "qwen3" else {}
     config = from_hf_config(d)
-    assert config.n_ctx == {"gpt2": 1024, "mistral": 4096}.get(kind, 32768)
+    assert config.n_ctx == {"gpt2": 1024}.get(kind, 32768)
+    assert config.window == {"mistral": 4096}.get(kind, 0)
     with torch.device("meta"):
         assert n_params(model.GPT(config)) == expected
 
@@ -263,8 +264,10 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path):
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ("llama", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ("llama", {"intermediate_size": None}, "intermediate_size missing"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ("qwen3", {"head_dim": None}, "head_dim missing"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu' not"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
@@ -409,11 +412,6 @@ def test_the_commands_sample_tune_and_save(family, tmp_path):
     base = folder_of(family, tmp_path / "base")
     done = run(tmp_path, "sample.py", "--model=base", "--prompt=a b", "--max_new_tokens=5")
     assert done.stdout.splitlines()[-1].startswith("a b") or "a b" in done.stdout
-    window = "the context ends with the sliding window, at 96 tokens"
-    assert (window in done.stdout) == (family == "mistral")
-    prompt = "word " * 60
-    done = run(tmp_path, "sample.py", "--model=base", f"--prompt={prompt}", check=False)
-    assert (done.returncode == 1 and "95, the context" in done.stderr) or family == "llama2"
     for adapt in ("full", "lora"):
         out = tune(tmp_path, "base", adapt)
         done = run(tmp_path, "sample.py", f"--model={out}", "--prompt=a b", "--max_new_tokens=5")
@@ -426,7 +424,7 @@ def test_the_commands_sample_tune_and_save(family, tmp_path):
     one, two = (read_safetensors(p / "model.safetensors")[0] for p in (base, tmp_path / "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
     transformers = pytest.importorskip("transformers")
-    ids = torch.arange(5, 60)[None]
+    ids = torch.arange(5, 205)[None]  # beyond Mistral's window
     with torch.no_grad():
         given = [
             transformers.AutoModelForCausalLM.from_pretrained(p)(ids).logits

@@ -30,7 +30,7 @@ from conftest import ROOT, run, stalled
 
 import prepare
 import train
-from barelm import sources
+from barelm import sources, synthetic
 from barelm.bpe import ASCII, bpe_tokenizer, train_bpe
 from barelm.download import download
 from barelm.run import UserError, setup
@@ -563,7 +563,7 @@ def bad(tmp_path_factory):
 
 EXPECTED = 'expected {"text": "..."}, found '
 BAD = [
-    ("--source=nowhere", "--source=nowhere: no such file or folder, nor one of python, shakesp"),
+    ("--source=nowhere", "--source=nowhere: no such file or folder, nor one of python, numbers"),
     ("--source=empty.txt", "--source=empty.txt: no text for training in it"),
     ("--source=blank.txt", "--source=blank.txt: no text for training in it"),
     ("--source=nothing", "--source=nothing: no file in it"),
@@ -609,7 +609,7 @@ def test_bad_input_makes_no_folder(bad, arg):
 def test_bad_input_of_the_real_command(bad):
     done = run(bad, "prepare.py", "--source=nowhere", "--dataset=new", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    names = ", ".join(["python", *sources.DOWNLOADS, "fineweb10B"])
+    names = ", ".join(["python", "numbers", "copy:48", *sources.DOWNLOADS, "fineweb10B"])
     message = "--source=nowhere: no such file or folder, nor one of "
     assert done.stderr == message + names + "\n"
     assert not (bad / "data" / "new").exists()
@@ -1118,3 +1118,21 @@ def test_the_pattern_for_ascii_text_splits_as_the_other_does():
         for _ in range(3000):
             text = "".join(draw.choices(letters, k=draw.randint(0, 12)))
             assert ASCII.findall(text) == regex.findall(QWEN2_SPLIT, text), repr(text)
+
+
+def test_the_copy_task_is_made_up_and_judged(tmp_path):
+    flags = ["--steps=exact", "--tokenizer=char", "--dataset=copy"]
+    run(tmp_path, "prepare.py", "--source=copy:5", "--max_documents=50", *flags)
+    lines = (tmp_path / "data/synthetic/copy_5.txt").read_text().splitlines()
+    assert len(set(lines)) > 19_000
+    for line in lines[:50]:
+        first, second = line.split("|")
+        assert first == second and len(first) == 5 and first.isalpha()
+    task = synthetic.copied(length=5)
+    assert not {f"{row['letters']}|{row['letters']}" for row in task["rows"]} & set(lines[:50])
+    row = {"letters": "abcde"}
+    assert task["judge"](row, ["abcde"]) == {"copied": 1.0}
+    assert task["judge"](row, ["abxde and more"]) == {"copied": 0.8}
+    assert task["judge"](row, [""]) == {"copied": 0.0}
+    done = run(tmp_path, "prepare.py", "--source=copy:0", *flags, check=False)
+    assert "1 to 10000 letters" in done.stderr

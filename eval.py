@@ -1231,21 +1231,17 @@ def scale_rope(net):
     net.config.rope_scaling = replace(net.config, rope_scaling=rope_scaling).rope_scaling
 
 
-def check_source(net, opened, names):
-    """Refuse tasks that an encoder-decoder cannot do: it has no text to go on from."""
-    if not net.config.is_seq2seq:
-        return
+def check_order(net, names, opened):
+    """Refuse tasks for which a network reads text in another order. opened: {name: Task}, those of
+    questions."""
     for name in names:
-        if name != "seq2seq" and (name not in opened or opened[name].kind != "generate"):
-            why = "an encoder-decoder answers a source: expected seq2seq, or tasks of generation"
-            raise UserError(f"{model} with --tasks={name}: {why}")
-
-
-def check_order(net, opened):
-    """Refuse tasks of questions, {name: Task}, for a network that writes no answers."""
-    if opened and not net.config.causal:
-        why = "an encoder fills masks, and continues no prompt: expected --tasks=loss"
-        raise UserError(f"{model} with --tasks={next(iter(opened))}: {why}")
+        if name == "seq2seq" or name in opened:
+            if not net.config.causal:
+                why = "an encoder fills masks, and continues no prompt: expected --tasks=loss"
+                raise UserError(f"{model} with --tasks={name}: {why}")
+            if net.config.is_seq2seq and name in opened and opened[name].kind == "choice":
+                why = "an encoder-decoder answers a source: expected seq2seq, or generation"
+                raise UserError(f"{model} with --tasks={name}: {why}")
 
 
 def results_folder():
@@ -1281,8 +1277,7 @@ def main():
     check_head(net, names)
     if rope_scaling:
         scale_rope(net)
-    check_source(net, opened, names)
-    check_order(net, opened)
+    check_order(net, names, opened)
     folder = results_folder()
     mark = model_mark(model, compute, quantize, fast, deterministic, rope_scaling)
     answers = Answers(folder, mark, run)

@@ -803,12 +803,16 @@ def make_fast(learner, task, train, limit, cast, n_steps, saved):
     why_not = why_not_compile(compile, learner, saved, flops, lengths)
     first = next(groups_of(task, net, batch_of(train, 0, batch_size, seed), limit))
     rows = []
+    sources = []
     for example in first:
         if "chosen" in example:
             rows += [example["chosen"]["ids"], example["rejected"]["ids"]]
+        elif "source" in example:
+            rows.append(example["targets"])
+            sources.append(example["source"])
         else:
-            rows.append(example["targets"] if task.has_source else example["ids"])
-    prepare_network(learner, rows, cast, packed, why_not)
+            rows.append(example["ids"])
+    prepare_network(learner, rows, cast, packed, why_not, sources)
 
 
 def look_on(learner, task, val, limit, cast, folder, step):

@@ -36,7 +36,7 @@ from barelm.fast import (
     joined_product,
     sparse_attention,
 )
-from barelm.generation import decode_rows
+from barelm.generation import check_generates, decode_rows
 from barelm.layouts import layout_for
 from barelm.patterns import Pattern, attention_mask, may_look, with_bias
 from barelm.positions import (
@@ -1243,12 +1243,12 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     options = dict(repetition_penalty=repetition_penalty, num_beams=num_beams, speculate=speculate)
     check_sampling(**filters, **options)
+    check_generates(net)
     if speculate:
         check_speculation(net, tok.n_vocab, speculate, draft, num_beams)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
-    read = tok.source if is_seq2seq else tok.prompt
-    prompts = [read(p) if isinstance(p, str) else list(p) for p in prompts]
+    prompts = [prompt_ids(net, tok, prompt) for prompt in prompts]
     n_ctx = net.config.n_ctx
     rows = []
     for i, prompt in enumerate(prompts):
@@ -1339,8 +1339,8 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. Of an
-    encoder-decoder they are sources, which are read once; what is fed is the start token."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
+    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     cache = net.make_cache(len(prompts), max_len)
     device = cache.lengths.device
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
@@ -1355,6 +1355,13 @@ def prefill(net, tok, prompts, max_len):
     if len(set(lengths)) > 1:
         n_new = torch.tensor(lengths, device=device)
     return feed(net, tok, cache, ids, n_new), cache
+
+
+def prompt_ids(net, tok, prompt):
+    """The ids of a prompt, or of a source, that is a text or ids."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return tok.source(prompt) if net.config.is_seq2seq else tok.prompt(prompt)
 
 
 def decoder_prompt(net, prompt):

@@ -117,6 +117,7 @@ from barelm.fitting import (
     say_memory,
     why_not_compile,
 )
+from barelm.generation import check_generates
 from barelm.invariant import be_deterministic
 from barelm.optim import n_params
 from barelm.resume import (
@@ -600,6 +601,7 @@ def main():
     # the policy, its reference and the prompts
     learner = open_policy(run, task)
     net = learner.net
+    check_generates(net, continues=True)
     tok = learner.tok
     train, val = open_data(learner)
     n_steps = count_steps(len(train), batch_size, max_steps, max_epochs)

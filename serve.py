@@ -70,6 +70,7 @@ from barelm.checkpoint import load
 from barelm.engine import Engine, tell_listeners
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
+from barelm.layouts import cached_numbers
 from barelm.run import UserError, choose_dtype, setup
 
 try:
@@ -441,7 +442,7 @@ def batch_limit(net, length):
     if table.device.type == "cpu":
         return 16
     c = net.config
-    row = 2 * c.n_layer * c.n_kv_head * c.head_dim * length * table.element_size()  # bytes
+    row = cached_numbers(c, length) * table.element_size()  # bytes
     free, _ = torch.cuda.mem_get_info(table.device)
     return max(1, min(256, free // 2 // row))
 
@@ -503,7 +504,9 @@ def main():
     check_settings(net)
 
     length = max_len or net.config.n_ctx
-    served = api.ServedModel(Path(model).resolve().name, tok, length, max_queue, seed)
+    name = Path(model).resolve().name
+    is_seq2seq = net.config.is_seq2seq
+    served = api.ServedModel(name, tok, length, max_queue, seed, is_seq2seq)
     engine = make_engine(net, tok, length)
     request_log = open_log(tok)
     limits = connection_limits(max_connections)

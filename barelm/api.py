@@ -57,6 +57,7 @@ class ServedModel:
     max_len: int  # tokens of a prompt and its answer
     max_queue: int  # sequences of a request, at most
     seed: int | None = None  # of requests that bring none; None: another for each
+    is_seq2seq: bool = False  # a prompt is a source of max_len tokens, and so may its answer be
     longest_token: int = field(init=False)  # in bytes
     turn_ends: list = field(init=False)  # ids that end an answer in a chat
     card: dict = field(init=False)  # what /v1/models shows
@@ -325,6 +326,8 @@ def read_completion(served, body):
     request = read_fields(body, Completion)
     if request.best_of not in (None, request.n):
         raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
+    if request.echo and served.is_seq2seq:
+        raise ApiError(400, "echo: a source is no part of its answer", "echo")
     finish_reading(served, request)
     return request
 
@@ -368,7 +371,8 @@ def read_stop(stop):
 
 
 def too_long(served, what):
-    why = f"{what} do not fit the {served.max_len} tokens for a prompt and its answer"
+    both = "each of a source and its answer" if served.is_seq2seq else "a prompt and its answer"
+    why = f"{what} do not fit the {served.max_len} tokens for {both}"
     return ApiError(400, why, code="context_length_exceeded")
 
 
@@ -395,8 +399,10 @@ def is_ids(tok, value):
 
 
 def encode_text(served, text, add_special_tokens=True):
-    """The ids of a text that is to be continued, or of the bare text."""
+    """The ids of a text that is to be continued, or answered, or of the bare text."""
     check_length(served, len(text))
+    if served.is_seq2seq and add_special_tokens:
+        return tokenized(served.tok.source, text)
     return tokenized(served.tok.prompt if add_special_tokens else served.tok.encode, text)
 
 
@@ -460,6 +466,9 @@ def read_message(message, where):
 
 def read_messages(served, messages):
     """The ids of a conversation, ready for the answer."""
+    if served.is_seq2seq:
+        why = "this model reads a source and answers it: ask /v1/completions, the source as prompt"
+        raise ApiError(400, why, "messages")
     if not messages:
         raise ApiError(400, "messages: expected a list of {'role', 'content'}", "messages")
     if len(messages) > served.max_len:
@@ -560,7 +569,9 @@ def make_jobs(served, request, prompts, listener, echoes, ends, n_alternatives, 
         ends = []
     jobs = []
     for ids, echo in zip(prompts, echoes):
-        room = served.max_len - len(ids)
+        room = served.max_len - (1 if served.is_seq2seq else len(ids))  # 1: the start token
+        if served.is_seq2seq and len(ids) > served.max_len:
+            raise too_long(served, f"a source of {len(ids)} tokens")
         limit = request.max_tokens
         if limit is None:
             limit = max(min(room, usual_limit), 1)  # 1, so that no room is told as an error below

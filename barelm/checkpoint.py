@@ -124,6 +124,9 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     tensors = tensors_from_file(tensors, net.state_dict(), kind)
     complete_head(folder, tensors, net)
     fill(net, tensors, device, dtype)
+    if config.is_seq2seq:
+        net.pad_id = settings.get("pad_token_id")
+        net.start_id = settings.get("decoder_start_token_id", net.pad_id)  # T5's way
     if quantize:
         quantize_weights(net, quantize)
     return net.eval(), tok

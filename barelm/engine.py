@@ -11,6 +11,7 @@ of the batch one token, so that sequences join and leave between steps (iteratio
 Yu et al. 2022, "Orca"). In the same step new prompts are read, several in one pass, a chunk of one
 if it is long, so that the others never wait for the whole (chunked prefills: Agrawal et al. 2023,
 "Sarathi"). A prompt that begins like one that the cache still has is read from where they part.
+An encoder-decoder's prompt is a source, which is read whole.
 
 What is computed is barelm/decode.py's: a sequence has a slot of its Decoder, where it stays. On a
 GPU the tokens of a step are told while the device computes the next one.
@@ -28,6 +29,7 @@ import torch
 
 from barelm.decode import Decoder
 from barelm.fast import generating
+from barelm.generation import check_generates
 from barelm.jobs import Token, Update
 from barelm.metrics import Metrics
 from barelm.run import UserError
@@ -58,6 +60,7 @@ class Engine(threading.Thread):
         super().__init__(daemon=True)
         self.net = net
         self.tok = tok
+        check_generates(net)
         self.max_batch = max_batch
         self.max_len = max_len  # tokens of a prompt and its answer
         self.max_queue = max_queue
@@ -65,7 +68,8 @@ class Engine(threading.Thread):
         self.metrics = Metrics()
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
-        self.decoder = Decoder(net, tok, max_batch, max_len, check=True, slack=8)
+        options = dict(check=True, slack=8, max_source=max_len)
+        self.decoder = Decoder(net, tok, max_batch, max_len, **options)
         self.on_gpu = self.decoder.on_gpu
         self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
         # What a pass of the network costs beside its tokens, in tokens: less is not worth one.
@@ -265,8 +269,11 @@ class Engine(threading.Thread):
 
     def reusable(self, job):
         """How many of the prompt's first tokens need not be read, where the cache has them."""
-        # One token at least has to be fed, for the logits after it; to score a prompt, all.
-        return 0 if job.scores_prompt else len(job.ids) - 1
+        # One token at least has to be fed, for the logits after it; to score a prompt, all. What an
+        # encoder makes of a source's beginning depends on the rest.
+        if job.scores_prompt or self.decoder.is_seq2seq:
+            return 0
+        return len(job.ids) - 1
 
     def longest_beginning(self, job):
         """(how many of the prompt's first tokens a slot has, which slot): the most there are."""
@@ -319,7 +326,10 @@ class Engine(threading.Thread):
         """Read what is left of the prompts of jobs, or at most `room` tokens of each: how many."""
         if not jobs:
             return 0
-        chunks = {job.slot: job.ids[job.n_read : job.n_read + room] for job in jobs}
+        if self.decoder.is_seq2seq:
+            chunks = {job.slot: job.ids for job in jobs}
+        else:
+            chunks = {job.slot: job.ids[job.n_read : job.n_read + room] for job in jobs}
         states = self.decoder.read(chunks)  # {slot: (T, C)}
         finite = self.all_finite(states)
         if len(jobs) > 1 and not all(finite):
@@ -329,7 +339,7 @@ class Engine(threading.Thread):
                 self.set_slot(job)
             return sum(self.read([job], room) for job in jobs)
         for job, is_finite in zip(jobs, finite):
-            self.after_chunk(job, states[job.slot], is_finite)
+            self.after_chunk(job, states[job.slot], is_finite, len(chunks[job.slot]))
         return sum(map(len, chunks.values()))
 
     def all_finite(self, states):
@@ -343,14 +353,14 @@ class Engine(threading.Thread):
             begin += len(h)
         return answers
 
-    def after_chunk(self, job, h, is_finite):
-        """The next tokens of the job's prompt were read; h (T, C): their hidden states."""
+    def after_chunk(self, job, h, is_finite, n):
+        """The next n tokens of the job's prompt were read; h (T, C): their hidden states."""
         if is_finite and job.scores_prompt:
             is_finite = self.score_prompt(job, h)
         if not is_finite:
             self.fail(job)
             return
-        job.n_read += len(h)
+        job.n_read += n
         is_reading = job.n_read < len(job.ids)
         if is_reading and job not in self.reading:
             self.reading.append(job)

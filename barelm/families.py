@@ -201,6 +201,7 @@ BESIDE = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "decoder_start_token_id",
     "architectures",
     "id2label",
     "label2id",
@@ -261,6 +262,8 @@ def to_hf_config(net, tok):
     out["bos_token_id"] = tok.bos_id
     out["eos_token_id"] = tok.eos_ids[0] if len(tok.eos_ids) == 1 else tok.eos_ids
     out["pad_token_id"] = tok.pad_id
+    if net.config.n_encoder_layer:
+        out["decoder_start_token_id"] = net.start_id
     if net.score is not None:
         out |= classifier_keys(net, tok)
     out["architectures"] = [architecture(kind, net.score is not None)]

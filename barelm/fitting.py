@@ -54,13 +54,13 @@ def learns_in_network(net):
     return any(p.requires_grad for name, p in net.named_parameters() if name != "score.weight")
 
 
-def prepare_network(learner, rows, cast, packed, why_not):
+def prepare_network(learner, rows, cast, packed, why_not, sources=None):
     """Let the network compute by what is faster, where that gives the same on these rows, lists of
     ids; what came of it is said. packed: whether rows will hold several examples. why_not: why its
-    blocks are not to be compiled, or ""."""
+    blocks are not to be compiled, or "". sources: of an encoder-decoder, a list of ids a row."""
     net = learner.net
     run = learner.run
-    batch = batch_to_compare(rows, net)
+    batch = batch_to_compare(rows, net, sources)
     documents = halves if packed else None
     if net.fast and learns_in_network(net):
         fault = check_fast(net, run, batch, cast, documents)
@@ -78,16 +78,25 @@ def prepare_network(learner, rows, cast, packed, why_not):
     run.say(f"compile: {words}")
 
 
-def batch_to_compare(rows, net):
+def batch_to_compare(rows, net, sources=None):
     """ids and targets (B, T) by name, of rows, lists of ids, by which two ways to compute are
     compared: any targets will do. B is two at least: for a single row torch compiles anew."""
     if len(rows) == 1:
         rows = rows * 2
+        sources = sources and sources * 2
+    batch = {"ids": filled_up(rows, net, 0), "targets": filled_up(rows, net, IGNORED)}
+    if sources:
+        batch["encoder_ids"] = filled_up(sources, net, 0)
+        lengths = torch.tensor([len(source) for source in sources])
+        batch["encoder_lengths"] = to_device(lengths, device_of(net))
+    return batch
+
+
+def filled_up(rows, net, pad):
+    """(B, T) int64 of rows, lists of ids, as long as those that are computed with."""
     T = rounded_length(max(map(len, rows)), net.config.n_ctx)
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    targets = torch.tensor([row + [IGNORED] * (T - len(row)) for row in rows])
-    device = device_of(net)
-    return {"ids": to_device(ids, device), "targets": to_device(targets, device)}
+    ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
+    return to_device(ids, device_of(net))
 
 
 def halves(ids):

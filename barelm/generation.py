@@ -5,8 +5,23 @@ import weakref
 import torch
 
 from barelm.decode import Decoder
-from barelm.run import compute_dtype
+from barelm.run import UserError, compute_dtype
 from barelm.sampling import GREEDY, draws, power_of_two
+
+
+def check_generates(net, continues=False):
+    """Refuse a network that makes no text. continues: nor one whose text answers a source, and
+    continues no prompt."""
+    c = net.config
+    if not c.causal:
+        raise UserError(
+            "this network is an encoder (causal=false): it fills in masks and reads texts, and "
+            "generates none; a decoder or an encoder-decoder does"
+        )
+    if continues and c.is_seq2seq:
+        raise UserError("expected a decoder, which continues prompts, not an encoder-decoder")
+    if c.is_seq2seq and net.start_id is None:
+        raise UserError("an encoder-decoder without a start token: config.json has none")
 
 
 def decode_rows(net, tok, prompts, rows, seed, penalty, filters):

@@ -1,4 +1,4 @@
-"""Where a cache keeps the keys and values of a token, by who will look at them: its layer's Pattern.
+"""Where a cache keeps the keys and values of a token, by who looks at them: its layer's Pattern.
 
     layout = layout_for(pattern, max_len)
     layout.n                       # how many places there are
@@ -135,3 +135,12 @@ def layout_for(pattern, max_len, slack=0, whole=False):
     else:  # `strided`: at every distance there is a token that looks so far back
         return all_places
     return layout if layout.n < max_len and not whole else all_places
+
+
+def cached_numbers(c, max_len):
+    """How many numbers a row of max_len tokens keeps, of a network of this configuration: the keys
+    and values of all layers, and where there is an encoder those of a source as long."""
+    places = sum(layout_for(pattern, max_len).n for pattern in c.patterns)
+    if c.is_seq2seq:
+        places += c.n_layer * max_len
+    return 2 * places * c.n_kv_head * c.head_dim

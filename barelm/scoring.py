@@ -174,7 +174,8 @@ def read_trunks(net, trunks, n_common, branches):
     longest_branch = max(map(len, branches.values()), default=0)
     dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
     rows = 1 if n_common else B
-    cache = KVCache(net.config, rows, n_common + T + longest_branch, table.device, dtype)
+    size = n_common + T + longest_branch
+    cache = KVCache(net.config, rows, size, table.device, dtype, whole=net.deterministic)
     if n_common:
         net.hidden(torch.tensor([trunks[0][:n_common]], device=table.device), cache=cache)
         cache.reorder(torch.zeros(B, dtype=torch.int64, device=table.device))  # its row, B times

@@ -250,9 +250,11 @@ class Tokenizer:
         return [*end, *begin][-1:]
 
     def source(self, text):
-        """The ids of a text that an encoder reads whole: the end token behind it, as T5 has it, and
-        before it what the post-processor puts there."""
-        end = [] if self.end_id is None else [self.end_id]
+        """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
+        behind it, or else the end token behind it, as T5 has it."""
+        end = self.finish
+        if not end and self.end_id is not None:
+            end = [self.end_id]
         return self.start + self.encode(text) + end
 
     def token_bytes(self, id):

@@ -63,7 +63,7 @@ def script_keys(path):
 
 # Keys whose flags may hold \n for a line end, which shells do not type. Prompts are not among
 # them: a prompt is text, code perhaps, and stays as it was typed.
-WITH_ESCAPES = ("separator", "template")
+WITH_ESCAPES = ("separator", "template", "source_template")
 FILE_NAMES = ("source", "dataset")  # which may be of any bytes, as a system's names may
 ESCAPE = re.compile(r"\\(?:[nrtfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 

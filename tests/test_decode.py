@@ -15,12 +15,22 @@ import model
 from barelm import caches
 from barelm import quantized as quantized_layers
 from barelm.adapters import add_adapters
+from barelm.api import (
+    ApiError,
+    ServedModel,
+    completion_jobs,
+    read_completion,
+    read_messages,
+    read_prompts,
+)
 from barelm.bpe import char_tokenizer
 from barelm.decode import Decoder
+from barelm.engine import Engine
 from barelm.fast import PlacedProduct, generating
 from barelm.generation import decoder_for
 from barelm.graphs import Graphs
 from barelm.quantized import quantize_weights
+from barelm.run import UserError
 from barelm.sampling import FILTERS, Kinds, choose_tokens, draws, kinds_of
 from barelm.tokenizer import Tokenizer
 
@@ -57,6 +67,17 @@ def quantized(net):
     return quantize_weights(net, "int8")
 
 
+T5 = dict(n_head=4, n_embd=32, n_encoder_layer=2, pos="relative", n_buckets=8, max_distance=20)
+T5 |= dict(scale_scores=False, qk_norm=False, mlp="relu", logit_scale=32**-0.5)
+SEQ2SEQ = {
+    "t5": T5,
+    "vaswani": dict(n_head=4, n_embd=32, n_encoder_layer=1, pos="sinusoidal", norm="layer")
+    | dict(norm_place="post", mlp="relu", bias=True, qk_norm=False, embed_scale=True),
+    "windows": QWEN3 | dict(n_encoder_layer=1, window=4, layers="SL"),
+}
+STEPS = SHAPES | OURS | SEQ2SEQ
+STEPS["rings"] = QWEN3 | dict(window=5, layers="SSSL", n_layer=4, sink_tokens=2, pos="alibi")
+STEPS["blocks"] = QWEN3 | dict(window=8, attention="fixed", sinks=True, softcap=9.0)
 NETS = {
     "qwen3": (QWEN3, None),
     "wide heads": (SHAPES["qwen3-untied-wide-heads"], None),
@@ -223,7 +244,10 @@ def test_a_row_that_has_ended_neither_grows_nor_disturbs_the_others(rows, tok):
             if step == 1:  # the last token of the limit is chosen, and not fed
                 kept = both.stores.groups[0].store[:, :, 2, :, :16].clone()
         assert both.lengths.tolist() == [0, 3 + 8, 2 + 1, 0] and not both.left.any()
-        assert torch.equal(both.stores.groups[0].store[:, :, 2, :, :16], kept) and kept[..., 3:, :].eq(0).all()
+        assert (
+            torch.equal(both.stores.groups[0].store[:, :, 2, :, :16], kept)
+            and kept[..., 3:, :].eq(0).all()
+        )
         assert both.stores.groups[0].store[:, :, [0, 3], :, :16].eq(0).all()
 
 
@@ -237,7 +261,9 @@ def on_the_device(net, device):
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no device to pretend")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "post-sinusoidal-relu2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gpt2", "post-sinusoidal-relu2", "rings", "blocks", "windows", "t5"]
+)
 def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
     """Of fake tensors nothing can be read on the host, and devices may not be mixed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -252,7 +278,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
                 copied.extend(x for x in args if getattr(x, "is_cpu", False))
             return operation(*args, **(kwargs or {}))
 
-    net = make_net(**(SHAPES | OURS)[name])
+    net = make_net(**STEPS[name])
+    net.start_id = 2
     with FakeTensorMode(), generating(net), torch.no_grad():
         net = on_the_device(net, "cuda")
         decoder = Decoder(net, tok, 4, 32, graphs=False, check=True)
@@ -261,16 +288,20 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, tok):
             uniform = torch.empty(5)
             decoder.set(slot, [1, 2], 5, options=options, uniform=uniform, ends=tok.eos_ids)
         decoder.read({0: [1, 2], 1: [1]})
-        decoder.read({1: [2]})
-        for sampled, top_k, top_p, min_p, penalized in itertools.product((False, True), repeat=5):
+        if not decoder.is_seq2seq:
+            decoder.read({1: [2]})
+        every_kind = list(itertools.product((False, True), repeat=5))
+        if name != "qwen3":  # where logits come from is one to `choose`
+            every_kind = every_kind[-1:]
+        for sampled, top_k, top_p, min_p, penalized in every_kind:
             kinds = Kinds(sampled, 8 * top_k, top_p, min_p, penalized)
             with NoCopies():
                 values = decoder.choose_rows(slice(0, 4), kinds, 2)
             assert values.device.type == "cuda" and values.shape == (4, 2 + 2 * 2 + 1)
-        for flash in (False, True):
+        for flash in (False, True)[: 1 + net.config.is_plain]:
             decoder.flash = flash
             with decoder.computing(), NoCopies():
-                decoder.feed_rows(slice(0, 2), 32)
+                decoder.feed_rows(slice(0, 2), 32, None, decoder.source_places([]))
         decoder.refresh()
         with NoCopies():
             decoder.clear(0)
@@ -331,3 +362,124 @@ def test_a_placed_product_follows_the_weights():
 def test_a_decoder_for_a_cpu_is_of_one_generation(tok):
     net = make_net(**QWEN3)
     assert decoder_for(net, tok, 2, 8) is not decoder_for(net, tok, 2, 8)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder-decoders: a prompt is a source, which is read once
+
+SOURCES = [[1, 2, 3], [5], [4, 9] * 15, [7, 8, 9, 10, 11, 12, 1, 2]]
+
+
+def make_seq2seq(name):
+    net = make_net(**SEQ2SEQ[name])
+    net.start_id = 2
+    return net
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_sources_are_answered_as_by_whole_passes(name, tok):
+    net = make_seq2seq(name)
+    endless = Tokenizer(tok.spec, tok.config)
+    endless.eos_ids = []
+    expected = [without_cache(net, endless, source, 11) for source in SOURCES]
+    for net.fast in (True, False):
+        for settings in SETTINGS[2:]:
+            options = dict(max_new_tokens=11, **settings)
+            together = model.generate(net, tok, SOURCES, **options)
+            for i, source in enumerate(SOURCES):
+                compare([together[i]], model.generate(net, tok, [source], first=i, **options), 1e-3)
+        answers = model.generate(net, endless, SOURCES, max_new_tokens=11, temperature=0)
+        assert [answer.ids for answer in answers] == expected
+        [full] = model.generate(net, endless, [[3] * 32], max_new_tokens=99, temperature=0)
+        assert len(full.ids) == 31  # the contexts of source and answer are two
+
+
+def without_cache(net, tok, source, n):
+    """The likeliest tokens, by a whole pass for each."""
+    ids = [net.start_id]
+    for _ in range(n):
+        with torch.no_grad():
+            h = net.hidden(torch.tensor([ids]), encoder_ids=torch.tensor([source]))
+        ids.append(model.head(net, tok, h[0, -1]).argmax().item())
+    return ids[1:]
+
+
+def test_an_engine_answers_sources(tok):
+    net = make_seq2seq("t5")
+    engine = Engine(net, tok, max_batch=3, max_len=32, prefill_chunk=7)
+    sources = [*SOURCES, SOURCES[2], [4] * 32]
+    served = ServedModel("sources", tok, 32, 9, is_seq2seq=True)
+    wanted = read_completion(served, {"prompt": sources, "max_tokens": 9, "temperature": 0})
+    jobs = completion_jobs(served, wanted, read_prompts(served, wanted), lambda update: None)
+    engine.submit(jobs)
+    with generating(net), torch.inference_mode():
+        while engine.waiting or engine.jobs:
+            engine.step()
+    for job in jobs:
+        [answer] = model.generate(net, tok, [job.ids], max_new_tokens=9, temperature=0)
+        assert job.row.out.ids == answer.ids and job.n_reused == 0
+    wanted.prompt = "abc"
+    assert read_prompts(served, wanted) == [tok.source("abc")]
+    for refused, why in (
+        (lambda: read_completion(served, {"prompt": "a", "echo": True}), "echo: a source"),
+        (lambda: read_messages(served, [{"role": "user", "content": "a"}]), "ask /v1/completions"),
+        (lambda: completion_jobs(served, wanted, [[1] * 33], print), "a source of 33 tokens"),
+    ):
+        with pytest.raises(ApiError) as error:
+            refused()
+        assert why in error.value.message
+
+
+def test_an_encoder_generates_nothing(tok):
+    net = make_net(**QWEN3, causal=False)
+    with pytest.raises(UserError, match="an encoder .*generates none"):
+        model.generate(net, tok, [[1]])
+    with pytest.raises(UserError, match="an encoder .*generates none"):
+        Engine(net, tok, max_batch=2, max_len=9)
+
+
+def t5_name(name):
+    """What transformers' T5 calls a parameter of ours."""
+    side = "encoder" if ".encoder." in name else "decoder"
+    if name.startswith(("lm_head", "model.embed")):
+        return name.replace("model.embed_tokens", "shared")
+    if name.endswith("relative_bias.weight"):
+        return f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    if name.endswith(".norm.weight"):
+        return f"{side}.final_layer_norm.weight"
+    i, part, *matrix, _ = name.split("layers.")[1].split(".")
+    layer = {"self": 0, "input": 0, "cross": 1, "mlp": 2, "post": 2}[part.split("_")[0]]
+    if side == "encoder" and layer == 2:
+        layer = 1
+    module = {"self_attn": "SelfAttention.", "cross_attn": "EncDecAttention."}.get(part, "")
+    if part == "mlp":
+        module = "DenseReluDense."
+    names = dict(q_proj="q", k_proj="k", v_proj="v", o_proj="o")
+    names |= dict(gate_proj="wi_0", up_proj="wi_1", down_proj="wo")
+    module += names[matrix[0]] if matrix else "layer_norm"
+    return f"{side}.block.{i}.layer.{layer}.{module}.weight"
+
+
+def test_greedy_answers_are_those_of_transformers_t5(tok):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    shape = dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    shape |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
+    shape |= dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, initializer_factor=3.0)
+    config = transformers.T5Config(**shape, decoder_start_token_id=2, eos_token_id=None)
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    own = dict(mlp="geglu", tie=False, n_hidden=48, logit_scale=1.0)
+    net = make_net(**T5 | own, norm_eps=1e-6)
+    net.start_id = 2
+    weights = theirs.state_dict()
+    net.load_state_dict({name: weights[t5_name(name)] for name in net.state_dict()})
+    endless = Tokenizer(tok.spec, tok.config)
+    endless.eos_ids = []
+    net.lm_head.weight.data[tok.n_vocab :] = 0  # ids of no token
+    theirs.lm_head.weight.data[tok.n_vocab :] = 0
+    for net.fast in (True, False):
+        answers = model.generate(net, endless, SOURCES, max_new_tokens=14, temperature=0)
+        for source, answer in zip(SOURCES, answers):
+            options = dict(max_new_tokens=14, do_sample=False, pad_token_id=0)
+            [expected] = theirs.generate(torch.tensor([source]), **options).tolist()
+            assert answer.ids == expected[1:] and len(set(answer.ids)) > 1

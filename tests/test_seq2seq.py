@@ -506,9 +506,6 @@ def test_every_adapt_learns_and_its_folder_answers(name, pairs):
     if name == "prompt":  # three tokens before each source, whose rows alone are others
         prompts = [tok.special[f"<|prompt_{i}|>"] for i in range(3)]
         assert tok.source("x") == [*prompts, *tok.encode("x"), *tok.eos_ids]
-        library = pytest.importorskip("tokenizers").Tokenizer
-        theirs = library.from_file(str(pairs / out / "tokenizer.json"))
-        assert theirs.encode("x = 1").ids == tok.source("x = 1")
         table = net.model.embed_tokens.weight
         before = base.model.embed_tokens.weight
         n = min(prompts)
@@ -520,6 +517,10 @@ def test_every_adapt_learns_and_its_folder_answers(name, pairs):
     if name != "qlora":  # which opens on the full weights
         assert scores["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-4)
     assert {"perplexity", "exact_match", "rouge_l", "chrf", "chrf_stderr"} < scores.keys()
+    if name == "prompt":
+        library = pytest.importorskip("tokenizers").Tokenizer
+        theirs = library.from_file(str(pairs / out / "tokenizer.json"))
+        assert theirs.encode("x = 1").ids == tok.source("x = 1")
 
 
 def test_a_resumed_run_is_a_run_that_was_never_stopped(pairs):

@@ -796,13 +796,16 @@ class GPT(nn.Module):
             h = h * self.config.logit_scale
         return h
 
-    def forward(self, ids, targets=None, **options):
+    def forward(self, ids, targets=None, places=None, **options):
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
-        nats, float32; their count). `options` are those of `hidden`. Pre-training and SFT come by
+        nats, float32; their count). places (B, n): where in a row the targets (B, n) are, so that
+        logits are made there alone. `options` are those of `hidden`. Pre-training and SFT come by
         here, and get what is added to the loss; other methods take `hidden` and `logits`."""
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)
+        if places is not None:
+            h = at_places(h, places)  # (B, n, C)
         # A sum, and a count beside it: those of micro-batches and processes then add up exactly.
         h = h.flatten(0, 1)  # (B T, C)
         head = None if self.config.logit_softcap else self.lm_head
@@ -870,6 +873,11 @@ def padding_apart(T, lengths, docs=None):
 def call_block(block, x, rope, mask, memory=None, memory_mask=None):
     """What torch.compile is given: one compiled block then serves them all."""
     return block(x, rope, mask, None, memory, memory_mask)
+
+
+def at_places(h, places):
+    """The states (B, n, C) at places (B, n) of the rows of h (B, T, C)."""
+    return h.gather(1, places[..., None].expand(-1, -1, h.shape[-1]))
 
 
 def logprobs(net, ids, targets):

@@ -46,7 +46,7 @@ from barelm.chat import TemplateRefusal
 from barelm.checkpoint import load
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, parse_json, read_input
-from barelm.filling import fill
+from barelm.filling import fill, fill_spans
 from barelm.invariant import be_deterministic
 from barelm.run import UserError, choose_dtype, setup
 from model import check_sampling, generate
@@ -166,6 +166,21 @@ def fill_masks(net, tok):
                     print(f"mask {i + 1}: {probability:.4f}  {token!r}")
 
 
+def fill_gaps(net, tok):
+    """Each prompt with what an encoder-decoder writes in the place of the sentinels in it."""
+    for text in read_prompts():
+        print(fill_spans(net, tok, text, max_new_tokens))
+
+
+def has_gaps(net, tok):
+    """Whether the model is an encoder-decoder, and a sentinel in a prompt asks for a span; not of
+    standard input, which can be read but once."""
+    if not net.config.is_seq2seq or (prompt_file or prompt) == "-":
+        return False
+    names = [name for name, id in tok.special.items() if id in tok.sentinel_ids]
+    return any(name in text for text in read_prompts() for name in names)
+
+
 def fit_context(net, tok, messages):
     """The ids of a conversation, its oldest turns dropped until an answer fits behind it."""
     first = int(messages[0]["role"] == "system")  # a system message stays
@@ -229,6 +244,9 @@ def main():
         if chat:
             raise UserError(f"--chat: {model} is an encoder, which fills masks and does not talk")
         fill_masks(net, tok)
+        return
+    if not chat and has_gaps(net, tok):
+        fill_gaps(net, tok)
         return
     with generating(net):  # of a conversation: once for all turns
         if chat:

@@ -3,25 +3,32 @@ where spans were cut out.
 
     [best] = fill(net, tok, "The [MASK] of France", 5)  # a list for each mask
     best[0]  # (" capital", 0.43): the likeliest token's text, and its probability
+    text = fill_spans(net, tok, "The <extra_id_0> of France", 20)
 
 C: n_embd, V: the vocabulary.
 """
 
+import re
+from contextlib import contextmanager
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from barelm.examples import device_of
+from barelm.compiled import Ways
+from barelm.examples import IGNORED, device_of
 from barelm.fast import head_rows
-from barelm.objectives import IGNORED
 from barelm.run import UserError
+from model import at_places
 
 
 @torch.no_grad()
 def score_targets(net, batch, docs=None):
     """(B, 3) float64 of a batch, the network's arguments by name with their targets: of each row
     the sum of -log p(target) in nats, the number of targets, how many are the likeliest token."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "targets"}
+    inputs = {name: t for name, t in batch.items() if name not in ("targets", "places")}
     h = net.hidden(**inputs, docs=docs)  # (B, T, C)
+    if "places" in batch:
+        h = at_places(h, batch["places"])  # (B, n, C)
     is_target = batch["targets"] != IGNORED
     states = h[is_target]  # (N, C)
     targets = batch["targets"][is_target]  # (N,)
@@ -51,32 +58,48 @@ def padded_batch(rows, device):
     return batch
 
 
+@contextmanager
+def eager(net):
+    """Within this a network is in eval mode, and its blocks are not compiled ones: these would be
+    compiled anew for a text of another length."""
+    was_training = net.training
+    ways = Ways.of(net)
+    Ways().give(net)
+    net.eval()
+    try:
+        yield
+    finally:
+        ways.give(net)
+        net.train(was_training)
+
+
 # --------------------------------------------------------------------------------------------------
-# Masks in a text
+# Gaps in a text
 
 
-def masked_ids(tok, text):
-    """The ids of a text in which the mask token's name, such as [MASK], stands for that token, with
-    what the tokenizer puts before a text and behind it; and the places of the masks in them."""
-    if tok.mask_id is None:
-        raise UserError("this tokenizer has no mask token: its model was not trained to fill masks")
-    [name] = [name for name, id in tok.special.items() if id == tok.mask_id]
-    [entry] = [entry for entry in tok.spec["added_tokens"] if entry["content"] == name]
-    parts = text.split(name)
+def ids_with_gaps(tok, text, gap_ids):
+    """The ids of a text in which the names of these special tokens, such as [MASK], stand for them,
+    with what the tokenizer puts before a text and behind it; and their places."""
+    entries = {}
+    for entry in tok.spec.get("added_tokens", []):
+        if entry["id"] in gap_ids:
+            entries[entry["content"]] = entry
+    pieces = re.split(f"({'|'.join(map(re.escape, entries))})", text)  # text, name, text, …, text
     ids = list(tok.start)
     places = []
-    for i, part in enumerate(parts):
-        if i > 0:
+    for i, piece in enumerate(pieces):
+        if piece in entries:
             places.append(len(ids))
-            ids.append(tok.mask_id)
-        if entry.get("lstrip") and i + 1 < len(parts):
-            part = part.rstrip()  # the mask stands for a token, blank and all
-        if entry.get("rstrip") and i > 0:
-            part = part.lstrip()
-        normal = tok.encoder.normal(part)
-        ids += [id for id, _, _ in tok.encoder.spans(normal, i == 0)]
+            ids.append(entries[piece]["id"])
+            continue
+        if i + 1 < len(pieces) and entries[pieces[i + 1]].get("lstrip"):
+            piece = piece.rstrip()  # what stands for a token, stands for the blank in it too
+        if i > 0 and entries[pieces[i - 1]].get("rstrip"):
+            piece = piece.lstrip()
+        ids += [id for id, _, _ in tok.encoder.spans(tok.encoder.normal(piece), i == 0)]
     if not places:
-        raise UserError(f"nothing to fill: expected {name} in the prompt {text[:60]!r}")
+        names = ", ".join(list(entries)[:2])
+        raise UserError(f"nothing to fill: expected {names} in the prompt {text[:60]!r}")
     return ids + tok.finish, places
 
 
@@ -84,11 +107,13 @@ def masked_ids(tok, text):
 def fill(net, tok, text, k):
     """For each mask of a text the k likeliest tokens there, [[(text, probability)]], the likeliest
     first. Each mask is filled by itself, with the others as masks."""
-    ids, places = masked_ids(tok, text)
-    if len(ids) > net.config.n_ctx:
-        raise UserError(f"a prompt of {len(ids)} tokens: the context is {net.config.n_ctx}")
-    h = net.hidden(torch.tensor([ids], device=device_of(net)))[0, places]  # (masks, C)
-    logits = net.logits(h).float()[:, : tok.n_vocab]
+    if tok.mask_id is None:
+        raise UserError("this tokenizer has no mask token: its model was not trained to fill masks")
+    ids, places = ids_with_gaps(tok, text, [tok.mask_id])
+    check_length(net, ids)
+    with eager(net):
+        h = net.hidden(torch.tensor([ids], device=device_of(net)))[0, places]  # (masks, C)
+        logits = net.logits(h).float()[:, : tok.n_vocab]
     best = logits.softmax(-1).topk(min(k or tok.n_vocab, tok.n_vocab))
     fills = []
     for tokens, probabilities in zip(best.indices.tolist(), best.values.tolist()):
@@ -97,61 +122,49 @@ def fill(net, tok, text, k):
     return fills
 
 
-def shown_text(tok, ids):
-    """The text of ids as it stands within a text: with the blank before its first word."""
-    return b"".join(tok.shown.get(id, b"") for id in ids).decode(errors="replace")
+def fill_masks(net, tok, text):
+    """A text with the likeliest token in the place of each mask."""
+    [name] = [name for name, id in tok.special.items() if id == tok.mask_id]
+    first, *others = text.split(name)
+    filled = first
+    for [(token, _)], piece in zip(fill(net, tok, text, 1), others):
+        filled = (filled.rstrip() if token.startswith(" ") else filled) + token + piece
+    return filled
 
 
-# --------------------------------------------------------------------------------------------------
-# What train.py shows at a validation
-
-
-def gap_text(tok, guess, right):
-    """[guess], or where it is not right [guess|right]; both are lists of ids."""
-    if guess == right:
-        return f"[{shown_text(tok, guess)}]"
-    return f"[{shown_text(tok, guess)}|{shown_text(tok, right)}]"
-
-
-@torch.no_grad()
-def filled_line(net, tok, batch, n):
-    """The first n tokens of a batch's first window, with the likeliest token at each target: [it],
-    or [it|the right one]."""
-    ids = batch["ids"][:1]
-    net.eval()
-    guesses = net.logits(net.hidden(ids))[0].argmax(-1).tolist()  # (T,)
-    net.train()
-    targets = batch["targets"][0].tolist()
-    text = ""
-    for token, guess, right in list(zip(ids[0].tolist(), guesses, targets))[:n]:
-        if right == IGNORED:
-            text += shown_text(tok, [token])
-        else:
-            text += gap_text(tok, [guess], [right])
+def fill_spans(net, tok, text, n):
+    """A text with what an encoder-decoder writes, greedily and n tokens in all, for each sentinel
+    in it (<extra_id_0>, <extra_id_1>, …)."""
+    ids, _ = ids_with_gaps(tok, text, tok.sentinel_ids)
+    if not tok.finish and tok.end_id is not None:
+        ids.append(tok.end_id)
+    check_length(net, ids)
+    start_id = tok.pad_id if net.start_id is None else net.start_id
+    source = torch.tensor([ids], device=device_of(net))
+    written = spans_of(tok, write(net, source, start_id, n))
+    spans = {id: shown_text(tok, span) for id, span in written.items()}
+    for name, id in tok.special.items():
+        if id in tok.sentinel_ids:
+            text = text.replace(name, spans.get(id, ""))
     return text
 
 
+def check_length(net, ids):
+    if len(ids) > net.config.n_ctx:
+        raise UserError(f"a prompt of {len(ids)} tokens: the context is {net.config.n_ctx}")
+
+
 @torch.no_grad()
-def spans_line(net, tok, batch, n):
-    """The first n tokens of what the encoder reads in a batch's first window, with what the decoder
-    writes for each span, n tokens in all: [it], or [it|the right one]."""
-    source = batch["encoder_ids"][:1]
-    net.eval()
-    memory = net.encode(source)
-    ids = batch["ids"][:1, :1]  # the start token
-    for _ in range(min(n, net.config.n_ctx - 1)):  # greedy, and without a cache: it is short
-        logits = net.logits(net.hidden(ids, memory=memory)[:, -1])  # (1, V)
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    net.train()
-    written = spans_of(tok, ids[0, 1:].tolist())
-    right = spans_of(tok, batch["targets"][0].tolist())
-    text = ""
-    for token in source[0, :n].tolist():
-        if token in right:
-            text += gap_text(tok, written.get(token, []), right[token])
-        else:
-            text += shown_text(tok, [token])
-    return text
+def write(net, source, start_id, n):
+    """The n likeliest ids, one after another, that an encoder-decoder writes of a source (1, S):
+    without a cache, since they are few."""
+    with eager(net):
+        memory = net.encode(source)
+        ids = torch.full((1, 1), start_id, device=source.device)
+        for _ in range(min(n, net.config.n_ctx - 1)):
+            logits = net.logits(net.hidden(ids, memory=memory)[:, -1])  # (1, V)
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids[0, 1:].tolist()
 
 
 def spans_of(tok, ids):
@@ -167,3 +180,51 @@ def spans_of(tok, ids):
         else:
             span.append(id)
     return spans
+
+
+def shown_text(tok, ids):
+    """The text of ids as it stands within a text: with the blank before its first word."""
+    return b"".join(tok.shown.get(id, b"") for id in ids).decode(errors="replace")
+
+
+# --------------------------------------------------------------------------------------------------
+# What train.py shows at a validation
+
+
+@torch.no_grad()
+def filled_line(net, tok, batch, n):
+    """The first n tokens of a batch's first window, with the likeliest token at each target: [it],
+    or [it|the right one]."""
+    ids = batch["ids"][:1]
+    with eager(net):
+        guesses = net.logits(net.hidden(ids))[0].argmax(-1).tolist()  # (T,)
+    right = dict(zip(batch["places"][0].tolist(), batch["targets"][0].tolist()))
+    text = ""
+    for place, token in enumerate(ids[0, :n].tolist()):
+        if place in right:
+            text += gap_text(tok, [guesses[place]], [right[place]])
+        else:
+            text += shown_text(tok, [token])
+    return text
+
+
+def spans_line(net, tok, batch, n):
+    """The first n tokens of what the encoder reads in a batch's first window, with what the decoder
+    writes for each span, n tokens in all: [it], or [it|the right one]."""
+    source = batch["encoder_ids"][:1]
+    written = spans_of(tok, write(net, source, int(batch["ids"][0, 0]), n))
+    right = spans_of(tok, batch["targets"][0].tolist())
+    text = ""
+    for token in source[0, :n].tolist():
+        if token in right:
+            text += gap_text(tok, written.get(token, []), right[token])
+        else:
+            text += shown_text(tok, [token])
+    return text
+
+
+def gap_text(tok, guess, right):
+    """[guess], or where it is not right [guess|right]; both are lists of ids."""
+    if guess == right:
+        return f"[{shown_text(tok, guess)}]"
+    return f"[{shown_text(tok, guess)}|{shown_text(tok, right)}]"

@@ -1,7 +1,7 @@
 """What a window of tokens asks of a network in pre-training: the next token, masked ones, spans.
 
     objective = Objective("mlm", vocabulary_of(tok), seed=0, mask_rate=0.3)
-    batch = objective.batch(windows, numbers)  # the network's arguments: {"ids": …, "targets": …}
+    batch = objective.batch(windows, numbers)  # the network's arguments, by their names
 
 causal: each token is the target of those before it. mlm: some tokens are hidden, and are the
 targets of all others (Devlin et al. 2019, 3.1). span: some spans are cut out of what an encoder
@@ -20,7 +20,6 @@ import torch
 from barelm.run import UserError
 
 OBJECTIVES = ("causal", "mlm", "span")
-IGNORED = -100  # as F.cross_entropy has it: no target here
 MASKED = 0.8  # of the tokens that are targets of mlm so many are hidden by the mask token,
 REPLACED = 0.1  # so many by any token of text; the others are left as they are
 SPAN_LENGTH = 3.0  # tokens of a span that is cut out, the mean
@@ -171,8 +170,8 @@ class Objective:
         return self.mask(tokens, rng) if self.name == "mlm" else self.corrupt(tokens, rng)
 
     def mask(self, tokens, rng):
-        """ids and targets of tokens (T,): where one was chosen the targets have it, and the ids
-        have the mask token, any other token, or (one in ten) itself, so that the network has to
+        """ids (T,), targets (n,) and their places (n,) of tokens (T,): where one was chosen, the
+        ids have the mask token, any other token, or (one in ten) itself, so that the network has to
         have an opinion of every token."""
         v = self.vocabulary
         chosen = self.choose(tokens, rng)
@@ -181,7 +180,7 @@ class Objective:
         ids = np.where(chosen & (kind < MASKED), v.mask_id, tokens)
         is_replaced = chosen & (kind >= MASKED) & (kind < MASKED + REPLACED)
         ids = np.where(is_replaced, others, ids)
-        return {"ids": ids, "targets": np.where(chosen, tokens, IGNORED)}
+        return {"ids": ids, "targets": tokens[chosen], "places": np.flatnonzero(chosen)}
 
     def choose(self, tokens, rng):
         """Which of tokens (T,) are targets of mlm: `n_targets` of them, bool (T,)."""

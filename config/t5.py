@@ -2,6 +2,7 @@
 # trains opens in transformers as T5ForConditionalGeneration. A few minutes on two cores.
 #   python prepare.py
 #   python train.py config/t5.py
+#   python sample.py config/t5.py
 #   python eval.py config/t5.py
 
 # the model
@@ -23,10 +24,11 @@ out_dir = "out/t5"
 objective = "span"
 seq_len = 256
 batch_tokens = 8192
-max_steps = 1000
-warmup_steps = 50
-eval_every = 250
-save_every = 250
+max_steps = 400
+warmup_steps = 40
+eval_every = 100
+save_every = 100
 
 # sample.py, eval.py
 model = "out/t5"
+prompt = "def main(<extra_id_0>):\n    for i in <extra_id_1>(10):\n        print(<extra_id_2>)\n"

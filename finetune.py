@@ -327,6 +327,8 @@ def seq2seq_loss(net, examples):
     h = net.hidden(**batch).flatten(0, 1).index_select(0, places)  # (N, C)
     logits = net.logits(h).float()
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    if net.config.n_experts:  # as `forward` adds it
+        loss = loss + len(targets) * net.routing_loss()
     return loss, {}
 
 

@@ -321,8 +321,7 @@ def read_t5_head(d, values):
     does, 1.1 neither. transformers 5 has a key for each, those before it one."""
     tie = d.get("tie_word_embeddings")
     tie = True if tie is None else tie
-    scaled = d.get("scale_decoder_outputs")
-    scaled = tie if scaled is None else scaled
+    scaled = d.get("scale_decoder_outputs", tie)
     width = values.get("n_embd")
     for key, value in (("tie_word_embeddings", tie), ("scale_decoder_outputs", scaled)):
         if type(value) is not bool:

@@ -690,7 +690,7 @@ def check_settings(name, config):
     if template is not None:
         check_templates(name)
     no_prompt = template or weight_decay or METHODS[name].add_head  # decay would move frozen rows
-    if config.adapt == "prompt" and (no_prompt or METHODS[name].has_source):
+    if config.adapt == "prompt" and no_prompt:
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
 
 

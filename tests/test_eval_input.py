@@ -88,7 +88,7 @@ def test_questions_that_a_file_of_examples_holds_are_told(tmp_path, monkeypatch,
     task = replace(tasks.TASKS["gsm8k"], name="gsm8k", shots=1, judge=None)
     task.rows, task.examples = [question("Q0"), question("Q1")], [question("Q1")]
     tok = SimpleNamespace(start=[], eot_id=0, encode=lambda text: [*text.encode()])
-    net = SimpleNamespace(config=SimpleNamespace(n_ctx=999))
+    net = SimpleNamespace(config=SimpleNamespace(n_ctx=999, is_seq2seq=False))
     items, n_cut, n_solved = evaluation.make_items(task, net, tok)
     assert (len(items), n_cut, n_solved) == (2, 0, 1)
 

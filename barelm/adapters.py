@@ -21,6 +21,7 @@ from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
 from barelm.tensor_names import joined, names_in_file
+from barelm.tokenizer import Tokenizer
 
 
 @dataclass

@@ -56,7 +56,9 @@ def check_gguf(c, tok):
     not read."""
     kind = family(c)
     if c.n_experts:
-        raise UserError(f"--export=gguf: n_experts={c.n_experts}: expected 0 (--export=hf holds any)")
+        raise UserError(
+            f"--export=gguf: n_experts={c.n_experts}: expected 0 (--export=hf holds any)"
+        )
     if kind not in GGUF_FAMILIES:
         raise UserError(f"--export=gguf: {kind}: expected one of {', '.join(GGUF_FAMILIES)}")
     if c.window:

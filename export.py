@@ -89,6 +89,8 @@ def prune_weights(net, sparsity):
 
     sparsity: their share, "0.5"; or "2:4", two of each four neighbours in a row, which the sparse
     tensor cores of NVIDIA's GPUs multiply faster (Mishra et al. 2021)."""
+    if net.config.n_experts:
+        raise UserError(f"--prune={sparsity}: not of a model with experts, most of its weights")
     in_fours = sparsity == "2:4"
     share = 0.5 if in_fours else read_share(sparsity)
     for layer in block_matrices(net):

@@ -19,6 +19,7 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/api.py          what a request may say, and the jobs that it becomes
     barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
+    barelm/vector_api.py   the same of texts that become vectors, or labels
     barelm/page.py         what the page (serve.html) shows; barelm/metrics.py what is counted
 
 Smaller models and other formats are export.py's.

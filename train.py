@@ -128,7 +128,7 @@ eval_every = 100  # steps between validations
 eval_tokens = 131072  # validation tokens each time, always the same; 0: all
 save_every = 100  # steps between checkpoints
 sample_tokens = 48  # tokens of the sample at each validation; 0: none
-sample_prompt = ""  # its prompt
+sample_prompt = ""  # its prompt; mlm, span: a text with [MASK], or <extra_id_0> in it
 tensorboard = False  # also log for TensorBoard, into out_dir
 wandb_project: str | None = None  # also log to Weights & Biases
 
@@ -153,7 +153,14 @@ from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
 from barelm.experts import RoutingLog
 from barelm.families import family
-from barelm.filling import filled_line, score_targets, spans_line
+from barelm.filling import (
+    fill_masks,
+    fill_spans,
+    filled_line,
+    ids_with_gaps,
+    score_targets,
+    spans_line,
+)
 from barelm.invariant import be_deterministic
 from barelm.objectives import (
     OBJECTIVES,
@@ -486,6 +493,8 @@ def set_objective(data, net, tok):
     vocabulary = vocabulary_of(tok, net.start_id)
     data.objective = Objective(objective, vocabulary, seed, mask_rate, whole_words)
     data.objective.check(seq_len)
+    if objective != "causal" and sample_prompt:  # which has to have a gap
+        ids_with_gaps(tok, sample_prompt, [tok.mask_id, *tok.sentinel_ids])
 
 
 def add_end_tokens(tok, data, run):
@@ -645,6 +654,8 @@ def say_notes(run, horizon, batch, data):
     """What of the horizon a user may not expect."""
     for note in horizon.notes(batch_tokens, data.train.n * seq_len):
         run.say(f"note: {note}")
+    if data.val.n == 0 and objective != "causal":
+        run.say(f"note: no validation: its shards hold no window of {seq_len} tokens")
     warmed = progress_at(horizon, warmup_steps, warmup_steps * batch.size, 0.0, data.train.n)
     if warmed >= 1 and max_steps != 0:
         run.say(
@@ -788,6 +799,10 @@ def show_sample(net, tok, data, cast):
 
 def sample_text(net, tok, data):
     """What `show_sample` shows."""
+    if objective == "mlm" and sample_prompt:
+        return fill_masks(net, tok, sample_prompt)
+    if objective == "span" and sample_prompt:
+        return fill_spans(net, tok, sample_prompt, sample_tokens)
     if objective != "causal":
         window = data.val.rows([0])
         batch = replace(data.objective, seed=VALIDATION_SEED).batch(window, [0])

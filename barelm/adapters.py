@@ -431,7 +431,7 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     write_json(folder / "generation_config.json", ids)
     peft_config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if net.config.is_seq2seq else "CAUSAL_LM",
+        "task_type": task_type(net.config),
         "base_model_name_or_path": base,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
@@ -447,6 +447,13 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None):
     }
     write_json(folder / "adapter_config.json", peft_config)
     write_weights(folder / "adapter_model.safetensors", tensors, step, state)
+
+
+def task_type(c):
+    """PEFT's word for what a network does; it has none for masked language modelling."""
+    if c.is_seq2seq:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if c.causal else None
 
 
 def adapter_tensors(net):

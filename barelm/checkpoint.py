@@ -95,7 +95,8 @@ def download_model(name, folder):
     for file in ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config"):
         get(f"{file}.json", optional=True)
     get("chat_template.jinja", optional=True)
-    get(POOLING_FILE, optional=True)
+    for file in ("modules.json", POOLING_FILE):
+        get(file, optional=True)
     Tokenizer.from_folder(part)
     if not get("model.safetensors", optional=True):
         get(INDEX, optional=True)
@@ -127,9 +128,12 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     # anything of the size that config.json, or a file, claims is built.
     table = table_of(kind, config, task_of(settings))
     entries = read_entries(folder, table)
+    table = without_model(table, entries)
     check_layers(folder, entries, config, table)
     if kind in FAMILIES and FAMILIES[kind].tie_by_files:
         config = replace(config, tie="lm_head.weight" not in entries)
+    if config.causal and not config.tie and is_trunk(settings):
+        config = replace(config, tie=True)  # it has no head; what it says of next tokens is nothing
     head = read_head(folder, settings, entries, table)
     net = empty_network(config, settings, head, fast)
     check_entries(folder, entries, net, table)
@@ -154,6 +158,23 @@ def begin_texts(tok, config):
         tok.start = [tok.eot_id]
 
 
+def is_trunk(settings):
+    """Whether a config.json is that of a network without any head, such as a MistralModel: what
+    models of vectors are saved as."""
+    names = settings.get("architectures")
+    is_one = isinstance(names, list) and len(names) == 1
+    return is_one and bool(re.fullmatch(r"\w*(?<!LMHead)Model", str(names[0])))
+
+
+def without_model(table, entries):
+    """The TensorNames of a file of these names, whose trunk may stand by itself: without `model.`
+    before each."""
+    bare = any(name.startswith(("layers.", "embed_tokens.", "embeddings.")) for name in entries)
+    if bare and not table.prefix and not any(name.startswith("model.") for name in entries):
+        return replace(table, prefix="model.")
+    return table
+
+
 def read_embedding(folder, net):
     """Take over which state stands for a text, where the folder says so."""
     pooling = read_pooling(folder)
@@ -174,7 +195,8 @@ def read_token_ids(folder, settings, net):
     """Take over the ids that a network itself needs: of padding, and of an encoder-decoder's first
     token."""
     c = net.config
-    ids = read_json(folder / "generation_config.json", {}) | settings
+    ids = read_json(folder / "generation_config.json", {})
+    ids |= {key: value for key, value in settings.items() if value is not None}
     names = ["pad_token_id"] if not c.causal or c.n_encoder_layer else []
     names += ["decoder_start_token_id"] if c.n_encoder_layer else []
     for name in names:

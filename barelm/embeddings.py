@@ -186,11 +186,26 @@ def write_pooling(folder, pooling, size):
     write_json(folder / "modules.json", modules)
 
 
+def check_modules(path):
+    """Refuse a model of vectors that does more with them than we do, such as another layer."""
+    usual = [last_word(kind) for _, kind in MODULES]
+    modules = read_json(path, [])
+    kinds = [str(m.get("type")) if isinstance(m, dict) else "?" for m in modules]
+    others = [kind for kind in kinds if last_word(kind) not in usual]
+    if others:
+        raise UserError(f"{path}: not supported: {others[0]:.80}")
+
+
+def last_word(name):
+    return name.rpartition(".")[2]
+
+
 def read_pooling(folder):
     """Which state stands for a text in this folder's model, or None where it does not say."""
     path = Path(folder) / POOLING_FILE
     if not path.is_file():
         return None
+    check_modules(Path(folder) / "modules.json")
     settings = read_json(path)
     on = [name for name, key in MODES.items() if settings.get(key)]
     others = [key for key, value in settings.items() if "pooling_mode_" in key and value is True]

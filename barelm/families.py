@@ -231,7 +231,9 @@ def from_hf_config(d, where="config.json"):
         why = f"is not supported: {', '.join(FAMILIES)} are"
         raise UserError(f"{where}: model_type {kind!r:.60} {why}")
     entry = FAMILIES[kind]
+    d, other_faults = by_first_keys(d, entry)
     values, faults = read_keys(d, entry)
+    faults += other_faults
     for part in entry.parts:
         try:
             values |= part.read(d, values)
@@ -253,6 +255,20 @@ def from_our_config(d, where):
         why = "no fields of GPTConfig: a fork's, or a later version's"
         raise UserError(f"{where}: {', '.join(odd[:3])}: {why}")
     return checked_config({name: d[name] for name in names if name in d}, {}, where)
+
+
+def by_first_keys(d, entry):
+    """(d with the first name of what it has by a second one, [what is wrong])."""
+    out = dict(d)
+    faults = []
+    for other, key in entry.other_keys.items():
+        value = d.get(other)
+        if value is None:
+            continue
+        if out.get(key) not in (None, value):
+            faults.append(f"{other}={value!r:.60} with {key}={out[key]!r:.60} not supported")
+        out[key] = value
+    return out, faults
 
 
 def read_keys(d, entry):

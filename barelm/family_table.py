@@ -66,6 +66,7 @@ class Family:
     # Key: the values with which we are exact, that of an absent key first.
     exact: dict[str, tuple] = field(default_factory=dict)
     dropout_keys: tuple[str, ...] = ()  # their names for our one dropout
+    other_keys: dict[str, str] = field(default_factory=dict)  # {a key's second name: the key}
     written: dict = field(default_factory=dict)  # keys that we write for other readers
     copies: dict[str, str] = field(default_factory=dict)  # GPTConfig's field: a second key, written
     # The names in its files, or a function of the GPTConfig that returns them.
@@ -123,6 +124,7 @@ T5_KEYS = {
     "n_buckets": "relative_attention_num_buckets",
     "max_distance": "relative_attention_max_distance",
 }
+SECOND_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 LLAMA_FIXED = {
     "norm": "rms",
     "norm_place": "pre",
@@ -322,6 +324,9 @@ FAMILIES = {
         dropout_keys=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         written={"activation_function": "gelu_new"},
         copies={"n_ctx": "n_ctx"},
+        other_keys=SECOND_KEYS
+        | {"hidden_size": "n_embd"}
+        | {"max_position_embeddings": "n_positions"},
         tensors=GPT2_TENSORS,
     ),
     "bloom": Family(
@@ -339,7 +344,8 @@ FAMILIES = {
         fixed=GPT2_FIXED | {"pos": "alibi", "embed_norm": True},
         absent={"tie": True, "n_ctx": 2048},
         derived=PLAIN_HEADS | {"n_hidden": four_widths},
-        exact={"apply_residual_connection_post_layernorm": (False, None), "n_embed": (None,)},
+        exact={"apply_residual_connection_post_layernorm": (False, None)},
+        other_keys=SECOND_KEYS | {"n_embed": "hidden_size"},
         tensors=bloom_tensors,
     ),
     "bert": Family(
@@ -447,6 +453,8 @@ FAMILIES = {
         derived={"n_kv_head": heads_of_queries},
         exact={"is_encoder_decoder": (True,), "is_decoder": (False, None)},
         dropout_keys=("dropout_rate",),
+        other_keys={"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+        | {"hidden_size": "d_model", "head_dim": "d_kv"},
         written={"is_encoder_decoder": True},
         tensors=t5_tensors,
         tie_by_files=True,

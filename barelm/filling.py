@@ -122,6 +122,16 @@ def fill(net, tok, text, k):
     return fills
 
 
+def fill_masks(net, tok, text):
+    """A text with the likeliest token in the place of each mask."""
+    [name] = [name for name, id in tok.special.items() if id == tok.mask_id]
+    first, *others = text.split(name)
+    filled = first
+    for [(token, _)], piece in zip(fill(net, tok, text, 1), others):
+        filled = (filled.rstrip() if token.startswith(" ") else filled) + token + piece
+    return filled
+
+
 def fill_spans(net, tok, text, n):
     """A text with what an encoder-decoder writes, greedily and n tokens in all, for each sentinel
     in it (<extra_id_0>, <extra_id_1>, …)."""

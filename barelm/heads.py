@@ -52,7 +52,7 @@ def usual_pooler(net, task):
     """What stands before a new head's scores: BERT's classifiers of texts have a dense layer and
     tanh, ModernBERT's heads its masked model's dense layer and norm, decoders nothing."""
     c = net.config
-    if c.causal or not c.mlm_head:
+    if c.causal:
         return ""
     if c.norm_place == "pre":
         return "gelu_norm"
@@ -64,7 +64,7 @@ def set_head(net, labels, task, pooling="last", pad_id=None):
     head of the same form begins with."""
     pooler = usual_pooler(net, task)
     net.set_score(labels, pooling, pad_id, task=task, pooler=pooler)
-    if pooler == "gelu_norm":
+    if pooler == "gelu_norm" and net.config.mlm_head:
         net.score_dense.load_state_dict(net.head_dense.state_dict(), strict=False)
         net.score_norm.load_state_dict(net.head_norm.state_dict(), strict=False)
 

@@ -30,10 +30,10 @@ objective = "mlm"
 mask_rate = 0.3  # more targets a step (Wettig et al. 2023)
 seq_len = 256
 batch_tokens = 8192
-max_steps = 1000
-warmup_steps = 50
-eval_every = 250
-save_every = 250
+max_steps = 400
+warmup_steps = 40
+eval_every = 100
+save_every = 100
 
 # sample.py, eval.py
 model = "out/bert"

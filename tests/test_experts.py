@@ -13,12 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from barelm import experts
+from barelm.adapters import AdaptConfig, choose_weights
 from barelm.checkpoint import load, save
 from barelm.experts import Experts, expert_layers, update_bias
 from barelm.families import family, from_hf_config
 from barelm.invariant import be_deterministic
 from barelm.muon import Muon
 from barelm.optim import flops_per_token, make_optimizer, n_active, n_params
+from barelm.quantized import quantize_weights
 from barelm.run import UserError
 from model import GPT, GPTConfig, KVCache, Operations
 
@@ -254,6 +256,38 @@ def test_a_cache_and_a_saved_folder_give_the_same(kind, tok, tmp_path):  # noqa:
         back, _ = load(tmp_path)
         assert back.config == net.config
         assert torch.equal(back(ids), whole)
+
+
+@pytest.mark.parametrize("kind, allowed", [("int8", 0.01), ("int4", 0.15)])
+def test_quantized_experts_compute_and_are_saved(kind, allowed, tok, tmp_path):  # noqa: F811
+    net = quantize_weights(make_net(**KINDS["shared-bias"]), kind)
+    before = make_net(**KINDS["shared-bias"])
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        packed = net(ids)
+        save(tmp_path, net, tok)
+        assert torch.equal(load(tmp_path)[0](ids), packed)
+        for layer, whole in zip(expert_layers(net), expert_layers(before)):
+            for name, stack in list(layer.experts.named_children()):
+                weights = stack(torch.float32)  # what the codes stand for
+                error = weights - whole.experts.get_parameter(name)
+                assert error.norm() < allowed * weights.norm()
+                delattr(layer.experts, name)
+                setattr(layer.experts, name, torch.nn.Parameter(weights))
+        torch.testing.assert_close(net(ids), packed, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapt", ["lora", "qlora", "adapter"])
+def test_adapters_learn_beside_experts(adapt):
+    net = make_net(**KINDS["plain"])
+    with pytest.raises(UserError, match="all experts"):
+        choose_weights(net, AdaptConfig(adapt="lora", lora_targets="q_proj,up_proj"))
+    choose_weights(net, AdaptConfig(adapt=adapt))
+    ids = random_ids(2, 12)
+    net.train()(ids, ids)[0].backward()
+    learn = [name for name, p in net.named_parameters() if p.requires_grad]
+    assert learn and all("self_attn" in name for name in learn)
+    assert any(net.get_parameter(name).grad.abs().max() > 0 for name in learn)
 
 
 def test_what_has_no_meaning_is_a_line():

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from barelm.adapters import AdaptConfig, LoRA, add_lora, save_adapter
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.families import FAMILIES, from_hf_config
 from barelm.family_table import REFUSED
 from barelm.files import write_json
+from barelm.optim import n_params
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
 from barelm.tokenizer import Tokenizer
@@ -358,12 +360,17 @@ FLIPS = {
     "rms_norm_eps": [0.5],
     "layer_norm_epsilon": [0.5],
     "is_encoder_decoder": [False],
+    "hidden_size": [16, 32],
+    "num_hidden_layers": [2, 3],
+    "num_attention_heads": [2, 6],
+    "n_embed": [12, 24],
 }
 
 
 # Keys that a family's config.json may have though transformers writes others, or none, today.
 BESIDE = "position_embedding_type layer_types sliding_window use_sliding_window is_decoder"
 BESIDE += " max_window_layers global_attn_every_n_layers rope_scaling partial_rotary_factor"
+BESIDE += " hidden_size num_hidden_layers num_attention_heads"
 
 
 @torch.no_grad()
@@ -397,6 +404,17 @@ def test_each_key_is_refused_by_name_or_gives_their_logits(name, transformers, t
             torch.testing.assert_close(made, given, atol=1e-4, rtol=1e-4, msg=f"{key}={value}")
             counts[1] += 1
     assert min(counts) > 4
+
+
+PUBLISHED = json.loads((FIXTURES.parent / "published.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_their_number_of_parameters(name):
+    """The config.json of models on the Hub, with the keys of their days."""
+    config = from_hf_config(PUBLISHED[name]["config"])
+    with torch.device("meta"):
+        assert n_params(GPT(config)) == PUBLISHED[name]["parameters"]
 
 
 def test_known_families_that_are_not_exact_are_refused_with_the_key():
@@ -594,3 +612,25 @@ def test_tokenizers_of_encoders_give_the_librarys_ids(make_one):
         assert tok.decode(expected) == theirs.decode(expected, skip_special_tokens=False)
     theirs.encode_special_tokens = False
     assert tok.start + tok.encode("the cat") + tok.end == theirs.encode("the cat").ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "modernbert", "bloom", "t5"])
+def test_adapters_have_the_names_of_their_base(name, transformers, tmp_path):
+    """Joined layers too, whose parts' products stand as the file's rows do."""
+    peft = pytest.importorskip("peft")
+    theirs = make(transformers, name)
+    net, tok = load(write(tmp_path / "base", theirs))
+    config = AdaptConfig("lora", lora_rank=2)
+    add_lora(net, config)
+    for layer in net.modules():
+        if isinstance(layer, LoRA):
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    save_adapter(tmp_path / "ours", net.eval(), tok, str(tmp_path / "base"), config)
+    reopened, _ = load(tmp_path / "ours")
+    with_adapter = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    ids = torch.randint(3, 30, (2, 9))
+    options = {"encoder_ids": ids} if is_seq2seq(theirs) else {}
+    there = {"decoder_input_ids": ids} if is_seq2seq(theirs) else {}
+    close(net(ids, **options), with_adapter(input_ids=ids, **there).logits)
+    close(net(ids, **options), reopened(ids, **options))

@@ -217,6 +217,7 @@ ROWS = {
 def prepared(method, tok, monkeypatch, **shape):
     """(task, net, examples) of a method, ready for its loss."""
     monkeypatch.setattr(finetune, "dpo_loss", "ipo" if method == "ipo" else "sigmoid")
+    monkeypatch.setattr(finetune, "embed_temperature", 1.0)  # gradients as large as others'
     task = finetune.METHODS["dpo" if method == "ipo" else method]
     net = net_for(tok, **shape)
     if method == "sft":

@@ -323,7 +323,7 @@ def test_micro_batches_change_no_loss_of_a_batch(tok):
     net = net_for(tok)
     net.pooling = "mean"
     examples = embed_examples(tok)
-    learner = finetune_learner(net, tok)
+    learner = learner_of(net, tok)
     cast = autocast(CPU, torch.float32)
     whole = gradients(net, [examples])
     for size in (1, 2, 3):
@@ -334,12 +334,16 @@ def test_micro_batches_change_no_loss_of_a_batch(tok):
         assert loss == pytest.approx(whole[0], rel=1e-5)
         for a, b in zip(grads, whole[1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-    assert heads.with_gradients(0.1, learner, examples, lambda e: [e], cast, 5)[0][0].keys() >= {
-        "texts"
-    }
+    [group] = heads.with_gradients(0.1, learner, examples, lambda e: [e], cast, 5)
+    assert "gradients" not in group[0]  # one pass holds it
+    net.to("meta")  # where whoever asks for a number fails: nothing waits for the device
+    groups = heads.with_gradients(0.1, learner, examples, lambda e: [[each] for each in e], cast, 5)
+    for group in groups:
+        heads.embed_loss(0.1, net, group)[0].backward()
+    assert all(p.grad.is_meta for p in net.parameters() if p.grad is not None)
 
 
-def finetune_learner(net, tok):
+def learner_of(net, tok):
     from barelm.tuning import Learner
 
     return Learner(Run(CPU), net, tok, "", None)
@@ -352,7 +356,7 @@ def test_dropout_is_the_same_in_both_passes(tok):
     examples = embed_examples(tok)[3:]  # texts alone, of which dropout makes pairs
     split = lambda some: [[e] for e in some]
     cast = autocast(CPU, torch.float32)
-    learner = finetune_learner(net, tok)
+    learner = learner_of(net, tok)
     groups = heads.with_gradients(0.1, learner, examples, split, cast, 5)
     total = sum(float(group[0]["loss"]) for group in groups)
 
@@ -401,6 +405,39 @@ def test_a_folder_says_how_a_text_is_embedded(tok, tmp_path):
     with pytest.raises(UserError, match="expected one of pooling_mode_cls_token"):
         load(tmp_path)
     assert embeddings.pooling_of(net_for(tok)) == "mean"
+
+
+TRUNKS = {
+    "BertConfig": {"max_position_embeddings": 64},
+    "ModernBertConfig": {"max_position_embeddings": 64, "cls_token_id": 0, "sep_token_id": 0},
+    "Qwen3Config": {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_trunk_of_others_makes_vectors(name, tok, tmp_path):
+    """What sentence-transformers saves: no head, and no prefix before the names."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    ids = dict(vocab_size=512, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    config = getattr(transformers, name)(**shape, **ids, **TRUNKS[name])
+    theirs = transformers.AutoModel.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    for file, content in (("tokenizer.json", tok.spec), ("tokenizer_config.json", tok.config)):
+        (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    net, its_tok = load(tmp_path)
+    rows = [its_tok.whole_text(text)[0] for text in TEXTS]
+    vectors = embeddings.embed(net, its_tok, rows, embeddings.pooling_of(net))
+    for row, vector in zip(rows, vectors):
+        with torch.no_grad():
+            h = theirs(torch.tensor([row])).last_hidden_state[0, 0]
+        torch.testing.assert_close(vector, h / h.norm(), rtol=1e-3, atol=1e-5)
+    kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Pooling", "Dense")]
+    (tmp_path / "modules.json").write_text(json.dumps(kinds))
+    with pytest.raises(UserError, match="not supported: sentence_transformers.models.Dense"):
+        load(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------

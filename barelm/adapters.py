@@ -373,7 +373,7 @@ def before_sources(tok, names):
     the end token behind it."""
     name_of = {id: name for name, id in tok.special.items()}
     before = [*names, *[name_of[id] for id in tok.start]]
-    behind = [name_of[id] for id in tok.finish or tok.eos_ids[:1]]
+    behind = [name_of[id] for id in tok.end or tok.eos_ids[:1]]
     tokens = {}
     for name in [*before, *behind]:
         tokens[name] = {"id": name, "ids": [tok.special[name]], "tokens": [name]}

@@ -94,13 +94,14 @@ from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, head_piece
 from barelm.llama import check_llama, llama_generate
 from barelm.muon import COEFFICIENTS
+from barelm.operations import Operations
 from barelm.optim import flops_per_token, make_optimizer, n_params
 from barelm.patterns import Pattern
 from barelm.quantized import quantize_weights
 from barelm.run import UserError, autocast, choose_dtype, duration, setup
 from barelm.sources import library_files
 from barelm.timing import Bench, measure_ceilings, title, weight_bytes
-from model import GPT, GPTConfig, Operations, generate
+from model import GPT, GPTConfig, generate
 
 # --------------------------------------------------------------------------------------------------
 # Attention

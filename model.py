@@ -6,14 +6,14 @@
     [answer] = generate(net, tokenizer, ["Once upon a time"], max_new_tokens=50)
 
 B rows of T tokens, C: n_embd, H: heads of queries, G: of keys and values, D: head_dim, S: tokens
-to look at, V: vocab_size. What is only there for speed stands in barelm/fast.py and
-barelm/elementwise.py and is chosen in `Operations`; GPT(config, fast=False) does without.
+to look at, V: vocab_size. The formulas of attention, norm and activation are in
+barelm/operations.py, where what is only there for speed is chosen; GPT(config, fast=False) does
+without. Who sees whom: barelm/patterns.py; where tokens stand: barelm/positions.py.
 """
 
-import codecs
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -23,22 +23,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from barelm import invariant
-from barelm.elementwise import FusedRMSNorm, FusedRotation, FusedSwiGLU, can_fuse
 from barelm.fast import (
     SparseMask,
-    block_mask,
-    blocked_attention,
-    can_block,
-    can_piece,
-    cross_entropy_sum,
     generating,
-    head_piece,
-    joined_product,
-    sparse_attention,
 )
 from barelm.generation import check_generates, decode_rows
 from barelm.layouts import layout_for
-from barelm.patterns import Pattern, attention_mask, may_look, with_bias
+from barelm.operations import GATED, Operations, activation, attention_probabilities
+from barelm.patterns import Pattern, with_bias
 from barelm.positions import (
     alibi,
     alibi_slopes,
@@ -51,8 +43,7 @@ from barelm.run import UserError, compute_dtype
 from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 from barelm.shapes import check_fields, check_shape
 from barelm.speculate import check_speculation, speculate_rows
-
-GATED = ("swiglu", "geglu", "geglu_erf")  # MLPs with a third matrix
+from barelm.texts import Row
 
 
 @dataclass
@@ -173,426 +164,6 @@ class GPTConfig:
         biased = self.pos in ("relative", "alibi") or self.softcap or self.sinks
         unusual = self.window or biased or self.is_seq2seq or not self.scale_scores
         return self.causal and not unusual
-
-
-def rms_norm(x, weight, eps):
-    """RMSNorm (Zhang and Sennrich 2019) of x (…, D) by weight (D,), or (H, D) for x (…, H, D)."""
-    # Weights are float32 in training: without the cast, bfloat16 would become float32 here.
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
-
-
-class RMSNorm(nn.RMSNorm):
-    def __init__(self, size, eps, ops):
-        super().__init__(size, eps)
-        self.ops = ops
-
-    def forward(self, x):
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-
-def make_norm(c, ops):
-    """The norm of a block's input or output."""
-    if c.norm == "rms":
-        return RMSNorm(c.n_embd, c.norm_eps, ops)
-    return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias or c.norm_bias)
-
-
-def rotate(x, rope):
-    """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, `rope_angles`'."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)  # (B, T, H, D / 2) each
-    return x * cos + torch.cat((b, a), -1) * sin  # a cos - b sin, and b cos + a sin
-
-
-class Operations:
-    """The operations of a network, each as its formula. Where `fast` is true, barelm/fast.py or
-    barelm/elementwise.py is asked first; what they have no faster way for, they leave to the
-    formula. Who changes a formula deletes the `if` above it: before its first step train.py
-    compares the two. `deterministic`: by barelm/invariant.py, so that a token's bits do not depend
-    on what else is in the batch."""
-
-    def __init__(self, fast):
-        self.fast = fast
-        self.deterministic = False
-        self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
-        # Both by barelm/compiled.py, which compares before it sets them:
-        self.sparse = False  # skip what no token sees: pays in compiled blocks on a GPU
-        self.block_masks: dict = {}  # for it, of patterns without documents, which stay the same
-        self.head_piece: Callable = head_piece  # or that compiled
-        self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
-
-    def project(self, x, *layers):
-        """The outputs of linear layers that read the same x (…, C), side by side."""
-        if self.deterministic:
-            return invariant.project(x, layers)
-        if self.fast:
-            y = joined_product(x, layers, self.packed)
-            if y is not None:
-                return y
-        if len(layers) == 1:
-            return layers[0](x)
-        return torch.cat([layer(x) for layer in layers], -1)
-
-    def rms_norm(self, x, weight, eps):
-        if self.fast and can_fuse(x):
-            return FusedRMSNorm.apply(x, weight, eps)
-        return rms_norm(x, weight, eps)
-
-    def rotate(self, x, rope):
-        size = rope[0].shape[-1]
-        if size < x.shape[-1]:  # the rest of the head knows no positions
-            turned, rest = x.split((size, x.shape[-1] - size), -1)
-            return torch.cat((rotate(turned, rope), rest), -1)
-        if self.fast and can_fuse(x):
-            return FusedRotation.apply(x, *rope)
-        return rotate(x, rope)
-
-    def swiglu(self, gate_up):
-        """silu(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
-        if self.fast and can_fuse(gate_up):
-            return FusedSwiGLU.apply(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return self.silu(gate) * up
-
-    def mask(self, pattern, positions, docs, alone=True, is_changed=False):
-        """What `attend` takes to let tokens at positions (B or 1, T) look at one another. alone: as
-        `attention_mask` has it; is_changed: whether scores are more than products, too."""
-        hides = docs is not None or not pattern.sees_all(positions.shape[1])
-        if self.fast and self.sparse and (hides or is_changed):
-            return SparseMask(self.seen_blocks(pattern, positions, docs))
-        return attention_mask(pattern, positions, positions, docs, alone=alone)
-
-    def seen_blocks(self, pattern, positions, docs):
-        """The BlockMask of these; where there are no documents, the one that was made before."""
-        if docs is not None:
-            return block_mask(partial(may_look, pattern), positions, docs)
-        key = (pattern, positions.shape[1], positions.device)
-        if key not in self.block_masks:
-            self.block_masks[key] = block_mask(partial(may_look, pattern), positions)
-        return self.block_masks[key]
-
-    def attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None, softcap=0.0,
-               sinks=None, reach=None):  # fmt: skip
-        """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D).
-
-        mask: `attention_mask`'s, or a SparseMask, or numbers to add to the scores; where it is
-        None, causal says whether tokens see what is behind them. scale: None is 1 / sqrt(D).
-        softcap, sinks: as in `attention_probabilities`. reach: no token sees one that is further
-        from it, as the mask says too; None: any."""
-        if isinstance(mask, SparseMask):
-            return sparse_attention(q, k, v, mask, scale, softcap, sinks)
-        plain = partial(self.plain_attend, causal=causal, scale=scale, softcap=softcap)
-        if self.deterministic and not dropout:
-            return invariant.attention(q, k, v, mask, sinks, plain, causal, scale, softcap)
-        usual = not softcap and sinks is None  # all that the others know
-        if self.attend_cached is not None and usual and causal and scale is None:
-            return self.attend_cached(q, k, v, mask)
-        if self.fast and usual and can_block(q, k, mask, dropout, causal, reach):
-            return blocked_attention(q, k, v, mask, scale, causal, reach)
-        return plain(q, k, v, mask, sinks, dropout=dropout)
-
-    def plain_attend(self, q, k, v, mask=None, sinks=None, dropout=0.0, causal=True, scale=None,
-                     softcap=0.0):  # fmt: skip
-        """`attend` by torch's own, or where that lacks something by the formula."""
-        if softcap or sinks is not None:
-            p = attention_probabilities(q, k, mask, causal, scale, softcap, sinks)
-            p = F.dropout(p, dropout).to(v.dtype)  # (B, H, T, S)
-            return (p @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).to(q.dtype)
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(k.dtype)  # torch adds it to scores of this type
-        is_causal = False
-        if causal and mask is None and q.shape[2] > 1:  # one token sees all that there is
-            is_causal = True  # a literal: in torch.compile and torch.export T may be a symbol
-        # A head of k and v for H / G heads of q. Where G is H it is off: some kernels lack it.
-        grouped = q.shape[1] != k.shape[1]
-        if grouped and k.device.type == "cuda" and not self.deterministic:
-            # There flash attention alone has it, which has no mask and no float32: what torch does
-            # in its place keeps all T x S scores in float32 (but always adds in the same order).
-            has_flash = mask is None and compute_dtype(k) == torch.bfloat16
-            if not has_flash:
-                k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
-                v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-                grouped = False
-        like_k = q.to(k.dtype)  # a cache may be float32 where the network is not
-        y = F.scaled_dot_product_attention(
-            like_k, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=grouped
-        )
-        return y.to(q.dtype)
-
-    def silu(self, x):
-        return invariant.silu(x) if self.deterministic else F.silu(x)
-
-    def gelu(self, x, approximate="tanh"):
-        """By tanh, as GPT-2's, or exact ("none")."""
-        if self.deterministic:
-            return invariant.gelu(x, approximate)
-        return F.gelu(x, approximate=approximate)
-
-    def cross_entropy(self, h, head, targets, logits, head_input):
-        """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
-        none. The faster way makes head(head_input(h)) a piece at a time, and no `logits`; where
-        there is more to the logits than that, head is None."""
-        if self.fast and can_piece(head):
-            h = head_input(h)
-            return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
-        return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention: H heads of queries, G of keys and values. is_cross: to a source."""
-
-    def __init__(self, c, ops, pattern, is_cross=False):
-        super().__init__()
-        self.c = c
-        self.ops = ops
-        qkv_bias = c.bias or c.qkv_bias
-        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        if c.qk_norm:
-            heads = (c.n_head, c.n_kv_head) if c.qk_norm_all else (1, 1)
-            self.q_norm = RMSNorm(heads[0] * c.head_dim, c.norm_eps, ops)
-            self.k_norm = RMSNorm(heads[1] * c.head_dim, c.norm_eps, ops)
-        # What is not as usual of the scores, as `Operations.attend` takes it:
-        self.options = {}
-        if not pattern.causal or is_cross:
-            self.options["causal"] = False
-        if not c.scale_scores:
-            self.options["scale"] = 1.0
-        if c.softcap:
-            self.options["softcap"] = c.softcap
-        if pattern.reach is not None and not is_cross:
-            self.options["reach"] = pattern.reach
-        if c.sinks and not is_cross:
-            self.sinks = nn.Parameter(torch.zeros(c.n_head))
-
-    def scoring(self):
-        """`options`, with the parameters among them."""
-        if self.c.sinks and hasattr(self, "sinks"):
-            return self.options | {"sinks": self.sinks}
-        return self.options
-
-    def qkv(self, x, rope=None):
-        """q (B, H, T, D), k and v (B, G, T, D) of x (B, T, C)."""
-        c = self.c
-        B, T, _ = x.shape
-        H = c.n_head
-        G = c.n_kv_head
-        qkv = self.ops.project(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, (H + 2 G) D)
-        qkv = qkv.view(B, T, H + 2 * G, c.head_dim)
-        # Queries and keys are normed and rotated alike: as one tensor of H + G heads it takes half
-        # the calls, which is what a single token's time goes to.
-        qk, v = qkv.split((H + G, G), 2)
-        if c.qk_norm:
-            qk = self.normed(qk)
-        if rope is not None:
-            qk = self.ops.rotate(qk, rope)
-        q, k = qk.transpose(1, 2).split((H, G), 1)
-        return q, k, v.transpose(1, 2)
-
-    def normed(self, qk):
-        """Queries and keys (B, T, H + G, D), none of them long, so that no score runs away (Henry
-        et al. 2020)."""
-        c = self.c
-        H = c.n_head
-        G = c.n_kv_head
-        if c.qk_norm_all:
-            q, k = qk.split((H, G), 2)
-            q = self.q_norm(q.flatten(2)).unflatten(2, (H, -1))
-            k = self.k_norm(k.flatten(2)).unflatten(2, (G, -1))
-            return torch.cat((q, k), 2)
-        weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
-        return self.ops.rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
-
-    def forward(self, x, rope=None, mask=None, cache=None):
-        """What each token of x (B, T, C) gathers (B, T, C). cache(k, v) stores what is new and
-        returns all keys and values that may be looked at."""
-        q, k, v = self.qkv(x, rope)
-        if cache is not None:
-            k, v = cache(k, v)  # (B, G, S, D)
-        return self.gather(q, k, v, mask)
-
-    def gather(self, q, k, v, mask):
-        """(B, T, C) of q (B, H, T, D), k and v (B, G, S, D)."""
-        dropout = self.c.dropout if self.training else 0.0
-        y = self.ops.attend(q, k, v, mask, dropout, **self.scoring())  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
-        return self.ops.project(y, self.o_proj)
-
-    def source(self, memory):
-        """Keys and values (B, G, S, D) of a source's hidden states (B, S, C)."""
-        c = self.c
-        kv = self.ops.project(memory, self.k_proj, self.v_proj)
-        kv = kv.unflatten(2, (2 * c.n_kv_head, c.head_dim)).transpose(1, 2)
-        k, v = kv.chunk(2, 1)
-        if c.qk_norm:
-            k = self.one_normed(k, self.k_norm)
-        return k, v
-
-    def cross(self, x, memory, mask, cached=None):
-        """What each token of x (B, T, C) gathers of a source's hidden states (B, S, C), or of its
-        keys and values, which cached() gives."""
-        c = self.c
-        q = self.ops.project(x, self.q_proj).unflatten(2, (c.n_head, c.head_dim)).transpose(1, 2)
-        if c.qk_norm:
-            q = self.one_normed(q, self.q_norm)
-        k, v = self.source(memory) if cached is None else cached()
-        return self.gather(q, k, v, mask)
-
-    def one_normed(self, x, norm):
-        """x (B, heads, T, D) by q_norm or k_norm."""
-        if not self.c.qk_norm_all:
-            return norm(x)
-        heads = x.shape[1]
-        return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
-
-    def probabilities(self, x, rope=None, mask=None):
-        """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
-        q, k, _ = self.qkv(x, rope)
-        options = dict(self.scoring())
-        options.pop("reach", None)  # which the mask says too
-        return attention_probabilities(q, k, mask, **options)
-
-
-class MLP(nn.Module):
-    """What is done with each token by itself."""
-
-    def __init__(self, c, ops, n_hidden=0):
-        super().__init__()
-        self.kind = c.mlp
-        self.ops = ops
-        n_hidden = n_hidden or c.n_hidden
-        if c.mlp in GATED:
-            self.gate_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
-        self.up_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
-        self.down_proj = nn.Linear(n_hidden, c.n_embd, bias=c.bias)
-
-    def forward(self, x):
-        if self.kind in GATED:
-            gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
-            h = self.gated(gate_up)  # (B, T, n_hidden)
-        else:
-            h = activation(self.kind, self.ops.project(x, self.up_proj), self.ops)
-        return self.ops.project(h, self.down_proj)
-
-    def gated(self, gate_up):
-        """act(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
-        if self.kind == "swiglu":
-            return self.ops.swiglu(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return activation(self.kind, gate, self.ops) * up
-
-
-def activation(kind, x, ops):
-    """What an MLP of this kind does with each number x, a gated one with those of its gate."""
-    if kind == "swiglu":
-        return ops.silu(x)
-    if kind in ("gelu", "geglu"):
-        return ops.gelu(x)
-    if kind in ("gelu_erf", "geglu_erf"):
-        return ops.gelu(x, "none")
-    if kind == "relu":
-        return F.relu(x)
-    return F.relu(x).square()  # relu2: So et al. 2021
-
-
-def make_mlp(c, ops, has_experts):
-    if not has_experts:
-        return MLP(c, ops)
-    from barelm.experts import make_experts  # it imports this file
-
-    return make_experts(c, ops)
-
-
-class Block(nn.Module):
-    """Attention, attention to a source where there is one, then an MLP, each added to x. The norms
-    have Hugging Face's names: with norm_place "post" they stand behind these, and not before."""
-
-    def __init__(self, c, ops, pattern, is_first=False, has_cross=False, has_experts=False):
-        super().__init__()
-        self.c = c
-        self.pattern = pattern
-        self.has_experts = has_experts
-        both = c.norm_place == "both"
-        self.self_attn = Attention(c, ops, pattern)
-        self.mlp = make_mlp(c, ops, has_experts)
-        no_norm = is_first and not c.first_norm
-        self.input_layernorm = nn.Identity() if no_norm else make_norm(c, ops)
-        self.post_attention_layernorm = make_norm(c, ops)
-        self.attn_out_norm = make_norm(c, ops) if both else nn.Identity()
-        self.mlp_out_norm = make_norm(c, ops) if both else nn.Identity()
-        if has_cross:
-            self.cross_attn = Attention(c, ops, pattern, is_cross=True)
-            self.cross_layernorm = make_norm(c, ops)
-            self.cross_out_norm = make_norm(c, ops) if both else nn.Identity()
-
-    def forward(self, x, rope=None, mask=None, cache=None, memory=None, memory_mask=None,
-                cross=None):  # fmt: skip
-        """x (B, T, C); of a block with experts also what its router did, (E + 3,) float32. memory
-        (B, S, C) and its mask, or cross(), which gives its keys and values: the source."""
-        y = self.self_attn(self.before(x, self.input_layernorm), rope, mask, cache)
-        x = self.after(x, y, self.input_layernorm, self.attn_out_norm)
-        if memory is not None or cross is not None:
-            y = self.before(x, self.cross_layernorm)
-            y = self.cross_attn.cross(y, memory, memory_mask, cross)
-            x = self.after(x, y, self.cross_layernorm, self.cross_out_norm)
-        y = self.mlp(self.before(x, self.post_attention_layernorm))
-        routing = None
-        if self.has_experts:
-            y, routing = y
-        x = self.after(x, y, self.post_attention_layernorm, self.mlp_out_norm)
-        return (x, routing) if self.has_experts else x
-
-    def before(self, x, norm):
-        """What a part of the block reads."""
-        return x if self.c.norm_place == "post" else norm(x)
-
-    def after(self, x, y, norm, out_norm):
-        """x and what a part made of it, y."""
-        if self.c.norm_place == "post":
-            return norm(x + self.dropout(y))
-        return x + self.dropout(out_norm(y))
-
-    def dropout(self, x):
-        return F.dropout(x, self.c.dropout, self.training)
-
-
-class Ahead(Block):
-    """Multi-token prediction's block (DeepSeek-AI 2024, 2.2), which looks a token further ahead
-    than the one before it."""
-
-    def __init__(self, c, ops):
-        super().__init__(c, ops, Pattern())
-        self.ops = ops
-        self.hidden_norm = make_norm(c, ops)
-        self.token_norm = make_norm(c, ops)
-        self.joint_proj = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
-        self.norm = make_norm(c, ops)
-
-    def join(self, h, e):
-        """What the block reads (B, T, C): states h (B, T, C), and embeddings e (B, T, C)."""
-        x = torch.cat((self.hidden_norm(h), self.token_norm(e)), -1)
-        return self.ops.project(x, self.joint_proj)
-
-
-@dataclass
-class Memory:
-    """A source that was read: h (B, S, C), and mask (B, 1, 1, S) bool, true where there is a token
-    (None: everywhere)."""
-
-    h: torch.Tensor
-    mask: torch.Tensor | None = None
-
-
-def make_blocks(c, ops, patterns, is_encoder=False):
-    """A block for each Pattern."""
-    blocks = nn.ModuleList()
-    has_cross = c.is_seq2seq and not is_encoder
-    for i, pattern in enumerate(patterns):
-        has_experts = c.has_experts[i] if not is_encoder else False
-        blocks.append(Block(c, ops, pattern, i == 0, has_cross, has_experts))
-    return blocks
 
 
 class GPT(nn.Module):
@@ -783,28 +354,26 @@ class GPT(nn.Module):
         c = self.config
         is_biased = c.pos in ("alibi", "relative")  # a mask of numbers, then
         is_changed = is_biased or c.softcap > 0 or c.sinks
-        key_positions = positions
         alone = True
-        found = {}
+        key_positions = None
+        looks = {}
         ropes = {}
         for block in part.layers:
             pattern = block.pattern
-            if pattern in found:
+            if pattern in looks:
                 continue
             if cache is not None and docs is None:  # documents in a cache are whole, and all new
                 key_positions, alone = cache.keys(pattern)
             theta = c.local_rope_theta if pattern.kind != "full" else 0.0
             if c.pos == "rope" and theta not in ropes:
                 ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
-            if cache is None:
-                mask = self.ops.mask(pattern, positions, docs, not is_biased, is_changed)
-            else:
-                is_alone = alone and not is_biased
-                mask = attention_mask(pattern, positions, key_positions, docs, alone=is_alone)
+            in_order = alone and not is_biased
+            mask = self.ops.mask(pattern, positions, docs, in_order, is_changed, key_positions)
             if is_biased:
-                mask = self.biased(mask, part, positions, key_positions, pattern.causal)
-            found[pattern] = (ropes.get(theta), mask)
-        return found
+                keys = positions if key_positions is None else key_positions
+                mask = self.biased(mask, part, positions, keys, pattern.causal)
+            looks[pattern] = (ropes.get(theta), mask)
+        return looks
 
     def biased(self, mask, part, positions, key_positions, causal):
         """A mask with what is added to the scores, `score_bias`."""
@@ -1013,6 +582,270 @@ class GPT(nn.Module):
         return ids[:end]
 
 
+# --------------------------------------------------------------------------------------------------
+# Its parts
+
+
+class RMSNorm(nn.RMSNorm):
+    def __init__(self, size, eps, ops):
+        super().__init__(size, eps)
+        self.ops = ops
+
+    def forward(self, x):
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(c, ops):
+    """The norm of a block's input or output."""
+    if c.norm == "rms":
+        return RMSNorm(c.n_embd, c.norm_eps, ops)
+    return nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias or c.norm_bias)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H heads of queries, G of keys and values. is_cross: to a source."""
+
+    def __init__(self, c, ops, pattern, is_cross=False):
+        super().__init__()
+        self.c = c
+        self.ops = ops
+        qkv_bias = c.bias or c.qkv_bias
+        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        if c.qk_norm:
+            heads = (c.n_head, c.n_kv_head) if c.qk_norm_all else (1, 1)
+            self.q_norm = RMSNorm(heads[0] * c.head_dim, c.norm_eps, ops)
+            self.k_norm = RMSNorm(heads[1] * c.head_dim, c.norm_eps, ops)
+        # What is not as usual of the scores, as `Operations.attend` takes it:
+        self.options = {}
+        if not pattern.causal or is_cross:
+            self.options["causal"] = False
+        if not c.scale_scores:
+            self.options["scale"] = 1.0
+        if c.softcap:
+            self.options["softcap"] = c.softcap
+        if pattern.reach is not None and not is_cross:
+            self.options["reach"] = pattern.reach
+        if c.sinks and not is_cross:
+            self.sinks = nn.Parameter(torch.zeros(c.n_head))
+
+    def scoring(self):
+        """`options`, with the parameters among them."""
+        if self.c.sinks and hasattr(self, "sinks"):
+            return self.options | {"sinks": self.sinks}
+        return self.options
+
+    def qkv(self, x, rope=None):
+        """q (B, H, T, D), k and v (B, G, T, D) of x (B, T, C)."""
+        c = self.c
+        B, T, _ = x.shape
+        H = c.n_head
+        G = c.n_kv_head
+        qkv = self.ops.project(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, (H + 2 G) D)
+        qkv = qkv.view(B, T, H + 2 * G, c.head_dim)
+        # Queries and keys are normed and rotated alike: as one tensor of H + G heads it takes half
+        # the calls, which is what a single token's time goes to.
+        qk, v = qkv.split((H + G, G), 2)
+        if c.qk_norm:
+            qk = self.normed(qk)
+        if rope is not None:
+            qk = self.ops.rotate(qk, rope)
+        q, k = qk.transpose(1, 2).split((H, G), 1)
+        return q, k, v.transpose(1, 2)
+
+    def normed(self, qk):
+        """Queries and keys (B, T, H + G, D), none of them long, so that no score runs away (Henry
+        et al. 2020)."""
+        c = self.c
+        H = c.n_head
+        G = c.n_kv_head
+        if c.qk_norm_all:
+            q, k = qk.split((H, G), 2)
+            q = self.q_norm(q.flatten(2)).unflatten(2, (H, -1))
+            k = self.k_norm(k.flatten(2)).unflatten(2, (G, -1))
+            return torch.cat((q, k), 2)
+        weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
+        return self.ops.rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        """What each token of x (B, T, C) gathers (B, T, C). cache(k, v) stores what is new and
+        returns all keys and values that may be looked at."""
+        q, k, v = self.qkv(x, rope)
+        if cache is not None:
+            k, v = cache(k, v)  # (B, G, S, D)
+        return self.gather(q, k, v, mask)
+
+    def gather(self, q, k, v, mask):
+        """(B, T, C) of q (B, H, T, D), k and v (B, G, S, D)."""
+        dropout = self.c.dropout if self.training else 0.0
+        y = self.ops.attend(q, k, v, mask, dropout, **self.scoring())  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
+        return self.ops.project(y, self.o_proj)
+
+    def source(self, memory):
+        """Keys and values (B, G, S, D) of a source's hidden states (B, S, C)."""
+        c = self.c
+        kv = self.ops.project(memory, self.k_proj, self.v_proj)
+        kv = kv.unflatten(2, (2 * c.n_kv_head, c.head_dim)).transpose(1, 2)
+        k, v = kv.chunk(2, 1)
+        if c.qk_norm:
+            k = self.one_normed(k, self.k_norm)
+        return k, v
+
+    def cross(self, x, memory, mask, cached=None):
+        """What each token of x (B, T, C) gathers of a source's hidden states (B, S, C), or of its
+        keys and values, which cached() gives."""
+        c = self.c
+        q = self.ops.project(x, self.q_proj).unflatten(2, (c.n_head, c.head_dim)).transpose(1, 2)
+        if c.qk_norm:
+            q = self.one_normed(q, self.q_norm)
+        k, v = self.source(memory) if cached is None else cached()
+        return self.gather(q, k, v, mask)
+
+    def one_normed(self, x, norm):
+        """x (B, heads, T, D) by q_norm or k_norm."""
+        if not self.c.qk_norm_all:
+            return norm(x)
+        heads = x.shape[1]
+        return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
+
+    def probabilities(self, x, rope=None, mask=None):
+        """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
+        q, k, _ = self.qkv(x, rope)
+        options = dict(self.scoring())
+        options.pop("reach", None)  # which the mask says too
+        return attention_probabilities(q, k, mask, **options)
+
+
+class MLP(nn.Module):
+    """What is done with each token by itself."""
+
+    def __init__(self, c, ops, n_hidden=0):
+        super().__init__()
+        self.kind = c.mlp
+        self.ops = ops
+        n_hidden = n_hidden or c.n_hidden
+        if c.mlp in GATED:
+            self.gate_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
+        self.up_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
+        self.down_proj = nn.Linear(n_hidden, c.n_embd, bias=c.bias)
+
+    def forward(self, x):
+        if self.kind in GATED:
+            gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
+            h = self.gated(gate_up)  # (B, T, n_hidden)
+        else:
+            h = activation(self.kind, self.ops.project(x, self.up_proj), self.ops)
+        return self.ops.project(h, self.down_proj)
+
+    def gated(self, gate_up):
+        """act(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
+        if self.kind == "swiglu":
+            return self.ops.swiglu(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return activation(self.kind, gate, self.ops) * up
+
+
+def make_mlp(c, ops, has_experts):
+    if not has_experts:
+        return MLP(c, ops)
+    from barelm.experts import make_experts  # it imports this file
+
+    return make_experts(c, ops)
+
+
+class Block(nn.Module):
+    """Attention, attention to a source where there is one, then an MLP, each added to x. The norms
+    have Hugging Face's names: with norm_place "post" they stand behind these, and not before."""
+
+    def __init__(self, c, ops, pattern, is_first=False, has_cross=False, has_experts=False):
+        super().__init__()
+        self.c = c
+        self.pattern = pattern
+        self.has_experts = has_experts
+        both = c.norm_place == "both"
+        self.self_attn = Attention(c, ops, pattern)
+        self.mlp = make_mlp(c, ops, has_experts)
+        no_norm = is_first and not c.first_norm
+        self.input_layernorm = nn.Identity() if no_norm else make_norm(c, ops)
+        self.post_attention_layernorm = make_norm(c, ops)
+        self.attn_out_norm = make_norm(c, ops) if both else nn.Identity()
+        self.mlp_out_norm = make_norm(c, ops) if both else nn.Identity()
+        if has_cross:
+            self.cross_attn = Attention(c, ops, pattern, is_cross=True)
+            self.cross_layernorm = make_norm(c, ops)
+            self.cross_out_norm = make_norm(c, ops) if both else nn.Identity()
+
+    def forward(self, x, rope=None, mask=None, cache=None, memory=None, memory_mask=None,
+                cross=None):  # fmt: skip
+        """x (B, T, C); of a block with experts also what its router did, (E + 3,) float32. memory
+        (B, S, C) and its mask, or cross(), which gives its keys and values: the source."""
+        y = self.self_attn(self.before(x, self.input_layernorm), rope, mask, cache)
+        x = self.after(x, y, self.input_layernorm, self.attn_out_norm)
+        if memory is not None or cross is not None:
+            y = self.before(x, self.cross_layernorm)
+            y = self.cross_attn.cross(y, memory, memory_mask, cross)
+            x = self.after(x, y, self.cross_layernorm, self.cross_out_norm)
+        y = self.mlp(self.before(x, self.post_attention_layernorm))
+        routing = None
+        if self.has_experts:
+            y, routing = y
+        x = self.after(x, y, self.post_attention_layernorm, self.mlp_out_norm)
+        return (x, routing) if self.has_experts else x
+
+    def before(self, x, norm):
+        """What a part of the block reads."""
+        return x if self.c.norm_place == "post" else norm(x)
+
+    def after(self, x, y, norm, out_norm):
+        """x and what a part made of it, y."""
+        if self.c.norm_place == "post":
+            return norm(x + self.dropout(y))
+        return x + self.dropout(out_norm(y))
+
+    def dropout(self, x):
+        return F.dropout(x, self.c.dropout, self.training)
+
+
+class Ahead(Block):
+    """Multi-token prediction's block (DeepSeek-AI 2024, 2.2), which looks a token further ahead
+    than the one before it."""
+
+    def __init__(self, c, ops):
+        super().__init__(c, ops, Pattern())
+        self.ops = ops
+        self.hidden_norm = make_norm(c, ops)
+        self.token_norm = make_norm(c, ops)
+        self.joint_proj = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
+        self.norm = make_norm(c, ops)
+
+    def join(self, h, e):
+        """What the block reads (B, T, C): states h (B, T, C), and embeddings e (B, T, C)."""
+        x = torch.cat((self.hidden_norm(h), self.token_norm(e)), -1)
+        return self.ops.project(x, self.joint_proj)
+
+
+@dataclass
+class Memory:
+    """A source that was read: h (B, S, C), and mask (B, 1, 1, S) bool, true where there is a token
+    (None: everywhere)."""
+
+    h: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+def make_blocks(c, ops, patterns, is_encoder=False):
+    """A block for each Pattern."""
+    blocks = nn.ModuleList()
+    has_cross = c.is_seq2seq and not is_encoder
+    for i, pattern in enumerate(patterns):
+        has_experts = c.has_experts[i] if not is_encoder else False
+        blocks.append(Block(c, ops, pattern, i == 0, has_cross, has_experts))
+    return blocks
+
+
 def pooled(h, lengths, pooling):
     """One state for each text (B, C), of the states h (B, T, C) of its first lengths (B,) tokens:
     the "first" one's, the "last" one's, or their "mean"."""
@@ -1048,29 +881,6 @@ def logprobs(net, ids, targets):
     logits = net.logits(net.hidden(ids)[wanted]).float()  # (N, V)
     logp = -F.cross_entropy(logits, targets[wanted], reduction="none")
     return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(wanted, logp)
-
-
-def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.0, sinks=None):
-    """softmax(q k^T / sqrt(D)) (B, H, T, S) float32: how much each token looks at each, by which
-    `Operations.attend` weighs v. It takes the same q, k and mask, and O(T S) memory.
-
-    softcap: scores s are softcap tanh(s / softcap) (Gemma Team 2024, 2). sinks (H,): a score of
-    each head for nothing, so that what a token looks at may add up to less than 1."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q.float() @ k.float().mT * scale  # (B, H, T, S)
-    if softcap:
-        scores = softcap * (scores / softcap).tanh()
-    if mask is None and causal and q.shape[2] > 1:
-        mask = torch.ones_like(scores, dtype=torch.bool).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    elif mask is not None:
-        scores = scores + mask
-    if sinks is None:
-        return scores.softmax(-1)
-    nothing = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)  # (B, H, T, 1)
-    return torch.cat((scores, nothing), -1).softmax(-1)[..., :-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1212,86 +1022,6 @@ class KVCache:
         self.even = len(set(lengths)) == 1
 
 
-@dataclass
-class Generation:
-    """ids end with the end token, if one came; logprobs are the model's own, one an id, in nats."""
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = "length"  # or "stop": an end token, or a stop string (not part of text)
-    passes: int = 0  # of speculative decoding: how often the network was asked for it,
-    drafted: int = 0  # the tokens that were proposed to it
-    accepted: int = 0  # and those of them that it accepted
-
-
-class TextStream:
-    """Bytes in, text out: never half a character, nothing that may become a stop string."""
-
-    def __init__(self, stop=()):
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stop = stop
-        self.text = ""  # all of it, up to a stop string
-        self.sent = 0  # so many of its characters were returned
-        self.stopped = False
-
-    def feed(self, data, final=False):
-        """The text that `data` makes certain."""
-        self.text += self.decoder.decode(data, final)
-        places = [self.text.find(stop, self.sent) for stop in self.stop]
-        places = [place for place in places if place >= 0]
-        if places:
-            self.text = self.text[: min(places)]
-            self.stopped = True
-        end = len(self.text)
-        if not self.stopped and not final:
-            end -= self.unsure()
-        piece = self.text[self.sent : end]
-        self.sent = max(end, self.sent)
-        return piece
-
-    def unsure(self):
-        """How many characters at the end may be the beginning of a stop string."""
-        longest = 0
-        for stop in self.stop:
-            for n in range(1, len(stop)):
-                if self.text.endswith(stop[:n]):
-                    longest = max(longest, n)
-        return longest
-
-
-class Row:
-    """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
-    a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
-    draws are its own."""
-
-    def __init__(self, tok, limit, stop, emit=None, ends=None, number=0):
-        self.tok = tok
-        self.limit = limit
-        self.number = number
-        self.emit = emit
-        self.ends = tok.eos_ids if ends is None else ends
-        self.out = Generation()
-        self.stream = TextStream(stop)
-        self.done = False
-
-    def take(self, token, logprob):
-        """Add a token; after the end nothing is added."""
-        if self.done:
-            return
-        self.out.ids.append(token)
-        self.out.logprobs.append(logprob)
-        ended = token in self.ends
-        last = ended or len(self.out.ids) == self.limit
-        piece = self.stream.feed(self.tok.token_bytes(token), final=last)
-        self.out.text = self.stream.text
-        self.done = last or self.stream.stopped
-        if ended or self.stream.stopped:
-            self.out.finish_reason = "stop"
-        if piece and self.emit is not None:
-            self.emit(piece)
-
-
 @torch.no_grad()
 def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
              min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
@@ -1340,11 +1070,6 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
         else:
             sample_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
     return [row.out for row in rows]
-
-
-def text_ids(tok, text, is_source):
-    """The ids of a text that is continued, or of a source."""
-    return tok.source(text) if is_source else tok.prompt(text)
 
 
 def sample_rows(net, tok, prompts, rows, seed, penalty, filters):

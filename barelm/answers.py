@@ -4,7 +4,7 @@ knows HTTP; barelm/api.py has the way in."""
 import os
 import time
 
-from model import TextStream
+from barelm.texts import TextStream
 
 
 def usage(jobs):

@@ -14,7 +14,8 @@ from barelm.check_rows import (
     random_ids,
     small_network,
 )
-from model import KVCache, Operations
+from barelm.operations import Operations
+from model import KVCache
 
 # Rows, heads of queries, heads of keys, tokens, width of a head: a width that every kernel takes
 # and two that some do not; lengths that no block of 64 or 128 divides.

@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from barelm import invariant
+from barelm.operations import GATED, activation
 from barelm.quantized import QuantizedStack
 from barelm.run import compute_dtype
-from model import GATED, MLP, activation
+from model import MLP
 
 
 class Router(nn.Module):

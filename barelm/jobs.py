@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from barelm.sampling import GREEDY, OFF, draws
-from model import Row
+from barelm.texts import Row
 
 
 def limited(default, least, most):

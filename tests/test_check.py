@@ -17,7 +17,8 @@ from barelm import check, check_attention, check_network, check_runs, check_toke
 from barelm.check_kinds import check_kinds
 from barelm.check_rows import SHAPE, Finding, Place, Skip, Worst, error, small_network
 from barelm.fast import QuantizedLinear, cross_entropy_sum
-from model import GPT, GPTConfig, KVCache, Operations
+from barelm.operations import Operations
+from model import GPT, GPTConfig, KVCache
 
 CPU = Place(torch.device("cpu"), torch.float32)
 NARROW = Place(torch.device("cpu"), torch.bfloat16)

@@ -19,10 +19,11 @@ from barelm.experts import Experts, expert_layers, update_bias
 from barelm.families import family, from_hf_config
 from barelm.invariant import be_deterministic
 from barelm.muon import Muon
+from barelm.operations import Operations
 from barelm.optim import flops_per_token, make_optimizer, n_active, n_params
 from barelm.quantized import quantize_weights
 from barelm.run import UserError
-from model import GPT, GPTConfig, KVCache, Operations
+from model import GPT, GPTConfig, KVCache
 
 SMALL = dict(n_head=4, n_kv_head=2, n_embd=32, n_experts=5, expert_hidden=16)
 KINDS = {

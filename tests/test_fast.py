@@ -14,6 +14,7 @@ from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
 import model
+from barelm import operations
 from barelm.adapters import add_adapters
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
@@ -31,10 +32,11 @@ from barelm.fast import (
     joined_product,
     query_blocks,
 )
-from barelm.patterns import Pattern, may_look
+from barelm.operations import Operations, attention_probabilities
+from barelm.patterns import Pattern, attention_mask, may_look
 from barelm.quantized import quantize_weights
 from barelm.run import autocast
-from model import KVCache, Operations, attention_mask, attention_probabilities
+from model import KVCache
 
 CPU = torch.device("cpu")
 ALL = SHAPES | OURS
@@ -429,7 +431,7 @@ def test_a_mask_that_a_fork_makes_holds_everywhere(fork, dtype, tok, monkeypatch
     close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.4)
     with torch.no_grad(), autocast(CPU, dtype):
         before = net(ids)
-        monkeypatch.setattr(model, "attention_mask", fork)
+        monkeypatch.setattr(operations, "attention_mask", fork)
         expected = plain(ids)
         assert (expected - before).abs().max() > 1
         torch.testing.assert_close(net(ids), expected, **close)
@@ -452,7 +454,7 @@ def test_a_mask_that_a_fork_makes_holds_everywhere(fork, dtype, tok, monkeypatch
 @pytest.mark.parametrize("fork", [None, alibi, window])
 def test_what_a_layer_is_shown_to_look_at_is_what_it_looks_at(fork, monkeypatch):
     if fork:
-        monkeypatch.setattr(model, "attention_mask", fork)
+        monkeypatch.setattr(operations, "attention_mask", fork)
     net = make_net(**QWEN3)
     attention = net.model.layers[1].self_attn
     inputs, outputs = [], []

@@ -32,6 +32,7 @@ from barelm.optim import (
 from barelm.quantized import quantize_weights
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
+from barelm.texts import TextStream
 from barelm.tokenizer import Tokenizer
 from model import GPT, GPTConfig, KVCache
 
@@ -468,14 +469,14 @@ def test_repetition_penalty_is_keskars(tok):
 
 def test_streamed_text_never_splits_a_character():
     text = "a😀é漢字!" + "\ud7ff"
-    stream, pieces = model.TextStream(), []
+    stream, pieces = TextStream(), []
     for byte in text.encode():
         pieces.append(stream.feed(bytes([byte])))
     assert "".join(pieces) == text and "�" not in "".join(pieces)
-    stream = model.TextStream(["END"])
+    stream = TextStream(["END"])
     pieces = [stream.feed(b) for b in (b"one E", b"N", b"X two ", b"EN", b"D three")]
     assert "".join(pieces) == "one ENX two " and stream.stopped
-    cut = model.TextStream()
+    cut = TextStream()
     assert cut.feed("é".encode()[:1]) + cut.feed(b"", final=True) == "�"
 
 

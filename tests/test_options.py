@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import export
-import model
 from barelm.adapters import AdaptConfig, add_prompts, choose_weights, merge_adapters
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
@@ -19,6 +18,7 @@ from barelm.gguf_file import check_gguf
 from barelm.invariant import be_deterministic
 from barelm.optim import flops_per_token, make_optimizer, memory_estimate, restore_optimizers
 from barelm.page import attention_maps, describe_model
+from barelm.patterns import may_look
 from barelm.quantized import quantize_weights
 from barelm.run import UserError
 from model import GPT, GPTConfig, generate
@@ -271,7 +271,7 @@ def test_what_it_costs_and_looks_like(name):
     assert maps.shape == (c.n_head, len(ids), len(ids))
     pattern = (c.encoder_patterns or c.patterns)[1]
     places = torch.arange(len(ids))
-    seen = model.may_look(pattern, places[:, None], places).expand(len(ids), len(ids))
+    seen = may_look(pattern, places[:, None], places).expand(len(ids), len(ids))
     assert maps.masked_select(~seen).eq(0).all()
     sums = maps.sum(-1)
     assert (sums < 1).all() if c.sinks else torch.allclose(sums, torch.ones_like(sums), atol=1e-5)

@@ -1,0 +1,84 @@
+"""A text in the making: tokens in, characters out, up to what ends it."""
+
+import codecs
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Generation:
+    """ids end with the end token, if one came; logprobs are the model's own, one an id, in nats."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = "length"  # or "stop": an end token, or a stop string (not part of text)
+    passes: int = 0  # of speculative decoding: how often the network was asked for it,
+    drafted: int = 0  # the tokens that were proposed to it
+    accepted: int = 0  # and those of them that it accepted
+
+
+class TextStream:
+    """Bytes in, text out: never half a character, nothing that may become a stop string."""
+
+    def __init__(self, stop=()):
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.stop = stop
+        self.text = ""  # all of it, up to a stop string
+        self.sent = 0  # so many of its characters were returned
+        self.stopped = False
+
+    def feed(self, data, final=False):
+        """The text that `data` makes certain."""
+        self.text += self.decoder.decode(data, final)
+        places = [self.text.find(stop, self.sent) for stop in self.stop]
+        places = [place for place in places if place >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+            self.stopped = True
+        end = len(self.text)
+        if not self.stopped and not final:
+            end -= self.unsure()
+        piece = self.text[self.sent : end]
+        self.sent = max(end, self.sent)
+        return piece
+
+    def unsure(self):
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for n in range(1, len(stop)):
+                if self.text.endswith(stop[:n]):
+                    longest = max(longest, n)
+        return longest
+
+
+class Row:
+    """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
+    a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
+    draws are its own."""
+
+    def __init__(self, tok, limit, stop, emit=None, ends=None, number=0):
+        self.tok = tok
+        self.limit = limit
+        self.number = number
+        self.emit = emit
+        self.ends = tok.eos_ids if ends is None else ends
+        self.out = Generation()
+        self.stream = TextStream(stop)
+        self.done = False
+
+    def take(self, token, logprob):
+        """Add a token; after the end nothing is added."""
+        if self.done:
+            return
+        self.out.ids.append(token)
+        self.out.logprobs.append(logprob)
+        ended = token in self.ends
+        last = ended or len(self.out.ids) == self.limit
+        piece = self.stream.feed(self.tok.token_bytes(token), final=last)
+        self.out.text = self.stream.text
+        self.done = last or self.stream.stopped
+        if ended or self.stream.stopped:
+            self.out.finish_reason = "stop"
+        if piece and self.emit is not None:
+            self.emit(piece)

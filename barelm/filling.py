@@ -225,6 +225,6 @@ def spans_line(net, tok, batch, n):
 
 def gap_text(tok, guess, right):
     """[guess], or where it is not right [guess|right]; both are lists of ids."""
-    if guess == right:
-        return f"[{shown_text(tok, guess)}]"
-    return f"[{shown_text(tok, guess)}|{shown_text(tok, right)}]"
+    guess_text = shown_text(tok, guess).replace("\n", "\\n")
+    right_text = shown_text(tok, right).replace("\n", "\\n")
+    return f"[{guess_text}]" if guess == right else f"[{guess_text}|{right_text}]"

@@ -55,6 +55,10 @@ def check_gguf(c, tok):
     """Refuse a GPTConfig, which some Hugging Face family holds, or a Tokenizer that llama.cpp could
     not read."""
     kind = family(c)
+    if c.n_experts:
+        raise UserError(
+            f"--export=gguf: n_experts={c.n_experts}: expected 0 (--export=hf holds any)"
+        )
     if kind not in GGUF_FAMILIES:
         raise UserError(f"--export=gguf: {kind}: expected one of {', '.join(GGUF_FAMILIES)}")
     if c.window:

@@ -764,14 +764,13 @@ def run_loss(net, tok, answers, say):
 
 def loss_by_length(net, tok, answers):
     """{"length 512": its loss, flat} of windows of each of `lengths`, beyond the model's context
-    too: as many tokens of all sources for each, so that only what stands before them differs."""
+    too: of the same tokens for each, so that only what stands before them differs."""
     by = {}
     for length in asked_lengths():
         if text:
             pieces = text_pieces(tok, length)
         else:
-            by_source = shard_pieces(tok, length)
-            pieces = by_source.get("") or next(iter(by_source.values()))
+            pieces = pieces_of_length(tok, length)
         requests = []
         for piece in pieces:
             requests += piece.requests
@@ -784,6 +783,21 @@ def loss_by_length(net, tok, answers):
         if rows:
             by[f"length {length}"] = flat(score_source(pieces, rows)) | {"n": len(pieces)}
     return by
+
+
+def pieces_of_length(tok, length):
+    """[Piece] of the validation shards' windows of the longest of `lengths`, of all sources or the
+    first, each cut into windows of this length."""
+    by_source = shard_pieces(tok, max(asked_lengths()))
+    pieces = by_source.get("") or next(iter(by_source.values()))
+    for piece in pieces:
+        [window] = piece.requests
+        ids = window.context + window.continuations[0]
+        piece.requests = []
+        for begin in range(0, len(ids) - 1, length):
+            part = ids[begin : begin + length + 1]
+            piece.requests.append(Request("", part[:1], [part[1:]]))
+    return pieces
 
 
 def asked_lengths():

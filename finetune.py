@@ -363,6 +363,8 @@ def seq2seq_loss(net, examples):
     h = net.hidden(**batch).flatten(0, 1).index_select(0, places)  # (N, C)
     logits = net.logits(h).float()
     loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    if net.config.n_experts:  # as `forward` adds it
+        loss = loss + len(targets) * net.routing_loss()
     return loss, {}
 
 
@@ -690,7 +692,7 @@ def check_settings(name, config):
     if template is not None:
         check_templates(name)
     no_prompt = template or weight_decay or METHODS[name].add_head  # decay would move frozen rows
-    if config.adapt == "prompt" and (no_prompt or METHODS[name].has_source):
+    if config.adapt == "prompt" and no_prompt:
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
 
 

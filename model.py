@@ -1308,9 +1308,9 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     options = dict(repetition_penalty=repetition_penalty, num_beams=num_beams, speculate=speculate)
     check_sampling(**filters, **options)
+    check_generates(net)
     if speculate:
         check_speculation(net, tok.n_vocab, speculate, draft, num_beams)
-    check_generates(net)
     stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
     is_seq2seq = net.config.is_seq2seq
     prompts = [prompt_ids(net, tok, prompt) for prompt in prompts]
@@ -1409,8 +1409,8 @@ def head(net, tok, h):
 
 
 def prefill(net, tok, prompts, max_len):
-    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. An
-    encoder-decoder's are sources, which are read once; what is fed is the start token."""
+    """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
+    an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     cache = net.make_cache(len(prompts), max_len)
     device = cache.lengths.device
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]

@@ -172,7 +172,6 @@ from barelm.objectives import (
 )
 from barelm.optim import (
     MOMENTS,
-    flops_per_token,
     free_memory,
     make_optimizer,
     memory_estimate,
@@ -559,6 +558,11 @@ def begin_part(folder, state, saved, facts):
 # Compilation: trusted only where it computes the same
 
 
+def flops_of_token(net):
+    """FLOPs of training on a token of the data."""
+    return Objective(objective, mask_rate=mask_rate).flops_per_token(net.config, seq_len)
+
+
 def flops_of_run(net, train_tokens):
     """About how many FLOPs the run will take, by the first of its horizons."""
     if max_steps == 0:
@@ -570,7 +574,7 @@ def flops_of_run(net, train_tokens):
         tokens = min(tokens, max_tokens)
     if max_epochs:
         tokens = min(tokens, max_epochs * train_tokens)
-    flops = tokens * flops_per_token(net.config, seq_len)
+    flops = tokens * flops_of_token(net)
     if max_minutes:
         flops = min(flops, 60 * max_minutes * 5e11)  # what two cores with bfloat16 do in a second
     return flops
@@ -845,7 +849,7 @@ def step_row(state, run, net, loss, grad_norm, updater, dt):
     """The log's row of a step that took dt seconds."""
     tok_s = batch_tokens / dt
     peak = peak_flops(run.device)  # None for an unknown device, which has no mfu
-    flops = flops_per_token(net.config, seq_len) * tok_s
+    flops = flops_of_token(net) * tok_s
     return {
         "step": state.step,
         "tokens": state.windows * seq_len,

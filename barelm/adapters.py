@@ -21,6 +21,7 @@ from barelm.files import write_json
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
 from barelm.tensor_names import joined, names_in_file
+from barelm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -346,11 +347,15 @@ def add_rows(net, vocab_size):
 
 
 def add_prompts(net, tok, n):
-    """Add n soft prompts (Lester et al. 2021) as tokens of their own before every conversation:
-    rows of the embedding, which alone learn, so that every reader of the folder has them. Returns
-    the tokenizer that writes them."""
+    """Add n soft prompts (Lester et al. 2021) as tokens of their own before every conversation, or
+    before every source of an encoder-decoder: rows of the embedding, which alone learn, so that
+    every reader of the folder has them. Returns the tokenizer that writes them."""
     names = [f"<|prompt_{i}|>" for i in range(n)]
-    new_tok = add_tokens(net, tok, names, "".join(names) + tok.chat_template())
+    if net.config.is_seq2seq:
+        new_tok = add_tokens(net, tok, names, tok.config.get("chat_template"))
+        new_tok = before_sources(new_tok, names)
+    else:
+        new_tok = add_tokens(net, tok, names, "".join(names) + tok.chat_template())
     ids = [new_tok.special[name] for name in names]
     weight = net.model.embed_tokens.weight
     with torch.no_grad():  # each starts as a token drawn from the vocabulary
@@ -361,6 +366,35 @@ def add_prompts(net, tok, n):
     weight.requires_grad_(True)
     weight.register_hook(lambda grad: grad * learns)
     return new_tok
+
+
+def before_sources(tok, names):
+    """A tokenizer like tok whose post-processor puts these special tokens before every text, and
+    the end token behind it."""
+    name_of = {id: name for name, id in tok.special.items()}
+    before = [*names, *[name_of[id] for id in tok.start]]
+    behind = [name_of[id] for id in tok.end or tok.eos_ids[:1]]
+    tokens = {}
+    for name in [*before, *behind]:
+        tokens[name] = {"id": name, "ids": [tok.special[name]], "tokens": [name]}
+    begin = [special_part(name) for name in before]
+    end = [special_part(name) for name in behind]
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [*begin, first, *end],
+        "pair": [*begin, first, second, *end],
+        "special_tokens": tokens,
+    }
+    new_tok = Tokenizer(tok.spec | {"post_processor": processor}, tok.config)
+    new_tok.eos_ids = tok.eos_ids
+    new_tok.bos_id = tok.bos_id
+    return new_tok
+
+
+def special_part(name):
+    return {"SpecialToken": {"id": name, "type_id": 0}}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from barelm.files import read_json, write_json
+from barelm.files import parse_json, read_input, read_json, write_json
 from barelm.run import UserError, to_device
 from model import pooled
 
@@ -189,7 +189,11 @@ def write_pooling(folder, pooling, size):
 def check_modules(path):
     """Refuse a model of vectors that does more with them than we do, such as another layer."""
     usual = [last_word(kind) for _, kind in MODULES]
-    modules = read_json(path, [])
+    if not path.is_file():
+        return
+    modules = parse_json(read_input(path), path)
+    if not isinstance(modules, list):
+        raise UserError(f"{path}: malformed: expected a list")
     kinds = [str(m.get("type")) if isinstance(m, dict) else "?" for m in modules]
     others = [kind for kind in kinds if last_word(kind) not in usual]
     if others:

@@ -9,19 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from barelm.config_keys import (
-    BOTH_SIDES,
     EXPERT_LAYERS,
-    LISTED_WINDOW,
     OFFSET,
-    ONE_WINDOW,
     PARTIAL_ROPE,
     ROPE,
-    SWITCHED_WINDOW,
     T5_HEAD,
     T5_LENGTHS,
     T5_MLP,
     TWO_ROPES,
-    USED_WINDOW,
     expert_count,
     mlm_head,
     named,
@@ -37,6 +32,13 @@ from barelm.tensor_names import (
     TensorNames,
     bloom_tensors,
     t5_tensors,
+)
+from barelm.window_keys import (
+    BOTH_SIDES,
+    LISTED_WINDOW,
+    ONE_WINDOW,
+    SWITCHED_WINDOW,
+    USED_WINDOW,
 )
 
 

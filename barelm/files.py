@@ -122,7 +122,8 @@ def parse_json(text, where):
 
 
 def read_json(path, default=None):
-    """The JSON object in the file; `default`, if given, where there is no file."""
+    """The JSON object in the file, or the list where `default` is one; `default`, if given, where
+    there is no file."""
     if default is not None and not Path(path).exists():
         return default
     try:
@@ -132,7 +133,9 @@ def read_json(path, default=None):
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     value = parse_json(text, path)
-    if not isinstance(value, dict):
+    if isinstance(default, list) and not isinstance(value, list):
+        raise UserError(f"{path}: expected a JSON list")
+    if not isinstance(default, list) and not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
 

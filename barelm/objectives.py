@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from barelm.optim import flops_per_token, sequence_flops
 from barelm.run import UserError
 
 OBJECTIVES = ("causal", "mlm", "span")
@@ -154,6 +155,15 @@ class Objective:
             n_noise = n_noise_tokens(n_tokens, self.mask_rate)
             return n_noise + n_of_spans(n_noise, n_tokens) + 1  # a sentinel before each, the end
         return n_tokens
+
+    def flops_per_token(self, c, n_tokens):
+        """FLOPs of training on a token of windows of so many; of spans, on the source and target
+        that are made of them."""
+        if self.name != "span":
+            return flops_per_token(c, n_tokens)
+        n_noise = n_noise_tokens(n_tokens, self.mask_rate)
+        n_kept = n_tokens - n_noise + n_of_spans(n_noise, n_tokens) + 1
+        return sequence_flops(c, self.n_targets(n_tokens), n_kept) / n_tokens
 
     def batch(self, windows, numbers):
         """The network's arguments, {name: (B, length) int64 tensor on the host}, of windows

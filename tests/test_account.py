@@ -5,6 +5,7 @@ import torch
 from test_model import GPT2, QWEN3, make_net, random_ids
 
 from barelm.layouts import cached_numbers
+from barelm.objectives import Objective
 from barelm.optim import flops_per_token, mean_keys, memory_estimate, sequence_flops
 from barelm.patterns import Pattern
 from model import GPTConfig
@@ -116,3 +117,11 @@ def test_memory_of_all_kinds_is_near_what_autograd_keeps(name):
         net(random_ids(4, 128), random_ids(4, 128), **options)
     _, estimate = memory_estimate(net.config, 0, 4, 128)
     assert 0.6 < estimate / sum(kept.values()) < 1.7
+
+
+def test_flops_of_spans_are_those_of_the_source_and_target():
+    c = GPTConfig(vocab_size=64, n_ctx=100, n_layer=2, n_head=4, n_embd=64, n_encoder_layer=2)
+    # Of 100 tokens 15 are cut out in 5 spans; a sentinel stands for each, on both sides.
+    of_spans = Objective("span").flops_per_token(c, 100)
+    assert 100 * of_spans == pytest.approx(sequence_flops(c, 15 + 5 + 1, 85 + 5 + 1))
+    assert Objective("mlm").flops_per_token(c, 100) == flops_per_token(c, 100)

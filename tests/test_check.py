@@ -360,7 +360,7 @@ def test_a_machine_is_checked(tmp_path):
 
 def test_wrong_checks_are_refused_and_a_failure_is_the_exit_code(tmp_path, monkeypatch, capsys):
     done = run(tmp_path, "bench.py", *TINY, "--check", "--only=model", check=False)
-    assert done.returncode == 1 and "attention, head" in done.stderr and not done.stdout
+    assert done.returncode == 1 and "attention, kinds, head" in done.stderr and not done.stdout
 
     def failing(names, place, show):
         show({"begins": "head"})

@@ -13,6 +13,7 @@ from torch.nn.attention import flex_attention
 import model
 import train
 from barelm import compiled as compare
+from barelm.experts import RoutingLog
 from barelm.fast import head_piece
 from barelm.optim import make_optimizer
 from barelm.run import Run, Updater, UserError, autocast, check_gradient, check_moved, weight_sums
@@ -150,9 +151,12 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
         """The gradient's norm and the validation's losses; of 8 windows, 3 at once."""
         batches = MicroBatches(windows, CPU, 3)
         net.zero_grad()
-        loss = train.accumulate_gradients(net, data, batches, 0, 2, updater, process, cast)
+        routing = RoutingLog(net, 1)
+        losses = train.accumulate_gradients(
+            net, data, batches, 0, 2, updater, process, cast, routing
+        )
         return (
-            loss.item(),
+            losses[0].item(),
             updater.clip_gradients().item(),
             *train.evaluate(net, windows, data, process, cast, 3),
         )
@@ -202,11 +206,14 @@ def test_no_micro_batch_waits_for_the_device(documents, tmp_path, monkeypatch):
         updater = Updater(process, net.parameters(), make_optimizer(net, "adamw"))
         batches = MicroBatches(windows, CPU, 3)
         cast = autocast(CPU, torch.float32)
-        loss = train.accumulate_gradients(net, data, batches, 0, 2, updater, process, cast)
+        routing = RoutingLog(net, 1)
+        losses = train.accumulate_gradients(
+            net, data, batches, 0, 2, updater, process, cast, routing
+        )
         norm = updater.clip_gradients()
-        assert loss.shape == norm.shape == ()
+        assert losses.shape == (2,) and norm.shape == ()
         with pytest.raises(DataDependentOutputException):
-            process.sum(loss)
+            process.sum(losses[0])
         monkeypatch.setattr(Run, "sum", lambda self, *totals: [1.0] * len(totals))
         train.evaluate(net, windows, data, process, cast, 3)
 

@@ -347,7 +347,7 @@ FLIPS = {
     "is_decoder": [True],
     "add_cross_attention": [True],
     "tie_word_embeddings": [False, True],
-    "scale_decoder_outputs": [False, True],
+    "scale_decoder_outputs": [False, True, None],
     "num_decoder_layers": [2],
     "relative_attention_num_buckets": [16],
     "relative_attention_max_distance": [20],

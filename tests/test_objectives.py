@@ -12,6 +12,7 @@ from conftest import ROOT, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from barelm.experts import RoutingLog
 from barelm.objectives import (
     Objective,
     continues_word,
@@ -227,8 +228,11 @@ def test_no_micro_batch_waits_for_the_device(tok, windows, name, monkeypatch):
         updater = Updater(Run(cpu), net.parameters(), make_optimizer(net, "adamw"))
         batches = MicroBatches(Sequence(windows), cpu, 2, objective=data.objective)
         cast = autocast(cpu, torch.float32)
-        loss = train.accumulate_gradients(net, data, batches, 0, 2, updater, Run(cpu), cast)
-        assert loss.shape == updater.clip_gradients().shape == ()
+        routing = RoutingLog(net, 1)
+        losses = train.accumulate_gradients(
+            net, data, batches, 0, 2, updater, Run(cpu), cast, routing
+        )
+        assert losses.shape == (2,) and updater.clip_gradients().shape == ()
 
 
 # Its tokens

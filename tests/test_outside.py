@@ -257,7 +257,7 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path):
     configs = {n: read(FIXTURES / n / "config.json") for n in ("llama", "qwen2", "qwen3", "gpt2")}
     rope = configs["llama"]["rope_parameters"]
     for name, change, why in [
-        ("llama", {"model_type": "mixtral"}, "'mixtral' is not supported"),
+        ("llama", {"model_type": "mamba"}, "'mamba' is not supported"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"rope_parameters": rope | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
@@ -386,10 +386,10 @@ def test_models_that_cannot_be_had_are_a_line(hub, tmp_path, monkeypatch):
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
         load("old/model")
-    write_json(pickled / "config.json", {"model_type": "mixtral"})
+    write_json(pickled / "config.json", {"model_type": "mamba"})
     hub.models["moe/model"] = pickled
     hub.asked.clear()
-    with pytest.raises(UserError, match="mixtral"):
+    with pytest.raises(UserError, match="mamba"):
         load("moe/model")
     assert [file for file, *_ in hub.asked] == ["config.json"]
     hub.asked.clear()

@@ -485,6 +485,7 @@ ADAPTS = {
     "lora": [*CROSS, "--lora_dropout=0.1"],
     "qlora": ["--adapt=qlora"],
     "adapter": ["--adapt=adapter"],
+    "prompt": ["--adapt=prompt", "--prompt_tokens=3", "--learning_rate=0.1"],
     "last": ["--train_last=1", "--lr_schedule=inverse_sqrt"],
 }
 
@@ -502,6 +503,13 @@ def test_every_adapt_learns_and_its_folder_answers(name, pairs):
     if name == "lora":
         changed = [n for n, p in net.named_parameters() if not p.equal(base.get_parameter(n))]
         assert len(changed) == 4 and all(".cross_attn." in n for n in changed)
+    if name == "prompt":  # three tokens before each source, whose rows alone are others
+        prompts = [tok.special[f"<|prompt_{i}|>"] for i in range(3)]
+        assert tok.source("x") == [*prompts, *tok.encode("x"), *tok.eos_ids]
+        table = net.model.embed_tokens.weight
+        before = base.model.embed_tokens.weight
+        n = min(prompts)
+        assert table[:n].equal(before[:n]) and not table[prompts].equal(before[:3])
     # eval.py of the folder finds the loss that training saw last.
     run(pairs, "eval.py", f"--model={out}", "--tasks=seq2seq", "--dataset=tiny", "--limit=8",
         "--max_new_tokens=6", f"--out_dir={out}_scores")  # fmt: skip
@@ -509,6 +517,10 @@ def test_every_adapt_learns_and_its_folder_answers(name, pairs):
     if name != "qlora":  # which opens on the full weights
         assert scores["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-4)
     assert {"perplexity", "exact_match", "rouge_l", "chrf", "chrf_stderr"} < scores.keys()
+    if name == "prompt":
+        library = pytest.importorskip("tokenizers").Tokenizer
+        theirs = library.from_file(str(pairs / out / "tokenizer.json"))
+        assert theirs.encode("x = 1").ids == tok.source("x = 1")
 
 
 def test_a_resumed_run_is_a_run_that_was_never_stopped(pairs):

@@ -171,6 +171,7 @@ ALL |= {
     "windows": QWEN3 | dict(window=5, layers="SL"),
     "alibi": QWEN3 | dict(pos="alibi", window=6, attention="strided"),
     "relative": QWEN3 | dict(pos="relative", softcap=5.0, logit_softcap=3.0),
+    "experts": QWEN3 | dict(n_experts=4),
 }
 
 

@@ -232,11 +232,13 @@ GROUPED = {}  # {(device, dtype): whether they were right there, without a wait}
 
 
 def can_group(x, stacks):
-    """Whether `grouped` computes this. A kernel wants rows that begin at multiples of 16 bytes; the
-    compiler knows bfloat16 alone."""
+    """Whether `grouped` computes this, and not slower. A kernel wants rows that begin at multiples
+    of 16 bytes; the compiler knows bfloat16 alone."""
     compiling = torch.compiler.is_compiling()
     if compiling and x.dtype != torch.bfloat16:
         return False
+    if x.device.type == "cpu" and torch.is_grad_enabled() and not compiling:
+        return False  # there nobody waits for the counts, and its backward takes longer
     for size in stacks[0].shape[1:]:
         if size * x.element_size() % 16:
             return False

@@ -820,10 +820,11 @@ def sample_text(net, tok, data):
 # The loop
 
 
-def accumulate_gradients(network, data, batches, first, n_micro, updater, run, cast, routing):
+def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, routing):
     """Forward and backward of this process's n_micro micro-batches of the step that begins at
     window `first` of the global sequence: the sums of their losses, and of those of the tokens
     further ahead (mtp) alone, (2,). Nothing in it waits for the device."""
+    run = updater.run
     net = getattr(network, "module", network)  # out of DistributedDataParallel
     losses = torch.zeros(2, device=run.device)
     n_targets = data.n_targets(n_micro * batches.size)
@@ -952,15 +953,7 @@ def main():
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         losses = accumulate_gradients(
-            network,
-            data,
-            batches,
-            state.windows,
-            batch.grad_accum_steps,
-            updater,
-            run,
-            cast,
-            routing,
+            network, data, batches, state.windows, batch.grad_accum_steps, updater, cast, routing
         )
         grad_norm = updater.clip_gradients()
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.

@@ -152,9 +152,7 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
         batches = MicroBatches(windows, CPU, 3)
         net.zero_grad()
         routing = RoutingLog(net, 1)
-        losses = train.accumulate_gradients(
-            net, data, batches, 0, 2, updater, process, cast, routing
-        )
+        losses = train.accumulate_gradients(net, data, batches, 0, 2, updater, cast, routing)
         return (
             losses[0].item(),
             updater.clip_gradients().item(),
@@ -207,9 +205,7 @@ def test_no_micro_batch_waits_for_the_device(documents, tmp_path, monkeypatch):
         batches = MicroBatches(windows, CPU, 3)
         cast = autocast(CPU, torch.float32)
         routing = RoutingLog(net, 1)
-        losses = train.accumulate_gradients(
-            net, data, batches, 0, 2, updater, process, cast, routing
-        )
+        losses = train.accumulate_gradients(net, data, batches, 0, 2, updater, cast, routing)
         norm = updater.clip_gradients()
         assert losses.shape == (2,) and norm.shape == ()
         with pytest.raises(DataDependentOutputException):

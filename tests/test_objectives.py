@@ -229,9 +229,7 @@ def test_no_micro_batch_waits_for_the_device(tok, windows, name, monkeypatch):
         batches = MicroBatches(Sequence(windows), cpu, 2, objective=data.objective)
         cast = autocast(cpu, torch.float32)
         routing = RoutingLog(net, 1)
-        losses = train.accumulate_gradients(
-            net, data, batches, 0, 2, updater, Run(cpu), cast, routing
-        )
+        losses = train.accumulate_gradients(net, data, batches, 0, 2, updater, cast, routing)
         assert losses.shape == (2,) and updater.clip_gradients().shape == ()
 
 

@@ -533,9 +533,9 @@ def test_a_resumed_run_is_a_run_that_was_never_stopped(pairs):
 
 
 def test_two_processes_and_any_micro_batch_make_the_same_steps(pairs):
-    run(pairs, "finetune.py", *QUICK, "--out_dir=out/one", "--micro_tokens=100000")
-    run(pairs, "finetune.py", *QUICK, "--out_dir=out/two", "--micro_tokens=100", processes=2)
-    for a, b in zip(log(pairs, "out/one"), log(pairs, "out/two"), strict=True):
+    run(pairs, "finetune.py", *QUICK, "--out_dir=out/by_one", "--micro_tokens=100000")
+    run(pairs, "finetune.py", *QUICK, "--out_dir=out/by_two", "--micro_tokens=100", processes=2)
+    for a, b in zip(log(pairs, "out/by_one"), log(pairs, "out/by_two"), strict=True):
         for key in ("loss", "val_loss", "grad_norm"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
 

@@ -13,6 +13,7 @@ from conftest import run
 from test_finetune import QUICK, log, net_for, tok
 from test_model import QWEN3, make_net
 
+import finetune
 from barelm import embeddings, extraction, heads, tagging
 from barelm.checkpoint import load, save
 from barelm.places import token_places
@@ -545,6 +546,14 @@ def test_the_wrong_task_is_a_line(tuned):
 
 # --------------------------------------------------------------------------------------------------
 # The server
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_encoder_is_not_taught_to_write(method):
+    net = make_net(n_head=2, n_embd=16, causal=False)
+    with pytest.raises(UserError, match="an encoder, which generates no text: expected classify"):
+        finetune.check_network(net, finetune.METHODS[method])
+    finetune.check_network(net, finetune.METHODS["tag"])
 
 
 def test_an_encoder_and_a_classifier_are_served(tuned, tok):

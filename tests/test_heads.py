@@ -322,6 +322,14 @@ def gradients(net, groups):
     return total, [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
+def test_the_contrast_is_not_rounded():
+    vectors = F.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    same = torch.zeros(3, 3, dtype=torch.bool)
+    exact = embeddings.contrast(vectors[:3], vectors[3:], same, 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embeddings.contrast(vectors[:3], vectors[3:], same, 0.01).equal(exact)
+
+
 def test_micro_batches_change_no_loss_of_a_batch(tok):
     """Gradients by cached vectors are those of one pass over the batch."""
     net = net_for(tok)

@@ -53,6 +53,7 @@ from barelm.families import FAMILIES, family, family_of, misfits
 from barelm.fast import generating
 from barelm.files import write_json
 from barelm.gguf_file import FILE_TYPES, check_gguf, require_gguf, write_gguf
+from barelm.objectives import fills_gaps
 from barelm.quantized import QuantizedLinear, dequantize, quantize_weights, tie_embedding
 from barelm.resume import clear_folder, holds_model, locked_folder, make_folder, move_files
 from barelm.run import UserError, choose_dtype, setup
@@ -68,8 +69,9 @@ FORMATS = ("hf", "barelm", "gguf", "onnx")
 
 
 def block_matrices(net):
-    """The linear layers of the blocks: what is pruned. The embedding and the head are not."""
-    return [m for m in net.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    """The linear layers of all blocks: what is pruned. The embedding and the head are not."""
+    kinds = (torch.nn.Linear, QuantizedLinear)
+    return [m for name, m in net.named_modules() if ".layers." in name and isinstance(m, kinds)]
 
 
 def read_share(text):
@@ -108,9 +110,7 @@ def zeros_share(net):
     """The share of zeros among the weights of the blocks' matrices."""
     n_weights = 0
     n_zeros = 0
-    for layer in net.model.layers.modules():
-        if not isinstance(layer, (torch.nn.Linear, QuantizedLinear)):
-            continue
+    for layer in block_matrices(net):
         weight = layer.weight
         if isinstance(layer, QuantizedLinear):
             weight = dequantize(weight, layer.scale)
@@ -229,6 +229,9 @@ def show_report(run):
     if net.score is not None:
         print(f"{model} is a classifier: no bits per byte; eval.py measures it")
         return
+    if fills_gaps(net.config):
+        print(f"{model} fills gaps in a text: no bits per byte; eval.py measures it")
+        return
     windows = validation_windows(tok, min(net.config.n_ctx, 1024))
     print(f"{'':<22}{'MB':>10}{'bits/byte':>11}{'tokens/s':>10}{'zeros':>8}")
     print_row("as it is", net, tok, windows)
@@ -335,7 +338,9 @@ def export_onnx(net, tok, path):
     onnxruntime = require_onnx()
     n_ctx = net.config.n_ctx
     generator = torch.Generator().manual_seed(seed)
-    write_onnx(net, random_ids(tok, generator, 2, min(8, n_ctx)), path)
+    # Longer than a window, or the exporter would see none: within it attention has no mask.
+    length = max(8, *(pattern.window + 2 for pattern in net.config.patterns))
+    write_onnx(net, random_ids(tok, generator, 2, min(length, n_ctx)), path)
     session = onnxruntime.InferenceSession(str(path))
     shapes = [(1, 3), (3, min(n_ctx, 64)), (1, n_ctx)]
     batches = [random_ids(tok, generator, *shape) for shape in shapes]
@@ -390,6 +395,9 @@ def check_export(net, tok):
             what = f"{net.quantize} weights" if net.quantize else "a classifier"
             why = f"{model} has or is {what}"
             raise UserError(f"--export=onnx is for text models as trained: {why}")
+        if net.config.is_seq2seq:
+            why = "which reads a source beside its ids"
+            raise UserError(f"--export=onnx: {model} is an encoder-decoder, {why}")
         require_onnx()
 
 

@@ -381,7 +381,7 @@ class GPT(nn.Module):
         if not isinstance(mask, SparseMask):
             return with_bias(mask, self.score_bias(part, positions, key_positions, causal))
         if c.pos == "alibi":
-            return mask._replace(slopes=alibi_slopes(c.n_head).to(positions.device))
+            return mask._replace(slopes=alibi_slopes(c.n_head, positions.device))
         buckets = (c.n_buckets, c.max_distance, causal)
         return mask._replace(table=part.relative_bias.weight, buckets=buckets)
 

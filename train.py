@@ -323,6 +323,9 @@ def check_settings(config):
         raise UserError(f"objective={objective}: expected {', '.join(OBJECTIVES)}")
     if not 0 < mask_rate < 1:
         raise UserError(f"mask_rate={mask_rate}: expected more than 0, and less than 1")
+    if n_experts and n_experts_per_token == 1 and norm_topk:
+        why = "the one weight would always be 1, and teach the router nothing"
+        raise UserError(f"--n_experts_per_token=1: {why}: --norm_topk=false")
     if whole_words and objective != "mlm":
         raise UserError(f"--whole_words: for --objective=mlm, and not {objective}")
     if document_mask and objective == "span":

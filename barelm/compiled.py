@@ -66,6 +66,9 @@ def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     eagerly. All that is compiled is compiled here, for validation too. dynamic: True compiles for
     batches of any shape, None for this one until another comes."""
     begun = time.monotonic()
+    # Blocks of each kind (a window, experts, an encoder's), in training and not, with documents and
+    # without, on a CPU for each length: all are compiled for. Over the limit torch goes on eagerly.
+    torch._dynamo.config.recompile_limit = 64
     # In quarters: an eager network takes more memory than a compiled one.
     pieces = min(4, len(batch["ids"]))
     eager = loss_and_gradients(net, batch, cast, documents, pieces)

@@ -78,7 +78,8 @@ def contrast(anchors, candidates, same, temperature):
     share that its own candidate, of the same index, has among all of them. anchors (N, C) and
     candidates (M, C), M >= N, are unit vectors; same (N, M) bool: candidates that are copies of an
     anchor's own, and so no counter-examples of it."""
-    scores = anchors @ candidates.T / temperature  # (N, M)
+    with torch.autocast(anchors.device.type, enabled=False):  # a temperature makes roundings large
+        scores = anchors @ candidates.T / temperature  # (N, M)
     scores = scores.masked_fill(same, -math.inf)
     right = torch.arange(len(anchors), device=anchors.device)
     return F.cross_entropy(scores, right, reduction="none")

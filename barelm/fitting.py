@@ -9,6 +9,7 @@ import torch
 
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import IGNORED, device_of, rounded_length
+from barelm.layouts import cached_numbers
 from barelm.optim import MOMENTS, flops_per_token, free_memory, memory_estimate
 from barelm.run import to_device
 from model import generate
@@ -69,9 +70,6 @@ def prepare_network(learner, rows, cast, packed, why_not, sources=None):
             run.say(f"note: {fault}")
     words = f"off: {why_not}"
     if not why_not:
-        # Whether blocks are asked for gradients, look at documents, are in training (on a GPU): all
-        # of these are compiled for, and on a CPU each length.
-        torch._dynamo.config.recompile_limit = 64
         hook = ask_all_blocks_alike(net)
         learner.compiled, words = try_compile(net, run, batch, cast, documents, dynamic=True)
         if hook and not learner.compiled:
@@ -172,8 +170,7 @@ def bytes_of(net):
 def rows_that_fit(net, longest):
     """How many sequences of `longest` tokens can be generated at once: their keys and values, and
     logits, in half of the memory that is free."""
-    c = net.config
-    row = 4 * (2 * c.n_layer * c.n_kv_head * c.head_dim * longest + 4 * c.vocab_size)
+    row = 4 * (cached_numbers(net.config, longest) + 4 * net.config.vocab_size)  # bytes
     return max(1, int(free_memory(device_of(net)) / 2 / row))
 
 

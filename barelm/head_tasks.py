@@ -16,7 +16,7 @@ from barelm.heads import read_windows, tag_figures, tag_tokens
 from barelm.run import UserError
 from barelm.scores import mean
 from barelm.scoring import Request
-from barelm.tagging import count_spans, guessed_tags, is_bio, spans_of, tokenize_words, words_of
+from barelm.tagging import count_spans, guessed_tags, is_bio, tokenize_words, words_of
 from barelm.tasks import ROW_ERRORS
 
 N_SHOWN = 3  # queries whose nearest neighbours are printed
@@ -86,14 +86,6 @@ def tag_score(metric, counts):
     for of_text in counts:
         total.update(of_text)
     return tag_figures(total, 0).get(metric, 0.0)
-
-
-def show_spans(text, words, tags):
-    """[(kind, the text of the span)] of the words [(begin, end)] of a text."""
-    shown = []
-    for kind, begin, end in spans_of(tags):
-        shown.append((kind, text[words[begin][0] : words[end - 1][1]]))
-    return shown
 
 
 def run_span(net, tok, answers, rows, path):

@@ -278,6 +278,8 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
     weights = 4 * params * (2 + moments)  # with the gradients
+    if c.logit_softcap:  # logits are not made by pieces: those around tanh, log p and its gradient
+        kept += c.vocab_size * (width + 4 * 4)
     embedded = (4 + width) * c.n_embd * (2 if c.is_seq2seq else 1)
     return weights + head, rows * seq_len * (kept + embedded)
 

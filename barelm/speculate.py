@@ -258,7 +258,8 @@ class HeadsDraft:
         self.n_vocab = n_vocab
         self.target = target
         target.keeps_states = True
-        plain = replace(c, n_layer=c.mtp, window=0, layers="", attention="sliding", sink_tokens=0)
+        whole = dict(window=0, layers="", attention="sliding", sink_tokens=0, local_rope_theta=0.0)
+        plain = replace(c, n_layer=c.mtp, **whole)  # its blocks see all
         self.cache = net.make_cache(n_rows, room, plain)
         self.n_read = [0] * n_rows  # places of which all heads read what is there, and no draft
 

@@ -173,6 +173,21 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
+def test_blocks_of_every_kind_are_compiled(monkeypatch):
+    shape = SHAPE | dict(n_layer=2, n_ctx=32, window=8, layers="SL")
+    net = model.GPT(model.GPTConfig(**shape)).train()
+    torch._dynamo.reset()
+    block = torch.compile(model.call_block, backend="eager")
+    ways = compare.Ways(block, block, name="compiled blocks")
+    monkeypatch.setattr(compare, "compiled_ways", lambda *args: [ways])
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # these are four
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    ids = torch.randint(128, (2, 32))
+    cast = autocast(CPU, torch.float32)
+    is_compiled, words = compare.try_compile(net, Run(CPU), named(ids, ids), cast)
+    assert is_compiled, words
+
+
 def test_a_cpu_validates_by_eager_blocks_and_a_gpu_by_those_of_training(tmp_path, monkeypatch):
     net = model.GPT(model.GPTConfig(**SHAPE)).train()
     documents = lambda ids: torch.zeros_like(ids)

@@ -196,6 +196,16 @@ def test_pruning_zeroes_the_smallest(how):
     )
 
 
+@pytest.mark.parametrize("more", [dict(n_encoder_layer=1), dict(mtp=1)])
+def test_pruning_reaches_the_blocks_of_every_part(more):
+    net = make_net(**QWEN3, **more)
+    export.prune_weights(net, "0.5")
+    for name, p in net.named_parameters():
+        share = (p == 0).float().mean().item()
+        assert abs(share - 0.5) < 0.01 if ".layers." in name and p.ndim == 2 else share < 0.1
+    assert export.zeros_share(net) == pytest.approx(0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("shift", [0.0, 0.5, -3.0])
 @pytest.mark.parametrize("how", ["0.05", "0.5", "2:4"])
@@ -485,9 +495,13 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
 # ONNX
 
 
-@pytest.mark.parametrize("name", ["qwen3", "post-sinusoidal-relu2"])
+ONNX = {name: (SHAPES | OURS)[name] for name in ("qwen3", "post-sinusoidal-relu2")}
+ONNX |= {"window": QWEN3 | dict(window=8, layers="SL")}  # as long as the least text of an export
+
+
+@pytest.mark.parametrize("name", ONNX)
 def test_onnx_computes_the_logits(name, tok, tmp_path):
-    net, _ = saved(tmp_path / "m", tok, **(SHAPES | OURS)[name])
+    net, _ = saved(tmp_path / "m", tok, **ONNX[name])
     alone = {"OMP_NUM_THREADS": "1"}  # a new process: onnxruntime's threads are lost in a fork
     done = run(tmp_path, "export.py", "--model=m", "--export=onnx", check=False, env=alone)
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
@@ -528,6 +542,7 @@ def test_onnx_says_what_to_install(tok, tmp_path, monkeypatch):
         (QWEN3 | dict(mlp="gelu"), "--export=gguf", "mlp='swiglu' (here 'gelu')"),
         (QWEN3, "--export=hf --quantize=int4", "cannot hold int4 weights: --export=barelm"),
         (QWEN3, "--export=onnx --quantize=int8", "int8"),
+        (QWEN3 | dict(n_encoder_layer=1), "--export=onnx", "an encoder-decoder"),
         (SHAPES["llama3"] | dict(qk_norm=True), "--export=gguf", "rope_scaling llama3"),
         (QWEN3, "--export=gguf --gguf_type=Q2_K", "expected F32, F16, Q8_0, Q4_0"),
         (QWEN3, "--export=pickle", "expected hf, barelm, gguf or onnx"),

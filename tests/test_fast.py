@@ -227,6 +227,14 @@ def masks(T, S):
     }
 
 
+@pytest.mark.parametrize("options", [dict(softcap=9.0), dict(sinks=torch.zeros(2))])
+def test_scores_are_not_rounded(options):
+    q, k = torch.randn(2, 1, 2, 9, 16, generator=torch.Generator().manual_seed(0)).mul(3).unbind()
+    exact = attention_probabilities(q, k, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention_probabilities(q, k, **options), exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T, S", [(12, 12), (1, 12), (5, 12)])
 @pytest.mark.parametrize("kind", [None, *masks(1, 1)])

@@ -13,6 +13,7 @@ from conftest import run
 from test_finetune import QUICK, log, net_for, tok
 from test_model import QWEN3, make_net
 
+import finetune
 from barelm import embeddings, extraction, heads, tagging
 from barelm.checkpoint import load, save
 from barelm.places import token_places
@@ -321,6 +322,14 @@ def gradients(net, groups):
     return total, [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
+def test_the_contrast_is_not_rounded():
+    vectors = F.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    same = torch.zeros(3, 3, dtype=torch.bool)
+    exact = embeddings.contrast(vectors[:3], vectors[3:], same, 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embeddings.contrast(vectors[:3], vectors[3:], same, 0.01).equal(exact)
+
+
 def test_micro_batches_change_no_loss_of_a_batch(tok):
     """Gradients by cached vectors are those of one pass over the batch."""
     net = net_for(tok)
@@ -545,6 +554,14 @@ def test_the_wrong_task_is_a_line(tuned):
 
 # --------------------------------------------------------------------------------------------------
 # The server
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_encoder_is_not_taught_to_write(method):
+    net = make_net(n_head=2, n_embd=16, causal=False)
+    with pytest.raises(UserError, match="an encoder, which generates no text: expected classify"):
+        finetune.check_network(net, finetune.METHODS[method])
+    finetune.check_network(net, finetune.METHODS["tag"])
 
 
 def test_an_encoder_and_a_classifier_are_served(tuned, tok):

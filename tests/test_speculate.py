@@ -413,6 +413,14 @@ def test_sample_says_the_same_and_counts(tiny):
     assert done.stdout.count("model> ") == 2 and done.stderr.count("drafts accepted") == 1
 
 
+def test_heads_draft_beside_a_window_with_angles_of_its_own(tok):
+    net = make_net(**QWEN3, mtp=2, window=5, layers="SL", local_rope_theta=100.0)
+    options = dict(max_new_tokens=9, temperature=0)
+    plain = generate(net, tok, PROMPTS, **options)
+    drafted = generate(net, tok, PROMPTS, speculate=2, draft="heads", **options)
+    assert [answer.ids for answer in drafted] == [answer.ids for answer in plain]
+
+
 def test_drafts_without_meaning_are_refused_in_a_line(tiny, tok):
     net, own = load(tiny / "out" / "tiny")
     save(tiny / "out" / "other", make_net(**SMALL), tok)

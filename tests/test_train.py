@@ -413,6 +413,7 @@ REFUSALS = {
     "learning_rate=inf: expected 0 or more": ["--learning_rate=1e400"],
     "norm_eps=inf: expected": ["--norm_eps=1e400"],
     "rope_theta=-1.0: expected": ["--rope_theta=-1"],
+    "teach the router nothing": ["--n_experts=4", "--n_experts_per_token=1"],
     "lower --seq_len": ["--seq_len=32768", "--batch_tokens=32768"],
     "have different tokenizers": ["--init_from=out/held", "--dataset=letters"],
 }

@@ -985,6 +985,8 @@ def text_gap_windows(tok, length):
     what a span needs."""
     requests = []
     room = length - len(tok.start) - len(tok.end)
+    if room < SHORTEST:
+        raise UserError(f"windows of {length} tokens: expected {SHORTEST + length - room} or more")
     for document in read_text(Path(text)):
         ids = tok.encode(document)
         for begin in range(0, len(ids), room):
@@ -1263,6 +1265,8 @@ def check_settings():
     check_least(config, ["context", "num_samples", "micro_tokens", "num_beams"], 1)
     if "{source}" not in source_template:
         raise UserError(f"source_template={source_template!r}: expected {{source}} in it")
+    if not 0 < mask_rate < 1:
+        raise UserError(f"mask_rate={mask_rate}: expected more than 0, and less than 1")
     if context is not None and context >= 2**31:  # no text is so long
         raise UserError(f"context={context}: expected less than 2,147,483,648")
     if num_samples > 1 and temperature < GREEDY:

@@ -217,9 +217,11 @@ def print_row(name, net, tok, windows):
     bits = "n/a"
     if windows is not None:
         bits = f"{bits_per_byte(net, tok, windows):.4f}"
-    rate = decoding_rate(net, tok)
+    rate = "n/a"
+    if net.config.causal:  # an encoder writes nothing
+        rate = f"{decoding_rate(net, tok):,.1f}"
     zeros = f"{zeros_share(net):.1%}"
-    print(f"{name:<22}{megabytes:>10,.2f}{bits:>11}{rate:>10,.1f}{zeros:>8}", flush=True)
+    print(f"{name:<22}{megabytes:>10,.2f}{bits:>11}{rate:>10}{zeros:>8}", flush=True)
 
 
 def show_report(run):
@@ -229,10 +231,11 @@ def show_report(run):
     if net.score is not None:
         print(f"{model} is a classifier: no bits per byte; eval.py measures it")
         return
+    windows = None
     if fills_gaps(net.config):
-        print(f"{model} fills gaps in a text: no bits per byte; eval.py measures it")
-        return
-    windows = validation_windows(tok, min(net.config.n_ctx, 1024))
+        print(f"{model} predicts no next token: bits per byte n/a; eval.py measures its loss")
+    else:
+        windows = validation_windows(tok, min(net.config.n_ctx, 1024))
     print(f"{'':<22}{'MB':>10}{'bits/byte':>11}{'tokens/s':>10}{'zeros':>8}")
     print_row("as it is", net, tok, windows)
     del net  # before the next one is loaded
@@ -395,9 +398,12 @@ def check_export(net, tok):
             what = f"{net.quantize} weights" if net.quantize else "a classifier"
             why = f"{model} has or is {what}"
             raise UserError(f"--export=onnx is for text models as trained: {why}")
+        if net.config.n_experts:
+            why = "which expert computes what is chosen by token"
+            raise UserError(f"--export=onnx: {model} has experts, and {why}: not supported")
         if net.config.is_seq2seq:
-            why = "which reads a source beside its ids"
-            raise UserError(f"--export=onnx: {model} is an encoder-decoder, {why}")
+            why = "whose decoder reads a source beside them"
+            raise UserError(f"--export=onnx takes ids alone: {model} is an encoder-decoder, {why}")
         require_onnx()
 
 

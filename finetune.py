@@ -736,6 +736,14 @@ def open_model(run, task, config):
 
 def check_network(net, task):
     """Refuse a network that is none for the method."""
+    if not net.config.causal and (task.has_source or task.add_head is None):
+        raise UserError(
+            f"{model} is an encoder, which sees the tokens that it would learn to say: expected "
+            "--method=classify, tag, span, embed or reward"
+        )
+    if task.add_head is None and net.score is not None:
+        why = f"has a head for {net.task}, and says no words: start from what it was made of"
+        raise UserError(f"{model} {why}")
     if task.has_source and not net.config.is_seq2seq:
         raise UserError(
             f"{model} is a decoder alone: --method=sft teaches it source and target as a "

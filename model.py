@@ -963,8 +963,8 @@ class KVCache:
             T = self.positions.shape[1]
             key_positions = torch.arange(self.used, device=self.lengths.device)[None]
             return key_positions, self.even and T == 1  # nothing is behind the last token
-        held = layout.held(self.before[:1] if self.even else self.before)
-        return torch.cat((held, self.positions), 1), False
+        before = layout.positions(self.before[:1] if self.even else self.before)
+        return torch.cat((before, self.positions), 1), False
 
     def write(self, i, k, v):
         """Store layer i's new k and v (B, G, T, D); return all that there is to look at."""

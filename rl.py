@@ -446,6 +446,8 @@ def check_minibatches(n_samples, run):
 def open_policy(run, task):
     """The network and tokenizer to start from, ppo's with a head for values."""
     learner = open_learner(run, model, adapt_config(), seed, dropout, fast)
+    if learner.net.score is not None:
+        raise UserError(f"{model} has a head for {learner.net.task}, and says no words")
     learner.net.checkpoint = checkpoint_blocks
     if deterministic:
         be_deterministic(learner.net)

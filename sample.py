@@ -13,7 +13,7 @@
 SmolLM2, Mistral, GPT-2), which is downloaded once. Prints the prompt and its continuation.
 """
 
-from config import configure
+from config import configure, defaults
 
 model = "out/python"  # a checkpoint folder, or a Hub model such as HuggingFaceTB/SmolLM2-135M
 prompt = "import os\n\n\ndef"  # the text to continue; - reads it from standard input
@@ -152,10 +152,10 @@ def show_piece(i, piece):
     show(piece)
 
 
-def complete(net, tok, drafter):
-    """Continue every prompt num_samples times: one as it is made, several when they are done.
+def complete(net, tok, texts, drafter):
+    """Continue every text num_samples times: one as it is made, several when they are done.
     Returns the Generations."""
-    prompts = [text for text in read_prompts() for _ in range(num_samples)]
+    prompts = [text for text in texts for _ in range(num_samples)]
     # An encoder-decoder answers its source, and continues nothing.
     shown = ["" if net.config.is_seq2seq else text for text in prompts]
     if len(prompts) == 1:
@@ -170,10 +170,10 @@ def complete(net, tok, drafter):
     return generations
 
 
-def classify(net, tok):
+def classify(net, tok, prompts):
     """The labels of each prompt with their probabilities, the likeliest first; a reward model's
     score, which is no probability, as it is."""
-    for text in read_prompts():
+    for text in prompts:
         ids, _ = tok.whole_text(text, net.config.n_ctx)
         if not ids:
             raise UserError("an empty text has no label")
@@ -185,9 +185,9 @@ def classify(net, tok):
             print(f"{net.labels[i]}  {scores[i]:.4f}")
 
 
-def tag(net, tok):
+def tag(net, tok, prompts):
     """The spans in each prompt by their kinds; of tags that are of no spans, each word and its."""
-    for text in read_prompts():
+    for text in prompts:
         row = {"text": text, "entities": []}
         _, words, _ = words_of(row)
         ids, firsts, _ = tokenize_words(tok, text, words, net.config.n_ctx)
@@ -201,19 +201,19 @@ def tag(net, tok):
             print(f"{kind}  {text[words[begin][0] : words[end - 1][1]]}")
 
 
-def answer(net, tok):
+def answer(net, tok, prompts):
     """The part of each prompt that answers its first line, which is the question."""
-    for text in read_prompts():
+    for text in prompts:
         question, _, context = text.partition("\n")
         windows = make_windows(tok, question, context.strip(), net.config.n_ctx)
         text, score = find_answer(net, context.strip(), windows)
         print(f"{text}  {score:.4f}")
 
 
-def fill_masks(net, tok):
+def fill_masks(net, tok, prompts):
     """The likeliest tokens for each mask of each prompt, top_k of them at most: of those that have
     less than one in a hundred the likeliest alone."""
-    for text in read_prompts():
+    for text in prompts:
         print(text)
         for i, tokens in enumerate(fill(net, tok, text, top_k)):
             for rank, (token, probability) in enumerate(tokens):
@@ -221,19 +221,18 @@ def fill_masks(net, tok):
                     print(f"mask {i + 1}: {probability:.4f}  {token!r}")
 
 
-def fill_gaps(net, tok):
+def fill_gaps(net, tok, prompts):
     """Each prompt with what an encoder-decoder writes in the place of the sentinels in it."""
-    for text in read_prompts():
+    for text in prompts:
         print(fill_spans(net, tok, text, max_new_tokens))
 
 
-def has_gaps(net, tok):
-    """Whether the model is an encoder-decoder, and a sentinel in a prompt asks for a span; not of
-    standard input, which can be read but once."""
-    if not net.config.is_seq2seq or (prompt_file or prompt) == "-":
+def has_gaps(net, tok, prompts):
+    """Whether the model is an encoder-decoder, and a sentinel in a prompt asks for a span."""
+    if not net.config.is_seq2seq:
         return False
     names = [name for name, id in tok.special.items() if id in tok.sentinel_ids]
-    return any(name in text for text in read_prompts() for name in names)
+    return any(name in text for text in prompts for name in names)
 
 
 def fit_context(net, tok, messages):
@@ -284,6 +283,18 @@ def check_settings():
             raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
 
 
+# Of how a text is continued: no word to who asks for labels, or for what is in a gap.
+OF_CONTINUATIONS = ("chat", "system", "num_samples", "num_beams", "speculate", "draft", "stop")
+
+
+def check_unused(what):
+    """Refuse settings that would be passed over, as the model does something else with a text."""
+    usual = defaults(globals())
+    for name in OF_CONTINUATIONS:
+        if globals()[name] != usual[name]:
+            raise UserError(f"--{name}: {model} {what}")
+
+
 def main():
     if sys.stdin is not None:  # bytes that are no text are refused, whatever the locale
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
@@ -294,24 +305,26 @@ def main():
     if deterministic:
         be_deterministic(net)
     if net.score is not None:
-        {"classify": classify, "tag": tag, "span": answer}[net.task](net, tok)
+        check_unused(f"is a model of {net.task}: it reads the prompt, and continues none")
+        {"classify": classify, "tag": tag, "span": answer}[net.task](net, tok, read_prompts())
         return
     if chat and net.config.is_seq2seq:
         raise UserError(f"--chat: {model} is an encoder-decoder, which answers a source: --prompt")
     if not net.config.causal:
-        if chat:
-            raise UserError(f"--chat: {model} is an encoder, which fills masks and does not talk")
-        fill_masks(net, tok)
+        check_unused("is an encoder, which fills masks and does not talk")
+        fill_masks(net, tok, read_prompts())
         return
-    if not chat and has_gaps(net, tok):
-        fill_gaps(net, tok)
+    prompts = [] if chat else read_prompts()
+    if has_gaps(net, tok, prompts):
+        check_unused("fills the gaps of the prompt, greedily, and continues none")
+        fill_gaps(net, tok, prompts)
         return
     drafter = open_draft(net, tok, run.device, compute)
     with generating(net), generating(network_of(drafter, net)):  # once for all turns
         if chat:
             generations = converse(net, tok, drafter)
         else:
-            generations = complete(net, tok, drafter)
+            generations = complete(net, tok, prompts, drafter)
     if speculate:
         print(summary(generations), file=sys.stderr)
 

@@ -223,6 +223,22 @@ from model import GPT, GPTConfig, call_block, generate
 
 # The keys that are the network's own: each goes to the field of GPTConfig that has its name.
 SHAPE = [key for key in GPTConfig.__dataclass_fields__ if key in globals()]
+# Of these, what counts only where another has a value: {key: (the other, its value; none: any but
+# 0)}.
+COUNTS_WITH = {
+    "rope_theta": ("pos", "rope"),
+    "local_rope_theta": ("pos", "rope"),
+    "rope_scaling": ("pos", "rope"),
+    "n_buckets": ("pos", "relative"),
+    "max_distance": ("pos", "relative"),
+    "norm_bias": ("norm", "layer"),
+    "n_experts_per_token": ("n_experts", None),
+    "norm_topk": ("n_experts", None),
+    "balance": ("n_experts", None),
+    "balance_weight": ("balance", "loss"),
+    "z_weight": ("n_experts", None),
+    "mtp_weight": ("mtp", None),
+}
 # A new key goes into one of these two, or no resume may change it: see RunFolder.
 MAY_CHANGE = (
     *RESUME_MAY_CHANGE,
@@ -326,6 +342,8 @@ def check_settings(config):
     if n_experts and n_experts_per_token == 1 and norm_topk:
         why = "the one weight would always be 1, and teach the router nothing"
         raise UserError(f"--n_experts_per_token=1: {why}: --norm_topk=false")
+    if objective == "causal" and mask_rate != defaults(globals())["mask_rate"]:
+        raise UserError(f"mask_rate={mask_rate}: for --objective=mlm and span, and not {objective}")
     if whole_words and objective != "mlm":
         raise UserError(f"--whole_words: for --objective=mlm, and not {objective}")
     if document_mask and objective == "span":
@@ -453,6 +471,7 @@ def open_network(data, folder):
     """(network, its tokenizer, the saved state to go on from or None), by init_from."""
     start = choose_start(out_dir, init_from, overwrite)
     if start == "scratch":
+        check_counts()
         shape = {key: globals()[key] for key in SHAPE}
         tok = with_tokens_of(objective, data.tok, seq_len, mask_rate)
         vocab_size = math.ceil(tok.n_vocab / 64) * 64  # rows in multiples that GPUs like
@@ -471,10 +490,24 @@ def open_network(data, folder):
     if (tok.bytes, tok.eot_id) != (data.tok.bytes, data.tok.eot_id):
         mend = f"prepare the data with --tokenizer={source}"
         raise UserError(f"data/{dataset} and {source} have different tokenizers: {mend}")
+    if not saved and net.score is not None:
+        why = f"it has a head for {net.task}, which no pre-training reads: start from its base"
+        raise UserError(f"--init_from={source}: {why}")
     if not saved:
         check_shape(net.config, source)
     net.config.dropout = dropout
     return net, tok, saved
+
+
+def check_counts():
+    """Refuse a key of the network that says nothing beside the others."""
+    usual = defaults(globals())
+    for key, (other, wanted) in COUNTS_WITH.items():
+        has = globals()[other]
+        counts = bool(has) if wanted is None else has == wanted
+        if globals()[key] != usual[key] and not counts:
+            why = f"it says nothing with {other}={has}"
+            raise UserError(f"{key}={globals()[key]!r}: {why}: leave it out")
 
 
 def check_shape(c, source):
@@ -497,7 +530,11 @@ def set_objective(data, net, tok):
     data.objective = Objective(objective, vocabulary, seed, mask_rate, whole_words)
     data.objective.check(seq_len)
     if objective != "causal" and sample_prompt:  # which has to have a gap
-        ids_with_gaps(tok, sample_prompt, [tok.mask_id, *tok.sentinel_ids])
+        gaps = [tok.mask_id] if objective == "mlm" else tok.sentinel_ids
+        ids, _ = ids_with_gaps(tok, sample_prompt, gaps)
+        n_ctx = net.config.n_ctx
+        if len(ids) >= n_ctx:  # an end token may come behind it
+            raise UserError(f"sample_prompt: {len(ids)} tokens: expected less than {n_ctx}")
 
 
 def add_end_tokens(tok, data, run):

@@ -114,8 +114,8 @@ class SlotCache:
         self.n_source = n_source
         self.cross_mask = None
         if n_source:
-            held = decoder.source.lengths[rows][:, None]  # (B, 1)
-            self.cross_mask = (decoder.source.places[:n_source] < held)[:, None, None]
+            n_tokens = decoder.source.lengths[rows][:, None]  # (B, 1)
+            self.cross_mask = (decoder.source.places[:n_source] < n_tokens)[:, None, None]
 
     def cross(self, i):
         """Layer i's keys and values (B, G, n_source, D) of the source."""
@@ -149,8 +149,8 @@ class ChunkCache(SlotCache):
         layout = self.stores.of_pattern[pattern].layout
         if layout.whole:
             return self.positions[:, : self.end], False
-        held = layout.held(self.positions[0, self.begin : self.begin + 1])  # (1, S)
-        return torch.cat((held, self.positions[:, self.begin : self.end]), 1), False
+        before = layout.positions(self.positions[0, self.begin : self.begin + 1])  # (1, S)
+        return torch.cat((before, self.positions[:, self.begin : self.end]), 1), False
 
     def write(self, i, k, v):
         group, j = self.stores.of_layer[i]
@@ -169,8 +169,8 @@ class ChunkCache(SlotCache):
         for stored, new in zip(group.store[:, j], (k, v)):  # stored (n_slots, G, S + 1, D)
             new = new.to(stored.dtype)
             if self.begin:
-                held = stored[self.rows, :, : group.layout.n]  # (B, G, S, D)
-                seen.append(torch.cat((held, new), 2))
+                before = stored[self.rows, :, : group.layout.n]  # (B, G, S, D)
+                seen.append(torch.cat((before, new), 2))
             # Two indices with a slice between them give (B, T, G, D).
             stored[self.slots[group]] = new.transpose(1, 2)
         return seen if self.begin else (k, v)
@@ -230,7 +230,7 @@ class StepCache(SlotCache):
         if flash:
             # As int32: how many tokens each row holds with the new one, and where queries and rows
             # begin.
-            self.held = self.ends.int()
+            self.lengths_now = self.ends.int()
             queries = decoder.positions[0, : len(self.lengths) + 1]
             self.begins = (queries.int(), (queries * (decoder.max_len + 1)).int())
 
@@ -256,8 +256,8 @@ class StepCache(SlotCache):
         in_order = self.even is not None and layout.in_order(pattern, self.used)
         if layout.whole:
             return self.positions[:, : self.used], in_order
-        held = layout.held(self.ends)[:, : layout.first(self.used)]
-        return held, in_order  # alone, the new token has nothing behind it
+        key_positions = layout.positions(self.ends)[:, : layout.first(self.used)]
+        return key_positions, in_order  # alone, the new token has nothing behind it
 
     def write(self, i, k, v):
         group, _ = self.stores.of_layer[i]
@@ -282,7 +282,7 @@ class StepCache(SlotCache):
         like_k = q[:, :, 0].to(k.dtype)  # (B, H, D)
         forward = torch.ops.aten._flash_attention_forward
         y = forward(like_k, k, v, queries, rows, 1, self.used, 0.0, False, False,
-                    seqused_k=self.held)[0]  # fmt: skip
+                    seqused_k=self.lengths_now)[0]  # fmt: skip
         return y[:, :, None].to(q.dtype)
 
 

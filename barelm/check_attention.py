@@ -42,8 +42,8 @@ def attention_cases(B, H, T):
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     distance = torch.arange(T)[:, None] - torch.arange(T)  # (T, T), to what is before
     generator = torch.Generator().manual_seed(T)
-    kept = torch.rand(B, 1, T, T, generator=generator) < 0.7
-    holes = causal & (kept | (distance == 0))  # every token sees itself
+    seen = torch.rand(B, 1, T, T, generator=generator) < 0.7
+    holes = causal & (seen | (distance == 0))  # every token sees itself
     docs = (torch.rand(B, T, generator=generator) < 0.05).cumsum(1)
     documents = causal & (docs[:, None, :, None] == docs[:, None, None, :])
     window = (causal & (distance < 17)).expand(B, 1, T, T)

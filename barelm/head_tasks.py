@@ -4,6 +4,7 @@ vectors of texts. Each gives ({metric: (value, standard error)}, how many rows, 
 answers(name, depends_on, requests, work) is eval.py's `Answers`: it keeps what was answered, and
 shares the requests out over all processes."""
 
+import math
 from collections import Counter
 from functools import partial
 
@@ -146,7 +147,10 @@ def run_sts(net, tok, answers, rows, path, pooling, seed):
     correlation over rows {"sentence1", "sentence2", "score"}."""
 
     def read(row):
-        return row["sentence1"] + "", row["sentence2"] + "", float(row["score"])
+        score = float(row["score"])
+        if not math.isfinite(score):
+            raise UserError(f"score={score}: expected a number")
+        return row["sentence1"] + "", row["sentence2"] + "", score
 
     read_rows = read_each(rows, path, read)
     texts = [row[0] for row in read_rows] + [row[1] for row in read_rows]

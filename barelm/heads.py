@@ -206,6 +206,8 @@ def add_embed_pooling(pooling, net, tok, train, val, say):
     if alike and not net.config.dropout:
         why = "only dropout makes a pair of a text alone (SimCSE): set --dropout=0.1"
         raise UserError(f"{alike:,} of {len(train):,} examples are a text and itself: {why}")
+    net.score = net.score_dense = net.score_norm = net.labels = None  # of what it was before
+    net.pooler = ""
     net.pooling = pooling
     net.task = "embed"
     return val

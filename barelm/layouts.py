@@ -3,7 +3,7 @@
     layout = layout_for(pattern, max_len)
     layout.n                       # how many places there are
     layout.of(positions)           # the place of each position
-    layout.held(lengths)           # the position that each place holds, in rows of so many tokens
+    layout.positions(lengths)           # the position that each place holds, in rows of so many tokens
 
 A layer that sees all that came before keeps it all: a token's place is its position. A layer that
 sees a window needs no more than a ring, in which a new token takes the place of one that is out of
@@ -70,7 +70,7 @@ class Layout:
             stays = stays | (self.in_tail(positions) >= 0)
         return stays
 
-    def held(self, lengths):
+    def positions(self, lengths):
         """The position (B, S) that each place holds in rows of lengths (B,) tokens, -1 where it is
         empty: the newest of those that share it.
 
@@ -96,10 +96,10 @@ class Layout:
         to place n, one more than there are: which of two writes to a place is the last is not
         defined."""
         end = lengths[:, None]
-        kept = positions < end
+        is_read = positions < end
         if not self.whole:
-            kept = kept & (self.stays(positions) | (positions >= end - self.ring))
-        return self.of(positions).where(kept, self.n)
+            is_read = is_read & (self.stays(positions) | (positions >= end - self.ring))
+        return self.of(positions).where(is_read, self.n)
 
     def first(self, used):
         """So many places, from the first on, hold all that there is of rows of at most `used`

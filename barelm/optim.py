@@ -272,16 +272,16 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
     ahead += width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden + 4 * 6 * c.n_embd  # two states, joined
     blocks += [ahead] * c.mtp
     if recompute:  # of each block its input alone, and all of the one that is computed again
-        kept = len(blocks) * 4 * c.n_embd + max(blocks)
+        per_token = len(blocks) * 4 * c.n_embd + max(blocks)
     else:
-        kept = sum(blocks)
+        per_token = sum(blocks)
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
     weights = 4 * params * (2 + moments)  # with the gradients
     if c.logit_softcap:  # logits are not made by pieces: those around tanh, log p and its gradient
-        kept += c.vocab_size * (width + 4 * 4)
+        per_token += c.vocab_size * (width + 4 * 4)
     embedded = (4 + width) * c.n_embd * (2 if c.is_seq2seq else 1)
-    return weights + head, rows * seq_len * (kept + embedded)
+    return weights + head, rows * seq_len * (per_token + embedded)
 
 
 def block_bytes(c, pattern, seq_len, width, device_type):

@@ -18,6 +18,9 @@ SCALING_KEYS = {  # of rope_scaling, by its rope_type
         "original_max_position_embeddings",
     ],
 }
+# What else one may have: yarn's choices, and what old files say too.
+OTHER_KEYS = ("rope_type", "type", "finetuned", "truncate")
+YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 # Hugging Face's words for the two kinds of layers, and our letters.
 LAYER_TYPES = {"sliding_attention": "S", "full_attention": "L"}
 
@@ -48,10 +51,10 @@ def check_fields(c):
             check(c, f.name, value in allowed, " or ".join(map(str, allowed)))
     check(c, "n_embd", c.head_dim or c.n_embd % c.n_head == 0, "n_head to divide it")
     if isinstance(c.layers, list):
-        known = [LAYER_TYPES.get(word, "?") if isinstance(word, str) else "?" for word in c.layers]
-        good = "?" not in known and len(known) == c.n_layer
+        letters = [LAYER_TYPES.get(str(word), "?") for word in c.layers]
+        good = "?" not in letters and len(letters) == c.n_layer
         check(c, "layers", good, f"a word a layer, of {', '.join(LAYER_TYPES)}")
-        c.layers = "".join(known)
+        c.layers = "".join(letters)
     check_letters(c, "layers", "SL")
     check_letters(c, "expert_layers", "DE")
 
@@ -150,6 +153,9 @@ def check_scaling(c, scaling):
         value = scaling.get(key)
         good = type(value) in (int, float) and 0 < value <= LARGEST
         check(c, "rope_scaling", good, f"{expected}, {key} a number above 0")
+    accepted = {*OTHER_KEYS, *YARN_NUMBERS}.union(*SCALING_KEYS.values())
+    unknown = [key for key in scaling if key not in accepted]
+    check(c, "rope_scaling", not unknown, f"no key but {', '.join(sorted(accepted))}")
     if scaling["rope_type"] == "llama3":
         ordered = scaling["low_freq_factor"] < scaling["high_freq_factor"]
         check(c, "rope_scaling", ordered, "high_freq_factor above low_freq_factor")
@@ -161,7 +167,7 @@ def check_scaling(c, scaling):
 
 def check_yarn(c, scaling):
     check(c, "rope_theta", c.rope_theta > 1, "more than 1 with yarn")
-    for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+    for key in YARN_NUMBERS:
         value = scaling.get(key)
         good = value is None or type(value) in (int, float) and 0 < value < math.inf
         check(c, "rope_scaling", good, f"{key} a number above 0, or absent")

@@ -120,12 +120,14 @@ def words_of_tokens(row):
     """The same of a row whose words stand apart: the text has a blank between them."""
     tokens = row["tokens"]
     tags = row["tags"] if "tags" in row else row["ner_tags"]
-    if not isinstance(tokens, list) or len(tokens) != len(tags):
-        raise UserError("tokens and tags are not as many")
+    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags):
+        raise UserError("tokens and tags: expected two lists, as long as each other")
     names = row.get("tag_names")
     if names is None and not all(isinstance(tag, str) for tag in tags):
         raise UserError("tags that are numbers need their names in the field tag_names")
     if names is not None:
+        if any(not isinstance(tag, str) and tag < 0 for tag in tags):  # which counts from the end
+            raise UserError("a tag below 0")
         tags = [tag if isinstance(tag, str) else names[tag] for tag in tags]
     words = []
     at = 0

@@ -120,6 +120,15 @@ def test_quantized_networks_are_saved_as_they_are(kind, name, tok, tmp_path):
         load(tmp_path, quantize="int3")
 
 
+@pytest.mark.parametrize("kind", [dict(causal=False), dict(n_encoder_layer=1)])
+def test_a_report_of_what_predicts_no_next_token(kind, tok, capsys):
+    net = make_net(**(QWEN3 | {"vocab_size": 320} | kind)).eval()
+    net.start_id = net.pad_id = tok.pad_id
+    export.print_row("as it is", net, tok, None)
+    n_absent = capsys.readouterr().out.count("n/a")
+    assert n_absent == (1 if net.config.causal else 2)
+
+
 def test_quantized_classifiers_keep_their_labels(tok, tmp_path):
     net, ids = make_net(vocab_size=320, **QWEN3), random_ids(2, 9)
     net.set_score(["no", "yes"])

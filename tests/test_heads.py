@@ -104,6 +104,37 @@ def test_rows_of_every_form_have_the_same_words_and_tags():
         tagging.words_of({"tokens": tokens, "ner_tags": [1, 2, 0, 3]})
 
 
+@pytest.mark.parametrize("tags", ["BO", [0, -1], [0], [0, 2]])
+def test_tags_that_are_none_of_the_words_are_refused(tags):
+    row = {"tokens": ["a", "b"], "tags": tags, "tag_names": ["O", "B-x"]}
+    with pytest.raises((UserError, IndexError)):
+        tagging.words_of(row)
+
+
+def test_vectors_of_a_classifier_have_no_head(tok):
+    net = net_for(tok)
+    net.set_score(["a", "b"], pad_id=tok.pad_id)
+    heads.add_embed_pooling("mean", net, tok, [{"texts": [[1], [2]]}], [], print)
+    assert net.score is None and net.labels is None and net.task == "embed"
+    assert not any(name.startswith("score") for name in net.state_dict())
+
+
+@pytest.mark.parametrize(
+    "method, causal, labels, message",
+    [
+        ("sft", False, None, "is an encoder, which sees"),
+        ("seq2seq", False, None, "is an encoder, which sees"),
+        ("dpo", True, ["a", "b"], "has a head for classify"),
+    ],
+)
+def test_a_network_that_says_nothing_learns_no_answers(method, causal, labels, message, tok):
+    net = net_for(tok, causal=causal)
+    if labels:
+        net.set_score(labels, pad_id=tok.pad_id)
+    with pytest.raises(UserError, match=message):
+        finetune.check_network(net, finetune.METHODS[method])
+
+
 def test_a_word_is_asked_at_its_first_token(tok):
     text = "def frobnicate(self, other_thing=None):\n    return  self.x"
     places = token_places(tok, text)

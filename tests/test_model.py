@@ -793,6 +793,7 @@ def test_parameters_are_counted_and_initialized_as_gpt2_is():
         *[(dict(rope_scaling=LLAMA3 | dict(factor=bad)), "factor") for bad in BAD_FACTORS],
         (dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0)), "high_freq_factor"),
         (dict(rope_scaling=dict(rope_type=[], factor=2.0)), "rope_scaling"),
+        (dict(rope_scaling=LLAMA3 | dict(betafast=3)), "no key but"),
         (dict(n_head=2**28, head_dim=2**28), "n_head"),
         (dict(n_head=1, n_kv_head=1, n_embd=2**28, head_dim=2), "n_hidden"),
     ],

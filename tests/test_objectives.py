@@ -344,6 +344,8 @@ def test_two_processes_have_the_losses_of_one(words, name):
         (["--n_encoder_layer=2"], "its encoder would read nothing: take span"),
         (["--objective=bert"], "objective=bert: expected causal, mlm, span"),
         (["config/bert.py", "--mask_rate=1"], "mask_rate=1.0: expected more than 0"),
+        (["--mask_rate=0.3"], "mask_rate=0.3: for --objective=mlm and span"),
+        (["--pos=alibi", "--rope_theta=500"], "rope_theta=500.0: it says nothing with pos=alibi"),
         (["--whole_words"], "for --objective=mlm, and not causal"),
         (["config/t5.py", "--document_mask"], "not with --objective=span"),
         (["config/t5.py", "--seq_len=8", "--batch_tokens=64"], "seq_len=8: too short"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT, run
 from test_model import naive_beam_search
@@ -14,6 +15,7 @@ from test_model import naive_beam_search
 import model
 import sample
 from barelm.checkpoint import load
+from barelm.run import UserError
 
 
 def test_prints_the_prompt_and_what_generate_continues(tiny):
@@ -131,6 +133,14 @@ def test_an_empty_prompt_starts_a_document(tiny):
     with torch.no_grad():
         first = net(torch.tensor([[tok.bos_id]]))[0, -1, : tok.n_vocab].argmax().item()
     assert g.ids[0] == first
+
+
+@pytest.mark.parametrize("name, value", [("chat", True), ("num_samples", 2), ("draft", "lookup")])
+def test_what_would_be_passed_over_is_refused(name, value, monkeypatch):
+    sample.check_unused("is an encoder")
+    monkeypatch.setattr(sample, name, value)
+    with pytest.raises(UserError, match=f"--{name}: out/python is an encoder"):
+        sample.check_unused("is an encoder")
 
 
 def test_a_file_of_prompts_by_its_name_in_any_case(tmp_path, monkeypatch):

@@ -83,10 +83,10 @@ def test_every_place_that_is_seen_holds_what_it_is_said_to_hold(kind):
             end = torch.tensor([length + T])
             places = layout.to_write(torch.arange(length, length + T)[None], end)[0].tolist()
             assert len({p for p in places if p < layout.n}) == sum(p < layout.n for p in places)
-            before = list(zip(layout.held(torch.tensor([length]))[0].tolist(), given))
+            before = list(zip(layout.positions(torch.tensor([length]))[0].tolist(), given))
             for place, position in zip(places, new):
                 given[place] = position
-            after = list(zip(layout.held(end)[0].tolist(), given))
+            after = list(zip(layout.positions(end)[0].tolist(), given))
             assert all(said < 0 for said, _ in after[layout.first(length + T) :])
             for query in new:
                 keys = torch.arange(query + 1)

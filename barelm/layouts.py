@@ -3,7 +3,7 @@
     layout = layout_for(pattern, max_len)
     layout.n                       # how many places there are
     layout.of(positions)           # the place of each position
-    layout.positions(lengths)           # the position that each place holds, in rows of so many tokens
+    layout.positions(lengths)      # the position that each place holds, in rows of so many tokens
 
 A layer that sees all that came before keeps it all: a token's place is its position. A layer that
 sees a window needs no more than a ring, in which a new token takes the place of one that is out of

@@ -21,9 +21,9 @@ n_embd = 64
 # train.py
 seq_len = 98  # a document
 batch_tokens = 3136
-max_steps = 400
-eval_every = 200
-save_every = 400
+max_steps = 500
+eval_every = 250
+save_every = 500
 sample_tokens = 0
 
 # eval.py

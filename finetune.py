@@ -588,7 +588,6 @@ class Method:
     reads_chats: bool = True  # it needs a chat template, and answers end where the template says
     # Whether it learns to say whole responses: they are packed into rows, and tried at the end.
     learns_responses: bool = False
-    says_next_tokens: bool = False  # its loss is of next tokens, of which an encoder says nothing
     has_source: bool = False  # for an encoder-decoder, in rows of their own; for no other network
     add_head: Callable | None = None  # (net, tok, train, val, say) -> val: gives the net a score
     prepare: Callable | None = None  # (learner, examples, cast): before the first step
@@ -607,7 +606,6 @@ METHODS = {
         sft_loss,
         size=count_targets,
         learns_responses=True,
-        says_next_tokens=True,
     ),
     "seq2seq": Method(
         "seq2seq",
@@ -655,7 +653,6 @@ METHODS = {
         n_logits=pair_targets,
         logs=("reward_chosen", "reward_rejected", "margin", "accuracy"),
         prepare=add_reference,
-        says_next_tokens=True,
     ),
     "reward": Method(
         "preference",
@@ -751,9 +748,6 @@ def check_network(net, task):
         )
     if net.config.is_seq2seq and not task.has_source:
         raise UserError(f"{model} is an encoder-decoder: expected --method=seq2seq")
-    if task.says_next_tokens and not net.config.causal:
-        expected = "classify, tag, span or embed"
-        raise UserError(f"{model} is an encoder, which generates no text: expected {expected}")
     if task.has_source and net.start_id is None:
         raise UserError(f"{model}: its config.json has no decoder_start_token_id")
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from barelm.files import parse_json, read_input, read_json, write_json
-from barelm.run import UserError, to_device
+from barelm.run import UserError, in_full, to_device
 from model import pooled
 
 POOLINGS = ("first", "last", "mean")
@@ -78,7 +78,7 @@ def contrast(anchors, candidates, same, temperature):
     share that its own candidate, of the same index, has among all of them. anchors (N, C) and
     candidates (M, C), M >= N, are unit vectors; same (N, M) bool: candidates that are copies of an
     anchor's own, and so no counter-examples of it."""
-    with torch.autocast(anchors.device.type, enabled=False):  # a temperature makes roundings large
+    with in_full(anchors):  # a temperature makes roundings large
         scores = anchors @ candidates.T / temperature  # (N, M)
     scores = scores.masked_fill(same, -math.inf)
     right = torch.arange(len(anchors), device=anchors.device)

@@ -24,7 +24,7 @@ from barelm.fast import (
     sparse_attention,
 )
 from barelm.patterns import attention_mask, may_look
-from barelm.run import compute_dtype
+from barelm.run import compute_dtype, in_full
 
 GATED = ("swiglu", "geglu", "geglu_erf")  # MLPs with a third matrix
 
@@ -50,7 +50,7 @@ def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.
     each head for nothing, so that what a token looks at may add up to less than 1."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, S, D)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # which would round the scores
+    with in_full(q):  # bfloat16 would round the scores
         scores = q.float() @ k.float().mT * scale  # (B, H, T, S)
     if softcap:
         scores = softcap * (scores / softcap).tanh()

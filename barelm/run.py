@@ -258,6 +258,13 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def in_full(x):
+    """Compute in x's own dtype inside this context, whatever autocast asks for."""
+    if x.device.type == "meta":  # which it does not know
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def make_scaler(device, dtype):
     """The scaler that keeps small gradients from vanishing in float16; None for other dtypes."""
     if dtype != torch.float16:

@@ -1319,7 +1319,8 @@ def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
 
 
 def test_a_string_further_left_does_not_keep_a_method_indented():
-    source = 'class C:\n    def page(self):\n        """Doc."""\n        return \'\'\'<a>\n<b>\n\'\'\'\n'
+    method = '    def page(self):\n        """Doc."""\n'
+    source = f"class C:\n{method}        return '''<a>\n<b>\n'''\n"
     [(code, docstring)] = functions_in(source)
     assert code == "def page(self):\n    return '''<a>\n<b>\n'''"
     assert docstring == "Doc."

@@ -154,7 +154,7 @@ import torch
 import torch.nn.functional as F
 
 from barelm.checkpoint import load, refuse_source, save
-from barelm.compiled import Ways, check_fast, try_compile
+from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
 from barelm.experts import RoutingLog
 from barelm.families import family
@@ -186,7 +186,7 @@ from barelm.optim import (
     peak_flops,
     restore_optimizers,
 )
-from barelm.parallel import check_divided, exchanging, parallelize
+from barelm.parallel import check_divided, exchanging, parallelize, shortened
 from barelm.resume import (
     RESUME_IGNORES,
     RESUME_MAY_CHANGE,
@@ -674,26 +674,9 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
         is_compiled = speed_up(net, run, data, batch, cast, saved)
     else:
         check_divided(net, dtype_used)
-        # No process may hold the whole: of each kind of block one is tried, and all compute so.
-        small = smallest_like(net).to(run.device).train()
-        is_compiled = speed_up(small, run, data, batch, cast, saved)
-        net.fast = small.fast
-        Ways.of(small).give(net)
+        with shortened(net, run.device):
+            is_compiled = speed_up(net, run, data, batch, cast, saved)
     return parallelize(net, run.mesh, dtype_used), is_compiled
-
-
-def smallest_like(net):
-    """A network with blocks of each kind that net has, and as few as there can be."""
-    c = net.config
-    n_kinds = max(len(c.layers), len(c.expert_layers), 1)
-    n_encoder_layer = min(c.n_encoder_layer, n_kinds)
-    small = replace(c, n_layer=min(c.n_layer, n_kinds), n_encoder_layer=n_encoder_layer)
-    torch.manual_seed(seed)
-    like = GPT(small, fast=net.fast)
-    like.pad_id = net.pad_id
-    like.start_id = net.start_id
-    like.checkpoint = net.checkpoint
-    return like
 
 
 def speed_up(net, run, data, batch, cast, saved):

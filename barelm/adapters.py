@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from barelm.embeddings import write_pooling
 from barelm.families import family, table_of
 from barelm.files import write_json
+from barelm.parts import state_on_host
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
 from barelm.tensor_names import joined, names_in_file
@@ -444,12 +445,16 @@ def train_last_blocks(net, n):
     net.lm_head.requires_grad_(not net.config.tie)
 
 
-def save_adapter(folder, net, tok, base, config, step=0, state=None):
+def save_adapter(folder, net, tok, base, config, step=0, state=None, is_main=True):
     """Write the added matrices as a PEFT adapter of the model `base` (a folder, or a name on the
-    Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt."""
-    make_folder(folder)
+    Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt. Of a network
+    that is divided all processes call it, and the main one writes."""
     gpt2 = family(net.config) == "gpt2"
     tensors, ranks = adapter_tensors(net)
+    tensors = state_on_host(tensors, is_main)
+    if not is_main:
+        return
+    make_folder(folder)
     # Layers of another rank than the others, each with an alpha that leaves its scale as it is.
     rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.lora_rank}
     alpha_pattern = {}

@@ -394,16 +394,17 @@ def find_base(folder, name):
 # Save
 
 
-def save(folder, net, tok, step=0, state=None):
+def save(folder, net, tok, step=0, state=None, tensors=None):
     """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt, to resume.
     The weights, without which nothing opens the folder, come last. The folder is new, or of this
-    very model: another model's is taken apart first (`clear_folder`)."""
+    very model: another model's is taken apart first (`clear_folder`). tensors: the network's, where
+    it is divided and they were brought together (`saved_tensors`)."""
     folder = Path(folder)
     make_folder(folder)
     config = to_hf_config(net, tok)
     task = net.task if net.score is not None else ""
     table = table_of(config["model_type"], net.config, task)
-    tensors = tensors_in_file(saved_tensors(net), table)
+    tensors = tensors_in_file(saved_tensors(net) if tensors is None else tensors, table)
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)  # what transformers' generate reads

@@ -12,6 +12,7 @@ import torch
 
 from barelm.fast import KEPT, head_rows, keys_of_block
 from barelm.muon import Muon
+from barelm.parts import part_like
 from barelm.patterns import Pattern, may_look
 from barelm.run import UserError
 
@@ -103,7 +104,23 @@ def restore_optimizers(optimizers, saved, path):
         if not isinstance(state, dict) or not fits_optimizer(state, optimizer):
             raise wrong
         groups = optimizer.state_dict()["param_groups"]
+        state = divided_state(state, optimizer)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def divided_state(state, optimizer):
+    """A saved state with, of parameters that are divided, the parts of what it has of them."""
+    params = []
+    for group in optimizer.param_groups:
+        params += group["params"]
+    divided = {}
+    for number, entry in state.items():
+        like = params[number]
+        divided[number] = {
+            name: part_like(value, like) if value.shape == like.shape else value
+            for name, value in entry.items()
+        }
+    return divided
 
 
 def fits_optimizer(state, optimizer):

@@ -13,6 +13,8 @@ import contextlib
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from barelm.adapters import NF4Linear
+from barelm.parts import is_divided
 from barelm.run import UserError
 
 
@@ -47,18 +49,38 @@ def needs_fully_shard(sizes):
 def fully_sharded(net, mesh, compute_dtype, reduce_dtype):
     """net with each block's parameters, and all others together, divided over mesh.shard_mesh; a
     block's are whole while it computes (Rajbhandari et al. 2020, stage 3)."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     # A block's matrices travel in the dtype that they are multiplied in. What is not a block, the
     # embedding above all, stays in full: it is where the residual stream begins.
-    narrow = None if compute_dtype == torch.float32 else compute_dtype
+    packed = pack_as_parameters(net)  # codes are gathered as they are
+    narrow = None if compute_dtype == torch.float32 or packed else compute_dtype
     of_block = MixedPrecisionPolicy(narrow, reduce_dtype, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
     grid = mesh.shard_mesh
     for block in blocks_of(net):
         fully_shard(block, mesh=grid, mp_policy=of_block)
     fully_shard(net, mesh=grid, mp_policy=of_rest)
+    # Who reads states and not logits begins here, and comes to the head with what is whole by then.
+    register_fsdp_forward_method(net, "hidden")
+    register_fsdp_forward_method(net, "encode")
     return net.to(mesh.run.device)
+
+
+def pack_as_parameters(net):
+    """Make parameters of the codes and scales of layers in 4 bits, which are divided as such:
+    whether there are any."""
+    layers = [layer for layer in net.modules() if isinstance(layer, NF4Linear)]
+    for layer in layers:
+        for name in ("codes", "scale", "top"):
+            buffer = getattr(layer, name)
+            delattr(layer, name)
+            setattr(layer, name, torch.nn.Parameter(buffer, requires_grad=False))
+    return bool(layers)
 
 
 def blocks_of(net):
@@ -67,6 +89,57 @@ def blocks_of(net):
     if net.config.is_seq2seq:
         blocks += net.model.encoder.layers
     return blocks
+
+
+@contextlib.contextmanager
+def whole_weights(net):
+    """Each process has all of a fully sharded network in this context, to generate by itself; all
+    processes enter it. Another network is as it always is."""
+    parts = sharded_modules(net)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not net, recurse=False)
+            part.reshard()
+
+
+def divide_again(net):
+    """Take back what the last forward without a backward has left whole: then the parameters are
+    parts once more."""
+    for part in sharded_modules(net):
+        part.reshard()
+
+
+def sharded_modules(net):
+    """The modules whose parameters fully_shard has divided."""
+    if not is_divided(next(net.parameters())) and not hasattr(net, "reshard"):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in net.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def shortened(net, device):
+    """As few blocks of a network as there are kinds, on the device: to try there what the whole,
+    which no process may hold, will be computed by."""
+    c = net.config
+    n_kinds = max(len(c.layers), len(c.expert_layers), 1)
+    parts = [net.model]
+    if c.is_seq2seq:
+        parts.append(net.model.encoder)
+    layers = [part.layers for part in parts]
+    for part in parts:
+        part.layers = part.layers[:n_kinds]
+    try:
+        yield net.to(device)
+    finally:
+        for part, blocks in zip(parts, layers):
+            part.layers = blocks
 
 
 def exchanging(network, is_last):

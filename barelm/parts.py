@@ -21,6 +21,34 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
+def on_host(tensor, is_main):
+    """All of a tensor on the main process's host, None on the others: all processes call it."""
+    whole = whole_tensor(tensor.detach())
+    return whole.cpu() if is_main else None
+
+
+def state_on_host(value, is_main):
+    """A state, dicts and lists around tensors, with each tensor as `on_host` gives it."""
+    if isinstance(value, torch.Tensor):
+        return on_host(value, is_main)
+    if isinstance(value, dict):
+        return {key: state_on_host(entry, is_main) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [state_on_host(entry, is_main) for entry in value]
+    return value
+
+
+def part_like(whole, like):
+    """The part of a whole tensor that a process holds of `like`, of whose shape it is; the whole
+    one where `like` is not divided."""
+    if not is_divided(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(like.device_mesh.device_type)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def n_holders(tensor, mesh):
     """How many processes hold the same part of a parameter as this one."""
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp

@@ -95,6 +95,11 @@ class Run:
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
 
+    @property
+    def is_divided(self):
+        """Whether each process holds a part of the network, and computes with all others."""
+        return self.mesh is not None and self.mesh.sizes.is_sharded
+
     def say(self, text):
         """Print on the main process."""
         if self.is_main:
@@ -118,6 +123,10 @@ class Run:
         values = [0] * self.world
         values[self.rank] = value
         return int(min(self.sum(*values)))
+
+    def most(self, value):
+        """The largest whole number of all processes'."""
+        return -self.least(-value)
 
     def wait(self):
         """Go on when all processes have come here."""

@@ -11,7 +11,10 @@ import torch.distributed.tensor  # noqa: F401
 from conftest import run
 
 from barelm.adapters import AdaptConfig, add_lora
+from barelm.fitting import bytes_of
+from barelm.optim import memory_estimate
 from barelm.safetensors import read_safetensors
+from model import GPT, GPTConfig
 
 QUICK = ["--max_steps=3", "--max_epochs=none", "--batch_size=4", "--micro_tokens=150"]
 QUICK += ["--eval_examples=7", "--eval_every=3", "--model=out/tiny", "--dataset=tiny"]

@@ -381,18 +381,22 @@ class GPT(nn.Module):
         if not isinstance(mask, SparseMask):
             return with_bias(mask, self.score_bias(part, positions, key_positions, causal))
         if c.pos == "alibi":
-            return mask._replace(slopes=alibi_slopes(c.n_head, positions.device))
+            slopes = alibi_slopes(c.n_head, positions.device)
+            return mask._replace(slopes=self.ops.of_heads(slopes))
         buckets = (c.n_buckets, c.max_distance, causal)
-        return mask._replace(table=part.relative_bias.weight, buckets=buckets)
+        table = self.ops.of_heads(part.relative_bias.weight, 1)
+        return mask._replace(table=table, buckets=buckets)
 
     def score_bias(self, part, positions, key_positions, causal):
         """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions
         (B or 1, S): (B or 1, H, T, S) float32, or None."""
         c = self.config
         if c.pos == "alibi":
-            return alibi(positions, key_positions, alibi_slopes(c.n_head, positions.device))
+            slopes = self.ops.of_heads(alibi_slopes(c.n_head, positions.device))
+            return alibi(positions, key_positions, slopes)
         if c.pos == "relative":
-            return relative(positions, key_positions, part.relative_bias.weight, c, causal)
+            table = self.ops.of_heads(part.relative_bias.weight, 1)
+            return relative(positions, key_positions, table, c, causal)
         return None
 
     def run_blocks(self, blocks, x, looks, cache=None, memory=None):
@@ -506,7 +510,7 @@ class GPT(nn.Module):
         # A CPU attends to float32 faster than to less: it has to convert the rest.
         dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
         whole = self.deterministic  # keys in the order that they have without a cache
-        config = config or self.config
+        config = self.ops.own_heads(config or self.config)
         return KVCache(config, batch, max_len, table.device, dtype, slack, whole)
 
     def set_score(self, labels, pooling="last", pad_id=None, *, task="classify", pooler="",
@@ -634,7 +638,7 @@ class Attention(nn.Module):
     def scoring(self):
         """`options`, with the parameters among them."""
         if self.c.sinks and hasattr(self, "sinks"):
-            return self.options | {"sinks": self.sinks}
+            return self.options | {"sinks": self.ops.of_heads(self.sinks)}
         return self.options
 
     def qkv(self, x, rope=None):

@@ -174,6 +174,9 @@ class Operations:
         from it, as the mask says too; None: any."""
         if isinstance(mask, SparseMask):
             return sparse_attention(q, k, v, mask, scale, softcap, sinks)
+        if hasattr(mask, "share"):  # a SharedMask of processes that share a window
+            options = dict(scale=scale, softcap=softcap, sinks=sinks)
+            return mask.attend(self.plain_attend, q, k, v, dropout, reach, **options)
         plain = partial(self.plain_attend, causal=causal, scale=scale, softcap=softcap)
         if self.deterministic and not dropout:
             return invariant.attention(q, k, v, mask, sinks, plain, causal, scale, softcap)

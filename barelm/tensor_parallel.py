@@ -86,7 +86,7 @@ def nearest_split(c, tp):
 def split_heads(net, mesh):
     """Leave this process its share of a network, where mesh has a dimension "tp" of more than 1.
     All processes have the same weights (or none yet, on the device meta): nothing is sent."""
-    tp = mesh.size_of("tp")
+    tp = mesh.sizes.tp
     if tp == 1:
         return
     check_split(net, tp)
@@ -147,7 +147,8 @@ class HeadShare:
 
     def own(self, tensor):
         """A tensor of which every process has the whole, to compute with this process's heads:
-        its gradient is the sum over the processes, `sum_partial_grads`."""
+        its gradient is the sum over the processes, see
+        `sum_partial_gradients` of barelm/parts.py."""
         if isinstance(tensor, DTensor):
             return tensor.to_local(grad_placements=[Partial()])
         return tensor
@@ -212,11 +213,3 @@ class HeadShare:
         dw = d.T @ x if weight_learns else None
         return loss, d @ weight, dw
 
-
-def sum_partial_grads(params):
-    """Add up the gradients that each process has of its own heads alone (those of q_norm, k_norm,
-    sinks, the table of relative positions, a single head of keys and values): once a step, behind
-    the last micro-batch. FSDP has done so by itself."""
-    for p in params:
-        if isinstance(p, DTensor) and p.grad is not None and p.grad.placements != p.placements:
-            p.grad = p.grad.redistribute(placements=p.placements)

@@ -59,6 +59,15 @@ def n_holders(tensor, mesh):
     return holders
 
 
+def sum_partial_gradients(params):
+    """Add up the gradients of which each process has a part: of what all have, and compute with
+    their own heads alone (q_norm, k_norm, sinks, the table of relative positions, a single head of
+    keys and values). FSDP has done so by itself."""
+    for p in params:
+        if is_divided(p) and p.grad is not None and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
+
+
 def global_norm(params, mesh):
     """The norm of the gradients of a network that is divided in any way, a 0-dim tensor that all
     processes have: squares of what each holds, over how many hold the same."""
@@ -76,6 +85,7 @@ def global_norm(params, mesh):
 
 def clip_gradients(params, grad_clip, mesh):
     """Clip gradients that are divided to this norm (0: leave them); their norm before."""
+    sum_partial_gradients(params)
     norm = global_norm(params, mesh)
     if grad_clip:
         grads = [local_part(p.grad) for p in params if p.grad is not None]

@@ -14,42 +14,54 @@ import torch.nn.functional as F
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 
 
+ROUND = 1 << 28  # bytes of whole matrices that a process holds at once, of sharded ones
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Jordan et al. 2024), for matrices; equal shapes go together. A
     parameter of three dimensions is a stack of matrices: experts.
 
     Steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size (Liu et
-    al. 2025, section 2.2), so that one learning rate serves both."""
+    al. 2025, section 2.2), so that one learning rate serves both.
 
-    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    Of parameters that all processes hold whole, each process of `group` (None: all that there are)
+    orthogonalizes a part, or with shares=False all itself. Of sharded ones (DTensors) it holds its
+    shard of the momentum alone: see `orthogonalize_sharded`."""
+
+    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32,
+                 group=None, shares=True):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype  # of the Newton-Schulz products
-        self.stacks = {}  # {(number of the group, shape): Stack}
+        self.group = group
+        self.shares = shares
+        self.stacks = {}  # {(number of the group, shape, layout): Stack}
 
     @torch.no_grad()
     def step(self):
         for number, group in enumerate(self.param_groups):
-            by_shape = {}
+            alike = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                self.step_of_shape(params, group, self.moments((number, shape), params))
+                    alike.setdefault((number, p.shape, layout_of(p)), []).append(p)
+            for key, params in alike.items():
+                self.step_of_shape(params, group, self.moments(key, params))
 
     def moments(self, key, params):
         """The momentum of n parameters of one shape, in one tensor (n, …, rows, columns), and its
-        n parts, which `state` has by parameter, as a state.pt does."""
+        n parts, which `state` has by parameter, as a state.pt does: of sharded parameters this
+        process's shards, which in `state` are DTensors as the parameters are."""
         momenta = [self.state[p].get("momentum") for p in params]
         whole, parts = self.stacks.get(key, (None, ()))
-        if len(momenta) == len(parts) and all(a is b for a, b in zip(momenta, parts)):
-            return whole, parts
+        if len(momenta) == len(parts):
+            if all(m is not None and local(m) is part for m, part in zip(momenta, parts)):
+                return whole, parts
         # The first step, one behind a resume, or other parameters than before have gradients.
         whole = torch.stack(
-            [torch.zeros_like(p) if m is None else m for p, m in zip(params, momenta)]
+            [torch.zeros_like(local(p)) if m is None else local(m) for p, m in zip(params, momenta)]
         )
         parts = whole.unbind()
         for p, part in zip(params, parts):
-            self.state[p]["momentum"] = part
+            self.state[p]["momentum"] = shard_like(p, part)
         self.stacks[key] = whole, parts
         return whole, parts
 
@@ -58,15 +70,24 @@ class Muon(torch.optim.Optimizer):
         lr = group["lr"]
         beta = group["momentum"]
         whole, parts = moments
-        grads = [p.grad for p in params]
+        weights = [local(p) for p in params]
+        grads = [gradient_of(p) for p in params]
         torch._foreach_lerp_(parts, grads, 1 - beta)  # m = beta m + (1 - beta) g
         ahead = torch.stack(grads).lerp_(whole, beta)  # Nesterov: as if one step further
-        orthogonal = partial(orthogonalize, dtype=self.dtype)
-        matrices = ahead.flatten(0, -3)  # (n or n E, rows, columns)
-        updates = split_over_processes(matrices, orthogonal).view_as(ahead)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        updates = self.orthogonal(ahead, params[0])
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(params[0].shape[-2:]))
-        torch._foreach_add_(params, updates.unbind(), alpha=-lr * scale)
+        torch._foreach_add_(weights, updates.unbind(), alpha=-lr * scale)
+
+    def orthogonal(self, ahead, like):
+        """The updates of `ahead` (n, …, rows, columns), n matrices as the parameter `like`."""
+        orthogonal = partial(orthogonalize, dtype=self.dtype)
+        if layout_of(like) is not None:
+            return orthogonalize_sharded(ahead, like, orthogonal, self.dtype)
+        matrices = ahead.flatten(0, -3)  # (n or n E, rows, columns)
+        if not self.shares:
+            return orthogonal(matrices).view_as(ahead)
+        return split_over_processes(matrices, orthogonal, self.group).view_as(ahead)
 
 
 def orthogonalize(g, dtype=torch.float32):
@@ -118,15 +139,92 @@ def factor(s, a, b, c):
     return q
 
 
-def split_over_processes(x, f):
-    """f(x), where f works on each x[i] alone: every process does a part of x, which all have."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+def split_over_processes(x, f, group=None):
+    """f(x), where f works on each x[i] alone: every process of the group does a part of x, which
+    all have."""
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
     if world == 1:
         return f(x)
     padding = -len(x) % world  # so that all parts are of one size
     whole = F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding))
-    part = f(whole.chunk(world)[dist.get_rank()])
+    part = f(whole.chunk(world)[dist.get_rank(group)])
     # torch 2.13 has a new name for it, and a warning for the old one
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(whole, part.contiguous())
+    gather(whole, part.contiguous(), group=group)
     return whole[: len(x)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharded parameters: DTensors, of which a process holds a shard (FSDP, tensor parallel, or both)
+
+
+def layout_of(p):
+    """How a parameter is sharded: (its mesh, its placements); None of a plain tensor."""
+    if not hasattr(p, "device_mesh"):  # without DTensor, whose import takes a second
+        return None
+    return p.device_mesh, p.placements
+
+
+def local(p):
+    """What this process holds of a tensor: its shard, with the same memory; a plain tensor."""
+    return p._local_tensor if hasattr(p, "device_mesh") else p
+
+
+def shard_like(p, part):
+    """The tensor that is sharded as the parameter p is, of which `part` is this process's shard."""
+    if not hasattr(p, "device_mesh"):
+        return part
+    return as_dtensor(part, p.device_mesh, p.placements, p.shape)
+
+
+def gradient_of(p):
+    """What this process holds of a parameter's gradient, in the parameter's dtype."""
+    grad = p.grad
+    if hasattr(p, "device_mesh") and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local(grad).to(p.dtype)
+
+
+def as_dtensor(part, mesh, placements, shape):
+    """The DTensor of this shape of which each process has given its part."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def orthogonalize_sharded(ahead, like, f, dtype):
+    """f of n matrices, of which this process has its shards, ahead (n, …, rows, columns), each
+    sharded as the DTensor `like`: the shards of the results. They are gathered some at a time, so
+    that each is whole on one process alone, and travel in `dtype`, in which f multiplies."""
+    from torch.distributed.tensor import Shard
+
+    mesh = like.device_mesh
+    sharded = []  # of the n matrices in one tensor, where all dimensions are one further on
+    whole = []
+    for place in like.placements:
+        sharded.append(one_further(place))
+        # What divides a stack of experts leaves its matrices whole, and stays.
+        is_of_experts = place.is_shard() and place.dim < like.ndim - 2
+        whole.append(one_further(place) if is_of_experts else Shard(0))
+    n_at_once = mesh.size() * max(1, ROUND // (like.numel() * dtype.itemsize))
+    updates = []
+    for part in ahead.to(dtype).split(n_at_once):
+        shape = (len(part), *like.shape)
+        x = as_dtensor(part, mesh, sharded, shape).redistribute(placements=whole).to_local()
+        y = f(x.flatten(0, -3)).view_as(x) if x.numel() else x
+        y = as_dtensor(y, mesh, whole, shape).redistribute(placements=sharded).to_local()
+        updates.append(y.to(ahead.dtype))
+    return torch.cat(updates)
+
+
+def one_further(place):
+    """A placement, of a tensor that has got a dimension before its others."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    if isinstance(place, _StridedShard):  # FSDP's, of what tensor parallelism has divided before
+        return _StridedShard(place.dim + 1, split_factor=place.split_factor)
+    return Shard(place.dim + 1) if place.is_shard() else place

@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from barelm.offload import HostMemory, load_to_host, parts_of
+from barelm.parts import gradient_part, is_divided, local_part
+
 # Of x -> a x + b x^3 + c x^5, a step after the other (Jordan et al. 2024): singular values from
 # 0.002 to 1 land between 0.68 and 1.2. (docs/experiments.md has four other steps.)
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-ROUND = 1 << 28  # bytes of whole matrices that a process holds at once, of sharded ones
+ROUND = 1 << 28  # bytes of whole matrices that a process holds at once, of divided ones
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,17 +27,19 @@ class Muon(torch.optim.Optimizer):
     Steps are scaled by 0.2 sqrt(max(rows, columns)), which gives them AdamW's usual size (Liu et
     al. 2025, section 2.2), so that one learning rate serves both.
 
-    Of parameters that all processes hold whole, each process of `group` (None: all that there are)
-    orthogonalizes a part, or with shares=False all itself. Of sharded ones (DTensors) it holds its
-    shard of the momentum alone: see `orthogonalize_sharded`."""
+    Of parameters that every process holds whole, each process of `group` (None: all that there are)
+    orthogonalizes some, or with shares=False all of them. Of divided ones it holds its part of the
+    momentum alone: see `orthogonalize_divided`. offload: the momentum lives in the host's memory;
+    of a divided parameter it is this process's part, a plain tensor."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32,
-                 group=None, shares=True):  # fmt: skip
+                 group=None, shares=True, offload=False):  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype  # of the Newton-Schulz products
         self.group = group
         self.shares = shares
-        self.stacks = {}  # {(number of the group, shape, layout): Stack}
+        self.memory = HostMemory() if offload else None
+        self.stacks = {}  # {what the parameters have in common: Stack}
 
     @torch.no_grad()
     def step(self):
@@ -44,24 +49,37 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault((number, p.shape, layout_of(p)), []).append(p)
             for key, params in alike.items():
-                self.step_of_shape(params, group, self.moments(key, params))
+                for i, part in enumerate(self.at_once(params)):
+                    self.step_of_shape(part, group, self.moments((*key, i), part))
+        if self.memory is not None:
+            self.memory.wait()
+
+    def at_once(self, params):
+        """Parameters of one shape in lists of those that are stepped together."""
+        if self.memory is None:
+            return [params]
+        return parts_of(params, lambda p: local_part(p).numel())
 
     def moments(self, key, params):
         """The momentum of n parameters of one shape, in one tensor (n, …, rows, columns), and its
-        n parts, which `state` has by parameter, as a state.pt does: of sharded parameters this
-        process's shards, which in `state` are DTensors as the parameters are."""
+        n parts, which `state` has by parameter, as a state.pt does. Of divided parameters it is
+        what this process holds of them."""
         momenta = [self.state[p].get("momentum") for p in params]
         whole, parts = self.stacks.get(key, (None, ()))
         if len(momenta) == len(parts):
-            if all(m is not None and local(m) is part for m, part in zip(momenta, parts)):
+            if all(m is not None and local_part(m) is part for m, part in zip(momenta, parts)):
                 return whole, parts
         # The first step, one behind a resume, or other parameters than before have gradients.
-        whole = torch.stack(
-            [torch.zeros_like(local(p)) if m is None else local(m) for p, m in zip(params, momenta)]
-        )
+        held = []
+        for p, m in zip(params, momenta):
+            held.append(torch.zeros_like(local_part(p)) if m is None else local_part(m))
+        whole = torch.stack(held)
+        if self.memory is not None:
+            whole = self.memory.keep(whole)
         parts = whole.unbind()
         for p, part in zip(params, parts):
-            self.state[p]["momentum"] = shard_like(p, part)
+            is_offloaded = self.memory is not None
+            self.state[p]["momentum"] = part if is_offloaded else divided_like(p, part)
         self.stacks[key] = whole, parts
         return whole, parts
 
@@ -69,11 +87,17 @@ class Muon(torch.optim.Optimizer):
         """A step of n parameters of one shape (…, rows, columns), in one batch of products."""
         lr = group["lr"]
         beta = group["momentum"]
-        whole, parts = moments
-        weights = [local(p) for p in params]
-        grads = [gradient_of(p) for p in params]
+        home, parts = moments
+        whole = home
+        if self.memory is not None:
+            [whole] = self.memory.fetch([home], params[0].device)
+            parts = whole.unbind()
+        weights = [local_part(p) for p in params]
+        grads = [gradient_part(p) for p in params]
         torch._foreach_lerp_(parts, grads, 1 - beta)  # m = beta m + (1 - beta) g
         ahead = torch.stack(grads).lerp_(whole, beta)  # Nesterov: as if one step further
+        if self.memory is not None:
+            self.memory.put_back([home], [whole])
         updates = self.orthogonal(ahead, params[0])
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         scale = 0.2 * math.sqrt(max(params[0].shape[-2:]))
@@ -83,11 +107,17 @@ class Muon(torch.optim.Optimizer):
         """The updates of `ahead` (n, …, rows, columns), n matrices as the parameter `like`."""
         orthogonal = partial(orthogonalize, dtype=self.dtype)
         if layout_of(like) is not None:
-            return orthogonalize_sharded(ahead, like, orthogonal, self.dtype)
+            return orthogonalize_divided(ahead, like, orthogonal, self.dtype)
         matrices = ahead.flatten(0, -3)  # (n or n E, rows, columns)
         if not self.shares:
             return orthogonal(matrices).view_as(ahead)
         return split_over_processes(matrices, orthogonal, self.group).view_as(ahead)
+
+    def load_state_dict(self, state_dict):
+        if self.memory is None:
+            super().load_state_dict(state_dict)
+        else:
+            load_to_host(self, state_dict, self.memory)
 
 
 def orthogonalize(g, dtype=torch.float32):
@@ -155,34 +185,17 @@ def split_over_processes(x, f, group=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sharded parameters: DTensors, of which a process holds a shard (FSDP, tensor parallel, or both)
+# Divided parameters: DTensors, of which a process holds a part (FSDP, tensor parallel, or both)
 
 
 def layout_of(p):
-    """How a parameter is sharded: (its mesh, its placements); None of a plain tensor."""
-    if not hasattr(p, "device_mesh"):  # without DTensor, whose import takes a second
-        return None
-    return p.device_mesh, p.placements
+    """How a parameter is divided: (its mesh, its placements); None of one that is not."""
+    return (p.device_mesh, p.placements) if is_divided(p) else None
 
 
-def local(p):
-    """What this process holds of a tensor: its shard, with the same memory; a plain tensor."""
-    return p._local_tensor if hasattr(p, "device_mesh") else p
-
-
-def shard_like(p, part):
-    """The tensor that is sharded as the parameter p is, of which `part` is this process's shard."""
-    if not hasattr(p, "device_mesh"):
-        return part
-    return as_dtensor(part, p.device_mesh, p.placements, p.shape)
-
-
-def gradient_of(p):
-    """What this process holds of a parameter's gradient, in the parameter's dtype."""
-    grad = p.grad
-    if hasattr(p, "device_mesh") and grad.placements != p.placements:
-        grad = grad.redistribute(p.device_mesh, p.placements)
-    return local(grad).to(p.dtype)
+def divided_like(p, part):
+    """The tensor that is divided as the parameter p is, of which `part` is this process's part."""
+    return as_dtensor(part, p.device_mesh, p.placements, p.shape) if is_divided(p) else part
 
 
 def as_dtensor(part, mesh, placements, shape):
@@ -195,17 +208,17 @@ def as_dtensor(part, mesh, placements, shape):
     )
 
 
-def orthogonalize_sharded(ahead, like, f, dtype):
-    """f of n matrices, of which this process has its shards, ahead (n, …, rows, columns), each
-    sharded as the DTensor `like`: the shards of the results. They are gathered some at a time, so
+def orthogonalize_divided(ahead, like, f, dtype):
+    """f of n matrices, of which this process has its parts, ahead (n, …, rows, columns), each
+    divided as the DTensor `like`: its parts of the results. They are gathered some at a time, so
     that each is whole on one process alone, and travel in `dtype`, in which f multiplies."""
     from torch.distributed.tensor import Shard
 
     mesh = like.device_mesh
-    sharded = []  # of the n matrices in one tensor, where all dimensions are one further on
+    divided = []  # of the n matrices in one tensor, where all dimensions are one further on
     whole = []
     for place in like.placements:
-        sharded.append(one_further(place))
+        divided.append(one_further(place))
         # What divides a stack of experts leaves its matrices whole, and stays.
         is_of_experts = place.is_shard() and place.dim < like.ndim - 2
         whole.append(one_further(place) if is_of_experts else Shard(0))
@@ -213,9 +226,9 @@ def orthogonalize_sharded(ahead, like, f, dtype):
     updates = []
     for part in ahead.to(dtype).split(n_at_once):
         shape = (len(part), *like.shape)
-        x = as_dtensor(part, mesh, sharded, shape).redistribute(placements=whole).to_local()
+        x = as_dtensor(part, mesh, divided, shape).redistribute(placements=whole).to_local()
         y = f(x.flatten(0, -3)).view_as(x) if x.numel() else x
-        y = as_dtensor(y, mesh, whole, shape).redistribute(placements=sharded).to_local()
+        y = as_dtensor(y, mesh, whole, shape).redistribute(placements=divided).to_local()
         updates.append(y.to(ahead.dtype))
     return torch.cat(updates)
 

@@ -5,11 +5,13 @@ A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimi
 
 import os
 import re
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
+from barelm.adamw import AdamWInParts
 from barelm.fast import KEPT, head_rows, keys_of_block
 from barelm.muon import Muon
 from barelm.parts import part_like
@@ -20,10 +22,39 @@ from barelm.run import UserError
 MOMENTS = {"muon": 1, "adamw": 2}
 
 
+@dataclass(frozen=True)
+class StatePlan:
+    """Who holds an optimizer's state, and where."""
+
+    group: object = None  # the processes that hold the same parameters whole; None: all
+    alone: bool = False  # there is no other process that does
+    zero: bool = False  # each process of the group has the state of some of the parameters
+    offload: bool = False  # it lives in the host's memory
+    narrow: bool = False  # gradients are kept in bfloat16
+
+    @classmethod
+    def of(cls, mesh, zero=0, offload=False, narrow=False):
+        """That of a run's Mesh, by train.py's keys."""
+        alone = mesh.sizes.replica == 1
+        if zero and (mesh.sizes.shard > 1 or mesh.sizes.tp > 1):
+            raise UserError("zero=1: for --parallel=ddp without --tp: there the state is in parts")
+        return cls(mesh.group_of("replica"), alone, bool(zero) and not alone, offload, narrow)
+
+    def make(self, kind, params, hyper, **options):
+        """An optimizer of this kind with these hyperparameters."""
+        if not self.zero:
+            return kind(params, **hyper, **options)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        kind = partial(kind, **options)
+        return ZeroRedundancyOptimizer(params, kind, process_group=self.group, **hyper)
+
+
 def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
-                   dtype=torch.float32):  # fmt: skip
+                   dtype=torch.float32, plan=StatePlan()):  # fmt: skip
     """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
-    blocks' matrices and AdamW for the rest. Each group keeps the peak as `initial_lr`."""
+    blocks' matrices and AdamW for the rest. Each group keeps the peak as `initial_lr`. plan: who
+    holds the state."""
     if name not in MOMENTS:
         raise UserError(f"--optimizer={name}: expected {' or '.join(MOMENTS)}")
     if net.quantize:
@@ -31,27 +62,32 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     matrices, wide, narrow = split_parameters(net)
     if name == "muon":
         optimizers = [
-            *make_adamw(wide, narrow, lr, weight_decay, betas),
-            *make_muon(matrices, lr, momentum, weight_decay, dtype),
+            *make_adamw(wide, narrow, lr, weight_decay, betas, plan),
+            *make_muon(matrices, lr, momentum, weight_decay, dtype, plan),
         ]
     elif name == "adamw":
         # In the order of the network, in which a state.pt of AdamW numbers them.
         wide = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
-        optimizers = make_adamw(wide, narrow, lr, weight_decay, betas)
+        optimizers = make_adamw(wide, narrow, lr, weight_decay, betas, plan)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = lr
     return optimizers
 
 
-def make_adamw(wide, narrow, lr, weight_decay, betas):
+def make_adamw(wide, narrow, lr, weight_decay, betas, plan=StatePlan()):
     """AdamW in a list, or none where nothing is to learn; `narrow` parameters do not decay."""
     groups = []
     for params in alike_divided(wide):
         groups.append({"params": params, "weight_decay": weight_decay})
     for params in alike_divided(narrow):
         groups.append({"params": params, "weight_decay": 0.0})
-    return [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
+    if not groups:
+        return []
+    hyper = {"lr": lr, "betas": betas}
+    if plan.offload or plan.narrow:
+        return [plan.make(AdamWInParts, groups, hyper, offload=plan.offload)]
+    return [plan.make(torch.optim.AdamW, groups, hyper, fused=True)]
 
 
 def alike_divided(params):
@@ -63,9 +99,14 @@ def alike_divided(params):
     return list(lists.values())
 
 
-def make_muon(matrices, lr, momentum, weight_decay, dtype):
+def make_muon(matrices, lr, momentum, weight_decay, dtype, plan=StatePlan()):
     """Muon in a list, or none."""
-    return [Muon(matrices, lr, momentum, weight_decay, dtype)] if matrices else []
+    if not matrices:
+        return []
+    hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    shares = not (plan.zero or plan.alone)  # with ZeRO each has matrices of its own
+    options = {"dtype": dtype, "group": plan.group, "shares": shares, "offload": plan.offload}
+    return [plan.make(Muon, matrices, hyper, **options)]
 
 
 def split_parameters(net):
@@ -86,11 +127,25 @@ def split_parameters(net):
 
 
 # --------------------------------------------------------------------------------------------------
-# A resume
+# What is saved, and a resume
+
+
+def held_state(optimizer):
+    """What this process holds of an optimizer's state, {parameter: {name: tensor}}."""
+    return getattr(optimizer, "optim", optimizer).state  # ZeRO's own is in its `optim`
+
+
+def gather_state(optimizers):
+    """Let the first process have, in the host's memory, the state that ZeRO has spread, for its
+    `state_dict`s: all processes call it."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict(to=0)
 
 
 # What a state.pt has of each parameter. Of an optimizer that is not here, the shapes are checked.
-STATE_NAMES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
+ADAMW_NAMES = {"step", "exp_avg", "exp_avg_sq"}
+STATE_NAMES = {torch.optim.AdamW: ADAMW_NAMES, AdamWInParts: ADAMW_NAMES, Muon: {"momentum"}}
 
 
 def restore_optimizers(optimizers, saved, path):
@@ -103,9 +158,11 @@ def restore_optimizers(optimizers, saved, path):
         state = before.get("state") if isinstance(before, dict) else None
         if not isinstance(state, dict) or not fits_optimizer(state, optimizer):
             raise wrong
-        groups = optimizer.state_dict()["param_groups"]
+        groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
         state = divided_state(state, optimizer)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if held_state(optimizer) is not optimizer.state:  # ZeRO keeps what it was given, too
+            optimizer.state.clear()
 
 
 def divided_state(state, optimizer):

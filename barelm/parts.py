@@ -11,6 +11,11 @@ def is_divided(tensor):
     return hasattr(tensor, "device_mesh")
 
 
+def is_narrow(grad):
+    """Whether a gradient has less than float32's precision."""
+    return grad is not None and grad.dtype == torch.bfloat16
+
+
 def local_part(tensor):
     """What this process holds of a tensor; of one that is not divided, itself."""
     return tensor.to_local() if is_divided(tensor) else tensor
@@ -49,12 +54,21 @@ def part_like(whole, like):
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def gradient_part(p):
+    """What this process holds of a parameter's gradient, divided as the parameter is, and in its
+    dtype."""
+    grad = p.grad
+    if is_divided(p) and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local_part(grad).to(p.dtype)
+
+
 def n_holders(tensor, mesh):
     """How many processes hold the same part of a parameter as this one."""
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp
     if is_divided(tensor):
         for dimension, placement in enumerate(tensor.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # a Shard, or a _StridedShard, which is none
                 holders //= tensor.device_mesh.size(dimension)
     return holders
 
@@ -77,14 +91,16 @@ def global_norm(params, mesh):
         if p.grad is not None:
             by_holders.setdefault(n_holders(p, mesh), []).append(local_part(p.grad))
     for holders, grads in sorted(by_holders.items()):
-        norms = torch.stack(torch._foreach_norm(grads)).double()
+        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double()
         total += norms.square().sum() / holders
-    dist.all_reduce(total)
+    if mesh.run.world > 1:
+        dist.all_reduce(total)
     return total.sqrt().float()
 
 
 def clip_gradients(params, grad_clip, mesh):
-    """Clip gradients that are divided to this norm (0: leave them); their norm before."""
+    """Clip gradients that are divided, or narrower than their parameters, to this norm (0: leave
+    them); their norm before."""
     sum_partial_gradients(params)
     norm = global_norm(params, mesh)
     if grad_clip:

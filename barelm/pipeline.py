@@ -39,7 +39,9 @@ def refuse_pipeline(c, n_stages, deterministic=False, dtype=torch.float32):
     if n_stages > c.n_layer:
         raise UserError(f"--pp={n_stages}: the network has {c.n_layer} blocks: --pp={c.n_layer}")
     if c.is_seq2seq:
-        why = "every block of a decoder reads the last of the encoder's: use --tp or --parallel=fsdp"
+        why = (
+            "every block of a decoder reads the last of the encoder's: use --tp or --parallel=fsdp"
+        )
         raise UserError(f"--pp={n_stages}: not of an encoder beside a decoder: {why}")
     if deterministic:
         raise UserError(f"--pp={n_stages}: not with --deterministic, whose rows are no micro-batch")

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from barelm.parts import clip_gradients, is_divided, local_part
+from barelm.parts import clip_gradients, is_divided, is_narrow, local_part
 
 
 class UserError(SystemExit):
@@ -454,7 +454,7 @@ class Updater:
         if self.scaler:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        if any(is_divided(p) for p in self.params):
+        if any(is_divided(p) or is_narrow(p.grad) for p in self.params):
             return clip_gradients(self.params, self.grad_clip, self.run.mesh)
         return torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
 

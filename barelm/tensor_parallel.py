@@ -70,7 +70,9 @@ def why_not_split(net):
 def divides(c, tp):
     """Whether tp processes can have as many heads and hidden units each. A single head of keys and
     values is whole in every process."""
-    return c.n_head % tp == 0 and (c.n_kv_head % tp == 0 or c.n_kv_head == 1) and c.n_hidden % tp == 0
+    return (
+        c.n_head % tp == 0 and (c.n_kv_head % tp == 0 or c.n_kv_head == 1) and c.n_hidden % tp == 0
+    )
 
 
 def nearest_split(c, tp):
@@ -167,7 +169,9 @@ class HeadShare:
     def project(self, x, layers):
         """The outputs of linear layers that read the same x (…, C), side by side: this process's
         of those that are cut by rows, the sums over all processes of one that is cut by columns."""
-        if len(layers) > 1 and self.has_part_of(layers[0]):  # the gradients by x of all layers are added up, then sent once
+        if len(layers) > 1 and self.has_part_of(
+            layers[0]
+        ):  # the gradients by x of all layers are added up, then sent once
             x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
         outputs = [self.own(layer(x)) for layer in layers]
         return torch.cat(outputs, -1) if len(layers) > 1 else outputs[0]
@@ -212,4 +216,3 @@ class HeadShare:
         d = d.to(x.dtype) * valid
         dw = d.T @ x if weight_learns else None
         return loss, d @ weight, dw
-

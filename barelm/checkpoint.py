@@ -22,7 +22,9 @@ from barelm.resume import PARTS, make_folder, write_weights
 from barelm.run import UserError
 from barelm.safetensors import INDEX
 from barelm.shapes import LARGEST
+from barelm.steps import SHARDS, is_step
 from barelm.tensor_names import (
+    TensorNames,
     renamed,
     tensors_from_file,
     tensors_in_file,
@@ -127,6 +129,8 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     # The names and shapes in the files' headers come first: what does not fit is refused before
     # anything of the size that config.json, or a file, claims is built.
     table = table_of(kind, config, task_of(settings))
+    if is_step(folder):  # of a run that was written in parts, under our own names
+        table = TensorNames()
     entries = read_entries(folder, table)
     table = without_model(table, entries)
     check_layers(folder, entries, config, table)
@@ -308,6 +312,14 @@ def empty_network(config, settings, head, fast):
     return net
 
 
+def empty_of_step(folder, fast=True):
+    """The network of a step's folder in a run's shards/, without memory."""
+    settings, config = read_config(folder)
+    table = TensorNames()
+    head = read_head(folder, settings, read_entries(folder, table), table)
+    return empty_network(config, settings, head, fast)
+
+
 def fill(net, tensors, device, dtype):
     """Make {name: tensor} the tensors of an empty network: its floats in dtype, codes and their
     scales as they are."""
@@ -401,10 +413,16 @@ def save(folder, net, tok, step=0, state=None, tensors=None):
     it is divided and they were brought together (`saved_tensors`)."""
     folder = Path(folder)
     make_folder(folder)
-    config = to_hf_config(net, tok)
+    config = write_companions(folder, net, tok)
     task = net.task if net.score is not None else ""
     table = table_of(config["model_type"], net.config, task)
     tensors = tensors_in_file(saved_tensors(net) if tensors is None else tensors, table)
+    write_weights(folder / "model.safetensors", tensors, step, state)
+
+
+def write_companions(folder, net, tok):
+    """Write what a checkpoint folder has beside its weights; what config.json says."""
+    config = to_hf_config(net, tok)
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)  # what transformers' generate reads
@@ -413,7 +431,7 @@ def save(folder, net, tok, step=0, state=None, tensors=None):
         write_pooling(folder, net.pooling, net.config.n_embd)
     length = {"model_max_length": net.config.n_ctx}  # where transformers warns of long texts
     write_json(folder / "tokenizer_config.json", tok.config | length)
-    write_weights(folder / "model.safetensors", tensors, step, state)
+    return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -442,5 +460,5 @@ def refuse_source(out_dir, name):
     places = [Path(out_dir), *(Path(out_dir) / part for part in PARTS)]
     written = [place.resolve() for place in places]
     for source in model_and_bases(name):
-        if source.resolve() in written:
+        if source.resolve() in written or written[0] / SHARDS in source.resolve().parents:
             raise UserError(f"--out_dir={out_dir}: it is the model to start from: take another")

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from barelm.files import parse_json, sync_folder, whole_file, write_json
+from barelm.files import parse_json, read_json, sync_folder, whole_file, write_json
 from barelm.run import UserError, made_with
-from barelm.safetensors import read_header, write_safetensors
+from barelm.safetensors import INDEX, read_header, write_safetensors
+from barelm.steps import MESH, keep_last, step_folders, whole_steps, why_not_whole
 
 WEIGHTS = (
     "*.safetensors.index.json",  # the indexes first: they name the other files
@@ -54,9 +55,10 @@ PARTS = ("best", "merged")  # a run's folders within its own: models of their ow
 
 def holds_model(folder):
     """The files of a folder that a new run would replace, or leave beside itself as if they were
-    its own: configs, tokenizers, weights, indexes and states, in best/ and merged/ too."""
+    its own: configs, tokenizers, weights, indexes and states, in best/ and merged/ too, and steps
+    in shards/."""
     folder = Path(folder)
-    paths = []
+    paths = [path / MESH for _, path in step_folders(folder)]
     for place in (folder, *(folder / part for part in PARTS)):
         for pattern in (*WEIGHTS, *STATES, *COMPANIONS):
             paths += sorted(place.glob(pattern))
@@ -67,6 +69,7 @@ def clear_folder(folder):
     """Take a model's folder apart, its best/ and merged/ with it: what vouches goes first. Files
     that are no part of a model stay."""
     folder = Path(folder)
+    keep_last(folder, 0)  # steps, each of which vouches for itself
     for part in PARTS:
         if (folder / part).is_dir():
             clear_folder(folder / part)
@@ -376,7 +379,8 @@ def choose_start(out_dir, init_from, overwrite, fresh="scratch"):
     out = Path(out_dir)
     files = holds_model(out)
     if init_from == "auto":
-        if any(path.parent == out and path.match("*model.safetensors") for path in files):
+        weights = any(path.parent == out and path.match("*model.safetensors") for path in files)
+        if weights or whole_steps(out):
             return "resume"
         if is_unfinished(out, files):
             return fresh
@@ -390,7 +394,7 @@ def is_unfinished(out, files):
     """Whether a folder is that of a run which was killed before its first save was whole."""
     first_save = [*COMPANIONS, "state.pt.tmp"]  # what such a save leaves: no weights
     saved = [path for path in files if path.parent == out and path.name not in first_save]
-    return (out / "run.json").is_file() and not saved
+    return (out / "run.json").is_file() and not saved and not step_folders(out)
 
 
 class RunFolder:
@@ -505,14 +509,35 @@ def check_parts(parts, path):
 
 def weights_step(folder):
     """The step that the weights in a folder are of, or -1 where none says it."""
-    for name in ("model.safetensors", "adapter_model.safetensors"):
+    metadata = {}
+    for name in ("model.safetensors", "adapter_model.safetensors", INDEX):
         path = Path(folder) / name
-        if path.is_file():
+        if path.is_file() and name == INDEX:
+            metadata = read_json(path).get("metadata") or {}
+        elif path.is_file():
             with open(path, "rb") as file:
                 _, metadata = read_header(path, file)
-            step = str(metadata.get("step"))
-            return int(step) if step.isdecimal() else -1
-    return -1
+        if path.is_file():
+            break
+    step = str(metadata.get("step"))
+    return int(step) if step.isdecimal() else -1
+
+
+def newest_step(folder, say=print):
+    """The folder of the step that a run goes on from, or None where that is the state.pt in its
+    own. A later step that is not whole is told, and passed over."""
+    folder = Path(folder)
+    plain = -1
+    if any((folder / name).is_file() for name in STATES):
+        plain = weights_step(folder)
+    for step, path in reversed(step_folders(folder)):
+        if step < plain:
+            return None
+        why = why_not_whole(path)
+        if not why:
+            return path
+        say(f"note: no resume from {path}: {why}")
+    return None
 
 
 # --------------------------------------------------------------------------------------------------

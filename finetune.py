@@ -168,7 +168,6 @@ from barelm.run import (
     check_least,
     choose_dtype,
     end_process,
-    lost_process,
     make_scaler,
     setup,
     step_seed,
@@ -205,6 +204,7 @@ from barelm.tuning import (
     update,
     words,
 )
+from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
 # Records become examples: (row, tok, limit) -> a dict, of `limit` tokens at most
@@ -952,6 +952,7 @@ def main():
     check_settings(name, config)
     task = METHODS[name]
     run = setup(device)
+    start_watch(run)
     chosen = settings(globals()) | {"method": name, "adapt": config.adapt}
     folder = RunFolder(out_dir, run, chosen, defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")

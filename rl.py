@@ -140,7 +140,6 @@ from barelm.run import (
     check_least,
     choose_dtype,
     end_process,
-    lost_process,
     make_scaler,
     setup,
     step_seed,
@@ -173,6 +172,7 @@ from barelm.tuning import (
     update,
     words,
 )
+from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
 # Roll out: prompts become samples
@@ -591,6 +591,7 @@ def main():
     check_settings()
     task = METHODS[method]
     run = setup(device)
+    start_watch(run)
     n_samples = group_size if task.has_groups else 1  # of each prompt
     check_minibatches(n_samples, run)
     folder = RunFolder(out_dir, run, settings(globals()), defaults(globals()), MAY_CHANGE, IGNORES)

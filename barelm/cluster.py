@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from barelm.files import parse_json
+from barelm.parts import is_divided
 from barelm.run import UserError, weight_sums
 
 # --------------------------------------------------------------------------------------------------
@@ -135,16 +136,16 @@ class StepTimes:
     times a small product instead. The GPU's clock is read a step late, when nothing waits for it.
     """
 
-    def __init__(self, run, network, waits=False):
+    def __init__(self, run, network):
         self.run = run
-        self.waits = waits
+        self.waits = run.mesh.sizes.is_sharded or run.mesh.sizes.cp > 1
         self.is_cuda = run.device.type == "cuda"
         self.begun = None  # the time at which the step began, or its event
         self.end = None  # the same of the end of its last forward pass
         self.seconds = []  # since the last comparison, of each step
         self.n_steps = 0
         self.slow_for = {}  # {rank: comparisons in a row}
-        if run.world > 1 and not waits:
+        if run.world > 1 and not self.waits:
             network.register_forward_hook(self.on_forward)
 
     def on_forward(self, network, args, output):
@@ -220,13 +221,13 @@ class StepTimes:
 # Whether all copies of the weights are the same
 
 
-def check_copies(run, net, step, mesh=None):
+def check_copies(run, net, step):
     """End a run in which copies of the weights, the same at the start, have drifted apart: a fault
     of a memory or of a device, or of the exchange of gradients. Called by all processes together.
-    mesh: who holds what; None: each process holds all."""
+    """
     differ = set()
     name_of_first = ""
-    for group, named in copies(net, mesh):
+    for group, named in copies(net, run.mesh):
         sums = weight_sums([p for _, p in named])
         # The greatest of x and of -x - 1: the same everywhere if, and only if, all x are.
         both = torch.cat([sums, ~sums])
@@ -253,33 +254,26 @@ def check_copies(run, net, step, mesh=None):
     )
 
 
-def copies(net, mesh=None):
-    """(group, [(name, this process's part of a parameter)]) for each group of processes that hold
-    the same."""
-    named = [(name, p.detach()) for name, p in net.named_parameters()]
-    if mesh is None or mesh.device_mesh is None:
-        return [(None, named)]
+def copies(net, mesh):
+    """(group, [(name, parameter)]) for each group of processes that hold the same values."""
     groups = []
-    for axis in ("replica", "shard", "cp", "tp"):
-        if mesh.size_of(axis) == 1:
+    for axis in ("replica", "shard", "tp"):
+        if getattr(mesh.sizes, axis) == 1:
             continue
-        same = []
-        for name, p in named:
-            if axis not in axes_of(p):
-                same.append((name, p.to_local() if hasattr(p, "to_local") else p))
+        same = [(name, p) for name, p in net.named_parameters() if axis not in axes_of(p)]
         if same:
             groups.append((mesh.group_of(axis), same))
     return groups
 
 
 def axes_of(p):
-    """The names of the mesh's axes over which a parameter is divided: "shard_cp" is two."""
-    if not hasattr(p, "device_mesh"):
+    """The names of the mesh's axes over which a parameter is divided."""
+    if not is_divided(p):
         return set()
     axes = set()
     for name, placement in zip(p.device_mesh.mesh_dim_names, p.placements):
         if placement.is_shard():
-            axes |= set(name.split("_"))
+            axes.add(name)
     return axes
 
 
@@ -293,5 +287,5 @@ def minority(sums, group):
     usual = max(rows, key=rows.count)
     if 2 * rows.count(usual) <= world:
         return set()
-    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    ranks = dist.get_process_group_ranks(group)
     return {rank for rank, row in zip(ranks, rows) if row != usual}

@@ -174,7 +174,6 @@ from barelm.run import (
     check_least,
     choose_dtype,
     end_process,
-    lost_process,
     make_scaler,
     setup,
     step_seed,
@@ -215,6 +214,7 @@ from barelm.tuning import (
     update,
     words,
 )
+from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
 # Records become examples: (row, tok, limit) -> a dict, of `limit` tokens at most
@@ -972,6 +972,7 @@ def main():
     check_settings(name, config)
     task = METHODS[name]
     run = setup(device)
+    start_watch(run)
     run.mesh = open_mesh(run, parallel, replicas=replicas)
     check_parallel(run, parallel, batch_size, name, config, merge)
     chosen = settings(globals()) | {"method": name, "adapt": config.adapt}

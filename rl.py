@@ -146,7 +146,6 @@ from barelm.run import (
     check_least,
     choose_dtype,
     end_process,
-    lost_process,
     make_scaler,
     setup,
     step_seed,
@@ -183,6 +182,7 @@ from barelm.tuning import (
     update,
     words,
 )
+from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
 # Roll out: prompts become samples
@@ -604,6 +604,7 @@ def main():
     check_settings()
     task = METHODS[method]
     run = setup(device)
+    start_watch(run)
     run.mesh = open_mesh(run, parallel, replicas=replicas)
     check_parallel(run, parallel, batch_size, method, adapt_config(), merge)
     n_samples = group_size if task.has_groups else 1  # of each prompt

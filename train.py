@@ -130,6 +130,10 @@ fast = True  # false: model.py's plain mathematics alone, a referee for a doubtf
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
 
+# several processes (docs/cluster.md)
+timeout = 120.0  # seconds in which a process that does not come to an exchange is taken for lost
+checksum_every = 0  # steps between checks that all copies of the weights are the same; 0: none
+
 # watching the run
 eval_every = 100  # steps between validations
 eval_tokens = 131072  # validation tokens each time, always the same; 0: all
@@ -148,12 +152,14 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from barelm.checkpoint import load, refuse_source, save
+from barelm.cluster import StepTimes, check_copies, check_shared, start_of_launch
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
 from barelm.experts import RoutingLog
@@ -212,7 +218,6 @@ from barelm.run import (
     choose_dtype,
     duration,
     end_process,
-    lost_process,
     make_scaler,
     memory_used,
     setup,
@@ -226,6 +231,7 @@ from barelm.shards import (
     document_numbers,
 )
 from barelm.tokenizer import Tokenizer
+from barelm.watch import lost_process, start_watch
 from model import GPT, GPTConfig, call_block, generate
 
 # The keys that are the network's own: each goes to the field of GPTConfig that has its name.
@@ -263,6 +269,8 @@ IGNORES = (
     "micro_batch",
     "sample_tokens",
     "sample_prompt",
+    "timeout",
+    "checksum_every",
     "tensorboard",
     "wandb_project",
     "parallel",
@@ -341,9 +349,10 @@ def validation_windows(paths, tok):
 def check_settings(config):
     """Refuse numbers that no run can have, before anything is read or written."""
     from_0 = ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens", "stride")
+    from_0 += ("checksum_every",)
     from_0 += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "decay_fraction")
     check_least(config, from_0, 0)
-    check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
+    check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every", "timeout"), 1)
     for name in ("dropout", "momentum", "beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]}: expected 0 or more, and less than 1")
@@ -484,7 +493,7 @@ def read_saved(out):
 
 def open_network(data, folder):
     """(network, its tokenizer, the saved state to go on from or None), by init_from."""
-    start = choose_start(out_dir, init_from, overwrite)
+    start = choose_start(out_dir, *start_of_launch(folder.run, out_dir, init_from, overwrite))
     if start == "scratch":
         check_counts()
         shape = {key: globals()[key] for key in SHAPE}
@@ -568,7 +577,7 @@ def add_end_tokens(tok, data, run):
 def save_run(folder, net, tok, state, batch, compiled, updater):
     """Write the checkpoint, and state.pt beside it."""
     if not folder.run.is_main or folder.run.mesh.sizes.is_sharded:
-        return
+        return folder.run.wait_for_main()
     entries = asdict(state) | {
         "micro": batch.device_batch_size,
         "compiled": compiled,
@@ -577,6 +586,7 @@ def save_run(folder, net, tok, state, batch, compiled, updater):
         "scaler": updater.scaler.state_dict() if updater.scaler else None,
     }
     save(folder.path, net, tok, state.step, entries)
+    folder.run.wait_for_main()
 
 
 def restore(saved, updater, run):
@@ -832,6 +842,7 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
         state.best = figures["val_loss"]
         if run.is_main and not run.mesh.sizes.is_sharded:
             save(folder.path / "best", net, tok, state.step)
+        run.wait_for_main()
     return figures
 
 
@@ -984,10 +995,12 @@ def main():
     schedule = Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction)
     horizon.check()
     schedule.check()
-    run = setup(device)
+    run = setup(device, timedelta(seconds=timeout))
+    start_watch(run, timeout)
     run.mesh = open_mesh(run, parallel, tp, pp, cp, replicas)
     folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, IGNORES)
     data = open_dataset(run.device)
+    check_shared(run, out_dir, data.digest)
     net, tok, saved = open_network(data, folder)
     set_objective(data, net, tok)
     add_end_tokens(tok, data, run)
@@ -1012,6 +1025,7 @@ def main():
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
     signals = StopSignals()
     routing = RoutingLog(net, run.world)
+    times = StepTimes(run, network)
 
     say_notes(run, horizon, batch, data)
     if max_steps == 0 and not saved:
@@ -1035,6 +1049,7 @@ def main():
     stopped = False
     row = {}
     while progress < 1 and not stopped:
+        times.begin()
         torch.manual_seed(step_seed(seed, state.step, run.mesh.data_rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         losses = accumulate_gradients(
@@ -1056,6 +1071,7 @@ def main():
 
         dt = time.monotonic() - step_begin
         row = step_row(state, run, net, loss, grad_norm, updater, dt) | routing.row(routed)
+        row |= times.end_step()
         if net.config.mtp and is_finite:
             row["mtp_loss"] = mtp_sum / data.n_targets(batch.size)  # a mean over depths
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
@@ -1063,11 +1079,14 @@ def main():
             rate = (progress - first_progress) / (time.monotonic() - loop_begin)
             show_progress(run, row, progress, (1 - progress) / max(rate, 1e-9))
         updater.check_bad_steps(learning_rate, warmup_steps)
+        saves = state.step % save_every == 0 or progress >= 1 or stopped
+        if checksum_every and (state.step % checksum_every == 0 or saves):
+            check_copies(run, net, state.step)
         if data.val.n and (state.step % eval_every == 0 or progress >= 1):
             row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch)
             if sample_tokens and progress < 1:  # sample.py shows the last one
                 show_sample(net, tok, data, run, cast)
-        if state.step % save_every == 0 or progress >= 1 or stopped:
+        if saves:
             save_run(folder, net, tok, state, batch, compiled, updater)
         step_begin = time.monotonic()
     return finish(run, row, state, progress, signals)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from barelm.cluster import launch_id
 from barelm.files import parse_json, read_json, sync_folder, whole_file, write_json
 from barelm.run import UserError, made_with
 from barelm.safetensors import INDEX, read_header, write_safetensors
@@ -456,9 +457,10 @@ class RunFolder:
             clear_folder(self.path)
         elif state["temporary"]:
             os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
-        write_json(
-            self.path / "run.json", {"config": self.config} | made_with() | {"parts": self.parts}
-        )
+        entries = {"config": self.config} | made_with() | {"parts": self.parts}
+        if launch_id():
+            entries["launch"] = launch_id()
+        write_json(self.path / "run.json", entries)
         self.log = open_log(self.path / "log.jsonl", step if state else -1, self.run.say)
         return changed
 

@@ -118,6 +118,13 @@ beta2 = 0.95  # AdamW's
 momentum = 0.95  # Muon's
 grad_clip = 1.0  # the largest gradient norm; 0: no clipping
 
+# several processes: who holds what (docs/parallel.md)
+parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
+replicas = 0  # hsdp: copies of the whole; 0: one a machine
+tp = 1  # processes that share each matrix product
+pp = 1  # stages of the network, each of some blocks
+cp = 1  # processes that share each window
+
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
@@ -142,18 +149,16 @@ import gc
 import math
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from barelm import datasets
 from barelm.checkpoint import load, refuse_source, save
 from barelm.chunks import check_chunks
-from barelm.compiled import check_fast, try_compile
+from barelm.compiled import Ways, check_fast, try_compile
 from barelm.examples import device_of
 from barelm.experts import RoutingLog
 from barelm.families import family
@@ -166,6 +171,7 @@ from barelm.filling import (
     spans_line,
 )
 from barelm.invariant import be_deterministic
+from barelm.mesh import open_mesh
 from barelm.mixture import JoinedWindows, MixedWindows, check_same_until, names_of, parse_mix
 from barelm.objectives import (
     OBJECTIVES,
@@ -185,6 +191,7 @@ from barelm.optim import (
     peak_flops,
     restore_optimizers,
 )
+from barelm.parallel import check_divided, exchanging, parallelize
 from barelm.resume import (
     RESUME_IGNORES,
     RESUME_MAY_CHANGE,
@@ -265,6 +272,11 @@ IGNORES = (
     "sample_prompt",
     "tensorboard",
     "wandb_project",
+    "parallel",
+    "replicas",
+    "tp",
+    "pp",
+    "cp",
 )
 COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
@@ -399,6 +411,9 @@ def plan_batch(net, run, dtype_used, saved):
         moments=MOMENTS.get(optimizer, 2),
         device_type=run.device.type,
     )
+    sizes = run.mesh.sizes
+    fixed /= sizes.pp * sizes.shard * sizes.tp  # who holds a part
+    per_window /= sizes.pp * sizes.cp
     free = free_memory(run.device)
     if run.device.type == "cpu":  # all processes of a machine share it
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
@@ -408,7 +423,7 @@ def plan_batch(net, run, dtype_used, saved):
     if saved:
         fits = saved["micro"]
     fits = run.least(fits)  # one number for all processes, as a resume will have it
-    batch = divide_batch(run.world, fits)
+    batch = divide_batch(run.mesh.data_world, fits)
     needed = fixed + batch.device_batch_size * per_window
     return batch, (
         f"memory: about {needed / 2**30:.2f} GiB a process of {free / 2**30:.1f} GiB free"
@@ -569,7 +584,7 @@ def add_end_tokens(tok, data, run):
 
 def save_run(folder, net, tok, state, batch, compiled, updater):
     """Write the checkpoint, and state.pt beside it."""
-    if not folder.run.is_main:
+    if not folder.run.is_main or folder.run.mesh.sizes.is_sharded:
         return
     entries = asdict(state) | {
         "micro": batch.device_batch_size,
@@ -668,9 +683,39 @@ def make_updater(net, run, dtype_used):
     return Updater(run, net.parameters(), optimizers, scaler, grad_clip)
 
 
-def prepare_network(net, run, data, batch, cast, saved):
+def prepare_network(net, run, data, batch, dtype_used, saved):
     """(the network that the loop calls, whether it is compiled): net, computing by what is faster
-    where that pays and gives the same, and of several processes in DistributedDataParallel."""
+    where that pays and gives the same, and of several processes divided over them."""
+    cast = autocast(run.device, dtype_used)
+    if not run.mesh.sizes.is_sharded:
+        is_compiled = speed_up(net, run, data, batch, cast, saved)
+    else:
+        check_divided(net, dtype_used)
+        # No process may hold the whole: of each kind of block one is tried, and all compute so.
+        small = smallest_like(net).to(run.device).train()
+        is_compiled = speed_up(small, run, data, batch, cast, saved)
+        net.fast = small.fast
+        Ways.of(small).give(net)
+    return parallelize(net, run.mesh, dtype_used), is_compiled
+
+
+def smallest_like(net):
+    """A network with blocks of each kind that net has, and as few as there can be."""
+    c = net.config
+    n_kinds = max(len(c.layers), len(c.expert_layers), 1)
+    n_encoder_layer = min(c.n_encoder_layer, n_kinds)
+    small = replace(c, n_layer=min(c.n_layer, n_kinds), n_encoder_layer=n_encoder_layer)
+    torch.manual_seed(seed)
+    like = GPT(small, fast=net.fast)
+    like.pad_id = net.pad_id
+    like.start_id = net.start_id
+    like.checkpoint = net.checkpoint
+    return like
+
+
+def speed_up(net, run, data, batch, cast, saved):
+    """Let net compute by what is faster where that pays and gives the same: whether that is a
+    compiled network."""
     first = [i % data.train.n for i in range(batch.device_batch_size)]
     windows = data.train.rows(first)
     first_batch = batch_to_device(data.objective.batch(windows, first), run.device)
@@ -685,10 +730,7 @@ def prepare_network(net, run, data, batch, cast, saved):
         documents = data.documents if document_mask else None
         is_compiled, words = try_compile(net, run, first_batch, cast, documents)
     run.say(f"compile: {words}")
-    network = net
-    if run.world > 1:
-        network = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    return network, is_compiled
+    return is_compiled
 
 
 def say_plan(net, run, data, batch, memory, dtype_used, reason):
@@ -698,11 +740,13 @@ def say_plan(net, run, data, batch, memory, dtype_used, reason):
     run.say(
         f"model: {family(c)}, {n_params(net):,} parameters{active}: {c.n_layer} layers of width "
         f"{c.n_embd}, context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
-        f"batch: {batch_tokens:,} tokens = {run.world} process(es) x {batch.grad_accum_steps} "
-        f"micro-batch(es) x {batch.device_batch_size} window(s) x {seq_len} tokens\n"
+        f"batch: {batch_tokens:,} tokens = {run.mesh.data_world} process(es) x "
+        f"{batch.grad_accum_steps} micro-batch(es) x {batch.device_batch_size} window(s) x "
+        f"{seq_len} tokens\n"
         f"data: {data.train.n:,} windows an epoch, {data.train.n * seq_len:,} tokens; "
         f"{data.val.n:,} to validate\n"
         f"{memory}\n"
+        f"processes: {run.mesh.sizes.words()}\n"
         f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}"
     )
 
@@ -728,6 +772,7 @@ def facts_of(data, run, dtype_used, batch, compiled):
         "micro_batch": batch.device_batch_size,
         "compiled": compiled,
         "processes": run.world,
+        "mesh": asdict(run.mesh.sizes),
         "torch": str(torch.__version__),
     }
 
@@ -747,12 +792,18 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
     asked = replace(data.objective, seed=VALIDATION_SEED)
     # Loss, targets, bytes of the targets; or how many are right.
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
-    indices = [i * windows.n // n for i in range(run.rank, n, run.world)]
+    mesh = run.mesh
+    indices = [i * windows.n // n for i in range(mesh.data_rank, n, mesh.data_world)]
+    n_batches = math.ceil(math.ceil(n / mesh.data_world) / device_batch_size)
     net.eval()
     is_compiled = net.block is not call_block
-    for i in range(0, len(indices), device_batch_size):
-        part = indices[i : i + device_batch_size]
+    for i in range(n_batches):  # as many on each process: parts of a network compute together
+        part = indices[i * device_batch_size : (i + 1) * device_batch_size]
+        is_idle = not part
+        part = part or [0]
         batch = batch_to_device(asked.batch(windows.rows(part), part), run.device)
+        if is_idle:
+            batch["targets"].fill_(-100)
         if is_compiled:  # for one size: a short batch would be compiled for
             batch = filled_up(batch, device_batch_size)
         docs = data.documents(batch["ids"])
@@ -762,7 +813,7 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
             else:
                 totals += score_targets(net, batch, docs).sum(0)
     net.train()
-    loss_sum, n_targets, n_bytes_or_right = run.sum(*totals)
+    loss_sum, n_targets, n_bytes_or_right = run.sum(*(totals * mesh.counts))
     loss = loss_sum / max(n_targets, 1)
     if asked.name == "causal":
         return loss, loss_sum / max(n_bytes_or_right, 1) / math.log(2)
@@ -813,7 +864,7 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
         run.say(f"note: {remark}")
     if figures["val_loss"] < state.best:
         state.best = figures["val_loss"]
-        if run.is_main:
+        if run.is_main and not run.mesh.sizes.is_sharded:
             save(folder.path / "best", net, tok, state.step)
     return figures
 
@@ -846,12 +897,15 @@ def remarks(history, guessing=math.inf):
     return []
 
 
-def show_sample(net, tok, data, cast):
+def show_sample(net, tok, data, run, cast):
     """A few tokens of what the model writes by now, each line set off: of an encoder what it sees
-    behind masks, of an encoder-decoder the spans of a window."""
+    behind masks, of an encoder-decoder the spans of a window. Of a network in parts every process
+    computes its own."""
+    if not (run.is_main or run.mesh.sizes.is_sharded):
+        return
     with cast:
         text = sample_text(net, tok, data)
-    return "  | " + text.replace("\n", "\n  | ")
+    run.say("  | " + text.replace("\n", "\n  | "))
 
 
 def sample_text(net, tok, data):
@@ -885,16 +939,15 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
     net = getattr(network, "module", network)  # out of DistributedDataParallel
     losses = torch.zeros(2, device=run.device)
     n_targets = data.n_targets(n_micro * batches.size)
+    n_exchanging = run.mesh.sizes.replica * run.mesh.sizes.shard
     for micro_step in range(n_micro):
         batch = batches.take(first + micro_step * batches.size)
         is_last = micro_step == n_micro - 1
-        # Gradients are exchanged once a step, with the last micro-batch.
-        waits = run.world > 1 and not is_last
-        with network.no_sync() if waits else nullcontext():
+        with exchanging(network, is_last):
             with cast:
                 loss, _ = network(**batch, docs=data.documents(batch["ids"]))
-            # The mean over the global batch. DDP divides by the number of processes: multiply.
-            updater.backward(loss * (run.world / n_targets))
+            # The mean over the global batch. Exchanges are means over processes: multiply.
+            updater.backward(loss * (n_exchanging / n_targets))
         losses[0] += loss.detach()
         if net.config.mtp:
             losses[1] += net.mtp_loss
@@ -966,13 +1019,16 @@ def main():
     horizon.check()
     schedule.check()
     run = setup(device)
+    run.mesh = open_mesh(run, parallel, tp, pp, cp, replicas)
     folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, IGNORES)
     data = open_dataset(run.device)
     net, tok, saved = open_network(data, folder)
     set_objective(data, net, tok)
     add_end_tokens(tok, data, run)
     run.wait()  # nobody writes before everybody has read
-    net.to(run.device).train()
+    if not run.mesh.sizes.is_sharded:  # else part by part, below
+        net.to(run.device)
+    net.train()
     net.checkpoint = checkpoint_blocks
     if deterministic:
         be_deterministic(net)
@@ -980,10 +1036,11 @@ def main():
     cast = autocast(run.device, dtype_used)
     batch, memory = plan_batch(net, run, dtype_used, saved)
     say_plan(net, run, data, batch, memory, dtype_used, reason)
+    clock_begin = time.monotonic()
+    network, compiled = prepare_network(net, run, data, batch, dtype_used, saved)
     updater = make_updater(net, run, dtype_used)
     state = restore(saved, updater, run)
-    clock_begin = time.monotonic() - state.seconds
-    network, compiled = prepare_network(net, run, data, batch, cast, saved)
+    clock_begin -= state.seconds
     if run.is_main:
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
@@ -995,7 +1052,12 @@ def main():
         save_run(folder, net, tok, state, batch, compiled, updater)
 
     batches = MicroBatches(
-        data.train, run.device, batch.device_batch_size, run.rank, run.world, data.objective
+        data.train,
+        run.device,
+        batch.device_batch_size,
+        run.mesh.data_rank,
+        run.mesh.data_world,
+        data.objective,
     )
     gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
@@ -1007,7 +1069,7 @@ def main():
     stopped = False
     row = {}
     while progress < 1 and not stopped:
-        torch.manual_seed(step_seed(seed, state.step, run.rank))
+        torch.manual_seed(step_seed(seed, state.step, run.mesh.data_rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         losses = accumulate_gradients(
             network, data, batches, state.windows, batch.grad_accum_steps, updater, cast, routing
@@ -1015,7 +1077,7 @@ def main():
         grad_norm = updater.clip_gradients()
         # The one exchange of a step and its one wait for the device; rank 0's clock is everyone's.
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
-        figures = (*losses, signals.received > 0, clock, *routing.end_step())
+        figures = (*(losses * run.mesh.counts), signals.received > 0, clock, *routing.end_step())
         loss_sum, mtp_sum, n_stops, seconds, *routed = run.sum(*figures)
         loss = loss_sum / data.n_targets(batch.size)
         stopped = n_stops > 0
@@ -1037,8 +1099,8 @@ def main():
         updater.check_bad_steps(learning_rate, warmup_steps)
         if data.val.n and (state.step % eval_every == 0 or progress >= 1):
             row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch)
-            if run.is_main and sample_tokens and progress < 1:  # sample.py shows the last one
-                run.say(show_sample(net, tok, data, cast))
+            if sample_tokens and progress < 1:  # sample.py shows the last one
+                show_sample(net, tok, data, run, cast)
         if state.step % save_every == 0 or progress >= 1 or stopped:
             save_run(folder, net, tok, state, batch, compiled, updater)
         step_begin = time.monotonic()

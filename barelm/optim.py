@@ -46,11 +46,20 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
 def make_adamw(wide, narrow, lr, weight_decay, betas):
     """AdamW in a list, or none where nothing is to learn; `narrow` parameters do not decay."""
     groups = []
-    if wide:
-        groups.append({"params": wide, "weight_decay": weight_decay})
-    if narrow:
-        groups.append({"params": narrow, "weight_decay": 0.0})
+    for params in alike_divided(wide):
+        groups.append({"params": params, "weight_decay": weight_decay})
+    for params in alike_divided(narrow):
+        groups.append({"params": params, "weight_decay": 0.0})
     return [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
+
+
+def alike_divided(params):
+    """Parameters in lists of such as are divided over the same processes, or not at all: a fused
+    step takes no others together."""
+    lists = {}
+    for p in params:
+        lists.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return list(lists.values())
 
 
 def make_muon(matrices, lr, momentum, weight_decay, dtype):

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from barelm.parts import clip_gradients, is_divided, local_part
+
 
 class UserError(SystemExit):
     """Something the user can mend, told in one line: what, where, what to do. Unhandled: exit 1."""
@@ -86,6 +88,7 @@ class Run:
     rank: int = 0  # which process this is, 0 to world - 1
     world: int = 1  # how many there are
     progress: Progress = field(default_factory=Progress)
+    mesh: object = None  # its Mesh (barelm/mesh.py), where a script divides networks
 
     @property
     def is_main(self):
@@ -442,6 +445,8 @@ class Updater:
         if self.scaler:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
+        if any(is_divided(p) for p in self.params):
+            return clip_gradients(self.params, self.grad_clip, self.run.mesh)
         return torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
 
     def step(self, step, loss, norm, warming_up=False, zero_is_fault=True):
@@ -502,7 +507,8 @@ def weight_sums(params):
     """A number for each tensor (n,) int64 that another value of any of its elements changes: the
     sum of their bits, read as integers."""
     views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return torch.stack([p.detach().view(views[p.element_size()]).sum() for p in params])
+    parts = [local_part(p.detach()) for p in params]
+    return torch.stack([part.view(views[part.element_size()]).sum() for part in parts])
 
 
 def check_moved(before, params, lr):

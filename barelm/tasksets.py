@@ -5,7 +5,6 @@ import ast
 import json
 import os
 import re
-import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -271,9 +270,19 @@ def functions_in(text):
             code = lines[node.lineno - 1 : statement.lineno - 1]
             code += lines[statement.end_lineno : node.end_lineno]
             first_paragraph = docstring.split("\n\n")[0]
-            function = textwrap.dedent("\n".join(code)).strip("\n")
+            function = "\n".join(without_indent(code, node.col_offset)).strip("\n")
             functions.append((function, " ".join(first_paragraph.split())))
     return functions
+
+
+def without_indent(lines, indent):
+    """A function's lines as if it were no class's. A string of it may have lines of its own, which
+    begin further left, and stay."""
+    outer = []
+    for line in lines:
+        is_indented = not line[:indent].strip()
+        outer.append(line[indent:] if is_indented else line)
+    return outer
 
 
 def python_records(files, text_field, seed):

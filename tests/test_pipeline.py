@@ -48,6 +48,7 @@ from barelm.bpe import bpe_tokenizer
 from barelm.checkpoint import load
 from barelm.run import UserError, setup
 from barelm.shards import Windows
+from barelm.tasksets import functions_in
 from barelm.tokenizer import Tokenizer
 
 BYTES = "--tokenizer=byte", "--val_fraction=0"
@@ -1315,3 +1316,11 @@ def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "read_fineweb", fetched.append)
     prepare.use_fineweb(SimpleNamespace(rank=1, world=2, is_main=False), tmp_path, tmp_path)
     assert fetched == ["train_000001.bin"]
+
+
+def test_a_string_further_left_does_not_keep_a_method_indented():
+    method = '    def page(self):\n        """Doc."""\n'
+    source = f"class C:\n{method}        return '''<a>\n<b>\n'''\n"
+    [(code, docstring)] = functions_in(source)
+    assert code == "def page(self):\n    return '''<a>\n<b>\n'''"
+    assert docstring == "Doc."

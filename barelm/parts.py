@@ -1,0 +1,56 @@
+"""Tensors of which each process holds a part: torch's DTensor.
+
+`local_part` is what this process holds of one, and `whole_tensor` what all hold together."""
+
+import torch
+import torch.distributed as dist
+
+
+def is_divided(tensor):
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor):
+    """What this process holds of a tensor; of one that is not divided, itself."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
+def whole_tensor(tensor):
+    """All of a tensor, on every process: all of them call it."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
+
+
+def n_holders(tensor, mesh):
+    """How many processes hold the same part of a parameter as this one."""
+    holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp
+    if is_divided(tensor):
+        for dimension, placement in enumerate(tensor.placements):
+            if placement.is_shard():
+                holders //= tensor.device_mesh.size(dimension)
+    return holders
+
+
+def global_norm(params, mesh):
+    """The norm of the gradients of a network that is divided in any way, a 0-dim tensor that all
+    processes have: squares of what each holds, over how many hold the same."""
+    total = torch.zeros((), dtype=torch.float64, device=mesh.run.device)
+    by_holders = {}
+    for p in params:
+        if p.grad is not None:
+            by_holders.setdefault(n_holders(p, mesh), []).append(local_part(p.grad))
+    for holders, grads in sorted(by_holders.items()):
+        norms = torch.stack(torch._foreach_norm(grads)).double()
+        total += norms.square().sum() / holders
+    dist.all_reduce(total)
+    return total.sqrt().float()
+
+
+def clip_gradients(params, grad_clip, mesh):
+    """Clip gradients that are divided to this norm (0: leave them); their norm before."""
+    norm = global_norm(params, mesh)
+    if grad_clip:
+        grads = [local_part(p.grad) for p in params if p.grad is not None]
+        scale = (grad_clip / (norm + 1e-6)).clamp(max=1.0)  # as torch's own
+        torch._foreach_mul_(grads, scale)
+    return norm

@@ -17,7 +17,10 @@ from config import configure, defaults, same_recipes, settings
 # every function below may read.
 
 # data and run
-dataset = "python"  # data/<dataset>, made by prepare.py
+dataset = "python"  # data/<dataset>, made by prepare.py; or streamed: hf://owner/name, https://…
+mix = ""  # several instead, by weights from steps on: "0:web=0.8,code=0.2;5000:web=0.6,code=0.4"
+shuffle_chunks = 0  # shuffle within so many chunks of 2**19 tokens; 0: all, or of a stream 256
+cache_gb = 16.0  # of a streamed data set, so many GB are kept in data/cache
 out_dir = "out/python"  # where the run is written
 init_from = "scratch"  # scratch, resume, auto (resume if there is a run), or a checkpoint folder
 overwrite = False  # let scratch replace the run that out_dir holds
@@ -147,7 +150,6 @@ if __name__ == "__main__":
     configure(globals())  # before torch is imported, so that --help is instant
 
 import gc
-import hashlib
 import math
 import os
 import time
@@ -158,7 +160,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from barelm import datasets
 from barelm.checkpoint import load, refuse_source, save
+from barelm.chunks import check_chunks
 from barelm.cluster import StepTimes, check_copies, check_shared, start_of_launch
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
@@ -174,6 +178,7 @@ from barelm.filling import (
 )
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
+from barelm.mixture import JoinedWindows, MixedWindows, check_same_until, names_of, parse_mix
 from barelm.objectives import (
     OBJECTIVES,
     VALIDATION_SEED,
@@ -262,9 +267,11 @@ MAY_CHANGE = (
     "eval_tokens",
     "fast",
     "deterministic",
+    "mix",  # from here on: see check_same_until
 )
 IGNORES = (
     *RESUME_IGNORES,
+    "cache_gb",
     "compile",
     "micro_batch",
     "sample_tokens",
@@ -288,13 +295,13 @@ COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 
 
 @dataclass
 class Data:
-    """A folder that prepare.py made: its tokenizer and windows of its shards."""
+    """What prepare.py made: the tokenizer and windows of the shards, of a folder or of several."""
 
     tok: Tokenizer
     train: Windows
     val: Windows
-    val_of_source: dict[str, Windows]  # of a mix of sources
-    digest: str  # of meta.json: it names the data
+    val_of_source: dict[str, Windows]  # of a mix
+    digest: str  # it names the data
     begin: list[int]  # the ids before each document
     end: list[int]  # and behind it; empty in old shards
     token_bytes: torch.Tensor  # (n_vocab,) int64: how many bytes each token stands for
@@ -312,34 +319,33 @@ class Data:
 
 
 def open_dataset(device="cpu"):
-    """The Data in data/<dataset>; a UserError where there is none, or too little."""
-    folder = Path("data") / dataset
-    if not (folder / "meta.json").is_file():
-        source = "" if dataset == "python" else "--source=... "
-        make = f"python prepare.py {same_recipes() or source}--dataset={dataset}"
-        raise UserError(f"{folder}: no prepared data: {make} first")
-    tok = Tokenizer.from_folder(folder)
-    train_paths = sorted(folder.glob("train_*.bin"))
-    train = Windows(train_paths, seq_len, seed, stride=stride, n_vocab=tok.n_vocab)
-    if train.n == 0:
-        raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
-    val = validation_windows(folder.glob("val_*.bin"), tok)
-    # Of a mix each source has shards of its own: val.wikipedia_000000.bin.
-    names = {path.name[4:].rpartition("_")[0] for path in folder.glob("val.*.bin")}
-    val_of_source = {}
-    for name in sorted(names):
-        val_of_source[name] = validation_windows(folder.glob(f"val.{name}_*.bin"), tok)
-    digest = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-    begin, end = document_layout(folder, tok)
-    token_bytes = torch.tensor([len(tok.token_bytes(id)) for id in range(tok.n_vocab)])
-    return Data(tok, train, val, val_of_source, digest, begin, end, token_bytes.to(device))
-
-
-def validation_windows(paths, tok):
-    """Windows of every token of these shards, the last of each shard a short one; where tokens are
-    masked of whole windows alone, all of which have as many targets."""
+    """The Data of `dataset`, or of those of `mix`; a UserError where there is none, or too
+    little."""
+    stages = parse_mix(mix)
+    sets = []
+    for name in names_of(stages) or [dataset]:
+        source = "" if name == "python" else "--source=... "
+        make = f"python prepare.py {same_recipes() or source}--dataset={name}"
+        sets.append(datasets.open_dataset(name, seq_len, stride, cache_gb, make))
+    datasets.check_alike(sets)
+    tok = sets[0].tok
+    train = {each.name: each.training(seq_len, seed, stride, shuffle_chunks) for each in sets}
+    # The last window of a shard is a short one, so that every token is scored; where tokens are
+    # masked of whole windows alone, all of which have as many targets.
     partial = objective == "causal"
-    return Windows(sorted(paths), seq_len, partial=partial, n_vocab=tok.n_vocab)
+    val = {each.name: each.validation(seq_len, partial) for each in sets}
+    if stages:
+        all_train = MixedWindows(train, stages, batch_tokens // seq_len, seed)
+        all_val, val_of_source = JoinedWindows(val), val
+    else:
+        all_train = train[dataset]
+        all_val = val[dataset]
+        sources = sets[0].sources
+        val_of_source = {name: sets[0].validation(seq_len, partial, name) for name in sources}
+    begin, end = document_layout(sets[0].folder, tok)
+    sizes = torch.tensor([len(tok.token_bytes(id)) for id in range(tok.n_vocab)]).to(device)
+    digest = datasets.digest_of(sets)
+    return Data(tok, all_train, all_val, val_of_source, digest, begin, end, sizes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,6 +362,9 @@ def check_settings(config):
     for name in ("dropout", "momentum", "beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]}: expected 0 or more, and less than 1")
+    check_chunks(shuffle_chunks, cache_gb)
+    if mix and dataset != defaults(globals())["dataset"]:
+        raise UserError(f"dataset={dataset}: --mix names the data sets itself: leave one out")
     if objective not in OBJECTIVES:
         raise UserError(f"objective={objective}: expected {', '.join(OBJECTIVES)}")
     if not 0 < mask_rate < 1:
@@ -508,12 +517,13 @@ def open_network(data, folder):
         source = Path(out_dir)
         saved = read_saved(source)
         folder.check_resume(saved, {"dataset": data.digest})
+        check_mix(saved)
     else:
         refuse_source(out_dir, source)
     net, tok = load(source, fast=fast)
     if (tok.bytes, tok.eot_id) != (data.tok.bytes, data.tok.eot_id):
         mend = f"prepare the data with --tokenizer={source}"
-        raise UserError(f"data/{dataset} and {source} have different tokenizers: {mend}")
+        raise UserError(f"data/{mix or dataset} and {source} have different tokenizers: {mend}")
     if not saved and net.score is not None:
         why = f"it has a head for {net.task}, which no pre-training reads: start from its base"
         raise UserError(f"--init_from={source}: {why}")
@@ -521,6 +531,13 @@ def open_network(data, folder):
         check_shape(net.config, source)
     net.config.dropout = dropout
     return net, tok, saved
+
+
+def check_mix(saved):
+    """Refuse a resume with a mix by which other windows would have been read until now."""
+    before = saved["parts"][-1]["config"]
+    then = (before.get("mix", ""), before["batch_tokens"] // before["seq_len"])
+    check_same_until(saved["windows"], then, (mix, batch_tokens // seq_len))
 
 
 def check_counts():

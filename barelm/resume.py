@@ -476,16 +476,16 @@ def changed_settings(before, now):
     """What is no longer as it was, of two dicts of settings: {key: "key old -> new"}."""
     changed = {}
     for key, value in now.items():
-        old = shown(before.get(key))
-        new = shown(value)
+        old = one_line(before.get(key))
+        new = one_line(value)
         if old != new or key not in before:
-            changed[key] = f"{key} {old} -> {new}"
+            changed[key] = f"{key} {old[:40]} -> {new[:40]}"
     return changed
 
 
-def shown(value):
-    """A setting in a line: at most 40 characters."""
-    return " ".join(repr(value).split())[:40]
+def one_line(value):
+    """A setting in a line."""
+    return " ".join(repr(value).split())
 
 
 def say_changes(changed, parts, say):

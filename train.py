@@ -173,6 +173,7 @@ from barelm.filling import (
     fill_spans,
     filled_line,
     ids_with_gaps,
+    score_states,
     score_targets,
     spans_line,
 )
@@ -286,6 +287,9 @@ IGNORES = (
     "pp",
     "cp",
 )
+# Micro-batches of a step for each stage of a pipeline, where the user leaves their size open: a
+# stage then waits for less than a fifth of the time.
+MICRO_BATCHES_OF_STAGE = 4
 COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
 
@@ -389,8 +393,9 @@ class Batch:
     grad_accum_steps: int  # micro-batches of a step on each process
 
 
-def divide_batch(world, fits):
-    """The Batch of batch_tokens, where `fits` windows at once fit the memory of a device."""
+def divide_batch(world, fits, n_stages=1):
+    """The Batch of batch_tokens, where `fits` windows at once fit the memory of a device, and a
+    pipeline of n_stages wants a micro-batch for each, and better more."""
     unit = seq_len * world  # the least that gives every process a window
     if batch_tokens % unit:
         below = max(1, batch_tokens // unit) * unit
@@ -401,7 +406,14 @@ def divide_batch(world, fits):
             f"processes, such as {near}"
         )
     share = batch_tokens // unit  # windows of a process
-    device_batch_size = min(share, micro_batch or max(1, fits))
+    if share < n_stages:
+        raise UserError(
+            f"batch_tokens={batch_tokens}: {share} window(s) a step for each pipeline, fewer than "
+            f"its pp={n_stages} stages: --batch_tokens={n_stages * unit}"
+        )
+    if n_stages > 1:
+        fits = min(fits, share // (n_stages * MICRO_BATCHES_OF_STAGE))
+    device_batch_size = min(share // n_stages, micro_batch or max(1, fits))
     while share % device_batch_size:  # of one size: a compiled network is compiled for one
         device_batch_size -= 1
     return Batch(share * world, device_batch_size, share // device_batch_size)
@@ -422,7 +434,7 @@ def plan_batch(net, run, dtype_used, saved):
     )
     sizes = run.mesh.sizes
     fixed /= sizes.pp * sizes.shard * sizes.tp  # who holds a part
-    per_window /= sizes.pp * sizes.cp
+    per_window /= sizes.cp  # a stage keeps a part of each, of as many micro-batches as stages
     free = free_memory(run.device)
     if run.device.type == "cpu":  # all processes of a machine share it
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
@@ -432,7 +444,7 @@ def plan_batch(net, run, dtype_used, saved):
     if saved:
         fits = saved["micro"]
     fits = run.least(fits)  # one number for all processes, as a resume will have it
-    batch = divide_batch(run.mesh.data_world, fits)
+    batch = divide_batch(run.mesh.data_world, fits, sizes.pp)
     needed = fixed + batch.device_batch_size * per_window
     return batch, (
         f"memory: about {needed / 2**30:.2f} GiB a process of {free / 2**30:.1f} GiB free"
@@ -700,7 +712,7 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
     if not run.mesh.sizes.is_sharded:
         is_compiled = speed_up(net, run, data, batch, cast, saved)
     else:
-        check_divided(net, dtype_used)
+        check_divided(net, dtype_used, run.mesh.sizes)
         with shortened(net, run.device):
             is_compiled = speed_up(net, run, data, batch, cast, saved)
     return parallelize(net, run.mesh, dtype_used), is_compiled
@@ -786,6 +798,10 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
     # Loss, targets, bytes of the targets; or how many are right.
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     mesh = run.mesh
+    n_micro = 1
+    if mesh.pipeline:
+        n_micro = 2 * mesh.sizes.pp  # go through it together
+        device_batch_size *= n_micro
     indices = [i * windows.n // n for i in range(mesh.data_rank, n, mesh.data_world)]
     n_batches = math.ceil(math.ceil(n / mesh.data_world) / device_batch_size)
     net.eval()
@@ -797,11 +813,14 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
         batch = batch_to_device(asked.batch(windows.rows(part), part), run.device)
         if is_idle:
             batch["targets"].fill_(-100)
-        if is_compiled:  # for one size: a short batch would be compiled for
+        if is_compiled or mesh.pipeline:  # for one size: a short batch would be compiled for
             batch = filled_up(batch, device_batch_size)
         docs = data.documents(batch["ids"])
         with cast:
-            if asked.name == "causal":
+            if mesh.pipeline:
+                score = score_of(asked.name, data.token_bytes)
+                totals += mesh.pipeline.evaluate(batch, docs, n_micro, score, 3).sum(0)
+            elif asked.name == "causal":
                 totals += causal_totals(net, batch, docs, data.token_bytes)
             else:
                 totals += score_targets(net, batch, docs).sum(0)
@@ -825,10 +844,27 @@ def filled_up(batch, n_rows):
 def causal_totals(net, batch, docs, token_bytes):
     """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
     loss_sum, n_targets = net(**batch, docs=docs)
-    targets = batch["targets"]
+    return torch.stack([loss_sum, n_targets, bytes_of(batch["targets"], token_bytes)]).double()
+
+
+def bytes_of(targets, token_bytes):
+    """The bytes that the targets (B, T) stand for, ()."""
     bytes_of_targets = token_bytes[targets.clamp(min=0)]  # (B, T)
-    n_bytes = bytes_of_targets.where(targets >= 0, 0).sum()
-    return torch.stack([loss_sum.double(), n_targets.double(), n_bytes.double()])
+    return bytes_of_targets.where(targets >= 0, 0).sum()
+
+
+def score_of(name, token_bytes):
+    """What the last stage of a pipeline makes of a micro-batch's final states in a validation."""
+
+    def causal_figures(net, h, batch):
+        targets = batch["targets"]
+        n_bytes = bytes_of(targets, token_bytes)
+        return torch.stack([net.loss_of(h, targets), (targets >= 0).sum(), n_bytes])[None].double()
+
+    def filled_figures(net, h, batch):
+        return score_states(net, h, batch).sum(0)[None]
+
+    return causal_figures if name == "causal" else filled_figures
 
 
 def validate(net, data, run, cast, device_batch_size):
@@ -930,6 +966,8 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
     window `first` of the global sequence: the sums of their losses, and of those of the tokens
     further ahead (mtp) alone, (2,). Nothing in it waits for the device."""
     run = updater.run
+    if run.mesh.pipeline:
+        return pipeline_gradients(data, batches, first, n_micro, run.mesh, routing)
     net = getattr(network, "module", network)  # out of DistributedDataParallel
     losses = torch.zeros(2, device=run.device)
     n_targets = data.n_targets(n_micro * batches.size)
@@ -947,6 +985,18 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
             losses[1] += net.mtp_loss
         routing.add()
         batches.make_ahead()  # the next, while the device computes this one
+    return losses
+
+
+def pipeline_gradients(data, batches, first, n_micro, mesh, routing):
+    """`accumulate_gradients` of a network in stages, whose micro-batches flow through all of them
+    at once: `batches` has those of a step as one."""
+    batch = batches.take(first)
+    n_exchanging = mesh.sizes.replica * mesh.sizes.shard
+    scale = n_exchanging / data.n_targets(batches.size)
+    mesh.pipeline.stage.after = routing.add
+    losses = mesh.pipeline.step(batch, data.documents(batch["ids"]), n_micro, scale)
+    batches.make_ahead()
     return losses
 
 
@@ -1041,7 +1091,7 @@ def main():
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
     signals = StopSignals()
-    routing = RoutingLog(net, run.world)
+    routing = RoutingLog(net, run.world, run.mesh.pipeline)
     times = StepTimes(run, network)
 
     say_notes(run, horizon, batch, data)
@@ -1051,7 +1101,7 @@ def main():
     batches = MicroBatches(
         data.train,
         run.device,
-        batch.device_batch_size,
+        batch.device_batch_size * (batch.grad_accum_steps if run.mesh.pipeline else 1),
         run.mesh.data_rank,
         run.mesh.data_world,
         data.objective,

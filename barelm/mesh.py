@@ -139,6 +139,7 @@ class Mesh:
         self.sizes = sizes
         self.device_mesh = None
         self.window_mesh = None  # the same processes by windows: (pp, data, cp, tp)
+        self.pipeline = None  # of a network in stages: `parallelize` sets it
         if run.world == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh  # some systems lack it

@@ -20,9 +20,13 @@ from barelm.run import UserError
 
 def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float32):
     """What the loop calls of a network that is on the host: net itself, divided in place, or in
-    DistributedDataParallel. compute_dtype: in which the blocks' matrices are gathered;
-    reduce_dtype: in which gradients are summed."""
+    DistributedDataParallel; of one in stages its Pipeline. compute_dtype: in which the blocks'
+    matrices are gathered; reduce_dtype: in which gradients are summed."""
     sizes = mesh.sizes
+    if sizes.pp > 1:
+        from barelm.pipeline import keep_stage
+
+        keep_stage(net, mesh.rank_of("pp"), sizes.pp)
     if sizes.tp > 1:
         from barelm.tensor_parallel import split_heads
 
@@ -31,13 +35,24 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         from barelm.context_parallel import split_tokens
 
         split_tokens(net, mesh)
+    network = net
+    if sizes.pp > 1:
+        from barelm.pipeline import Stage
+
+        network = Stage(net, mesh.rank_of("pp"), sizes.pp, compute_dtype)
     if needs_fully_shard(sizes):
-        return fully_sharded(net, mesh, compute_dtype, reduce_dtype)
-    net.to(mesh.run.device)
-    if sizes.replica > 1:
+        fully_sharded(network, blocks_of(net), mesh, compute_dtype, reduce_dtype)
+    network.to(mesh.run.device)
+    if sizes.replica > 1 and not needs_fully_shard(sizes):
         group = mesh.group_of("replica")
-        return DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
-    return net
+        network = DistributedDataParallel(
+            network, process_group=group, gradient_as_bucket_view=True
+        )
+    if sizes.pp > 1:
+        from barelm.pipeline import Pipeline
+
+        network = mesh.pipeline = Pipeline(network, mesh)
+    return network
 
 
 def needs_fully_shard(sizes):
@@ -46,8 +61,8 @@ def needs_fully_shard(sizes):
     return sizes.shard > 1 or (sizes.tp > 1 and sizes.replica > 1)
 
 
-def fully_sharded(net, mesh, compute_dtype, reduce_dtype):
-    """net with each block's parameters, and all others together, divided over mesh.shard_mesh; a
+def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
+    """Divide each block's parameters, and all others of net together, over mesh.shard_mesh; a
     block's are whole while it computes (Rajbhandari et al. 2020, stage 3)."""
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -62,13 +77,13 @@ def fully_sharded(net, mesh, compute_dtype, reduce_dtype):
     of_block = MixedPrecisionPolicy(narrow, reduce_dtype, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
     grid = mesh.shard_mesh
-    for block in blocks_of(net):
+    for block in blocks:
         fully_shard(block, mesh=grid, mp_policy=of_block)
     fully_shard(net, mesh=grid, mp_policy=of_rest)
     # Who reads states and not logits begins here, and comes to the head with what is whole by then.
-    register_fsdp_forward_method(net, "hidden")
-    register_fsdp_forward_method(net, "encode")
-    return net.to(mesh.run.device)
+    for name in ("hidden", "encode"):
+        if hasattr(net, name):
+            register_fsdp_forward_method(net, name)
 
 
 def pack_as_parameters(net):
@@ -151,8 +166,12 @@ def exchanging(network, is_last):
     return contextlib.nullcontext()
 
 
-def check_divided(net, dtype):
+def check_divided(net, dtype, sizes):
     """Refuse what cannot be computed by parts."""
+    if sizes.pp > 1:
+        from barelm.pipeline import refuse_pipeline
+
+        refuse_pipeline(net.config, sizes.pp, net.deterministic)
     if dtype == torch.float16:
         why = "its scale would have to be found by all processes together"
         raise UserError(f"--dtype=float16: not with a network in parts: {why}: use bfloat16")

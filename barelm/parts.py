@@ -64,8 +64,10 @@ def gradient_part(p):
 
 
 def n_holders(tensor, mesh):
-    """How many processes hold the same part of a parameter as this one."""
+    """How many processes hold the same part of a parameter as this one. Some parameters are held
+    by several stages of a pipeline, as barelm/pipeline.py notes on them."""
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp
+    holders *= getattr(tensor, "n_stages", 1)
     if is_divided(tensor):
         for dimension, placement in enumerate(tensor.placements):
             if not placement.is_replicate():  # a Shard, or a _StridedShard, which is none

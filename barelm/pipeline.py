@@ -1,11 +1,10 @@
 """Pipeline parallelism: each process holds some of a network's blocks, and micro-batches flow
 through them (Huang et al. 2019), by torch.distributed.pipelining.
 
-    net = keep_stage(net, index, n_stages)        # of a whole GPT what this process computes
-    stage = Stage(net, index, n_stages, cast)     # may be wrapped: DDP, fully_shard
-    pipeline = Pipeline(stage, group, n_micro, rows, seq_len)
-    losses = pipeline.step(batch, docs, scale)    # forward and backward of all micro-batches
-    sum_shared(net, groups)                       # gradients of what two stages hold
+    keep_stage(net, index, n_stages)            # of a whole GPT what this process computes
+    stage = Stage(net, index, n_stages, dtype)  # which may be wrapped: DDP, fully_shard
+    pipeline = Pipeline(stage, mesh)
+    losses = pipeline.step(batch, docs, n_micro, scale)  # forward and backward of a whole step
 
 Names of parameters stay those of the whole network, so that a checkpoint knows of no stages. The
 order of work is 1F1B (Narayanan et al. 2021, 2.2): a stage keeps the activations of at most
@@ -18,36 +17,28 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.nn.parallel import DistributedDataParallel
 
 from barelm.optim import attention_products, mlp_weights
+from barelm.parts import local_part
 from barelm.patterns import Pattern
 from barelm.positions import document_positions
-from barelm.run import UserError
+from barelm.run import UserError, autocast
 from model import at_places
-
-# Micro-batches of a step for each stage, where the user leaves their size open: a stage then waits
-# for less than a fifth of the time.
-MICRO_BATCHES = 4
-
 
 # --------------------------------------------------------------------------------------------------
 # Which stage has which blocks
 
 
-def refuse_pipeline(c, n_stages, deterministic=False, dtype=torch.float32):
+def refuse_pipeline(c, n_stages, deterministic=False):
     """Refuse what a pipeline cannot do. c: the network's GPTConfig."""
     if n_stages > c.n_layer:
         raise UserError(f"--pp={n_stages}: the network has {c.n_layer} blocks: --pp={c.n_layer}")
     if c.is_seq2seq:
-        why = (
-            "every block of a decoder reads the last of the encoder's: use --tp or --parallel=fsdp"
-        )
+        why = "every block of the decoder reads the encoder: use --parallel=fsdp, or --tp"
         raise UserError(f"--pp={n_stages}: not of an encoder beside a decoder: {why}")
     if deterministic:
-        raise UserError(f"--pp={n_stages}: not with --deterministic, whose rows are no micro-batch")
-    if dtype == torch.float16:
-        why = "its scaler would see the overflows of one stage alone: --dtype=bfloat16"
-        raise UserError(f"--pp={n_stages}: not in float16: {why}")
+        raise UserError(f"--pp={n_stages}: not with --deterministic, which has rows of its own")
 
 
 def block_costs(c, seq_len):
@@ -158,33 +149,29 @@ def shared_names(c, n_stages):
     return shared
 
 
-def shared_groups(c, lines):
-    """The groups of processes that hold a parameter together: {name: this process's group, or None
-    where it holds none}. lines: the ranks of each pipeline, [[rank of stage 0, of stage 1…]]. All
-    processes call it."""
-    groups = {}
-    for name, stages in shared_names(c, len(lines[0])).items():
-        holders = [[line[stage] for stage in stages] for line in lines]
-        groups[name], _ = dist.new_subgroups_by_enumeration(holders)
-    return groups
-
-
-def sum_shared(net, groups):
-    """Sum the gradients of parameters that several stages hold over these: their copies then stay
-    the same. groups: `shared_groups`'."""
+def shared_parameters(net, mesh):
+    """The parameters that this stage holds together with others: [(p, the group of the processes
+    that hold it)]. All processes call it, behind what divides the parameters. Each gets what
+    `n_holders` asks of it: how many stages have it."""
+    lines = mesh.device_mesh.mesh.flatten(1).T.tolist()  # the ranks of each pipeline
     params = dict(net.named_parameters())
-    for name, group in groups.items():
-        if name not in params:
-            continue
-        p = params[name]
+    shared = []
+    for name, stages in shared_names(net.config, mesh.sizes.pp).items():
+        holders = [[line[stage] for stage in stages] for line in lines]
+        group, _ = dist.new_subgroups_by_enumeration(holders)
+        if mesh.rank_of("pp") in stages:
+            params[name].n_stages = len(stages)
+            shared.append((params[name], group))
+    return shared
+
+
+def sum_shared(shared):
+    """Sum the gradients of parameters that several stages hold, `shared_parameters`: the copies
+    then stay the same."""
+    for p, group in shared:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        dist.all_reduce(local(p.grad), group=group)
-
-
-def local(tensor):
-    """This process's part of a DTensor; a plain tensor is whole."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        dist.all_reduce(local_part(p.grad), group=group)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,25 +188,24 @@ class Stage(nn.Module):
     It returns what the next stage takes; the last one the sum of the losses (), in training, or in
     eval mode what `score(net, h, batch)` makes of the states h: a row of figures (1, n)."""
 
-    def __init__(self, net, index, n_stages, cast):
+    def __init__(self, net, index, n_stages, dtype=torch.float32):
         super().__init__()
         self.net = net
-        self.cast = cast  # within which it computes: run.autocast's
+        self.dtype = dtype  # in which it computes
         self.is_first = index == 0
         self.is_last = index == n_stages - 1
         self.score = None
         self.after = None  # called behind each forward of training
         self.mtp_sum = 0.0  # of the micro-batches of a step
         c = net.config
-        # Of the blocks that have experts: how many stand before this stage, and how many there are.
-        begin, _ = stages_of(c, n_stages)[index]
-        self.experts_before = sum(c.has_experts[:begin])
+        # Of the blocks that have experts, how many there are, and which are of this stage.
+        begin, end = stages_of(c, n_stages)[index]
         self.n_expert_blocks = sum(c.has_experts)
+        self.expert_blocks = slice(sum(c.has_experts[:begin]), sum(c.has_experts[:end]))
 
     def forward(self, x, router_loss=None, *, ids, targets=None, docs=None, places=None):
-        batch = {"ids": ids, "targets": targets, "docs": docs, "places": places}
         net = self.net
-        with self.cast:
+        with autocast(ids.device, self.dtype):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
             if docs is not None:
                 positions = document_positions(positions, docs)
@@ -231,8 +217,12 @@ class Stage(nn.Module):
             if self.n_expert_blocks:
                 router_loss = self.add_routing(router_loss, x)
             if self.is_last and self.training:
-                x = self.loss(net.model.norm(x), router_loss, **batch)
+                h = net.model.norm(x)
+                x = self.loss(h, router_loss, ids, targets, docs, places)
             elif self.is_last:
+                batch = {"targets": targets}
+                if places is not None:
+                    batch["places"] = places
                 return self.score(net, net.model.norm(x), batch)
         if self.training and self.after is not None:
             self.after()
@@ -268,13 +258,14 @@ class Stage(nn.Module):
             balance, z, _ = own[:, c.n_experts :].sum(0)
             weight = c.balance_weight if c.balance == "loss" else 0.0
             router_loss = router_loss + weight * balance + c.z_weight * z
-            whole[self.experts_before : self.experts_before + len(own)] = own.detach()
+            whole[self.expert_blocks] = own.detach()
         self.net.routing = whole
         return router_loss
 
 
 class Whole(nn.Module):
-    """A module within another, so that torch.distributed.pipelining sees no FSDP nor DDP in it."""
+    """A module within another, so that torch.distributed.pipelining sees no FSDP nor DDP in it: of
+    these it would wait for gradients, where there are none."""
 
     def __init__(self, module):
         super().__init__()
@@ -289,74 +280,51 @@ class Whole(nn.Module):
 
 
 class Pipeline:
-    """The stages of all processes of a pipeline as one network, for steps of n_micro micro-batches
-    of `rows` windows of seq_len tokens each. All of its processes call each method together."""
+    """The stages of all processes of a pipeline as one network. All of them call each method
+    together, with the same micro-batches: what a step has of them, one behind the other."""
 
-    def __init__(self, module, index, n_stages, group, device, n_micro, rows, seq_len):
+    def __init__(self, module, mesh):
         self.submodule = module  # a Stage, or what wraps it
-        self.stage = module.module if hasattr(module, "module") else module
+        self.stage = module.module if isinstance(module, DistributedDataParallel) else module
         self.net = self.stage.net
-        self.index = index
-        self.n_stages = n_stages
-        self.group = group
-        self.device = device
-        self.n_micro = n_micro
-        self.rows = rows
-        self.seq_len = seq_len
-        self.scale = None  # of the loss that is computed at present
+        self.n_stages = mesh.sizes.pp
+        self.index = mesh.rank_of("pp")
+        self.group = mesh.group_of("pp")
+        self.device = mesh.run.device
+        self.shared = shared_parameters(self.net, mesh)
+        self.schedules = {}  # torch's, by the shapes of what goes through them
+        self.scale = None  # of the losses of the step that is computed
         self.loss_sum = None
-        if n_micro < n_stages:
-            raise UserError(
-                f"--pp={n_stages}: {n_micro} micro-batch(es) a step, fewer than stages: raise "
-                f"batch_tokens, or lower micro_batch (now {rows})"
-            )
-        loss_shape = ()
-        stage = self.make_stage(module, rows, loss_shape, learns=True)
-        self.train_schedule = Schedule1F1B(stage, n_micro, self.scaled_loss, scale_grads=False)
-        self.forward_schedules = {}  # by (micro-batches, rows): without backward
 
-    def make_stage(self, module, rows, last_shape, learns):
-        """torch's stage, which is told of what shape its inputs and outputs are."""
-        c = self.net.config
-
-        def like(*shape, dtype=torch.float32, grad=learns):
-            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
-
-        between = [like(rows, self.seq_len, c.n_embd)]
-        if self.stage.n_expert_blocks:
-            between.append(like())
-        first = (like(rows, self.seq_len, dtype=torch.int64, grad=False),)
-        last = like(*last_shape) if learns else like(*last_shape, dtype=torch.float64)
-        is_last = self.index == self.n_stages - 1
-        return PipelineStage(
-            module,
-            self.index,
-            self.n_stages,
-            self.device,
-            input_args=first if self.index == 0 else tuple(between),
-            output_args=(last,) if is_last else tuple(between),
-            group=self.group,
-        )
-
-    def scaled_loss(self, loss, targets):
-        """What the last stage goes backward from."""
-        self.loss_sum += loss.detach()
-        return self.scale(loss)
-
-    def step(self, batch, docs, scale):
-        """Forward and backward of a step's micro-batches, which batch {name: (n_micro rows, …)} has
-        one behind the other; docs (n_micro rows, T) or None. scale: a function of a micro-batch's
-        summed loss, of which the gradient is taken.
+    def step(self, batch, docs, n_micro, scale):
+        """Forward and backward of a step's n_micro micro-batches, {name: (n_micro B, ...)}; docs
+        (n_micro B, T) or None. scale: the gradient is that of a summed loss times it.
 
         Returns (2,) float32: the sums of the losses, and of those of the tokens further ahead
         (mtp); zeros but on the last stage."""
         self.scale = scale
         self.loss_sum = torch.zeros((), device=self.device)
         self.stage.mtp_sum = torch.zeros((), device=self.device)
+        schedule = self.schedule(batch, n_micro)
         args, kwargs = self.arguments(batch, docs)
         targets = batch["targets"] if self.stage.is_last else None
-        self.train_schedule.step(*args, target=targets, return_outputs=False, **kwargs)
+        schedule.step(*args, target=targets, return_outputs=False, **kwargs)
+        sum_shared(self.shared)
         return torch.stack([self.loss_sum, self.stage.mtp_sum])
+
+    @torch.no_grad()
+    def evaluate(self, batch, docs, n_micro, score, n_figures):
+        """The figures (n_micro, n_figures) float64 that score(net, h, batch) -> (1, n_figures)
+        gives of each micro-batch's final states h (B, T, C), zeros but on the last stage. The
+        network is in eval mode."""
+        self.stage.score = score
+        schedule = self.schedule(batch, n_micro, n_figures)
+        args, kwargs = self.arguments(batch, docs)
+        figures = schedule.step(*args, **kwargs)
+        if figures is None:
+            shape = (n_micro, n_figures)
+            return torch.zeros(shape, dtype=torch.float64, device=self.device)
+        return figures
 
     def arguments(self, batch, docs):
         """The arguments of torch's schedules: what the first stage takes in the place of states,
@@ -364,19 +332,50 @@ class Pipeline:
         kwargs = dict(batch)
         if docs is not None:
             kwargs["docs"] = docs
-        args = (batch["ids"],) if self.index == 0 else ()
+        args = (batch["ids"],) if self.stage.is_first else ()
         return args, kwargs
 
-    @torch.no_grad()
-    def evaluate(self, batch, docs, score, n_figures, n_micro=None):
-        """The figures (n_micro, n_figures) float64 that score(net, h, batch) -> (1, n_figures)
-        gives of each micro-batch, on the last stage, elsewhere None. The network is in eval mode."""
-        n_micro = n_micro or self.n_micro
-        rows = len(batch["ids"]) // n_micro
-        key = (n_micro, rows, n_figures)
-        if key not in self.forward_schedules:
-            stage = self.make_stage(Whole(self.submodule), rows, (1, n_figures), learns=False)
-            self.forward_schedules[key] = ScheduleGPipe(stage, n_micro)
-        self.stage.score = score
-        args, kwargs = self.arguments(batch, docs)
-        return self.forward_schedules[key].step(*args, **kwargs)
+    def schedule(self, batch, n_micro, n_figures=0):
+        """torch's schedule for batches of this shape. n_figures: of a micro-batch, without
+        backward; 0: with it."""
+        n_rows, T = batch["ids"].shape
+        key = (n_rows, T, n_micro, n_figures)
+        if key not in self.schedules:
+            if n_figures:
+                stage = self.make_stage(Whole(self.submodule), n_rows // n_micro, T, n_figures)
+                self.schedules[key] = ScheduleGPipe(stage, n_micro)
+            else:
+                stage = self.make_stage(self.submodule, n_rows // n_micro, T)
+                loss = self.scaled_loss
+                self.schedules[key] = Schedule1F1B(stage, n_micro, loss, scale_grads=False)
+        return self.schedules[key]
+
+    def make_stage(self, module, rows, T, n_figures=0):
+        """torch's stage, told of what shape all is that comes and goes, so that it need not try."""
+        learns = n_figures == 0
+
+        def like(*shape, dtype=torch.float32, grad=learns):
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+        between = [like(rows, T, self.net.config.n_embd)]
+        if self.stage.n_expert_blocks:
+            between.append(like())  # the routers' losses
+        inputs = outputs = tuple(between)
+        if self.stage.is_first:
+            inputs = (like(rows, T, dtype=torch.int64, grad=False),)
+        if self.stage.is_last:
+            outputs = (like() if learns else like(1, n_figures, dtype=torch.float64),)
+        return PipelineStage(
+            module,
+            self.index,
+            self.n_stages,
+            self.device,
+            input_args=inputs,
+            output_args=outputs,
+            group=self.group,
+        )
+
+    def scaled_loss(self, loss, targets):
+        """What the last stage goes backward from."""
+        self.loss_sum += loss.detach()
+        return loss * self.scale

@@ -443,7 +443,8 @@ class Updater:
         if self.scaler:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        if any(is_divided(p) or is_narrow(p.grad) for p in self.params):
+        has_stages = self.run.mesh is not None and self.run.mesh.sizes.pp > 1
+        if has_stages or any(is_divided(p) or is_narrow(p.grad) for p in self.params):
             return clip_gradients(self.params, self.grad_clip, self.run.mesh)
         return torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
 

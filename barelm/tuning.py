@@ -271,7 +271,7 @@ def divide(learner, dtype):
     run = learner.run
     if not run.is_divided:
         return
-    check_divided(learner.net, dtype)
+    check_divided(learner.net, dtype, run.mesh.sizes)
     parallelize(learner.net, run.mesh, dtype)
 
 

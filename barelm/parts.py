@@ -26,7 +26,7 @@ def n_holders(tensor, mesh):
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp
     if is_divided(tensor):
         for dimension, placement in enumerate(tensor.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # a Shard, or the strided one of FSDP behind tp
                 holders //= tensor.device_mesh.size(dimension)
     return holders
 

@@ -70,7 +70,7 @@ def n_holders(tensor, mesh):
     holders *= getattr(tensor, "n_stages", 1)
     if is_divided(tensor):
         for dimension, placement in enumerate(tensor.placements):
-            if not placement.is_replicate():  # a Shard, or a _StridedShard, which is none
+            if not placement.is_replicate():  # a Shard, or the strided one of FSDP behind tp
                 holders //= tensor.device_mesh.size(dimension)
     return holders
 

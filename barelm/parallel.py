@@ -11,6 +11,7 @@ A parameter that is divided is a DTensor: see barelm/parts.py.
 import contextlib
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from barelm.run import UserError
@@ -34,8 +35,31 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
     net.to(mesh.run.device)
     if sizes.replica > 1:
         group = mesh.group_of("replica")
-        return DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
+        if reduce_dtype == torch.bfloat16:
+            network.register_comm_hook(group, bf16_compress_hook)
+        return network
+    if reduce_dtype == torch.bfloat16:
+        narrow_gradients(net)
     return net
+
+
+def keeps_narrow(sizes):
+    """Whether gradients of less than float32 are kept so, too. Those of DistributedDataParallel
+    stay as wide as its parameters: they are narrow on their way alone."""
+    return sizes.replica == 1 or needs_fully_shard(sizes)
+
+
+def narrow_gradients(net):
+    """Let gradients be added up, and kept, in bfloat16: half the memory."""
+
+    def narrow(p):
+        p.grad = p.grad.to(torch.bfloat16)
+
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad_dtype = None  # any, whatever the parameter's
+            p.register_post_accumulate_grad_hook(narrow)
 
 
 def needs_fully_shard(sizes):
@@ -58,7 +82,10 @@ def fully_sharded(net, mesh, compute_dtype, reduce_dtype):
     for block in blocks_of(net):
         fully_shard(block, mesh=grid, mp_policy=of_block)
     fully_shard(net, mesh=grid, mp_policy=of_rest)
-    return net.to(mesh.run.device)
+    net.to(mesh.run.device)
+    if reduce_dtype == torch.bfloat16:
+        narrow_gradients(net)
+    return net
 
 
 def blocks_of(net):

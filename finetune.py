@@ -86,7 +86,7 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
-checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
+checkpoint_blocks: int | bool = False  # recompute so many blocks (bare: all): less memory, slower
 
 # looking on
 eval_every = 100  # steps between validations; there is one at the start and one at the end

@@ -124,6 +124,9 @@ replicas = 0  # hsdp: copies of the whole; 0: one a machine
 tp = 1  # processes that share each matrix product
 pp = 1  # stages of the network, each of some blocks
 cp = 1  # processes that share each window
+zero = 0  # with ddp, 1: each process holds a part of the optimizer's state (ZeRO-1)
+grad_dtype = "float32"  # in which gradients are exchanged and kept: float32 or bfloat16
+offload = False  # the optimizer's state lives in the host's memory
 
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
@@ -131,7 +134,8 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
-checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
+checkpoint_blocks: int | bool = False  # recompute so many blocks (bare: all): less memory, slower
+float8 = False  # the blocks' products in float8, on GPUs that have them
 
 # several processes (docs/cluster.md)
 timeout = 120.0  # seconds in which a process that does not come to an exchange is taken for lost
@@ -177,6 +181,7 @@ from barelm.filling import (
     score_targets,
     spans_line,
 )
+from barelm.float8 import use_float8, why_not_float8
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
 from barelm.mixture import JoinedWindows, MixedWindows, check_same_until, names_of, parse_mix
@@ -190,7 +195,9 @@ from barelm.objectives import (
 )
 from barelm.optim import (
     MOMENTS,
+    StatePlan,
     free_memory,
+    gather_state,
     make_optimizer,
     memory_estimate,
     n_active,
@@ -198,7 +205,13 @@ from barelm.optim import (
     peak_flops,
     restore_optimizers,
 )
-from barelm.parallel import check_divided, exchanging, parallelize, shortened
+from barelm.parallel import (
+    check_divided,
+    exchanging,
+    keeps_narrow,
+    parallelize,
+    shortened,
+)
 from barelm.resume import (
     RESUME_IGNORES,
     RESUME_MAY_CHANGE,
@@ -269,6 +282,8 @@ MAY_CHANGE = (
     "fast",
     "deterministic",
     "mix",  # from here on: see check_same_until
+    "grad_dtype",
+    "float8",
 )
 IGNORES = (
     *RESUME_IGNORES,
@@ -286,6 +301,8 @@ IGNORES = (
     "tp",
     "pp",
     "cp",
+    "zero",
+    "offload",
 )
 # Micro-batches of a step for each stage of a pipeline, where the user leaves their size open: a
 # stage then waits for less than a fifth of the time.
@@ -359,8 +376,8 @@ def open_dataset(device="cpu"):
 def check_settings(config):
     """Refuse numbers that no run can have, before anything is read or written."""
     from_0 = ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens", "stride")
-    from_0 += ("checksum_every",)
-    from_0 += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "decay_fraction")
+    from_0 += ("checksum_every", "checkpoint_blocks", "learning_rate", "weight_decay")
+    from_0 += ("grad_clip", "min_lr", "decay_fraction")
     check_least(config, from_0, 0)
     check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every", "timeout"), 1)
     for name in ("dropout", "momentum", "beta1", "beta2"):
@@ -373,6 +390,10 @@ def check_settings(config):
         raise UserError(f"objective={objective}: expected {', '.join(OBJECTIVES)}")
     if not 0 < mask_rate < 1:
         raise UserError(f"mask_rate={mask_rate}: expected more than 0, and less than 1")
+    if zero not in (0, 1):
+        raise UserError(f"zero={zero}: expected 0 or 1; --parallel=fsdp divides the rest too")
+    if grad_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"grad_dtype={grad_dtype}: expected float32 or bfloat16")
     if n_experts and n_experts_per_token == 1 and norm_topk:
         why = "the one weight would always be 1, and teach the router nothing"
         raise UserError(f"--n_experts_per_token=1: {why}: --norm_topk=false")
@@ -431,8 +452,10 @@ def plan_batch(net, run, dtype_used, saved):
         recompute=checkpoint_blocks,
         moments=MOMENTS.get(optimizer, 2),
         device_type=run.device.type,
+        grad_bytes=2 if is_narrow(run) else 4,
     )
     sizes = run.mesh.sizes
+    fixed -= state_saved(net, run)
     fixed /= sizes.pp * sizes.shard * sizes.tp  # who holds a part
     per_window /= sizes.cp  # a stage keeps a part of each, of as many micro-batches as stages
     free = free_memory(run.device)
@@ -449,6 +472,19 @@ def plan_batch(net, run, dtype_used, saved):
     return batch, (
         f"memory: about {needed / 2**30:.2f} GiB a process of {free / 2**30:.1f} GiB free"
     )
+
+
+def is_narrow(run):
+    """Whether gradients are kept in bfloat16."""
+    return grad_dtype == "bfloat16" and keeps_narrow(run.mesh.sizes)
+
+
+def state_saved(net, run):
+    """Bytes of the optimizer's state that are not on this process's device, where they would be."""
+    state = 4 * n_params(net) * MOMENTS.get(optimizer, 2)
+    if offload and run.device.type == "cuda":
+        return state
+    return state * (1 - 1 / run.mesh.sizes.replica) if zero else 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -605,6 +641,7 @@ def add_end_tokens(tok, data, run):
 
 def save_run(folder, net, tok, state, batch, compiled, updater):
     """Write the checkpoint, and state.pt beside it."""
+    gather_state(updater.optimizers)
     if not folder.run.is_main or folder.run.mesh.sizes.is_sharded:
         return folder.run.wait_for_main()
     entries = asdict(state) | {
@@ -698,8 +735,9 @@ def make_updater(net, run, dtype_used):
     """The optimizers, and what they do in a step."""
     betas = (beta1, beta2)
     muon_dtype = torch.bfloat16 if dtype_used == torch.bfloat16 else torch.float32
+    plan = StatePlan.of(run.mesh, zero, offload, is_narrow(run))
     optimizers = make_optimizer(
-        net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype
+        net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype, plan
     )
     scaler = make_scaler(run.device, dtype_used)
     return Updater(run, net.parameters(), optimizers, scaler, grad_clip)
@@ -709,13 +747,25 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
     """(the network that the loop calls, whether it is compiled): net, computing by what is faster
     where that pays and gives the same, and of several processes divided over them."""
     cast = autocast(run.device, dtype_used)
+    if float8:
+        choose_float8(net, run)
     if not run.mesh.sizes.is_sharded:
         is_compiled = speed_up(net, run, data, batch, cast, saved)
     else:
         check_divided(net, dtype_used, run.mesh.sizes)
         with shortened(net, run.device):
             is_compiled = speed_up(net, run, data, batch, cast, saved)
-    return parallelize(net, run.mesh, dtype_used), is_compiled
+    network = parallelize(net, run.mesh, dtype_used, getattr(torch, grad_dtype))
+    return network, is_compiled
+
+
+def choose_float8(net, run):
+    """Let the blocks multiply in float8, where this device can."""
+    if tp > 1:
+        raise UserError("--float8: not with --tp: each process would scale its part by another")
+    why_not = why_not_float8(run.device)
+    words = f"off: {why_not}" if why_not else f"on, in {use_float8(net)} linear layers"
+    run.say(f"float8: {words}")
 
 
 def speed_up(net, run, data, batch, cast, saved):

@@ -334,12 +334,13 @@ def mlp_numbers(c, layer):
 
 
 def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,
-                    device_type="cpu"):  # fmt: skip
+                    device_type="cpu", grad_bytes=4):  # fmt: skip
     """Bytes that training needs, estimated: (parameters with gradients and optimizer state, and the
-    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter.
-    An encoder-decoder's rows have a source of seq_len too."""
+    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter;
+    grad_bytes: a gradient's. recompute: so many blocks, the first ones, keep their input alone;
+    True: all. An encoder-decoder's rows have a source of seq_len too."""
     width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
-    blocks = []  # bytes of a token in each
+    blocks = []  # bytes of a token in each, in the order in which they compute
     for i, pattern in enumerate(c.patterns):
         size = block_bytes(c, pattern, seq_len, width, device_type)
         blocks.append(size + width * mlp_numbers(c, i))
@@ -349,22 +350,46 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
         cross += score_bytes(c, seq_len, width)
         blocks = [size + cross for size in blocks]
         mlp = width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden
+        encoder = []
         for pattern in c.encoder_patterns:
-            blocks.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
+            encoder.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
+        blocks = encoder + blocks
     ahead = block_bytes(c, Pattern(), seq_len, width, device_type)
     ahead += width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden + 4 * 6 * c.n_embd  # two states, joined
     blocks += [ahead] * c.mtp
-    if recompute:  # of each block its input alone, and all of the one that is computed again
-        per_token = len(blocks) * 4 * c.n_embd + max(blocks)
-    else:
-        per_token = sum(blocks)
+    n_again = len(blocks) if recompute is True else min(int(recompute), len(blocks))
+    # Of a block that is computed again its input alone; and when backward comes to it all of it,
+    # where what the blocks behind it have kept is free again.
+    largest_again = max(blocks[:n_again], default=0)
+    per_token = n_again * 4 * c.n_embd + max(largest_again, sum(blocks[n_again:]))
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
-    weights = 4 * params * (2 + moments)  # with the gradients
+    weights = params * (4 + grad_bytes + 4 * moments)
     if c.logit_softcap:  # logits are not made by pieces: those around tanh, log p and its gradient
         per_token += c.vocab_size * (width + 4 * 4)
     embedded = (4 + width) * c.n_embd * (2 if c.is_seq2seq else 1)
     return weights + head, rows * seq_len * (per_token + embedded)
+
+
+def held_bytes(net, optimizer="muon", sizes=None, zero=0, offload=False, grad_bytes=4):
+    """Bytes that a process holds of a network from step to step, on the average of all: a dict of
+    weights, gradients, the optimizer's state on its device, and state in the host's memory. sizes:
+    a grid's (barelm.mesh.Sizes); None: one process."""
+    matrices, wide, narrow = split_parameters(net)
+    n_matrices = sum(p.numel() for p in matrices)
+    n_others = sum(p.numel() for p in (*wide, *narrow))
+    state = 4 * (MOMENTS[optimizer] * n_matrices + MOMENTS["adamw"] * n_others)
+    n_parts = 1
+    if sizes is not None:
+        n_parts = sizes.pp * sizes.shard * sizes.tp
+    spread = n_parts * sizes.replica if zero and sizes is not None else n_parts
+    n_learning = n_matrices + n_others
+    return {
+        "weights": 4 * n_params(net) / n_parts,
+        "gradients": grad_bytes * n_learning / n_parts,
+        "optimizer": 0 if offload else state / spread,
+        "host": state / spread if offload else 0,
+    }
 
 
 def block_bytes(c, pattern, seq_len, width, device_type):

@@ -11,6 +11,7 @@ A parameter that is divided is a DTensor: see barelm/parts.py.
 import contextlib
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from barelm.adapters import NF4Linear
@@ -48,11 +49,33 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         network = DistributedDataParallel(
             network, process_group=group, gradient_as_bucket_view=True
         )
+        if reduce_dtype == torch.bfloat16:
+            network.register_comm_hook(group, bf16_compress_hook)
+    if reduce_dtype == torch.bfloat16 and keeps_narrow(sizes):
+        narrow_gradients(net)
     if sizes.pp > 1:
         from barelm.pipeline import Pipeline
 
         network = mesh.pipeline = Pipeline(network, mesh)
     return network
+
+
+def keeps_narrow(sizes):
+    """Whether gradients of less than float32 are kept so, too. Those of DistributedDataParallel
+    stay as wide as its parameters: they are narrow on their way alone."""
+    return sizes.replica == 1 or needs_fully_shard(sizes)
+
+
+def narrow_gradients(net):
+    """Let gradients be added up, and kept, in bfloat16: half the memory."""
+
+    def narrow(p):
+        p.grad = p.grad.to(torch.bfloat16)
+
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad_dtype = None  # any, whatever the parameter's
+            p.register_post_accumulate_grad_hook(narrow)
 
 
 def needs_fully_shard(sizes):

@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import socket
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load
 from barelm.optim import make_optimizer
-from barelm.run import Run, UserError
+from barelm.run import Run
 from barelm.saving import StepSaver
 from barelm.sharded import load_step
 from barelm.steps import whole_steps

@@ -128,6 +128,10 @@ zero = 0  # with ddp, 1: each process holds a part of the optimizer's state (ZeR
 grad_dtype = "float32"  # in which gradients are exchanged and kept: float32 or bfloat16
 offload = False  # the optimizer's state lives in the host's memory
 
+# the checkpoints (docs/parallel.md)
+keep = 1  # how many of the last are kept; from 2 on, or where nobody holds all, in out_dir/shards
+async_save = False  # write them beside the training
+
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
@@ -223,6 +227,7 @@ from barelm.resume import (
     load_state,
     locked_folder,
     make_trackers,
+    newest_step,
     weights_step,
 )
 from barelm.run import (
@@ -242,6 +247,8 @@ from barelm.run import (
     setup,
     step_seed,
 )
+from barelm.saving import StepSaver, read_step_state
+from barelm.sharded import load_states, load_whole_states, numbered_names
 from barelm.shards import (
     MicroBatches,
     Windows,
@@ -249,6 +256,7 @@ from barelm.shards import (
     document_layout,
     document_numbers,
 )
+from barelm.steps import keep_last
 from barelm.tokenizer import Tokenizer
 from barelm.watch import lost_process, start_watch
 from model import GPT, GPTConfig, call_block, generate
@@ -303,6 +311,8 @@ IGNORES = (
     "cp",
     "zero",
     "offload",
+    "keep",
+    "async_save",
 )
 # Micro-batches of a step for each stage of a pipeline, where the user leaves their size open: a
 # stage then waits for less than a fifth of the time.
@@ -379,7 +389,8 @@ def check_settings(config):
     from_0 += ("checksum_every", "checkpoint_blocks", "learning_rate", "weight_decay")
     from_0 += ("grad_clip", "min_lr", "decay_fraction")
     check_least(config, from_0, 0)
-    check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every", "timeout"), 1)
+    check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
+    check_least(config, ("timeout", "keep"), 1)
     for name in ("dropout", "momentum", "beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]}: expected 0 or more, and less than 1")
@@ -533,13 +544,20 @@ def progress_at(horizon, step, windows, seconds, windows_per_epoch):
     return horizon.progress(step, windows * seq_len, windows / windows_per_epoch, seconds)
 
 
-def read_saved(out):
-    """The dict in a folder's state.pt, checked to be one that `save_run` writes."""
-    saved = load_state(out)
-    path = out / "state.pt"
+def read_saved(out, say):
+    """The dict that `save_run` wrote last, into a state.pt or a step's folder, checked to be one.
+    Of a step it lacks the optimizers, and has its `folder`."""
+    step = newest_step(out, say)
     # A sample of each entry: the type must be its; a number 0 or more if it is; NaN only if it is.
     kinds = dict(step=0, windows=0, seconds=0.0, best=-1.0, mean_loss=math.nan, history=[])
-    kinds |= dict(warmed=[], micro=0, compiled=True, parts=[], optimizers=[])
+    kinds |= dict(warmed=[], micro=0, compiled=True, parts=[])
+    if step is None:
+        saved = load_state(out) | {"folder": out}
+        path = out / "state.pt"
+        kinds["optimizers"] = []
+    else:
+        saved = read_step_state(step) | {"folder": step, "temporary": False}
+        path = step
     check_state(saved, kinds, path)
     check_rows(saved["history"], [0, 0.0, 0.0], path)
     kinds = {"warmed step": 0, "warmed windows": 0, "warmed seconds": 0.0}
@@ -562,8 +580,8 @@ def open_network(data, folder):
     saved = None
     source = Path(start)
     if start == "resume":
-        source = Path(out_dir)
-        saved = read_saved(source)
+        saved = read_saved(Path(out_dir), folder.run.say)
+        source = saved["folder"]
         folder.check_resume(saved, {"dataset": data.digest})
         check_mix(saved)
     else:
@@ -640,28 +658,45 @@ def add_end_tokens(tok, data, run):
 
 
 def save_run(folder, net, tok, state, batch, compiled, updater):
-    """Write the checkpoint, and state.pt beside it."""
-    gather_state(updater.optimizers)
-    if not folder.run.is_main or folder.run.mesh.sizes.is_sharded:
-        return folder.run.wait_for_main()
+    """Write the checkpoint, and the state beside it."""
     entries = asdict(state) | {
         "micro": batch.device_batch_size,
         "compiled": compiled,
         "parts": folder.parts,
-        "optimizers": [optimizer.state_dict() for optimizer in updater.optimizers],
         "scaler": updater.scaler.state_dict() if updater.scaler else None,
     }
-    save(folder.path, net, tok, state.step, entries)
+    if folder.saver:
+        folder.saver.save(net, tok, updater.optimizers, entries)
+        return
+    gather_state(updater.optimizers)
+    if folder.run.is_main:
+        entries["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
+        save(folder.path, net, tok, state.step, entries)
+        keep_last(folder.path, 0)  # steps of before, when processes wrote parts
     folder.run.wait_for_main()
 
 
-def restore(saved, updater, run):
+def make_saver(run):
+    """The StepSaver of a run whose processes each write a part; None of another, of which one
+    writes all."""
+    if not (run.mesh.sizes.is_sharded or keep > 1 or async_save):
+        return None
+    return StepSaver(out_dir, run, asdict(run.mesh.sizes), keep, async_save)
+
+
+def restore(saved, net, updater, run):
     """The State in a saved dict, with the optimizers and the scaler as they were; a new one for a
     run that begins, where saved is None."""
     state = State()
     if saved:
-        path = Path(out_dir) / "state.pt"
-        restore_optimizers(updater.optimizers, saved["optimizers"], path)
+        path = saved["folder"] / "state.pt"
+        if "optimizers" not in saved:
+            load_states(saved["folder"], net, updater.optimizers)
+        elif run.mesh.sizes.is_sharded:
+            names = numbered_names(net, optimizer)
+            load_whole_states(saved["optimizers"], names, net, updater.optimizers, path)
+        else:
+            restore_optimizers(updater.optimizers, saved["optimizers"], path)
         if updater.scaler and saved.get("scaler"):
             check_state(saved["scaler"], updater.scaler.state_dict(), path)
             updater.scaler.load_state_dict(saved["scaler"])
@@ -930,9 +965,9 @@ def validate(net, data, run, cast, device_batch_size):
     return figures
 
 
-def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
+def validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves):
     """Validate: the figures, which are recorded and told with what they mean; the best model so far
-    is kept in best/."""
+    is kept in best/. saves: whether the run is saved next."""
     run = folder.run
     figures = validate(net, data, run, cast, batch.device_batch_size)
     folder.record({"step": state.step, "tokens": state.windows * seq_len} | figures)
@@ -943,7 +978,9 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
         run.say(f"note: {remark}")
     if figures["val_loss"] < state.best:
         state.best = figures["val_loss"]
-        if run.is_main and not run.mesh.sizes.is_sharded:
+        if folder.saver:
+            folder.saver.save_best(net, tok, state.step, saves)
+        elif run.is_main:
             save(folder.path / "best", net, tok, state.step)
         run.wait_for_main()
     return figures
@@ -1135,8 +1172,9 @@ def main():
     clock_begin = time.monotonic()
     network, compiled = prepare_network(net, run, data, batch, dtype_used, saved)
     updater = make_updater(net, run, dtype_used)
-    state = restore(saved, updater, run)
+    state = restore(saved, net, updater, run)
     clock_begin -= state.seconds
+    folder.saver = make_saver(run)
     if run.is_main:
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
@@ -1200,12 +1238,14 @@ def main():
         if checksum_every and (state.step % checksum_every == 0 or saves):
             check_copies(run, net, state.step)
         if data.val.n and (state.step % eval_every == 0 or progress >= 1):
-            row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch)
+            row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves)
             if sample_tokens and progress < 1:  # sample.py shows the last one
                 show_sample(net, tok, data, run, cast)
         if saves:
             save_run(folder, net, tok, state, batch, compiled, updater)
         step_begin = time.monotonic()
+    if folder.saver:
+        folder.saver.finish()
     return finish(run, row, state, progress, signals)
 
 

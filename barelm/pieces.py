@@ -34,9 +34,9 @@ class Group:
         return sum(t.numel() * t.element_size() for t in self.entries.values())
 
 
-def write_model(step_folder, folder, step, piece=PIECE):
+def write_model(step_folder, folder, step):
     """Write the model of a step's folder into another one, or over the model of an earlier step
-    there, in files of about `piece` bytes. Killed at any moment, it leaves the one or the other."""
+    there. Killed at any moment, it leaves the one or the other."""
     step_folder, folder = Path(step_folder), Path(folder)
     make_folder(folder)
     for name in COMPANIONS:
@@ -44,7 +44,7 @@ def write_model(step_folder, folder, step, piece=PIECE):
             copy_file(step_folder / name, folder / name)
     reader = StepReader(step_folder)
     table, groups = groups_of(step_folder)
-    pieces = cut(groups, piece)
+    pieces = cut(groups, PIECE)
     if len(pieces) == 1:
         write_piece(folder / WHOLE, pieces[0], table, reader, step)
         remove_pieces(folder, but=())

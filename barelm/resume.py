@@ -420,6 +420,7 @@ class RunFolder:
         self.parts = []
         self.log = None
         self.trackers = []  # functions that get each row too, such as TensorBoard's
+        self.saver = None  # the StepSaver of a run whose processes each write a part
 
     def changes(self, state, facts):
         """What this resume changes in what shapes the run: {key: "key old -> new"}."""

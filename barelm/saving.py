@@ -24,19 +24,23 @@ class StepSaver:
         self.mesh = mesh
         self.keep = keep
         self.writer = ShardWriter(run, in_background)
+        self.best_step = -1  # the step whose model is the best, and goes into best/
+        if run.is_main:
+            keep_last(self.out_dir, keep)  # and nothing of what a kill has left
 
-    def save(self, net, tok, optimizers, state, is_best=False):
+    def save(self, net, tok, optimizers, state):
         """Save the step that `state`, a dict of plain values, is of: its folder in shards/, then
-        the model in out_dir, and in best/ where it is the best."""
+        the model in out_dir."""
         step = state["step"]
         folder = step_folder(self.out_dir, step)
         temporary = folder.with_name(folder.name + ".tmp")
 
         def complete():
-            self.complete_step(temporary, folder, net, tok, state)
+            write_companions(temporary, net, tok)
+            if step == self.best_step:  # first: what a step says of the best is there
+                write_model(temporary, self.out_dir / "best", step)
+            self.complete_step(temporary, folder, state)
             write_model(folder, self.out_dir, step)
-            if is_best:
-                write_model(folder, self.out_dir / "best", step)
             for name in STATES:  # of an earlier step, which a process had saved alone
                 (self.out_dir / name).unlink(missing_ok=True)
             keep_last(self.out_dir, self.keep)
@@ -44,9 +48,8 @@ class StepSaver:
         tensors = model_tensors(net) | optimizer_tensors(net, optimizers)
         self.writer.write(temporary, tensors, complete)
 
-    def complete_step(self, temporary, folder, net, tok, state):
+    def complete_step(self, temporary, folder, state):
         """Give a step, all of whose parts are on the disk, what is beside them, and its name."""
-        write_companions(temporary, net, tok)
         write_json(temporary / STATE, state)
         facts = {
             "step": state["step"],
@@ -62,8 +65,11 @@ class StepSaver:
         os.replace(temporary, folder)
         sync_folder(folder.parent)
 
-    def save_best(self, net, tok, step):
-        """Save the model alone, into best/."""
+    def save_best(self, net, tok, step, with_save=False):
+        """Save the model alone, into best/; with_save: together with the step, which comes next."""
+        self.best_step = step
+        if with_save:
+            return
         temporary = self.out_dir / SHARDS / "best.tmp"
 
         def complete():

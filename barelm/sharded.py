@@ -275,18 +275,28 @@ def check_listed(listed):
 # A network and its optimizers, as they were
 
 
-def load_step(folder, net, optimizers=()):
-    """Fill a network, and its optimizers, with a step's tensors, each process what it has of them;
+def load_step(folder, net, optimizers):
+    """Fill a network and its optimizers with a step's tensors, each process what it has of them;
     what does not fit is a UserError."""
     reader = StepReader(folder)
-    wanted = model_tensors(net)
-    if optimizers:
-        make_states(reader.shapes, net, optimizers, folder)
-        wanted |= optimizer_tensors(net, optimizers)
-    for key, tensor in wanted.items():
-        if reader.shapes.get(key) != (tensor.dtype, list(tensor.shape)):
-            raise UserError(f"{folder}: {key} is not as this run has it: damaged, or foreign")
-    reader.fill(wanted)
+    fill_checked(reader, model_tensors(net))
+    load_states(folder, net, optimizers, reader)
+
+
+def load_states(folder, net, optimizers, reader=None):
+    """`load_step` of the optimizers alone."""
+    reader = reader or StepReader(folder)
+    make_states(reader.shapes, net, optimizers, folder)
+    fill_checked(reader, optimizer_tensors(net, optimizers))
+
+
+def fill_checked(reader, tensors):
+    shapes = reader.shapes
+    for key, tensor in tensors.items():
+        if shapes.get(key) != (tensor.dtype, list(tensor.shape)):
+            where = f"{reader.folder}: {key}"
+            raise UserError(f"{where} is not as this run has it: damaged, or foreign")
+    reader.fill(tensors)
 
 
 def make_states(shapes, net, optimizers, folder):

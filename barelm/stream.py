@@ -73,6 +73,9 @@ def fetch_range(session, url, begin, end, tries=TRIES):
                 if end is not None and answer.status_code != 206:  # all of it, for each part
                     why = "its server sends no ranges of a file: download the folder instead"
                     raise UserError(f"{url}: {why}")
+                sent = answer.headers.get("Content-Range", "")
+                if end is not None and not sent.startswith(f"bytes {begin}-"):
+                    raise UserError(f"{url}: its server sent {sent!r}, not what was asked for")
                 data = answer.content
                 size = whole_size(answer, len(data))
             if end is None or len(data) == min(end, size) - begin:
@@ -127,25 +130,22 @@ class ChunkCache:
     def path(self, chunk):
         """Where a chunk (name, begin, end), in bytes of its file, is kept."""
         name, begin, end = chunk
-        return self.folder / f"{name}.{begin}-{end}"
+        return f"{self.folder}/{name}.{begin}-{end}"
 
     def has(self, chunk):
-        """Whether a chunk is here, and whole."""
-        _, begin, end = chunk
-        try:
-            return os.path.getsize(self.path(chunk)) == end - begin
-        except OSError:
-            return False
+        """Whether a chunk is here. It has its name only when it is whole."""
+        return os.path.exists(self.path(chunk))
 
     def read(self, chunk, begin, end):
         """Bytes of a chunk: `begin` to before `end` in its file."""
         _, chunk_begin, _ = chunk
         while True:
-            self.want([chunk])
-            with contextlib.suppress(FileNotFoundError):  # another process made room just now
-                with open(self.path(chunk), "rb") as file:
+            try:
+                with open(self.path(chunk), "rb", buffering=0) as file:
                     file.seek(begin - chunk_begin)
                     return file.read(end - begin)
+            except FileNotFoundError:  # another process made room just now
+                self.want([chunk])
 
     def want(self, chunks):
         """Return when all of these chunks were here; a UserError where one cannot be had."""

@@ -39,7 +39,7 @@ class Step:
     zero: int = 0
     grad_dtype: torch.dtype = torch.float32
     offload: bool = False
-    recompute: int = 0  # so many blocks of the network are computed again in backward
+    recompute: int = 0  # so many blocks, the first, are computed again in backward
     device_type: str = "cuda"
     local_world: int = 8  # processes on a machine
 
@@ -92,11 +92,12 @@ def block_number(name):
     return int(words[words.index("layers") + 1])
 
 
-def divided_shape(name, shape, tp):
-    """The shape of a process's part for tensor parallelism of size tp."""
+def divided_shape(name, shape, tp, n_kv_head):
+    """The shape of a process's part for tensor parallelism of size tp. A single head of keys and
+    values is whole in each."""
     module, _, kind = name.rpartition(".")
     module = module.rpartition(".")[2]
-    if tp == 1 or len(shape) > 2:
+    if tp == 1 or len(shape) > 2 or (n_kv_head == 1 and module in ("k_proj", "v_proj")):
         return shape
     if module in COLUMNS or (name in VOCABULARY and shape[0] % tp == 0):
         return (shape[0] // tp, *shape[1:])
@@ -123,12 +124,13 @@ def stage_blocks(c, pp):
 def parts_of(step, stage=0):
     """[Part] of each parameter that a process of a pipeline stage holds; of parts that are not
     equal the largest."""
-    counts = tuple(stage_blocks(step.config, step.sizes.pp))
-    return divide(step.shapes, step.sizes, counts, stage, step.config.tie)
+    c = step.config
+    counts = tuple(stage_blocks(c, step.sizes.pp))
+    return divide(step.shapes, step.sizes, counts, stage, c.tie, c.n_kv_head)
 
 
 @lru_cache(256)  # a search for the best mesh asks often
-def divide(shapes, sizes, counts, stage, tie):
+def divide(shapes, sizes, counts, stage, tie, n_kv_head):
     """`parts_of`, where the stages have so many blocks."""
     first = sum(counts[:stage])
     last = first + counts[stage]
@@ -140,7 +142,7 @@ def divide(shapes, sizes, counts, stage, tie):
             continue
         if not is_of_decoder and not holds(name, stage, sizes.pp, tie):
             continue
-        local = divided_shape(name, shape, sizes.tp)
+        local = divided_shape(name, shape, sizes.tp, n_kv_head)
         rows = math.ceil(local[0] / sizes.shard)  # fully_shard divides the first dimension
         numel = rows * math.prod(local[1:])
         is_matrix = block is not None and len(shape) > 1
@@ -216,20 +218,27 @@ def token_bytes(step):
     return sizes
 
 
+def stage_bytes(step, stage):
+    """(bytes that a token leaves in each block of a stage that keeps them, in each that is computed
+    again)."""
+    counts = stage_blocks(step.config, step.sizes.pp)
+    first = sum(counts[:stage])
+    blocks = token_bytes(step)[first : first + counts[stage]]
+    n_again = min(max(step.recompute - first, 0), len(blocks))
+    return blocks[n_again:], blocks[:n_again]
+
+
 def activations(step, stage=0):
     """Bytes of the activations that a process of a stage holds at most, without the head's."""
     c = step.config
     pp = step.sizes.pp
-    counts = stage_blocks(c, pp)
-    first = sum(counts[:stage])
-    blocks = token_bytes(step)[first : first + counts[stage]]
-    n_again = math.ceil(step.recompute / pp)
-    kept = sum(blocks[n_again:]) + 4 * c.n_embd * len(blocks[:n_again])
+    kept, again = stage_bytes(step, stage)
+    of_token = sum(kept) + 4 * c.n_embd * len(again)
     in_flight = min(pp - stage, step.n_micro)  # of 1F1B (Narayanan et al. 2021, 2.2)
     ends = 16  # ids and targets
     if stage == pp - 1:
         ends += (8 + step.dtype.itemsize) * c.n_embd  # x, its norm and the gradient of that
-    return step.tokens * (in_flight * kept + ends)
+    return step.tokens * (in_flight * of_token + ends)
 
 
 def head_bytes(step):
@@ -245,15 +254,16 @@ def head_bytes(step):
     return logits + 4 * c.n_embd * vocab_size
 
 
-def backward_bytes(step):
-    """Bytes that a block's backward takes for a moment: the gradients of its widest activations, and
-    where it is computed again the activations."""
+def backward_bytes(step, stage):
+    """Bytes that a block's backward takes for a moment: the gradients of its widest activations; of
+    one that is computed again its activations, when those of the blocks behind it are gone."""
     c = step.config
     width = step.dtype.itemsize
     n = 3 if MLP_MATRICES[c.mlp] == 3 else 2
     each = width * n * c.n_hidden / step.sizes.tp + 8 * c.n_embd
-    if step.recompute:  # and all that was not kept of the block
-        each += max(token_bytes(step))
+    kept, again = stage_bytes(step, stage)
+    if again:
+        each += max(0, max(again) - sum(kept))
     return step.tokens * each
 
 
@@ -277,20 +287,31 @@ def stage_footprint(step, stage):
     parts = parts_of(step, stage)
     n = sum(part.numel for part in parts)
     held = {"weights": 4 * n}
-    held["gradients"] = step.grad_dtype.itemsize * n
+    held["gradients"] = gradient_bytes(step, n)
     held["optimizer"] = 0 if step.offload else optimizer_bytes(step, parts)
     held["activations"] = activations(step, stage)
     held["passing"] = passing_bytes(step, stage, parts)
     return held
 
 
+def gradient_bytes(step, n):
+    """Bytes of the gradients of n numbers. DistributedDataParallel sums them in buckets of its own,
+    beside those that earlier micro-batches left."""
+    size = step.grad_dtype.itemsize * n
+    has_buckets = step.sizes.replica > 1 and not step.gathers
+    if has_buckets and step.n_micro > 1:
+        size += 4 * n
+    return size
+
+
 def optimizer_bytes(step, parts):
     """Bytes of the averages: of Muon's matrices one, of all others two."""
-    each = [4 if step.optimizer == "muon" and part.is_matrix else 8 for part in parts]
-    sizes = [part.numel * size for part, size in zip(parts, each)]
-    if step.zero:
-        return largest_share(sizes, step.sizes.replica)
-    return sum(sizes)
+    muon = [part.numel for part in parts if part.is_matrix and step.optimizer == "muon"]
+    adamw = [part.numel for part in parts if not part.is_matrix or step.optimizer != "muon"]
+    if step.zero:  # each optimizer divides its own
+        n = step.sizes.replica
+        return 4 * largest_share(muon, n) + 8 * largest_share(adamw, n)
+    return 4 * sum(muon) + 8 * sum(adamw)
 
 
 def largest_share(sizes, n):
@@ -312,7 +333,7 @@ def passing_bytes(step, stage, parts):
     rest = of_block.pop(None, 0)
     largest = max(of_block.values(), default=0)
     always = 0
-    in_block = backward_bytes(step)
+    in_block = backward_bytes(step, stage)
     if step.gathers:
         always = 4 * rest  # whole from its forward to the end of the backward
         in_block += largest * (2 * width + width + 4)  # this block, the next; its gradients
@@ -322,4 +343,3 @@ def passing_bytes(step, stage, parts):
         always += width * step.config.n_embd * step.config.vocab_size / step.sizes.tp
     at_head = head_bytes(step) if stage == step.sizes.pp - 1 else 0
     return always + max(at_head, in_block)
-

@@ -8,7 +8,7 @@ One model for all: the constants below are the same for every network and mesh. 
 holds it against runs that were published; docs/parallel.md has the formulas."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from barelm.costs import MEMORY_GBS
 from barelm.footprint import Step, footprint, stage_blocks, total_bytes
@@ -21,7 +21,7 @@ from barelm.optim import (
     mlp_weights,
 )
 from barelm.run import UserError
-from barelm.traffic import transfers
+from barelm.traffic import WORDS, transfers
 
 # From the makers' data sheets: memory in GB; what a GPU sends to others of its machine in GB/s, in
 # one direction (NVLink, or PCIe); and to other machines (the usual network card beside each).
@@ -282,7 +282,7 @@ def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wa
                     nearest = min(nearest, size)
                     continue
                 seconds = sum(step_seconds(step, hardware).values())
-                if best is None or seconds < 0.99 * best[0]:  # the first are the simplest
+                if best is None or seconds < 0.97 * best[0]:  # the first are the simplest
                     best = (seconds, step)
     if best is None:
         raise UserError(refusal(hardware, world, windows, nearest))
@@ -303,19 +303,27 @@ def grids(config, world, local_world, seq_len, wanted):
     """[(Sizes, zero)] to try, the simplest first."""
     found = []
     for tp in factors(world, wanted["tp"]):
-        divides = [config.n_head, config.n_kv_head, config.n_hidden]
-        if local_world % tp or any(n % tp for n in divides):
+        if local_world % tp or not can_share(config, tp):
             continue
         for pp in factors(world // tp, wanted["pp"]):
             if pp > config.n_layer:
                 continue
             rest = world // tp // pp
-            for replica, shard, zero in kinds_of_copies(rest, tp, local_world, wanted["parallel"]):
+            is_whole = tp == 1 and pp == 1
+            asked = wanted["parallel"]
+            kinds = kinds_of_copies(rest, tp, local_world, asked, is_whole)
+            for replica, shard, zero in kinds:
                 for cp in factors(rest, wanted["cp"]):
                     if wanted["cp"] is None and cp > 1 and seq_len < 8192 * cp:
                         continue  # short windows are better kept whole
                     found.append((Sizes(pp, replica, shard, tp, cp), zero))
     return found
+
+
+def can_share(c, tp):
+    """Whether tp processes can have as many heads and hidden units each."""
+    shares_keys = c.n_kv_head == 1 or c.n_kv_head % tp == 0
+    return c.n_head % tp == 0 and shares_keys and c.n_hidden % tp == 0
 
 
 def factors(n, wanted):
@@ -325,16 +333,88 @@ def factors(n, wanted):
     return [2**i for i in range(10) if n % 2**i == 0]
 
 
-def kinds_of_copies(rest, tp, local_world, parallel):
-    """[(copies, parts, zero)] of so many processes that hold a stage."""
+def kinds_of_copies(rest, tp, local_world, parallel, is_whole):
+    """[(copies, parts, zero)] of so many processes that hold a stage; is_whole: the network."""
     kinds = []
     per_machine = max(1, local_world // tp)
     if parallel in (None, "ddp"):
         kinds.append((rest, 1, 0))
-        if rest > 1 and tp == 1:
+        if rest > 1 and is_whole:
             kinds.append((rest, 1, 1))
     if parallel in (None, "hsdp") and 1 < per_machine < rest and rest % per_machine == 0:
         kinds.append((rest // per_machine, per_machine, 0))
     if parallel in (None, "fsdp") and rest > 1:
         kinds.append((1, rest, 0))
     return kinds
+
+
+# --------------------------------------------------------------------------------------------------
+# In words
+
+
+def in_gb(size):
+    return f"{size / 1e9:.3g} GB"
+
+
+def held_lines(step, hardware):
+    """What a device holds, by kind."""
+    held = footprint(step)
+    kinds = ", ".join(f"{kind} {in_gb(size)}" for kind, size in held.items() if size)
+    total = total_bytes(held)
+    return [f"bytes of a device: {in_gb(total)} of {in_gb(hardware.memory)}: {kinds}"]
+
+
+def sent_lines(step, hardware):
+    """What a device sends in a step, a line for each kind of parallelism."""
+    software = Software()
+    seconds = exchange_seconds(step, hardware, software)
+    lines = []
+    for kind, transfer in transfers(step).items():
+        where = "to other machines"
+        if transfer.is_local(step.local_world):
+            where = "within a machine"
+        lines.append(
+            f"on the wire, {kind}: {in_gb(transfer.sent)} a step from each device, {where}, "
+            f"{seconds[kind]:.3g} s: {WORDS[kind]}"
+        )
+    return lines
+
+
+def time_lines(step, hardware, parts):
+    """How long a step takes, by what; MFU and the rate."""
+    seconds = sum(parts.values())
+    words = ", ".join(f"{what} {part:.3g}" for what, part in parts.items() if part)
+    rate = step.step_tokens / seconds
+    mfu = mfu_of(step, hardware, seconds)
+    return [
+        f"a step of {step.step_tokens:,} tokens: {seconds:.3g} s, of which {words}",
+        f"MFU {100 * mfu:.1f} %, {rate:,.0f} tokens/s, {rate / step.sizes.world:,.0f} a device",
+    ]
+
+
+def save_seconds(step, machines, storage_gbs):
+    """Seconds in which a checkpoint is written: weights and averages, of a network in parts by all
+    machines together, else by one."""
+    n = sum(math.prod(shape) for _, shape in step.shapes)
+    size = 12 * n
+    if step.optimizer == "muon":
+        of_blocks = [shape for name, shape in step.shapes if ".layers." in name and len(shape) > 1]
+        size -= 4 * sum(math.prod(shape) for shape in of_blocks)
+    writers = machines if step.sizes.is_sharded else 1
+    return size / (1e9 * storage_gbs * writers)
+
+
+def failure_lines(step, share, seconds):
+    """What failures cost, and how often to save. share: a Goodput; seconds: of a step."""
+    every = save_every(share, seconds)
+    minutes = share.interval / 60
+    kept = 100 * share.goodput
+    return [
+        f"failures: one in {share.mtbf / 3600:.3g} hours; saves, of {share.save:.3g} s, are best "
+        f"{every:,} steps apart ({minutes:.3g} min); goodput {kept:.1f} %"
+    ]
+
+
+def save_every(share, seconds):
+    """The best number of steps between saves, where a step takes so many seconds."""
+    return max(1, round(share.interval / seconds))

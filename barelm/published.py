@@ -111,7 +111,14 @@ def by_flops(name, gpu, source, step, tflops, software=None):
     c = step.config
     s, h = step.seq_len, c.n_embd
     windows = step.step_tokens / s
-    flops = 96 * windows * s * c.n_layer * h**2 * (1 + s / (6 * h) + c.vocab_size / (16 * c.n_layer * h))
+    flops = (
+        96
+        * windows
+        * s
+        * c.n_layer
+        * h**2
+        * (1 + s / (6 * h) + c.vocab_size / (16 * c.n_layer * h))
+    )
     seconds = flops / (step.sizes.world * tflops * 1e12)
     return Published(name, gpu, source, step, seconds, software or Software())
 
@@ -157,7 +164,8 @@ def runs():
         Published("Llama 3 8B", "H100", NEMO,
                   step_of("Llama 3 8B", Sizes(replica=128, cp=2), 1, 32), 13.10, nemo[1]),
         Published("Llama 3 70B", "H100", NEMO,
-                  step_of("Llama 3 70B", Sizes(pp=4, replica=4, tp=4, cp=2), 1, 64), 14.72, nemo[5]),
+                  step_of("Llama 3 70B", Sizes(pp=4, replica=4, tp=4, cp=2), 1, 64), 14.72,
+                  nemo[5]),
         Published("Llama 3 70B", "H100", NEMO,
                   step_of("Llama 3 70B", Sizes(pp=4, replica=64, tp=4, cp=2), 1, 64), 14.92,
                   nemo[5]),

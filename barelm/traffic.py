@@ -44,7 +44,9 @@ def transfers(step):
         "gradient parts": Transfer(scatter_bytes(step), sizes.shard, sizes.tp),
         "gradients": Transfer(gradient_bytes(step), sizes.replica, sizes.tp * sizes.shard),
         "optimizer": optimizer_transfer(step),
-        "pipeline": Transfer(pipeline_bytes(step), sizes.pp, sizes.tp * sizes.shard * sizes.replica),
+        "pipeline": Transfer(
+            pipeline_bytes(step), sizes.pp, sizes.tp * sizes.shard * sizes.replica
+        ),
     }
     return {kind: transfer for kind, transfer in found.items() if transfer.sent}
 

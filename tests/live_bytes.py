@@ -31,14 +31,13 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.net = net
         self.optimizers = optimizers
-        self.live = {}  # address: (a weak reference, bytes)
-        self.known = []  # the dicts whose storages are counted by kind
+        self.live = {}  # address: a weak reference
         self.peak = 0
         self.at_peak = {}
 
     def __enter__(self):
         for address, storage in storages(list(self.kinds().values())).items():
-            self.live[address] = (StorageWeakRef(storage), storage.nbytes())
+            self.live[address] = StorageWeakRef(storage)
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -46,9 +45,8 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # a DTensor's: its local operations come here by themselves
         result = func(*args, **(kwargs or {}))
         for address, storage in storages(result).items():
-            known = self.live.get(address)
-            if known is None or known[0].expired() or known[1] != storage.nbytes():
-                self.live[address] = (StorageWeakRef(storage), storage.nbytes())
+            if address not in self.live or self.live[address].expired():
+                self.live[address] = StorageWeakRef(storage)
         total = self.total()
         if total > self.peak:
             self.peak = total
@@ -58,15 +56,19 @@ class LiveBytes(TorchDispatchMode):
 
     def total(self):
         """The bytes that live now."""
-        ended = [address for address, (ref, _) in self.live.items() if ref.expired()]
-        for address in ended:
-            del self.live[address]
-        return sum(size for _, size in self.live.values())
+        size = 0
+        for address, reference in list(self.live.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is None:  # gone
+                del self.live[address]
+            else:  # fully_shard empties storages, and fills them again
+                size += storage.nbytes()
+        return size
 
     def kinds(self):
         params = list(self.net.parameters())
         return {
             "weights": params,
             "gradients": [p.grad for p in params if p.grad is not None],
-            "optimizer": [dict(o.state) for o in self.optimizers],
+            "optimizer": [dict(getattr(o, "optim", o).state) for o in self.optimizers],
         }

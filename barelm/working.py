@@ -1,20 +1,17 @@
 """The working folder of a run of prepare.py, and the processes that work in it: locked while a run
 lasts, left for the next run where this one is stopped."""
 
-import ctypes
 import errno
 import os
 import shutil
-import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 
 import torch.distributed as dist
 
 from barelm.machines import Part
 from barelm.run import Progress, UserError
+from barelm.workers import WorkerKilled, Workers
 
 STOPPED = "stopped: the same command goes on from here"
 DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -26,22 +23,7 @@ class EmptySource(UserError):
 
 def start_pool(n_workers):
     """That many processes to work in, or none of them where one is enough."""
-    if n_workers == 1:
-        return nullcontext()
-    try:
-        return ProcessPoolExecutor(n_workers, initializer=start_worker)
-    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, no /dev/shm
-        why = str(error).partition(",")[0]
-        raise UserError(f"no processes to work in ({why}): --threads=1 needs none") from None
-
-
-def start_worker():
-    """A working process ends with Ctrl-C, without a word, and with the process that it serves."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends the others
-    pr_set_pdeathsig = 1
-    with suppress(Exception):  # Linux alone
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    return nullcontext() if n_workers == 1 else Workers(n_workers)
 
 
 def wait(run, things=(), is_there=os.path.exists):
@@ -105,7 +87,7 @@ def working_folder(folder, run):
             is_over = error.errno in DISK_IS_FULL and not is_part
             why = f"{error.filename or folder}: {error.strerror or error}"
             raise UserError(f"{why}; nothing was changed") from None
-        except BrokenProcessPool:
+        except WorkerKilled:
             raise UserError(why_no_worker()) from None
         except KeyboardInterrupt:
             raise UserError(STOPPED) from None

@@ -26,6 +26,11 @@ torch.set_num_threads(1)  # whatever MKL_NUM_THREADS says
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for scripts that stand elsewhere
+from barelm.workers import end_with_the_parent
+
+# Seconds after which a command that a test waits for hangs: no machine is so slow. It is ended, and
+# what it said is shown. (pyproject.toml ends pytest itself where one test takes twice as long.)
+LONGEST = 300
 # Where a fork is safe the commands below start as one, which spares each the import of torch.
 FORK = sys.platform == "linux" and not torch.cuda.is_available()
 
@@ -66,6 +71,7 @@ def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen
             capture_output=True,
             text=True,
             env=os.environ | (env or {}),
+            timeout=LONGEST,
             **popen,
         )
     if check and done.returncode:
@@ -84,6 +90,7 @@ def run_forked(cwd, script, args, stdin, processes):
         ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
     def child(rank):
+        end_with_the_parent()
         if processes > 1:
             os.environ.update(
                 ranks, WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank)
@@ -100,7 +107,8 @@ def run_forked(cwd, script, args, stdin, processes):
     for process in forks:
         process.start()
     while alive := [process for process in forks if process.is_alive()]:
-        wait([process.sentinel for process in alive])
+        if not wait([process.sentinel for process in alive], LONGEST):
+            end_hanging(alive, streams[1:])
         if any(process.exitcode for process in forks):  # one that fails ends the others
             for process in alive:
                 process.terminate()
@@ -109,6 +117,26 @@ def run_forked(cwd, script, args, stdin, processes):
     out, err = streams[1].read(), streams[2].read()
     failed = [process.exitcode for process in forks if process.exitcode]
     return SimpleNamespace(returncode=[*failed, 0][0], stdout=out, stderr=err)
+
+
+def join(process, *streams):
+    """Wait for the end of a fork of this process, which writes into these files."""
+    process.join(LONGEST)
+    if process.is_alive():
+        end_hanging([process], streams)
+
+
+def end_hanging(processes, streams):
+    """End forks that do not end by themselves: an error with what they wrote into these files."""
+    for process in processes:
+        os.kill(process.pid, signal.SIGABRT)  # pytest's faulthandler prints where it is
+        process.join(5)
+        process.kill()
+        process.join()
+    for stream in streams:
+        stream.seek(0)
+    said = "\n".join(stream.read() for stream in streams)
+    raise AssertionError(f"no end within {LONGEST} s\n{said}")
 
 
 KILLED = """
@@ -139,7 +167,7 @@ def run_killed(cwd, script, *args, ending, times=1):
     neither, as it would a kill from without."""
     words = [str(ROOT / script), ending, str(times), *map(str, args)]
     command = [sys.executable, "-c", KILLED, *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
     assert done.returncode == -signal.SIGKILL, (done.returncode, done.stdout, done.stderr)
 
 

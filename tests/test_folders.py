@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, join, run
 from test_train import SMALL, log, words  # noqa: F401 (a fixture)
 
 import train
@@ -255,7 +255,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(base):
         with locked_folder(base / "out/held", patience=0):
             pass
     os.kill(pid, signal.SIGKILL)
-    process.join()
+    join(process)
     run(base, "train.py", *RUN, "--out_dir=out/held")
     assert len(log(base, "out/held")) == 4
 

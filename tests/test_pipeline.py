@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, stalled
+from conftest import ROOT, join, run, stalled
 from test_prepare import (
     SHARED,
     documents_of,
@@ -966,9 +966,10 @@ def test_a_killed_worker_is_a_line(tmp_path):
     process, _, err = start_py(tmp_path, *args, before=stalled(".json"))
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     while not (found := open(children).read().split()):
+        assert process.is_alive()
         time.sleep(0.001)
     os.kill(int(found[0]), signal.SIGKILL)
-    process.join()
+    join(process, err)
     err.seek(0)
     assert process.exitcode == 1 and "a process was killed" in err.read()
     done_well(prepare_py(tmp_path, "--source=docs.jsonl", "--threads=2", "--tokenizer=byte"))
@@ -1297,9 +1298,10 @@ def test_ctrl_c_is_a_line(tmp_path):
     process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2", before=before)
     work = tmp_path / "data/python/work"
     while len(list(work.glob("*.txt"))) < 2:  # both are past their start
+        assert process.is_alive()
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
-    process.join()
+    join(process, err)
     err.seek(0)
     assert err.read() == "stopped: the same command goes on from here\n"
 

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_killed
+from conftest import LONGEST, ROOT, run, run_killed
 
 import model
 import train
@@ -97,7 +97,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     assert f"resumed {killed} at step {at}" in said.stdout
     if name == "compiled":
         whole = start(words, *options, f"--out_dir=out/{name}")
-    assert whole.wait() == 0, whole.stdout.read()
+    assert whole.wait(LONGEST) == 0, whole.stdout.read()
     if name == "compiled":  # and compared with the eager network before it was trusted
         assert re.search(r"compile: on, after \S+; equal to eager within \S+ %\n", said.stdout)
     assert weights(words, f"out/{name}") == weights(words, killed)
@@ -152,7 +152,7 @@ def test_a_signal_saves_and_exits(words, number, code):
     process = start(words, "--max_steps=100000", "--save_every=100000", f"--out_dir={out}")
     wait_for(process, lambda: rows_of(words / out / "log.jsonl") >= 20)
     process.send_signal(number)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=LONGEST)[0]
     assert process.returncode == code and "--init_from=resume goes on" in said
     step = load_state(words / out)["step"]
     assert step == len(log(words, out)) >= 20
@@ -253,7 +253,7 @@ def test_a_signal_to_one_process_takes_the_others_along(words, which):
     assert len(ranks) == 2
     for rank in ranks[:1] if which == "one" else ranks:
         os.kill(rank, signal.SIGTERM)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=LONGEST)[0]
     assert "stopped at step" in said
     assert load_state(words / "out" / f"both-{which}")["step"] == len(
         log(words, f"out/both-{which}")
@@ -612,7 +612,7 @@ def test_two_machines_have_the_curve_of_one_process(words):
         )
         for rank in (0, 1)
     ]
-    said = [machine.communicate()[0] for machine in machines]
+    said = [machine.communicate(timeout=LONGEST)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "2 process(es)" in said[0] and "step 6" not in said[1]  # the first one speaks
     for key in ("loss", "val_loss"):

@@ -943,6 +943,8 @@ def score_of(name, token_bytes):
 
     def causal_figures(net, h, batch):
         targets = batch["targets"]
+    if net.tokens is not None:  # of several processes that share a window, this one's
+        targets = net.tokens.own(targets)
         n_bytes = bytes_of(targets, token_bytes)
         return torch.stack([net.loss_of(h, targets), (targets >= 0).sum(), n_bytes])[None].double()
 

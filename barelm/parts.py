@@ -21,6 +21,17 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
+def part_like(divided, tensor):
+    """What this process holds of a tensor, divided as another DTensor is; where that is none, the
+    tensor itself. All processes have the whole: nothing is sent."""
+    if not is_divided(divided):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = divided.device_mesh
+    return distribute_tensor(tensor, mesh, divided.placements, src_data_rank=None)
+
+
 def n_holders(tensor, mesh):
     """How many processes hold the same part of a parameter as this one."""
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp

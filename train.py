@@ -929,7 +929,10 @@ def filled_up(batch, n_rows):
 def causal_totals(net, batch, docs, token_bytes):
     """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
     loss_sum, n_targets = net(**batch, docs=docs)
-    return torch.stack([loss_sum, n_targets, bytes_of(batch["targets"], token_bytes)]).double()
+    targets = batch["targets"]
+    if net.tokens is not None:  # of several processes that share a window, this one's
+        targets = net.tokens.own(targets)
+    return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
 
 
 def bytes_of(targets, token_bytes):
@@ -943,8 +946,6 @@ def score_of(name, token_bytes):
 
     def causal_figures(net, h, batch):
         targets = batch["targets"]
-    if net.tokens is not None:  # of several processes that share a window, this one's
-        targets = net.tokens.own(targets)
         n_bytes = bytes_of(targets, token_bytes)
         return torch.stack([net.loss_of(h, targets), (targets >= 0).sum(), n_bytes])[None].double()
 

@@ -216,7 +216,7 @@ class Stage(nn.Module):
             x = net.run_blocks(net.model.layers, x, looks)
             if self.n_expert_blocks:
                 router_loss = self.add_routing(router_loss, x)
-            if self.is_last and self.training:
+            if self.is_last and net.training:
                 h = net.model.norm(x)
                 x = self.loss(h, router_loss, ids, targets, docs, places)
             elif self.is_last:
@@ -224,7 +224,7 @@ class Stage(nn.Module):
                 if places is not None:
                     batch["places"] = places
                 return self.score(net, net.model.norm(x), batch)
-        if self.training and self.after is not None:
+        if net.training and self.after is not None:
             self.after()
         if self.is_last or not self.n_expert_blocks:
             return x

@@ -218,6 +218,7 @@ class GPT(nn.Module):
         self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
         self.train_block: Callable = call_block  # or torch.compile(call_block); not with a cache
         self.eval_block: Callable = call_block  # the same of eval mode
+        self.tokens = None  # of processes that share windows: see barelm/context_parallel.py
         # What may be added to it: a classifier's head (`set_score`), adapters, quantized weights.
         self.score: nn.Linear | None = None  # (n_labels, C)
         self.score_dense: nn.Linear | None = None  # (C, C), before it, and its norm
@@ -275,13 +276,14 @@ class GPT(nn.Module):
         return self.train_block if self.training else self.eval_block
 
     def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None, lengths=None,
-               encoder_ids=None, encoder_lengths=None, memory=None):  # fmt: skip
+               encoder_ids=None, encoder_lengths=None, memory=None, window=None):  # fmt: skip
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
         With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
         docs (B, T) int64: a token attends to its own document, where positions start anew. lengths
         (B,): an encoder's rows have so many tokens, and padding behind them. An encoder-decoder has
-        its source as encoder_ids (B, S), or what `encode` made of them, or in the cache."""
+        its source as encoder_ids (B, S), or what `encode` made of them, or in the cache. window: of
+        ids that are some of a window's tokens, all of it."""
         c = self.config
         if encoder_ids is not None:
             memory = self.encode(encoder_ids, encoder_lengths)
@@ -297,6 +299,8 @@ class GPT(nn.Module):
         T = x.shape[1]
         if cache is not None:
             positions = cache.extend(T, n_new)
+        elif window is not None:
+            positions = window.own_positions
         elif c.pos == "learned" and length > c.n_ctx:
             raise ValueError(f"{length} tokens, but the model has {c.n_ctx} learned positions")
         else:
@@ -304,7 +308,7 @@ class GPT(nn.Module):
         if docs is not None:
             positions = document_positions(positions, docs)
         x = self.embed(x, positions)
-        looks = self.looks(self.model, x, positions, docs, cache)
+        looks = self.looks(self.model, x, positions, docs, cache, window)
         x = self.run_blocks(self.model.layers, x, looks, cache, memory)
         if is_spread:
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
@@ -348,9 +352,9 @@ class GPT(nn.Module):
             x = self.model.embed_norm(x)
         return F.dropout(x, c.dropout, self.training)
 
-    def looks(self, part, x, positions, docs=None, cache=None):
+    def looks(self, part, x, positions, docs=None, cache=None, window=None):
         """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
-        encoder, whose tokens are at positions (B or 1, T)."""
+        encoder, whose tokens are at positions (B or 1, T), or are some of a window's."""
         c = self.config
         is_biased = c.pos in ("alibi", "relative")  # a mask of numbers, then
         is_changed = is_biased or c.softcap > 0 or c.sinks
@@ -368,10 +372,16 @@ class GPT(nn.Module):
             if c.pos == "rope" and theta not in ropes:
                 ropes[theta] = rope_angles(c, positions, compute_dtype(x), theta)
             in_order = alone and not is_biased
-            mask = self.ops.mask(pattern, positions, docs, in_order, is_changed, key_positions)
+            if window is None:
+                mask = self.ops.mask(pattern, positions, docs, in_order, is_changed, key_positions)
+            else:
+                key_positions = window.positions
+                mask = window.mask(pattern, in_order)
             if is_biased:
                 keys = positions if key_positions is None else key_positions
                 mask = self.biased(mask, part, positions, keys, pattern.causal)
+            if window is not None:
+                mask = window.shared(mask)
             looks[pattern] = (ropes.get(theta), mask)
         return looks
 
@@ -381,18 +391,22 @@ class GPT(nn.Module):
         if not isinstance(mask, SparseMask):
             return with_bias(mask, self.score_bias(part, positions, key_positions, causal))
         if c.pos == "alibi":
-            return mask._replace(slopes=alibi_slopes(c.n_head, positions.device))
+            slopes = alibi_slopes(c.n_head, positions.device)
+            return mask._replace(slopes=self.ops.of_heads(slopes))
         buckets = (c.n_buckets, c.max_distance, causal)
-        return mask._replace(table=part.relative_bias.weight, buckets=buckets)
+        table = self.ops.of_heads(part.relative_bias.weight, 1)
+        return mask._replace(table=table, buckets=buckets)
 
     def score_bias(self, part, positions, key_positions, causal):
         """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions
         (B or 1, S): (B or 1, H, T, S) float32, or None."""
         c = self.config
         if c.pos == "alibi":
-            return alibi(positions, key_positions, alibi_slopes(c.n_head, positions.device))
+            slopes = self.ops.of_heads(alibi_slopes(c.n_head, positions.device))
+            return alibi(positions, key_positions, slopes)
         if c.pos == "relative":
-            return relative(positions, key_positions, part.relative_bias.weight, c, causal)
+            table = self.ops.of_heads(part.relative_bias.weight, 1)
+            return relative(positions, key_positions, table, c, causal)
         return None
 
     def run_blocks(self, blocks, x, looks, cache=None, memory=None):
@@ -439,6 +453,8 @@ class GPT(nn.Module):
         nats, float32; their count). places (B, n): where in a row the targets (B, n) are, so that
         logits are made there alone. `options` are those of `hidden`. Pre-training and SFT come by
         here, and get what is added to the loss; other methods take `hidden` and `logits`."""
+        if self.tokens is not None and targets is not None:
+            ids, targets, options = self.tokens.cut(ids, targets, options)
         h = self.hidden(ids, **options)
         if targets is None:
             return self.logits(h)
@@ -506,7 +522,7 @@ class GPT(nn.Module):
         # A CPU attends to float32 faster than to less: it has to convert the rest.
         dtype = torch.float32 if table.device.type == "cpu" else compute_dtype(table)
         whole = self.deterministic  # keys in the order that they have without a cache
-        config = config or self.config
+        config = self.ops.own_heads(config or self.config)
         return KVCache(config, batch, max_len, table.device, dtype, slack, whole)
 
     def set_score(self, labels, pooling="last", pad_id=None, *, task="classify", pooler="",
@@ -634,7 +650,7 @@ class Attention(nn.Module):
     def scoring(self):
         """`options`, with the parameters among them."""
         if self.c.sinks and hasattr(self, "sinks"):
-            return self.options | {"sinks": self.sinks}
+            return self.options | {"sinks": self.ops.of_heads(self.sinks)}
         return self.options
 
     def qkv(self, x, rope=None):

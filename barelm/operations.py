@@ -90,6 +90,8 @@ class Operations:
         self.fast = fast
         self.deterministic = False
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
+        # Of several processes that share the heads: a HeadShare of barelm/tensor_parallel.py
+        self.heads = None
         # Both by barelm/compiled.py, which compares before it sets them:
         self.sparse = False  # skip what no token sees: pays in compiled blocks on a GPU
         self.block_masks: dict = {}  # for it, of patterns without documents, which stay the same
@@ -100,6 +102,8 @@ class Operations:
         """The outputs of linear layers that read the same x (…, C), side by side."""
         if self.deterministic:
             return invariant.project(x, layers)
+        if self.heads is not None:
+            return self.heads.project(x, layers)
         if self.fast:
             y = joined_product(x, layers, self.packed)
             if y is not None:
@@ -108,7 +112,21 @@ class Operations:
             return layers[0](x)
         return torch.cat([layer(x) for layer in layers], -1)
 
+    def of_heads(self, tensor, dim=0):
+        """Of a tensor that has all heads along dim the part that this process computes with."""
+        return tensor if self.heads is None else self.heads.of_heads(tensor, dim)
+
+    def all_heads(self, tensor):
+        """All heads' (H, …), of what this process has of its own."""
+        return tensor if self.heads is None else self.heads.all_heads(tensor)
+
+    def own_heads(self, c):
+        """A GPTConfig with the heads of this process alone."""
+        return c if self.heads is None else self.heads.of_config(c)
+
     def rms_norm(self, x, weight, eps):
+        if self.heads is not None:
+            weight = self.heads.own(weight)
         if self.fast and can_fuse(x):
             return FusedRMSNorm.apply(x, weight, eps)
         return rms_norm(x, weight, eps)
@@ -160,6 +178,9 @@ class Operations:
         from it, as the mask says too; None: any."""
         if isinstance(mask, SparseMask):
             return sparse_attention(q, k, v, mask, scale, softcap, sinks)
+        if hasattr(mask, "share"):  # a SharedMask of processes that share a window
+            options = dict(scale=scale, softcap=softcap, sinks=sinks)
+            return mask.attend(self.plain_attend, q, k, v, dropout, reach, **options)
         plain = partial(self.plain_attend, causal=causal, scale=scale, softcap=softcap)
         if self.deterministic and not dropout:
             return invariant.attention(q, k, v, mask, sinks, plain, causal, scale, softcap)
@@ -213,5 +234,7 @@ class Operations:
         there is more to the logits than that, head is None."""
         if self.fast and can_piece(head):
             h = head_input(h)
+            if self.heads is not None and self.heads.has_part_of(head):
+                return self.heads.cross_entropy(h, head, targets)
             return cross_entropy_sum(h, head.weight, targets, self.head_piece, head.bias)
         return F.cross_entropy(logits(h).float(), targets, reduction="sum")  # of (N, V)

@@ -21,6 +21,17 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
+def part_like(divided, tensor):
+    """What this process holds of a tensor, divided as another DTensor is; where that is none, the
+    tensor itself. All processes have the whole: nothing is sent."""
+    if not is_divided(divided):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = divided.device_mesh
+    return distribute_tensor(tensor, mesh, divided.placements, src_data_rank=None)
+
+
 def n_holders(tensor, mesh):
     """How many processes hold the same part of a parameter as this one. Some parameters are held
     by several stages of a pipeline, as barelm/pipeline.py notes on them."""
@@ -28,9 +39,18 @@ def n_holders(tensor, mesh):
     holders *= getattr(tensor, "n_stages", 1)
     if is_divided(tensor):
         for dimension, placement in enumerate(tensor.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # a Shard, or the strided one of FSDP behind tp
                 holders //= tensor.device_mesh.size(dimension)
     return holders
+
+
+def sum_partial_gradients(params):
+    """Add up the gradients of which each process has a part: of what all have, and compute with
+    their own heads alone (q_norm, k_norm, sinks, the table of relative positions, a single head of
+    keys and values). FSDP has done so by itself."""
+    for p in params:
+        if is_divided(p) and p.grad is not None and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
 
 
 def global_norm(params, mesh):
@@ -50,6 +70,7 @@ def global_norm(params, mesh):
 
 def clip_gradients(params, grad_clip, mesh):
     """Clip gradients that are divided to this norm (0: leave them); their norm before."""
+    sum_partial_gradients(params)
     norm = global_norm(params, mesh)
     if grad_clip:
         grads = [local_part(p.grad) for p in params if p.grad is not None]

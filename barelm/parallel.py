@@ -24,10 +24,6 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
     DistributedDataParallel; of one in stages its Pipeline. compute_dtype: in which the blocks'
     matrices are gathered; reduce_dtype: in which gradients are summed."""
     sizes = mesh.sizes
-    if sizes.pp > 1:
-        from barelm.pipeline import keep_stage
-
-        keep_stage(net, mesh.rank_of("pp"), sizes.pp)
     if sizes.tp > 1:
         from barelm.tensor_parallel import split_heads
 
@@ -38,8 +34,9 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         split_tokens(net, mesh)
     network = net
     if sizes.pp > 1:
-        from barelm.pipeline import Stage
+        from barelm.pipeline import Stage, keep_stage
 
+        keep_stage(net, mesh.rank_of("pp"), sizes.pp)
         network = Stage(net, mesh.rank_of("pp"), sizes.pp, compute_dtype)
     if needs_fully_shard(sizes):
         fully_sharded(network, blocks_of(net), mesh, compute_dtype, reduce_dtype)

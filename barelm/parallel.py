@@ -37,11 +37,17 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         group = mesh.group_of("replica")
         network = DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
         if reduce_dtype == torch.bfloat16:
-            network.register_comm_hook(group, bf16_compress_hook)
+            network.register_comm_hook(group, exchange_narrow)
         return network
     if reduce_dtype == torch.bfloat16:
         narrow_gradients(net)
     return net
+
+
+def exchange_narrow(group, bucket):
+    """DistributedDataParallel's exchange of some gradients in bfloat16. (By its own name torch
+    refuses it on CPUs, whose gloo can do it too.)"""
+    return bf16_compress_hook(group, bucket)
 
 
 def keeps_narrow(sizes):

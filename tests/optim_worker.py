@@ -96,7 +96,7 @@ def muon_on_layers(kind, offload=False):
     return [whole_tensor(p).detach() for p in net.parameters()], held
 
 
-def check_muon():
+def check_muon(run):
     alone, whole_bytes = muon_on_layers("one process")
     ways = [("fsdp", False), ("hsdp", False), ("tp", False), ("fsdp x tp", False), ("fsdp", True)]
     for kind, offload in ways:
@@ -105,7 +105,7 @@ def check_muon():
         held = torch.tensor([float(held)])
         dist.all_reduce(held)
         share = held.item() / dist.get_world_size() / whole_bytes
-        say(f"muon {kind}", worst=worst, share=share, offload=offload)
+        say(f"muon {kind}{' offload' if offload else ''}", worst=worst, share=share)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,23 +165,26 @@ def state_bytes(optimizers):
     return total
 
 
-def check_network(run):
+WAYS = ("ddp", "ddp zero", "ddp bfloat16", "ddp zero offload", "fsdp", "hsdp", "fsdp bfloat16")
+SHORT = {"adamw": ("ddp zero", "fsdp bfloat16"), "muon": ("ddp zero", "ddp bfloat16", "fsdp")}
+
+
+def check_network(run, ways_of=None):
     for name in ("adamw", "muon"):
         alone = one_process(run, name)
         say(f"{name} learns", first=alone[0], last=alone[-1])
-        for way in ("ddp", "ddp zero", "ddp bfloat16", "ddp zero offload", "fsdp", "hsdp",
-                    "fsdp bfloat16", "fsdp offload"):  # fmt: skip
+        for way in WAYS if ways_of is None else ways_of[name]:
             kind, *words = way.split()
             run.mesh = open_mesh(run, kind, replicas=2 if kind == "hsdp" else 0)
             dtype = torch.bfloat16 if "bfloat16" in words else torch.float32
             is_narrow = dtype == torch.bfloat16 and keeps_narrow(run.mesh.sizes)
             plan = StatePlan.of(run.mesh, "zero" in words, "offload" in words, is_narrow)
-            losses, net, optimizers = train(run, name, plan, dtype)
+            losses, _, optimizers = train(run, name, plan, dtype)
             worst = max(abs(a - b) for a, b in zip(losses, alone))
             [held] = run.sum(state_bytes(optimizers))
-            expected = held_bytes(net, name, run.mesh.sizes, plan.zero, plan.offload)
-            ratio = held / run.world / (expected["optimizer"] + expected["host"])
-            say(f"{name} {way}", worst=worst, held_to_estimate=ratio)
+            expected = held_bytes(make_net(), name, run.mesh.sizes, plan.zero, plan.offload)
+            expected = expected["optimizer"] + expected["host"]
+            say(f"{name} {way}", worst=worst, held_to_estimate=held / run.world / expected)
 
 
 def check_resume_of_zero(run):
@@ -218,8 +221,10 @@ def main():
     checks = {"muon": check_muon, "network": check_network, "zero": check_resume_of_zero}
     checks |= {"float8": check_float8}
     for name in sys.argv[1:] or checks:
-        check = checks[name]
-        check() if name == "muon" else check(run)
+        if name == "short":
+            check_network(run, SHORT)
+        else:
+            checks[name](run)
     dist.barrier()
     dist.destroy_process_group()
 

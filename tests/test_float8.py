@@ -34,7 +34,7 @@ def rounded(x, bits, lowest, largest):
 def naive_narrowed(x, bits, lowest, largest):
     """A tensor as the format has it, in float64: over its scale, rounded, and times it again."""
     scale = torch.tensor(x.abs().max().item() / largest, dtype=torch.float32).item()
-    values = [rounded(float(torch.tensor(v / scale)), bits, lowest, largest) for v in x.flatten()]
+    values = [rounded((v / scale).item(), bits, lowest, largest) for v in x.flatten()]
     return torch.tensor(values, dtype=torch.float64).view_as(x) * scale
 
 

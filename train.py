@@ -798,6 +798,8 @@ def choose_float8(net, run):
     """Let the blocks multiply in float8, where this device can."""
     if tp > 1:
         raise UserError("--float8: not with --tp: each process would scale its part by another")
+    if deterministic:
+        raise UserError("--float8: not with --deterministic: a batch shares one scale")
     why_not = why_not_float8(run.device)
     words = f"off: {why_not}" if why_not else f"on, in {use_float8(net)} linear layers"
     run.say(f"float8: {words}")

@@ -47,7 +47,7 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
             network, process_group=group, gradient_as_bucket_view=True
         )
         if reduce_dtype == torch.bfloat16:
-            network.register_comm_hook(group, bf16_compress_hook)
+            network.register_comm_hook(group, exchange_narrow)
     if reduce_dtype == torch.bfloat16 and keeps_narrow(sizes):
         narrow_gradients(net)
     if sizes.pp > 1:
@@ -55,6 +55,12 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
 
         network = mesh.pipeline = Pipeline(network, mesh)
     return network
+
+
+def exchange_narrow(group, bucket):
+    """DistributedDataParallel's exchange of some gradients in bfloat16. (By its own name torch
+    refuses it on CPUs, whose gloo can do it too.)"""
+    return bf16_compress_hook(group, bucket)
 
 
 def keeps_narrow(sizes):

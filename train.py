@@ -201,7 +201,6 @@ from barelm.optim import (
     MOMENTS,
     StatePlan,
     free_memory,
-    gather_state,
     make_optimizer,
     memory_estimate,
     n_active,
@@ -668,7 +667,6 @@ def save_run(folder, net, tok, state, batch, compiled, updater):
     if folder.saver:
         folder.saver.save(net, tok, updater.optimizers, entries)
         return
-    gather_state(updater.optimizers)
     if folder.run.is_main:
         entries["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
         save(folder.path, net, tok, state.step, entries)
@@ -679,7 +677,7 @@ def save_run(folder, net, tok, state, batch, compiled, updater):
 def make_saver(run):
     """The StepSaver of a run whose processes each write a part; None of another, of which one
     writes all."""
-    if not (run.mesh.sizes.is_sharded or keep > 1 or async_save):
+    if not (run.mesh.sizes.is_sharded or zero or keep > 1 or async_save):
         return None
     return StepSaver(out_dir, run, asdict(run.mesh.sizes), keep, async_save)
 
@@ -692,7 +690,7 @@ def restore(saved, net, updater, run):
         path = saved["folder"] / "state.pt"
         if "optimizers" not in saved:
             load_states(saved["folder"], net, updater.optimizers)
-        elif run.mesh.sizes.is_sharded:
+        elif run.mesh.sizes.is_sharded or zero:
             names = numbered_names(net, optimizer)
             load_whole_states(saved["optimizers"], names, net, updater.optimizers, path)
         else:

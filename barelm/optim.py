@@ -135,14 +135,6 @@ def held_state(optimizer):
     return getattr(optimizer, "optim", optimizer).state  # ZeRO's own is in its `optim`
 
 
-def gather_state(optimizers):
-    """Let the first process have, in the host's memory, the state that ZeRO has spread, for its
-    `state_dict`s: all processes call it."""
-    for optimizer in optimizers:
-        if hasattr(optimizer, "consolidate_state_dict"):
-            optimizer.consolidate_state_dict(to=0)
-
-
 # What a state.pt has of each parameter. Of an optimizer that is not here, the shapes are checked.
 ADAMW_NAMES = {"step", "exp_avg", "exp_avg_sq"}
 STATE_NAMES = {torch.optim.AdamW: ADAMW_NAMES, AdamWInParts: ADAMW_NAMES, Muon: {"momentum"}}

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from barelm.files import unwritable
-from barelm.optim import STATE_NAMES, split_parameters
+from barelm.optim import STATE_NAMES, held_state, split_parameters
+from barelm.parts import is_divided, local_part
 from barelm.run import UserError
 from model import GPT
 
@@ -64,15 +65,15 @@ def model_tensors(net):
     return tensors
 
 
-def states_of(optimizer):
-    """{parameter: {entry: tensor}} of what this process has of an optimizer's state."""
-    return getattr(optimizer, "optim", optimizer).state  # out of ZeroRedundancyOptimizer
+def inner(optimizer):
+    """The optimizer of those parameters whose state this process has: of a ZeroRedundancyOptimizer
+    the one inside, of another itself."""
+    return getattr(optimizer, "optim", optimizer)
 
 
 def params_of(optimizer):
-    """The parameters whose state this process keeps."""
-    inner = getattr(optimizer, "optim", optimizer)
-    return [p for group in inner.param_groups for p in group["params"]]
+    """The parameters whose state this process has."""
+    return [p for group in inner(optimizer).param_groups for p in group["params"]]
 
 
 def optimizer_tensors(net, optimizers):
@@ -80,10 +81,17 @@ def optimizer_tensors(net, optimizers):
     names = names_of(net)
     tensors = {}
     for optimizer in optimizers:
-        for p, entries in states_of(optimizer).items():
+        for p, entries in held_state(optimizer).items():
             for entry, value in entries.items():
-                tensors[f"optim.{names[p]}.{entry}"] = value.detach()
+                tensors[f"optim.{names[p]}.{entry}"] = divided_as(p, value.detach())
     return tensors
+
+
+def divided_as(p, value):
+    """An entry of a parameter's state as a DTensor where the parameter is one. With --offload the
+    entry is this process's part of it, in the host's memory, where it stays."""
+    is_part = is_divided(p) and not is_divided(value) and value.ndim > 0
+    return DTensor(value, p._spec, requires_grad=False) if is_part else value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,25 +316,28 @@ def make_states(shapes, net, optimizers, folder):
             entries.setdefault(name, {})[entry] = shape
     names = names_of(net)
     for optimizer in optimizers:
-        states = states_of(optimizer)
+        memory = getattr(inner(optimizer), "memory", None)  # the host's, with --offload
         for p in params_of(optimizer):
             saved = entries.get(names[p], {})
             check_entries(saved, optimizer, f"{folder}: the optimizer's state of {names[p]}")
             if saved:
-                states[p] = {entry: empty_entry(p, *shape) for entry, shape in saved.items()}
+                state = {entry: empty_entry(p, *about, memory) for entry, about in saved.items()}
+                held_state(optimizer)[p] = state
 
 
 def check_entries(saved, optimizer, where):
     """Refuse the entries of another kind of optimizer."""
-    usual = STATE_NAMES.get(type(getattr(optimizer, "optim", optimizer)))
+    usual = STATE_NAMES.get(type(inner(optimizer)))
     if saved and usual and set(saved) != usual:
         raise UserError(f"{where} is another optimizer's: damaged, or foreign")
 
 
-def empty_entry(p, dtype, shape):
-    """What an entry of a parameter's state is read into: a number, or spread as p is."""
+def empty_entry(p, dtype, shape, memory):
+    """What an entry of a parameter's state is read into: a number, or divided as p is."""
     if not shape:
         return torch.zeros((), dtype=dtype, device=p.device)
+    if memory is not None:
+        return memory.keep(torch.zeros(local_part(p).shape, dtype=dtype))
     return torch.zeros_like(p, dtype=dtype, requires_grad=False)
 
 
@@ -366,10 +377,10 @@ def load_whole_states(saved, names, net, optimizers, path):
 
 def copy_part(whole, part):
     """Copy what a process has of a tensor into it: `part` is a DTensor, or plain."""
-    if not isinstance(part, DTensor):
+    if not is_divided(part):
         part.copy_(whole)
         return
     for chunk in part.__create_chunk_list__():  # where DCP sees it
         for dim, (begin, size) in enumerate(zip(chunk.offsets, chunk.sizes)):
             whole = whole.narrow(dim, begin, size)
-        part.to_local().copy_(whole)
+        local_part(part).copy_(whole)

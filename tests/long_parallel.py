@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import long_checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = ["--n_layer=4", "--n_embd=64", "--n_head=4", "--n_kv_head=2", "--seq_len=64"]
 STEPS = ["--batch_tokens=2048", "--max_steps=20", "--warmup_steps=4", "--eval_every=10"]
@@ -88,7 +90,7 @@ def meshes():
     assert worst["adamw"] <= 1e-5 and worst["muon"] <= 2e-3, worst
 
 
-SHOWS = {"meshes": meshes}
+SHOWS = {"meshes": meshes} | long_checkpoints.SHOWS
 
 
 def main():

@@ -95,7 +95,7 @@ from barelm.costs import MEMORY_GBS, finetune_memory, finetune_work, learned_wei
 from barelm.download import HUB, download
 from barelm.fast import generating
 from barelm.files import read_json, whole_file
-from barelm.footprint import shapes_of
+from barelm.footprint import planned_shapes
 from barelm.goodput import Goodput, machine_mtbf
 from barelm.mesh import PARALLEL, divisors, nearest
 from barelm.optim import MOMENTS, PEAK_TFLOPS, flops_per_token, memory_estimate, n_params
@@ -357,7 +357,7 @@ def plan_mesh(shape, gpu, length, tokens_of_step):
         raise UserError(f"batch_tokens={tokens_of_step}: expected a multiple of {length}: {near}")
     return best_step(
         shape,
-        shapes_of(empty_network(shape)),
+        planned_shapes(shape),
         planned_hardware(gpu),
         devices,
         devices // nodes,

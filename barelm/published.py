@@ -10,10 +10,9 @@ from functools import cache
 
 import torch
 
-from barelm.footprint import Step, shapes_of
+from barelm.footprint import Step, planned_shapes
 from barelm.mesh import Sizes
 from barelm.plan import Hardware, Software, mfu_of, step_seconds
-from barelm.scaling import empty_network
 from model import GPTConfig
 
 MPT = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
@@ -86,7 +85,7 @@ NETWORKS = {
 
 @cache
 def shapes(name):
-    return shapes_of(empty_network(NETWORKS[name]))
+    return planned_shapes(NETWORKS[name])
 
 
 def step_of(name, sizes, rows, n_micro, recompute=0.0, zero=0, grad_dtype=torch.float32):

@@ -21,6 +21,8 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED)
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 import pytest
 import torch
+from torch.optim import AdamW
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 torch.set_num_threads(1)  # whatever MKL_NUM_THREADS says
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +85,21 @@ def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen
 
 def run_forked(cwd, script, args, stdin, processes):
     """The same command in forks of this process."""
+    forks, out, err = start_forked(cwd, script, args, stdin, processes)
+    while alive := [process for process in forks if process.is_alive()]:
+        if not wait([process.sentinel for process in alive], LONGEST):
+            end_hanging(alive, [out, err])
+        if any(process.exitcode for process in forks):  # one that fails ends the others
+            for process in alive:
+                process.terminate()
+    out.seek(0), err.seek(0)
+    failed = [process.exitcode for process in forks if process.exitcode]
+    return SimpleNamespace(returncode=[*failed, 0][0], stdout=out.read(), stderr=err.read())
+
+
+def start_forked(cwd, script, args, stdin="", processes=1, before=lambda: None):
+    """Start the command in forks of this process, in each of which `before` is called first: (the
+    forks, the file of their stdout, of their stderr)."""
     streams = [tempfile.TemporaryFile("w+") for _ in range(3)]
     streams[0].write(stdin)
     streams[0].seek(0)
@@ -99,24 +116,15 @@ def run_forked(cwd, script, args, stdin, processes):
         for number, stream in enumerate(streams):
             os.dup2(stream.fileno(), number)
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, m) for n, m in enumerate("rww"))
-        sys.argv = [str(ROOT / script), *args]
+        sys.argv = [str(ROOT / script), *map(str, args)]
+        before()
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     fork = multiprocessing.get_context("fork")
     forks = [fork.Process(target=child, args=(rank,)) for rank in range(processes)]
     for process in forks:
         process.start()
-    while alive := [process for process in forks if process.is_alive()]:
-        if not wait([process.sentinel for process in alive], LONGEST):
-            end_hanging(alive, streams[1:])
-        if any(process.exitcode for process in forks):  # one that fails ends the others
-            for process in alive:
-                process.terminate()
-    for stream in streams:
-        stream.seek(0)
-    out, err = streams[1].read(), streams[2].read()
-    failed = [process.exitcode for process in forks if process.exitcode]
-    return SimpleNamespace(returncode=[*failed, 0][0], stdout=out, stderr=err)
+    return forks, streams[1], streams[2]
 
 
 def join(process, *streams):
@@ -139,36 +147,52 @@ def end_hanging(processes, streams):
     raise AssertionError(f"no end within {LONGEST} s\n{said}")
 
 
+def kill_itself(ending, times):
+    """Make this process kill itself (SIGKILL) when it has renamed a file to a name with this
+    ending, or after a `step` of AdamW, so many times."""
+    calls, rename = [], os.replace
+
+    def kill():
+        calls.append(1)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace(a, b):
+        rename(a, b)
+        if str(b).endswith(ending):
+            kill()
+
+    os.replace = replace
+    if ending == "step":
+        register_optimizer_step_post_hook(lambda o, *_: isinstance(o, AdamW) and kill())
+
+
 KILLED = """
-import os, runpy, signal, sys
-_, script, ending, times, *args = sys.argv
-times, calls, rename = int(times), [], os.replace
-def kill():
-    calls.append(1)
-    if len(calls) == times:
-        os.kill(os.getpid(), signal.SIGKILL)
-def replace(a, b):
-    rename(a, b)
-    if str(b).endswith(ending):
-        kill()
-os.replace = replace
-if ending == "step":
-    from torch.optim import AdamW
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-    register_optimizer_step_post_hook(lambda o, *_: isinstance(o, AdamW) and kill())
+import runpy, sys
+_, tests, script, ending, times, *args = sys.argv
+sys.path.insert(0, tests)
+from conftest import kill_itself
+kill_itself(ending, int(times))
 sys.argv = [script, *args]
 runpy.run_path(script, run_name="__main__")
 """
 
 
 def run_killed(cwd, script, *args, ending, times=1):
-    """`python script.py args` in a process that kills itself (SIGKILL): when it has renamed a file
-    to a name with this ending, or after a `step` of AdamW, so many times. A busy machine moves
-    neither, as it would a kill from without."""
-    words = [str(ROOT / script), ending, str(times), *map(str, args)]
-    command = [sys.executable, "-c", KILLED, *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
-    assert done.returncode == -signal.SIGKILL, (done.returncode, done.stdout, done.stderr)
+    """`python script.py args` in a process that kills itself, as kill_itself has it. A busy machine
+    moves that moment not, as it would a kill from without."""
+    if FORK:
+        before = lambda: kill_itself(ending, times)
+        [process], out, err = start_forked(cwd, script, args, before=before)
+        join(process, out, err)
+        out.seek(0), err.seek(0)
+        status, said = process.exitcode, (out.read(), err.read())
+    else:
+        words = [str(ROOT / "tests"), str(ROOT / script), ending, str(times), *map(str, args)]
+        command = [sys.executable, "-c", KILLED, *words]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LONGEST)
+        status, said = done.returncode, (done.stdout, done.stderr)
+    assert status == -signal.SIGKILL, (status, *said)
 
 
 def stalled(ending):

@@ -1,5 +1,6 @@
 """What the tests share: the scripts run as a user runs them, in a folder of their own."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -125,6 +126,86 @@ def start_forked(cwd, script, args, stdin="", processes=1, before=lambda: None):
     for process in forks:
         process.start()
     return forks, streams[1], streams[2]
+
+
+class Forked:
+    """What Popen is to `python script.py args` in the folder cwd, of a fork of this process: its
+    stdout is a pipe, with its stderr unless that goes into a file."""
+
+    def __init__(self, cwd, script, *args, stderr=None, env=None):
+        self.args = [script, *args]
+        read, write = os.pipe()
+
+        def child():
+            end_with_the_parent()
+            no_sockets_of_the_parent()
+            os.chdir(cwd)
+            os.environ.update(env or {})
+            os.dup2(write, 1)
+            os.dup2(stderr.fileno() if stderr else 1, 2)
+            os.close(read), os.close(write)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = [str(ROOT / script), *map(str, args)]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+        self.process = multiprocessing.get_context("fork").Process(target=child)
+        self.process.start()
+        os.close(write)
+        self.pid, self.stdout = self.process.pid, os.fdopen(read)
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+        self.wait()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=LONGEST):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout=LONGEST):
+        said = self.stdout.read()
+        self.wait(timeout)
+        return said, None
+
+
+def no_sockets_of_the_parent():
+    """Or their other ends would not see that this process's parent closed them."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                os.dup2(null, int(number))
+
+
+def start(cwd, script, *args, env=None, stderr=None):
+    """Start `python script.py args` in the background: a Popen with a pipe of its stdout as text,
+    and of its stderr unless that goes into a file; as a fork where that is safe."""
+    if FORK:
+        return Forked(cwd, script, *args, env=env, stderr=stderr)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *args],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=stderr or subprocess.STDOUT,
+        text=True,
+    )
 
 
 def join(process, *streams):

@@ -644,6 +644,8 @@ def why_not_compile(net, run, train_tokens, saved):
         return "a compiler chooses the order of sums by the shape (--deterministic)"
     if compile is None and saved and saved["step"] > 0:
         return "" if saved["compiled"] else "as before"
+    if compile is None and (tp > 1 or cp > 1):
+        return "what processes exchange within a block parts it (--compile turns it on)"
     if compile or run.device.type == "cuda":
         return ""
     if flops_of_run(net, train_tokens) >= COMPILE_FLOPS * run.world:
@@ -816,6 +818,8 @@ def causal_totals(net, batch, docs, token_bytes):
     """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
     loss_sum, n_targets = net(**batch, docs=docs)
     targets = batch["targets"]
+    if net.tokens is not None:  # of windows that several processes share (--cp)
+        targets = net.tokens.own(targets)
     bytes_of_targets = token_bytes[targets.clamp(min=0)]  # (B, T)
     n_bytes = bytes_of_targets.where(targets >= 0, 0).sum()
     return torch.stack([loss_sum.double(), n_targets.double(), n_bytes.double()])

@@ -218,4 +218,3 @@ class HeadShare:
         d = d.to(x.dtype) * valid
         dw = d.T @ x if weight_learns else None
         return loss, d @ weight, dw
-

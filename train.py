@@ -753,6 +753,8 @@ def why_not_compile(net, run, train_tokens, saved):
         return "a compiler chooses the order of sums by the shape (--deterministic)"
     if compile is None and saved and saved["step"] > 0:
         return "" if saved["compiled"] else "as before"
+    if compile is None and (tp > 1 or cp > 1):
+        return "what processes exchange within a block parts it (--compile turns it on)"
     if compile or run.device.type == "cuda":
         return ""
     if flops_of_run(net, train_tokens) >= COMPILE_FLOPS * run.world:

@@ -847,6 +847,8 @@ def say_notes(run, horizon, batch, data):
     """What of the horizon a user may not expect."""
     for note in horizon.notes(batch_tokens, data.train.n * seq_len):
         run.say(f"note: {note}")
+    if sample_tokens and not can_sample(run):
+        run.say("note: no samples at validations: the stages of a pipeline write next tokens alone")
     if data.val.n == 0 and objective != "causal":
         run.say(f"note: no validation: its shards hold no window of {seq_len} tokens")
     warmed = progress_at(horizon, warmup_steps, warmup_steps * batch.size, 0.0, data.train.n)
@@ -1023,14 +1025,20 @@ def show_sample(net, tok, data, run, cast):
     """A few tokens of what the model writes by now, each line set off: of an encoder what it sees
     behind masks, of an encoder-decoder the spans of a window. Of a network in parts every process
     computes its own."""
-    if not (run.is_main or run.mesh.sizes.is_sharded):
+    if not (run.is_main or run.mesh.sizes.is_sharded) or not can_sample(run):
         return
     with cast:
-        text = sample_text(net, tok, data)
+        text = sample_text(net, tok, data, run.mesh.pipeline)
     run.say("  | " + text.replace("\n", "\n  | "))
 
 
-def sample_text(net, tok, data):
+def can_sample(run):
+    """Whether the network's parts can write: stages of a pipeline do by a pass for each token."""
+    alone = objective == "causal" and run.mesh.sizes.cp == 1
+    return alone or run.mesh.pipeline is None
+
+
+def sample_text(net, tok, data, pipeline=None):
     """What `show_sample` shows."""
     if objective == "mlm" and sample_prompt:
         return fill_masks(net, tok, sample_prompt)
@@ -1045,6 +1053,8 @@ def sample_text(net, tok, data):
     if not prompt:  # as a document of the shards begins
         prompt = [*data.end, *data.begin][-1:]
     options = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
+    if pipeline:
+        return sample_prompt + pipeline.generate(tok, prompt, seq_len, **options)
     [sample] = generate(net, tok, [prompt], **options)
     return sample_prompt + sample.text
 

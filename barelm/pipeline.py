@@ -24,7 +24,9 @@ from barelm.parts import local_part
 from barelm.patterns import Pattern
 from barelm.positions import document_positions
 from barelm.run import UserError, autocast
-from model import at_places
+from barelm.sampling import choose_tokens, draws
+from barelm.texts import Row
+from model import at_places, head
 
 # --------------------------------------------------------------------------------------------------
 # Which stage has which blocks
@@ -334,6 +336,31 @@ class Pipeline:
             shape = (n_micro, n_figures)
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
         return figures
+
+    @torch.no_grad()
+    def generate(self, tok, prompt, seq_len, max_new_tokens, **filters):
+        """The text that continues a prompt, a list of ids, in a window of seq_len tokens: as
+        `model.generate` gives it, seed 0. There is no cache: every token takes a pass of the whole
+        window, which costs less than the validation before it."""
+        ids = prompt[-(seq_len - 1) :]
+        row = Row(tok, min(max_new_tokens, seq_len - len(ids)), ())
+        uniform = draws(0, 0, row.limit).to(self.device)
+        was_training = self.net.training
+        self.net.eval()
+
+        def next_token(net, h, batch):
+            logits = head(net, tok, h[:, len(ids) - 1])  # (1, V)
+            drawn = uniform[len(row.out.ids)].view(1)
+            return choose_tokens(logits, drawn, **filters)[:, None].double()
+
+        while not row.done:
+            window = torch.tensor([ids + [0] * (seq_len - len(ids))], device=self.device)
+            chosen = self.evaluate({"ids": window}, None, 1, next_token, 1)
+            dist.all_reduce(chosen, group=self.group)  # of the last stage: the others have 0
+            ids = [*ids, int(chosen)]
+            row.take(ids[-1], 0.0)
+        self.net.train(was_training)
+        return row.out.text
 
     def arguments(self, batch, docs):
         """The arguments of torch's schedules: what the first stage takes in the place of states,

@@ -717,6 +717,7 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
         check_divided(net, dtype_used)
         # No process may hold the whole: of each kind of block one is tried, and all compute so.
         small = smallest_like(net).to(run.device).train()
+        small.ops.joins = run.mesh.sizes.shard == 1  # as net's will be
         is_compiled = speed_up(small, run, data, batch, cast, saved)
         net.fast = small.fast
         Ways.of(small).give(net)

@@ -788,6 +788,7 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
         is_compiled = speed_up(net, run, data, batch, cast, saved)
     else:
         check_divided(net, dtype_used, run.mesh.sizes)
+        net.ops.joins = run.mesh.sizes.shard == 1  # as it will be
         with shortened(net, run.device):
             is_compiled = speed_up(net, run, data, batch, cast, saved)
     network = parallelize(net, run.mesh, dtype_used, getattr(torch, grad_dtype))

@@ -102,6 +102,7 @@ def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
     narrow = None if compute_dtype == torch.float32 or packed else compute_dtype
     of_block = MixedPrecisionPolicy(narrow, reduce_dtype, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
+    net.ops.joins = mesh.sizes.shard == 1
     grid = mesh.shard_mesh
     for block in blocks:
         fully_shard(block, mesh=grid, mp_policy=of_block)

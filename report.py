@@ -31,15 +31,15 @@ money: float | None = None  # or what those hours may cost, at `price`
 params: float | None = None  # parameters
 tokens: float | None = None  # training tokens; of fine-tuning, of all its examples
 devices = 1  # how many of them
-mfu = 0.4  # the fraction of their peak that training reaches; of several devices it is predicted
+mfu = 0.4  # the fraction of their peak that training reaches; with --nodes it is predicted
 price: float | None = None  # of one device for an hour, in any currency: the plan says the cost
 finetune: str | None = None  # plan this method of finetune.py or rl.py, by the recipe given
 examples: int | None = None  # ... with so many; none: those of data/<dataset>
 seq_len = 0  # tokens of a window; 0: by the size, of fine-tuning --params 1024
 batch_tokens = 0  # tokens of a step; 0: by compute
 
-# its mesh, of several devices (docs/parallel.md); none: the fastest that fits
-nodes = 0  # machines; 0: of 8 devices each
+# its mesh (docs/parallel.md); of what is none the fastest that fits
+nodes = 0  # machines that the devices are in; 0: no mesh is planned
 parallel: str | None = None  # ddp, fsdp or hsdp
 tp: int | None = None  # devices that share each product
 pp: int | None = None  # pipeline stages
@@ -95,7 +95,7 @@ from barelm.costs import MEMORY_GBS, finetune_memory, finetune_work, learned_wei
 from barelm.download import HUB, download
 from barelm.fast import generating
 from barelm.files import read_json, whole_file
-from barelm.footprint import shapes_of
+from barelm.footprint import planned_shapes
 from barelm.goodput import Goodput, machine_mtbf
 from barelm.mesh import PARALLEL, divisors, nearest
 from barelm.optim import MOMENTS, PEAK_TFLOPS, flops_per_token, memory_estimate, n_params
@@ -105,6 +105,7 @@ from barelm.plan import (
     best_step,
     failure_lines,
     held_lines,
+    mfu_of,
     save_every,
     save_seconds,
     sent_lines,
@@ -294,7 +295,7 @@ def make_plan():
     seconds = total / (peak * devices * mfu)
     how_fast = f"# time: {duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak"
     mesh_keys = {}
-    if devices > 1:
+    if nodes:
         mesh = plan_mesh(shape, gpu, length, tokens_of_step)
         how_fast, seconds, mesh_keys = mesh_lines(mesh, gpu, steps)
     else:
@@ -336,32 +337,30 @@ def make_plan():
     )
 
 
-def planned_machines():
-    """(machines, devices on each) of a plan."""
-    machines = nodes or math.ceil(devices / 8)
-    if machines < 1 or devices % machines:
-        near = nearest(divisors(devices), max(1, machines))
-        why = f"{machines} machines of as many devices each have not {devices}: --nodes={near}"
+def check_mesh():
+    """Refuse what no mesh can be."""
+    if nodes < 1 or devices % nodes:
+        near = nearest(divisors(devices), max(1, nodes))
+        why = f"so many machines do not have {devices} devices, as many each: --nodes={near}"
         raise UserError(f"nodes={nodes}: {why}")
-    return machines, devices // machines
-
-
-def plan_mesh(shape, gpu, length, tokens_of_step):
-    """The Step of the best mesh for a network of this shape."""
-    _, local_world = planned_machines()
     if parallel not in (None, *PARALLEL):
         raise UserError(f"--parallel={parallel}: expected {', '.join(PARALLEL)}")
     if optimizer not in MOMENTS:
         raise UserError(f"--optimizer={optimizer}: expected {' or '.join(MOMENTS)}")
+
+
+def plan_mesh(shape, gpu, length, tokens_of_step):
+    """The Step of the best mesh for a network of this shape."""
+    check_mesh()
     if tokens_of_step % length:
         near = max(1, round(tokens_of_step / length)) * length
         raise UserError(f"batch_tokens={tokens_of_step}: expected a multiple of {length}: {near}")
     return best_step(
         shape,
-        shapes_of(empty_network(shape)),
+        planned_shapes(shape),
         planned_hardware(gpu),
         devices,
-        local_world,
+        devices // nodes,
         tokens_of_step // length,
         length,
         {"parallel": parallel, "tp": tp, "pp": pp, "cp": cp},
@@ -394,13 +393,12 @@ def keys_of(step):
 def mesh_lines(step, gpu, steps):
     """(the lines of a plan on its mesh, bytes, traffic, time and failures; the seconds of the whole
     run; the keys of train.py that ask for it)."""
-    machines, _ = planned_machines()
     hardware = planned_hardware(gpu)
     parts = step_seconds(step, hardware)
     seconds = sum(parts.values())
-    share = goodput_of(step, machines)
+    share = goodput_of(step)
     lines = [
-        f"mesh: {step.sizes.words()}, on {machines} machine(s); {step.n_micro} micro-batch(es) of "
+        f"mesh: {step.sizes.words()}, on {nodes} machine(s); {step.n_micro} micro-batch(es) of "
         f"{step.rows} window(s)" + ("; blocks are computed again" if step.recompute else ""),
         *held_lines(step, hardware),
         *sent_lines(step, hardware),
@@ -408,14 +406,17 @@ def mesh_lines(step, gpu, steps):
         *failure_lines(step, share, seconds),
         f"time: {duration(steps * seconds / share.goodput)} on {devices} {gpu}, failures included",
     ]
+    if hours or money:
+        reached = mfu_of(step, hardware, seconds / share.goodput)
+        lines.append(f"the budget counted {100 * mfu:.0f} % of the peak: --mfu={reached:.2f}")
     keys = keys_of(step) | {"save_every": save_every(share, seconds)}
     return "\n".join(f"# {line}" for line in lines), steps * seconds / share.goodput, keys
 
 
-def goodput_of(step, machines):
+def goodput_of(step):
     """The Goodput of a run of this step, by the keys of failures."""
     hours = machine_mtbf(mtbf, devices)
-    return Goodput.of(3600 * hours, save_seconds(step, machines, storage_gbs), 60 * restart_minutes)
+    return Goodput.of(3600 * hours, save_seconds(step, nodes, storage_gbs), 60 * restart_minutes)
 
 
 def print_recipe(**keys):

@@ -37,6 +37,7 @@ dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, b
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
+tp = 1  # processes, each on a GPU of its own, that share each matrix product (docs/parallel.md)
 
 if __name__ == "__main__":
     configure(globals())
@@ -54,7 +55,8 @@ from barelm.files import JSONL, file_ending, parse_json, read_input
 from barelm.filling import fill, fill_spans
 from barelm.heads import find_answer, tag_tokens
 from barelm.invariant import be_deterministic
-from barelm.run import UserError, choose_dtype, setup
+from barelm.mirror import open_together
+from barelm.run import UserError, choose_dtype, end_process
 from barelm.sampling import check_sampling
 from barelm.speculate import DRAFTS, check_speculation, network_of, summary
 from barelm.tagging import guessed_tags, is_bio, spans_of, tokenize_words, words_of
@@ -137,10 +139,14 @@ def open_draft(net, tok, device, dtype):
     return drafter
 
 
-def continue_texts(net, tok, prompts, drafter, on_text=None):
-    """`generate` with all settings: a Generation for each prompt, a text or ids."""
+def continue_texts(net, tok, prompts, drafter, mirror, on_text=None):
+    """`generate` with all settings: a Generation for each prompt, a text or ids. mirror: where
+    several processes compute, what has the others do the same."""
     options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=stop or [], draft=drafter)
-    return generate(net, tok, prompts, **sampling(), **options, on_text=on_text)
+    options |= sampling()
+    if mirror:
+        return mirror(generate, net, tok, prompts, **options, here={"on_text": on_text})
+    return generate(net, tok, prompts, **options, on_text=on_text)
 
 
 def show(text):
@@ -152,7 +158,7 @@ def show_piece(i, piece):
     show(piece)
 
 
-def complete(net, tok, texts, drafter):
+def complete(net, tok, texts, drafter, mirror=None):
     """Continue every text num_samples times: one as it is made, several when they are done.
     Returns the Generations."""
     prompts = [text for text in texts for _ in range(num_samples)]
@@ -160,10 +166,10 @@ def complete(net, tok, texts, drafter):
     shown = ["" if net.config.is_seq2seq else text for text in prompts]
     if len(prompts) == 1:
         show(shown[0])
-        generations = continue_texts(net, tok, prompts, drafter, show_piece)
+        generations = continue_texts(net, tok, prompts, drafter, mirror, show_piece)
         show("\n")
         return generations
-    generations = continue_texts(net, tok, prompts, drafter)
+    generations = continue_texts(net, tok, prompts, drafter, mirror)
     for i, g in enumerate(generations):
         print(f"--- {i + 1} of {len(prompts)} ({len(g.ids)} tokens, {g.finish_reason})")
         print(shown[i] + g.text)
@@ -250,7 +256,7 @@ def fit_context(net, tok, messages):
         del messages[first : first + 2]  # a question and its answer
 
 
-def converse(net, tok, drafter):
+def converse(net, tok, drafter, mirror=None):
     """A conversation on the terminal; an empty line or the end of the input ends it. Returns the
     answers as Generations."""
     generations = []
@@ -268,7 +274,7 @@ def converse(net, tok, drafter):
         messages.append({"role": "user", "content": text})
         show("model> ")
         ids = fit_context(net, tok, messages)
-        [g] = continue_texts(net, tok, [ids], drafter, show_piece)
+        [g] = continue_texts(net, tok, [ids], drafter, mirror, show_piece)
         generations.append(g)
         show("\n")
         messages.append({"role": "assistant", "content": g.text})
@@ -295,13 +301,31 @@ def check_unused(what):
             raise UserError(f"--{name}: {model} {what}")
 
 
+def open_model(run, split=None):
+    """(the network, its tokenizer). split: as `load` takes it."""
+    compute, _ = choose_dtype(run.device, dtype)
+    return load(model, run.device, compute, quantize, fast, split)
+
+
+def check_together(net):
+    """Refuse what several processes do not do together."""
+    if net.score is not None or not net.config.causal or net.config.is_seq2seq:
+        raise UserError(f"--tp={tp}: {model} continues no text: --tp=1")
+    if speculate or deterministic:
+        raise UserError(f"--tp={tp}: not with --speculate or --deterministic")
+
+
 def main():
     if sys.stdin is not None:  # bytes that are no text are refused, whatever the locale
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    run = setup(device)
-    compute, _ = choose_dtype(run.device, dtype)
     check_settings()
-    net, tok = load(model, run.device, compute, quantize, fast)
+    run, mirror, (net, tok) = open_together(tp, device, open_model)
+    if mirror:
+        check_together(net)
+        mirror.knows(net=net, tok=tok)
+    if not run.is_main:
+        mirror.follow()
+        end_process(0)
     if deterministic:
         be_deterministic(net)
     if net.score is not None:
@@ -319,14 +343,18 @@ def main():
         check_unused("fills the gaps of the prompt, greedily, and continues none")
         fill_gaps(net, tok, prompts)
         return
+    compute, _ = choose_dtype(run.device, dtype)
     drafter = open_draft(net, tok, run.device, compute)
     with generating(net), generating(network_of(drafter, net)):  # once for all turns
         if chat:
-            generations = converse(net, tok, drafter)
+            generations = converse(net, tok, drafter, mirror)
         else:
-            generations = complete(net, tok, prompts, drafter)
+            generations = complete(net, tok, prompts, drafter, mirror)
     if speculate:
         print(summary(generations), file=sys.stderr)
+    if mirror:
+        mirror.end()
+        end_process(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python serve.py                                     # http://127.0.0.1:8000 with out/python
     python serve.py --model=out/sft --port=9000 --max_batch=32
+    python serve.py --tp=2                              # over two GPUs, which one is too small for
     python serve.py --quantize=int4                     # weights of half a byte, in memory alone
     python serve.py --host=0.0.0.0 --api_key=SECRET     # open to others: give it a key
     curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "import os", "max_tokens": 20}'
@@ -50,6 +51,7 @@ dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloa
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
+tp = 1  # processes, each on a GPU of its own, that share each matrix product (docs/parallel.md)
 
 if __name__ == "__main__":
     configure(globals())
@@ -73,10 +75,12 @@ from barelm.caller import Caller
 from barelm.checkpoint import load
 from barelm.embeddings import POOLINGS, batches_of, pooling_of
 from barelm.engine import Engine, tell_listeners
+from barelm.fast import generating
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
-from barelm.run import UserError, choose_dtype, setup
+from barelm.mirror import open_together
+from barelm.run import UserError, choose_dtype, end_process
 
 try:
     import uvicorn
@@ -466,13 +470,14 @@ def why_no_text(net):
     return ""
 
 
-def load_model(place):
-    """(the network, its tokenizer, the dtype that it computes in)."""
+def load_model(run, split=None):
+    """(the network, its tokenizer, the dtype that it computes in). split: as `load` takes it."""
+    place = run.device
     kind, _ = choose_dtype(place, dtype, n_embd=widest_of_bfloat16())
-    net, tok = load(model, place, kind, quantize, fast)
+    net, tok = load(model, place, kind, quantize, fast, split)
     right, _ = choose_dtype(place, dtype, min(net.config.n_embd, widest_of_bfloat16()))
     if right != kind:  # it is too narrow to gain by bfloat16, as is only known now
-        net, tok = load(model, place, right, quantize, fast)
+        net, tok = load(model, place, right, quantize, fast, split)
     return net, tok, right
 
 
@@ -497,15 +502,23 @@ def batch_limit(net, length):
     return max(1, min(256, free // 2 // row))
 
 
-def make_engine(net, tok, length):
+def make_engine(net, tok, length, mirror=None):
     if why_no_text(net):
-        return Caller(net)
+        return Caller(net, mirror)
     batch = batch_limit(net, length)
     try:
-        return Engine(net, tok, batch, length, prefill_chunk, max_queue)
+        return Engine(net, tok, batch, length, prefill_chunk, max_queue, mirror=mirror)
     except RuntimeError:  # torch's word for no memory
         why = f"no memory for the keys and values of {batch} times {length} tokens"
         raise UserError(f"{why}: lower --max_batch or --max_len") from None
+
+
+def follow(mirror, net, tok):
+    """What a process does that is not the first of several: to the end what that one tells it."""
+    mirror.knows(net=net, tok=tok, engine=Caller(net))
+    with generating(net), torch.inference_mode():
+        mirror.follow()
+    end_process(0)
 
 
 def open_log(tok):
@@ -549,8 +562,11 @@ def run_server(app, engine, sock, limits, shutdown):
 
 def main():
     key = read_key()
-    run = setup(device)
-    net, tok, compute_dtype = load_model(run.device)
+    run, mirror, (net, tok, compute_dtype) = open_together(tp, device, load_model)
+    if not run.is_main:
+        follow(mirror, net, tok)
+    if deterministic and tp > 1:
+        raise UserError("--deterministic adds in one order, and processes (--tp) in another")
     if deterministic:
         be_deterministic(net)
     n_params = sum(part["params"] for part in page.model_parts(net))
@@ -569,7 +585,11 @@ def main():
         refusal=why_no_text(net),
         is_seq2seq=net.config.is_seq2seq,
     )
-    engine = make_engine(net, tok, length)
+    if mirror:
+        mirror.knows(net=net, tok=tok)
+    engine = make_engine(net, tok, length, mirror)
+    if mirror:
+        mirror.knows(engine=engine)
     request_log = open_log(tok)
     limits = connection_limits(max_connections)
     sock = listen(host, port)
@@ -588,6 +608,9 @@ def main():
     )
     app = make_app(engine, settings)
     run_server(app, engine, sock, limits, shutdown)
+    if mirror:
+        mirror.end()
+        end_process(130 if shutdown.interrupted else 0)
     if shutdown.interrupted:
         sys.exit(130)
 

@@ -796,6 +796,8 @@ def choose_float8(net, run):
     """Let the blocks multiply in float8, where this device can."""
     if tp > 1:
         raise UserError("--float8: not with --tp: each process would scale its part by another")
+    if deterministic:
+        raise UserError("--float8: not with --deterministic: a batch shares one scale")
     why_not = why_not_float8(run.device)
     words = f"off: {why_not}" if why_not else f"on, in {use_float8(net)} linear layers"
     run.say(f"float8: {words}")
@@ -927,7 +929,10 @@ def filled_up(batch, n_rows):
 def causal_totals(net, batch, docs, token_bytes):
     """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
     loss_sum, n_targets = net(**batch, docs=docs)
-    return torch.stack([loss_sum, n_targets, bytes_of(batch["targets"], token_bytes)]).double()
+    targets = batch["targets"]
+    if net.tokens is not None:  # of several processes that share a window, this one's
+        targets = net.tokens.own(targets)
+    return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
 
 
 def bytes_of(targets, token_bytes):

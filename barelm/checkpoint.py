@@ -16,6 +16,7 @@ from barelm.download import HUB, download
 from barelm.embeddings import POOLING_FILE, read_pooling, write_pooling
 from barelm.families import FAMILIES, from_hf_config, table_of, task_of, to_hf_config
 from barelm.files import read_json, write_json
+from barelm.parts import part_like
 from barelm.peft import add_lora, read_adapter_config
 from barelm.quantized import quantize_weights, tie_embedding
 from barelm.resume import PARTS, make_folder, write_weights
@@ -111,12 +112,15 @@ def download_model(name, folder):
 # Load
 
 
-def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
+def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True, split=None):
     """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
     eval mode, Tokenizer).
     quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype.
-    fast: as GPT takes it."""
+    fast: as GPT takes it. split(net): leaves this process its part of an empty network, which alone
+    is then filled (barelm/tensor_parallel.py)."""
     folder = find(folder)
+    if is_adapter(folder) and split:
+        raise UserError(f"{folder}: an adapter, which is not split: --tp=1")
     if is_adapter(folder):
         return load_adapted(folder, device, dtype, quantize, fast)
     settings, config = read_config(folder)
@@ -147,6 +151,8 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True):
     if not config.tie and kind in FAMILIES and FAMILIES[kind].tie_by_files:
         net = tied_again(net, settings, tensors, head, fast)
     complete_head(folder, tensors, net)
+    if split:
+        split(net)
     fill(net, tensors, device, dtype)
     read_token_ids(folder, settings, net)
     if quantize:
@@ -328,7 +334,7 @@ def fill(net, tensors, device, dtype):
         if name == "model.embed_tokens.weight" and has_coded_table(net):
             continue  # the file has only the head's codes: tie_embedding makes the table
         kept_dtype = dtype if empty.dtype == torch.float32 else empty.dtype
-        state[name] = tensors[name].to(device, kept_dtype)
+        state[name] = part_like(tensors[name], empty).to(device, kept_dtype)
     # assign: what is on meta has no memory to copy into. It also parts what was tied.
     net.load_state_dict(state, strict=False, assign=True)
     tie_embedding(net, dtype)

@@ -100,6 +100,7 @@ class Decoder:
         self.ends_of = [()] * n_slots
         self.n_alternatives = [0] * n_slots
         self.owners = [None] * n_slots
+        self.states = {}  # {slot: hidden states (T, C)} of what was read last
 
     def make_state(self, c):
         """The tensors: all there is of a sequence, a row a slot."""
@@ -125,6 +126,7 @@ class Decoder:
 
     def make_stores(self, c, max_source, slack):
         """Keys and values of what was read, a row a slot."""
+        c = self.net.ops.own_heads(c)
         # A CPU attends to float32 faster than to less: it has to convert the rest.
         dtype = torch.float32
         if self.on_gpu:
@@ -257,7 +259,15 @@ class Decoder:
             ended = [slot for slot in slots if self.length[slot] == self.prompt_length[slot]]
             if ended:
                 self.begin_answers(ended, torch.stack([states[slot][-1] for slot in ended]))
+        self.states = states
         return states
+
+    def prompt_logits(self, slot, n):
+        """The logits (n, V) float32 of what follows each of the first n tokens that `read` was last
+        given for a slot, -inf for padding of the vocabulary."""
+        logits = self.net.logits(self.states[slot][:n]).float()
+        logits[:, self.n_vocab :] = -torch.inf
+        return logits
 
     def read_padded(self, slots, chunks, begin=0):
         """Of chunks that all begin at the same place, as rows that are as long as the longest."""

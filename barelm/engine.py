@@ -30,8 +30,8 @@ from barelm.decode import Decoder
 from barelm.fast import generating
 from barelm.generation import check_generates
 from barelm.jobs import Token, Update
+from barelm.mirror import MirroredDecoder
 from barelm.sampling import power_of_two
-from model import head
 
 NOT_FINITE = (
     "the network gives NaN or infinity here: its weights are damaged, or --dtype is too narrow for "
@@ -49,12 +49,13 @@ class Engine(Caller):
 
     prefill_chunk: how many tokens of prompts are read in a step; 0: by the device. max_queue: how
     many jobs may wait. tell(updates): called by the thread with what is new after a step, [Update];
-    it must not wait."""
+    it must not wait. mirror: of several processes that compute together (barelm/mirror.py)."""
 
     def __init__(
-        self, net, tok, max_batch, max_len, prefill_chunk=0, max_queue=256, tell=tell_listeners
-    ):
-        super().__init__(net)
+        self, net, tok, max_batch, max_len, prefill_chunk=0, max_queue=256, tell=tell_listeners,
+        mirror=None,
+    ):  # fmt: skip
+        super().__init__(net, mirror)
         self.tok = tok
         check_generates(net)
         self.max_batch = max_batch
@@ -64,7 +65,10 @@ class Engine(Caller):
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
         options = dict(check=True, slack=8, max_source=max_len)
-        self.decoder = Decoder(net, tok, max_batch, max_len, **options)
+        if mirror is None:
+            self.decoder = Decoder(net, tok, max_batch, max_len, **options)
+        else:
+            self.decoder = MirroredDecoder(mirror, net, tok, max_batch, max_len, **options)
         self.on_gpu = self.decoder.on_gpu
         self.prefill_chunk = prefill_chunk or (2048 if self.on_gpu else 128)
         # What a pass of the network costs beside its tokens, in tokens: less is not worth one.
@@ -347,7 +351,7 @@ class Engine(Caller):
         targets = job.ids[begin : begin + len(h)]  # none behind the prompt's last token
         if not targets:
             return True
-        logits = head(self.net, self.tok, h[: len(targets)])
+        logits = self.decoder.prompt_logits(job.slot, len(targets))
         logprobs = logits.log_softmax(-1)  # (T, V)
         of_targets = logprobs.gather(1, torch.tensor(targets, device=h.device)[:, None])[:, 0]
         best = logprobs.topk(min(job.n_alternatives, self.tok.n_vocab))

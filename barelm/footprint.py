@@ -8,7 +8,7 @@ train.py chooses its micro-batches and report.py a mesh.
 Every formula is in docs/parallel.md; tests/test_plan.py measures them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,7 @@ from barelm.fast import head_rows
 from barelm.mesh import Sizes
 from barelm.optim import MLP_MATRICES, probabilities_kept, score_bytes
 from barelm.parallel import needs_fully_shard
+from barelm.scaling import empty_network
 
 # Of a block, by what tensor parallelism divides: products' columns, and products' rows.
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -67,6 +68,24 @@ class Step:
 def shapes_of(net):
     """((name, shape), ...) of a network's parameters, a tied one once."""
     return tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
+
+
+def planned_shapes(config):
+    """`shapes_of` a network of this config: of as few blocks as have each of its kinds, which
+    repeat."""
+    n_kinds = max(len(config.layers), len(config.expert_layers), 1)
+    n_made = min(n_kinds, config.n_layer)
+    shapes = []
+    first = {}  # number of a block: its parameters
+    for name, shape in shapes_of(empty_network(replace(config, n_layer=n_made))):
+        if not name.startswith("model.layers."):
+            shapes.append((name, shape))
+            continue
+        *_, rest = name.split(".", 3)
+        first.setdefault(block_number(name), []).append((rest, shape))
+    for block in range(config.n_layer):
+        shapes += [(f"model.layers.{block}.{rest}", shape) for rest, shape in first[block % n_made]]
+    return tuple(shapes)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -120,6 +120,10 @@ class Operations:
         """Of a tensor that has all heads along dim the part that this process computes with."""
         return tensor if self.heads is None else self.heads.of_heads(tensor, dim)
 
+    def all_heads(self, tensor):
+        """All heads' (H, …), of what this process has of its own."""
+        return tensor if self.heads is None else self.heads.all_heads(tensor)
+
     def own_heads(self, c):
         """A GPTConfig with the heads of this process alone."""
         return c if self.heads is None else self.heads.of_config(c)

@@ -15,6 +15,7 @@ from barelm.answers import token_name
 from barelm.api import ApiError, encode_text, is_ids, read_fields
 from barelm.engine import NOT_FINITE
 from barelm.jobs import limited
+from barelm.parts import whole_tensor
 from barelm.quantized import QuantizedLinear
 
 MAP_TOKENS = 128  # the longest text whose attention is shown
@@ -94,7 +95,7 @@ def attention_maps(net, ids, layer):
     maps = attention.probabilities(x, rope, mask)[0]
     if not maps.isfinite().all():
         raise ApiError(500, NOT_FINITE)
-    return maps.cpu()
+    return net.ops.all_heads(maps).cpu()
 
 
 @dataclass
@@ -159,7 +160,7 @@ def read_ids(served, text, ids, add_special_tokens=True):
 def nearest(net, n_vocab, token, n):
     """[(id, cosine)] of the n tokens whose embeddings point most nearly where that of `token` does,
     itself left out."""
-    table = net.model.embed_tokens.weight[:n_vocab]  # (V, C)
+    table = whole_tensor(net.model.embed_tokens.weight)[:n_vocab]  # (V, C)
     row = table[token].float()
     parts = []
     for part in table.split(8192):  # not all of them in float32 at once

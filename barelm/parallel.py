@@ -24,10 +24,6 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
     DistributedDataParallel; of one in stages its Pipeline. compute_dtype: in which the blocks'
     matrices are gathered; reduce_dtype: in which gradients are summed."""
     sizes = mesh.sizes
-    if sizes.pp > 1:
-        from barelm.pipeline import keep_stage
-
-        keep_stage(net, mesh.rank_of("pp"), sizes.pp)
     if sizes.tp > 1:
         from barelm.tensor_parallel import split_heads
 
@@ -38,8 +34,9 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         split_tokens(net, mesh)
     network = net
     if sizes.pp > 1:
-        from barelm.pipeline import Stage
+        from barelm.pipeline import Stage, keep_stage
 
+        keep_stage(net, mesh.rank_of("pp"), sizes.pp)
         network = Stage(net, mesh.rank_of("pp"), sizes.pp, compute_dtype)
     if needs_fully_shard(sizes):
         fully_sharded(network, blocks_of(net), mesh, compute_dtype, reduce_dtype)
@@ -50,7 +47,7 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
             network, process_group=group, gradient_as_bucket_view=True
         )
         if reduce_dtype == torch.bfloat16:
-            network.register_comm_hook(group, bf16_compress_hook)
+            network.register_comm_hook(group, exchange_narrow)
     if reduce_dtype == torch.bfloat16 and keeps_narrow(sizes):
         narrow_gradients(net)
     if sizes.pp > 1:
@@ -58,6 +55,12 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
 
         network = mesh.pipeline = Pipeline(network, mesh)
     return network
+
+
+def exchange_narrow(group, bucket):
+    """DistributedDataParallel's exchange of some gradients in bfloat16. (By its own name torch
+    refuses it on CPUs, whose gloo can do it too.)"""
+    return bf16_compress_hook(group, bucket)
 
 
 def keeps_narrow(sizes):

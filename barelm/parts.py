@@ -50,6 +50,7 @@ def part_like(whole, like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
+    # All processes have the whole: nothing is sent.
     whole = whole.to(like.device_mesh.device_type)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 

@@ -183,7 +183,7 @@ class Stage(nn.Module):
 
     forward: the states x (B, T, C) float32, on the first stage ids (B, T) int64; of a network with
     experts also the sum of the routers' losses so far, (). By name the micro-batch, which every
-    stage reads for itself: ids, targets, docs and places, as `GPT.forward` takes them.
+    stage reads for itself: ids, targets (B, T), docs and places, as `GPT.forward` takes them.
 
     It returns what the next stage takes; the last one the sum of the losses (), in training, or in
     eval mode what `score(net, h, batch)` makes of the states h: a row of figures (1, n)."""
@@ -206,17 +206,15 @@ class Stage(nn.Module):
     def forward(self, x, router_loss=None, *, ids, targets=None, docs=None, places=None):
         net = self.net
         with autocast(ids.device, self.dtype):
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-            if docs is not None:
-                positions = document_positions(positions, docs)
+            ids, targets, positions, seen = self.read(ids, targets, docs)
             if self.is_first:
                 x = net.embed(net.model.embed_tokens(ids), positions)
             net.routing = None
-            looks = net.looks(net.model, x, positions, docs)
+            looks = net.looks(net.model, x, positions, **seen)
             x = net.run_blocks(net.model.layers, x, looks)
             if self.n_expert_blocks:
                 router_loss = self.add_routing(router_loss, x)
-            if self.is_last and self.training:
+            if self.is_last and net.training:
                 h = net.model.norm(x)
                 x = self.loss(h, router_loss, ids, targets, docs, places)
             elif self.is_last:
@@ -224,11 +222,22 @@ class Stage(nn.Module):
                 if places is not None:
                     batch["places"] = places
                 return self.score(net, net.model.norm(x), batch)
-        if self.training and self.after is not None:
+        if net.training and self.after is not None:
             self.after()
         if self.is_last or not self.n_expert_blocks:
             return x
         return x, router_loss
+
+    def read(self, ids, targets, docs):
+        """(ids, targets, positions (B or 1, t), what `GPT.looks` is told besides) of a micro-batch:
+        where processes share windows (context_parallel.py) those of this process's t tokens."""
+        if self.net.tokens is not None:
+            ids, targets, options = self.net.tokens.cut(ids, targets, {"docs": docs})
+            return ids, targets, options["window"].own_positions, options
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        if docs is not None:
+            positions = document_positions(positions, docs)
+        return ids, targets, positions, {"docs": docs}
 
     def loss(self, h, router_loss, ids, targets, docs, places):
         """What `GPT.forward` gives of the final states h (B, T, C): a sum, () float32."""
@@ -357,7 +366,8 @@ class Pipeline:
         def like(*shape, dtype=torch.float32, grad=learns):
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
-        between = [like(rows, T, self.net.config.n_embd)]
+        n_own = T if self.net.tokens is None else T // self.net.tokens.size
+        between = [like(rows, n_own, self.net.config.n_embd)]
         if self.stage.n_expert_blocks:
             between.append(like())  # the routers' losses
         inputs = outputs = tuple(between)

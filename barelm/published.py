@@ -6,13 +6,13 @@ Only what the sources say of a run goes in; the constants of barelm/plan.py are 
 which two were found on the MPT runs alone."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
-from barelm.footprint import Step, shapes_of
+from barelm.footprint import Step, planned_shapes
 from barelm.mesh import Sizes
 from barelm.plan import Hardware, Software, mfu_of, step_seconds
-from barelm.scaling import empty_network
 from model import GPTConfig
 
 MPT = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
@@ -83,13 +83,18 @@ NETWORKS = {
 }
 
 
+@cache
+def shapes(name):
+    return planned_shapes(NETWORKS[name])
+
+
 def step_of(name, sizes, rows, n_micro, recompute=0.0, zero=0, grad_dtype=torch.float32):
     """The Step of a network of NETWORKS; recompute: the part of its blocks."""
     c = NETWORKS[name]
     return Step(
         c,
         sizes,
-        shapes_of(empty_network(c)),
+        shapes(name),
         c.n_ctx,
         rows,
         n_micro,

@@ -19,7 +19,7 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -70,9 +70,8 @@ def why_not_split(net):
 def divides(c, tp):
     """Whether tp processes can have as many heads and hidden units each. A single head of keys and
     values is whole in every process."""
-    return (
-        c.n_head % tp == 0 and (c.n_kv_head % tp == 0 or c.n_kv_head == 1) and c.n_hidden % tp == 0
-    )
+    keys_fit = c.n_kv_head % tp == 0 or c.n_kv_head == 1
+    return keys_fit and c.n_head % tp == 0 and c.n_hidden % tp == 0
 
 
 def nearest_split(c, tp):
@@ -147,6 +146,10 @@ class HeadShare:
         """The part for this process's heads of a tensor that has all heads along dim."""
         return self.own(tensor).chunk(self.size, dim)[self.rank]
 
+    def all_heads(self, tensor):
+        """The tensor (H, …) of which each process has its heads'."""
+        return DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False).full_tensor()
+
     def own(self, tensor):
         """A tensor of which every process has the whole, to compute with this process's heads:
         its gradient is the sum over the processes, see
@@ -169,9 +172,8 @@ class HeadShare:
     def project(self, x, layers):
         """The outputs of linear layers that read the same x (…, C), side by side: this process's
         of those that are cut by rows, the sums over all processes of one that is cut by columns."""
-        if len(layers) > 1 and self.has_part_of(
-            layers[0]
-        ):  # the gradients by x of all layers are added up, then sent once
+        if len(layers) > 1 and self.has_part_of(layers[0]):
+            # The gradients by x of all layers are added up, then exchanged once.
             x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
         outputs = [self.own(layer(x)) for layer in layers]
         return torch.cat(outputs, -1) if len(layers) > 1 else outputs[0]

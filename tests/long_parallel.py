@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NETWORK = ["--n_layer=4", "--n_embd=64", "--n_head=4", "--n_kv_head=2", "--seq_len=64"]
 STEPS = ["--batch_tokens=2048", "--max_steps=20", "--warmup_steps=4", "--eval_every=10"]
 STEPS += ["--eval_tokens=4096", "--save_every=100", "--sample_tokens=0", "--dtype=float32"]
+STEPS += ["--learning_rate=1e-3"]
 
 # What is asked for, and of how many processes.
 MESHES = {

@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import LONGEST, ROOT, run, run_killed
+from conftest import LONGEST, ROOT, run, run_killed, start
 
 import model
 import train
@@ -52,15 +52,6 @@ def weights(folder, out):
     return (folder / out / "model.safetensors").read_bytes()
 
 
-def start(folder, *args):
-    """Start train.py in the background."""
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def wait_for(process, condition):
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -87,7 +78,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     options = [*options, "--save_every=20", "--eval_every=50"]
     killed = f"out/{name}-killed"
     if name != "compiled":  # which is quicker behind the others: torch keeps what it compiled
-        whole = start(words, *options, f"--out_dir=out/{name}")
+        whole = start(words, "train.py", *SMALL, *options, f"--out_dir=out/{name}")
     moment = random.Random(name).randint(45, 110)
     args = [*SMALL, *options, f"--out_dir={killed}"]
     run_killed(words, "train.py", *args, ending="step", times=moment)
@@ -96,7 +87,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
     if name == "compiled":
-        whole = start(words, *options, f"--out_dir=out/{name}")
+        whole = start(words, "train.py", *SMALL, *options, f"--out_dir=out/{name}")
     assert whole.wait(LONGEST) == 0, whole.stdout.read()
     if name == "compiled":  # and compared with the eager network before it was trusted
         assert re.search(r"compile: on, after \S+; equal to eager within \S+ %\n", said.stdout)
@@ -149,7 +140,9 @@ def test_killed_between_the_two_renames_of_a_save(words):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(words, number, code):
     out = f"out/signal{code}"
-    process = start(words, "--max_steps=100000", "--save_every=100000", f"--out_dir={out}")
+    process = start(
+        words, "train.py", *SMALL, "--max_steps=100000", "--save_every=100000", f"--out_dir={out}"
+    )
     wait_for(process, lambda: rows_of(words / out / "log.jsonl") >= 20)
     process.send_signal(number)
     said = process.communicate(timeout=LONGEST)[0]

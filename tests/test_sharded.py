@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -18,12 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load
+from barelm.families import family
 from barelm.optim import make_optimizer
-from barelm.resume import newest_step
-from barelm.run import Run
+from barelm.pieces import PIECE
+from barelm.resume import newest_step, weights_step
+from barelm.run import Run, UserError
 from barelm.saving import StepSaver, read_step_state
 from barelm.sharded import load_step
-from barelm.steps import whole_steps
+from barelm.steps import step_folder, whole_steps
 from model import GPT, GPTConfig
 
 TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
@@ -209,3 +212,69 @@ def check_kills(folder, every):
 def test_a_save_that_is_killed_leaves_the_step_before_or_this_one(tmp_path, monkeypatch):
     monkeypatch.setattr("barelm.pieces.PIECE", 10_000)  # tests/long_parallel.py has every change
     assert check_kills(tmp_path, every=7) > 30
+
+
+# --------------------------------------------------------------------------------------------------
+# The Hugging Face folder, and strangers
+
+
+GPT2 = dict(norm="layer", norm_bias=True, bias=True, pos="learned", mlp="gelu", qk_norm=False)
+EXPERTS = dict(n_experts=4, n_experts_per_token=2, expert_hidden=8)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, GPT2 | {"n_kv_head": 3}, EXPERTS], ids=["qwen3", "gpt2", "experts"]
+)
+def test_the_model_comes_in_pieces_of_which_none_mixes_two_steps(tmp_path, monkeypatch, change):
+    """In one file, then in many, which another reader opens too, then in one again."""
+    config = replace(CONFIG, **change)
+    saver = StepSaver(tmp_path, Run(CPU), {})
+    for step, piece in ((1, PIECE), (2, 6000), (3, 7000), (4, PIECE)):
+        monkeypatch.setattr("barelm.pieces.PIECE", piece)
+        net, _ = build(step, 1, config=config)
+        saver.save(net, TOK, [], {"step": step})
+        files = sorted(path.name for path in tmp_path.glob("*.safetensors*"))
+        if piece == PIECE:
+            assert files == ["model.safetensors"]
+        else:
+            assert len(files) > 3 and all(f"step{step}-" in name for name in files[:-1])
+            assert files[-1] == "model.safetensors.index.json"
+        assert weights_step(tmp_path) == step
+        for name, t in load(tmp_path)[0].state_dict().items():
+            assert torch.equal(t, net.state_dict()[name]), name
+        if piece == 7000 and family(config) != "barelm":
+            transformers = pytest.importorskip("transformers")
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+            ids = torch.tensor([[1, 5, 3, 2, 7, 7, 2]])
+            with torch.no_grad():
+                torch.testing.assert_close(theirs(ids).logits, net.eval()(ids))
+
+
+def test_a_step_that_is_damaged_is_passed_over_and_a_foreign_one_runs_nothing(tmp_path):
+    net, optimizers = build(0, 1)
+    train(net, optimizers, range(1))
+    saver = StepSaver(tmp_path, Run(CPU), {}, keep=3)
+    for step in range(5):
+        saver.save(net, TOK, optimizers, {"step": step})
+    assert [step for step, _ in whole_steps(tmp_path)] == [2, 3, 4]
+    path = step_folder(tmp_path, 4)
+    with open(path / "__0_0.distcp", "r+b") as file:
+        file.truncate(1000)
+    said = []
+    assert newest_step(tmp_path, said.append) == step_folder(tmp_path, 3)
+    assert "has 1,000 bytes" in said[0]
+    other, of_other = build(0, 1, "muon")
+    with pytest.raises(UserError, match="another optimizer's"):
+        load_step(step_folder(tmp_path, 3), other, of_other)
+    wider, _ = build(0, 1, config=replace(CONFIG, n_hidden=32))
+    with pytest.raises(UserError, match="not as this run has it"):
+        load_step(step_folder(tmp_path, 3), wider, [])
+
+    class Stranger:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (step_folder(tmp_path, 3) / ".metadata").write_bytes(pickle.dumps(Stranger()))
+    with pytest.raises(UserError, match="damaged, or no file of ours"):
+        load(step_folder(tmp_path, 3))
+    assert not (tmp_path / "ran").exists()

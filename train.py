@@ -171,7 +171,7 @@ import torch.nn.functional as F
 from barelm import datasets
 from barelm.checkpoint import load, refuse_source, save
 from barelm.chunks import check_chunks
-from barelm.cluster import StepTimes, check_copies, check_shared, start_of_launch
+from barelm.cluster import StepTimes, check_copies, check_shared, lock_patience, start_of_launch
 from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
 from barelm.experts import RoutingLog
@@ -1266,6 +1266,6 @@ def main():
 
 
 if __name__ == "__main__":
-    with locked_folder(out_dir), lost_process(), advice_on_memory(memory_advice):
+    with locked_folder(out_dir, lock_patience()), lost_process(), advice_on_memory(memory_advice):
         status = main()
     end_process(status, threads_may_run=tensorboard or bool(wandb_project))

@@ -59,6 +59,13 @@ def start_of_launch(run, out_dir, init_from, overwrite):
     return "auto", False, fresh
 
 
+def lock_patience():
+    """Seconds to wait for the lock of out_dir: in a start after a restart so long as a network's
+    folder takes to forget the lock of a machine that is gone."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return 100.0 if restarts else 3.0
+
+
 # --------------------------------------------------------------------------------------------------
 # One folder for all machines
 
@@ -133,8 +140,8 @@ class StepTimes:
     """The seconds that each process computes by itself. A step takes as long everywhere, since all
     wait for the slowest, so that only what a process does before it waits tells them apart: in DDP
     its forward passes, which exchange nothing. Where these exchange too (`waits`), each process
-    times a small product instead. The GPU's clock is read a step late, when nothing waits for it.
-    """
+    times a small product instead. The GPU's clock is read behind the step's exchange, where the
+    host has waited for it anyway."""
 
     def __init__(self, run, network):
         self.run = run

@@ -81,8 +81,8 @@ def keep_alive(connection, patience):
 
 
 class Watch:
-    """A process's view of the others. Lines travel: `hello` and `done` and `failed` to the first
-    process; `go`, `lost` and `done` from it."""
+    """A process's view of the others. Lines travel: `hello`, `done` and `failed` to the first
+    process; `welcome`, `go`, `lost` and `done` from it."""
 
     def __init__(self, run, token, patience):
         self.run = run
@@ -148,12 +148,15 @@ class Watch:
 
     def read_all(self):
         """Read what the others say until the end."""
-        while not self.has_ended:
-            for key, _ in self.selector.select(timeout=1.0):
-                if key.fileobj is self.listener:
-                    self.accept()
-                else:
-                    self.read(key.fileobj)
+        try:
+            while not self.has_ended:
+                for key, _ in self.selector.select(timeout=1.0):
+                    if key.fileobj is self.listener:
+                        self.accept()
+                    else:
+                        self.read(key.fileobj)
+        except Exception as error:  # nobody may wait for a thread that is no more
+            self.give_up(f"the watch over the others ended by {error!r}")
 
     def accept(self):
         with contextlib.suppress(OSError):
@@ -190,6 +193,9 @@ class Watch:
                 return self.close(connection, "")
             self.names[value] = more["name"]
             self.add(value, connection)
+            self.send(value, {"welcome": self.names[0]})
+        elif word == "welcome":
+            self.names[0] = value
         elif word == "done":
             self.left.add(rank)
         elif word == "failed":
@@ -209,6 +215,8 @@ class Watch:
 
     def close(self, connection, why):
         """A connection has ended: whose, and was it time?"""
+        if connection not in self.selector.get_map():  # it is closed already
+            return
         rank = self.rank_of(connection)
         self.selector.unregister(connection)
         connection.close()

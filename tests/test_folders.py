@@ -534,8 +534,8 @@ for text in (".*deprecated.*", ".*requires_grad=True to a scalar.*"):
 def test_a_killed_process_is_a_line_for_the_others(script, base):
     args = [*(RUN if script == "train.py" else TUNE), f"--out_dir=out/gone-{script}"]
     done = run(base, with_prelude(base, script, GOES), *args, processes=2, check=False)
-    assert done.returncode and done.stderr.count("another process of this run is gone") == 1
-    assert "process 0: another" in done.stderr and "gloo" not in done.stderr
+    assert done.returncode and done.stderr.count("so that none can go on") == 1
+    assert "process 0: process 1 (" in done.stderr and "gloo" not in done.stderr
 
 
 def test_no_warning_of_torch_reaches_the_user(base):

@@ -186,6 +186,7 @@ from barelm.filling import (
     spans_line,
 )
 from barelm.float8 import use_float8, why_not_float8
+from barelm.footprint import Step, footprint, shapes_of, total_bytes, windows_that_fit
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
 from barelm.mixture import JoinedWindows, MixedWindows, check_same_until, names_of, parse_mix
@@ -257,6 +258,7 @@ from barelm.shards import (
 )
 from barelm.steps import keep_last
 from barelm.tokenizer import Tokenizer
+from barelm.traffic import describe
 from barelm.watch import lost_process, start_watch
 from model import GPT, GPTConfig, call_block, generate
 
@@ -466,12 +468,12 @@ def plan_batch(net, run, dtype_used, saved):
     )
     sizes = run.mesh.sizes
     fixed -= state_saved(net, run)
-    fixed /= sizes.pp * sizes.shard * sizes.tp  # who holds a part
-    per_window /= sizes.cp  # a stage keeps a part of each, of as many micro-batches as stages
     free = free_memory(run.device)
     if run.device.type == "cpu":  # all processes of a machine share it
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     fits = int((0.8 * free - fixed) / per_window)  # a fifth is left for what is not estimated
+    if run.mesh.sizes.is_sharded:
+        fits = windows_that_fit(planned_step(net, run, dtype_used), 0.8 * free)
     if run.device.type == "cpu":
         fits = min(fits, max(1, 4096 // seq_len))  # more tokens at once are no faster on a CPU
     if saved:
@@ -479,6 +481,8 @@ def plan_batch(net, run, dtype_used, saved):
     fits = run.least(fits)  # one number for all processes, as a resume will have it
     batch = divide_batch(run.mesh.data_world, fits, sizes.pp)
     needed = fixed + batch.device_batch_size * per_window
+    if run.mesh.sizes.is_sharded:
+        needed = total_bytes(footprint(planned_step(net, run, dtype_used, batch)))
     return batch, (
         f"memory: about {needed / 2**30:.2f} GiB a process of {free / 2**30:.1f} GiB free"
     )
@@ -495,6 +499,28 @@ def state_saved(net, run):
     if offload and run.device.type == "cuda":
         return state
     return state * (1 - 1 / run.mesh.sizes.replica) if zero else 0
+
+
+def planned_step(net, run, dtype_used, batch=None):
+    """A step of this run as barelm/footprint.py knows it; without a Batch, of one window."""
+    n_blocks = net.config.n_layer + net.config.n_encoder_layer
+    again = n_blocks if checkpoint_blocks is True else int(checkpoint_blocks)
+    return Step(
+        net.config,
+        run.mesh.sizes,
+        shapes_of(net),
+        seq_len,
+        rows=batch.device_batch_size if batch else 1,
+        n_micro=batch.grad_accum_steps if batch else max(2, run.mesh.sizes.pp),
+        dtype=dtype_used,
+        optimizer=optimizer,
+        zero=zero,
+        grad_dtype=getattr(torch, grad_dtype) if is_narrow(run) else torch.float32,
+        offload=offload,
+        recompute=again,
+        device_type=run.device.type,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", run.world)),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -840,8 +866,17 @@ def say_plan(net, run, data, batch, memory, dtype_used, reason):
         f"{data.val.n:,} to validate\n"
         f"{memory}\n"
         f"processes: {run.mesh.sizes.words()}\n"
+        f"{mesh_words(net, run, batch, dtype_used)}"
         f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}"
     )
+
+
+def mesh_words(net, run, batch, dtype_used):
+    """Who holds what, and what travels; nothing of a single process."""
+    if run.world == 1:
+        return ""
+    lines = describe(planned_step(net, run, dtype_used, batch))
+    return "".join(f"  {line}\n" for line in lines)
 
 
 def say_notes(run, horizon, batch, data):

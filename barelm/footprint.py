@@ -17,6 +17,7 @@ from barelm.fast import head_rows
 from barelm.mesh import Sizes
 from barelm.optim import MLP_MATRICES, probabilities_kept, score_bytes
 from barelm.parallel import needs_fully_shard
+from barelm.patterns import Pattern
 from barelm.scaling import empty_network
 
 # Of a block, by what tensor parallelism divides: products' columns, and products' rows.
@@ -202,11 +203,17 @@ def block_numbers(c, tp, width):
     return kept + 4 * H  # and each softmax's sum
 
 
-def mlp_bytes(c, layer, tp, width):
-    """The same of its MLP: what the activation reads, its value, and of a gated one the product."""
+def dense_bytes(c, tp, width):
+    """The same of an MLP: what the activation reads, its value, and of a gated one the product."""
     n = 4 if MLP_MATRICES[c.mlp] == 3 else 2
+    return width * n * c.n_hidden // tp
+
+
+def mlp_bytes(c, layer, tp, width):
+    """The same of a decoder's MLP, or of the experts that a token goes to."""
     if not c.has_experts[layer]:
-        return width * n * c.n_hidden // tp
+        return dense_bytes(c, tp, width)
+    n = 4 if MLP_MATRICES[c.mlp] == 3 else 2
     k = c.n_experts_per_token
     numbers = (k + c.n_shared_experts) * n * c.expert_hidden + 3 * k * c.n_embd + 2 * c.n_experts
     return width * numbers
@@ -227,22 +234,42 @@ def attention_bytes(step, pattern):
 
 
 def token_bytes(step):
-    """[bytes that a token leaves in each block of the decoder]."""
+    """[bytes that a token leaves in each block]: of an encoder those of its source's, then the
+    decoder's, then those that predict further ahead."""
     c = step.config
     width = step.dtype.itemsize
+    tp = step.sizes.tp
+    cross = cross_bytes(step) if c.is_seq2seq else 0
     sizes = []
+    for pattern in c.encoder_patterns:
+        sizes.append(block_numbers(c, tp, width) + attention_bytes(step, pattern))
+        sizes[-1] += dense_bytes(c, tp, width)
     for layer, pattern in enumerate(c.patterns):
-        size = block_numbers(c, step.sizes.tp, width) + mlp_bytes(c, layer, step.sizes.tp, width)
-        sizes.append(size + attention_bytes(step, pattern))
-    return sizes
+        size = block_numbers(c, tp, width) + mlp_bytes(c, layer, tp, width)
+        sizes.append(size + attention_bytes(step, pattern) + cross)
+    ahead = block_numbers(c, tp, width) + attention_bytes(step, Pattern())
+    ahead += dense_bytes(c, tp, width) + 4 * 6 * c.n_embd  # two states, joined
+    return sizes + [ahead] * c.mtp
+
+
+def cross_bytes(step):
+    """The same of attention to a source of as many tokens: x and its norm, q, the source's k and v,
+    what attention gives, scores where they are kept."""
+    c = step.config
+    width = step.dtype.itemsize
+    heads = 2 * (c.n_head + c.n_kv_head) * c.head_dim / step.sizes.tp
+    return (4 + width) * c.n_embd + width * heads + score_bytes(c, step.seq_len, width)
 
 
 def stage_bytes(step, stage):
     """(bytes that a token leaves in each block of a stage that keeps them, in each that is computed
     again)."""
-    counts = stage_blocks(step.config, step.sizes.pp)
-    first = sum(counts[:stage])
-    blocks = token_bytes(step)[first : first + counts[stage]]
+    blocks = token_bytes(step)
+    first = 0
+    if step.sizes.pp > 1:
+        counts = stage_blocks(step.config, step.sizes.pp)
+        first = sum(counts[:stage])
+        blocks = blocks[first : first + counts[stage]]
     n_again = min(max(step.recompute - first, 0), len(blocks))
     return blocks[n_again:], blocks[:n_again]
 
@@ -299,6 +326,26 @@ def footprint(step):
 
 def total_bytes(held):
     return sum(held.values())
+
+
+def windows_that_fit(step, budget):
+    """The most windows of a micro-batch with which a process holds at most `budget` bytes; 0: not
+    even one."""
+
+    def fits(rows):
+        return total_bytes(footprint(replace(step, rows=rows))) <= budget
+
+    high = 1
+    while fits(high) and high < 1 << 20:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def stage_footprint(step, stage):

@@ -39,6 +39,7 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         keep_stage(net, mesh.rank_of("pp"), sizes.pp)
         network = Stage(net, mesh.rank_of("pp"), sizes.pp, compute_dtype)
     if needs_fully_shard(sizes):
+        net.ops.joins = sizes.shard == 1
         fully_sharded(network, blocks_of(net), mesh, compute_dtype, reduce_dtype)
     network.to(mesh.run.device)
     if sizes.replica > 1 and not needs_fully_shard(sizes):
@@ -102,7 +103,6 @@ def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
     narrow = None if compute_dtype == torch.float32 or packed else compute_dtype
     of_block = MixedPrecisionPolicy(narrow, reduce_dtype, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
-    net.ops.joins = mesh.sizes.shard == 1
     grid = mesh.shard_mesh
     for block in blocks:
         fully_shard(block, mesh=grid, mp_policy=of_block)

@@ -153,9 +153,22 @@ WORDS = {
 }
 
 
-def describe(step, bandwidth=10e9):
+# Bytes a second that a process sends, for a first idea: a GPU to others of its machine, and to
+# other machines; a CPU's.
+STATED = {"machine": 100e9, "network": 10e9, "cpu": 1e9}
+
+
+def stated_bandwidth(step):
+    """Bytes/s of the slowest link of a mesh, as STATED has it."""
+    if step.device_type == "cpu":
+        return STATED["cpu"]
+    return STATED["machine" if step.sizes.world <= step.local_world else "network"]
+
+
+def describe(step, bandwidth=None):
     """The mesh in words, a list of lines: who holds what, the bytes of a process by kind, what it
     sends in a step and how long that takes at `bandwidth`, bytes a second of one process."""
+    bandwidth = bandwidth or stated_bandwidth(step)
     lines = holders(step)
     held = footprint(step)
     kinds = ", ".join(f"{kind} {in_units(size)}" for kind, size in held.items() if size)
@@ -163,8 +176,8 @@ def describe(step, bandwidth=10e9):
     sent = transfers(step)
     for kind, transfer in sent.items():
         lines.append(
-            f"a process sends {in_units(transfer.sent)} a step to {transfer.n - 1} other(s), "
-            f"{transfer.sent / bandwidth:.3g} s at {bandwidth / 1e9:g} GB/s: {WORDS[kind]}"
+            f"it sends {in_units(transfer.sent)} a step in a group of {transfer.n}, "
+            f"{transfer.sent / bandwidth:.2g} s at {bandwidth / 1e9:g} GB/s: {WORDS[kind]}"
         )
     return lines
 
@@ -179,22 +192,26 @@ def holders(step):
         words = " + ".join(map(str, counts))
         lines.append(f"pipeline: {sizes.pp} stages of {words} blocks, {per_stage} ranks each")
     if sizes.replica > 1:
-        group = ranks(sizes.replica, sizes.tp * sizes.shard)
+        group = ranks(sizes.replica, sizes.tp * sizes.shard, sizes.world)
         lines.append(f"copies: {group} hold the same, {sizes.replica} times")
     if sizes.shard > 1:
-        lines.append(f"parts: {ranks(sizes.shard, sizes.tp)} hold 1/{sizes.shard} of each matrix")
+        group = ranks(sizes.shard, sizes.tp, sizes.world)
+        lines.append(f"parts: {group} hold 1/{sizes.shard} of each matrix")
     if sizes.tp > 1:
-        lines.append(f"tensor: {ranks(sizes.tp, 1)} share each product of a block")
+        lines.append(f"tensor: {ranks(sizes.tp, 1, sizes.world)} share each product of a block")
     if sizes.cp > 1:
-        lines.append(f"context: {ranks(sizes.cp, sizes.tp)} share each window's tokens")
+        group = ranks(sizes.cp, sizes.tp, sizes.world)
+        lines.append(f"context: {group} share each window's tokens")
     return lines
 
 
-def ranks(n, stride):
+def ranks(n, stride, world):
     """The first group of n ranks, each so far from the next, in words."""
-    if n == 2:
-        return f"ranks 0, {stride} (and so on)"
-    return f"ranks 0, {stride} ... {(n - 1) * stride} (and so on)"
+    numbers = [i * stride for i in range(n)]
+    words = ", ".join(map(str, numbers))
+    if n > 4:
+        words = f"{numbers[0]}, {numbers[1]} ... {numbers[-1]}"
+    return f"ranks {words}" + (" (and so on)" if n < world else "")
 
 
 def in_units(size):

@@ -259,13 +259,17 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def run_killed(cwd, script, *args, ending, times=1):
-    """`python script.py args` in a process that kills itself, as kill_itself has it. A busy machine
-    moves that moment not, as it would a kill from without."""
-    if FORK:
+def run_killed(cwd, script, *args, ending, times=1, processes=1):
+    """`python script.py args` in a process that kills itself, as kill_itself has it: the first of
+    several, with which the others are killed. A busy machine moves that moment not, as it would a
+    kill from without."""
+    if FORK or processes > 1:
         before = lambda: kill_itself(ending, times)
-        [process], out, err = start_forked(cwd, script, args, before=before)
+        [process, *others], out, err = start_forked(cwd, script, args, "", processes, before)
         join(process, out, err)
+        for other in others:
+            other.kill()
+            other.join()
         out.seek(0), err.seek(0)
         status, said = process.exitcode, (out.read(), err.read())
     else:

@@ -99,31 +99,11 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     assert weights(words, f"out/{name}/best") == weights(words, f"{killed}/best")
 
 
-CUT = """
-import os, runpy, sys
-rename, saves = os.replace, []
-def replace(a, b):
-    rename(a, b)
-    if str(b).endswith("out/cut/model.safetensors"):
-        saves.append(b)
-        if len(saves) == 2:
-            os.kill(os.getpid(), 9)
-os.replace = replace
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_killed_between_the_two_renames_of_a_save(words):
     options = [*SMALL, "--max_steps=30", "--save_every=10", "--eval_every=1000"]
     run(words, "train.py", *options, "--out_dir=out/whole")
-    code = CUT.replace("sys.argv[0]", repr(str(ROOT / "train.py")))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options, "--out_dir=out/cut"],
-        cwd=words,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    args = [*options, "--out_dir=out/cut"]
+    run_killed(words, "train.py", *args, ending="out/cut/model.safetensors", times=2)
     cut = words / "out" / "cut"
     assert torch.load(cut / "state.pt")["step"] == 10 and (cut / "state.pt.tmp").exists()
     shutil.copytree(cut, words / "out" / "lost")
@@ -195,21 +175,8 @@ def test_started_on_two_resumed_on_one_goes_on_with_the_same_windows(words):
     options = [*SMALL, "--max_steps=none", "--max_epochs=1", "--optimizer=adamw", "--save_every=10"]
     run(words, "train.py", *options, "--out_dir=out/alone")
     total = len(log(words, "out/alone"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(ROOT / "train.py"), *options, "--out_dir=out/moved"],
-        cwd=words,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(process, lambda: (words / "out" / "moved" / "state.pt").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for child in children_running("out/moved"):
-        os.kill(child, signal.SIGKILL)
+    moved = [*options, "--out_dir=out/moved"]
+    run_killed(words, "train.py", *moved, ending="moved/state.pt", processes=2)
     run(words, "train.py", *options, "--out_dir=out/moved", "--init_from=resume")
     one, two = log(words, "out/alone"), log(words, "out/moved")
     assert [s for s, _ in two] == list(range(1, total + 1))

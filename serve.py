@@ -71,7 +71,7 @@ import torch
 from barelm import api, page, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
-from barelm.caller import Caller
+from barelm.caller import Caller, no_gradients
 from barelm.checkpoint import load
 from barelm.embeddings import POOLINGS, batches_of, pooling_of
 from barelm.engine import Engine, tell_listeners
@@ -516,7 +516,7 @@ def make_engine(net, tok, length, mirror=None):
 def follow(mirror, net, tok):
     """What a process does that is not the first of several: to the end what that one tells it."""
     mirror.knows(net=net, tok=tok, engine=Caller(net))
-    with generating(net), torch.inference_mode():
+    with generating(net), no_gradients(net):
         mirror.follow()
     end_process(0)
 

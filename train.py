@@ -656,6 +656,8 @@ def why_not_compile(net, run, train_tokens, saved):
         return "a compiler chooses the order of sums by the shape (--deterministic)"
     if compile is None and saved and saved["step"] > 0:
         return "" if saved["compiled"] else "as before"
+    if compile is None and (tp > 1 or cp > 1):
+        return "what processes exchange within a block parts it (--compile turns it on)"
     if compile or run.device.type == "cuda":
         return ""
     if flops_of_run(net, train_tokens) >= COMPILE_FLOPS * run.world:
@@ -836,7 +838,10 @@ def filled_up(batch, n_rows):
 def causal_totals(net, batch, docs, token_bytes):
     """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
     loss_sum, n_targets = net(**batch, docs=docs)
-    return torch.stack([loss_sum, n_targets, bytes_of(batch["targets"], token_bytes)]).double()
+    targets = batch["targets"]
+    if net.tokens is not None:  # of windows that several processes share (--cp)
+        targets = net.tokens.own(targets)
+    return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
 
 
 def bytes_of(targets, token_bytes):

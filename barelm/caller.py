@@ -11,6 +11,12 @@ from barelm.metrics import Metrics
 from barelm.run import UserError
 
 
+def no_gradients(net):
+    """The context in which a network generates: no tensor can learn. A DTensor, of which this
+    process has a part, is not made in inference mode."""
+    return torch.inference_mode() if net.ops.heads is None else torch.no_grad()
+
+
 class Caller(threading.Thread):
     """A network that continues no text, such as an encoder: it is called, and no more. What else a
     server asks of its engine is empty here."""
@@ -46,7 +52,7 @@ class Caller(threading.Thread):
         self.join()
 
     def run(self):
-        with generating(self.net), torch.inference_mode():
+        with generating(self.net), no_gradients(self.net):
             while True:
                 with self.wake:
                     while not (self.calls or self.stopped):

@@ -25,7 +25,7 @@ from contextlib import suppress
 
 import torch
 
-from barelm.caller import Caller
+from barelm.caller import Caller, no_gradients
 from barelm.decode import Decoder
 from barelm.fast import generating
 from barelm.generation import check_generates
@@ -110,7 +110,7 @@ class Engine(Caller):
     # ------------------------------------------------------------------ the thread
 
     def run(self):
-        with generating(self.net), torch.inference_mode():
+        with generating(self.net), no_gradients(self.net):
             self.first_step()
             while self.wait_for_work():
                 if self.calls:  # one a step: many do not hold up the tokens

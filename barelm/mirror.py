@@ -91,6 +91,7 @@ class Mirror:
         self.group = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.names = {}  # {id of an object: its name}
         self.objects = {}  # {name: object}
+        self.knows(mirror=self)
 
     def knows(self, **objects):
         """Each process calls it with what it has of the same."""

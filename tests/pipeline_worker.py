@@ -84,8 +84,8 @@ def figures_of_stages(c, run):
     for step in range(STEPS):
         batch, docs = step_batch(step, N_MICRO * ROWS * mesh.data_world)
         n_targets = batch["targets"].numel()
-        # Micro-batch by micro-batch, of which each process has some: as one process has them.
-        own = slice(mesh.data_rank, None, mesh.data_world)
+        n_own = N_MICRO * ROWS
+        own = slice(mesh.data_rank * n_own, (mesh.data_rank + 1) * n_own)
         batch = {name: tensor[own] for name, tensor in batch.items()}
         losses = pipeline.step(batch, docs[own], N_MICRO, n_exchanging / n_targets)
         norm = updater.clip_gradients()

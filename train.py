@@ -970,7 +970,7 @@ def causal_totals(net, batch, docs, token_bytes):
     """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
     loss_sum, n_targets = net(**batch, docs=docs)
     targets = batch["targets"]
-    if net.tokens is not None:  # of several processes that share a window, this one's
+    if net.tokens is not None:  # of windows that several processes share (--cp)
         targets = net.tokens.own(targets)
     return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
 

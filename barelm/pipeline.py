@@ -20,7 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 
 from barelm.optim import attention_products, mlp_weights
-from barelm.parts import local_part
+from barelm.parts import local_part, sum_partial_gradients
 from barelm.patterns import Pattern
 from barelm.positions import document_positions
 from barelm.run import UserError, autocast
@@ -170,6 +170,7 @@ def shared_parameters(net, mesh):
 def sum_shared(shared):
     """Sum the gradients of parameters that several stages hold, `shared_parameters`: the copies
     then stay the same."""
+    sum_partial_gradients([p for p, _ in shared])
     for p, group in shared:
         if p.grad is None:
             p.grad = torch.zeros_like(p)

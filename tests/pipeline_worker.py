@@ -1,12 +1,15 @@
-"""What tests/test_stages.py starts on four processes: networks in stages, against one process.
+"""What tests/test_stages.py starts: networks in stages on four processes, against one process.
 
-torchrun --nproc_per_node=4 tests/pipeline_worker.py [name of a case ...]"""
+python tests/pipeline_worker.py [name of a case ...]"""
 
+import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -81,8 +84,8 @@ def figures_of_stages(c, run):
     for step in range(STEPS):
         batch, docs = step_batch(step, N_MICRO * ROWS * mesh.data_world)
         n_targets = batch["targets"].numel()
-        # Micro-batch by micro-batch, of which each process has some: as one process has them.
-        own = slice(mesh.data_rank, None, mesh.data_world)
+        n_own = N_MICRO * ROWS
+        own = slice(mesh.data_rank * n_own, (mesh.data_rank + 1) * n_own)
         batch = {name: tensor[own] for name, tensor in batch.items()}
         losses = pipeline.step(batch, docs[own], N_MICRO, n_exchanging / n_targets)
         norm = updater.clip_gradients()
@@ -111,23 +114,28 @@ def check_copies(pipeline):
         assert torch.equal(most, least)
 
 
-def main():
-    import faulthandler
-
-    faulthandler.dump_traceback_later(60, exit=True)
+def compare(rank, names, port):
+    """What each process does: all cases, one after the other."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     run = setup("cpu")
-    for name in sys.argv[1:] or CASES:
+    for name in names:
         sizes, c = CASES[name]
         run.mesh = Mesh(run, sizes)
         figures, val_loss = figures_of_stages(c, run)
         expected, expected_val = figures_of_one(c, sizes.data)
-        pairs = [*figures, (val_loss, 0.0)], [*expected, (expected_val, 0.0)]
-        worst = (torch.tensor(pairs[0]) - torch.tensor(pairs[1])).abs().max().item()
+        ours = torch.tensor([*figures, (val_loss, 0.0)])
+        worst = (ours - torch.tensor([*expected, (expected_val, 0.0)])).abs().max().item()
         run.say(f"{name}: {sizes.words()}: {worst:.1e} from one process, loss {val_loss:.4f}")
         assert worst < 1e-5, (name, figures, expected)
     run.wait()
+    end_process(0)
 
 
 if __name__ == "__main__":
-    main()
-    end_process(0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # Forked, so that torch is imported once.
+    wanted = sys.argv[1:] or list(CASES)
+    torch.multiprocessing.start_processes(compare, (wanted, port), nprocs=4, start_method="fork")

@@ -3,6 +3,7 @@ starts in four processes. Each check prints a line of JSON on the first of them.
 
 import json
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -169,11 +170,11 @@ WAYS = ("ddp", "ddp zero", "ddp bfloat16", "ddp zero offload", "fsdp", "hsdp", "
 SHORT = {"adamw": ("ddp zero", "fsdp bfloat16"), "muon": ("ddp zero", "ddp bfloat16", "fsdp")}
 
 
-def check_network(run, ways_of=None):
-    for name in ("adamw", "muon"):
+def check_network(run, ways_of):
+    for name, ways in ways_of.items():
         alone = one_process(run, name)
         say(f"{name} learns", first=alone[0], last=alone[-1])
-        for way in WAYS if ways_of is None else ways_of[name]:
+        for way in ways:
             kind, *words = way.split()
             run.mesh = open_mesh(run, kind, replicas=2 if kind == "hsdp" else 0)
             dtype = torch.bfloat16 if "bfloat16" in words else torch.float32
@@ -218,13 +219,11 @@ def check_float8(run):
 
 def main():
     run = setup("cpu")
-    checks = {"muon": check_muon, "network": check_network, "zero": check_resume_of_zero}
-    checks |= {"float8": check_float8}
-    for name in sys.argv[1:] or checks:
-        if name == "short":
-            check_network(run, SHORT)
-        else:
-            checks[name](run)
+    checks = {"muon": check_muon, "zero": check_resume_of_zero, "float8": check_float8}
+    checks["network"] = partial(check_network, ways_of={"adamw": WAYS, "muon": WAYS})
+    checks["short"] = partial(check_network, ways_of=SHORT)
+    for name in sys.argv[1:] or ("muon", "network", "zero", "float8"):
+        checks[name](run)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -135,7 +135,7 @@ def test_a_network_learns_with_it_recomputed_or_not():
             use_float8(net)
         net.checkpoint = kind == "recomputed"
         optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
-        for step in range(15):
+        for step in range(8):
             torch.manual_seed(step)
             ids = torch.randint(0, 16, (4, 17)).cumsum(1) % 64
             loss, n = net(ids[:, :-1], ids[:, 1:])
@@ -166,6 +166,9 @@ def test_the_emulation_of_a_product_is_torchs():
     torch.manual_seed(0)
     a, a_scale = narrowed(torch.randn(16, 32), E5M2)
     b, b_scale = narrowed(torch.randn(48, 32), E4M3)
-    expected = (a.double() @ b.double().T) * (a_scale * b_scale).double()
-    got = scaled_product(a, b, a_scale, b_scale, torch.float32)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    ours = scaled_product(a, b, a_scale, b_scale, torch.float32)
+    try:
+        theirs = torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.float32)
+    except RuntimeError as error:  # not on every CPU
+        pytest.skip(str(error))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,12 +17,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+torch.set_num_threads(1)  # whose pool of threads no fork would have
+
+import torch._dynamo  # an optimizer brings it along: here once for all forks
 
 from barelm.checkpoint import load
 from barelm.resume import load_state, newest_step
 from barelm.run import UserError
 from barelm.steps import SHARDS
 
+FORKS = multiprocessing.get_context("fork")
 SMALL = ["--dataset=tiny", "--n_layer=4", "--n_embd=64", "--n_head=4", "--n_kv_head=2"]
 SMALL += ["--seq_len=64", "--batch_tokens=1024", "--micro_batch=4", "--warmup_steps=4"]
 SMALL += ["--sample_tokens=0", "--eval_tokens=512", "--dtype=float32", "--device=cpu"]
@@ -43,30 +47,38 @@ KINDS = {
 
 
 def start(n, *args):
-    """train.py on n processes, as torchrun would start them: the processes."""
+    """train.py on n processes, as torchrun would start them, but forks: they spare the imports."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     processes = []
     for rank in range(n):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {key: str(value) for key, value in place.items()}
-        command = [sys.executable, str(ROOT / "train.py"), *SMALL, *args]
-        log = open(f"rank{rank}.log", "w")
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {key: str(value) for key, value in place.items()}
+        processes.append(FORKS.Process(target=train_here, args=(rank, place, args)))
+        processes[-1].start()
     return processes
+
+
+def train_here(rank, place, args):
+    """train.py in this fork, whose words go into rank0.log and so on."""
+    os.environ.update(place)
+    log = os.open(f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(log, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = [str(ROOT / "train.py"), *SMALL, *args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def end(processes, limit=300):
     """Wait for processes, and kill what is left of them: their exit statuses."""
     give_up = time.monotonic() + limit
     for process in processes:
-        try:
-            process.wait(max(0.1, give_up - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return [process.returncode for process in processes]
+        process.join(max(0.1, give_up - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def train(n, *args):
@@ -153,7 +165,7 @@ def kill_at_random(processes, out, chance, one):
     one, of which the others have to notice."""
     log = out / "log.jsonl"
     n_rows = None
-    while all(process.poll() is None for process in processes):
+    while all(process.is_alive() for process in processes):
         rows = log.read_bytes().count(b"\n") if log.is_file() else 0
         if n_rows is None and Path("rank0.log").read_text().count("step "):
             n_rows = rows
@@ -163,7 +175,7 @@ def kill_at_random(processes, out, chance, one):
     time.sleep(chance.uniform(0, 1))
     victims = [chance.choice(processes)] if one else processes
     for process in victims:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     begin = time.monotonic()
     end(processes, limit=60)
     if one:

@@ -311,7 +311,7 @@ def test_a_streamed_mixture_trains_as_files_do_and_resumes_exactly(tiny, server,
     address = f"{server.url}data/tiny/meta.json"
     mix = "0:{0}=0.7,other=0.3;5:{0}=0.2,other=0.8"
     options = ["config/tiny.py", "--dataset=python", "--shuffle_chunks=256", "--sample_tokens=0"]
-    options += ["--lr_schedule=constant", "--eval_every=5", "--save_every=7", "--eval_tokens=640"]
+    options += ["--lr_schedule=constant", "--eval_every=7", "--save_every=7", "--eval_tokens=640"]
     here = f"--mix={mix.format('here')}"
     there = f"--mix={mix.format(address)}"
     run(tmp_path, "train.py", *options, here, "--max_steps=10", "--out_dir=here")

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # whose pool of threads no fork would have
 
-import torch._dynamo  # noqa: F401: an optimizer brings it along: here once for all forks
+# What a run brings along late is here once for all forks.
+import torch._dynamo  # noqa: F401
 
-import barelm.saving  # noqa: F401: as this does torch's checkpoints
+import barelm.saving  # noqa: F401
 from barelm.checkpoint import load
 from barelm.resume import load_state, newest_step
 from barelm.run import UserError

@@ -247,8 +247,6 @@ from barelm.run import (
     setup,
     step_seed,
 )
-from barelm.saving import StepSaver, read_step_state
-from barelm.sharded import load_states, load_whole_states, numbered_names
 from barelm.shards import (
     MicroBatches,
     Windows,
@@ -256,7 +254,7 @@ from barelm.shards import (
     document_layout,
     document_numbers,
 )
-from barelm.steps import keep_last
+from barelm.steps import keep_last, read_step_state
 from barelm.tokenizer import Tokenizer
 from barelm.traffic import describe
 from barelm.watch import lost_process, start_watch
@@ -705,6 +703,8 @@ def make_saver(run):
     writes all."""
     if not (run.mesh.sizes.is_sharded or zero or keep > 1 or async_save):
         return None
+    from barelm.saving import StepSaver  # a second of imports, which others are spared
+
     return StepSaver(out_dir, run, asdict(run.mesh.sizes), keep, async_save)
 
 
@@ -714,13 +714,10 @@ def restore(saved, net, updater, run):
     state = State()
     if saved:
         path = saved["folder"] / "state.pt"
-        if "optimizers" not in saved:
-            load_states(saved["folder"], net, updater.optimizers)
-        elif run.mesh.sizes.is_sharded or zero:
-            names = numbered_names(net, optimizer)
-            load_whole_states(saved["optimizers"], names, net, updater.optimizers, path)
-        else:
+        if "optimizers" in saved and not (run.mesh.sizes.is_sharded or zero):
             restore_optimizers(updater.optimizers, saved["optimizers"], path)
+        else:
+            restore_parts(saved, net, updater, path)
         if updater.scaler and saved.get("scaler"):
             check_state(saved["scaler"], updater.scaler.state_dict(), path)
             updater.scaler.load_state_dict(saved["scaler"])
@@ -730,6 +727,18 @@ def restore(saved, net, updater, run):
     if run.sum(state.step) != [state.step * run.world]:
         raise UserError(f"{out_dir}: another checkpoint on another node: share the folder")
     return state
+
+
+def restore_parts(saved, net, updater, path):
+    """Give the optimizers what this process has of their state: of a step that was saved in parts,
+    or of a state.pt."""
+    from barelm import sharded
+
+    if "optimizers" in saved:
+        names = sharded.numbered_names(net, optimizer)
+        sharded.load_whole_states(saved["optimizers"], names, net, updater.optimizers, path)
+    else:
+        sharded.load_states(saved["folder"], net, updater.optimizers)
 
 
 def begin_part(folder, state, saved, facts):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from barelm.checkpoint import write_companions
-from barelm.files import read_json, sync_folder, write_json
+from barelm.files import sync_folder, write_json
 from barelm.pieces import write_model
 from barelm.resume import STATES
 from barelm.sharded import ShardWriter, model_tensors, optimizer_tensors
@@ -82,8 +82,3 @@ class StepSaver:
     def finish(self):
         """Wait until what was saved last is whole."""
         self.writer.wait()
-
-
-def read_step_state(folder):
-    """The plain values that a step was saved with."""
-    return read_json(Path(folder) / STATE)

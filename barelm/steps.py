@@ -64,6 +64,11 @@ def whole_steps(out_dir):
     return [(step, path) for step, path in step_folders(out_dir) if not why_not_whole(path)]
 
 
+def read_step_state(folder):
+    """The plain values that a step was saved with."""
+    return read_json(Path(folder) / STATE)
+
+
 def sizes_of(folder):
     """{name: bytes} of a folder's files, but mesh.json, which will hold this."""
     paths = sorted(path for path in Path(folder).iterdir() if path.name != MESH)
@@ -74,7 +79,7 @@ def discard(folder):
     """Remove a step's folder: first its name, in one moment, then what is in it."""
     folder = Path(folder)
     if folder.suffix != ".tmp" and folder.is_dir():
-        doomed = folder.with_name(folder.name + ".tmp")
+        doomed = folder.with_name(folder.name + ".old.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         sync_folder(folder.parent)

@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)  # whose pool of threads no fork would have
 
-import torch._dynamo  # an optimizer brings it along: here once for all forks
+# What a run brings along late is here once for all forks.
+import torch._dynamo  # noqa: F401
 
+import barelm.saving  # noqa: F401
 from barelm.checkpoint import load
 from barelm.resume import load_state, newest_step
 from barelm.run import UserError
@@ -142,7 +144,7 @@ def what_is_there(out):
     return f"{found}; cut: {', '.join(dict.fromkeys(cut)) or 'nothing'}"
 
 
-def kills(n_kills=30, steps=24):
+def kills(n_kills=30, steps=18):
     """30 kills at random moments over all kinds, what was there after each, and the end."""
     chance = random.Random(0)
     common = [f"--max_steps={steps}", "--save_every=1", "--eval_every=2", "--optimizer=muon"]

@@ -24,9 +24,9 @@ from barelm.optim import make_optimizer
 from barelm.pieces import PIECE
 from barelm.resume import newest_step, weights_step
 from barelm.run import Run, UserError
-from barelm.saving import StepSaver, read_step_state
+from barelm.saving import StepSaver
 from barelm.sharded import load_step
-from barelm.steps import step_folder, whole_steps
+from barelm.steps import read_step_state, step_folder, whole_steps
 from model import GPT, GPTConfig
 
 TOK = char_tokenizer("abcdefghijklmnopqrstuvwxyz \n")
@@ -263,6 +263,9 @@ def test_a_step_that_is_damaged_is_passed_over_and_a_foreign_one_runs_nothing(tm
     said = []
     assert newest_step(tmp_path, said.append) == step_folder(tmp_path, 3)
     assert "has 1,000 bytes" in said[0]
+    saver.save(net, TOK, optimizers, {"step": 4})  # as a run does that has gone on from step 3
+    assert [step for step, _ in whole_steps(tmp_path)] == [2, 3, 4]
+    assert len(list((tmp_path / "shards").iterdir())) == 3
     other, of_other = build(0, 1, "muon")
     with pytest.raises(UserError, match="another optimizer's"):
         load_step(step_folder(tmp_path, 3), other, of_other)

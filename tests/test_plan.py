@@ -7,13 +7,23 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
 
-from barelm.footprint import Step, footprint, parts_of, shapes_of, stage_blocks, total_bytes
+from barelm.footprint import (
+    Step,
+    footprint,
+    parts_of,
+    planned_shapes,
+    shapes_of,
+    stage_blocks,
+    total_bytes,
+    windows_that_fit,
+)
 from barelm.goodput import best_interval, daly, goodput, simulate, young
 from barelm.mesh import Sizes
 from barelm.plan import Hardware, best_step, grids, step_seconds
@@ -112,7 +122,12 @@ def test_what_travels_is_counted_by_hand():
 
 def test_the_mesh_in_words_says_who_holds_what():
     words = "\n".join(describe(step_on(Sizes(pp=2, replica=2, shard=2, tp=2, cp=2)), 10e9))
-    for begin in ("pipeline: 2 stages", "copies: ranks 0, 4", "parts: ranks 0, 2", "tensor: ranks 0, 1"):
+    for begin in (
+        "pipeline: 2 stages",
+        "copies: ranks 0, 4",
+        "parts: ranks 0, 2",
+        "tensor: ranks 0, 1",
+    ):
         assert begin in words
     for what in (
         "weights",
@@ -124,6 +139,23 @@ def test_the_mesh_in_words_says_who_holds_what():
     ):
         assert what in words
     assert len(describe(step_on(Sizes()))) == 1
+
+
+def test_as_many_windows_as_the_bytes_allow():
+    step = step_on(Sizes(shard=2), device_type="cpu", dtype=torch.float32)
+    for budget in (6e6, 3e7):
+        rows = windows_that_fit(step, budget)
+        assert total_bytes(footprint(replace(step, rows=rows))) <= budget
+        assert total_bytes(footprint(replace(step, rows=rows + 1))) > budget
+    assert windows_that_fit(step, 1000) == 0
+
+
+@pytest.mark.parametrize(
+    "more", [{}, dict(n_experts=4, expert_layers="DE"), dict(tie=False, mtp=1)]
+)
+def test_shapes_are_those_of_the_network(more):
+    config = GPTConfig(**SHAPE | more)
+    assert dict(planned_shapes(config)) == dict(shapes_of(empty_network(config)))
 
 
 MESHES = ["ddp:adamw", "fsdp:adamw", "ddp:adamw:again"]

@@ -158,7 +158,7 @@ def test_shapes_are_those_of_the_network(more):
     assert dict(planned_shapes(config)) == dict(shapes_of(empty_network(config)))
 
 
-MESHES = ["ddp:adamw", "fsdp:adamw", "ddp:adamw:again"]
+MESHES = ["ddp:adamw", "fsdp:adamw"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes over gloo")
@@ -204,7 +204,7 @@ def test_the_best_mesh_fits_and_no_other_that_fits_is_much_faster():
     assert total_bytes(footprint(step)) < a100.memory
     seconds = sum(step_seconds(step, a100).values())
     assert step.sizes.world == 16 and step.rows * step.n_micro * step.sizes.data == 256
-    for wanted in ({"parallel": "fsdp"}, {"tp": 2}, {"pp": 2}):
+    for wanted in ({"parallel": "fsdp"}, {"tp": 2}):
         other = best_step(config, shapes, a100, 16, 8, 256, 2048, ANY | wanted)
         assert sum(step_seconds(other, a100).values()) > 0.96 * seconds
         for key, value in wanted.items():
@@ -265,11 +265,8 @@ def test_a_plan_with_a_mesh_is_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--nodes=7"], "nodes=7: so many machines do not have 64 devices"),
-    (["--nodes=8", "--parallel=zero"], "--parallel=zero: expected ddp, fsdp, hsdp"),
-    (["--nodes=8", "--optimizer=sgd"], "--optimizer=sgd: expected muon or adamw"),
     (["--nodes=8", "--batch_tokens=1000"], "batch_tokens=1000: expected a multiple of 2048: 2048"),
     (["--nodes=8", "--tp=3"], "no mesh of 64 devices"),
-    (["--nodes=8", "--mtbf=0"], "mtbf=0: expected a number above 0"),
 ])  # fmt: skip
 def test_meshes_that_cannot_be_are_refused(tmp_path, flags, words):
     plan = ["--plan", "--params=7e9", "--tokens=1e9", "--devices=64"]

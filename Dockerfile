@@ -1,4 +1,5 @@
 # serve.py with a model folder mounted at /model; flags go behind the image's name. README: Deploy.
+# train.py is in it too, for a cluster (deploy/kubernetes).
 FROM python:3.12-slim
 # Where pip looks too. With PyTorch's index of CPU wheels the image is gigabytes smaller; without it
 # a GPU can be used (--gpus=all).
@@ -11,7 +12,7 @@ COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir -r requirements.txt -r requirements-serve.txt
 COPY config/ config/
 COPY barelm/ barelm/
-COPY model.py serve.py serve.html ./
+COPY model.py train.py serve.py serve.html ./
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", \

@@ -115,7 +115,6 @@ from barelm.run import (
     choose_dtype,
     duration,
     is_out_of_memory,
-    lost_process,
     setup,
 )
 from barelm.sampling import GREEDY
@@ -153,6 +152,7 @@ from barelm.tasks import (
     write_program,
 )
 from barelm.tokenizer import Tokenizer
+from barelm.watch import lost_process
 from model import generate
 
 SEQ2SEQ_TOKENS = 128  # of an answer of task seq2seq, where max_new_tokens does not say

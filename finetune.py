@@ -76,13 +76,17 @@ label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round; s
 source_template = "{source}"  # seq2seq: what the encoder reads, such as "summarize: {source}"
 reference_free = False  # dpo: without the reference
 
+# several processes (docs/parallel.md)
+parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
+replicas = 0  # hsdp: copies of the whole; 0: one a machine
+
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
-checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
+checkpoint_blocks: int | bool = False  # recompute so many blocks (bare: all): less memory, slower
 
 # looking on
 eval_every = 100  # steps between validations; there is one at the start and one at the end
@@ -155,7 +159,9 @@ from barelm.heads import (
     with_gradients,
 )
 from barelm.invariant import be_deterministic
+from barelm.mesh import open_mesh
 from barelm.optim import n_params
+from barelm.parallel import divide_again, whole_weights
 from barelm.resume import RESUME_IGNORES, RESUME_MAY_CHANGE, RunFolder, choose_start, locked_folder
 from barelm.run import (
     Horizon,
@@ -168,7 +174,6 @@ from barelm.run import (
     check_least,
     choose_dtype,
     end_process,
-    lost_process,
     make_scaler,
     setup,
     step_seed,
@@ -183,8 +188,10 @@ from barelm.tuning import (
     check_choice,
     check_equal_weights,
     check_numbers,
+    check_parallel,
     check_share,
     count_steps,
+    divide,
     facts_of,
     finish_adapter,
     load_state,
@@ -193,6 +200,7 @@ from barelm.tuning import (
     open_learner,
     read_figures,
     restore,
+    rounds,
     save_run,
     save_weights,
     saved_on_failure,
@@ -202,9 +210,11 @@ from barelm.tuning import (
     stop,
     stop_at_turns,
     sum_figures,
+    trial,
     update,
     words,
 )
+from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
 # Records become examples: (row, tok, limit) -> a dict, of `limit` tokens at most
@@ -446,10 +456,14 @@ def add_reference(learner, pairs, cast):
     share = [] if reference_free else sorted(share_of(pairs, run), key=n_tokens)
     of_groups = []  # (2, B) each
     net.eval()  # dropout is for the network that learns
-    for group in micro_batches(share, micro_tokens, net):
+    groups = [] if reference_free else micro_batches(share, micro_tokens, net)
+    for group, counts in rounds(run, groups, pairs[:1]):
         with cast:
-            of_groups.append(torch.stack(both_logprobs(net, group)))
+            both = both_logprobs(net, group)
+        if counts:
+            of_groups.append(torch.stack(both))
     net.train()
+    divide_again(net)
     log_probs = Counter()  # {(number of the pair, which answer): log p}; without a reference all 0
     if of_groups:
         both = torch.cat(of_groups, 1).tolist()  # the one wait for the device
@@ -815,12 +829,16 @@ def validate(learner, task, examples, limit, cast):
     run = learner.run
     share = share_of(examples, run)
     sums = Counter(loss=0.0, size=task.size(share))
+    groups = groups_of(task, net, share, limit)
+    filling = next(groups_of(task, net, examples[:1], limit))
     net.eval()
-    for group in groups_of(task, net, share, limit):
+    for group, counts in rounds(run, groups, filling):
         with cast:
             loss, figures = task.loss(net, group)
-        add_figures(sums, figures | {"loss": loss})
+        if counts:
+            add_figures(sums, figures | {"loss": loss})
     net.train()
+    divide_again(net)
     sums = sum_figures(run, read_figures(sums))
     size = max(sums.pop("size"), 1e-9)
     val_loss = sums.pop("loss") / size
@@ -889,7 +907,7 @@ MAY_CHANGE = (
     "micro_tokens",
     "neftune",
 )
-IGNORES = (*RESUME_IGNORES, "compile", "merge", "check_memorized")
+IGNORES = (*RESUME_IGNORES, "compile", "merge", "check_memorized", "parallel", "replicas")
 
 
 def first_epoch(train, n_steps):
@@ -938,8 +956,10 @@ def finish(learner, task, state, row, sums, train, val, cast):
     run = learner.run
     if task.table and sums:
         run.say(task.table(sums, learner.net.labels))
-    if task.learns_responses and check_memorized and run.is_main:
-        try_memorized(learner, train, val, cast, row)
+    if task.learns_responses and check_memorized:
+        with whole_weights(learner.net):
+            if run.is_main:
+                try_memorized(learner, train, val, cast, row)
     check_equal_weights(run, learner.params().values())
     finish_adapter(learner, Path(out_dir), state.step, merge)
     for key, value in row.items():
@@ -952,6 +972,9 @@ def main():
     check_settings(name, config)
     task = METHODS[name]
     run = setup(device)
+    start_watch(run)
+    run.mesh = open_mesh(run, parallel, replicas=replicas)
+    check_parallel(run, parallel, batch_size, name, config, merge)
     chosen = settings(globals()) | {"method": name, "adapt": config.adapt}
     folder = RunFolder(out_dir, run, chosen, defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")
@@ -971,12 +994,16 @@ def main():
         folder.check_resume(saved, facts)
     n_base = n_params(net)
     choose_weights(net, config, reads_head=net.score is None and net.task != "embed")
-    net.to(run.device).train()
+    if not run.is_divided:
+        net.to(run.device)
+    net.train()
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
-    say_memory(learner, largest_load(task, net, train, limit), computing, optimizer)
-    make_fast(learner, task, train, limit, cast, n_steps, saved)
+    with trial(learner):
+        say_memory(learner, largest_load(task, net, train, limit), computing, optimizer)
+        make_fast(learner, task, train, limit, cast, n_steps, saved)
+    divide(learner, computing)
     facts["compiled"] = learner.compiled
     if task.prepare:
         task.prepare(learner, first_epoch(train, n_steps), cast)

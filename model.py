@@ -215,7 +215,7 @@ class GPT(nn.Module):
         self.mtp_loss: torch.Tensor | None = None  # of the last `forward`: a sum, as the loss is
 
         # How it is trained: all of these may be set by whoever trains it.
-        self.checkpoint: bool = False  # recompute each block in backward: less memory, more time
+        self.checkpoint: int = 0  # blocks that are computed again in backward; True: all
         self.train_block: Callable = call_block  # or torch.compile(call_block); not with a cache
         self.eval_block: Callable = call_block  # the same of eval mode
         self.tokens = None  # of processes that share windows: see barelm/context_parallel.py
@@ -269,6 +269,23 @@ class GPT(nn.Module):
     def deterministic(self, value):
         self.ops.deterministic = value
         self.ops.fast = self.ops.fast and not value
+
+    @property
+    def checkpoint(self):
+        """How many blocks are computed again in backward: less memory, more time."""
+        return sum(block.recompute for block in self.blocks())
+
+    @checkpoint.setter
+    def checkpoint(self, n):
+        # The first ones: when backward comes to them, what the others have kept is free again.
+        for i, block in enumerate(self.blocks()):
+            block.recompute = n is True or i < n
+
+    def blocks(self):
+        """All blocks, in the order in which they compute."""
+        blocks = list(self.model.encoder.layers) if self.config.is_seq2seq else []
+        blocks += self.model.layers
+        return blocks + list(self.model.mtp.layers) if self.config.mtp else blocks
 
     @property
     def block(self):
@@ -421,7 +438,7 @@ class GPT(nn.Module):
                 x = block(x, rope, mask, write, None, cache.cross_mask, cross)
             elif cache is not None:
                 x = block(x, rope, mask, partial(cache.write, i), *source)
-            elif self.training and self.checkpoint:
+            elif self.training and block.recompute:
                 x = checkpoint(self.block, block, x, rope, mask, *source, use_reentrant=False)
             else:
                 x = self.block(block, x, rope, mask, *source)
@@ -781,6 +798,7 @@ class Block(nn.Module):
         self.c = c
         self.pattern = pattern
         self.has_experts = has_experts
+        self.recompute = False  # in backward: see GPT.checkpoint
         both = c.norm_place == "both"
         self.self_attn = Attention(c, ops, pattern)
         self.mlp = make_mlp(c, ops, has_experts)

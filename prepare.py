@@ -6,6 +6,7 @@
     python prepare.py --source=hf:roneneldan/TinyStories --dataset=stories
     python prepare.py --task=sft --source=alpaca --dataset=alpaca
     torchrun --nproc_per_node=8 prepare.py config/fineweb_edu.py
+    python prepare.py --source=corpus/ --part=2/8      # the second of eight machines with one data/
 
 Writes data/<dataset>/: tokenizer.json, tokenizer_config.json, train_*.bin and val_*.bin (llm.c's
 format), meta.json; for a task, such as sft, sft_{train,val}.jsonl. The same input
@@ -57,6 +58,7 @@ tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sampl
 
 shard_tokens = 100_000_000  # tokens of a shard written here
 threads = 0  # processes at work under each rank; 0: all cores
+part = ""  # 2/8: the second of eight that exchange files alone, in a data/ that all share
 seed = 0  # of the examples drawn for the default task sets
 device = "cpu"  # of the perplexity model
 
@@ -72,6 +74,7 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -113,6 +116,7 @@ from barelm.corpus import (
     Corpus,
     Job,
     batches,
+    cleaned_note,
     cleaned_paths,
     is_clean,
     read_notes,
@@ -136,6 +140,7 @@ from barelm.dedup import (
 )
 from barelm.download import HUB, download
 from barelm.files import require_zst, sync_folder, whole_file, write_json
+from barelm.machines import Part
 from barelm.mix import SPLITS, TOKENS, Encoded, plan_splits
 from barelm.number_words import SOURCE as NUMBERS
 from barelm.run import Progress, UserError, duration, setup
@@ -192,8 +197,8 @@ def plan(run):
             raise EmptySource(f"--source={spec}: no file in it")
         undivided = max_documents is not None  # one process reads so many, and no further
         units += cut_into_units(name, paths, folder, mark, input_format, undivided)
-    # These four change no document; everything else may.
-    made_by = settings_but("threads", "device", "dataset", "report")
+    # These change no document; everything else may.
+    made_by = settings_but("threads", "part", "device", "dataset", "report")
     made_by["code"] = digest(code_bytes())
     made_by["beside"] = files_beside()
     for unit in units:
@@ -660,7 +665,7 @@ def replace_rows(work, folder, name):
 
 def old_files(folder):
     """What an earlier run left in the folder, without meta.json and the tokenizer."""
-    patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md"]
+    patterns = ["train_*.bin", "val_*.bin", "val.*.bin", "report.md", "parts.json"]
     for split in SPLITS:
         patterns += [task_file(name, split) for name in TASKS]
         patterns += [f"cleaned_{split}_*.{ending}" for ending in CLEANED]
@@ -685,7 +690,8 @@ def commit(folder, work, tok, splits, more_meta, more_files=(), used_tokenizer=N
 
     splits: {split: its numbers and shards}; used_tokenizer: its name where it isn't the one that
     was asked for."""
-    made_by = settings_but("threads", "device", "report")  # which change nothing in the data
+    # These change nothing in the data.
+    made_by = settings_but("threads", "part", "device", "report")
     if used_tokenizer:
         made_by["tokenizer"] = used_tokenizer
     begin, end = tok.document_layout  # the ids that stand around each document
@@ -740,7 +746,7 @@ def use_fineweb(run, folder, work):
     all_names = names["val"] + names["train"]
     for name in all_names[run.rank :: run.world]:
         read_fineweb(name)
-    wait(run)
+    wait(run, [DOWNLOAD_FOLDER / "fineweb10B" / name for name in all_names])
     if not run.is_main:
         return
     work.mkdir(exist_ok=True)
@@ -781,10 +787,14 @@ def build(run, folder, work, pool_map):
     units = plan(run)
     special = special_names(tokenizer_settings())
     clean = partial(clean_unit, work, cleaning_settings(), special, field, max_documents)
-    for_each(clean, units, run, pool_map, "reading")
+    corpus = Corpus(work / hashed_name("".join(unit.name for unit in units)))
+    if part and not run.begin(corpus.folder.name, folder):
+        print(f"{run.name()}: {folder} is made already by all parts")
+        sys.exit(0)
+    is_read = partial(is_clean, work)
+    for_each(clean, units, run, pool_map, "reading", lambda unit: is_read(unit.name))
 
     jobs = number_documents(work, units)
-    corpus = Corpus(work / hashed_name("".join(unit.name for unit in units)))
     if run.is_main:  # duplicates are found among all documents, the tokenizer is of all text
         notes = [read_notes(work, unit.name) for unit in units]
         tallies, clusters = choose_documents(corpus, units, jobs, notes, pool_map)
@@ -792,12 +802,9 @@ def build(run, folder, work, pool_map):
         print(f"tokenizer: {tokenizer}, {tok.n_vocab:,} tokens")
         write_json(corpus.folder / "tokenizer_config.json", tok.config)
         write_json(corpus.folder / "tokenizer.json", tok.spec)
-    wait(run)  # the others encode with it
+    wait(run, [corpus.folder / "tokenizer.json"])  # the others encode with it
 
-    for_each(partial(encode_unit, corpus), jobs, run, pool_map, "encoding")
-    if save_cleaned:
-        write = partial(write_cleaned, corpus, field, save_cleaned, sources is not None)
-        for_each(write, jobs, run, pool_map, "writing the cleaned documents")
+    encode_documents(run, corpus, jobs, pool_map)
     if run.is_main:
         splits, mix = fill_shards(corpus, tok, jobs)
         hashes = hashlib.sha256(corpus.rows()["hash"].tobytes()).hexdigest()
@@ -812,7 +819,28 @@ def build(run, folder, work, pool_map):
         if report:
             write_report(corpus, tok, tallies, clusters, splits | meta)
             files.append("report.md")
+        if part:  # so that a part that comes late knows
+            write_json(corpus.folder / "parts.json", {"plan": corpus.folder.name})
+            files.append("parts.json")
         commit(folder, corpus.folder, tok, splits, meta, files)
+
+
+def encode_documents(run, corpus, jobs, pool_map):
+    """Encode what stays, and write it as text where that is asked for; each rank its share. Of
+    parts that exchange files alone the first one waits for all."""
+
+    def is_job_encoded(job):
+        dtype = token_dtype(open_tokenizer(corpus.folder))
+        return not run.is_main or is_encoded(corpus, job, dtype)
+
+    def is_written(job):
+        return not run.is_main or cleaned_note(corpus, job).exists()
+
+    encode = partial(encode_unit, corpus)
+    for_each(encode, jobs, run, pool_map, "encoding", is_job_encoded)
+    if save_cleaned:
+        write = partial(write_cleaned, corpus, field, save_cleaned, sources is not None)
+        for_each(write, jobs, run, pool_map, "writing the cleaned documents", is_written)
 
 
 def number_documents(work, units):
@@ -991,6 +1019,8 @@ def check_names():
         raise UserError(f"languages={languages}: expected two fields, such as en,de")
     if task is not None and task not in TASKS:
         raise UserError(f"--task={task}: expected {', '.join(TASKS)}")
+    if part and task:
+        raise UserError(f"--part={part}: a task set is made by one process: leave it out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1004,15 +1034,22 @@ def main():
         tok = finished_tokenizer(tokenizer, tokenizer_settings())
         show_tokens(tok or Tokenizer.from_folder(folder), inspect)
         return
-    run = setup("cpu", timedelta(days=7))  # so long may a rank wait for another
+    noting = nullcontext()
+    if part:
+        run = Part(part, folder / "work")
+        noting = run.noting_failure()
+    else:
+        run = setup("cpu", timedelta(days=7))  # so long may a rank wait for another
     if run.is_main:
         refuse_folders(folder)
     n_workers = threads or os.cpu_count() or 1
-    with working_folder(folder, run) as work:
+    with noting, working_folder(folder, run) as work:
         with start_pool(n_workers) as pool:  # None where one process is enough
             make(run, folder, work, pool.map if pool else map)
+    seconds = duration(time.monotonic() - begun)
+    if part and not run.is_main:
+        print(f"{run.name()}: done in {seconds}; {run.name(0)} writes {folder}")
     if run.is_main:
-        seconds = duration(time.monotonic() - begun)
         then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
         print(f"wrote {folder} in {seconds}{then}")
 

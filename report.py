@@ -3,6 +3,7 @@
     python report.py --compare out/a out/b               # a table, report.md and report.svg
     python report.py --plan --flops=1e18 > config/my.py  # a compute-optimal recipe for train.py
     python report.py --plan --money=100 --price=2.5      # the same for what 40 hours of a GPU buy
+    python report.py --plan --params=7e9 --tokens=140e9 --devices=64 --nodes=8   # and a mesh
     python report.py --plan --compare out/a out/b out/c  # a scaling curve through finished runs
     python report.py config/dpo.py --plan --finetune=dpo --price=2.5   # what a fine-tuning takes
     python report.py --memorized                         # text found word for word in the shards
@@ -30,11 +31,26 @@ money: float | None = None  # or what those hours may cost, at `price`
 params: float | None = None  # parameters
 tokens: float | None = None  # training tokens; of fine-tuning, of all its examples
 devices = 1  # how many of them
-mfu = 0.4  # the fraction of their peak that training reaches
+mfu = 0.4  # the fraction of their peak that training reaches; with --nodes it is predicted
 price: float | None = None  # of one device for an hour, in any currency: the plan says the cost
 finetune: str | None = None  # plan this method of finetune.py or rl.py, by the recipe given
 examples: int | None = None  # ... with so many; none: those of data/<dataset>
-seq_len = 0  # ... of a network of --params: its context; 0: 1024
+seq_len = 0  # tokens of a window; 0: by the size, of fine-tuning --params 1024
+batch_tokens = 0  # tokens of a step; 0: by compute
+
+# its mesh (docs/parallel.md); of what is none the fastest that fits
+nodes = 0  # machines that the devices are in; 0: no mesh is planned
+parallel: str | None = None  # ddp, fsdp or hsdp
+tp: int | None = None  # devices that share each product
+pp: int | None = None  # pipeline stages
+cp: int | None = None  # devices that share each window
+optimizer = "muon"  # muon or adamw
+network_gbs: float | None = None  # GB/s of a device to other machines; none: the usual of its kind
+
+# its failures
+mtbf = 50000.0  # hours between failures of a device: Llama 3's 419 in 54 days of 16,384 GPUs
+restart_minutes = 10.0  # from a failure until training goes on
+storage_gbs = 2.0  # GB/s with which a machine writes a checkpoint
 
 # memorized text
 num_texts = 100  # texts with a prompt from training, and as many without
@@ -79,8 +95,23 @@ from barelm.costs import MEMORY_GBS, finetune_memory, finetune_work, learned_wei
 from barelm.download import HUB, download
 from barelm.fast import generating
 from barelm.files import read_json, whole_file
-from barelm.optim import PEAK_TFLOPS, flops_per_token, memory_estimate, n_params
+from barelm.footprint import planned_shapes
+from barelm.goodput import Goodput, machine_mtbf
+from barelm.mesh import PARALLEL, divisors, nearest
+from barelm.optim import MOMENTS, PEAK_TFLOPS, flops_per_token, memory_estimate, n_params
 from barelm.overlap import draw_windows, longest_runs
+from barelm.plan import (
+    Hardware,
+    best_step,
+    failure_lines,
+    held_lines,
+    mfu_of,
+    save_every,
+    save_seconds,
+    sent_lines,
+    step_seconds,
+    time_lines,
+)
 from barelm.resume import make_folder
 from barelm.run import UserError, choose_dtype, duration, setup
 from barelm.safetensors import entries_of
@@ -167,7 +198,8 @@ def write_report(path, text):
 def planned_device():
     """The name of the GPU that a plan is for, as PEAK_TFLOPS and MEMORY_GBS have it; and the
     numbers that every plan needs are checked."""
-    for key in "flops hours money params tokens devices mfu price examples".split():
+    numbers = "flops hours money params tokens devices mfu price examples tp pp cp network_gbs"
+    for key in [*numbers.split(), "mtbf", "restart_minutes", "storage_gbs"]:
         value = globals()[key]
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{key}={value:g}: expected a number above 0")
@@ -249,7 +281,7 @@ def make_plan():
     n, d, c = budget(peak)
     n_vocab, n_prepared = prepared()
     vocab_size = 64 * math.ceil((n_vocab or 50257) / 64)  # or else GPT-2's
-    length = usual_seq_len(n)
+    length = seq_len or usual_seq_len(n)
     shape, count = suggest_shape(n, vocab_size, length)
     flops_of_token = flops_per_token(shape, length)
     if (flops or hours or money) and not tokens:
@@ -258,12 +290,20 @@ def make_plan():
     # Batch and peak rate by compute: Bi et al. 2024 (DeepSeek LLM), equation 1.
     unit = length * devices
     power_of_two = 2 ** round(math.log2(0.292 * total**0.3271))
-    batch_tokens = max(unit, round(power_of_two / unit) * unit)
-    steps = max(1, round(d / batch_tokens))
-    fixed, window = memory_estimate(
-        shape, count, 1, length, torch.bfloat16, moments=1, device_type="cuda"
-    )
+    tokens_of_step = batch_tokens or max(unit, round(power_of_two / unit) * unit)
+    steps = max(1, round(d / tokens_of_step))
     seconds = total / (peak * devices * mfu)
+    how_fast = f"# time: {duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak"
+    mesh_keys = {}
+    if nodes:
+        mesh = plan_mesh(shape, gpu, length, tokens_of_step)
+        how_fast, seconds, mesh_keys = mesh_lines(mesh, gpu, steps)
+    else:
+        fixed, window = memory_estimate(
+            shape, count, 1, length, torch.bfloat16, moments=1, device_type="cuda"
+        )
+        needs = f"{fixed / 2**30:.2f} GiB + {window / 2**30:.3f} GiB for each window at once"
+        how_fast += f"\n# memory: {needs}"
     about = "not prepared" + ("" if n_vocab else ": the vocabulary is GPT-2's")
     if n_prepared:
         epochs = d / n_prepared
@@ -274,9 +314,8 @@ def make_plan():
 #   constants of Besiroglu et al. 2024): asked for or optimal N = {n:.4g}
 # expected loss {chinchilla_loss(count, d):.3f}, in nats per token of their data and tokenizer, to
 #   compare plans by: it is not the loss that this run will have
-# time: {duration(seconds)} on {devices} {gpu} at {100 * mfu:.0f} % of the peak
+{how_fast}
 {cost_line(seconds)}
-# memory: {fixed / 2**30:.2f} GiB on each device + {window / 2**30:.3f} GiB for each window at once
 # data/{dataset}: {about}
 # batch_tokens and learning_rate: Bi et al. 2024 (DeepSeek LLM), from 1e17 to 2e19 FLOPs""")
     print_recipe(
@@ -288,14 +327,96 @@ def make_plan():
         n_embd=shape.n_embd,
         n_hidden=shape.n_hidden,
         seq_len=length,
-        batch_tokens=batch_tokens,
+        batch_tokens=tokens_of_step,
         max_steps=None,
-        max_tokens=steps * batch_tokens,
+        max_tokens=steps * tokens_of_step,
         learning_rate=float(f"{0.3118 * total**-0.125:.1e}"),
         warmup_steps=min(1000, steps // 20),
         eval_every=math.ceil(steps / 20),
-        save_every=math.ceil(steps / 20),
+        **({"save_every": math.ceil(steps / 20)} | mesh_keys),
     )
+
+
+def check_mesh():
+    """Refuse what no mesh can be."""
+    if nodes < 1 or devices % nodes:
+        near = nearest(divisors(devices), max(1, nodes))
+        why = f"so many machines do not have {devices} devices, as many each: --nodes={near}"
+        raise UserError(f"nodes={nodes}: {why}")
+    if parallel not in (None, *PARALLEL):
+        raise UserError(f"--parallel={parallel}: expected {', '.join(PARALLEL)}")
+    if optimizer not in MOMENTS:
+        raise UserError(f"--optimizer={optimizer}: expected {' or '.join(MOMENTS)}")
+
+
+def plan_mesh(shape, gpu, length, tokens_of_step):
+    """The Step of the best mesh for a network of this shape."""
+    check_mesh()
+    if tokens_of_step % length:
+        near = max(1, round(tokens_of_step / length)) * length
+        raise UserError(f"batch_tokens={tokens_of_step}: expected a multiple of {length}: {near}")
+    return best_step(
+        shape,
+        planned_shapes(shape),
+        planned_hardware(gpu),
+        devices,
+        devices // nodes,
+        tokens_of_step // length,
+        length,
+        {"parallel": parallel, "tp": tp, "pp": pp, "cp": cp},
+        optimizer=optimizer,
+    )
+
+
+def planned_hardware(gpu):
+    return Hardware.of(gpu, network_gbs and 1e9 * network_gbs)
+
+
+def keys_of(step):
+    """The keys of train.py that ask for a Step's mesh and micro-batches."""
+    sizes = step.sizes
+    keys = {"micro_batch": step.rows, "optimizer": step.optimizer}
+    if sizes.shard > 1:
+        keys["parallel"] = "hsdp" if sizes.replica > 1 else "fsdp"
+    if sizes.shard > 1 and sizes.replica > 1:
+        keys["replicas"] = sizes.replica
+    for key in ("tp", "pp", "cp"):
+        if getattr(sizes, key) > 1:
+            keys[key] = getattr(sizes, key)
+    if step.zero:
+        keys["zero"] = step.zero
+    if step.recompute:
+        keys["checkpoint_blocks"] = True
+    return keys
+
+
+def mesh_lines(step, gpu, steps):
+    """(the lines of a plan on its mesh, bytes, traffic, time and failures; the seconds of the whole
+    run; the keys of train.py that ask for it)."""
+    hardware = planned_hardware(gpu)
+    parts = step_seconds(step, hardware)
+    seconds = sum(parts.values())
+    share = goodput_of(step)
+    lines = [
+        f"mesh: {step.sizes.words()}, on {nodes} machine(s); {step.n_micro} micro-batch(es) of "
+        f"{step.rows} window(s)" + ("; blocks are computed again" if step.recompute else ""),
+        *held_lines(step, hardware),
+        *sent_lines(step, hardware),
+        *time_lines(step, hardware, parts),
+        *failure_lines(step, share, seconds),
+        f"time: {duration(steps * seconds / share.goodput)} on {devices} {gpu}, failures included",
+    ]
+    if hours or money:
+        reached = mfu_of(step, hardware, seconds / share.goodput)
+        lines.append(f"the budget counted {100 * mfu:.0f} % of the peak: --mfu={reached:.2f}")
+    keys = keys_of(step) | {"save_every": save_every(share, seconds)}
+    return "\n".join(f"# {line}" for line in lines), steps * seconds / share.goodput, keys
+
+
+def goodput_of(step):
+    """The Goodput of a run of this step, by the keys of failures."""
+    hours = machine_mtbf(mtbf, devices)
+    return Goodput.of(3600 * hours, save_seconds(step, nodes, storage_gbs), 60 * restart_minutes)
 
 
 def print_recipe(**keys):

@@ -67,6 +67,10 @@ weight_decay = 0.0  # decoupled
 grad_clip = 1.0  # the largest gradient norm; 0: no clipping
 dropout = 0.0  # in the network
 
+# several processes (docs/parallel.md)
+parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
+replicas = 0  # hsdp: copies of the whole; 0: one a machine
+
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto, float32, bfloat16, float16
@@ -74,7 +78,7 @@ micro_tokens = 4096  # tokens at once on a device, at most, but one sample at le
 compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
-checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
+checkpoint_blocks: int | bool = False  # recompute so many blocks (bare: all): less memory, slower
 
 # looking on
 eval_every = 100  # steps between validations; there is one at the start and one at the end
@@ -119,7 +123,9 @@ from barelm.fitting import (
 )
 from barelm.generation import check_generates
 from barelm.invariant import be_deterministic
+from barelm.mesh import open_mesh
 from barelm.optim import n_params
+from barelm.parallel import divide_again, parallelize, whole_weights
 from barelm.resume import (
     RESUME_IGNORES,
     RESUME_MAY_CHANGE,
@@ -140,7 +146,6 @@ from barelm.run import (
     check_least,
     choose_dtype,
     end_process,
-    lost_process,
     make_scaler,
     setup,
     step_seed,
@@ -153,8 +158,10 @@ from barelm.tuning import (
     check_choice,
     check_equal_weights,
     check_numbers,
+    check_parallel,
     check_share,
     count_steps,
+    divide,
     facts_of,
     finish_adapter,
     load_state,
@@ -162,6 +169,7 @@ from barelm.tuning import (
     make_optimizers,
     open_learner,
     restore,
+    rounds,
     save_run,
     save_weights,
     saved_on_failure,
@@ -170,9 +178,11 @@ from barelm.tuning import (
     step_row,
     stop,
     stop_at_turns,
+    trial,
     update,
     words,
 )
+from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
 # Roll out: prompts become samples
@@ -197,7 +207,7 @@ def roll_out(net, tok, prompts, judge, seed, cast, n=1):
         repeated += [prompt] * n
     # As in the evaluation: an answer ends where the model asks itself the next question.
     stops = GSM8K_STOP if reward == "gsm8k" else ()
-    with cast:
+    with cast, whole_weights(net):
         generations = generate_all(
             net,
             tok,
@@ -238,23 +248,26 @@ def look(net, samples, n_vocab):
 
 
 @torch.no_grad()
-def add_log_probs(net, reference, samples, n_vocab, cast):
+def add_log_probs(run, net, reference, samples, n_vocab, cast):
     """Put into each sample of T answer tokens their log-probabilities (T,) `old` under the network
     as it is now and `ref` under the reference, and with a value head their values (T,)."""
     samples = sorted(samples, key=n_tokens)
     seen = {"old": [], "ref": [], "value": []}  # of each group, on the device
     net.eval()  # dropout would take the old log-probabilities from another network
-    for group in micro_batches(samples, micro_tokens, net):
+    for group, counts in rounds(run, micro_batches(samples, micro_tokens, net)):
         with cast:
             old, _, value = look(net, group, n_vocab)
             ref = old
             if reference is not None:
                 ref, _, _ = look(reference, group, n_vocab)
+        if not counts:
+            continue
         seen["old"].append(old)
         seen["ref"].append(ref)
         if value is not None:
             seen["value"].append(value)
     net.train()
+    divide_again(net)
     lengths = [count_targets([sample]) for sample in samples]
     for key, of_groups in seen.items():
         if of_groups:
@@ -523,7 +536,7 @@ MAY_CHANGE = (
     "lora_dropout",
     "micro_tokens",
 )
-IGNORES = (*RESUME_IGNORES, "compile", "merge")
+IGNORES = (*RESUME_IGNORES, "compile", "merge", "parallel", "replicas")
 
 
 def make_fast(learner, train, cast, n_steps, n_samples, saved):
@@ -591,6 +604,9 @@ def main():
     check_settings()
     task = METHODS[method]
     run = setup(device)
+    start_watch(run)
+    run.mesh = open_mesh(run, parallel, replicas=replicas)
+    check_parallel(run, parallel, batch_size, method, adapt_config(), merge)
     n_samples = group_size if task.has_groups else 1  # of each prompt
     check_minibatches(n_samples, run)
     folder = RunFolder(out_dir, run, settings(globals()), defaults(globals()), MAY_CHANGE, IGNORES)
@@ -614,16 +630,22 @@ def main():
         folder.check_resume(saved, facts)
     n_base = n_params(net)
     choose_weights(net, learner.adapt)
-    net.to(run.device).train()
+    if not run.is_divided:
+        net.to(run.device)
+    net.train()
     judge = open_reward(reward, run.device)
     data = f"{len(train):,} prompts to train on, {len(val):,} to validate"
     batch = f"{batch_size} prompts"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)
-    load = largest_load(net, train, n_samples)
-    say_memory(learner, load, computing, optimizer, n_copies=int(kl_weight > 0))
-    make_fast(learner, train, cast, n_steps, n_samples, saved)
+    with trial(learner):
+        load = largest_load(net, train, n_samples)
+        say_memory(learner, load, computing, optimizer, n_copies=int(kl_weight > 0))
+        make_fast(learner, train, cast, n_steps, n_samples, saved)
     facts["compiled"] = learner.compiled
     reference = copy.deepcopy(net).eval() if kl_weight else None
+    divide(learner, computing)
+    if reference is not None and run.is_divided:
+        parallelize(reference, run.mesh, computing)
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)
@@ -651,7 +673,7 @@ def main():
         sample_seed = (seed * 1_000_003 + state.step) * run.world + run.rank
         with saved_on_failure(learner, updater, state, folder):
             samples = roll_out(net, tok, prompts, judge, sample_seed, cast, n_samples)
-            add_log_probs(net, reference, samples, tok.n_vocab, cast)
+            add_log_probs(run, net, reference, samples, tok.n_vocab, cast)
             task.add_advantages(run, samples)
             figures, norm = learn(learner, task, samples, updater, cast, state.step)
         figures = sample_figures(run, samples) | figures

@@ -17,7 +17,10 @@ from config import configure, defaults, same_recipes, settings
 # every function below may read.
 
 # data and run
-dataset = "python"  # data/<dataset>, made by prepare.py
+dataset = "python"  # data/<dataset>, made by prepare.py; or streamed: hf://owner/name, https://…
+mix = ""  # several instead, by weights from steps on: "0:web=0.8,code=0.2;5000:web=0.6,code=0.4"
+shuffle_chunks = 0  # shuffle within so many chunks of 2**19 tokens; 0: all, or of a stream 256
+cache_gb = 16.0  # of a streamed data set, so many GB are kept in data/cache
 out_dir = "out/python"  # where the run is written
 init_from = "scratch"  # scratch, resume, auto (resume if there is a run), or a checkpoint folder
 overwrite = False  # let scratch replace the run that out_dir holds
@@ -121,6 +124,13 @@ replicas = 0  # hsdp: copies of the whole; 0: one a machine
 tp = 1  # processes that share each matrix product
 pp = 1  # stages of the network, each of some blocks
 cp = 1  # processes that share each window
+zero = 0  # with ddp, 1: each process holds a part of the optimizer's state (ZeRO-1)
+grad_dtype = "float32"  # in which gradients are exchanged and kept: float32 or bfloat16
+offload = False  # the optimizer's state lives in the host's memory
+
+# the checkpoints (docs/parallel.md)
+keep = 1  # how many of the last are kept; from 2 on, or where nobody holds all, in out_dir/shards
+async_save = False  # write them beside the training
 
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
@@ -128,7 +138,12 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
-checkpoint_blocks = False  # recompute blocks in backward: less memory, a third more time
+checkpoint_blocks: int | bool = False  # recompute so many blocks (bare: all): less memory, slower
+float8 = False  # the blocks' products in float8, on GPUs that have them
+
+# several processes (docs/cluster.md)
+timeout = 120.0  # seconds in which a process that does not come to an exchange is taken for lost
+checksum_every = 0  # steps between checks that all copies of the weights are the same; 0: none
 
 # watching the run
 eval_every = 100  # steps between validations
@@ -143,18 +158,21 @@ if __name__ == "__main__":
     configure(globals())  # before torch is imported, so that --help is instant
 
 import gc
-import hashlib
 import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from barelm import datasets
 from barelm.checkpoint import load, refuse_source, save
-from barelm.compiled import Ways, check_fast, try_compile
+from barelm.chunks import check_chunks
+from barelm.cluster import StepTimes, check_copies, check_shared, lock_patience, start_of_launch
+from barelm.compiled import check_fast, try_compile
 from barelm.examples import device_of
 from barelm.experts import RoutingLog
 from barelm.families import family
@@ -163,11 +181,15 @@ from barelm.filling import (
     fill_spans,
     filled_line,
     ids_with_gaps,
+    score_states,
     score_targets,
     spans_line,
 )
+from barelm.float8 import use_float8, why_not_float8
+from barelm.footprint import Step, footprint, shapes_of, total_bytes, windows_that_fit
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
+from barelm.mixture import JoinedWindows, MixedWindows, check_same_until, names_of, parse_mix
 from barelm.objectives import (
     OBJECTIVES,
     VALIDATION_SEED,
@@ -178,6 +200,7 @@ from barelm.objectives import (
 )
 from barelm.optim import (
     MOMENTS,
+    StatePlan,
     free_memory,
     make_optimizer,
     memory_estimate,
@@ -186,7 +209,13 @@ from barelm.optim import (
     peak_flops,
     restore_optimizers,
 )
-from barelm.parallel import check_divided, exchanging, parallelize
+from barelm.parallel import (
+    check_divided,
+    exchanging,
+    keeps_narrow,
+    parallelize,
+    shortened,
+)
 from barelm.resume import (
     RESUME_IGNORES,
     RESUME_MAY_CHANGE,
@@ -198,6 +227,7 @@ from barelm.resume import (
     load_state,
     locked_folder,
     make_trackers,
+    newest_step,
     weights_step,
 )
 from barelm.run import (
@@ -212,12 +242,13 @@ from barelm.run import (
     choose_dtype,
     duration,
     end_process,
-    lost_process,
     make_scaler,
     memory_used,
     setup,
     step_seed,
 )
+from barelm.saving import StepSaver, read_step_state
+from barelm.sharded import load_states, load_whole_states, numbered_names
 from barelm.shards import (
     MicroBatches,
     Windows,
@@ -225,7 +256,10 @@ from barelm.shards import (
     document_layout,
     document_numbers,
 )
+from barelm.steps import keep_last
 from barelm.tokenizer import Tokenizer
+from barelm.traffic import describe
+from barelm.watch import lost_process, start_watch
 from model import GPT, GPTConfig, call_block, generate
 
 # The keys that are the network's own: each goes to the field of GPTConfig that has its name.
@@ -256,13 +290,19 @@ MAY_CHANGE = (
     "eval_tokens",
     "fast",
     "deterministic",
+    "mix",  # from here on: see check_same_until
+    "grad_dtype",
+    "float8",
 )
 IGNORES = (
     *RESUME_IGNORES,
+    "cache_gb",
     "compile",
     "micro_batch",
     "sample_tokens",
     "sample_prompt",
+    "timeout",
+    "checksum_every",
     "tensorboard",
     "wandb_project",
     "parallel",
@@ -270,7 +310,14 @@ IGNORES = (
     "tp",
     "pp",
     "cp",
+    "zero",
+    "offload",
+    "keep",
+    "async_save",
 )
+# Micro-batches of a step for each stage of a pipeline, where the user leaves their size open: a
+# stage then waits for less than a fifth of the time.
+MICRO_BATCHES_OF_STAGE = 4
 COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
 
@@ -280,13 +327,13 @@ COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 
 
 @dataclass
 class Data:
-    """A folder that prepare.py made: its tokenizer and windows of its shards."""
+    """What prepare.py made: the tokenizer and windows of the shards, of a folder or of several."""
 
     tok: Tokenizer
     train: Windows
     val: Windows
-    val_of_source: dict[str, Windows]  # of a mix of sources
-    digest: str  # of meta.json: it names the data
+    val_of_source: dict[str, Windows]  # of a mix
+    digest: str  # it names the data
     begin: list[int]  # the ids before each document
     end: list[int]  # and behind it; empty in old shards
     token_bytes: torch.Tensor  # (n_vocab,) int64: how many bytes each token stands for
@@ -304,34 +351,33 @@ class Data:
 
 
 def open_dataset(device="cpu"):
-    """The Data in data/<dataset>; a UserError where there is none, or too little."""
-    folder = Path("data") / dataset
-    if not (folder / "meta.json").is_file():
-        source = "" if dataset == "python" else "--source=... "
-        make = f"python prepare.py {same_recipes() or source}--dataset={dataset}"
-        raise UserError(f"{folder}: no prepared data: {make} first")
-    tok = Tokenizer.from_folder(folder)
-    train_paths = sorted(folder.glob("train_*.bin"))
-    train = Windows(train_paths, seq_len, seed, stride=stride, n_vocab=tok.n_vocab)
-    if train.n == 0:
-        raise UserError(f"{folder}: under {seq_len + 1} training tokens: lower --seq_len")
-    val = validation_windows(folder.glob("val_*.bin"), tok)
-    # Of a mix each source has shards of its own: val.wikipedia_000000.bin.
-    names = {path.name[4:].rpartition("_")[0] for path in folder.glob("val.*.bin")}
-    val_of_source = {}
-    for name in sorted(names):
-        val_of_source[name] = validation_windows(folder.glob(f"val.{name}_*.bin"), tok)
-    digest = hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-    begin, end = document_layout(folder, tok)
-    token_bytes = torch.tensor([len(tok.token_bytes(id)) for id in range(tok.n_vocab)])
-    return Data(tok, train, val, val_of_source, digest, begin, end, token_bytes.to(device))
-
-
-def validation_windows(paths, tok):
-    """Windows of every token of these shards, the last of each shard a short one; where tokens are
-    masked of whole windows alone, all of which have as many targets."""
+    """The Data of `dataset`, or of those of `mix`; a UserError where there is none, or too
+    little."""
+    stages = parse_mix(mix)
+    sets = []
+    for name in names_of(stages) or [dataset]:
+        source = "" if name == "python" else "--source=... "
+        make = f"python prepare.py {same_recipes() or source}--dataset={name}"
+        sets.append(datasets.open_dataset(name, seq_len, stride, cache_gb, make))
+    datasets.check_alike(sets)
+    tok = sets[0].tok
+    train = {each.name: each.training(seq_len, seed, stride, shuffle_chunks) for each in sets}
+    # The last window of a shard is a short one, so that every token is scored; where tokens are
+    # masked of whole windows alone, all of which have as many targets.
     partial = objective == "causal"
-    return Windows(sorted(paths), seq_len, partial=partial, n_vocab=tok.n_vocab)
+    val = {each.name: each.validation(seq_len, partial) for each in sets}
+    if stages:
+        all_train = MixedWindows(train, stages, batch_tokens // seq_len, seed)
+        all_val, val_of_source = JoinedWindows(val), val
+    else:
+        all_train = train[dataset]
+        all_val = val[dataset]
+        sources = sets[0].sources
+        val_of_source = {name: sets[0].validation(seq_len, partial, name) for name in sources}
+    begin, end = document_layout(sets[0].folder, tok)
+    sizes = torch.tensor([len(tok.token_bytes(id)) for id in range(tok.n_vocab)]).to(device)
+    digest = datasets.digest_of(sets)
+    return Data(tok, all_train, all_val, val_of_source, digest, begin, end, sizes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,16 +387,25 @@ def validation_windows(paths, tok):
 def check_settings(config):
     """Refuse numbers that no run can have, before anything is read or written."""
     from_0 = ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens", "stride")
-    from_0 += ("learning_rate", "weight_decay", "grad_clip", "min_lr", "decay_fraction")
+    from_0 += ("checksum_every", "checkpoint_blocks", "learning_rate", "weight_decay")
+    from_0 += ("grad_clip", "min_lr", "decay_fraction")
     check_least(config, from_0, 0)
     check_least(config, ("seq_len", "batch_tokens", "eval_every", "save_every"), 1)
+    check_least(config, ("timeout", "keep"), 1)
     for name in ("dropout", "momentum", "beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]}: expected 0 or more, and less than 1")
+    check_chunks(shuffle_chunks, cache_gb)
+    if mix and dataset != defaults(globals())["dataset"]:
+        raise UserError(f"dataset={dataset}: --mix names the data sets itself: leave one out")
     if objective not in OBJECTIVES:
         raise UserError(f"objective={objective}: expected {', '.join(OBJECTIVES)}")
     if not 0 < mask_rate < 1:
         raise UserError(f"mask_rate={mask_rate}: expected more than 0, and less than 1")
+    if zero not in (0, 1):
+        raise UserError(f"zero={zero}: expected 0 or 1; --parallel=fsdp divides the rest too")
+    if grad_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"grad_dtype={grad_dtype}: expected float32 or bfloat16")
     if n_experts and n_experts_per_token == 1 and norm_topk:
         why = "the one weight would always be 1, and teach the router nothing"
         raise UserError(f"--n_experts_per_token=1: {why}: --norm_topk=false")
@@ -371,8 +426,9 @@ class Batch:
     grad_accum_steps: int  # micro-batches of a step on each process
 
 
-def divide_batch(world, fits):
-    """The Batch of batch_tokens, where `fits` windows at once fit the memory of a device."""
+def divide_batch(world, fits, n_stages=1):
+    """The Batch of batch_tokens, where `fits` windows at once fit the memory of a device, and a
+    pipeline of n_stages wants a micro-batch for each, and better more."""
     unit = seq_len * world  # the least that gives every process a window
     if batch_tokens % unit:
         below = max(1, batch_tokens // unit) * unit
@@ -383,7 +439,14 @@ def divide_batch(world, fits):
             f"processes, such as {near}"
         )
     share = batch_tokens // unit  # windows of a process
-    device_batch_size = min(share, micro_batch or max(1, fits))
+    if share < n_stages:
+        raise UserError(
+            f"batch_tokens={batch_tokens}: {share} window(s) a step for each pipeline, fewer than "
+            f"its pp={n_stages} stages: --batch_tokens={n_stages * unit}"
+        )
+    if n_stages > 1:
+        fits = min(fits, share // (n_stages * MICRO_BATCHES_OF_STAGE))
+    device_batch_size = min(share // n_stages, micro_batch or max(1, fits))
     while share % device_batch_size:  # of one size: a compiled network is compiled for one
         device_batch_size -= 1
     return Batch(share * world, device_batch_size, share // device_batch_size)
@@ -401,23 +464,62 @@ def plan_batch(net, run, dtype_used, saved):
         recompute=checkpoint_blocks,
         moments=MOMENTS.get(optimizer, 2),
         device_type=run.device.type,
+        grad_bytes=2 if is_narrow(run) else 4,
     )
     sizes = run.mesh.sizes
-    fixed /= sizes.pp * sizes.shard * sizes.tp  # who holds a part
-    per_window /= sizes.pp * sizes.cp
+    fixed -= state_saved(net, run)
     free = free_memory(run.device)
     if run.device.type == "cpu":  # all processes of a machine share it
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     fits = int((0.8 * free - fixed) / per_window)  # a fifth is left for what is not estimated
+    if run.mesh.sizes.is_sharded:
+        fits = windows_that_fit(planned_step(net, run, dtype_used), 0.8 * free)
     if run.device.type == "cpu":
         fits = min(fits, max(1, 4096 // seq_len))  # more tokens at once are no faster on a CPU
     if saved:
         fits = saved["micro"]
     fits = run.least(fits)  # one number for all processes, as a resume will have it
-    batch = divide_batch(run.mesh.data_world, fits)
+    batch = divide_batch(run.mesh.data_world, fits, sizes.pp)
     needed = fixed + batch.device_batch_size * per_window
+    if run.mesh.sizes.is_sharded:
+        needed = total_bytes(footprint(planned_step(net, run, dtype_used, batch)))
     return batch, (
         f"memory: about {needed / 2**30:.2f} GiB a process of {free / 2**30:.1f} GiB free"
+    )
+
+
+def is_narrow(run):
+    """Whether gradients are kept in bfloat16."""
+    return grad_dtype == "bfloat16" and keeps_narrow(run.mesh.sizes)
+
+
+def state_saved(net, run):
+    """Bytes of the optimizer's state that are not on this process's device, where they would be."""
+    state = 4 * n_params(net) * MOMENTS.get(optimizer, 2)
+    if offload and run.device.type == "cuda":
+        return state
+    return state * (1 - 1 / run.mesh.sizes.replica) if zero else 0
+
+
+def planned_step(net, run, dtype_used, batch=None):
+    """A step of this run as barelm/footprint.py knows it; without a Batch, of one window."""
+    n_blocks = net.config.n_layer + net.config.n_encoder_layer
+    again = n_blocks if checkpoint_blocks is True else int(checkpoint_blocks)
+    return Step(
+        net.config,
+        run.mesh.sizes,
+        shapes_of(net),
+        seq_len,
+        rows=batch.device_batch_size if batch else 1,
+        n_micro=batch.grad_accum_steps if batch else max(2, run.mesh.sizes.pp),
+        dtype=dtype_used,
+        optimizer=optimizer,
+        zero=zero,
+        grad_dtype=getattr(torch, grad_dtype) if is_narrow(run) else torch.float32,
+        offload=offload,
+        recompute=again,
+        device_type=run.device.type,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", run.world)),
     )
 
 
@@ -467,13 +569,20 @@ def progress_at(horizon, step, windows, seconds, windows_per_epoch):
     return horizon.progress(step, windows * seq_len, windows / windows_per_epoch, seconds)
 
 
-def read_saved(out):
-    """The dict in a folder's state.pt, checked to be one that `save_run` writes."""
-    saved = load_state(out)
-    path = out / "state.pt"
+def read_saved(out, say):
+    """The dict that `save_run` wrote last, into a state.pt or a step's folder, checked to be one.
+    Of a step it lacks the optimizers, and has its `folder`."""
+    step = newest_step(out, say)
     # A sample of each entry: the type must be its; a number 0 or more if it is; NaN only if it is.
     kinds = dict(step=0, windows=0, seconds=0.0, best=-1.0, mean_loss=math.nan, history=[])
-    kinds |= dict(warmed=[], micro=0, compiled=True, parts=[], optimizers=[])
+    kinds |= dict(warmed=[], micro=0, compiled=True, parts=[])
+    if step is None:
+        saved = load_state(out) | {"folder": out}
+        path = out / "state.pt"
+        kinds["optimizers"] = []
+    else:
+        saved = read_step_state(step) | {"folder": step, "temporary": False}
+        path = step
     check_state(saved, kinds, path)
     check_rows(saved["history"], [0, 0.0, 0.0], path)
     kinds = {"warmed step": 0, "warmed windows": 0, "warmed seconds": 0.0}
@@ -484,7 +593,7 @@ def read_saved(out):
 
 def open_network(data, folder):
     """(network, its tokenizer, the saved state to go on from or None), by init_from."""
-    start = choose_start(out_dir, init_from, overwrite)
+    start = choose_start(out_dir, *start_of_launch(folder.run, out_dir, init_from, overwrite))
     if start == "scratch":
         check_counts()
         shape = {key: globals()[key] for key in SHAPE}
@@ -496,15 +605,16 @@ def open_network(data, folder):
     saved = None
     source = Path(start)
     if start == "resume":
-        source = Path(out_dir)
-        saved = read_saved(source)
+        saved = read_saved(Path(out_dir), folder.run.say)
+        source = saved["folder"]
         folder.check_resume(saved, {"dataset": data.digest})
+        check_mix(saved)
     else:
         refuse_source(out_dir, source)
     net, tok = load(source, fast=fast)
     if (tok.bytes, tok.eot_id) != (data.tok.bytes, data.tok.eot_id):
         mend = f"prepare the data with --tokenizer={source}"
-        raise UserError(f"data/{dataset} and {source} have different tokenizers: {mend}")
+        raise UserError(f"data/{mix or dataset} and {source} have different tokenizers: {mend}")
     if not saved and net.score is not None:
         why = f"it has a head for {net.task}, which no pre-training reads: start from its base"
         raise UserError(f"--init_from={source}: {why}")
@@ -512,6 +622,13 @@ def open_network(data, folder):
         check_shape(net.config, source)
     net.config.dropout = dropout
     return net, tok, saved
+
+
+def check_mix(saved):
+    """Refuse a resume with a mix by which other windows would have been read until now."""
+    before = saved["parts"][-1]["config"]
+    then = (before.get("mix", ""), before["batch_tokens"] // before["seq_len"])
+    check_same_until(saved["windows"], then, (mix, batch_tokens // seq_len))
 
 
 def check_counts():
@@ -566,26 +683,44 @@ def add_end_tokens(tok, data, run):
 
 
 def save_run(folder, net, tok, state, batch, compiled, updater):
-    """Write the checkpoint, and state.pt beside it."""
-    if not folder.run.is_main or folder.run.mesh.sizes.is_sharded:
-        return
+    """Write the checkpoint, and the state beside it."""
     entries = asdict(state) | {
         "micro": batch.device_batch_size,
         "compiled": compiled,
         "parts": folder.parts,
-        "optimizers": [optimizer.state_dict() for optimizer in updater.optimizers],
         "scaler": updater.scaler.state_dict() if updater.scaler else None,
     }
-    save(folder.path, net, tok, state.step, entries)
+    if folder.saver:
+        folder.saver.save(net, tok, updater.optimizers, entries)
+        return
+    if folder.run.is_main:
+        entries["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
+        save(folder.path, net, tok, state.step, entries)
+        keep_last(folder.path, 0)  # steps of before, when processes wrote parts
+    folder.run.wait_for_main()
 
 
-def restore(saved, updater, run):
+def make_saver(run):
+    """The StepSaver of a run whose processes each write a part; None of another, of which one
+    writes all."""
+    if not (run.mesh.sizes.is_sharded or zero or keep > 1 or async_save):
+        return None
+    return StepSaver(out_dir, run, asdict(run.mesh.sizes), keep, async_save)
+
+
+def restore(saved, net, updater, run):
     """The State in a saved dict, with the optimizers and the scaler as they were; a new one for a
     run that begins, where saved is None."""
     state = State()
     if saved:
-        path = Path(out_dir) / "state.pt"
-        restore_optimizers(updater.optimizers, saved["optimizers"], path)
+        path = saved["folder"] / "state.pt"
+        if "optimizers" not in saved:
+            load_states(saved["folder"], net, updater.optimizers)
+        elif run.mesh.sizes.is_sharded or zero:
+            names = numbered_names(net, optimizer)
+            load_whole_states(saved["optimizers"], names, net, updater.optimizers, path)
+        else:
+            restore_optimizers(updater.optimizers, saved["optimizers"], path)
         if updater.scaler and saved.get("scaler"):
             check_state(saved["scaler"], updater.scaler.state_dict(), path)
             updater.scaler.load_state_dict(saved["scaler"])
@@ -661,8 +796,9 @@ def make_updater(net, run, dtype_used):
     """The optimizers, and what they do in a step."""
     betas = (beta1, beta2)
     muon_dtype = torch.bfloat16 if dtype_used == torch.bfloat16 else torch.float32
+    plan = StatePlan.of(run.mesh, zero, offload, is_narrow(run))
     optimizers = make_optimizer(
-        net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype
+        net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype, plan
     )
     scaler = make_scaler(run.device, dtype_used)
     return Updater(run, net.parameters(), optimizers, scaler, grad_clip)
@@ -672,30 +808,28 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
     """(the network that the loop calls, whether it is compiled): net, computing by what is faster
     where that pays and gives the same, and of several processes divided over them."""
     cast = autocast(run.device, dtype_used)
+    if float8:
+        choose_float8(net, run)
     if not run.mesh.sizes.is_sharded:
         is_compiled = speed_up(net, run, data, batch, cast, saved)
     else:
-        check_divided(net, dtype_used)
-        # No process may hold the whole: of each kind of block one is tried, and all compute so.
-        small = smallest_like(net).to(run.device).train()
-        is_compiled = speed_up(small, run, data, batch, cast, saved)
-        net.fast = small.fast
-        Ways.of(small).give(net)
-    return parallelize(net, run.mesh, dtype_used), is_compiled
+        check_divided(net, dtype_used, run.mesh.sizes)
+        net.ops.joins = run.mesh.sizes.shard == 1  # as it will be
+        with shortened(net, run.device):
+            is_compiled = speed_up(net, run, data, batch, cast, saved)
+    network = parallelize(net, run.mesh, dtype_used, getattr(torch, grad_dtype))
+    return network, is_compiled
 
 
-def smallest_like(net):
-    """A network with blocks of each kind that net has, and as few as there can be."""
-    c = net.config
-    n_kinds = max(len(c.layers), len(c.expert_layers), 1)
-    n_encoder_layer = min(c.n_encoder_layer, n_kinds)
-    small = replace(c, n_layer=min(c.n_layer, n_kinds), n_encoder_layer=n_encoder_layer)
-    torch.manual_seed(seed)
-    like = GPT(small, fast=net.fast)
-    like.pad_id = net.pad_id
-    like.start_id = net.start_id
-    like.checkpoint = net.checkpoint
-    return like
+def choose_float8(net, run):
+    """Let the blocks multiply in float8, where this device can."""
+    if tp > 1:
+        raise UserError("--float8: not with --tp: each process would scale its part by another")
+    if deterministic:
+        raise UserError("--float8: not with --deterministic: a batch shares one scale")
+    why_not = why_not_float8(run.device)
+    words = f"off: {why_not}" if why_not else f"on, in {use_float8(net)} linear layers"
+    run.say(f"float8: {words}")
 
 
 def speed_up(net, run, data, batch, cast, saved):
@@ -732,14 +866,25 @@ def say_plan(net, run, data, batch, memory, dtype_used, reason):
         f"{data.val.n:,} to validate\n"
         f"{memory}\n"
         f"processes: {run.mesh.sizes.words()}\n"
+        f"{mesh_words(net, run, batch, dtype_used)}"
         f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}"
     )
+
+
+def mesh_words(net, run, batch, dtype_used):
+    """Who holds what, and what travels; nothing of a single process."""
+    if run.world == 1:
+        return ""
+    lines = describe(planned_step(net, run, dtype_used, batch))
+    return "".join(f"  {line}\n" for line in lines)
 
 
 def say_notes(run, horizon, batch, data):
     """What of the horizon a user may not expect."""
     for note in horizon.notes(batch_tokens, data.train.n * seq_len):
         run.say(f"note: {note}")
+    if sample_tokens and not can_sample(run):
+        run.say("note: no samples at validations: the stages of a pipeline write next tokens alone")
     if data.val.n == 0 and objective != "causal":
         run.say(f"note: no validation: its shards hold no window of {seq_len} tokens")
     warmed = progress_at(horizon, warmup_steps, warmup_steps * batch.size, 0.0, data.train.n)
@@ -778,6 +923,10 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
     # Loss, targets, bytes of the targets; or how many are right.
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     mesh = run.mesh
+    n_micro = 1
+    if mesh.pipeline:
+        n_micro = 2 * mesh.sizes.pp  # go through it together
+        device_batch_size *= n_micro
     indices = [i * windows.n // n for i in range(mesh.data_rank, n, mesh.data_world)]
     n_batches = math.ceil(math.ceil(n / mesh.data_world) / device_batch_size)
     net.eval()
@@ -789,11 +938,14 @@ def evaluate(net, windows, data, run, cast, device_batch_size):
         batch = batch_to_device(asked.batch(windows.rows(part), part), run.device)
         if is_idle:
             batch["targets"].fill_(-100)
-        if is_compiled:  # for one size: a short batch would be compiled for
+        if is_compiled or mesh.pipeline:  # for one size: a short batch would be compiled for
             batch = filled_up(batch, device_batch_size)
         docs = data.documents(batch["ids"])
         with cast:
-            if asked.name == "causal":
+            if mesh.pipeline:
+                score = score_of(asked.name, data.token_bytes)
+                totals += mesh.pipeline.evaluate(batch, docs, n_micro, score, 3).sum(0)
+            elif asked.name == "causal":
                 totals += causal_totals(net, batch, docs, data.token_bytes)
             else:
                 totals += score_targets(net, batch, docs).sum(0)
@@ -820,9 +972,27 @@ def causal_totals(net, batch, docs, token_bytes):
     targets = batch["targets"]
     if net.tokens is not None:  # of windows that several processes share (--cp)
         targets = net.tokens.own(targets)
+    return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
+
+
+def bytes_of(targets, token_bytes):
+    """The bytes that the targets (B, T) stand for, ()."""
     bytes_of_targets = token_bytes[targets.clamp(min=0)]  # (B, T)
-    n_bytes = bytes_of_targets.where(targets >= 0, 0).sum()
-    return torch.stack([loss_sum.double(), n_targets.double(), n_bytes.double()])
+    return bytes_of_targets.where(targets >= 0, 0).sum()
+
+
+def score_of(name, token_bytes):
+    """What the last stage of a pipeline makes of a micro-batch's final states in a validation."""
+
+    def causal_figures(net, h, batch):
+        targets = batch["targets"]
+        n_bytes = bytes_of(targets, token_bytes)
+        return torch.stack([net.loss_of(h, targets), (targets >= 0).sum(), n_bytes])[None].double()
+
+    def filled_figures(net, h, batch):
+        return score_states(net, h, batch).sum(0)[None]
+
+    return causal_figures if name == "causal" else filled_figures
 
 
 def validate(net, data, run, cast, device_batch_size):
@@ -838,9 +1008,9 @@ def validate(net, data, run, cast, device_batch_size):
     return figures
 
 
-def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
+def validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves):
     """Validate: the figures, which are recorded and told with what they mean; the best model so far
-    is kept in best/."""
+    is kept in best/. saves: whether the run is saved next."""
     run = folder.run
     figures = validate(net, data, run, cast, batch.device_batch_size)
     folder.record({"step": state.step, "tokens": state.windows * seq_len} | figures)
@@ -851,8 +1021,11 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch):
         run.say(f"note: {remark}")
     if figures["val_loss"] < state.best:
         state.best = figures["val_loss"]
-        if run.is_main and not run.mesh.sizes.is_sharded:
+        if folder.saver:
+            folder.saver.save_best(net, tok, state.step, saves)
+        elif run.is_main:
             save(folder.path / "best", net, tok, state.step)
+        run.wait_for_main()
     return figures
 
 
@@ -888,14 +1061,20 @@ def show_sample(net, tok, data, run, cast):
     """A few tokens of what the model writes by now, each line set off: of an encoder what it sees
     behind masks, of an encoder-decoder the spans of a window. Of a network in parts every process
     computes its own."""
-    if not (run.is_main or run.mesh.sizes.is_sharded):
+    if not (run.is_main or run.mesh.sizes.is_sharded) or not can_sample(run):
         return
     with cast:
-        text = sample_text(net, tok, data)
+        text = sample_text(net, tok, data, run.mesh.pipeline)
     run.say("  | " + text.replace("\n", "\n  | "))
 
 
-def sample_text(net, tok, data):
+def can_sample(run):
+    """Whether the network's parts can write: stages of a pipeline do by a pass for each token."""
+    alone = objective == "causal" and run.mesh.sizes.cp == 1
+    return alone or run.mesh.pipeline is None
+
+
+def sample_text(net, tok, data, pipeline=None):
     """What `show_sample` shows."""
     if objective == "mlm" and sample_prompt:
         return fill_masks(net, tok, sample_prompt)
@@ -910,6 +1089,8 @@ def sample_text(net, tok, data):
     if not prompt:  # as a document of the shards begins
         prompt = [*data.end, *data.begin][-1:]
     options = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
+    if pipeline:
+        return sample_prompt + pipeline.generate(tok, prompt, seq_len, **options)
     [sample] = generate(net, tok, [prompt], **options)
     return sample_prompt + sample.text
 
@@ -923,6 +1104,8 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
     window `first` of the global sequence: the sums of their losses, and of those of the tokens
     further ahead (mtp) alone, (2,). Nothing in it waits for the device."""
     run = updater.run
+    if run.mesh.pipeline:
+        return pipeline_gradients(data, batches, first, n_micro, run.mesh, routing)
     net = getattr(network, "module", network)  # out of DistributedDataParallel
     losses = torch.zeros(2, device=run.device)
     n_targets = data.n_targets(n_micro * batches.size)
@@ -940,6 +1123,18 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
             losses[1] += net.mtp_loss
         routing.add()
         batches.make_ahead()  # the next, while the device computes this one
+    return losses
+
+
+def pipeline_gradients(data, batches, first, n_micro, mesh, routing):
+    """`accumulate_gradients` of a network in stages, whose micro-batches flow through all of them
+    at once: `batches` has those of a step as one."""
+    batch = batches.take(first)
+    n_exchanging = mesh.sizes.replica * mesh.sizes.shard
+    scale = n_exchanging / data.n_targets(batches.size)
+    mesh.pipeline.stage.after = routing.add
+    losses = mesh.pipeline.step(batch, data.documents(batch["ids"]), n_micro, scale)
+    batches.make_ahead()
     return losses
 
 
@@ -1005,10 +1200,12 @@ def main():
     schedule = Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction)
     horizon.check()
     schedule.check()
-    run = setup(device)
+    run = setup(device, timedelta(seconds=timeout))
+    start_watch(run, timeout)
     run.mesh = open_mesh(run, parallel, tp, pp, cp, replicas)
     folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, IGNORES)
     data = open_dataset(run.device)
+    check_shared(run, out_dir, data.digest)
     net, tok, saved = open_network(data, folder)
     set_objective(data, net, tok)
     add_end_tokens(tok, data, run)
@@ -1026,13 +1223,15 @@ def main():
     clock_begin = time.monotonic()
     network, compiled = prepare_network(net, run, data, batch, dtype_used, saved)
     updater = make_updater(net, run, dtype_used)
-    state = restore(saved, updater, run)
+    state = restore(saved, net, updater, run)
     clock_begin -= state.seconds
+    folder.saver = make_saver(run)
     if run.is_main:
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))
     signals = StopSignals()
-    routing = RoutingLog(net, run.world)
+    routing = RoutingLog(net, run.world, run.mesh.pipeline)
+    times = StepTimes(run, network)
 
     say_notes(run, horizon, batch, data)
     if max_steps == 0 and not saved:
@@ -1041,7 +1240,7 @@ def main():
     batches = MicroBatches(
         data.train,
         run.device,
-        batch.device_batch_size,
+        batch.device_batch_size * (batch.grad_accum_steps if run.mesh.pipeline else 1),
         run.mesh.data_rank,
         run.mesh.data_world,
         data.objective,
@@ -1056,6 +1255,7 @@ def main():
     stopped = False
     row = {}
     while progress < 1 and not stopped:
+        times.begin()
         torch.manual_seed(step_seed(seed, state.step, run.mesh.data_rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         losses = accumulate_gradients(
@@ -1077,6 +1277,7 @@ def main():
 
         dt = time.monotonic() - step_begin
         row = step_row(state, run, net, loss, grad_norm, updater, dt) | routing.row(routed)
+        row |= times.end_step()
         if net.config.mtp and is_finite:
             row["mtp_loss"] = mtp_sum / data.n_targets(batch.size)  # a mean over depths
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
@@ -1084,17 +1285,22 @@ def main():
             rate = (progress - first_progress) / (time.monotonic() - loop_begin)
             show_progress(run, row, progress, (1 - progress) / max(rate, 1e-9))
         updater.check_bad_steps(learning_rate, warmup_steps)
+        saves = state.step % save_every == 0 or progress >= 1 or stopped
+        if checksum_every and (state.step % checksum_every == 0 or saves):
+            check_copies(run, net, state.step)
         if data.val.n and (state.step % eval_every == 0 or progress >= 1):
-            row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch)
+            row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves)
             if sample_tokens and progress < 1:  # sample.py shows the last one
                 show_sample(net, tok, data, run, cast)
-        if state.step % save_every == 0 or progress >= 1 or stopped:
+        if saves:
             save_run(folder, net, tok, state, batch, compiled, updater)
         step_begin = time.monotonic()
+    if folder.saver:
+        folder.saver.finish()
     return finish(run, row, state, progress, signals)
 
 
 if __name__ == "__main__":
-    with locked_folder(out_dir), lost_process(), advice_on_memory(memory_advice):
+    with locked_folder(out_dir, lock_patience()), lost_process(), advice_on_memory(memory_advice):
         status = main()
     end_process(status, threads_may_run=tensorboard or bool(wandb_project))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from barelm.embeddings import write_pooling
 from barelm.families import family, table_of
 from barelm.files import write_json
+from barelm.parts import whole_tensor
 from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
 from barelm.tensor_names import joined, names_in_file
@@ -444,12 +445,15 @@ def train_last_blocks(net, n):
     net.lm_head.requires_grad_(not net.config.tie)
 
 
-def save_adapter(folder, net, tok, base, config, step=0, state=None):
+def save_adapter(folder, net, tok, base, config, step=0, state=None, is_main=True):
     """Write the added matrices as a PEFT adapter of the model `base` (a folder, or a name on the
-    Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt."""
-    make_folder(folder)
+    Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt. Of a network
+    that is divided all processes call it, and the main one writes."""
     gpt2 = family(net.config) == "gpt2"
     tensors, ranks = adapter_tensors(net)
+    if not is_main:
+        return
+    make_folder(folder)
     # Layers of another rank than the others, each with an alpha that leaves its scale as it is.
     rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.lora_rank}
     alpha_pattern = {}
@@ -501,8 +505,8 @@ def adapter_tensors(net):
     ranks = {}
     for theirs, ours in names_in_file(layers, table).items():
         place = theirs.removesuffix(".weight")
-        A = torch.cat([layers[name].lora_A.weight for name in ours])
-        B = torch.block_diag(*[layers[name].lora_B.weight for name in ours])
+        A = torch.cat([whole_tensor(layers[name].lora_A.weight) for name in ours])
+        B = torch.block_diag(*[whole_tensor(layers[name].lora_B.weight) for name in ours])
         if len(ours) > 1:
             B = joined(B.chunk(len(ours)), table)
         tensors[f"base_model.model.{place}.lora_A.weight"] = A

@@ -23,7 +23,9 @@ from barelm.resume import PARTS, make_folder, write_weights
 from barelm.run import UserError
 from barelm.safetensors import INDEX
 from barelm.shapes import LARGEST
+from barelm.steps import SHARDS, is_step
 from barelm.tensor_names import (
+    TensorNames,
     renamed,
     tensors_from_file,
     tensors_in_file,
@@ -131,6 +133,8 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True, sp
     # The names and shapes in the files' headers come first: what does not fit is refused before
     # anything of the size that config.json, or a file, claims is built.
     table = table_of(kind, config, task_of(settings))
+    if is_step(folder):  # of a run that was written in parts, under our own names
+        table = TensorNames()
     entries = read_entries(folder, table)
     table = without_model(table, entries)
     check_layers(folder, entries, config, table)
@@ -314,6 +318,14 @@ def empty_network(config, settings, head, fast):
     return net
 
 
+def empty_of_step(folder, fast=True):
+    """The network of a step's folder in a run's shards/, without memory."""
+    settings, config = read_config(folder)
+    table = TensorNames()
+    head = read_head(folder, settings, read_entries(folder, table), table)
+    return empty_network(config, settings, head, fast)
+
+
 def fill(net, tensors, device, dtype):
     """Make {name: tensor} the tensors of an empty network: its floats in dtype, codes and their
     scales as they are."""
@@ -322,7 +334,7 @@ def fill(net, tensors, device, dtype):
         if name == "model.embed_tokens.weight" and has_coded_table(net):
             continue  # the file has only the head's codes: tie_embedding makes the table
         kept_dtype = dtype if empty.dtype == torch.float32 else empty.dtype
-        state[name] = part_like(empty, tensors[name]).to(device, kept_dtype)
+        state[name] = part_like(tensors[name], empty).to(device, kept_dtype)
     # assign: what is on meta has no memory to copy into. It also parts what was tied.
     net.load_state_dict(state, strict=False, assign=True)
     tie_embedding(net, dtype)
@@ -400,16 +412,23 @@ def find_base(folder, name):
 # Save
 
 
-def save(folder, net, tok, step=0, state=None):
+def save(folder, net, tok, step=0, state=None, tensors=None):
     """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt, to resume.
     The weights, without which nothing opens the folder, come last. The folder is new, or of this
-    very model: another model's is taken apart first (`clear_folder`)."""
+    very model: another model's is taken apart first (`clear_folder`). tensors: the network's, where
+    it is divided and they were brought together (`saved_tensors`)."""
     folder = Path(folder)
     make_folder(folder)
-    config = to_hf_config(net, tok)
+    config = write_companions(folder, net, tok)
     task = net.task if net.score is not None else ""
     table = table_of(config["model_type"], net.config, task)
-    tensors = tensors_in_file(saved_tensors(net), table)
+    tensors = tensors_in_file(saved_tensors(net) if tensors is None else tensors, table)
+    write_weights(folder / "model.safetensors", tensors, step, state)
+
+
+def write_companions(folder, net, tok):
+    """Write what a checkpoint folder has beside its weights; what config.json says."""
+    config = to_hf_config(net, tok)
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", ids)  # what transformers' generate reads
@@ -418,7 +437,7 @@ def save(folder, net, tok, step=0, state=None):
         write_pooling(folder, net.pooling, net.config.n_embd)
     length = {"model_max_length": net.config.n_ctx}  # where transformers warns of long texts
     write_json(folder / "tokenizer_config.json", tok.config | length)
-    write_weights(folder / "model.safetensors", tensors, step, state)
+    return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,5 +466,5 @@ def refuse_source(out_dir, name):
     places = [Path(out_dir), *(Path(out_dir) / part for part in PARTS)]
     written = [place.resolve() for place in places]
     for source in model_and_bases(name):
-        if source.resolve() in written:
+        if source.resolve() in written or written[0] / SHARDS in source.resolve().parents:
             raise UserError(f"--out_dir={out_dir}: it is the model to start from: take another")

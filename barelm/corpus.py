@@ -122,7 +122,7 @@ class Corpus:
     def gather(self, names):
         """Put the rows and signatures of these units after one another."""
         for kind in ("rows", "signatures"):
-            with open(self.folder / kind, "wb") as file:
+            with whole_file(self.folder / kind) as file:  # other parts may have the old one open
                 for name in names:
                     with open(self.folder.parent / f"{name}.{kind}", "rb") as part:
                         shutil.copyfileobj(part, file)
@@ -172,6 +172,8 @@ def write_cleaned(corpus, text_field, ending, is_mix, job):
     """Write the documents of a unit that stay, as they are before the tokenizer: records with the
     text in text_field and in a mix their source, in files of about CLEANED_SIZE characters. Returns
     the bytes of text."""
+    note = cleaned_note(corpus, job)
+    note.unlink(missing_ok=True)
     for path in cleaned_paths(corpus, ending, job):  # of a run that was killed
         path.unlink()
     n_bytes = 0
@@ -187,7 +189,13 @@ def write_cleaned(corpus, text_field, ending, is_mix, job):
                         record["source"] = job.source
                     n_bytes += len(text.encode())
                     packing.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    write_json(note, {"bytes": n_bytes})
     return n_bytes
+
+
+def cleaned_note(corpus, job):
+    """The file that says that all of a unit's cleaned documents are written."""
+    return corpus.folder / f"{job.number}.cleaned"
 
 
 def cleaned_paths(corpus, ending, job):

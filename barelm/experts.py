@@ -361,9 +361,14 @@ class RoutingLog:
     # `figures` the means over layers.
     names = ("load_max", "balance_loss", "z_loss", "router_entropy")
 
-    def __init__(self, net, world=1):
+    def __init__(self, net, world=1, pipeline=None):
         self.net = net
         self.world = world
+        self.n_stages = 1
+        self.own = slice(None)  # which layers with experts are of this process's stage
+        if pipeline is not None:
+            self.n_stages = pipeline.n_stages
+            self.own = pipeline.stage.expert_blocks
         self.total = None  # (layers with experts, E + 3), of the step so far
         self.n = 0  # micro-batches in it
 
@@ -380,7 +385,8 @@ class RoutingLog:
         each has a part of all processes' figure, so that they add up to it."""
         if self.total is None:
             return []
-        total = self.total / (self.n * self.world)
+        # Each layer's figures are of one stage; the others add zeros.
+        total = self.total / (self.n * self.world / self.n_stages)
         self.total = None
         self.n = 0
         if self.world > 1:
@@ -399,7 +405,7 @@ class RoutingLog:
     def update_bias(self):
         """`update_bias` by the step that has ended."""
         if self.net.routing is not None and self.net.config.balance == "bias":
-            update_bias(self.net, self.load)
+            update_bias(self.net, self.load[self.own])
 
 
 def make_experts(c, ops):

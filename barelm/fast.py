@@ -38,11 +38,12 @@ def generating(net):
         net.train(training)
 
 
-def joined_product(x, layers, packed):
+def joined_product(x, layers, packed, joins=True):
     """The outputs of linear layers that read the same x (..., in), side by side, as one product;
     None where that would not be faster, or where a layer is of another kind (adapted, say).
 
-    packed: within `generating`, {first layer: product}. Hooks on the layers are not called."""
+    packed: within `generating`, {first layer: product}. joins: whether to join weights in training.
+    Hooks on the layers are not called."""
     kind = type(layers[0])
     if kind not in (nn.Linear, QuantizedLinear):
         return None
@@ -60,7 +61,9 @@ def joined_product(x, layers, packed):
     if kind is QuantizedLinear:
         outputs = [quantized_product(x, f.weight, f.scale, f.bias) for f in layers]
         return torch.cat(outputs, -1)
-    if len(layers) == 1 or not learning:  # to join weights once more would be to read them twice
+    if not learning:  # to join weights once more would be to read them twice
+        return None
+    if len(layers) == 1 or not joins:
         return None
     weight = torch.cat([layer.weight for layer in layers])
     return F.linear(x, weight, joined_bias(layers))

@@ -26,7 +26,11 @@ def score_targets(net, batch, docs=None):
     """(B, 3) float64 of a batch, the network's arguments by name with their targets: of each row
     the sum of -log p(target) in nats, the number of targets, how many are the likeliest token."""
     inputs = {name: t for name, t in batch.items() if name not in ("targets", "places")}
-    h = net.hidden(**inputs, docs=docs)  # (B, T, C)
+    return score_states(net, net.hidden(**inputs, docs=docs), batch)
+
+
+def score_states(net, h, batch):
+    """`score_targets` of the final states h (B, T, C) of a batch."""
     if "places" in batch:
         h = at_places(h, batch["places"])  # (B, n, C)
     is_target = batch["targets"] != IGNORED

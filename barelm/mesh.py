@@ -12,6 +12,7 @@ other; stages come last. Copies and parts read windows of their own, or cp of th
 (context parallel). `Sizes` are numbers alone, to plan with; a `Mesh` is this process's place.
 """
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -139,11 +140,14 @@ class Mesh:
         self.sizes = sizes
         self.device_mesh = None
         self.window_mesh = None  # the same processes by windows: (pp, data, cp, tp)
+        self.pipeline = None  # of a network in stages: `parallelize` sets it
         if run.world == 1:
             return
         from torch.distributed.device_mesh import init_device_mesh  # some systems lack it
 
         device_type = run.device.type
+        if device_type == "cpu":  # that gloo exchanges by another way than NCCL is no news
+            logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
         shape = (sizes.pp, sizes.replica, sizes.shard, sizes.tp)
         self.device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
         if sizes.cp > 1:

@@ -23,6 +23,7 @@ from barelm.fast import (
     joined_product,
     sparse_attention,
 )
+from barelm.float8 import can_float8, float8_product
 from barelm.patterns import attention_mask, may_look
 from barelm.run import compute_dtype, in_full
 
@@ -89,6 +90,10 @@ class Operations:
     def __init__(self, fast):
         self.fast = fast
         self.deterministic = False
+        self.float8 = False  # the blocks' products in training, by barelm/float8.py
+        # Join the matrices that read the same x, in training; a joint copy lives until backward,
+        # where FSDP has each whole for as long as its block computes.
+        self.joins = True
         self.packed: dict | None = None  # within `generating`: weights in a layout of the CPU's
         # Of several processes that share the heads: a HeadShare of barelm/tensor_parallel.py
         self.heads = None
@@ -104,8 +109,10 @@ class Operations:
             return invariant.project(x, layers)
         if self.heads is not None:
             return self.heads.project(x, layers)
+        if self.float8 and can_float8(x, layers):
+            return float8_product(x, layers)
         if self.fast:
-            y = joined_product(x, layers, self.packed)
+            y = joined_product(x, layers, self.packed, self.joins)
             if y is not None:
                 return y
         if len(layers) == 1:

@@ -5,13 +5,16 @@ A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimi
 
 import os
 import re
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
+from barelm.adamw import AdamWInParts
 from barelm.fast import KEPT, head_rows, keys_of_block
 from barelm.muon import Muon
+from barelm.parts import part_like
 from barelm.patterns import Pattern, may_look
 from barelm.run import UserError
 
@@ -19,10 +22,39 @@ from barelm.run import UserError
 MOMENTS = {"muon": 1, "adamw": 2}
 
 
+@dataclass(frozen=True)
+class StatePlan:
+    """Who holds an optimizer's state, and where."""
+
+    group: object = None  # the processes that hold the same parameters whole; None: all
+    alone: bool = False  # there is no other process that does
+    zero: bool = False  # each process of the group has the state of some of the parameters
+    offload: bool = False  # it lives in the host's memory
+    narrow: bool = False  # gradients are kept in bfloat16
+
+    @classmethod
+    def of(cls, mesh, zero=0, offload=False, narrow=False):
+        """That of a run's Mesh, by train.py's keys."""
+        alone = mesh.sizes.replica == 1
+        if zero and (mesh.sizes.shard > 1 or mesh.sizes.tp > 1):
+            raise UserError("zero=1: for --parallel=ddp without --tp: there the state is in parts")
+        return cls(mesh.group_of("replica"), alone, bool(zero) and not alone, offload, narrow)
+
+    def make(self, kind, params, hyper, **options):
+        """An optimizer of this kind with these hyperparameters."""
+        if not self.zero:
+            return kind(params, **hyper, **options)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        kind = partial(kind, **options)
+        return ZeroRedundancyOptimizer(params, kind, process_group=self.group, **hyper)
+
+
 def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
-                   dtype=torch.float32):  # fmt: skip
+                   dtype=torch.float32, plan=StatePlan()):  # fmt: skip
     """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
-    blocks' matrices and AdamW for the rest. Each group keeps the peak as `initial_lr`."""
+    blocks' matrices and AdamW for the rest. Each group keeps the peak as `initial_lr`. plan: who
+    holds the state."""
     if name not in MOMENTS:
         raise UserError(f"--optimizer={name}: expected {' or '.join(MOMENTS)}")
     if net.quantize:
@@ -30,27 +62,32 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     matrices, wide, narrow = split_parameters(net)
     if name == "muon":
         optimizers = [
-            *make_adamw(wide, narrow, lr, weight_decay, betas),
-            *make_muon(matrices, lr, momentum, weight_decay, dtype),
+            *make_adamw(wide, narrow, lr, weight_decay, betas, plan),
+            *make_muon(matrices, lr, momentum, weight_decay, dtype, plan),
         ]
     elif name == "adamw":
         # In the order of the network, in which a state.pt of AdamW numbers them.
         wide = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
-        optimizers = make_adamw(wide, narrow, lr, weight_decay, betas)
+        optimizers = make_adamw(wide, narrow, lr, weight_decay, betas, plan)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = lr
     return optimizers
 
 
-def make_adamw(wide, narrow, lr, weight_decay, betas):
+def make_adamw(wide, narrow, lr, weight_decay, betas, plan=StatePlan()):
     """AdamW in a list, or none where nothing is to learn; `narrow` parameters do not decay."""
     groups = []
     for params in alike_divided(wide):
         groups.append({"params": params, "weight_decay": weight_decay})
     for params in alike_divided(narrow):
         groups.append({"params": params, "weight_decay": 0.0})
-    return [torch.optim.AdamW(groups, lr, betas, fused=True)] if groups else []
+    if not groups:
+        return []
+    hyper = {"lr": lr, "betas": betas}
+    if plan.offload or plan.narrow:
+        return [plan.make(AdamWInParts, groups, hyper, offload=plan.offload)]
+    return [plan.make(torch.optim.AdamW, groups, hyper, fused=True)]
 
 
 def alike_divided(params):
@@ -62,9 +99,14 @@ def alike_divided(params):
     return list(lists.values())
 
 
-def make_muon(matrices, lr, momentum, weight_decay, dtype):
+def make_muon(matrices, lr, momentum, weight_decay, dtype, plan=StatePlan()):
     """Muon in a list, or none."""
-    return [Muon(matrices, lr, momentum, weight_decay, dtype)] if matrices else []
+    if not matrices:
+        return []
+    hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    shares = not (plan.zero or plan.alone)  # with ZeRO each has matrices of its own
+    options = {"dtype": dtype, "group": plan.group, "shares": shares, "offload": plan.offload}
+    return [plan.make(Muon, matrices, hyper, **options)]
 
 
 def split_parameters(net):
@@ -85,11 +127,17 @@ def split_parameters(net):
 
 
 # --------------------------------------------------------------------------------------------------
-# A resume
+# What is saved, and a resume
+
+
+def held_state(optimizer):
+    """What this process holds of an optimizer's state, {parameter: {name: tensor}}."""
+    return getattr(optimizer, "optim", optimizer).state  # ZeRO's own is in its `optim`
 
 
 # What a state.pt has of each parameter. Of an optimizer that is not here, the shapes are checked.
-STATE_NAMES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
+ADAMW_NAMES = {"step", "exp_avg", "exp_avg_sq"}
+STATE_NAMES = {torch.optim.AdamW: ADAMW_NAMES, AdamWInParts: ADAMW_NAMES, Muon: {"momentum"}}
 
 
 def restore_optimizers(optimizers, saved, path):
@@ -102,8 +150,26 @@ def restore_optimizers(optimizers, saved, path):
         state = before.get("state") if isinstance(before, dict) else None
         if not isinstance(state, dict) or not fits_optimizer(state, optimizer):
             raise wrong
-        groups = optimizer.state_dict()["param_groups"]
+        groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+        state = divided_state(state, optimizer)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if held_state(optimizer) is not optimizer.state:  # ZeRO keeps what it was given, too
+            optimizer.state.clear()
+
+
+def divided_state(state, optimizer):
+    """A saved state with, of parameters that are divided, the parts of what it has of them."""
+    params = []
+    for group in optimizer.param_groups:
+        params += group["params"]
+    divided = {}
+    for number, entry in state.items():
+        like = params[number]
+        divided[number] = {
+            name: part_like(value, like) if value.shape == like.shape else value
+            for name, value in entry.items()
+        }
+    return divided
 
 
 def fits_optimizer(state, optimizer):
@@ -260,12 +326,13 @@ def mlp_numbers(c, layer):
 
 
 def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,
-                    device_type="cpu"):  # fmt: skip
+                    device_type="cpu", grad_bytes=4):  # fmt: skip
     """Bytes that training needs, estimated: (parameters with gradients and optimizer state, and the
-    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter.
-    An encoder-decoder's rows have a source of seq_len too."""
+    head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter;
+    grad_bytes: a gradient's. recompute: so many blocks, the first ones, keep their input alone;
+    True: all. An encoder-decoder's rows have a source of seq_len too."""
     width = dtype.itemsize  # bytes of a number within a product; elsewhere it is 4
-    blocks = []  # bytes of a token in each
+    blocks = []  # bytes of a token in each, in the order in which they compute
     for i, pattern in enumerate(c.patterns):
         size = block_bytes(c, pattern, seq_len, width, device_type)
         blocks.append(size + width * mlp_numbers(c, i))
@@ -275,22 +342,46 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
         cross += score_bytes(c, seq_len, width)
         blocks = [size + cross for size in blocks]
         mlp = width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden
+        encoder = []
         for pattern in c.encoder_patterns:
-            blocks.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
+            encoder.append(block_bytes(c, pattern, seq_len, width, device_type) + mlp)
+        blocks = encoder + blocks
     ahead = block_bytes(c, Pattern(), seq_len, width, device_type)
     ahead += width * (MLP_MATRICES[c.mlp] + 1) * c.n_hidden + 4 * 6 * c.n_embd  # two states, joined
     blocks += [ahead] * c.mtp
-    if recompute:  # of each block its input alone, and all of the one that is computed again
-        per_token = len(blocks) * 4 * c.n_embd + max(blocks)
-    else:
-        per_token = sum(blocks)
+    n_again = len(blocks) if recompute is True else min(int(recompute), len(blocks))
+    # Of a block that is computed again its input alone; and when backward comes to it all of it,
+    # where what the blocks behind it have kept is free again.
+    largest_again = max(blocks[:n_again], default=0)
+    per_token = n_again * 4 * c.n_embd + max(largest_again, sum(blocks[n_again:]))
     # The head's: logits, their float32 copy and its gradient; the gradient of its matrix.
     head = c.vocab_size * ((width + 8) * head_rows(device_type, dtype, c.vocab_size) + 4 * c.n_embd)
-    weights = 4 * params * (2 + moments)  # with the gradients
+    weights = params * (4 + grad_bytes + 4 * moments)
     if c.logit_softcap:  # logits are not made by pieces: those around tanh, log p and its gradient
         per_token += c.vocab_size * (width + 4 * 4)
     embedded = (4 + width) * c.n_embd * (2 if c.is_seq2seq else 1)
     return weights + head, rows * seq_len * (per_token + embedded)
+
+
+def held_bytes(net, optimizer="muon", sizes=None, zero=0, offload=False, grad_bytes=4):
+    """Bytes that a process holds of a network from step to step, on the average of all: a dict of
+    weights, gradients, the optimizer's state on its device, and state in the host's memory. sizes:
+    a grid's (barelm.mesh.Sizes); None: one process."""
+    matrices, wide, narrow = split_parameters(net)
+    n_matrices = sum(p.numel() for p in matrices)
+    n_others = sum(p.numel() for p in (*wide, *narrow))
+    state = 4 * (MOMENTS[optimizer] * n_matrices + MOMENTS["adamw"] * n_others)
+    n_parts = 1
+    if sizes is not None:
+        n_parts = sizes.pp * sizes.shard * sizes.tp
+    spread = n_parts * sizes.replica if zero and sizes is not None else n_parts
+    n_learning = n_matrices + n_others
+    return {
+        "weights": 4 * n_params(net) / n_parts,
+        "gradients": grad_bytes * n_learning / n_parts,
+        "optimizer": 0 if offload else state / spread,
+        "host": state / spread if offload else 0,
+    }
 
 
 def block_bytes(c, pattern, seq_len, width, device_type):

@@ -11,15 +11,18 @@ A parameter that is divided is a DTensor: see barelm/parts.py.
 import contextlib
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from barelm.adapters import NF4Linear
+from barelm.parts import is_divided
 from barelm.run import UserError
 
 
 def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float32):
     """What the loop calls of a network that is on the host: net itself, divided in place, or in
-    DistributedDataParallel. compute_dtype: in which the blocks' matrices are gathered;
-    reduce_dtype: in which gradients are summed."""
+    DistributedDataParallel; of one in stages its Pipeline. compute_dtype: in which the blocks'
+    matrices are gathered; reduce_dtype: in which gradients are summed."""
     sizes = mesh.sizes
     if sizes.tp > 1:
         from barelm.tensor_parallel import split_heads
@@ -29,13 +32,54 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
         from barelm.context_parallel import split_tokens
 
         split_tokens(net, mesh)
+    network = net
+    if sizes.pp > 1:
+        from barelm.pipeline import Stage, keep_stage
+
+        keep_stage(net, mesh.rank_of("pp"), sizes.pp)
+        network = Stage(net, mesh.rank_of("pp"), sizes.pp, compute_dtype)
     if needs_fully_shard(sizes):
-        return fully_sharded(net, mesh, compute_dtype, reduce_dtype)
-    net.to(mesh.run.device)
-    if sizes.replica > 1:
+        net.ops.joins = sizes.shard == 1
+        fully_sharded(network, blocks_of(net), mesh, compute_dtype, reduce_dtype)
+    network.to(mesh.run.device)
+    if sizes.replica > 1 and not needs_fully_shard(sizes):
         group = mesh.group_of("replica")
-        return DistributedDataParallel(net, process_group=group, gradient_as_bucket_view=True)
-    return net
+        network = DistributedDataParallel(
+            network, process_group=group, gradient_as_bucket_view=True
+        )
+        if reduce_dtype == torch.bfloat16:
+            network.register_comm_hook(group, exchange_narrow)
+    if reduce_dtype == torch.bfloat16 and keeps_narrow(sizes):
+        narrow_gradients(net)
+    if sizes.pp > 1:
+        from barelm.pipeline import Pipeline
+
+        network = mesh.pipeline = Pipeline(network, mesh)
+    return network
+
+
+def exchange_narrow(group, bucket):
+    """DistributedDataParallel's exchange of some gradients in bfloat16. (By its own name torch
+    refuses it on CPUs, whose gloo can do it too.)"""
+    return bf16_compress_hook(group, bucket)
+
+
+def keeps_narrow(sizes):
+    """Whether gradients of less than float32 are kept so, too. Those of DistributedDataParallel
+    stay as wide as its parameters: they are narrow on their way alone."""
+    return sizes.replica == 1 or needs_fully_shard(sizes)
+
+
+def narrow_gradients(net):
+    """Let gradients be added up, and kept, in bfloat16: half the memory."""
+
+    def narrow(p):
+        p.grad = p.grad.to(torch.bfloat16)
+
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad_dtype = None  # any, whatever the parameter's
+            p.register_post_accumulate_grad_hook(narrow)
 
 
 def needs_fully_shard(sizes):
@@ -44,21 +88,41 @@ def needs_fully_shard(sizes):
     return sizes.shard > 1 or (sizes.tp > 1 and sizes.replica > 1)
 
 
-def fully_sharded(net, mesh, compute_dtype, reduce_dtype):
-    """net with each block's parameters, and all others together, divided over mesh.shard_mesh; a
+def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
+    """Divide each block's parameters, and all others of net together, over mesh.shard_mesh; a
     block's are whole while it computes (Rajbhandari et al. 2020, stage 3)."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     # A block's matrices travel in the dtype that they are multiplied in. What is not a block, the
     # embedding above all, stays in full: it is where the residual stream begins.
-    narrow = None if compute_dtype == torch.float32 else compute_dtype
+    packed = pack_as_parameters(net)  # codes are gathered as they are
+    narrow = None if compute_dtype == torch.float32 or packed else compute_dtype
     of_block = MixedPrecisionPolicy(narrow, reduce_dtype, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
     grid = mesh.shard_mesh
-    for block in blocks_of(net):
+    for block in blocks:
         fully_shard(block, mesh=grid, mp_policy=of_block)
     fully_shard(net, mesh=grid, mp_policy=of_rest)
-    return net.to(mesh.run.device)
+    # Who reads states and not logits begins here, and comes to the head with what is whole by then.
+    for name in ("hidden", "encode"):
+        if hasattr(net, name):
+            register_fsdp_forward_method(net, name)
+
+
+def pack_as_parameters(net):
+    """Make parameters of the codes and scales of layers in 4 bits, which are divided as such:
+    whether there are any."""
+    layers = [layer for layer in net.modules() if isinstance(layer, NF4Linear)]
+    for layer in layers:
+        for name in ("codes", "scale", "top"):
+            buffer = getattr(layer, name)
+            delattr(layer, name)
+            setattr(layer, name, torch.nn.Parameter(buffer, requires_grad=False))
+    return bool(layers)
 
 
 def blocks_of(net):
@@ -67,6 +131,57 @@ def blocks_of(net):
     if net.config.is_seq2seq:
         blocks += net.model.encoder.layers
     return blocks
+
+
+@contextlib.contextmanager
+def whole_weights(net):
+    """Each process has all of a fully sharded network in this context, to generate by itself; all
+    processes enter it. Another network is as it always is."""
+    parts = sharded_modules(net)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not net, recurse=False)
+            part.reshard()
+
+
+def divide_again(net):
+    """Take back what the last forward without a backward has left whole: then the parameters are
+    parts once more."""
+    for part in sharded_modules(net):
+        part.reshard()
+
+
+def sharded_modules(net):
+    """The modules whose parameters fully_shard has divided."""
+    if not is_divided(next(net.parameters())) and not hasattr(net, "reshard"):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in net.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def shortened(net, device):
+    """As few blocks of a network as there are kinds, on the device: to try there what the whole,
+    which no process may hold, will be computed by."""
+    c = net.config
+    n_kinds = max(len(c.layers), len(c.expert_layers), 1)
+    parts = [net.model]
+    if c.is_seq2seq:
+        parts.append(net.model.encoder)
+    layers = [part.layers for part in parts]
+    for part in parts:
+        part.layers = part.layers[:n_kinds]
+    try:
+        yield net.to(device)
+    finally:
+        for part, blocks in zip(parts, layers):
+            part.layers = blocks
 
 
 def exchanging(network, is_last):
@@ -78,8 +193,12 @@ def exchanging(network, is_last):
     return contextlib.nullcontext()
 
 
-def check_divided(net, dtype):
+def check_divided(net, dtype, sizes):
     """Refuse what cannot be computed by parts."""
+    if sizes.pp > 1:
+        from barelm.pipeline import refuse_pipeline
+
+        refuse_pipeline(net.config, sizes.pp, net.deterministic)
     if dtype == torch.float16:
         why = "its scale would have to be found by all processes together"
         raise UserError(f"--dtype=float16: not with a network in parts: {why}: use bfloat16")

@@ -11,6 +11,11 @@ def is_divided(tensor):
     return hasattr(tensor, "device_mesh")
 
 
+def is_narrow(grad):
+    """Whether a gradient has less than float32's precision."""
+    return grad is not None and grad.dtype == torch.bfloat16
+
+
 def local_part(tensor):
     """What this process holds of a tensor; of one that is not divided, itself."""
     return tensor.to_local() if is_divided(tensor) else tensor
@@ -21,20 +26,49 @@ def whole_tensor(tensor):
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
-def part_like(divided, tensor):
-    """What this process holds of a tensor, divided as another DTensor is; where that is none, the
-    tensor itself. All processes have the whole: nothing is sent."""
-    if not is_divided(divided):
-        return tensor
+def on_host(tensor, is_main):
+    """All of a tensor on the main process's host, None on the others: all processes call it."""
+    whole = whole_tensor(tensor.detach())
+    return whole.cpu() if is_main else None
+
+
+def state_on_host(value, is_main):
+    """A state, dicts and lists around tensors, with each tensor as `on_host` gives it."""
+    if isinstance(value, torch.Tensor):
+        return on_host(value, is_main)
+    if isinstance(value, dict):
+        return {key: state_on_host(entry, is_main) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [state_on_host(entry, is_main) for entry in value]
+    return value
+
+
+def part_like(whole, like):
+    """The part of a whole tensor that a process holds of `like`, of whose shape it is; the whole
+    one where `like` is not divided."""
+    if not is_divided(like):
+        return whole
     from torch.distributed.tensor import distribute_tensor
 
-    mesh = divided.device_mesh
-    return distribute_tensor(tensor, mesh, divided.placements, src_data_rank=None)
+    # All processes have the whole: nothing is sent.
+    whole = whole.to(like.device_mesh.device_type)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gradient_part(p):
+    """What this process holds of a parameter's gradient, divided as the parameter is, and in its
+    dtype."""
+    grad = p.grad
+    if is_divided(p) and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local_part(grad).to(p.dtype)
 
 
 def n_holders(tensor, mesh):
-    """How many processes hold the same part of a parameter as this one."""
+    """How many processes hold the same part of a parameter as this one. Some parameters are held
+    by several stages of a pipeline, as barelm/pipeline.py notes on them."""
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp
+    holders *= getattr(tensor, "n_stages", 1)
     if is_divided(tensor):
         for dimension, placement in enumerate(tensor.placements):
             if not placement.is_replicate():  # a Shard, or the strided one of FSDP behind tp
@@ -60,14 +94,16 @@ def global_norm(params, mesh):
         if p.grad is not None:
             by_holders.setdefault(n_holders(p, mesh), []).append(local_part(p.grad))
     for holders, grads in sorted(by_holders.items()):
-        norms = torch.stack(torch._foreach_norm(grads)).double()
+        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double()
         total += norms.square().sum() / holders
-    dist.all_reduce(total)
+    if mesh.run.world > 1:
+        dist.all_reduce(total)
     return total.sqrt().float()
 
 
 def clip_gradients(params, grad_clip, mesh):
-    """Clip gradients that are divided to this norm (0: leave them); their norm before."""
+    """Clip gradients that are divided, or narrower than their parameters, to this norm (0: leave
+    them); their norm before."""
     sum_partial_gradients(params)
     norm = global_norm(params, mesh)
     if grad_clip:

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-from barelm.files import parse_json, sync_folder, whole_file, write_json
+from barelm.cluster import launch_id
+from barelm.files import parse_json, read_json, sync_folder, whole_file, write_json
 from barelm.run import UserError, made_with
-from barelm.safetensors import read_header, write_safetensors
+from barelm.safetensors import INDEX, read_header, write_safetensors
+from barelm.steps import MESH, keep_last, step_folders, whole_steps, why_not_whole
 
 WEIGHTS = (
     "*.safetensors.index.json",  # the indexes first: they name the other files
@@ -54,9 +56,10 @@ PARTS = ("best", "merged")  # a run's folders within its own: models of their ow
 
 def holds_model(folder):
     """The files of a folder that a new run would replace, or leave beside itself as if they were
-    its own: configs, tokenizers, weights, indexes and states, in best/ and merged/ too."""
+    its own: configs, tokenizers, weights, indexes and states, in best/ and merged/ too, and steps
+    in shards/."""
     folder = Path(folder)
-    paths = []
+    paths = [path / MESH for _, path in step_folders(folder)]
     for place in (folder, *(folder / part for part in PARTS)):
         for pattern in (*WEIGHTS, *STATES, *COMPANIONS):
             paths += sorted(place.glob(pattern))
@@ -67,6 +70,7 @@ def clear_folder(folder):
     """Take a model's folder apart, its best/ and merged/ with it: what vouches goes first. Files
     that are no part of a model stay."""
     folder = Path(folder)
+    keep_last(folder, 0)  # steps, each of which vouches for itself
     for part in PARTS:
         if (folder / part).is_dir():
             clear_folder(folder / part)
@@ -376,7 +380,8 @@ def choose_start(out_dir, init_from, overwrite, fresh="scratch"):
     out = Path(out_dir)
     files = holds_model(out)
     if init_from == "auto":
-        if any(path.parent == out and path.match("*model.safetensors") for path in files):
+        weights = any(path.parent == out and path.match("*model.safetensors") for path in files)
+        if weights or whole_steps(out):
             return "resume"
         if is_unfinished(out, files):
             return fresh
@@ -390,7 +395,7 @@ def is_unfinished(out, files):
     """Whether a folder is that of a run which was killed before its first save was whole."""
     first_save = [*COMPANIONS, "state.pt.tmp"]  # what such a save leaves: no weights
     saved = [path for path in files if path.parent == out and path.name not in first_save]
-    return (out / "run.json").is_file() and not saved
+    return (out / "run.json").is_file() and not saved and not step_folders(out)
 
 
 class RunFolder:
@@ -415,6 +420,7 @@ class RunFolder:
         self.parts = []
         self.log = None
         self.trackers = []  # functions that get each row too, such as TensorBoard's
+        self.saver = None  # the StepSaver of a run whose processes each write a part
 
     def changes(self, state, facts):
         """What this resume changes in what shapes the run: {key: "key old -> new"}."""
@@ -452,9 +458,10 @@ class RunFolder:
             clear_folder(self.path)
         elif state["temporary"]:
             os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
-        write_json(
-            self.path / "run.json", {"config": self.config} | made_with() | {"parts": self.parts}
-        )
+        entries = {"config": self.config} | made_with() | {"parts": self.parts}
+        if launch_id():
+            entries["launch"] = launch_id()
+        write_json(self.path / "run.json", entries)
         self.log = open_log(self.path / "log.jsonl", step if state else -1, self.run.say)
         return changed
 
@@ -470,16 +477,16 @@ def changed_settings(before, now):
     """What is no longer as it was, of two dicts of settings: {key: "key old -> new"}."""
     changed = {}
     for key, value in now.items():
-        old = shown(before.get(key))
-        new = shown(value)
+        old = one_line(before.get(key))
+        new = one_line(value)
         if old != new or key not in before:
-            changed[key] = f"{key} {old} -> {new}"
+            changed[key] = f"{key} {old[:40]} -> {new[:40]}"
     return changed
 
 
-def shown(value):
-    """A setting in a line: at most 40 characters."""
-    return " ".join(repr(value).split())[:40]
+def one_line(value):
+    """A setting in a line."""
+    return " ".join(repr(value).split())
 
 
 def say_changes(changed, parts, say):
@@ -505,14 +512,35 @@ def check_parts(parts, path):
 
 def weights_step(folder):
     """The step that the weights in a folder are of, or -1 where none says it."""
-    for name in ("model.safetensors", "adapter_model.safetensors"):
+    metadata = {}
+    for name in ("model.safetensors", "adapter_model.safetensors", INDEX):
         path = Path(folder) / name
-        if path.is_file():
+        if path.is_file() and name == INDEX:
+            metadata = read_json(path).get("metadata") or {}
+        elif path.is_file():
             with open(path, "rb") as file:
                 _, metadata = read_header(path, file)
-            step = str(metadata.get("step"))
-            return int(step) if step.isdecimal() else -1
-    return -1
+        if path.is_file():
+            break
+    step = str(metadata.get("step"))
+    return int(step) if step.isdecimal() else -1
+
+
+def newest_step(folder, say=print):
+    """The folder of the step that a run goes on from, or None where that is the state.pt in its
+    own. A later step that is not whole is told, and passed over."""
+    folder = Path(folder)
+    plain = -1
+    if any((folder / name).is_file() for name in STATES):
+        plain = weights_step(folder)
+    for step, path in reversed(step_folders(folder)):
+        if step < plain:
+            return None
+        why = why_not_whole(path)
+        if not why:
+            return path
+        say(f"note: no resume from {path}: {why}")
+    return None
 
 
 # --------------------------------------------------------------------------------------------------

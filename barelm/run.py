@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from barelm.parts import clip_gradients, is_divided, local_part
+from barelm.parts import clip_gradients, is_divided, is_narrow, local_part
+from barelm.rendezvous import store_of_start
 
 
 class UserError(SystemExit):
@@ -89,11 +90,17 @@ class Run:
     world: int = 1  # how many there are
     progress: Progress = field(default_factory=Progress)
     mesh: object = None  # its Mesh (barelm/mesh.py), where a script divides networks
+    watch: object = None  # barelm.watch.Watch: whether the others are still there
 
     @property
     def is_main(self):
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
+
+    @property
+    def is_divided(self):
+        """Whether each process holds a part of the network, and computes with all others."""
+        return self.mesh is not None and self.mesh.sizes.is_sharded
 
     def say(self, text):
         """Print on the main process."""
@@ -113,15 +120,29 @@ class Run:
             dist.all_reduce(totals)
         return totals.tolist()
 
-    def least(self, value):
-        """The least whole number of all processes'."""
+    def of_all(self, value):
+        """A number of each process, in the order of their ranks: a list of floats."""
         values = [0] * self.world
         values[self.rank] = value
-        return int(min(self.sum(*values)))
+        return self.sum(*values)
+
+    def least(self, value):
+        """The least whole number of all processes'."""
+        return int(min(self.of_all(value)))
+
+    def most(self, value):
+        """The largest whole number of all processes'."""
+        return -self.least(-value)
 
     def wait(self):
         """Go on when all processes have come here."""
         self.sum(0)
+
+    def wait_for_main(self):
+        """Where the main process has done something alone, the others wait for it here: however
+        long it took, no exchange's timeout counted it."""
+        if self.watch:
+            self.watch.wait_for_main()
 
 
 def setup(device="auto", timeout=None):
@@ -139,7 +160,10 @@ def setup(device="auto", timeout=None):
     elif sys.platform == "linux":
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        store = store_of_start(rank, world, timeout)
+        ranks = {} if store is None else {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=timeout, **ranks)
     return Run(place, rank, world)
 
 
@@ -162,32 +186,6 @@ def keep_freed_memory():
     with contextlib.suppress(AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
-
-
-# What gloo, and then NCCL, say when another process has ended.
-LOST_PROCESS = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "remote worker",
-    "remote process exited",
-    "Timed out waiting",
-)
-
-
-@contextlib.contextmanager
-def lost_process():
-    """A line in the place of torch.distributed's traceback where another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PROCESS):
-            raise
-        rank = os.environ.get("RANK", "0")
-        raise UserError(
-            f"process {rank}: another process of this run is gone, so that none can go on: its own "
-            f"last lines, or the system's log, say why; what was saved is kept"
-        ) from None
 
 
 def sync_grads(params):
@@ -445,7 +443,8 @@ class Updater:
         if self.scaler:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        if any(is_divided(p) for p in self.params):
+        has_stages = self.run.mesh is not None and self.run.mesh.sizes.pp > 1
+        if has_stages or any(is_divided(p) or is_narrow(p.grad) for p in self.params):
             return clip_gradients(self.params, self.grad_clip, self.run.mesh)
         return torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
 

@@ -35,6 +35,13 @@ LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 def write_safetensors(file, tensors, metadata):
     """Write {name: tensor} and {str: str} to a binary file in the safetensors format."""
+    write_header(file, tensors, metadata)
+    for t in tensors.values():
+        write_tensor(file, t)
+
+
+def write_header(file, tensors, metadata):
+    """Write what stands before the data of {name: tensor}, which may be on the meta device."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header = {"__metadata__": metadata}  # transformers wants {"format": "pt"} in it
     begin = 0
@@ -46,8 +53,10 @@ def write_safetensors(file, tensors, metadata):
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
-    for t in tensors.values():
-        file.write(as_bytes(t.detach().cpu().contiguous()))
+
+
+def write_tensor(file, t):
+    file.write(as_bytes(t.detach().cpu().contiguous()))
 
 
 def as_bytes(t):

@@ -26,6 +26,15 @@ def open_shard(path):
         size = os.path.getsize(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    count, dtype = shard_format(header, size, path)
+    if count == 0:  # which no memory map can be of
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_SIZE, shape=(count,))
+
+
+def shard_format(header, size, path):
+    """(tokens, their dtype) of the shard at path, by its header (256,) int32 and its size in
+    bytes."""
     dtype = TOKEN_DTYPES.get(tuple(header[:2].tolist()))
     if len(header) < 256 or dtype is None:
         raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
@@ -33,9 +42,7 @@ def open_shard(path):
     if count < 0 or size != HEADER_SIZE + count * dtype.itemsize:
         why = f"{size:,} bytes are not the {count:,} tokens that were written"
         raise UserError(f"{path}: cut short, or damaged: {why}; prepare it again")
-    if count == 0:  # which no memory map can be of
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_SIZE, shape=(count,))
+    return count, dtype
 
 
 def check_tokens(ids, n_vocab, path):
@@ -53,11 +60,18 @@ class Windows:
 
     stride: tokens from the beginning of a window to that of the next; 0: seq_len, so that none
     overlap. partial: the last window of a shard may be short, so that every token is a target once.
-    n_vocab: a batch with an id from here on is refused, by its shard's name (0: not looked at)."""
+    n_vocab: a batch with an id from here on is refused, by its shard's name (0: not looked at).
+    shards: the opened shards, where they are no files here (barelm/stream.py); paths are their
+    names then."""
 
-    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0, n_vocab=0):
+    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0, n_vocab=0, shards=None):
         self.paths = list(paths)
-        self.shards = [open_shard(path) for path in self.paths]
+        self.shards = shards
+        self.cache = None  # of shards that are elsewhere
+        if shards is None:
+            self.shards = [open_shard(path) for path in self.paths]
+        elif shards:
+            self.cache = shards[0].cache
         self.seq_len = seq_len
         self.seed = seed
         self.stride = stride or seq_len
@@ -75,11 +89,15 @@ class Windows:
         """The number of the shard that holds window i."""
         return int(np.searchsorted(self.ends, i, side="right"))
 
-    def window(self, i):
-        """Inputs and targets (seq_len + 1,) int64 of window i, -100 past the shard's end."""
+    def place(self, i):
+        """Where window i begins: (the number of its shard, the token)."""
         s = self.shard_of(i)
         first_window = int(self.ends[s - 1]) if s > 0 else 0
-        begin = (i - first_window) * self.stride
+        return s, (i - first_window) * self.stride
+
+    def window(self, i):
+        """Inputs and targets (seq_len + 1,) int64 of window i, -100 past the shard's end."""
+        s, begin = self.place(i)
         tokens = self.shards[s][begin : begin + self.seq_len + 1]
         window = np.full(self.seq_len + 1, -100, dtype=np.int64)
         window[: len(tokens)] = tokens
@@ -95,11 +113,21 @@ class Windows:
 
     def rows(self, indices):
         """The windows of these indices, as `window` has them: (len(indices), seq_len + 1) int64."""
+        if self.cache:  # all that is missing at once, rather than one after another
+            self.cache.want(self.remote_chunks(indices))
         windows = np.stack([self.window(i) for i in indices])
         if self.n_vocab and windows.max() >= self.n_vocab:  # on the host: no device has to wait
             for i, window in zip(indices, windows):
                 check_tokens(window, self.n_vocab, self.paths[self.shard_of(i)])
         return windows
+
+    def remote_chunks(self, indices):
+        """The cache's chunks with these windows, each once."""
+        chunks = {}
+        for i in indices:
+            s, begin = self.place(i)
+            chunks[self.shards[s].chunk(begin)] = None
+        return list(chunks)
 
     def batch(self, indices, device):
         """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""

@@ -35,10 +35,11 @@ from barelm.files import (
     parse_json,
     read_input,
 )
+from barelm.number_words import PATH as NUMBER_PATH
 from barelm.number_words import SOURCE as NUMBERS
 from barelm.number_words import number_file
 from barelm.run import UserError
-from barelm.synthetic import copy_file, copy_length
+from barelm.synthetic import copy_file, copy_length, copy_path
 from barelm.working import wait
 
 RAW = "https://raw.githubusercontent.com/"
@@ -105,13 +106,13 @@ def files_of(spec, separator, max_files, run):
     if spec == NUMBERS:
         if run.is_main:
             number_file()
-        wait(run)  # it is there for all
+        wait(run, [NUMBER_PATH])  # it is there for all
         return [number_file()], None, None
     length = copy_length(spec)
     if length:
         if run.is_main:
             copy_file(length)
-        wait(run)  # it is there for all
+        wait(run, [copy_path(length)])  # it is there for all
         return [copy_file(length)], None, "\n"
     # A name, an address, a data set of the Hub, a file of addresses.
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
@@ -119,7 +120,7 @@ def files_of(spec, separator, max_files, run):
         paths = [download_path(url) for url in urls]
         for i in range(run.rank, len(urls), run.world):  # each rank its share
             download(urls[i], paths[i], SHA256.get(spec))
-        wait(run)  # the sizes of all files decide how they are cut
+        wait(run, paths)  # the sizes of all files decide how they are cut
         return paths, None, separator or SEPARATORS.get(spec)
     if os.path.isdir(spec):
         paths, broken = walk(spec)

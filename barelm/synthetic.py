@@ -43,9 +43,13 @@ def copy_documents(n, length, seed):
     return documents
 
 
+def copy_path(length):
+    return FOLDER / f"copy_{length}.txt"
+
+
 def copy_file(length):
     """The file of these documents, one a line: written, if it is not there as it should be."""
-    path = FOLDER / f"copy_{length}.txt"
+    path = copy_path(length)
     data = "\n".join(copy_documents(DOCUMENTS, length, seed=0)).encode()
     if path.is_file() and path.read_bytes() == data:
         return path  # its time stays too: what prepare.py made of it counts still

@@ -24,9 +24,12 @@ from barelm.adapters import (
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases
 from barelm.optim import make_optimizer, restore_optimizers, same_kind
+from barelm.parallel import check_divided, parallelize, shortened
+from barelm.parts import part_like, state_on_host
 from barelm.resume import check_parts, check_state, clear_folder, fingerprint, weights_step
 from barelm.run import Run, Schedule, UserError, check_least, duration, sync_grads
 from barelm.tokenizer import Tokenizer
+from barelm.weights import saved_tensors
 from model import GPT
 
 # --------------------------------------------------------------------------------------------------
@@ -115,8 +118,10 @@ def open_learner(run, base, adapt, seed, dropout=0.0, fast=True, add_markers=Fal
     """The model `base` with its tokenizer, and with soft prompts if AdaptConfig asks for them.
     seed: of all that is drawn from here on. fast: as GPT takes it.
     add_markers: give a model without a chat template ChatML's, and rows for its markers."""
-    # Of qlora the 4 bits alone go to the device, once they are made.
-    net, tok = load(base, "cpu" if adapt.adapt == "qlora" else run.device, fast=fast)
+    # Of qlora the 4 bits alone go to the device, once they are made, and of a network that is
+    # divided a part.
+    by_parts = adapt.adapt == "qlora" or run.is_divided
+    net, tok = load(base, "cpu" if by_parts else run.device, fast=fast)
     if add_markers and not tok.config.get("chat_template"):
         if adapt.is_lora:  # a PEFT folder has no place for new rows of the embedding
             raise UserError(f"{base} has no chat template, and new tokens need --method=sft first")
@@ -169,6 +174,7 @@ def facts_of(run, dataset, data, base, dtype):
         "dataset": dataset if dataset == "arithmetic" else fingerprint(files),
         "model": fingerprint(model_files),
         "processes": run.world,
+        "mesh": asdict(run.mesh.sizes),
         "computed_in": str(dtype).removeprefix("torch."),
         "torch": str(torch.__version__),
     }
@@ -242,6 +248,54 @@ def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, wa
         )
 
 
+def check_parallel(run, parallel, batch_size, name, adapt, merge):
+    """Refuse what is not done with a network that is divided. name: the method's."""
+    if parallel == "ddp":
+        return
+    if batch_size % run.world:
+        near = max(1, round(batch_size / run.world)) * run.world
+        why = f"no multiple of the {run.world} processes, which compute together"
+        raise UserError(f"batch_size={batch_size}: {why}: --batch_size={near}")
+    if name == "embed":
+        why = "its batch goes through the network twice, and by other parts on each process"
+        raise UserError(f"--method=embed --parallel={parallel}: {why}: --parallel=ddp")
+    if adapt.is_lora and name in ("classify", "tag", "span", "reward", "ppo"):
+        why = "its folder is a merged copy of the whole network"
+        raise UserError(f"--method={name} --adapt={adapt.adapt} --parallel={parallel}: {why}")
+    if merge == "quantized":
+        raise UserError(f"--merge=quantized --parallel={parallel}: merge it on one process")
+
+
+def divide(learner, dtype):
+    """Put the network where it learns: on the device, or a part of it on each process's."""
+    run = learner.run
+    if not run.is_divided:
+        return
+    check_divided(learner.net, dtype, run.mesh.sizes)
+    parallelize(learner.net, run.mesh, dtype)
+
+
+def trial(learner):
+    """The context in which a network is tried: all of it, or of one that will be divided a few
+    blocks."""
+    run = learner.run
+    if run.is_divided:
+        return shortened(learner.net, run.device)
+    return contextlib.nullcontext(learner.net)
+
+
+def rounds(run, groups, spare=()):
+    """[(group, whether it counts)] of this process's groups of examples. Where the network is
+    divided every process has as many: what is missing is filled up with the first, or with the
+    examples of `spare`."""
+    groups = [(group, True) for group in groups]
+    if not run.is_divided:
+        return groups
+    n_missing = run.most(len(groups)) - len(groups)
+    filling = groups[0][0] if groups else list(spare)
+    return groups + [(filling, False)] * n_missing
+
+
 def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero_is_fault=True):
     """One optimizer step on this process's groups of examples (micro-batches): ({figure: its mean
     over all processes}, the gradient's norm).
@@ -253,7 +307,8 @@ def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero
     size = max(size, 1e-9)  # a batch without a target: no loss, and no NaN
     sums = accumulate_gradients(updater, groups, loss_of, size, names, cast)
     # The gradients are sums already, of losses over the whole batch's size: no mean is taken.
-    sync_grads(updater.params)
+    if not updater.run.is_divided:
+        sync_grads(updater.params)
     norm = updater.clip_gradients()
     # The one exchange of a step's figures, and its one wait for the device.
     totals = updater.run.sum(*sums.values())
@@ -269,11 +324,14 @@ def accumulate_gradients(updater, groups, loss_of, size, names, cast):
     sums = {}
     for name in ("loss", *names):
         sums[name] = torch.zeros((), dtype=torch.float64, device=updater.run.device)
-    for group in groups:
+    # Parts are exchanged as means over all processes.
+    n_exchanging = updater.run.world if updater.run.is_divided else 1
+    for group, counts in rounds(updater.run, groups):
         with cast:
             loss, figures = loss_of(group)
-        updater.backward(loss / size)
-        add_figures(sums, figures | {"loss": loss})
+        updater.backward(loss * (counts * n_exchanging / size))
+        if counts:
+            add_figures(sums, figures | {"loss": loss})
     return sums
 
 
@@ -340,7 +398,7 @@ def words(figures):
 
 def check_equal_weights(run, params):
     """End a run of several processes whose weights have come apart."""
-    if run.world == 1:
+    if run.world == 1 or run.is_divided:  # of parts no process has another's
         return
     # The sum of all weights, in the same order everywhere: equal or not at all.
     own_sum = float(sum(p.detach().double().sum() for p in params))
@@ -438,7 +496,7 @@ def restore(saved, learner, updater, folder):
         raise UserError(f"{path}: its weights are not those that learn here: damaged, or foreign")
     with torch.no_grad():
         for name, p in params.items():
-            p.copy_(weights[name])
+            p.copy_(part_like(weights[name], p))
     restore_optimizers(updater.optimizers, saved["optimizers"], path)
     # A part of the run in another dtype has no scaler.
     if updater.scaler and saved["scaler"]:
@@ -474,6 +532,9 @@ def save_run(learner, updater, state, folder):
     saved["weights"] = {name: p.detach() for name, p in learner.params().items()}
     saved["compiled"] = learner.compiled
     saved["optimizers"] = [optimizer.state_dict() for optimizer in updater.optimizers]
+    if learner.run.is_divided:  # the main process's host has the whole
+        for name in ("weights", "optimizers"):
+            saved[name] = state_on_host(saved[name], learner.run.is_main)
     saved["scaler"] = updater.scaler.state_dict() if updater.scaler else None
     save_weights(learner, folder.path, state.step, saved)
 
@@ -482,15 +543,21 @@ def save_weights(learner, folder, step, saved=None):
     """Write what was learned: a checkpoint folder, or an adapter; with `saved` also state.pt."""
     net = learner.net
     tok = learner.tok
-    if not learner.run.is_main:
+    is_main = learner.run.is_main
+    is_divided = learner.run.is_divided
+    if not is_main and not is_divided:
         return
     score = net.score
     if learner.has_value_head:  # taken off while the policy is written
         net.score = None
     if not learner.adapt.is_lora:
-        checkpoint.save(folder, net, tok, step, saved)
+        tensors = saved_tensors(net)
+        if is_divided:
+            tensors = state_on_host(tensors, is_main)
+        if is_main:
+            checkpoint.save(folder, net, tok, step, saved, tensors)
     elif net.score is None:
-        save_adapter(folder, net, tok, learner.base, learner.adapt, step, saved)
+        save_adapter(folder, net, tok, learner.base, learner.adapt, step, saved, is_main)
     else:  # PEFT's file has no place for our score; the copy is merged, training goes on
         checkpoint.save(folder, merge_adapters(copy.deepcopy(net)), tok, step, saved)
     net.score = score
@@ -516,7 +583,9 @@ def finish_adapter(learner, out, step, merge):
         say(f"plain folder: {out}, merged into {packed if is_packed else full}")
     if not merge:
         return
-    if is_packed and merge != "quantized":  # the products go onto the weights as they were
+    if learner.run.is_divided:
+        net, _ = load(out, "cpu")
+    elif is_packed and merge != "quantized":  # the products go onto the weights as they were
         base_net, _ = load(base, net.model.embed_tokens.weight.device)
         unquantize(net, base_net)
     clear_folder(out / "merged")

@@ -10,6 +10,7 @@ from barelm.files import read_json
 from barelm.quantized import QuantizedLinear
 from barelm.run import UserError
 from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors
+from barelm.steps import is_step
 from barelm.tensor_names import TensorNames, layer_numbers, tensors_in_file, todays_names
 
 
@@ -32,6 +33,8 @@ def weights_of(folder):
 def read_entries(folder, table):
     """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others, but
     for those that are not read."""
+    if is_step(folder):
+        return step_entries(folder)
     entries = {}
     for path in weights_of(folder):
         for name, entry in todays_names(entries_of(path), table).items():
@@ -40,6 +43,34 @@ def read_entries(folder, table):
             if not name.endswith(table.unread):
                 entries[name] = entry
     return without_copies(entries, table)
+
+
+def step_entries(folder):
+    """{name: (dtype, shape)} of the weights in a step of a run that was written in parts."""
+    from barelm.sharded import StepReader  # which a second of imports stands before
+
+    shapes = StepReader(folder).shapes
+    return {key.removeprefix("model."): shape for key, shape in shapes.items() if is_weight(key)}
+
+
+def is_weight(key):
+    """Whether a key in a step is of the network, and not of its optimizers."""
+    return key.startswith("model.")
+
+
+def read_step(folder, dtype):
+    """{name: tensor} of the weights in such a step."""
+    from barelm.sharded import StepReader
+
+    reader = StepReader(folder)
+    tensors = {}
+    for key, (kind, shape) in reader.shapes.items():
+        if is_weight(key):
+            tensors[key] = torch.empty(shape, dtype=kind)
+    reader.fill(tensors)
+    tensors = {key.removeprefix("model."): t for key, t in tensors.items()}
+    check_finite(folder, tensors, dtype)
+    return tensors
 
 
 def without_copies(tensors, table):
@@ -98,6 +129,8 @@ def check_entries(folder, entries, net, table):
 def read_weights(folder, table, dtype):
     """{name: tensor} of a folder's files, but for those that are not read. What is not finite as
     dtype is a UserError."""
+    if is_step(folder):
+        return read_step(folder, dtype)
     tensors = {}
     for path in weights_of(folder):
         part, _ = read_safetensors(path)

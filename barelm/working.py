@@ -1,19 +1,17 @@
 """The working folder of a run of prepare.py, and the processes that work in it: locked while a run
 lasts, left for the next run where this one is stopped."""
 
-import ctypes
 import errno
 import os
 import shutil
-import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 
 import torch.distributed as dist
 
+from barelm.machines import Part
 from barelm.run import Progress, UserError
+from barelm.workers import WorkerKilled, Workers
 
 STOPPED = "stopped: the same command goes on from here"
 DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -25,26 +23,14 @@ class EmptySource(UserError):
 
 def start_pool(n_workers):
     """That many processes to work in, or none of them where one is enough."""
-    if n_workers == 1:
-        return nullcontext()
-    try:
-        return ProcessPoolExecutor(n_workers, initializer=start_worker)
-    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores, no /dev/shm
-        why = str(error).partition(",")[0]
-        raise UserError(f"no processes to work in ({why}): --threads=1 needs none") from None
+    return nullcontext() if n_workers == 1 else Workers(n_workers)
 
 
-def start_worker():
-    """A working process ends with Ctrl-C, without a word, and with the process that it serves."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a broken pool ends the others
-    pr_set_pdeathsig = 1
-    with suppress(Exception):  # Linux alone
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def wait(run):
-    """Wait here until every rank has come."""
+def wait(run, things=(), is_there=os.path.exists):
+    """Wait here until every rank has come. Parts that exchange files alone wait for these things,
+    the i-th of which the part of rank i, modulo their number, makes."""
+    if isinstance(run, Part):
+        return run.wait_for(things, is_there)
     if run.world == 1:
         return
     try:
@@ -53,9 +39,10 @@ def wait(run):
         raise UserError("another process has stopped: see what it says") from None
 
 
-def for_each(function, items, run, pool_map, label):
+def for_each(function, items, run, pool_map, label, is_done):
     """Call the function, which returns the bytes that it did, with this rank's share of the items,
-    on several processes. The ranks leave together."""
+    on several processes. The ranks leave together: parts that exchange files alone, when is_done of
+    every item."""
     share = items[run.rank :: run.world]
     show = Progress()
     begun = time.monotonic()
@@ -70,7 +57,7 @@ def for_each(function, items, run, pool_map, label):
             speed = megabytes / max(time.monotonic() - begun, 1e-9)
             state = f"{n_done} of {len(share)} parts, {megabytes:,.1f} MB, {speed:,.1f} MB/s"
             show(f"{label}: {state}", last=n_done == len(share))
-    wait(run)
+    wait(run, items, is_done)
 
 
 @contextmanager
@@ -80,7 +67,8 @@ def working_folder(folder, run):
     a run is told in one line."""
     work = folder / "work"
     fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    with lock_folder(work, fresh) if run.is_main else nullcontext():
+    is_part = isinstance(run, Part)
+    with lock_folder(work, fresh, run) if run.is_main or is_part else nullcontext():
         wait(run)
         is_over = False  # is there nothing to go on from?
         try:
@@ -90,21 +78,23 @@ def working_folder(folder, run):
             is_over = True
             raise
         except UserError as error:
-            is_over = "cannot be written" in str(error)  # a full disk, as whole_file says it
+            # A full disk, as whole_file says it; but other parts may be at work there.
+            is_over = "cannot be written" in str(error) and not is_part
             raise
         except BrokenPipeError:  # standard output's: the script ends as `config` says
             raise
         except OSError as error:  # a full disk, a file that may not be read
-            is_over = error.errno in DISK_IS_FULL
+            is_over = error.errno in DISK_IS_FULL and not is_part
             why = f"{error.filename or folder}: {error.strerror or error}"
             raise UserError(f"{why}; nothing was changed") from None
-        except BrokenProcessPool:
+        except WorkerKilled:
             raise UserError(why_no_worker()) from None
         except KeyboardInterrupt:
             raise UserError(STOPPED) from None
         finally:
-            # Without a finished unit there is nothing to go on from.
-            if run.is_main and (is_over or not any(work.glob("*.json"))):
+            # Without a finished unit there is nothing to go on from, but for other parts.
+            has_nothing = not is_part and not any(work.glob("*.json"))
+            if run.is_main and (is_over or has_nothing):
                 remove(work)
                 remove_empty(fresh)
 
@@ -119,12 +109,14 @@ def why_no_worker():
     return f"{why}; the same command goes on from here"
 
 
-def lock_folder(work, fresh):
+def lock_folder(work, fresh, run):
     """Make the working folder, and lock it as long as the file is open that is returned: to the end
-    of the process, however it ends. `fresh` as in `remove_empty`."""
+    of the process, however it ends. Parts share this lock, and have one of their own each.
+    `fresh` as in `remove_empty`."""
+    is_part = isinstance(run, Part)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        file = open(work / "lock", "wb")
+        file = open(work / "lock", "a+b")
     except OSError as error:
         remove_empty(fresh)
         why = f"{error.filename or work}: {error.strerror or error}"
@@ -132,14 +124,17 @@ def lock_folder(work, fresh):
     try:
         import fcntl  # not on every system
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if is_part else fcntl.LOCK_EX
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         why = "another prepare.py is at work there: wait for it, or choose another --dataset"
         raise UserError(f"{work.parent}: {why}") from None
     except (ImportError, OSError) as error:
         print(f"{work}: no lock here ({error}): see that no second prepare.py works there")
-    # What a run left that was killed while it removed its working folder.
-    shutil.rmtree(gone_name(work), ignore_errors=True)
+    if is_part:
+        run.take_lock()
+    if run.is_main:  # what a run left that was killed while it removed its working folder
+        shutil.rmtree(gone_name(work), ignore_errors=True)
     return file
 
 

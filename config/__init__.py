@@ -83,7 +83,8 @@ def read_flag(arg, argv, keys):
     types = keys[key][1] if key in keys else ["bool"]  # an unknown one is refused later
     if not equals:
         following = argv[0] if argv else "--"
-        if "bool" in types and following.lower() not in WORDS:
+        is_number = "int" in types and following.isdecimal()
+        if "bool" in types and following.lower() not in WORDS and not is_number:
             return {key: True}
         if following.startswith("--"):
             raise ValueError(f"no value: expected {' or '.join(types)}")

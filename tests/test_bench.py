@@ -3,15 +3,13 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import requests
 import torch
-from conftest import ROOT, run
+from conftest import LONGEST, run, start
 
 import bench
 import model
@@ -194,15 +192,16 @@ def test_transformers_is_timed_token_by_token():
 def test_a_server_of_the_bench_ends_with_it(tmp_path):
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    command = [sys.executable, ROOT / "bench.py", *TINY, "--vocab_size=512", "--serve"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([*command, "--clients=900"], cwd=tmp_path, **pipes) as bench:
+    command = ["bench.py", *TINY, "--vocab_size=512", "--serve", "--clients=900"]
+    with open(tmp_path / "err", "w+") as err, start(tmp_path, *command, stderr=err) as bench:
         lines = iter(bench.stdout.readline, "")
         url = next(m[1] for line in lines if (m := re.search(r"serving \S+ at (\S+)", line)))
         while "batch_size 16" not in requests.get(f"{url}/metrics").text:
-            pass
+            assert bench.poll() is None
         bench.send_signal(signal.SIGTERM)  # Ctrl-C's SIGINT goes the same way
-        assert bench.wait() == 128 + signal.SIGTERM and bench.stderr.read() == ""
+        assert bench.wait(LONGEST) == 128 + signal.SIGTERM
+        err.seek(0)
+        assert err.read() == ""
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{url}/metrics")
 

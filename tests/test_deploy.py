@@ -157,3 +157,60 @@ def test_every_term_has_its_place():
                 assert is_there(name), cell
             else:
                 assert name in SCRIPTS[script], cell
+
+
+def kubernetes(name):
+    """The objects of a file for Kubernetes, by their kinds."""
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "deploy/kubernetes" / name).read_text(encoding="utf-8")
+    return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+def test_the_job_for_kubernetes_starts_train_py_on_all_its_pods():
+    objects = kubernetes("train.yaml")
+    job = objects["Job"]["spec"]
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["command"][0] == "torchrun"
+    launch = dict(
+        word.removeprefix("--").split("=") for word in container["command"] if "=" in word
+    )
+    script = container["command"].index("train.py")
+    assert all(word[2:].partition("=")[0] in SCRIPTS["train.py"] or (ROOT / word).is_file()
+               for word in container["command"][script + 1 :])  # fmt: skip
+    assert int(launch["nnodes"]) == job["completions"] == job["parallelism"]
+    assert int(launch["nproc_per_node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    service = objects["Service"]
+    host, port = launch["rdzv_endpoint"].split(":")
+    assert host == f"{objects['Job']['metadata']['name']}-0.{service['metadata']['name']}"
+    assert int(port) == service["spec"]["ports"][0]["port"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= job["template"]["metadata"]["labels"].items()
+    claim = kubernetes("volume.yaml")["PersistentVolumeClaim"]["metadata"]["name"]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim
+    assert "train.py" in copied_files()
+
+
+def test_the_server_for_kubernetes_is_probed_and_scraped():
+    deployment = kubernetes("serve.yaml")["Deployment"]["spec"]["template"]
+    [container] = deployment["spec"]["containers"]
+    flags = dict(flag.removeprefix("--").split("=") for flag in container["args"])
+    keys = SCRIPTS["serve.py"]
+    assert flags.keys() <= keys.keys()
+    assert deployment["spec"]["terminationGracePeriodSeconds"] > float(flags["drain"])
+    assert container["ports"][0]["containerPort"] == keys["port"][0]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    annotations = deployment["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(keys["port"][0])
+
+
+def test_the_script_for_slurm():
+    path = ROOT / "deploy/slurm.sh"
+    text = read_text(path)
+    [flags] = re.findall(r"train\.py (.*) &$", text, re.M)
+    for flag in re.findall(r"--(\w+)", flags):
+        assert flag in SCRIPTS["train.py"]
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", path], check=True)

@@ -217,11 +217,11 @@ def test_loss_of_shards_is_the_one_that_training_logs(tiny):
 
 
 def test_processes_and_batches_change_no_result(small):
-    common = ["--model=net", "--data=rows", "--tasks=mmlu,gsm8k", "--shots=1", "--samples"]
-    common += ["--max_new_tokens=5", "--micro_tokens=900"]
+    common = ["--model=net", "--data=rows", "--tasks=mmlu,gsm8k,loss", "--shots=1", "--samples"]
+    common += ["--max_new_tokens=5", "--micro_tokens=900", "--text=text.jsonl"]
     run(small, "eval.py", *common, "--out_dir=p1")
     run(small, "eval.py", *common, "--out_dir=p2", processes=2)
-    for name in ("samples_mmlu.jsonl", "samples_gsm8k.jsonl"):
+    for name in ("samples_mmlu.jsonl", "samples_gsm8k.jsonl", "samples_loss.jsonl"):
         assert (small / "p1" / name).read_bytes() == (small / "p2" / name).read_bytes()
     assert not [*(small / "p2").glob("answers_*")]
     run(small, "eval.py", *common, "--out_dir=plain", "--fast=false")

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, join, run
 from test_train import SMALL, log, words  # noqa: F401 (a fixture)
 
 import train
@@ -255,7 +255,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(base):
         with locked_folder(base / "out/held", patience=0):
             pass
     os.kill(pid, signal.SIGKILL)
-    process.join()
+    join(process)
     run(base, "train.py", *RUN, "--out_dir=out/held")
     assert len(log(base, "out/held")) == 4
 
@@ -534,8 +534,8 @@ for text in (".*deprecated.*", ".*requires_grad=True to a scalar.*"):
 def test_a_killed_process_is_a_line_for_the_others(script, base):
     args = [*(RUN if script == "train.py" else TUNE), f"--out_dir=out/gone-{script}"]
     done = run(base, with_prelude(base, script, GOES), *args, processes=2, check=False)
-    assert done.returncode and done.stderr.count("another process of this run is gone") == 1
-    assert "process 0: another" in done.stderr and "gloo" not in done.stderr
+    assert done.returncode and done.stderr.count("so that none can go on") == 1
+    assert "process 0: process 1 (" in done.stderr and "gloo" not in done.stderr
 
 
 def test_no_warning_of_torch_reaches_the_user(base):

@@ -8,14 +8,12 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
-from conftest import ROOT
+from conftest import start
 from test_model import QWEN3, make_net
 
 import model as core
@@ -35,9 +33,8 @@ def server(tiny, tmp_path_factory):
     """A server of a copy of out/tiny: its url, its folder, get and post with the key; net, tok."""
     folder = tmp_path_factory.mktemp("served") / "tiny"
     shutil.copytree(tiny / "out/tiny", folder)
-    command = [sys.executable, ROOT / "serve.py", f"--model={folder}", "--port=0"]
-    command += [f"--api_key={KEY}", "--device=cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    options = [f"--model={folder}", "--port=0", f"--api_key={KEY}", "--device=cpu"]
+    process = start(folder, "serve.py", *options)
     lines = iter(process.stdout.readline, "")
     url = next(m[1] for line in lines if (m := re.search(r"(http://\S+)", line)))
     head = {"Authorization": f"Bearer {KEY}".encode()}

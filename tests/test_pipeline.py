@@ -9,6 +9,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -25,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, stalled
+from conftest import ROOT, join, run, stalled
 from test_prepare import (
     SHARED,
     documents_of,
@@ -910,27 +911,29 @@ def test_processes_that_inherit_nothing_do_the_same(tmp_path):
         for name, part in (("a", pages[:20]), ("b", pages[20:])):
             rows = [{"body": text, "prompt": text, "completion": "c"} for text in part]
             write_records(tmp_path / place / "in" / f"{name}.jsonl", rows)
-    (tmp_path / "sitecustomize.py").write_text(
-        "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
-    )
     # two sources are two units; every setting here differs from its default
     args = ["--sources={'a': (1, 'in/a.jsonl'), 'b': (1, 'in/b.jsonl')}", "--field=body"]
     args += ["--steps=symbols,length,near", "--clean_symbols=dingbats", "--min_chars=300"]
     args += ["--near_threshold=0.7", "--normalize=lower", "--vocab_size=300", "--val_fraction=0.3"]
     args += ["--save_cleaned=jsonl", "--special_tokens=['<a>', '<b>']"]
     done_well(prepare_py(tmp_path / "alone", *args, "--threads=1"))
-    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    run(tmp_path / "spawned", "prepare.py", *args, "--threads=2", env=env)
+    spawn = lambda: multiprocessing.set_start_method("spawn", force=True)
+    done_well(prepare_py(tmp_path / "spawned", *args, "--threads=2", before=spawn))
     made, spawned = (files(tmp_path / place / "data") for place in ("alone", "spawned"))
     assert made == spawned and b"\xe2\x98\x85" not in b"".join(made.values())
+
+
+def small_units():
+    """Some documents are several units in this process and its forks, as some hundred MB are."""
+    sources.UNIT_BYTES = 50_000
 
 
 def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):
     for place in ("whole", "killed"):
         (tmp_path / place).mkdir()
-        write_jsonl(tmp_path / place / "docs.jsonl", made_up_pages(9000, 200))
+        write_jsonl(tmp_path / place / "docs.jsonl", made_up_pages(400))
     args = "--source=docs.jsonl", "--vocab_size=300", "--threads=1"
-    done_well(prepare_py(tmp_path / "whole", *args))
+    done_well(prepare_py(tmp_path / "whole", *args, before=small_units))
     cwd = tmp_path / "killed"
     rename, renamed = os.replace, tmp_path / "renamed"
 
@@ -944,6 +947,7 @@ def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):
             if len(parts()) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        small_units()
         os.replace = replace
 
     parts = lambda: [line for line in renamed.read_bytes().splitlines() if b".json" in line]
@@ -961,14 +965,17 @@ def test_a_killed_run_goes_on_from_its_finished_parts(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="its /proc")
 def test_a_killed_worker_is_a_line(tmp_path):
-    write_jsonl(tmp_path / "docs.jsonl", made_up_pages(9000, 200))
+    write_jsonl(tmp_path / "docs.jsonl", made_up_pages(400))
     args = "--source=docs.jsonl", "--threads=2"
-    process, _, err = start_py(tmp_path, *args, before=stalled(".json"))
+    stall = stalled(".json")
+    before = lambda: (small_units(), stall())
+    process, _, err = start_py(tmp_path, *args, before=before)
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     while not (found := open(children).read().split()):
+        assert process.is_alive()
         time.sleep(0.001)
     os.kill(int(found[0]), signal.SIGKILL)
-    process.join()
+    join(process, err)
     err.seek(0)
     assert process.exitcode == 1 and "a process was killed" in err.read()
     done_well(prepare_py(tmp_path, "--source=docs.jsonl", "--threads=2", "--tokenizer=byte"))
@@ -1291,15 +1298,16 @@ def test_the_files_of_a_hub_data_set(monkeypatch):
 
 
 def test_ctrl_c_is_a_line(tmp_path):
-    write_jsonl(tmp_path / "docs.jsonl", made_up_pages(9000, 200))
+    write_jsonl(tmp_path / "docs.jsonl", made_up_pages(400))
     stall = stalled(".json")
-    before = lambda: (os.setsid(), stall())
+    before = lambda: (os.setsid(), small_units(), stall())
     process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2", before=before)
     work = tmp_path / "data/python/work"
     while len(list(work.glob("*.txt"))) < 2:  # both are past their start
+        assert process.is_alive()
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
-    process.join()
+    join(process, err)
     err.seek(0)
     assert err.read() == "stopped: the same command goes on from here\n"
 

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import pytest
 import regex
 import tiktoken
-from conftest import ROOT, run, stalled
+from conftest import ROOT, join, run, stalled
 
 import prepare
 import train
@@ -37,6 +37,7 @@ from barelm.run import UserError, setup
 from barelm.shards import open_shard
 from barelm.splits import QWEN2_SPLIT
 from barelm.tokenizer import Tokenizer
+from barelm.workers import end_with_the_parent
 
 SHARED = ROOT.parent / "shared" / "data"
 SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
@@ -72,6 +73,7 @@ def start_py(cwd, *args, before=lambda: None):
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
 
     def child():
+        end_with_the_parent()
         os.chdir(cwd)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
@@ -88,7 +90,7 @@ def start_py(cwd, *args, before=lambda: None):
 def prepare_py(cwd, *args, **kwargs):
     """Run what start_py starts to its end: returncode, stdout, stderr."""
     process, out, err = start_py(cwd, *args, **kwargs)
-    process.join()
+    join(process, out, err)
     out.seek(0), err.seek(0)
     return SimpleNamespace(returncode=process.exitcode, stdout=out.read(), stderr=err.read())
 

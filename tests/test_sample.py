@@ -1,5 +1,6 @@
 """sample.py as a user runs it."""
 
+import contextlib
 import json
 import os
 import pty
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, join, run, start_forked
 from test_model import naive_beam_search
 
 import model
@@ -66,16 +67,16 @@ def test_chat_uses_the_template_and_keeps_within_the_context(tiny):
 
 def test_streams_to_a_terminal(tiny):
     parent, child = pty.openpty()
-    command = [sys.executable, str(ROOT / "sample.py"), "--model=out/tiny", "--max_new_tokens=5"]
-    with subprocess.Popen(command, cwd=tiny, stdin=child, stdout=child, stderr=child) as process:
-        os.close(child)
-        said = b""
+    terminal = lambda: [os.dup2(child, number) for number in range(3)]
+    options = ["--model=out/tiny", "--max_new_tokens=5"]
+    [process], _, _ = start_forked(tiny, "sample.py", options, before=terminal)
+    os.close(child)
+    said = b""
+    with contextlib.suppress(OSError):  # when nobody writes to it any more
         while True:
-            try:
-                said += os.read(parent, 1000)
-            except OSError:
-                break
-    assert process.returncode == 0 and said.startswith(b"import os\r\n")
+            said += os.read(parent, 1000)
+    join(process)
+    assert process.exitcode == 0 and said.startswith(b"import os\r\n")
 
 
 REFUSALS = {

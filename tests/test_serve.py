@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, start
 
 import model
 from barelm import api
@@ -31,15 +31,20 @@ pytest.importorskip("uvicorn")
 from barelm.connections import PatientProtocol, listen
 from barelm.front import is_loopback
 
+PIPE = dict(stdout=subprocess.PIPE, text=True)
 CODE = (ROOT / "sample.py").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
-def served(folder, *args, env=None, name="tiny", **popen):
+def served(folder, *args, env=None, name="tiny", stderr=None, **popen):
     """A server of folder/out/tiny: its address, and its process as `.process`."""
-    command = [sys.executable, ROOT / "serve.py", "--model=out/tiny", "--port=0", *args]
-    pipe = dict(stdout=subprocess.PIPE, text=True, env=os.environ | (env or {})) | popen
-    with subprocess.Popen(command, cwd=folder, **pipe) as process:
+    args = ["--model=out/tiny", "--port=0", *args]
+    if popen:  # a process that inherits nothing
+        command = [sys.executable, ROOT / "serve.py", *args]
+        begun = subprocess.Popen(command, cwd=folder, **PIPE, stderr=stderr, **popen)
+    else:
+        begun = start(folder, "serve.py", *args, env=env, stderr=stderr)
+    with begun as process:
         try:
             lines = iter(process.stdout.readline, "")
             says = re.compile(rf"serving {name} at (\S+)")

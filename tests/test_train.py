@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_killed
+from conftest import LONGEST, ROOT, run, run_killed, start
 
 import model
 import train
@@ -52,15 +52,6 @@ def weights(folder, out):
     return (folder / out / "model.safetensors").read_bytes()
 
 
-def start(folder, *args):
-    """Start train.py in the background."""
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def wait_for(process, condition):
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -87,7 +78,7 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     options = [*options, "--save_every=20", "--eval_every=50"]
     killed = f"out/{name}-killed"
     if name != "compiled":  # which is quicker behind the others: torch keeps what it compiled
-        whole = start(words, *options, f"--out_dir=out/{name}")
+        whole = start(words, "train.py", *SMALL, *options, f"--out_dir=out/{name}")
     moment = random.Random(name).randint(45, 110)
     args = [*SMALL, *options, f"--out_dir={killed}"]
     run_killed(words, "train.py", *args, ending="step", times=moment)
@@ -96,8 +87,8 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     said = run(words, "train.py", *SMALL, *options, f"--out_dir={killed}", "--init_from=resume")
     assert f"resumed {killed} at step {at}" in said.stdout
     if name == "compiled":
-        whole = start(words, *options, f"--out_dir=out/{name}")
-    assert whole.wait() == 0, whole.stdout.read()
+        whole = start(words, "train.py", *SMALL, *options, f"--out_dir=out/{name}")
+    assert whole.wait(LONGEST) == 0, whole.stdout.read()
     if name == "compiled":  # and compared with the eager network before it was trusted
         assert re.search(r"compile: on, after \S+; equal to eager within \S+ %\n", said.stdout)
     assert weights(words, f"out/{name}") == weights(words, killed)
@@ -108,31 +99,11 @@ def test_killed_and_resumed_equals_never_stopped(words, name, options):
     assert weights(words, f"out/{name}/best") == weights(words, f"{killed}/best")
 
 
-CUT = """
-import os, runpy, sys
-rename, saves = os.replace, []
-def replace(a, b):
-    rename(a, b)
-    if str(b).endswith("out/cut/model.safetensors"):
-        saves.append(b)
-        if len(saves) == 2:
-            os.kill(os.getpid(), 9)
-os.replace = replace
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_killed_between_the_two_renames_of_a_save(words):
     options = [*SMALL, "--max_steps=30", "--save_every=10", "--eval_every=1000"]
     run(words, "train.py", *options, "--out_dir=out/whole")
-    code = CUT.replace("sys.argv[0]", repr(str(ROOT / "train.py")))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options, "--out_dir=out/cut"],
-        cwd=words,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    args = [*options, "--out_dir=out/cut"]
+    run_killed(words, "train.py", *args, ending="out/cut/model.safetensors", times=2)
     cut = words / "out" / "cut"
     assert torch.load(cut / "state.pt")["step"] == 10 and (cut / "state.pt.tmp").exists()
     shutil.copytree(cut, words / "out" / "lost")
@@ -149,10 +120,12 @@ def test_killed_between_the_two_renames_of_a_save(words):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(words, number, code):
     out = f"out/signal{code}"
-    process = start(words, "--max_steps=100000", "--save_every=100000", f"--out_dir={out}")
+    process = start(
+        words, "train.py", *SMALL, "--max_steps=100000", "--save_every=100000", f"--out_dir={out}"
+    )
     wait_for(process, lambda: rows_of(words / out / "log.jsonl") >= 20)
     process.send_signal(number)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=LONGEST)[0]
     assert process.returncode == code and "--init_from=resume goes on" in said
     step = load_state(words / out)["step"]
     assert step == len(log(words, out)) >= 20
@@ -202,21 +175,8 @@ def test_started_on_two_resumed_on_one_goes_on_with_the_same_windows(words):
     options = [*SMALL, "--max_steps=none", "--max_epochs=1", "--optimizer=adamw", "--save_every=10"]
     run(words, "train.py", *options, "--out_dir=out/alone")
     total = len(log(words, "out/alone"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(ROOT / "train.py"), *options, "--out_dir=out/moved"],
-        cwd=words,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(process, lambda: (words / "out" / "moved" / "state.pt").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for child in children_running("out/moved"):
-        os.kill(child, signal.SIGKILL)
+    moved = [*options, "--out_dir=out/moved"]
+    run_killed(words, "train.py", *moved, ending="moved/state.pt", processes=2)
     run(words, "train.py", *options, "--out_dir=out/moved", "--init_from=resume")
     one, two = log(words, "out/alone"), log(words, "out/moved")
     assert [s for s, _ in two] == list(range(1, total + 1))
@@ -253,7 +213,7 @@ def test_a_signal_to_one_process_takes_the_others_along(words, which):
     assert len(ranks) == 2
     for rank in ranks[:1] if which == "one" else ranks:
         os.kill(rank, signal.SIGTERM)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=LONGEST)[0]
     assert "stopped at step" in said
     assert load_state(words / "out" / f"both-{which}")["step"] == len(
         log(words, f"out/both-{which}")
@@ -612,7 +572,7 @@ def test_two_machines_have_the_curve_of_one_process(words):
         )
         for rank in (0, 1)
     ]
-    said = [machine.communicate()[0] for machine in machines]
+    said = [machine.communicate(timeout=LONGEST)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "2 process(es)" in said[0] and "step 6" not in said[1]  # the first one speaks
     for key in ("loss", "val_loss"):

@@ -51,7 +51,7 @@ dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloa
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
-tp = 1  # processes, each on a GPU of its own, that share each matrix product (docs/parallel.md)
+tp = 1  # processes, a GPU each, that share each matrix product (docs/tensor_parallel.md)
 
 if __name__ == "__main__":
     configure(globals())

@@ -15,7 +15,7 @@ from barelm.mirror import Mirror
 from barelm.optim import make_optimizer
 from barelm.page import attention_maps
 from barelm.parallel import exchanging, parallelize
-from barelm.parts import whole_tensor
+from barelm.parts import sum_partial_gradients, whole_tensor
 from barelm.run import Run, Updater, end_process, setup
 from barelm.tensor_parallel import split_heads
 from model import GPT, GPTConfig
@@ -75,6 +75,35 @@ def compare(run, kind, n_steps, sizes, **options):
         assert difference < 2e-4, (words, name, difference)
 
 
+def compare_others(run):
+    """The same of the gradients of an encoder with a head of its own, and of an encoder-decoder."""
+    bert = dict(causal=False, mlm_head=True, norm="layer", bias=True, norm_place="post")
+    t5 = dict(n_encoder_layer=1, pos="relative", n_kv_head=2)
+    for shape in (bert, t5):
+        nets = []
+        for sizes in ({}, dict(tp=2)):
+            here = run if sizes else Run(run.device)
+            torch.manual_seed(0)
+            net = GPT(GPTConfig(**BASE | shape))
+            parallelize(net, open_mesh(here, **sizes))
+            ids = torch.randint(0, 64, (2, 12))
+            options = {"encoder_ids": ids.flip(1)} if net.config.is_seq2seq else {}
+            loss, _ = net(ids, (ids * 3 + 1) % 64, **options)
+            loss.backward()
+            sum_partial_gradients(net.parameters())
+            nets.append((loss.detach(), net))
+        (loss_alone, alone), (loss, net) = nets
+        torch.testing.assert_close(loss, loss_alone)
+        for (name, p), p_alone in zip(net.named_parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(
+                whole_tensor(p.grad),
+                p_alone.grad,
+                atol=1e-5,
+                rtol=1e-4,
+                msg=lambda m: f"{name}: {m}",
+            )
+
+
 def generate_all(engine, tok):
     """The ids of some texts, in one batch; the Tokens of a prompt; what its tokens look at."""
     tokens = {}  # {index of a job: its tokens}
@@ -130,6 +159,7 @@ if sys.argv[1] == "train":
     for kind in KINDS:
         compare(run, kind, 3, dict(tp=2), fast=kind != "gpt2", recompute=kind == "gpt2")
         compare(run, kind, 3, dict(cp=2))
+    compare_others(run)
 else:
     serve(run)
 run.say("the same")

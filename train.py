@@ -159,51 +159,39 @@ if __name__ == "__main__":
 
 import gc
 import math
-import os
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 from barelm import datasets
+from barelm.batching import is_narrow, mesh_words, plan_batch
 from barelm.checkpoint import load, refuse_source, save
 from barelm.chunks import check_chunks
 from barelm.cluster import StepTimes, check_copies, check_shared, lock_patience, start_of_launch
 from barelm.compiled import check_fast, try_compile
-from barelm.examples import device_of
 from barelm.experts import RoutingLog
 from barelm.families import family
 from barelm.filling import (
-    fill_masks,
-    fill_spans,
-    filled_line,
     ids_with_gaps,
-    score_states,
-    score_targets,
-    spans_line,
 )
 from barelm.float8 import use_float8, why_not_float8
-from barelm.footprint import Step, footprint, shapes_of, total_bytes, windows_that_fit
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
 from barelm.mixture import JoinedWindows, MixedWindows, check_same_until, names_of, parse_mix
 from barelm.objectives import (
     OBJECTIVES,
-    VALIDATION_SEED,
     Objective,
     check_kind,
     vocabulary_of,
     with_tokens_of,
 )
 from barelm.optim import (
-    MOMENTS,
     StatePlan,
-    free_memory,
     make_optimizer,
-    memory_estimate,
     n_active,
     n_params,
     peak_flops,
@@ -212,7 +200,6 @@ from barelm.optim import (
 from barelm.parallel import (
     check_divided,
     exchanging,
-    keeps_narrow,
     parallelize,
     shortened,
 )
@@ -256,9 +243,9 @@ from barelm.shards import (
 )
 from barelm.steps import keep_last, read_step_state
 from barelm.tokenizer import Tokenizer
-from barelm.traffic import describe
+from barelm.validation import evaluate, remarks, sample_text
 from barelm.watch import lost_process, start_watch
-from model import GPT, GPTConfig, call_block, generate
+from model import GPT, GPTConfig
 
 # The keys that are the network's own: each goes to the field of GPTConfig that has its name.
 SHAPE = [key for key in GPTConfig.__dataclass_fields__ if key in globals()]
@@ -313,9 +300,6 @@ IGNORES = (
     "keep",
     "async_save",
 )
-# Micro-batches of a step for each stage of a pipeline, where the user leaves their size open: a
-# stage then waits for less than a fifth of the time.
-MICRO_BATCHES_OF_STAGE = 4
 COMPILE_FLOPS = 1e14  # a process's work from which compiling pays on a CPU (30 s, and 20 % faster)
 
 
@@ -382,6 +366,11 @@ def open_dataset(device="cpu"):
 # Settings
 
 
+def keys():
+    """The keys of this run by name, for the leaves that ask for many of them."""
+    return SimpleNamespace(**settings(globals()))
+
+
 def check_settings(config):
     """Refuse numbers that no run can have, before anything is read or written."""
     from_0 = ("seed", "micro_batch", "warmup_steps", "sample_tokens", "eval_tokens", "stride")
@@ -413,112 +402,6 @@ def check_settings(config):
         raise UserError(f"--whole_words: for --objective=mlm, and not {objective}")
     if document_mask and objective == "span":
         raise UserError("--document_mask: not with --objective=span: a window is one text there")
-
-
-@dataclass
-class Batch:
-    """An optimizer step's windows, and how they are divided."""
-
-    size: int  # windows over all processes
-    device_batch_size: int  # windows at once on a device
-    grad_accum_steps: int  # micro-batches of a step on each process
-
-
-def divide_batch(world, fits, n_stages=1):
-    """The Batch of batch_tokens, where `fits` windows at once fit the memory of a device, and a
-    pipeline of n_stages wants a micro-batch for each, and better more."""
-    unit = seq_len * world  # the least that gives every process a window
-    if batch_tokens % unit:
-        below = max(1, batch_tokens // unit) * unit
-        above = math.ceil(batch_tokens / unit) * unit
-        near = " or ".join(map(str, sorted({below, above})))
-        raise UserError(
-            f"batch_tokens={batch_tokens}: expected a multiple of seq_len={seq_len} x {world} "
-            f"processes, such as {near}"
-        )
-    share = batch_tokens // unit  # windows of a process
-    if share < n_stages:
-        raise UserError(
-            f"batch_tokens={batch_tokens}: {share} window(s) a step for each pipeline, fewer than "
-            f"its pp={n_stages} stages: --batch_tokens={n_stages * unit}"
-        )
-    if n_stages > 1:
-        fits = min(fits, share // (n_stages * MICRO_BATCHES_OF_STAGE))
-    device_batch_size = min(share // n_stages, micro_batch or max(1, fits))
-    while share % device_batch_size:  # of one size: a compiled network is compiled for one
-        device_batch_size -= 1
-    return Batch(share * world, device_batch_size, share // device_batch_size)
-
-
-def plan_batch(net, run, dtype_used, saved):
-    """(Batch, a line on memory): as large micro-batches as fit, or on a resume those of before,
-    whatever memory is free now: the same sums."""
-    fixed, per_window = memory_estimate(
-        net.config,
-        n_params(net),
-        rows=1,
-        seq_len=seq_len,
-        dtype=dtype_used,
-        recompute=checkpoint_blocks,
-        moments=MOMENTS.get(optimizer, 2),
-        device_type=run.device.type,
-        grad_bytes=2 if is_narrow(run) else 4,
-    )
-    sizes = run.mesh.sizes
-    fixed -= state_saved(net, run)
-    free = free_memory(run.device)
-    if run.device.type == "cpu":  # all processes of a machine share it
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
-    fits = int((0.8 * free - fixed) / per_window)  # a fifth is left for what is not estimated
-    if run.mesh.sizes.is_sharded:
-        fits = windows_that_fit(planned_step(net, run, dtype_used), 0.8 * free)
-    if run.device.type == "cpu":
-        fits = min(fits, max(1, 4096 // seq_len))  # more tokens at once are no faster on a CPU
-    if saved:
-        fits = saved["micro"]
-    fits = run.least(fits)  # one number for all processes, as a resume will have it
-    batch = divide_batch(run.mesh.data_world, fits, sizes.pp)
-    needed = fixed + batch.device_batch_size * per_window
-    if run.mesh.sizes.is_sharded:
-        needed = total_bytes(footprint(planned_step(net, run, dtype_used, batch)))
-    return batch, (
-        f"memory: about {needed / 2**30:.2f} GiB a process of {free / 2**30:.1f} GiB free"
-    )
-
-
-def is_narrow(run):
-    """Whether gradients are kept in bfloat16."""
-    return grad_dtype == "bfloat16" and keeps_narrow(run.mesh.sizes)
-
-
-def state_saved(net, run):
-    """Bytes of the optimizer's state that are not on this process's device, where they would be."""
-    state = 4 * n_params(net) * MOMENTS.get(optimizer, 2)
-    if offload and run.device.type == "cuda":
-        return state
-    return state * (1 - 1 / run.mesh.sizes.replica) if zero else 0
-
-
-def planned_step(net, run, dtype_used, batch=None):
-    """A step of this run as barelm/footprint.py knows it; without a Batch, of one window."""
-    n_blocks = net.config.n_layer + net.config.n_encoder_layer
-    again = n_blocks if checkpoint_blocks is True else int(checkpoint_blocks)
-    return Step(
-        net.config,
-        run.mesh.sizes,
-        shapes_of(net),
-        seq_len,
-        rows=batch.device_batch_size if batch else 1,
-        n_micro=batch.grad_accum_steps if batch else max(2, run.mesh.sizes.pp),
-        dtype=dtype_used,
-        optimizer=optimizer,
-        zero=zero,
-        grad_dtype=getattr(torch, grad_dtype) if is_narrow(run) else torch.float32,
-        offload=offload,
-        recompute=again,
-        device_type=run.device.type,
-        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", run.world)),
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -805,7 +688,7 @@ def make_updater(net, run, dtype_used):
     """The optimizers, and what they do in a step."""
     betas = (beta1, beta2)
     muon_dtype = torch.bfloat16 if dtype_used == torch.bfloat16 else torch.float32
-    plan = StatePlan.of(run.mesh, zero, offload, is_narrow(run))
+    plan = StatePlan.of(run.mesh, zero, offload, is_narrow(keys(), run))
     optimizers = make_optimizer(
         net, optimizer, learning_rate, weight_decay, betas, momentum, muon_dtype, plan
     )
@@ -875,17 +758,9 @@ def say_plan(net, run, data, batch, memory, dtype_used, reason):
         f"{data.val.n:,} to validate\n"
         f"{memory}\n"
         f"processes: {run.mesh.sizes.words()}\n"
-        f"{mesh_words(net, run, batch, dtype_used)}"
+        f"{mesh_words(keys(), net, run, batch, dtype_used)}"
         f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}"
     )
-
-
-def mesh_words(net, run, batch, dtype_used):
-    """Who holds what, and what travels; nothing of a single process."""
-    if run.world == 1:
-        return ""
-    lines = describe(planned_step(net, run, dtype_used, batch))
-    return "".join(f"  {line}\n" for line in lines)
 
 
 def say_notes(run, horizon, batch, data):
@@ -920,99 +795,15 @@ def facts_of(data, run, dtype_used, batch, compiled):
 # Validation, and what is said of it
 
 
-@torch.no_grad()
-def evaluate(net, windows, data, run, cast, device_batch_size):
-    """(loss in nats per target, bits per byte, or where tokens are masked the part of the targets
-    that is the likeliest token) over eval_tokens of the windows, evenly spread, each target scored
-    once, shared out over all processes. The masks are always the same."""
-    n = windows.n
-    if eval_tokens:
-        n = min(n, math.ceil(eval_tokens / seq_len))
-    asked = replace(data.objective, seed=VALIDATION_SEED)
-    # Loss, targets, bytes of the targets; or how many are right.
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
-    mesh = run.mesh
-    n_micro = 1
-    if mesh.pipeline:
-        n_micro = 2 * mesh.sizes.pp  # go through it together
-        device_batch_size *= n_micro
-    indices = [i * windows.n // n for i in range(mesh.data_rank, n, mesh.data_world)]
-    n_batches = math.ceil(math.ceil(n / mesh.data_world) / device_batch_size)
-    net.eval()
-    is_compiled = net.block is not call_block
-    for i in range(n_batches):  # as many on each process: parts of a network compute together
-        part = indices[i * device_batch_size : (i + 1) * device_batch_size]
-        is_idle = not part
-        part = part or [0]
-        batch = batch_to_device(asked.batch(windows.rows(part), part), run.device)
-        if is_idle:
-            batch["targets"].fill_(-100)
-        if is_compiled or mesh.pipeline:  # for one size: a short batch would be compiled for
-            batch = filled_up(batch, device_batch_size)
-        docs = data.documents(batch["ids"])
-        with cast:
-            if mesh.pipeline:
-                score = score_of(asked.name, data.token_bytes)
-                totals += mesh.pipeline.evaluate(batch, docs, n_micro, score, 3).sum(0)
-            elif asked.name == "causal":
-                totals += causal_totals(net, batch, docs, data.token_bytes)
-            else:
-                totals += score_targets(net, batch, docs).sum(0)
-    net.train()
-    loss_sum, n_targets, n_bytes_or_right = run.sum(*(totals * mesh.counts))
-    loss = loss_sum / max(n_targets, 1)
-    if asked.name == "causal":
-        return loss, loss_sum / max(n_bytes_or_right, 1) / math.log(2)
-    return loss, n_bytes_or_right / max(n_targets, 1)
-
-
-def filled_up(batch, n_rows):
-    """A batch of n_rows rows: those that are missing have no targets."""
-    filled = {}
-    for name, tensor in batch.items():
-        missing = (0, 0, 0, n_rows - len(tensor))
-        filled[name] = F.pad(tensor, missing, value=-100 if name == "targets" else 0)
-    return filled
-
-
-def causal_totals(net, batch, docs, token_bytes):
-    """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
-    loss_sum, n_targets = net(**batch, docs=docs)
-    targets = batch["targets"]
-    if net.tokens is not None:  # of windows that several processes share (--cp)
-        targets = net.tokens.own(targets)
-    return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
-
-
-def bytes_of(targets, token_bytes):
-    """The bytes that the targets (B, T) stand for, ()."""
-    bytes_of_targets = token_bytes[targets.clamp(min=0)]  # (B, T)
-    return bytes_of_targets.where(targets >= 0, 0).sum()
-
-
-def score_of(name, token_bytes):
-    """What the last stage of a pipeline makes of a micro-batch's final states in a validation."""
-
-    def causal_figures(net, h, batch):
-        targets = batch["targets"]
-        n_bytes = bytes_of(targets, token_bytes)
-        return torch.stack([net.loss_of(h, targets), (targets >= 0).sum(), n_bytes])[None].double()
-
-    def filled_figures(net, h, batch):
-        return score_states(net, h, batch).sum(0)[None]
-
-    return causal_figures if name == "causal" else filled_figures
-
-
 def validate(net, data, run, cast, device_batch_size):
     """The figures of a validation, as a row of the log has them."""
-    val_loss, second = evaluate(net, data.val, data, run, cast, device_batch_size)
+    val_loss, second = evaluate(net, data.val, data, run, cast, device_batch_size, eval_tokens)
     name = "val_bpb" if objective == "causal" else "val_acc"
     figures = {"val_loss": val_loss, "val_ppl": math.exp(min(val_loss, 700)), name: second}
     for name, windows in data.val_of_source.items():
         if windows.n == 0:
             continue
-        source_loss, _ = evaluate(net, windows, data, run, cast, device_batch_size)
+        source_loss, _ = evaluate(net, windows, data, run, cast, device_batch_size, eval_tokens)
         figures[f"val_loss.{name}"] = source_loss
     return figures
 
@@ -1026,7 +817,7 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves):
     state.history.append([state.step, state.mean_loss, figures["val_loss"]])
     words = [f"{key} {value:.4f}" for key, value in figures.items()]
     run.say(f"step {state.step}: {'  '.join(words)}")
-    for remark in remarks(state.history, math.log(net.config.vocab_size)):
+    for remark in remarks(keys(), state.history, math.log(net.config.vocab_size)):
         run.say(f"note: {remark}")
     if figures["val_loss"] < state.best:
         state.best = figures["val_loss"]
@@ -1038,34 +829,6 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves):
     return figures
 
 
-def remarks(history, guessing=math.inf):
-    """What the validations say, in words: history [(step, training loss, validation loss)];
-    guessing: the loss of a uniform guess among all ids, ln(vocabulary), in nats."""
-    _, train_loss, val_loss = history[-1]
-    lower = f"lower learning_rate ({learning_rate:g}) or raise warmup_steps ({warmup_steps})"
-    if not val_loss <= 1.02 * guessing:  # nor is a NaN
-        worse = f"the loss is above {guessing:.2f}, what guessing gives, ln(vocabulary)"
-        return [f"{worse}: it explodes or never learned; {lower}"]
-    best = min(val for _, _, val in history)
-    if val_loss > 1.5 * best:
-        return [f"the loss is half as much again as its best: it explodes; {lower}"]
-    if len(history) < 3:
-        return []
-    _, _, val_two_before = history[-3]
-    _, train_before, val_before = history[-2]
-    if val_loss > val_before > val_two_before and train_loss < train_before:
-        return ["validation loss rises while training loss falls: over-fitting; best/ has the best"]
-    if abs(val_two_before - val_loss) < 2e-3 * val_two_before:
-        other = "adamw" if optimizer == "muon" else "muon"
-        return [
-            "validation loss moved by less than 0.2 % in two validations: a plateau; if it came "
-            f"early, raise learning_rate ({learning_rate:g}), lengthen warmup_steps "
-            f"({warmup_steps}) where grad_norm jumps, or try --optimizer={other}; if late, a "
-            "larger network or more data"
-        ]
-    return []
-
-
 def show_sample(net, tok, data, run, cast):
     """A few tokens of what the model writes by now, each line set off: of an encoder what it sees
     behind masks, of an encoder-decoder the spans of a window. Of a network in parts every process
@@ -1073,7 +836,7 @@ def show_sample(net, tok, data, run, cast):
     if not (run.is_main or run.mesh.sizes.is_sharded) or not can_sample(run):
         return
     with cast:
-        text = sample_text(net, tok, data, run.mesh.pipeline)
+        text = sample_text(keys(), net, tok, data, run.mesh.pipeline)
     run.say("  | " + text.replace("\n", "\n  | "))
 
 
@@ -1081,27 +844,6 @@ def can_sample(run):
     """Whether the network's parts can write: stages of a pipeline do by a pass for each token."""
     alone = objective == "causal" and run.mesh.sizes.cp == 1
     return alone or run.mesh.pipeline is None
-
-
-def sample_text(net, tok, data, pipeline=None):
-    """What `show_sample` shows."""
-    if objective == "mlm" and sample_prompt:
-        return fill_masks(net, tok, sample_prompt)
-    if objective == "span" and sample_prompt:
-        return fill_spans(net, tok, sample_prompt, sample_tokens)
-    if objective != "causal":
-        window = data.val.rows([0])
-        batch = replace(data.objective, seed=VALIDATION_SEED).batch(window, [0])
-        line = filled_line if objective == "mlm" else spans_line
-        return line(net, tok, batch_to_device(batch, device_of(net)), sample_tokens)
-    prompt = tok.encode(sample_prompt)[-(net.config.n_ctx // 2) :]
-    if not prompt:  # as a document of the shards begins
-        prompt = [*data.end, *data.begin][-1:]
-    options = dict(max_new_tokens=sample_tokens, temperature=0.8, top_k=50)
-    if pipeline:
-        return sample_prompt + pipeline.generate(tok, prompt, seq_len, **options)
-    [sample] = generate(net, tok, [prompt], **options)
-    return sample_prompt + sample.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1227,7 +969,7 @@ def main():
         be_deterministic(net)
     dtype_used, reason = choose_dtype(run.device, dtype, net.config.n_embd)
     cast = autocast(run.device, dtype_used)
-    batch, memory = plan_batch(net, run, dtype_used, saved)
+    batch, memory = plan_batch(keys(), net, run, dtype_used, saved)
     say_plan(net, run, data, batch, memory, dtype_used, reason)
     clock_begin = time.monotonic()
     network, compiled = prepare_network(net, run, data, batch, dtype_used, saved)

@@ -90,6 +90,7 @@ class JoinedWindows:
 
     def __init__(self, windows):
         self.parts = list(windows.values())
+        self.seq_len = self.parts[0].seq_len
         self.first_index = np.cumsum([0, *(part.n for part in self.parts)])  # of each, and the end
         self.n = int(self.first_index[-1])
 

@@ -15,11 +15,21 @@ import train
 from barelm import compiled as compare
 from barelm.experts import RoutingLog
 from barelm.fast import head_piece
+from barelm.mesh import Mesh, Sizes
 from barelm.optim import make_optimizer
 from barelm.run import Run, Updater, UserError, autocast, check_gradient, check_moved, weight_sums
 from barelm.shards import MicroBatches, Windows
+from barelm.validation import evaluate
 
 CPU = torch.device("cpu")
+
+
+def alone():
+    """The Run of one process, in a grid of one."""
+    run = Run(CPU)
+    run.mesh = Mesh(run, Sizes())
+    return run
+
 
 SHAPE = dict(vocab_size=128, n_ctx=160, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -143,7 +153,7 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
     net.checkpoint = documents
     windows = make_windows(tmp_path, 160 * 7 + 50, 160, partial=True)
     data = make_data(windows, monkeypatch, documents)
-    process = Run(CPU)
+    process = alone()
     cast = autocast(CPU, torch.bfloat16 if documents else torch.float32)
     updater = Updater(process, net.parameters(), make_optimizer(net, "adamw"))
 
@@ -156,7 +166,7 @@ def test_nothing_is_compiled_anew_behind_the_first_batch(documents, tmp_path, mo
         return (
             losses[0].item(),
             updater.clip_gradients().item(),
-            *train.evaluate(net, windows, data, process, cast, 3),
+            *evaluate(net, windows, data, process, cast, 3),
         )
 
     eager = step_and_validation()
@@ -202,9 +212,9 @@ def test_a_cpu_validates_by_eager_blocks_and_a_gpu_by_those_of_training(tmp_path
     windows = make_windows(tmp_path, 160 * 7 + 50, 160, partial=True)
     data = make_data(windows, monkeypatch, False)
     cast = autocast(CPU, torch.float32)
-    eager = train.evaluate(net, windows, data, Run(CPU), cast, 3)
+    eager = evaluate(net, windows, data, alone(), cast, 3)
     compare.Ways(compiled).give(net)
-    assert train.evaluate(net, windows, data, Run(CPU), cast, 3) == eager
+    assert evaluate(net, windows, data, alone(), cast, 3) == eager
     assert compare.Ways.of(net) == compare.Ways(compiled)
 
 
@@ -212,7 +222,7 @@ def test_a_cpu_validates_by_eager_blocks_and_a_gpu_by_those_of_training(tmp_path
 def test_no_micro_batch_waits_for_the_device(documents, tmp_path, monkeypatch):
     windows = make_windows(tmp_path, 160 * 7 + 50, 160, partial=True)
     data = make_data(windows, monkeypatch, documents)
-    process = Run(CPU)
+    process = alone()
     with FakeTensorMode():  # its tensors have no values: who asks for one raises
         data.token_bytes = torch.zeros(128, dtype=torch.int64)
         net = model.GPT(model.GPTConfig(**SHAPE)).train()
@@ -226,7 +236,7 @@ def test_no_micro_batch_waits_for_the_device(documents, tmp_path, monkeypatch):
         with pytest.raises(DataDependentOutputException):
             process.sum(losses[0])
         monkeypatch.setattr(Run, "sum", lambda self, *totals: [1.0] * len(totals))
-        train.evaluate(net, windows, data, process, cast, 3)
+        evaluate(net, windows, data, process, cast, 3)
 
 
 def test_micro_batches_are_those_of_their_positions(tmp_path):

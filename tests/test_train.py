@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from conftest import LONGEST, ROOT, run, run_killed, start
 
 import model
 import train
+from barelm import validation
 from barelm.checkpoint import load
 from barelm.resume import load_state, make_trackers
 from barelm.run import Horizon, Schedule, UserError, step_seed
@@ -502,18 +504,19 @@ def test_a_limit_that_never_comes_is_told():
 
 
 def test_remarks_name_what_happens():
+    remarks = partial(validation.remarks, train.keys())
     rising = [[1, 2.0, 2.0], [2, 1.5, 2.1], [3, 1.0, 2.2]]
-    assert "over-fitting" in train.remarks(rising)[0]
-    assert "explodes" in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.0], [3, 5.0, 5.0]])[0]
-    assert "plateau" in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
-    assert train.remarks([[1, 3.0, 3.0], [2, 2.5, 2.6], [3, 2.0, 2.3]]) == []
+    assert "over-fitting" in remarks(rising)[0]
+    assert "explodes" in remarks([[1, 2.0, 2.0], [2, 2.0, 2.0], [3, 5.0, 5.0]])[0]
+    assert "plateau" in remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
+    assert remarks([[1, 3.0, 3.0], [2, 2.5, 2.6], [3, 2.0, 2.3]]) == []
     # An explosion is said at once, and of a run that never was below guessing.
-    assert "explodes" in train.remarks([[1, 2.0, 2.0], [2, 5.0, 5.0]])[0]
-    assert "ln(vocabulary)" in train.remarks([[1, 9.0, 9.0]], math.log(256))[0]
-    assert "ln(vocabulary)" in train.remarks([[1, 9.0, math.nan]], math.log(256))[0]
-    assert train.remarks([[1, 5.54, 5.55]], math.log(256)) == []  # ln 256 is 5.545
+    assert "explodes" in remarks([[1, 2.0, 2.0], [2, 5.0, 5.0]])[0]
+    assert "ln(vocabulary)" in remarks([[1, 9.0, 9.0]], math.log(256))[0]
+    assert "ln(vocabulary)" in remarks([[1, 9.0, math.nan]], math.log(256))[0]
+    assert remarks([[1, 5.54, 5.55]], math.log(256)) == []  # ln 256 is 5.545
     for advice in ("learning_rate", "warmup_steps", "optimizer"):
-        assert advice in train.remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
+        assert advice in remarks([[1, 2.0, 2.0], [2, 2.0, 2.001], [3, 2.0, 2.0]])[0]
 
 
 @pytest.mark.parametrize("horizon", ["--max_epochs=3", "--max_minutes=1"])

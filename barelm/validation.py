@@ -82,7 +82,8 @@ def causal_totals(net, batch, docs, token_bytes):
     targets = batch["targets"]
     if net.tokens is not None:  # of windows that several processes share (--cp)
         targets = net.tokens.own(targets)
-    return torch.stack([loss_sum, n_targets, bytes_of(targets, token_bytes)]).double()
+    figures = loss_sum, n_targets, bytes_of(targets, token_bytes)
+    return torch.stack([figure.double() for figure in figures])
 
 
 def bytes_of(targets, token_bytes):
@@ -96,8 +97,8 @@ def score_of(name, token_bytes):
 
     def causal_figures(net, h, batch):
         targets = batch["targets"]
-        n_bytes = bytes_of(targets, token_bytes)
-        return torch.stack([net.loss_of(h, targets), (targets >= 0).sum(), n_bytes])[None].double()
+        figures = net.loss_of(h, targets), (targets >= 0).sum(), bytes_of(targets, token_bytes)
+        return torch.stack([figure.double() for figure in figures])[None]  # (1, 3)
 
     def filled_figures(net, h, batch):
         return score_states(net, h, batch).sum(0)[None]

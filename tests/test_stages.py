@@ -1,124 +1,109 @@
-"""finetune.py and rl.py of a network in parts (--parallel=fsdp): the losses and the weights of one
-process, whatever learns; and what each process then holds."""
+"""Pipeline parallelism: which stage has which blocks, and that stages learn as one process does."""
 
-import json
-import shutil
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.fsdp  # here, so that forks need not import it
-import torch.distributed.tensor  # noqa: F401
-from conftest import run
 
-from barelm.adapters import AdaptConfig, add_lora
-from barelm.fitting import bytes_of
-from barelm.optim import memory_estimate
-from barelm.safetensors import read_safetensors
+from barelm.pipeline import (
+    block_costs,
+    head_cost,
+    keep_stage,
+    refuse_pipeline,
+    shared_names,
+    split_blocks,
+    stages_of,
+)
+from barelm.run import UserError
 from model import GPT, GPTConfig
 
-QUICK = ["--max_steps=3", "--max_epochs=none", "--batch_size=4", "--micro_tokens=150"]
-QUICK += ["--eval_examples=7", "--eval_every=3", "--model=out/tiny", "--dataset=tiny"]
-QUICK += ["--warmup_steps=0", "--dtype=float32", "--seq_len=64"]
+WORKER = Path(__file__).parent / "pipeline_worker.py"
 
 
-def rows_of(folder, out):
-    return list(map(json.loads, (folder / out / "log.jsonl").read_text().splitlines()))
+def shape(**more):
+    return GPTConfig(**(dict(vocab_size=64, n_ctx=32, n_layer=4, n_head=2, n_embd=32) | more))
 
 
-def same_run(folder, one, other, tolerance=1e-5):
-    """Whether two runs have the same figures, step by step, but for the clock's."""
-    for row, other_row in zip(rows_of(folder, one), rows_of(folder, other), strict=True):
-        assert row.keys() == other_row.keys()
-        for key in row.keys() - {"dt"}:
-            assert row[key] == pytest.approx(other_row[key], abs=tolerance), key
+def slowest(stages, costs, last_cost):
+    sums = [sum(costs[begin:end]) for begin, end in stages]
+    sums[-1] += last_cost
+    return max(sums)
 
 
-def same_tensors(one, other, tolerance=1e-4):
-    tensors, _ = read_safetensors(one)
-    others, _ = read_safetensors(other)
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, others[name], atol=tolerance, rtol=0)
+def all_splits(n_blocks, n_stages):
+    """Every way to divide blocks into stages of one at least."""
+    if n_stages == 1:
+        return [[(0, n_blocks)]]
+    ways = []
+    for begin in range(n_stages - 1, n_blocks):
+        for way in all_splits(begin, n_stages - 1):
+            ways.append([*way, (begin, n_blocks)])
+    return ways
 
 
-KINDS = {
-    "sft": ("finetune.py", "--check_memorized=2"),
-    "qlora": ("finetune.py", "--adapt=qlora", "--check_memorized=0"),
-    "dpo": ("finetune.py", "--method=dpo"),
-}
+@pytest.mark.parametrize("n_stages", [1, 2, 3, 5])
+def test_split_is_the_best_of_all(n_stages):
+    generator = torch.Generator().manual_seed(n_stages)
+    for last_cost in (0.0, 1.5, 20.0):
+        costs = torch.rand(7, generator=generator).tolist()
+        stages = split_blocks(costs, n_stages, last_cost)
+        assert [begin for begin, _ in stages] == [0] + [end for _, end in stages[:-1]]
+        assert stages[-1][1] == 7
+        best = min(slowest(way, costs, last_cost) for way in all_splits(7, n_stages))
+        assert slowest(stages, costs, last_cost) == pytest.approx(best)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_parts_learn_what_one_process_learns(tiny, kind):
-    script, *options = KINDS[kind]
-    out = f"out/stage_{kind}"
-    run(tiny, script, *QUICK, *options, f"--out_dir={out}1")
-    run(tiny, script, *QUICK, *options, f"--out_dir={out}2", "--parallel=fsdp", processes=2)
-    same_run(tiny, f"{out}1", f"{out}2")
-    name = "adapter_model.safetensors" if kind == "qlora" else "model.safetensors"
-    same_tensors(tiny / f"{out}1" / name, tiny / f"{out}2" / name)
+def test_a_large_head_leaves_its_stage_fewer_blocks():
+    assert stages_of(shape(n_layer=8), 2) == [(0, 4), (4, 8)]
+    c = shape(n_layer=8, vocab_size=2048)
+    assert head_cost(c, 32) > 2 * block_costs(c, 32)[0]
+    [first, last] = stages_of(c, 2)
+    assert first[1] - first[0] > last[1] - last[0]
 
 
-def test_samples_of_parts_are_those_of_copies(tiny):
-    """Each process generates from weights that are whole while it does."""
-    (tiny / "reward.py").write_text(
-        "def score(messages, text, answer):\n    return len(text) % 7\n"
-    )
-    options = [*QUICK, "--max_new_tokens=4", "--group_size=3", "--kl_weight=0.1"]
-    options += ["--reward=reward.py:score", "--seq_len=0"]
-    for kind in ("ddp", "fsdp"):
-        out = f"--out_dir=out/stage_rl_{kind}"
-        run(tiny, "rl.py", *options, out, f"--parallel={kind}", processes=2)
-    same_run(tiny, "out/stage_rl_ddp", "out/stage_rl_fsdp")
-    assert len({row["reward"] for row in rows_of(tiny, "out/stage_rl_ddp") if "reward" in row}) > 1
+@pytest.mark.parametrize("more", [{}, {"tie": False}, {"pos": "relative"}, {"mtp": 1}])
+def test_stages_have_the_whole_by_its_names(more):
+    """Each parameter is on one stage, or on those that `shared_names` says."""
+    c = shape(**more)
+    whole = GPT(c)
+    holders = {}
+    for index in range(3):
+        torch.manual_seed(0)
+        for name, p in keep_stage(GPT(c), index, 3).named_parameters():
+            holders.setdefault(name, []).append(index)
+            assert p.shape == whole.get_parameter(name).shape
+    shared = shared_names(c, 3)
+    assert set(holders) == {name for name, _ in whole.named_parameters()}
+    for name, stages in holders.items():
+        assert len(stages) == 1 or stages == shared[name]
 
 
-def test_a_run_in_parts_goes_on_bit_for_bit_and_on_one_process(tiny):
-    options = [*QUICK, "--check_memorized=0", "--lr_schedule=constant"]
-    whole, again, alone = (f"out/stage_{name}" for name in ("whole", "again", "alone"))
-    parts = [*options, "--parallel=fsdp"]
-    run(tiny, "finetune.py", *parts, f"--out_dir={whole}", "--max_steps=4", processes=2)
-    run(tiny, "finetune.py", *parts, f"--out_dir={again}", "--max_steps=2", processes=2)
-    shutil.copytree(tiny / again, tiny / alone)
-    rest = ["--max_steps=4", "--init_from=resume"]
-    run(tiny, "finetune.py", *parts, *rest, f"--out_dir={again}", processes=2)
-    run(tiny, "finetune.py", *options, *rest, f"--out_dir={alone}")
-    names = [tiny / out / "model.safetensors" for out in (whole, again, alone)]
-    assert names[0].read_bytes() == names[1].read_bytes()
-    same_tensors(names[0], names[2])
+def test_refusals():
+    with pytest.raises(UserError, match="--pp=5: the network has 4 blocks: --pp=4"):
+        refuse_pipeline(shape(), 5)
+    with pytest.raises(UserError, match="encoder"):
+        refuse_pipeline(shape(n_encoder_layer=2), 2)
+    with pytest.raises(UserError, match="deterministic"):
+        refuse_pipeline(shape(), 2, deterministic=True)
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--batch_size=5"], "--batch_size=4"),
-        (["--method=embed"], "twice"),
-        (["--method=classify", "--adapt=lora"], "merged copy"),
-        (["--adapt=qlora", "--merge=quantized"], "on one process"),
-    ],
-)
-def test_what_is_not_done_in_parts_is_refused(tiny, options, words):
-    args = [*QUICK, "--parallel=fsdp", "--out_dir=out/stage_refused", *options]
-    done = run(tiny, "finetune.py", *args, processes=2, check=False)
-    assert done.returncode == 1 and words in done.stderr
-
-
-def test_four_bits_of_a_7b_shape_fit_a_card_of_24_gb():
-    """Llama 7B's shape, 4,096 tokens at once: what its tensors take, and the estimate beside it."""
-    shape = dict(n_layer=32, n_head=32, n_embd=4096, n_hidden=11008, n_ctx=4096)
-    c = GPTConfig(vocab_size=32000, qk_norm=False, tie=False, **shape)
-    targets = "q_proj,k_proj,v_proj,o_proj"
-    with torch.device("meta"):
-        net = GPT(c)
-        add_lora(net, AdaptConfig("qlora", lora_rank=16, lora_targets=targets))
-    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    # 4 bits, a byte for 64 weights, a float32 for 64 x 256: section 3 of the paper.
-    packed = linear * (1 / 2 + 1 / 64 + 4 / 64 / 256)
-    learning = 32 * 4 * 16 * 2 * 4096
-    weights = packed + 4 * (2 * 32000 * 4096 + learning)
-    assert bytes_of(net) == pytest.approx(weights, rel=0.01)
-    head, activations = memory_estimate(
-        c, 0, rows=2, seq_len=2048, dtype=torch.bfloat16, recompute=True, device_type="cuda"
-    )
-    gradients_and_moments = 3 * 4 * learning
-    assert bytes_of(net) + gradients_and_moments + head + activations < 24e9
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
+def test_stages_learn_what_one_process_does():
+    """With copies and experts, with FSDP, with tensor parallelism, and four stages."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    command = [sys.executable, str(WORKER), "ddp", "fsdp", "tp", "four"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    worker = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    try:
+        output, _ = worker.communicate(timeout=600)  # against a hang alone
+    finally:
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)
+    assert worker.returncode == 0, output
+    assert output.count("from one process") == 4, output

@@ -57,23 +57,23 @@ def can_float8(x, layers):
 def float8_product(x, layers):
     """The outputs of linear layers that read the same x (…, in), side by side (…, out)."""
     weights = [layer.weight for layer in layers]
-    y = Float8Product.apply(x.flatten(0, -2), compute_dtype(x), *weights)
+    y = Float8Product.apply(x.flatten(0, -2), *weights)
     if layers[0].bias is not None:
         y = y + torch.cat([layer.bias for layer in layers]).to(y.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
 class Float8Product(torch.autograd.Function):
-    """x W^T (N, out), of this dtype, for x (N, in) and the rows of W in one or several weights."""
+    """x W^T (N, out) for x (N, in) and the rows of W in one or several weights."""
 
     @staticmethod
-    def forward(ctx, x, dtype, *weights):
+    def forward(ctx, x, *weights):
         x8, x_scale = narrowed(x, E4M3)
         w8, w_scale = narrowed(joined(weights), E4M3)
         # x is kept as it was rounded, a byte each; weights as they are, which others keep anyway.
         ctx.save_for_backward(x8, x_scale, *weights)
         ctx.dtypes = (x.dtype, weights[0].dtype)
-        return scaled_product(x8, w8, x_scale, w_scale, dtype, fast=True)
+        return scaled_product(x8, w8, x_scale, w_scale, compute_dtype(x), fast=True)
 
     @staticmethod
     def backward(ctx, grad):
@@ -83,7 +83,7 @@ class Float8Product(torch.autograd.Function):
         w8, w_scale = narrowed(joined(weights), E4M3)
         dx = scaled_product(g8, turned(w8), g_scale, w_scale, x_dtype)
         dw = scaled_product(turned(g8), turned(x8), g_scale, x_scale, w_dtype)
-        return dx, None, *dw.split([len(weight) for weight in weights])
+        return dx, *dw.split([len(weight) for weight in weights])
 
 
 def joined(weights):
@@ -108,5 +108,7 @@ def scaled_product(a, b, a_scale, b_scale, dtype, fast=False):
     float32 on a GPU, which the outputs of a layer bear and gradients do not."""
     if a.device.type == "cpu":  # the same, for tests: torch's own takes seconds there
         with in_full(a):
-            return (a.float() @ b.float().t() * (a_scale * b_scale)).to(dtype)
+            y = a.float() @ b.float().t() * (a_scale * b_scale)
+        # A cast to its own dtype would cut a compiled function's gradients in torch 2.11.
+        return y if dtype == y.dtype else y.to(dtype)
     return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)

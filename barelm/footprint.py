@@ -32,7 +32,7 @@ class Step:
 
     config: object  # GPTConfig
     sizes: Sizes
-    shapes: tuple  # (name of a parameter, its shape) of the whole network
+    shapes: tuple  # Shapes, of the whole network
     seq_len: int
     rows: int = 1  # windows of a micro-batch
     n_micro: int = 1  # micro-batches of a step
@@ -66,9 +66,18 @@ class Step:
         return needs_fully_shard(self.sizes)
 
 
+class Shapes(tuple):
+    """((name, shape), ...): a tuple that is hashed once, as a search asks thousands of times."""
+
+    def __hash__(self):
+        if not hasattr(self, "hashed"):
+            self.hashed = super().__hash__()
+        return self.hashed
+
+
 def shapes_of(net):
-    """((name, shape), ...) of a network's parameters, a tied one once."""
-    return tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
+    """The Shapes of a network's parameters, a tied one once."""
+    return Shapes((name, tuple(p.shape)) for name, p in net.named_parameters())
 
 
 def planned_shapes(config):
@@ -86,7 +95,7 @@ def planned_shapes(config):
         first.setdefault(block_number(name), []).append((rest, shape))
     for block in range(config.n_layer):
         shapes += [(f"model.layers.{block}.{rest}", shape) for rest, shape in first[block % n_made]]
-    return tuple(shapes)
+    return Shapes(shapes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,9 +253,13 @@ def token_bytes(step):
     for pattern in c.encoder_patterns:
         sizes.append(block_numbers(c, tp, width) + attention_bytes(step, pattern))
         sizes[-1] += dense_bytes(c, tp, width)
-    for layer, pattern in enumerate(c.patterns):
-        size = block_numbers(c, tp, width) + mlp_bytes(c, layer, tp, width)
-        sizes.append(size + attention_bytes(step, pattern) + cross)
+    of_kind = {}  # blocks that look alike are counted once
+    for layer, (pattern, has_experts) in enumerate(zip(c.patterns, c.has_experts)):
+        kind = (pattern, has_experts)
+        if kind not in of_kind:
+            size = block_numbers(c, tp, width) + mlp_bytes(c, layer, tp, width)
+            of_kind[kind] = size + attention_bytes(step, pattern) + cross
+        sizes.append(of_kind[kind])
     ahead = block_numbers(c, tp, width) + attention_bytes(step, Pattern())
     ahead += dense_bytes(c, tp, width) + 4 * 6 * c.n_embd  # two states, joined
     return sizes + [ahead] * c.mtp

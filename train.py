@@ -199,6 +199,7 @@ from barelm.optim import (
 )
 from barelm.parallel import (
     check_divided,
+    divide_again,
     exchanging,
     parallelize,
     shortened,
@@ -837,6 +838,7 @@ def show_sample(net, tok, data, run, cast):
         return
     with cast:
         text = sample_text(keys(), net, tok, data, run.mesh.pipeline)
+    divide_again(run.mesh.pipeline.submodule if run.mesh.pipeline else net)
     run.say("  | " + text.replace("\n", "\n  | "))
 
 

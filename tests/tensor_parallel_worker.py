@@ -157,8 +157,8 @@ if sys.argv[1] == "train":
     compare(run, "windows, grouped", 20, dict(tp=2), has_docs=True)
     compare(run, "windows, grouped", 20, dict(cp=2), has_docs=True, recompute=True)
     for kind in KINDS:
-        compare(run, kind, 3, dict(tp=2), fast=kind != "gpt2", recompute=kind == "gpt2")
-        compare(run, kind, 3, dict(cp=2))
+        compare(run, kind, 2, dict(tp=2), fast=kind != "gpt2", recompute=kind == "gpt2")
+        compare(run, kind, 2, dict(cp=2))
     compare_others(run)
 else:
     serve(run)

@@ -141,10 +141,16 @@ def stage_blocks(c, pp):
     block = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)
     block += MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden
     head = c.n_embd * c.vocab_size / block
+    return even_counts(c.n_layer, head if pp > 1 else 0.0, pp)
+
+
+@lru_cache(256)
+def even_counts(n_layer, head, pp):
+    """n_layer blocks on pp stages, of which the last has `head` blocks' work besides."""
     counts = [0] * pp
-    loads = [0.0] * (pp - 1) + [head if pp > 1 else 0.0]
-    for _ in range(c.n_layer):
-        lightest = min(range(pp), key=loads.__getitem__)
+    loads = [0.0] * (pp - 1) + [head]
+    for _ in range(n_layer):
+        lightest = loads.index(min(loads))
         counts[lightest] += 1
         loads[lightest] += 1
     return counts

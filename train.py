@@ -866,7 +866,7 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
     for micro_step in range(n_micro):
         batch = batches.take(first + micro_step * batches.size)
         is_last = micro_step == n_micro - 1
-        with exchanging(network, is_last):
+        with exchanging(network, run.mesh.sizes, is_last):
             with cast:
                 loss, _ = network(**batch, docs=data.documents(batch["ids"]))
             # The mean over the global batch. Exchanges are means over processes: multiply.

@@ -787,7 +787,7 @@ def facts_of(data, run, dtype_used, batch, compiled):
         "micro_batch": batch.device_batch_size,
         "compiled": compiled,
         "processes": run.world,
-        "mesh": asdict(run.mesh.sizes),
+        "mesh": run.mesh.sizes.words(),
         "torch": str(torch.__version__),
     }
 

@@ -52,7 +52,7 @@ def train(run, kind, n_steps, has_docs=False, fast=True, recompute=False, **size
         targets = (ids * 3 + 1) % vocabulary
         targets[0, :5] = -100
         n_targets = ROWS * LENGTH - 5
-        with exchanging(network, is_last=True):
+        with exchanging(network, run.mesh.sizes, is_last=True):
             loss, _ = network(ids, targets, docs=docs)
             updater.backward(loss * (n_exchanging / n_targets))
         norm = float(updater.clip_gradients())

@@ -768,6 +768,8 @@ def say_notes(run, horizon, batch, data):
     """What of the horizon a user may not expect."""
     for note in horizon.notes(batch_tokens, data.train.n * seq_len):
         run.say(f"note: {note}")
+    if dropout and run.world > 1:
+        run.say("note: dropout draws other masks on another number of processes, or another mesh")
     if sample_tokens and not can_sample(run):
         run.say("note: no samples at validations: the stages of a pipeline write next tokens alone")
     if data.val.n == 0 and objective != "causal":

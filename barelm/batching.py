@@ -70,6 +70,10 @@ def plan_batch(keys, net, run, dtype_used, saved):
         grad_bytes=2 if is_narrow(keys, run) else 4,
     )
     sizes = run.mesh.sizes
+    if sizes.cp > 1:  # refused here, before anything is written
+        from barelm.context_parallel import check_length
+
+        check_length(keys.seq_len, sizes.cp)
     fixed -= state_saved(keys, net, run)
     free = free_memory(run.device)
     if run.device.type == "cpu":  # all processes of a machine share it

@@ -36,6 +36,14 @@ def check_tokens(c, cp):
         raise UserError(f"--cp={cp}: {why}")
 
 
+def check_length(seq_len, cp):
+    """Refuse windows of so many tokens that cp processes cannot share."""
+    n = 2 * cp
+    if seq_len % n:
+        near = max(1, seq_len // n) * n
+        raise UserError(f"--cp={cp} cuts windows into {n} chunks: --seq_len={near}")
+
+
 def split_tokens(net, mesh):
     """Let a network with targets compute this process's tokens of each window alone, where the
     processes of mesh's "cp" share them."""
@@ -62,12 +70,8 @@ class TokenShare:
 
     def own(self, x):
         """This process's tokens (B, t) of those of a window, x (B, T)."""
-        T = x.shape[1]
-        n = 2 * self.size
-        if T % n:
-            near = max(1, T // n) * n
-            raise UserError(f"--cp={self.size} cuts windows into {n} chunks: --seq_len={near}")
-        chunks = x.chunk(n, 1)
+        check_length(x.shape[1], self.size)
+        chunks = x.chunk(2 * self.size, 1)
         return torch.cat([chunks[number] for number in self.chunks], 1)
 
     def cut(self, ids, targets, options):

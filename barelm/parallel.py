@@ -108,9 +108,28 @@ def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
         fully_shard(block, mesh=grid, mp_policy=of_block)
     fully_shard(net, mesh=grid, mp_policy=of_rest)
     # Who reads states and not logits begins here, and comes to the head with what is whole by then.
+    begun = []
     for name in ("hidden", "encode"):
         if hasattr(net, name):
+            plain = getattr(net, name)
             register_fsdp_forward_method(net, name)
+            setattr(net, name, outermost(plain, getattr(net, name), begun))
+
+
+def outermost(plain, gathering, begun):
+    """Of methods that call each other the one that is called first: `gathering`, which begins
+    FSDP's forward; within it another one, `plain`, ends nothing. begun: what they share."""
+
+    def method(*args, **options):
+        if begun:
+            return plain(*args, **options)
+        begun.append(method)
+        try:
+            return gathering(*args, **options)
+        finally:
+            begun.clear()
+
+    return method
 
 
 def pack_as_parameters(net):

@@ -185,7 +185,7 @@ class Watch:
         rank = self.rank_of(connection)
         try:
             [(word, value), *more] = json.loads(line).items()
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return self.close(connection, "")
         if rank is None:  # on the first process: someone new
             more = dict(more)

@@ -353,8 +353,8 @@ def read_figures(sums):
 
 @contextlib.contextmanager
 def saved_on_failure(learner, updater, state, folder):
-    """Save the run where a reward or an update ends it: nothing was learned in this step. Not one in
-    parts: it takes all processes to write them, and a reward may fail on one alone."""
+    """Save the run where a reward or an update ends it: nothing was learned in this step. Not of a
+    network in parts: all processes would have to save, and a reward may fail on one alone."""
     try:
         yield
     except UserError:

@@ -283,9 +283,13 @@ class GPT(nn.Module):
 
     def blocks(self):
         """All blocks, in the order in which they compute."""
-        blocks = list(self.model.encoder.layers) if self.config.is_seq2seq else []
+        blocks = []
+        if self.config.is_seq2seq:
+            blocks += self.model.encoder.layers
         blocks += self.model.layers
-        return blocks + list(self.model.mtp.layers) if self.config.mtp else blocks
+        if self.config.mtp and self.model.mtp is not None:  # the last pipeline stage has it
+            blocks += self.model.mtp.layers
+        return blocks
 
     @property
     def block(self):

@@ -175,9 +175,7 @@ from barelm.cluster import StepTimes, check_copies, check_shared, lock_patience,
 from barelm.compiled import check_fast, try_compile
 from barelm.experts import RoutingLog
 from barelm.families import family
-from barelm.filling import (
-    ids_with_gaps,
-)
+from barelm.filling import ids_with_gaps
 from barelm.float8 import use_float8, why_not_float8
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
@@ -403,6 +401,15 @@ def check_settings(config):
         raise UserError(f"--whole_words: for --objective=mlm, and not {objective}")
     if document_mask and objective == "span":
         raise UserError("--document_mask: not with --objective=span: a window is one text there")
+
+
+def make_schedule():
+    """(where the run ends, its learning rate until then), checked."""
+    horizon = Horizon(max_steps, max_tokens, max_epochs, max_minutes)
+    schedule = Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction)
+    horizon.check()
+    schedule.check()
+    return horizon, schedule
 
 
 # --------------------------------------------------------------------------------------------------
@@ -685,6 +692,27 @@ def why_not_compile(net, run, train_tokens, saved):
 # Set-up of the loop
 
 
+def begin_training(net, run):
+    """Put a network that is not divided on its device, and let it compute as the keys say."""
+    if not run.mesh.sizes.is_sharded:  # else part by part, by prepare_network
+        net.to(run.device)
+    net.train()
+    net.checkpoint = checkpoint_blocks
+    if deterministic:
+        be_deterministic(net)
+
+
+def make_batches(data, run, batch):
+    """This process's micro-batches; those of a step as one where they flow through a pipeline."""
+    rows = batch.device_batch_size
+    if run.mesh.pipeline:
+        rows *= batch.grad_accum_steps
+    mesh = run.mesh
+    return MicroBatches(
+        data.train, run.device, rows, mesh.data_rank, mesh.data_world, data.objective
+    )
+
+
 def make_updater(net, run, dtype_used):
     """The optimizers, and what they do in a step."""
     betas = (beta1, beta2)
@@ -832,6 +860,15 @@ def validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves):
     return figures
 
 
+def look_on(net, tok, data, folder, state, cast, batch, progress, saves):
+    """Validate, and show what the model writes by now: the figures of the validation. saves: as
+    `validate_and_keep_best` takes it."""
+    figures = validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves)
+    if sample_tokens and progress < 1:  # sample.py shows the last one
+        show_sample(net, tok, data, folder.run, cast)
+    return figures
+
+
 def show_sample(net, tok, data, run, cast):
     """A few tokens of what the model writes by now, each line set off: of an encoder what it sees
     behind masks, of an encoder-decoder the spans of a window. Of a network in parts every process
@@ -951,10 +988,7 @@ def finish(run, row, state, progress, signals):
 def main():
     config = settings(globals())  # as the user gave it
     check_settings(config)
-    horizon = Horizon(max_steps, max_tokens, max_epochs, max_minutes)
-    schedule = Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction)
-    horizon.check()
-    schedule.check()
+    horizon, schedule = make_schedule()
     run = setup(device, timedelta(seconds=timeout))
     start_watch(run, timeout)
     run.mesh = open_mesh(run, parallel, tp, pp, cp, replicas)
@@ -965,12 +999,7 @@ def main():
     set_objective(data, net, tok)
     add_end_tokens(tok, data, run)
     run.wait()  # nobody writes before everybody has read
-    if not run.mesh.sizes.is_sharded:  # else part by part, below
-        net.to(run.device)
-    net.train()
-    net.checkpoint = checkpoint_blocks
-    if deterministic:
-        be_deterministic(net)
+    begin_training(net, run)
     dtype_used, reason = choose_dtype(run.device, dtype, net.config.n_embd)
     cast = autocast(run.device, dtype_used)
     batch, memory = plan_batch(keys(), net, run, dtype_used, saved)
@@ -992,14 +1021,7 @@ def main():
     if max_steps == 0 and not saved:
         save_run(folder, net, tok, state, batch, compiled, updater)
 
-    batches = MicroBatches(
-        data.train,
-        run.device,
-        batch.device_batch_size * (batch.grad_accum_steps if run.mesh.pipeline else 1),
-        run.mesh.data_rank,
-        run.mesh.data_world,
-        data.objective,
-    )
+    batches = make_batches(data, run, batch)
     gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
     progress = state.progress(horizon, n_windows)
@@ -1011,7 +1033,7 @@ def main():
     row = {}
     while progress < 1 and not stopped:
         times.begin()
-        torch.manual_seed(step_seed(seed, state.step, run.mesh.data_rank))
+        torch.manual_seed(step_seed(seed, state.step, run.mesh.dropout_rank))
         updater.set_lr(state.lr_scale(schedule, horizon, n_windows))
         losses = accumulate_gradients(
             network, data, batches, state.windows, batch.grad_accum_steps, updater, cast, routing
@@ -1044,9 +1066,7 @@ def main():
         if checksum_every and (state.step % checksum_every == 0 or saves):
             check_copies(run, net, state.step)
         if data.val.n and (state.step % eval_every == 0 or progress >= 1):
-            row |= validate_and_keep_best(net, tok, data, folder, state, cast, batch, saves)
-            if sample_tokens and progress < 1:  # sample.py shows the last one
-                show_sample(net, tok, data, run, cast)
+            row |= look_on(net, tok, data, folder, state, cast, batch, progress, saves)
         if saves:
             save_run(folder, net, tok, state, batch, compiled, updater)
         step_begin = time.monotonic()

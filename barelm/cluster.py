@@ -279,7 +279,7 @@ def axes_of(p):
         return set()
     axes = set()
     for name, placement in zip(p.device_mesh.mesh_dim_names, p.placements):
-        if placement.is_shard():
+        if not placement.is_replicate():  # a Shard, or the strided one of FSDP behind tp
             axes.add(name)
     return axes
 

@@ -17,8 +17,6 @@ import math
 import os
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from barelm.run import UserError
 
 PARALLEL = ("ddp", "fsdp", "hsdp")
@@ -181,8 +179,12 @@ class Mesh:
         return self.sizes.data
 
     @property
-    def is_first_stage(self):
-        return self.rank_of("pp") == 0
+    def dropout_rank(self):
+        """Which masks of dropout this process draws: another one's for other windows, for other
+        tokens of a window and in other stages; of processes that share products the same, since
+        what they add up is one."""
+        place = self.data_rank * self.sizes.cp + self.rank_of("cp")
+        return place * self.sizes.pp + self.rank_of("pp")
 
     @property
     def is_last_stage(self):
@@ -206,10 +208,3 @@ def open_mesh(run, parallel="ddp", tp=1, pp=1, cp=1, replicas=0):
     """The Mesh of a run by its keys."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     return Mesh(run, choose_sizes(run.world, parallel, tp, pp, cp, replicas, local_world))
-
-
-def group_sum(tensor, group):
-    """The sum of a tensor over a group's processes, in its place."""
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor

@@ -150,11 +150,9 @@ def restore_optimizers(optimizers, saved, path):
         state = before.get("state") if isinstance(before, dict) else None
         if not isinstance(state, dict) or not fits_optimizer(state, optimizer):
             raise wrong
-        groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+        groups = optimizer.state_dict()["param_groups"]
         state = divided_state(state, optimizer)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if held_state(optimizer) is not optimizer.state:  # ZeRO keeps what it was given, too
-            optimizer.state.clear()
 
 
 def divided_state(state, optimizer):

@@ -78,11 +78,11 @@ def test_samples_of_parts_are_those_of_copies(tiny):
 def test_a_reward_that_fails_on_one_process_loses_nothing(tiny, parallel):
     (tiny / "fails.py").write_text(
         "import os\ncalls = []\n\n\ndef score(messages, text, answer):\n    calls.append(1)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) > 6:\n        raise ValueError('late')\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 8:\n        raise ValueError('late')\n"
         "    return len(text) % 7\n"
     )
     out = f"out/stage_fails_{parallel}"
-    options = [*QUICK, "--max_new_tokens=4", "--group_size=3", "--eval_examples=0"]
+    options = [*QUICK, "--max_new_tokens=4", "--group_size=3", "--eval_examples=1"]
     options += ["--reward=fails.py:score", "--seq_len=0", f"--out_dir={out}"]
     done = run(tiny, "rl.py", *options, f"--parallel={parallel}", processes=2, check=False)
     assert done.returncode == 1 and "late" in done.stderr and "saved at step 1" in done.stdout

@@ -199,6 +199,7 @@ from barelm.optim import (
 )
 from barelm.parallel import (
     check_divided,
+    divide_again,
     exchanging,
     parallelize,
     shortened,
@@ -767,6 +768,8 @@ def say_notes(run, horizon, batch, data):
     """What of the horizon a user may not expect."""
     for note in horizon.notes(batch_tokens, data.train.n * seq_len):
         run.say(f"note: {note}")
+    if dropout and run.world > 1:
+        run.say("note: dropout draws other masks on another number of processes, or another mesh")
     if sample_tokens and not can_sample(run):
         run.say("note: no samples at validations: the stages of a pipeline write next tokens alone")
     if data.val.n == 0 and objective != "causal":
@@ -786,7 +789,7 @@ def facts_of(data, run, dtype_used, batch, compiled):
         "micro_batch": batch.device_batch_size,
         "compiled": compiled,
         "processes": run.world,
-        "mesh": asdict(run.mesh.sizes),
+        "mesh": run.mesh.sizes.words(),
         "torch": str(torch.__version__),
     }
 
@@ -837,6 +840,7 @@ def show_sample(net, tok, data, run, cast):
         return
     with cast:
         text = sample_text(keys(), net, tok, data, run.mesh.pipeline)
+    divide_again(run.mesh.pipeline.submodule if run.mesh.pipeline else net)
     run.say("  | " + text.replace("\n", "\n  | "))
 
 
@@ -864,7 +868,7 @@ def accumulate_gradients(network, data, batches, first, n_micro, updater, cast, 
     for micro_step in range(n_micro):
         batch = batches.take(first + micro_step * batches.size)
         is_last = micro_step == n_micro - 1
-        with exchanging(network, is_last):
+        with exchanging(network, run.mesh.sizes, is_last):
             with cast:
                 loss, _ = network(**batch, docs=data.documents(batch["ids"]))
             # The mean over the global batch. Exchanges are means over processes: multiply.

@@ -31,7 +31,7 @@ from barelm.check_network import (
     check_waiting,
 )
 from barelm.check_rows import Place, Skip
-from barelm.check_runs import check_processes, check_resume
+from barelm.check_runs import check_parts, check_processes, check_resume
 from barelm.check_speed import check_speed
 from barelm.check_tokens import (
     check_decode,
@@ -71,6 +71,7 @@ CHECKS = {
     ),
     "resume": Check(check_resume, "train.py killed and resumed, against uninterrupted"),
     "processes": Check(check_processes, "train.py on two processes, against one"),
+    "parts": Check(check_parts, "train.py, its network divided over two processes, against one"),
     "compiled": Check(check_compiled, "the compiled network, against the eager one"),
     "speed": Check(check_speed, "shares of what this machine can do"),
 }

@@ -1,5 +1,5 @@
-"""Do whole runs agree here? train.py killed and resumed, and on two processes, in a folder of its
-own with data that is made up."""
+"""Do whole runs agree here? train.py killed and resumed, on two processes, with a network that two
+divide; in a folder of its own with data that is made up."""
 
 import json
 import math
@@ -154,15 +154,68 @@ def check_processes(place, make_runs=None):
         make_dataset(folder / "data" / SETTINGS["dataset"])
         make_runs(folder, place)
         rows = [log_rows(folder / "out" / run / "log.jsonl") for run in ("one", "two")]
+    for key, title in (("loss", "losses"), ("grad_norm", "gradient norms")):
+        yield compared(rows, key, title)
+
+
+# How two processes divide a network, beside the windows.
+WAYS = {
+    "fsdp": dict(parallel="fsdp"),
+    "tensor": dict(tp=2),
+    "pipeline": dict(pp=2),
+    "context": dict(cp=2),
+}
+
+
+def check_parts(place, make_runs=None):
+    """The losses and gradient norms of a network that two processes divide, in each of WAYS,
+    against those of one process. make_runs(folder, place) makes out/one and out/WAY."""
+    if place.is_cuda and torch.cuda.device_count() < 2:
+        raise Skip("one GPU only")
+    make_runs = make_runs or one_and_parts
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_dataset(folder / "data" / SETTINGS["dataset"])
+        make_runs(folder, place)
+        one = log_rows(folder / "out" / "one" / "log.jsonl")
+        for way in WAYS:
+            rows = one, log_rows(folder / "out" / way / "log.jsonl")
+            yield compared(rows, "loss", f"{way}: losses")
+            yield compared(rows, "grad_norm", f"{way}: gradient norms")
+
+
+def compared(runs, key, title):
+    """The Finding of two runs' figures, step by step: the worst ratio, less 1."""
     # A step's update is rounded, and the next one begins there.
     allowed = allowed_error(torch.float32, SETTINGS["batch_tokens"], layers=8)
-    for key, title in (("loss", "losses"), ("grad_norm", "gradient norms")):
-        worst = Worst()
-        for one, two in zip(*rows):
-            worst.add(abs(two[key] / one[key] - 1), f"step {one['step']}, {one[key]:.5f}")
-        if len(rows[0]) != len(rows[1]) or not rows[0]:
-            worst.add(math.inf, f"{len(rows[0])} and {len(rows[1])} steps")
-        yield worst.finding(title, allowed)
+    worst = Worst()
+    for one, two in zip(*runs):
+        worst.add(abs(two[key] / one[key] - 1), f"step {one['step']}, {one[key]:.5f}")
+    if len(runs[0]) != len(runs[1]) or not runs[0]:
+        worst.add(math.inf, f"{len(runs[0])} and {len(runs[1])} steps")
+    return worst.finding(title, allowed)
+
+
+def one_and_parts(folder, place):
+    """The runs of check_parts, one behind the other."""
+    settings = WITHOUT_CHANCE | {"max_steps": 4, "micro_batch": 2}
+    run_together([start(folder, place, out_dir="out/one", **settings)])
+    for way, keys in WAYS.items():
+        ranks = two_ranks()
+        out = f"out/{way}"
+        run_together(
+            [start(folder, place, rank, out_dir=out, **settings, **keys) for rank in ranks]
+        )
+
+
+def run_together(processes):
+    """Wait for Popens; where one fails all end."""
+    try:
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def one_and_two(folder, place):
@@ -170,12 +223,7 @@ def one_and_two(folder, place):
     processes = [start(folder, place, out_dir="out/one", **WITHOUT_CHANCE)]
     for ranks in two_ranks():
         processes.append(start(folder, place, ranks, out_dir="out/two", **WITHOUT_CHANCE))
-    try:
-        for process in processes:
-            finish(process)
-    finally:
-        for process in processes:
-            process.kill()
+    run_together(processes)
 
 
 def two_ranks():

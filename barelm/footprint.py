@@ -32,7 +32,7 @@ class Step:
 
     config: object  # GPTConfig
     sizes: Sizes
-    shapes: tuple  # (name of a parameter, its shape) of the whole network
+    shapes: tuple  # Shapes, of the whole network
     seq_len: int
     rows: int = 1  # windows of a micro-batch
     n_micro: int = 1  # micro-batches of a step
@@ -66,9 +66,18 @@ class Step:
         return needs_fully_shard(self.sizes)
 
 
+class Shapes(tuple):
+    """((name, shape), ...): a tuple that is hashed once, as a search asks thousands of times."""
+
+    def __hash__(self):
+        if not hasattr(self, "hashed"):
+            self.hashed = super().__hash__()
+        return self.hashed
+
+
 def shapes_of(net):
-    """((name, shape), ...) of a network's parameters, a tied one once."""
-    return tuple((name, tuple(p.shape)) for name, p in net.named_parameters())
+    """The Shapes of a network's parameters, a tied one once."""
+    return Shapes((name, tuple(p.shape)) for name, p in net.named_parameters())
 
 
 def planned_shapes(config):
@@ -86,7 +95,7 @@ def planned_shapes(config):
         first.setdefault(block_number(name), []).append((rest, shape))
     for block in range(config.n_layer):
         shapes += [(f"model.layers.{block}.{rest}", shape) for rest, shape in first[block % n_made]]
-    return tuple(shapes)
+    return Shapes(shapes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,10 +141,16 @@ def stage_blocks(c, pp):
     block = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)
     block += MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden
     head = c.n_embd * c.vocab_size / block
+    return even_counts(c.n_layer, head if pp > 1 else 0.0, pp)
+
+
+@lru_cache(256)
+def even_counts(n_layer, head, pp):
+    """n_layer blocks on pp stages, of which the last has `head` blocks' work besides."""
     counts = [0] * pp
-    loads = [0.0] * (pp - 1) + [head if pp > 1 else 0.0]
-    for _ in range(c.n_layer):
-        lightest = min(range(pp), key=loads.__getitem__)
+    loads = [0.0] * (pp - 1) + [head]
+    for _ in range(n_layer):
+        lightest = loads.index(min(loads))
         counts[lightest] += 1
         loads[lightest] += 1
     return counts
@@ -244,9 +259,13 @@ def token_bytes(step):
     for pattern in c.encoder_patterns:
         sizes.append(block_numbers(c, tp, width) + attention_bytes(step, pattern))
         sizes[-1] += dense_bytes(c, tp, width)
-    for layer, pattern in enumerate(c.patterns):
-        size = block_numbers(c, tp, width) + mlp_bytes(c, layer, tp, width)
-        sizes.append(size + attention_bytes(step, pattern) + cross)
+    of_kind = {}  # blocks that look alike are counted once
+    for layer, (pattern, has_experts) in enumerate(zip(c.patterns, c.has_experts)):
+        kind = (pattern, has_experts)
+        if kind not in of_kind:
+            size = block_numbers(c, tp, width) + mlp_bytes(c, layer, tp, width)
+            of_kind[kind] = size + attention_bytes(step, pattern) + cross
+        sizes.append(of_kind[kind])
     ahead = block_numbers(c, tp, width) + attention_bytes(step, Pattern())
     ahead += dense_bytes(c, tp, width) + 4 * 6 * c.n_embd  # two states, joined
     return sizes + [ahead] * c.mtp

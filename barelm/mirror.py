@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from barelm.decode import Decoder
 from barelm.mesh import open_mesh
-from barelm.run import LOST_PROCESS, UserError, setup
-from barelm.tensor_parallel import split_heads
+from barelm.run import UserError, setup
+from barelm.watch import LOST_PROCESS
 
 SHORT = 4096  # bytes of a message that is sent in one piece
 FOR_EVER = timedelta(days=3650)  # a server may be asked nothing for long
@@ -78,6 +78,8 @@ def open_together(tp, device, open_model):
     run = setup(device)
     if tp == 1:
         return run, None, open_model(run, None)
+    from barelm.tensor_parallel import split_heads  # who is alone does without DTensors
+
     mesh = open_mesh(run, tp=tp)
     return run, Mirror(), open_model(run, partial(split_heads, mesh=mesh))
 

@@ -203,12 +203,16 @@ def shortened(net, device):
             part.layers = blocks
 
 
-def exchanging(network, is_last):
+def exchanging(network, sizes, is_last):
     """The context of a micro-batch's forward and backward; is_last: of the step. Copies exchange
     their gradients once a step. Parts do with every micro-batch, or each process would hold the
     whole of them in between."""
     if isinstance(network, DistributedDataParallel) and not is_last:
         return network.no_sync()
+    if needs_fully_shard(sizes) and sizes.shard == 1:
+        network.set_requires_gradient_sync(is_last)
+    elif needs_fully_shard(sizes) and sizes.replica > 1:
+        network.set_requires_all_reduce(is_last)
     return contextlib.nullcontext()
 
 

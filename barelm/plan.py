@@ -111,7 +111,8 @@ def step_seconds(step, hardware, software=None):
     software = software or Software()
     micro = compute_seconds(step, hardware, software)
     computing = sum(micro.values())
-    for kind, seconds in exchange_seconds(step, hardware, software).items():
+    once = exchange_seconds(step, hardware, software)
+    for kind, seconds in once.items():
         shown = seconds / step.n_micro
         if kind == "tensor":
             shown *= SHOWS if software.hides_tensor else 1
@@ -120,13 +121,12 @@ def step_seconds(step, hardware, software=None):
         else:
             continue
         micro[kind] = shown
-    sharded = sharded_seconds(step, hardware, software)
+    sharded = sharded_seconds(step, once, software)
     if sharded:
         micro["parts"] = max(sharded - computing, SHOWS * sharded)
     total = {what: step.n_micro * seconds for what, seconds in micro.items()}
     if step.sizes.pp > 1:
         total["bubble"] = (step.sizes.pp - 1) / software.chunks * sum(micro.values())
-    once = exchange_seconds(step, hardware, software)
     if "gradients" in once and not exchanges_each(step, software):
         backward = 2 / 3 * computing  # of the last micro-batch
         total["gradients"] = max(once["gradients"] - backward, SHOWS * once["gradients"])
@@ -152,9 +152,9 @@ def exchange_seconds(step, hardware, software):
     return seconds
 
 
-def sharded_seconds(step, hardware, software):
-    """Seconds of a micro-batch's exchange of weights and gradients in parts."""
-    seconds = exchange_seconds(step, hardware, software)
+def sharded_seconds(step, seconds, software):
+    """Seconds of a micro-batch's exchange of weights and gradients in parts; seconds: of each kind
+    of exchange."""
     kinds = ["weights", "gradient parts"]
     if exchanges_each(step, software):
         kinds.append("gradients")

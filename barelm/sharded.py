@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from barelm.files import unwritable
@@ -88,8 +88,8 @@ def optimizer_tensors(net, optimizers):
 
 
 def divided_as(p, value):
-    """An entry of a parameter's state as a DTensor where the parameter is one. With --offload the
-    entry is this process's part of it, in the host's memory, where it stays."""
+    """A value of a parameter's shape as a DTensor where the parameter is one, and the value this
+    process's part: with --offload an optimizer's state is. It stays in the host's memory."""
     is_part = is_divided(p) and not is_divided(value) and value.ndim > 0
     return DTensor(value, p._spec, requires_grad=False) if is_part else value
 
@@ -109,7 +109,7 @@ class ShardWriter:
         self.run = run
         self.pending = None  # the write that is under way: a Future
         self.thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
-        self.stager = make_stager(run.device) if in_background else None
+        self.stager = HostCopies(run.device) if in_background else None
         # A group of its own, since its messages cross those of the training.
         self.group = None
         if run.world > 1:
@@ -164,18 +164,30 @@ def finish_write(saved, complete, is_main):
         complete()
 
 
-def make_stager(device):
-    """What copies tensors to memory that the training leaves alone. It keeps that memory, pinned
-    for a GPU, which then copies at its link's full speed."""
-    on_gpu = device.type == "cuda"
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=on_gpu,
-            use_shared_memory=False,  # nothing leaves this process
-            use_async_staging=False,  # the next update would have to wait for it
-            use_non_blocking_copy=on_gpu,
-        )
-    )
+class HostCopies(BlockingAsyncStager):
+    """Copies tensors to memory that the training leaves alone, and keeps it for the next save:
+    pinned for a GPU, which then copies at its link's full speed."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+        self.homes = {}  # {key: the copy of what this process has of the tensor}
+
+    def stage(self, tensors):
+        """{key: tensor}, copied, before the training goes on."""
+        on_gpu = self.device.type == "cuda"
+        staged = {}
+        for key, tensor in tensors.items():
+            part = local_part(tensor)
+            home = self.homes.get(key)
+            if home is None or home.shape != part.shape:
+                home = torch.empty(part.shape, dtype=part.dtype, pin_memory=on_gpu)
+                self.homes[key] = home
+            home.copy_(part, non_blocking=on_gpu)
+            staged[key] = divided_as(tensor, home)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        return staged
 
 
 def as_user_error(error):

@@ -174,7 +174,7 @@ def facts_of(run, dataset, data, base, dtype):
         "dataset": dataset if dataset == "arithmetic" else fingerprint(files),
         "model": fingerprint(model_files),
         "processes": run.world,
-        "mesh": asdict(run.mesh.sizes),
+        "mesh": run.mesh.sizes.words(),
         "computed_in": str(dtype).removeprefix("torch."),
         "torch": str(torch.__version__),
     }

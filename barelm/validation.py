@@ -17,6 +17,7 @@ from barelm.filling import (
     spans_line,
 )
 from barelm.objectives import VALIDATION_SEED
+from barelm.parallel import divide_again
 from barelm.shards import batch_to_device
 from model import call_block, generate
 
@@ -60,6 +61,7 @@ def evaluate(net, windows, data, run, cast, device_batch_size, eval_tokens=0):
             else:
                 totals += score_targets(net, batch, docs).sum(0)
     net.train()
+    divide_again(mesh.pipeline.submodule if mesh.pipeline else net)
     loss_sum, n_targets, n_bytes_or_right = run.sum(*(totals * mesh.counts))
     loss = loss_sum / max(n_targets, 1)
     if asked.name == "causal":

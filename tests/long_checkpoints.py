@@ -47,6 +47,23 @@ KINDS = {
     "4 HSDP": (4, ("--parallel=hsdp", "--replicas=2")),
 }
 
+# Those that are resumed on each other's meshes.
+RESUMED = {
+    "1 process": (1, ()),
+    "2 DDP": (2, ()),
+    "2 DDP, ZeRO-1": (2, ("--zero=1",)),
+    "2 FSDP": (2, ("--parallel=fsdp",)),
+    "2 FSDP, --offload": (2, ("--parallel=fsdp", "--offload")),
+    "2 TP": (2, ("--tp=2",)),
+    "2 PP": (2, ("--pp=2",)),
+    "2 FSDP x CP": (2, ("--parallel=fsdp", "--cp=2")),
+    "4 FSDP x TP": (4, ("--parallel=fsdp", "--tp=2")),
+    "4 DDP x PP": (4, ("--pp=2",)),
+    "4 TP x PP": (4, ("--tp=2", "--pp=2")),
+    "4 HSDP": (4, ("--parallel=hsdp", "--replicas=2")),
+    "4 DDP, ZeRO-1": (4, ("--zero=1",)),
+}
+
 
 def start(n, *args):
     """train.py on n processes, as torchrun would start them, but forks: they spare the imports."""
@@ -103,25 +120,43 @@ def losses_of(out):
 
 
 def resumes():
-    """Six steps of each kind, and three and three: on the same mesh, and on one process."""
-    print("| kind | the same mesh | on one process, losses differ by |")
+    """Six steps of each kind, and three and three: on the same mesh, and on others."""
+    print("| kind | the same mesh | losses on other meshes differ by |")
     print("| --- | --- | --- |")
     common = ["--max_steps=6", "--save_every=3", "--eval_every=3", "--optimizer=muon"]
-    for number, (name, (n, options)) in enumerate(KINDS.items()):
+    for number, (name, (n, options)) in enumerate(RESUMED.items()):
         out = f"out/resumes{number}"
         train(n, *common, *options, "--keep=2", f"--out_dir={out}")
-        for other in (f"{out}same", f"{out}one"):
-            shutil.copytree(out, other)
-            shutil.rmtree(f"{other}/{SHARDS}/step_00000006")
-        again = "--init_from=resume"
-        train(n, *common, *options, "--keep=2", again, f"--out_dir={out}same")
-        train(1, *common, again, f"--out_dir={out}one")
-        is_same = weights_of(out) == weights_of(f"{out}same")
-        pairs = zip(losses_of(out), losses_of(f"{out}one"), strict=True)
-        difference = max(abs(a - b) for a, b in pairs)
+
+        def resumed(place, n, options, out=out):
+            shutil.copytree(out, place)
+            shutil.rmtree(f"{place}/{SHARDS}/step_00000006")
+            train(n, *common, *options, "--keep=2", "--init_from=resume", f"--out_dir={place}")
+            pairs = zip(losses_of(out), losses_of(place), strict=True)
+            return max(abs(a - b) for a, b in pairs)
+
+        difference = resumed(f"{out}same", n, options)
+        is_same = weights_of(out) == weights_of(f"{out}same") and difference == 0
         words = "bit for bit" if is_same else "OTHER BITS"
-        print(f"| {name} | {words} | {difference:.1e} |", flush=True)
-        assert is_same and difference < 2e-3
+        differences = {}
+        for other in others_of(name):
+            place = f"{out}to{len(differences)}"
+            differences[other] = resumed(place, *RESUMED[other])
+        cells = ", ".join(f"{other}: {figure:.1e}" for other, figure in differences.items())
+        print(f"| {name} | {words} | {cells} |", flush=True)
+        assert is_same and max(differences.values()) < 2e-3
+
+
+def others_of(name):
+    """One process, and the kinds of two and of four that come behind this one, in a circle: so
+    each kind is gone on with from two others."""
+    names = list(RESUMED)
+    behind = names[names.index(name) + 1 :] + names[: names.index(name)]
+    others = []
+    for n in (1, 2, 4):
+        of_size = [other for other in behind if RESUMED[other][0] == n]
+        others += of_size[:1]
+    return others
 
 
 def what_is_there(out):

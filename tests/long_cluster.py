@@ -301,10 +301,10 @@ def gone_for_good(folder):
 SHOWS = [two_hosts, four_hosts, unshared, killed, cut_short, cut_long, gone_for_good]
 
 
-def main():
+def show(names=()):
+    """Hosts of network namespaces: they meet; a kill, a link cut and back, a folder not shared."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         sys.exit("network namespaces need Linux, root and iproute2")
-    wanted = sys.argv[1:] or [show.__name__ for show in SHOWS]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rng = random.Random(0)
@@ -314,11 +314,11 @@ def main():
         prepare = [sys.executable, str(ROOT / "prepare.py"), "--source=words.txt"]
         prepare += ["--dataset=words", "--tokenizer=byte"]
         subprocess.run(prepare, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        for show in SHOWS:
-            if show.__name__ in wanted:
-                show(folder)
+        for one in SHOWS:
+            if not names or one.__name__ in names:
+                one(folder)
                 sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    show(sys.argv[1:])

@@ -175,12 +175,13 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 SHOWS = {"machines": machines, "stream": stream}
 
 
-def main():
-    for name in sys.argv[1:] or SHOWS:
+def show(names=()):
+    """prepare.py on four machines, one killed again and again; a stream from a server that goes."""
+    for name in names or SHOWS:
         print(f"--- {name}: {' '.join(SHOWS[name].__doc__.split())}", flush=True)
         with tempfile.TemporaryDirectory() as place:
             SHOWS[name](Path(place))
 
 
 if __name__ == "__main__":
-    main()
+    show(sys.argv[1:])

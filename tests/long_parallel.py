@@ -2,6 +2,11 @@
 
     python tests/long_parallel.py            # all of them
     python tests/long_parallel.py meshes     # the losses of every mesh beside those of one process
+    python tests/long_parallel.py resumes    # each mesh on itself and on others
+    python tests/long_parallel.py saves      # the step that saves, to one that does not
+    python tests/long_parallel.py kills      # 30 kills at random moments, what was there after each
+    python tests/long_parallel.py data       # prepare.py on four machines, a stream that breaks off
+    sudo python tests/long_parallel.py cluster   # hosts that meet, a kill, a link cut and back
 
 It needs no network and no GPU, and works in a new folder of the system's temporary ones.
 """
@@ -14,6 +19,8 @@ import tempfile
 from pathlib import Path
 
 import long_checkpoints
+import long_cluster
+import long_data
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = ["--n_layer=4", "--n_embd=64", "--n_head=4", "--n_kv_head=2", "--seq_len=64"]
@@ -71,7 +78,6 @@ def largest_difference(out, reference, key):
 
 def meshes():
     """The losses of 20 steps, gradient norms and validations of every mesh beside one process's."""
-    prepare()
     print("| processes | AdamW: loss | norm | validation | Muon: loss |")
     print("| --- | --- | --- | --- | --- |")
     worst = {"adamw": 0.0, "muon": 0.0}
@@ -91,6 +97,7 @@ def meshes():
 
 
 SHOWS = {"meshes": meshes} | long_checkpoints.SHOWS
+SHOWS |= {"data": long_data.show, "cluster": long_cluster.show}
 
 
 def main():
@@ -101,6 +108,7 @@ def main():
     folder = tempfile.mkdtemp(prefix="long_parallel_")
     print(f"in {folder}", flush=True)
     os.chdir(folder)
+    prepare()
     for name in names:
         print(f"\n## {name}: {SHOWS[name].__doc__.splitlines()[0]}\n", flush=True)
         SHOWS[name]()

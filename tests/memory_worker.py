@@ -51,7 +51,7 @@ def measure(name, run, optimizer, recompute=False, rows=4):
 
     def step():
         for micro in range(2):
-            with exchanging(network, micro == 1):
+            with exchanging(network, run.mesh.sizes, micro == 1):
                 loss, n = network(ids, ids)
                 (loss / n).backward()
         for o in optimizers:

@@ -15,7 +15,6 @@ from barelm.mesh import open_mesh
 from barelm.muon import Muon
 from barelm.optim import (
     StatePlan,
-    gather_state,
     held_bytes,
     held_state,
     make_optimizer,
@@ -143,7 +142,7 @@ def train(run, name, plan, dtype=torch.float32, float8=False, steps=STEPS):
         ids = ids[mesh.data_rank * n : (mesh.data_rank + 1) * n]
         total = torch.zeros(())
         for i, rows in enumerate(ids.chunk(2)):  # two micro-batches
-            with exchanging(network, is_last=i == 1):
+            with exchanging(network, run.mesh.sizes, is_last=i == 1):
                 loss, _ = network(rows[:, :-1], rows[:, 1:])
                 updater.backward(loss * (mesh.data_world / 128))
             total += loss.detach()
@@ -193,7 +192,8 @@ def check_resume_of_zero(run):
     run.mesh = open_mesh(run)
     for name in ("adamw", "muon"):
         _, net, optimizers = train(run, name, StatePlan.of(run.mesh, zero=1), steps=3)
-        gather_state(optimizers)
+        for optimizer in optimizers:
+            optimizer.consolidate_state_dict(to=0)
         saved = [[o.state_dict()["state"] if run.is_main else None for o in optimizers]]
         dist.broadcast_object_list(saved)
         plain = make_optimizer(net, name, 1e-2, plan=StatePlan.of(run.mesh))

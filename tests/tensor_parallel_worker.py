@@ -52,7 +52,7 @@ def train(run, kind, n_steps, has_docs=False, fast=True, recompute=False, **size
         targets = (ids * 3 + 1) % vocabulary
         targets[0, :5] = -100
         n_targets = ROWS * LENGTH - 5
-        with exchanging(network, is_last=True):
+        with exchanging(network, run.mesh.sizes, is_last=True):
             loss, _ = network(ids, targets, docs=docs)
             updater.backward(loss * (n_exchanging / n_targets))
         norm = float(updater.clip_gradients())
@@ -163,8 +163,8 @@ if sys.argv[1] == "train":
     compare(run, "windows, grouped", 20, dict(tp=2), has_docs=True)
     compare(run, "windows, grouped", 20, dict(cp=2), has_docs=True, recompute=True)
     for kind in KINDS:
-        compare(run, kind, 3, dict(tp=2), fast=kind != "gpt2", recompute=kind == "gpt2")
-        compare(run, kind, 3, dict(cp=2))
+        compare(run, kind, 2, dict(tp=2), fast=kind != "gpt2", recompute=kind == "gpt2")
+        compare(run, kind, 2, dict(cp=2))
     compare_others(run)
 else:
     serve(run)

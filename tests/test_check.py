@@ -288,6 +288,19 @@ def test_two_processes_agree_with_one_and_else_fail():
     assert found == {"losses": "PASS", "gradient norms": "FAIL"}
 
 
+def test_a_way_to_divide_a_network_that_has_other_losses_fails():
+    def runs(folder, place):
+        for way in ("one", *check_runs.WAYS):
+            (folder / "out" / way).mkdir(parents=True)
+            loss = 5.001 if way == "tensor" else 5.0
+            row = {"step": 1, "loss": loss, "grad_norm": 2.0}
+            (folder / "out" / way / "log.jsonl").write_text(json.dumps(row) + "\n")
+
+    found = verdicts(check_runs.check_parts(CPU, runs))
+    assert [title for title, verdict in found.items() if verdict == "FAIL"] == ["tensor: losses"]
+    assert len(found) == 2 * len(check_runs.WAYS)
+
+
 def test_what_a_run_says_last_is_told():
     code = "import sys; print('first'); print('last', file=sys.stderr); sys.exit(3)"
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

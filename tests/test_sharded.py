@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FORK
+from conftest import FORK, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -281,3 +281,25 @@ def test_a_step_that_is_damaged_is_passed_over_and_a_foreign_one_runs_nothing(tm
     with pytest.raises(UserError, match="damaged, or no file of ours"):
         load(step_folder(tmp_path, 3))
     assert not (tmp_path / "ran").exists()
+
+
+def test_train_goes_on_from_parts_with_the_same_bits_and_by_one_process_again(tiny):
+    args = ["config/tiny.py", "--save_every=2", "--eval_every=4", "--eval_tokens=512"]
+    args += ["--max_steps=4", "--batch_tokens=256", "--sample_tokens=0", "--dtype=float32"]
+    parts = ["--parallel=fsdp", "--keep=2", "--async_save"]
+    out = tiny / "out/parts"
+    run(tiny, "train.py", *args, *parts, f"--out_dir={out}", processes=2)
+    assert [step for step, _ in whole_steps(out)] == [2, 4]
+    for other in ("again", "alone"):
+        shutil.copytree(out, tiny / "out" / other)
+        shutil.rmtree(step_folder(tiny / "out" / other, 4))
+    again, alone = tiny / "out/again", tiny / "out/alone"
+    resume = "--init_from=auto"
+    run(tiny, "train.py", *args, *parts, resume, f"--out_dir={again}", processes=2)
+    for name in ("model.safetensors", "best/model.safetensors"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    run(tiny, "train.py", *args, resume, f"--out_dir={alone}")
+    assert (alone / "state.pt").exists() and not (alone / "shards").exists()
+    ours, theirs = load(out)[0].state_dict(), load(alone)[0].state_dict()
+    for name, t in ours.items():
+        torch.testing.assert_close(theirs[name], t, rtol=1e-2, atol=1e-3)

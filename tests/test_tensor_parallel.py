@@ -23,7 +23,7 @@ def test_two_processes_serve_what_one_serves(tiny):
 
 
 def test_sample_by_two_processes(tiny):
-    options = ("--model=out/tiny", "--max_new_tokens=12", "--seed=5")
+    options = ("--model=out/tiny", "--max_new_tokens=4", "--seed=5")
     alone = run(tiny, "sample.py", *options)
     together = run(tiny, "sample.py", *options, "--tp=2", processes=2)
     assert together.stdout == alone.stdout

@@ -86,7 +86,7 @@ def test_samples_of_parts_are_those_of_copies(tiny):
 def test_a_reward_that_fails_on_one_process_loses_nothing(tiny, parallel):
     (tiny / "fails.py").write_text(
         "import os\ncalls = []\n\n\ndef score(messages, text, answer):\n    calls.append(1)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) > 8:\n        raise ValueError('late')\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 11:\n        raise ValueError('late')\n"
         "    return len(text) % 7\n"
     )
     out = f"out/stage_fails_{parallel}"

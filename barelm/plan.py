@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from barelm.costs import MEMORY_GBS
-from barelm.footprint import Step, footprint, stage_blocks, total_bytes
+from barelm.footprint import Step, footprint, total_bytes
 from barelm.mesh import Sizes
 from barelm.optim import (
     MLP_MATRICES,
@@ -163,10 +163,8 @@ def sharded_seconds(step, seconds, software):
 
 def compute_seconds(step, hardware, software):
     """{products, attention, memory: seconds} of a micro-batch on the slowest stage."""
-    c = step.config
-    sizes = step.sizes
-    counts = stage_blocks(c, sizes.pp)
-    stages = [(n, i == sizes.pp - 1) for i, n in enumerate(counts)]
+    last = step.sizes.pp - 1
+    stages = [(n, i == last) for i, n in enumerate(step.blocks)]
     times = [stage_seconds(step, hardware, software, n, has_head) for n, has_head in stages]
     return max(times, key=lambda parts: sum(parts.values()))
 

@@ -299,7 +299,7 @@ def refusal(hardware, world, windows, nearest):
 
 def grids(config, world, local_world, seq_len, wanted):
     """[(Sizes, zero)] to try, the simplest first."""
-    found = []
+    choices = []
     for tp in factors(world, wanted["tp"]):
         if local_world % tp or not can_share(config, tp):
             continue
@@ -314,8 +314,8 @@ def grids(config, world, local_world, seq_len, wanted):
                 for cp in factors(rest, wanted["cp"]):
                     if wanted["cp"] is None and cp > 1 and seq_len < 8192 * cp:
                         continue  # short windows are better kept whole
-                    found.append((Sizes(pp, replica, shard, tp, cp), zero))
-    return found
+                    choices.append((Sizes(pp, replica, shard, tp, cp), zero))
+    return choices
 
 
 def can_share(c, tp):
@@ -406,10 +406,10 @@ def failure_lines(step, share, seconds):
     """What failures cost, and how often to save. share: a Goodput; seconds: of a step."""
     every = save_every(share, seconds)
     minutes = share.interval / 60
-    kept = 100 * share.goodput
+    percent = 100 * share.goodput
     return [
         f"failures: one in {share.mtbf / 3600:.3g} hours; saves, of {share.save:.3g} s, are best "
-        f"{every:,} steps apart ({minutes:.3g} min); goodput {kept:.1f} %"
+        f"{every:,} steps apart ({minutes:.3g} min); goodput {percent:.1f} %"
     ]
 
 

@@ -37,7 +37,7 @@ def transfers(step):
     """{kind: Transfer} of the process that sends the most: tensor, context, pipeline, weights,
     gradients, optimizer; what is not used is left out."""
     sizes = step.sizes
-    found = {
+    of_kinds = {
         "tensor": Transfer(tensor_bytes(step), sizes.tp, 1),
         "context": Transfer(context_bytes(step), sizes.cp, sizes.tp),
         "weights": Transfer(weight_bytes(step), sizes.shard, sizes.tp),
@@ -48,7 +48,7 @@ def transfers(step):
             pipeline_bytes(step), sizes.pp, sizes.tp * sizes.shard * sizes.replica
         ),
     }
-    return {kind: transfer for kind, transfer in found.items() if transfer.sent}
+    return {kind: transfer for kind, transfer in of_kinds.items() if transfer.sent}
 
 
 def tensor_bytes(step):

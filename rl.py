@@ -163,6 +163,7 @@ from barelm.tuning import (
     count_steps,
     divide,
     facts_of,
+    failing_together,
     finish_adapter,
     load_state,
     log_row,
@@ -672,7 +673,8 @@ def main():
         prompts = share_of(batch_of(train, state.step, batch_size, seed), run)
         sample_seed = (seed * 1_000_003 + state.step) * run.world + run.rank
         with saved_on_failure(learner, updater, state, folder):
-            samples = roll_out(net, tok, prompts, judge, sample_seed, cast, n_samples)
+            with failing_together(run):
+                samples = roll_out(net, tok, prompts, judge, sample_seed, cast, n_samples)
             add_log_probs(run, net, reference, samples, tok.n_vocab, cast)
             task.add_advantages(run, samples)
             figures, norm = learn(learner, task, samples, updater, cast, state.step)

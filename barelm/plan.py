@@ -252,6 +252,9 @@ def mfu_of(step, hardware, seconds):
 # The best mesh
 
 
+ENOUGH_TOKENS = 65536  # of a micro-batch: more at once are no faster
+
+
 def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wanted, **options):
     """The Step of `windows` windows that takes the least time of those that fit the memory; wanted:
     {parallel, tp, pp, cp: what is asked for, or None}. options: of Step."""
@@ -282,9 +285,19 @@ def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wa
                 seconds = sum(step_seconds(step, hardware).values())
                 if best is None or seconds < 0.97 * best[0]:  # the first are the simplest
                     best = (seconds, step)
+                elif seconds <= best[0] and fills_more(step, best[1]):
+                    best = (seconds, step)
     if best is None:
         raise UserError(refusal(hardware, world, windows, nearest))
     return best[1]
+
+
+def fills_more(step, other):
+    """Whether a step is another one in larger micro-batches, up to ENOUGH_TOKENS: a kernel's launch
+    takes time too, which `step_seconds` does not count."""
+    same_mesh = (step.sizes, step.zero) == (other.sizes, other.zero)
+    alike = same_mesh and step.recompute == other.recompute
+    return alike and other.tokens < step.tokens <= ENOUGH_TOKENS
 
 
 def refusal(hardware, world, windows, nearest):

@@ -362,7 +362,24 @@ def saved_on_failure(learner, updater, state, folder):
         if has_learned and not learner.run.is_divided:
             save_run(learner, updater, state, folder)
             learner.run.say(f"saved at step {state.step}; --init_from=resume goes on")
+            learner.run.wait()  # all have failed: see failing_together
         raise
+
+
+@contextlib.contextmanager
+def failing_together(run):
+    """A UserError of one process, whose samples alone are at fault, is one of all processes at the
+    end of this context: they can still save what they hold together."""
+    error = None
+    try:
+        yield
+    except UserError as own_error:
+        error = own_error
+    [n_failed] = run.sum(error is not None)
+    if error is not None:
+        raise error
+    if n_failed:
+        raise UserError(f"{n_failed:.0f} of the other processes failed: their last lines say why")
 
 
 def step_row(state, figures, lr, norm, step_begin):

@@ -250,9 +250,9 @@ class Watch:
 
     def end_soon(self):
         time.sleep(GRACE)
-        if self.has_ended:
-            return
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one voice a machine
+        if self.has_ended:  # it has said so; what it may still wait for, such as the others' parts
+            time.sleep(GRACE)  # of a checkpoint that is written beside the training, never comes
+        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one voice a machine
             print(gone(self.run.rank, self.lost), file=sys.stderr, flush=True)
         os._exit(1)
 

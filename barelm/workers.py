@@ -90,8 +90,9 @@ def receive(pipe):
 
 
 def work(pipe):
-    """Answer calls until the process that asks has ended. Ctrl-C ends this one without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Answer calls until the process that asks has ended. Ctrl-C is that one's, which then ends
+    this one: were this one to go first, it would be taken for killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_the_parent()
     with suppress(EOFError, OSError):

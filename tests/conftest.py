@@ -57,6 +57,16 @@ def holes():
     return check_sandbox()
 
 
+def alone():
+    """The Run of one process on a CPU, in a grid of one."""
+    from barelm.mesh import Mesh, Sizes
+    from barelm.run import Run
+
+    process = Run(torch.device("cpu"))
+    process.mesh = Mesh(process, Sizes())
+    return process
+
+
 def run(cwd, script, *args, check=True, stdin="", env=None, processes=1, **popen):
     """`python script.py args` in the folder cwd (for several processes, what torchrun starts)."""
     args = [str(ROOT / a) if str(a).startswith("config/") else str(a) for a in args]

@@ -29,8 +29,8 @@ from barelm.run import UserError
 from barelm.steps import SHARDS
 
 FORKS = multiprocessing.get_context("fork")
-SMALL = ["--dataset=tiny", "--n_layer=4", "--n_embd=64", "--n_head=4", "--n_kv_head=2"]
-SMALL += ["--seq_len=64", "--batch_tokens=1024", "--micro_batch=4", "--warmup_steps=4"]
+SMALL = ["--dataset=tiny", "--n_layer=2", "--n_embd=64", "--n_head=4", "--n_kv_head=2"]
+SMALL += ["--seq_len=64", "--batch_tokens=512", "--micro_batch=2", "--warmup_steps=4"]
 SMALL += ["--sample_tokens=0", "--eval_tokens=512", "--dtype=float32", "--device=cpu"]
 
 # What is asked for, and of how many processes.
@@ -120,17 +120,17 @@ def losses_of(out):
 
 
 def resumes():
-    """Six steps of each kind, and three and three: on the same mesh, and on others."""
+    """Four steps of each kind, and two and two: on the same mesh, and on others."""
     print("| kind | the same mesh | losses on other meshes differ by |")
     print("| --- | --- | --- |")
-    common = ["--max_steps=6", "--save_every=3", "--eval_every=3", "--optimizer=muon"]
+    common = ["--max_steps=4", "--save_every=2", "--eval_every=4", "--optimizer=muon"]
     for number, (name, (n, options)) in enumerate(RESUMED.items()):
         out = f"out/resumes{number}"
         train(n, *common, *options, "--keep=2", f"--out_dir={out}")
 
         def resumed(place, n, options, out=out):
             shutil.copytree(out, place)
-            shutil.rmtree(f"{place}/{SHARDS}/step_00000006")
+            shutil.rmtree(f"{place}/{SHARDS}/step_00000004")
             train(n, *common, *options, "--keep=2", "--init_from=resume", f"--out_dir={place}")
             pairs = zip(losses_of(out), losses_of(place), strict=True)
             return max(abs(a - b) for a, b in pairs)
@@ -179,7 +179,7 @@ def what_is_there(out):
     return f"{found}; cut: {', '.join(dict.fromkeys(cut)) or 'nothing'}"
 
 
-def kills(n_kills=30, steps=18):
+def kills(n_kills=30, steps=12):
     """30 kills at random moments over all kinds, what was there after each, and the end."""
     chance = random.Random(0)
     common = [f"--max_steps={steps}", "--save_every=1", "--eval_every=2", "--optimizer=muon"]

@@ -105,7 +105,7 @@ def check_muon(run):
         held = torch.tensor([float(held)])
         dist.all_reduce(held)
         share = held.item() / dist.get_world_size() / whole_bytes
-        say(f"muon {kind}{' offload' if offload else ''}", worst=worst, share=share)
+        say(f"layers {kind}{' offload' if offload else ''}", worst=worst, share=share)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def train(run, name, plan, dtype=torch.float32, float8=False, steps=STEPS):
             kept = {local_part(p.grad).dtype for p in net.parameters()}
             assert kept == {torch.bfloat16 if keeps_narrow(mesh.sizes) else torch.float32}
         norm = updater.clip_gradients()
-        [loss] = run.sum(total)
+        [loss] = run.sum(total * mesh.counts)
         updater.step(step, loss / 128, float(norm))
         losses.append(loss / 128)
     return losses, net, optimizers

@@ -81,7 +81,7 @@ def compare_others(run):
     t5 = dict(n_encoder_layer=1, pos="relative", n_kv_head=2)
     for shape in (bert, t5):
         nets = []
-        for sizes in ({}, dict(tp=2)):
+        for sizes in ({}, dict(tp=2), dict(parallel="fsdp")):
             here = run if sizes else Run(run.device)
             torch.manual_seed(0)
             net = GPT(GPTConfig(**BASE | shape))
@@ -92,16 +92,22 @@ def compare_others(run):
             loss.backward()
             sum_partial_gradients(net.parameters())
             nets.append((loss.detach(), net))
-        (loss_alone, alone), (loss, net) = nets
-        torch.testing.assert_close(loss, loss_alone)
-        for (name, p), p_alone in zip(net.named_parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(
-                whole_tensor(p.grad),
-                p_alone.grad,
-                atol=1e-5,
-                rtol=1e-4,
-                msg=lambda m: f"{name}: {m}",
-            )
+        loss_alone, alone = nets[0]
+        for loss, net in nets[1:]:
+            torch.testing.assert_close(loss, loss_alone)
+            same_gradients(net, alone)
+
+
+def same_gradients(net, alone):
+    """Check that a divided network has the gradients of one that is whole."""
+    for (name, p), p_alone in zip(net.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(
+            whole_tensor(p.grad),
+            p_alone.grad,
+            atol=1e-5,
+            rtol=1e-4,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def generate_all(engine, tok):

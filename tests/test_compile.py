@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import alone, run
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import flex_attention
 
@@ -15,20 +15,12 @@ import train
 from barelm import compiled as compare
 from barelm.experts import RoutingLog
 from barelm.fast import head_piece
-from barelm.mesh import Mesh, Sizes
 from barelm.optim import make_optimizer
 from barelm.run import Run, Updater, UserError, autocast, check_gradient, check_moved, weight_sums
 from barelm.shards import MicroBatches, Windows
 from barelm.validation import evaluate
 
 CPU = torch.device("cpu")
-
-
-def alone():
-    """The Run of one process, in a grid of one."""
-    run = Run(CPU)
-    run.mesh = Mesh(run, Sizes())
-    return run
 
 
 SHAPE = dict(vocab_size=128, n_ctx=160, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)

@@ -13,6 +13,7 @@ from conftest import run
 from barelm.adapters import AdaptConfig, add_lora
 from barelm.fitting import bytes_of
 from barelm.optim import memory_estimate
+from barelm.resume import load_state
 from barelm.safetensors import read_safetensors
 from model import GPT, GPTConfig
 
@@ -71,6 +72,21 @@ def test_samples_of_parts_are_those_of_copies(tiny):
         run(tiny, "rl.py", *options, out, f"--parallel={kind}", processes=2)
     same_run(tiny, "out/stage_rl_ddp", "out/stage_rl_fsdp")
     assert len({row["reward"] for row in rows_of(tiny, "out/stage_rl_ddp") if "reward" in row}) > 1
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_reward_that_fails_on_one_process_loses_nothing(tiny, parallel):
+    (tiny / "fails.py").write_text(
+        "import os\ncalls = []\n\n\ndef score(messages, text, answer):\n    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 8:\n        raise ValueError('late')\n"
+        "    return len(text) % 7\n"
+    )
+    out = f"out/stage_fails_{parallel}"
+    options = [*QUICK, "--max_new_tokens=4", "--group_size=3", "--eval_examples=1"]
+    options += ["--reward=fails.py:score", "--seq_len=0", f"--out_dir={out}"]
+    done = run(tiny, "rl.py", *options, f"--parallel={parallel}", processes=2, check=False)
+    assert done.returncode == 1 and "late" in done.stderr and "saved at step 1" in done.stdout
+    assert load_state(tiny / out)["step"] == 1
 
 
 def test_a_run_in_parts_goes_on_bit_for_bit_and_on_one_process(tiny):

@@ -558,9 +558,9 @@ def test_neighbours_and_likeness(tuned):
 
 
 def test_a_batch_is_one_on_several_processes(tuned):
-    args = [*QUICK, "--method=embed", "--out_dir=out/two", "--pooling=mean", "--batch_size=8"]
+    args = [*QUICK, "--method=embed", "--out_dir=out/embed_two", "--pooling=mean", "--batch_size=8"]
     run(tuned, "finetune.py", *args, processes=2)
-    for a, b in zip(log(tuned, "out/embed"), log(tuned, "out/two"), strict=True):
+    for a, b in zip(log(tuned, "out/embed"), log(tuned, "out/embed_two"), strict=True):
         for key in ("loss", "val_loss", "val_mrr"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, alone, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
@@ -23,7 +23,7 @@ from barelm.objectives import (
     with_sentinels,
 )
 from barelm.optim import make_optimizer
-from barelm.run import Run, Updater, UserError, autocast
+from barelm.run import Updater, UserError, autocast
 from barelm.shards import MicroBatches
 from barelm.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -225,7 +225,7 @@ def test_no_micro_batch_waits_for_the_device(tok, windows, name, monkeypatch):
     with FakeTensorMode():  # its tensors have no values: who asks for one raises
         net = recipe_network({"mlm": "bert", "span": "t5"}[name], tok)
         net.pad_id = tok.pad_id
-        updater = Updater(Run(cpu), net.parameters(), make_optimizer(net, "adamw"))
+        updater = Updater(alone(), net.parameters(), make_optimizer(net, "adamw"))
         batches = MicroBatches(Sequence(windows), cpu, 2, objective=data.objective)
         cast = autocast(cpu, torch.float32)
         routing = RoutingLog(net, 1)

@@ -69,7 +69,7 @@ def test_whitened_advantages_of_large_rewards_that_are_alike(tok):
     alike, various = [12345.5] * 7, [12345.5, 12345.0, 12345.25, 12346.0, 12345.5, 12345.5, 12344.0]
     for rewards in (alike, various):
         group = [{"ids": [1], "targets": [2], "reward": reward} for reward in rewards]
-        rl.add_log_probs(net, None, group, tok.n_vocab, FLOAT32)
+        rl.add_log_probs(ALONE, net, None, group, tok.n_vocab, FLOAT32)
         rl.add_gae(ALONE, group)
         got = [float(e["advantage"]) for e in group]
         mean = sum(rewards) / 7
@@ -142,7 +142,7 @@ def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
     group = [sample_of(tok, "def", " return x", reward=1.0)]
     group += [sample_of(tok, "a long question", " y", reward=-0.5)]
     reference = net_for(tok).eval()
-    rl.add_log_probs(net, reference, group, tok.n_vocab, FLOAT32)
+    rl.add_log_probs(ALONE, net, reference, group, tok.n_vocab, FLOAT32)
     rl.add_gae(ALONE, group)
     raw = []
     for e in group:
@@ -402,7 +402,7 @@ def test_what_is_learned_from_is_what_was_sampled(tok, method, temperature, monk
         assert e["targets"] == [-100] * (len(asked) - 1) + g.ids
     if method == "grpo":
         assert {g.finish_reason for g in made} == {"stop", "length"}
-        rl.add_log_probs(net, None, samples, tok.n_vocab, FLOAT32)
+        rl.add_log_probs(ALONE, net, None, samples, tok.n_vocab, FLOAT32)
     net.eval()
     for e, g in zip(samples, made):
         with torch.no_grad():

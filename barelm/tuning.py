@@ -353,13 +353,11 @@ def read_figures(sums):
 
 @contextlib.contextmanager
 def saved_on_failure(learner, updater, state, folder):
-    """Save the run where a reward or an update ends it: nothing was learned in this step. Not of a
-    network in parts: all processes would have to save, and a reward may fail on one alone."""
+    """Save the run where a reward or an update ends it: nothing was learned in this step."""
     try:
         yield
     except UserError:
-        has_learned = state.step > 0  # else there is nothing that the base has not
-        if has_learned and not learner.run.is_divided:
+        if state.step:  # else there is nothing that the base has not
             save_run(learner, updater, state, folder)
             learner.run.say(f"saved at step {state.step}; --init_from=resume goes on")
             learner.run.wait()  # all have failed: see failing_together

@@ -9,8 +9,10 @@ A parameter that is divided is a DTensor: see barelm/parts.py.
 """
 
 import contextlib
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,6 +107,8 @@ def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
     of_rest = MixedPrecisionPolicy(None, reduce_dtype, cast_forward_inputs=False)
     grid = mesh.shard_mesh
     for block in blocks:
+        if narrow is not None:
+            widen_norms(block)
         fully_shard(block, mesh=grid, mp_policy=of_block)
     fully_shard(net, mesh=grid, mp_policy=of_rest)
     # Who reads states and not logits begins here, and comes to the head with what is whole by then.
@@ -114,6 +118,20 @@ def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
             plain = getattr(net, name)
             register_fsdp_forward_method(net, name)
             setattr(net, name, outermost(plain, getattr(net, name), begun))
+
+
+def widen_norms(block):
+    """Let LayerNorms compute in the dtype of what they read, whatever their weights come in: torch
+    takes no narrower ones."""
+    for module in block.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.forward = partial(layer_norm, module)
+
+
+def layer_norm(module, x):
+    weight = module.weight.to(x.dtype)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def outermost(plain, gathering, begun):

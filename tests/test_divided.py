@@ -13,6 +13,7 @@ from conftest import run
 from barelm.adapters import AdaptConfig, add_lora
 from barelm.fitting import bytes_of
 from barelm.optim import memory_estimate
+from barelm.parallel import widen_norms
 from barelm.resume import load_state
 from barelm.safetensors import read_safetensors
 from model import GPT, GPTConfig
@@ -47,6 +48,13 @@ KINDS = {
     "qlora": ("finetune.py", "--adapt=qlora", "--check_memorized=0"),
     "dpo": ("finetune.py", "--method=dpo"),
 }
+
+
+def test_norms_whose_weights_came_in_fewer_bits():
+    norm = torch.nn.LayerNorm(8).bfloat16()
+    widen_norms(norm)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(norm(x), torch.nn.functional.layer_norm(x, (8,)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

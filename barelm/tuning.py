@@ -266,8 +266,15 @@ def check_parallel(run, parallel, batch_size, name, adapt, merge):
         raise UserError(f"--merge=quantized --parallel={parallel}: merge it on one process")
 
 
+def place(learner):
+    """Put the network on the device; of one that will be divided, a part comes there then."""
+    if not learner.run.is_divided:
+        learner.net.to(learner.run.device)
+    learner.net.train()
+
+
 def divide(learner, dtype):
-    """Put the network where it learns: on the device, or a part of it on each process's."""
+    """Divide the network over the processes, where it is to be."""
     run = learner.run
     if not run.is_divided:
         return

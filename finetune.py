@@ -198,6 +198,7 @@ from barelm.tuning import (
     log_row,
     make_optimizers,
     open_learner,
+    place,
     read_figures,
     restore,
     rounds,
@@ -730,6 +731,15 @@ def check_templates(name):
 # The run
 
 
+def open_run(name, config):
+    """This process among the others, over which the method's network may be divided."""
+    run = setup(device)
+    start_watch(run)
+    run.mesh = open_mesh(run, parallel, replicas=replicas)
+    check_parallel(run, parallel, batch_size, name, config, merge)
+    return run
+
+
 def open_model(run, task, config):
     """The network and tokenizer to start from, with chat markers where the method wants them."""
     chats = task.reads_chats and template is None
@@ -971,10 +981,7 @@ def main():
     name, config = method_and_adapt()
     check_settings(name, config)
     task = METHODS[name]
-    run = setup(device)
-    start_watch(run)
-    run.mesh = open_mesh(run, parallel, replicas=replicas)
-    check_parallel(run, parallel, batch_size, name, config, merge)
+    run = open_run(name, config)
     chosen = settings(globals()) | {"method": name, "adapt": config.adapt}
     folder = RunFolder(out_dir, run, chosen, defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")
@@ -994,9 +1001,7 @@ def main():
         folder.check_resume(saved, facts)
     n_base = n_params(net)
     choose_weights(net, config, reads_head=net.score is None and net.task != "embed")
-    if not run.is_divided:
-        net.to(run.device)
-    net.train()
+    place(learner)
     data = f"{len(train):,} examples to train on, {len(val):,} to validate"
     batch = f"{batch_size} examples"
     say_plan(learner, n_base, n_steps, max_minutes, batch, data, (computing, reason), warmup_steps)

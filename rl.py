@@ -169,6 +169,7 @@ from barelm.tuning import (
     log_row,
     make_optimizers,
     open_learner,
+    place,
     restore,
     rounds,
     save_run,
@@ -457,6 +458,25 @@ def check_minibatches(n_samples, run):
 # The run
 
 
+def open_run():
+    """This process among the others, over which the network may be divided."""
+    run = setup(device)
+    start_watch(run)
+    run.mesh = open_mesh(run, parallel, replicas=replicas)
+    check_parallel(run, parallel, batch_size, method, adapt_config(), merge)
+    return run
+
+
+def make_reference(learner, computing):
+    """The network as it is at the start, where the loss holds the policy near it; else None."""
+    if not kl_weight:
+        return None
+    reference = copy.deepcopy(learner.net).eval()
+    if learner.run.is_divided:
+        parallelize(reference, learner.run.mesh, computing)
+    return reference
+
+
 def open_policy(run, task):
     """The network and tokenizer to start from, ppo's with a head for values."""
     learner = open_learner(run, model, adapt_config(), seed, dropout, fast)
@@ -604,10 +624,7 @@ def learn(learner, task, samples, updater, cast, step):
 def main():
     check_settings()
     task = METHODS[method]
-    run = setup(device)
-    start_watch(run)
-    run.mesh = open_mesh(run, parallel, replicas=replicas)
-    check_parallel(run, parallel, batch_size, method, adapt_config(), merge)
+    run = open_run()
     n_samples = group_size if task.has_groups else 1  # of each prompt
     check_minibatches(n_samples, run)
     folder = RunFolder(out_dir, run, settings(globals()), defaults(globals()), MAY_CHANGE, IGNORES)
@@ -631,9 +648,7 @@ def main():
         folder.check_resume(saved, facts)
     n_base = n_params(net)
     choose_weights(net, learner.adapt)
-    if not run.is_divided:
-        net.to(run.device)
-    net.train()
+    place(learner)
     judge = open_reward(reward, run.device)
     data = f"{len(train):,} prompts to train on, {len(val):,} to validate"
     batch = f"{batch_size} prompts"
@@ -643,10 +658,8 @@ def main():
         say_memory(learner, load, computing, optimizer, n_copies=int(kl_weight > 0))
         make_fast(learner, train, cast, n_steps, n_samples, saved)
     facts["compiled"] = learner.compiled
-    reference = copy.deepcopy(net).eval() if kl_weight else None
+    reference = make_reference(learner, computing)
     divide(learner, computing)
-    if reference is not None and run.is_divided:
-        parallelize(reference, run.mesh, computing)
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay)

@@ -9,7 +9,7 @@ Every formula is in docs/parallel.md; tests/test_plan.py measures them."""
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -19,6 +19,7 @@ from barelm.optim import MLP_MATRICES, probabilities_kept, score_bytes
 from barelm.parallel import needs_fully_shard
 from barelm.patterns import Pattern
 from barelm.scaling import empty_network
+from barelm.stages import stage_blocks
 
 # Of a block, by what tensor parallelism divides: products' columns, and products' rows.
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -54,6 +55,11 @@ class Step:
     def step_tokens(self):
         """Of a step, over all processes."""
         return self.rows * self.seq_len * self.n_micro * self.sizes.data
+
+    @cached_property
+    def blocks(self):
+        """[how many blocks each pipeline stage has]."""
+        return stage_blocks(self.config, self.sizes.pp)
 
     @property
     def autocasts(self):
@@ -135,32 +141,11 @@ def divided_shape(name, shape, tp, n_kv_head):
     return shape
 
 
-def stage_blocks(c, pp):
-    """[blocks of each pipeline stage]: the head counts as so many blocks as have its FLOPs, and the
-    last stage has that many less."""
-    block = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)
-    block += MLP_MATRICES[c.mlp] * c.n_embd * c.n_hidden
-    head = c.n_embd * c.vocab_size / block
-    return even_counts(c.n_layer, head if pp > 1 else 0.0, pp)
-
-
-@lru_cache(256)
-def even_counts(n_layer, head, pp):
-    """n_layer blocks on pp stages, of which the last has `head` blocks' work besides."""
-    counts = [0] * pp
-    loads = [0.0] * (pp - 1) + [head]
-    for _ in range(n_layer):
-        lightest = loads.index(min(loads))
-        counts[lightest] += 1
-        loads[lightest] += 1
-    return counts
-
-
 def parts_of(step, stage=0):
     """[Part] of each parameter that a process of a pipeline stage holds; of parts that are not
     equal the largest."""
     c = step.config
-    counts = tuple(stage_blocks(c, step.sizes.pp))
+    counts = tuple(step.blocks)
     return divide(step.shapes, step.sizes, counts, stage, c.tie, c.n_kv_head)
 
 
@@ -286,7 +271,7 @@ def stage_bytes(step, stage):
     blocks = token_bytes(step)
     first = 0
     if step.sizes.pp > 1:
-        counts = stage_blocks(step.config, step.sizes.pp)
+        counts = step.blocks
         first = sum(counts[:stage])
         blocks = blocks[first : first + counts[stage]]
     n_again = min(max(step.recompute - first, 0), len(blocks))

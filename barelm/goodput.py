@@ -65,7 +65,7 @@ def best_interval(mtbf, save, restart):
 def simulate(interval, mtbf, save, restart, seed=0, n_failures=10000):
     """The part of the time that is kept in a run with so many failures, drawn from the seed."""
     draw = random.Random(seed)
-    kept = 0.0
+    trained = 0.0
     spent = 0.0
     starting = 0.0  # seconds of the restart that are still to come
     for _ in range(n_failures):
@@ -74,5 +74,5 @@ def simulate(interval, mtbf, save, restart, seed=0, n_failures=10000):
         at_work = until - starting
         starting = restart  # behind the failure; one within a restart begins it anew
         if at_work > 0:
-            kept += interval * (at_work // (interval + save))
-    return kept / spent
+            trained += interval * (at_work // (interval + save))
+    return trained / spent

@@ -80,7 +80,7 @@ class Part(Run):
     def wait_for(self, things, is_there):
         """Wait until is_there(thing) of all these things, and say for which parts."""
         missing = list(enumerate(things))
-        told = ""
+        last_line = ""
         pause = 0.05  # seconds
         while True:
             missing = [(i, thing) for i, thing in missing if not is_there(thing)]
@@ -90,9 +90,9 @@ class Part(Run):
                 raise UserError(f"{self.name(0)} has ended: see what it says")
             ranks = sorted({i % self.world for i, _ in missing})
             line = f"waiting for {'; '.join(map(self.state_of, ranks))}"
-            if line != told and pause > 1:
+            if line != last_line and pause > 1:
                 self.progress.note(line)
-                told = line
+                last_line = line
             time.sleep(pause)
             pause = min(2.0, 1.5 * pause)
 

@@ -70,10 +70,10 @@ class Muon(torch.optim.Optimizer):
             if all(m is not None and local_part(m) is part for m, part in zip(momenta, parts)):
                 return whole, parts
         # The first step, one behind a resume, or other parameters than before have gradients.
-        held = []
+        values = []
         for p, m in zip(params, momenta):
-            held.append(torch.zeros_like(local_part(p)) if m is None else local_part(m))
-        whole = torch.stack(held)
+            values.append(torch.zeros_like(local_part(p)) if m is None else local_part(m))
+        whole = torch.stack(values)
         if self.memory is not None:
             whole = self.memory.keep(whole)
         parts = whole.unbind()

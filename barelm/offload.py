@@ -42,8 +42,8 @@ class HostMemory:
     def keep(self, tensor):
         """A tensor's values in this memory."""
         pinned = torch.cuda.is_available()
-        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return held.copy_(tensor)
+        pinned_copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return pinned_copy.copy_(tensor)
 
     def fetch(self, tensors, device):
         """Copies on the device of tensors of one dtype, which `put_back` has to take back before

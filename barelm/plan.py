@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from barelm.costs import MEMORY_GBS
-from barelm.footprint import Step, footprint, stage_blocks, total_bytes
+from barelm.footprint import Step, footprint, total_bytes
 from barelm.mesh import Sizes
 from barelm.optim import (
     MLP_MATRICES,
@@ -163,10 +163,8 @@ def sharded_seconds(step, seconds, software):
 
 def compute_seconds(step, hardware, software):
     """{products, attention, memory: seconds} of a micro-batch on the slowest stage."""
-    c = step.config
-    sizes = step.sizes
-    counts = stage_blocks(c, sizes.pp)
-    stages = [(n, i == sizes.pp - 1) for i, n in enumerate(counts)]
+    last = step.sizes.pp - 1
+    stages = [(n, i == last) for i, n in enumerate(step.blocks)]
     times = [stage_seconds(step, hardware, software, n, has_head) for n, has_head in stages]
     return max(times, key=lambda parts: sum(parts.values()))
 
@@ -254,6 +252,9 @@ def mfu_of(step, hardware, seconds):
 # The best mesh
 
 
+ENOUGH_TOKENS = 65536  # of a micro-batch: more at once are no faster
+
+
 def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wanted, **options):
     """The Step of `windows` windows that takes the least time of those that fit the memory; wanted:
     {parallel, tp, pp, cp: what is asked for, or None}. options: of Step."""
@@ -284,9 +285,19 @@ def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wa
                 seconds = sum(step_seconds(step, hardware).values())
                 if best is None or seconds < 0.97 * best[0]:  # the first are the simplest
                     best = (seconds, step)
+                elif seconds <= best[0] and fills_more(step, best[1]):
+                    best = (seconds, step)
     if best is None:
         raise UserError(refusal(hardware, world, windows, nearest))
     return best[1]
+
+
+def fills_more(step, other):
+    """Whether a step is another one in larger micro-batches, up to ENOUGH_TOKENS: a kernel's launch
+    takes time too, which `step_seconds` does not count."""
+    same_mesh = (step.sizes, step.zero) == (other.sizes, other.zero)
+    alike = same_mesh and step.recompute == other.recompute
+    return alike and other.tokens < step.tokens <= ENOUGH_TOKENS
 
 
 def refusal(hardware, world, windows, nearest):
@@ -301,7 +312,7 @@ def refusal(hardware, world, windows, nearest):
 
 def grids(config, world, local_world, seq_len, wanted):
     """[(Sizes, zero)] to try, the simplest first."""
-    found = []
+    choices = []
     for tp in factors(world, wanted["tp"]):
         if local_world % tp or not can_share(config, tp):
             continue
@@ -316,8 +327,8 @@ def grids(config, world, local_world, seq_len, wanted):
                 for cp in factors(rest, wanted["cp"]):
                     if wanted["cp"] is None and cp > 1 and seq_len < 8192 * cp:
                         continue  # short windows are better kept whole
-                    found.append((Sizes(pp, replica, shard, tp, cp), zero))
-    return found
+                    choices.append((Sizes(pp, replica, shard, tp, cp), zero))
+    return choices
 
 
 def can_share(c, tp):
@@ -408,10 +419,10 @@ def failure_lines(step, share, seconds):
     """What failures cost, and how often to save. share: a Goodput; seconds: of a step."""
     every = save_every(share, seconds)
     minutes = share.interval / 60
-    kept = 100 * share.goodput
+    percent = 100 * share.goodput
     return [
         f"failures: one in {share.mtbf / 3600:.3g} hours; saves, of {share.save:.3g} s, are best "
-        f"{every:,} steps apart ({minutes:.3g} min); goodput {kept:.1f} %"
+        f"{every:,} steps apart ({minutes:.3g} min); goodput {percent:.1f} %"
     ]
 
 

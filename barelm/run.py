@@ -480,7 +480,8 @@ class Updater:
         for optimizer in self.optimizers:
             optimizer.step()
         if watch:
-            check_moved(before, self.params, self.optimizers[0].param_groups[0]["lr"])
+            lr = self.optimizers[0].param_groups[0]["lr"]
+            check_moved(before, self.params, lr, self.run)
             self.has_moved = True
 
     def check_bad_steps(self, learning_rate, warmup_steps):
@@ -510,10 +511,11 @@ def weight_sums(params):
     return torch.stack([part.view(views[part.element_size()]).sum() for part in parts])
 
 
-def check_moved(before, params, lr):
-    """End a run whose step, at learning rate lr, left every weight as it was: `before` is what
-    weight_sums gave."""
-    if torch.equal(before, weight_sums(params)):
+def check_moved(before, params, lr, run):
+    """End a run whose step, at learning rate lr, left every weight of all processes as it was:
+    `before` is what weight_sums gave."""
+    [n_moved] = run.sum(not torch.equal(before, weight_sums(params)))
+    if n_moved == 0:
         raise UserError(
             f"the first step moved no weight (learning rate {lr:g}): raise learning_rate, or look "
             f"at what the optimizer was given; the last save stands"

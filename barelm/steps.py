@@ -33,12 +33,12 @@ def is_step(folder):
 
 def step_folders(out_dir):
     """[(step, its folder)] of what has the name of a whole step, the last step last."""
-    found = []
+    folders = []
     for path in (Path(out_dir) / SHARDS).glob("step_*"):
         match = re.fullmatch(r"step_(\d{8,15})", path.name)
         if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+            folders.append((int(match[1]), path))
+    return sorted(folders)
 
 
 def why_not_whole(path):

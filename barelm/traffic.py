@@ -6,7 +6,7 @@ by (n - 1) / n S (Patarasuk and Yuan 2009). Formulas: docs/parallel.md."""
 
 from dataclasses import dataclass
 
-from barelm.footprint import footprint, parts_of, stage_blocks, total_bytes
+from barelm.footprint import footprint, parts_of, total_bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def transfers(step):
     """{kind: Transfer} of the process that sends the most: tensor, context, pipeline, weights,
     gradients, optimizer; what is not used is left out."""
     sizes = step.sizes
-    found = {
+    of_kinds = {
         "tensor": Transfer(tensor_bytes(step), sizes.tp, 1),
         "context": Transfer(context_bytes(step), sizes.cp, sizes.tp),
         "weights": Transfer(weight_bytes(step), sizes.shard, sizes.tp),
@@ -48,7 +48,7 @@ def transfers(step):
             pipeline_bytes(step), sizes.pp, sizes.tp * sizes.shard * sizes.replica
         ),
     }
-    return {kind: transfer for kind, transfer in found.items() if transfer.sent}
+    return {kind: transfer for kind, transfer in of_kinds.items() if transfer.sent}
 
 
 def tensor_bytes(step):
@@ -58,7 +58,7 @@ def tensor_bytes(step):
     if tp == 1:
         return 0
     pp = step.sizes.pp
-    n_blocks = max(stage_blocks(step.config, pp))
+    n_blocks = max(step.blocks)
     n_sums = 4 * n_blocks + 2 * step.recompute / pp + 2 / pp
     x = step.tokens * step.config.n_embd * step.dtype.itemsize
     return step.n_micro * n_sums * ring_sum(tp, x)
@@ -74,7 +74,7 @@ def context_bytes(step):
     width = step.dtype.itemsize
     heads = max(1, c.n_kv_head // step.sizes.tp)
     own = step.tokens * 2 * heads * c.head_dim * width
-    n_blocks = max(stage_blocks(c, step.sizes.pp))
+    n_blocks = max(step.blocks)
     passes = 2 * n_blocks + step.recompute / step.sizes.pp
     return step.n_micro * passes * (cp - 1) * own
 
@@ -187,9 +187,8 @@ def holders(step):
     sizes = step.sizes
     lines = []
     if sizes.pp > 1:
-        counts = stage_blocks(step.config, sizes.pp)
         per_stage = sizes.world // sizes.pp
-        words = " + ".join(map(str, counts))
+        words = " + ".join(map(str, step.blocks))
         lines.append(f"pipeline: {sizes.pp} stages of {words} blocks, {per_stage} ranks each")
     if sizes.replica > 1:
         group = ranks(sizes.replica, sizes.tp * sizes.shard, sizes.world)

@@ -266,8 +266,15 @@ def check_parallel(run, parallel, batch_size, name, adapt, merge):
         raise UserError(f"--merge=quantized --parallel={parallel}: merge it on one process")
 
 
+def place(learner):
+    """Put the network on the device; of one that will be divided, a part comes there then."""
+    if not learner.run.is_divided:
+        learner.net.to(learner.run.device)
+    learner.net.train()
+
+
 def divide(learner, dtype):
-    """Put the network where it learns: on the device, or a part of it on each process's."""
+    """Divide the network over the processes, where it is to be."""
     run = learner.run
     if not run.is_divided:
         return
@@ -353,15 +360,14 @@ def read_figures(sums):
 
 @contextlib.contextmanager
 def saved_on_failure(learner, updater, state, folder):
-    """Save the run where a reward or an update ends it, in all processes together (a reward may
-    fail on one alone: `failing_together`): nothing was learned in this step."""
+    """Save the run where a reward or an update ends it: nothing was learned in this step."""
     try:
         yield
     except UserError:
         if state.step:  # else there is nothing that the base has not
             save_run(learner, updater, state, folder)
             learner.run.say(f"saved at step {state.step}; --init_from=resume goes on")
-            learner.run.wait()  # or the launcher would end the save
+            learner.run.wait()  # all have failed: see failing_together
         raise
 
 

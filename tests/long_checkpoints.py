@@ -144,18 +144,18 @@ def resumes():
             differences[other] = resumed(place, *RESUMED[other])
         cells = ", ".join(f"{other}: {figure:.1e}" for other, figure in differences.items())
         print(f"| {name} | {words} | {cells} |", flush=True)
-        assert is_same and max(differences.values()) < 2e-3
+        assert is_same and max(differences.values()) < 1e-5
 
 
 def others_of(name):
-    """One process, and the kinds of two and of four that come behind this one, in a circle: so
-    each kind is gone on with from two others."""
-    names = list(RESUMED)
-    behind = names[names.index(name) + 1 :] + names[: names.index(name)]
+    """One process, and in turn one kind of two and one of four: each kind is gone on with from
+    some others."""
+    number = list(RESUMED).index(name)
     others = []
     for n in (1, 2, 4):
-        of_size = [other for other in behind if RESUMED[other][0] == n]
-        others += of_size[:1]
+        of_size = [other for other, (size, _) in RESUMED.items() if size == n and other != name]
+        if of_size:
+            others.append(of_size[number % len(of_size)])
     return others
 
 

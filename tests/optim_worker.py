@@ -105,7 +105,7 @@ def check_muon(run):
         held = torch.tensor([float(held)])
         dist.all_reduce(held)
         share = held.item() / dist.get_world_size() / whole_bytes
-        say(f"muon {kind}{' offload' if offload else ''}", worst=worst, share=share)
+        say(f"layers {kind}{' offload' if offload else ''}", worst=worst, share=share)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,10 +118,10 @@ def make_net():
     return GPT(GPTConfig(vocab_size=64, **shape)).train()
 
 
-def one_process(run, name, float8=False):
+def one_process(run, name, float8=False, steps=STEPS):
     """The losses of a network that this process trains alone."""
     mesh = open_mesh(Run(run.device))
-    return train(Run(run.device, mesh=mesh), name, ONE, float8=float8)[0]
+    return train(Run(run.device, mesh=mesh), name, ONE, float8=float8, steps=steps)[0]
 
 
 def train(run, name, plan, dtype=torch.float32, float8=False, steps=STEPS):
@@ -150,7 +150,7 @@ def train(run, name, plan, dtype=torch.float32, float8=False, steps=STEPS):
             kept = {local_part(p.grad).dtype for p in net.parameters()}
             assert kept == {torch.bfloat16 if keeps_narrow(mesh.sizes) else torch.float32}
         norm = updater.clip_gradients()
-        [loss] = run.sum(total)
+        [loss] = run.sum(total * mesh.counts)
         updater.step(step, loss / 128, float(norm))
         losses.append(loss / 128)
     return losses, net, optimizers
@@ -173,9 +173,9 @@ SHORT = {
 }
 
 
-def check_network(run, ways_of):
+def check_network(run, ways_of, steps=STEPS):
     for name, ways in ways_of.items():
-        alone = one_process(run, name)
+        alone = one_process(run, name, steps=steps)
         say(f"{name} learns", first=alone[0], last=alone[-1])
         for way in ways:
             kind, *words = way.split()
@@ -184,8 +184,8 @@ def check_network(run, ways_of):
             dtype = torch.bfloat16 if "bfloat16" in words else torch.float32
             is_narrow = dtype == torch.bfloat16 and keeps_narrow(run.mesh.sizes)
             plan = StatePlan.of(run.mesh, "zero" in words, "offload" in words, is_narrow)
-            losses, net, optimizers = train(run, name, plan, dtype)
-            check_copies(run, net, STEPS)
+            losses, net, optimizers = train(run, name, plan, dtype, steps=steps)
+            check_copies(run, net, steps)
             worst = max(abs(a - b) for a, b in zip(losses, alone))
             [held] = run.sum(state_bytes(optimizers))
             expected = held_bytes(make_net(), name, run.mesh.sizes, plan.zero, plan.offload)
@@ -204,7 +204,7 @@ def main():
     run = setup("cpu")
     checks = {"muon": check_muon, "float8": check_float8}
     checks["network"] = partial(check_network, ways_of={"adamw": WAYS, "muon": WAYS})
-    checks["short"] = partial(check_network, ways_of=SHORT)
+    checks["short"] = partial(check_network, ways_of=SHORT, steps=6)
     for name in sys.argv[1:] or ("muon", "network", "float8"):
         checks[name](run)
     dist.barrier()

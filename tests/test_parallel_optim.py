@@ -25,12 +25,12 @@ def checks(tmp_path_factory):
 def test_muon_of_divided_matrices_is_that_of_whole_ones_and_holds_its_part(checks):
     shares = {"fsdp": 0.25, "hsdp": 0.5, "fsdp offload": 0.25}
     for kind in ("fsdp", "hsdp", "tp", "fsdp x tp", "fsdp offload"):
-        figures = checks[f"muon {kind}"]
+        figures = checks[f"layers {kind}"]
         assert figures["worst"] < 1e-4  # of weights, whose updates are of size 0.02
         if kind in shares:
             assert figures["share"] == pytest.approx(shares[kind], abs=0.01)
     # up and down alone are divided by tensor parallelism.
-    assert checks["muon fsdp x tp"]["share"] == pytest.approx(checks["muon tp"]["share"] / 2)
+    assert checks["layers fsdp x tp"]["share"] == pytest.approx(checks["layers tp"]["share"] / 2)
 
 
 def test_losses_are_those_of_one_process_and_bytes_those_of_the_estimate(checks):

@@ -20,7 +20,6 @@ from barelm.footprint import (
     parts_of,
     planned_shapes,
     shapes_of,
-    stage_blocks,
     total_bytes,
     windows_that_fit,
 )
@@ -62,13 +61,6 @@ def test_all_parts_together_are_the_network(sizes):
         ways = sizes.shard * (sizes.tp if is_cut else 1)
         copies = 2 if name.startswith("model.embed") and sizes.pp > 1 else 1  # tied to the head
         assert held[name] == [numel // ways] * copies
-
-
-def test_stages_are_even_and_the_last_has_the_head():
-    c = GPTConfig(**SHAPE | dict(vocab_size=64 * 192 * 3 // 64 + 512))
-    counts = stage_blocks(c, 2)
-    assert sum(counts) == 5 and counts[0] >= counts[1]
-    assert stage_blocks(c, 1) == [5]
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])

@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from barelm.pipeline import (
-    block_costs,
-    head_cost,
     keep_stage,
     refuse_pipeline,
     shared_names,
-    split_blocks,
-    stages_of,
 )
 from barelm.run import UserError
+from barelm.stages import block_costs, head_cost, split_blocks, stages_of
 from model import GPT, GPTConfig
 
 WORKER = Path(__file__).parent / "pipeline_worker.py"
@@ -50,7 +47,7 @@ def test_split_is_the_best_of_all(n_stages):
     generator = torch.Generator().manual_seed(n_stages)
     for last_cost in (0.0, 1.5, 20.0):
         costs = torch.rand(7, generator=generator).tolist()
-        stages = split_blocks(costs, n_stages, last_cost)
+        stages = split_blocks(tuple(costs), n_stages, last_cost)
         assert [begin for begin, _ in stages] == [0] + [end for _, end in stages[:-1]]
         assert stages[-1][1] == 7
         best = min(slowest(way, costs, last_cost) for way in all_splits(7, n_stages))

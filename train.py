@@ -739,7 +739,23 @@ def prepare_network(net, run, data, batch, dtype_used, saved):
         with shortened(net, run.device):
             is_compiled = speed_up(net, run, data, batch, cast, saved)
     network = parallelize(net, run.mesh, dtype_used, getattr(torch, grad_dtype))
+    if saved and isinstance(network, torch.nn.parallel.DistributedDataParallel):
+        pass_once(network, run, data, batch, cast)
     return network, is_compiled
+
+
+def pass_once(network, run, data, batch, cast):
+    """A forward and backward pass whose gradients are dropped. DistributedDataParallel exchanges
+    gradients from its second pass on in the order in which the first one had them, and of three
+    processes or more that changes the last bits of their sums. So a resumed run has a first pass
+    before its first step, and sums as it would have done without the break."""
+    first = [i % data.train.n for i in range(batch.device_batch_size)]
+    rows = data.train.rows(first)
+    inputs = batch_to_device(data.objective.batch(rows, first), run.device)
+    with cast:
+        loss, _ = network(**inputs, docs=data.documents(inputs["ids"]))
+    loss.backward()
+    network.zero_grad()
 
 
 def choose_float8(net, run):

@@ -61,6 +61,7 @@ RESUMED = {
     "4 DDP x PP": (4, ("--pp=2",)),
     "4 TP x PP": (4, ("--tp=2", "--pp=2")),
     "4 HSDP": (4, ("--parallel=hsdp", "--replicas=2")),
+    "4 DDP": (4, ()),
     "4 DDP, ZeRO-1": (4, ("--zero=1",)),
 }
 
@@ -221,12 +222,19 @@ def kill_at_random(processes, out, chance, one):
 
 def saves():
     """How long a step takes that saves, beside the training or not, to one that does not."""
-    from test_sharded import in_processes
+    from test_sharded import worker
 
     for in_background in (False, True):
         folder = Path(f"saves{in_background}")
         folder.mkdir()
-        in_processes(2, time_saves, folder, in_background)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        processes = []
+        for rank in range(2):
+            args = (rank, 2, port, time_saves, (folder, in_background))
+            processes.append(FORKS.Process(target=worker, args=args))
+            processes[-1].start()
+        assert end(processes, limit=600) == [0, 0]
 
 
 def time_saves(run, folder, in_background, every=8, n_saves=4):

@@ -76,7 +76,7 @@ label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round; s
 source_template = "{source}"  # seq2seq: what the encoder reads, such as "summarize: {source}"
 reference_free = False  # dpo: without the reference
 
-# several processes (docs/parallel.md)
+# several processes: who holds what (docs/scale.md)
 parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
 replicas = 0  # hsdp: copies of the whole; 0: one a machine
 

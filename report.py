@@ -38,9 +38,9 @@ examples: int | None = None  # ... with so many; none: those of data/<dataset>
 seq_len = 0  # tokens of a window; 0: by the size, of fine-tuning --params 1024
 batch_tokens = 0  # tokens of a step; 0: by compute
 
-# its mesh (docs/parallel.md); of what is none the fastest that fits
+# its mesh (docs/parallel.md)
 nodes = 0  # machines that the devices are in; 0: no mesh is planned
-parallel: str | None = None  # ddp, fsdp or hsdp
+parallel: str | None = None  # ddp, fsdp or hsdp; none, here and below: the fastest that fits
 tp: int | None = None  # devices that share each product
 pp: int | None = None  # pipeline stages
 cp: int | None = None  # devices that share each window

@@ -67,7 +67,7 @@ weight_decay = 0.0  # decoupled
 grad_clip = 1.0  # the largest gradient norm; 0: no clipping
 dropout = 0.0  # in the network
 
-# several processes (docs/parallel.md)
+# several processes: who holds what (docs/scale.md)
 parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
 replicas = 0  # hsdp: copies of the whole; 0: one a machine
 

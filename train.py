@@ -118,7 +118,7 @@ beta2 = 0.95  # AdamW's
 momentum = 0.95  # Muon's
 grad_clip = 1.0  # the largest gradient norm; 0: no clipping
 
-# several processes: who holds what (docs/parallel.md)
+# several processes: who holds what (docs/scale.md)
 parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
 replicas = 0  # hsdp: copies of the whole; 0: one a machine
 tp = 1  # processes that share each matrix product
@@ -128,9 +128,13 @@ zero = 0  # with ddp, 1: each process holds a part of the optimizer's state (ZeR
 grad_dtype = "float32"  # in which gradients are exchanged and kept: float32 or bfloat16
 offload = False  # the optimizer's state lives in the host's memory
 
-# the checkpoints (docs/parallel.md)
-keep = 1  # how many of the last are kept; from 2 on, or where nobody holds all, in out_dir/shards
-async_save = False  # write them beside the training
+# the checkpoints (docs/checkpoints.md)
+keep = 1  # the last checkpoints that are kept; above 1, or of parts, they are in out_dir/shards
+async_save = False  # write checkpoints beside the training
+
+# several processes: who is lost, or wrong (docs/cluster.md)
+timeout = 120.0  # seconds in which a process that does not come to an exchange is taken for lost
+checksum_every = 0  # steps between checks that all copies of the weights are the same; 0: none
 
 # the machine
 device = "auto"  # auto, cpu, cuda, cuda:1
@@ -140,10 +144,6 @@ fast = True  # false: model.py's plain mathematics alone, a referee for a doubtf
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
 checkpoint_blocks: int | bool = False  # recompute so many blocks (bare: all): less memory, slower
 float8 = False  # the blocks' products in float8, on GPUs that have them
-
-# several processes (docs/cluster.md)
-timeout = 120.0  # seconds in which a process that does not come to an exchange is taken for lost
-checksum_every = 0  # steps between checks that all copies of the weights are the same; 0: none
 
 # watching the run
 eval_every = 100  # steps between validations
@@ -793,10 +793,12 @@ def say_plan(net, run, data, batch, memory, dtype_used, reason):
     """What the run is, before it begins."""
     c = net.config
     active = f" ({n_active(net):,} of them for a token)" if c.n_experts else ""
+    own_windows = run.mesh.data_world  # who share a window, a product or a network count once
+    readers = "process(es)" if own_windows == run.world else "group(s) of processes"
     run.say(
         f"model: {family(c)}, {n_params(net):,} parameters{active}: {c.n_layer} layers of width "
         f"{c.n_embd}, context {c.n_ctx}, vocabulary {c.vocab_size:,}\n"
-        f"batch: {batch_tokens:,} tokens = {run.mesh.data_world} process(es) x "
+        f"batch: {batch_tokens:,} tokens = {own_windows} {readers} x "
         f"{batch.grad_accum_steps} micro-batch(es) x {batch.device_batch_size} window(s) x "
         f"{seq_len} tokens\n"
         f"data: {data.train.n:,} windows an epoch, {data.train.n * seq_len:,} tokens; "

@@ -1300,7 +1300,9 @@ def test_the_files_of_a_hub_data_set(monkeypatch):
 def test_ctrl_c_is_a_line(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", made_up_pages(400))
     stall = stalled(".json")
-    before = lambda: (os.setsid(), small_units(), stall())
+    # Where the tests run in a shell's background, its processes ignore Ctrl-C.
+    hear = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = lambda: (os.setsid(), hear(), small_units(), stall())
     process, _, err = start_py(tmp_path, "--source=docs.jsonl", "--threads=2", before=before)
     work = tmp_path / "data/python/work"
     while len(list(work.glob("*.txt"))) < 2:  # both are past their start

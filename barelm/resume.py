@@ -480,13 +480,18 @@ def changed_settings(before, now):
         old = one_line(before.get(key))
         new = one_line(value)
         if old != new or key not in before:
-            changed[key] = f"{key} {old[:40]} -> {new[:40]}"
+            changed[key] = f"{key} {shortened(old)} -> {shortened(new)}"
     return changed
 
 
 def one_line(value):
     """A setting in a line."""
     return " ".join(repr(value).split())
+
+
+def shortened(text, longest=60):
+    """A text that may be too long for a line, with what was cut shown as …"""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def say_changes(changed, parts, say):

@@ -74,6 +74,10 @@ def plan_batch(keys, net, run, dtype_used, saved):
         from barelm.context_parallel import check_length
 
         check_length(keys.seq_len, sizes.cp)
+    if sizes.tp > 1:
+        from barelm.tensor_parallel import check_split
+
+        check_split(net, sizes.tp)
     fixed -= state_saved(keys, net, run)
     free = free_memory(run.device)
     if run.device.type == "cpu":  # all processes of a machine share it

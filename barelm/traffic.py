@@ -189,10 +189,10 @@ def holders(step):
     if sizes.pp > 1:
         per_stage = sizes.world // sizes.pp
         words = " + ".join(map(str, step.blocks))
-        lines.append(f"pipeline: {sizes.pp} stages of {words} blocks, {per_stage} ranks each")
+        lines.append(f"pipeline: {sizes.pp} stages of {words} blocks, {per_stage} rank(s) each")
     if sizes.replica > 1:
         group = ranks(sizes.replica, sizes.tp * sizes.shard, sizes.world)
-        lines.append(f"copies: {group} hold the same, {sizes.replica} times")
+        lines.append(f"copies: {group} hold the same")
     if sizes.shard > 1:
         group = ranks(sizes.shard, sizes.tp, sizes.world)
         lines.append(f"parts: {group} hold 1/{sizes.shard} of each matrix")

@@ -2,8 +2,8 @@
 train.py chooses its micro-batches and report.py a mesh.
 
     step = Step(config, Sizes(shard=8), shapes_of(net), seq_len=2048, rows=4)
-    held = footprint(step)             # {"weights": ..., "gradients": ..., ...}
-    total_bytes(held)
+    by_kind = footprint(step)             # {"weights": ..., "gradients": ..., ...}
+    total_bytes(by_kind)
 
 Every formula is in docs/parallel.md; tests/test_plan.py measures them."""
 
@@ -193,14 +193,14 @@ def block_numbers(c, tp, width):
     D = c.head_dim
     H = c.n_head // tp
     G = max(1, c.n_kv_head // tp)
-    kept = 2 * 4 * c.n_embd + 2 * width * c.n_embd  # x twice, in full; norm(x) twice
-    kept += width * (H + 2 * G) * D  # q, k and v as they are projected
-    kept += width * H * D  # what attention gives
+    stored = 2 * 4 * c.n_embd + 2 * width * c.n_embd  # x twice, in full; norm(x) twice
+    stored += width * (H + 2 * G) * D  # q, k and v as they are projected
+    stored += width * H * D  # what attention gives
     if c.pos == "rope" or c.qk_norm:
-        kept += width * (H + G) * D  # q and k as attention reads them
+        stored += width * (H + G) * D  # q and k as attention reads them
     if c.qk_norm and width < 4:
-        kept += 4 * (H + G) * D  # norms are computed in full
-    return kept + 4 * H  # and each softmax's sum
+        stored += 4 * (H + G) * D  # norms are computed in full
+    return stored + 4 * H  # and each softmax's sum
 
 
 def dense_bytes(c, tp, width):
@@ -224,13 +224,13 @@ def attention_bytes(step, pattern):
     c = step.config
     width = step.dtype.itemsize
     tp = step.sizes.tp
-    kept = score_bytes(c, step.seq_len, width) / tp
-    if not kept and step.device_type == "cpu":
-        kept = width * c.n_head / tp * probabilities_kept(pattern, step.seq_len, width)
+    stored = score_bytes(c, step.seq_len, width) / tp
+    if not stored and step.device_type == "cpu":
+        stored = width * c.n_head / tp * probabilities_kept(pattern, step.seq_len, width)
     cp = step.sizes.cp
     if cp > 1:  # of each token of its own, cp tokens' keys and values
-        kept += cp * width * 2 * c.n_kv_head * c.head_dim / tp
-    return kept
+        stored += cp * width * 2 * c.n_kv_head * c.head_dim / tp
+    return stored
 
 
 def token_bytes(step):
@@ -282,8 +282,8 @@ def activations(step, stage=0):
     """Bytes of the activations that a process of a stage holds at most, without the head's."""
     c = step.config
     pp = step.sizes.pp
-    kept, again = stage_bytes(step, stage)
-    of_token = sum(kept) + 4 * c.n_embd * len(again)
+    stored, again = stage_bytes(step, stage)
+    of_token = sum(stored) + 4 * c.n_embd * len(again)
     in_flight = min(pp - stage, step.n_micro)  # of 1F1B (Narayanan et al. 2021, 2.2)
     ends = 16  # ids and targets
     if stage == pp - 1:
@@ -311,9 +311,9 @@ def backward_bytes(step, stage):
     width = step.dtype.itemsize
     n = 3 if MLP_MATRICES[c.mlp] == 3 else 2
     each = width * n * c.n_hidden / step.sizes.tp + 8 * c.n_embd
-    kept, again = stage_bytes(step, stage)
+    stored, again = stage_bytes(step, stage)
     if again:
-        each += max(0, max(again) - sum(kept))
+        each += max(0, max(again) - sum(stored))
     return step.tokens * each
 
 
@@ -328,8 +328,8 @@ def footprint(step):
     return max((stage_footprint(step, stage) for stage in sorted(stages)), key=total_bytes)
 
 
-def total_bytes(held):
-    return sum(held.values())
+def total_bytes(bytes_by_kind):
+    return sum(bytes_by_kind.values())
 
 
 def windows_that_fit(step, budget):
@@ -356,12 +356,12 @@ def stage_footprint(step, stage):
     """`footprint` of a process of this stage."""
     parts = parts_of(step, stage)
     n = sum(part.numel for part in parts)
-    held = {"weights": 4 * n}
-    held["gradients"] = gradient_bytes(step, n)
-    held["optimizer"] = 0 if step.offload else optimizer_bytes(step, parts)
-    held["activations"] = activations(step, stage)
-    held["passing"] = passing_bytes(step, stage, parts)
-    return held
+    bytes_by_kind = {"weights": 4 * n}
+    bytes_by_kind["gradients"] = gradient_bytes(step, n)
+    bytes_by_kind["optimizer"] = 0 if step.offload else optimizer_bytes(step, parts)
+    bytes_by_kind["activations"] = activations(step, stage)
+    bytes_by_kind["passing"] = passing_bytes(step, stage, parts)
+    return bytes_by_kind
 
 
 def gradient_bytes(step, n):

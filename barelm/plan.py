@@ -369,9 +369,9 @@ def in_gb(size):
 
 def held_lines(step, hardware):
     """What a device holds, by kind."""
-    held = footprint(step)
-    kinds = ", ".join(f"{kind} {in_gb(size)}" for kind, size in held.items() if size)
-    total = total_bytes(held)
+    bytes_by_kind = footprint(step)
+    kinds = ", ".join(f"{kind} {in_gb(size)}" for kind, size in bytes_by_kind.items() if size)
+    total = total_bytes(bytes_by_kind)
     return [f"bytes of a device: {in_gb(total)} of {in_gb(hardware.memory)}: {kinds}"]
 
 

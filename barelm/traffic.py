@@ -170,9 +170,9 @@ def describe(step, bandwidth=None):
     sends in a step and how long that takes at `bandwidth`, bytes a second of one process."""
     bandwidth = bandwidth or stated_bandwidth(step)
     lines = holders(step)
-    held = footprint(step)
-    kinds = ", ".join(f"{kind} {in_units(size)}" for kind, size in held.items() if size)
-    lines.append(f"a process holds about {in_units(total_bytes(held))}: {kinds}")
+    bytes_by_kind = footprint(step)
+    kinds = ", ".join(f"{kind} {in_units(size)}" for kind, size in bytes_by_kind.items() if size)
+    lines.append(f"a process holds about {in_units(total_bytes(bytes_by_kind))}: {kinds}")
     sent = transfers(step)
     for kind, transfer in sent.items():
         lines.append(

@@ -316,6 +316,7 @@ def show(names=()):
         subprocess.run(prepare, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         for one in SHOWS:
             if not names or one.__name__ in names:
+                shutil.rmtree(folder / "out", ignore_errors=True)  # of the show before
                 one(folder)
                 sys.stdout.flush()
 

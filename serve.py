@@ -44,6 +44,7 @@ client_timeout = 20.0  # seconds that a client may take to send its request, or 
 drain = 30.0  # seconds that running requests have to finish in after SIGTERM
 log: str | None = None  # a file that gets a line of JSON for each request
 log_prompts = False  # with what was asked and answered
+feedback: str | None = None  # a file that gets the page's thumbs up and down, for prepare.py
 seed: int | None = None  # of requests that bring none; None: another for each
 pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the model's own, or mean
 device = "auto"  # auto, cpu, cuda, cuda:1
@@ -62,7 +63,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -72,10 +73,12 @@ from barelm import api, page, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.caller import Caller, no_gradients
+from barelm.chat_model import describe_chat
 from barelm.checkpoint import load
 from barelm.embeddings import POOLINGS, batches_of, pooling_of
 from barelm.engine import Engine, tell_listeners
 from barelm.fast import generating
+from barelm.feedback import FeedbackFile, read_feedback
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
@@ -122,6 +125,7 @@ class Settings:
     timeout: float  # seconds that a request may take
     client_timeout: float  # seconds that a client may take to send or to read a piece
     pooling: str = "mean"  # which state stands for a text
+    feedback: FeedbackFile | None = None  # where thumbs up and down go
 
 
 class Handlers:
@@ -133,6 +137,7 @@ class Handlers:
         self.served = settings.served
         self.settings = settings
         self.loop = None  # the event loop, once there was a request
+        self.chat = None  # a ChatModel, once the page has asked
         engine.tell = self.tell
 
     def tell(self, updates):
@@ -154,7 +159,8 @@ class Handlers:
 
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
-        ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages)
+        continues = wanted.continue_final_message
+        ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages, continues)
         updates = Updates(at_end=not wanted.stream)
         jobs = api.chat_jobs(self.served, wanted, ids, updates.listener)
         answer = ChatAnswer(self.served, jobs)
@@ -277,6 +283,17 @@ class Handlers:
     async def tokenizer_info(self):
         return reply(api.tokenizer_info(self.served.tok))
 
+    # ------------------------------------------------------------------ what people say of answers
+
+    async def feedback(self, request: Request):
+        """{"messages", "response", "rating": 1, -1 or 0} → a line of the feedback file."""
+        file = self.settings.feedback
+        if file is None:
+            raise ApiError(404, "this server keeps no feedback: --feedback=FILE lets it")
+        row = read_feedback(self.served, await self.read_body(request))
+        await asyncio.to_thread(file.append, row)
+        return reply({"rating": row["rating"]})
+
     # ------------------------------------------------------------------ how it goes
 
     async def health(self):
@@ -303,7 +320,11 @@ class Handlers:
         return Response(html, headers=page.page_headers(html), media_type="text/html")
 
     async def inspect_model(self):
-        return reply(self.served.card | page.describe_model(self.engine.net))
+        if self.chat is None:
+            folder = self.settings.folder
+            self.chat = await asyncio.to_thread(describe_chat, self.served.tok, folder)
+        of_page = {"chat": asdict(self.chat), "feedback": self.settings.feedback is not None}
+        return reply(self.served.card | page.describe_model(self.engine.net) | of_page)
 
     async def inspect_attention(self, request: Request):
         """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token."""
@@ -386,6 +407,7 @@ def make_app(engine, settings):
         ("POST", "/tokenize", handlers.tokenize),
         ("POST", "/detokenize", handlers.detokenize),
         ("GET", "/tokenizer_info", handlers.tokenizer_info),
+        ("POST", "/feedback", handlers.feedback),
         ("GET HEAD", "/health", handlers.health),  # HEAD: some probes'
         ("GET", "/metrics", handlers.metrics),
         ("GET HEAD", "/", handlers.show_page),
@@ -605,6 +627,7 @@ def main():
         timeout=timeout,
         client_timeout=client_timeout,
         pooling=pooling or pooling_of(net),
+        feedback=FeedbackFile(feedback) if feedback else None,
     )
     app = make_app(engine, settings)
     run_server(app, engine, sock, limits, shutdown)

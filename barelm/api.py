@@ -123,6 +123,8 @@ class Chat(Generation):
     logprobs: bool = False
     top_logprobs: int = limited(0, 0, 20)
     max_completion_tokens: int | None = limited(None, 0, 2**31)
+    add_generation_prompt: bool | None = None  # false where the last answer is continued
+    continue_final_message: bool = False  # go on with the last message, an assistant's
 
 
 @dataclass
@@ -131,6 +133,8 @@ class Tokenize:
     messages: list | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     return_token_strs: bool = False
 
 
@@ -179,7 +183,7 @@ NEUTRAL = {
     "add_special_tokens": [False],  # of a chat, whose template puts what it wants
     "bad_words": [[]],
     "chat_template_kwargs": [{}],
-    "continue_final_message": [False],
+    "continue_final_message": [False],  # of a prompt, which is continued anyway
     "detokenize": [True],
     "documents": [[]],
     "early_stopping": [False],
@@ -345,12 +349,25 @@ def read_chat(served, body):
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs wants logprobs = true beside it", "top_logprobs")
     finish_reading(served, request)
+    check_prompt_kind(request)
     if request.max_tokens is None:  # OpenAI's older name for a chat's limit
         request.max_tokens = request.max_completion_tokens
     if request.max_completion_tokens not in (None, request.max_tokens):
         why = "max_tokens and max_completion_tokens are two names of one limit: give one of them"
         raise ApiError(400, why, "max_tokens")
     return request
+
+
+def check_prompt_kind(request):
+    """A chat's prompt ends with the header of a new answer, or inside the last one."""
+    wants_header = request.add_generation_prompt
+    name = "add_generation_prompt"
+    if wants_header and request.continue_final_message:
+        why = "a new answer and continue_final_message: expected one of the two"
+        raise ApiError(400, f"{name} = true: {why}", name)
+    if wants_header is False and not request.continue_final_message:
+        why = "only with continue_final_message = true: the model writes an answer"
+        raise ApiError(400, f"{name} = false: {why}", name)
 
 
 def finish_reading(served, request):
@@ -472,8 +489,8 @@ def read_message(message, where):
     return {"role": role, "content": text, "name": speaker}  # which some templates show
 
 
-def read_messages(served, messages):
-    """The ids of a conversation, ready for the answer."""
+def read_messages(served, messages, continues=False):
+    """The ids of a conversation, ready for the answer, or for more of the last one."""
     if served.is_seq2seq:
         why = "this model reads a source and answers it: ask /v1/completions, the source as prompt"
         raise ApiError(400, why, "messages")
@@ -484,6 +501,11 @@ def read_messages(served, messages):
     checked = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     n_characters = sum(len(text) for message in checked for text in message.values())
     check_length(served, n_characters)
+    if continues:
+        if checked[-1]["role"] != "assistant":
+            why = "continue_final_message: expected an assistant's message at the end"
+            raise ApiError(400, why, "continue_final_message")
+        return tokenized(served.tok.chat_to_continue, checked)
     ids, _ = tokenized(served.tok.chat, checked, True)  # True: ready for the answer
     return ids
 
@@ -501,8 +523,11 @@ def tokenize(served, body):
         raise ApiError(400, f"add_special_tokens = True: {why}", "add_special_tokens")
     if text is not None and request.messages is not None:
         raise ApiError(400, "expected prompt or messages, not both", "messages")
+    check_prompt_kind(request)
+    if text is not None and request.continue_final_message:
+        raise ApiError(400, "continue_final_message: of messages alone", "continue_final_message")
     if text is None:
-        ids = read_messages(served, request.messages)
+        ids = read_messages(served, request.messages, request.continue_final_message)
     elif is_bare and text in served.tok.special:
         ids = [served.tok.special[text]]
     else:

@@ -16,6 +16,7 @@ from barelm.extraction import right_answers
 from barelm.files import whole_file
 from barelm.mix import SPLITS
 from barelm.python_names import entities_of
+from barelm.ratings import OF_RATINGS, is_rating, ratings_summary, rows_of_ratings
 from barelm.run import Progress, UserError
 from barelm.sources import raw_records
 from barelm.tagging import words_of
@@ -345,29 +346,39 @@ def build_tasks(folder, pool_map, units, names, reading, val_fraction):
     for name in names:
         rows = {}  # a dict, so that a row that came before is not there twice
         tally = Tally()
+        ratings = []
         for part in parts:
-            part_rows, part_tally = part[name]
+            part_rows, part_tally, part_ratings = part[name]
             rows |= part_rows
             tally.add(part_tally)
+            ratings += part_ratings
         print_bad_records(name, tally, rows)
+        if ratings:  # the two answers of a pair may stand in two parts
+            rated_rows = rows_of_ratings(name, ratings)
+            print(ratings_summary(name, ratings, rated_rows))
+            rows |= rated_rows
         n_rows |= write_task(folder, name, rows, val_fraction)
     return n_rows
 
 
 def convert_unit(names, reading, unit):
-    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally)}."""
+    """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally, [rating
+    of a feedback file])}."""
     bad = []
     records = islice(raw_records(unit, reading.text_field, bad), reading.limit)
     if reading.is_python:
         records = python_records(records, reading.text_field, reading.seed)
-    converted = {name: ({}, Tally()) for name in names}
+    converted = {name: ({}, Tally(), []) for name in names}
     for record in records:
         text = json.dumps(record, default=str)  # parquet has dates and the like
-        for name, (rows, tally) in converted.items():
+        for name, (rows, tally, ratings) in converted.items():
             if reading.is_python and name == "classify" and not record["label"]:
                 continue  # a module that is in no package
             reason = None
             try:
+                if name in OF_RATINGS and is_rating(record):
+                    ratings.append(checked_rating(record))
+                    continue
                 if name == "seq2seq" and reading.languages:
                     record = translation_of(record, reading.languages)
                 row = json.dumps(TASKS[name](record), ensure_ascii=False)
@@ -382,10 +393,16 @@ def convert_unit(names, reading, unit):
             except (ValueError, TypeError, AttributeError):
                 reason = "fields of another type"
             tally.count(text, text, reason)
-    for _, tally in converted.values():
+    for _, tally, _ in converted.values():
         for line in bad:
             tally.count(line, line, "no JSON object")
     return converted
+
+
+def checked_rating(record):
+    """A rating of which rows can be made, without what is beside it."""
+    response = answer_text(record["response"])
+    return {"prompt": turns(record["prompt"]), "response": response, "rating": record["rating"]}
 
 
 def print_bad_records(name, tally, rows):

@@ -290,15 +290,8 @@ class Tokenizer:
         that marks, as transformers' return_assistant_tokens_mask does. Contents are text: the name
         of a special token inside one is broken by a letter of its own while the template runs.
         """
-        # Letters of private use (U+E000 …) that no message has, to mark places in the text with.
-        given = json.dumps(messages, ensure_ascii=False, default=str)
-        unused = (letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in given)
-        hide, begin, end, *letters = islice(unused, 5)
-
-        def break_name(match):
-            return match[0][0] + hide + match[0][1:]  # <|im_end|> is no name with `hide` behind <
-
-        safe = veiled(messages, lambda content: self.marks.sub(break_name, content))
+        hide, begin, end, *letters = unused_letters(messages, 5)
+        safe = self.without_names(messages, hide)
         if add_generation_prompt:
             answers = "none"
         # The text, and the spans [(from, to)] of it that assistants say.
@@ -314,6 +307,29 @@ class Tokenizer:
         for start, stop in spans:
             is_said[start:stop] = b"\1" * (stop - start)
         return self.encode_chat(text, is_said, hide)
+
+    def chat_to_continue(self, messages):
+        """The ids of a conversation whose last message, an assistant's, is to go on: they end right
+        behind its words, as with transformers' continue_final_message. Blanks at their end stay,
+        even where the template trims them: what comes next continues this very text."""
+        hide, cut = unused_letters(messages, 2)
+        safe = self.without_names(messages, hide)
+        safe[-1] = safe[-1] | {"content": safe[-1]["content"] + cut}
+        text = self.render(safe)
+        if text.count(cut) != 1:
+            why = "does not write the last answer at one place: it cannot be continued"
+            raise TemplateRefusal(f"the chat template {why}")
+        text = text[: text.index(cut)]
+        ids, _ = self.encode_chat(text, bytes(len(text)), hide)
+        return ids
+
+    def without_names(self, messages, hide):
+        """The messages, the names of special tokens in them broken by the letter `hide`."""
+
+        def break_name(match):
+            return match[0][0] + hide + match[0][1:]  # <|im_end|> is no name with `hide` behind <
+
+        return veiled(messages, lambda content: self.marks.sub(break_name, content))
 
     def marked_answers(self, messages, answers, begin, end):
         """(text, [(from, to)] of what assistants say) by a template with {% generation %}, which
@@ -405,6 +421,13 @@ class Tokenizer:
         except Exception as error:  # whatever the template's program raises
             why = " ".join(str(error).split())[:300]
             raise TemplateRefusal(f"the chat template refuses these messages: {why}") from None
+
+
+def unused_letters(messages, n):
+    """n letters of private use (U+E000 …) that no message has, to mark places in a text with."""
+    given = json.dumps(messages, ensure_ascii=False, default=str)
+    unused = (letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in given)
+    return list(islice(unused, n))
 
 
 def counts_as_said(said, begin, end):

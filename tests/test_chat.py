@@ -494,3 +494,22 @@ def test_a_template_that_is_no_text_is_a_line(tmp_path):
     for template in (5, {"a": "b"}, [1], [{"name": "default", "template": 3}], [["default"]]):
         with pytest.raises(UserError, match="chat.template"):
             tokenizer(template).chat(TALKS[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_goes_on_behind_its_words(form):
+    template, pieces = FORMS[form]
+    tok = tokenizer(template)
+    for talk in TALKS:
+        talk = [*talk[:-1], {"role": "assistant", "content": talk[-1]["content"] + " é <|end|>b"}]
+        text = tok.decode(tok.chat_to_continue(talk))
+        assert text.endswith(talk[-1]["content"])
+        # The whole turn begins with the same text: only what ends it is left out.
+        assert tok.decode(tok.chat(talk, answers="none")[0]).startswith(text)
+        assert tok.chat_to_continue(talk)[-1] not in tok.special.values()
+
+
+def test_what_writes_an_answer_twice_cannot_be_continued():
+    twice = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="cannot be continued"):
+        tokenizer(twice).chat_to_continue(said("a"))

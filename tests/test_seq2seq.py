@@ -160,7 +160,7 @@ def test_rows_of_the_hub_and_the_split_of_a_records_text(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     [unit] = cut_into_units("all", [path], None, None, None, False)
     reading = Reading("text", None, False, 0, by_text=True)
-    rows, _ = convert_unit(["seq2seq"], reading, unit)["seq2seq"]
+    rows, _, _ = convert_unit(["seq2seq"], reading, unit)["seq2seq"]
     for record, (row, split_by) in zip(records, rows.items()):
         assert json.loads(row) == {"source": record["source"], "target": record["target"]}
         assert split_by == digest(record["text"].encode())

@@ -91,6 +91,6 @@ def ratings_summary(task, ratings, rows):
         if len(set(answers.values())) == 1:
             n_lone += len(answers)
     if n_lone:
-        text += f"; {n_lone:,} answers are lone: a pair is one liked and one disliked answer to"
-        text += " the same messages"
+        text += f"; {n_lone:,} rated alone: a pair is one liked and one disliked answer to the same"
+        text += " messages"
     return text

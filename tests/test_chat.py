@@ -11,6 +11,7 @@ import pytest
 from test_outside import FIXTURES, open_tokenizer
 
 from barelm.chat import TurnFinder, renderer_of
+from barelm.chat_model import describe_chat, opening_of
 from barelm.encoders import byte_letters
 from barelm.files import write_json
 from barelm.run import UserError
@@ -513,3 +514,56 @@ def test_what_writes_an_answer_twice_cannot_be_continued():
     twice = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="cannot be continued"):
         tokenizer(twice).chat_to_continue(said("a"))
+
+
+@pytest.mark.parametrize("family", ["smollm2", "qwen3"])
+def test_what_an_answer_goes_on_behind_is_transformers(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tok = open_tokenizer(family)
+    for name, value in (("tokenizer.json", tok.spec), ("tokenizer_config.json", tok.config)):
+        write_json(tmp_path / name, value)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for talk in (said("hi", "It is"), said("hi", "It is 2.", "and 3?", "That is é")):
+        expected = theirs.apply_chat_template(talk, tokenize=False, continue_final_message=True)
+        assert tok.decode(tok.chat_to_continue(talk)) == expected
+
+
+BRINGS = """{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}
+{%- else %}{% set s = 'Be kind.' %}{% endif %}<|start|>Date: today. {{ s }}<|end|>
+{%- for m in messages %}{% if m.role != 'system' %}<|start|>{{ m.role }}: {{ m.content }}<|end|>
+{%- endif %}{% endfor %}"""
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}"
+NO_SYSTEM += "{% endif %}<|start|>{{ m.content }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, opening, system",
+    [
+        (BRINGS, "<BOS><|start|>Date: today. Be kind.<|end|><|start|>user: ", "Be kind."),
+        (HARMONY, "<|start|>user<|message|>", ""),
+        (SYSTEM_LAST, "<BOS>\n\n[", ""),
+        (NO_SYSTEM, "<|start|>", ""),
+    ],
+)
+def test_what_a_template_brings_before_the_first_words(template, opening, system):
+    told, brought = opening_of(tokenizer(template))
+    assert ("".join(told.split()), brought) == ("".join(opening.split()), system)
+
+
+def test_who_was_trained_to_converse(tmp_path):
+    tok = tokenizer(TWO_ENDS)
+    tok.eos_ids = [tok.special["<EOS>"]]
+    assert not describe_chat(tok, tmp_path).tuned  # a base model with a template
+    tok.eos_ids.append(tok.special["<|end|>"])  # as generation_config.json of a tuned one has it
+    assert describe_chat(tok, tmp_path).tuned
+    write_json(tmp_path / "run.json", {"config": {"method": "sft", "init_from": "base"}})
+    assert describe_chat(tok, tmp_path).tuned
+    first, later = {"config": {"init_from": "scratch"}}, {"init_from": "resume"}
+    write_json(tmp_path / "run.json", {"config": later, "parts": [first, {"config": later}]})
+    said_so = describe_chat(tok, tmp_path)
+    assert not said_so.tuned and "train.py" in said_so.why
+    (tmp_path / "run.json").write_text("[1]")  # somebody else's
+    assert describe_chat(tok, tmp_path).tuned
+    tok.config.pop("chat_template")
+    told = describe_chat(tok, tmp_path)
+    assert not told.possible and "no chat template" in told.why

@@ -226,6 +226,33 @@ def test_chat_is_the_template_and_generate(site, loaded):
     assert parts[-1]["finish_reason"] == choice["finish_reason"]
 
 
+def test_the_last_answer_is_continued(site, loaded):
+    net, tok = loaded
+    ask = [{"role": "user", "content": "hi"}]
+    body = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    whole = site.post(CHAT, body | {"messages": ask}).json()["choices"][0]["message"]
+    ids, _ = tok.chat(ask, add_generation_prompt=True)
+    [g] = model.generate(net, tok, [ids], max_new_tokens=5, temperature=0)
+    begun = [*ask, {"role": "assistant", "content": g.text}]
+    how = {"continue_final_message": True, "add_generation_prompt": False}
+    asked = body | how | {"messages": begun, "max_tokens": 7}
+    rest = site.post(CHAT, asked).json()["choices"][0]["message"]["content"]
+    # Where the words fall apart into the tokens that they were made of, it is the same answer.
+    count = site.post("/tokenize", how | {"messages": begun}).json()["tokens"]
+    assert count == tok.chat_to_continue(begun)
+    if count == [*ids, *g.ids]:
+        assert g.text + rest == whole["content"]
+    [more] = model.generate(net, tok, [count], max_new_tokens=7, temperature=0)
+    assert rest.startswith(more.text)
+    for wrong in (
+        {"messages": ask}, {"add_generation_prompt": True}, {"continue_final_message": False}
+    ):  # fmt: skip
+        assert site.post(CHAT, asked | wrong).status_code == 400, wrong
+    assert (
+        site.post("/tokenize", {"prompt": "a", "continue_final_message": True}).status_code == 400
+    )
+
+
 def test_embeddings_are_openais(site, loaded):
     net, tok = loaded
     texts = ["one", "two three, and then some more", "def f(x):", "a"]

@@ -21,7 +21,8 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
     barelm/vector_api.py   the same of texts that become vectors, or labels
-    barelm/page.py         what the page (serve.html) shows; barelm/metrics.py what is counted
+    barelm/page_routes.py  the addresses of the page (barelm/web), barelm/page.py what it shows
+    barelm/metrics.py      what is counted
 
 Smaller models and other formats are export.py's.
 """
@@ -63,7 +64,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -73,12 +74,11 @@ from barelm import api, page, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.caller import Caller, no_gradients
-from barelm.chat_model import describe_chat
 from barelm.checkpoint import load
 from barelm.embeddings import POOLINGS, batches_of, pooling_of
 from barelm.engine import Engine, tell_listeners
 from barelm.fast import generating
-from barelm.feedback import FeedbackFile, read_feedback
+from barelm.feedback import FeedbackFile
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
@@ -106,6 +106,7 @@ try:
         reply,
         to_json,
     )
+    from barelm.page_routes import PageHandlers
 except ImportError as error:
     raise UserError(f"{error}: pip install -r requirements-serve.txt") from None
 
@@ -137,7 +138,6 @@ class Handlers:
         self.served = settings.served
         self.settings = settings
         self.loop = None  # the event loop, once there was a request
-        self.chat = None  # a ChatModel, once the page has asked
         engine.tell = self.tell
 
     def tell(self, updates):
@@ -283,17 +283,6 @@ class Handlers:
     async def tokenizer_info(self):
         return reply(api.tokenizer_info(self.served.tok))
 
-    # ------------------------------------------------------------------ what people say of answers
-
-    async def feedback(self, request: Request):
-        """{"messages", "response", "rating": 1, -1 or 0} → a line of the feedback file."""
-        file = self.settings.feedback
-        if file is None:
-            raise ApiError(404, "this server keeps no feedback: --feedback=FILE lets it")
-        row = read_feedback(self.served, await self.read_body(request))
-        await asyncio.to_thread(file.append, row)
-        return reply({"rating": row["rating"]})
-
     # ------------------------------------------------------------------ how it goes
 
     async def health(self):
@@ -310,57 +299,12 @@ class Handlers:
         text = self.engine.metrics.text(gauges)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # ------------------------------------------------------------------ the page, and what it shows
-
-    async def show_page(self):
-        file = Path(__file__).with_name("serve.html")
-        if not file.is_file():
-            raise ApiError(404, "serve.html is not beside serve.py: the API is at /v1")
-        html = file.read_text(encoding="utf-8")  # each time: who changes it need not restart
-        return Response(html, headers=page.page_headers(html), media_type="text/html")
-
-    async def inspect_model(self):
-        if self.chat is None:
-            folder = self.settings.folder
-            self.chat = await asyncio.to_thread(describe_chat, self.served.tok, folder)
-        of_page = {"chat": asdict(self.chat), "feedback": self.settings.feedback is not None}
-        return reply(self.served.card | page.describe_model(self.engine.net) | of_page)
-
-    async def inspect_attention(self, request: Request):
-        """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token."""
-        net = self.engine.net
-        body = await self.read_body(request)
-        wanted = await asyncio.to_thread(page.read_attention, self.served, net.config, body)
-        maps = await self.ask_engine(page.attention_maps, net, wanted.ids, wanted.layer)
-        return reply(page.attention_answer(self.served.tok, wanted, maps))
-
-    async def inspect_neighbours(self, request: Request):
-        """{"token": an id, or "text" of one token, "n"} → the n tokens with nearest embeddings."""
-        body = await self.read_body(request)
-        wanted = await asyncio.to_thread(page.read_neighbours, self.served, body)
-        net, n_vocab = self.engine.net, self.served.tok.n_vocab
-        neighbours = await self.ask_engine(page.nearest, net, n_vocab, wanted.token, wanted.n)
-        return reply(page.neighbours_answer(self.served.tok, wanted, neighbours))
-
     async def ask_engine(self, f, *args):
         """f(*args) in the engine's thread, between two steps."""
         try:
             return await asyncio.wrap_future(self.engine.call(f, *args))
         except UserError as error:
             raise ApiError(400, str(error)) from None
-
-    async def inspect_log(self, request: Request):
-        """?after=a step → the rows of the run's log.jsonl behind it, and its last step."""
-        after = request.query_params.get("after", "-1")
-        if not (after.removeprefix("-").isdecimal() and len(after) < 16):
-            raise ApiError(400, f"after = {api.short(after)}: expected a step", "after")
-        path = self.settings.folder / "log.jsonl"
-        try:
-            rows, last = await asyncio.to_thread(page.log_rows, path, int(after))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"log.jsonl cannot be read: {api.short(str(error))}"
-            raise ApiError(500, why) from None
-        return reply({"rows": rows, "last": last})
 
 
 async def stream_lines(answer, jobs, news, include_usage):
@@ -407,14 +351,9 @@ def make_app(engine, settings):
         ("POST", "/tokenize", handlers.tokenize),
         ("POST", "/detokenize", handlers.detokenize),
         ("GET", "/tokenizer_info", handlers.tokenizer_info),
-        ("POST", "/feedback", handlers.feedback),
         ("GET HEAD", "/health", handlers.health),  # HEAD: some probes'
         ("GET", "/metrics", handlers.metrics),
-        ("GET HEAD", "/", handlers.show_page),
-        ("GET", "/inspect/model", handlers.inspect_model),
-        ("POST", "/inspect/attention", handlers.inspect_attention),
-        ("POST", "/inspect/neighbours", handlers.inspect_neighbours),
-        ("GET", "/inspect/log", handlers.inspect_log),
+        *PageHandlers(handlers).routes(),
     ]
     for methods, path, handler in routes:
         app.add_api_route(path, handler, methods=methods.split())

@@ -25,6 +25,7 @@ from barelm.download import why_no_answer
 from barelm.encoders import byte_letters, import_tokenizers, library_errors
 from barelm.run import UserError
 from barelm.splits import BERT_WORDS, CHARACTERS, QWEN2_SPLIT, normalize
+from barelm.token_steps import show_steps
 from barelm.tokenizer import ROLES, Tokenizer
 
 # The kinds that are trained, and what splits text into the pieces that are counted. Qwen2's pattern
@@ -570,8 +571,9 @@ COLOURS = [f"\x1b[30;48;5;{n}m%s\x1b[0m" for n in (152, 223, 182)]
 
 
 def show_tokens(tok, text):
-    """Print a text's tokens, on alternating colours or with bars between them, their ids, and
-    what the vocabulary is made of. What is no text or not to be seen is escaped."""
+    """Print a text's tokens, on alternating colours or with bars between them, their ids, the steps
+    that made them, and what the vocabulary is made of. What is no text or not to be seen is
+    escaped."""
     has_colour = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
     forms = COLOURS if has_colour else ["%s"]
     ids = tok.encode(text)
@@ -584,6 +586,7 @@ def show_tokens(tok, text):
     print(" ".join(numbers))
     n_bytes = len(text.encode(errors="replace"))
     print(f"tokens: {len(ids):,}\nbytes per token: {n_bytes / max(1, len(ids)):.2f}")
+    show_steps(tok, text, visible)
     show_vocabulary(tok)
 
 

@@ -1,7 +1,8 @@
 // The view Complete: a text, and how it goes on.
 
 import { $, chooser, plural, whole } from "./base.js";
-import { answer, room, sampling, showAlternatives, toggle } from "./sampling.js";
+import { generate, pieceOption, room, sampling, showAlternatives, summary, toggle }
+  from "./sampling.js";
 import { complain, debounced, state } from "./server.js";
 import { tokenize } from "./tokens.js";
 
@@ -22,7 +23,20 @@ const complete = (prompt) => toggle($("go"), async (signal) => {
   $("given").textContent = asked = prompt;
   $("made").replaceChildren();
   $("again").disabled = $("onward").disabled = true;
-  written = await answer("/v1/completions", body, $("made"), $("made-note"), signal);
+  $("made-note").textContent = "";
+  $("made").setAttribute("aria-busy", "true");
+  const made = await generate("/v1/completions", body, signal, (pieces) => {
+    const page = document.documentElement;
+    const isAtEnd = scrollY + innerHeight > page.scrollHeight - 48;
+    $("made").append(...pieces.map(pieceOption));
+    if (isAtEnd) scrollTo(0, page.scrollHeight);
+  });
+  $("made").removeAttribute("aria-busy");
+  written = made.text;
+  if (made.count && !written) $("made").append("(nothing)");
+  if (made.count) {
+    $("made-note").textContent = summary(made) + ". Choose a token for its alternatives.";
+  }
   $("again").disabled = false;
   $("onward").disabled = !written;
 });

@@ -40,7 +40,10 @@ for (const tab of tabs) {
   const panel = $(panelOf(tab));
   tab.id = "tab-" + panel.id;
   panel.setAttribute("aria-labelledby", tab.id);
-  tab.onclick = () => show(tab);
+  tab.onclick = () => {
+    isAsked = true;
+    show(tab);
+  };
   tab.onkeydown = (event) => {
     const all = shownTabs(), i = all.indexOf(tab);
     const to = { ArrowRight: i + 1, ArrowLeft: i + all.length - 1, Home: 0, End: -1 }[event.key];
@@ -76,8 +79,12 @@ async function start() {
     whole.format(context)}`;
   $("status").textContent = "Ready";
   for (const view of Object.values(views)) view.reset();
-  show(current().hidden ? tabs[0] : current());
+  if (!isAsked) show(state.model.chat.tuned ? $("tab-chat") : $("tab-complete"));
+  else show(current().hidden ? tabs[0] : current());
+  isAsked = true;
 }
 state.restart = start;
-show(tabs.find((tab) => "#" + panelOf(tab) === location.hash) ?? tabs[0]);
+const asked = tabs.find((tab) => "#" + panelOf(tab) === location.hash);
+let isAsked = Boolean(asked); // else the model says what it is for
+show(asked ?? tabs[0]);
 guard(start);

@@ -70,9 +70,13 @@ export function showAlternatives(element) {
   $("chosen").hidden = false;
 }
 
-// How many tokens the answer to a request may have: what was asked for, or the room that is left.
+// How many tokens the answer to a request may have: what was asked for, or the room that is left,
+// none where the server does not even count what was sent.
 export async function room(request, wanted, signal) {
-  const { count, max_model_len: most } = await ask("/tokenize", request, signal);
+  const { count, max_model_len: most } = await ask("/tokenize", request, signal).catch((error) => {
+    if (error.code !== "context_length_exceeded") throw error;
+    return { count: state.model.max_model_len, max_model_len: state.model.max_model_len };
+  });
   return { left: most - count, fits: Math.min(wanted ?? most, most - count), most };
 }
 
@@ -96,35 +100,31 @@ addEventListener("keydown", (event) => {
   if (event.key === "Escape") [$("go"), $("send")].forEach((button) => button.control?.abort());
 });
 
-// Write the answer to a request into `place`, once a frame; returns its text.
-export async function answer(path, body, place, note, signal) {
-  const began = performance.now();
-  let text = "", count = 0, reason = "stopped", first = 0, waiting = [], held = [], frame = 0;
+// Ask for text. show(pieces) is called once a frame with what is new: {text, tokens} each, of which
+// one is often a token, and several where a character is made of them. What was made comes back.
+export async function generate(path, body, signal, show) {
+  const began = performance.now(), made = { text: "", count: 0, reason: "stopped" };
+  let first = 0, waiting = [], held = [], frame = 0;
   const flush = () => {
     frame = 0;
-    const below = scrollY + innerHeight > document.documentElement.scrollHeight - 48;
-    place.append(...waiting);
+    if (waiting.length) show(waiting);
     waiting = [];
-    const rate = count > 1 ? (count - 1) / (performance.now() - first) * 1000 : 0;
+    const rate = made.count > 1 ? (made.count - 1) / (performance.now() - first) * 1000 : 0;
     $("status").textContent = rate ? `${rate.toFixed(0)} tokens/s` : "Generating";
-    if (below) scrollTo(0, document.documentElement.scrollHeight);
   };
-  place.setAttribute("aria-busy", "true");
   try {
     for await (const { choices } of events(path, body, signal)) {
       if (!choices?.length) continue; // usage
-      const piece = choices[0].text ?? choices[0].delta.content ?? "";
+      const text = choices[0].text ?? choices[0].delta.content ?? "";
       const tokens = tokensOf(choices[0]);
       if (tokens.length) first ||= performance.now();
-      count += tokens.length;
+      made.count += tokens.length;
       held.push(...tokens);
-      reason = choices[0].finish_reason ?? reason;
-      if (!piece) continue; // half a character, or what may become a stop text: with the next
-      const least = Math.min(0, ...held.map((t) => t.logprob));
-      const level = [-0.7, -1.6, -3, -5].filter((limit) => least < limit).length;
-      waiting.push(Object.assign(option("s" + level, piece), { tokens: held }));
+      made.reason = choices[0].finish_reason ?? made.reason;
+      if (!text) continue; // half a character, or what may become a stop text: with the next
+      waiting.push({ text, tokens: held });
       held = [];
-      text += piece;
+      made.text += text;
       frame ||= requestAnimationFrame(flush);
     }
   } catch (error) {
@@ -132,16 +132,25 @@ export async function answer(path, body, place, note, signal) {
   } finally {
     cancelAnimationFrame(frame);
     flush();
-    place.removeAttribute("aria-busy");
   }
-  if (count && !text) place.append("(nothing)");
-  const ends = { length: "ended at the limit", stop: "came to its end", stopped: "stopped" };
-  const seconds = (performance.now() - began) / 1000;
-  note.textContent = !count ? "" : `${plural(count, "token")} in ${
-    seconds.toFixed(seconds < 10 ? 2 : 0)} s, the first after ${
-    ((first - began) / 1000).toFixed(2)} s; ${ends[reason] ?? reason}. Choose a token for its `
-    + "alternatives.";
-  return text;
+  made.seconds = (performance.now() - began) / 1000;
+  made.first = first ? (first - began) / 1000 : 0;
+  return made;
+}
+
+// A piece as an element that can be chosen, the darker the less likely its tokens were.
+export function pieceOption({ text, tokens }) {
+  const least = Math.min(0, ...tokens.map((token) => token.logprob));
+  const level = [-0.7, -1.6, -3, -5].filter((limit) => least < limit).length;
+  return Object.assign(option("s" + level, text), { tokens });
+}
+
+const ENDS = { length: "ended at the limit", stop: "came to its end", stopped: "stopped" };
+// What was made, in a line: its tokens, its time, how it ended.
+export function summary({ count, seconds, first, reason }) {
+  const time = seconds.toFixed(seconds < 10 ? 2 : 0);
+  return `${plural(count, "token")} in ${time} s, the first after ${first.toFixed(2)} s; ${
+    ENDS[reason] ?? reason}`;
 }
 
 // The alternatives are shown in one place, which goes where the chosen token is.

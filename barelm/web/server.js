@@ -55,13 +55,14 @@ export async function call(path, body, signal) {
     throw error.name === "AbortError" ? error : gone("The server does not answer. Is it running?");
   }
   if (response.ok) return response;
-  const said = (await response.json().catch(() => null))?.error?.message;
+  const { message: said, code } = (await response.json().catch(() => null))?.error ?? {};
   if (response.status === 401) $("keyform").hidden = false;
   const words = {
     401: key ? "The server does not accept this API key." : "This server wants an API key.",
     429: "The server is full: too many requests are waiting. Try again in a moment.",
   };
-  throw new Error(words[response.status] ?? said ?? `The server answered ${response.status}.`);
+  const text = words[response.status] ?? said ?? `The server answered ${response.status}.`;
+  throw Object.assign(new Error(text), { code });
 }
 export async function ask(path, body, signal) {
   const value = await (await call(path, body, signal)).json();

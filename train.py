@@ -196,6 +196,7 @@ from barelm.optim import (
     peak_flops,
     restore_optimizers,
 )
+from barelm.pace import TimeLeft, step_words
 from barelm.parallel import (
     check_divided,
     divide_again,
@@ -203,7 +204,6 @@ from barelm.parallel import (
     parallelize,
     shortened,
 )
-from barelm.pace import TimeLeft, step_words
 from barelm.resume import (
     RESUME_IGNORES,
     RESUME_MAY_CHANGE,

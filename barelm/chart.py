@@ -38,6 +38,7 @@ class Chart:
     is_small: bool = False  # two of these stand side by side, without a legend
     log_x: bool = True  # whether an axis is logarithmic where its values span much
     log_y: bool = True
+    span: tuple = ()  # what the axis of x has to show, whatever the points
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def draw(chart, frame):
         x_axis = make_axis([-0.5, len(chart.names) - 0.5], left, right, factor=20, padding=0)
         labels = list(enumerate(chart.names))
     else:
+        xs += chart.span
         x_axis = make_axis(xs, left, right, factor=20 if chart.log_x else math.inf, padding=0.03)
         labels = [(x, short(x)) for x in ticks(x_axis.low, x_axis.high, x_axis.is_log)]
     for y in ticks(y_axis.low, y_axis.high, y_axis.is_log):
@@ -274,29 +276,31 @@ def run_charts(rows):
             names = keys.setdefault(name, [])
             if key not in names:
                 names.append(key)
-    n_done = max((row["step"] for row in rows), default=0)
+    steps = [row["step"] for row in rows]
+    span = (min(steps, default=0), max(steps, default=0))
     large = "reward" if "reward" in keys else "loss"
     order = [large, *(name for name in keys if name not in (large, *OF_THE_MACHINE, *NO_CURVE))]
     order += [name for name in OF_THE_MACHINE if name in keys]
     if "tok_s" in keys:
         order.remove("dt")  # its inverse
-    charts = [run_chart(rows, large, sorted(keys.get(large, [])), n_done / 100)]
+    charts = [run_chart(rows, large, sorted(keys.get(large, [])), span)]
     for name in order[1:]:
-        chart = run_chart(rows, name, sorted(keys[name]), n_done / 100)
+        chart = run_chart(rows, name, sorted(keys[name]), span)
         if chart.series and len(charts) <= MOST_CURVES:
             chart.is_small = True
             charts.append(chart)
     return charts
 
 
-def run_chart(rows, name, keys, begin):
-    """The Chart of what some keys of the log say of one figure: in training faint, and smoothed; in
-    validation with dots. Of a loss nothing before the step `begin` is shown: it is high there."""
+def run_chart(rows, name, keys, span):
+    """The Chart of what some keys of the log say of one figure, over the steps of `span`: in
+    training faint, and smoothed; in validation with dots."""
     chart = Chart(TITLES.get(name, name), "step", [], log_x=False, log_y=name == "grad_norm")
+    chart.span = span
     for key in keys:
         points = curve(rows, key, "step")
-        if name == "loss":
-            points = [point for point in points if point[0] >= begin]
+        if name == "loss":  # at first it is high, and would flatten all that comes
+            points = [point for point in points if point[0] >= span[1] / 100]
         if not points:
             continue
         of_source = key.partition(".")[2]
@@ -307,7 +311,7 @@ def run_chart(rows, name, keys, begin):
         elif len(points) < 30:
             chart.series.append(Series(f"training: {points[-1][1]:.4g}", 0, "line", points))
         else:
-            smoothed = smooth(points)
+            smoothed = smooth(points, parts=25)
             every = math.ceil(len(points) / 2000)  # more than a picture shows
             chart.series.append(Series("", 0, "raw", points[::every]))
             words = f"training, smoothed: {smoothed[-1][1]:.4g}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import config
 from barelm.chart import picture, run_charts
-from barelm.compare import read_log
+from barelm.compare import read_log, table
 from barelm.files import read_json, whole_file
 from barelm.resume import holds_model
 from barelm.run import UserError
@@ -43,6 +43,31 @@ def in_words(key, value):
     if key in ("tokens", "tok_s"):
         return f"{value:,.0f}"
     return f"{value:.6g}"
+
+
+def score_words(figures, metric):
+    """A score of results.json with its standard error, as a person reads it; "" where it has no
+    value. figures: {metric: value, metric_stderr: its error or None}."""
+    value = figures.get(metric)
+    if value is None:
+        return ""
+    if metric == "n":
+        return f"{value:,}"
+    if metric == "seconds":
+        return f"{value:.1f}"
+    error = figures.get(f"{metric}_stderr")
+    return f"{value:.6g}" if error is None else f"{value:.6g} ± {error:.2g}"
+
+
+def score_table(name, by):
+    """The lines of a table of a task's scores by subject: {subject: its figures}."""
+    metrics = {}  # a dict, since a set has no order
+    for figures in by.values():
+        metrics |= dict.fromkeys(key for key in figures if not key.endswith("_stderr"))
+    rows = [[name, *metrics]]
+    for subject, figures in by.items():
+        rows.append([subject, *(score_words(figures, metric) for metric in metrics)])
+    return table(rows)
 
 
 def say_end(folder, figures, commands):

@@ -98,6 +98,7 @@ import torch.distributed as dist
 
 from barelm.checkpoint import load
 from barelm.embeddings import POOLINGS, pooling_of
+from barelm.ending import after_scores, figure_lines, score_table, score_words
 from barelm.examples import device_of
 from barelm.fast import generating
 from barelm.files import JSONL, file_ending, whole_file
@@ -121,7 +122,6 @@ from barelm.sampling import GREEDY
 from barelm.sandbox import require_sandbox, run_programs
 from barelm.scores import (
     divided,
-    figure,
     flat,
     mean,
     model_mark,
@@ -1336,6 +1336,23 @@ def write_samples(folder, name, rows):
             file.write(line.encode(errors="replace"))  # halves of surrogate pairs, which JSON had
 
 
+def say_scores(run, net, folder, entries):
+    """The last lines: each score with its standard error, where they are, what comes next.
+    entries: {task: its entry of results.json}."""
+    lines = {}
+    for name, entry in entries.items():
+        for key, value in entry.items():
+            if isinstance(value, dict) or key.endswith("_stderr"):
+                continue
+            lines[f"{name}.{key}"] = score_words(entry, key) or None
+    lines["results"] = str(folder / "results.json")
+    if samples:
+        lines["samples"] = str(folder / "samples_*.jsonl")
+    run.say("")
+    for line in figure_lines(lines | after_scores(net, model, folder)):
+        run.say(line)
+
+
 def main():
     run = setup(device, timedelta(days=30))  # some processes are done long before others
     # Whatever can be refused is, before the weights are read.
@@ -1371,23 +1388,16 @@ def main():
         entry["settings"]["shots"] = opened[name].shots if name in opened else None
         if result.by:
             entry["by"] = result.by
+            run.say("\n".join(score_table(name, result.by)))
         results[name] = entry
-        for subject, figures in result.by.items():
-            shown = []
-            for key, value in figures.items():
-                if not key.endswith("_stderr"):
-                    shown.append(f"{key} {figure(value)}")
-            run.say(f"  {name} {subject}: {', '.join(shown)}")
         if samples and run.is_main:
             write_samples(folder, name, result.samples)
         if run.is_main:  # after each task: what is done is done
             write_results(folder, model, mark, results)
 
     answers.close()
-    for name in names:
-        for key, value in results[name].items():
-            if not isinstance(value, dict):
-                run.say(f"{name}.{key}: {figure(value)}")
+    if run.is_main:
+        say_scores(run, net, folder, {name: results[name] for name in names})
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ import torch.nn.functional as F
 from barelm.adapters import AdaptConfig, choose_weights
 from barelm.checkpoint import refuse_source
 from barelm.embeddings import POOLINGS
+from barelm.ending import after_tuning, say_end
 from barelm.examples import (
     IGNORED,
     batch_of,
@@ -161,6 +162,7 @@ from barelm.heads import (
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
 from barelm.optim import n_params
+from barelm.pace import TimeLeft
 from barelm.parallel import divide_again, whole_weights
 from barelm.resume import RESUME_IGNORES, RESUME_MAY_CHANGE, RunFolder, choose_start, locked_folder
 from barelm.run import (
@@ -206,6 +208,7 @@ from barelm.tuning import (
     save_weights,
     saved_on_failure,
     say_plan,
+    say_wrote,
     show_step,
     step_row,
     stop,
@@ -960,10 +963,11 @@ def look_on(learner, task, val, limit, cast, folder, step):
     return figures, sums
 
 
-def finish(learner, task, state, row, sums, train, val, cast):
+def finish(learner, task, folder, state, row, sums, train, val, cast):
     """What is said and written at the end. row: the last step's figures, and those of its
     validation; sums: what these were made of."""
     run = learner.run
+    say_wrote(folder, row, state)
     if task.table and sums:
         run.say(task.table(sums, learner.net.labels))
     if task.learns_responses and check_memorized:
@@ -972,9 +976,22 @@ def finish(learner, task, state, row, sums, train, val, cast):
                 try_memorized(learner, train, val, cast, row)
     check_equal_weights(run, learner.params().values())
     finish_adapter(learner, Path(out_dir), state.step, merge)
-    for key, value in row.items():
-        run.say(f"{key}: {value:.6g}")
+    if run.is_main:
+        prompt = shortest_prompt(learner.tok, val or train) if template is not None else ""
+        name, _ = method_and_adapt()
+        commands = after_tuning(name, out_dir, dataset, model, prompt, source_template)
+        say_end(folder, row, commands)
     run.wait()
+
+
+def shortest_prompt(tok, examples):
+    """How a plain record begins that the model is to go on with, to try it."""
+    prompts = []
+    for example in examples:
+        first = next(i for i, target in enumerate(example["targets"]) if target != IGNORED)
+        ids = [id for id in example["ids"][: first + 1] if id not in tok.special.values()]
+        prompts.append(tok.decode(ids))
+    return min(prompts, key=len)
 
 
 def main():
@@ -1032,6 +1049,7 @@ def main():
 
     loss_of = partial(task.loss, net)
     progress = state.progress(horizon)
+    time_left = TimeLeft(progress)
     stopped = False
     early = False
     while progress < 1 and not stopped and not early:
@@ -1050,7 +1068,7 @@ def main():
         progress = state.progress(horizon)
         row = step_row(state, figures, learning_rate * updater.lr_scale, norm, step_begin)
         folder.record(log_row(row))
-        show_step(run, row, n_steps, progress, state.seconds)
+        show_step(run, row, n_steps, time_left(progress))
         if val and (state.step % eval_every == 0 or progress >= 1):
             figures, sums = look_on(learner, task, val, limit, cast, folder, state.step)
             row |= figures
@@ -1061,8 +1079,8 @@ def main():
             save_run(learner, updater, state, folder)
     run.say("")
     if stopped and progress < 1 and not early:
-        return stop(run, state, signals)
-    finish(learner, task, state, row, sums, train, val, cast)
+        return stop(folder, row, state, signals)
+    finish(learner, task, folder, state, row, sums, train, val, cast)
     return 0
 
 

@@ -101,6 +101,7 @@ import torch.nn as nn
 
 from barelm.adapters import AdaptConfig, choose_weights
 from barelm.checkpoint import refuse_source
+from barelm.ending import after_tuning, say_end
 from barelm.examples import (
     IGNORED,
     batch_of,
@@ -125,6 +126,7 @@ from barelm.generation import check_generates
 from barelm.invariant import be_deterministic
 from barelm.mesh import open_mesh
 from barelm.optim import n_params
+from barelm.pace import TimeLeft
 from barelm.parallel import divide_again, parallelize, whole_weights
 from barelm.resume import (
     RESUME_IGNORES,
@@ -176,6 +178,7 @@ from barelm.tuning import (
     save_weights,
     saved_on_failure,
     say_plan,
+    say_wrote,
     show_step,
     step_row,
     stop,
@@ -589,13 +592,14 @@ def explained(figures):
     return figures | {"explained_variance": 1 - unexplained / max(variance, 1e-9)}
 
 
-def finish(learner, state, row):
+def finish(learner, folder, state, row):
     """What is said and written at the end. row: the last step's figures."""
     run = learner.run
+    say_wrote(folder, row, state)
     check_equal_weights(run, learner.params().values())
     finish_adapter(learner, Path(out_dir), state.step, merge)
-    for key, value in row.items():
-        run.say(f"{key}: {value:.6g}")
+    if run.is_main:
+        say_end(folder, row, after_tuning(method, out_dir, dataset, model))
     run.wait()
 
 
@@ -677,6 +681,7 @@ def main():
         state.first_verdict = look_on(learner, val, judge, cast, folder, 0)
 
     progress = state.progress(horizon)
+    time_left = TimeLeft(progress)
     stopped = False
     early = False
     while progress < 1 and not stopped and not early:
@@ -698,7 +703,7 @@ def main():
         progress = state.progress(horizon)
         row = step_row(state, figures, learning_rate * updater.lr_scale, norm, step_begin)
         folder.record(log_row(row))
-        show_step(run, row, n_steps, progress, state.seconds)
+        show_step(run, row, n_steps, time_left(progress))
         if val and (state.step % eval_every == 0 or progress >= 1):
             figures = look_on(learner, val, judge, cast, folder, state.step)
             row |= figures
@@ -709,8 +714,8 @@ def main():
             save_run(learner, updater, state, folder)
     run.say("")
     if stopped and progress < 1 and not early:
-        return stop(run, state, signals)
-    finish(learner, state, row)
+        return stop(folder, row, state, signals)
+    finish(learner, folder, state, row)
     return 0
 
 

@@ -173,6 +173,7 @@ from barelm.checkpoint import load, refuse_source, save
 from barelm.chunks import check_chunks
 from barelm.cluster import StepTimes, check_copies, check_shared, lock_patience, start_of_launch
 from barelm.compiled import check_fast, try_compile
+from barelm.ending import after_training, gap_prompt, resume_command, say_end
 from barelm.experts import RoutingLog
 from barelm.families import family
 from barelm.filling import ids_with_gaps
@@ -195,6 +196,7 @@ from barelm.optim import (
     peak_flops,
     restore_optimizers,
 )
+from barelm.pace import TimeLeft, step_words
 from barelm.parallel import (
     check_divided,
     divide_again,
@@ -970,12 +972,20 @@ def show_progress(run, row, progress, seconds_left):
     """Rewrite the line of progress on the terminal; in a log, one every few seconds."""
     if not run.is_main:
         return
-    of_peak = f"{100 * row['mfu']:.1f} %" if row["mfu"] else "n/a"
-    run.progress(
-        f"step {row['step']} ({100 * progress:.0f} %)  loss {row['loss']:.4f}  "
-        f"lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  {row['tok_s']:,.0f} tok/s  "
-        f"mfu {of_peak}  mem {row['mem'] / 2**30:.2f} GiB  left {duration(seconds_left)}"
-    )
+    words = [
+        f"step {row['step']} ({100 * progress:.0f} %)",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"norm {row['grad_norm']:.2f}",
+        f"{row['tok_s']:,.0f} tok/s",
+    ]
+    if row["dt"] >= 1:
+        words.append(step_words(row["dt"]))
+    if row["mfu"]:  # of a device whose peak is known
+        words.append(f"mfu {100 * row['mfu']:.1f} %")
+    if row["mem"]:
+        words.append(f"mem {row['mem'] / 2**30:.2f} GiB")
+    run.progress("  ".join([*words, f"left {duration(seconds_left)}"]))
 
 
 def memory_advice():
@@ -987,8 +997,9 @@ def memory_advice():
     )
 
 
-def finish(run, row, state, progress, signals):
-    """The last lines of a run, `key: value`, and its exit status."""
+def finish(folder, net, tok, data, row, state, progress, signals):
+    """The curves and the last lines of a run, `key: value`, and its exit status."""
+    run = folder.run
     run.say("")
     if not row and max_steps == 0 and state.step == 0:
         run.say(f"wrote {out_dir}, as it is before the first step (max_steps=0)")
@@ -997,10 +1008,26 @@ def finish(run, row, state, progress, signals):
         run.say(f"nothing to do: {at}; raise max_steps to go on")
     elif progress < 1:
         run.say(f"stopped at step {state.step} and saved; --init_from=resume goes on")
-    for key, value in row.items():
-        run.say(f"{key}: {'n/a' if value is None else f'{value:.6g}'}")
+    else:
+        run.say(f"wrote {out_dir} in {duration(state.seconds)}")
+    if run.is_main:
+        say_end(folder, row, next_commands(net, tok, data, progress < 1))
     run.wait()  # for the last save, or the launcher would end it
     return signals.exit_status if progress < 1 else 0
+
+
+def next_commands(net, tok, data, stopped):
+    """{word: command} that may come next."""
+    if stopped:
+        return {"next": resume_command(out_dir)}
+    gap = ""
+    if objective != "causal":
+        gap = sample_prompt
+    if objective != "causal" and not gap:
+        gap_id = tok.mask_id if objective == "mlm" else tok.sentinel_ids[0]
+        text = tok.decode(data.train.rows([0])[0].tolist())
+        gap = gap_prompt(tok, text, gap_id)
+    return after_training(net, out_dir, dataset, gap)
 
 
 def main():
@@ -1043,10 +1070,9 @@ def main():
     gc.freeze()  # what is here by now lives to the end: to search it for cycles would stall a step
     n_windows = data.train.n
     progress = state.progress(horizon, n_windows)
-    loop_begin = step_begin = time.monotonic()
-    # The time left is by the rate of this loop: compilation was before it, a resume had its own.
-    clock = loop_begin - clock_begin
-    first_progress = progress_at(horizon, state.step, state.windows, clock, n_windows)
+    step_begin = time.monotonic()
+    clock = step_begin - clock_begin
+    time_left = TimeLeft(progress_at(horizon, state.step, state.windows, clock, n_windows))
     stopped = False
     row = {}
     while progress < 1 and not stopped:
@@ -1077,8 +1103,7 @@ def main():
             row["mtp_loss"] = mtp_sum / data.n_targets(batch.size)  # a mean over depths
         folder.record(row if is_finite else row | {"loss": None, "grad_norm": None})
         if not stopped:
-            rate = (progress - first_progress) / (time.monotonic() - loop_begin)
-            show_progress(run, row, progress, (1 - progress) / max(rate, 1e-9))
+            show_progress(run, row, progress, time_left(progress))
         updater.check_bad_steps(learning_rate, warmup_steps)
         saves = state.step % save_every == 0 or progress >= 1 or stopped
         if checksum_every and (state.step % checksum_every == 0 or saves):
@@ -1090,7 +1115,7 @@ def main():
         step_begin = time.monotonic()
     if folder.saver:
         folder.saver.finish()
-    return finish(run, row, state, progress, signals)
+    return finish(folder, net, tok, data, row, state, progress, signals)
 
 
 if __name__ == "__main__":

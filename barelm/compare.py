@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from barelm.chart import Chart, Series
+from barelm.chart import Chart, Series, curve, smooth
 from barelm.run import UserError
 from barelm.scores import is_finite
 
@@ -33,32 +33,6 @@ def read_log(folder):
     if not rows:
         raise UserError(f"{path}: no row of a step in it: has the run begun?")
     return rows
-
-
-def curve(rows, key, x):
-    """[(x, value)] of the rows that have both as finite numbers."""
-    points = []
-    for row in rows:  # a row of validation has no loss, one of training no val_loss
-        if is_finite(row.get(x)) and is_finite(row.get(key)):
-            points.append((row[x], row[key]))
-    return points
-
-
-def smooth(points, parts=50):
-    """The exponential mean over a `parts`-th of the points, at most 400 of them kept. The first
-    ones count in full: the bias correction of Adam (Kingma and Ba 2015, section 3)."""
-    if not points:
-        return []
-    span = max(1, len(points) // parts)
-    average = 0.0  # biased towards this zero,
-    weight = 0.0  # by what the weights of the points so far lack of 1
-    smoothed = []
-    for x, y in points:
-        average += (y - average) / span
-        weight += (1 - weight) / span
-        smoothed.append((x, average / weight))
-    every = math.ceil(len(smoothed) / 400)  # more than a picture shows
-    return smoothed[::every] + smoothed[-1:]
 
 
 def lower_is_better(metric):
@@ -128,21 +102,29 @@ def all_scores(scores):
     return list(columns)
 
 
+# Of a run's log, what the table has where any run logged it.
+LAST_FIGURES = ("loss", "val_loss", "val_bpb", "val_acc", "reward", "val_reward")
+
+
 def loss_lines(logs, x):
-    """The table of the last losses of {run: rows of its log}, over x: step or tokens."""
-    rows = [["run", "steps", "tokens", "loss (smoothed)", "val_loss", "val_bpb"]]
-    for run, log in logs.items():
+    """The table of the last figures of {run: rows of its log}, over x: step or tokens."""
+    columns = {"run": list(logs), "steps": [log[-1]["step"] for log in logs.values()]}
+    columns["tokens"] = []
+    for log in logs.values():
         seen = curve(log, "tokens", "tokens")
-        row = [run, log[-1]["step"], f"{seen[-1][0]:,}" if seen else "not logged"]
-        curves = [
-            smooth(curve(log, "loss", x)),
-            curve(log, "val_loss", x),
-            curve(log, "val_bpb", x),
-        ]
-        for points in curves:
-            row.append(f"{points[-1][1]:.4f}" if points else "")
-        rows.append(row)
-    return table(rows)
+        columns["tokens"].append(f"{seen[-1][0]:,}" if seen else "")
+    for key in LAST_FIGURES:
+        is_validation = key.startswith("val_")
+        cells = columns[key if is_validation else f"{key} (smoothed)"] = []
+        for log in logs.values():
+            points = curve(log, key, x)
+            if not is_validation:
+                points = smooth(points)
+            cells.append(f"{points[-1][1]:.4f}" if points else "")
+    if any(columns["tokens"]):  # else no run counts them
+        columns["tokens"] = [cell or "not logged" for cell in columns["tokens"]]
+    shown = {head: cells for head, cells in columns.items() if any(cell != "" for cell in cells)}
+    return table([list(shown), *zip(*shown.values())])
 
 
 def score_charts(scores):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import time
 import zipfile
 from functools import partial
@@ -437,8 +438,8 @@ class RunFolder:
         if refused:
             raise UserError(
                 f"{self.path}: no resume with another {', '.join(refused)}, which would make it "
-                f"another curve ({', '.join(changed[key] for key in refused)}): use the run's own "
-                f"settings ({self.path}/run.json has them), or start anew in another --out_dir"
+                f"another curve ({', '.join(changed[key] for key in refused)}): leave it out, and "
+                f"the run's own is taken ({self.path}/run.json), or start anew in another --out_dir"
             )
         return changed
 
@@ -459,6 +460,7 @@ class RunFolder:
         elif state["temporary"]:
             os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
         entries = {"config": self.config} | made_with() | {"parts": self.parts}
+        entries["host"] = platform.node()  # where settings of a machine may be taken again
         if launch_id():
             entries["launch"] = launch_id()
         write_json(self.path / "run.json", entries)

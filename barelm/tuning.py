@@ -23,7 +23,9 @@ from barelm.adapters import (
 )
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases
+from barelm.ending import resume_command, say_end
 from barelm.optim import make_optimizer, restore_optimizers, same_kind
+from barelm.pace import step_words
 from barelm.parallel import check_divided, parallelize, shortened
 from barelm.parts import part_like, state_on_host
 from barelm.resume import check_parts, check_state, clear_folder, fingerprint, weights_step
@@ -393,17 +395,16 @@ def step_row(state, figures, lr, norm, step_begin):
     return {"step": state.step} | figures | {"lr": lr, "grad_norm": norm, "dt": dt}
 
 
-def show_step(run, row, n_steps, progress, seconds):
+def show_step(run, row, n_steps, seconds_left):
     """The line of progress of a step: its row of the log, and the time that is left."""
     if not run.is_main:
         return
     others = ("step", "lr", "grad_norm", "dt")  # which the line has in its own way
     figures = {key: value for key, value in row.items() if key not in others}
     of = f" of {n_steps}" if n_steps else ""
-    left = duration(seconds * (1 - progress) / progress)
     run.progress(
         f"step {row['step']}{of}  {words(figures)}  lr {row['lr']:.2e}  norm "
-        f"{row['grad_norm']:.2f}  {1 / row['dt']:.1f} steps/s  left {left}"
+        f"{row['grad_norm']:.2f}  {step_words(row['dt'])}  left {duration(seconds_left)}"
     )
 
 
@@ -540,9 +541,21 @@ def begin_part(folder, state, saved, facts):
         state.best = math.inf
 
 
-def stop(run, state, signals):
-    """The exit status of a run that was told to stop, and has saved."""
+def say_wrote(folder, row, state):
+    """Say that a run has come to its end, or was there already."""
+    if row:
+        folder.run.say(f"wrote {folder.path} in {duration(state.seconds)}")
+    else:
+        at = f"{folder.path} is at its horizon (step {state.step})"
+        folder.run.say(f"nothing to do: {at}; raise max_steps or max_epochs to go on")
+
+
+def stop(folder, row, state, signals):
+    """The curves and last lines of a run that was told to stop, and has saved: its exit status."""
+    run = folder.run
     run.say(f"stopped at step {state.step} and saved; --init_from=resume goes on")
+    if run.is_main:
+        say_end(folder, row, {"next": resume_command(folder.path)})
     run.wait()  # or the launcher would end the save
     return signals.exit_status
 

@@ -242,18 +242,45 @@ def end_output(lost):
 
 
 def configure(space):
-    """Override the globals of the running script, `space`, by the command line's recipes, flags."""
+    """Override the globals of the running script, `space`, by the command line's recipes, flags. Of
+    a run that goes on the settings are its own where these give no others."""
     watch_output()
     script = Path(space["__file__"]).resolve()
     keys = script_keys(script)
-    argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
+    if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         print_help(space.get("__doc__"), keys)
         raise SystemExit(0)
     owners = keys_of_scripts(script.parent)
-    values = {}  # of the keys of every script; of a key that several have, this one's
+    usual = usual_values(keys, owners)
+    values = read_arguments(script, sys.argv[1:], usual, keys, owners)
+    if "init_from" in keys and values["init_from"] in ("resume", "auto"):
+        values = read_resume(script, values, usual, keys, owners)
+    space.update({key: values[key] for key in keys})
+
+
+GIVEN_RECIPES = {}  # those of the command line, in order: a dict, since a set has none
+
+
+def values_elsewhere(path):
+    """{key: value} of the keys of the script at `path`, by this command line's recipes."""
+    keys = script_keys(path)
+    owners = keys_of_scripts(Path(path).parent)
+    usual = usual_values(keys, owners)
+    values = read_arguments(Path(path), list(GIVEN_RECIPES), usual, keys, owners)
+    return {key: values[key] for key in keys}
+
+
+def usual_values(keys, owners):
+    """{key: default} of the keys of every script; of a key that several have, that in `keys`."""
+    usual = {}
     for other_keys in (*owners.values(), keys):
-        values |= {key: default for key, (default, *_) in other_keys.items()}
+        usual |= {key: default for key, (default, *_) in other_keys.items()}
+    return usual
+
+
+def read_arguments(script, argv, usual, keys, owners):
+    """{key: value} of the keys of every script, as the arguments say, or else as `usual`."""
+    values = dict(usual)
     windows = None  # of a step, where a JSON recipe counts them
     while argv:
         arg = argv.pop(0)
@@ -265,6 +292,7 @@ def configure(space):
             else:
                 given = run_recipe(arg, values, keys)
                 check_names(given, values, owners)
+                GIVEN_RECIPES[arg] = None
                 gives_tokens = given.get("batch_tokens") != values.get("batch_tokens")
                 gives_tokens = gives_tokens and "batch_tokens" in given
             if WINDOWS in given or gives_tokens:
@@ -278,7 +306,29 @@ def configure(space):
             raise SystemExit(1 if os.path.isfile(arg) else 2) from None
     if windows and "batch_tokens" in keys:
         values["batch_tokens"] = windows * values["seq_len"]
-    space.update({key: values[key] for key in keys})
+    return values
+
+
+def read_resume(script, values, usual, keys, owners):
+    """The `values` of a command line that may ask for a resume: read again, on top of the settings
+    of the run that goes on, if there is one."""
+    from barelm.saved_settings import goes_on, saved_settings
+
+    out_dir = values["out_dir"]
+    if not goes_on(out_dir, values["init_from"]):
+        return values
+    try:
+        saved, lines = saved_settings(out_dir, script.name, keys, fit)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--init_from={values['init_from']}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    again = read_arguments(script, sys.argv[1:], usual | saved, keys, owners)
+    if again["out_dir"] != out_dir:  # a recipe makes its name of what the run has otherwise
+        return values
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+    return again
 
 
 def keys_of_scripts(folder):

@@ -1,13 +1,16 @@
 """`pip install .`: the scripts as `barelm train` in any folder, and nothing in anybody's way."""
 
 import ast
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import venv
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from conftest import ROOT
@@ -18,7 +21,6 @@ from barelm import cli
 OURS = ("*.py", "barelm/*.py", "barelm/web/**/*", "config/*.py", "config/*.json")
 BESIDE = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "requirements*.txt")
 STAGES = "prepare train finetune rl eval report sample serve export bench".split()
-TINY = ["--n_layer=1", "--n_embd=32", "--seq_len=32", "--batch_tokens=64", "--max_steps=2"]
 
 
 def call(command, cwd, status=0, **env):
@@ -95,22 +97,60 @@ def test_all_that_is_ours_is_installed_and_nothing_beside_it(site):
     assert names - {"__pycache__"} == {"barelm", "beside.pth"}
 
 
-def test_the_stages_run_in_another_folder(site, tmp_path):
-    # Names of the user's that are names of ours.
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/mine.py").write_text("n_head = 1\nn_kv_head = 1\n")
-    (tmp_path / "model.py").write_text("raise SystemExit('the wrong model.py')")
-    (tmp_path / "notes.txt").write_text("import os\n\n\ndef join(a, b):\n    return a + b\n" * 200)
+@pytest.fixture(scope="module")
+def trained(site, tmp_path_factory):
+    """A folder elsewhere in which a model was trained by the command, and names of the user's are
+    names of ours."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "config").mkdir()
+    (folder / "config/mine.py").write_text("max_steps = 3\nn_layer = 1\n")
+    (folder / "model.py").write_text("raise SystemExit('another model.py')")
+    (folder / "notes.txt").write_text("import os\n\n\ndef join(a, b):\n    return a + b\n" * 200)
     program = site.parents[2] / "bin/barelm"
-    out, _ = call([program, "prepare", "--source=notes.txt", "--vocab_size=260"], tmp_path)
-    assert "barelm train --dataset=python" in out or "python train.py" not in out
-    # config/tiny.py came with it, and config/mine.py is the user's.
-    call([program, "train", "config/tiny.py", "config/mine.py", *TINY], tmp_path)
-    assert (tmp_path / "out/tiny/model.safetensors").is_file() or list(tmp_path.glob("out/*/*"))
-    out, _ = call([program, "sample", "config/tiny.py", "--max_new_tokens=3"], tmp_path)
-    assert out
-    _, words = call([program, "train", "--nothing=1"], tmp_path, status=2)
+    tiny = ["config/tiny.py", "config/mine.py"]  # the one of the package, and the user's
+    call([program, "prepare", *tiny, "--source=notes.txt", "--val_fraction=0.5"], folder)
+    call([program, "train", *tiny], folder)
+    return folder
+
+
+def test_the_stages_run_in_another_folder(site, trained):
+    program = site.parents[2] / "bin/barelm"
+    assert {path.name for path in trained.glob("*/*")} == {"tiny", "mine.py"}
+    network = json.loads((trained / "out/tiny/config.json").read_text())
+    assert (network["hidden_size"], network["num_hidden_layers"]) == (64, 1)
+    command = [program, "sample", "config/tiny.py", "--prompt=import", "--max_new_tokens=3"]
+    out, _ = call(command, trained)
+    assert "import" in out
+    _, words = call([program, "train", "--nothing=1"], trained, status=2)
     assert words.startswith("--nothing: unknown key 'nothing'")
+
+
+def test_the_server_has_its_page(site, trained):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [site.parents[2] / "bin/barelm", "serve", "--model=out/tiny", f"--port={port}"]
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH"}}
+    server = subprocess.Popen(
+        [*map(str, command), "--device=cpu"],
+        cwd=trained,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        for line in server.stdout:
+            if f":{port}" in line:
+                break
+        files = {"": "index.html", "page/main.js": "main.js", "page/style.css": "style.css"}
+        for address, name in files.items():
+            with urlopen(f"http://127.0.0.1:{port}/{address}", timeout=60) as answer:
+                assert answer.read() == (ROOT / "barelm/web" / name).read_bytes()
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_its_leaves_are_imported_where_it_is_installed(site, tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from barelm import SCRIPTS
 from barelm.check_attention import check_attention
 from barelm.check_kinds import check_kinds
 from barelm.check_network import (
@@ -42,7 +43,6 @@ from barelm.check_tokens import (
 from barelm.run import duration, made_with
 from barelm.timing import rounded
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600.0  # seconds from one finding to the next: a busy machine compiles for minutes
 
 
@@ -181,7 +181,7 @@ def run_checks(names, place, show, command=(sys.executable, "-m", "barelm.check"
 def checking_process(command, names, place):
     """(its Popen, the file of its errors) of a process that is given its order; it ends with the
     block, and what it started with it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             command,

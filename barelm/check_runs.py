@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from barelm import HERE, SCRIPTS
 from barelm.bpe import bpe_tokenizer
 from barelm.check_rows import Finding, Skip, Worst, allowed_error, rounding
 from barelm.files import write_json
 from barelm.safetensors import read_safetensors
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
 SAVED = 10  # the step behind which a run is killed
 SETTINGS = dict(dataset="made_up", n_layer=2, n_head=4, n_kv_head=2, n_embd=128, n_hidden=128)
@@ -68,9 +68,10 @@ def flags(place, **settings):
 def start(folder, place, ranks=None, code=None, **settings):
     """Start train.py in a folder, on the place's device in its dtype: a Popen. ranks: torchrun's
     variables of one of several processes. code: a program that runs the script."""
-    command = [sys.executable, *(["-c", code] if code else []), str(ROOT / "train.py")]
+    command = [sys.executable, *(["-c", code] if code else []), str(SCRIPTS / "train.py")]
     command += flags(place, **settings)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (ranks or {})
+    ours = os.pathsep.join([str(SCRIPTS), str(HERE.parent)])
+    environment = os.environ | {"PYTHONPATH": ours} | (ranks or {})
     output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=folder, env=environment, **output)
 

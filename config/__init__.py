@@ -34,6 +34,7 @@ JSON_NAMES = {
     "block_size": "seq_len",
 }
 WINDOWS = "_windows"  # of a step, where a JSON recipe counts them: a private name of ours
+BY_NAME = False  # whether this script was asked for as `barelm train`: barelm/cli.py sets it
 
 
 def script_keys(path):
@@ -163,6 +164,7 @@ def whole_batch(recipe, values, keys):
 
 def run_recipe(path, values, keys):
     """What the recipe at `path` leaves in its namespace, which are `values` when it starts."""
+    path = find_recipe(path)
     if not path.endswith(RECIPES) or not os.path.isfile(path):
         raise ValueError("no such recipe (config/NAME.py or NAME.json; a flag is --key=value)")
     if path.endswith(".json"):
@@ -178,6 +180,15 @@ def run_recipe(path, values, keys):
         if key in values or not is_private:
             given[key] = value
     return given
+
+
+def find_recipe(path):
+    """The file of a recipe: as its path says; or else, of config/NAME, that which lies here."""
+    folder, name = os.path.split(path)
+    here = Path(__file__).with_name(name)
+    if folder == "config" and not os.path.exists(path) and here.is_file():
+        return str(here)
+    return path
 
 
 def fit(key, value, types):
@@ -205,6 +216,18 @@ def defaults(space):
 def same_recipes():
     """The recipes of this command line, each with a space behind it, to name the next command."""
     return "".join(f"{arg} " for arg in sys.argv[1:] if is_recipe(arg))
+
+
+def command_of(script):
+    """How the user runs another script, to name the next command: `python train.py`, or `barelm
+    train` where this one was asked for in that way."""
+    return f"barelm {script}" if BY_NAME else f"python {script}.py"
+
+
+def commands_by_name(text):
+    """A text in which `python train.py` is `barelm train`, and torchrun's commands are alike."""
+    text = re.sub(r"\bpython (\w+)\.py\b", r"barelm \1", text)
+    return re.sub(r"\b(torchrun(?: -\S+)*) (\w+)\.py\b", r"\1 -m barelm \2", text)
 
 
 def reader_is_gone():
@@ -303,7 +326,7 @@ def read_arguments(script, argv, usual, keys, owners):
         except (ValueError, OverflowError) as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{arg.partition('=')[0]}: {error}", file=sys.stderr)
-            raise SystemExit(1 if os.path.isfile(arg) else 2) from None
+            raise SystemExit(1 if os.path.isfile(find_recipe(arg)) else 2) from None
     if windows and "batch_tokens" in keys:
         values["batch_tokens"] = windows * values["seq_len"]
     return values
@@ -366,7 +389,8 @@ def check_text(key, value):
 
 def print_help(doc, keys):
     """A script's docstring, and its keys."""
-    lines = [(doc or "").strip(), "\nkeys, with their defaults:\n"]
+    doc = (doc or "").strip()
+    lines = [commands_by_name(doc) if BY_NAME else doc, "\nkeys, with their defaults:\n"]
     for key, (default, _, comment) in keys.items():
         lines.append(f"  {f'--{key}={default!r}':<31}  {comment}")
     try:

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from barelm.answers import token_name
-from barelm.api import ApiError, encode_text, is_ids, read_fields, short
+from barelm.api import ApiError, check_length, encode_text, is_ids, read_fields, short
 from barelm.engine import NOT_FINITE
 from barelm.jobs import limited
 from barelm.parts import whole_tensor
 from barelm.quantized import QuantizedLinear
 
-MAP_TOKENS = 128  # the longest text whose attention is shown
 LOG_ROWS = 2000  # the most rows of training in one answer: of more, one in so many
 
 
@@ -69,77 +68,6 @@ def describe_model(net):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention
-
-
-def attention_maps(net, ids, layer):
-    """By how much each token looks at each in one layer (n_head, T, T) float32, in a pass over ids,
-    a list: row i is what token i looks at. The network computes them itself, so that the page shows
-    what a fork's attention does. Of an encoder-decoder it is the encoder, which reads a text."""
-    part = net.model.encoder if net.config.is_seq2seq else net.model
-    attention = part.layers[layer].self_attn
-    ids = torch.tensor([ids], device=net.model.embed_tokens.weight.device)
-    inputs = []
-    # What the layer is given in a usual pass, rotations and mask too, is what it is asked about.
-    hook = attention.register_forward_pre_hook(lambda module, args: inputs.extend(args[:3]))
-    try:
-        if net.config.is_seq2seq:
-            net.encode(ids)
-        else:
-            net.hidden(ids)
-    finally:
-        hook.remove()
-    x, rope, mask = inputs
-    maps = attention.probabilities(x, rope, mask)[0]
-    if not maps.isfinite().all():
-        raise ApiError(500, NOT_FINITE)
-    return net.ops.all_heads(maps).cpu()
-
-
-@dataclass
-class AttentionRequest:
-    text: str | None = None
-    ids: list | None = None  # instead of a text
-    layer: int = 0
-    head: int | None = None  # None: all
-
-
-def read_attention(served, config, body):
-    """An AttentionRequest with its ids."""
-    n_layer = config.n_encoder_layer or config.n_layer
-    limits = {"layer": (0, n_layer - 1), "head": (0, config.n_head - 1)}
-    request = read_fields(body, AttentionRequest, neutral={}, ignored={}, limits=limits)
-    request.ids = read_ids(served, request.text, request.ids)
-    most = min(MAP_TOKENS, served.max_len)
-    if not 0 < len(request.ids) <= most:
-        why = f"{len(request.ids)} tokens: attention is shown of 1 to {most}"
-        raise ApiError(400, why, "text")
-    return request
-
-
-def attention_answer(tok, request, maps):
-    """Of each head a row for each token: what it looks at; where none sees what is behind it, up to
-    itself."""
-    is_causal = not maps.triu(1).any()
-    heads = range(len(maps)) if request.head is None else [request.head]
-    return {
-        "tokens": request.ids,
-        "token_strs": [token_name(tok, id) for id in request.ids],
-        "layer": request.layer,
-        "heads": [rounded_rows(maps[head].tolist(), is_causal) for head in heads],
-    }
-
-
-def rounded_rows(rows, is_causal):
-    """The rows, of causal ones row i up to its place i."""
-    rounded = []
-    for i, row in enumerate(rows):
-        end = i + 1 if is_causal else len(row)
-        rounded.append([round(weight, 5) for weight in row[:end]])
-    return rounded
-
-
 def read_ids(served, text, ids, add_special_tokens=True):
     """The ids of a request's text, or its ids."""
     if text is not None and ids is not None:
@@ -150,6 +78,20 @@ def read_ids(served, text, ids, add_special_tokens=True):
         why = f"expected a text, or ids from 0 to {served.tok.n_vocab - 1}"
         raise ApiError(400, why, "text")
     return ids
+
+
+@dataclass
+class TextRequest:
+    text: str | None = None
+
+
+def read_text(served, body):
+    """The text of a TextRequest."""
+    request = read_fields(body, TextRequest, neutral={}, ignored={})
+    if request.text is None:
+        raise ApiError(400, "expected a text", "text")
+    check_length(served, len(request.text))
+    return request.text
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from fastapi import Request
 from fastapi.responses import Response
 
-from barelm import page
-from barelm.api import ApiError, short
+from barelm import attention_maps, next_token, page, routing
+from barelm.api import ApiError, short, tokenized
 from barelm.chat_model import describe_chat
 from barelm.feedback import read_feedback
 from barelm.front import reply
+from barelm.token_steps import TokenSteps
 
 
 class PageHandlers:
@@ -26,6 +27,8 @@ class PageHandlers:
         self.folder = server.settings.folder  # the model's, with its log.jsonl
         self.feedback_file = server.settings.feedback  # or None
         self.chat = None  # a ChatModel, once the page has asked
+        self.token_steps = None  # a TokenSteps, once it was asked for
+        self.recent_logits = next_token.RecentLogits()
 
     def routes(self):
         """[(methods, address, handler)], a view behind the other."""
@@ -35,7 +38,11 @@ class PageHandlers:
             ("GET", "/inspect/model", self.model),
             ("POST", "/feedback", self.feedback),
             ("POST", "/inspect/neighbours", self.neighbours),
+            ("POST", "/inspect/steps", self.steps),
+            ("POST", "/inspect/next", self.next_token),
             ("POST", "/inspect/attention", self.attention),
+            ("POST", "/inspect/grid", self.grid),
+            ("POST", "/inspect/routing", self.routing),
             ("GET", "/inspect/log", self.log),
         ]
 
@@ -79,15 +86,61 @@ class PageHandlers:
         )
         return reply(page.neighbours_answer(self.served.tok, wanted, neighbours))
 
-    # ------------------------------------------------------------------ Attention
+    async def steps(self, request: Request):
+        """{"text"} → how it became its tokens: the merges of BPE, in their order."""
+        body = await self.server.read_body(request)
+        text = await asyncio.to_thread(page.read_text, self.served, body)
+
+        def look():
+            self.token_steps = self.token_steps or TokenSteps(self.served.tok)
+            return self.token_steps.of(text)
+
+        return reply(await asyncio.to_thread(tokenized, look))
+
+    # ------------------------------------------------------------------ Next token
+
+    async def next_token(self, request: Request):
+        """{"text" or "ids", "then", temperature, top_k, top_p, min_p, "n", "draw", "seed"} → the n
+        likeliest tokens to follow, before and after each filter."""
+        body = await self.server.read_body(request)
+        wanted = await asyncio.to_thread(next_token.read_next, self.served, body)
+        logits = self.recent_logits.get(wanted.ids)
+        if logits is None:
+            net, tok = self.engine.net, self.served.tok
+            logits = await self.server.ask_engine(
+                next_token.last_logits, net, wanted.ids, tok.n_vocab
+            )
+            self.recent_logits.put(wanted.ids, logits)
+        answer = await asyncio.to_thread(next_token.next_answer, self.served.tok, wanted, logits)
+        return reply(answer)
+
+    # ------------------------------------------------------------------ Attention, Experts
 
     async def attention(self, request: Request):
-        """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token."""
+        """{"text" or "ids", "layer", "head": one, or all, "mean"} → of each head a row for each
+        token."""
         net = self.engine.net
         body = await self.server.read_body(request)
-        wanted = await asyncio.to_thread(page.read_attention, self.served, net.config, body)
-        maps = await self.server.ask_engine(page.attention_maps, net, wanted.ids, wanted.layer)
-        return reply(page.attention_answer(self.served.tok, wanted, maps))
+        read = attention_maps.read_attention
+        wanted = await asyncio.to_thread(read, self.served, net.config, body)
+        look = attention_maps.attention_maps
+        maps = await self.server.ask_engine(look, net, wanted.ids, wanted.layer, wanted.mean)
+        return reply(attention_maps.attention_answer(self.served.tok, wanted, maps))
+
+    async def grid(self, request: Request):
+        """{"text" or "ids"} → the attention of all layers and heads, small, as bytes."""
+        body = await self.server.read_body(request)
+        ids = await asyncio.to_thread(attention_maps.read_grid, self.served, body)
+        grid = await self.server.ask_engine(attention_maps.attention_grid, self.engine.net, ids)
+        return reply(attention_maps.grid_answer(self.served.tok, ids, grid))
+
+    async def routing(self, request: Request):
+        """{"text" or "ids"} → of each layer with experts which of them each token went to."""
+        net = self.engine.net
+        body = await self.server.read_body(request)
+        ids = await asyncio.to_thread(routing.read_routes, self.served, net.config, body)
+        routes = await self.server.ask_engine(routing.expert_routes, net, ids)
+        return reply(routing.routes_answer(self.served.tok, net.config, ids, routes))
 
     # ------------------------------------------------------------------ Training
 

@@ -21,7 +21,7 @@ LETTERS = byte_letters()
 UNKNOWN_PENALTY = 10  # below the least score: SentencePiece's for a letter without a token
 SENTENCES = {
     "BPE": "Byte-pair encoding: the text is cut into pieces, of which each begins as its {units}. "
-    "Of all neighbours that a merge joins, those of the lowest rank are joined, until none is left.",
+    "Of the neighbours that a merge joins those of the lowest rank are joined, until none is left.",
     "Unigram": "Unigram: there are no merges. Each token has a score, its log-probability, and of "
     "all ways to cut a piece into tokens the one with the largest sum is taken.",
     "WordPiece": "WordPiece: no merges are made here. From each word the longest token that it "
@@ -157,7 +157,7 @@ class TokenSteps:
     # ------------------------------------------------------------------ the other kinds
 
     def unigram(self, cut):
-        """{"pieces": [{"ids", "texts", "scores", "other": the second-best cut's, or None}]; "ids"}"""
+        """{"pieces": [{"ids", "texts", "scores", "other": the second-best cut or None}], "ids"}"""
         rows = {}  # {piece: its row}
         ids = []
         for piece, id in cut:
@@ -322,7 +322,10 @@ def show_merges(tok, pieces, merges, visible):
     with the number of pieces where there are more."""
 
     def bars(symbols):
-        return "|".join(visible(tok, id) for id in symbols)
+        return quoted("|".join(visible(tok, id) for id in symbols))
+
+    def short(id):
+        return quoted(visible(tok, id))
 
     counts = Counter(map(tuple, pieces))
     print(f"pieces: {' '.join(bars(symbols) for symbols in pieces)}")
@@ -336,6 +339,10 @@ def show_merges(tok, pieces, merges, visible):
             if after != state:
                 changed += [symbols] * counts[symbols]
             states[symbols] = after
-        line = f"{rank:8,} {new:8,}  {visible(tok, left)} + {visible(tok, right)}"
+        line = f"{rank:8,} {new:8,}  {short(left)} + {short(right)}"
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         print(f"{line:40} {bars(states[changed[0]])}{more}")
+
+
+def quoted(text):
+    return f'"{text}"'  # a space at its end is seen

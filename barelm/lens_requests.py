@@ -134,8 +134,10 @@ def read_lens(served, net, body):
 def lens_head(served, net, reading, last):
     """What is answered beside the rows. last: the Guesses of the last layer."""
     wanted = [tokens[0] for tokens in last.tokens]
+    masks = [name for name, id in served.tok.special.items() if id == served.tok.mask_id]
     return {
         "part": part_of(net),
+        "mask": masks[0] if masks else None,
         "tokens": reading.ids,
         "token_strs": names_of(served.tok, reading.ids),
         "position": reading.position,

@@ -1,17 +1,15 @@
-"""From the residual stream to a logit, layer by layer: the logit lens, direct logit attribution and
-activation patching.
+"""From the residual stream to a logit, layer by layer: the logit lens and direct logit attribution.
 
     trace = run(net, [5, 17, 3])                  # one pass, and what its modules read and gave
     guesses = logit_lens(net, states(net, trace)[2], n_vocab, k=5)
     shares = attribute(net, trace, position=2, token=9)       # they add up to the token's logit
-    logits = patch_layer(net, clean, corrupted, "residual", layer=2, position=2)
 
 The modules themselves compute everything, and hooks look on: what is shown is what the network
 does, a fork's too. Nothing of it is changed. Where operations would pass modules by (barelm/fast.py
 multiplies with their matrices), model.py's plain mathematics computes instead: `plainly`.
 
-Of an encoder-decoder the lens and the attribution are of the decoder, whose states the head reads;
-what is patched is the encoder, which reads the text.
+Of an encoder-decoder both are of the decoder, whose states the head reads. barelm/patching.py goes
+on from here.
 
 T tokens, C: n_embd, H: heads, D: head_dim, V: vocabulary, L: blocks.
 """
@@ -26,9 +24,6 @@ import torch.nn as nn
 from barelm.filling import eager
 from barelm.quantized import QuantizedLinear, dequantize
 from barelm.run import UserError
-from model import Memory
-
-KINDS = ("residual", "attention", "mlp", "heads")  # what can be patched
 
 
 def check_lens(net):
@@ -391,119 +386,3 @@ def head_row(head, token):
 def head_bias(head, token):
     bias = getattr(head, "bias", None)
     return 0.0 if bias is None else bias[token].item()
-
-
-# --------------------------------------------------------------------------------------------------
-# Activation patching (Meng et al. 2022, "causal tracing"; Wang et al. 2023, between two prompts)
-
-
-def first_difference(clean, corrupted):
-    """The first place in which two lists of ids differ; their length where none does."""
-    for i, (one, other) in enumerate(zip(clean, corrupted)):
-        if one != other:
-            return i
-    return len(corrupted)
-
-
-def patch_layer(net, clean, corrupted, kind, layer, read):
-    """The logits (n, V) float32 of n passes over the corrupted text, in each of which one thing is
-    as in the clean one. read(x): the logits (n, V) of states x (n, T, C) behind the last block.
-
-    residual   the state at one position that block `layer` reads (L: behind the last): n = T
-    attention  what the block's attention gives at one position: n = T
-    mlp        the same of its MLP
-    heads      what one head gives at all positions: n = H
-
-    clean, corrupted: Traces of the same length. What is before the first token in which a causal
-    network's texts differ is the same in both: n then counts from there."""
-    T = len(corrupted.ids)
-    begin = first_difference(clean.ids, corrupted.ids) if is_causal(corrupted) else 0
-    places = list(range(begin, T))
-    is_last = layer == len(corrupted.blocks)
-    block = None if is_last else corrupted.blocks[layer]
-    with plainly(net):
-        if kind == "residual":
-            x = states(corrupted)[layer].repeat(len(places), 1, 1)  # (n, T, C)
-            x = with_clean(x, states(clean)[layer], places)
-            return read(through_blocks(corrupted, layer, x))
-        n = block.self_attn.c.n_head if kind == "heads" else len(places)
-        x = corrupted.inputs[block].repeat(n, 1, 1)
-        if kind == "heads":
-            hook = patch_heads(block.self_attn.o_proj, clean, n)
-        else:
-            module = block.mlp if kind == "mlp" else block.self_attn
-            hook = patch_output(module, clean, places)
-        try:
-            x = through_blocks(corrupted, layer, x, 1)
-        finally:
-            hook.remove()
-        return read(through_blocks(corrupted, layer + 1, x))
-
-
-def is_causal(trace):
-    return trace.blocks[0].pattern.causal
-
-
-def with_clean(x, clean, places):
-    """x (n, T, C) in whose row i the state at places[i] is that of clean (T, C)."""
-    x = x.clone()
-    rows = torch.arange(len(places), device=x.device)
-    x[rows, places] = clean[places].to(x.dtype)
-    return x
-
-
-def patch_output(module, clean, places):
-    """A hook that puts what the module gave in the clean pass into row i at places[i]."""
-
-    def patch(module, args, output):
-        if isinstance(output, tuple):  # of experts
-            return with_clean(output[0], clean.outputs[module], places), *output[1:]
-        return with_clean(output, clean.outputs[module], places)
-
-    return module.register_forward_hook(patch)
-
-
-def patch_heads(o_proj, clean, n_head):
-    """A hook that puts what head i gave in the clean pass into row i."""
-    rows = torch.arange(n_head)
-
-    def patch(module, args):
-        y = args[0].unflatten(2, (n_head, -1)).clone()  # (n, T, H, D)
-        given = clean.inputs[module].unflatten(1, (n_head, -1))  # (T, H, D)
-        y[rows, :, rows] = given.transpose(0, 1)
-        return (y.flatten(2),)
-
-    return o_proj.register_forward_pre_hook(patch)
-
-
-def through_blocks(trace, first, x, n=None):
-    """x (B, T, C) through n blocks of a Trace from number `first` on (None: all that there are),
-    with the rotations and masks of its pass."""
-    end = len(trace.blocks) if n is None else first + n
-    for block in trace.blocks[first:end]:
-        x = block(x, *trace.beside[block])
-        if block.has_experts:
-            x, _ = x
-    return x
-
-
-def reader(net, position, start=None):
-    """read(x) of `patch_layer`: the logits at a position (n, V) float32. Of an encoder-decoder x is
-    the encoder's, and the logits are those of the decoder behind the ids `start`, a list."""
-
-    def read(x):
-        if start is None:
-            return net.logits(net.model.norm(x[:, position])).float()
-        memory = Memory(net.model.encoder.norm(x))
-        ids = torch.tensor([start], device=x.device).expand(len(x), -1)
-        return net.logits(net.hidden(ids, memory=memory)[:, position]).float()
-
-    return read
-
-
-def restored(logits, answer, other, clean, corrupted):
-    """Of patched logits (n, V): how much of the way from the corrupted to the clean logit
-    difference they are, (n,), where `clean` and `corrupted` are these differences of the tokens
-    `answer` and `other`: 0 as if nothing were patched, 1 as in the clean text."""
-    difference = logits[:, answer] - logits[:, other]
-    return (difference.double() - corrupted) / (clean - corrupted)

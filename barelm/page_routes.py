@@ -6,13 +6,14 @@ import asyncio
 from dataclasses import asdict
 
 from fastapi import Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 
-from barelm import attention_maps, next_token, page, routing
+from barelm import attention_maps, lens, lens_requests, next_token, page, routing
 from barelm.api import ApiError, short, tokenized
 from barelm.chat_model import describe_chat
 from barelm.feedback import read_feedback
-from barelm.front import reply
+from barelm.front import event_line, reply
+from barelm.run import UserError
 from barelm.token_steps import TokenSteps
 
 
@@ -43,6 +44,9 @@ class PageHandlers:
             ("POST", "/inspect/attention", self.attention),
             ("POST", "/inspect/grid", self.grid),
             ("POST", "/inspect/routing", self.routing),
+            ("POST", "/inspect/lens", self.lens),
+            ("POST", "/inspect/shares", self.shares),
+            ("POST", "/inspect/patch", self.patch),
             ("GET", "/inspect/log", self.log),
         ]
 
@@ -141,6 +145,75 @@ class PageHandlers:
         ids = await asyncio.to_thread(routing.read_routes, self.served, net.config, body)
         routes = await self.server.ask_engine(routing.expert_routes, net, ids)
         return reply(routing.routes_answer(self.served.tok, net.config, ids, routes))
+
+    # ------------------------------------------------------------------ Layers
+
+    async def lens(self, request: Request):
+        """{"text" or "ids", "k"} → what each layer would say at each position. A layer is one call
+        of the engine: tokens of others go between two of them."""
+        net, n_vocab = self.engine.net, self.served.tok.n_vocab
+        body = await self.server.read_body(request)
+        wanted, reading = await self.in_thread(lens_requests.read_lens, net, body)
+        trace = await self.server.ask_engine(lens.run, net, reading.ids, reading.source)
+        last, *others = reversed(lens.states(trace))
+        guesses = await self.server.ask_engine(lens.logit_lens, net, last, n_vocab, wanted.k)
+        head = lens_requests.lens_head(self.served, net, reading, guesses)
+        rows = [lens_requests.lens_row(self.served, guesses)]
+        for x in others:
+            guesses = await self.server.ask_engine(
+                lens.logit_lens, net, x, n_vocab, wanted.k, head["answers"]
+            )
+            rows.insert(0, lens_requests.lens_row(self.served, guesses))
+        return reply(head | {"layers": rows})
+
+    async def shares(self, request: Request):
+        """{"text" or "ids", "position", "token", "against"} → what each part adds to its logit."""
+        net, n_vocab = self.engine.net, self.served.tok.n_vocab
+        body = await self.server.read_body(request)
+        wanted, reading = await self.in_thread(lens_requests.read_shares, net, body)
+        token, result = await self.server.ask_engine(
+            lens_requests.compute_shares, net, n_vocab, reading, wanted.token, wanted.against
+        )
+        answer = lens_requests.shares_answer
+        return reply(answer(self.served, net, wanted, reading, token, result))
+
+    async def patch(self, request: Request):
+        """{"clean", "corrupted", "kind", "answer", "other"} → how much of the difference each patch
+        restores: {"rows"}, or with "stream" an event a layer."""
+        net, n_vocab = self.engine.net, self.served.tok.n_vocab
+        body = await self.server.read_body(request)
+        wanted, pair = await self.in_thread(lens_requests.read_patch, net, body)
+        patching = await self.server.ask_engine(
+            lens_requests.start_patching, net, n_vocab, wanted, pair
+        )
+        head = lens_requests.patch_head(self.served, net, wanted, patching)
+        if wanted.stream:
+            lines = self.patch_lines(head, patching)
+            return StreamingResponse(lines, media_type="text/event-stream")
+        rows = [row async for row in self.patch_rows(head, patching)]
+        return reply(head | {"rows": rows})
+
+    async def patch_rows(self, head, patching):
+        """What is restored in each layer, the first one first, as it is computed."""
+        for layer in range(head["n_rows"]):
+            row = await self.server.ask_engine(patching.restored, head["kind"], layer)
+            yield [round(share, 5) for share in row]
+
+    async def patch_lines(self, head, patching):
+        yield event_line(head)
+        try:
+            async for row in self.patch_rows(head, patching):
+                yield event_line({"row": row})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:  # too late for a status
+            yield event_line(error.body())
+
+    async def in_thread(self, read, net, body):
+        """read(served, net, body), which tokenizes, beside the event loop."""
+        try:
+            return await asyncio.to_thread(read, self.served, net, body)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
 
     # ------------------------------------------------------------------ Training
 

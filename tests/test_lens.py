@@ -1,5 +1,5 @@
-"""The logit lens, the shares of a logit and patched passes against naive passes in float64: block by
-block, each sum written out, the scales of norms frozen by autograd."""
+"""The logit lens, the shares of a logit and patched passes against naive passes in float64: block
+by block, each sum written out, the scales of norms frozen by autograd."""
 
 import copy
 
@@ -11,11 +11,14 @@ from torch import nn
 
 from barelm import lens
 from barelm.adapters import AdaptConfig, add_adapters, add_lora
+from barelm.patching import KINDS, Patching
 from barelm.quantized import quantize_weights
 from barelm.run import UserError
+from model import Memory
 
 IDS = [5, 17, 3, 9, 30, 3, 12]
 SOURCE = [7, 2, 21, 4, 9]
+NEAR = dict(atol=2e-4, rtol=2e-3)
 QWEN3 = dict(n_head=4, n_kv_head=2, n_embd=32)
 GPT2 = dict(n_head=4, n_embd=32, norm="layer", pos="learned", mlp="gelu", bias=True, qk_norm=False)
 BERT = GPT2 | dict(causal=False, norm_place="post", n_types=2, embed_norm=True, tie=False)
@@ -343,7 +346,10 @@ def test_looking_changes_nothing():
         expected = net(torch.tensor([IDS]))
         trace = lens.run(net, IDS)
         lens.attribute(net, trace, 2, 4)
-        lens.patch_layer(net, trace, trace, "heads", 1, lens.reader(net, 2))
+        patching = Patching(net, CLEAN, CORRUPTED, 2)
+        patching.compare(11, 8)
+        for kind in KINDS:
+            patching.restored(kind, 1)
         assert torch.equal(net(torch.tensor([IDS])), expected)
     assert [net.fast, net.ops.deterministic, net.training] == before
     for module in net.modules():
@@ -402,54 +408,66 @@ PATCHED = ["qwen3", "gpt2", "gemma2", "post, sinusoids", "bert's stem", "experts
 
 
 @pytest.mark.parametrize("name", PATCHED)
-@pytest.mark.parametrize("kind", lens.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_patched_logits_are_those_of_a_naive_pass(name, kind):
     net = net_of(name, n_layer=2)
     naive = copy.deepcopy(net).double()
     naive.fast = False
-    clean, corrupted = lens.run(net, CLEAN), lens.run(net, CORRUPTED)
-    begin = 2 if net.config.causal else 0  # the first place where they differ
+    patching = Patching(net, CLEAN, CORRUPTED, 5)
+    patching.compare(11, 8)
+    differences = []
+    for ids in (CLEAN, CORRUPTED):
+        x = naive_patched(naive, ids, ids, kind, 0, 0)
+        differences.append(difference_of(naive, x[5]))
+    close([patching.clean_difference, patching.corrupted_difference], differences, **NEAR)
     for layer in range(3 if kind == "residual" else 2):
-        logits = lens.patch_layer(net, clean, corrupted, kind, layer, lens.reader(net, 5))
-        places = range(net.config.n_head) if kind == "heads" else range(begin, len(CLEAN))
-        assert len(logits) == len(places)
-        for row, at in zip(logits, places):
+        shares = patching.restored(kind, layer)
+        assert len(shares) == (net.config.n_head if kind == "heads" else len(CLEAN))
+        for at, share in enumerate(shares):
             x = naive_patched(naive, CLEAN, CORRUPTED, kind, layer, at)
-            close(row, naive_head(naive, x)[5], atol=1e-4, rtol=1e-3)
+            gain = difference_of(naive, x[5]) - differences[1]
+            close(share, gain / (differences[0] - differences[1]), **NEAR)
+
+
+def difference_of(net, x):
+    logits = naive_head(net, x)
+    return (logits[11] - logits[8]).item()
 
 
 def test_patching_an_encoder_restores_what_its_decoder_says():
     net = net_of("t5", n_layer=2)
-    clean, corrupted = lens.run_encoder(net, CLEAN), lens.run_encoder(net, CORRUPTED)
     start = [0, 4]
+    patching = Patching(net, CLEAN, CORRUPTED, 1, start)
+    patching.compare(11, 8)
     differences = []
     for ids in (CLEAN, CORRUPTED):
         row = net(torch.tensor([start]), encoder_ids=torch.tensor([ids]))[0, 1]
         differences.append((row[11] - row[8]).item())
-    read = lens.reader(net, 1, start)
-    # All positions patched at once are the clean text; here one after another, by hand.
     for layer in range(3):
-        patched = lens.patch_layer(net, clean, corrupted, "residual", layer, read)
-        shares = lens.restored(patched, 11, 8, *differences)
-        for place, share in enumerate(shares.tolist()):
-            x = lens.states(corrupted)[layer].clone()
-            x[place] = lens.states(clean)[layer][place]
+        shares = patching.restored("residual", layer)
+        for place, share in enumerate(shares):
+            x = lens.states(patching.corrupted)[layer].clone()
+            x[place] = lens.states(patching.clean)[layer][place]
             with torch.no_grad():
                 looks = net.looks(net.model.encoder, x[None], torch.arange(len(x))[None])
                 h = net.run_blocks(net.model.encoder.layers[layer:], x[None], looks)
-                memory = lens.Memory(net.model.encoder.norm(h))
+                memory = Memory(net.model.encoder.norm(h))
                 row = net.logits(net.hidden(torch.tensor([start]), memory=memory))[0, 1]
             gain = (row[11] - row[8]).item() - differences[1]
-            close(share, gain / (differences[0] - differences[1]), atol=1e-4, rtol=1e-3)
+            close(share, gain / (differences[0] - differences[1]), **NEAR)
 
 
-def test_the_last_state_restores_all_and_equal_texts_nothing():
+def test_the_last_state_restores_all():
+    patching = Patching(net_of("qwen3"), CLEAN, CORRUPTED, 6)
+    patching.compare(11, 8)
+    close(patching.restored("residual", 3), [0, 0, 0, 0, 0, 0, 1], atol=1e-5, rtol=0)
+
+
+def test_pairs_that_cannot_be_patched_are_refused_in_words():
     net = net_of("qwen3")
-    clean, corrupted = lens.run(net, CLEAN), lens.run(net, CORRUPTED)
-    read = lens.reader(net, 6)
-    with torch.no_grad():
-        differences = [(net(torch.tensor([ids]))[0, 6, [11, 8]]) for ids in (CLEAN, CORRUPTED)]
-    differences = [(row[0] - row[1]).item() for row in differences]
-    logits = lens.patch_layer(net, clean, corrupted, "residual", 3, read)
-    shares = lens.restored(logits, 11, 8, *differences)
-    close(shares, [0, 0, 0, 0, 1], atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="7 tokens, the corrupted one 6: .* both have as many"):
+        Patching(net, CLEAN, CORRUPTED[:-1], 5)
+    with pytest.raises(UserError, match="the same: change"):
+        Patching(net, CLEAN, CLEAN, 5)
+    with pytest.raises(UserError, match="nothing to restore"):
+        Patching(net, CLEAN, CORRUPTED, 1).compare(11, 8)  # before they differ

@@ -1,8 +1,6 @@
-"""Looking inside: what the web page (barelm/web) shows of the network and of its run. Nothing here
-changes them, and nothing here knows HTTP: a JSON object in, one out."""
+"""Looking inside: what the web page (barelm/web) shows of the network. Nothing here changes it,
+and nothing here knows HTTP: a JSON object in, one out. Of its run: barelm/runs.py."""
 
-import bisect
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ from barelm.parts import whole_tensor
 from barelm.quantized import QuantizedLinear
 
 MAP_TOKENS = 128  # the longest text whose attention is shown
-LOG_ROWS = 2000  # the most rows of training in one answer: of more, one in so many
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,36 +197,6 @@ def neighbours_answer(tok, request, neighbours):
         rows.append({"token": id, "text": token_name(tok, id), "cosine": round(cosine, 6)})
     name = token_name(tok, request.token)
     return {"token": request.token, "text": name, "neighbours": rows}
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-
-def null(word):
-    return None
-
-
-def read_row(line):
-    return json.loads(line, parse_constant=null)  # NaN and Infinity are no JSON of a browser's
-
-
-def log_rows(path, after):
-    """(the rows of a log.jsonl behind step `after`, the last step there is or -1). Many are
-    thinned, but for the evaluations; a row that is being written waits for the next time."""
-    if not path.is_file():
-        return [], -1
-    data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].splitlines()  # without what is not ended yet
-    if not lines:
-        return [], -1
-    # Steps rise: of a long log only a few lines are parsed to find where to begin.
-    begin = bisect.bisect_right(lines, after, key=lambda line: read_row(line)["step"])
-    new = lines[begin:]
-    stride = max(1, math.ceil(len(new) / LOG_ROWS))
-    thinned = [line for i, line in enumerate(new) if i % stride == 0 or b'"val_' in line]
-    rows = [read_row(line) for line in thinned[-2 * LOG_ROWS :]]
-    return rows, read_row(lines[-1])["step"]
 
 
 # --------------------------------------------------------------------------------------------------

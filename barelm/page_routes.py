@@ -8,8 +8,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from barelm import page
-from barelm.api import ApiError, short
 from barelm.front import reply
+from barelm.run_routes import RunHandlers
 
 
 class PageHandlers:
@@ -20,7 +20,6 @@ class PageHandlers:
         self.server = server
         self.engine = server.engine
         self.served = server.served
-        self.folder = server.settings.folder  # the model's, with its log.jsonl
 
     def routes(self):
         """[(methods, address, handler)], a view behind the other."""
@@ -30,7 +29,7 @@ class PageHandlers:
             ("GET", "/inspect/model", self.model),
             ("POST", "/inspect/neighbours", self.neighbours),
             ("POST", "/inspect/attention", self.attention),
-            ("GET", "/inspect/log", self.log),
+            *RunHandlers(self.server).routes(),
         ]
 
     # ------------------------------------------------------------------ the page
@@ -69,19 +68,3 @@ class PageHandlers:
         wanted = await asyncio.to_thread(page.read_attention, self.served, net.config, body)
         maps = await self.server.ask_engine(page.attention_maps, net, wanted.ids, wanted.layer)
         return reply(page.attention_answer(self.served.tok, wanted, maps))
-
-    # ------------------------------------------------------------------ Training
-
-    async def log(self, request: Request):
-        """?after=a step → the rows of the run's log.jsonl behind it, and its last step."""
-        after = request.query_params.get("after", "-1")
-        if not (after.removeprefix("-").isdecimal() and len(after) < 16):
-            raise ApiError(400, f"after = {short(after)}: expected a step", "after")
-        try:
-            rows, last = await asyncio.to_thread(
-                page.log_rows, self.folder / "log.jsonl", int(after)
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"log.jsonl cannot be read: {short(str(error))}"
-            raise ApiError(500, why) from None
-        return reply({"rows": rows, "last": last})

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from barelm.answers import token_name
 from barelm.api import ApiError, encode_text, is_ids, read_fields, short
+from barelm.diagram import diagram
 from barelm.engine import NOT_FINITE
 from barelm.jobs import limited
 from barelm.parts import whole_tensor
@@ -59,6 +60,7 @@ def describe_model(net):
     return {
         "config": asdict(net.config),
         "parts": parts,
+        "diagram": diagram(net, parts),
         "params": sum(part["params"] for part in parts),
         "bytes": sum(t.nbytes for t in tensors.values()),
         "dtype": str(table.dtype).removeprefix("torch."),

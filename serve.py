@@ -46,6 +46,8 @@ drain = 30.0  # seconds that running requests have to finish in after SIGTERM
 log: str | None = None  # a file that gets a line of JSON for each request
 log_prompts = False  # with what was asked and answered
 feedback: str | None = None  # a file that gets the page's thumbs up and down, for prepare.py
+runs = True  # the page shows the logs of the runs beside the model's too: folders with a log.jsonl
+reload = True  # the page may load the weights that a run has saved since (docs/serve.md)
 seed: int | None = None  # of requests that bring none; None: another for each
 pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the model's own, or mean
 device = "auto"  # auto, cpu, cuda, cuda:1
@@ -83,6 +85,7 @@ from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
 from barelm.mirror import open_together
+from barelm.reload import Weights
 from barelm.run import UserError, choose_dtype, end_process
 
 try:
@@ -127,6 +130,8 @@ class Settings:
     client_timeout: float  # seconds that a client may take to send or to read a piece
     pooling: str = "mean"  # which state stands for a text
     feedback: FeedbackFile | None = None  # where thumbs up and down go
+    beside: bool = True  # whether the page shows the logs of the runs beside the model's
+    weights: Weights | None = None  # which are served, and may be loaded anew; None: they stay
 
 
 class Handlers:
@@ -523,6 +528,7 @@ def run_server(app, engine, sock, limits, shutdown):
 
 def main():
     key = read_key()
+    weights = Weights(model)  # before they are loaded: what is saved meanwhile is new
     run, mirror, (net, tok, compute_dtype) = open_together(tp, device, load_model)
     if not run.is_main:
         follow(mirror, net, tok)
@@ -549,6 +555,7 @@ def main():
     if mirror:
         mirror.knows(net=net, tok=tok)
     engine = make_engine(net, tok, length, mirror)
+    weights.serves(engine, tok)
     if mirror:
         mirror.knows(engine=engine)
     request_log = open_log(tok)
@@ -558,7 +565,7 @@ def main():
     shutdown = Shutdown(drain=drain)
     settings = Settings(
         served=served,
-        folder=Path(model),
+        folder=weights.folder,
         access=Access(key, read_sites(cors or ""), loopback),
         shutdown=shutdown,
         request_log=request_log,
@@ -567,6 +574,8 @@ def main():
         client_timeout=client_timeout,
         pooling=pooling or pooling_of(net),
         feedback=FeedbackFile(feedback) if feedback else None,
+        beside=runs,
+        weights=weights if reload else None,
     )
     app = make_app(engine, settings)
     run_server(app, engine, sock, limits, shutdown)

@@ -1055,6 +1055,7 @@ def main():
     state = restore(saved, net, updater, run)
     clock_begin -= state.seconds
     folder.saver = make_saver(run)
+    folder.horizon = {"epoch_tokens": data.train.n * seq_len}
     if run.is_main:
         folder.trackers = make_trackers(out_dir, config, tensorboard, wandb_project)
     begin_part(folder, state, saved, facts_of(data, run, dtype_used, batch, compiled))

@@ -29,7 +29,8 @@ class Caller(threading.Thread):
         self.max_batch = 0
         self.jobs = {}
         self.waiting = deque()
-        self.calls = deque()  # (future, f, args); this and the next under the lock of `wake`
+        self.calls = deque()  # (future, f, args); this and the next three under the lock of `wake`
+        self.idle_calls = deque()  # the same, of `when_idle`
         self.stopped = False
         self.wake = threading.Condition()
 
@@ -40,6 +41,18 @@ class Caller(threading.Thread):
             self.calls.append((future, f, args))
             self.wake.notify()
         return future
+
+    def when_idle(self, f, *args):
+        """A Future of f(*args), called when no sequence is in the batch: those that wait, or come
+        meanwhile, begin behind it. With several processes, f is called in this one alone."""
+        future = Future()
+        with self.wake:
+            self.idle_calls.append((future, f, args))
+            self.wake.notify()
+        return future
+
+    def forget(self):
+        """The network has other weights: what was computed of the old ones is used no more."""
 
     def cancel(self, jobs):
         """Nobody waits for these any more; there are none."""
@@ -55,19 +68,27 @@ class Caller(threading.Thread):
         with generating(self.net), no_gradients(self.net):
             while True:
                 with self.wake:
-                    while not (self.calls or self.stopped):
+                    while not (self.calls or self.idle_calls or self.stopped):
                         self.wake.wait()
                 if self.stopped:
                     return
-                self.answer_call(*self.calls.popleft())
+                if self.calls:
+                    self.answer_call(*self.calls.popleft())
+                else:
+                    answer(*self.idle_calls.popleft())
 
     def answer_call(self, future, f, args):
-        if not future.set_running_or_notify_cancel():  # it was given up meanwhile
-            return
-        try:
-            if self.mirror is None:
-                future.set_result(f(*args))
-            else:
-                future.set_result(self.mirror(f, *args))
-        except (Exception, UserError) as error:
-            future.set_exception(error)
+        if self.mirror is None:
+            answer(future, f, args)
+        else:
+            answer(future, self.mirror, (f, *args))
+
+
+def answer(future, f, args):
+    """Give a Future what f(*args) returns or raises."""
+    if not future.set_running_or_notify_cancel():  # it was given up meanwhile
+        return
+    try:
+        future.set_result(f(*args))
+    except (Exception, UserError) as error:
+        future.set_exception(error)

@@ -501,6 +501,15 @@ class Decoder:
             if isinstance(product, PlacedProduct):
                 product.refresh()
 
+    def forget(self):
+        """The network has other weights, in the places of the old ones: copies of these in other
+        layouts are made anew, and with them the graphs that read them."""
+        if self.products and self.net.quantize:
+            self.products.clear()
+        if self.graphs is not None and self.net.quantize:
+            self.graphs.drop(list(self.graphs.graphs))
+        self.refresh()
+
     @contextlib.contextmanager
     def at_rest(self):
         """Within, no row is active, so that a step may be tried and changes nothing but logits."""

@@ -25,7 +25,7 @@ from contextlib import suppress
 
 import torch
 
-from barelm.caller import Caller, no_gradients
+from barelm.caller import Caller, answer, no_gradients
 from barelm.decode import Decoder
 from barelm.fast import generating
 from barelm.generation import check_generates
@@ -115,6 +115,8 @@ class Engine(Caller):
             while self.wait_for_work():
                 if self.calls:  # one a step: many do not hold up the tokens
                     self.answer_call(*self.calls.popleft())
+                if self.idle_calls and not self.jobs:
+                    answer(*self.idle_calls.popleft())
                 try:
                     self.step()
                 except Exception as error:  # no memory, say: the batch is lost, the server is not
@@ -154,7 +156,7 @@ class Engine(Caller):
     def wait_for_work(self):
         """Sleep until there is something to do: whether to go on."""
         with self.wake:
-            while not (self.jobs or self.waiting or self.calls or self.stopped):
+            while not (self.jobs or self.waiting or self.calls or self.idle_calls or self.stopped):
                 self.wake.wait()
         return not self.stopped
 
@@ -219,7 +221,7 @@ class Engine(Caller):
         this step. pack: jobs whose prompts are about to be read: they are, where this one begins
         like one of them."""
         with self.wake:
-            if not self.waiting or len(self.jobs) == self.max_batch:
+            if not self.waiting or len(self.jobs) == self.max_batch or self.idle_calls:
                 return None
             job = self.waiting[0]
             if room < len(job.ids) <= self.prefill_chunk:  # the next step reads it whole
@@ -418,6 +420,11 @@ class Engine(Caller):
         for job in list(self.jobs.values()):
             if job.cancelled:
                 self.release(job)
+
+    def forget(self):
+        self.under_way.clear()  # of sequences that have left
+        self.cached_ids = [[] for _ in range(self.max_batch)]
+        self.decoder.forget()
 
     def drop_all(self, why):
         """Every job of the batch fails, and what the cache has is trusted no more."""

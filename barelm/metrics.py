@@ -11,6 +11,7 @@ METRICS = {  # name: (type, what it counts)
     "reused_tokens_total": ("counter", "Of these, those that the cache held already."),
     "generated_tokens_total": ("counter", "Tokens generated."),
     "steps_total": ("counter", "Steps of the engine."),
+    "reloads_total": ("counter", "Times that newer weights were loaded."),
     "queue_length": ("gauge", "Sequences that wait for a place in the batch."),
     "batch_size": ("gauge", "Sequences in the batch."),
     "batch_limit": ("gauge", "Places in the batch."),

@@ -1,8 +1,6 @@
-"""Looking inside: what the web page (barelm/web) shows of the network and of its run. Nothing here
-changes them, and nothing here knows HTTP: a JSON object in, one out."""
+"""Looking inside: what the web page (barelm/web) shows of the network. Nothing here changes it,
+and nothing here knows HTTP: a JSON object in, one out. Of its run: barelm/runs.py."""
 
-import bisect
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +10,11 @@ import torch.nn.functional as F
 
 from barelm.answers import token_name
 from barelm.api import ApiError, check_length, encode_text, is_ids, read_fields, short
+from barelm.diagram import diagram
 from barelm.engine import NOT_FINITE
 from barelm.jobs import limited
 from barelm.parts import whole_tensor
 from barelm.quantized import QuantizedLinear
-
-LOG_ROWS = 2000  # the most rows of training in one answer: of more, one in so many
-
 
 # --------------------------------------------------------------------------------------------------
 # The network's parts
@@ -61,6 +57,7 @@ def describe_model(net):
     return {
         "config": asdict(net.config),
         "parts": parts,
+        "diagram": diagram(net, parts),
         "params": sum(part["params"] for part in parts),
         "bytes": sum(t.nbytes for t in tensors.values()),
         "dtype": str(table.dtype).removeprefix("torch."),
@@ -142,36 +139,6 @@ def neighbours_answer(tok, request, neighbours):
         rows.append({"token": id, "text": token_name(tok, id), "cosine": round(cosine, 6)})
     name = token_name(tok, request.token)
     return {"token": request.token, "text": name, "neighbours": rows}
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-
-def null(word):
-    return None
-
-
-def read_row(line):
-    return json.loads(line, parse_constant=null)  # NaN and Infinity are no JSON of a browser's
-
-
-def log_rows(path, after):
-    """(the rows of a log.jsonl behind step `after`, the last step there is or -1). Many are
-    thinned, but for the evaluations; a row that is being written waits for the next time."""
-    if not path.is_file():
-        return [], -1
-    data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].splitlines()  # without what is not ended yet
-    if not lines:
-        return [], -1
-    # Steps rise: of a long log only a few lines are parsed to find where to begin.
-    begin = bisect.bisect_right(lines, after, key=lambda line: read_row(line)["step"])
-    new = lines[begin:]
-    stride = max(1, math.ceil(len(new) / LOG_ROWS))
-    thinned = [line for i, line in enumerate(new) if i % stride == 0 or b'"val_' in line]
-    rows = [read_row(line) for line in thinned[-2 * LOG_ROWS :]]
-    return rows, read_row(lines[-1])["step"]
 
 
 # --------------------------------------------------------------------------------------------------

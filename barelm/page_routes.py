@@ -9,11 +9,12 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from barelm import attention_maps, lens, lens_requests, next_token, page, routing
-from barelm.api import ApiError, short, tokenized
+from barelm.api import ApiError, tokenized
 from barelm.chat_model import describe_chat
 from barelm.feedback import read_feedback
 from barelm.front import event_line, reply
 from barelm.run import UserError
+from barelm.run_routes import RunHandlers
 from barelm.token_steps import TokenSteps
 
 
@@ -25,7 +26,6 @@ class PageHandlers:
         self.server = server
         self.engine = server.engine
         self.served = server.served
-        self.folder = server.settings.folder  # the model's, with its log.jsonl
         self.feedback_file = server.settings.feedback  # or None
         self.chat = None  # a ChatModel, once the page has asked
         self.token_steps = None  # a TokenSteps, once it was asked for
@@ -47,7 +47,7 @@ class PageHandlers:
             ("POST", "/inspect/lens", self.lens),
             ("POST", "/inspect/shares", self.shares),
             ("POST", "/inspect/patch", self.patch),
-            ("GET", "/inspect/log", self.log),
+            *RunHandlers(self.server, self.recent_logits.forget).routes(),
         ]
 
     # ------------------------------------------------------------------ the page
@@ -64,7 +64,9 @@ class PageHandlers:
 
     async def model(self):
         if self.chat is None:
-            self.chat = await asyncio.to_thread(describe_chat, self.served.tok, self.folder)
+            self.chat = await asyncio.to_thread(
+                describe_chat, self.served.tok, self.server.settings.folder
+            )
         of_chat = {"chat": asdict(self.chat), "feedback": self.feedback_file is not None}
         return reply(self.served.card | page.describe_model(self.engine.net) | of_chat)
 
@@ -108,15 +110,17 @@ class PageHandlers:
         likeliest tokens to follow, before and after each filter."""
         body = await self.server.read_body(request)
         wanted = await asyncio.to_thread(next_token.read_next, self.served, body)
-        logits = self.recent_logits.get(wanted.ids)
-        if logits is None:
-            net, tok = self.engine.net, self.served.tok
-            logits = await self.server.ask_engine(
-                next_token.last_logits, net, wanted.ids, tok.n_vocab
-            )
-            self.recent_logits.put(wanted.ids, logits)
+        logits = await self.server.ask_engine(self.logits_behind, wanted.ids)
         answer = await asyncio.to_thread(next_token.next_answer, self.served.tok, wanted, logits)
         return reply(answer)
+
+    def logits_behind(self, ids):
+        """In the engine's thread, as whatever forgets them: new weights come there."""
+        logits = self.recent_logits.get(ids)
+        if logits is None:
+            logits = next_token.last_logits(self.engine.net, ids, self.served.tok.n_vocab)
+            self.recent_logits.put(ids, logits)
+        return logits
 
     # ------------------------------------------------------------------ Attention, Experts
 
@@ -214,19 +218,3 @@ class PageHandlers:
             return await asyncio.to_thread(read, self.served, net, body)
         except UserError as error:
             raise ApiError(400, str(error)) from None
-
-    # ------------------------------------------------------------------ Training
-
-    async def log(self, request: Request):
-        """?after=a step → the rows of the run's log.jsonl behind it, and its last step."""
-        after = request.query_params.get("after", "-1")
-        if not (after.removeprefix("-").isdecimal() and len(after) < 16):
-            raise ApiError(400, f"after = {short(after)}: expected a step", "after")
-        try:
-            rows, last = await asyncio.to_thread(
-                page.log_rows, self.folder / "log.jsonl", int(after)
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"log.jsonl cannot be read: {short(str(error))}"
-            raise ApiError(500, why) from None
-        return reply({"rows": rows, "last": last})

@@ -419,6 +419,7 @@ class RunFolder:
         self.free = free
         self.aside = aside
         self.parts = []
+        self.horizon = {}  # what max_epochs comes to with these data, for whoever looks on
         self.log = None
         self.trackers = []  # functions that get each row too, such as TensorBoard's
         self.saver = None  # the StepSaver of a run whose processes each write a part
@@ -461,6 +462,8 @@ class RunFolder:
             os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
         entries = {"config": self.config} | made_with() | {"parts": self.parts}
         entries["host"] = platform.node()  # where settings of a machine may be taken again
+        if self.horizon:
+            entries["horizon"] = self.horizon
         if launch_id():
             entries["launch"] = launch_id()
         write_json(self.path / "run.json", entries)

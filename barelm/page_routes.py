@@ -26,6 +26,7 @@ class PageHandlers:
         self.server = server
         self.engine = server.engine
         self.served = server.served
+        self.folder = server.settings.folder  # the model's
         self.feedback_file = server.settings.feedback  # or None
         self.chat = None  # a ChatModel, once the page has asked
         self.token_steps = None  # a TokenSteps, once it was asked for
@@ -64,9 +65,7 @@ class PageHandlers:
 
     async def model(self):
         if self.chat is None:
-            self.chat = await asyncio.to_thread(
-                describe_chat, self.served.tok, self.server.settings.folder
-            )
+            self.chat = await asyncio.to_thread(describe_chat, self.served.tok, self.folder)
         of_chat = {"chat": asdict(self.chat), "feedback": self.feedback_file is not None}
         return reply(self.served.card | page.describe_model(self.engine.net) | of_chat)
 

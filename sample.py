@@ -8,6 +8,7 @@
     python sample.py --model=out/classify --prompt="def f(x): ..."   # labels and probabilities
     python sample.py --model=out/tag --prompt="def f(x): ..."   # the names in it, and their kinds
     python sample.py --model=out/bert --prompt="The [MASK] of France"   # an encoder fills masks
+    python sample.py --lens --lens_against="import re"  # what each layer would say after a prompt
 
 --model is a run of ours, a Hugging Face folder or a model's name on its Hub (Qwen3, Qwen2, Llama,
 SmolLM2, Mistral, GPT-2), which is downloaded once. Prints the prompt and its continuation.
@@ -31,6 +32,8 @@ draft: str | None = None  # a smaller model of the same tokenizer, heads or look
 stop: list | None = None  # strings that end the text: '["\n\n"]'
 chat = False  # a conversation
 system: str | None = None  # its system message
+lens = False  # print what each layer would say, and what adds to the answer's logit
+lens_against: str | None = None  # a prompt of as many tokens: where in the layers the two part
 seed = 0  # the same seed gives the same text
 device = "auto"  # auto, cpu, cuda, cuda:1
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
@@ -55,6 +58,7 @@ from barelm.files import JSONL, file_ending, parse_json, read_input
 from barelm.filling import fill, fill_spans
 from barelm.heads import find_answer, tag_tokens
 from barelm.invariant import be_deterministic
+from barelm.lens_text import print_lens
 from barelm.mirror import open_together
 from barelm.run import UserError, choose_dtype, end_process
 from barelm.sampling import check_sampling
@@ -284,6 +288,10 @@ def check_settings():
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples}: expected 1 or more")
     check_sampling(**sampling())
+    if lens_against is not None and not lens:
+        raise UserError("--lens_against: of what --lens shows: give both")
+    if lens and tp > 1:
+        raise UserError(f"--lens: of a network that one process has: --tp=1, not {tp}")
     for text in stop or []:
         if not isinstance(text, str) or not text:
             raise UserError(f"--stop={stop}: expected a list of texts, none of them empty")
@@ -307,6 +315,13 @@ def open_model(run, split=None):
     return load(model, run.device, compute, quantize, fast, split)
 
 
+def look_inside(net, tok, prompts):
+    """Print what the layers do with each prompt."""
+    check_unused("is looked into by --lens, and continues nothing")
+    for text in prompts:
+        print_lens(net, tok, text, lens_against)
+
+
 def check_together(net):
     """Refuse what several processes do not do together."""
     if net.score is not None or not net.config.causal or net.config.is_seq2seq:
@@ -328,6 +343,9 @@ def main():
         end_process(0)
     if deterministic:
         be_deterministic(net)
+    if lens:
+        look_inside(net, tok, read_prompts())
+        return
     if net.score is not None:
         check_unused(f"is a model of {net.task}: it reads the prompt, and continues none")
         {"classify": classify, "tag": tag, "span": answer}[net.task](net, tok, read_prompts())

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from barelm.filling import eager
+from barelm.filling import eager, ids_with_gaps
 from barelm.quantized import QuantizedLinear, dequantize
 from barelm.run import UserError
 
@@ -34,6 +34,16 @@ def check_lens(net):
         raise UserError(
             f"a model of {net.task} has scores in the place of logits: no lens reads it"
         )
+
+
+def encoder_ids(tok, text):
+    """(ids, the place of the first mask or None) of a text that an encoder reads."""
+    names = [name for name, id in tok.special.items() if id == tok.mask_id]
+    if not any(name in text for name in names):
+        ids, _ = tok.whole_text(text)
+        return ids, None
+    ids, places = ids_with_gaps(tok, text, [tok.mask_id])
+    return ids, places[0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from barelm import lens
 from barelm.answers import token_name
 from barelm.api import ApiError, encode_text, is_ids, read_fields, short
-from barelm.filling import ids_with_gaps
 from barelm.jobs import limited
 from barelm.page import read_ids
 from barelm.patching import KINDS, Patching, check_pair
@@ -33,23 +32,13 @@ def read_text(served, net, text, ids, name="text", most=LENS_TOKENS):
     is_encoder = not net.config.causal and not net.config.is_seq2seq
     if is_encoder and text is not None and ids is None:
         encode_text(served, text)  # refuses what is too long
-        ids, place = encoder_ids(tok, text)
+        ids, place = lens.encoder_ids(tok, text)
     else:
         ids = read_ids(served, text, ids)
     most = min(most, served.max_len)
     if not 0 < len(ids) <= most:
         raise ApiError(400, f"{len(ids)} tokens: layers are shown of 1 to {most}", name)
     return ids, place
-
-
-def encoder_ids(tok, text):
-    """(ids, the place of the first mask or None) of a text that an encoder reads."""
-    names = [name for name, id in tok.special.items() if id == tok.mask_id]
-    if not any(name in text for name in names):
-        ids, _ = tok.whole_text(text)
-        return ids, None
-    ids, places = ids_with_gaps(tok, text, [tok.mask_id])
-    return ids, places[0]
 
 
 def read_target(served, net, target):
@@ -112,6 +101,19 @@ def part_of(net):
     return "decoder-only" if net.config.causal else "encoder"
 
 
+def reading_head(served, net, reading):
+    """What every answer about a Reading begins with."""
+    tok = served.tok
+    masks = [name for name, id in tok.special.items() if id == tok.mask_id]
+    return {
+        "part": part_of(net),
+        "mask": masks[0] if masks else None,
+        "tokens": reading.ids,
+        "token_strs": names_of(tok, reading.ids),
+        "position": reading.position,
+    }
+
+
 # --------------------------------------------------------------------------------------------------
 # The logit lens
 
@@ -134,16 +136,8 @@ def read_lens(served, net, body):
 def lens_head(served, net, reading, last):
     """What is answered beside the rows. last: the Guesses of the last layer."""
     wanted = [tokens[0] for tokens in last.tokens]
-    masks = [name for name, id in served.tok.special.items() if id == served.tok.mask_id]
-    return {
-        "part": part_of(net),
-        "mask": masks[0] if masks else None,
-        "tokens": reading.ids,
-        "token_strs": names_of(served.tok, reading.ids),
-        "position": reading.position,
-        "answers": wanted,
-        "answer_strs": names_of(served.tok, wanted),
-    }
+    answers = {"answers": wanted, "answer_strs": names_of(served.tok, wanted)}
+    return reading_head(served, net, reading) | answers
 
 
 def lens_row(served, guesses):
@@ -214,10 +208,7 @@ def shares_answer(served, net, request, reading, token, result):
         else:
             row = layers[share.layer]
             row[share.kind] = round(row.get(share.kind, 0.0) + value, 6)
-    return {
-        "part": part_of(net),
-        "position": reading.position,
-        "position_str": token_name(served.tok, reading.ids[reading.position]),
+    return reading_head(served, net, reading) | {
         "token": token,
         "token_str": token_name(served.tok, token),
         "against": against,

@@ -108,16 +108,16 @@ function showLens() {
   const known = i < seen.layers.length && j < places.length;
   lensGrid.select(...(known ? [i, j] : [seen.layers.length - 1, seen.position]));
 }
-const words = { decoder: "The lens reads the decoder; the text is the encoder's source.",
-  encoder: "This model is an encoder: write its mask where it shall guess." };
+function showNote({ part, mask, token_strs }) {
+  const words = { decoder: " These are the decoder's; the text is what the encoder reads.",
+    encoder: ` This model is an encoder: write ${mask} where it shall guess.` };
+  $("lens-note").textContent = `${plural(token_strs.length, "token")}.${words[part] ?? ""}`;
+}
 
 const lookLens = debounced(async (signal) => {
   seen = await ask("/inspect/lens", reading(), signal);
   complain("");
-  const n = seen.token_strs.length;
-  const mask = seen.mask ? ` It is called ${seen.mask}.` : "";
-  $("lens-note").textContent = `${plural(n, "token")}. ${(words[seen.part] ?? "") + mask}`;
-  $("lens-picture").hidden = picture() !== "lens";
+  showNote(seen);
   showLens();
 }, ["lens-grid", "lens-cell", "lens-note"], forget, 400);
 
@@ -174,7 +174,7 @@ function showShares() {
   const terms = sums.filter(([, value]) => Math.abs(value) >= 5e-3)
     .map(([name, value]) => `${name} ${signed(value)}`);
   $("shares-sum").replaceChildren("The logit of ", code(shares.token_str), ...what, " after ",
-    code(shares.position_str), ` is ${signed(logit)} = ${terms.join(" + ")}.`,
+    code(shares.token_strs[shares.position]), ` is ${signed(logit)} = ${terms.join(" + ")}.`,
     capped === null ? "" : ` That is before the cap of the logits, behind it ${signed(capped)}.`);
   const [low, , high] = document.querySelector("#shares-picture .key").children;
   low.textContent = signed(-most);
@@ -211,14 +211,10 @@ const lookShares = debounced(async (signal) => {
   for (const name of ["token", "against"]) {
     if ($("shares-" + name).value) body[name] = $("shares-" + name).value;
   }
-  const strs = seen ?? await ask("/inspect/lens", { ...reading(), k: 1 }, signal);
-  seen = strs;
   shares = await ask("/inspect/shares", body, signal);
   complain("");
-  $("lens-note").textContent = `${plural(strs.token_strs.length, "token")}. ${
-    words[strs.part] ?? ""}`;
-  $("shares-picture").hidden = picture() !== "shares";
-  $("shares-tokens").replaceChildren(...strs.token_strs.map((text, j) => {
+  showNote(shares);
+  $("shares-tokens").replaceChildren(...shares.token_strs.map((text, j) => {
     const token = option("", visible(text));
     token.setAttribute("aria-selected", j === shares.position);
     return token;
@@ -261,14 +257,14 @@ async function comparePrompts(signal) {
     rows.push(event.row);
     grid.fill(rows.length - 1, event.row.map((share) => ({
       text: String(Math.round(100 * share) || 0).replace("-", "\u2212"), share })));
-    if (rows.length === 1) grid.select(0, kind === "heads" ? 0 : head.position);
+    if (rows.length === 1) grid.select(0, 0);
   }
   grid.select(...placeToShow(head, rows));
 }
 // The layer in which the difference comes to the position that is read; else the largest share.
 function placeToShow(head, rows) {
   const i = rows.findIndex((row) => row[head.position] >= 0.5);
-  if (head.kind === "residual" && i > 0) return [i, head.position];
+  if (head.kind === "residual" && !isSeq2seq() && i > 0) return [i, head.position];
   let best = [0, 0];
   rows.forEach((row, i) => row.forEach((share, j) => {
     if (share > rows[best[0]][best[1]]) best = [i, j];

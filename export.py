@@ -167,7 +167,7 @@ def validation_windows(tok, seq_len):
     elif Tokenizer.from_folder(folder).bytes != tok.bytes:
         why = "its tokens are another tokenizer's"
     if why:
-        print(f"{folder}: {why}: bits per byte n/a (--dataset names another)")
+        print(f"{folder}: {why}: no bits per byte (--dataset names another)")
         return None
     windows = Windows(paths, seq_len, n_vocab=tok.n_vocab)
     if windows.n == 0 or eval_tokens < 1:
@@ -211,17 +211,25 @@ def decoding_rate(net, tok):
     return sorted(rates)[1]
 
 
+def print_head(net, windows):
+    """The head of the report, with the columns that `print_row` has."""
+    bits = f"{'bits/byte':>11}" if windows is not None else ""
+    rate = f"{'tokens/s':>10}" if net.config.causal else ""
+    print(f"{'':<22}{'MB':>10}{bits}{rate}{'zeros':>8}")
+
+
 def print_row(name, net, tok, windows):
-    """A line of the report: MB of tensors, bits per byte, tokens a second, the share of zeros."""
+    """A line of the report: MB of tensors, bits per byte where there are windows, tokens a second
+    where the network writes (an encoder does not), the share of zeros."""
     megabytes = sum(t.nbytes for t in saved_tensors(net).values()) / 1e6
-    bits = "n/a"
+    bits = ""
     if windows is not None:
-        bits = f"{bits_per_byte(net, tok, windows):.4f}"
-    rate = "n/a"
-    if net.config.causal:  # an encoder writes nothing
-        rate = f"{decoding_rate(net, tok):,.1f}"
+        bits = f"{bits_per_byte(net, tok, windows):>11.4f}"
+    rate = ""
+    if net.config.causal:
+        rate = f"{decoding_rate(net, tok):>10,.1f}"
     zeros = f"{zeros_share(net):.1%}"
-    print(f"{name:<22}{megabytes:>10,.2f}{bits:>11}{rate:>10}{zeros:>8}", flush=True)
+    print(f"{name:<22}{megabytes:>10,.2f}{bits}{rate}{zeros:>8}", flush=True)
 
 
 def show_report(run):
@@ -233,10 +241,10 @@ def show_report(run):
         return
     windows = None
     if fills_gaps(net.config):
-        print(f"{model} predicts no next token: bits per byte n/a; eval.py measures its loss")
+        print(f"{model} predicts no next token: no bits per byte; eval.py measures its loss")
     else:
         windows = validation_windows(tok, min(net.config.n_ctx, 1024))
-    print(f"{'':<22}{'MB':>10}{'bits/byte':>11}{'tokens/s':>10}{'zeros':>8}")
+    print_head(net, windows)
     print_row("as it is", net, tok, windows)
     del net  # before the next one is loaded
     net, tok = compressed_model(run)

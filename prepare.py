@@ -13,7 +13,7 @@ format), meta.json; for a task, such as sft, sft_{train,val}.jsonl. The same inp
 gives the same bytes on any number of processes. A run that was killed goes on where it was.
 """
 
-from config import configure, same_recipes, settings
+from config import configure, settings
 
 source = "python"  # python, numbers, copy:48, a download, file, glob, URL, @list, hf:owner/name
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
@@ -1026,6 +1026,13 @@ def check_names():
 # --------------------------------------------------------------------------------------------------
 
 
+def next_command():
+    """The command that trains on what was made here, or None where there is no train.py."""
+    from barelm.ending import command  # and with it the network, which no worker needs
+
+    return command("train.py", {"dataset": dataset}, {"out_dir": f"out/{dataset}"})
+
+
 def main():
     check_settings()
     folder = Path("data") / dataset
@@ -1050,8 +1057,8 @@ def main():
     if part and not run.is_main:
         print(f"{run.name()}: done in {seconds}; {run.name(0)} writes {folder}")
     if run.is_main:
-        then = "" if task else f": python train.py {same_recipes()}--dataset={dataset}"
-        print(f"wrote {folder} in {seconds}{then}")
+        then = None if task else next_command()
+        print(f"wrote {folder} in {seconds}" + (f": {then}" if then else ""))
 
 
 if __name__ == "__main__":

@@ -975,17 +975,17 @@ def show_progress(run, row, progress, seconds_left):
     words = [
         f"step {row['step']} ({100 * progress:.0f} %)",
         f"loss {row['loss']:.4f}",
-        f"lr {row['lr']:.2e}",
-        f"norm {row['grad_norm']:.2f}",
+        f"left {duration(seconds_left)}",
         f"{row['tok_s']:,.0f} tok/s",
     ]
-    if row["dt"] >= 1:
+    if row["dt"] >= 1:  # a slow one
         words.append(step_words(row["dt"]))
+    words += [f"norm {row['grad_norm']:.2f}", f"lr {row['lr']:.2e}"]
     if row["mfu"]:  # of a device whose peak is known
         words.append(f"mfu {100 * row['mfu']:.1f} %")
     if row["mem"]:
         words.append(f"mem {row['mem'] / 2**30:.2f} GiB")
-    run.progress("  ".join([*words, f"left {duration(seconds_left)}"]))
+    run.progress("  ".join(words))
 
 
 def memory_advice():

@@ -11,7 +11,7 @@ STYLE = """
 svg { color: #222; font: 13px sans-serif } .paper { fill: #fff }
 @media (prefers-color-scheme:dark) { svg { color: #ddd } .paper { fill: #14171a } }
 text, circle { fill: currentColor } path { fill: none; stroke: currentColor }
-.grid { opacity: .15 } .line, .err { stroke-width: 2 } .thin { opacity: .6 } .raw { opacity: .3 }
+.grid { opacity: .15 } .line, .err { stroke-width: 2 } .thin { opacity: .6 } .raw { opacity: .35 }
 """
 WIDTH = 960  # of the picture
 
@@ -82,7 +82,10 @@ def make_axis(values, first_pixel, last_pixel, factor, padding):
     if is_log:
         high *= (high / low) ** padding  # above alone: the lowest values are what matters
     else:
-        spare = (high - low or abs(high) or 1) * padding
+        span = high - low
+        if span <= 1e-6 * abs(high):  # one value, but for rounding
+            span = abs(high) or 1
+        spare = span * padding
         if low != 0:  # nothing below zero is shown where no value is
             low -= spare
         high += spare
@@ -260,6 +263,13 @@ TITLES = {
     "approx_kl": "KL divergence from the policy that sampled",
     "clipfrac": "Share of clipped ratios",
     "margin": "Margin of the rewards",
+    "value_loss": "Loss of the values",
+    "explained_variance": "Explained variance of the returns",
+    "mtp_loss": "Loss of the tokens further ahead",
+    "load_max": "Largest load of an expert, over the mean",
+    "balance_loss": "Load-balancing loss",
+    "z_loss": "Router z-loss",
+    "router_entropy": "Router entropy",
 }
 NO_CURVE = ("step", "tokens", "ppl", "mfu", "mem", "dropped")  # or that of another
 OF_THE_MACHINE = ("lr", "grad_norm", "tok_s", "dt")  # these stand last
@@ -279,7 +289,9 @@ def run_charts(rows):
     steps = [row["step"] for row in rows]
     span = (min(steps, default=0), max(steps, default=0))
     large = "reward" if "reward" in keys else "loss"
-    order = [large, *(name for name in keys if name not in (large, *OF_THE_MACHINE, *NO_CURVE))]
+    others = [name for name in keys if name not in (large, *OF_THE_MACHINE, *NO_CURVE)]
+    others.sort(key=lambda name: not any(key.startswith("val_") for key in keys[name]))
+    order = [large, *others]
     order += [name for name in OF_THE_MACHINE if name in keys]
     if "tok_s" in keys:
         order.remove("dt")  # its inverse
@@ -290,6 +302,23 @@ def run_charts(rows):
             chart.is_small = True
             charts.append(chart)
     return charts
+
+
+def thin(points, most):
+    """At most about so many of the points, the last one among them: more than a picture shows."""
+    every = math.ceil(len(points) / most)
+    return points[:-1:every] + points[-1:]
+
+
+def running_mean(points, part=20):
+    """The exponential mean over a 20th of the points so far: the end is smooth, and the steep
+    beginning is where it is."""
+    means = []
+    mean = 0.0
+    for i, (x, y) in enumerate(points, 1):
+        mean += (y - mean) / max(1, i / part)
+        means.append((x, mean))
+    return means
 
 
 def run_chart(rows, name, keys, span):
@@ -311,9 +340,12 @@ def run_chart(rows, name, keys, span):
         elif len(points) < 30:
             chart.series.append(Series(f"training: {points[-1][1]:.4g}", 0, "line", points))
         else:
-            smoothed = smooth(points, parts=25)
-            every = math.ceil(len(points) / 2000)  # more than a picture shows
-            chart.series.append(Series("", 0, "raw", points[::every]))
+            thinned = thin(points, 2000)
+            smoothed = thin(running_mean(points), 400)
+            if name == "lr":  # it has no noise
+                smoothed = thinned
+            else:
+                chart.series.append(Series("", 0, "raw", thinned))
             words = f"training, smoothed: {smoothed[-1][1]:.4g}"
             chart.series.append(Series(words, 0, "line", smoothed))
     return chart

@@ -89,13 +89,14 @@ def draw_curves(out_dir, say):
     nothing to draw, or no place. A run does not fail for a picture."""
     path = Path(out_dir) / CURVES
     try:
-        rows = read_log(out_dir)
-        with whole_file(path) as file:
-            file.write(picture(run_charts(rows)).encode(errors="replace"))
-    except UserError:  # no row yet
+        charts = run_charts(read_log(out_dir))
+    except UserError:  # no row of it yet
         return None
-    except OSError as error:
-        say(f"note: {path}: cannot be written: {error.strerror}")
+    try:
+        with whole_file(path) as file:
+            file.write(picture(charts).encode(errors="replace"))
+    except UserError as error:
+        say(f"note: {error}")
         return None
     return str(path)
 

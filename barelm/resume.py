@@ -458,6 +458,7 @@ class RunFolder:
             return changed
         if not state:  # what a replaced run has left must never be taken for this one's
             clear_folder(self.path)
+            (self.path / "curves.svg").unlink(missing_ok=True)
         elif state["temporary"]:
             os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
         entries = {"config": self.config} | made_with() | {"parts": self.parts}

@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ class Progress:
 
     def __call__(self, line, last=False):
         if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
+            line = line[: width - 1]  # of two lines the first would stay, again and again
             print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
             self.open_line = not last
         elif last or time.monotonic() - self.last_print >= 5:

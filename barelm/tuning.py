@@ -403,8 +403,8 @@ def show_step(run, row, n_steps, seconds_left):
     figures = {key: value for key, value in row.items() if key not in others}
     of = f" of {n_steps}" if n_steps else ""
     run.progress(
-        f"step {row['step']}{of}  {words(figures)}  lr {row['lr']:.2e}  norm "
-        f"{row['grad_norm']:.2f}  {step_words(row['dt'])}  left {duration(seconds_left)}"
+        f"step {row['step']}{of}  {words(figures)}  left {duration(seconds_left)}  "
+        f"{step_words(row['dt'])}  norm {row['grad_norm']:.2f}  lr {row['lr']:.2e}"
     )
 
 

@@ -47,6 +47,9 @@ KINDS = {
     "4 HSDP": (4, ("--parallel=hsdp", "--replicas=2")),
 }
 
+# What a resume has to be told, or it would take the mesh of before.
+UNDIVIDED = ("--parallel=ddp", "--replicas=0", "--tp=1", "--pp=1", "--cp=1", "--zero=0")
+UNDIVIDED += ("--offload=false", "--async_save=false")
 # Those that are resumed on each other's meshes.
 RESUMED = {
     "1 process": (1, ()),
@@ -132,7 +135,8 @@ def resumes():
         def resumed(place, n, options, out=out):
             shutil.copytree(out, place)
             shutil.rmtree(f"{place}/{SHARDS}/step_00000004")
-            train(n, *common, *options, "--keep=2", "--init_from=resume", f"--out_dir={place}")
+            resume = ["--init_from=resume", f"--out_dir={place}", *UNDIVIDED]  # not as it was
+            train(n, *common, *resume, *options, "--keep=2")
             pairs = zip(losses_of(out), losses_of(place), strict=True)
             return max(abs(a - b) for a, b in pairs)
 

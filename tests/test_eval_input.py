@@ -254,7 +254,7 @@ def test_the_command_says_the_loss_beyond_the_context(tiny, tmp_path):
     flags = ["--model=out/tiny", "--dataset=tiny", f"--out_dir={tmp_path}", "--eval_tokens=1500"]
     out = run(tiny, "eval.py", *flags, "--context=128").stdout
     found = json.loads((tmp_path / "results.json").read_text())["results"]["loss"]
-    assert len(found["by"]) == 8 and "loss positions 112 to 127: loss" in out
+    assert len(found["by"]) == 8 and "| positions 112 to 127 | " in out
     tokens = sum(figures["n"] for figures in found["by"].values())
     nats = sum(figures["n"] * figures["loss"] for figures in found["by"].values())
     assert nats / tokens == pytest.approx(found["loss"], abs=1e-6)
@@ -267,7 +267,7 @@ def test_a_subject_may_hold_half_a_surrogate_pair(tiny, tmp_path):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--model=out/tiny", f"--tasks={tmp_path}/own.jsonl", f"--out_dir={tmp_path}"]
     done = run(tiny, "eval.py", *flags)
-    assert "\\ud800x: acc" in done.stdout
+    assert "\n| \\ud800x " in done.stdout
     [entry] = json.loads((tmp_path / "results.json").read_text())["results"].values()
     assert [*entry["by"]] == ["y", "\ud800x"]
 
@@ -282,7 +282,7 @@ def test_the_loss_by_the_length_of_a_window(tiny, tmp_path):
     """Of the same tokens, for which a longer one has seen more; a table and a picture."""
     flags = ["--model=out/tiny", "--dataset=tiny", "--eval_tokens=2048"]
     out = run(tiny, "eval.py", *flags, f"--out_dir={tmp_path}/own", "--lengths=32,64,128").stdout
-    by_length = re.findall(r"loss length (\d+): loss ([0-9.]+)", out)
+    by_length = re.findall(r"^\| length (\d+) +\| ([0-9.]+)", out, re.M)
     assert [length for length, _ in by_length] == ["32", "64", "128"]
     assert float(by_length[0][1]) > float(by_length[1][1])  # its context is 64
     own = json.loads((tmp_path / "own/results.json").read_text())["results"]["loss"]["by"]

@@ -319,7 +319,7 @@ def use_it(folder, name, model, val_acc):
     assert "<extra_id" not in said.stdout and said.stdout.startswith("the ")
     options += ["--dataset=words", "--eval_tokens=512", "--seq_len=32"]
     said = run(folder, "eval.py", *options).stdout
-    assert float(re.search(r"loss.accuracy: (\S+)", said)[1]) == pytest.approx(val_acc, abs=1e-5)
+    assert float(re.search(r"loss.accuracy: +(\S+)", said)[1]) == pytest.approx(val_acc, abs=1e-5)
     (folder / "some.txt").write_text("the old cat sees the young dog")
     assert "loss.accuracy" in run(folder, "eval.py", *options, "--text=some.txt").stdout
 

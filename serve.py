@@ -127,8 +127,9 @@ class Settings:
     timeout: float  # seconds that a request may take
     client_timeout: float  # seconds that a client may take to send or to read a piece
     pooling: str = "mean"  # which state stands for a text
+    weights: Weights | None = None  # which are served, and which the folder holds by now
     beside: bool = True  # whether the page shows the logs of the runs beside the model's
-    weights: Weights | None = None  # which are served, and may be loaded anew; None: they stay
+    reload: bool = True  # whether it may load newer weights
 
 
 class Handlers:
@@ -569,8 +570,9 @@ def main():
         timeout=timeout,
         client_timeout=client_timeout,
         pooling=pooling or pooling_of(net),
+        weights=weights,
         beside=runs,
-        weights=weights if reload else None,
+        reload=reload,
     )
     app = make_app(engine, settings)
     run_server(app, engine, sock, limits, shutdown)

@@ -130,8 +130,9 @@ class Settings:
     client_timeout: float  # seconds that a client may take to send or to read a piece
     pooling: str = "mean"  # which state stands for a text
     feedback: FeedbackFile | None = None  # where thumbs up and down go
+    weights: Weights | None = None  # which are served, and which the folder holds by now
     beside: bool = True  # whether the page shows the logs of the runs beside the model's
-    weights: Weights | None = None  # which are served, and may be loaded anew; None: they stay
+    reload: bool = True  # whether it may load newer weights
 
 
 class Handlers:
@@ -574,8 +575,9 @@ def main():
         client_timeout=client_timeout,
         pooling=pooling or pooling_of(net),
         feedback=FeedbackFile(feedback) if feedback else None,
+        weights=weights,
         beside=runs,
-        weights=weights if reload else None,
+        reload=reload,
     )
     app = make_app(engine, settings)
     run_server(app, engine, sock, limits, shutdown)

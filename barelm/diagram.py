@@ -6,8 +6,9 @@ equal blocks together, with their tensors, parameters and FLOPs.
     picture["shares"]   # {"attention": {"params": …, "flops": …}, …}: all there is
 
 A part: {"name", "kind", "words", "params", "flops", "tensors": [{"name", "shape", "n", "params",
-"tied"}]}. A stack: {"blocks": [block, …], "repeat": so often they follow each other, "params",
-"flops"}; a block: {"n": so many equal ones, "layers": the first's and the last's number,
+"tied"}]}. A stack: {"blocks": [block, …], "repeat": so often they follow each other, "name",
+"prefix": of its tensors' names, "layers": the first's and the last's number, "params", "flops"};
+a block: {"n": so many equal ones, "layers": the first's and the last's number,
 "branches"}, a branch being what is computed of x and added to it: {"parts", "behind": norms of the
 sum}. The params and flops of a part in a block are those of all blocks that its stack has of it.
 
@@ -160,6 +161,7 @@ def blocks_of(net, prefix, tensors):
             blocks.append(block_of(net, every, inner[at], numbers, n))
             at += n
         stack = {"blocks": blocks, "repeat": repeat, "name": name_of_stack(net, prefix)}
+        stack["prefix"] = prefix
         stack["layers"] = [first, first + repeat * sum(runs) - 1]
         stack["params"] = sum(block["params"] for block in blocks)
         stack["flops"] = sum(block["flops"] for block in blocks)

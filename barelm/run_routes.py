@@ -23,7 +23,8 @@ class RunHandlers:
         self.engine = server.engine
         settings = server.settings
         self.runs = Runs(settings.folder, settings.beside)
-        self.weights = settings.weights  # a barelm.reload.Weights, or None: they stay
+        self.weights = settings.weights  # a barelm.reload.Weights; None: nothing is said of them
+        self.may_reload = settings.reload
 
     def routes(self):
         """[(methods, address, handler)]"""
@@ -51,6 +52,7 @@ class RunHandlers:
             "step": None if weights.step < 0 else weights.step,
             "step_on_disk": None if step < 0 else step,
             "are_new": are_new,
+            "can_reload": self.may_reload,
             "busy": weights.busy,
         }
 
@@ -93,7 +95,7 @@ class RunHandlers:
         """{} → {"step": of the weights that the folder held, and that are served now}."""
         await self.server.read_body(request)
         weights = self.weights
-        if weights is None:
+        if weights is None or not self.may_reload:
             raise ApiError(403, "this server keeps its weights (--reload=false)")
         if weights.busy:
             raise ApiError(409, "new weights are being loaded already")

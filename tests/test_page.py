@@ -161,30 +161,6 @@ def test_neighbours_have_the_greatest_cosines(server):
         assert [near["cosine"] for near in told] == pytest.approx([c for c, _ in naive], abs=1e-5)
 
 
-def test_the_log_is_told_from_a_step_on(server):
-    rows = [json.loads(line) for line in (server.folder / "log.jsonl").read_text().splitlines()]
-    told = server.get("/inspect/log").json()
-    assert told == {"rows": rows, "last": 60}
-    assert server.get("/inspect/log?after=58").json()["rows"] == [r for r in rows if r["step"] > 58]
-    assert server.get("/inspect/log?after=60").json() == {"rows": [], "last": 60}
-
-
-def test_a_long_log_is_thinned_and_an_unfinished_row_waits(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert inside.log_rows(path, -1) == ([], -1)
-    rows = [{"step": i, "loss": 1 / i} for i in range(1, 10_001)] + [
-        {"step": 10_000, "val_loss": 2}
-    ]
-    rows.insert(7, {"step": 7, "val_loss": 3})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10001, "lo')
-    told, last = inside.log_rows(path, -1)
-    assert last == 10_000 and len(told) <= inside.LOG_ROWS + 2
-    assert [row for row in told if "val_loss" in row] == [rows[7], rows[-1]]
-    assert [row["step"] for row in told] == sorted(row["step"] for row in told)
-    path.write_text('{"step": 1, "loss": NaN}\n')
-    assert inside.log_rows(path, 0) == ([{"step": 1, "loss": None}], 1)
-
-
 @pytest.mark.parametrize(
     "path, body, said",
     [
@@ -357,79 +333,6 @@ def test_tokens_attention_and_parts(page, server):
     panel = open_view(page, "Model")
     total = server.get("/inspect/model").json()["params"]
     assert panel.locator("#sum").text_content().startswith(f"{total:,} parameters")
-    assert panel.locator("details").count() == server.net.config.n_layer
-
-
-def test_curves_are_live(page, server):
-    open_view(page, "Training")
-    path = server.folder / "log.jsonl"
-    before = path.read_text()
-    page.wait_for_selector("#run:has-text('60 steps')")
-    line = page.locator("#charts svg").first.locator("polyline").first
-    assert len(line.get_attribute("points").split()) == 60
-    try:
-        with path.open("a") as log:
-            log.write('{"step": 61, "loss": 1.5}\n{"step": 61, "val_loss": 1.25}\n')
-        page.wait_for_selector("#run:has-text('validation 1.25 at step 61')")
-        assert len(line.get_attribute("points").split()) == 61
-        page.get_by_label("Logarithmic steps").check()
-        points = [p.split(",") for p in line.get_attribute("points").split()]
-        x = [float(p[0]) for p in points]  # on a logarithmic axis 1 to 8 is as far as 7 to 56
-        assert x[7] - x[0] == pytest.approx(x[55] - x[6], abs=0.3)
-    finally:
-        path.write_text(before)
-
-
-def axis_values(texts):
-    """The numbers that an axis shows: 1.5e-3, 12.5K."""
-    scales = {"K": 1e3, "M": 1e6}
-    return [float(text.rstrip("KM")) * scales.get(text[-1], 1) for text in texts]
-
-
-COLUMNS = {  # of a log: what is easily rounded away
-    "lr": [0.0003 * i for i in range(11)],
-    "loss": [2 + 0.0004 * i for i in range(11)],
-    "tok_s": [1_000_000 + 40 * i for i in range(11)],
-    "grad_norm": [0.0012 + 1e-6 * i for i in range(11)],
-    "bpb": [0.0075 + 0.0005 * i for i in range(11)],
-    "gap": [-0.005 + 0.001 * i for i in range(11)],
-    "same": [0.00125] * 11,
-}
-
-
-@pytest.mark.parametrize("logarithmic", [False, True])
-def test_a_label_is_the_number_at_its_place(page, server, logarithmic):
-    path = server.folder / "log.jsonl"
-    before = path.read_text()
-    rows = [{"step": i + 1} | {key: v[i] for key, v in COLUMNS.items()} for i in range(11)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    try:
-        open_view(page, "Training")
-        page.wait_for_selector("#run:has-text('11 steps')")
-        if logarithmic:
-            page.get_by_label("Logarithmic steps").check()
-            page.get_by_label("Logarithmic values").check()
-        names = ["loss", "lr", "tok_s", "grad_norm", "bpb", "gap", "same"]
-        for figure, name in zip(page.locator("#charts figure").all(), names, strict=True):
-            points = figure.locator("polyline").first.get_attribute("points").split()
-            points = [[float(n) for n in point.split(",")] for point in points]
-            for axis, data, anchor in ((0, range(1, 12), "middle"), (1, COLUMNS[name], "end")):
-                texts = figure.locator(f"text[text-anchor={anchor}]").all()
-                told = axis_values([text.text_content() for text in texts])
-                places = [float(text.get_attribute("xy"[axis])) for text in texts]
-                assert told and len({*told}) == len(told)
-                if data[0] == data[-1]:
-                    assert told == [data[0]]
-                    continue
-                logs = logarithmic and data[0] > 0
-                scale = math.log if logs else float
-                first, last = scale(data[0]), scale(data[-1])
-                for value, place in zip(told, places):
-                    share = (scale(value) - first) / (last - first)
-                    right = points[0][axis] + share * (points[-1][axis] - points[0][axis])
-                    assert place - 4 * axis == pytest.approx(right, abs=0.5), (name, value)
-    finally:
-        path.write_text(before)
 
 
 def test_nothing_of_an_older_text_stays_under_an_error(page, server):

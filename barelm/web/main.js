@@ -60,6 +60,10 @@ $("keyform").onsubmit = (event) => {
   sessionStorage.setItem("key", $("key").value);
   guard(start);
 };
+// Other weights of the same model are served: what was computed of the old ones goes.
+document.addEventListener("weights", () => {
+  for (const name of ["tokens", "next", "attention", "layers", "experts"]) views[name].reset();
+});
 let resizing = 0;
 addEventListener("resize", () => {
   cancelAnimationFrame(resizing);

@@ -1,168 +1,365 @@
-// The view Training: one chart for each key of the log, all with one cursor.
+// The view Training: runs and how far they are; one chart for each key of their logs, all with one
+// cursor.
 
-import { $, draw, make, number, plural, whole } from "./base.js";
-import { ask, guard, isGone, state } from "./server.js";
+import { $, make, draw, number, plural, whole } from "./base.js";
+import { download, drawLines, picture, pngBlob, smoothed, svgBlob } from "./chart.js";
+import { ask, call, complain, guard, isGone, state } from "./server.js";
 
-const KEYS = { loss: "Loss", lr: "Learning rate", tok_s: "Tokens a second",
-  grad_norm: "Norm of the gradient", bpb: "Bits a byte" };
-const LEFT_OUT = ["step", "tokens", "dt", "mem", "mfu", "val_ppl"];
-let log = [], cursor = null;
+// The words that people search for, in the order of the charts.
+const TITLES = {
+  loss: "Loss (nats per token)", reward: "Reward", accuracy: "Accuracy", acc: "Accuracy",
+  f1: "F1 score", mrr: "Mean reciprocal rank (MRR)", bpb: "Bits per byte", lr: "Learning rate",
+  grad_norm: "Gradient norm", tok_s: "Tokens per second", margin: "Reward margin",
+  reward_chosen: "Reward of chosen answers", reward_rejected: "Reward of rejected answers",
+  approx_kl: "KL divergence (approximate)", entropy: "Entropy of the policy",
+  clipfrac: "Clip fraction", length: "Length of answers (tokens)", value_loss: "Value loss",
+  return: "Return", explained_variance: "Explained variance",
+  mtp_loss: "Loss of tokens further ahead (multi-token prediction)",
+  load_max: "Expert load, largest over mean", balance_loss: "Load balancing loss",
+  z_loss: "Router z-loss", router_entropy: "Router entropy",
+  // from here on behind "More charts"
+  ppl: "Perplexity", dt: "Seconds per step", mem: "Memory (GiB)",
+  mfu: "Model FLOPs utilization (MFU)", dropped: "Dropped tokens",
+  alone_min: "Seconds of the fastest process", alone_median: "Seconds of the median process",
+  alone_max: "Seconds of the slowest process", slowest: "Slowest process (rank)",
+};
+const MORE = Object.keys(TITLES).slice(Object.keys(TITLES).indexOf("ppl"));
+const UNITS = { mem: 2 ** 30 };
+const LEFT_OUT = ["step", "tokens"];
+const COLOURS = 8;
+
+let served = null, names = [], weights = null, chosen = null, cursor = null, busy = false;
+let logs = new Map(); // by name: { entries: [{row, seconds}], every, standing }
+const colours = new Map(); // by name: a number, for as long as the page is open
+
+// ---------------------------------------------------------------------------------------------
+// What the server tells
 
 async function follow() {
-  const at = log.at(-1)?.step ?? 0; // of this step there may be more rows than there were
-  const followed = state.model;
-  const { rows, last } = await ask("/inspect/log?after=" + (at - 1));
-  if (state.model !== followed) return; // the server was started anew meanwhile
-  if (last < at || log.length + rows.length > 6000) {
-    log = []; // a new run, or more than a chart can show: from the beginning, thinned
-    if (last >= 0 && at) return follow();
+  if (busy) return;
+  busy = true;
+  try {
+    const followed = state.model, told = await ask("/inspect/runs");
+    ({ served, runs: names, weights } = told);
+    chosen ??= new Set(names.includes(served) ? [served] : []);
+    const changed = await Promise.all(shownNames().map(followLog));
+    if (state.model !== followed) return; // the server was started anew meanwhile
+    showRuns();
+    showWeights();
+    showSummary();
+    if (changed.some(Boolean) || !$("charts").children.length) showCharts();
+  } finally {
+    busy = false;
   }
-  const old = log.length;
-  log = [...log.filter((row) => row.step < at), ...rows];
-  if (log.length !== old || !old) showCharts();
+}
+
+const shownNames = () => names.filter((name) => chosen.has(name));
+const shownLogs = () => shownNames().map((name) => ({ name, ...logs.get(name) }))
+  .filter((log) => log.entries?.length);
+
+// Take in what is new of a run's log: whether something is.
+async function followLog(name) {
+  let log = logs.get(name) ?? { entries: [], every: 1 };
+  const at = log.entries.at(-1)?.row.step ?? 0; // of it there may be more rows than there were
+  const told = await ask(`/inspect/log?run=${encodeURIComponent(name)}&after=${at - 1}`);
+  if (told.last < at || log.entries.length + told.rows.length > 6000) {
+    logs.delete(name); // a new run, or more than a chart can show: from the beginning, thinned
+    if (told.last >= 0 && at) return followLog(name);
+    log = { entries: [], every: 1 };
+  }
+  const old = log.entries.length;
+  const entries = told.rows.map((row, i) => ({ row, seconds: told.seconds[i] }));
+  log.entries = [...log.entries.filter(({ row }) => row.step < at), ...entries];
+  log.every = Math.max(log.every, told.every);
+  log.standing = told.standing;
+  logs.set(name, log);
+  return log.entries.length !== old;
 }
 setInterval(() => {
   if (state.model && !$("training").hidden && !document.hidden && !isGone()) guard(follow);
 }, 2000);
 
-// The ticks of an axis, [[value, label]]; least: the smallest step between them.
-function ticks(low, high, logarithmic, count, least = 0) {
-  if (low === high) return [[low, label(low, low / 1000)]];
-  if (logarithmic) {
-    const all = [];
-    for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++) {
-      for (const m of high / low > 300 ? [1] : [1, 2, 5]) all.push(+(m * 10 ** p).toPrecision(2));
-    }
-    const inside = all.filter((t) => t >= low && t <= high);
-    if (inside.length > 1) return inside.map((t) => [t, label(t, t)]);
-  }
-  const rough = Math.max((high - low) / count, least), power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((m) => m * power >= rough);
-  const first = Math.ceil(low / step - 1e-9);
-  const n = Math.floor((high - first * step) / step + 1e-9) + 1;
-  return Array.from({ length: n }, (_, i) => +((first + i) * step).toPrecision(12))
-    .map((t) => [t, label(t, step)]);
-}
-// A tick's number, with the digits that tell it from one a step away.
-function label(t, step) {
-  if (!t) return "0";
-  const power = (x) => Math.floor(Math.log10(Math.abs(x)) + 1e-9);
-  const digits = Math.max(1, Math.min(power(t) - power(step) + 1, 15));
-  if (Math.abs(t) < 0.01) return (+t.toPrecision(digits)).toExponential();
-  if (Math.abs(t) < 1e4) return String(+t.toPrecision(digits));
-  return new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: digits })
-    .format(t);
+// ---------------------------------------------------------------------------------------------
+// In words
+
+function duration(seconds) {
+  if (seconds < 60) return `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return `${minutes} min`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-// What has a chart: the keys of KEYS in their order, then what else the log has numbers of.
-function chartKeys() {
-  const numbers = (row) => Object.keys(row).filter((key) => Number.isFinite(row[key]));
-  const logged = [...new Set(log.flatMap(numbers))];
-  const names = new Set(logged.map((key) => key.replace(/^val_/, "")));
-  const ordered = new Set([...Object.keys(KEYS).filter((key) => names.has(key)), ...names]);
-  return [...ordered].filter((k) => !LEFT_OUT.includes(k) && !LEFT_OUT.includes("val_" + k));
+// How far a run is.
+function standingWords({ state: how, progress, seconds_left: left, age, step, seconds }) {
+  const part = progress === null ? "" : `, ${Math.floor(100 * progress)} %`;
+  const steps = plural(step, "step");
+  if (how === "running") {
+    const late = age > 60 ? `, nothing new for ${duration(age)}` : "";
+    const rest = left === null ? "" : `, about ${duration(left)} left`;
+    return `Running: ${steps}${part}${rest}${late}`;
+  }
+  if (how === "stopped") return `Stopped before its end: ${steps}${part}`;
+  return `${how === "finished" ? "Finished" : "Not running"}: ${steps}${
+    seconds ? ` in ${duration(seconds)}` : ""}`;
 }
 
-// The run in a sentence.
-function runSummary() {
-  if (!log.length) return "This model has no training log beside it.";
-  const rowsWith = (key) => log.filter((row) => Number.isFinite(row[key]));
-  let text = plural(log.at(-1).step, "step");
-  const losses = rowsWith("loss").map((row) => row.loss);
-  if (losses.length) {
-    text += `; training loss ${number(losses[0])} to ${number(losses.at(-1))}`;
+// The model's run in a sentence.
+function showSummary() {
+  const log = logs.get(served);
+  $("run-progress").hidden = log?.standing?.state !== "running" || log.standing.progress === null;
+  if (!log?.entries.length) {
+    $("run").textContent = names.includes(served) ? "The log of this model's run is not shown."
+      : "This model has no training log beside it.";
+    return;
   }
-  const evaluations = rowsWith("val_loss");
+  let text = standingWords(log.standing);
+  const withKey = (key) => log.entries.map(({ row }) => row)
+    .filter((row) => Number.isFinite(row[key]));
+  const losses = withKey("loss").map((row) => row.loss);
+  if (losses.length) text += `; training loss ${number(losses[0])} to ${number(losses.at(-1))}`;
+  const evaluations = withKey("val_loss");
   if (evaluations.length) {
-    const last = evaluations.at(-1);
-    const best = Math.min(...evaluations.map((row) => row.val_loss));
+    const last = evaluations.at(-1), best = Math.min(...evaluations.map((row) => row.val_loss));
     text += `; validation ${number(last.val_loss)} at step ${whole.format(last.step)}`;
     text += `, at best ${number(best)}`;
   }
-  return text + ".";
+  $("run").textContent = text + ".";
+  $("run-progress").value = log.standing.progress ?? 0;
+}
+
+// Which weights answer, where the run has others.
+function showWeights() {
+  const line = $("weights"), button = $("reload"), last = logs.get(served)?.entries.at(-1)?.row.step;
+  const step = weights?.step, on_disk = weights?.step_on_disk;
+  let text = "";
+  if (weights?.are_new) {
+    text = step === null ? "The folder holds newer weights than those that answer here."
+      : `The weights that answer here are those of step ${whole.format(step)}, as the folder had them ${
+        "when they were loaded"}.`;
+    if (on_disk !== null) text += ` It holds those of step ${whole.format(on_disk)} by now.`;
+  } else if (weights && step !== null && last > step) {
+    text = `The weights that answer here are those of step ${whole.format(step)}, the last that ${
+      "were saved"}.`;
+  }
+  line.hidden = !text;
+  line.firstChild.textContent = text;
+  button.hidden = !weights?.are_new || !weights.can_reload;
+  button.disabled = Boolean(weights?.busy);
+  button.textContent = weights?.busy ? "Loading\u2026" : "Load the newer weights";
+}
+$("reload").onclick = () => guard(async () => {
+  weights.busy = true;
+  showWeights();
+  try {
+    await ask("/inspect/reload", {});
+    complain("");
+    document.dispatchEvent(new Event("weights")); // what was computed of the old ones goes
+  } finally {
+    weights.busy = false;
+    await follow();
+  }
+});
+
+// The runs to choose from, each with its colour.
+function showRuns() {
+  for (const name of names) if (!colours.has(name)) colours.set(name, colours.size);
+  $("runs").hidden = names.length < 2 && names.includes(served);
+  if (!names.length) $("runs").hidden = true;
+  const old = new Map([...$("run-list").children].map((row) => [row.name, row]));
+  const rows = names.map((name) => old.get(name) ?? newRun(name));
+  if (rows.length !== old.size || rows.some((row, i) => row !== $("run-list").children[i])) {
+    $("run-list").replaceChildren(...rows);
+  }
+  for (const row of rows) {
+    const standing = chosen.has(row.name) ? logs.get(row.name)?.standing : null;
+    row.box.checked = chosen.has(row.name);
+    row.words.textContent = standing ? standingWords(standing) : "";
+  }
+}
+function newRun(name) {
+  const box = make("input", { type: "checkbox", id: `run-${colours.get(name)}` });
+  const label = make("label", { htmlFor: box.id }, name + (name === served ? " (this model)" : ""));
+  const swatch = draw("svg", { class: "swatch", viewBox: "0 0 16 4", "aria-hidden": "true" },
+    draw("rect", { class: colourOf(name), width: 16, height: 4 }));
+  const words = make("span", { className: "note" });
+  box.onchange = () => {
+    if (box.checked) chosen.add(name);
+    else chosen.delete(name);
+    guard(async () => {
+      if (box.checked) await followLog(name);
+      showRuns();
+      showSummary();
+      showCharts();
+    });
+  };
+  return Object.assign(make("div", { className: "check" }, box, swatch, label, words),
+    { name, box, words });
+}
+const colourOf = (name) => `run-${(colours.get(name) ?? 0) % COLOURS}`;
+
+// ---------------------------------------------------------------------------------------------
+// The axis
+
+const AXES = {
+  step: { words: "steps", of: ({ row }) => row.step },
+  tokens: { words: "tokens", of: ({ row }) => row.tokens },
+  time: { words: "seconds", of: ({ seconds }) => seconds },
+};
+// The axis that is asked for, if all runs have it; of time its unit.
+function axisOf(all) {
+  const has = (key) => all.every((log) => log.entries.some((e) => AXES[key].of(e) > 0));
+  for (const option of $("x-axis").options) {
+    option.disabled = option.value !== "step" && !(all.length && has(option.value));
+  }
+  const name = $("x-axis").selectedOptions[0]?.disabled ? "step" : $("x-axis").value;
+  if (name !== "time") return { ...AXES[name], name, unit: 1 };
+  const most = Math.max(...all.map((log) => log.entries.at(-1).seconds));
+  const [unit, words] = most < 120 ? [1, "seconds"] : most < 7200 ? [60, "minutes"] : [3600, "hours"];
+  return { name, unit, words, of: ({ seconds }) => seconds / unit };
+}
+
+// ---------------------------------------------------------------------------------------------
+// The charts
+
+const titleOf = (key) => TITLES[key] ?? (key.startsWith("loss.") ? `Loss on ${key.slice(5)}`
+  : key.replaceAll("_", " "));
+
+// What has a chart: the keys of TITLES in their order, then what else the logs have numbers of.
+function chartKeys(all) {
+  const names = new Set();
+  for (const { entries } of all) {
+    for (const { row } of entries) {
+      for (const key in row) if (Number.isFinite(row[key])) names.add(key.replace(/^val_/, ""));
+    }
+  }
+  const ordered = new Set([...Object.keys(TITLES).filter((key) => names.has(key)), ...names]);
+  return [...ordered].filter((key) => !LEFT_OUT.includes(key));
 }
 
 function showCharts() {
-  const shown = [...$("charts").children];
-  const old = new Map(shown.map((figure) => [figure.key, figure]));
-  const figures = chartKeys().map((key) => old.get(key) ?? newFigure(key));
-  const changed = figures.length !== shown.length
-    || figures.some((figure, i) => figure !== shown[i]);
-  if (changed) $("charts").replaceChildren(...figures);
-  $("logx").closest(".row").hidden = !log.length;
-  if (log.length) figures.forEach(showChart);
-  $("run").textContent = runSummary();
+  const all = shownLogs(), axis = axisOf(all);
+  const shown = new Map([...document.querySelectorAll("#training figure")].map((f) => [f.key, f]));
+  const figures = chartKeys(all).map((key) => shown.get(key) ?? newFigure(key));
+  const isMore = (figure) => MORE.includes(figure.key);
+  place($("charts"), figures.filter((figure) => !isMore(figure)));
+  place($("more-charts"), figures.filter(isMore));
+  $("more").hidden = !figures.some(isMore);
+  $("chart-settings").hidden = $("downloads").hidden = !all.length;
+  showChoices(figures);
+  const weight = Number($("smoothing").value);
+  $("smoothing-value").textContent = weight.toFixed(2);
+  $("chart-note").textContent = all.length ? chartNote(all, axis, weight) : "";
+  if (all.length) figures.forEach((figure) => showChart(figure, all, axis, weight));
+}
+function place(list, figures) {
+  if (figures.length !== list.children.length
+    || figures.some((figure, i) => figure !== list.children[i])) list.replaceChildren(...figures);
+}
+
+// What is drawn, in words.
+function chartNote(all, axis, weight) {
+  const words = [all.length > 1 ? "Of each run a thin line is training, and a thick one validation."
+    : "The thin line is training, the thick one validation."];
+  if (weight) {
+    words.push(`Training is smoothed: an exponential moving average over the rows, in which the ${
+      ""}average before keeps ${weight.toFixed(2)}, corrected for its beginning; the pale line ${
+      ""}behind it is the log's own.`);
+  }
+  if (axis.name === "time") {
+    words.push("Time is what the steps took: validation, saves and pauses are left out.");
+  }
+  const thinned = all.filter((log) => log.every > 1);
+  if (thinned.length) {
+    const each = thinned.map((log) => (all.length > 1 ? `${log.name}: ` : "") + `one in ${log.every}`);
+    words.push(`Of long logs some rows of training are shown, and averaged (${each.join(", ")}).`);
+  }
+  return words.join(" ");
 }
 
 function newFigure(key) {
-  const readout = make("span", { className: "note" });
+  const readout = make("span", { className: "note readout" });
   const svg = draw("svg", { tabindex: 0, role: "img" });
   const figure = make("figure", {}, make("figcaption", {},
-    make("h2", {}, KEYS[key] ?? key.replaceAll("_", " ")), readout), svg);
+    make("h2", {}, titleOf(key)), readout), svg);
   svg.onpointermove = (event) => {
-    const x = event.clientX - svg.getBoundingClientRect().left;
-    const off = (step) => Math.abs(figure.x(step) - x);
-    moveCursor(log.reduce((best, { step }) => (off(step) < off(best) ? step : best), log[0].step));
+    const place = event.clientX - svg.getBoundingClientRect().left;
+    const off = (x) => Math.abs(figure.x(x) - place);
+    moveCursor(stops().reduce((best, x) => (off(x) < off(best) ? x : best)));
   };
   svg.onkeydown = (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (!by) return;
     event.preventDefault();
-    const steps = [...new Set(log.map((row) => row.step))];
-    const i = cursor === null ? steps.length - 1 : steps.indexOf(cursor) + by;
-    moveCursor(steps[Math.max(0, Math.min(i, steps.length - 1))]);
+    const all = stops(), i = cursor === null ? all.length - 1 : all.findLastIndex((x) => x <= cursor);
+    moveCursor(all[Math.max(0, Math.min(cursor === null && by < 0 && by > -2 ? i - 1 : i + by,
+      all.length - 1))]);
   };
   return Object.assign(figure, { key, readout, svg });
 }
+// Where the cursor may stand: at the first shown run's rows.
+function stops() {
+  const all = shownLogs(), axis = axisOf(all);
+  const own = all.find((log) => log.name === served) ?? all[0];
+  return [...new Set(own.entries.map(axis.of).filter(Number.isFinite))];
+}
 
-function showChart(figure) {
-  const { key, svg } = figure, width = svg.clientWidth, height = svg.clientHeight;
-  const logx = $("logx").checked, pad = { left: 44, top: 8, bottom: 20 }, right = width - 12;
-  const series = [key, "val_" + key].map((name) => log.filter((row) => Number.isFinite(row[name]))
-    .map((row) => [Math.max(row.step, logx ? 1 : 0), row[name], row.step]));
-  const all = series.flat();
-  const logy = $("logy").checked && all.every(([, y]) => y > 0);
-  const scale = (values, logarithmic, from, to) => {
-    const f = logarithmic ? Math.log : (v) => v, [low, high] = values;
-    return (v) => from + (to - from) * (f(v) - f(low)) / (f(high) - f(low) || 1);
-  };
-  const range = (i) => all.reduce(([a, b], p) => [Math.min(a, p[i]), Math.max(b, p[i])],
-    [Infinity, -Infinity]);
-  const last = log.at(-1).step, spanY = range(1);
-  const spanX = [Math.max(log[0].step, logx ? 1 : 0), Math.max(last, 1)];
-  const x = scale(spanX, logx, pad.left, right);
-  const y = scale(spanY, logy, height - pad.bottom, pad.top);
-  figure.x = (step) => x(Math.max(step, logx ? 1 : 0));
-  figure.series = series;
-  const parts = [];
-  for (const [t, text] of ticks(...spanY, logy, height / 36)) {
-    parts.push(draw("line", { class: "grid", x1: pad.left, x2: right, y1: y(t), y2: y(t) }),
-      draw("text", { x: pad.left - 6, y: y(t) + 4, "text-anchor": "end" }, text));
+// Of a run and a key: what is logged in training, and in validation.
+function pointsOf(log, key, axis, floor) {
+  const unit = UNITS[key] ?? 1;
+  return [key, "val_" + key].map((name) => log.entries
+    .filter((e) => Number.isFinite(e.row[name]) && Number.isFinite(axis.of(e)))
+    .map((e) => ({ x: Math.max(axis.of(e), floor), at: axis.of(e), y: e.row[name] / unit })));
+}
+
+function showChart(figure, all, axis, weight) {
+  if (!figure.svg.clientWidth) return; // within what is closed
+  const logx = $("logx").checked;
+  const xs = all.flatMap((log) => log.entries.map(axis.of)).filter(Number.isFinite);
+  const positive = xs.filter((x) => x > 0);
+  const floor = logx ? (axis.name === "step" ? 1 : Math.min(...positive)) : 0;
+  const first = Math.max(Math.min(...xs), floor), last = Math.max(...xs);
+  figure.series = [];
+  const lines = [];
+  for (const log of all) {
+    const [training, validation] = pointsOf(log, figure.key, axis, floor);
+    const colour = all.length > 1 ? colourOf(log.name) : "alone";
+    const smooth = weight && training.length > 2 ? smoothed(training, weight) : null;
+    figure.series.push({ name: log.name, colour, training, smooth, validation });
+    lines.push({ points: training, kind: smooth ? "raw" : "train", colour });
+    if (smooth) lines.push({ points: smooth, kind: "train", colour });
+    lines.push({ points: validation, kind: "val", colour });
   }
-  for (const [t, text] of ticks(...spanX, logx, width / 90, 1)) {
-    parts.push(draw("text", { x: x(t), y: height - 4, "text-anchor": "middle" }, text));
-  }
-  series.forEach((points, i) => {
-    const path = points.map(([px, py]) => `${x(px).toFixed(1)},${y(py).toFixed(1)}`).join(" ");
-    const kind = i ? " val" : "";
-    if (points.length) parts.push(draw("polyline", { class: "line" + kind, points: path }));
-    if (i && points.length < 60) {
-      parts.push(...points.map(([px, py]) => draw("circle", { class: "dot", cx: x(px), cy: y(py),
-        r: 2.5 })));
-    }
-  });
-  figure.mark = draw("line", { class: "cursor", y1: pad.top, y2: height - pad.bottom });
-  svg.replaceChildren(...parts, figure.mark);
+  const options = { span: [first, Math.max(last, axis.name === "step" ? 1 : first)], logx,
+    logy: $("logy").checked, axis: axis.words, least: axis.name === "step" ? 1 : 0 };
+  const { x, mark } = drawLines(figure.svg, lines.filter(({ points }) => points.length), options);
+  Object.assign(figure, { mark, axis, last, x: (value) => x(Math.max(value, floor)) });
   showCursor(figure);
 }
 
+// The values at the cursor, or the last ones.
 function showCursor(figure) {
-  const here = figure.series.map((points) => cursor === null ? points.at(-1)
-    : points.findLast((p) => p[2] <= cursor));
-  const [train, val] = here.map((p) => p && number(p[1]));
-  figure.readout.replaceChildren(`step ${whole.format(cursor ?? log.at(-1).step)}: `,
-    train && val ? `training ${train}, ` : train ?? "",
-    val ? make("span", { className: "val" }, `validation ${val}`) : train ? "" : "none yet");
+  const { axis, series } = figure, at = cursor ?? figure.last;
+  const here = (points) => points?.findLast((p) => p.at <= at)?.y;
+  const parts = series.map(({ name, colour, training, smooth, validation }) => {
+    const words = [];
+    const [train, soft, val] = [training, smooth, validation].map(here);
+    if (train !== undefined) {
+      words.push(val === undefined && validation.length === 0 ? number(train)
+        : `training ${number(train)}`);
+    }
+    if (soft !== undefined) words.push(`smoothed ${number(soft)}`);
+    if (val !== undefined) {
+      words.push(make("span", { className: `val ${colour}` }, `validation ${number(val)}`));
+    }
+    if (!words.length) words.push("none yet");
+    const spaced = words.flatMap((word, i) => (i ? [", ", word] : [word]));
+    if (series.length === 1) return make("span", {}, ...spaced);
+    return make("span", { className: "of-run" },
+      make("span", { className: `val ${colour}` }, name), " ", ...spaced);
+  });
+  const place = axis.name === "step" ? `step ${whole.format(at)}: `
+    : `${whole.format(+at.toPrecision(4))} ${axis.words}: `;
+  figure.readout.replaceChildren(place, ...parts.flatMap((part, i) => (i ? [" ", part] : [part])));
   figure.svg.setAttribute("aria-label", `${figure.querySelector("h2").textContent}. ${
     figure.readout.textContent}`);
   const x = cursor === null ? -9 : figure.x(cursor);
@@ -170,21 +367,60 @@ function showCursor(figure) {
   figure.mark.setAttribute("x2", x);
   figure.mark.setAttribute("visibility", cursor === null ? "hidden" : "visible");
 }
-function moveCursor(step) {
-  if (step === cursor) return;
-  cursor = step;
-  for (const figure of $("charts").children) showCursor(figure);
+function moveCursor(x) {
+  if (x === cursor) return;
+  cursor = x;
+  for (const figure of drawnFigures()) showCursor(figure);
 }
-$("logx").onchange = $("logy").onchange = () => showCharts();
+const drawnFigures = () => [...document.querySelectorAll("#training figure")]
+  .filter((figure) => figure.mark && figure.svg.clientWidth);
+
+for (const id of ["logx", "logy"]) $(id).onchange = () => showCharts();
+$("smoothing").oninput = () => showCharts();
+$("x-axis").onchange = () => {
+  cursor = null;
+  showCharts();
+};
+$("more").ontoggle = () => showCharts();
+
+// ---------------------------------------------------------------------------------------------
+// Files
+
+function showChoices(figures) {
+  const options = [["", "All charts"], ...figures.map(({ key }) => [key, titleOf(key)])];
+  const select = $("which-chart"), old = select.value;
+  if (select.options.length === options.length) return;
+  select.replaceChildren(...options.map(([value, text]) => make("option", { value }, text)));
+  select.value = options.some(([value]) => value === old) ? old : "";
+}
+async function save(kind) {
+  const key = $("which-chart").value, all = shownLogs();
+  const figures = drawnFigures().filter((figure) => !key || figure.key === key);
+  if (!figures.length) throw new Error("This chart is among those that are folded: open them first.");
+  const charts = figures.map((f) => ({ title: titleOf(f.key), svg: f.svg }));
+  const styleOf = (name) => getComputedStyle($("run-list").querySelector("." + colourOf(name))).fill;
+  const legend = all.length < 2 ? []
+    : all.map(({ name }) => ({ name, colour: styleOf(name) }));
+  const svg = picture(charts, legend);
+  const name = `${all.map((log) => log.name).join("-")}${key && "-" + key}.${kind}`;
+  download(kind === "svg" ? svgBlob(svg) : await pngBlob(svg), name);
+}
+$("save-svg").onclick = () => guard(() => save("svg"));
+$("save-png").onclick = () => guard(() => save("png"));
+$("save-csv").onclick = () => guard(async () => {
+  const all = shownNames(), query = all.map((name) => "run=" + encodeURIComponent(name)).join("&");
+  download(await (await call("/inspect/log.csv?" + query)).blob(), `${all.join("-")}.csv`);
+});
 
 export function show() {
   guard(follow).then(showCharts);
 }
 export function reset() {
-  log = []; // what is shown of another model goes
-  cursor = null;
+  logs = new Map(); // what is shown of another model goes
+  chosen = cursor = null;
+  names = [];
 }
 // The window has another width.
 export function resize() {
-  if (log.length) showCharts();
+  if (shownLogs().length) showCharts();
 }

@@ -241,7 +241,7 @@ def make_items(task, net, tok):
             if net.config.is_seq2seq:
                 ids = tok.source(item.prompt)
             else:
-                ids = prompt_ids(task, tok, item.prompt)
+                ids = prompt_ids(task, tok, item.prompt, row.get("history", []))
             was_cut = len(ids) > room
             # An empty continuation for each answer that is to be made.
             item.requests = [Request("", ids[-room:], [[]] * num_samples)]
@@ -358,12 +358,12 @@ def encode_pair(tok, context, continuation, n_ctx):
     return ids[-room:], rest, len(ids) > room
 
 
-def prompt_ids(task, tok, prompt):
-    """The ids of a prompt that an answer follows."""
+def prompt_ids(task, tok, prompt, history=()):
+    """The ids of a prompt that an answer follows; of a chat, behind the messages of `history`."""
     try:
         if chat:
             turn = {"role": "user", "content": prompt}
-            return tok.chat([turn], add_generation_prompt=True)[0]
+            return tok.chat([*history, turn], add_generation_prompt=True)[0]
         ids = tok.start + tok.encode(prompt)
     except UnicodeEncodeError as error:  # half a pair of surrogates, which JSON can hold
         raise UserError(f"{task.name}: {error}: {prompt[:80]!r}") from None

@@ -15,7 +15,7 @@ gives the same bytes on any number of processes. A run that was killed goes on w
 
 from config import configure, settings
 
-source = "python"  # python, numbers, copy:48, a download, file, glob, URL, @list, hf:owner/name
+source = "python"  # python, numbers, pychat, copy:48, a download, file, glob, URL, @list, hf:o/n
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
 task: str | None = None  # make a task set: sft, preference, classify, seq2seq, tag, embed, span
@@ -143,6 +143,7 @@ from barelm.files import require_zst, sync_folder, whole_file, write_json
 from barelm.machines import Part
 from barelm.mix import SPLITS, TOKENS, Encoded, plan_splits
 from barelm.number_words import SOURCE as NUMBERS
+from barelm.python_chat import chat_size
 from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
 from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
@@ -632,6 +633,8 @@ def tasks_of_source():
         return OF_PYTHON
     if is_numbers():
         return ["sft", "seq2seq"]
+    if is_chat():
+        return ["sft"]
     return []
 
 
@@ -639,10 +642,15 @@ def is_numbers():
     return source == NUMBERS and sources is None
 
 
+def is_chat():
+    return chat_size(source) is not None and sources is None
+
+
 def make_tasks(folder, pool_map, units, names):
     """The files of these task sets, in the folder: {file name: its rows}."""
     pair = [name.strip() for name in languages.split(",")] if languages else None
-    reading = Reading(field, max_documents, is_default_source(), seed, pair, is_numbers())
+    by_text = is_numbers() or is_chat()
+    reading = Reading(field, max_documents, is_default_source(), seed, pair, by_text)
     return build_tasks(folder, pool_map, units, names, reading, val_fraction)
 
 

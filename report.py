@@ -441,7 +441,7 @@ def finetune_settings():
     keys = script_keys(Path(__file__).with_name(script))
     chosen = {key: default for key, (default, *_) in keys.items()}
     for path in same_recipes().split():
-        values = run_recipe(path, chosen, keys)
+        values = run_recipe(path, chosen, keys, script)
         try:
             chosen = {key: fit(key, values[key], types) for key, (_, types, _) in keys.items()}
         except ValueError as error:

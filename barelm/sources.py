@@ -38,6 +38,7 @@ from barelm.files import (
 from barelm.number_words import PATH as NUMBER_PATH
 from barelm.number_words import SOURCE as NUMBERS
 from barelm.number_words import number_file
+from barelm.python_chat import chat_file, chat_path, chat_size
 from barelm.run import UserError
 from barelm.synthetic import copy_file, copy_length, copy_path
 from barelm.working import wait
@@ -114,6 +115,12 @@ def files_of(spec, separator, max_files, run):
             copy_file(length)
         wait(run, [copy_path(length)])  # it is there for all
         return [copy_file(length)], None, "\n"
+    n = chat_size(spec)
+    if n:
+        if run.is_main:
+            chat_file(n)
+        wait(run, [chat_path(n)])  # it is there for all
+        return [chat_path(n)], None, None
     # A name, an address, a data set of the Hub, a file of addresses.
     if spec in DOWNLOADS or re.match(r"https?://|hf:|@", spec):
         urls = addresses(spec)[:max_files]
@@ -132,7 +139,7 @@ def files_of(spec, separator, max_files, run):
         names = matching(spec)
     paths = [Path(name) for name in sorted(names) if os.path.isfile(name)]
     if not paths:
-        named = ", ".join(["python", NUMBERS, "copy:48", *DOWNLOADS, "fineweb10B"])
+        named = ", ".join(["python", NUMBERS, "pychat", "copy:48", *DOWNLOADS, "fineweb10B"])
         raise UserError(f"--source={spec}: no such file or folder, nor one of {named}")
     paths.sort(key=is_behind_link)  # a file's own name before those of links
     return each_once(paths), None, separator

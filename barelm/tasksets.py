@@ -374,6 +374,8 @@ def convert_unit(names, reading, unit):
         for name, (rows, tally, ratings) in converted.items():
             if reading.is_python and name == "classify" and not record["label"]:
                 continue  # a module that is in no package
+            if name == "sft" and record.get("messages", "") is None:
+                continue  # a text for pre-training alone
             reason = None
             try:
                 if name in OF_RATINGS and is_rating(record):

@@ -3,7 +3,8 @@ files and by flags: `python train.py config/tiny.py --max_steps=20 --compile=fal
 
 A script calls `configure(globals())` under `if __name__ == "__main__":`, before `import torch`, so
 that --help is instant. A recipe is plain Python that assigns keys and may be given to every script:
-a key of another script is skipped, a key of none is refused. Names that start with _ are its own.
+a key of another script is skipped, a key of none is refused. Names that start with _ are its own,
+but for _script, which is there: the script's name, "train.py", where two are to differ in a key.
 A recipe may also be a JSON object of keys, in which these names of other programs are read too.
 """
 
@@ -162,14 +163,15 @@ def whole_batch(recipe, values, keys):
     return {"micro_batch": size} | recipe | {"batch_tokens": windows * seq_len, WINDOWS: windows}
 
 
-def run_recipe(path, values, keys):
-    """What the recipe at `path` leaves in its namespace, which are `values` when it starts."""
+def run_recipe(path, values, keys, script=""):
+    """What the recipe at `path` leaves in its namespace, which are `values` when it starts, and the
+    script's name, for keys that several scripts have: `if _script == "train.py": out_dir = ...`."""
     path = find_recipe(path)
     if not path.endswith(RECIPES) or not os.path.isfile(path):
         raise ValueError("no such recipe (config/NAME.py or NAME.json; a flag is --key=value)")
     if path.endswith(".json"):
         return read_json_recipe(path, values, keys)
-    space = dict(values)
+    space = values | {"_script": script}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), space)
     except Exception as error:  # whatever the recipe's own code raises, or its file
@@ -313,7 +315,7 @@ def read_arguments(script, argv, usual, keys, owners):
                 check_names(given, keys, owners)
                 gives_tokens = "batch_tokens" in given
             else:
-                given = run_recipe(arg, values, keys)
+                given = run_recipe(arg, values, keys, script.name)
                 check_names(given, values, owners)
                 GIVEN_RECIPES[arg] = None
                 gives_tokens = given.get("batch_tokens") != values.get("batch_tokens")

@@ -185,6 +185,8 @@ def test_a_wrong_command_line_is_a_line_and_exit_2(script, args, message):
         ("steps = 1e3\nrate = 2\n", {"steps": 1000, "rate": 2.0}),
         ("steps = steps * 2 + width\n", {"steps": 24}),  # width is of another script
         ("width = 9\nsteps = width\n", {"steps": 9}),
+        ("if _script == 'script.py':\n    steps = 3\n", {"steps": 3}),
+        ("if _script == 'other.py':\n    steps = 3\n", {}),
         ("width = 'no int, which is for other.py to say'\n", {}),
         ("warmth = None\nwords = ['a']\n", {"warmth": None, "words": ["a"]}),
         (

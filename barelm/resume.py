@@ -367,6 +367,7 @@ RESUME_IGNORES = (
     "init_from",
     "overwrite",
     "device",
+    "threads",
     "dtype",
     "checkpoint_blocks",
     "eval_every",

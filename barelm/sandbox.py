@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from barelm import host
 from barelm.run import UserError
 
 CONFINE = Path(__file__).resolve().with_name("confine.py")  # what the child runs
@@ -101,15 +102,11 @@ def run_child(folder, token, timeout, memory_mb, weak):
 
 def run_programs(sources, timeout=10, weak=False):
     """The verdicts of many programs, as many at once as this process may use cores."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
 
     def run_one(source):
         return run_program(source, timeout, weak=weak)
 
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(host.usable_cores()) as pool:
         return list(pool.map(run_one, sources))
 
 

@@ -735,7 +735,8 @@ def describe_machine(bench):
     """The machine, as the record names it."""
     chip = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):  # Linux names it here
-        chip = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        chip = facts.split("model name\t: ")[1].split("\n")[0]
     return {
         "cpu": chip,
         "cores": os.cpu_count() or 1,

@@ -85,6 +85,7 @@ import numpy as np
 import regex
 
 import barelm
+from barelm import host
 from barelm.bpe import (
     PATTERNS,
     TokenizerSettings,
@@ -656,7 +657,7 @@ def replace_rows(work, folder, name):
     (folder / train).unlink(missing_ok=True)
     sync_folder(folder)
     for file in (val, train):
-        os.replace(work / file, folder / file)
+        host.replace(work / file, folder / file)
         sync_folder(folder)
 
 
@@ -723,9 +724,9 @@ def replace_dataset(folder, work, names):
     for path in old:
         path.unlink()
     for name in names:
-        os.replace(work / name, folder / name)
+        host.replace(work / name, folder / name)
     sync_folder(folder)
-    os.replace(work / "meta.json", folder / "meta.json")
+    host.replace(work / "meta.json", folder / "meta.json")
     sync_folder(folder)
 
 

@@ -247,7 +247,8 @@ def why_no_name(path):
 # --------------------------------------------------------------------------------------------------
 # Processes and signals
 
-KILLED = -int(getattr(signal, "SIGKILL", 9))  # the exit status of what was killed
+# The exit status of what ended itself by the first of these that the system has.
+KILLED = -signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM
 
 
 def end_group(process):
@@ -278,6 +279,8 @@ def signal_name(status):
 def print_everything():
     """Let nothing that is printed end the script: a sign that the console's or a pipe's encoding
     lacks (cp1252 on Windows) is written as \\u2026."""
+    if is_windows():
+        os.system("")  # which lets an old console obey the codes that rewrite a line
     for stream in (sys.stdout, sys.stderr):
         if stream is None or is_unicode(getattr(stream, "encoding", None)):
             continue

@@ -12,7 +12,7 @@ COPY requirements.txt requirements-serve.txt ./
 RUN pip install --no-cache-dir -r requirements.txt -r requirements-serve.txt
 COPY config/ config/
 COPY barelm/ barelm/
-COPY model.py train.py serve.py serve.html ./
+COPY model.py train.py serve.py ./
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["python", "-c", \

@@ -21,7 +21,8 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
     barelm/vector_api.py   the same of texts that become vectors, or labels
-    barelm/page.py         what the page (serve.html) shows; barelm/metrics.py what is counted
+    barelm/page_routes.py  the addresses of the page (barelm/web), barelm/page.py what it shows
+    barelm/metrics.py      what is counted
 
 Smaller models and other formats are export.py's.
 """
@@ -104,6 +105,7 @@ try:
         reply,
         to_json,
     )
+    from barelm.page_routes import PageHandlers
 except ImportError as error:
     raise UserError(f"{error}: pip install -r requirements-serve.txt") from None
 
@@ -294,53 +296,12 @@ class Handlers:
         text = self.engine.metrics.text(gauges)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    # ------------------------------------------------------------------ the page, and what it shows
-
-    async def show_page(self):
-        file = Path(__file__).with_name("serve.html")
-        if not file.is_file():
-            raise ApiError(404, "serve.html is not beside serve.py: the API is at /v1")
-        html = file.read_text(encoding="utf-8")  # each time: who changes it need not restart
-        return Response(html, headers=page.page_headers(html), media_type="text/html")
-
-    async def inspect_model(self):
-        return reply(self.served.card | page.describe_model(self.engine.net))
-
-    async def inspect_attention(self, request: Request):
-        """{"text" or "ids", "layer", "head": one, or all} → of each head a row for each token."""
-        net = self.engine.net
-        body = await self.read_body(request)
-        wanted = await asyncio.to_thread(page.read_attention, self.served, net.config, body)
-        maps = await self.ask_engine(page.attention_maps, net, wanted.ids, wanted.layer)
-        return reply(page.attention_answer(self.served.tok, wanted, maps))
-
-    async def inspect_neighbours(self, request: Request):
-        """{"token": an id, or "text" of one token, "n"} → the n tokens with nearest embeddings."""
-        body = await self.read_body(request)
-        wanted = await asyncio.to_thread(page.read_neighbours, self.served, body)
-        net, n_vocab = self.engine.net, self.served.tok.n_vocab
-        neighbours = await self.ask_engine(page.nearest, net, n_vocab, wanted.token, wanted.n)
-        return reply(page.neighbours_answer(self.served.tok, wanted, neighbours))
-
     async def ask_engine(self, f, *args):
         """f(*args) in the engine's thread, between two steps."""
         try:
             return await asyncio.wrap_future(self.engine.call(f, *args))
         except UserError as error:
             raise ApiError(400, str(error)) from None
-
-    async def inspect_log(self, request: Request):
-        """?after=a step → the rows of the run's log.jsonl behind it, and its last step."""
-        after = request.query_params.get("after", "-1")
-        if not (after.removeprefix("-").isdecimal() and len(after) < 16):
-            raise ApiError(400, f"after = {api.short(after)}: expected a step", "after")
-        path = self.settings.folder / "log.jsonl"
-        try:
-            rows, last = await asyncio.to_thread(page.log_rows, path, int(after))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"log.jsonl cannot be read: {api.short(str(error))}"
-            raise ApiError(500, why) from None
-        return reply({"rows": rows, "last": last})
 
 
 async def stream_lines(answer, jobs, news, include_usage):
@@ -389,11 +350,7 @@ def make_app(engine, settings):
         ("GET", "/tokenizer_info", handlers.tokenizer_info),
         ("GET HEAD", "/health", handlers.health),  # HEAD: some probes'
         ("GET", "/metrics", handlers.metrics),
-        ("GET HEAD", "/", handlers.show_page),
-        ("GET", "/inspect/model", handlers.inspect_model),
-        ("POST", "/inspect/attention", handlers.inspect_attention),
-        ("POST", "/inspect/neighbours", handlers.inspect_neighbours),
-        ("GET", "/inspect/log", handlers.inspect_log),
+        *PageHandlers(handlers).routes(),
     ]
     for methods, path, handler in routes:
         app.add_api_route(path, handler, methods=methods.split())

@@ -72,7 +72,7 @@ class Access:
         if scope.get("state", {}).get("full") and path not in ALWAYS_OPEN:
             return FULL
         if self.api_key:
-            if self.has_key(headers) or path == "/" or path in ALWAYS_OPEN:
+            if self.has_key(headers) or is_open(path):
                 return None
             return ApiError(401, "expected Authorization: Bearer KEY", code="invalid_api_key")
         host = headers.get(b"host", b"").decode("latin-1").lower()
@@ -104,6 +104,11 @@ class Access:
             if not origin or is_local(origin.partition("://")[2]):
                 return False
         return "*" not in self.sites and origin not in self.sites
+
+
+def is_open(path):
+    """Whether an address wants no key: the page itself asks for one, and holds nothing."""
+    return path == "/" or path.startswith("/page/") or path in ALWAYS_OPEN
 
 
 def header_values(headers, name):

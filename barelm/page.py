@@ -1,18 +1,17 @@
-"""Looking inside: what the web page (serve.html) shows of the network and of its run. Nothing here
+"""Looking inside: what the web page (barelm/web) shows of the network and of its run. Nothing here
 changes them, and nothing here knows HTTP: a JSON object in, one out."""
 
-import base64
 import bisect
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from barelm.answers import token_name
-from barelm.api import ApiError, encode_text, is_ids, read_fields
+from barelm.api import ApiError, encode_text, is_ids, read_fields, short
 from barelm.engine import NOT_FINITE
 from barelm.jobs import limited
 from barelm.parts import whole_tensor
@@ -236,21 +235,25 @@ def log_rows(path, after):
 # --------------------------------------------------------------------------------------------------
 # The page itself
 
+FOLDER = Path(__file__).with_name("web")
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+POLICY = """default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';
+img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"""
+# The page may run its own scripts and styles and ask this server; nothing else is run, loaded or
+# sent to, and no site may put it into a frame.
+HEADERS = {
+    "Content-Security-Policy": " ".join(POLICY.split()),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # who changes a file need not clear a browser
+}
 
-def page_headers(html):
-    """The headers of the page. It may run its own script and style, known by their hashes, and ask
-    this server; nothing else is run, loaded or sent to, and no site may put it into a frame."""
-    policy = ["default-src 'none'"]
-    for tag in ("script", "style"):
-        begin = html.index(f"<{tag}>") + len(f"<{tag}>")
-        inner = html[begin : html.index(f"</{tag}>")]
-        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        policy.append(f"{tag}-src 'sha256-{digest}'")
-    policy += ["connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
-    policy.append("frame-ancestors 'none'")
-    return {
-        "Content-Security-Policy": "; ".join(policy),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
+
+def page_file(name):
+    """(the bytes, the media type) of a file of the page. name: "index.html", "vendor/marked.js";
+    ApiError 404 for any other: only what lies in barelm/web is given out."""
+    files = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.rglob("*.*")}
+    path = files.get(name)
+    if path is None or path.suffix not in MEDIA_TYPES:
+        raise ApiError(404, f"the page has no file {short(name)}")
+    return path.read_bytes(), MEDIA_TYPES[path.suffix]

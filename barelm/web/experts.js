@@ -1,0 +1,4 @@
+// The view Experts.
+
+export function show() {}
+export function reset() {}

@@ -1,0 +1,4 @@
+// The view Layers.
+
+export function show() {}
+export function reset() {}

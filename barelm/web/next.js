@@ -1,0 +1,4 @@
+// The view Next token.
+
+export function show() {}
+export function reset() {}

@@ -40,6 +40,7 @@ seq_len = 256  # tokens of a window
 tokens = 4096  # tokens of one step: tokens / seq_len windows
 optimizer = "muon"  # of the whole step: muon or adamw
 device = "auto"  # auto, cpu, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; none: where train.py would
 seed = 0  # of the weights and the inputs
@@ -92,6 +93,7 @@ from barelm.compiled import Ways, try_compile
 from barelm.dedup import minhash, word_hashes
 from barelm.families import FAMILIES, family
 from barelm.fast import cross_entropy_sum, head_piece
+from barelm.host import usable_cores
 from barelm.llama import check_llama, llama_generate
 from barelm.muon import COEFFICIENTS
 from barelm.operations import Operations
@@ -412,7 +414,7 @@ def measure_decode(bench):
 
 def library_texts():
     """150 files of Python's standard library."""
-    return [path.read_text(errors="ignore") for path in library_files()[:150]]
+    return [path.read_text(encoding="utf-8", errors="ignore") for path in library_files()[:150]]
 
 
 def train_merges(texts):
@@ -433,7 +435,7 @@ def measure_tokenizer(bench):
     n_bytes = sum(len(text.encode()) for text in texts)
     title(f"tokenizer: {n_bytes / 1e6:.1f} MB of Python's standard library, vocabulary 4096")
     tok = bpe_tokenizer(train_merges(texts))
-    n_cores = os.cpu_count()
+    n_cores = usable_cores()
     learning = {"training, one core": partial(train_merges, texts)}
     encoding = {"encoding, all cores": partial(tok.encode_batch, texts, n_cores)}
     marking = {"MinHash, one core": partial(mark, texts)}
@@ -636,7 +638,9 @@ def served(folder):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     command = [sys.executable, Path(__file__).with_name("serve.py"), f"--model={folder}"]
     command += ["--port=0", f"--device={device}", f"--dtype={dtype}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as process:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -731,7 +735,8 @@ def describe_machine(bench):
     """The machine, as the record names it."""
     chip = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError):  # Linux names it here
-        chip = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        chip = facts.split("model name\t: ")[1].split("\n")[0]
     return {
         "cpu": chip,
         "cores": os.cpu_count() or 1,
@@ -746,15 +751,16 @@ def main():
     wanted = check_settings()
     warnings.simplefilter("ignore")  # torch warns of what it then raises, which we tell
     begun = time.perf_counter()
-    bench = Bench(setup(device), seconds=seconds)
+    bench = Bench(setup(device, threads=threads, can_mps=False), seconds=seconds)
     bench.dtype, why = choose_dtype(bench.device, dtype, n_embd)
     net = build(bench)  # which refuses a wrong shape before anything is timed
     make_optimizer(net, optimizer)  # so does this an optimizer
     bench.config = net.config
     del net
     machine = describe_machine(bench)
-    threads = f"{machine['threads']} thread(s) of {machine['cores']} core(s)"
-    print(f"{machine['gpu'] or machine['cpu']}, {threads}")
+    parts = f"{machine['threads']} thread(s) of {machine['cores']} core(s)"
+    print(f"{machine['gpu'] or machine['cpu']}, {parts}")
+    bench.run.threads.note()
     reason = "" if serve else f": {why}"
     print(f"torch {torch.__version__}, computing in {bench.dtype_name}{reason}")
     record = {"machine": machine, "torch": torch.__version__, "dtype": bench.dtype_name}

@@ -68,7 +68,8 @@ judge_model = ""  # its model; JUDGE_API_KEY in the environment is its key
 
 # the machine
 micro_tokens = 8192  # tokens at once on a device, at most, but one request at least
-device = "auto"  # auto, cpu, cuda, cuda:1
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: plain mathematics, a row for each choice: a referee for a doubtful score
@@ -1354,7 +1355,9 @@ def say_scores(run, net, folder, entries):
 
 
 def main():
-    run = setup(device, timedelta(days=30))  # some processes are done long before others
+    # Some processes are done long before others.
+    run = setup(device, timedelta(days=30), threads)
+    run.threads.note()
     # Whatever can be refused is, before the weights are read.
     check_settings()
     names = task_names()

@@ -31,6 +31,7 @@ eval_tokens = 65536  # so many of their tokens, evenly spread
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 
 device = "auto"  # auto, cpu, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 seed = 0  # of the ids that an ONNX file is checked with
 
 if __name__ == "__main__":
@@ -461,7 +462,8 @@ def write_export(run, folder):
 
 def main():
     check_settings()
-    run = setup(device)
+    run = setup(device, threads=threads, can_mps=False)
+    run.threads.note()
     if not export:  # the report alone
         show_report(run)
         return

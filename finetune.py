@@ -81,7 +81,8 @@ parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsd
 replicas = 0  # hsdp: copies of the whole; 0: one a machine
 
 # the machine
-device = "auto"  # auto, cpu, cuda, cuda:1
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile of the blocks; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
@@ -736,7 +737,7 @@ def check_templates(name):
 
 def open_run(name, config):
     """This process among the others, over which the method's network may be divided."""
-    run = setup(device)
+    run = setup(device, threads=threads)
     start_watch(run)
     run.mesh = open_mesh(run, parallel, replicas=replicas)
     check_parallel(run, parallel, batch_size, name, config, merge)

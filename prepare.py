@@ -57,7 +57,7 @@ inspect: str | None = None  # print this text's tokens and the vocabulary's stat
 tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sample by hash
 
 shard_tokens = 100_000_000  # tokens of a shard written here
-threads = 0  # processes at work under each rank; 0: all cores
+threads = 0  # processes at work under each rank; 0: as many as it has cores for
 part = ""  # 2/8: the second of eight that exchange files alone, in a data/ that all share
 seed = 0  # of the examples drawn for the default task sets
 device = "cpu"  # of the perplexity model
@@ -85,6 +85,7 @@ import numpy as np
 import regex
 
 import barelm
+from barelm import host
 from barelm.bpe import (
     PATTERNS,
     TokenizerSettings,
@@ -148,6 +149,7 @@ from barelm.run import Progress, UserError, duration, setup
 from barelm.shards import open_shard
 from barelm.sources import DOWNLOAD_FOLDER, FORMATS, cut_into_units, documents, files_of
 from barelm.tasksets import OF_PYTHON, TASKS, Reading, build_tasks, task_file
+from barelm.threads import worker_count
 from barelm.tokenizer import Tokenizer
 from barelm.working import EmptySource, for_each, start_pool, wait, working_folder
 
@@ -663,7 +665,7 @@ def replace_rows(work, folder, name):
     (folder / train).unlink(missing_ok=True)
     sync_folder(folder)
     for file in (val, train):
-        os.replace(work / file, folder / file)
+        host.replace(work / file, folder / file)
         sync_folder(folder)
 
 
@@ -730,9 +732,9 @@ def replace_dataset(folder, work, names):
     for path in old:
         path.unlink()
     for name in names:
-        os.replace(work / name, folder / name)
+        host.replace(work / name, folder / name)
     sync_folder(folder)
-    os.replace(work / "meta.json", folder / "meta.json")
+    host.replace(work / "meta.json", folder / "meta.json")
     sync_folder(folder)
 
 
@@ -1057,7 +1059,7 @@ def main():
         run = setup("cpu", timedelta(days=7))  # so long may a rank wait for another
     if run.is_main:
         refuse_folders(folder)
-    n_workers = threads or os.cpu_count() or 1
+    n_workers = worker_count(threads)
     with noting, working_folder(folder, run) as work:
         with start_pool(n_workers) as pool:  # None where one process is enough
             make(run, folder, work, pool.map if pool else map)

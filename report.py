@@ -59,7 +59,8 @@ text_length = 50  # tokens of a text; also what counts as reproduced
 ngram = 8  # of how many tokens are the n-grams looked up
 
 # the machine
-device = "auto"  # auto, cpu, cuda, cuda:1; with --plan h100 (auto) and its like
+device = "auto"  # auto, cpu, mps, cuda, cuda:1; with --plan h100 (auto) and its like
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 seed = 1234  # of the prompts that are drawn and of sampled texts
@@ -766,7 +767,8 @@ def show_memorized():
     for key in ("num_texts", "prompt_length", "text_length", "ngram"):
         if globals()[key] < 1:
             raise UserError(f"{key}={globals()[key]}: expected 1 or more")
-    run = setup(device)
+    run = setup(device, threads=threads)
+    run.threads.note()
     compute_dtype, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute_dtype, quantize)
     if net.score is not None:

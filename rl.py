@@ -72,7 +72,8 @@ parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsd
 replicas = 0  # hsdp: copies of the whole; 0: one a machine
 
 # the machine
-device = "auto"  # auto, cpu, cuda, cuda:1
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto, float32, bfloat16, float16
 micro_tokens = 4096  # tokens at once on a device, at most, but one sample at least
 compile: bool | None = None  # torch.compile of the blocks; none: where it pays
@@ -101,6 +102,7 @@ import torch.nn as nn
 
 from barelm.adapters import AdaptConfig, choose_weights
 from barelm.checkpoint import refuse_source
+from barelm.devices import widen
 from barelm.ending import after_tuning, say_end
 from barelm.examples import (
     IGNORED,
@@ -318,9 +320,9 @@ def add_gae(run, samples):
     if samples:
         advantages = torch.cat([sample["advantage"] for sample in samples])
     # Of large rewards that are nearly alike, float32 would keep no difference.
-    mean, deviation = mean_and_deviation(run, advantages.double())
+    mean, deviation = mean_and_deviation(run, widen(advantages))
     for sample in samples:
-        white = (sample["advantage"].double() - mean) / deviation
+        white = (widen(sample["advantage"]) - mean) / deviation
         sample["advantage"] = white.float()
 
 
@@ -375,7 +377,7 @@ def policy_figures(log_p, old, entropy):
 
 
 def summed(figures):
-    return {name: values.detach().double().sum() for name, values in figures.items()}
+    return {name: widen(values.detach()).sum() for name, values in figures.items()}
 
 
 def grpo_loss(net, samples, n_vocab):
@@ -405,7 +407,7 @@ def ppo_loss(net, samples, n_vocab):
         "value_loss": value_loss,
         "unexplained": (returns - old_value) ** 2,
         "return": returns,
-        "return2": returns.double() ** 2,
+        "return2": widen(returns) ** 2,
     }
     return loss.sum(), summed(figures)
 
@@ -463,7 +465,7 @@ def check_minibatches(n_samples, run):
 
 def open_run():
     """This process among the others, over which the network may be divided."""
-    run = setup(device)
+    run = setup(device, threads=threads)
     start_watch(run)
     run.mesh = open_mesh(run, parallel, replicas=replicas)
     check_parallel(run, parallel, batch_size, method, adapt_config(), merge)

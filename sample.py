@@ -35,7 +35,8 @@ system: str | None = None  # its system message
 lens = False  # print what each layer would say, and what adds to the answer's logit
 lens_against: str | None = None  # a prompt of as many tokens: where in the layers the two part
 seed = 0  # the same seed gives the same text
-device = "auto"  # auto, cpu, cuda, cuda:1
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
@@ -334,7 +335,8 @@ def main():
     if sys.stdin is not None:  # bytes that are no text are refused, whatever the locale
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     check_settings()
-    run, mirror, (net, tok) = open_together(tp, device, open_model)
+    run, mirror, (net, tok) = open_together(tp, device, open_model, threads)
+    run.threads.note()
     if mirror:
         check_together(net)
         mirror.knows(net=net, tok=tok)

@@ -50,7 +50,8 @@ runs = True  # the page shows the logs of the runs beside the model's too: folde
 reload = True  # the page may load the weights that a run has saved since (docs/serve.md)
 seed: int | None = None  # of requests that bring none; None: another for each
 pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the model's own, or mean
-device = "auto"  # auto, cpu, cuda, cuda:1
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
@@ -461,7 +462,7 @@ def batch_limit(net, length):
     table = net.model.embed_tokens.weight
     if max_batch is not None:
         return max_batch
-    if table.device.type == "cpu":
+    if table.device.type != "cuda":
         return 16
     c = net.config
     row = cached_numbers(c, length) * table.element_size()  # bytes
@@ -530,7 +531,7 @@ def run_server(app, engine, sock, limits, shutdown):
 def main():
     key = read_key()
     weights = Weights(model)  # before they are loaded: what is saved meanwhile is new
-    run, mirror, (net, tok, compute_dtype) = open_together(tp, device, load_model)
+    run, mirror, (net, tok, compute_dtype) = open_together(tp, device, load_model, threads)
     if not run.is_main:
         follow(mirror, net, tok)
     if deterministic and tp > 1:
@@ -540,6 +541,7 @@ def main():
     n_params = sum(part["params"] for part in page.model_parts(net))
     kind = str(compute_dtype).removeprefix("torch.")
     print(f"{model}: {n_params / 1e6:.1f}M parameters, {kind} on {run.device}")
+    print(f"threads: {run.threads.words()}")
     check_settings(net)
 
     length = max_len or net.config.n_ctx

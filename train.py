@@ -137,7 +137,8 @@ timeout = 120.0  # seconds in which a process that does not come to an exchange 
 checksum_every = 0  # steps between checks that all copies of the weights are the same; 0: none
 
 # the machine
-device = "auto"  # auto, cpu, cuda, cuda:1
+device = "auto"  # auto, cpu, mps, cuda, cuda:1
+threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; none: where it pays
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful result
@@ -173,6 +174,7 @@ from barelm.checkpoint import load, refuse_source, save
 from barelm.chunks import check_chunks
 from barelm.cluster import StepTimes, check_copies, check_shared, lock_patience, start_of_launch
 from barelm.compiled import check_fast, try_compile
+from barelm.devices import memory_used, why_not_on_mps
 from barelm.ending import after_training, gap_prompt, resume_command, say_end
 from barelm.experts import RoutingLog
 from barelm.families import family
@@ -231,7 +233,6 @@ from barelm.run import (
     duration,
     end_process,
     make_scaler,
-    memory_used,
     setup,
     step_seed,
 )
@@ -677,6 +678,8 @@ def why_not_compile(net, run, train_tokens, saved):
     is now: the same sums. On a CPU compiling has to pay for the time it takes."""
     if compile is False:
         return "as asked"
+    if why_not_on_mps(run.device):
+        return why_not_on_mps(run.device)
     if deterministic:
         return "a compiler chooses the order of sums by the shape (--deterministic)"
     if compile is None and saved and saved["step"] > 0:
@@ -808,7 +811,8 @@ def say_plan(net, run, data, batch, memory, dtype_used, reason):
         f"{memory}\n"
         f"processes: {run.mesh.sizes.words()}\n"
         f"{mesh_words(keys(), net, run, batch, dtype_used)}"
-        f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}"
+        f"device: {run.device}, computing in {str(dtype_used).removeprefix('torch.')}: {reason}\n"
+        f"threads: {run.threads.words()}"
     )
 
 
@@ -1034,7 +1038,7 @@ def main():
     config = settings(globals())  # as the user gave it
     check_settings(config)
     horizon, schedule = make_schedule()
-    run = setup(device, timedelta(seconds=timeout))
+    run = setup(device, timedelta(seconds=timeout), threads)
     start_watch(run, timeout)
     run.mesh = open_mesh(run, parallel, tp, pp, cp, replicas)
     folder = RunFolder(out_dir, run, config, defaults(globals()), MAY_CHANGE, IGNORES)

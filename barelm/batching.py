@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from barelm.devices import free_memory
 from barelm.footprint import Step, footprint, shapes_of, total_bytes, windows_that_fit
-from barelm.optim import MOMENTS, free_memory, memory_estimate, n_params
+from barelm.optim import MOMENTS, memory_estimate, n_params
 from barelm.parallel import keeps_narrow
 from barelm.run import UserError
 from barelm.traffic import describe

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from barelm import SCRIPTS
+from barelm import SCRIPTS, host
 from barelm.check_attention import check_attention
 from barelm.check_kinds import check_kinds
 from barelm.check_network import (
@@ -188,7 +188,8 @@ def checking_process(command, names, place):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=environment,
             start_new_session=True,  # so that all it starts can be ended at once
         )
@@ -198,20 +199,14 @@ def checking_process(command, names, place):
                 process.stdin.close()
             yield process, errors
         finally:
-            end_group(process)
-
-
-def end_group(process):
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            host.end_group(process)
 
 
 def events_of(process):
     """The lines of a checking process, parsed, until it ends: by itself, or if none comes in
     LIMIT."""
     while True:
-        timer = threading.Timer(LIMIT, end_group, [process])
+        timer = threading.Timer(LIMIT, host.end_group, [process])
         timer.start()
         line = process.stdout.readline()
         timer.cancel()
@@ -226,10 +221,10 @@ def how_it_ended(process, errors):
     """In words: the signal or exit status of a process, and the last line of its errors."""
     status = process.returncode
     ending = f"ended with exit status {status}"
-    if status == -signal.SIGKILL:
+    if status == host.KILLED:
         ending = f"was killed, by the system or since nothing came in {LIMIT:.0f} s"
     elif status < 0:
-        ending = f"was ended by {signal.Signals(-status).name}"
+        ending = f"was ended by {host.signal_name(status)}"
     errors.seek(0)
     lines = errors.read().strip().splitlines()
     return ": ".join([f"the checking process {ending}", *lines[-1:]])

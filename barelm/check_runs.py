@@ -4,7 +4,6 @@ divide; in a folder of its own with data that is made up."""
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from barelm import HERE, SCRIPTS
+from barelm import HERE, SCRIPTS, host
 from barelm.bpe import bpe_tokenizer
 from barelm.check_rows import Finding, Skip, Worst, allowed_error, rounding
 from barelm.files import write_json
@@ -34,7 +33,7 @@ rename = os.replace
 def replace(a, b):
     rename(a, b)
     if str(b).endswith("state.pt"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 os.replace = replace
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -72,7 +71,8 @@ def start(folder, place, ranks=None, code=None, **settings):
     command += flags(place, **settings)
     ours = os.pathsep.join([str(SCRIPTS), str(HERE.parent)])
     environment = os.environ | {"PYTHONPATH": ours} | (ranks or {})
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output |= dict(encoding="utf-8", errors="replace")
     return subprocess.Popen(command, cwd=folder, env=environment, **output)
 
 
@@ -128,7 +128,7 @@ def whole_and_interrupted(folder, place):
     whole = start(folder, place, out_dir="out/whole")
     try:
         killed = start(folder, place, code=KILLED, out_dir="out/interrupted")
-        finish(killed, expected=-signal.SIGKILL)
+        finish(killed, expected=host.KILLED)
         saved = weights(folder, "interrupted")
         finish(start(folder, place, out_dir="out/interrupted", init_from="resume"))
         finish(whole)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from barelm import host
 from barelm.adapters import add_adapters
 from barelm.download import HUB, download
 from barelm.embeddings import POOLING_FILE, read_pooling, write_pooling
@@ -105,7 +106,7 @@ def download_model(name, folder):
         get(INDEX, optional=True)
         for path in weights_of(part):
             get(path.name)
-    os.replace(part, folder)
+    host.replace(part, folder)
 
 
 # --------------------------------------------------------------------------------------------------

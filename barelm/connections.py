@@ -177,6 +177,14 @@ def raise_file_limit(resource, wanted):
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def reuse_option():
+    """Of a port whose last server has just ended, so that it can be had again. Windows would give a
+    port to two servers by that, and has the opposite to forbid it."""
+    if sys.platform == "win32":
+        return socket.SO_EXCLUSIVEADDRUSE, 1
+    return socket.SO_REUSEADDR, 1
+
+
 def listen(host, port):
     """The socket that clients will connect to."""
     try:
@@ -184,7 +192,7 @@ def listen(host, port):
         family, kind, protocol, _, address = addresses[0]
         # asyncio sends at once (TCP_NODELAY) where a socket names its protocol.
         sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, *reuse_option())
         sock.bind(address)
         sock.listen(2048)
     except (OSError, OverflowError) as error:

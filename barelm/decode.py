@@ -45,6 +45,7 @@ from barelm.caches import (
     pays_to_pack,
 )
 from barelm.chosen import Chosen
+from barelm.devices import widen
 from barelm.fast import PlacedProduct
 from barelm.graphs import Graphs
 from barelm.run import compute_dtype
@@ -378,8 +379,9 @@ class Decoder:
         return slice(first, end), [slot - first for slot in slots]
 
     def choose_rows(self, rows, kinds, n_alternatives=0):
-        """On the device alone: the next token of each of the rows, (B, 2 + 2 n) float64: token, log
-        p, n alternatives, their log p; where `check`, also whether all logits are finite."""
+        """On the device alone: the next token of each of the rows, (B, 2 + 2 n) float64 (on
+        mps float32): token, log p, n alternatives, their log p; where `check`, also whether all
+        logits are finite."""
         logits = self.logits[rows]  # (B, V)
         likely = logits
         columns = uniform = None
@@ -411,7 +413,7 @@ class Decoder:
             values += [best.indices, best.values]
         if self.check:
             values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
-        return torch.cat([value.double() for value in values], 1)
+        return torch.cat([widen(value) for value in values], 1)
 
     def feed(self):
         """Feed each ready slot its newest token, so that `choose` can choose again."""

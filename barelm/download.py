@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from barelm import host
 from barelm.run import Progress, UserError
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
@@ -51,7 +52,7 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
     progress(f"{path.name}: {part.stat().st_size / 1e6:,.1f} MB", last=True)
     if sha256:
         check_sha256(url, part, sha256)
-    os.replace(part, path)
+    host.replace(part, path)
     return path
 
 

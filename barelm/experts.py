@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from barelm import invariant
+from barelm.devices import widen
 from barelm.operations import GATED, activation
 from barelm.quantized import QuantizedStack
 from barelm.run import compute_dtype
@@ -376,7 +377,7 @@ class RoutingLog:
         """Count the micro-batch that the network has just computed."""
         if self.net.routing is None:
             return
-        routing = self.net.routing.detach().double()
+        routing = widen(self.net.routing.detach())
         self.total = routing if self.total is None else self.total + routing
         self.n += 1
 

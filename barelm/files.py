@@ -11,6 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
+from barelm import host
 from barelm.run import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -165,7 +166,7 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())  # the bytes first: a name without them would be half a file
-        os.replace(temporary, path)
+        host.replace(temporary, path)
         sync_folder(Path(path).parent)
     except BaseException as error:  # of whoever writes, too: Ctrl-C leaves no temporary
         with contextlib.suppress(OSError):

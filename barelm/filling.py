@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from barelm.compiled import Ways
+from barelm.devices import wide_dtype, widen
 from barelm.examples import IGNORED, device_of
 from barelm.fast import head_rows
 from barelm.run import UserError
@@ -38,12 +39,12 @@ def score_states(net, h, batch):
     targets = batch["targets"][is_target]  # (N,)
     rows = is_target.nonzero()[:, 0]  # (N,): the row that each is of
     size = head_rows(h.device.type, h.dtype, net.config.vocab_size)  # logits of so many at once
-    totals = torch.zeros(len(h), 3, dtype=torch.float64, device=h.device)
+    totals = torch.zeros(len(h), 3, dtype=wide_dtype(h.device), device=h.device)
     for part, right, row in zip(states.split(size), targets.split(size), rows.split(size)):
         logits = net.logits(part).float()  # (size, V)
         logp = logits.log_softmax(-1).gather(1, right[:, None])[:, 0]
         is_right = logits.argmax(-1) == right
-        figures = torch.stack([-logp.double(), torch.ones_like(logp).double(), is_right.double()])
+        figures = torch.stack([widen(-logp), widen(torch.ones_like(logp)), widen(is_right)])
         totals.index_add_(0, row, figures.T)
     return totals
 

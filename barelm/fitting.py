@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from barelm.compiled import check_fast, try_compile
+from barelm.devices import free_memory, why_not_on_mps
 from barelm.examples import IGNORED, device_of, rounded_length
 from barelm.layouts import cached_numbers
-from barelm.optim import MOMENTS, flops_per_token, free_memory, memory_estimate
+from barelm.optim import MOMENTS, flops_per_token, memory_estimate
 from barelm.run import to_device
 from model import generate
 
@@ -36,6 +37,8 @@ def why_not_compile(asked, learner, saved, flops, lengths):
     device = learner.run.device
     if asked is False:
         return "as asked"
+    if why_not_on_mps(device):
+        return why_not_on_mps(device)
     if learner.net.deterministic:
         return "a compiler chooses the order of sums by the shape (--deterministic)"
     if not learns_in_network(learner.net):

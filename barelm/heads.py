@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from barelm.devices import widen
 from barelm.embeddings import (
     batches_of,
     candidates_of,
@@ -331,8 +332,8 @@ def validate_vectors(temperature, batch_size, micro_tokens, learner, examples, c
     figures = {"val_loss": total / len(examples)}
     if any(e["texts"][0] != e["texts"][1] for e in examples):
         ranks = ranks_of_candidates(vectors, examples)
-        figures["val_accuracy"] = float((ranks == 1).double().mean())
-        figures["val_mrr"] = float((1 / ranks.double()).mean())
+        figures["val_accuracy"] = float(widen(ranks == 1).mean())
+        figures["val_mrr"] = float((1 / widen(ranks)).mean())
     return figures, {}
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from barelm.run import compute_dtype
+from barelm.run import UserError, compute_dtype
 
 # How many rows a product may have. The first says what a row's bits are, if they do not depend on
 # its place; larger ones, which are faster, are used where they give the same.
@@ -29,6 +29,8 @@ BELOW_ALL = -1e30  # what the maximum of no score is: finite, so that no differe
 def be_deterministic(net):
     """Let net compute each token by itself, as said above, and have the device add in one order.
     It is slower, and for tests and roll-outs that must agree with the policy to the bit."""
+    if net.model.embed_tokens.weight.device.type == "mps":
+        raise UserError("--deterministic: not on mps, whose products are not tried: --device=cpu")
     net.deterministic = True
     if torch.cuda.is_available():
         # cuBLAS reads it when it is first used; torch refuses its products without.

@@ -58,11 +58,11 @@ def llama_generate(folder, net, tok, ids, n_new, gguf_type, threads):
         path = Path(place) / f"network-{gguf_type}.gguf"
         write_gguf(net, tok, path, gguf_type)
         script = Path(place) / "decode.mjs"  # a file: the library starts a process like its own
-        script.write_text(SCRIPT)
+        script.write_text(SCRIPT, encoding="utf-8")
         library = (Path(folder) / LIBRARY).resolve().as_uri()
         argument = json.dumps([library, str(path), ids, n_new, threads])
         command = ["node", script, argument]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode or not done.stdout.strip():
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
         raise RuntimeError(f"llama.cpp failed: {lines[-1]}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from barelm import host
 from barelm.files import read_json, whole_file
 from barelm.run import Run, UserError
 
@@ -105,7 +106,8 @@ class Part(Run):
                     return f"{name}, which has other settings, files or code"
             return name
         with contextlib.suppress(OSError):
-            return f"{name}, which has stopped ({self.file('failed', rank).read_text().strip()})"
+            words = self.file("failed", rank).read_text(encoding="utf-8").strip()
+            return f"{name}, which has stopped ({words})"
         return f"{name}, which is not running: start it, again if need be"
 
     @contextlib.contextmanager
@@ -115,7 +117,7 @@ class Part(Run):
             yield
         except UserError as error:
             with contextlib.suppress(OSError):
-                self.file("failed").write_text(f"{error}\n")
+                self.file("failed").write_text(f"{error}\n", encoding="utf-8")
             raise
 
 
@@ -123,14 +125,6 @@ def locked(file, exclusive):
     """Lock an open file as long as it is open: whether that was possible. True where the system has
     no locks."""
     try:
-        import fcntl  # not on every system
-    except ImportError:
-        return True
-    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-    try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
+        return host.lock(file, exclusive)
     except OSError:  # a folder without locks
         return True
-    return True

@@ -46,8 +46,6 @@ def start_others(n):
         raise UserError(f"--tp={n}, but torchrun started {world} processes: --nproc_per_node={n}")
     if n == 1:
         return
-    if not torch.cuda.is_available():  # they share the cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // n))
     if world == n:
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -72,11 +70,11 @@ def end_with(other, rank):
         os._exit(1)
 
 
-def open_together(tp, device, open_model):
+def open_together(tp, device, open_model, threads=0):
     """What a script with --tp begins with, in the place of `setup` and `load`: (the Run, the Mirror
     or None, what open_model(run, split) returned), split being what `load` takes."""
     start_others(tp)
-    run = setup(device)
+    run = setup(device, threads=threads)
     if tp == 1:
         return run, None, open_model(run, None)
     from barelm.tensor_parallel import split_heads  # who is alone does without DTensors

@@ -3,11 +3,9 @@
 A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimizer`.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 
@@ -412,19 +410,3 @@ def score_bytes(c, n_keys, width):
     if c.pos == "relative":
         return c.n_head * n_keys * 2 * width
     return 0
-
-
-def free_memory(device):
-    """Bytes that this process may still take on the device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What was freed torch keeps, for whoever asks next.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    try:  # what the kernel could free counts too
-        available = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-        return 1024 * int(available[1])
-    except OSError:  # not Linux: all that there is
-        if hasattr(os, "sysconf"):
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 4 * 2**30  # Windows does not say it here: a small machine's

@@ -5,6 +5,8 @@
 import torch
 import torch.distributed as dist
 
+from barelm.devices import wide_dtype, widen
+
 
 def is_divided(tensor):
     """Whether a tensor is a DTensor, of which this process holds a part."""
@@ -88,13 +90,14 @@ def sum_partial_gradients(params):
 def global_norm(params, mesh):
     """The norm of the gradients of a network that is divided in any way, a 0-dim tensor that all
     processes have: squares of what each holds, over how many hold the same."""
-    total = torch.zeros((), dtype=torch.float64, device=mesh.run.device)
+    device = mesh.run.device
+    total = torch.zeros((), dtype=wide_dtype(device), device=device)
     by_holders = {}
     for p in params:
         if p.grad is not None:
             by_holders.setdefault(n_holders(p, mesh), []).append(local_part(p.grad))
     for holders, grads in sorted(by_holders.items()):
-        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double()
+        norms = widen(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
         total += norms.square().sum() / holders
     if mesh.run.world > 1:
         dist.all_reduce(total)

@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from barelm.devices import wide_dtype
+
 # --------------------------------------------------------------------------------------------------
 # Rotary positions
 
@@ -127,7 +129,8 @@ def alibi_slopes(n_head, device=None):
     """(H,) float32, of Press et al. 2022 (3): 2^(-8 / H), its square, …; where H is no power of
     two, those of the power below, and then every second one of the power above."""
     below = 2 ** math.floor(math.log2(n_head))
-    numbers = torch.arange(n_head, device=device, dtype=torch.float64)
+    wide = torch.float64 if device is None else wide_dtype(device)
+    numbers = torch.arange(n_head, device=device, dtype=wide)
     slopes = 2 ** (-8 * (numbers[:below] + 1) / below)
     between = 2 ** (-4 * (2 * numbers[: n_head - below] + 1) / below)
     return torch.cat((slopes, between)).float()

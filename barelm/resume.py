@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from barelm import host
 from barelm.cluster import launch_id
 from barelm.files import parse_json, read_json, sync_folder, whole_file, write_json
 from barelm.run import UserError, made_with
@@ -91,9 +92,9 @@ def move_files(source, folder, last):
     """Move the files of one folder into another of the same disk, that named `last` last."""
     for path in sorted(Path(source).iterdir()):
         if path.name != last:
-            os.replace(path, Path(folder) / path.name)
+            host.replace(path, Path(folder) / path.name)
     sync_folder(folder)
-    os.replace(Path(source) / last, Path(folder) / last)
+    host.replace(Path(source) / last, Path(folder) / last)
     sync_folder(folder)
 
 
@@ -101,6 +102,8 @@ def make_folder(folder, flag="--out_dir"):
     """Make a folder, and the ones above it; a name that cannot be one is a UserError."""
     if not str(folder):
         raise UserError(f"{flag} is empty: expected the name of a folder")
+    if host.why_no_name(folder):
+        raise UserError(f"{flag}={folder}: {host.why_no_name(folder)}: take another")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -140,6 +143,8 @@ def locked_folder(folder, patience=3.0):
         take_lock(lock, folder, patience)
         yield
     finally:
+        if host.is_windows():  # which removes no open file
+            lock.close()
         with contextlib.suppress(OSError):
             if is_new and os.listdir(folder) == [".lock"]:
                 os.unlink(folder / ".lock")
@@ -149,21 +154,15 @@ def locked_folder(folder, patience=3.0):
 
 def take_lock(lock, folder, patience):
     """Lock an open file for this process, or say why there is no lock on this system."""
-    try:
-        import fcntl  # not on every system
-    except ImportError:
-        return say_no_lock(folder, "this system has none")
     give_up = time.monotonic() + patience
-    while True:
-        try:  # lockf, unlike flock, is not passed on to a process that this one leaves behind
-            return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+    try:
+        while not host.lock(lock):
             if time.monotonic() > give_up:
                 why = "wait for its end, or take another --out_dir"
-                raise UserError(f"{folder}: another run is writing into it: {why}") from None
+                raise UserError(f"{folder}: another run is writing into it: {why}")
             time.sleep(0.1)
-        except OSError as error:
-            return say_no_lock(folder, error.strerror)
+    except OSError as error:
+        say_no_lock(folder, error.strerror)
 
 
 def say_no_lock(folder, why):
@@ -368,6 +367,7 @@ RESUME_IGNORES = (
     "init_from",
     "overwrite",
     "device",
+    "threads",
     "dtype",
     "checkpoint_blocks",
     "eval_every",
@@ -460,7 +460,7 @@ class RunFolder:
             clear_folder(self.path)
             (self.path / "curves.svg").unlink(missing_ok=True)
         elif state["temporary"]:
-            os.replace(self.path / "state.pt.tmp", self.path / "state.pt")
+            host.replace(self.path / "state.pt.tmp", self.path / "state.pt")
         entries = {"config": self.config} | made_with() | {"parts": self.parts}
         entries["host"] = platform.node()  # where settings of a machine may be taken again
         if self.horizon:

@@ -19,7 +19,6 @@ import ctypes
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -32,13 +31,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from barelm import host
+from barelm.devices import choose_device
+from barelm.errors import UserError
 from barelm.parts import clip_gradients, is_divided, is_narrow, local_part
 from barelm.rendezvous import store_of_start
-
-
-class UserError(SystemExit):
-    """Something the user can mend, told in one line: what, where, what to do. Unhandled: exit 1."""
-
+from barelm.threads import Threads, ThreadWatch, set_threads
 
 # --------------------------------------------------------------------------------------------------
 # Progress
@@ -94,6 +92,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     mesh: object = None  # its Mesh (barelm/mesh.py), where a script divides networks
     watch: object = None  # barelm.watch.Watch: whether the others are still there
+    threads: Threads = Threads()  # how many it computes with on the CPU, and why
 
     @property
     def is_main(self):
@@ -115,6 +114,8 @@ class Run:
         is called once, since it is where the host waits for the device."""
         if self.world == 1 and not any(isinstance(value, torch.Tensor) for value in values):
             return [float(value) for value in values]  # all are here: no device is asked
+        if self.device.type == "mps":
+            return self.sum_without_float64(values)
         numbers = []
         for value in values:
             numbers.append(torch.as_tensor(value, dtype=torch.float64, device=self.device))
@@ -122,6 +123,14 @@ class Run:
         if self.world > 1:
             dist.all_reduce(totals)
         return totals.tolist()
+
+    def sum_without_float64(self, values):
+        """`sum` of one process, whose device has float32 alone: what is there is read in one wait,
+        and numbers of the host stay as exact as they are."""
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        on_device = [tensor.to(torch.float32).to(self.device) for tensor in tensors]
+        read = iter(torch.stack(on_device).tolist())
+        return [next(read) if isinstance(v, torch.Tensor) else float(v) for v in values]
 
     def of_all(self, value):
         """A number of each process, in the order of their ranks: a list of floats."""
@@ -148,39 +157,22 @@ class Run:
             self.watch.wait_for_main()
 
 
-def setup(device="auto", timeout=None):
-    """Choose the device and join the other processes, if torchrun started several: a Run.
-    timeout: a timedelta, how long processes wait for each other before they give up."""
+def setup(device="auto", timeout=None, threads=0, can_mps=True):
+    """Choose the device and the threads, and join the other processes, if torchrun started several:
+    a Run. timeout: a timedelta, how long processes wait for each other before they give up.
+    threads: as `set_threads` takes it. can_mps: whether the script runs on a Mac's GPU."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device={device}: expected auto, cpu, cuda or cuda:1")
-    place = torch.device(device)
-    if place.type == "cuda":
-        place = choose_gpu(place, rank, world)
-    elif sys.platform == "linux":
+    place = choose_device(device, rank, world, can_mps)
+    chosen = set_threads(threads)
+    if place.type == "cpu" and host.is_linux():
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
         store = store_of_start(rank, world, timeout)
         ranks = {} if store is None else {"store": store, "rank": rank, "world_size": world}
         dist.init_process_group(backend, timeout=timeout, **ranks)
-    return Run(place, rank, world)
-
-
-def choose_gpu(place, rank, world):
-    """The GPU of this process: the one that was named, or of several processes each its own."""
-    index = place.index or 0
-    if world > 1:
-        index = int(os.environ.get("LOCAL_RANK", rank))
-    count = torch.cuda.device_count()
-    if index >= count:
-        raise UserError(f"--device={place}: GPU {index} of {count} on this machine: use cpu")
-    place = torch.device("cuda", index)
-    torch.cuda.set_device(place)
-    return place
+    return Run(place, rank, world, threads=chosen)
 
 
 def keep_freed_memory():
@@ -249,6 +241,8 @@ def choose_dtype(device, want="auto", n_embd=0):
         if torch.cuda.get_device_capability(device)[0] >= 8:  # from Ampere on
             return torch.bfloat16, "this GPU has fast bfloat16"
         return torch.float16, "this GPU has no fast bfloat16; gradients are scaled"
+    if device.type == "mps":
+        return torch.float32, "on MPS nothing narrower is tried here: --dtype asks for it"
     cpu = torch.cpu.get_capabilities()
     if not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
         return torch.float32, "this CPU has no fast bfloat16"
@@ -427,6 +421,7 @@ class Updater:
         self.lr_scale = 1.0
         self.bad_steps = 0  # in a row, until now
         self.has_moved = False  # whether a step of this process has moved the weights
+        self.threads = ThreadWatch(run)
 
     def set_lr(self, scale):
         """The learning rate of every group: its own peak, times `scale`."""
@@ -475,6 +470,7 @@ class Updater:
             optimizer.zero_grad()
         if self.scaler:
             self.scaler.update()
+        self.threads.after_step()
         return finite
 
     def apply(self, watch):
@@ -529,20 +525,6 @@ def check_moved(before, params, lr, run):
 # Memory, and what a run was made with
 
 
-def memory_used(device):
-    """The most memory that this process has held, in bytes: on the GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == "darwin":
-        return most
-    return 1024 * most
-
-
 @contextlib.contextmanager
 def advice_on_memory(advice):
     """A line in the place of a traceback when memory runs out: what advice() says to change."""
@@ -566,7 +548,8 @@ def made_with():
     commit = None
     ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
+        said = subprocess.run(ask, capture_output=True).stdout
+        commit = said.decode(errors="replace").strip() or None
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

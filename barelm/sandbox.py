@@ -25,7 +25,6 @@ import math
 import os
 import secrets
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from barelm import host
 from barelm.run import UserError
 
 CONFINE = Path(__file__).resolve().with_name("confine.py")  # what the child runs
@@ -63,7 +63,7 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
     if status is None:
         return "timed out"
     if status < 0:
-        return f"killed: {signal.Signals(-status).name}"
+        return f"killed: {host.signal_name(status)}"
     return f"failed: exited with status {status} before its end"
 
 
@@ -94,35 +94,33 @@ def run_child(folder, token, timeout, memory_mb, weak):
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(max(0, deadline - time.monotonic()))
         finally:
-            with suppress(ProcessLookupError, PermissionError):  # none is left
-                os.killpg(process.pid, signal.SIGKILL)
+            host.end_group(process)
     return report, status
 
 
 def run_programs(sources, timeout=10, weak=False):
     """The verdicts of many programs, as many at once as this process may use cores."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
 
     def run_one(source):
         return run_program(source, timeout, weak=weak)
 
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(host.usable_cores()) as pool:
         return list(pool.map(run_one, sources))
 
 
 def check_sandbox():
     """What the sandbox could not enforce here, one sentence each: every protection is tried by a
     program that attacks it. A UserError where not even a harmless program runs."""
+    if host.is_windows():
+        why = "Windows has nothing that would hold them: run this in WSL 2, which is Linux"
+        raise UserError(f"programs that a model wrote are not run here: {why}")
     verdict = run_program("import math, re, typing, dataclasses\nassert 1 + 1 == 2", weak=True)
     if verdict != "passed":
         raise UserError(f"no program can be run here with {sys.executable} ({verdict})")
     holes = []
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         private = Path(folder, "private")
-        private.write_text("x")
+        private.write_text("x", encoding="utf-8")
         # Open to everybody, so that only the sandbox forbids it.
         os.chmod(folder, 0o777)
         os.chmod(private, 0o666)

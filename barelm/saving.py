@@ -2,11 +2,11 @@
 made of them, and best/. All processes call the same methods of a StepSaver, at the same step; the
 run ends with its `finish`."""
 
-import os
 from pathlib import Path
 
 import torch
 
+from barelm import host
 from barelm.checkpoint import write_companions
 from barelm.files import sync_folder, write_json
 from barelm.pieces import write_model
@@ -62,7 +62,7 @@ class StepSaver:
         write_json(temporary / MESH, facts)
         sync_folder(temporary)
         discard(folder)  # which is not whole, or the run would not have come to this step again
-        os.replace(temporary, folder)
+        host.replace(temporary, folder)
         sync_folder(folder.parent)
 
     def save_best(self, net, tok, step, with_save=False):

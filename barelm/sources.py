@@ -197,7 +197,7 @@ def each_once(paths):
 def matching(pattern):
     """The paths that a pattern of the shell's kind names. `**` stands for any folders, and goes
     through links as `walk` does: in a loop of links the standard library's glob does not end."""
-    parts = pattern.split("/")
+    parts = pattern.replace(os.sep, "/").split("/")
     if "**" not in parts:
         return glob(pattern)
     start = parts.index("**")
@@ -436,7 +436,7 @@ def text_documents(unit, part, shown, text_field, skipped):
 def shown_path(path, folder):
     """The path, below the folder if there is one, as text that can be encoded."""
     if folder:
-        path = os.path.relpath(path, folder)
+        path = os.path.relpath(path, folder).replace(os.sep, "/")  # the same on every system
     return os.fsencode(path).decode(errors="replace")  # names of files need not be UTF-8
 
 

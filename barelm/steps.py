@@ -10,11 +10,11 @@ A step is whole or not there: all of it is on the disk before the folder has its
 the name before anything in it is removed."""
 
 import contextlib
-import os
 import re
 import shutil
 from pathlib import Path
 
+from barelm import host
 from barelm.files import read_json, sync_folder
 from barelm.run import UserError
 
@@ -81,7 +81,7 @@ def discard(folder):
     if folder.suffix != ".tmp" and folder.is_dir():
         doomed = folder.with_name(folder.name + ".old.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
+        host.replace(folder, doomed)
         sync_folder(folder.parent)
         folder = doomed
     shutil.rmtree(folder, ignore_errors=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from barelm import host
 from barelm.chunks import chunk_tokens
 from barelm.dedup import hashed_name
 from barelm.download import HUB, PATIENCE, WORTH_ANOTHER_TRY, why_no_answer, why_refused
@@ -230,7 +231,7 @@ class ChunkCache:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            host.replace(temporary, path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)

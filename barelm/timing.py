@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from barelm.run import Run, autocast, memory_used
+from barelm.devices import memory_used, synchronize
+from barelm.run import Run, autocast
 from model import GPTConfig
 
 SHORTEST = 0.002  # seconds: a sample of a quicker call is the mean of several
@@ -101,8 +102,7 @@ class Bench:
         return autocast(self.device, self.dtype)
 
     def sync(self):
-        if self.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def measure(self, calls):
         return measure(calls, self.seconds, self.sync)

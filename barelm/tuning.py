@@ -23,6 +23,7 @@ from barelm.adapters import (
 )
 from barelm.chat import CHATML, TemplateRefusal
 from barelm.checkpoint import load, model_and_bases
+from barelm.devices import wide_dtype, widen
 from barelm.ending import resume_command, say_end
 from barelm.optim import make_optimizer, restore_optimizers, same_kind
 from barelm.pace import step_words
@@ -242,7 +243,8 @@ def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, wa
         f"model: {learner.base}, {n_params:,} parameters; {n_learning:,} learn "
         f"({learner.adapt.adapt})\n"
         f"data: {data}; {horizon} of {batch}\n"
-        f"device: {run.device}, computing in {str(dtype).removeprefix('torch.')}: {reason}"
+        f"device: {run.device}, computing in {str(dtype).removeprefix('torch.')}: {reason}\n"
+        f"threads: {run.threads.words()}"
     )
     if n_steps and warmup_steps >= n_steps:
         run.say(
@@ -330,9 +332,10 @@ def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero
 def accumulate_gradients(updater, groups, loss_of, size, names, cast):
     """Forward and backward of each group: {figure: its sum}, of the loss and of these names, 0-dim
     float64 tensors. Nothing here waits for the device."""
+    device = updater.run.device
     sums = {}
     for name in ("loss", *names):
-        sums[name] = torch.zeros((), dtype=torch.float64, device=updater.run.device)
+        sums[name] = torch.zeros((), dtype=wide_dtype(device), device=device)
     # Parts are exchanged as means over all processes.
     n_exchanging = updater.run.world if updater.run.is_divided else 1
     for group, counts in rounds(updater.run, groups):
@@ -349,7 +352,7 @@ def add_figures(sums, figures):
     where they are, so that nothing waits for the device."""
     for name, value in figures.items():
         if isinstance(value, torch.Tensor):
-            value = value.detach().double()
+            value = widen(value.detach())
         sums[name] = sums[name] + value
 
 

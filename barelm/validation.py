@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from barelm.devices import wide_dtype, widen
 from barelm.examples import device_of
 from barelm.filling import (
     fill_masks,
@@ -32,7 +33,7 @@ def evaluate(net, windows, data, run, cast, device_batch_size, eval_tokens=0):
         n = min(n, math.ceil(eval_tokens / windows.seq_len))
     asked = replace(data.objective, seed=VALIDATION_SEED)
     # Loss, targets, bytes of the targets; or how many are right.
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
+    totals = torch.zeros(3, dtype=wide_dtype(run.device), device=run.device)
     mesh = run.mesh
     n_micro = 1
     if mesh.pipeline:
@@ -79,13 +80,13 @@ def filled_up(batch, n_rows):
 
 
 def causal_totals(net, batch, docs, token_bytes):
-    """The loss of a batch, its targets, and the bytes that they stand for: (3,) float64."""
+    """The loss of a batch, its targets, and the bytes that they stand for: (3,), `widen`ed."""
     loss_sum, n_targets = net(**batch, docs=docs)
     targets = batch["targets"]
     if net.tokens is not None:  # of windows that several processes share (--cp)
         targets = net.tokens.own(targets)
     figures = loss_sum, n_targets, bytes_of(targets, token_bytes)
-    return torch.stack([figure.double() for figure in figures])
+    return torch.stack([widen(figure) for figure in figures])
 
 
 def bytes_of(targets, token_bytes):
@@ -100,7 +101,7 @@ def score_of(name, token_bytes):
     def causal_figures(net, h, batch):
         targets = batch["targets"]
         figures = net.loss_of(h, targets), (targets >= 0).sum(), bytes_of(targets, token_bytes)
-        return torch.stack([figure.double() for figure in figures])[None]  # (1, 3)
+        return torch.stack([widen(figure) for figure in figures])[None]  # (1, 3)
 
     def filled_figures(net, h, batch):
         return score_states(net, h, batch).sum(0)[None]

@@ -101,7 +101,8 @@ class Watch:
         self.gone_on = threading.Condition()
         self.n_gone_on = 0  # how often the first process has gone on, as it told
         self.n_waits = 0
-        os.register_at_fork(after_in_child=self.forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+            os.register_at_fork(after_in_child=self.forget)
 
     # ----------------------------------------------------------------------------------------------
     # Joining

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 
 import torch.distributed as dist
 
+from barelm import host
 from barelm.machines import Part
 from barelm.run import Progress, UserError
 from barelm.workers import WorkerKilled, Workers
@@ -68,7 +69,8 @@ def working_folder(folder, run):
     work = folder / "work"
     fresh = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     is_part = isinstance(run, Part)
-    with lock_folder(work, fresh, run) if run.is_main or is_part else nullcontext():
+    locked = lock_folder(work, fresh, run) if run.is_main or is_part else nullcontext()
+    with locked:
         wait(run)
         is_over = False  # is there nothing to go on from?
         try:
@@ -95,6 +97,8 @@ def working_folder(folder, run):
             # Without a finished unit there is nothing to go on from, but for other parts.
             has_nothing = not is_part and not any(work.glob("*.json"))
             if run.is_main and (is_over or has_nothing):
+                if host.is_windows():  # which moves no folder that holds an open file
+                    locked.close()
                 remove(work)
                 remove_empty(fresh)
 
@@ -122,14 +126,11 @@ def lock_folder(work, fresh, run):
         why = f"{error.filename or work}: {error.strerror or error}"
         raise UserError(f"{why}; nothing was changed") from None
     try:
-        import fcntl  # not on every system
-
-        kind = fcntl.LOCK_SH if is_part else fcntl.LOCK_EX
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        why = "another prepare.py is at work there: wait for it, or choose another --dataset"
-        raise UserError(f"{work.parent}: {why}") from None
-    except (ImportError, OSError) as error:
+        # Parts share this one, but on Windows, where each has its own alone.
+        if not (is_part and host.is_windows()) and not host.lock(file, exclusive=not is_part):
+            why = "another prepare.py is at work there: wait for it, or choose another --dataset"
+            raise UserError(f"{work.parent}: {why}")
+    except OSError as error:
         print(f"{work}: no lock here ({error}): see that no second prepare.py works there")
     if is_part:
         run.take_lock()
@@ -147,7 +148,7 @@ def remove(work):
     this is killed in between, the next run takes none of them for whole."""
     shutil.rmtree(gone_name(work), ignore_errors=True)
     with suppress(OSError):
-        os.replace(work, gone_name(work))
+        host.replace(work, gone_name(work))
     shutil.rmtree(gone_name(work), ignore_errors=True)
 
 

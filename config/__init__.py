@@ -20,6 +20,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from barelm.host import print_everything
+
 RECIPES = (".py", ".json")  # how the names of recipes end
 # In JSON recipes: what other programs call it, and what it is called here.
 JSON_NAMES = {
@@ -234,14 +236,33 @@ def commands_by_name(text):
 
 def reader_is_gone():
     """Whether standard output is a pipe whose reader has seen enough, such as `| head`."""
+    if not hasattr(select, "poll"):  # Windows, which tells who writes the next line
+        return writing_fails()
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
+def writing_fails():
+    """Whether standard output takes nothing any more."""
+    try:
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"")
+    except OSError:
+        return True
+    return False
+
+
+def is_broken_pipe(error):
+    """Whether an error is that of a pipe without a reader, which Windows calls EINVAL."""
+    if sys.platform == "win32" and isinstance(error, OSError):
+        return error.errno in (errno.EPIPE, errno.EINVAL)
+    return isinstance(error, BrokenPipeError)
+
+
 def is_lost_output(error):
     """Whether an error is standard output's end, or a full disk's, and no fault of a script."""
-    if isinstance(error, BrokenPipeError):
+    if is_broken_pipe(error):
         with suppress(OSError, ValueError, AttributeError):  # a standard output that is no file
             return reader_is_gone()
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
@@ -259,7 +280,7 @@ def end_output(lost):
         lost.append(error)
     if not lost:
         return
-    if isinstance(lost[0], BrokenPipeError):
+    if is_broken_pipe(lost[0]):
         os._exit(141)
     where = lost[0].filename or "standard output, or a file of the run"
     print(f"{where}: cannot be written: {lost[0].strerror}", file=sys.stderr, flush=True)
@@ -402,7 +423,9 @@ def print_help(doc, keys):
 
 
 def watch_output():
-    """End a script quietly where standard output ends, and by a line where a disk is full."""
+    """End a script quietly where standard output ends, and by a line where a disk is full; and let
+    no sign that the console's encoding lacks end it."""
+    print_everything()
     lost = []  # the error that ended the script, if it was one of these two
     usual_hook = sys.excepthook
     atexit.register(end_output, lost)

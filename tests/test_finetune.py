@@ -19,6 +19,7 @@ from barelm import fitting
 from barelm.adapters import Adapter, NF4Linear, add_adapters, add_tokens
 from barelm.chat import CHATML
 from barelm.checkpoint import load, save
+from barelm.devices import free_memory
 from barelm.examples import (
     check_template,
     count_targets,
@@ -27,7 +28,6 @@ from barelm.examples import (
     padded_length,
     rounded_length,
 )
-from barelm.optim import free_memory
 from barelm.rewards import open_reward
 from barelm.run import Run, Updater, UserError, advice_on_memory, autocast, make_scaler
 from barelm.safetensors import read_safetensors, write_safetensors

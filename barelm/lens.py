@@ -1,7 +1,7 @@
 """From the residual stream to a logit, layer by layer: the logit lens and direct logit attribution.
 
     trace = run(net, [5, 17, 3])                  # one pass, and what its modules read and gave
-    guesses = logit_lens(net, states(net, trace)[2], n_vocab, k=5)
+    guesses = logit_lens(net, states(trace)[2], n_vocab, k=5)
     shares = attribute(net, trace, position=2, token=9)       # they add up to the token's logit
 
 The modules themselves compute everything, and hooks look on: what is shown is what the network
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
+from barelm.engine import NOT_FINITE
 from barelm.filling import eager, ids_with_gaps
 from barelm.quantized import QuantizedLinear, dequantize
 from barelm.run import UserError
@@ -178,10 +179,7 @@ def logit_lens(net, x, n_vocab, k, wanted=None):
 
 def check_finite(tensor):
     if not tensor.isfinite().all():
-        raise UserError(
-            "the network gives NaN or infinity here: its weights are damaged, or --dtype is too "
-            "narrow for them (--dtype=float32 is the widest)"
-        )
+        raise UserError(NOT_FINITE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,6 +362,7 @@ class Stream:
 
 
 def exact(tensor):
+    """A tensor in float64 on the host: not every device has it."""
     return tensor.detach().to("cpu", torch.float64)
 
 

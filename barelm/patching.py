@@ -13,7 +13,7 @@ T tokens, C: n_embd, H: heads, V: vocabulary, L: blocks.
 
 import torch
 
-from barelm.lens import check_finite, plainly, run, run_encoder, states
+from barelm.lens import check_finite, exact, plainly, run, run_encoder, states
 from barelm.run import UserError
 from model import Memory
 
@@ -54,7 +54,7 @@ class Patching:
         """Choose the two tokens."""
         self.answer = answer
         self.other = other
-        differences = (self.logits[:, answer] - self.logits[:, other]).double()
+        differences = exact(self.logits[:, answer] - self.logits[:, other])
         self.clean_difference, self.corrupted_difference = differences.tolist()
         if abs(self.clean_difference - self.corrupted_difference) < 1e-4:
             raise UserError(
@@ -68,7 +68,7 @@ class Patching:
         positions before the first difference, at which a patch changes nothing, are 0."""
         logits = patch_layer(self.net, self.clean, self.corrupted, kind, layer, self.read)
         check_finite(logits)
-        difference = (logits[:, self.answer] - logits[:, self.other]).double()
+        difference = exact(logits[:, self.answer] - logits[:, self.other])
         way = self.clean_difference - self.corrupted_difference
         shares = ((difference - self.corrupted_difference) / way).tolist()
         if kind == "heads":

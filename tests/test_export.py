@@ -144,9 +144,7 @@ def test_quantized_classifiers_keep_their_labels(tok, tmp_path):
 
 def table(text):
     """{row's name: [MB, bits per byte, tokens/s, share of zeros]} of a report."""
-    rows = re.findall(
-        r"^(\S.*?)\s{2,}([\d.,]+)\s+([\d.]+)\s+([\d.,]+)\s+([\d.]+)%$", text, re.M
-    )
+    rows = re.findall(r"^(\S.*?)\s{2,}([\d.,]+)\s+([\d.]+)\s+([\d.,]+)\s+([\d.]+)%$", text, re.M)
     return {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in rows}
 
 

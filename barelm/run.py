@@ -51,8 +51,7 @@ class Progress:
 
     def __call__(self, line, last=False):
         if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns
-            line = line[: width - 1]  # of two lines the first would stay, again and again
+            line = fitting(line, shutil.get_terminal_size().columns - 1)
             print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
             self.open_line = not last
         elif last or time.monotonic() - self.last_print >= 5:
@@ -65,6 +64,14 @@ class Progress:
             print()
         print(text, flush=True)
         self.open_line = False
+
+
+def fitting(line, width):
+    """A line without the last of its parts, which two blanks part, where it is wider than that: of
+    one that goes on in the next line of a terminal, the first would stay at every rewriting."""
+    while len(line) > width:
+        line = line.rpartition("  ")[0] or line[:width]
+    return line
 
 
 def duration(seconds):

@@ -1,5 +1,6 @@
 """What a run leaves at its end: readable lines, curves as a picture, the next command."""
 
+import io
 import json
 import re
 import shlex
@@ -14,7 +15,8 @@ from conftest import LONGEST, ROOT, run, start
 
 import config
 from barelm import ending, pace
-from barelm.chart import picture, run_charts
+from barelm.chart import make_axis, picture, run_charts, running_mean
+from barelm.run import Progress, fitting
 
 SVG = "{http://www.w3.org/2000/svg}"
 TRAIN = ["config/tiny.py", "--max_steps=6", "--eval_every=3", "--sample_tokens=0", "--device=cpu"]
@@ -82,6 +84,19 @@ def test_the_time_left_is_by_this_loop_without_its_first_step(monkeypatch):
     assert left(0.5) == 0  # no progress, no guess
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_line_of_progress_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    Progress()("step 1 (50 %)  loss 3.25  left 8s  mem 1.00 GiB")
+    assert sys.stdout.getvalue() == "\r\033[Kstep 1 (50 %)  loss 3.25"
+    assert fitting("x" * 40, 30) == "x" * 30 and fitting("a  b", 4) == "a  b"
+
+
 # Curves
 
 
@@ -111,6 +126,19 @@ def test_the_charts_of_a_log():
     svg = picture(charts.values())
     ET.fromstring(svg)
     assert "prefers-color-scheme:dark" in svg and "href" not in svg and "url(" not in svg
+
+
+def test_the_running_mean_is_over_a_twentieth_of_the_points_so_far():
+    """Where a line rises by 1 a step, the mean over the last n / 20 is behind by so many."""
+    points = [(i, float(i)) for i in range(1, 2001)]
+    means = running_mean(points)
+    assert means[:20] == points[:20]
+    for i in (199, 1999):
+        _, mean = means[i]
+        behind = i + 1 - mean
+        assert behind == pytest.approx((i + 1) / 20, rel=0.2)
+    flat = make_axis([0.1, 0.1 + 1e-17, 0.1 - 1e-17], 160, 40, 4, 0.05)
+    assert flat.high - flat.low > 0.005  # what rounding left is no range
 
 
 def test_of_rl_the_reward_is_the_large_chart_and_sources_are_told_apart():

@@ -14,7 +14,8 @@ KEYS = script_keys(ROOT / "train.py")
 SMALL = ["--dataset=tiny", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16"]
 SMALL += ["--seq_len=32", "--batch_tokens=128", "--device=cpu", "--dtype=float32", "--seed=3"]
 SMALL += ["--sample_tokens=0", "--eval_tokens=256", "--warmup_steps=2", "--save_every=2"]
-SMALL += ["--max_steps=4", "--optimizer=adamw", "--dropout=0.1", "--out_dir=out/own"]
+SMALL += ["--max_steps=4", "--optimizer=adamw", "--dropout=0.1", "--lr_schedule=constant"]
+SMALL += ["--out_dir=out/own"]
 
 
 def rows(folder):
@@ -50,29 +51,19 @@ def edit(own, change):
     path.write_text(json.dumps(entries))
 
 
-def test_a_resume_needs_no_flag_and_is_exact(own, copy):
-    run(own, "train.py", *SMALL, "--out_dir=out/whole", "--max_steps=8")
-    done = copy("--max_steps=8")
+def test_a_run_that_goes_on_without_flags_is_the_one_that_was_never_stopped(own, copy):
+    """Bit for bit, and with its settings."""
+    run(own, "train.py", *SMALL, "--out_dir=out/whole", "--max_steps=6")
+    done = copy("--max_steps=6")
     assert done.returncode == 0, done.stderr
     assert "settings: those of out/copy/run.json" in done.stdout
-    # The horizon is another, and with it the schedule of the steps before: so it is told.
-    assert "changed since the first part: max_steps 4 -> 8\n" in done.stdout
-    config = json.loads((own / "out/copy/run.json").read_text())["config"]
-    whole = json.loads((own / "out/whole/run.json").read_text())["config"]
-    others = {key for key in whole if config[key] != whole[key]}
+    assert "changed since the first part: max_steps 4 -> 6\n" in done.stdout
+    weights = [own / f"out/{name}/model.safetensors" for name in ("whole", "copy")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    whole, copied = (json.loads((path.parent / "run.json").read_text()) for path in weights)
+    others = {key for key, value in whole["config"].items() if copied["config"][key] != value}
     assert others == {"out_dir", "init_from"}
-    assert [row["step"] for row in rows(own / "out/copy") if "loss" in row] == [*range(1, 9)]
-
-
-def test_a_resumed_run_is_the_one_that_was_never_stopped(own):
-    """Bit for bit, with no flag given again."""
-    args = [*SMALL, "--lr_schedule=constant", "--max_steps=6"]
-    run(own, "train.py", *args, "--out_dir=out/straight")
-    run(own, "train.py", *args, "--out_dir=out/broken", "--max_steps=4")
-    again = ["--init_from=auto", "--out_dir=out/broken", "--max_steps=6"]
-    run(own, "train.py", *again)
-    straight, broken = (own / f"out/{name}/model.safetensors" for name in ("straight", "broken"))
-    assert straight.read_bytes() == broken.read_bytes()
+    assert [row["step"] for row in rows(own / "out/copy") if "loss" in row] == [*range(1, 7)]
 
 
 def test_a_flag_that_disagrees_is_refused_with_both_values(copy):
@@ -93,12 +84,9 @@ def test_a_recipe_that_disagrees_is_refused_and_one_that_agrees_is_not(own, copy
     assert "learning_rate 0.005 -> 0.001" in done.stdout  # it may change, and is told
 
 
-def test_auto_takes_them_only_where_there_is_a_run(own):
-    args = [arg for arg in SMALL if "out_dir" not in arg]
-    first = run(own, "train.py", *args, "--out_dir=out/auto", "--init_from=auto").stdout
-    assert "settings: those of" not in first
-    again = run(own, "train.py", "--out_dir=out/auto", "--init_from=auto").stdout
-    assert "settings: those of out/auto/run.json" in again and "nothing to do" in again
+def test_auto_takes_them_where_there_is_a_run(copy):
+    again = copy("--init_from=auto").stdout
+    assert "settings: those of out/copy/run.json" in again and "nothing to do" in again
 
 
 def test_two_processes_take_the_same(own, copy):
@@ -200,13 +188,11 @@ def test_what_goes_on(tmp_path):
 
 
 def test_a_tuning_goes_on_without_flags(tiny):
-    args = ["--model=out/tiny", "--dataset=tiny", "--method=lora", "--lora_rank=2", "--device=cpu"]
-    args += ["--max_steps=2", "--eval_examples=2", "--check_memorized=0", "--batch_size=4"]
-    run(tiny, "finetune.py", *args, "--method=sft", "--out_dir=out/base-own")
-    lora = ["--model=out/base-own", "--out_dir=out/lora-own", "--method=lora", "--lora_rank=2"]
-    run(tiny, "finetune.py", *args, *lora)
-    done = run(tiny, "finetune.py", "--init_from=resume", "--out_dir=out/lora-own", "--max_steps=4")
-    assert "resumed out/lora-own at step 2" in done.stdout
-    assert [row["step"] for row in rows(tiny / "out/lora-own") if "loss" in row] == [1, 2, 3, 4]
-    config = json.loads((tiny / "out/lora-own/adapter_config.json").read_text())
-    assert config["r"] == 2
+    args = ["--model=out/tiny", "--dataset=tiny", "--method=classify", "--pooling=mean"]
+    args += ["--max_steps=2", "--eval_examples=2", "--batch_size=4", "--device=cpu"]
+    run(tiny, "finetune.py", *args, "--out_dir=out/class-own", "--train_last=1")
+    again = ["--init_from=resume", "--out_dir=out/class-own", "--max_steps=4"]
+    assert "resumed out/class-own at step 2" in run(tiny, "finetune.py", *again).stdout
+    assert [row["step"] for row in rows(tiny / "out/class-own") if "loss" in row] == [1, 2, 3, 4]
+    done = run(tiny, "finetune.py", *again, "--pooling=last", check=False)
+    assert done.returncode == 1 and "pooling 'mean' -> 'last'" in done.stderr

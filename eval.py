@@ -170,6 +170,8 @@ def open_task(name, run):
         task = own_task(name, header, rows)
     elif name.rpartition(":")[0].endswith(".py"):
         task = own_task(name, *run_own_file(name))
+        if task.program and run.is_main:
+            require_sandbox(allow_code_exec, allow_weak_sandbox)
     elif name in TASKS:
         task = open_benchmark(name, run)
     else:

@@ -1,8 +1,9 @@
 """Conversations with a helper that knows Python's standard library a little: made up, every answer
 taken from the running Python or computed by it, without a network.
 
-    python prepare.py --source=pychat --steps= --dataset=chat    # or config/chat.py
-    python eval.py --model=out/chat --tasks=barelm/python_chat.py:held_out
+    python prepare.py config/chat.py     # --source=pychat
+    python eval.py config/chat.py        # --tasks=barelm/python_chat.py:held_out --chat
+    python eval.py config/chat.py --tasks=barelm/python_chat.py:programs --allow_code_exec
 
 A small model that is to know a little of everything knows nothing. One that is asked about 800
 names, small expressions, 35 functions and 100 ways to do things can know these, and can learn to
@@ -13,7 +14,8 @@ expressions, names and topics that no conversation for training has.
 import json
 import random
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,7 +40,6 @@ from barelm.python_wordings import (
     wordings,
 )
 from barelm.run import UserError
-from barelm.sandbox import run_program
 
 CONVERSATIONS = 60_000  # whose text is for pre-training, where the source does not say
 WITH_ROLES = 5  # one of so many is for fine-tuning, too
@@ -73,7 +74,7 @@ class Draw:
     rng: random.Random
     held_out: bool = False  # of what is for validation alone
     subject: str = ""  # what was drawn, for the table of `held_out`
-    row: dict = field(default_factory=dict)  # what its judge needs
+    checks: str = ""  # of a function that was drawn
 
     def words(self, block, x=""):
         wording = self.rng.choice(wordings(block, self.held_out))
@@ -223,7 +224,7 @@ def function_turns(draw, function, purpose):
                              [f", named {name}"])  # fmt: skip
     asked = draw.words(WORDINGS["function"], purpose)
     turns = [(asked, fenced(write_function(function, name, argument)))]
-    draw.row = {"checks": checks_of(function, name)}
+    draw.checks = checks_of(function, name)
     if rng.random() < 0.2:
         name = drawn_name(draw)
         turns.append((draw.words(RENAME, name), fenced(write_function(function, name, argument))))
@@ -313,7 +314,7 @@ def draw_conversation(rng):
     for _ in range(rng.randint(1, 4)):
         subject = rng.choices(list(SUBJECTS), list(SUBJECTS.values()))[0]
         for question, answer in subject(draw):
-            messages.append({"role": "user", "content": question})
+            messages.append(as_user(question))
             messages.append({"role": "assistant", "content": answer})
     return messages
 
@@ -361,54 +362,57 @@ CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def held_out(seed=1):
-    """The task for eval.py: questions that no conversation for training has, by subject."""
-    rng = random.Random(seed)
+    """Questions that no conversation for training has, by subject; `exact`: whether the answer is
+    right letter by letter."""
+    subjects = [about_name] * 8 + [expression] * 8
+    subjects += [about_word, short_function, other_function, way, other_way]
+    subjects += [talk, away, unknown_name]
     rows = []
-    wanted = [about_name] * 8 + [expression] * 8
-    wanted += [about_word, short_function, other_function, way, other_way]
-    wanted += [talk, away, unknown_name]
-    count = {}
-    for subject in wanted:
-        for _ in range(QUESTIONS):
-            draw = Draw(rng, held_out=True)
-            turns = subject(draw)
-            history = []
-            for i, (question, answer) in enumerate(turns):
-                name = draw.subject if i == 0 else "follow-ups"
-                count[name] = count.get(name, 0) + 1
-                if count[name] <= QUESTIONS:
-                    checks = draw.row.get("checks", "") if i == 0 else ""
-                    rows.append(row_of(name, question, answer, history, checks))
-                history = history + [{"role": "user", "content": question}]
-                history = history + [{"role": "assistant", "content": answer}]
-    return {
-        "kind": "generate",
-        "prompt": "{question}",
-        "stop": [],
-        "max_new_tokens": 120,
-        "judge": judge,
-        "rows": rows,
-    }
+    count = Counter()
+    draw = Draw(random.Random(seed), held_out=True)
+    for subject in subjects * QUESTIONS:
+        history = []
+        for question, answer in subject(draw):
+            name = "follow-ups" if history else draw.subject
+            count[name] += 1
+            if count[name] <= QUESTIONS:
+                row = {"subject": name, "question": question, "answer": answer}
+                rows.append(row | {"history": history})
+            history = [*history, as_user(question), {"role": "assistant", "content": answer}]
+    return task_of(rows) | {"judge": judge}
 
 
-def row_of(subject, question, answer, history, checks):
-    row = {"subject": subject, "question": question, "answer": answer, "checks": checks}
-    return row | {"history": history}
+def programs(seed=2):
+    """Functions in words, and under names, that no conversation for training has: whether the code
+    of the answer passes its checks. It is the model's code, so that it runs in the sandbox alone,
+    with --allow_code_exec."""
+    rows = []
+    draw = Draw(random.Random(seed), held_out=True)
+    for subject in [short_function, other_function] * QUESTIONS:
+        question, answer = subject(draw)[0]
+        if draw.checks:
+            row = {"subject": draw.subject, "question": question, "answer": answer}
+            rows.append(row | {"checks": draw.checks})
+    return task_of(rows) | {"program": program}
+
+
+def as_user(question):
+    return {"role": "user", "content": question}
+
+
+def task_of(rows):
+    """What eval.py is to ask, with --chat: `history` are the messages before a question."""
+    header = {"kind": "generate", "prompt": "{question}", "stop": [], "max_new_tokens": 120}
+    return header | {"rows": rows}
 
 
 def judge(row, answers):
-    """exact: whether it is the right answer, letter by letter; of code, passes: whether it runs and
-    gives what it should, in the sandbox where it is not the code of this project."""
-    text = answers[0].strip()
-    exact = float(text == row["answer"])
-    if not row["checks"]:
-        return {"exact": exact}
-    return {"exact": exact, "passes": exact or float(passes(text, row["checks"]))}
+    return {"exact": float(answers[0].strip() == row["answer"])}
 
 
-def passes(text, checks):
-    """Whether the code in an answer, which a model wrote, passes these checks."""
-    code = CODE.search(text)
+def program(row, answer):
+    """The code in an answer, and the checks behind it."""
+    code = CODE.search(answer)
     if code is None:
-        return False
-    return run_program(f"{code[1]}\n{checks}") == "passed"
+        return "raise ValueError('no code')"
+    return f"{code[1]}\n{row['checks']}"

@@ -230,32 +230,70 @@ zlib.crc32: zlib.crc32(b'hello')
 
 # Of names whose docstrings begin with too much, or too little.
 OWN_WORDS = """
+anext: Return the next item of an asynchronous iterator.
 breakpoint: Stop in the debugger at this place.
+bytearray: A mutable sequence of numbers from 0 to 255.
+bytes: An immutable sequence of numbers from 0 to 255.
+dict: A new dict, empty or of pairs or keyword arguments.
+dir: Return a list of the names in an object, or in the current scope.
 exit: Leave Python.
+filter: Iterate over those items for which a function is true.
+frozenset: A set that cannot be changed.
 getattr: Return the attribute of an object with this name.
+issubclass: Return whether a class is a subclass of another.
+iter: Return an iterator over an object.
+map: Apply a function to every item of an iterable.
+max: Return the largest item of an iterable, or of several arguments.
+min: Return the smallest item of an iterable, or of several arguments.
 open: Open a file and return it.
+pow: Return a number to a power: pow(2, 3) is 8.
 property: A decorator that makes a method an attribute.
-csv.reader: Iterate over the rows of a CSV file, each a list of strings.
-csv.writer: Write rows to a CSV file.
+range: A sequence of integers from start, inclusive, to stop, exclusive.
+set: A new set, empty or of the items of an iterable.
+sum: Return the sum of the items of an iterable, plus a start value.
+super: The parent class of an object, to call its methods.
+type: Return the type of an object.
+zip: Iterate over the items of several iterables side by side.
+calendar.monthrange: Return the weekday of a month's first day, and its number of days.
+collections.ChainMap: Several dicts in a row, looked up as one.
+collections.deque.count: Return how often a value is in the deque.
+collections.deque.index: Return the first index of a value.
+collections.deque.insert: Insert an item before an index.
+collections.deque.remove: Remove the first occurrence of a value.
+collections.deque.reverse: Reverse the deque in place.
+contextlib.contextmanager: A decorator that makes a generator a context manager.
 csv.DictReader: Iterate over the rows of a CSV file, each a dict by the names of the columns.
 csv.DictWriter: Write dicts to a CSV file as rows.
+csv.reader: Iterate over the rows of a CSV file, each a list of strings.
+csv.writer: Write rows to a CSV file.
+datetime.date.strftime: Return the date as a string by a format.
+datetime.date.today: Return the date of today.
 datetime.date: A date: year, month and day.
 datetime.datetime: A date with a time of day.
 dict.clear: Remove all items from the dict.
+dict.copy: Return a shallow copy of the dict.
 dict.items: A view of the dict's (key, value) pairs.
 dict.keys: A view of the dict's keys.
 dict.pop: Remove a key and return its value, or the default where it is not there.
+dict.popitem: Remove and return the last (key, value) pair.
 dict.update: Take over the items of another dict.
 dict.values: A view of the dict's values.
+enum.Enum: A class whose attributes are a fixed set of named values.
+functools.cached_property: A decorator for a property that is computed once for each instance.
 functools.partial: A new function with some arguments of another already given.
 functools.reduce: Apply a function of two arguments to the items, from left to right, to one value.
-functools.cached_property: A decorator for a property that is computed once for each instance.
 html.unescape: Turn character references such as &gt; into their characters.
 itertools.chain: Iterate over the items of several iterables, one after another.
 itertools.zip_longest: Like zip, but as long as the longest; missing values are filled.
+json.dump: Write Python objects to a file as JSON.
+json.dumps: Turn Python objects into a JSON string.
+json.load: Read a file with a JSON document as Python objects.
+json.loads: Turn a JSON string into Python objects.
 list.reverse: Reverse the list in place.
 math.factorial: The product of the whole numbers from 1 to n.
 os.path.realpath: The path without symbolic links.
+pathlib.Path.glob: Iterate over the files below this path that match a pattern.
+pathlib.Path.rglob: Iterate over the files below this path, at any depth, that match a pattern.
 random.getrandbits: Return an integer of k random bits.
 random.random: A random float from 0 to 1, without 1.
 random.uniform: A random float between two numbers.
@@ -392,15 +430,16 @@ def first_sentence(docstring):
     lines = inspect.cleandoc(docstring or "").split("\n")
     given = ""  # what a first line with the signature says that the call gives
     while lines and (not lines[0].strip() or SIGNATURE.match(lines[0])):
-        given = given or SIGNATURE.sub("", lines[0])
+        given = given or SIGNATURE.sub("", lines[0]).rpartition("-- ")[2]
         lines = lines[1:]
     paragraph = "\n".join(lines).partition("\n\n")[0]
     text = " ".join(paragraph.split())
     if len(given.split()) > 2 and not text.startswith("Return"):
         text = given
-    text = re.split(r"(?<=\w\w[.)`'])\s", text)[0].strip()
+    text = text.rpartition("-> ")[2]  # "string, format -> new datetime parsed from a string"
+    text = re.split(r"(?<=[\w)`'\"]\.)\s+(?=[A-Z(])", text)[0].strip()
     is_whole = text.count("(") == text.count(")") and text[-1:] not in ":,"
-    is_whole = is_whole and text != "An enumeration."
+    is_whole = is_whole and text != "An enumeration." and "self." not in text[:-1]
     if not 12 <= len(text) <= LONGEST or not text.isascii() or not is_whole:
         return ""
     text = text[0].upper() + text[1:]

@@ -54,6 +54,7 @@ class Header:
     lower: bool = False  # nor do capitals
     rubric: str = ""  # by which the model at judge_url rates an answer instead
     judge: Callable | None = None  # (row, [answers]) -> {metric: 0 to 1}; in Python only
+    program: Callable | None = None  # (row, answer) -> the program that tells whether it is right
 
 
 @dataclass
@@ -62,7 +63,6 @@ class Task(Header):
 
     read: Callable | None = None  # row -> Question; none: by prompt, choices and answer
     describe: Callable | None = None  # row -> description
-    program: Callable | None = None  # (row, answer) -> the program that tells whether it is right
     hub: str = ""  # owner/name/folder of its rows on the Hub; none for a task of your own
     split: str = "test"  # which of its files has the questions
     fixed_shots: bool = False  # the subject's first examples; or else drawn for each question
@@ -284,7 +284,7 @@ def expected_instead(key, value, usual):
         if isinstance(value, (list, str)) and value and all_texts(value):
             return None
         return "a list of texts, or the name of the rows' field with them"
-    if key == "judge":
+    if key in ("judge", "program"):
         return None if callable(value) else "a function, which only a task in Python can have"
     if type(value) is not type(usual):
         return f"one like {usual!r}"

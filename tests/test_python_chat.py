@@ -20,6 +20,7 @@ from barelm.python_facts import OWN_WORDS, facts, pairs_of
 from barelm.python_functions import checks_of, functions, ways, write_function
 from barelm.python_wordings import AWAY, TALK, WORDINGS, wordings
 from barelm.run import UserError
+from barelm.sandbox import run_programs
 
 
 def questions(messages):
@@ -181,22 +182,21 @@ def test_a_name_that_is_known_is_never_called_unknown():
             assert answer.split("`")[1] not in known
 
 
-def row_of(subject):
-    return next(row for row in chat.held_out()["rows"] if row["subject"] == subject)
-
-
 def test_answers_are_judged(holes):
-    row = row_of("arithmetic")
-    assert chat.judge(row, [f"{row['answer']}\n"]) == {"exact": 1.0}
-    assert chat.judge(row, ["`x`"]) == {"exact": 0.0}
+    row = {"answer": "`3`"}
+    assert chat.judge(row, ["`3`\n"]) == {"exact": 1.0}
+    assert chat.judge(row, ["3"]) == {"exact": 0.0}
+    rows = chat.programs()["rows"]
+    assert {row["subject"] for row in rows} == {"functions", "functions, other words"}
+    row = {"checks": "assert f('ab') == 'ba'"}
     code = "```python\ndef f(x):\n    return {}\n```"
-    row = {"answer": code.format("x[::-1]"), "checks": "assert f('ab') == 'ba'"}
-    assert chat.judge(row, [row["answer"]]) == {"exact": 1.0, "passes": 1.0}
-    assert chat.judge(row, ["no code"]) == {"exact": 0.0, "passes": 0.0}
+    answers = [rows[0]["answer"], code.format("x[::-1]"), code.format("x"), "no code"]
+    sources = [chat.program(rows[0], answers[0])]
+    sources += [chat.program(row, answer) for answer in answers[1:]]
     if holes:
         pytest.skip("; ".join(holes))
-    assert chat.judge(row, [code.format("''.join(reversed(x))")]) == {"exact": 0.0, "passes": 1.0}
-    assert chat.judge(row, [code.format("x")]) == {"exact": 0.0, "passes": 0.0}
+    verdicts = [verdict.partition(":")[0] for verdict in run_programs(sources)]
+    assert verdicts == ["passed", "passed", "failed", "failed"]
 
 
 def test_one_recipe_from_prepare_to_eval(tmp_path):
@@ -215,5 +215,8 @@ def test_one_recipe_from_prepare_to_eval(tmp_path):
     assert "left out" not in done.stdout
     tasks = f"--tasks={ROOT}/barelm/python_chat.py:held_out"  # by its place below the project
     done = run(tmp_path, "eval.py", recipe, tasks, "--limit=1", "--max_new_tokens=2")
-    assert "held_out functions, other words: exact 0, passes 0" in done.stdout
+    assert "held_out functions, other words: exact 0" in done.stdout
     assert "held_out follow-ups: exact 0" in done.stdout
+    tasks = f"--tasks={ROOT}/barelm/python_chat.py:programs"
+    done = run(tmp_path, "eval.py", recipe, tasks, check=False)
+    assert done.stderr.startswith("this task runs programs that the model wrote: --allow_code_exec")

@@ -1,0 +1,129 @@
+"""A Mac's GPU as far as a machine without one can have it: tensors that say they are on mps and are
+computed by the CPU, and refuse what mps refuses: float64, tensors of the host beside them, pinned
+memory, to be read by numpy. What it cannot say: which operations Metal lacks, and what it rounds.
+
+    install()  # in this process, from here on
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+MPS = torch.device("mps")
+WIDE = (torch.float64, torch.complex128)
+# What takes tensors of the host beside those of the device: copies, and lists of indices.
+MIXED = ("copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_")
+
+
+class OnMPS(torch.Tensor):
+    """A tensor on mps; `host` holds its numbers."""
+
+    @staticmethod
+    def __new__(cls, host):
+        refuse_wide(host.dtype)
+        options = dict(strides=host.stride(), storage_offset=host.storage_offset())
+        options |= dict(dtype=host.dtype, device=host.device, requires_grad=False)
+        return torch.Tensor._make_wrapper_subclass(cls, host.size(), **options)
+
+    def __init__(self, host):
+        self.host = host
+
+    device = property(lambda self: MPS)
+    is_mps = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self):
+        return f"OnMPS({self.host})"
+
+    def __reduce_ex__(self, protocol):
+        return self.host.__reduce_ex__(protocol)  # read again on the host, as ours are
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        for leaf in tree_leaves((args, kwargs)):
+            is_plain = isinstance(leaf, torch.Tensor) and not isinstance(leaf, OnMPS)
+            if is_plain and leaf.dim() and name not in MIXED:
+                raise RuntimeError(f"{name}: expected all tensors on mps, but one is on the host")
+            if isinstance(leaf, torch.dtype):
+                refuse_wide(leaf)
+        result = func(*on_host(args), **on_host(kwargs))
+        result = tree_map_only(torch.Tensor, OnMPS, result)
+        return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def refuse_wide(dtype):
+    if dtype in WIDE:
+        raise TypeError(f"Cannot convert a MPS Tensor to {dtype}: MPS has no float64")
+
+
+def on_host(values):
+    """The same arguments with the numbers of tensors on mps, and with the CPU for mps."""
+
+    def one(value):
+        if isinstance(value, OnMPS):
+            return value.host
+        if isinstance(value, torch.device) and value.type == "mps":
+            return torch.device("cpu")
+        return value
+
+    return tree_map(one, values)
+
+
+def names_mps(value):
+    return isinstance(value, (str, torch.device)) and torch.device(value).type == "mps"
+
+
+class FakeMPS(TorchFunctionMode):
+    """What asks for device="mps", or brings a tensor there or back."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "cpu") and isinstance(args[0], OnMPS):
+            return getattr(args[0].detach().host, name)()
+        if name in ("numpy", "pin_memory", "cuda", "double") and isinstance(args[0], OnMPS):
+            raise TypeError(f"{name} of a tensor on mps")
+        if name == "to":
+            return self.move(*args, **kwargs)
+        if names_mps(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+            refuse_wide(kwargs.get("dtype"))
+            return OnMPS(func(*on_host(args), **on_host(kwargs)))
+        return func(*args, **kwargs)
+
+    def move(self, tensor, *args, **kwargs):
+        """Tensor.to of a device, a dtype, a tensor, or of the first two."""
+        kwargs.pop("non_blocking", None)
+        device = kwargs.pop("device", None)
+        rest = []
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                device = value.device
+                rest.append(value.dtype)
+            elif isinstance(value, str) or isinstance(value, torch.device):
+                device = torch.device(value)
+            elif isinstance(value, torch.dtype) or value is None:
+                rest.append(value)
+        rest = [value for value in rest if value is not None]
+        device = tensor.device if device is None else torch.device(device)
+        if device.type == "mps" and not isinstance(tensor, OnMPS):
+            moved = tensor.detach().to(*rest, **kwargs)
+            return OnMPS(moved.clone() if moved is tensor or not rest else moved)
+        if device.type == "cpu" and isinstance(tensor, OnMPS):
+            tensor = tensor.detach().host.clone()
+        return tensor.to(*rest, **kwargs) if rest or kwargs else tensor
+
+
+def install():
+    """Let this process have the device."""
+    torch.backends.mps.is_available = lambda: True
+    torch.mps.driver_allocated_memory = lambda: 1 << 20
+    torch.mps.recommended_max_memory = lambda: 1 << 30
+    torch.mps.synchronize = lambda: None
+    # A parameter that is moved is another object: its numbers change their kind of tensor.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    FakeMPS().__enter__()

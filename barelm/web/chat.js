@@ -330,7 +330,9 @@ $("import-file").onchange = () => guard(async () => {
 
 const menu = $("chat-menu");
 menu.onclick = (event) => {
-  if (event.target.closest("button")) menu.open = false;
+  if (!event.target.closest("button")) return;
+  menu.open = false;
+  menu.firstElementChild.focus();
 };
 menu.onkeydown = (event) => {
   if (event.key !== "Escape" || !menu.open) return;

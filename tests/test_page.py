@@ -284,24 +284,12 @@ def test_a_completion_and_the_alternatives_of_its_tokens(page, server):
     assert page.locator("#chosen tr.here").count() == 1
 
 
-def test_a_conversation_of_two_turns(page, server):
-    messages = [{"role": "system", "content": "Be brief."}]
+def test_a_model_without_chat_training_opens_on_complete_and_says_so(page):
+    assert page.get_by_role("tab", name="Complete", selected=True).count() == 1
     open_view(page, "Chat")
-    set_greedy(page, 6)
-    page.locator("summary", has_text="System prompt").click()
-    page.get_by_label("System prompt").fill("Be brief.")
-    for n, text in enumerate(["Hi", "And <i>"]):
-        messages.append({"role": "user", "content": text})
-        answer = server.post("/v1/chat/completions", messages=messages, max_tokens=6, temperature=0)
-        messages.append(answer.json()["choices"][0]["message"])
-        page.get_by_label("Your message").fill(text)
-        page.keyboard.press("Enter")
-        page.locator(".turn.assistant").nth(n).locator("[role=option]").first.wait_for()
-        page.wait_for_selector("#status:text-is('Ready')")
-    said = [text.strip() for text in page.locator(".turn .text").all_text_contents()]
-    assert said == [m["content"].strip() for m in messages[1:]]
-    page.get_by_role("button", name="New conversation").click()
-    assert page.locator(".turn").count() == 0
+    told = page.locator("#untuned").text_content()
+    assert "no chat training" in told and "train.py" in told
+    assert page.get_by_role("button", name="Good answer").count() == 0
 
 
 def test_tokens_attention_and_parts(page, server):

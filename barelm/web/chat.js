@@ -27,7 +27,7 @@ function render() {
     if (turn.role === "user") {
       showActions(turn, "", userActions(turn, i));
     } else {
-      showActions(turn, noteOf(answerOf(turn)), answerActions(turn, i));
+      showActions(turn, noteOf(turn), answerActions(turn, i));
     }
   });
   showList();
@@ -54,10 +54,10 @@ function answerActions(turn, i) {
     save();
     render();
   };
-  const n = turn.versions.length, versions = n < 2 ? {} : {
-    earlier: ["\u2039", step(-1), { disabled: disabled || !turn.at, ariaLabel: "Earlier answer" }],
-    later: [`${turn.at + 1} of ${n} \u203a`, step(1), { ariaLabel: `Later answer (${turn.at + 1} of ${
-      n})`, disabled: disabled || turn.at + 1 === n }],
+  const versions = turn.versions.length < 2 ? {} : {
+    earlier: ["\u2039", step(-1), { ariaLabel: "Earlier answer", disabled: disabled || !turn.at }],
+    later: ["\u203a", step(1), { ariaLabel: "Later answer",
+      disabled: disabled || turn.at + 1 === turn.versions.length }],
   };
   const isCut = isLast && answer.content && answer.reason !== "stop";
   return {
@@ -330,7 +330,9 @@ $("import-file").onchange = () => guard(async () => {
 
 const menu = $("chat-menu");
 menu.onclick = (event) => {
-  if (event.target.closest("button")) menu.open = false;
+  if (!event.target.closest("button")) return;
+  menu.open = false;
+  menu.firstElementChild.focus();
 };
 menu.onkeydown = (event) => {
   if (event.key !== "Escape" || !menu.open) return;

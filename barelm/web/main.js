@@ -42,6 +42,7 @@ for (const tab of tabs) {
   panel.setAttribute("aria-labelledby", tab.id);
   tab.onclick = () => {
     isAsked = true;
+    if ($("keyform").hidden) complain(""); // it was of the view that is left
     show(tab);
   };
   tab.onkeydown = (event) => {

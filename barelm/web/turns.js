@@ -90,11 +90,12 @@ export function showActions(turn, note, actions) {
 }
 
 // What was made and how: under each answer.
-export function noteOf(answer) {
-  const parts = answer.count ? [summary(answer)] : [];
+export function noteOf(turn) {
+  const answer = answerOf(turn), parts = answer.count ? [summary(answer)] : [];
   if (answer.reason === "edited" || answer.reason === "imported") parts.push(answer.reason);
   if (answer.dropped) parts.push(`the first ${answer.dropped} turns no longer fit: left out`);
-  return parts.join("; ");
+  const n = turn.versions.length, which = n > 1 ? `${turn.at + 1} of ${n}: ` : "";
+  return which + parts.join("; ");
 }
 
 export function copyAction(turn) {

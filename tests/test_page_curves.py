@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+import torch
 from conftest import start
 from test_page import browser, open_view  # noqa: F401 (a fixture)
 from test_reload import changed
@@ -115,22 +116,27 @@ def test_new_weights_answer_behind_a_reload(server):
     net, tok = load(server.folder)
     file = server.folder / "model.safetensors"
     before = file.read_bytes()
-    wanted = dict(prompt="import os", max_tokens=8, temperature=0)
-    texts = []
+    wanted = dict(prompt="import os", max_tokens=1, temperature=0, logprobs=3)
+    told = []  # the log-probabilities of the most likely tokens
 
     def answer():
-        text = server.post("/v1/completions", **wanted).json()["choices"][0]["text"]
-        texts.append(text)
+        choice = server.post("/v1/completions", **wanted).json()["choices"][0]
+        told.append(sorted(choice["logprobs"]["top_logprobs"][0].values()))
         return server.get("/inspect/runs").json()["weights"]
 
     now = {"step": 60, "step_on_disk": 60, "are_new": False, "can_reload": True, "busy": False}
     assert answer() == now
-    save(server.folder, changed(net), tok, step=80)
+    new = changed(net)
+    save(server.folder, new, tok, step=80)
     assert answer() == now | {"step_on_disk": 80, "are_new": True}
-    assert texts[1] == texts[0]  # until somebody asks
+    assert told[1] == pytest.approx(told[0])  # until somebody asks
     assert server.post("/inspect/reload").json() == {"step": 80}
     assert answer() == now | {"step": 80, "step_on_disk": 80}
-    assert texts[2] != texts[0]
+    with torch.no_grad():
+        logits = new(torch.tensor([tok.encode("import os")]))[0, -1, : tok.n_vocab]
+    right = logits.log_softmax(-1).topk(3).values.tolist()[::-1]
+    assert told[2] == pytest.approx(right, abs=1e-3)
+    assert told[2] != pytest.approx(told[0], abs=1e-3)
     config = server.folder / "config.json"
     settings = config.read_text()
     config.write_text(settings.replace('"rope_theta": ', '"rope_theta": 1'))
@@ -139,7 +145,7 @@ def test_new_weights_answer_behind_a_reload(server):
     config.write_text(settings)
     file.write_bytes(before)
     assert server.post("/inspect/reload").json() == {"step": 60}
-    assert answer() == now and texts[3] == texts[0]
+    assert answer() == now and told[3] == pytest.approx(told[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def test_smoothing_and_three_axes(page, server):
     open_view(page, "Training")
     page.get_by_label("b & <c>").check()
     page.get_by_label("tiny (this model)").uncheck()
-    figure = figure_of(page, "Loss (nats per token)")
+    figure = figure_of(page, "Loss")
     rows = [row for row in curve(STEPS // 2, 90.0) if "loss" in row]
     page.get_by_label("Smoothing").fill("0.8")
     average, weights, right = 0.0, 0.0, []
@@ -282,7 +288,7 @@ def test_several_runs_over_each_other_and_their_files(page, server):
     open_view(page, "Training")
     page.get_by_label("a", exact=True).check()
     page.get_by_label("rl", exact=True).check()
-    figure = figure_of(page, "Loss (nats per token)")
+    figure = figure_of(page, "Loss")
     page.wait_for_selector("#run-list:has-text('40 steps')")
     rgb = "e => getComputedStyle(e)"
     lines = {line.evaluate(rgb + ".stroke") for line in figure.locator("polyline").all()}
@@ -297,15 +303,15 @@ def test_several_runs_over_each_other_and_their_files(page, server):
 
     with page.expect_download() as told:
         page.get_by_role("button", name="CSV").click()
-    assert told.value.suggested_filename == "tiny-rl-a.csv" or "a" in told.value.suggested_filename
+    assert re.fullmatch(r"tiny-(a-rl|rl-a)\.csv", told.value.suggested_filename)
     table = list(csv.DictReader(told.value.path().open()))
     assert {row["run"] for row in table} == {"tiny", "a", "rl"}
-    page.get_by_label("Download").select_option("Loss (nats per token)")
+    page.get_by_label("Download").select_option("Loss")
     with page.expect_download() as told:
         page.get_by_role("button", name="SVG").click()
     svg = ET.parse(told.value.path()).getroot()
     names = {element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"Loss (nats per token)", "tiny", "a", "rl"} <= names
+    assert {"Loss", "tiny", "a", "rl"} <= names
     lines = list(svg.iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == figure.locator("polyline").count()
     assert {line.get("stroke") for line in lines} == {

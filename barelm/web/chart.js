@@ -57,7 +57,8 @@ function range(values) {
 export function drawLines(svg, lines, { span, logx, logy, axis, least }) {
   const width = svg.clientWidth, height = svg.clientHeight;
   const pad = { left: 44, top: 8, bottom: 20 }, right = width - 12;
-  const ys = lines.flatMap(({ points }) => points.map((p) => p.y)), spanY = range(ys);
+  let spanY = range(lines.flatMap(({ points }) => points.map((p) => p.y)));
+  if (spanY[1] - spanY[0] < 1e-9 * Math.abs(spanY[1])) spanY = [spanY[0], spanY[0]]; // rounding
   const isLog = logy && spanY[0] > 0;
   const x = scale(span, logx, pad.left, right);
   const y = scale(spanY, isLog, height - pad.bottom, pad.top);
@@ -69,7 +70,7 @@ export function drawLines(svg, lines, { span, logx, logy, axis, least }) {
   for (const [t, text] of ticks(...span, logx, width / 90, least)) {
     parts.push(draw("text", { x: x(t), y: height - 4, "text-anchor": "middle" }, text));
   }
-  parts.push(draw("text", { class: "axis", x: pad.left + 4, y: height - pad.bottom - 4 }, axis));
+  parts.push(draw("text", { class: "axis", x: 0, y: height - 4 }, axis));
   for (const { points, kind, colour } of lines) {
     const places = points.map((p) => `${x(p.x).toFixed(1)},${y(p.y).toFixed(1)}`).join(" ");
     if (points.length) {

@@ -7,7 +7,7 @@ import { ask, call, complain, guard, isGone, state } from "./server.js";
 
 // The words that people search for, in the order of the charts.
 const TITLES = {
-  loss: "Loss (nats per token)", reward: "Reward", accuracy: "Accuracy", acc: "Accuracy",
+  loss: "Loss", reward: "Reward", accuracy: "Accuracy", acc: "Accuracy",
   f1: "F1 score", mrr: "Mean reciprocal rank (MRR)", bpb: "Bits per byte", lr: "Learning rate",
   grad_norm: "Gradient norm", tok_s: "Tokens per second", margin: "Reward margin",
   reward_chosen: "Reward of chosen answers", reward_rejected: "Reward of rejected answers",
@@ -26,6 +26,7 @@ const TITLES = {
 const MORE = Object.keys(TITLES).slice(Object.keys(TITLES).indexOf("ppl"));
 const UNITS = { mem: 2 ** 30 };
 const LEFT_OUT = ["step", "tokens"];
+const SMOOTH = ["lr", "mem"]; // by themselves: an average would only be late
 const COLOURS = 8;
 
 let served = null, names = [], weights = null, chosen = null, cursor = null, busy = false;
@@ -323,7 +324,8 @@ function showChart(figure, all, axis, weight) {
   for (const log of all) {
     const [training, validation] = pointsOf(log, figure.key, axis, floor);
     const colour = all.length > 1 ? colourOf(log.name) : "alone";
-    const smooth = weight && training.length > 2 ? smoothed(training, weight) : null;
+    const averages = weight && training.length > 2 && !SMOOTH.includes(figure.key);
+    const smooth = averages ? smoothed(training, weight) : null;
     figure.series.push({ name: log.name, colour, training, smooth, validation });
     lines.push({ points: training, kind: smooth ? "raw" : "train", colour });
     if (smooth) lines.push({ points: smooth, kind: "train", colour });
@@ -340,7 +342,7 @@ function showChart(figure, all, axis, weight) {
 function showCursor(figure) {
   const { axis, series } = figure, at = cursor ?? figure.last;
   const here = (points) => points?.findLast((p) => p.at <= at)?.y;
-  const parts = series.map(({ name, colour, training, smooth, validation }) => {
+  const parts = series.filter((s) => s.training.length || s.validation.length).map(({ name, colour, training, smooth, validation }) => {
     const words = [];
     const [train, soft, val] = [training, smooth, validation].map(here);
     if (train !== undefined) {

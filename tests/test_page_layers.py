@@ -117,7 +117,7 @@ def test_patches_are_told_at_once_or_one_after_another(server, kind):  # noqa: F
 @pytest.mark.parametrize(
     "path, body, said",
     [
-        ("lens", {"text": ""}, "0 tokens: layers are shown of 1 to 64"),
+        ("lens", {"ids": []}, "0 tokens: layers are shown of 1 to 64"),
         ("lens", {"ids": [1] * 65}, "65 tokens"),
         ("lens", {"text": "a", "k": 21}, "k = 21"),
         ("lens", {"text": "a", "target": "b"}, "only an encoder-decoder has one"),

@@ -6,6 +6,8 @@ import { $, bar, chooser, draw, make, number, option, percent, plural, table, vi
 import { ask, complain, debounced, events, guard, state } from "./server.js";
 
 const picture = () => document.querySelector("[name=picture]:checked").value;
+// A decoder says what comes after a token, an encoder what stands in its place.
+const preposition = ({ part }) => (part === "encoder" ? "at" : "after");
 const code = (text) => make("code", {}, visible(text));
 // Rows of states: what is before the first layer, and what each layer leaves.
 const stateName = (i) => (i ? String(i - 1) : "Embed");
@@ -86,7 +88,7 @@ function showLensCell(i, j) {
   sharesAt = j; // the other picture shows this position too
   const where = i === last ? `The model says, behind layer ${i - 1},`
     : i ? `Layer ${i - 1} would say` : "The embedding alone would say";
-  const line = make("p", {}, `${where} after `, code(seen.token_strs[j]), ` at ${j + 1}:`);
+  const line = make("p", {}, `${where} ${preposition(seen)} `, code(seen.token_strs[j]), ` at ${j + 1}:`);
   const best = row.top[j].map((text, n) => ({ cells: [[visible(text), "t"],
     [percent(row.probabilities[j][n]), "n"], [bar(row.probabilities[j][n]), "bar"]] }));
   const rank = row.rank[j] + 1;
@@ -173,7 +175,7 @@ function showShares() {
     ["rounding", behind.rounding]];
   const terms = sums.filter(([, value]) => Math.abs(value) >= 5e-3)
     .map(([name, value]) => `${name} ${signed(value)}`);
-  $("shares-sum").replaceChildren("The logit of ", code(shares.token_str), ...what, " after ",
+  $("shares-sum").replaceChildren("The logit of ", code(shares.token_str), ...what, ` ${preposition(shares)} `,
     code(shares.token_strs[shares.position]), ` is ${signed(logit)} = ${terms.join(" + ")}.`,
     capped === null ? "" : ` That is before the cap of the logits, behind it ${signed(capped)}.`);
   const [low, , high] = document.querySelector("#shares-picture .key").children;
@@ -219,8 +221,9 @@ const lookShares = debounced(async (signal) => {
     token.setAttribute("aria-selected", j === shares.position);
     return token;
   }));
+  $("shares-result").hidden = false;
   showShares();
-}, ["shares-grid", "shares-largest", "shares-sum", "lens-note"], forget, 400);
+}, ["shares-result", "lens-note"], forget, 400);
 
 chooser($("shares-tokens"), (token) => {
   sharesAt = [...$("shares-tokens").children].indexOf(token);
@@ -317,8 +320,8 @@ function open() {
 function forget() {
   seen = shares = null;
   $("lens-note").textContent = "";
-  for (const id of ["lens-grid", "lens-cell", "shares-grid", "shares-largest", "shares-sum",
-    "shares-cell", "shares-tokens"]) $(id).replaceChildren();
+  $("shares-result").hidden = true;
+  for (const id of ["lens-grid", "lens-cell", "shares-tokens"]) $(id).replaceChildren();
 }
 $("picture").onchange = open;
 $("lens-text").oninput = $("lens-target").oninput = () => {

@@ -180,7 +180,7 @@ def pattern_of(net, prefix, i):
 
 def name_of_stack(net, prefix):
     if prefix == "model.mtp.layers":
-        return "Tokens further ahead, in training alone"
+        return "Multi-token prediction, in training alone"
     if not net.config.is_seq2seq:
         return ""
     return "Encoder" if "encoder" in prefix else "Decoder"
@@ -223,6 +223,10 @@ def block_of(net, every, tensors, numbers, n):
         norms = [part for part in norms if part]
         if parts:
             branches.append({"parts": parts, "behind": norms, "adds": True})
+    norm = take(rest, "norm")  # of multi-token prediction's block, behind all
+    if norm:
+        parts = [block_part(net, every, "norm", norm)]
+        branches.append({"parts": parts, "behind": [], "adds": False})
     if rest:
         parts = [block_part(net, every, "other", rest)]
         branches.append({"parts": parts, "behind": [], "adds": False})
@@ -266,7 +270,7 @@ def attention_words(net, every, name):
         # q and o of the target's token; k and v of a source's, which has as many.
         numbers = 2 * c.head_dim * c.n_head * (c.n_embd + c.n_ctx)
         numbers += 2 * c.head_dim * c.n_kv_head * c.n_embd
-        return "Attention to the source", heads, 2 * numbers
+        return "Cross-attention", f"to the source, {heads}", 2 * numbers
     pattern = pattern_of(net, every["prefix"], every["first"])
     words = [heads, seen_words(pattern)]
     if c.pos in ("rope", "relative", "alibi"):

@@ -18,7 +18,8 @@ export function reset() {
     short.format(bytes).replace(/(?=[A-Z]|$)/, " ")}B, computed in ${dtype} on ${device}.`;
   const flops = Object.values(diagram.shares).reduce((sum, share) => sum + share.flops, 0);
   $("cost").textContent = `A token costs ${flopsOf(flops)} in a text of ${
-    whole.format(diagram.length)} tokens, the whole context: the multiplications and additions of `
+    whole.format(diagram.length)} tokens, the whole context${
+    config.n_encoder_layer ? ", behind a source as long" : ""}: the multiplications and additions of `
     + "products of matrices, in a forward pass.";
   $("shares").replaceChildren(...shareRows(diagram.shares, params, flops), $("cost"));
   $("network").replaceChildren(...diagram.flow.map((item) =>

@@ -137,12 +137,11 @@ function showWeights() {
   const step = weights?.step, onDisk = weights?.step_on_disk;
   let text = "";
   if (weights?.are_new) {
-    text = "The folder holds newer weights than those that answer here";
-    if (step !== null) text += `, which are those of step ${whole.format(step)}`;
-    if (onDisk !== null) text += `: those of step ${whole.format(onDisk)}`;
-    text += ".";
+    const own = step === null ? "older than those in the folder" : `of step ${whole.format(step)}`;
+    text = `The weights that answer here are ${own}.`;
+    if (onDisk !== null) text += ` The folder holds those of step ${whole.format(onDisk)} by now.`;
   } else if (weights && step !== null && last > step) {
-    text = `The weights that answer here are those of step ${whole.format(step)}, the last save.`;
+    text = `The weights that answer here are of step ${whole.format(step)}, the last save.`;
   }
   line.hidden = !text;
   line.firstChild.textContent = text;

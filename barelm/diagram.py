@@ -19,6 +19,8 @@ import math
 import re
 
 from barelm.optim import MLP_MATRICES, attention_products, mlp_weights
+from barelm.patterns import Pattern
+from model import GPT, GPTConfig
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 # Of a block: what stands in a branch, by the beginnings of names, in the order of computing.
@@ -37,7 +39,7 @@ TABLES = ("model.relative_bias", "model.encoder.relative_bias", "model.mtp.relat
 BEFORE = ("hidden_norm", "token_norm", "joint_proj")  # of multi-token prediction's block
 
 
-def diagram(net, tensors):
+def diagram(net: GPT, tensors: list[dict]) -> dict:
     """The diagram of a network, whose tensors are `barelm.page.model_parts`'s."""
     c = net.config
     rest = [dict(t) for t in tensors]
@@ -64,7 +66,7 @@ def diagram(net, tensors):
     return {"length": c.n_ctx, "flow": flow, "shares": shares_of(flow)}
 
 
-def take(rest, *names):
+def take(rest: list[dict], *names: str) -> list[dict]:
     """Those of the tensors `rest` that have one of these names, or are within such a module; they
     leave it."""
     taken = []
@@ -76,7 +78,7 @@ def take(rest, *names):
     return taken
 
 
-def make_part(name, kind, words, tensors, flops=0):
+def make_part(name: str, kind: str, words: str, tensors: list[dict], flops: float = 0) -> dict:
     rows = []
     for t in tensors:
         rows.append({"n": 1} | t)
@@ -95,7 +97,7 @@ def make_part(name, kind, words, tensors, flops=0):
 # What stands before and behind the blocks
 
 
-def embedding_part(c, tensors):
+def embedding_part(c: GPTConfig, tensors: list[dict]) -> dict:
     words = f"{c.vocab_size:,} tokens, a row of {c.n_embd:,} each"
     positions = {"learned": "learned positions", "sinusoidal": "sinusoidal positions"}
     if c.pos in positions:
@@ -103,11 +105,11 @@ def embedding_part(c, tensors):
     return make_part("Embedding", "embedding", words, tensors)
 
 
-def norm_part(c, name, tensors):
+def norm_part(c: GPTConfig, name: str, tensors: list[dict]) -> dict:
     return make_part(name, "norm", "RMSNorm" if c.norm == "rms" else "LayerNorm", tensors)
 
 
-def heads_of(net, rest):
+def heads_of(net: GPT, rest: list[dict]) -> list[dict]:
     """The parts that read the last states: of a language model its head, else what it has."""
     c = net.config
     parts = []
@@ -134,7 +136,7 @@ def heads_of(net, rest):
 # Blocks
 
 
-def blocks_of(net, prefix, tensors):
+def blocks_of(net: GPT, prefix: str, tensors: list[dict]) -> tuple[list[dict], list[dict]]:
     """(the stacks of the blocks whose names begin so, the other tensors)."""
     inner = {}  # {number of the block: its tensors, named within it}
     others = []
@@ -169,7 +171,7 @@ def blocks_of(net, prefix, tensors):
     return stacks, others
 
 
-def pattern_of(net, prefix, i):
+def pattern_of(net: GPT, prefix: str, i: int) -> Pattern:
     c = net.config
     if prefix == "model.encoder.layers":
         return c.encoder_patterns[i]
@@ -178,15 +180,15 @@ def pattern_of(net, prefix, i):
     return c.patterns[i]
 
 
-def name_of_stack(net, prefix):
+def name_of_stack(net: GPT, prefix: str) -> str:
     if prefix == "model.mtp.layers":
-        return "Tokens further ahead, in training alone"
+        return "Multi-token prediction, in training alone"
     if not net.config.is_seq2seq:
         return ""
     return "Encoder" if "encoder" in prefix else "Decoder"
 
 
-def periods(kinds):
+def periods(kinds: list) -> list[tuple[int, int, list[int]]]:
     """How a list of blocks' kinds repeats: [(number of the first block, how often a pattern comes,
     lengths of the runs of equal blocks in it)]. SSSLSSSL is a pattern of runs 3 and 1, twice."""
     n = len(kinds)
@@ -196,7 +198,7 @@ def periods(kinds):
     return [(0, 1, runs_of(kinds))]
 
 
-def runs_of(kinds):
+def runs_of(kinds: list) -> list[int]:
     """The lengths of runs of equal items."""
     runs = []
     for i, kind in enumerate(kinds):
@@ -207,7 +209,7 @@ def runs_of(kinds):
     return runs
 
 
-def block_of(net, every, tensors, numbers, n):
+def block_of(net: GPT, every: dict, tensors: list[dict], numbers: list[int], n: int) -> dict:
     """A block, of tensors named within it. every: which blocks are like it, in all repetitions."""
     c = net.config
     rest = [dict(t) for t in tensors]
@@ -223,6 +225,10 @@ def block_of(net, every, tensors, numbers, n):
         norms = [part for part in norms if part]
         if parts:
             branches.append({"parts": parts, "behind": norms, "adds": True})
+    norm = take(rest, "norm")  # of multi-token prediction's block, behind all
+    if norm:
+        parts = [block_part(net, every, "norm", norm)]
+        branches.append({"parts": parts, "behind": [], "adds": False})
     if rest:
         parts = [block_part(net, every, "other", rest)]
         branches.append({"parts": parts, "behind": [], "adds": False})
@@ -236,7 +242,7 @@ def block_of(net, every, tensors, numbers, n):
     }
 
 
-def block_part(net, every, name, tensors):
+def block_part(net: GPT, every: dict, name: str, tensors: list[dict]) -> dict | None:
     """A part of a block with these tensors, counted as often as there are such blocks; None where
     there is none, such as a norm that is not."""
     if not tensors:
@@ -256,7 +262,7 @@ def block_part(net, every, name, tensors):
     return make_part(title, kind, words, rows, flops * every["n"])
 
 
-def attention_words(net, every, name):
+def attention_words(net: GPT, every: dict, name: str) -> tuple[str, str, float]:
     """(title, words, FLOPs of a token) of a block's attention."""
     c = net.config
     heads = f"{c.n_head} heads of {c.head_dim}"
@@ -266,7 +272,7 @@ def attention_words(net, every, name):
         # q and o of the target's token; k and v of a source's, which has as many.
         numbers = 2 * c.head_dim * c.n_head * (c.n_embd + c.n_ctx)
         numbers += 2 * c.head_dim * c.n_kv_head * c.n_embd
-        return "Attention to the source", heads, 2 * numbers
+        return "Cross-attention", f"to the source, {heads}", 2 * numbers
     pattern = pattern_of(net, every["prefix"], every["first"])
     words = [heads, seen_words(pattern)]
     if c.pos in ("rope", "relative", "alibi"):
@@ -278,14 +284,14 @@ def attention_words(net, every, name):
     return "Attention", ", ".join(words), 2 * numbers
 
 
-def seen_words(pattern):
+def seen_words(pattern: Pattern) -> str:
     """What a token sees."""
     if pattern.window:
         return f"{pattern.kind} window of {pattern.window:,}"
     return "all before" if pattern.causal else "all tokens"
 
 
-def mlp_words(net, every, name):
+def mlp_words(net: GPT, every: dict, name: str) -> tuple[str, str, float]:
     c = net.config
     kind = {"swiglu": "SwiGLU", "geglu": "GeGLU", "geglu_erf": "GeGLU", "relu2": "ReLU²"}
     kind = kind.get(c.mlp, {"relu": "ReLU"}.get(c.mlp, "GELU"))
@@ -305,7 +311,7 @@ def mlp_words(net, every, name):
 # Shares
 
 
-def parts_of(flow):
+def parts_of(flow: list[dict]) -> list[dict]:
     """All parts of a diagram, those of its blocks among them."""
     parts = []
     for item in flow:
@@ -318,7 +324,7 @@ def parts_of(flow):
     return parts
 
 
-def shares_of(flow):
+def shares_of(flow: list[dict]) -> dict[str, dict[str, float]]:
     """{kind: {"params", "flops"}} of what there is, in the order of KINDS."""
     parts = parts_of(flow)
     shares = {}

@@ -16,15 +16,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from barelm.caller import Caller
 from barelm.checkpoint import find, load
+from barelm.mirror import Mirror
 from barelm.parts import local_part, part_like
 from barelm.resume import weights_step
 from barelm.run import UserError
+from barelm.tokenizer import Tokenizer
+from model import GPT
 
+Stamp = tuple[tuple[str, int, int, int], ...]
 TRIES = 3  # to read one save's weights: a run may save meanwhile
 
 
-def stamp_of(folder):
+def stamp_of(folder: str | Path) -> Stamp:
     """What tells the weights in a folder from those of another save: ((name, size, time, number of
     the file), …), without reading them."""
     stamp = []
@@ -37,7 +42,7 @@ def stamp_of(folder):
     return tuple(stamp)
 
 
-def step_of(folder):
+def step_of(folder: str | Path) -> int:
     """The step that a folder's weights are of, or -1."""
     try:
         return weights_step(folder)
@@ -50,7 +55,7 @@ class Weights:
     when this is made is taken to be what is served: make it before `load`, and give it the engine
     and the tokenizer later."""
 
-    def __init__(self, name):
+    def __init__(self, name: str | Path):
         self.folder = find(name)
         self.stamp = stamp_of(self.folder)
         self.step = step_of(self.folder)
@@ -59,25 +64,25 @@ class Weights:
         self.busy = False  # whether new ones are being read
         self.new = None  # (the network, its tokenizer, its stamp, its step), read and not yet taken
 
-    def serves(self, engine, tok):
+    def serves(self, engine: Caller, tok: Tokenizer) -> None:
         self.engine = engine
         self.tok = tok
 
-    def are_new(self):
+    def are_new(self) -> bool:
         """Whether the folder holds others than are served."""
         stamp = stamp_of(self.folder)
         return bool(stamp) and stamp != self.stamp
 
-    def step_on_disk(self):
+    def step_on_disk(self) -> int:
         return step_of(self.folder)
 
-    def read(self):
+    def read(self) -> None:
         """Read what the folder holds, beside what is served. Of a network in parts nothing is read
         here: its processes do in `take`, each its own."""
         if self.engine.mirror is None:
             self.new = read_new(self.engine.net, self.tok, str(self.folder))
 
-    def take(self):
+    def take(self) -> int:
         """Serve what was read: in the engine's thread, when no sequence is in the batch. The step
         that it is of."""
         engine = self.engine
@@ -95,7 +100,7 @@ class Weights:
         return step
 
 
-def read_new(net, tok, folder):
+def read_new(net: GPT, tok: Tokenizer, folder: str) -> tuple[GPT, Tokenizer, Stamp, int]:
     """(the network in a folder, which has the place of `net`, its tokenizer, their stamp and step);
     UserError where it is no other state of the same model."""
     table = net.model.embed_tokens.weight
@@ -114,7 +119,7 @@ def read_new(net, tok, folder):
     return new, new_tok, stamp, step
 
 
-def read_together(mirror, net, tok, folder):
+def read_together(mirror: Mirror, net: GPT, tok: Tokenizer, folder: str) -> tuple[Stamp, int]:
     """`read_new` and `put` in each of several processes, each of which has a part of the network:
     all or none. (stamp, step)."""
     try:
@@ -133,7 +138,7 @@ def read_together(mirror, net, tok, folder):
     return stamp, step
 
 
-def put(net, tensors):
+def put(net: GPT, tensors: dict[str, torch.Tensor]) -> None:
     """Give the network's tensors the values of {name: whole tensor}, in their places."""
     with torch.no_grad():
         for name, old in net.state_dict().items():
@@ -142,7 +147,7 @@ def put(net, tensors):
         net.ops.packed.clear()
 
 
-def why_another(net, new):
+def why_another(net: GPT, new: GPT) -> str:
     """In what a network is another than `net`, in words, or ""."""
     before = asdict(net.config)
     for name, value in asdict(new.config).items():
@@ -161,7 +166,7 @@ def why_another(net, new):
     return ""
 
 
-def why_another_tokenizer(tok, new):
+def why_another_tokenizer(tok: Tokenizer, new: Tokenizer) -> str:
     """In what a tokenizer is another, in words, or ""."""
     for name in ("spec", "config", "eos_ids", "bos_id", "pad_id", "start", "end"):
         if getattr(tok, name, None) != getattr(new, name, None):

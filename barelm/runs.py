@@ -17,8 +17,10 @@ import os
 import threading
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from barelm.api import ApiError, short
 from barelm.resume import PARTS
@@ -39,7 +41,7 @@ class Runs:
     """The run of the model in `folder`, and where beside=True the runs beside it: folders of the
     same folder that hold a log.jsonl. Links that lead elsewhere are none of them."""
 
-    def __init__(self, folder, beside=True):
+    def __init__(self, folder: str | Path, beside: bool = True):
         folder = Path(folder).resolve()
         if folder.name in PARTS and (folder.parent / LOG).is_file():
             folder = folder.parent  # out/python/best is of the run out/python
@@ -48,15 +50,15 @@ class Runs:
         self.beside = beside
         self.logs = {}  # {name: RunLog}
 
-    def folder(self, name):
+    def folder(self, name: str) -> Path:
         return self.parent / name
 
-    def has_log(self, name):
+    def has_log(self, name: str) -> bool:
         """Whether a folder of this name is here, and has a log of its own."""
         log = self.folder(name) / LOG
         return log.is_file() and log.resolve() == log
 
-    def names(self):
+    def names(self) -> list[str]:
         """The served run's name first, if it has a log; then the others', the newest first."""
         names = [self.served] if self.has_log(self.served) else []
         if not self.beside:
@@ -72,7 +74,7 @@ class Runs:
         others = [name for _, name in sorted(others, reverse=True)]
         return names + others[: MOST_RUNS - len(names)]
 
-    def log(self, name):
+    def log(self, name: str) -> "RunLog":
         """The RunLog of a run that `names` lists, which alone can be asked for."""
         if name != self.served and name not in self.names():
             raise ApiError(404, f"run {short(name)}: no such run beside the served one", "run")
@@ -83,11 +85,11 @@ class Runs:
 # A log that grows
 
 
-def null(word):
+def null(word: str) -> None:
     return None
 
 
-def read_row(line):
+def read_row(line: bytes) -> dict:
     return json.loads(line, parse_constant=null)  # NaN and Infinity are no JSON of a browser's
 
 
@@ -100,12 +102,12 @@ class RunLog:
     took, without validation, saves and the time between a run's parts. A resume cuts the log to the
     checkpoint that it goes on from, so that no step counts twice."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.lock = threading.Lock()  # several requests may ask at once
         self.forget()
 
-    def forget(self):
+    def forget(self) -> None:
         self.file_number = None
         self.end = 0  # bytes that were read
         self.last_line = b""
@@ -117,7 +119,7 @@ class RunLog:
         self.total = 0.0  # seconds
         self.keys = {}  # in the order of their coming; a dict, since a set has no order
 
-    def update(self):
+    def update(self) -> None:
         """Take in what is new in the file: its bytes from the first new one on."""
         try:
             file = open(self.path, "rb")
@@ -133,14 +135,14 @@ class RunLog:
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             self.add(line)
 
-    def goes_on_in(self, file):
+    def goes_on_in(self, file: BinaryIO) -> bool:
         """Whether what was read is still the beginning of the open file."""
         if file_number(file) != self.file_number:
             return False
         file.seek(self.end - len(self.last_line))
         return file.read(len(self.last_line)) == self.last_line
 
-    def add(self, line):
+    def add(self, line: bytes) -> None:
         """Take in a line; one that is no row is passed over."""
         begin = self.end
         self.end += len(line)
@@ -163,7 +165,7 @@ class RunLog:
         self.is_evaluation.append(any(key.startswith("val_") for key in row))
         self.keys |= dict.fromkeys(row)
 
-    def answer(self, after):
+    def answer(self, after: int) -> dict:
         """What is new behind step `after`, as /inspect/log tells it: rows; seconds, of each row;
         last, the last step there is, or -1; every: of many rows one in so many is there, and all
         evaluations."""
@@ -184,7 +186,7 @@ class RunLog:
                 "every": every,
             }
 
-    def read_rows(self, numbers):
+    def read_rows(self, numbers: Sequence[int]) -> list[dict]:
         """The rows of these numbers, rising, read from the file."""
         if not numbers:
             return []
@@ -200,13 +202,13 @@ class RunLog:
             rows.append(read_row(data[start : data.index(b"\n", start)]))
         return rows
 
-    def all_rows(self):
+    def all_rows(self) -> tuple[list[dict], list[float]]:
         """(the rows, the seconds of each)."""
         with self.lock:
             self.update()
             return self.read_rows(range(len(self.steps))), list(self.seconds)
 
-    def at(self, step):
+    def at(self, step: int) -> tuple[int, int, float]:
         """(step, tokens or 0, seconds) of the last row up to a step; zeros where there is none."""
         i = bisect.bisect_right(self.steps, step) - 1
         if i < 0:
@@ -214,7 +216,7 @@ class RunLog:
         return self.steps[i], max(0, self.tokens[i]), self.seconds[i]
 
 
-def file_number(file):
+def file_number(file: BinaryIO) -> tuple[int, int]:
     """What tells one open file from another that has its name later."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino
@@ -241,7 +243,7 @@ class Standing:
     seconds: float  # that its steps took
 
 
-def standing(folder, log, now=None):
+def standing(folder: str | Path, log: RunLog, now: float | None = None) -> Standing | None:
     """The Standing of the run in a folder, whose RunLog was asked just now; None without a row."""
     if not log.steps:
         return None
@@ -275,7 +277,7 @@ def standing(folder, log, now=None):
     return Standing(state, step, progress, left, age, seconds)
 
 
-def read_entries(path):
+def read_entries(path: Path) -> dict:
     """A run.json's dict, or {}."""
     try:
         entries = json.loads(path.read_bytes())
@@ -284,7 +286,7 @@ def read_entries(path):
     return entries if isinstance(entries, dict) else {}
 
 
-def first_step(entries):
+def first_step(entries: dict) -> int:
     """The step at which a run's last part began, by its run.json."""
     parts = entries.get("parts")
     if isinstance(parts, list) and parts and isinstance(parts[-1], dict):
@@ -293,7 +295,7 @@ def first_step(entries):
     return 0
 
 
-def horizon_of(entries):
+def horizon_of(entries: dict) -> tuple[Horizon | None, float | None]:
     """(the Horizon by a run.json's dict, tokens of an epoch or None); (None, None) where it does
     not say where the run ends."""
     config = entries.get("config")
@@ -317,12 +319,14 @@ def horizon_of(entries):
     return Horizon(**limits), epoch_tokens
 
 
-def progress_at(horizon, epoch_tokens, step, tokens, seconds):
+def progress_at(
+    horizon: Horizon, epoch_tokens: float | None, step: int, tokens: int, seconds: float
+) -> float:
     epochs = tokens / epoch_tokens if epoch_tokens else 0.0
     return horizon.progress(step, tokens, epochs, seconds)
 
 
-def state_of(folder, progress, age, seconds_per_step):
+def state_of(folder: Path, progress: float | None, age: float, seconds_per_step: float) -> str:
     """A Standing's state. The lock that a run holds on its folder says whether it goes on; where
     there is none, such as on another system, the age of the log does."""
     goes_on = is_locked(folder)
@@ -336,7 +340,7 @@ def state_of(folder, progress, age, seconds_per_step):
     return "finished" if progress >= 1 else "stopped"
 
 
-def is_locked(folder):
+def is_locked(folder: str | Path) -> bool | None:
     """Whether a process holds a run's lock (`barelm.resume.locked_folder`); None where that cannot
     be known."""
     try:
@@ -361,7 +365,7 @@ def is_locked(folder):
 # As a table
 
 
-def csv_text(runs, names):
+def csv_text(runs: Runs, names: list[str]) -> str:
     """All rows of these runs as comma-separated values, a head first: the run, its step, the
     seconds that its steps took by then, and every other key of the logs, in their order."""
     keys = {"step": None}

@@ -78,7 +78,7 @@ def test_equal_blocks_stand_together():
             if "blocks" in item:
                 runs = [block["n"] for block in item["blocks"]]
                 stacks[name].append((item["name"], item["layers"], item["repeat"], runs))
-    ahead = "Tokens further ahead, in training alone"
+    ahead = "Multi-token prediction, in training alone"
     assert stacks == {
         "qwen3": [("", [0, 3], 4, [1])],
         "gpt2": [("", [0, 3], 4, [1])],
@@ -111,7 +111,7 @@ def test_norms_stand_before_a_branch_or_behind_its_sum():
         "encoder": [(["Attention"], ["Norm"]), (["MLP"], ["Norm"])],
         "encoder-decoder": [
             (["Norm", "Attention"], []),
-            (["Norm", "Attention to the source"], []),
+            (["Norm", "Cross-attention"], []),
             (["Norm", "MLP"], []),
         ],
     }

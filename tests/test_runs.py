@@ -1,14 +1,14 @@
-"""barelm/runs.py: the runs beside a served one, their logs and how far they are, against the files
-themselves; weights that a server takes over while it goes on."""
+"""barelm/runs.py: the runs beside a served one, their logs and how far they are, against the
+files themselves."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 
 import pytest
 
 from barelm.api import ApiError
+from barelm.resume import locked_folder
 from barelm.runs import LOG_ROWS, RunLog, Runs, csv_text, standing
 
 
@@ -153,13 +153,10 @@ def test_the_rate_is_that_of_the_part_that_runs(tmp_path):
     assert standing(folder, log, now=1050).seconds_left == pytest.approx(50)  # 10 steps in 50 s
 
 
-LOCKED = """
-import sys, time
-from barelm.resume import locked_folder
-with locked_folder(sys.argv[1]):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+def hold(folder, held, enough):
+    with locked_folder(folder):
+        held.set()
+        enough.wait()
 
 
 def test_a_lock_says_that_a_run_goes_on(tmp_path):
@@ -168,9 +165,12 @@ def test_a_lock_says_that_a_run_goes_on(tmp_path):
     os.utime(folder / "log.jsonl", (1, 1))  # however long it wrote nothing
     log = RunLog(folder / "log.jsonl")
     log.answer(-1)
-    command = [sys.executable, "-c", LOCKED, str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "locked\n"
+    fork = multiprocessing.get_context("fork")
+    held, enough = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(folder, held, enough))
+    other.start()
+    assert held.wait(60)
     assert standing(folder, log).state == "running"
-    process.communicate()
+    enough.set()
+    other.join()
     assert standing(folder, log).state == "stopped"

@@ -1,5 +1,5 @@
-// The view Model: the network as a block diagram, in the order in which it computes. Each part opens
-// to its tensors.
+// The view Model: the network as a block diagram, in the order in which it computes. Each part
+// opens to its tensors.
 
 import { $, draw, make, percent, plural, short, whole } from "./base.js";
 import { state } from "./server.js";
@@ -18,8 +18,9 @@ export function reset() {
     short.format(bytes).replace(/(?=[A-Z]|$)/, " ")}B, computed in ${dtype} on ${device}.`;
   const flops = Object.values(diagram.shares).reduce((sum, share) => sum + share.flops, 0);
   $("cost").textContent = `A token costs ${flopsOf(flops)} in a text of ${
-    whole.format(diagram.length)} tokens, the whole context: a multiplication and an addition each ${
-    ""}in the products of matrices, forward.`;
+    whole.format(diagram.length)} tokens, the whole context${
+    config.n_encoder_layer ? ", behind a source as long" : ""}: the multiplications and additions of `
+    + "products of matrices, in a forward pass.";
   $("shares").replaceChildren(...shareRows(diagram.shares, params, flops), $("cost"));
   $("network").replaceChildren(...diagram.flow.map((item) =>
     make("li", {}, item.blocks ? stackBox(item, params) : partBox(item, params))));
@@ -90,8 +91,7 @@ function stackBox(stack, params) {
   const title = `${stack.name ? stack.name + ": " : ""}${plural(n, "block")}`;
   const times = several && stack.repeat > 1 ? `, a pattern that comes ${stack.repeat} times` : "";
   const head = make("p", { className: "stack-head" }, make("span", { className: "name" }, title),
-    make("span", { className: "note words" }, `${n > 1 ? `layers ${first} to ${last}` : `layer ${first}`
-    }${times}`),
+    make("span", { className: "note words" }, layerWords(first, last) + times),
     make("span", { className: "note n" }, `${short.format(stack.params)}, ${
       percent(stack.params / params)}`));
   const blocks = stack.blocks.map((block) => make("div", { className: "block" },
@@ -100,8 +100,10 @@ function stackBox(stack, params) {
   return make("div", { className: "stack" }, head, ...blocks);
 }
 function blockWords({ n, layers: [first, last] }, { repeat }) {
-  const which = first === last ? `layer ${first}` : `layers ${first} to ${last}`;
-  return `${plural(n, "block")}: ${which}${repeat > 1 ? ", and so on" : ""}`;
+  return `${plural(n, "block")}: ${layerWords(first, last)}${repeat > 1 ? ", and so on" : ""}`;
+}
+function layerWords(first, last) {
+  return first === last ? `layer ${first}` : `layers ${first} to ${last}`;
 }
 
 // What is computed of the stream and added to it: the line beside it goes on, and joins below.

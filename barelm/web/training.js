@@ -29,7 +29,9 @@ const LEFT_OUT = ["step", "tokens"];
 const SMOOTH = ["lr", "mem"]; // by themselves: an average would only be late
 const COLOURS = 8;
 
-let served = null, names = [], weights = null, chosen = null, cursor = null, busy = false;
+let served = null, names = [], weights = null, busy = false; // as the server told
+let chosen = null; // the names of the runs that are shown
+let cursor = null, cursorAxis = ""; // where it stands, in the unit of its axis
 let logs = new Map(); // by name: { entries: [{row, seconds}], every, standing }
 const colours = new Map(); // by name: a number, for as long as the page is open
 
@@ -95,9 +97,9 @@ function standingWords({ state: how, progress, seconds_left: left, age, step, se
   const part = progress === null ? "" : `, ${Math.floor(100 * progress)} %`;
   const steps = plural(step, "step");
   if (how === "running") {
-    const late = age > 60 ? `, nothing new for ${duration(age)}` : "";
-    const rest = left === null ? "" : `, about ${duration(left)} left`;
-    return `Running: ${steps}${part}${rest}${late}`;
+    let rest = left === null ? "" : `, about ${duration(left)} left`;
+    if (age > 60) rest = `, nothing new for ${duration(age)}`;
+    return `Running: ${steps}${part}${rest}`;
   }
   if (how === "stopped") return `Stopped before its end: ${steps}${part}`;
   return `${how === "finished" ? "Finished" : "Not running"}: ${steps}${
@@ -130,17 +132,16 @@ function showSummary() {
 
 // Which weights answer, where the run has others.
 function showWeights() {
-  const line = $("weights"), button = $("reload"), last = logs.get(served)?.entries.at(-1)?.row.step;
-  const step = weights?.step, on_disk = weights?.step_on_disk;
+  const line = $("weights"), button = $("reload");
+  const last = logs.get(served)?.entries.at(-1)?.row.step;
+  const step = weights?.step, onDisk = weights?.step_on_disk;
   let text = "";
   if (weights?.are_new) {
-    text = step === null ? "The folder holds newer weights than those that answer here."
-      : `The weights that answer here are those of step ${whole.format(step)}, as the folder had them ${
-        "when they were loaded"}.`;
-    if (on_disk !== null) text += ` It holds those of step ${whole.format(on_disk)} by now.`;
+    const own = step === null ? "older than those in the folder" : `of step ${whole.format(step)}`;
+    text = `The weights that answer here are ${own}.`;
+    if (onDisk !== null) text += ` The folder holds those of step ${whole.format(onDisk)} by now.`;
   } else if (weights && step !== null && last > step) {
-    text = `The weights that answer here are those of step ${whole.format(step)}, the last that ${
-      "were saved"}.`;
+    text = `The weights that answer here are of step ${whole.format(step)}, the last save.`;
   }
   line.hidden = !text;
   line.firstChild.textContent = text;
@@ -164,8 +165,7 @@ $("reload").onclick = () => guard(async () => {
 // The runs to choose from, each with its colour.
 function showRuns() {
   for (const name of names) if (!colours.has(name)) colours.set(name, colours.size);
-  $("runs").hidden = names.length < 2 && names.includes(served);
-  if (!names.length) $("runs").hidden = true;
+  $("runs").hidden = !names.some((name) => name !== served);
   const old = new Map([...$("run-list").children].map((row) => [row.name, row]));
   const rows = names.map((name) => old.get(name) ?? newRun(name));
   if (rows.length !== old.size || rows.some((row, i) => row !== $("run-list").children[i])) {
@@ -206,17 +206,20 @@ const AXES = {
   tokens: { words: "tokens", of: ({ row }) => row.tokens },
   time: { words: "seconds", of: ({ seconds }) => seconds },
 };
+const UNITS_OF_TIME = [[1, "seconds"], [60, "minutes"], [3600, "hours"]];
 // The axis that is asked for, if all runs have it; of time its unit.
 function axisOf(all) {
   const has = (key) => all.every((log) => log.entries.some((e) => AXES[key].of(e) > 0));
   for (const option of $("x-axis").options) {
     option.disabled = option.value !== "step" && !(all.length && has(option.value));
   }
-  const name = $("x-axis").selectedOptions[0]?.disabled ? "step" : $("x-axis").value;
-  if (name !== "time") return { ...AXES[name], name, unit: 1 };
+  if ($("x-axis").selectedOptions[0].disabled) $("x-axis").value = "step";
+  const name = $("x-axis").value;
+  if (name !== "time") return { ...AXES[name], name };
   const most = Math.max(...all.map((log) => log.entries.at(-1).seconds));
-  const [unit, words] = most < 120 ? [1, "seconds"] : most < 7200 ? [60, "minutes"] : [3600, "hours"];
-  return { name, unit, words, of: ({ seconds }) => seconds / unit };
+  const fits = UNITS_OF_TIME.filter(([seconds]) => seconds === 1 || most >= 2 * seconds);
+  const [unit, words] = fits.at(-1);
+  return { name, words, of: ({ seconds }) => seconds / unit };
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -239,6 +242,8 @@ function chartKeys(all) {
 
 function showCharts() {
   const all = shownLogs(), axis = axisOf(all);
+  if (axis.words !== cursorAxis) cursor = null; // it stood in another unit
+  cursorAxis = axis.words;
   const shown = new Map([...document.querySelectorAll("#training figure")].map((f) => [f.key, f]));
   const figures = chartKeys(all).map((key) => shown.get(key) ?? newFigure(key));
   const isMore = (figure) => MORE.includes(figure.key);
@@ -262,16 +267,17 @@ function chartNote(all, axis, weight) {
   const words = [all.length > 1 ? "Of each run a thin line is training, and a thick one validation."
     : "The thin line is training, the thick one validation."];
   if (weight) {
-    words.push(`Training is smoothed: an exponential moving average over the rows, in which the ${
-      ""}average before keeps ${weight.toFixed(2)}, corrected for its beginning; the pale line ${
-      ""}behind it is the log's own.`);
+    words.push("Training is smoothed, by an exponential moving average over the rows: each keeps "
+      + `${weight.toFixed(2)} of the average before it, corrected for its beginning. The pale line `
+      + "behind is the log's own.");
   }
   if (axis.name === "time") {
     words.push("Time is what the steps took: validation, saves and pauses are left out.");
   }
   const thinned = all.filter((log) => log.every > 1);
   if (thinned.length) {
-    const each = thinned.map((log) => (all.length > 1 ? `${log.name}: ` : "") + `one in ${log.every}`);
+    const each = thinned.map(({ name, every }) =>
+      (all.length > 1 ? `${name}: ` : "") + `one in ${every}`);
     words.push(`Of long logs some rows of training are shown, and averaged (${each.join(", ")}).`);
   }
   return words.join(" ");
@@ -291,9 +297,9 @@ function newFigure(key) {
     const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (!by) return;
     event.preventDefault();
-    const all = stops(), i = cursor === null ? all.length - 1 : all.findLastIndex((x) => x <= cursor);
-    moveCursor(all[Math.max(0, Math.min(cursor === null && by < 0 && by > -2 ? i - 1 : i + by,
-      all.length - 1))]);
+    const all = stops(); // without a cursor the last values are shown
+    const i = cursor === null ? all.length - 1 : all.findLastIndex((x) => x <= cursor);
+    moveCursor(all[Math.max(0, Math.min(i + by, all.length - 1))]);
   };
   return Object.assign(figure, { key, readout, svg });
 }
@@ -333,7 +339,7 @@ function showChart(figure, all, axis, weight) {
   }
   const options = { span: [first, Math.max(last, axis.name === "step" ? 1 : first)], logx,
     logy: $("logy").checked, axis: axis.words, least: axis.name === "step" ? 1 : 0 };
-  const { x, mark } = drawLines(figure.svg, lines.filter(({ points }) => points.length), options);
+  const { x, mark } = drawLines(figure.svg, lines, options);
   Object.assign(figure, { mark, axis, last, x: (value) => x(Math.max(value, floor)) });
   showCursor(figure);
 }
@@ -341,33 +347,35 @@ function showChart(figure, all, axis, weight) {
 // The values at the cursor, or the last ones.
 function showCursor(figure) {
   const { axis, series } = figure, at = cursor ?? figure.last;
-  const here = (points) => points?.findLast((p) => p.at <= at)?.y;
-  const parts = series.filter((s) => s.training.length || s.validation.length).map(({ name, colour, training, smooth, validation }) => {
-    const words = [];
-    const [train, soft, val] = [training, smooth, validation].map(here);
-    if (train !== undefined) {
-      words.push(val === undefined && validation.length === 0 ? number(train)
-        : `training ${number(train)}`);
-    }
-    if (soft !== undefined) words.push(`smoothed ${number(soft)}`);
-    if (val !== undefined) {
-      words.push(make("span", { className: `val ${colour}` }, `validation ${number(val)}`));
-    }
-    if (!words.length) words.push("none yet");
-    const spaced = words.flatMap((word, i) => (i ? [", ", word] : [word]));
-    if (series.length === 1) return make("span", {}, ...spaced);
+  const runs = series.filter(({ training, validation }) => training.length || validation.length);
+  const parts = runs.map((run) => {
+    const words = valuesAt(run, at);
+    if (series.length === 1) return make("span", {}, ...words);
     return make("span", { className: "of-run" },
-      make("span", { className: `val ${colour}` }, name), " ", ...spaced);
+      make("span", { className: `val ${run.colour}` }, run.name), " ", ...words);
   });
   const place = axis.name === "step" ? `step ${whole.format(at)}: `
     : `${whole.format(+at.toPrecision(4))} ${axis.words}: `;
-  figure.readout.replaceChildren(place, ...parts.flatMap((part, i) => (i ? [" ", part] : [part])));
+  figure.readout.replaceChildren(place, ...parts.flatMap((part) => [part, " "]));
   figure.svg.setAttribute("aria-label", `${figure.querySelector("h2").textContent}. ${
     figure.readout.textContent}`);
   const x = cursor === null ? -9 : figure.x(cursor);
   figure.mark.setAttribute("x1", x);
   figure.mark.setAttribute("x2", x);
   figure.mark.setAttribute("visibility", cursor === null ? "hidden" : "visible");
+}
+// What a run has at a place of the axis, in words and elements.
+function valuesAt({ colour, training, smooth, validation }, at) {
+  const here = (points) => points?.findLast((p) => p.at <= at)?.y;
+  const [train, soft, val] = [training, smooth, validation].map(here);
+  const words = [];
+  if (train !== undefined) words.push((validation.length ? "training " : "") + number(train));
+  if (soft !== undefined) words.push(`smoothed ${number(soft)}`);
+  if (val !== undefined) {
+    words.push(make("span", { className: `val ${colour}` }, `validation ${number(val)}`));
+  }
+  if (!words.length) words.push("none yet");
+  return words.flatMap((word, i) => (i ? [", ", word] : [word]));
 }
 function moveCursor(x) {
   if (x === cursor) return;
@@ -377,12 +385,8 @@ function moveCursor(x) {
 const drawnFigures = () => [...document.querySelectorAll("#training figure")]
   .filter((figure) => figure.mark && figure.svg.clientWidth);
 
-for (const id of ["logx", "logy"]) $(id).onchange = () => showCharts();
+for (const id of ["logx", "logy", "x-axis"]) $(id).onchange = () => showCharts();
 $("smoothing").oninput = () => showCharts();
-$("x-axis").onchange = () => {
-  cursor = null;
-  showCharts();
-};
 $("more").ontoggle = () => showCharts();
 
 // ---------------------------------------------------------------------------------------------
@@ -398,11 +402,12 @@ function showChoices(figures) {
 async function save(kind) {
   const key = $("which-chart").value, all = shownLogs();
   const figures = drawnFigures().filter((figure) => !key || figure.key === key);
-  if (!figures.length) throw new Error("This chart is among those that are folded: open them first.");
+  if (!figures.length) throw new Error("This chart is folded: open More charts first.");
   const charts = figures.map((f) => ({ title: titleOf(f.key), svg: f.svg }));
-  const styleOf = (name) => getComputedStyle($("run-list").querySelector("." + colourOf(name))).fill;
-  const legend = all.length < 2 ? []
-    : all.map(({ name }) => ({ name, colour: styleOf(name) }));
+  const legend = all.length < 2 ? [] : all.map(({ name }) => {
+    const swatch = $("run-list").querySelector("." + colourOf(name));
+    return { name, colour: getComputedStyle(swatch).fill };
+  });
   const svg = picture(charts, legend);
   const name = `${all.map((log) => log.name).join("-")}${key && "-" + key}.${kind}`;
   download(kind === "svg" ? svgBlob(svg) : await pngBlob(svg), name);

@@ -315,6 +315,8 @@ def after_scores(net: GPT, model: str, folder: str | Path) -> dict:
 def gap_prompt(tok: Tokenizer, text: str, gap: int) -> str:
     """A few words of a text with a gap, the token of this id, in their middle."""
     [name] = [name for name, id in tok.special.items() if id == gap]
+    for special in tok.special:  # what stands between documents is no word of theirs
+        text = text.replace(special, "\n")
     lines = [line.split() for line in text.splitlines() if line.isprintable()]
     words = max(lines, key=len, default=[])[:8]
     middle = len(words) // 2

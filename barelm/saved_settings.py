@@ -51,7 +51,7 @@ def saved_settings(out_dir: str, script: str, keys: dict, fit: Callable) -> tupl
                 settings[key] = fit(key, value, keys[key][1])
             except (ValueError, OverflowError) as error:
                 raise ValueError(f"{path}: {error}: give --{key}, or mend the file") from None
-    lines = [f"settings: those of {path}, where no recipe or flag has others"]
+    lines = [f"settings: those of {path}"]
     unknown = [f"{key}={value!r:.40}" for key, value in saved.items() if key not in keys]
     if unknown:
         lines.append(f"note: made with {', '.join(unknown)}, which this {script} does not have")

@@ -276,7 +276,7 @@ OF_THE_MACHINE = ("lr", "grad_norm", "tok_s", "dt")  # these stand last
 MOST_CURVES = 12  # small ones
 
 
-def run_charts(rows):
+def run_charts(rows: list[dict]) -> list[Chart]:
     """The Charts of a run's log, a list of rows: the loss (of rl.py the reward) with its validation
     large, all else that the log has small."""
     keys = {}  # {what is measured: its keys in the log}, in the log's order
@@ -304,13 +304,13 @@ def run_charts(rows):
     return charts
 
 
-def thin(points, most):
+def thin(points: list, most: int) -> list:
     """At most about so many of the points, the last one among them: more than a picture shows."""
     every = math.ceil(len(points) / most)
     return points[:-1:every] + points[-1:]
 
 
-def running_mean(points, part=20):
+def running_mean(points: list, part: int = 20) -> list:
     """The exponential mean over a 20th of the points so far: the end is smooth, and the steep
     beginning is where it is."""
     means = []
@@ -321,7 +321,7 @@ def running_mean(points, part=20):
     return means
 
 
-def run_chart(rows, name, keys, span):
+def run_chart(rows: list[dict], name: str, keys: list[str], span: tuple) -> Chart:
     """The Chart of what some keys of the log say of one figure, over the steps of `span`: in
     training faint, and smoothed; in validation with dots."""
     chart = Chart(TITLES.get(name, name), "step", [], log_x=False, log_y=name == "grad_norm")

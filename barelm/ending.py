@@ -9,20 +9,23 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import config
 from barelm.chart import picture, run_charts
 from barelm.compare import read_log, table
 from barelm.files import read_json, whole_file
-from barelm.resume import holds_model
+from barelm.resume import RunFolder, holds_model
 from barelm.run import UserError
+from barelm.tokenizer import Tokenizer
+from model import GPT
 
 # --------------------------------------------------------------------------------------------------
 # Lines
 
 
-def figure_lines(figures):
+def figure_lines(figures: dict) -> list[str]:
     """`key: value` lines, the values below each other; a figure that there is not, None, has no
     line. figures: {name, as in the log: number or text}."""
     present = {key: value for key, value in figures.items() if value is not None}
@@ -30,7 +33,7 @@ def figure_lines(figures):
     return [f"{key + ':':<{width}} {in_words(key, value)}" for key, value in present.items()]
 
 
-def in_words(key, value):
+def in_words(key: str, value: float | str) -> str:
     """A figure as a person reads it, with its unit."""
     if isinstance(value, str):
         return value
@@ -45,7 +48,7 @@ def in_words(key, value):
     return f"{value:.6g}"
 
 
-def score_words(figures, metric):
+def score_words(figures: dict, metric: str) -> str:
     """A score of results.json with its standard error, as a person reads it; "" where it has no
     value. figures: {metric: value, metric_stderr: its error or None}."""
     value = figures.get(metric)
@@ -59,7 +62,7 @@ def score_words(figures, metric):
     return f"{value:.6g}" if error is None else f"{value:.6g} ± {error:.2g}"
 
 
-def score_table(name, by):
+def score_table(name: str, by: dict[str, dict]) -> list[str]:
     """The lines of a table of a task's scores by subject: {subject: its figures}."""
     metrics = {}  # a dict, since a set has no order
     for figures in by.values():
@@ -70,7 +73,7 @@ def score_table(name, by):
     return table(rows)
 
 
-def say_end(folder, figures, commands):
+def say_end(folder: RunFolder, figures: dict, commands: dict) -> None:
     """Draw the curves of a run, and say its last figures, where the curves are, and the commands
     that may come next. folder: its RunFolder. Called by the main process alone."""
     curves = draw_curves(folder.path, folder.run.say)
@@ -84,7 +87,7 @@ def say_end(folder, figures, commands):
 CURVES = "curves.svg"
 
 
-def draw_curves(out_dir, say):
+def draw_curves(out_dir: str | Path, say: Callable[[str], None]) -> str | None:
     """Draw the whole log of a run into its folder: the path of the picture, or None where there is
     nothing to draw, or no place. A run does not fail for a picture."""
     path = Path(out_dir) / CURVES
@@ -105,7 +108,9 @@ def draw_curves(out_dir, say):
 # Commands
 
 
-def command(script, wanted, unless_given=None, with_recipes=True):
+def command(
+    script: str, wanted: dict, unless_given: dict | None = None, with_recipes: bool = True
+) -> str | None:
     """The command that runs a script beside the running one, for a shell; None where there is no
     such script. wanted: {key: value} that it is to have; unless_given: more, where no recipe says
     otherwise. Recipes of this command line that say something to the script are given again."""
@@ -115,7 +120,9 @@ def command(script, wanted, unless_given=None, with_recipes=True):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def command_words(script, wanted, unless_given, with_recipes):
+def command_words(
+    script: str, wanted: dict, unless_given: dict, with_recipes: bool
+) -> list[str] | None:
     """The words of `command`, or None. A flag is there only where a recipe, or the default, says
     otherwise."""
     path = script_path(script)
@@ -136,12 +143,12 @@ def command_words(script, wanted, unless_given, with_recipes):
     return words
 
 
-def script_path(name):
+def script_path(name: str) -> Path:
     """A script of ours, where the running one is."""
     return Path(sys.argv[0]).with_name(name)
 
 
-def values_by_recipes(path):
+def values_by_recipes(path: Path) -> dict:
     """{key: value} of the script at `path` by the recipes of this command line, or the defaults
     where these are not for it."""
     usual = config.defaults({"__file__": path})
@@ -154,14 +161,14 @@ def values_by_recipes(path):
         return usual
 
 
-def launch(path):
+def launch(path: Path) -> list[str]:
     """The words that start a script: by the Python of this process, or as `barelm NAME`."""
     if getattr(config, "BY_NAME", False):
         return ["barelm", path.stem]
     return [python_word(), str(path)]
 
 
-def python_word():
+def python_word() -> str:
     """What a shell calls this Python."""
     here = os.path.dirname(sys.executable or "")
     for name in ("python", "python3"):
@@ -171,7 +178,7 @@ def python_word():
     return sys.executable or "python"
 
 
-def resume_command(out_dir):
+def resume_command(out_dir: str | Path) -> str | None:
     """The command that goes on with a run, by as many processes; its settings are in run.json."""
     flags = {"init_from": "resume", "out_dir": str(out_dir)}
     words = command_words(Path(sys.argv[0]).name, flags, {}, with_recipes=False)
@@ -187,17 +194,17 @@ def resume_command(out_dir):
     return shlex.join(words)
 
 
-def fresh_name(out_dir, ending):
+def fresh_name(out_dir: str | Path, ending: str) -> str | None:
     """A folder beside a run's for what is made of it next, or None where that holds a model."""
     name = f"{str(out_dir).rstrip('/')}-{ending}"
     return None if holds_model(name) else name
 
 
-def has_tasks(dataset, kind):
+def has_tasks(dataset: str, kind: str) -> bool:
     return (Path("data") / dataset / f"{kind}_train.jsonl").is_file()
 
 
-def serve_command(model):
+def serve_command(model: str | Path) -> str | None:
     """The command that shows a model in a browser, or None where what serves is not installed."""
     for name in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(name) is None:
@@ -209,7 +216,7 @@ def serve_command(model):
 # What comes next: {word: command or None}
 
 
-def after_training(net, out_dir, dataset, gap_prompt=""):
+def after_training(net: GPT, out_dir: str, dataset: str, gap_prompt: str = "") -> dict:
     """Behind a pre-training. gap_prompt: a text with a gap, for a network that fills them."""
     model = {"model": str(out_dir)}
     if gap_prompt:
@@ -229,7 +236,7 @@ def after_training(net, out_dir, dataset, gap_prompt=""):
     return {"next": sample, "then": tuning_command(out_dir, dataset, kind), "page": page}
 
 
-def tuning_by_recipe(out_dir):
+def tuning_by_recipe(out_dir: str) -> str | None:
     """finetune.py with the recipes of this command line, where they tune what was trained here."""
     path = script_path("finetune.py")
     if not config.GIVEN_RECIPES or not path.is_file():
@@ -241,7 +248,7 @@ def tuning_by_recipe(out_dir):
     return command("finetune.py", {})
 
 
-def tuning_command(out_dir, dataset, kind):
+def tuning_command(out_dir: str, dataset: str, kind: str) -> str | None:
     """finetune.py on a model, where its data set has tasks of this kind."""
     name = fresh_name(out_dir, kind)
     if name is None or not has_tasks(dataset, kind):
@@ -254,7 +261,14 @@ TASKS_OF_METHODS = {"classify": "classify", "tag": "tag", "span": "span", "embed
 TASKS_OF_METHODS["seq2seq"] = "seq2seq"
 
 
-def after_tuning(method, out_dir, dataset, base, prompt="", source_template="{source}"):
+def after_tuning(
+    method: str,
+    out_dir: str,
+    dataset: str,
+    base: str,
+    prompt: str = "",
+    source_template: str = "{source}",
+) -> dict:
     """Behind finetune.py or rl.py. base: the model before; prompt: how one begins, where a plain
     template is in the place of a chat's."""
     out = str(out_dir)
@@ -271,7 +285,7 @@ def after_tuning(method, out_dir, dataset, base, prompt="", source_template="{so
     return {"next": sample, "page": serve_command(out)}
 
 
-def rewarded_command(out_dir, dataset, base):
+def rewarded_command(out_dir: str, dataset: str, base: str) -> str | None:
     """rl.py by a reward model, where its base can chat, and there are prompts."""
     name = fresh_name(out_dir, "rl")
     tokenizer = Path(base) / "tokenizer_config.json"
@@ -283,7 +297,7 @@ def rewarded_command(out_dir, dataset, base):
     return command("rl.py", wanted, with_recipes=False)
 
 
-def after_scores(net, model, folder):
+def after_scores(net: GPT, model: str, folder: str | Path) -> dict:
     """Behind an evaluation whose results.json is in `folder`: the run beside others there that were
     scored; of what is no run of ours, what it writes."""
     model = str(model)
@@ -298,9 +312,11 @@ def after_scores(net, model, folder):
     return {"next": command("report.py", {"compare": ",".join(runs[:4])})}
 
 
-def gap_prompt(tok, text, gap):
+def gap_prompt(tok: Tokenizer, text: str, gap: int) -> str:
     """A few words of a text with a gap, the token of this id, in their middle."""
     [name] = [name for name, id in tok.special.items() if id == gap]
+    for special in tok.special:  # what stands between documents is no word of theirs
+        text = text.replace(special, "\n")
     lines = [line.split() for line in text.splitlines() if line.isprintable()]
     words = max(lines, key=len, default=[])[:8]
     middle = len(words) // 2

@@ -8,12 +8,12 @@ class TimeLeft:
     validations and saves included: what was before the loop, and another part of the run, count
     nothing. The first step, which is slow, counts no more once there are a few."""
 
-    def __init__(self, progress):
+    def __init__(self, progress: float):
         """progress: of the run, 0 to 1, where the loop begins."""
         self.begin = (time.monotonic(), progress)
         self.n_steps = 0
 
-    def __call__(self, progress):
+    def __call__(self, progress: float) -> float:
         """The seconds left after a step."""
         self.n_steps += 1
         now = time.monotonic()
@@ -25,7 +25,7 @@ class TimeLeft:
         return (now - begin) * (1 - progress) / (progress - first)
 
 
-def step_words(dt):
+def step_words(dt: float) -> str:
     """How long a step of dt seconds takes, as a line of progress has it."""
     if dt < 1:
         return f"{1 / dt:.1f} steps/s" if dt > 0 else ""

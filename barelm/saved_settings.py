@@ -8,6 +8,7 @@ config.configure asks for them before torch is imported: nothing here needs it.
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 STARTS = ("out_dir", "init_from", "overwrite")  # how a run began, which is not how it goes on
@@ -18,7 +19,7 @@ OF_THE_PROCESSES = ("tp", "pp", "cp", "replicas")  # taken where there are as ma
 SCRIPTS = ("train.py", "finetune.py", "rl.py")  # whose runs are each another's to resume
 
 
-def goes_on(out_dir, init_from):
+def goes_on(out_dir: str, init_from: str) -> bool:
     """Whether a run with this init_from will go on from what out_dir holds."""
     out = Path(out_dir)
     if init_from == "resume":
@@ -28,7 +29,7 @@ def goes_on(out_dir, init_from):
     return any(out.glob("*model.safetensors")) or any(out.glob("shards/step_*/mesh.json"))
 
 
-def saved_settings(out_dir, script, keys, fit):
+def saved_settings(out_dir: str, script: str, keys: dict, fit: Callable) -> tuple[dict, list[str]]:
     """({key: value} of the run in out_dir, as far as a resume takes them; lines to tell).
 
     script: the name of the one that asks, whose `keys` are as script_keys gives them. fit(key,
@@ -50,7 +51,7 @@ def saved_settings(out_dir, script, keys, fit):
                 settings[key] = fit(key, value, keys[key][1])
             except (ValueError, OverflowError) as error:
                 raise ValueError(f"{path}: {error}: give --{key}, or mend the file") from None
-    lines = [f"settings: those of {path}, where no recipe or flag has others"]
+    lines = [f"settings: those of {path}"]
     unknown = [f"{key}={value!r:.40}" for key, value in saved.items() if key not in keys]
     if unknown:
         lines.append(f"note: made with {', '.join(unknown)}, which this {script} does not have")
@@ -59,7 +60,7 @@ def saved_settings(out_dir, script, keys, fit):
     return settings, lines
 
 
-def refuse_other_script(entries, out_dir, script):
+def refuse_other_script(entries: dict, out_dir: str, script: str) -> None:
     """A ValueError where another script of ours has made the run."""
     words = str(entries.get("command", "")).split()
     made_by = os.path.basename(words[0]) if words else script
@@ -67,7 +68,7 @@ def refuse_other_script(entries, out_dir, script):
         raise ValueError(f"{out_dir} is a run of {made_by}, which alone goes on with it")
 
 
-def leave_machine(settings, entries, keys):
+def leave_machine(settings: dict, entries: dict, keys: dict) -> list[str]:
     """Take the machine's settings out again where this is another one: lines that say so."""
     before = str(entries.get("host") or "unknown")
     here = platform.node()
@@ -83,7 +84,7 @@ def leave_machine(settings, entries, keys):
     return lines
 
 
-def leave_processes(settings, entries, keys):
+def leave_processes(settings: dict, entries: dict, keys: dict) -> list[str]:
     """Take what divides a network out again where the processes are not as many as they were."""
     here = int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -96,7 +97,7 @@ def leave_processes(settings, entries, keys):
     return [f"note: {before} process(es) -> {here}: {left} not taken"] if left else []
 
 
-def take_out(settings, names, keys):
+def take_out(settings: dict, names: tuple, keys: dict) -> str:
     """Remove the keys of these names: those that were not at their defaults, as words."""
     words = []
     for key in names:

@@ -372,6 +372,10 @@ def read_resume(script, values, usual, keys, owners):
     again = read_arguments(script, sys.argv[1:], usual | saved, keys, owners)
     if again["out_dir"] != out_dir:  # a recipe makes its name of what the run has otherwise
         return values
+    others = [key for key in saved if again[key] != saved[key]]
+    if others:
+        words = [f"{key} {saved[key]!r:.40} -> {again[key]!r:.40}" for key in others]
+        lines.append(f"given here: {', '.join(words)}")
     if os.environ.get("RANK", "0") == "0":
         print(*lines, sep="\n", flush=True)
     return again

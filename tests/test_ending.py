@@ -215,6 +215,14 @@ def test_a_resume_is_by_as_many_processes(line, monkeypatch):
     assert "on each machine" in ending.resume_command("out/x")
 
 
+def test_a_prompt_with_a_gap_is_of_the_longest_line_and_of_no_special_token():
+    tok = SimpleNamespace(special={"<|end|>": 9, "[MASK]": 7})
+    text = "a b\n<|end|>one two three four five six seven eight nine\ttab"
+    assert ending.gap_prompt(tok, text, 7) == "a [MASK]"  # what is not printable is no line
+    assert ending.gap_prompt(tok, "x<|end|>one two three", 7) == "one [MASK] three"
+    assert ending.gap_prompt(tok, "", 7) == "[MASK]"
+
+
 NETS = {
     "causal": (SimpleNamespace(is_seq2seq=False, causal=True), ""),
     "encoder": (SimpleNamespace(is_seq2seq=False, causal=False), "a [MASK] b"),

@@ -79,8 +79,11 @@ def test_a_recipe_that_disagrees_is_refused_and_one_that_agrees_is_not(own, copy
     done = copy("mine.py", "--max_steps=8")
     assert done.returncode == 1 and "n_embd 16 -> 32" in done.stderr
     recipe.write_text("n_embd = 16\nout_dir = 'elsewhere'\nlearning_rate = 1e-3\n")
-    done = copy("mine.py", "--max_steps=5")
+    done = copy("mine.py", "--max_steps=5", "--eval_every=3")
     assert done.returncode == 0, done.stderr
+    assert "given here: max_steps 4 -> 5, learning_rate 0.005 -> 0.001, eval_every 100 -> 3\n" in (
+        done.stdout
+    )
     assert "learning_rate 0.005 -> 0.001" in done.stdout  # it may change, and is told
 
 

@@ -5,6 +5,9 @@ memory, to be read by numpy. What it cannot say: which operations Metal lacks, a
     install()  # in this process, from here on
 """
 
+import threading
+from contextlib import nullcontext
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -89,6 +92,9 @@ class FakeMPS(TorchFunctionMode):
             raise TypeError(f"{name} of a tensor on mps")
         if name == "to":
             return self.move(*args, **kwargs)
+        if name == "pad_sequence" and any(isinstance(x, OnMPS) for x in args[0]):
+            # Made of parts in C++, where our tensors are the CPU's.
+            return OnMPS(func(*on_host(args), **on_host(kwargs)))
         if names_mps(kwargs.get("device")):
             kwargs["device"] = "cpu"
             refuse_wide(kwargs.get("dtype"))
@@ -126,4 +132,13 @@ def install():
     torch.mps.synchronize = lambda: None
     # A parameter that is moved is another object: its numbers change their kind of tensor.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    # Its tensors count no writes, which those of another kind than torch's cannot do without.
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
+    start = threading.Thread._bootstrap_inner  # which calls `run`, whoever wrote it
+
+    def run_with_device(thread):
+        with FakeMPS():  # which each thread has of its own
+            start(thread)
+
+    threading.Thread._bootstrap_inner = run_with_device
     FakeMPS().__enter__()

@@ -22,14 +22,17 @@ from pathlib import Path
 from barelm.dedup import digest
 from barelm.files import whole_file
 from barelm.python_expressions import EXPRESSIONS, draw_expression, value_of
-from barelm.python_facts import CONCEPTS, KEYWORDS, facts, modules, pairs_of
-from barelm.python_functions import NAMES, checks_of, functions, ways, write_function
+from barelm.python_facts import facts, modules, pairs_of
+from barelm.python_functions import NAMES, checks_of, functions, write_function
+from barelm.python_ways import ways
 from barelm.python_wordings import (
     AWAY,
+    CONCEPTS,
     DONT_KNOW,
     FILLING,
     FOLLOW,
     FOREIGN,
+    KEYWORDS,
     MADE_UP,
     RENAME,
     TALK,

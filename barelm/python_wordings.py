@@ -177,6 +177,101 @@ can you give an example?
 do you have an example?
 """
 
+# Word: what is said of it, in our own words.
+KEYWORDS = """
+and: True where both sides are true; else the first that is false.
+as: Gives another name to what is imported, opened by `with`, or caught by `except`.
+assert: Raises an `AssertionError` where a condition is false.
+async: Makes a function a coroutine.
+await: Waits for a coroutine inside an `async` function.
+break: Leaves the innermost loop.
+class: Defines a class.
+continue: Goes on with the next turn of the innermost loop.
+def: Defines a function.
+del: Removes a name, or an item of a list or dict.
+elif: Another condition, tried where those before it were false.
+else: What is done where no condition was true, or where a loop was not broken.
+except: What is done where an exception of this kind was raised.
+finally: What is done at the end of a `try`, whatever happened.
+for: A loop over the items of an iterable.
+from: Imports names from a module, as in `from math import pi`.
+global: Says that a name in a function is the module's.
+if: Does something where a condition is true.
+import: Loads a module and gives it a name.
+in: True where an item is in a container; in a `for`, what the loop goes over.
+is: True where both sides are the same object.
+lambda: A small function without a name, of one expression.
+nonlocal: Says that a name is the enclosing function's.
+not: True where its operand is false.
+or: The first side that is true; else the last.
+pass: Does nothing, where a statement is needed.
+raise: Raises an exception.
+return: Ends a function and gives its value.
+try: Runs statements whose exceptions are handled by `except`.
+while: A loop that goes on as long as a condition is true.
+with: Opens a context manager and closes it at the end of the block.
+yield: Gives a value out of a generator, which goes on there the next time.
+True: The bool for what is true; it equals 1.
+False: The bool for what is false; it equals 0.
+None: The value that stands for no value; there is one such object.
+==: True where both sides are equal.
+!=: True where both sides are not equal.
+//: Division rounded down: `7 // 2` is 3.
+%: The rest of a division: `7 % 3` is 1.
+**: Power: `2 ** 3` is 8.
+:=: Assigns to a name inside an expression.
+@: Applies a decorator; between matrices, their product.
+"""
+
+CONCEPTS = """
+a list: A list holds items in order and can be changed: `[1, 2, 3]`.
+a tuple: A tuple holds items in order and cannot be changed: `(1, 2)`.
+a dict|a dictionary: A dict maps keys to values: `{'a': 1}`.
+a set: A set holds different items without an order: `{1, 2}`.
+a string: A string is text in quotes: `'hello'`.
+an integer: An integer is a whole number of any size, of type `int`.
+a float: A float is a number with a fraction, such as `1.5`.
+a boolean|a bool: A bool is `True` or `False`.
+a variable: A variable is a name for an object: `x = 3`.
+a function: A function is code with a name and parameters that gives a value: `def f(x): return x`.
+a class: A class is a type that you define; its instances share its methods.
+an object: An object is a value with a type; everything in Python is one.
+a method: A method is a function of a class, called on an instance: `'a'.upper()`.
+a module: A module is a file of Python code that others import.
+a package: A package is a folder of modules.
+a decorator: A decorator is a function that takes a function and gives another: `@cache`.
+a generator: A generator is a function with `yield`, which gives its values one at a time.
+an iterator: An iterator gives its next item each time that `next` is called.
+an iterable: An iterable is what a `for` loop can go over: a list, a string, a file.
+an exception: An exception is an error that is raised, and that `except` can catch.
+a lambda: A lambda is a small function without a name: `lambda x: x + 1`.
+a list comprehension|a comprehension: A comprehension builds a list in a line: `[x * x for x in y]`.
+a context manager: A context manager sets something up and tears it down; `with` opens it.
+an f-string: An f-string has expressions in braces: `f'{name} is {age}'`.
+a docstring: A docstring is the text at the start of a function that says what it does.
+a slice: A slice is a part of a sequence: `items[1:3]`.
+recursion: Recursion is a function that calls itself.
+a loop: A loop repeats statements: `for` over items, `while` by a condition.
+a virtual environment: A virtual environment is a folder with its own packages: `python -m venv x`.
+pip: pip installs packages: `python -m pip install NAME`.
+the REPL: The REPL is the prompt `>>>`, where Python evaluates what you type.
+the GIL: The GIL is a lock that lets one thread run Python code at a time.
+a byte string|bytes: Bytes hold numbers from 0 to 255: `b'abc'`.
+a namespace: A namespace maps names to objects, such as a module's or a function's.
+a keyword argument: A keyword argument is passed by its name: `f(x=1)`.
+a default argument: A default argument is a value taken where none is passed: `def f(x=1)`.
+inheritance: Inheritance lets a class take over the methods of another: `class B(A)`.
+mutable: Mutable objects can be changed: lists, dicts and sets are.
+immutable: Immutable objects cannot be changed: numbers, strings and tuples are.
+type hints|a type hint: A type hint says what type a value has: `def f(x: int) -> str`.
+PEP 8: PEP 8 is the style guide for Python code.
+indentation: Indentation, four spaces, says which statements belong to a block.
+a comment: A comment begins with `#`; Python skips it.
+an operator: An operator computes with its operands, as `+` does in `1 + 2`.
+unpacking: Unpacking gives the items of a sequence to several names: `a, b = pair`.
+a regular expression|regex: A regular expression is a pattern of text; the module `re` finds it.
+"""
+
 TALK = [
     ("hi|hello|hey|good morning|hello there|hi there|good evening|greetings|hey there",
      "Hello! Ask me something about Python."),

@@ -17,7 +17,8 @@ from conftest import ROOT, run
 from barelm import python_chat as chat
 from barelm.python_expressions import EXPRESSIONS, draw_expression, value_of
 from barelm.python_facts import OWN_WORDS, facts, pairs_of
-from barelm.python_functions import checks_of, functions, ways, write_function
+from barelm.python_functions import checks_of, functions, write_function
+from barelm.python_ways import ways
 from barelm.python_wordings import AWAY, TALK, WORDINGS, wordings
 from barelm.run import UserError
 from barelm.sandbox import run_programs

@@ -85,13 +85,14 @@ class PageHandlers:
         likeliest tokens to follow, before and after each filter."""
         body = await self.server.read_body(request)
         wanted = await asyncio.to_thread(next_token.read_next, self.served, body)
-        logits = self.recent_logits.get(wanted.ids)
+        # Of other weights (barelm/reload.py) the logits are others, too.
+        key = (self.engine.metrics.counts["reloads_total"], *wanted.ids)
+        logits = self.recent_logits.get(key)
         if logits is None:
-            net, tok = self.engine.net, self.served.tok
-            logits = await self.server.ask_engine(
-                next_token.last_logits, net, wanted.ids, tok.n_vocab
-            )
-            self.recent_logits.put(wanted.ids, logits)
+            net, n_vocab = self.engine.net, self.served.tok.n_vocab
+            look = next_token.last_logits
+            logits = await self.server.ask_engine(look, net, wanted.ids, n_vocab)
+            self.recent_logits.put(key, logits)
         answer = await asyncio.to_thread(next_token.next_answer, self.served.tok, wanted, logits)
         return reply(answer)
 

@@ -35,25 +35,22 @@ def last_logits(net, ids, n_vocab):
 
 class RecentLogits:
     """The logits of the texts that were asked about last: to change a filter costs no pass of the
-    network. Whoever changes its weights calls `forget`."""
+    network. A key is whatever they depend on: the ids, and which weights are served."""
 
     def __init__(self):
-        self.by_ids = OrderedDict()  # {ids, a tuple: (V,)}, the newest at the end
+        self.by_key = OrderedDict()  # {key: (V,)}, the newest at the end
 
-    def get(self, ids):
-        """The logits of these ids, or None."""
-        logits = self.by_ids.get(tuple(ids))
+    def get(self, key):
+        """The logits of this key, or None."""
+        logits = self.by_key.get(key)
         if logits is not None:
-            self.by_ids.move_to_end(tuple(ids))
+            self.by_key.move_to_end(key)
         return logits
 
-    def put(self, ids, logits):
-        self.by_ids[tuple(ids)] = logits
-        while len(self.by_ids) > LOGITS_KEPT:
-            self.by_ids.popitem(last=False)
-
-    def forget(self):
-        self.by_ids.clear()
+    def put(self, key, logits):
+        self.by_key[key] = logits
+        while len(self.by_key) > LOGITS_KEPT:
+            self.by_key.popitem(last=False)
 
 
 # --------------------------------------------------------------------------------------------------

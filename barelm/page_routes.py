@@ -48,7 +48,7 @@ class PageHandlers:
             ("POST", "/inspect/lens", self.lens),
             ("POST", "/inspect/shares", self.shares),
             ("POST", "/inspect/patch", self.patch),
-            *RunHandlers(self.server, self.recent_logits.forget).routes(),
+            *RunHandlers(self.server).routes(),
         ]
 
     # ------------------------------------------------------------------ the page
@@ -109,17 +109,16 @@ class PageHandlers:
         likeliest tokens to follow, before and after each filter."""
         body = await self.server.read_body(request)
         wanted = await asyncio.to_thread(next_token.read_next, self.served, body)
-        logits = await self.server.ask_engine(self.logits_behind, wanted.ids)
+        # Of other weights (barelm/reload.py) the logits are others, too.
+        key = (self.engine.metrics.counts["reloads_total"], *wanted.ids)
+        logits = self.recent_logits.get(key)
+        if logits is None:
+            net, n_vocab = self.engine.net, self.served.tok.n_vocab
+            look = next_token.last_logits
+            logits = await self.server.ask_engine(look, net, wanted.ids, n_vocab)
+            self.recent_logits.put(key, logits)
         answer = await asyncio.to_thread(next_token.next_answer, self.served.tok, wanted, logits)
         return reply(answer)
-
-    def logits_behind(self, ids):
-        """In the engine's thread, as whatever forgets them: new weights come there."""
-        logits = self.recent_logits.get(ids)
-        if logits is None:
-            logits = next_token.last_logits(self.engine.net, ids, self.served.tok.n_vocab)
-            self.recent_logits.put(ids, logits)
-        return logits
 
     # ------------------------------------------------------------------ Attention, Experts
 

@@ -14,12 +14,10 @@ from barelm.runs import Runs, csv_text, standing
 
 
 class RunHandlers:
-    """What is done for each of them. server: serve.py's Handlers. forget(): what else was computed
-    of the old weights goes; in the engine's thread."""
+    """What is done for each of them. server: serve.py's Handlers."""
 
-    def __init__(self, server, forget):
+    def __init__(self, server):
         self.server = server
-        self.forget = forget
         self.engine = server.engine
         settings = server.settings
         self.runs = Runs(settings.folder, settings.beside)
@@ -86,11 +84,6 @@ class RunHandlers:
         except OSError as error:
             raise ApiError(500, f"log.jsonl cannot be read: {short(str(error))}") from None
 
-    def take(self):
-        step = self.weights.take()
-        self.forget()
-        return step
-
     async def reload(self, request: Request):
         """{} → {"step": of the weights that the folder held, and that are served now}."""
         await self.server.read_body(request)
@@ -102,7 +95,7 @@ class RunHandlers:
         weights.busy = True
         try:
             await asyncio.to_thread(weights.read)
-            step = await asyncio.wrap_future(self.engine.when_idle(self.take))
+            step = await asyncio.wrap_future(self.engine.when_idle(weights.take))
         except UserError as error:
             raise ApiError(409, str(error)) from None
         finally:

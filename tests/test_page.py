@@ -16,6 +16,7 @@ from test_model import QWEN3, make_net
 
 import model as core
 from barelm import page as inside
+from barelm.attention_maps import attention_maps
 from barelm.checkpoint import load
 from barelm.optim import n_params
 from barelm.quantized import quantize_weights
@@ -110,7 +111,7 @@ def test_a_map_is_what_the_values_are_weighed_by(pos):
     attention.v_proj.register_forward_hook(lambda layer, args, v: values.append(v[0]))
     attention.o_proj.register_forward_pre_hook(lambda layer, args: gathered.append(args[0][0]))
     with torch.no_grad():
-        maps = inside.attention_maps(net, [3, 1, 4, 1, 5, 9, 2, 6], layer=1)
+        maps = attention_maps(net, [3, 1, 4, 1, 5, 9, 2, 6], layer=1)
     v = values[0].view(8, 2, 8).repeat_interleave(2, 1)  # (T, n_head, D)
     expected = torch.einsum("hts,shd->thd", maps, v).flatten(1)
     torch.testing.assert_close(gathered[0], expected)
@@ -307,14 +308,14 @@ def test_tokens_attention_and_parts(page, server):
     panel = open_view(page, "Attention")
     panel.get_by_label("Text").fill(TEXT)
     page.wait_for_selector(f"#looked-note:has-text('{len(ids)} tokens')")
-    panel.get_by_label("Layer", exact=True).select_option("1")
-    page.wait_for_selector("#map[aria-label^='Attention of layer 1']")
+    panel.get_by_role("gridcell", name="Layer 1, head 0", exact=True).click()
+    page.wait_for_selector("#map[aria-label^='Layer 1, head 0']")
     panel.locator("#map").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowUp")
     row = server.post("/inspect/attention", text=TEXT, layer=1).json()["heads"][0][-2]
     told = page.locator("#pair-text").text_content()
-    assert f"at {len(ids) - 1} looks at" in told and " at 2 with" in told
+    assert f"at {len(ids) - 2} looks at" in told and " at 1 with" in told
     share = float(re.search(r"with ([\d.]+)", told)[1])
     assert share == pytest.approx(100 * row[1], abs=0.051)
 
@@ -390,7 +391,7 @@ def test_an_answer_that_comes_late_is_not_shown(page, server):
 
     panel = open_view(page, "Attention")
     page.locator("#map").wait_for()
-    page.evaluate(LATE, "/inspect/attention")
+    page.evaluate(LATE, "/inspect/grid")
     panel.get_by_label("Text").fill("import os, sys")
     page.evaluate("window.begun")
     panel.get_by_label("Text").fill("import")

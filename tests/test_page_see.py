@@ -5,10 +5,11 @@ import base64
 import json
 import math
 import re
+import signal
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, start
 from test_experts import KINDS as EXPERT_KINDS
 from test_model import make_net, random_ids
 from test_page import KEY, TEXT, browser, naive_attention, open_view, page, server  # noqa: F401
@@ -17,6 +18,7 @@ from barelm import attention_maps as attention
 from barelm import next_token, routing
 from barelm.api import ApiError
 from barelm.bpe import TokenizerSettings, count_pieces, show_tokens, train_tokenizer
+from barelm.checkpoint import save
 from barelm.encoders import LibraryEncoder
 from barelm.experts import expert_layers
 from barelm.splits import QWEN2_SPLIT
@@ -185,15 +187,13 @@ def test_draws_come_as_often_as_told():
     assert (shares - expected).abs().max() < 0.052  # four standard deviations
 
 
-def test_logits_are_kept_until_they_are_forgotten():
+def test_logits_are_kept_of_the_last_texts():
     recent = next_token.RecentLogits()
     for i in range(next_token.LOGITS_KEPT + 1):
-        recent.put([i], i)
-    assert recent.get([0]) is None and recent.get([1]) == 1
-    recent.put([99], 99)
-    assert recent.get([1]) == 1 and recent.get([2]) is None  # what is asked for stays
-    recent.forget()
-    assert recent.get([1]) is None
+        recent.put((0, i), i)
+    assert recent.get((0, 0)) is None and recent.get((0, 1)) == 1
+    recent.put((0, 99), 99)
+    assert recent.get((0, 1)) == 1 and recent.get((0, 2)) is None  # what is asked for stays
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,3 +367,171 @@ def test_what_continues_no_text_has_no_next_token(server):  # noqa: F811
 
     with pytest.raises(ApiError, match="encoder is an encoder"):
         next_token.read_next(Served, {"text": "a"})
+
+
+# --------------------------------------------------------------------------------------------------
+# In a browser
+
+
+def numbers_of(texts):
+    return [float(re.search(r"[\d.]+", text)[0]) for text in texts]
+
+
+def test_a_map_is_opened_from_the_grid_by_keyboard(page, server):  # noqa: F811
+    panel = open_view(page, "Attention")
+    panel.get_by_label("Text").fill(TEXT)
+    ids = server.tok.encode(TEXT)
+    page.wait_for_selector(f"#looked-note:has-text('{len(ids)} tokens, 2 layers of 4 heads')")
+    cells = panel.get_by_role("gridcell")
+    assert cells.count() == 3 * 5
+    cells.first.focus()
+    for name in ("Layer 0, head 1", "Layer 1, head 1", "Head 1, mean of all layers"):
+        # On a phone heads are rows, as they are more than the layers.
+        page.keyboard.press("ArrowDown" if name == "Layer 0, head 1" else "ArrowRight")
+        page.wait_for_selector(f"#map-name:text-is('{name}')")
+        focused = "document.activeElement.getAttribute('aria-label')"
+        assert page.evaluate(focused) == name
+    page.wait_for_selector("#map[aria-label^='Head 1, mean of all layers']")
+    told = server.post("/inspect/attention", text=TEXT, head=1, mean="layers").json()
+    row = told["heads"][0][-1]
+    panel.get_by_role("option").last.click()
+    best = sorted(row, reverse=True)[:5]
+    shares = numbers_of(page.locator("#targets td:nth-child(3)").all_text_contents())
+    assert shares == pytest.approx([100 * share for share in best], abs=0.051)
+    positions = page.locator("#targets td:nth-child(2)").all_text_contents()
+    assert [row[int(i)] for i in positions] == pytest.approx(best, abs=1e-6)
+
+    # The colours are those that the key says: of a weight w sqrt(w), or w.
+    alpha = """([layer, head, i, j]) => {
+      const canvas = document.getElementById(`map-${layer}-${head}`).firstChild;
+      return canvas.getContext("2d").getImageData(j, i, 1, 1).data[3] / 255;
+    }"""
+    maps = server.post("/inspect/attention", text=TEXT, layer=1).json()["heads"]
+    place = [1, 2, len(ids) - 1, 0]
+    assert page.evaluate(alpha, place) == pytest.approx(maps[2][-1][0] ** 0.5, abs=0.006)
+    panel.get_by_label("Colour: linear").check()
+    assert page.evaluate(alpha, place) == pytest.approx(maps[2][-1][0], abs=0.006)
+    assert panel.get_by_role("img", name="Colours from the weight 0 to 1, by the linear").count()
+
+
+def test_filters_are_drawn_on_the_next_token(page, server):  # noqa: F811
+    panel = open_view(page, "Next token")
+    panel.get_by_label("Text", exact=True).fill(TEXT)
+    page.wait_for_selector(f"#next-note:has-text('{len(server.tok.prompt(TEXT))} tokens')")
+    options = {"temperature": 1.5, "top_k": 12, "top_p": 0.7, "min_p": 0.1}
+    for label, value in zip(("Temperature", "Top k", "Top p", "Min p"), options.values()):
+        panel.get_by_label(label).fill(str(value))
+    told = server.post("/inspect/next", text=TEXT, n=30, **options).json()
+    left = told["left"]["min_p"]
+    page.wait_for_selector(f"#next-sum:has-text('{left} of')")
+    panel.locator("tr.end").nth(1).wait_for()
+    rows = panel.locator("tbody tr:not(.end)")
+    assert rows.count() == 30 and panel.locator("tr.cut").count() == 30 - left
+    shares = panel.locator("tbody tr:not(.end) td:nth-child(4)").all_text_contents()
+    expected = [100 * row["drawn"] for row in told["candidates"][:left]]
+    assert numbers_of(shares[:left]) == pytest.approx(expected, abs=0.051)
+    assert set(shares[left:]) == {"cut"}
+    own = numbers_of(panel.locator("tbody td.own").all_text_contents())
+    assert own == pytest.approx([100 * r["probability"] for r in told["candidates"]], abs=0.051)
+
+    # A token by a click, then two that are drawn: what a completion has with the same seed.
+    [first] = [row["token"] for row in told["candidates"]][2:3]
+    rows.nth(2).get_by_role("button").click()
+    page.wait_for_selector("#next-note:has-text('was appended')")
+    panel.get_by_label("Seed").fill("5")
+    then = [first]
+    marks = panel.locator("mark")
+    for _ in range(2):
+        more = server.post("/inspect/next", text=TEXT, then=then, draw=True, seed=5, **options)
+        then.append(more.json()["token"]["token"])
+        panel.get_by_role("button", name="Draw a token").click()
+        marks.nth(len(then) - 1).wait_for(state="attached")
+    names = server.post("/inspect/next", text=TEXT, then=then).json()["then_strs"]
+    assert marks.all_text_contents() == [n.removeprefix("bytes:") for n in names]
+    panel.get_by_role("button", name="Take back").click()
+    marks.nth(2).wait_for(state="detached")
+    assert marks.count() == 2
+    panel.get_by_role("button", name="Start again").click()
+    page.wait_for_selector("#next-then", state="hidden")
+
+
+def test_merges_one_by_one(page, server):  # noqa: F811
+    panel = open_view(page, "Tokens")
+    panel.get_by_label("Text", exact=True).fill("the return of the values")
+    steps = server.post("/inspect/steps", text="the return of the values").json()
+    n = len(steps["merges"])
+    assert n > 3
+    page.wait_for_selector(f"#step-count:text-is('{n} of {n}')")
+    slider = panel.get_by_label("Merges made")
+    ids = server.tok.encode("the return of the values")
+    shown = panel.locator("#step-pieces .symbol")
+    assert shown.count() == len(ids)
+    slider.focus()
+    page.keyboard.press("Home")
+    page.wait_for_selector(f"#step-count:text-is('0 of {n}')")
+    assert "".join(shown.all_text_contents()) == "the·return·of·the·values"
+    assert shown.count() == len("the return of the values")
+    page.keyboard.press("ArrowRight")
+    rank, left, right, new = steps["merges"][0]
+    text = panel.locator("#step-text").text_content()
+    assert text.startswith(f"Rank {rank:,}: ") and f"token {new}" in text
+    pairs = [list(zip(piece, piece[1:])).count((left, right)) for piece in steps["pieces"]]
+    assert panel.locator("#step-pieces .new").count() == sum(pairs)
+
+
+@pytest.fixture
+def with_experts(tiny, tmp_path):
+    """A served network with experts: its url, net, tok."""
+    torch.manual_seed(3)
+    tok = Tokenizer.from_folder(tiny / "out/tiny")
+    config = GPTConfig(512, 64, n_layer=3, n_head=2, n_embd=32, n_experts=5, expert_hidden=16)
+    net = GPT(config).eval()
+    for layer in expert_layers(net):
+        torch.nn.init.normal_(layer.gate.weight, std=0.5)
+    save(tmp_path / "experts", net, tok, 1)
+    options = ["--model=experts", "--port=0", "--device=cpu", "--dtype=float32"]
+    process = start(tmp_path, "serve.py", *options)
+    lines = iter(process.stdout.readline, "")
+    url = next(m[1] for line in lines if (m := re.search(r"(http://\S+)", line)))
+    yield url, net, tok
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+
+
+def test_where_tokens_went_is_shown(browser, with_experts):  # noqa: F811
+    url, net, tok = with_experts
+    ids = tok.encode(TEXT)
+    with torch.no_grad():
+        routes = routing.expert_routes(net, ids)
+    context = browser.new_context(viewport={"width": 360, "height": 740})
+    page = context.new_page()  # noqa: F811
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(url)
+    page.wait_for_selector("#status:text-is('Ready')")
+    panel = open_view(page, "Experts")
+    panel.get_by_label("Text", exact=True).fill(TEXT)
+    page.wait_for_selector(f"#routed-note:has-text('{len(ids)} tokens, each to 2 of 5 experts')")
+    panel.get_by_role("listbox", name="Layers: choose one").focus()
+    page.keyboard.press("End")
+    page.wait_for_selector("#route-name:text-is('Layer 2')")
+    route = routes[2]
+    loads = panel.locator("#load td:nth-child(2)").all_text_contents()
+    assert [int(load) for load in loads] == route.load
+    under = panel.locator("#route-tokens small").all_text_contents()
+    assert under == [" ".join(map(str, experts)) for experts in route.experts]
+    panel.locator("#route-tokens").get_by_role("option").nth(2).click()
+    text = panel.locator("#route-text").text_content()
+    assert f"at 2 goes to expert {route.experts[2][0]} with the weight" in text
+    share = numbers_of([text.split("weight")[1]])[0]
+    assert share == pytest.approx(100 * route.weights[2][0], abs=0.051)
+    table = panel.locator("#route-layers td:nth-child(2)").all_text_contents()
+    names = [re.findall(r"(\d+) \(", row) for row in table]
+    assert names == [[str(expert) for expert in r.experts[2]] for r in routes]
+    panel.locator("#route-map").focus()
+    page.keyboard.press("ArrowDown")
+    assert " at 3 " in panel.locator("#route-text").text_content()
+    wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    assert not page.evaluate(wide)
+    context.close()
+    assert not errors

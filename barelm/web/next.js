@@ -10,20 +10,23 @@ const FILTERS = [ // name in a request, label, value, least, most, step
   ["min_p", "Min p", 0, 0, 1, 0.01],
 ];
 const fieldOf = (name) => $("next-" + name);
-for (const [name, label, value, min, max, step] of FILTERS) {
-  const input = make("input", { type: "range", id: "next-" + name, min, max, step, value });
-  const output = make("output", { htmlFor: input.id }, String(value));
-  input.oninput = () => {
-    output.value = input.value;
-    live();
-  };
+// Once the view is opened.
+function makeFilters() {
+  for (const [name, label, value, min, max, step] of FILTERS) {
+    const input = make("input", { type: "range", id: "next-" + name, min, max, step, value });
+    const output = make("output", { htmlFor: input.id }, String(value));
+    input.oninput = () => {
+      output.value = input.value;
+      live();
+    };
+    $("next-filters").append(make("div", { className: "field" },
+      make("span", { className: "slider" }, make("label", { htmlFor: input.id }, label), output),
+      input));
+  }
   $("next-filters").append(make("div", { className: "field" },
-    make("span", { className: "slider" }, make("label", { htmlFor: input.id }, label), output),
-    input));
+    make("label", { htmlFor: "next-seed" }, "Seed"),
+    make("input", { type: "number", id: "next-seed", min: 0, step: 1, placeholder: "random" })));
 }
-$("next-filters").append(make("div", { className: "field" },
-  make("label", { htmlFor: "next-seed" }, "Seed"),
-  make("input", { type: "number", id: "next-seed", min: 0, step: 1, placeholder: "random" })));
 
 let then = []; // the ids that were appended to the text
 let shown = null; // what the server said last
@@ -189,6 +192,7 @@ $("next-text").oninput = () => {
 $("next-text").value = "def mean(values):\n    return";
 
 export function show() {
+  if (!$("next-seed")) makeFilters();
   lookNow();
 }
 export function reset() {

@@ -1,4 +1,4 @@
-"""The pictures of the README and of docs/page.md, from runs that are there: nothing is drawn by hand.
+"""The pictures of the README and of docs/page.md, from runs that are there: none is drawn by hand.
 
     python docs/pictures.py                     # out/python's curves, and the page with out/chat
     python docs/pictures.py --page=FOLDER       # the page with another model

@@ -141,7 +141,7 @@ def test_a_conversation_from_the_first_word_to_a_task_set(page, tuned):
     page.reload()
     ready(page)
     assert exported(page) == messages[:3]
-    assert turns.nth(1).locator(".note").inner_text().startswith("6 tokens in")
+    assert turns.nth(1).locator(".note").inner_text().startswith("1 of 2: 6 tokens in")
     assert turns.nth(1).get_by_role("button", name="Tokens").is_disabled()
     page.get_by_role("button", name="New", exact=True).click()
     set_greedy(page, 6)

@@ -233,7 +233,7 @@ class PatchRequest:
     kind: str = "residual"
     position: int | None = None
     answer: object = None  # an id, or the text of one token; None: the clean prompt's likeliest
-    other: object = None  # None: the corrupted one's
+    other: object = None  # None: the corrupted one's, or its second choice
     stream: bool = False  # an event for each layer
 
 
@@ -259,11 +259,11 @@ def read_patch(served, net, body):
 def start_patching(net, n_vocab, request, pair):
     """The Patching of a request, both texts read and the answers chosen."""
     patching = Patching(net, *pair)
-    best = patching.logits[:, :n_vocab].argmax(-1).tolist()
-    answer = best[0] if request.answer is None else request.answer
-    other = best[1] if request.other is None else request.other
+    answer, other = patching.likeliest(n_vocab)
+    answer = answer if request.answer is None else request.answer
+    other = other if request.other is None else request.other
     if answer == other:
-        raise UserError("both prompts go on with the same token: name two answers to compare")
+        raise UserError("the answer and the other are the same token: name two to compare")
     patching.compare(answer, other)
     return patching
 

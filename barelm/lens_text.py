@@ -88,15 +88,15 @@ def print_patches(net, tok, clean, corrupted):
         pair.append(ids if source is None else source)
     start = ids if net.config.is_seq2seq else None
     patching = Patching(net, *pair, position, start)
-    answers = patching.logits[:, : tok.n_vocab].argmax(-1).tolist()
-    if answers[0] == answers[1]:
-        raise UserError("both prompts go on with the same token, so there is nothing to compare")
+    answers = patching.likeliest(tok.n_vocab)
     patching.compare(*answers)
-    names = " or ".join(shown(tok, answer) for answer in answers)
-    print(f"\nlogit difference of {names}: {patching.clean_difference:.3f}, and after the other")
+    answer, other = [shown(tok, id) for id in answers]
+    here, there = patching.clean_difference, patching.corrupted_difference
     print(
-        f"prompt {patching.corrupted_difference:.3f}. Percent restored by one state of the first:"
+        f"\nthe logit of {answer} less that of {other}: {here:.3f} after this prompt, {there:.3f}"
     )
+    print("after the other. With one state of this prompt in the pass over the other, so many")
+    print("percent of the difference come back:")
     columns = range(max(0, len(pair[0]) - N_COLUMNS), len(pair[0]))
     print(f"{'':10} " + " ".join(f"{shown(tok, pair[0][i])[:9]:>9}" for i in columns))
     for i in range(len(patching.corrupted.blocks) + 1):

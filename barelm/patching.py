@@ -50,6 +50,14 @@ class Patching:
         ids = torch.tensor([self.start], device=x.device).expand(len(x), -1)
         return self.net.logits(self.net.hidden(ids, memory=memory)[:, self.position]).float()
 
+    def likeliest(self, n_vocab):
+        """Two tokens to compare: what the clean text goes on with, and what the corrupted one does,
+        or its second choice where that is the same token."""
+        choices = self.logits[:, :n_vocab].topk(2).indices.tolist()  # of both texts
+        answer = choices[0][0]
+        other = choices[1][0]
+        return answer, choices[1][1] if other == answer else other
+
     def compare(self, answer, other):
         """Choose the two tokens."""
         self.answer = answer

@@ -133,7 +133,7 @@ def test_patches_are_told_at_once_or_one_after_another(server, kind):  # noqa: F
         (
             "patch",
             {"clean": CLEAN, "corrupted": CORRUPTED, "answer": 5, "other": 5},
-            "name two answers",
+            "name two to compare",
         ),
     ],
 )
@@ -220,7 +220,8 @@ def test_sample_prints_the_layers_of_a_prompt(tiny):
     shares = re.findall(r"^ +(-?\d+\.\d{3})  (.*)$", printed, re.M)
     logit = float(re.search(r"the logit of .* is (-?\d+\.\d+);", printed)[1])
     assert sum(float(value) for value, _ in shares) == pytest.approx(logit, abs=0.02)
-    assert "percent of the difference come back" in printed or "the same token" in printed
+    assert "percent of the difference come back:" in printed
+    assert re.search(r"^layer 1 +(0 +)+100$", printed, re.M)  # the last state is the clean text's
 
 
 @pytest.mark.parametrize(

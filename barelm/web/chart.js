@@ -105,8 +105,9 @@ function standalone(element) {
   return copy;
 }
 
-// One svg of charts below each other. charts: [{title, svg}]; legend: [{name, colour: a value}].
-export function picture(charts, legend) {
+// One svg of charts below each other. charts: [{title, svg}]; legend: [{name, colour: a value}];
+// note: what the lines are.
+export function picture(charts, legend, note) {
   const style = getComputedStyle(document.body), margin = 16, line = 20;
   const text = (x, y, words, more = {}) => draw("text", { x, y, fill: style.color,
     "font-size": 13, "font-family": "system-ui, sans-serif", ...more }, words);
@@ -126,9 +127,11 @@ export function picture(charts, legend) {
       text(margin + 22, y + 10, name, { "font-size": 12 }));
     y += line;
   }
-  const ground = draw("rect", { width, height: y + margin / 2, fill: style.backgroundColor });
-  return draw("svg", { xmlns: "http://www.w3.org/2000/svg", width, height: y + margin / 2,
-    viewBox: `0 0 ${width} ${y + margin / 2}` }, ground, ...parts);
+  parts.push(text(margin, y + 10, note, { "font-size": 12 }));
+  y += line;
+  const height = y + margin / 2;
+  const ground = draw("rect", { width, height, fill: style.backgroundColor });
+  return draw("svg", { width, height, viewBox: `0 0 ${width} ${height}` }, ground, ...parts);
 }
 
 export const svgBlob = (svg) =>

@@ -408,7 +408,7 @@ async function save(kind) {
     const swatch = $("run-list").querySelector("." + colourOf(name));
     return { name, colour: getComputedStyle(swatch).fill };
   });
-  const svg = picture(charts, legend);
+  const svg = picture(charts, legend, "thin: training; thick: validation");
   const name = `${all.map((log) => log.name).join("-")}${key && "-" + key}.${kind}`;
   download(kind === "svg" ? svgBlob(svg) : await pngBlob(svg), name);
 }

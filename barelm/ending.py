@@ -307,7 +307,7 @@ def after_scores(net: GPT, model: str, folder: str | Path) -> dict:
     if not (Path(model) / "log.jsonl").is_file() or Path(folder) != Path(model):
         writes = net.config.causal and net.score is None and not net.config.is_seq2seq
         return {"next": command("sample.py", {"model": model}) if writes else None}
-    runs = [model]
+    runs = [str(Path(model))]
     for path in sorted(Path(model).parent.glob("*/results.json")):
         run = str(path.parent)
         if run not in runs and (path.parent / "log.jsonl").is_file():

@@ -328,7 +328,7 @@ def run_chart(rows: list[dict], name: str, keys: list[str], span: tuple) -> Char
     chart.span = span
     for key in keys:
         points = curve(rows, key, "step")
-        if name == "loss":  # at first it is high, and would flatten all that comes
+        if key == "loss":  # at first it is high, and would flatten all that comes
             points = [point for point in points if point[0] >= span[1] / 100]
         if not points:
             continue

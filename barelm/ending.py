@@ -115,8 +115,11 @@ def command(
     such script. wanted: {key: value} that it is to have; unless_given: more, where no recipe says
     otherwise. Recipes of this command line that say something to the script are given again."""
     words = command_words(script, wanted, unless_given or {}, with_recipes)
-    if words is None:
-        return None
+    return None if words is None else shell_line(words)
+
+
+def shell_line(words: list[str]) -> str:
+    """Words as a line for this system's shell."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -191,7 +194,7 @@ def resume_command(out_dir: str | Path) -> str | None:
         is_module = words[0] == "barelm"
         words = ["-m", *words] if is_module else words[1:]
         words = ["torchrun", f"--nproc_per_node={world}", *words]
-    return shlex.join(words)
+    return shell_line(words)
 
 
 def fresh_name(out_dir: str | Path, ending: str) -> str | None:
@@ -304,12 +307,12 @@ def after_scores(net: GPT, model: str, folder: str | Path) -> dict:
     if not (Path(model) / "log.jsonl").is_file() or Path(folder) != Path(model):
         writes = net.config.causal and net.score is None and not net.config.is_seq2seq
         return {"next": command("sample.py", {"model": model}) if writes else None}
-    runs = [model]
+    runs = [str(Path(model))]
     for path in sorted(Path(model).parent.glob("*/results.json")):
         run = str(path.parent)
         if run not in runs and (path.parent / "log.jsonl").is_file():
             runs.append(run)
-    return {"next": command("report.py", {"compare": ",".join(runs[:4])})}
+    return {"next": command("report.py", {"compare": ",".join(runs[:4])}, with_recipes=False)}
 
 
 def gap_prompt(tok: Tokenizer, text: str, gap: int) -> str:

@@ -121,6 +121,8 @@ def test_the_charts_of_a_log():
     assert raw.points[-1] == (200, 4.0) and smoothed.name.startswith("training, smoothed: 4.0")
     assert validation.points == [(step, 4.5 - step / 200) for step in (50, 100, 150, 200)]
     assert validation.name == "validation: 3.5" and validation.colour != smoothed.colour
+    first = {"step": 0, "val_loss": 9.0}  # a tuning's: it counts
+    assert run_charts([first, *log_rows(200, 50)])[0].series[-1].points[0] == (0, 9.0)
     ends = {chart.span for chart in charts.values()}
     assert ends == {(1, 200)}  # below each other the same step is at the same place
     svg = picture(charts.values())

@@ -1152,8 +1152,8 @@ def generate(net: GPT, tok: Tokenizer, prompts: list, *, max_new_tokens: int = 1
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
         elif speculate:
-            options = (seed, repetition_penalty, filters, speculate, draft)
-            speculate_rows(net, tok, prompts, rows, *options)
+            settings = (seed, repetition_penalty, filters, speculate, draft)
+            speculate_rows(net, tok, prompts, rows, *settings)
         elif net.fast:
             decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:

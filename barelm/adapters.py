@@ -28,6 +28,7 @@ from barelm.tensor_names import joined, names_in_file
 from barelm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -338,7 +339,7 @@ def adapted_layers(net: GPT) -> list[tuple[str, nn.Module]]:
 # New tokens, and soft prompts made of them
 
 
-def add_tokens(net: GPT, tok: Tokenizer, names: list[str], template: str) -> Tokenizer:
+def add_tokens(net: GPT, tok: Tokenizer, names: Sequence[str], template: str) -> Tokenizer:
     """A tokenizer with more special tokens and this chat template; the network gets rows for those
     that it has none for, each the mean of the others."""
     new_tok = tok.with_added(names, {"chat_template": template})

@@ -18,7 +18,6 @@ from barelm.run import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from io import BufferedIOBase
     from types import ModuleType
     from typing import BinaryIO
 
@@ -49,7 +48,7 @@ def file_ending(path: Path | str) -> str:
     return ending
 
 
-def is_compressed(path: str) -> bool:
+def is_compressed(path: str | Path) -> bool:
     return str(path).lower().endswith(COMPRESSED)
 
 
@@ -70,7 +69,7 @@ def require_zst(where: Path | str) -> ModuleType:
     return pyarrow
 
 
-def open_compressed(path: Path | str) -> BufferedIOBase:
+def open_compressed(path: Path | str) -> Any:
     """A binary file to read, decompressed as the end of its name says."""
     ending = os.path.splitext(str(path))[1].lower()
     if ending == ".gz":
@@ -87,7 +86,7 @@ def open_compressed(path: Path | str) -> BufferedIOBase:
     return open(path, "rb")
 
 
-def open_input(path: Path | str) -> BufferedIOBase:
+def open_input(path: Path | str) -> Any:
     """A text file's bytes to read, as UTF-8 without a byte order mark, decompressed by its name.
     What such a mark says is UTF-16 or UTF-32 is read whole; a UnicodeDecodeError if it is not."""
     file = open_compressed(path)

@@ -37,7 +37,8 @@ from barelm.files import read_json
 from barelm.run import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
 
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")  # of special tokens, as in transformers
 
@@ -195,7 +196,7 @@ class Tokenizer:
         return ids
 
     def with_added(
-        self, names: list[str], config: dict[str, str] | None = None, **flags: Any
+        self, names: Sequence[str], config: dict[str, str] | None = None, **flags: Any
     ) -> Tokenizer:
         """A tokenizer like this one with more special tokens, behind its last; of these names those
         that it has already stay what they are. config: what tokenizer_config.json says anew."""

@@ -183,7 +183,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def unwritable(path: Path, error: BaseException) -> UserError:
+def unwritable(path: str | Path, error: BaseException) -> UserError:
     """A UserError for the file that an OSError names, or else path."""
     name = str(error.filename)
     name = name.removesuffix(".tmp") if name.endswith(".tmp") else path

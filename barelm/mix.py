@@ -120,7 +120,7 @@ def plan_splits(encoded: Encoded, unit_sources: list[str], weights: dict[str, in
     return plans, numbers
 
 
-def shares_of(weights: dict[str, float], available: dict[str, int], split: str) -> dict[str, float]:
+def shares_of(weights: dict, available: dict[str, int], split: str) -> dict[str, float]:
     """{source: share} of those that have tokens; a UserError for one that has none to train on."""
     empty = [name for name in weights if not available[name]]
     if split == "train" and empty:

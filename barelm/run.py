@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ class Run:
     rank: int = 0  # which process this is, 0 to world - 1
     world: int = 1  # how many there are
     progress: Progress = field(default_factory=Progress)
-    mesh: object = None  # its Mesh (barelm/mesh.py), where a script divides networks
+    mesh: Any = None  # its Mesh (barelm/mesh.py), where a script divides networks
     watch: object = None  # barelm.watch.Watch: whether the others are still there
 
     @property

@@ -11,11 +11,13 @@ barelm/operations.py, where what is only there for speed is chosen; GPT(config, 
 without. Who sees whom: barelm/patterns.py; where tokens stand: barelm/positions.py.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -44,6 +46,16 @@ from barelm.sampling import check_sampling, choose_tokens, draws, penalize
 from barelm.shapes import check_fields, check_shape
 from barelm.speculate import check_speculation, speculate_rows
 from barelm.texts import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from barelm.caches import SlotCache
+    from barelm.context_parallel import SharedWindow
+    from barelm.texts import Generation
+    from barelm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -133,33 +145,33 @@ class GPTConfig:
         check_shape(self)
 
     @property
-    def patterns(self):
+    def patterns(self) -> list[Pattern]:
         """What each block's tokens see: [Pattern]."""
         return self.patterns_of(self.n_layer, self.causal)
 
     @property
-    def encoder_patterns(self):
+    def encoder_patterns(self) -> list[Pattern]:
         return self.patterns_of(self.n_encoder_layer, causal=False)
 
-    def patterns_of(self, n_layer, causal):
+    def patterns_of(self, n_layer: int, causal: bool) -> list[Pattern]:
         letters = self.layers or ("S" if self.window else "L")
         windowed = Pattern(causal, self.attention, self.window, self.sink_tokens)
         kinds = {"S": windowed, "L": Pattern(causal)}
         return [kinds[letters[i % len(letters)]] for i in range(n_layer)]
 
     @property
-    def has_experts(self):
+    def has_experts(self) -> list[bool]:
         """Which blocks have experts: [bool]."""
         letters = self.expert_layers or "E"
         n = self.n_layer
         return [self.n_experts > 0 and letters[i % len(letters)] == "E" for i in range(n)]
 
     @property
-    def is_seq2seq(self):
+    def is_seq2seq(self) -> bool:
         return self.n_encoder_layer > 0
 
     @property
-    def is_plain(self):
+    def is_plain(self) -> bool:
         """Whether attention is softmax(q k^T / sqrt(D)) v of all that came before."""
         biased = self.pos in ("relative", "alibi") or self.softcap or self.sinks
         unusual = self.window or biased or self.is_seq2seq or not self.scale_scores
@@ -172,7 +184,7 @@ class GPT(nn.Module):
 
     fast=False computes everything as it stands in this file, to compare with."""
 
-    def __init__(self, config, fast=True):
+    def __init__(self, config: GPTConfig, fast: bool = True) -> None:
         super().__init__()
         c = config
         self.config = config
@@ -232,7 +244,7 @@ class GPT(nn.Module):
         self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
         self.quantize: str | None = None  # int8 or int4, by barelm.quantized
 
-    def init_weight(self, name, p):
+    def init_weight(self, name: str, p: Tensor) -> None:
         """Draw a parameter's first values; norms keep their ones."""
         c = self.config
         if p.ndim == 3:  # a stack of matrices, experts': each is drawn for itself
@@ -252,36 +264,36 @@ class GPT(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     @property
-    def fast(self):
+    def fast(self) -> bool:
         """Whether barelm/fast.py is used where it can be; may be set at any time."""
         return self.ops.fast
 
     @fast.setter
-    def fast(self, value):
+    def fast(self, value: bool) -> None:
         self.ops.fast = value
 
     @property
-    def deterministic(self):
+    def deterministic(self) -> bool:
         """Whether barelm/invariant.py computes, instead of both; see its `be_deterministic`."""
         return self.ops.deterministic
 
     @deterministic.setter
-    def deterministic(self, value):
+    def deterministic(self, value: bool) -> None:
         self.ops.deterministic = value
         self.ops.fast = self.ops.fast and not value
 
     @property
-    def checkpoint(self):
+    def checkpoint(self) -> int:
         """How many blocks are computed again in backward: less memory, more time."""
         return sum(block.recompute for block in self.blocks())
 
     @checkpoint.setter
-    def checkpoint(self, n):
+    def checkpoint(self, n: int | bool) -> None:
         # The first ones: when backward comes to them, what the others have kept is free again.
         for i, block in enumerate(self.blocks()):
             block.recompute = n is True or i < n
 
-    def blocks(self):
+    def blocks(self) -> list[Block | Ahead]:
         """All blocks, in the order in which they compute."""
         blocks = []
         if self.config.is_seq2seq:
@@ -292,12 +304,16 @@ class GPT(nn.Module):
         return blocks
 
     @property
-    def block(self):
+    def block(self) -> Callable:
         """What computes a block where there is no cache, in the mode that the network is in."""
         return self.train_block if self.training else self.eval_block
 
-    def hidden(self, ids, *, cache=None, n_new=None, docs=None, embeds=None, lengths=None,
-               encoder_ids=None, encoder_lengths=None, memory=None, window=None):  # fmt: skip
+    def hidden(self, ids: Tensor | None, *, cache: KVCache | SlotCache | None = None,
+               n_new: Tensor | None = None, docs: Tensor | None = None,
+               embeds: Tensor | None = None, lengths: Tensor | None = None,
+               encoder_ids: Tensor | None = None, encoder_lengths: Tensor | None = None,
+               memory: Memory | None = None,
+               window: SharedWindow | None = None) -> Tensor:  # fmt: skip
         """The final hidden states (B, T, C), normalized, of ids (B, T) int64 or embeds (B, T, C).
 
         With a cache, row b's first n_new[b] tokens (all T where n_new is None) continue that row.
@@ -335,7 +351,7 @@ class GPT(nn.Module):
             x = x[torch.arange(len(x), device=x.device)[:, None], places]  # (B, length, C)
         return self.model.norm(x)
 
-    def encode(self, ids, lengths=None):
+    def encode(self, ids: Tensor, lengths: Tensor | None = None) -> Memory:
         """Read a source, ids (B, S) int64, of which row b's first lengths[b] are real (None: all up
         to the last that is not pad_id): the Memory that `hidden` takes."""
         part = self.model.encoder
@@ -352,11 +368,11 @@ class GPT(nn.Module):
         x = self.run_blocks(part.layers, x, self.looks(part, x, positions, docs))
         return Memory(part.norm(x), mask)
 
-    def cross_kv(self, memory):
+    def cross_kv(self, memory: Memory) -> list[tuple[Tensor, Tensor]]:
         """The keys and values (B, G, S, D) that each block makes of a source: [(k, v)]."""
         return [block.cross_attn.source(memory.h) for block in self.model.layers]
 
-    def embed(self, x, positions):
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads, of the tokens' embeddings x (B, T, C)."""
         c = self.config
         if c.embed_scale:
@@ -373,7 +389,9 @@ class GPT(nn.Module):
             x = self.model.embed_norm(x)
         return F.dropout(x, c.dropout, self.training)
 
-    def looks(self, part, x, positions, docs=None, cache=None, window=None):
+    def looks(self, part: nn.Module, x: Tensor, positions: Tensor, docs: Tensor | None = None,
+              cache: KVCache | SlotCache | None = None,
+              window: SharedWindow | None = None) -> dict[Pattern, tuple]:  # fmt: skip
         """{Pattern: (the angles to turn by, the mask)} for the blocks of a part, the decoder or the
         encoder, whose tokens are at positions (B or 1, T), or are some of a window's."""
         c = self.config
@@ -406,7 +424,8 @@ class GPT(nn.Module):
             looks[pattern] = (ropes.get(theta), mask)
         return looks
 
-    def biased(self, mask, part, positions, key_positions, causal):
+    def biased(self, mask: Tensor | SparseMask | None, part: nn.Module, positions: Tensor,
+               key_positions: Tensor, causal: bool) -> Tensor | SparseMask:  # fmt: skip
         """A mask with what is added to the scores, `score_bias`."""
         c = self.config
         if not isinstance(mask, SparseMask):
@@ -418,7 +437,9 @@ class GPT(nn.Module):
         table = self.ops.of_heads(part.relative_bias.weight, 1)
         return mask._replace(table=table, buckets=buckets)
 
-    def score_bias(self, part, positions, key_positions, causal):
+    def score_bias(
+        self, part: nn.Module, positions: Tensor, key_positions: Tensor, causal: bool
+    ) -> Tensor | None:
         """What is added to the scores of queries at positions (B or 1, T) and keys at key_positions
         (B or 1, S): (B or 1, H, T, S) float32, or None."""
         c = self.config
@@ -430,7 +451,9 @@ class GPT(nn.Module):
             return relative(positions, key_positions, table, c, causal)
         return None
 
-    def run_blocks(self, blocks, x, looks, cache=None, memory=None):
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, looks: dict,
+                   cache: KVCache | SlotCache | None = None,
+                   memory: Memory | None = None) -> Tensor:  # fmt: skip
         """x (B, T, C) through the blocks."""
         source = () if memory is None else (memory.h, memory.mask)
         routing = []
@@ -453,7 +476,7 @@ class GPT(nn.Module):
             self.routing = torch.stack(routing)  # (blocks with experts, E + 3)
         return x
 
-    def logits(self, h):
+    def logits(self, h: Tensor) -> Tensor:
         """The logits (…, V) of hidden states (…, C)."""
         logits = self.ops.project(self.head_input(h), self.lm_head)
         softcap = self.config.logit_softcap
@@ -461,7 +484,7 @@ class GPT(nn.Module):
             logits = softcap * (logits.float() / softcap).tanh()
         return logits
 
-    def head_input(self, h):
+    def head_input(self, h: Tensor) -> Tensor:
         """What the head's matrix multiplies."""
         if self.config.mlm_head:
             h = self.head_norm(self.ops.gelu(self.ops.project(h, self.head_dense), "none"))
@@ -469,7 +492,8 @@ class GPT(nn.Module):
             h = h * self.config.logit_scale
         return h
 
-    def forward(self, ids, targets=None, places=None, **options):
+    def forward(self, ids: Tensor, targets: Tensor | None = None, places: Tensor | None = None,
+                **options: Any) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """logits (B, T, V); or with targets (B, T) int64, -100 meaning none, (the sum of -log p in
         nats, float32; their count). places (B, n): where in a row the targets (B, n) are, so that
         logits are made there alone. `options` are those of `hidden`. Pre-training and SFT come by
@@ -493,20 +517,21 @@ class GPT(nn.Module):
             loss = loss + self.config.mtp_weight * (ahead - self.mtp_loss)
         return loss, n_targets
 
-    def loss_of(self, h, targets):
+    def loss_of(self, h: Tensor, targets: Tensor) -> Tensor:
         """The sum of -log p of targets (B, T), by the states h (B, T, C) before each."""
         h = h.flatten(0, 1)  # (B T, C)
         head = None if self.config.logit_softcap else self.lm_head
         return self.ops.cross_entropy(h, head, targets.flatten(), self.logits, self.head_input)
 
-    def routing_loss(self):
+    def routing_loss(self) -> Tensor:
         """What the routers add to the mean loss: means over the blocks with experts."""
         c = self.config
         balance, z, _ = self.routing[:, c.n_experts :].mean(0)
         weight = c.balance_weight if c.balance == "loss" else 0.0
         return weight * balance + c.z_weight * z
 
-    def ahead(self, k, h, ids, looks, cache=None):
+    def ahead(self, k: int, h: Tensor, ids: Tensor, looks: dict,
+              cache: KVCache | SlotCache | None = None) -> Tensor:  # fmt: skip
         """The states (B, T, C) by which depth k of multi-token prediction, 0 and up, predicts the
         token k + 2 places on: from those of the depth before, h (B, T, C), `hidden`'s for the
         first, and the tokens k + 1 places on, ids (B, T)."""
@@ -518,7 +543,9 @@ class GPT(nn.Module):
             x = block(x, *looks[block.pattern], partial(cache.write, k))
         return block.norm(x)
 
-    def ahead_loss(self, h, ids, targets, docs=None):
+    def ahead_loss(
+        self, h: Tensor, ids: Tensor, targets: Tensor, docs: Tensor | None = None
+    ) -> Tensor:
         """The sum of -log p of the tokens further ahead than targets (B, T), a mean over depths;
         h (B, T, C) are the states of ids. What is behind the end of its document does not count."""
         T = ids.shape[1]
@@ -537,7 +564,9 @@ class GPT(nn.Module):
             loss = loss + self.loss_of(h, wanted)
         return loss / self.config.mtp
 
-    def make_cache(self, batch, max_len, config=None, slack=0):
+    def make_cache(
+        self, batch: int, max_len: int, config: GPTConfig | None = None, slack: int = 0
+    ) -> KVCache:
         """An empty KVCache for generation, of `batch` rows of at most max_len tokens."""
         table = self.model.embed_tokens.weight
         # A CPU attends to float32 faster than to less: it has to convert the rest.
@@ -546,8 +575,9 @@ class GPT(nn.Module):
         config = self.ops.own_heads(config or self.config)
         return KVCache(config, batch, max_len, table.device, dtype, slack, whole)
 
-    def set_score(self, labels, pooling="last", pad_id=None, *, task="classify", pooler="",
-                  bias=None):  # fmt: skip
+    def set_score(self, labels: list[str], pooling: str = "last", pad_id: int | None = None, *,
+                  task: str = "classify", pooler: str = "",
+                  bias: bool | None = None) -> None:  # fmt: skip
         """Give the network a head of so many scores: of a text (a classifier's, or a reward model's
         with its one label), of each token (task "tag"), or of each token as the start and the end
         of an answer ("span"). pooler: a layer before it, as encoders have one (`score_states`).
@@ -577,7 +607,7 @@ class GPT(nn.Module):
         self.pad_id = pad_id
         self.task = task
 
-    def scores(self, texts):
+    def scores(self, texts: list[list[int]]) -> Tensor:
         """(B, labels) float32 of texts, lists of ids: by the state of the last token that is no
         padding, as transformers finds it (the first where all are), the first one's, or the
         mean's."""
@@ -588,12 +618,12 @@ class GPT(nn.Module):
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
         return self.scores_of(ids.to(device), lengths)
 
-    def scores_of(self, ids, lengths):
+    def scores_of(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """`scores` of the first lengths (B,) tokens of each row of ids (B, T)."""
         h = self.states(ids, lengths)  # (B, T, C)
         return self.score_states(pooled(h, lengths, self.pooling))
 
-    def score_states(self, h):
+    def score_states(self, h: Tensor) -> Tensor:
         """The scores (…, labels) float32 of states h (…, C), of tokens or of whole texts."""
         if self.pooler == "tanh":  # BERT's
             h = self.score_dense(h).tanh()
@@ -601,7 +631,7 @@ class GPT(nn.Module):
             h = self.score_norm(F.gelu(self.score_dense(h)))
         return self.score(h).float()
 
-    def states(self, ids, lengths):
+    def states(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """The hidden states (B, T, C) of texts, the first lengths (B,) tokens of each row of ids
         (B, T); what stands behind them is seen by none of them. Of an encoder-decoder, its
         encoder's."""
@@ -611,7 +641,7 @@ class GPT(nn.Module):
             return self.hidden(ids)
         return self.hidden(ids, lengths=lengths)
 
-    def without_padding(self, ids):
+    def without_padding(self, ids: list[int]) -> list[int]:
         """The ids up to the last one that is no padding, and one at least."""
         end = len(ids)
         while end > 1 and ids[end - 1] == self.pad_id:
@@ -624,15 +654,15 @@ class GPT(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    def __init__(self, size, eps, ops):
+    def __init__(self, size: int, eps: float, ops: Operations) -> None:
         super().__init__(size, eps)
         self.ops = ops
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-def make_norm(c, ops):
+def make_norm(c: GPTConfig, ops: Operations) -> nn.Module:
     """The norm of a block's input or output."""
     if c.norm == "rms":
         return RMSNorm(c.n_embd, c.norm_eps, ops)
@@ -642,7 +672,9 @@ def make_norm(c, ops):
 class Attention(nn.Module):
     """Grouped-query attention: H heads of queries, G of keys and values. is_cross: to a source."""
 
-    def __init__(self, c, ops, pattern, is_cross=False):
+    def __init__(
+        self, c: GPTConfig, ops: Operations, pattern: Pattern, is_cross: bool = False
+    ) -> None:
         super().__init__()
         self.c = c
         self.ops = ops
@@ -668,13 +700,15 @@ class Attention(nn.Module):
         if c.sinks and not is_cross:
             self.sinks = nn.Parameter(torch.zeros(c.n_head))
 
-    def scoring(self):
+    def scoring(self) -> dict:
         """`options`, with the parameters among them."""
         if self.c.sinks and hasattr(self, "sinks"):
             return self.options | {"sinks": self.ops.of_heads(self.sinks)}
         return self.options
 
-    def qkv(self, x, rope=None):
+    def qkv(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k and v (B, G, T, D) of x (B, T, C)."""
         c = self.c
         B, T, _ = x.shape
@@ -692,7 +726,7 @@ class Attention(nn.Module):
         q, k = qk.transpose(1, 2).split((H, G), 1)
         return q, k, v.transpose(1, 2)
 
-    def normed(self, qk):
+    def normed(self, qk: Tensor) -> Tensor:
         """Queries and keys (B, T, H + G, D), none of them long, so that no score runs away (Henry
         et al. 2020)."""
         c = self.c
@@ -706,7 +740,8 @@ class Attention(nn.Module):
         weights = (self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1))
         return self.ops.rms_norm(qk, torch.cat(weights), c.norm_eps)  # weights (H + G, D)
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None,
+                mask: Tensor | None = None, cache: Callable | None = None) -> Tensor:  # fmt: skip
         """What each token of x (B, T, C) gathers (B, T, C). cache(k, v) stores what is new and
         returns all keys and values that may be looked at."""
         q, k, v = self.qkv(x, rope)
@@ -714,14 +749,14 @@ class Attention(nn.Module):
             k, v = cache(k, v)  # (B, G, S, D)
         return self.gather(q, k, v, mask)
 
-    def gather(self, q, k, v, mask):
+    def gather(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, C) of q (B, H, T, D), k and v (B, G, S, D)."""
         dropout = self.c.dropout if self.training else 0.0
         y = self.ops.attend(q, k, v, mask, dropout, **self.scoring())  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
         return self.ops.project(y, self.o_proj)
 
-    def source(self, memory):
+    def source(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, S, D) of a source's hidden states (B, S, C)."""
         c = self.c
         kv = self.ops.project(memory, self.k_proj, self.v_proj)
@@ -731,7 +766,8 @@ class Attention(nn.Module):
             k = self.one_normed(k, self.k_norm)
         return k, v
 
-    def cross(self, x, memory, mask, cached=None):
+    def cross(self, x: Tensor, memory: Tensor | None, mask: Tensor | None,
+              cached: Callable | None = None) -> Tensor:  # fmt: skip
         """What each token of x (B, T, C) gathers of a source's hidden states (B, S, C), or of its
         keys and values, which cached() gives."""
         c = self.c
@@ -741,14 +777,16 @@ class Attention(nn.Module):
         k, v = self.source(memory) if cached is None else cached()
         return self.gather(q, k, v, mask)
 
-    def one_normed(self, x, norm):
+    def one_normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         """x (B, heads, T, D) by q_norm or k_norm."""
         if not self.c.qk_norm_all:
             return norm(x)
         heads = x.shape[1]
         return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
 
-    def probabilities(self, x, rope=None, mask=None):
+    def probabilities(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """By how much each token of x looks at each (B, H, T, T) float32, for people to look at."""
         q, k, _ = self.qkv(x, rope)
         options = dict(self.scoring())
@@ -759,7 +797,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """What is done with each token by itself."""
 
-    def __init__(self, c, ops, n_hidden=0):
+    def __init__(self, c: GPTConfig, ops: Operations, n_hidden: int = 0) -> None:
         super().__init__()
         self.kind = c.mlp
         self.ops = ops
@@ -769,7 +807,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.n_embd, n_hidden, bias=c.bias)
         self.down_proj = nn.Linear(n_hidden, c.n_embd, bias=c.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.kind in GATED:
             gate_up = self.ops.project(x, self.gate_proj, self.up_proj)
             h = self.gated(gate_up)  # (B, T, n_hidden)
@@ -777,7 +815,7 @@ class MLP(nn.Module):
             h = activation(self.kind, self.ops.project(x, self.up_proj), self.ops)
         return self.ops.project(h, self.down_proj)
 
-    def gated(self, gate_up):
+    def gated(self, gate_up: Tensor) -> Tensor:
         """act(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
         if self.kind == "swiglu":
             return self.ops.swiglu(gate_up)
@@ -785,7 +823,7 @@ class MLP(nn.Module):
         return activation(self.kind, gate, self.ops) * up
 
 
-def make_mlp(c, ops, has_experts):
+def make_mlp(c: GPTConfig, ops: Operations, has_experts: bool) -> nn.Module:
     if not has_experts:
         return MLP(c, ops)
     from barelm.experts import make_experts  # it imports this file
@@ -797,7 +835,8 @@ class Block(nn.Module):
     """Attention, attention to a source where there is one, then an MLP, each added to x. The norms
     have Hugging Face's names: with norm_place "post" they stand behind these, and not before."""
 
-    def __init__(self, c, ops, pattern, is_first=False, has_cross=False, has_experts=False):
+    def __init__(self, c: GPTConfig, ops: Operations, pattern: Pattern, is_first: bool = False,
+                 has_cross: bool = False, has_experts: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.c = c
         self.pattern = pattern
@@ -816,8 +855,10 @@ class Block(nn.Module):
             self.cross_layernorm = make_norm(c, ops)
             self.cross_out_norm = make_norm(c, ops) if both else nn.Identity()
 
-    def forward(self, x, rope=None, mask=None, cache=None, memory=None, memory_mask=None,
-                cross=None):  # fmt: skip
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None,
+                mask: Tensor | None = None, cache: Callable | None = None,
+                memory: Tensor | None = None, memory_mask: Tensor | None = None,
+                cross: Callable | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x (B, T, C); of a block with experts also what its router did, (E + 3,) float32. memory
         (B, S, C) and its mask, or cross(), which gives its keys and values: the source."""
         y = self.self_attn(self.before(x, self.input_layernorm), rope, mask, cache)
@@ -833,17 +874,17 @@ class Block(nn.Module):
         x = self.after(x, y, self.post_attention_layernorm, self.mlp_out_norm)
         return (x, routing) if self.has_experts else x
 
-    def before(self, x, norm):
+    def before(self, x: Tensor, norm: nn.Module) -> Tensor:
         """What a part of the block reads."""
         return x if self.c.norm_place == "post" else norm(x)
 
-    def after(self, x, y, norm, out_norm):
+    def after(self, x: Tensor, y: Tensor, norm: nn.Module, out_norm: nn.Module) -> Tensor:
         """x and what a part made of it, y."""
         if self.c.norm_place == "post":
             return norm(x + self.dropout(y))
         return x + self.dropout(out_norm(y))
 
-    def dropout(self, x):
+    def dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.c.dropout, self.training)
 
 
@@ -851,7 +892,7 @@ class Ahead(Block):
     """Multi-token prediction's block (DeepSeek-AI 2024, 2.2), which looks a token further ahead
     than the one before it."""
 
-    def __init__(self, c, ops):
+    def __init__(self, c: GPTConfig, ops: Operations) -> None:
         super().__init__(c, ops, Pattern())
         self.ops = ops
         self.hidden_norm = make_norm(c, ops)
@@ -859,7 +900,7 @@ class Ahead(Block):
         self.joint_proj = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias)
         self.norm = make_norm(c, ops)
 
-    def join(self, h, e):
+    def join(self, h: Tensor, e: Tensor) -> Tensor:
         """What the block reads (B, T, C): states h (B, T, C), and embeddings e (B, T, C)."""
         x = torch.cat((self.hidden_norm(h), self.token_norm(e)), -1)
         return self.ops.project(x, self.joint_proj)
@@ -874,7 +915,9 @@ class Memory:
     mask: torch.Tensor | None = None
 
 
-def make_blocks(c, ops, patterns, is_encoder=False):
+def make_blocks(
+    c: GPTConfig, ops: Operations, patterns: list[Pattern], is_encoder: bool = False
+) -> nn.ModuleList:
     """A block for each Pattern."""
     blocks = nn.ModuleList()
     has_cross = c.is_seq2seq and not is_encoder
@@ -884,7 +927,7 @@ def make_blocks(c, ops, patterns, is_encoder=False):
     return blocks
 
 
-def pooled(h, lengths, pooling):
+def pooled(h: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     """One state for each text (B, C), of the states h (B, T, C) of its first lengths (B,) tokens:
     the "first" one's, the "last" one's, or their "mean"."""
     if pooling == "first":
@@ -895,24 +938,26 @@ def pooled(h, lengths, pooling):
     return (h * real[..., None]).sum(1) / lengths[:, None]
 
 
-def padding_apart(T, lengths, docs=None):
+def padding_apart(T: int, lengths: Tensor, docs: Tensor | None = None) -> Tensor:
     """Documents (B, T) in which what is behind the first lengths (B,) tokens is document -1."""
     numbers = torch.arange(T, device=lengths.device)
     docs = torch.zeros_like(numbers) if docs is None else docs
     return docs.where(numbers < lengths[:, None], -1)
 
 
-def call_block(block, x, rope, mask, memory=None, memory_mask=None):
+def call_block(block: Block, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None,
+               memory: Tensor | None = None,
+               memory_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """What torch.compile is given: one compiled block then serves them all."""
     return block(x, rope, mask, None, memory, memory_mask)
 
 
-def at_places(h, places):
+def at_places(h: Tensor, places: Tensor) -> Tensor:
     """The states (B, n, C) at places (B, n) of the rows of h (B, T, C)."""
     return h.gather(1, places[..., None].expand(-1, -1, h.shape[-1]))
 
 
-def logprobs(net, ids, targets):
+def logprobs(net: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """log p(targets) (B, T) float32 under net at each position of ids (B, T); 0 where -100, and
     no logits are made there."""
     wanted = targets != -100
@@ -933,7 +978,8 @@ class KVCache:
     lengths (batch,) int64 on the device; who changes them makes `even` False. slack: by so many
     tokens rows may be cut (`truncate`). whole: a ring for none."""
 
-    def __init__(self, config, batch, max_len, device, dtype, slack=0, whole=False):
+    def __init__(self, config: GPTConfig, batch: int, max_len: int, device: str | torch.device,
+                 dtype: torch.dtype, slack: int = 0, whole: bool = False) -> None:  # fmt: skip
         self.max_len = max_len
         self.patterns = config.patterns
         # What the host knows by itself, so that no step waits for the device to tell its lengths:
@@ -953,10 +999,10 @@ class KVCache:
         self.cross_mask: torch.Tensor | None = None  # (batch, 1, 1, S) bool
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return sum(store.nbytes for store in self.stores)
 
-    def extend(self, T, n_new=None):
+    def extend(self, T: int, n_new: Tensor | None = None) -> Tensor:
         """Make room for T tokens a row, of which the first n_new[b] of row b are real (None: all).
         Returns the positions of the tokens (B or 1, T)."""
         device = self.lengths.device
@@ -991,7 +1037,7 @@ class KVCache:
                 self.slots[layout] = layout.to_write(self.positions, self.lengths)
         return self.positions
 
-    def keys(self, pattern):
+    def keys(self, pattern: Pattern) -> tuple[Tensor, bool]:
         """Of what `write` returns for layers of this pattern: the positions (B or 1, S), and
         `attention_mask`'s alone."""
         layout = self.layouts[pattern]
@@ -1004,7 +1050,7 @@ class KVCache:
         before = layout.positions(self.before[:1] if self.even else self.before)
         return torch.cat((before, self.positions), 1), False
 
-    def write(self, i, k, v):
+    def write(self, i: int, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         """Store layer i's new k and v (B, G, T, D); return all that there is to look at."""
         layout = self.layouts[self.patterns[i]]
         slots = self.slots[layout]
@@ -1024,17 +1070,19 @@ class KVCache:
             return self.stores[i][:, :, :, : self.used].unbind(0)
         return seen
 
-    def set_source(self, keys_values, mask=None):
+    def set_source(
+        self, keys_values: list[tuple[Tensor, Tensor]], mask: Tensor | None = None
+    ) -> None:
         """Let each row look at a source: keys_values are `GPT.cross_kv`'s, mask is its Memory's."""
         dtype = self.stores[0].dtype
         self.source = [(k.to(dtype), v.to(dtype)) for k, v in keys_values]
         self.cross_mask = mask
 
-    def cross(self, i):
+    def cross(self, i: int) -> tuple[Tensor, Tensor]:
         """The keys and values of the source for layer i."""
         return self.source[i]
 
-    def reorder(self, rows):
+    def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was (beam search)."""
         self.stores = [store[:, rows] for store in self.stores]
         self.lengths = self.lengths[rows]
@@ -1044,7 +1092,7 @@ class KVCache:
         if self.cross_mask is not None:
             self.cross_mask = self.cross_mask[rows]
 
-    def truncate(self, lengths):
+    def truncate(self, lengths: Tensor) -> None:
         """Row b keeps its first lengths[b] tokens (a list): speculation takes back what was not
         accepted. A ring that has come round allows `slack` tokens, or all of them."""
         self.reached = self.reached.maximum(self.lengths)
@@ -1061,9 +1109,12 @@ class KVCache:
 
 
 @torch.no_grad()
-def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0, top_p=1.0,
-             min_p=0.0, repetition_penalty=1.0, seed=0, first=0, stop=(), num_beams=1,
-             speculate=0, draft=None, on_text=None):  # fmt: skip
+def generate(net: GPT, tok: Tokenizer, prompts: list, *, max_new_tokens: int = 100,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+             repetition_penalty: float = 1.0, seed: int = 0, first: int = 0,
+             stop: Sequence[str] = (), num_beams: int = 1, speculate: int = 0,
+             draft: GPT | str | None = None,
+             on_text: Callable | None = None) -> list[Generation]:  # fmt: skip
     """Continue each prompt (a text, or token ids); returns [Generation], one a prompt. For an
     encoder-decoder a prompt is a source, which is answered: as ids, its end token among them.
 
@@ -1101,8 +1152,8 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
                 for token, logprob in zip(best.ids, best.logprobs):
                     row.take(token, logprob)
         elif speculate:
-            options = (seed, repetition_penalty, filters, speculate, draft)
-            speculate_rows(net, tok, prompts, rows, *options)
+            settings = (seed, repetition_penalty, filters, speculate, draft)
+            speculate_rows(net, tok, prompts, rows, *settings)
         elif net.fast:
             decode_rows(net, tok, prompts, rows, seed, repetition_penalty, filters)
         else:
@@ -1110,7 +1161,8 @@ def generate(net, tok, prompts, *, max_new_tokens=100, temperature=1.0, top_k=0,
     return [row.out for row in rows]
 
 
-def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
+def sample_rows(net: GPT, tok: Tokenizer, prompts: list[list[int]], rows: list[Row], seed: int,
+                penalty: float, filters: dict) -> None:  # fmt: skip
     """Feed `rows` until all are done. On a GPU the host reads the tokens of step t - 1 while the
     device computes step t, so that neither waits for the other."""
     limit = max(row.limit for row in rows)
@@ -1139,7 +1191,7 @@ def sample_rows(net, tok, prompts, rows, seed, penalty, filters):
         logits = feed(net, tok, cache, tokens[:, None])
 
 
-def to_host(*tensors):
+def to_host(*tensors: Tensor) -> Callable:
     """Start copying tensors to the host; returns a function that waits for them: their lists."""
     copies = [t.to("cpu", non_blocking=True) for t in tensors]  # from a GPU: to pinned memory
     copied = None
@@ -1154,7 +1206,8 @@ def to_host(*tensors):
     return wait
 
 
-def feed(net, tok, cache, ids, n_new=None):
+def feed(net: GPT, tok: Tokenizer, cache: KVCache | SlotCache, ids: Tensor,
+         n_new: Tensor | None = None) -> Tensor:  # fmt: skip
     """The logits (B, V) float32 of what follows ids (B, T), -inf for padding of the vocabulary."""
     h = net.hidden(ids, cache=cache, n_new=n_new)  # (B, T, C)
     if n_new is None:
@@ -1164,14 +1217,16 @@ def feed(net, tok, cache, ids, n_new=None):
     return head(net, tok, h)
 
 
-def head(net, tok, h):
+def head(net: GPT, tok: Tokenizer, h: Tensor) -> Tensor:
     """The logits (…, V) float32 of hidden states, -inf for padding of the vocabulary."""
     logits = net.logits(h).float()
     logits[..., tok.n_vocab :] = -math.inf
     return logits
 
 
-def prefill(net, tok, prompts, max_len):
+def prefill(
+    net: GPT, tok: Tokenizer, prompts: list[list[int]], max_len: int
+) -> tuple[Tensor, KVCache]:
     """Feed the prompts, lists of ids, to a new cache: the logits (B, V) after each, the cache. For
     an encoder-decoder they are sources, which are read once; what is fed is the start token."""
     cache = net.make_cache(len(prompts), max_len)
@@ -1190,14 +1245,14 @@ def prefill(net, tok, prompts, max_len):
     return feed(net, tok, cache, ids, n_new), cache
 
 
-def prompt_ids(net, tok, prompt):
+def prompt_ids(net: GPT, tok: Tokenizer, prompt: str | list[int]) -> list[int]:
     """The ids of a prompt, or of a source, that is a text or ids."""
     if not isinstance(prompt, str):
         return list(prompt)
     return tok.source(prompt) if net.config.is_seq2seq else tok.prompt(prompt)
 
 
-def decoder_prompt(net, prompt):
+def decoder_prompt(net: GPT, prompt: list[int]) -> list[int]:
     """The ids that are continued: the prompt, or where it is a source the start token alone."""
     return [net.start_id] if net.config.is_seq2seq else prompt
 
@@ -1210,11 +1265,11 @@ class Beam:
     ids: list[int]
     logprobs: list[float]
 
-    def score(self):
+    def score(self) -> float:
         return sum(self.logprobs) / len(self.logprobs)
 
 
-def beam_search(net, tok, prompt, limit, num_beams):
+def beam_search(net: GPT, tok: Tokenizer, prompt: list[int], limit: int, num_beams: int) -> Beam:
     """The Beam with the best mean log p per token that a search of this width finds in `limit`
     tokens, or until num_beams continuations have ended: transformers' search with early_stopping
     and a length_penalty of 1."""

@@ -1,11 +1,18 @@
 """AdamW that steps a part of the parameters after another: torch's own function, with state in the
 host's memory, or with gradients of another dtype than the parameters."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch.optim.adamw import adamw
 
 from barelm.offload import HostMemory, load_to_host, parts_of
 from barelm.parts import gradient_part, local_part
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -16,12 +23,14 @@ class AdamWInParts(torch.optim.AdamW):
     float32, and with `offload` its two moments. Then the moments live in the host's memory; of a
     divided parameter they are this process's part, a plain tensor."""
 
-    def __init__(self, groups, lr, betas, offload=False):
+    def __init__(
+        self, groups: list, lr: float, betas: tuple[float, float], offload: bool = False
+    ) -> None:
         super().__init__(groups, lr, betas, fused=True)
         self.memory = HostMemory() if offload else None
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for part in parts_of(params, lambda p: local_part(p).numel()):
@@ -29,7 +38,7 @@ class AdamWInParts(torch.optim.AdamW):
         if self.memory is not None:
             self.memory.wait()
 
-    def step_of_part(self, params, group):
+    def step_of_part(self, params: list[nn.Parameter], group: dict) -> None:
         """A step of some parameters of a group."""
         entries = [self.entry_of(p) for p in params]
         moments = [local_part(entry[name]) for name in MOMENTS for entry in entries]
@@ -49,7 +58,7 @@ class AdamWInParts(torch.optim.AdamW):
         if self.memory is not None:
             self.memory.put_back(moments, used)
 
-    def entry_of(self, p):
+    def entry_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of a parameter; before its first step, zeros."""
         entry = self.state[p]
         if not entry:
@@ -62,7 +71,7 @@ class AdamWInParts(torch.optim.AdamW):
                 entry[name] = self.memory.keep(local_part(entry[name]))
         return entry
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         if self.memory is None:
             super().load_state_dict(state_dict)
         else:

@@ -3,12 +3,15 @@
 A network is changed in place: `choose_weights` freezes it and adds what AdaptConfig asks for,
 `merge_adapters` makes plain layers again, `save_adapter` writes the folder that PEFT reads."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import math
 import os
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -23,6 +26,15 @@ from barelm.resume import make_folder, write_weights
 from barelm.run import UserError, compute_dtype
 from barelm.tensor_names import joined, names_in_file
 from barelm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from barelm.tensor_names import TensorNames
+    from model import GPT, GPTConfig
 
 
 @dataclass
@@ -39,7 +51,7 @@ class AdaptConfig:
     prompt_tokens: int = 8
 
     @property
-    def is_lora(self):
+    def is_lora(self) -> bool:
         """Whether what is trained is LoRA's matrices, which have a folder format of their own."""
         return self.adapt in ("lora", "qlora")
 
@@ -52,7 +64,7 @@ class LoRA(nn.Module):
     """A frozen linear layer plus a product of two narrow matrices (Hu et al. 2021): y = W x +
     alpha / rank B A x. `base` is nn.Linear, or NF4Linear for QLoRA."""
 
-    def __init__(self, base, rank, alpha, dropout):
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / rank
@@ -64,16 +76,16 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # so that at the start nothing is added
 
     @property
-    def weight(self):
+    def weight(self) -> Tensor:
         """The sum (n_out, n_in), which a plain layer would have."""
         return self.base.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         narrow = self.lora_A(F.dropout(x, self.dropout, self.training))  # (B, T, rank)
         return self.base(x) + self.scale * self.lora_B(narrow)
 
 
-def add_lora(net, config):
+def add_lora(net: GPT, config: AdaptConfig) -> None:
     """Freeze the network and put LoRA around the layers that lora_targets names, in place; for
     qlora the blocks' linear layers go to 4 bits too."""
     targets = config.lora_targets.split(",")
@@ -108,13 +120,13 @@ def add_lora(net, config):
             print("note: the experts stay as they are: qlora packs linear layers")
 
 
-def is_named(name, target):
+def is_named(name: str, target: str) -> bool:
     """Whether a layer's name ends with these words: q_proj, or cross_attn.q_proj, as PEFT reads
     them."""
     return f".{name}".endswith(f".{target}")
 
 
-def return_memory():
+def return_memory() -> None:
     """Give the machine back what freed tensors took: glibc would keep it for this process."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
@@ -139,7 +151,7 @@ class NF4Linear(nn.Module):
     """A frozen linear layer in 4 bits a weight: blocks of 64 with a scale each, the scales in 8
     bits by blocks of 256 (double quantization, section 3): 4.13 bits a weight in all."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         weight = layer.weight.detach().float()
         self.bias = layer.bias
@@ -152,7 +164,7 @@ class NF4Linear(nn.Module):
         pairs = torch.cartesian_prod(NF4, NF4)  # (256, 2)
         self.register_buffer("pairs", pairs.to(weight.device))
 
-    def quantize_scales(self, scale):
+    def quantize_scales(self, scale: Tensor) -> None:
         """Keep the scales (n_blocks,) as int8, around their mean, which takes away their sign."""
         self.register_buffer("mean", scale.mean())
         padding = (0, -len(scale) % SCALE_BLOCK)
@@ -161,7 +173,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("top", top)
         self.register_buffer("scale", (groups / top * 127).round().to(torch.int8))
 
-    def quantize_blocks(self, blocks):
+    def quantize_blocks(self, blocks: Tensor) -> None:
         """Keep each weight of the blocks (n_blocks, 64) as the nearest of the 16 codes."""
         # By the scales as they will be read, rounded: the codes make up for part of their error.
         scale = self.scales()[: len(blocks), None].clamp(min=1e-30)  # a block of zeros
@@ -169,20 +181,20 @@ class NF4Linear(nn.Module):
         codes = torch.bucketize((blocks / scale).flatten(), middles).to(torch.uint8)
         self.register_buffer("codes", codes[0::2] << 4 | codes[1::2])  # two in a byte
 
-    def scales(self):
+    def scales(self) -> Tensor:
         """The scales as they are read: (n_blocks,) and what fills up the last 256."""
         return ((self.scale.float() / 127) * self.top).flatten() + self.mean
 
     @property
-    def weight(self):
+    def weight(self) -> Tensor:
         """The matrix (n_out, n_in) float32 that the codes stand for, made anew."""
         return unpacked(self.codes, self.scales(), self.pairs, self.shape, torch.float32)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x.to(compute_dtype(x))
         packed = (self.codes, self.scales(), self.pairs, self.shape)
         if torch.compiler.is_compiling():
@@ -195,7 +207,9 @@ class NF4Linear(nn.Module):
         return y + self.bias
 
 
-def unpacked(codes, scales, pairs, shape, dtype):
+def unpacked(
+    codes: Tensor, scales: Tensor, pairs: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """The matrix of this shape, (n_out, n_in), and dtype that codes (n_blocks * 32,) uint8 and
     scales (n_blocks or more,) stand for; pairs: an NF4Linear's."""
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -205,7 +219,7 @@ def unpacked(codes, scales, pairs, shape, dtype):
     return flat[: math.prod(shape)].view(shape)
 
 
-def unpack(codes, scales, pairs, dtype):
+def unpack(codes: Tensor, scales: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights (n_blocks * 64,) of `dtype`: each code's value times the scale of its block, in
     float32. Compiled, it is one kernel that reads codes and writes weights."""
     if torch.compiler.is_compiling():
@@ -220,7 +234,7 @@ def unpack(codes, scales, pairs, dtype):
 PIECE = 1 << 18  # weights: what is made between codes and weights stays in a CPU's cache
 
 
-def unpack_by_pieces(codes, scales, pairs, dtype):
+def unpack_by_pieces(codes: Tensor, scales: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
     """What `unpack` gives, two to four times as fast for a large matrix on a CPU, and with a
     piece's memory beside the result."""
     flat = torch.empty(2 * len(codes), dtype=dtype)
@@ -230,7 +244,9 @@ def unpack_by_pieces(codes, scales, pairs, dtype):
     return flat
 
 
-def product(x, codes, scales, pairs, shape):
+def product(
+    x: Tensor, codes: Tensor, scales: Tensor, pairs: Tensor, shape: tuple[int, int]
+) -> Tensor:
     """x @ weight.T (..., n_out) for x (..., n_in) and a packed weight, `unpacked`'s."""
     return x @ unpacked(codes, scales, pairs, shape, x.dtype).T
 
@@ -241,18 +257,19 @@ class Dequantized(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, codes, scales, pairs, shape):
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, pairs: Tensor,
+                shape: tuple[int, int]) -> Tensor:  # fmt: skip
         ctx.save_for_backward(codes, scales, pairs)
         ctx.shape = shape
         return product(x, codes, scales, pairs, shape)
 
     @staticmethod
-    def backward(ctx, dy):
-        weight = unpacked(*ctx.saved_tensors, ctx.shape, dy.dtype)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight = unpacked(*ctx.saved_tensors, ctx.shape, dy.dtype)  # type: ignore[call-arg]
         return dy @ weight, None, None, None, None
 
 
-def unquantize(net, full):
+def unquantize(net: GPT, full: GPT) -> None:
     """Give the layers in 4 bits back the weights that they were made of, those of the network
     `full`, in place."""
     for name, layer in list(net.named_modules()):
@@ -260,7 +277,7 @@ def unquantize(net, full):
             net.set_submodule(name, full.get_submodule(name.removesuffix(".base")))
 
 
-def merge_adapters(net):
+def merge_adapters(net: GPT) -> GPT:
     """Make plain layers of adapted and of packed ones, in place; the network is returned."""
     for name, layer in list(net.named_modules()):
         if name.endswith(".base"):  # goes with the layer around it
@@ -272,7 +289,7 @@ def merge_adapters(net):
     return net
 
 
-def plain_layer(weight, bias):
+def plain_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """nn.Linear with this weight (n_out, n_in) and bias (n_out,) or None."""
     n_out, n_in = weight.shape
     layer = nn.Linear(n_in, n_out, bias=bias is not None, device=weight.device)
@@ -288,7 +305,7 @@ def plain_layer(weight, bias):
 class Adapter(nn.Module):
     """A linear layer and a bottleneck behind it (Houlsby et al. 2019), which starts as nothing."""
 
-    def __init__(self, base, size):
+    def __init__(self, base: nn.Module, size: int) -> None:
         super().__init__()
         self.base = base
         self.down = nn.Linear(base.out_features, size, device=base.weight.device)
@@ -296,12 +313,12 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y + self.up(F.gelu(self.down(y)))
 
 
-def add_adapters(net, size):
+def add_adapters(net: GPT, size: int) -> None:
     """Put a bottleneck of this size behind each attention and each MLP, in place; of experts behind
     the shared ones alone."""
     net.adapter_size = size
@@ -309,7 +326,7 @@ def add_adapters(net, size):
         net.set_submodule(name, Adapter(layer, size))
 
 
-def adapted_layers(net):
+def adapted_layers(net: GPT) -> list[tuple[str, nn.Module]]:
     """[(name, layer)] of the linear layers that bottlenecks stand behind."""
     layers = []
     for name, layer in net.named_modules():
@@ -322,7 +339,7 @@ def adapted_layers(net):
 # New tokens, and soft prompts made of them
 
 
-def add_tokens(net, tok, names, template):
+def add_tokens(net: GPT, tok: Tokenizer, names: Sequence[str], template: str) -> Tokenizer:
     """A tokenizer with more special tokens and this chat template; the network gets rows for those
     that it has none for, each the mean of the others."""
     new_tok = tok.with_added(names, {"chat_template": template})
@@ -331,7 +348,7 @@ def add_tokens(net, tok, names, template):
     return new_tok
 
 
-def add_rows(net, vocab_size):
+def add_rows(net: GPT, vocab_size: int) -> None:
     """Give the embedding and the head `vocab_size` rows, in place: each new one is the mean."""
     n_old = net.config.vocab_size
     net.config.vocab_size = vocab_size
@@ -347,7 +364,7 @@ def add_rows(net, vocab_size):
         net.lm_head.weight = net.model.embed_tokens.weight
 
 
-def add_prompts(net, tok, n):
+def add_prompts(net: GPT, tok: Tokenizer, n: int) -> Tokenizer:
     """Add n soft prompts (Lester et al. 2021) as tokens of their own before every conversation, or
     before every source of an encoder-decoder: rows of the embedding, which alone learn, so that
     every reader of the folder has them. Returns the tokenizer that writes them."""
@@ -369,7 +386,7 @@ def add_prompts(net, tok, n):
     return new_tok
 
 
-def before_sources(tok, names):
+def before_sources(tok: Tokenizer, names: list[str]) -> Tokenizer:
     """A tokenizer like tok whose post-processor puts these special tokens before every text, and
     the end token behind it."""
     name_of = {id: name for name, id in tok.special.items()}
@@ -394,7 +411,7 @@ def before_sources(tok, names):
     return new_tok
 
 
-def special_part(name):
+def special_part(name: str) -> dict[str, dict]:
     return {"SpecialToken": {"id": name, "type_id": 0}}
 
 
@@ -402,7 +419,7 @@ def special_part(name):
 # Which weights learn, and the adapter's folder
 
 
-def choose_weights(net, config, reads_head=True):
+def choose_weights(net: GPT, config: AdaptConfig, reads_head: bool = True) -> None:
     """Freeze what does not learn, and add what AdaptConfig asks for (but the prompts: add_prompts,
     which need a tokenizer). A score always learns. reads_head: whether the loss depends on the
     language-model head, as PPO's does and that of a classifier or of vectors does not."""
@@ -425,7 +442,7 @@ def choose_weights(net, config, reads_head=True):
         )
 
 
-def freeze_head(net):
+def freeze_head(net: GPT) -> None:
     """Freeze what stands between the last hidden states and the logits; the weights of a tied head
     learn as the embedding that they are."""
     as_embedding = net.config.tie and net.model.embed_tokens.weight.requires_grad
@@ -435,7 +452,7 @@ def freeze_head(net):
     net.lm_head.weight.requires_grad_(as_embedding)
 
 
-def train_last_blocks(net, n):
+def train_last_blocks(net: GPT, n: int) -> None:
     """Freeze all but the last n blocks, the final norm and the head; with None all but the head."""
     net.requires_grad_(False)
     if n is not None:
@@ -445,7 +462,9 @@ def train_last_blocks(net, n):
     net.lm_head.requires_grad_(not net.config.tie)
 
 
-def save_adapter(folder, net, tok, base, config, step=0, state=None, is_main=True):
+def save_adapter(folder: Path, net: GPT, tok: Tokenizer, base: str, config: AdaptConfig,
+                 step: int = 0, state: dict | None = None,
+                 is_main: bool = True) -> None:  # fmt: skip
     """Write the added matrices as a PEFT adapter of the model `base` (a folder, or a name on the
     Hub), and the tokenizer; with `state` (tensors and plain values) also state.pt. Of a network
     that is divided all processes call it, and the main one writes."""
@@ -487,14 +506,14 @@ def save_adapter(folder, net, tok, base, config, step=0, state=None, is_main=Tru
     write_weights(folder / "adapter_model.safetensors", tensors, step, state)
 
 
-def task_type(c):
+def task_type(c: GPTConfig) -> str:
     """PEFT's word for what a network does; it has none for masked language modelling."""
     if c.is_seq2seq:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if c.causal else None
 
 
-def adapter_tensors(net):
+def adapter_tensors(net: GPT) -> tuple[dict[str, Tensor], dict[str, int]]:
     """({PEFT's name: matrix}, {layer as PEFT names it: rank}) of a network with LoRA. Where a
     family's file has q, k and v as one layer, their three products are one of three times the rank,
     with blocks of zeros."""
@@ -515,7 +534,7 @@ def adapter_tensors(net):
     return tensors, ranks
 
 
-def peft_target(place, kind, table):
+def peft_target(place: str, kind: str, table: TensorNames) -> str:
     """The end of a layer's name by which PEFT finds it, and no other."""
     words = place.split(".")
     if kind == "gpt2":  # it has a c_proj in attention and one in the MLP

@@ -1,12 +1,18 @@
 """Whether a token's bits depend on what else is computed: for `bench.py --check`, and for tests."""
 
+from __future__ import annotations
+
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 
 from barelm.invariant import be_deterministic
 from model import GPT, GPTConfig, KVCache, generate, logprobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHAPE = dict(vocab_size=512, n_ctx=256, n_layer=2, n_head=6, n_kv_head=2, n_embd=192)
 N_NEW = 16  # tokens of an answer
@@ -17,14 +23,16 @@ class Ids:
 
     eos_ids = ()
 
-    def __init__(self, n_vocab):
+    def __init__(self, n_vocab: int) -> None:
         self.n_vocab = n_vocab
 
-    def token_bytes(self, id):
+    def token_bytes(self, id: int) -> bytes:
         return b" "
 
 
-def batch_invariance(device, dtype=torch.float32, deterministic=True, n_rows=64, **shape):
+def batch_invariance(device: torch.device, dtype: torch.dtype = torch.float32,
+                     deterministic: bool = True, n_rows: int = 64,
+                     **shape: Any) -> dict:  # fmt: skip
     """How many of the answers of a small network, drawn for n_rows prompts of many lengths at once,
     have a token or a log-probability of other bits where its row is alone, where the trainer's
     forward pass computes it, or where it is read in chunks: {"answers": n_rows, "alone": of every
@@ -51,7 +59,7 @@ def batch_invariance(device, dtype=torch.float32, deterministic=True, n_rows=64,
     return figures
 
 
-def net_and_prompts(device, n_rows, shape):
+def net_and_prompts(device: torch.device, n_rows: int, shape: dict) -> tuple:
     """A network that prefers some tokens to others, and prompts of 1 token to the context."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -64,7 +72,9 @@ def net_and_prompts(device, n_rows, shape):
     return net.to(device), prompts
 
 
-def trainer_logprobs(net, prompts, answers):
+def trainer_logprobs(
+    net: GPT, prompts: list[list[int]], answers: list[list[int]]
+) -> list[list[float]]:
     """The log-probabilities of the answers, lists of floats, in a forward pass for gradients."""
     device = net.model.embed_tokens.weight.device
     ids = []
@@ -79,7 +89,7 @@ def trainer_logprobs(net, prompts, answers):
 
 
 @torch.no_grad()
-def chunk_logprobs(net, prompt, answer, size=37):
+def chunk_logprobs(net: GPT, prompt: list[int], answer: list[int], size: int = 37) -> Tensor:
     """The log-probabilities of an answer that is read behind its prompt, some tokens at a time."""
     table = net.model.embed_tokens.weight
     ids = torch.tensor([prompt + answer.ids], device=table.device)  # (1, T)

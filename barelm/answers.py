@@ -1,13 +1,23 @@
 """What a request is answered, in OpenAI's protocol: what the jobs tell in, JSON out. Nothing here
 knows HTTP; barelm/api.py has the way in."""
 
+from __future__ import annotations
+
 import os
 import time
+from typing import TYPE_CHECKING
 
 from barelm.texts import TextStream
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def usage(jobs):
+    from barelm.api import ServedModel
+    from barelm.jobs import Job, Token, Update
+    from barelm.tokenizer import Tokenizer
+
+
+def usage(jobs: list[Job]) -> dict:
     """The tokens of a request: of its prompts, each counted once, and of its answers."""
     # The n jobs of a prompt share one list of ids. Of these the first says what was reused.
     seen = set()
@@ -28,12 +38,12 @@ def usage(jobs):
     }
 
 
-def decode(tok, ids):
+def decode(tok: Tokenizer, ids: list[int]) -> str:
     """The text of ids without special tokens."""
     return b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
 
 
-def token_name(tok, id):
+def token_name(tok: Tokenizer, id: int) -> str:
     """A token as the protocol shows it: as its bytes where they are no whole UTF-8."""
     data = tok.shown.get(id, b"")
     try:
@@ -45,25 +55,25 @@ def token_name(tok, id):
 class CompletionAnswer:
     """The JSON of the answer to a Completion, whole or in a stream's chunks."""
 
-    def __init__(self, served, jobs):
+    def __init__(self, served: ServedModel, jobs: list[Job]) -> None:
         self.tok = served.tok
         self.head = answer_head("cmpl-", "text_completion", served.name)
         self.chunk_head = self.head  # OpenAI's chunks of a completion have no kind of their own
         self.texts = [TextStream() for _ in jobs]  # of the tokens told so far, for their places
 
-    def whole_choice(self, job, text, tokens):
+    def whole_choice(self, job: Job, text: str, tokens: list[Token]) -> dict:
         return self.choice(job, text, tokens, job.row.out.finish_reason)
 
-    def first_choices(self, jobs):
+    def first_choices(self, jobs: list[Job]) -> list:
         """What a stream begins with: of a completion, nothing."""
         return []
 
-    def new_choices(self, update):
+    def new_choices(self, update: Update) -> list[dict]:
         """What a stream tells of an Update."""
         finish_reason = update.job.row.out.finish_reason if update.done else None
         return [self.choice(update.job, update.text, update.tokens, finish_reason)]
 
-    def choice(self, job, text, tokens, finish_reason):
+    def choice(self, job: Job, text: str, tokens: list[Token], finish_reason: str | None) -> dict:
         logprobs = None  # null where none were asked for
         if tokens and job.n_alternatives is not None:
             logprobs = self.logprobs(tokens, self.texts[job.index])
@@ -74,7 +84,7 @@ class CompletionAnswer:
             "finish_reason": finish_reason,
         }
 
-    def logprobs(self, tokens, text):
+    def logprobs(self, tokens: list[Token], text: str) -> dict[str, list]:
         """OpenAI's arrays of a completion's tokens; `text` is what was told before them."""
         arrays = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
@@ -86,7 +96,7 @@ class CompletionAnswer:
             text.feed(self.tok.token_bytes(token.id))
         return arrays
 
-    def alternatives(self, name, token):
+    def alternatives(self, name: str, token: Token) -> dict[str, float]:
         """{name: log p} of the token and its alternatives; of a text's first token None."""
         if token.logprob is None:
             return None
@@ -99,21 +109,21 @@ class CompletionAnswer:
 class ChatAnswer:
     """The JSON of the answer to a Chat, whole or in a stream's chunks."""
 
-    def __init__(self, served, jobs):
+    def __init__(self, served: ServedModel, jobs: list[Job]) -> None:
         self.tok = served.tok
         self.head = answer_head("chatcmpl-", "chat.completion", served.name)
         self.chunk_head = self.head | {"object": "chat.completion.chunk"}
 
-    def whole_choice(self, job, text, tokens):
+    def whole_choice(self, job: Job, text: str, tokens: list[Token]) -> dict:
         message = {"role": "assistant", "content": text}
         return self.choice(job, "message", message, tokens, job.row.out.finish_reason)
 
-    def first_choices(self, jobs):
+    def first_choices(self, jobs: list[Job]) -> list[dict]:
         """What a stream begins with: who speaks, before the first token is there."""
         opening = {"role": "assistant", "content": ""}
         return [self.choice(job, "delta", opening) for job in jobs]
 
-    def new_choices(self, update):
+    def new_choices(self, update: Update) -> list[dict]:
         """What a stream tells of an Update."""
         job = update.job
         choices = []
@@ -126,7 +136,8 @@ class ChatAnswer:
             choices.append(self.choice(job, "delta", {}, finish_reason=finish_reason))
         return choices
 
-    def choice(self, job, key, message, tokens=(), finish_reason=None):
+    def choice(self, job: Job, key: str, message: dict[str, str], tokens: Sequence[Token] = (),
+               finish_reason: str | None = None) -> dict:  # fmt: skip
         logprobs = None
         if tokens and job.n_alternatives is not None:
             logprobs = {"content": [self.token_entry(token) for token in tokens]}
@@ -137,16 +148,16 @@ class ChatAnswer:
             "finish_reason": finish_reason,
         }
 
-    def token_entry(self, token):
+    def token_entry(self, token: Token) -> dict:
         others = [self.entry(id, logprob) for id, logprob in token.alternatives.items()]
         return self.entry(token.id, token.logprob) | {"top_logprobs": others}
 
-    def entry(self, id, logprob):
+    def entry(self, id: int, logprob: float) -> dict:
         data = list(self.tok.shown.get(id, b""))  # what a client joins where a name is no UTF-8
         return {"token": token_name(self.tok, id), "logprob": logprob, "bytes": data}
 
 
-def answer_head(prefix, kind, model_name):
+def answer_head(prefix: str, kind: str, model_name: str) -> dict:
     """What every chunk of an answer begins with."""
     return {
         "id": prefix + os.urandom(12).hex(),

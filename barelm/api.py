@@ -14,7 +14,7 @@ import json
 import random
 import time
 from dataclasses import dataclass, field, fields
-from typing import get_args
+from typing import Any, get_args
 
 from barelm.answers import decode, token_name
 from barelm.jobs import Job, Sampling, limited
@@ -53,7 +53,7 @@ class ServedModel:
     """The model that requests are answered by, and the limits of one."""
 
     name: str  # its folder's
-    tok: object  # its Tokenizer
+    tok: Any  # its Tokenizer
     max_len: int  # tokens of a prompt and its answer
     max_queue: int  # sequences of a request, at most
     seed: int | None = None  # of requests that bring none; None: another for each

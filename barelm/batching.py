@@ -3,9 +3,12 @@
 `keys` are train.py's, by name: batch_tokens, seq_len, micro_batch, optimizer and what else memory
 depends on."""
 
+from __future__ import annotations
+
 import math
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +18,12 @@ from barelm.optim import MOMENTS, memory_estimate, n_params
 from barelm.parallel import keeps_narrow
 from barelm.run import UserError
 from barelm.traffic import describe
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+    from barelm.run import Run
+    from model import GPT
 
 # Micro-batches of a step for each stage of a pipeline, where the user leaves their size open: a
 # stage then waits for less than a fifth of the time.
@@ -30,7 +39,7 @@ class Batch:
     grad_accum_steps: int  # micro-batches of a step on each process
 
 
-def divide_batch(keys, world, fits, n_stages=1):
+def divide_batch(keys: SimpleNamespace, world: int, fits: int, n_stages: int = 1) -> Batch:
     """The Batch of batch_tokens, where `fits` windows at once fit the memory of a device, and a
     pipeline of n_stages wants a micro-batch for each, and better more."""
     unit = keys.seq_len * world  # the least that gives every process a window
@@ -56,7 +65,9 @@ def divide_batch(keys, world, fits, n_stages=1):
     return Batch(share * world, device_batch_size, share // device_batch_size)
 
 
-def plan_batch(keys, net, run, dtype_used, saved):
+def plan_batch(
+    keys: SimpleNamespace, net: GPT, run: Run, dtype_used: torch.dtype, saved: dict | None
+) -> tuple[Batch, str]:
     """(Batch, a line on memory): as large micro-batches as fit, or on a resume those of before,
     whatever memory is free now: the same sums."""
     fixed, per_window = memory_estimate(
@@ -100,12 +111,12 @@ def plan_batch(keys, net, run, dtype_used, saved):
     )
 
 
-def is_narrow(keys, run):
+def is_narrow(keys: SimpleNamespace, run: Run) -> bool:
     """Whether gradients are kept in bfloat16."""
     return keys.grad_dtype == "bfloat16" and keeps_narrow(run.mesh.sizes)
 
 
-def state_saved(keys, net, run):
+def state_saved(keys: SimpleNamespace, net: GPT, run: Run) -> int:
     """Bytes of the optimizer's state that are not on this process's device, where they would be."""
     state = 4 * n_params(net) * MOMENTS.get(keys.optimizer, 2)
     if keys.offload and run.device.type == "cuda":
@@ -113,7 +124,8 @@ def state_saved(keys, net, run):
     return state * (1 - 1 / run.mesh.sizes.replica) if keys.zero else 0
 
 
-def planned_step(keys, net, run, dtype_used, batch=None):
+def planned_step(keys: SimpleNamespace, net: GPT, run: Run, dtype_used: torch.dtype,
+                 batch: Batch | None = None) -> Step:  # fmt: skip
     """A step of this run as barelm/footprint.py knows it; without a Batch, of one window."""
     n_blocks = net.config.n_layer + net.config.n_encoder_layer
     again = n_blocks if keys.checkpoint_blocks is True else int(keys.checkpoint_blocks)
@@ -135,7 +147,9 @@ def planned_step(keys, net, run, dtype_used, batch=None):
     )
 
 
-def mesh_words(keys, net, run, batch, dtype_used):
+def mesh_words(
+    keys: SimpleNamespace, net: GPT, run: Run, batch: Batch, dtype_used: torch.dtype
+) -> str:
     """Who holds what, and what travels; nothing of a single process."""
     if run.world == 1:
         return ""

@@ -4,6 +4,8 @@ Byte-level BPE, words and characters are trained here; Unigram and WordPiece by 
 `tokenizers`. All are written as Hugging Face's tokenizer.json and tokenizer_config.json.
 """
 
+from __future__ import annotations
+
 import gc
 import heapq
 import json
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import regex
 import requests
@@ -27,6 +30,9 @@ from barelm.run import UserError
 from barelm.splits import BERT_WORDS, CHARACTERS, QWEN2_SPLIT, normalize
 from barelm.token_steps import show_steps
 from barelm.tokenizer import ROLES, Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 # The kinds that are trained, and what splits text into the pieces that are counted. Qwen2's pattern
 # is ours, since every reader of tokenizer.json and of GGUF knows it.
@@ -50,7 +56,7 @@ MAX_PIECES = 20_000_000  # pieces that the library is given to count again
 MARK = " "  # a character that no piece has in GPT-2's letters
 
 
-def silent(line):
+def silent(line: str) -> None:
     """Progress that nobody sees."""
 
 
@@ -72,7 +78,7 @@ DEFAULT = TokenizerSettings()
 # Training
 
 
-def count_pieces(texts, pattern=QWEN2_SPLIT):
+def count_pieces(texts: Iterable[str], pattern: str = QWEN2_SPLIT) -> Counter:
     """{piece: how often it occurs in the texts}, as a Counter."""
     counts = Counter()
     for text in texts:
@@ -83,7 +89,9 @@ def count_pieces(texts, pattern=QWEN2_SPLIT):
     return counts
 
 
-def train_bpe(pieces, n_merges, show=silent):
+def train_bpe(
+    pieces: dict[bytes, int], n_merges: int, show: Callable = silent
+) -> list[tuple[bytes, bytes]]:
     """Byte-pair encoding (Sennrich et al. 2016) over {piece: count}, pieces being bytes. Returns
     the merges, pairs of bytes, in their order.
 
@@ -118,7 +126,7 @@ class PairTable:
     beside the places where it is made, and no others.
     """
 
-    def __init__(self, pieces):
+    def __init__(self, pieces: dict[bytes, int]) -> None:
         self.tokens = list(BYTES)  # by id
         self.merged = set()  # those of several bytes
         # All pieces in a row, -1 between them. A token's id stands at its first and at its last
@@ -140,11 +148,11 @@ class PairTable:
         # The commonest pair is first. Counts may have fallen since they were put here.
         self.heap = sorted((-n, pair) for pair, n in self.counts.items() if n > 1)
 
-    def count(self, places):
+    def count(self, places: list[int]) -> int:
         """How often the text has what stands at these places."""
         return sum(map(self.weights.__getitem__, places))
 
-    def pop_commonest(self):
+    def pop_commonest(self) -> tuple[int, int] | None:
         """The pair that occurs most often, of equals that with the lowest ids; None where none
         occurs twice."""
         while self.heap:
@@ -156,7 +164,7 @@ class PairTable:
                 heapq.heappush(self.heap, (-n, pair))
         return None
 
-    def merge(self, pair):
+    def merge(self, pair: tuple[int, int]) -> None:
         """Make the pair a token wherever it stands, and count its new neighbours."""
         a, b = pair
         new = len(self.tokens)  # its id
@@ -185,7 +193,7 @@ class PairTable:
                 self.replace((x, a), (x, new), [i - size_x for i in places])
         self.counts.pop(pair)
 
-    def replace(self, old, new, places):
+    def replace(self, old: tuple[int, int], new: tuple[int, int], places: list[int]) -> None:
         """At these places the pair `new` now stands where `old` did."""
         n = self.count(places)
         self.counts[old] -= n  # its entry in the heap is put right when it comes up
@@ -195,7 +203,7 @@ class PairTable:
             heapq.heappush(self.heap, (-n, new))
 
 
-def recover_merges(ranks):
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merges of a tiktoken encoding {bytes: rank}: the pair that each token was made of, which
     is what the merges of lower ranks leave of its bytes."""
     merges = []
@@ -213,7 +221,7 @@ def recover_merges(ranks):
     return merges
 
 
-def repeated(counts, mark=""):
+def repeated(counts: dict[str, int], mark: str = "") -> Iterator[str]:
     """Each piece as often as it was counted: the library's trainers count by themselves. Of more
     than MAX_PIECES a smaller text, in which the shares are the same. mark: is put behind the first
     of those that occur more than once."""
@@ -227,7 +235,7 @@ def repeated(counts, mark=""):
         yield from repeat(piece, n)
 
 
-def train_unigram(counts, n_tokens):
+def train_unigram(counts: Counter, n_tokens: int) -> dict[str, float]:
     """Unigram (Kudo 2018, section 3.2) over {piece: count}: {token: log-probability}, tokens being
     bytes in GPT-2's letters, all single bytes first, then the likeliest."""
     tokenizers = import_tokenizers("--tokenizer=unigram")
@@ -266,7 +274,7 @@ def train_unigram(counts, n_tokens):
     return {token: scores[token] for token in tokens[:n_tokens]}
 
 
-def train_wordpiece(counts, n_tokens):
+def train_wordpiece(counts: Counter, n_tokens: int) -> list[str]:
     """WordPiece's tokens, ## before those within a word, from {word: count}: merges by count, as
     the library trains them. Of the characters the commonest are taken, a quarter of n_tokens at
     most, and words with another teach nothing: they become unknown."""
@@ -297,7 +305,7 @@ def train_wordpiece(counts, n_tokens):
 
 
 @contextmanager
-def no_garbage_collection():
+def no_garbage_collection() -> Iterator[None]:
     """It would walk a million lists again and again, and none is in a cycle."""
     gc.disable()
     try:
@@ -306,7 +314,8 @@ def no_garbage_collection():
         gc.enable()
 
 
-def train_tokenizer(kind, counts, size, settings=DEFAULT, show=silent):
+def train_tokenizer(kind: str, counts: Counter, size: int, settings: TokenizerSettings = DEFAULT,
+                    show: Callable = silent) -> Tokenizer:  # fmt: skip
     """A tokenizer of a kind in PATTERNS with `size` tokens, or fewer where the text has no more,
     from {piece of the kind's pattern: count}. Only `char` takes whatever there is."""
     room = size - len(special_names(settings, kind))  # tokens beside the special ones
@@ -332,14 +341,14 @@ def train_tokenizer(kind, counts, size, settings=DEFAULT, show=silent):
 # tokenizer.json and tokenizer_config.json
 
 
-def role_tokens(settings):
+def role_tokens(settings: TokenizerSettings) -> dict[str, str]:
     """{role: its special token} of a tokenizer made here: of special_tokens the first is bos and
     the end token and the second pads, where `roles` names no others."""
     start, pad = settings.special_tokens[:2]
     return {"bos": start, "eos": start, "pad": pad} | (settings.roles or {})
 
 
-def check_role_names(settings):
+def check_role_names(settings: TokenizerSettings) -> None:
     """Refuse `roles` that name no role of a token, or no token."""
     roles = settings.roles or {}
     for role, token in roles.items():
@@ -349,7 +358,7 @@ def check_role_names(settings):
             raise UserError(f"roles={roles}: {role}: expected the name of a token")
 
 
-def special_names(settings, kind="bpe"):
+def special_names(settings: TokenizerSettings, kind: str = "bpe") -> list[str]:
     """The special tokens of a tokenizer made here, in the order of their ids. A kind that has
     words has one for all others."""
     names = []
@@ -360,7 +369,7 @@ def special_names(settings, kind="bpe"):
     return list(dict.fromkeys(names))  # each once
 
 
-def normalizer_names(settings):
+def normalizer_names(settings: TokenizerSettings) -> list[str]:
     """The names in tokenizer.json of what `normalize` asks for, in the order of their work."""
     asked = [name.strip() for name in settings.normalize.split(",")]
     for name in asked:
@@ -370,22 +379,24 @@ def normalizer_names(settings):
     return [NORMALIZERS[name] for name in NORMALIZERS if name in asked]
 
 
-def normal_text(text, settings=DEFAULT):
+def normal_text(text: str, settings: TokenizerSettings = DEFAULT) -> str:
     """A text as a tokenizer with these settings is fed it."""
     return normalize(text, normalizer_names(settings))
 
 
-def spell(token):
+def spell(token: bytes) -> str:
     """A token of bytes in GPT-2's letters, as tokenizer.json has it."""
     return "".join(map(LETTERS.__getitem__, token))
 
 
-def numbered(tokens):
+def numbered(tokens: list[str]) -> dict[str, int]:
     """{token: id}, the ids being their places."""
     return dict(zip(tokens, range(len(tokens))))
 
 
-def bpe_tokenizer(merges, settings=DEFAULT):
+def bpe_tokenizer(
+    merges: list[tuple[bytes, bytes]], settings: TokenizerSettings = DEFAULT
+) -> Tokenizer:
     """A byte-level BPE tokenizer: bytes, merges, special tokens, with ids in this order."""
     spelled = [[spell(left), spell(right)] for left, right in merges]
     tokens = [spell(byte) for byte in BYTES]
@@ -397,7 +408,7 @@ def bpe_tokenizer(merges, settings=DEFAULT):
     return byte_level_tokenizer(body, QWEN2_SPLIT, special, settings)
 
 
-def unigram_tokenizer(scores, settings=DEFAULT):
+def unigram_tokenizer(scores: dict[str, float], settings: TokenizerSettings = DEFAULT) -> Tokenizer:
     """A Unigram tokenizer over bytes, from {token in GPT-2's letters: log-probability}."""
     special = special_ids(scores, special_names(settings))
     pairs = [[token, score] for token, score in scores.items()]
@@ -405,7 +416,9 @@ def unigram_tokenizer(scores, settings=DEFAULT):
     return byte_level_tokenizer(body, QWEN2_SPLIT, special, settings)
 
 
-def byte_level_tokenizer(body, split, special, settings):
+def byte_level_tokenizer(
+    body: dict, split: str, special: dict[str, int], settings: TokenizerSettings
+) -> Tokenizer:
     """A tokenizer of bytes with this model, text being split by a pattern."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     level |= {"use_regex": False}
@@ -413,12 +426,14 @@ def byte_level_tokenizer(body, split, special, settings):
     return tokenizer_files(body, steps, level, special, settings)
 
 
-def char_tokenizer(characters, settings=DEFAULT):
+def char_tokenizer(characters: Counter | str, settings: TokenizerSettings = DEFAULT) -> Tokenizer:
     """One token a character; a character that training text lacks becomes the unknown token."""
     return word_tokenizer(sorted(characters), CHARACTERS, settings)
 
 
-def word_tokenizer(words, split, settings=DEFAULT):
+def word_tokenizer(
+    words: list[str], split: str, settings: TokenizerSettings = DEFAULT
+) -> Tokenizer:
     """A token for each of the words, which are pieces of a split pattern."""
     vocab = numbered(words)
     special = special_ids(vocab, special_names(settings, "word"))
@@ -427,7 +442,7 @@ def word_tokenizer(words, split, settings=DEFAULT):
     return tokenizer_files(body, split_step(split), {"type": "Fuse"}, special, settings)
 
 
-def wordpiece_tokenizer(tokens, settings=DEFAULT):
+def wordpiece_tokenizer(tokens: list[str], settings: TokenizerSettings = DEFAULT) -> Tokenizer:
     """A WordPiece tokenizer (BERT's): words and punctuation marks, white space being lost."""
     vocab = numbered(tokens)
     special = special_ids(vocab, special_names(settings, "wordpiece"))
@@ -439,17 +454,17 @@ def wordpiece_tokenizer(tokens, settings=DEFAULT):
     return tokenizer_files(body, steps, decoder, special, settings)
 
 
-def split_step(pattern):
+def split_step(pattern: str) -> dict:
     """The pre-tokenizer that makes each match of a pattern a piece."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def unknown_token(settings, special):
+def unknown_token(settings: TokenizerSettings, special: dict[str, int]) -> str:
     """The token that stands for what a tokenizer has none for, or None."""
     return role_tokens(settings).get("unk", UNKNOWN if UNKNOWN in special else None)
 
 
-def special_ids(vocab, names):
+def special_ids(vocab: dict, names: list[str]) -> dict[str, int]:
     """{special token: id}: behind the vocabulary."""
     special = {name: id for id, name in enumerate(names, len(vocab))}
     both = vocab.keys() & special.keys()
@@ -459,7 +474,8 @@ def special_ids(vocab, names):
     return special
 
 
-def tokenizer_files(body, pre_tokenizer, decoder, special, settings):
+def tokenizer_files(body: dict, pre_tokenizer: dict, decoder: dict, special: dict[str, int],
+                    settings: TokenizerSettings) -> Tokenizer:  # fmt: skip
     """tokenizer.json and tokenizer_config.json, as a Tokenizer. body: the model's part of the
     file; special {name: id}. With <|im_start|> and <|im_end|> it has ChatML's chat template."""
     roles = role_tokens(settings)
@@ -492,7 +508,7 @@ def tokenizer_files(body, pre_tokenizer, decoder, special, settings):
     return Tokenizer(spec, config)
 
 
-def bos_first(bos, id):
+def bos_first(bos: str, id: int) -> dict:
     """The post-processor of tokenizer.json that puts bos before a text, and before each of two."""
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -505,7 +521,7 @@ def bos_first(bos, id):
 # Tokenizers that are there already
 
 
-def finished_tokenizer(name, settings=DEFAULT):
+def finished_tokenizer(name: str, settings: TokenizerSettings = DEFAULT) -> Tokenizer | None:
     """The tokenizer that prepare.py's key `tokenizer` names: bytes, tiktoken's, or a folder's; None
     where it is to be trained on the text."""
     if name in BY_LIBRARY:
@@ -522,7 +538,7 @@ def finished_tokenizer(name, settings=DEFAULT):
     return with_own_names(tok, name)
 
 
-def tiktoken_tokenizer(name, settings=DEFAULT):
+def tiktoken_tokenizer(name: str, settings: TokenizerSettings = DEFAULT) -> Tokenizer | None:
     """A named tiktoken encoding, with the special tokens that it lacks added behind."""
     if name not in tiktoken.list_encoding_names():
         names = ", ".join([*sorted([*PATTERNS, "byte"]), *tiktoken.list_encoding_names()])
@@ -547,7 +563,7 @@ def tiktoken_tokenizer(name, settings=DEFAULT):
     return byte_level_tokenizer(body, split, special, settings)
 
 
-def with_own_names(tok, folder):
+def with_own_names(tok: Tokenizer, folder: str | Path) -> Tokenizer:
     """A folder's tokenizer with bos and the end token named in tokenizer_config.json, all that a
     dataset keeps of what says them: some folders have them in config.json alone. A tokenizer that
     has no end token ends a text with bos, so that generation stops there."""
@@ -570,7 +586,7 @@ def with_own_names(tok, folder):
 COLOURS = [f"\x1b[30;48;5;{n}m%s\x1b[0m" for n in (152, 223, 182)]
 
 
-def show_tokens(tok, text):
+def show_tokens(tok: Tokenizer, text: str) -> None:
     """Print a text's tokens, on alternating colours or with bars between them, their ids, the steps
     that made them, and what the vocabulary is made of. What is no text or not to be seen is
     escaped."""
@@ -590,13 +606,13 @@ def show_tokens(tok, text):
     show_vocabulary(tok)
 
 
-def visible(tok, id):
+def visible(tok: Tokenizer, id: int) -> str:
     """A token as it can be printed on one line, special ones by their names."""
     text = tok.shown.get(id, b"").decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def show_vocabulary(tok):
+def show_vocabulary(tok: Tokenizer) -> None:
     """Print how many tokens there are, which are special, and how many there are of each length."""
     sizes = {id: len(token) for id, token in sorted(tok.bytes.items()) if token}
     counts = Counter(sizes.values())

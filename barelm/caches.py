@@ -6,12 +6,25 @@ the layers of a pattern, and `attention_mask`'s alone. `cross` and `cross_mask` 
 encoder-decoder's: what it made of its source.
 """
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
 from barelm.graphs import one_line
 from barelm.layouts import layout_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from torch import Tensor
+
+    from barelm.decode import Decoder
+    from barelm.layouts import Layout
+    from barelm.patterns import Pattern
+    from model import GPTConfig
 
 
 class Group:
@@ -19,7 +32,8 @@ class Group:
     (2, layers, n_slots, G, S + 1, D): one place more than layout.n, for writes that belong to no
     token."""
 
-    def __init__(self, layout, layers, c, n_slots, device, dtype):
+    def __init__(self, layout: Layout, layers: list[int], c: GPTConfig, n_slots: int,
+                 device: torch.device, dtype: torch.dtype) -> None:  # fmt: skip
         self.layout = layout
         self.layers = layers
         n = layout.n + 1
@@ -35,7 +49,8 @@ class Stores:
     """Keys and values of all layers, in Groups. of_pattern: {Pattern: Group}; of_layer: of each
     layer its Group and its number there."""
 
-    def __init__(self, c, n_slots, max_len, device, dtype, slack=0, whole=False):
+    def __init__(self, c: GPTConfig, n_slots: int, max_len: int, device: torch.device,
+                 dtype: torch.dtype, slack: int = 0, whole: bool = False) -> None:  # fmt: skip
         layers = {}  # {Layout: numbers}
         layouts = [layout_for(pattern, max_len, slack, whole) for pattern in c.patterns]
         for i, layout in enumerate(layouts):
@@ -52,25 +67,25 @@ class Stores:
         self.has_rings = any(not layout.whole for layout in layouts)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return sum(group.store.nbytes for group in self.groups)
 
-    def copy(self, to, source, length):
+    def copy(self, to: int, source: int, length: int) -> None:
         """Slot `to` gets the first `length` tokens of another, of a ring all that it has."""
         for group in self.groups:
             n = length if group.layout.whole else group.layout.n
             group.store[:, :, to, :, :n] = group.store[:, :, source, :, :n]
 
-    def wipe(self, slot):
+    def wipe(self, slot: int) -> None:
         for group in self.groups:
             group.store[:, :, slot] = 0
 
-    def can_cut(self, length, reached):
+    def can_cut(self, length: int, reached: int) -> bool:
         """Whether a row that has had `reached` tokens may go on behind its first `length`: once its
         ring has come round it is continued, not begun anew from somewhere before."""
         return all(group.layout.can_cut(length, reached) for group in self.groups)
 
-    def by_layer(self, tensors_of):
+    def by_layer(self, tensors_of: Callable) -> Sequence:
         """tensors_of(Group), (2, layers, …), as a list for all layers, k's and then v's: few calls,
         where a token's time goes to calls."""
         if len(self.groups) == 1:
@@ -88,13 +103,16 @@ class Source:
     """What each slot's source was made into by an encoder-decoder: store (2, n_layer, n_slots, G,
     max_source, D); lengths (n_slots,), in tokens."""
 
-    def __init__(self, c, n_slots, max_source, device, dtype):
+    def __init__(self, c: GPTConfig, n_slots: int, max_source: int, device: torch.device,
+                 dtype: torch.dtype) -> None:  # fmt: skip
         shape = (2, c.n_layer, n_slots, c.n_kv_head, max_source, c.head_dim)
         self.store = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(n_slots, dtype=torch.int64, device=device)
         self.places = torch.arange(max_source, device=device)
 
-    def write(self, rows, cross_kv, lengths):
+    def write(
+        self, rows: slice | Tensor, cross_kv: list[tuple[Tensor, Tensor]], lengths: Tensor
+    ) -> None:
         """Keep `GPT.cross_kv`'s [(k, v)] (B, G, S, D) for the rows, whose sources have lengths
         (B,)."""
         for i, kv in enumerate(cross_kv):
@@ -106,7 +124,7 @@ class Source:
 class SlotCache:
     """What is common to all: some rows of a Decoder. n_source: places of its Source to look at."""
 
-    def __init__(self, decoder, rows, n_source=0):
+    def __init__(self, decoder: Decoder, rows: slice | Tensor, n_source: int = 0) -> None:
         self.stores = decoder.stores
         self.positions = decoder.positions
         self.rows = rows
@@ -117,7 +135,7 @@ class SlotCache:
             n_tokens = decoder.source.lengths[rows][:, None]  # (B, 1)
             self.cross_mask = (decoder.source.places[:n_source] < n_tokens)[:, None, None]
 
-    def cross(self, i):
+    def cross(self, i: int) -> Tensor:
         """Layer i's keys and values (B, G, n_source, D) of the source."""
         return self.source.store[:, i, self.rows, :, : self.n_source]
 
@@ -126,7 +144,8 @@ class ChunkCache(SlotCache):
     """T tokens for each of the rows, all of which have `begin` tokens. lengths: how many tokens of
     each row are real. Padding is written too where the place is free again; nobody looks at it."""
 
-    def __init__(self, decoder, rows, begin, lengths, n_source=0):
+    def __init__(self, decoder: Decoder, rows: slice | Tensor, begin: int, lengths: list[int],
+                 n_source: int = 0) -> None:  # fmt: skip
         super().__init__(decoder, rows, n_source)
         self.begin = begin
         self.slots = {}  # of each ring: (rows (B, 1), ':', places (B, T))
@@ -134,7 +153,7 @@ class ChunkCache(SlotCache):
             self.numbers = decoder.numbers[rows][:, None]
             self.ends = decoder.to_device([begin + n for n in lengths])  # (B,)
 
-    def extend(self, T, n_new=None):
+    def extend(self, T: int, n_new: Tensor | None = None) -> Tensor:
         self.end = self.begin + T
         positions = self.positions[:, self.begin : self.end]
         for group in self.stores.groups:
@@ -143,7 +162,7 @@ class ChunkCache(SlotCache):
                 self.slots[group] = (self.numbers, slice(None), places)
         return positions
 
-    def keys(self, pattern):
+    def keys(self, pattern: Pattern) -> tuple[Tensor, bool]:
         if self.begin == 0:
             return self.positions[:, : self.end], True
         layout = self.stores.of_pattern[pattern].layout
@@ -152,7 +171,7 @@ class ChunkCache(SlotCache):
         before = layout.positions(self.positions[0, self.begin : self.begin + 1])  # (1, S)
         return torch.cat((before, self.positions[:, self.begin : self.end]), 1), False
 
-    def write(self, i, k, v):
+    def write(self, i: int, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         group, j = self.stores.of_layer[i]
         if not group.layout.whole:
             return self.write_ring(group, j, k, v)
@@ -163,7 +182,7 @@ class ChunkCache(SlotCache):
             return k, v
         return store[:, j, self.rows, :, : self.end]
 
-    def write_ring(self, group, j, k, v):
+    def write_ring(self, group: Group, j: int, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         """The new tokens take the places of old ones, at which they look once more."""
         seen = []
         for stored, new in zip(group.store[:, j], (k, v)):  # stored (n_slots, G, S + 1, D)
@@ -179,7 +198,7 @@ class ChunkCache(SlotCache):
 class PackedCache(SlotCache):
     """Whole prompts one after the other in one row. slots (N,): whose each token is."""
 
-    def __init__(self, decoder, slots, lengths):
+    def __init__(self, decoder: Decoder, slots: Tensor, lengths: list[int]) -> None:
         super().__init__(decoder, slots)
         positions = torch.cat([torch.arange(n) for n in lengths])
         ends = torch.cat([torch.full((n,), n) for n in lengths])
@@ -189,10 +208,10 @@ class PackedCache(SlotCache):
             places = places.to(slots.device, non_blocking=True)
             self.index[group] = (slots, slice(None), places)
 
-    def extend(self, T, n_new=None):
+    def extend(self, T: int, n_new: Tensor | None = None) -> Tensor:
         return torch.arange(T, device=self.rows.device)[None]
 
-    def write(self, i, k, v):
+    def write(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         group, j = self.stores.of_layer[i]
         for stored, new in zip(group.store[:, j], (k, v)):
             # Two indices with a slice between them give (N, G, D).
@@ -205,7 +224,8 @@ class StepCache(SlotCache):
     most, with the new one. even: all rows hold so many tokens, and all grow. flash: `attend`
     looks."""
 
-    def __init__(self, decoder, rows, used, even=None, n_source=0, flash=False):
+    def __init__(self, decoder: Decoder, rows: slice | Tensor, used: int, even: int | None = None,
+                 n_source: int = 0, flash: bool = False) -> None:  # fmt: skip
         super().__init__(decoder, rows, n_source)
         self.n_layer = self.stores.n_layer
         self.used = used
@@ -234,24 +254,24 @@ class StepCache(SlotCache):
             queries = decoder.positions[0, : len(self.lengths) + 1]
             self.begins = (queries.int(), (queries * (decoder.max_len + 1)).int())
 
-    def looked_at(self, group):
+    def looked_at(self, group: Group) -> Tensor:
         """The places that may hold a token, of the rows where these are a slice, else of all."""
         n = group.layout.n + 1 if self.flash else group.layout.first(self.used)  # whole rows
         if isinstance(self.rows, slice):
             return group.store[:, :, self.rows, :, :n]
         return group.store[..., :n, :]
 
-    def new_places(self, group):
+    def new_places(self, group: Group) -> Tensor:
         """Where the new token of even rows goes."""
         place = group.layout.place_of(self.even)
         return group.store[:, :, self.rows, :, place : place + 1]
 
-    def extend(self, T, n_new=None):
+    def extend(self, T: int, n_new: Tensor | None = None) -> Tensor:
         if self.even is not None:
             return self.positions[:, self.even : self.even + 1]
         return self.lengths[:, None]
 
-    def keys(self, pattern):
+    def keys(self, pattern: Pattern) -> tuple[Tensor, bool]:
         layout = self.stores.of_pattern[pattern].layout
         in_order = self.even is not None and layout.in_order(pattern, self.used)
         if layout.whole:
@@ -259,7 +279,7 @@ class StepCache(SlotCache):
         key_positions = layout.positions(self.ends)[:, : layout.first(self.used)]
         return key_positions, in_order  # alone, the new token has nothing behind it
 
-    def write(self, i, k, v):
+    def write(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         group, _ = self.stores.of_layer[i]
         for j, new in ((i, k), (i + self.n_layer, v)):
             if self.even is not None:
@@ -272,7 +292,7 @@ class StepCache(SlotCache):
             return k, v
         return k[self.rows], v[self.rows]
 
-    def attend(self, q, k, v, mask):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """FlashAttention (Dao 2023) of q (B, H, 1, D) to what each row holds; k and v (B, G, S, D)
         are all places of the rows, of which no more is read. `flash_agrees` compares it with the
         attention by a mask."""
@@ -286,11 +306,11 @@ class StepCache(SlotCache):
         return y[:, :, None].to(q.dtype)
 
 
-def store_of(group):
+def store_of(group: Group) -> Tensor:
     return group.store
 
 
-def list_of(store):
+def list_of(store: Tensor) -> tuple[Tensor, ...]:
     """(2, n_layer, …) as a list of 2 n_layer tensors, in the same memory."""
     return store.flatten(0, 1).unbind(0)
 
@@ -298,7 +318,7 @@ def list_of(store):
 PACK = 2048  # tokens of a packed row, whose mask has the square of them
 
 
-def pays_to_pack(c, lengths):
+def pays_to_pack(c: GPTConfig, lengths: Collection[int]) -> bool:
     """Whether prompts of these lengths are read faster packed, where each token is held against all
     of its row, than as rows padded to the longest: by the products of both."""
     linear = 6 * c.n_embd  # of a token, in units of 2 C: those of a token with another
@@ -309,7 +329,7 @@ def pays_to_pack(c, lengths):
     return packed < len(lengths) * longest * (linear + longest)
 
 
-def packs(lengths):
+def packs(lengths: dict[int, int]) -> list[list[int]]:
     """{slot: length of its prompt} as lists of slots, each of which has at most PACK tokens, or one
     prompt."""
     groups = []
@@ -323,7 +343,7 @@ def packs(lengths):
     return groups
 
 
-def flash_agrees(decoder):
+def flash_agrees(decoder: Decoder) -> bool:
     """Whether `StepCache.attend` computes here what the attention by the mask does, in each layer
     of the decoder's network, of numbers drawn into some rows of its empty store. It is asked of
     networks that are c.is_plain."""

@@ -1,8 +1,11 @@
 """The thread that owns a network, and does one after another what others ask of it."""
 
+from __future__ import annotations
+
 import threading
 from collections import deque
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,8 +13,16 @@ from barelm.fast import generating
 from barelm.metrics import Metrics
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
-def no_gradients(net):
+    from barelm.jobs import Job
+    from barelm.mirror import Mirror
+    from model import GPT
+
+
+def no_gradients(net: GPT) -> AbstractContextManager:
     """The context in which a network generates: no tensor can learn. A DTensor, of which this
     process has a part, is not made in inference mode."""
     return torch.inference_mode() if net.ops.heads is None else torch.no_grad()
@@ -21,7 +32,7 @@ class Caller(threading.Thread):
     """A network that continues no text, such as an encoder: it is called, and no more. What else a
     server asks of its engine is empty here."""
 
-    def __init__(self, net, mirror=None):
+    def __init__(self, net: GPT, mirror: Mirror | None = None) -> None:
         super().__init__(daemon=True)
         self.net = net
         self.mirror = mirror  # of several processes that compute together: barelm/mirror.py
@@ -34,7 +45,7 @@ class Caller(threading.Thread):
         self.stopped = False
         self.wake = threading.Condition()
 
-    def call(self, f, *args):
+    def call(self, f: Callable, *args: object) -> Future:
         """A Future of f(*args), called between two steps: for whoever else needs the network."""
         future = Future()
         with self.wake:
@@ -54,17 +65,17 @@ class Caller(threading.Thread):
     def forget(self):
         """The network has other weights: what was computed of the old ones is used no more."""
 
-    def cancel(self, jobs):
+    def cancel(self, jobs: list[Job]) -> None:
         """Nobody waits for these any more; there are none."""
 
-    def stop(self):
+    def stop(self) -> None:
         """End the thread after its step: Python may not end while torch computes."""
         with self.wake:
             self.stopped = True
             self.wake.notify()
         self.join()
 
-    def run(self):
+    def run(self) -> None:
         with generating(self.net), no_gradients(self.net):
             while True:
                 with self.wake:
@@ -77,7 +88,7 @@ class Caller(threading.Thread):
                 else:
                     answer(*self.idle_calls.popleft())
 
-    def answer_call(self, future, f, args):
+    def answer_call(self, future: Future, f: Callable, args: tuple) -> None:
         if self.mirror is None:
             answer(future, f, args)
         else:

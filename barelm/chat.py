@@ -4,6 +4,8 @@
 of the assistants in it are what {% generation %} marks in the template, where it does
 (`marked_spans`); else `TurnFinder` finds them by what the template writes of parts of it."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from barelm.render import render_template
 from barelm.run import UserError
@@ -34,7 +37,7 @@ class TemplateRefusal(UserError):
 # Special tokens in what people say, and marks in what a template writes
 
 
-def veiled(value, veil):
+def veiled(value: Any, veil: Callable) -> Any:
     """The value, with `veil` applied to every text in it."""
     if isinstance(value, str):
         return veil(value)
@@ -45,13 +48,13 @@ def veiled(value, veil):
     return value
 
 
-def marks_answers(template):
+def marks_answers(template: str) -> bool:
     """Whether a chat template has {% generation %}, other than in a comment."""
     program = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
     return re.search(r"\{%[-+]?\s*generation\b", program) is not None
 
 
-def marked_spans(text, begin, end):
+def marked_spans(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without the two marks, and [(from, to)] of what was between them."""
     spans, pieces = [], []
     place = 0  # in the text without marks
@@ -72,7 +75,7 @@ def marked_spans(text, begin, end):
 # Who says what: the turns of a rendered conversation
 
 
-def common(a, b):
+def common(a: str, b: str) -> int:
     """How many characters two texts have in common at their beginning."""
     return len(os.path.commonprefix([a, b]))
 
@@ -114,7 +117,7 @@ class TurnFinder:
     messages: list[dict]
     text: str
 
-    def span(self, i):
+    def span(self, i: int) -> tuple[int, int] | None:
         """(from, to) of message i in the text."""
         begin = self.begin(i)
         end = self.end(i)
@@ -126,7 +129,7 @@ class TurnFinder:
         following = self.ends.match(self.text, end)  # an end token that belongs to the next header
         return begin, following.end() if following else end
 
-    def refusal(self, why):
+    def refusal(self, why: str) -> TemplateRefusal:
         return TemplateRefusal(
             f"the chat template {why}: no loss mask fits it "
             "({% generation %} around the answers in the template would mark them)"
@@ -134,7 +137,7 @@ class TurnFinder:
 
     # Where a turn begins
 
-    def begin(self, i):
+    def begin(self, i: int) -> int | None:
         """Where message i begins."""
         prompted = None
         try:
@@ -152,7 +155,7 @@ class TurnFinder:
                 return len(prompted)
             raise
 
-    def is_asked(self, i, prompted):
+    def is_asked(self, i: int, prompted: str) -> bool:
         """Whether the template has a generation prompt before message i; prompted: what it writes
         of the messages before it, asked for one."""
         if i == 0:
@@ -161,7 +164,7 @@ class TurnFinder:
             return True  # its header may end as a prompt would, so that there is no difference
         return prompted != self.render(self.messages[:i])
 
-    def prompt_behind(self, i):
+    def prompt_behind(self, i: int) -> tuple[int, int] | None:
         """(from, to) of the generation prompt before message i, by what follows the content of
         message i - 1."""
         before = self.messages[:i]
@@ -179,7 +182,7 @@ class TurnFinder:
             raise self.refusal("writes another header before an answer than it asks for one with")
         return here + prompt_at, here + size
 
-    def begin_unasked(self, i):
+    def begin_unasked(self, i: int) -> int | None:
         """Where message i begins, to which nothing asks: by the prompt that there is where a
         question is put before it."""
         other = self.with_question(i)
@@ -205,7 +208,7 @@ class TurnFinder:
 
     # Where a turn ends
 
-    def end(self, i, unasked=True):
+    def end(self, i: int, unasked: bool = True) -> int | None:
         """Where message i ends: where the text of the conversation up to it does, or, if that is
         written in another way, behind what then follows its content. unasked: a conversation that
         the template refuses may be tried with a question more."""
@@ -234,7 +237,7 @@ class TurnFinder:
             return end_token.end()
         raise self.refusal("ends an answer in another way once there is a next turn")
 
-    def footer_before_prompt(self, i):
+    def footer_before_prompt(self, i: int) -> str | None:
         """What follows the content of message i where a generation prompt comes next, without that
         prompt, which is the one behind the last question before it."""
         questions = [k for k in range(i) if self.messages[k].get("role") != "assistant"]
@@ -246,7 +249,7 @@ class TurnFinder:
         at = self.content_end(upto, i, whole, prompt=True)
         return whole[at:].removesuffix(prompt)
 
-    def end_unasked(self, i):
+    def end_unasked(self, i: int) -> int | None:
         """Where message i ends, by what follows its content where a question is put before it."""
         other = self.with_question(i)
         at = other.content_end(other.messages, i + 1, other.text)
@@ -258,7 +261,9 @@ class TurnFinder:
 
     # Places in a text
 
-    def content_end(self, messages, i, text, prompt=False):
+    def content_end(
+        self, messages: list[dict], i: int, text: str, prompt: bool = False
+    ) -> int | None:
         """Where the content of message i ends in `text`, which the template made of these messages
         (prompt: and of a generation prompt): before what two renderings with another letter in its
         place have in common at their end."""
@@ -273,11 +278,11 @@ class TurnFinder:
             )
         return len(text) - size
 
-    def prompt_begin(self, bare, prompted):
+    def prompt_begin(self, bare: str, prompted: str) -> int | None:
         """Where the generation prompt begins in a text that has one, by the same without it."""
         return self.step_back(bare, common(bare, prompted))
 
-    def step_back(self, text, at):
+    def step_back(self, text: str, at: int) -> int:
         """The place, or the beginning of the special token that it would cut."""
         for mark in self.marks.finditer(text):
             if mark.start() < at < mark.end():
@@ -286,19 +291,19 @@ class TurnFinder:
 
     # Other conversations
 
-    def with_question(self, i):
+    def with_question(self, i: int) -> TurnFinder:
         """The same for a conversation with a question more, before message i."""
         messages = [*self.messages[:i], self.question(), *self.messages[i:]]
         text = self.render(messages)
         return TurnFinder(self.render, self.marks, self.ends, self.letters, messages, text)
 
-    def question(self):
+    def question(self) -> dict[str, str]:
         """A user's message, in the form that the others have."""
         has_parts = any(isinstance(m.get("content"), list) for m in self.messages)
         content = [{"type": "text", "text": "?"}] if has_parts else "?"
         return {"role": "user", "content": content}
 
-    def with_content(self, messages, i, text):
+    def with_content(self, messages: list[dict], i: int, text: str) -> list[dict]:
         """The messages, message i having this text."""
         content = messages[i].get("content")
         if isinstance(content, list) and content and isinstance(content[-1], dict):
@@ -321,7 +326,7 @@ class TemplateLimit(UserError):
     """A chat template took more time, memory or room than a rendering may."""
 
 
-def render_chat(template, given):
+def render_chat(template: str, given: dict) -> str:
     """The text that a chat template makes of its variables, a dict. Whatever the template's program
     raises comes as an Exception with its words."""
     # Ours may have plain text before it, such as a bos token: a { would begin a program.
@@ -332,7 +337,7 @@ def render_chat(template, given):
 
 
 @cache
-def renderer_of(pid):
+def renderer_of(pid: int) -> Renderer:
     """The Renderer of this process: one for all its tokenizers, since it takes a tenth of a second
     to start. A fork has another pid, so that two processes never read each other's answers."""
     return Renderer()
@@ -342,12 +347,12 @@ class Renderer:
     """Renders chat templates in a process of its own, which has little time and memory; it is
     started when it is first needed, and again after a rendering has ended it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.process = None
         self.lock = threading.Lock()  # the server's threads ask one after another
         self.times_over = {}  # {template: how often in a row it was over a limit}
 
-    def render(self, template, given):
+    def render(self, template: str, given: dict) -> str:
         """The text that the template makes of its variables; ValueError with the template's own
         words if it raises, TemplateLimit beyond a limit."""
         if self.times_over.get(template, 0) >= TIMES_OVER:
@@ -356,7 +361,7 @@ class Renderer:
             )
         given_text = json.dumps(given, default=str)
         size = len(given_text)
-        request = {
+        request: dict = {
             "seconds": TEMPLATE_SECONDS + size / 1e6,
             "template": template,
             "room": 1_000_000 + TEMPLATE_GROWTH * size,
@@ -378,7 +383,7 @@ class Renderer:
             raise ValueError(answer["error"])
         return answer["text"]
 
-    def ask(self, line, seconds):
+    def ask(self, line: bytes, seconds: float) -> dict[str, str]:
         """The process's answer, a dict, to a request, a line."""
         with self.lock:
             try:
@@ -391,7 +396,7 @@ class Renderer:
                 self.process = None
                 raise
 
-    def try_twice(self, line, seconds):
+    def try_twice(self, line: bytes, seconds: float) -> dict[str, str]:
         """The answer to a line. A process that has ended before it, for some other reason than this
         request, is replaced once."""
         for _ in range(2):
@@ -414,7 +419,7 @@ class Renderer:
                 return {"limit": "time"}
         return {"limit": f"ends the process that renders it ({code})"}
 
-    def exchange(self, line):
+    def exchange(self, line: bytes) -> bytes:
         """The line that the process answers; less than one where it ended."""
         try:
             self.process.stdin.write(line)
@@ -423,7 +428,7 @@ class Renderer:
         except OSError:  # it has ended
             return b""
 
-    def start(self):
+    def start(self) -> None:
         """Start the process: render.py, without what this process has loaded or been told."""
         paths = json.dumps([str(path) for path in sys.path])  # where this process has jinja2 from
         script = Path(__file__).resolve().with_name("render.py")

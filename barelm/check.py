@@ -5,6 +5,8 @@ dies of one (a kernel that this processor lacks, a GPU that gives up) or is neve
 has failed, and another process goes on with the rest.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
@@ -18,6 +20,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -42,6 +45,11 @@ from barelm.check_tokens import (
 )
 from barelm.run import duration, made_with
 from barelm.timing import rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from subprocess import Popen
+    from typing import TextIO
 
 LIMIT = 600.0  # seconds from one finding to the next: a busy machine compiles for minutes
 
@@ -80,7 +88,7 @@ CHECKS = {
 # The process that checks
 
 
-def work():
+def work() -> None:
     """Read {"names", "place"} from standard input, run the checks, and write what they find to
     standard output. Whatever else is printed goes to standard error."""
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -104,18 +112,18 @@ def work():
             return
 
 
-def write_place(place):
+def write_place(place: Place) -> dict:
     """A Place as JSON holds it."""
     return dict(vars(place), device=str(place.device), dtype=place.dtype_name)
 
 
-def read_place(fields):
+def read_place(fields: dict) -> Place:
     """The Place that `write_place` wrote."""
     device = torch.device(fields["device"])
     return Place(**(fields | {"device": device, "dtype": getattr(torch, fields["dtype"])}))
 
 
-def run_check(check, place, tell):
+def run_check(check: Check, place: Place, tell: Callable) -> bool:
     """Tell the rows of a check: whether it came to its end."""
     dtypes = [place.dtype]
     if check.in_float32 and place.dtype != torch.float32:
@@ -143,7 +151,7 @@ def run_check(check, place, tell):
     return sound
 
 
-def failure(name, verdict, words):
+def failure(name: str, verdict: str, words: str) -> dict[str, str | None]:
     """A row without a figure."""
     return dict(name=name, figure=None, allowed=None, words=words, unit="", verdict=verdict)
 
@@ -152,14 +160,15 @@ def failure(name, verdict, words):
 # The process that was called
 
 
-def run_checks(names, place, show, command=(sys.executable, "-m", "barelm.check")):
+def run_checks(names: list[str], place: Place, show: Callable,
+               command: Sequence = (sys.executable, "-m", "barelm.check")) -> None:  # fmt: skip
     """Run the checks of these names; show(event) as each begins, has a row, or ends. The rows so
     far are kept by whoever shows them. command: what the checking process is started by."""
     left = list(names)
     while left:
         begun = None  # the check that is not done
         n_left = len(left)
-        with checking_process(command, left, place) as (process, errors):
+        with checking_process(command, left, place) as (process, errors):  # type: ignore[arg-type]
             for event in events_of(process):
                 show(event)
                 begun = event.get("begins", begun)
@@ -178,7 +187,9 @@ def run_checks(names, place, show, command=(sys.executable, "-m", "barelm.check"
 
 
 @contextlib.contextmanager
-def checking_process(command, names, place):
+def checking_process(
+    command: tuple[str, str, str], names: list[str], place: Place
+) -> Iterator[tuple[Popen, TextIO]]:
     """(its Popen, the file of its errors) of a process that is given its order; it ends with the
     block, and what it started with it."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])}
@@ -202,7 +213,7 @@ def checking_process(command, names, place):
             host.end_group(process)
 
 
-def events_of(process):
+def events_of(process: Popen) -> Iterator[dict]:
     """The lines of a checking process, parsed, until it ends: by itself, or if none comes in
     LIMIT."""
     while True:
@@ -217,7 +228,7 @@ def events_of(process):
             yield json.loads(line)
 
 
-def how_it_ended(process, errors):
+def how_it_ended(process: Popen, errors: TextIO) -> str:
     """In words: the signal or exit status of a process, and the last line of its errors."""
     status = process.returncode
     ending = f"ended with exit status {status}"
@@ -237,11 +248,11 @@ def how_it_ended(process, errors):
 class Table:
     """The rows of all checks, kept and printed as they come."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rows = []
         self.check = ""
 
-    def show(self, event):
+    def show(self, event: dict) -> None:
         if "begins" in event:
             self.check = event["begins"]
             print(f"\n{self.check}: {CHECKS[self.check].title}", flush=True)
@@ -252,11 +263,11 @@ class Table:
                 row |= {"figure": None, "words": f"not finite; {row['words']}"}  # JSON has no NaN
             self.rows.append(rounded(row))
 
-    def count(self, verdict):
+    def count(self, verdict: str) -> int:
         return sum(row["verdict"] == verdict for row in self.rows)
 
 
-def in_a_line(row):
+def in_a_line(row: dict) -> str:
     """A row as it is printed: verdict, name, figure, what it may be, words."""
     figure = ""
     if row["figure"] is not None:
@@ -269,7 +280,7 @@ def in_a_line(row):
     )
 
 
-def check_machine(names, place):
+def check_machine(names: list[str], place: Place) -> tuple[list[dict], int]:
     """Run the checks of these names and print their table: (rows, exit status)."""
     table = Table()
     begun = time.monotonic()
@@ -292,7 +303,7 @@ def check_machine(names, place):
     return table.rows, status
 
 
-def versions(place):
+def versions(place: Place) -> dict:
     """What a bug report needs to know beside bench.py's record of the machine."""
     capability = torch.backends.cpu.get_cpu_capability()
     if place.is_cuda:

@@ -1,6 +1,9 @@
 """Is attention right here? Each way to attend against the formula in float64."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,12 +20,21 @@ from barelm.check_rows import (
 from barelm.operations import Operations
 from model import KVCache
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from test_check import Stale
+    from torch import Tensor
+
+    from barelm.check_rows import Finding, Place
+    from model import GPT
+
 # Rows, heads of queries, heads of keys, tokens, width of a head: a width that every kernel takes
 # and two that some do not; lengths that no block of 64 or 128 divides.
 SHAPES = [(2, 4, 4, 200, 64), (2, 6, 2, 129, 40), (1, 3, 1, 70, 33), (1, 1, 1, 1030, 64)]
 
 
-def exact_attention(q, k, v, mask):
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v, every step written out: q (B, H, T, D), k and v (B, G, S,
     D), mask (…, T, S) bool or numbers."""
     group = q.shape[1] // k.shape[1]
@@ -36,7 +48,7 @@ def exact_attention(q, k, v, mask):
     return scores.softmax(-1) @ v
 
 
-def attention_cases(B, H, T):
+def attention_cases(B: int, H: int, T: int) -> dict[str, tuple[Tensor | None, Tensor]]:
     """{name: (mask that attention is given, the mask that it means)} of T tokens that look at
     themselves and what is before them."""
     causal = torch.ones(T, T, dtype=torch.bool).tril()
@@ -58,7 +70,7 @@ def attention_cases(B, H, T):
     }
 
 
-def random_heads(place, seed, *shapes):
+def random_heads(place: Place, seed: int, *shapes: tuple[int, int, int, int]) -> list[Tensor]:
     """Normal numbers of these shapes, on the device in the place's dtype, which learn."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
@@ -68,14 +80,17 @@ def random_heads(place, seed, *shapes):
     return tensors
 
 
-def with_gradients(attend, inputs, mask, dy):
+def with_gradients(
+    attend: Callable, inputs: Sequence, mask: Tensor | None, dy: Tensor
+) -> list[Tensor]:
     """What attention gives of inputs (q, k, v), and the gradients of q, k and v, where its own is
     dy."""
     y = attend(*inputs, mask)
     return [y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
 
 
-def attention_error(place, attend, qkv, dy, mask, dense_mask):
+def attention_error(place: Place, attend: Callable, qkv: Sequence[Tensor], dy: Tensor,
+                    mask: Tensor | None, dense_mask: Tensor) -> tuple[float, str]:  # fmt: skip
     """(error, of what) of attend(q, k, v, mask), forward and backward. dense_mask: what
     mask, or None, stands for."""
     exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
@@ -88,11 +103,11 @@ def attention_error(place, attend, qkv, dy, mask, dense_mask):
     return worst, ("forward", "gradient of q", "of k", "of v")[errors.index(worst)]
 
 
-def attention_ways():
+def attention_ways() -> dict[str, Callable]:
     return {"fast": Operations(fast=True).attend, "plain": Operations(fast=False).attend}
 
 
-def check_attention(place, ways=None):
+def check_attention(place: Place, ways: dict[str, Callable] | None = None) -> Iterator[Finding]:
     """Each mask through `ways`, {name: function of q, k, v, mask}: fast.py's and model.py's."""
     ways = ways or attention_ways()
     findings = {}
@@ -115,7 +130,7 @@ def check_attention(place, ways=None):
     yield cached(place)
 
 
-def one_token(place, ways, allowed):
+def one_token(place: Place, ways: dict[str, Callable], allowed: float) -> Finding:
     """A token that looks at all that there is, as in decoding, and rows that hold unlike many."""
     worst = Worst()
     for B, H, G, S, D in SHAPES:
@@ -133,7 +148,7 @@ def one_token(place, ways, allowed):
 # Whole networks: what a document or a cache holds is what it is alone
 
 
-def packed_documents(place, net=None):
+def packed_documents(place: Place, net: GPT | None = None) -> Finding:
     """Documents side by side, with `docs`, against each of them alone: the gradients of weights."""
     net = net or small_network(place.device)
     lengths = (70, 1, 101, 28)
@@ -160,12 +175,14 @@ def packed_documents(place, net=None):
     return worst.finding("network, packed documents", hidden_allowed(place.dtype, net))
 
 
-def gradient(p):
+def gradient(p: Tensor) -> Tensor:
     """A parameter's gradient, or zeros where it has none."""
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def cached(place, net=None, cache_class=KVCache):
+def cached(
+    place: Place, net: GPT | None = None, cache_class: type[KVCache | Stale] = KVCache
+) -> Finding:
     """Rows of unlike lengths, read into a cache in pieces and token by token, against each row
     alone, whole and without a cache."""
     net = (net or small_network(place.device)).to(place.dtype).eval()

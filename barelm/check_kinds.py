@@ -1,7 +1,10 @@
 """Is every kind of network right here? Windows, patterns, biases, caps, sinks, encoders, experts:
 each as it trains and as it generates, against its formulas in float64."""
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +21,14 @@ from barelm.check_rows import (
 from barelm.run import autocast
 from model import KVCache
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from barelm.check_rows import Finding, Place
+    from model import GPT
+
 WINDOW = dict(window=24)
-KINDS = {
+KINDS: dict[str, dict] = {
     "sliding window, of every other layer": WINDOW | dict(layers="SL"),
     "window with first tokens": WINDOW | dict(sink_tokens=3),
     "local attention": WINDOW | dict(attention="local"),
@@ -37,7 +46,7 @@ KINDS = {
 LENGTH = 149  # of two rows: no block of 64 or 128 divides it
 
 
-def check_kinds(place, kinds=None):
+def check_kinds(place: Place, kinds: dict[str, dict[str, int]] | None = None) -> Iterator[Finding]:
     """Of each kind the loss and the gradients of a small network; and what a cache gives, where
     there is one, against whole passes."""
     for name, shape in (kinds or KINDS).items():
@@ -51,14 +60,14 @@ def check_kinds(place, kinds=None):
             yield cached_kind(where, net, name)
 
 
-def options_of(net, length):
+def options_of(net: GPT, length: int) -> dict:
     """What a network is given beside its tokens."""
     if net.config.is_seq2seq:
         return {"encoder_ids": random_ids(2, length - 20, seed=2)}
     return {}
 
 
-def gradients_of_kind(place, net, name):
+def gradients_of_kind(place: Place, net: GPT, name: str) -> Finding:
     """The Finding on each gradient of the loss."""
     exact = exact_network(net)
     ids = random_ids(2, LENGTH)
@@ -80,7 +89,7 @@ def gradients_of_kind(place, net, name):
 
 
 @torch.no_grad()
-def cached_kind(place, net, name):
+def cached_kind(place: Place, net: GPT, name: str) -> Finding:
     """The Finding on tokens that are fed to a cache, many at once and one by one."""
     length = LENGTH // 2
     ids = random_ids(2, length).to(place.device)

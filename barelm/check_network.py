@@ -1,9 +1,12 @@
 """Does the network learn rightly here? Gradients eager, compiled and in float16; the head; and
 whether the host waits for the device."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +29,16 @@ from barelm.fast import cross_entropy_sum
 from barelm.optim import make_optimizer
 from barelm.run import Updater, make_scaler
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
-def random_batch(place, rows=2, length=67):
+    from torch import Tensor
+
+    from barelm.check_rows import Place
+    from model import GPT
+
+
+def random_batch(place: Place, rows: int = 2, length: int = 67) -> tuple[Tensor, Tensor]:
     """ids and targets (rows, length), of which some are none."""
     ids = random_ids(rows, length + 1)
     targets = ids[:, 1:].masked_fill(ids[:, 1:] % 7 == 0, -100)
@@ -37,7 +48,8 @@ def random_batch(place, rows=2, length=67):
 SCALE = 1024.0  # of a loss before backward: float16 loses smaller gradients
 
 
-def mean_loss(network, place, batch, dtype=None, docs=None):
+def mean_loss(network: GPT, place: Place, batch: tuple[Tensor, Tensor],
+              dtype: torch.dtype | None = None, docs: Tensor | None = None) -> Tensor:  # fmt: skip
     """The mean loss of a batch under a network in dtype, or the place's: a scalar."""
     with place.cast(dtype):
         loss, count = network(*batch, docs=docs)
@@ -51,7 +63,7 @@ DIRECTIONS = 3  # random ones in each parameter
 STEP = 1e-4  # of a central difference, over the size of the weights: its error is of STEP ** 2
 
 
-def check_gradients(place, net=None):
+def check_gradients(place: Place, net: GPT | None = None) -> Iterator[Finding]:
     """The gradient of each parameter, eager, against differences of the loss in float64: along
     random directions, loss(p + h d) - loss(p - h d) over 2 h is the gradient's product with d."""
     net = (net or small_network(place.device, tie=False)).train()
@@ -81,7 +93,7 @@ def check_gradients(place, net=None):
     yield worst.finding("gradients, along random directions", allowed)
 
 
-def slope(exact, batch, p, direction):
+def slope(exact: GPT, batch: list[Tensor], p: Tensor, direction: Tensor) -> float:
     """How steep the loss is along a direction of parameter p, in float64."""
     h = STEP * p.detach().square().mean().sqrt().item()
     losses = []
@@ -94,13 +106,13 @@ def slope(exact, batch, p, direction):
     return (losses[0] - losses[1]) / (2 * h)
 
 
-def document_thirds(ids):
+def document_thirds(ids: Tensor) -> Tensor:
     """Every row of ids (B, T) as three documents of about the same length: their numbers."""
     length = ids.shape[1]
     return (3 * torch.arange(length, device=ids.device) // length).expand(len(ids), -1)
 
 
-def check_compiled(place, compile_network=try_compile):
+def check_compiled(place: Place, compile_network: Callable = try_compile) -> Iterator[Finding]:
     """The loss and every gradient of a network that is compiled as train.py does it, against the
     eager one's: causal, and of packed documents. On a GPU its steps must not wait either."""
     if not place.compile:
@@ -125,7 +137,9 @@ def check_compiled(place, compile_network=try_compile):
         torch._dynamo.reset()
 
 
-def loss_and_gradients(net, place, batch, docs=None):
+def loss_and_gradients(
+    net: GPT, place: Place, batch: tuple[Tensor, Tensor], docs: Tensor | None = None
+) -> dict[str, Tensor]:
     """{name: tensor} of the mean loss and of each parameter's gradient."""
     net.zero_grad()
     loss = mean_loss(net, place, batch, docs=docs)
@@ -136,7 +150,9 @@ def loss_and_gradients(net, place, batch, docs=None):
     return tensors
 
 
-def compare_gradients(place, net, eager, batch, docs):
+def compare_gradients(
+    place: Place, net: GPT, eager: GPT, batch: tuple[Tensor, Tensor], docs: Tensor | None
+) -> Finding:
     """The Finding on a network's loss and gradients, where they are to be the eager one's."""
     worst = Worst()
     expected = loss_and_gradients(eager, place, batch, docs)
@@ -153,7 +169,7 @@ def compare_gradients(place, net, eager, batch, docs):
 HEADS = [(1100, 64, 1000), (37, 33, 515), (9, 128, 5030)]
 
 
-def check_head(place, cross_entropy=cross_entropy_sum):
+def check_head(place: Place, cross_entropy: Callable = cross_entropy_sum) -> Iterator[Finding]:
     """The sum of the losses of rows, some without a target, and the gradients of h and the head's
     matrix, against logits and F.cross_entropy in float64."""
     losses = Worst()
@@ -191,7 +207,9 @@ STEPS = 20
 FIRST_STEPS = 6  # in which the scaler may skip updates until its scale fits
 
 
-def check_float16(place, net=None, scaler=None):
+def check_float16(
+    place: Place, net: GPT | None = None, scaler: torch.amp.GradScaler | None = None
+) -> Iterator[Finding]:
     """Gradients in float16 against float32's, then steps with the scaler: the loss falls as in
     float32, and no update is skipped once the scale fits."""
     half = torch.float16
@@ -218,7 +236,7 @@ def check_float16(place, net=None, scaler=None):
     yield Finding("loss after training, of the first", last / first, 0.9, words)
 
 
-def half_gradients(place, net, batch):
+def half_gradients(place: Place, net: GPT, batch: tuple[Tensor, Tensor]) -> Finding:
     """The Finding on gradients in float16, of a loss that is scaled as at a run's beginning."""
     gradients = {}
     for dtype in (torch.float32, torch.float16):
@@ -231,7 +249,8 @@ def half_gradients(place, net, batch):
     return worst.finding("gradients, against float32", hidden_allowed(torch.float16, net))
 
 
-def train_steps(place, net, batch, dtype, scaler):
+def train_steps(place: Place, net: GPT, batch: tuple[Tensor, Tensor], dtype: torch.dtype,
+                scaler: torch.amp.GradScaler | None) -> tuple[list[float], list[int]]:  # fmt: skip
     """Train on one batch: ([loss of each step], [the steps whose update was skipped])."""
     optimizers = make_optimizer(net, "adamw", lr=1e-3)
     updater = Updater(place.run(), net.parameters(), optimizers, scaler, grad_clip=1.0)
@@ -251,7 +270,7 @@ def train_steps(place, net, batch, dtype, scaler):
 # No wait
 
 
-def check_waiting(place):
+def check_waiting(place: Place) -> Iterator[None]:
     """The micro-batches of a step, with torch's alarm for whatever makes the host wait."""
     if not place.is_cuda:
         raise Skip("a CPU has nothing to wait for")
@@ -259,7 +278,7 @@ def check_waiting(place):
     yield no_wait("waits in a step, eager", place, net, [None, document_thirds])
 
 
-def no_wait(name, place, net, documents):
+def no_wait(name: str, place: Place, net: GPT, documents: Sequence) -> Finding:
     """The Finding on micro-batches, one for each of `documents`: none has to wait for the GPU."""
     micro_batches(place, net, fetch, documents)  # warm-up: what is made once may wait
     torch.cuda.synchronize(place.device)
@@ -269,7 +288,7 @@ def no_wait(name, place, net, documents):
 
 
 @contextlib.contextmanager
-def alarm():
+def alarm() -> Iterator[None]:
     """Within, an operation that waits for the GPU raises."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -279,12 +298,13 @@ def alarm():
         torch.cuda.set_sync_debug_mode(before)
 
 
-def fetch(place):
+def fetch(place: Place) -> Tensor:
     """Two windows (2, 129) of ids on their way to the GPU, as barelm.shards.Windows sends them."""
     return random_ids(2, 129).pin_memory().to(place.device, non_blocking=True)
 
 
-def micro_batches(place, net, fetch, documents=(None, document_thirds)):
+def micro_batches(place: Place, net: GPT, fetch: Callable,
+                  documents: Sequence = (None, document_thirds)) -> Tensor:  # fmt: skip
     """Forward and backward of micro-batches as train.py makes them, one for each of `documents`:
     the sum of the losses. fetch(place): windows (B, T + 1)."""
     loss_sum = torch.zeros((), device=place.device)

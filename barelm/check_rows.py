@@ -4,8 +4,11 @@ measured, and how large it may be.
 A check is a generator of Findings. What it cannot look at here it leaves out by raising Skip.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,13 @@ import torch.nn.functional as F
 from barelm.bpe import bpe_tokenizer
 from barelm.run import Run, autocast
 from model import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
 
 # Of a small network: fewer keys than queries, heads as wide as the fast kernels of GPUs want.
 SHAPE = dict(vocab_size=320, n_ctx=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, n_embd=128)
@@ -38,18 +48,18 @@ class Place:
     seconds: float = 1.0  # for which a speed is measured, if five rounds fit it
 
     @property
-    def is_cuda(self):
+    def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
     @property
-    def dtype_name(self):
+    def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def run(self):
+    def run(self) -> Run:
         """This one process, as the functions of a run want it."""
         return Run(self.device)
 
-    def cast(self, dtype=None):
+    def cast(self, dtype: torch.dtype | None = None) -> AbstractContextManager:
         """A context in which a network of float32 weights computes in dtype, or the place's."""
         return autocast(self.device, dtype or self.dtype)
 
@@ -66,7 +76,7 @@ class Finding:
     unit: str = ""
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         good = self.figure > 0 if self.allowed is None else self.figure <= self.allowed
         return "PASS" if good else "FAIL"  # of a NaN neither is true
 
@@ -74,23 +84,23 @@ class Finding:
 class Worst:
     """The largest of several errors, and where it was: one row of the table for many shapes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.figure = 0.0
         self.where = ""
 
-    def add(self, figure, where):
+    def add(self, figure: float, where: str) -> None:
         if math.isnan(self.figure):  # the worst of all
             return
         if not figure <= self.figure:
             self.figure = figure
             self.where = where
 
-    def finding(self, name, allowed):
+    def finding(self, name: str, allowed: float) -> Finding:
         words = f"worst: {self.where}" if self.where else ""
         return Finding(name, self.figure, allowed, words)
 
 
-def rounding(dtype):
+def rounding(dtype: torch.dtype) -> float:
     """The distance from 1 to the next number of a dtype, as products are made: those of float32 may
     have been allowed the fewer bits of TensorFloat32 or of bfloat16."""
     eps = torch.finfo(dtype).eps
@@ -100,7 +110,7 @@ def rounding(dtype):
     return narrower.get(torch.get_float32_matmul_precision(), eps)
 
 
-def allowed_error(dtype, n, layers=1):
+def allowed_error(dtype: torch.dtype, n: int, layers: int = 1) -> float:
     """How large `error` may be, of what was computed in a dtype with sums of n products.
 
     A number is rounded when it is stored, by half of `rounding` at most; sums are kept in float32
@@ -112,7 +122,7 @@ def allowed_error(dtype, n, layers=1):
     return 8 * one * math.sqrt(layers)
 
 
-def hidden_allowed(dtype, net):
+def hidden_allowed(dtype: torch.dtype, net: GPT) -> float:
     """How far what a network computes may be from float64: each block rounds in attention, in its
     MLP, and twice in what they are added to; in attention to a source, which was read, once more
     each."""
@@ -123,7 +133,7 @@ def hidden_allowed(dtype, net):
     return allowed_error(dtype, c.n_hidden, layers)
 
 
-def error(ours, truth):
+def error(ours: Tensor, truth: Tensor) -> float:
     """The largest difference of an element of `ours` from float64's truth (…, D), over what is
     usual there: the root mean square of its last dimension and of all elements, added up, so that
     neither large rows hide small ones nor rounding in a row of zeros counts. Infinite where ours
@@ -139,7 +149,7 @@ def error(ours, truth):
     return ((ours - truth).abs() / usual.clamp(min=1e-30)).max().item()
 
 
-def small_network(device="cpu", seed=0, **shape):
+def small_network(device: str | torch.device = "cpu", seed: int = 0, **shape: Any) -> GPT:
     """A random network, the same on every machine; as loud as a trained one, so that its attention
     looks at something and its answers do not repeat the last token."""
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +164,7 @@ def small_network(device="cpu", seed=0, **shape):
     return net.to(device)
 
 
-def exact_network(net):
+def exact_network(net: GPT) -> GPT:
     """The same weights in float64 on the CPU, computed by model.py's formulas alone."""
     exact = GPT(net.config, fast=False).double()
     with torch.no_grad():
@@ -163,20 +173,20 @@ def exact_network(net):
     return exact.eval()
 
 
-def exact_loss(exact, ids, targets, docs=None):
+def exact_loss(exact: GPT, ids: Tensor, targets: Tensor, docs: Tensor | None = None) -> Tensor:
     """The mean loss (a scalar, float64) of an exact network: model.py's own sum is float32."""
     logits = exact(ids, docs=docs)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def endless_tokenizer():
+def endless_tokenizer() -> Tokenizer:
     """A tokenizer of 260 ids, none of which ends an answer."""
     tok = bpe_tokenizer([])
     tok.eos_ids = []
     return tok
 
 
-def random_ids(rows, length, seed=0, n_vocab=256):
+def random_ids(rows: int, length: int, seed: int = 0, n_vocab: int = 256) -> Tensor:
     """(rows, length) int64 on the CPU, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(n_vocab, (rows, length), generator=generator)

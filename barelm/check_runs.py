@@ -1,6 +1,8 @@
 """Do whole runs agree here? train.py killed and resumed, on two processes, with a network that two
 divide; in a folder of its own with data that is made up."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +22,17 @@ from barelm.check_rows import Finding, Skip, Worst, allowed_error, rounding
 from barelm.files import write_json
 from barelm.safetensors import read_safetensors
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from subprocess import Popen
+
+    from torch import Tensor
+
+    from barelm.check_rows import Place
+
 STEPS = 20
 SAVED = 10  # the step behind which a run is killed
-SETTINGS = dict(dataset="made_up", n_layer=2, n_head=4, n_kv_head=2, n_embd=128, n_hidden=128)
+SETTINGS: dict = dict(dataset="made_up", n_layer=2, n_head=4, n_kv_head=2, n_embd=128, n_hidden=128)
 SETTINGS |= dict(seq_len=32, batch_tokens=512, micro_batch=4, dropout=0.1, warmup_steps=2)
 SETTINGS |= dict(max_steps=STEPS, save_every=SAVED, eval_every=1000, eval_tokens=512)
 SETTINGS |= dict(sample_tokens=0, compile="false")
@@ -40,7 +51,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def make_dataset(folder):
+def make_dataset(folder: Path) -> None:
     """A dataset of 20,000 tokens, as prepare.py would write it: words of letters, drawn at random
     from a few, so that there is something to learn."""
     draw = np.random.default_rng(0)
@@ -58,13 +69,14 @@ def make_dataset(folder):
     write_json(folder / "meta.json", {"document": {"begin": begin, "end": end}})
 
 
-def flags(place, **settings):
+def flags(place: Place, **settings: Any) -> list[str]:
     """The command line of a run on the place's device in its dtype."""
     here = dict(device=str(place.device), dtype=place.dtype_name)
     return [f"--{key}={value}" for key, value in (SETTINGS | here | settings).items()]
 
 
-def start(folder, place, ranks=None, code=None, **settings):
+def start(folder: Path, place: Place, ranks: dict | None = None, code: str | None = None,
+          **settings: Any) -> Popen:  # fmt: skip
     """Start train.py in a folder, on the place's device in its dtype: a Popen. ranks: torchrun's
     variables of one of several processes. code: a program that runs the script."""
     command = [sys.executable, *(["-c", code] if code else []), str(SCRIPTS / "train.py")]
@@ -79,7 +91,7 @@ def start(folder, place, ranks=None, code=None, **settings):
 LONGEST_RUN = 120.0  # seconds of a run of train.py
 
 
-def finish(process, expected=0):
+def finish(process: Popen, expected: int = 0) -> None:
     """Wait for a Popen, and raise what it said last where its exit status is not the expected."""
     try:
         output, _ = process.communicate(timeout=LONGEST_RUN)
@@ -90,7 +102,7 @@ def finish(process, expected=0):
         raise RuntimeError(f"train.py: exit status {process.returncode}: {last}")
 
 
-def weights(folder, run):
+def weights(folder: Path, run: str) -> Tensor:
     """All weights of a run's checkpoint, one after the other (N,) float64."""
     tensors, _ = read_safetensors(folder / "out" / run / "model.safetensors")
     return torch.cat([t.flatten().double() for t in tensors.values()])
@@ -100,7 +112,7 @@ def weights(folder, run):
 # Killed and resumed
 
 
-def check_resume(place, make_runs=None):
+def check_resume(place: Place, make_runs: Callable | None = None) -> Iterator[Finding]:
     """A run of STEPS steps against one that was killed after its save at SAVED and resumed. On a
     CPU the weights are the same bits. On a GPU sums are made in any order: there the difference is
     a small part of what the steps since the kill moved. make_runs(folder, place) makes out/whole
@@ -123,7 +135,7 @@ def check_resume(place, make_runs=None):
     yield Finding("difference, of what moved", difference / moved, allowed, words)
 
 
-def whole_and_interrupted(folder, place):
+def whole_and_interrupted(folder: Path, place: Place) -> Tensor:
     """The two runs of check_resume, at the same time."""
     whole = start(folder, place, out_dir="out/whole")
     try:
@@ -141,10 +153,10 @@ def whole_and_interrupted(folder, place):
 # Two processes
 
 # Each process draws its own dropout, and rounding grows from step to step.
-WITHOUT_CHANCE = dict(dropout=0.0, max_steps=8, dtype="float32")
+WITHOUT_CHANCE: dict = dict(dropout=0.0, max_steps=8, dtype="float32")
 
 
-def check_processes(place, make_runs=None):
+def check_processes(place: Place, make_runs: Callable | None = None) -> Iterator[Finding]:
     """The losses and gradient norms of two processes against those of one, of the same batches, in
     float32. make_runs(folder, place) makes out/one and out/two."""
     if place.is_cuda and torch.cuda.device_count() < 2:
@@ -160,7 +172,7 @@ def check_processes(place, make_runs=None):
 
 
 # How two processes divide a network, beside the windows.
-WAYS = {
+WAYS: dict[str, dict] = {
     "fsdp": dict(parallel="fsdp"),
     "tensor": dict(tp=2),
     "pipeline": dict(pp=2),
@@ -168,7 +180,7 @@ WAYS = {
 }
 
 
-def check_parts(place, make_runs=None):
+def check_parts(place: Place, make_runs: Callable | None = None) -> Iterator[Finding]:
     """The losses and gradient norms of a network that two processes divide, in each of WAYS,
     against those of one process. make_runs(folder, place) makes out/one and out/WAY."""
     if place.is_cuda and torch.cuda.device_count() < 2:
@@ -185,7 +197,7 @@ def check_parts(place, make_runs=None):
             yield compared(rows, "grad_norm", f"{way}: gradient norms")
 
 
-def compared(runs, key, title):
+def compared(runs: Sequence[list[dict[str, float | None]]], key: str, title: str) -> Finding:
     """The Finding of two runs' figures, step by step: the worst ratio, less 1."""
     # A step's update is rounded, and the next one begins there.
     allowed = allowed_error(torch.float32, SETTINGS["batch_tokens"], layers=8)
@@ -197,9 +209,9 @@ def compared(runs, key, title):
     return worst.finding(title, allowed)
 
 
-def one_and_parts(folder, place):
+def one_and_parts(folder: Path, place: Place) -> None:
     """The runs of check_parts, one behind the other."""
-    settings = WITHOUT_CHANCE | {"max_steps": 4, "micro_batch": 2}
+    settings: dict = WITHOUT_CHANCE | {"max_steps": 4, "micro_batch": 2}
     run_together([start(folder, place, out_dir="out/one", **settings)])
     for way, keys in WAYS.items():
         ranks = two_ranks()
@@ -209,7 +221,7 @@ def one_and_parts(folder, place):
         )
 
 
-def run_together(processes):
+def run_together(processes: list) -> None:
     """Wait for Popens; where one fails all end."""
     try:
         for process in processes:
@@ -219,7 +231,7 @@ def run_together(processes):
             process.kill()
 
 
-def one_and_two(folder, place):
+def one_and_two(folder: Path, place: Place) -> None:
     """The runs of check_processes, all three processes at the same time."""
     processes = [start(folder, place, out_dir="out/one", **WITHOUT_CHANCE)]
     for ranks in two_ranks():
@@ -227,7 +239,7 @@ def one_and_two(folder, place):
     run_together(processes)
 
 
-def two_ranks():
+def two_ranks() -> list[dict]:
     """What torchrun tells each of two processes, in their environment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -237,7 +249,7 @@ def two_ranks():
     return ranks
 
 
-def log_rows(path):
+def log_rows(path: Path) -> list[dict[str, float | None]]:
     """The rows of training steps in a log."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [row for row in rows if "grad_norm" in row]

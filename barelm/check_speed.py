@@ -1,7 +1,10 @@
 """How near training and decoding come to what this machine can do: told, not judged."""
 
+from __future__ import annotations
+
 import statistics
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +16,16 @@ from barelm.quantized import quantize_weights
 from barelm.timing import Bench, product_size, weight_bytes
 from model import GPT, GPTConfig, generate
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from barelm.check_rows import Place
+
 PROMPT = 32  # tokens before those whose decoding is timed
 DECODED = 32
 
 
-def check_speed(place):
+def check_speed(place: Place) -> Iterator[Finding]:
     """The machine's own ceilings, measured, and the shares of them that a training step of
     bench.py's shape and its decoding at batch 1 reach; of a known GPU those of the data sheet."""
     bench = Bench(place.run(), place.dtype, seconds=place.seconds)
@@ -30,25 +38,25 @@ def check_speed(place):
         yield decoding_speed(place, bench, kind, bytes_limit)
 
 
-def fastest(bench, call):
+def fastest(bench: Bench, call: Callable) -> float:
     """Seconds of the quickest of several calls."""
     return min(bench.measure({"call": call})["call"])
 
 
-def product_rate(bench):
+def product_rate(bench: Bench) -> float:
     """FLOP/s of square matrix products in the bench's dtype."""
     n = product_size(bench, bench.dtype)
     a = torch.randn(n, n, device=bench.device, dtype=bench.dtype)
     return 2 * n**3 / fastest(bench, partial(torch.matmul, a, a))
 
 
-def read_rate(bench):
+def read_rate(bench: Bench) -> float:
     """Bytes a second of reading more memory than caches hold."""
     a = torch.ones(1 << 27, device=bench.device)  # 512 MiB
     return a.nbytes / fastest(bench, a.sum)
 
 
-def training_speed(place, bench, flops_limit):
+def training_speed(place: Place, bench: Bench, flops_limit: float) -> Finding:
     """The Finding on a training step: forward, backward, clipping and AdamW."""
     torch.manual_seed(0)
     net = GPT(GPTConfig(n_ctx=place.seq_len, **place.shape)).to(place.device).train()
@@ -82,7 +90,7 @@ def training_speed(place, bench, flops_limit):
     return Finding("training step, of the products' rate", share, words=words, unit="%")
 
 
-def decoding_speed(place, bench, kind, bytes_limit):
+def decoding_speed(place: Place, bench: Bench, kind: str, bytes_limit: float) -> Finding:
     """The Finding on greedy decoding at batch 1 with weights of a kind: every token reads them all
     once. The time of the prompt and the first token is taken off."""
     torch.manual_seed(0)
@@ -107,7 +115,7 @@ def decoding_speed(place, bench, kind, bytes_limit):
     return Finding(f"decoding, {kind}, of the memory's rate", share, words=words, unit="%")
 
 
-def memory_rate(place):
+def memory_rate(place: Place) -> float | None:
     """Bytes a second of a GPU's memory by its data sheet, or None for an unknown device."""
     if not place.is_cuda:
         return None

@@ -1,7 +1,10 @@
 """Are answers right here? The fixed-shape step, a server's batches and quantized weights, against
 the plain loop and float64."""
 
+from __future__ import annotations
+
 import queue
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -24,6 +27,15 @@ from barelm.jobs import Job, Sampling
 from barelm.quantized import QuantizedLinear
 from model import generate
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from barelm.check_rows import Place
+    from barelm.texts import Generation
+    from model import GPT
+
 LENGTHS = (5, 1, 33, 12, 118, 2)  # of prompts, uneven; one passes 128 places of a cache
 ANSWER = 24  # tokens of an answer
 FILTERS = {  # how answers are drawn, beside greedily
@@ -33,29 +45,33 @@ FILTERS = {  # how answers are drawn, beside greedily
 }
 
 
-def random_prompts(lengths, seed=0):
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
 
 
-def speaking_network(place, dtype=None):
+def speaking_network(place: Place, dtype: torch.dtype | None = None) -> GPT:
     """A network that answers, in weights of a dtype, or of the place's, as sample.py loads them."""
     net = small_network(place.device, seed=1, tie=False)
     return net.to(dtype or place.dtype).eval()
 
 
-def answers(net, prompts, **options):
+def answers(net: GPT, prompts: list[list[int]], **options: Any) -> list[Generation]:
     """The answers to prompts, in one batch: [Generation]."""
     options = dict(max_new_tokens=ANSWER) | options
     return generate(net, endless_tokenizer(), prompts, **options)
 
 
-def answers_alone(net, prompts, ask=answers, **options):
+def answers_alone(
+    net: GPT, prompts: list[list[int]], ask: Callable = answers, **options: Any
+) -> list[Generation]:
     """The answers to prompts, each asked alone."""
     return [ask(net, [prompt], **options)[0] for prompt in prompts]
 
 
-def plain_answers(net, prompts, ask=answers_alone, **options):
+def plain_answers(
+    net: GPT, prompts: list[list[int]], ask: Callable = answers_alone, **options: Any
+) -> list[Generation]:
     """The answers to prompts by model.py's plain loop."""
     net.fast = False
     try:
@@ -64,7 +80,7 @@ def plain_answers(net, prompts, ask=answers_alone, **options):
         net.fast = True
 
 
-def ids_of(generations):
+def ids_of(generations: list[Generation]) -> list[list[int]]:
     return [g.ids for g in generations]
 
 
@@ -72,7 +88,7 @@ def ids_of(generations):
 # Equal ids, or a tie
 
 
-def differing(ours, right):
+def differing(ours: list[list[int]], right: list[list[int]]) -> list[tuple[int, int]]:
     """Where the rows of two lists of answers part: [(row, place)]."""
     places = []
     for row, (a, b) in enumerate(zip(ours, right)):
@@ -83,14 +99,16 @@ def differing(ours, right):
     return places
 
 
-def logits_after(net, ids):
+def logits_after(net: GPT, ids: list[int]) -> Tensor:
     """The logits (n_vocab,) of what follows ids, of the tokens that the tokenizer has."""
     table = net.model.embed_tokens.weight
     with torch.no_grad():
         return net(torch.tensor([ids], device=table.device))[0, -1, :N_VOCAB].cpu().double()
 
 
-def same_greedy(name, net, prompts, ours, right):
+def same_greedy(
+    name: str, net: GPT, prompts: list[list[int]], ours: list[list[int]], right: list[list[int]]
+) -> Finding:
     """The Finding on greedy answers that are to be equal. Where a row parts from what is right, the
     two tokens have to be so near in float64 that rounding decides: nearer than four times the
     error of the plain network's logits there (each of two logits may be off, in either network)."""
@@ -111,7 +129,7 @@ def same_greedy(name, net, prompts, ours, right):
     return worst or Finding(name, 0.0, 0.0, f"all {n} ids equal")
 
 
-def same_drawn(name, ours, right):
+def same_drawn(name: str, ours: list[list[int]], right: list[list[int]]) -> Finding:
     """The Finding on drawn answers in float32: every id equal."""
     parted = differing(ours, right)
     words = f"all {sum(map(len, right))} ids equal"
@@ -125,7 +143,7 @@ def same_drawn(name, ours, right):
 # The step of fixed shape
 
 
-def check_decode(place, ask=answers):
+def check_decode(place: Place, ask: Callable = answers) -> Iterator[Finding]:
     """Answers by the fast step, together and each alone, against those of the plain loop, each
     alone: greedy ones in the place's dtype and in float32, drawn ones in float32. `ask(net,
     prompts, **options)` gives [Generation]."""
@@ -146,7 +164,9 @@ def check_decode(place, ask=answers):
         yield same_drawn(f"drawn, float32, {name}", ours, right)
 
 
-def same_logprobs(name, net, prompts, generations):
+def same_logprobs(
+    name: str, net: GPT, prompts: list[list[int]], generations: list[Generation]
+) -> Finding:
     """The Finding on the log-probabilities that were told with answers, against those that the
     network gives the same ids in float64, read at once."""
     exact = exact_network(net)
@@ -166,7 +186,9 @@ def same_logprobs(name, net, prompts, generations):
 CROWD = 64  # clients at once
 
 
-def check_server(place, serve=None, n_clients=CROWD):
+def check_server(
+    place: Place, serve: Callable | None = None, n_clients: int = CROWD
+) -> Iterator[Finding]:
     """The engine's answers, alone and among many, greedy and drawn, against the plain loop's."""
     serve = serve or engine_answers
     generator = torch.Generator().manual_seed(5)
@@ -183,7 +205,7 @@ def check_server(place, serve=None, n_clients=CROWD):
         crowd = serve(net, prompts, greedy, at_once=True)
         yield same_greedy(f"greedy, {name}, among {n_clients}", net, prompts, crowd, right)
     net = speaking_network(place, torch.float32)
-    drawn = [dict(temperature=0.9, top_p=0.9, seed=seed) for seed in range(n_clients)]
+    drawn: list[dict] = [dict(temperature=0.9, top_p=0.9, seed=seed) for seed in range(n_clients)]
     right = []
     for prompt, options in zip(prompts, drawn):
         right += ids_of(plain_answers(net, [prompt], max_new_tokens=SERVED, **options))
@@ -195,7 +217,9 @@ SERVED = 10  # tokens of an answer
 LONGEST_WAIT = 60.0  # seconds for the engine's answers
 
 
-def engine_answers(net, prompts, options, at_once):
+def engine_answers(
+    net: GPT, prompts: list[list[int]], options: list[dict], at_once: bool
+) -> list[list[int]]:
     """The ids of an Engine's answers to prompts, all asked at once or one after the other."""
     tok = endless_tokenizer()
     engine = Engine(net, tok, max_batch=CROWD, max_len=64, prefill_chunk=128)
@@ -228,7 +252,8 @@ LAYERS = [(128, 256), (72, 48), (100, 37), (200, 515)]  # (in, out): usual width
 ROWS = (1, 8, 33)
 
 
-def check_quantized(place, make_layer=QuantizedLinear, product=None):
+def check_quantized(place: Place, make_layer: Callable | type[QuantizedLinear] = QuantizedLinear,
+                    product: Callable | None = None) -> Iterator[Finding]:  # fmt: skip
     """int8 and int4: the codes against the weights that they stand for, in steps of the code; and
     products with x against those with the decoded weights in float64. make_layer(linear, kind);
     product(x, *layers)."""
@@ -263,7 +288,7 @@ def check_quantized(place, make_layer=QuantizedLinear, product=None):
         yield products.finding(f"{kind} products", allowed_error(torch.bfloat16, 200))
 
 
-def random_layer(n_in, n_out):
+def random_layer(n_in: int, n_out: int) -> nn.Linear:
     generator = torch.Generator().manual_seed(n_in)
     linear = nn.Linear(n_in, n_out)
     with torch.no_grad():
@@ -272,18 +297,18 @@ def random_layer(n_in, n_out):
     return linear
 
 
-def random_rows(n, n_in, place):
+def random_rows(n: int, n_in: int, place: Place) -> Tensor:
     generator = torch.Generator().manual_seed(n)
     return torch.randn(n, n_in, generator=generator).to(place.dtype).to(place.device)
 
 
-def decoded_weight(layer, n_in, device):
+def decoded_weight(layer: QuantizedLinear, n_in: int, device: torch.device) -> Tensor:
     """The weights (out, in) float64 that a layer's codes stand for, by its plain forward pass."""
     rows = layer(torch.eye(n_in, device=device)) - layer(torch.zeros(1, n_in, device=device))
     return rows.T.cpu().double()
 
 
-def code_error(weight, decoded, kind):
+def code_error(weight: Tensor, decoded: Tensor, kind: str) -> float:
     """The largest error of a decoded weight (out, in) in steps of the code: a row has 255 from its
     least to its greatest possible number, a group of 64 in a row has 16."""
     n_out, n_in = weight.shape
@@ -303,7 +328,7 @@ def code_error(weight, decoded, kind):
 # Batch invariance
 
 
-def check_invariance(place, count=batch_invariance):
+def check_invariance(place: Place, count: Callable = batch_invariance) -> Iterator[Finding]:
     """With --deterministic, whether a sequence has the same bits alone, in the trainer's forward
     pass and read in pieces as it had among CROWD. count(device, dtype, n_rows=…) counts the answers
     that have not: {"answers": how many were looked at, "alone", "trainer", "chunks"}."""

@@ -3,11 +3,14 @@
 `load` opens ours and Hugging Face's folders, adapters (peft.py) and models of the Hub by name. The
 formats are in families.py (config.json and tensor names) and safetensors.py."""
 
+from __future__ import annotations
+
 import os
 import re
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -45,11 +48,18 @@ from barelm.weights import (
 )
 from model import GPT
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from model import GPTConfig
+
 # --------------------------------------------------------------------------------------------------
 # Find: a folder here, or a model of the Hub
 
 
-def is_hub_name(name):
+def is_hub_name(name: Path | str) -> bool:
     """Whether a name that is no folder here may be a Hub model's (owner/name, or name)."""
     owner = str(name).partition("/")[0]
     if owner == "out" or Path(owner).exists():
@@ -57,7 +67,7 @@ def is_hub_name(name):
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)))
 
 
-def find(name):
+def find(name: Path | str) -> Path | None:
     """The folder of a model: one that is here, or else a Hub model's (owner/name, or name), which
     is downloaded once, to ~/.cache/barelm. Environment: HF_ENDPOINT, HF_TOKEN."""
     folder = Path(name)
@@ -78,7 +88,7 @@ def find(name):
     return cached
 
 
-def download_model(name, folder):
+def download_model(name: str, folder: Path) -> None:
     """Fetch the files of a Hub model that are read here. The folder has its name when it has all;
     what was refused, or cut, goes on from where it was."""
     part = folder.with_name(folder.name + ".part")
@@ -113,7 +123,9 @@ def download_model(name, folder):
 # Load
 
 
-def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True, split=None):
+def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+         quantize: str | None = None, fast: bool = True,
+         split: str | None = None) -> tuple[GPT, Tokenizer]:  # fmt: skip
     """Open a checkpoint folder, ours or Hugging Face's, or a model of the Hub by its name: (GPT in
     eval mode, Tokenizer).
     quantize: int8 or int4 for the linear layers; what is left of the network stays in dtype.
@@ -162,14 +174,14 @@ def load(folder, device="cpu", dtype=torch.float32, quantize=None, fast=True, sp
     return net.eval(), tok
 
 
-def begin_texts(tok, config):
+def begin_texts(tok: Tokenizer, config: GPTConfig) -> None:
     """Let the texts of an encoder begin as its documents did in training, where the tokenizer does
     not say how."""
     if not config.causal and not tok.start and tok.eot_id is not None:
         tok.start = [tok.eot_id]
 
 
-def is_trunk(settings):
+def is_trunk(settings: dict) -> bool:
     """Whether a config.json is that of a network without any head, such as a MistralModel: what
     models of vectors are saved as."""
     names = settings.get("architectures")
@@ -177,7 +189,7 @@ def is_trunk(settings):
     return is_one and bool(re.fullmatch(r"\w*(?<!LMHead)Model", str(names[0])))
 
 
-def without_model(table, entries):
+def without_model(table: TensorNames, entries: dict) -> TensorNames:
     """The TensorNames of a file of these names, whose trunk may stand by itself: without `model.`
     before each."""
     bare = any(name.startswith(("layers.", "embed_tokens.", "embeddings.")) for name in entries)
@@ -186,7 +198,7 @@ def without_model(table, entries):
     return table
 
 
-def read_embedding(folder, net):
+def read_embedding(folder: Path, net: GPT) -> None:
     """Take over which state stands for a text, where the folder says so."""
     pooling = read_pooling(folder)
     if pooling is not None and net.score is None:
@@ -194,7 +206,9 @@ def read_embedding(folder, net):
         net.task = "embed"
 
 
-def tied_again(net, settings, tensors, head, fast):
+def tied_again(
+    net: GPT, settings: dict, tensors: dict[str, Tensor], head: HeadHere, fast: bool
+) -> GPT:
     """The network with a tied head where a file whose config.json says so has a copy of it."""
     said = settings.get("tie_word_embeddings", True)
     if said and tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"]):
@@ -202,7 +216,7 @@ def tied_again(net, settings, tensors, head, fast):
     return net
 
 
-def read_token_ids(folder, settings, net):
+def read_token_ids(folder: Path, settings: dict, net: GPT) -> None:
     """Take over the ids that a network itself needs: of padding, and of an encoder-decoder's first
     token."""
     c = net.config
@@ -225,7 +239,7 @@ def read_token_ids(folder, settings, net):
             raise UserError(f"{folder}/config.json: decoder_start_token_id missing")
 
 
-def read_config(folder):
+def read_config(folder: Path) -> tuple[dict, GPTConfig]:
     """A folder's config.json, as a dict and as a GPTConfig."""
     path = folder / "config.json"
     d = read_json(path)
@@ -248,7 +262,7 @@ def read_config(folder):
     return d, config
 
 
-def poolings_of(d):
+def poolings_of(d: dict) -> tuple[str, ...]:
     """What a classifier of a config.json's family may read of a text."""
     if d["model_type"] == "barelm":
         return ("last", "first", "mean")
@@ -267,7 +281,7 @@ class HeadHere:
     bias: bool
 
 
-def read_head(folder, d, entries, table):
+def read_head(folder: Path, d: dict, entries: dict, table: TensorNames) -> HeadHere | None:
     """The HeadHere of a folder, by a config.json's dict d; None of a language model's."""
     task = task_of(d)
     if not task:
@@ -289,7 +303,7 @@ def read_head(folder, d, entries, table):
     return HeadHere(labels, task, pooling, head.pooler, head.bias)
 
 
-def read_labels(folder, d, n_labels):
+def read_labels(folder: Path, d: dict, n_labels: int) -> list[str]:
     """The names of a head's labels by a config.json's dict d."""
     usual = {str(i): f"LABEL_{i}" for i in range(n_labels)}  # transformers' names
     labels = usual if d.get("id2label") is None else d["id2label"]
@@ -305,7 +319,7 @@ def read_labels(folder, d, n_labels):
     return [labels[number] for number in usual]
 
 
-def empty_network(config, settings, head, fast):
+def empty_network(config: GPTConfig, settings: dict, head: HeadHere | None, fast: bool) -> GPT:
     """The network of a config.json, whose tensors have shapes and types but no memory."""
     with torch.device("meta"):
         net = GPT(config, fast)
@@ -319,7 +333,7 @@ def empty_network(config, settings, head, fast):
     return net
 
 
-def empty_of_step(folder, fast=True):
+def empty_of_step(folder: Path, fast: bool = True) -> GPT:
     """The network of a step's folder in a run's shards/, without memory."""
     settings, config = read_config(folder)
     table = TensorNames()
@@ -327,7 +341,9 @@ def empty_of_step(folder, fast=True):
     return empty_network(config, settings, head, fast)
 
 
-def fill(net, tensors, device, dtype):
+def fill(
+    net: GPT, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
+) -> None:
     """Make {name: tensor} the tensors of an empty network: its floats in dtype, codes and their
     scales as they are."""
     state = {}
@@ -345,7 +361,7 @@ def fill(net, tensors, device, dtype):
 # Load an adapter: a PEFT folder and its base
 
 
-def is_adapter(folder):
+def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no model of its own."""
     if not (folder / "adapter_config.json").is_file():
         return False
@@ -358,7 +374,8 @@ def is_adapter(folder):
     return False
 
 
-def load_adapted(folder, device, dtype, quantize, fast, above=()):
+def load_adapted(folder: Path, device: str | torch.device, dtype: torch.dtype, quantize: str | None,
+                 fast: bool, above: Sequence = ()) -> tuple[GPT, Tokenizer]:  # fmt: skip
     """Open a PEFT folder of LoRA: its base (a path as seen from the folder, or what `find` takes),
     with the adapter's products added to its weights. above: the adapters that have it as base."""
     path = folder / "adapter_config.json"
@@ -385,7 +402,7 @@ def load_adapted(folder, device, dtype, quantize, fast, above=()):
     return net, tok
 
 
-def adapter_tokenizer(folder, base_ends):
+def adapter_tokenizer(folder: Path, base_ends: list[int]) -> Tokenizer:
     """The tokenizer in an adapter's folder; base_ends: the ids at which the base's texts end."""
     tok = Tokenizer.from_folder(folder)
     if not (folder / "generation_config.json").is_file():  # as PEFT leaves it: the base's count
@@ -395,7 +412,7 @@ def adapter_tokenizer(folder, base_ends):
     return tok
 
 
-def find_base(folder, name):
+def find_base(folder: Path, name: str) -> Path:
     """The folder of an adapter's base, by the name that the adapter in `folder` has for it."""
     try:
         beside = folder / name
@@ -413,7 +430,8 @@ def find_base(folder, name):
 # Save
 
 
-def save(folder, net, tok, step=0, state=None, tensors=None):
+def save(folder: Path, net: GPT, tok: Tokenizer, step: int = 0, state: dict | None = None,
+         tensors: dict[str, Tensor] | None = None) -> None:  # fmt: skip
     """Write a checkpoint folder; with `state` (tensors and plain values) also state.pt, to resume.
     The weights, without which nothing opens the folder, come last. The folder is new, or of this
     very model: another model's is taken apart first (`clear_folder`). tensors: the network's, where
@@ -427,7 +445,7 @@ def save(folder, net, tok, step=0, state=None, tensors=None):
     write_weights(folder / "model.safetensors", tensors, step, state)
 
 
-def write_companions(folder, net, tok):
+def write_companions(folder: Path, net: GPT, tok: Tokenizer) -> dict:
     """Write what a checkpoint folder has beside its weights; what config.json says."""
     config = to_hf_config(net, tok)
     ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
@@ -445,7 +463,7 @@ def write_companions(folder, net, tok):
 # What a run must not write into
 
 
-def model_and_bases(name):
+def model_and_bases(name: str) -> list[Path]:
     """The folders that a model is read from: its own and, of an adapter, those of its base."""
     folder = find(name)
     folders = []
@@ -461,7 +479,7 @@ def model_and_bases(name):
     return folders
 
 
-def refuse_source(out_dir, name):
+def refuse_source(out_dir: str, name: str) -> None:
     """Refuse to write into a folder that the model of this name is read from: what is replaced
     before the first save would be lost with a kill."""
     places = [Path(out_dir), *(Path(out_dir) / part for part in PARTS)]

@@ -1,6 +1,16 @@
 """The tokens of a Decoder's step, on their way to the host."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from barelm.jobs import Job
 
 
 @dataclass
@@ -17,7 +27,9 @@ class Chosen:
     """Tokens under way to the host. slots: whose they are, in order; owners: what `set` was given
     for each. Of a row that has ended meanwhile there is a token too, which means nothing."""
 
-    def __init__(self, slots, owners, n_alternatives, values, places, copied=None):
+    def __init__(self, slots: list[int], owners: list[Job | None], n_alternatives: list[int],
+                 values: Tensor, places: Sequence[int],
+                 copied: tuple | None = None) -> None:  # fmt: skip
         self.slots = slots
         self.owners = owners
         self.n_alternatives = n_alternatives
@@ -26,7 +38,7 @@ class Chosen:
         self.copied = copied  # the event after which it is there; None: it is
         self.tokens = None
 
-    def wait(self):
+    def wait(self) -> Tokens:
         """The Tokens; on a GPU at most two steps later, as there are three buffers for them."""
         if self.tokens is None:
             if self.copied is not None:
@@ -35,7 +47,7 @@ class Chosen:
             self.tokens = self.in_words([rows[place] for place in self.places])
         return self.tokens
 
-    def in_words(self, rows):
+    def in_words(self, rows: list[list[float]]) -> Tokens:
         n = self.values.shape[1] // 2 - 1
         checked = self.values.shape[1] % 2 == 1
         alternatives = []

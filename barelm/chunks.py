@@ -5,20 +5,27 @@ them as a group, and permutes the windows of a group. So a stretch of training r
 files' ranges, not all of them, and what comes next is known, and can be fetched.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from barelm.run import UserError
 from barelm.shards import Windows
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 CHUNK = 1 << 19  # tokens: 1 MiB of uint16
 
 
-def windows_per_chunk(stride):
+def windows_per_chunk(stride: int) -> int:
     """How many windows begin in a chunk: as many as fill it, but one at least."""
     return max(1, CHUNK // stride)
 
 
-def chunk_tokens(stride):
+def chunk_tokens(stride: int) -> int:
     """Tokens from the beginning of a chunk to that of the next: a whole number of windows."""
     return windows_per_chunk(stride) * stride
 
@@ -30,7 +37,8 @@ class ChunkedWindows(Windows):
     group: chunks whose windows are shuffled together. Where the shards are elsewhere, their cache
     is told which chunks come next."""
 
-    def __init__(self, paths, seq_len, seed=0, stride=0, n_vocab=0, shards=None, group=1):
+    def __init__(self, paths: list[Path], seq_len: int, seed: int = 0, stride: int = 0,
+                 n_vocab: int = 0, shards: Any = None, group: int = 1) -> None:  # fmt: skip
         super().__init__(paths, seq_len, seed, stride=stride, n_vocab=n_vocab, shards=shards)
         self.group = group
         first_windows = []
@@ -46,7 +54,7 @@ class ChunkedWindows(Windows):
         self.counts = np.concatenate([*counts, np.empty(0, np.int64)])  # (chunks,) windows
         self.group_orders = {}  # {(epoch, group): its windows in order}, the last two
 
-    def at(self, position):
+    def at(self, position: int) -> int:
         """The window at a position of the global sequence."""
         epoch, i = divmod(position, self.n)
         if epoch != self.epoch:
@@ -56,14 +64,14 @@ class ChunkedWindows(Windows):
         begin = int(self.group_ends[number - 1]) if number > 0 else 0
         return int(self.group_order(epoch, number)[i - begin])
 
-    def chunk_order(self, epoch):
+    def chunk_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Of an epoch: the chunks in order, and of each group the windows up to its end."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
         last_chunks = np.arange(self.group, len(order) + self.group, self.group) - 1
         last_chunks = np.minimum(last_chunks, len(order) - 1)
         return order, np.cumsum(self.counts[order])[last_chunks]
 
-    def chunks_of_group(self, epoch, number):
+    def chunks_of_group(self, epoch: int, number: int) -> np.ndarray:
         """The numbers of a group's chunks; of a group behind the epoch's last, the next epoch's
         first ones."""
         order = self.order
@@ -72,7 +80,7 @@ class ChunkedWindows(Windows):
             number = 0
         return order[number * self.group : (number + 1) * self.group]
 
-    def group_order(self, epoch, number):
+    def group_order(self, epoch: int, number: int) -> np.ndarray:
         """The windows of a group, in order: (windows,) int64."""
         key = epoch, number
         if key not in self.group_orders:
@@ -91,7 +99,7 @@ class ChunkedWindows(Windows):
         return self.group_orders[key]
 
 
-def check_chunks(shuffle_chunks, cache_gb):
+def check_chunks(shuffle_chunks: int, cache_gb: float) -> None:
     """Refuse a cache that does not hold the chunks in use, and those that come next."""
     if shuffle_chunks < 0:
         raise UserError(f"shuffle_chunks={shuffle_chunks}: expected 0 or more")

@@ -5,6 +5,8 @@ prepare.py runs the steps that --steps names, in that order, by `apply_step`. A 
 function here, its name in STEPS and a case in `apply_step`.
 """
 
+from __future__ import annotations
+
 import ipaddress
 import math
 import re
@@ -13,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from html import unescape
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import regex
 import torch
@@ -23,12 +25,19 @@ from barelm.files import file_ending, read_input
 from barelm.run import UserError
 from barelm.sources import HTML_ENDINGS
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 
 class Reject(Exception):
     """A document that is left out; args[0] is the reason, without numbers, so that it counts."""
 
 
-def reject_if(condition, reason):
+def reject_if(condition: object, reason: str) -> None:
     if condition:
         raise Reject(reason)
 
@@ -63,7 +72,7 @@ class Tally:
     # {reason: [number of documents, up to three examples]}
     reasons: dict[str, list] = field(default_factory=dict)
 
-    def add(self, other):
+    def add(self, other: Tally) -> None:
         self.docs_in += other.docs_in
         self.bytes_in += other.bytes_in
         self.docs_out += other.docs_out
@@ -72,11 +81,11 @@ class Tally:
         for reason, (count, examples) in other.reasons.items():
             self.add_reason(reason, count, examples)
 
-    def add_reason(self, reason, count, examples):
+    def add_reason(self, reason: str, count: int, examples: list[str]) -> None:
         old_count, old_examples = self.reasons.get(reason, (0, []))
         self.reasons[reason] = [old_count + count, (old_examples + examples)[:3]]
 
-    def count(self, before, after, reason=None):
+    def count(self, before: str, after: str, reason: str | None = None) -> None:
         """A document: its text before the step, and after it or the reason why it is left out."""
         size = len(before.encode())
         self.docs_in += 1
@@ -87,7 +96,7 @@ class Tally:
         self.docs_out += 1
         self.bytes_out += size if after is before else len(after.encode())
 
-    def line(self, name):
+    def line(self, name: str) -> str:
         speed = ""
         if self.seconds:
             speed = f", {self.bytes_in / self.seconds / 1e6:,.0f} MB/s a process"
@@ -95,7 +104,7 @@ class Tally:
         return f"{name}: {self.docs_out:,} of {self.docs_in:,} documents, {sizes}{speed}"
 
 
-def one_line(text, n=160):
+def one_line(text: str, n: int = 160) -> str:
     """The first n characters with single blanks: an example to show."""
     return " ".join(text[:n].split())
 
@@ -105,7 +114,7 @@ STEPS = ("html", "unicode", "symbols", "whitespace", "length", "language", "bloc
 STEPS += ("gopher_repetition", "gopher_quality", "c4", "fineweb", "perplexity", "pii")
 
 
-def apply_step(name, text, record, settings):
+def apply_step(name: str, text: str, record: dict, settings: Cleaning) -> str:
     """The text after the step of this name, which may look at its record's path and url; Reject
     where the document is to be left out."""
     match name:
@@ -172,7 +181,7 @@ IMPOSSIBLE_REFERENCE = re.compile(r"&#0*[1-9]\d{7,};?")
 ROW_START = "\0"  # stands for the begin of a table's row, whose first cell has no " | " before it
 
 
-def html_tags(text):
+def html_tags(text: str) -> Iterator[tuple[str, str, str]]:
     """Yield (name, attributes, the text up to the next) of each tag; an end tag's name is "/p"."""
     name = ""
     attributes = ""
@@ -191,12 +200,12 @@ def html_tags(text):
 class OpenElements:
     """The elements that a place in a page stands in."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stack = []  # (name, does it hide its text)
         self.count = Counter()  # how many of each name are open
         self.n_hiding = 0
 
-    def take_tag(self, tag, attributes):
+    def take_tag(self, tag: str, attributes: str) -> None:
         """Open or close what a tag opens or closes."""
         if tag in NESTING and not attributes.endswith("/"):  # <a/> opens nothing
             hides = tag in HIDDEN or bool(NAVIGATION.search(attributes))
@@ -214,18 +223,18 @@ class OpenElements:
 class PageText:
     """The text of a page while it is put together: runs of text, line breaks between them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.finished = []
         self.run = []  # the pieces of text since the last break
         self.run_is_pre = False  # is the run in <pre>, where blanks and line ends count?
         self.n_newlines = 0  # due before the next text
         self.lead = ""  # "- " of an item, " | " of a cell: due before the next text
 
-    def add(self, text, is_pre):
+    def add(self, text: str, is_pre: bool) -> None:
         self.run.append(text)
         self.run_is_pre = is_pre
 
-    def end_run(self):
+    def end_run(self) -> None:
         """Finish the run, if it says anything, with the breaks that were due before it."""
         text = "".join(self.run)
         self.run.clear()
@@ -239,7 +248,7 @@ class PageText:
             self.n_newlines = 0
             self.lead = ""
 
-    def break_line(self, kind, in_list):
+    def break_line(self, kind: str, in_list: bool) -> None:
         """What a tag of BREAKS asks for before the next text."""
         if kind == "item":
             self.n_newlines = max(self.n_newlines, 1)
@@ -262,7 +271,7 @@ class PageText:
             self.n_newlines = max(self.n_newlines, 1 if in_list else 2)
 
 
-def html_to_text(text):
+def html_to_text(text: str) -> str:
     """The text of an HTML page without navigation, forms and scripts: paragraphs with a blank line
     between them, list items as "- ", table cells with " | ", <pre> as it is. Never raises."""
     elements = OpenElements()
@@ -287,7 +296,7 @@ def html_to_text(text):
     return "".join(page.finished).lstrip("\n")
 
 
-def clean_html(text, record, is_html):
+def clean_html(text: str, record: dict, is_html: bool | None) -> str:
     """HTML to text, where the document is HTML; is_html None: as its path or URL says."""
     if is_html is None:
         path = record.get("path") or ""
@@ -308,7 +317,7 @@ INVISIBLE = re.compile(
 )
 
 
-def clean_unicode(text):
+def clean_unicode(text: str) -> str:
     """NFC (Unicode Standard Annex 15), \\n for every kind of line end, no invisible characters."""
     text = NEWLINE.sub("\n", text)
     text = INVISIBLE.sub("", text)  # before NFC, which then composes what stood on both sides
@@ -332,7 +341,7 @@ SYMBOLS = {
 
 
 @lru_cache(None)
-def symbols_pattern(names):
+def symbols_pattern(names: str | bool) -> Any:
     """The pattern of the kinds in SYMBOLS that `names` has: True for all, or "a,b". A UserError
     for a kind that is none of them."""
     kinds = list(SYMBOLS)
@@ -345,18 +354,18 @@ def symbols_pattern(names):
     return regex.compile("|".join(f"(?:{SYMBOLS[kind]})" for kind in kinds))
 
 
-def drop_symbols(text, names):
+def drop_symbols(text: str, names: str | bool) -> str:
     """No special characters of these kinds: True, or a string as clean_symbols has it."""
     return symbols_pattern(names).sub("", text)
 
 
-def clean_whitespace(text):
+def clean_whitespace(text: str) -> str:
     """For prose: one blank between words, none at the ends of lines, at most one blank line."""
     lines = [" ".join(line.split()) for line in text.split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
-def check_length(text, min_chars, max_chars):
+def check_length(text: str, min_chars: int, max_chars: int) -> str:
     """min_chars to max_chars characters."""
     reject_if(len(text) < min_chars, "length: under min_chars")
     reject_if(len(text) > max_chars, "length: over max_chars")
@@ -370,7 +379,7 @@ LETTER = re.compile(r"[^\W\d_]")
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 
 
-def check_gopher_quality(text):
+def check_gopher_quality(text: str) -> str:
     """Rae et al. 2021, section A.1.1. A word is what stands between blanks (datatrove's tokenizers
     make words of punctuation marks, too)."""
     words = text.split()
@@ -399,7 +408,7 @@ TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 REPEATED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
-def count_repeats(parts):
+def count_repeats(parts: Sequence) -> tuple[int, int]:
     """How many of the parts stood before already, and their characters."""
     unique = set(parts)
     n_repeats = len(parts) - len(unique)
@@ -407,7 +416,7 @@ def count_repeats(parts):
     return n_repeats, n_chars
 
 
-def repeated_ngram_chars(repeated, n):
+def repeated_ngram_chars(repeated: dict, n: int) -> int:
     """The characters in n-grams that stood before already, each word counted once and no blanks.
     repeated: {index of its first word: n-gram} of those that occur twice."""
     seen = set()
@@ -424,7 +433,7 @@ def repeated_ngram_chars(repeated, n):
     return n_chars
 
 
-def check_gopher_repetition(text):
+def check_gopher_repetition(text: str) -> str:
     """Rae et al. 2021, table A1, as datatrove reads it: a top n-gram counts with its blanks, the
     repeated ones without and without overlap."""
     size = len(text) or 1  # characters; an empty text repeats nothing
@@ -457,7 +466,7 @@ POLICY = re.compile("terms of use|(?:privacy|cookie) policy|uses cookies|use (?:
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+(?=[^\sa-z])|[。！？](?=.)")
 
 
-def check_c4(text):
+def check_c4(text: str) -> str:
     """C4's rules (Raffel et al. 2020, section 2.2) as FineWeb used them: without the one that drops
     lines without terminal punctuation. Unlike there blank lines stay, for the paragraphs' sake."""
     lines = []
@@ -486,7 +495,7 @@ def check_c4(text):
 TERMINAL = set(".!?\"'”’»。．！？｡؟۔।॥։።")  # quotation marks too, as FineWeb's list of 2024 had
 
 
-def check_fineweb(text):
+def check_fineweb(text: str) -> str:
     """Penedo et al. 2024, section 3.6, and the ratio of lines to words of datatrove's filter, whose
     limit for duplicate lines is 0.01 where the paper says 0.1. Blank lines do not count."""
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
@@ -507,7 +516,7 @@ def check_fineweb(text):
 
 
 @lru_cache(1)  # a process loads it once
-def language_model():
+def language_model() -> Any:
     """py3langid's naive Bayes model of 140 languages (Lui & Baldwin 2012)."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -516,7 +525,7 @@ def language_model():
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def guess_language(text):
+def guess_language(text: str) -> tuple[str, float, list[str]]:
     """(language, probability, rivals) of a text's first 5,000 characters, as ISO 639-1 codes. The
     rivals are what it can hardly be told from; the probability is theirs, too. "unknown" where
     there are too few letters."""
@@ -530,7 +539,7 @@ def guess_language(text):
     return best, sum(near.values()), rivals
 
 
-def check_language(text, language, least_score):
+def check_language(text: str, language: str, least_score: float) -> str:
     """Only this language, or what cannot be told from it, with at least this probability: FineWeb's
     filter (Penedo et al. 2024, section 3.3)."""
     best, score, rivals = guess_language(text)
@@ -540,7 +549,7 @@ def check_language(text, language, least_score):
 
 
 @lru_cache(1)  # a process loads it once
-def small_model(folder, device):
+def small_model(folder: str, device: str) -> tuple:
     """(net, tok) of the checkpoint folder for the step perplexity."""
     if not folder:
         raise UserError("the step perplexity needs --perplexity_model=FOLDER, a small model")
@@ -549,7 +558,7 @@ def small_model(folder, device):
 
 
 @torch.no_grad()
-def check_perplexity(text, net, tok, band):
+def check_perplexity(text: str, net: GPT, tok: Tokenizer, band: Sequence[float]) -> str:
     """Perplexity of the first window under a small model of ours, as CCNet has it (Wenzek et al.
     2020, "LM filtering"): what is far below the band (low, high) is boilerplate, what is far above
     is no language that the model knows."""
@@ -570,7 +579,7 @@ def check_perplexity(text, net, tok, band):
 # Blocklist and personal data
 
 
-def bare_url(url):
+def bare_url(url: str) -> str:
     """example.com/page of https://user@www.example.com/page/"""
     url = url.strip().casefold()
     url = re.sub(r"^(?:(?:\w+:)?//)?(?:[^/@?#]*@)?(?:www\.)?", "", url)
@@ -584,7 +593,7 @@ class Blocklist(NamedTuple):
 
 
 @lru_cache(None)  # a process reads it once
-def read_blocklist(path):
+def read_blocklist(path: str | Path) -> Blocklist:
     """The Blocklist in a file, one entry a line; what begins with "# " is a comment."""
     try:
         text = read_input(path).decode().casefold()
@@ -601,7 +610,7 @@ def read_blocklist(path):
     return Blocklist(set(map(bare_url, urls)), words, sorted(entries - urls - words))
 
 
-def check_blocklist(text, url, path):
+def check_blocklist(text: str, url: str, path: str | Path) -> str:
     """A host in the file at `path` stands for its subdomains too, a URL for all that begin with it,
     a word or phrase for itself between non-letters, in either case (so not inside of Chinese, say).
     No file: nothing is rejected."""
@@ -642,7 +651,7 @@ PHONE = re.compile(
 )
 
 
-def is_public_ip(address):
+def is_public_ip(address: str) -> bool:
     """Does this text name a machine in the open? Four numbers under 32 are rather a version."""
     try:
         ip = ipaddress.ip_address(address)
@@ -651,7 +660,7 @@ def is_public_ip(address):
     return ip.is_global and not ip.is_multicast and max(ip.packed) > 31
 
 
-def clean_pii(text):
+def clean_pii(text: str) -> str:
     """E-mail addresses, public IP addresses and telephone numbers become <email>, <ip> and <phone>.
     FineWeb replaces the first two (Penedo et al. 2024, section 3.7)."""
 

@@ -3,6 +3,8 @@
 A way to ask is a function of a prompt, a list of ids, that returns ([when it began, when each token
 came, in seconds], how many tokens were made)."""
 
+from __future__ import annotations
+
 import json
 import os
 import time
@@ -10,6 +12,7 @@ from contextlib import closing
 from http.client import HTTPConnection, HTTPSConnection
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,12 +20,17 @@ import torch
 
 from barelm.timing import rounded
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from barelm.timing import Bench
+
 PROMPT = (32, 96)  # tokens that a client sends, at least and at most
 ANSWER = 64  # tokens that it gets
 LOAD = ["clients", "tokens_per_s", "ratio", "first_p50", "first_p95", "between_p50", "between_p95"]
 
 
-def ask(url, prompt):
+def ask(url: str, prompt: Any) -> tuple[list[float], int]:
     """One client's request: ([when it began, when each event came, in seconds], tokens made). While
     the answer comes it is only counted: what a client computes, on the server's own machine, is
     missing to the server."""
@@ -47,7 +55,7 @@ def ask(url, prompt):
     return times, tokens_made(b"".join(pieces))
 
 
-def tokens_made(answer):
+def tokens_made(answer: bytes) -> int:
     """How many tokens a streamed answer has, by the usage in the end of it."""
     *_, last, done, _ = [b"", b"", *answer.split(b"\n\n")]
     if done != b"data: [DONE]":
@@ -55,7 +63,7 @@ def tokens_made(answer):
     return json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"]
 
 
-def ask_alone(hf, lock, prompt):
+def ask_alone(hf: Any, lock: Any, prompt: Any) -> tuple[list[float], int]:
     """The same of transformers' generate, which knows one request at a time; HTTP costs nothing."""
     times = [time.perf_counter()]
     ids = torch.tensor([prompt], device=hf.device)
@@ -77,7 +85,7 @@ def ask_alone(hf, lock, prompt):
     return [begun, *tokens_came], len(tokens_came)
 
 
-def crowd(bench, name, way, prompts, n_clients):
+def crowd(bench: Bench, name: str, way: Callable, prompts: list, n_clients: int) -> None:
     """A row of n clients, each asking anew when it has its answer, while prompts are left."""
     way([0] * PROMPT[0])  # warm-up
     begun = time.perf_counter()

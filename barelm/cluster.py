@@ -3,12 +3,15 @@ anew, that all machines see one folder, which process is slow, that all copies o
 the same (docs/cluster.md).
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import secrets
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,17 +20,27 @@ from barelm.files import parse_json
 from barelm.parts import is_divided
 from barelm.run import UserError, weight_sums
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from barelm.mesh import Mesh
+    from barelm.run import Run
+    from model import GPT
+
+
 # --------------------------------------------------------------------------------------------------
 # A launch of torchrun, which may start its processes several times
 
 
-def launch_id():
+def launch_id() -> str:
     """What names this launch of torchrun among others (its --rdzv-id); "" where nothing does."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return "" if name == "none" else name
 
 
-def is_restart(run, out_dir):
+def is_restart(run: Run, out_dir: str) -> bool:
     """Whether torchrun started these processes anew, after some were lost or joined: then the run
     in out_dir is this launch's own. All processes decide together, since the machines count their
     restarts each for itself, and one that joins late has counted none."""
@@ -40,7 +53,7 @@ def is_restart(run, out_dir):
     return n_own > 0
 
 
-def recorded_launch(out_dir):
+def recorded_launch(out_dir: str) -> str:
     """The launch that run.json says wrote it; "" where it says none."""
     path = Path(out_dir) / "run.json"
     try:
@@ -49,7 +62,9 @@ def recorded_launch(out_dir):
         return ""
 
 
-def start_of_launch(run, out_dir, init_from, overwrite):
+def start_of_launch(
+    run: Run, out_dir: str, init_from: str, overwrite: bool
+) -> tuple[str, bool, str]:
     """(init_from, overwrite, fresh) as `choose_start` takes them: as the user gave them, or after a
     restart by torchrun "auto", so that the run goes on from its last checkpoint."""
     if init_from == "resume" or not is_restart(run, out_dir):
@@ -59,7 +74,7 @@ def start_of_launch(run, out_dir, init_from, overwrite):
     return "auto", False, fresh
 
 
-def lock_patience():
+def lock_patience() -> float:
     """Seconds to wait for the lock of out_dir: in a start after a restart so long as a network's
     folder takes to forget the lock of a machine that is gone."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -72,7 +87,7 @@ def lock_patience():
 LOOK = 10.0  # seconds in which a file that one machine wrote has to appear on the others
 
 
-def check_shared(run, out_dir, data_digest):
+def check_shared(run: Run, out_dir: str, data_digest: str) -> None:
     """Refuse a run whose machines have different data, or an out_dir each of its own: nothing is
     ever mixed. Called by all processes together. data_digest: a hash of the data, in hexadecimal"""
     if run.world == 1:
@@ -106,7 +121,7 @@ def check_shared(run, out_dir, data_digest):
         )
 
 
-def appears(path):
+def appears(path: Path) -> bool:
     """Whether a file is there within a moment: a network's folder may show it late."""
     give_up = time.monotonic() + LOOK
     while not path.exists():
@@ -116,7 +131,7 @@ def appears(path):
     return True
 
 
-def of_processes(run, ranks):
+def of_processes(run: Run, ranks: Sequence[int]) -> str:
     """Processes in words: the first few, with the machines that they are on."""
     names = run.watch.names if run.watch else {}
     shown = []
@@ -143,7 +158,7 @@ class StepTimes:
     times a small product instead. The GPU's clock is read behind the step's exchange, where the
     host has waited for it anyway."""
 
-    def __init__(self, run, network):
+    def __init__(self, run: Run, network: GPT) -> None:
         self.run = run
         self.waits = run.mesh.sizes.is_sharded or run.mesh.sizes.cp > 1
         self.is_cuda = run.device.type == "cuda"
@@ -155,11 +170,11 @@ class StepTimes:
         if run.world > 1 and not self.waits:
             network.register_forward_hook(self.on_forward)
 
-    def on_forward(self, network, args, output):
+    def on_forward(self, network: GPT, args: tuple, output: tuple[Tensor, Tensor]) -> None:
         if network.training:
             self.end = self.now()
 
-    def now(self):
+    def now(self) -> float:
         """The time on the device: seconds, or an event in its stream."""
         if not self.is_cuda:
             return time.perf_counter()
@@ -167,17 +182,17 @@ class StepTimes:
         event.record()
         return event
 
-    def begin(self):
+    def begin(self) -> None:
         """A step begins."""
         if self.run.world > 1:
             self.begun = self.now()
 
-    def between(self, begin, end):
+    def between(self, begin: float, end: float) -> float:
         if self.is_cuda:
             return begin.elapsed_time(end) / 1000
         return end - begin
 
-    def end_step(self):
+    def end_step(self) -> dict:
         """The step's figures for the log's row, every EVERY steps; else none. Called behind the
         step's exchange, at which the device has caught up."""
         if self.run.world == 1:
@@ -191,7 +206,7 @@ class StepTimes:
         self.seconds = []
         return self.compare(self.run.of_all(alone))
 
-    def time_product(self, width=512):
+    def time_product(self, width: int = 512) -> float:
         """Seconds of a product of two matrices, the least of five tries."""
         x = torch.ones(width, width, device=self.run.device)
         tries = []
@@ -204,7 +219,7 @@ class StepTimes:
             tries.append(self.between(begin, end))
         return min(tries)
 
-    def compare(self, seconds):
+    def compare(self, seconds: Sequence[float]) -> dict:
         """Figures of the processes' seconds; a slow one is named when it has been so for a while,
         once until it recovers."""
         median = statistics.median_low(seconds)
@@ -228,7 +243,7 @@ class StepTimes:
 # Whether all copies of the weights are the same
 
 
-def check_copies(run, net, step):
+def check_copies(run: Run, net: GPT, step: int) -> None:
     """End a run in which copies of the weights, the same at the start, have drifted apart: a fault
     of a memory or of a device, or of the exchange of gradients. Called by all processes together.
     """
@@ -261,7 +276,7 @@ def check_copies(run, net, step):
     )
 
 
-def copies(net, mesh):
+def copies(net: GPT, mesh: Mesh) -> list:
     """(group, [(name, parameter)]) for each group of processes that hold the same values."""
     groups = []
     for axis in ("replica", "shard", "tp"):
@@ -273,7 +288,7 @@ def copies(net, mesh):
     return groups
 
 
-def axes_of(p):
+def axes_of(p: Tensor) -> set[str]:
     """The names of the mesh's axes over which a parameter is divided."""
     if not is_divided(p):
         return set()
@@ -284,7 +299,7 @@ def axes_of(p):
     return axes
 
 
-def minority(sums, group):
+def minority(sums: Tensor, group: Any) -> set[int]:
     """The global ranks of a group's processes whose sums are not those of most; none where no
     value is that of more than half."""
     world = dist.get_world_size(group)

@@ -3,6 +3,8 @@
 A log is the list of rows of a log.jsonl; scores are {(task, metric): (value, standard error or
 None, n)} of a results.json."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path
@@ -12,7 +14,7 @@ from barelm.run import UserError
 from barelm.scores import is_finite
 
 
-def read_log(folder):
+def read_log(folder: Path | str) -> list[dict]:
     """The rows of a run's log.jsonl; a line torn by a kill is left out."""
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
@@ -35,11 +37,11 @@ def read_log(folder):
     return rows
 
 
-def lower_is_better(metric):
+def lower_is_better(metric: str) -> bool:
     return any(word in metric for word in ("loss", "perplexity", "ppl", "bpb", "bits_per"))
 
 
-def cell(score, best):
+def cell(score: tuple[float, float, int] | None, best: tuple[float, float, int]) -> str:
     """A (value, standard error, n) as the table shows it, * the best one, ~ what is not told apart
     from it: within 2 standard errors of their difference, if the runs are independent."""
     if score is None:
@@ -56,7 +58,7 @@ def cell(score, best):
     return f"{value:.4g}{spread} (n {n}){mark}"
 
 
-def table(rows):
+def table(rows: list) -> list[str]:
     """Lines of a Markdown table, padded to be read as text too; the first row is the head."""
     cells = []
     for row in rows:  # a bar or a line end would end the cell
@@ -70,7 +72,7 @@ def table(rows):
     return lines
 
 
-def score_lines(scores):
+def score_lines(scores: dict[str, dict]) -> list[str]:
     """The table of {run: its scores}: a column for each (task, metric)."""
     lines = []
     for run, its_scores in scores.items():
@@ -94,7 +96,7 @@ def score_lines(scores):
     return [*lines, "", legend, ""]
 
 
-def all_scores(scores):
+def all_scores(scores: dict[str, dict]) -> list[tuple[str, str]]:
     """The (task, metric) that any of {run: its scores} has, in their order."""
     columns = {}  # a dict, since a set has no order
     for its_scores in scores.values():
@@ -106,7 +108,7 @@ def all_scores(scores):
 LAST_FIGURES = ("loss", "val_loss", "val_bpb", "val_acc", "reward", "val_reward")
 
 
-def loss_lines(logs, x):
+def loss_lines(logs: dict[str, list[dict]], x: str) -> list[str]:
     """The table of the last figures of {run: rows of its log}, over x: step or tokens."""
     columns = {"run": list(logs), "steps": [log[-1]["step"] for log in logs.values()]}
     columns["tokens"] = []
@@ -127,7 +129,7 @@ def loss_lines(logs, x):
     return table([list(shown), *zip(*shown.values())])
 
 
-def score_charts(scores):
+def score_charts(scores: dict[str, dict]) -> list[Chart]:
     """A chart for each metric of {run: its scores}: the tasks along x, the runs side by side."""
     columns = all_scores(scores)
     charts = []
@@ -149,7 +151,7 @@ def score_charts(scores):
     return charts
 
 
-def length_lines(losses):
+def length_lines(losses: dict[str, list]) -> list:
     """The table of {run: its (length, loss, error)}: a column for each length of a window."""
     columns = sorted({length for points in losses.values() for length, _, _ in points})
     if not columns:
@@ -162,7 +164,7 @@ def length_lines(losses):
     return [*table(rows), ""]
 
 
-def length_chart(losses):
+def length_chart(losses: dict[str, list]) -> Chart:
     """The chart of the same: a line for each run."""
     all_series = []
     for i, (run, points) in enumerate(losses.items()):
@@ -170,7 +172,7 @@ def length_chart(losses):
     return Chart("loss by the length of a window", "tokens", all_series)
 
 
-def loss_chart(logs, x):
+def loss_chart(logs: dict[str, list[dict]], x: str) -> Chart:
     """The chart of the losses of {run: rows of its log} over x."""
     ends = []
     for log in logs.values():

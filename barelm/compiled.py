@@ -6,18 +6,29 @@ goes through barelm/fast.py and through model.py alone: a formula that was chang
 and not in the other is found before the first step.
 """
 
+from __future__ import annotations
+
 import gc
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from barelm.fast import head_piece
 from barelm.run import duration, is_out_of_memory
 from model import call_block
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from barelm.run import Run
+    from model import GPT
 
 
 @dataclass
@@ -31,11 +42,11 @@ class Ways:
     name: str = ""  # what a run that may not compute so goes without
 
     @classmethod
-    def of(cls, net):
+    def of(cls, net: GPT) -> Ways:
         """Those that net computes by."""
         return cls(net.train_block, net.eval_block, net.ops.head_piece, net.ops.sparse)
 
-    def give(self, net):
+    def give(self, net: GPT) -> None:
         """Let net compute by these."""
         net.train_block = self.train_block
         net.eval_block = self.eval_block
@@ -43,7 +54,9 @@ class Ways:
         net.ops.sparse = self.sparse
 
 
-def compiled_ways(net, device, documents, dynamic):
+def compiled_ways(
+    net: GPT, device: torch.device, documents: Callable | None, dynamic: bool | None
+) -> list[Ways]:
     """The Ways to try, the fastest first. One block is compiled for all of them. On a CPU the eager
     head is as fast, and its plain attention too; a validation would save less there than the half
     minute that compiling for it takes."""
@@ -60,7 +73,9 @@ def compiled_ways(net, device, documents, dynamic):
     return ways
 
 
-def try_compile(net, run, batch, cast, documents=None, dynamic=None):
+def try_compile(net: GPT, run: Run, batch: dict[str, Tensor], cast: AbstractContextManager,
+                documents: Callable | None = None,
+                dynamic: bool | None = None) -> tuple[bool, str]:  # fmt: skip
     """(is it compiled, words): let net compute by the fastest of `compiled_ways` whose loss and
     gradients on this micro-batch, {name: tensor}, agree with the eager ones on every process; else
     eagerly. All that is compiled is compiled here, for validation too. dynamic: True compiles for
@@ -91,7 +106,9 @@ def try_compile(net, run, batch, cast, documents=None, dynamic=None):
     return False, f"off{faults}"
 
 
-def compare_with(eager, eager_loss, net, batch, cast, documents, tolerance):
+def compare_with(eager: tuple, eager_loss: float, net: GPT, batch: dict[str, Tensor],
+                 cast: AbstractContextManager, documents: Callable | None,
+                 tolerance: float) -> tuple[float, str]:  # fmt: skip
     """(the largest difference of net, as it now computes, from what `loss_and_gradients` and
     `validation_loss` gave of the eager one, a fraction; what is wrong with it, or "")."""
     try:
@@ -118,7 +135,8 @@ def compare_with(eager, eager_loss, net, batch, cast, documents, tolerance):
 
 
 @torch.no_grad()
-def validation_loss(net, batch, cast, documents=None, pieces=1):
+def validation_loss(net: GPT, batch: dict[str, Tensor], cast: AbstractContextManager,
+                    documents: Callable | None = None, pieces: int = 1) -> float:  # fmt: skip
     """The mean loss of a micro-batch, as a validation computes it; pieces: as in
     `loss_and_gradients`."""
     net.eval()
@@ -132,7 +150,8 @@ def validation_loss(net, batch, cast, documents=None, pieces=1):
     return loss_sum / n_targets_of(batch)
 
 
-def check_fast(net, run, batch, cast, documents=None):
+def check_fast(net: GPT, run: Run, batch: dict[str, Tensor], cast: AbstractContextManager,
+               documents: Callable | None = None) -> str:  # fmt: skip
     """Leave net.fast true only where barelm/fast.py computes what model.py does: a window of this
     micro-batch, {name: tensor}, has the same loss and gradients on every process. Words where it
     has not, else ""."""
@@ -153,24 +172,26 @@ def check_fast(net, run, batch, cast, documents=None):
     )
 
 
-def in_words(result):
+def in_words(result: tuple) -> str:
     """What `loss_and_gradients` gave, in a line."""
     loss, norms = result
     return f"loss {loss:.4f}, gradient norm {norms.norm():.4g}"
 
 
-def pieces_of(batch, n):
+def pieces_of(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     """A micro-batch, {name: (B, …) tensor}, in n parts of its rows."""
     chunks = [tensor.chunk(n) for tensor in batch.values()]
     return [dict(zip(batch, parts)) for parts in zip(*chunks)]
 
 
-def n_targets_of(batch):
+def n_targets_of(batch: dict[str, Tensor]) -> int:
     """About how many targets a micro-batch has: for a mean, whatever the network counts."""
     return max(1, int((batch["targets"] >= 0).sum()))
 
 
-def loss_and_gradients(net, batch, cast, documents=None, pieces=1):
+def loss_and_gradients(net: GPT, batch: dict[str, Tensor], cast: AbstractContextManager,
+                       documents: Callable | None = None,
+                       pieces: int = 1) -> tuple[float, Tensor]:  # fmt: skip
     """The mean loss of a micro-batch, the network's arguments by name (ids and targets (B, T), and
     what else an objective has), and the norm of each parameter's gradient (n_parameters,), float32
     on the host. documents: a function that numbers the documents of ids. pieces: the batch goes
@@ -194,7 +215,7 @@ def loss_and_gradients(net, batch, cast, documents=None, pieces=1):
     return loss_sum / n_targets, norms
 
 
-def differences(result, reference):
+def differences(result: tuple, reference: tuple) -> tuple[float, float]:
     """How far two results of `loss_and_gradients` are apart, as fractions: (the norms of the
     parameter's gradients that differ most, the losses)."""
     loss, norms = result
@@ -204,7 +225,7 @@ def differences(result, reference):
     return worst, abs(loss - reference_loss) / abs(reference_loss)
 
 
-def differs(result, reference, tolerance):
+def differs(result: tuple, reference: tuple, tolerance: float) -> bool:
     """Whether, of two results of `loss_and_gradients`, a parameter's gradient norm differs by more
     than this fraction, or the loss by more than a fifth of it."""
     worst, loss_difference = differences(result, reference)
@@ -212,7 +233,7 @@ def differs(result, reference, tolerance):
     return not agrees
 
 
-def in_percent(fraction):
+def in_percent(fraction: float) -> str:
     """A fraction in words, rounded up to one digit: 0.2 %; the least is 0.01 %."""
     percent = max(100 * fraction, 0.01)
     unit = 10.0 ** math.floor(math.log10(percent))

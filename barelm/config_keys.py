@@ -2,8 +2,14 @@
 experts, activations by name. Each is a `Part`, of which family_table.py composes a family; those of
 windows are in window_keys.py."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 FULL = "full_attention"  # the kinds of layers in layer_types
 SLIDING = "sliding_attention"
@@ -29,11 +35,11 @@ class Part:
     write: Callable
 
 
-def refuse(d, key, why="not supported"):
+def refuse(d: dict, key: str, why: str = "not supported") -> None:
     raise Inexact(f"{key}={d.get(key)!r:.60} {why}")
 
 
-def with_absent(part, **usual):
+def with_absent(part: Part, **usual: Any) -> Part:
     """The Part of a family in which these are the values of absent keys."""
 
     def read(d, values):
@@ -42,7 +48,7 @@ def with_absent(part, **usual):
     return Part(part.fields, part.keys, read, part.write)
 
 
-def shortest(letters):
+def shortest(letters: str) -> str:
     """The fewest of these letters, one a layer, that give them when they are repeated."""
     n = len(letters)
     for size in range(1, n + 1):
@@ -51,11 +57,11 @@ def shortest(letters):
     return letters[:size]
 
 
-def repeated(letters, n):
+def repeated(letters: str, n: int) -> str:
     return (letters * -(-n // len(letters)))[:n]
 
 
-def count_layers(values):
+def count_layers(values: dict) -> int:
     n_layer = values.get("n_layer")
     if type(n_layer) is not int or not 0 < n_layer <= MOST_LAYERS:
         raise Inexact(f"a window for each of {n_layer!r:.60} layers not supported")
@@ -66,7 +72,7 @@ def count_layers(values):
 # Rotations
 
 
-def flat_rope(d):
+def flat_rope(d: dict) -> tuple[dict, float | None, float | None]:
     """(the rope's dict without rope_theta and partial_rotary_factor, these two or None): all is one
     dict in transformers 5, and apart in those before it."""
     rope = d.get("rope_scaling") or d.get("rope_parameters") or {}
@@ -82,7 +88,7 @@ def flat_rope(d):
     return scaling, *beside
 
 
-def read_scaling(d, scaling):
+def read_scaling(d: dict, scaling: dict | None) -> dict | None:
     """rope_scaling as GPTConfig has it: None where nothing is scaled."""
     kind = scaling["rope_type"]
     if kind == "default":
@@ -96,7 +102,7 @@ def read_scaling(d, scaling):
     return scaling
 
 
-def read_rope(d, values):
+def read_rope(d: dict, values: dict) -> dict:
     """One rotation for all layers, of whole heads."""
     scaling, theta, fraction = flat_rope(d)
     if fraction not in (None, 1):
@@ -106,7 +112,7 @@ def read_rope(d, values):
     return {"rope_scaling": scaling, "rope_theta": theta} | read_ntk(d, values, scaling, theta)
 
 
-def write_rope(c):
+def write_rope(c: GPTConfig) -> dict:
     scaling = c.rope_scaling
     if not scaling or scaling.get("rope_type") != "ntk":
         return {"rope_theta": c.rope_theta, "rope_scaling": scaling}
@@ -119,12 +125,12 @@ def write_rope(c):
     }
 
 
-def ntk_theta(theta, factor, head_dim):
+def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
     """The base that NTK scaling comes to, as barelm/positions.py computes it."""
     return theta * factor ** (head_dim / (head_dim - 2))
 
 
-def read_ntk(d, values, scaling, theta):
+def read_ntk(d: dict, values: dict, scaling: dict | None, theta: float) -> dict:
     """{rope_theta, rope_scaling} by our own key, where it says what the base says; else {}."""
     own = d.get("ntk")
     head_dim = values.get("head_dim")
@@ -141,7 +147,7 @@ def read_ntk(d, values, scaling, theta):
     return {"rope_theta": base, "rope_scaling": own}
 
 
-def read_partial_rope(d, values):
+def read_partial_rope(d: dict, values: dict) -> dict:
     """One rotation for all layers, of a part of each head: StableLM's."""
     scaling, theta, fraction = flat_rope(d)
     return {
@@ -151,11 +157,11 @@ def read_partial_rope(d, values):
     }
 
 
-def write_partial_rope(c):
+def write_partial_rope(c: GPTConfig) -> dict:
     return write_rope(c) | {"partial_rotary_factor": c.rope_fraction}
 
 
-def read_two_ropes(d, values):
+def read_two_ropes(d: dict, values: dict) -> dict:
     """ModernBERT's: an angle for the layers with a window and one for the others, unscaled."""
     given = d.get("rope_parameters") or {}
     if d.get("rope_scaling"):
@@ -176,7 +182,7 @@ def read_two_ropes(d, values):
     return {"rope_theta": whole, "local_rope_theta": 0.0 if local == whole else local}
 
 
-def write_two_ropes(c):
+def write_two_ropes(c: GPTConfig) -> dict:
     local = c.local_rope_theta or c.rope_theta
     return {
         "global_rope_theta": c.rope_theta,  # before transformers 5, and after
@@ -202,7 +208,7 @@ TWO_ROPES = Part(("rope_theta", "local_rope_theta"), TWO_KEYS, read_two_ropes, w
 # Values by another name
 
 
-def named(field, key, names, absent):
+def named(field: str, key: str, names: dict, absent: object) -> Part:
     """A Part for a field whose values have names in a config.json, {theirs: ours}: of several for
     one of ours the first is written. absent: what counts where the key is not there."""
 
@@ -226,7 +232,7 @@ def named(field, key, names, absent):
 # Experts
 
 
-def expert_count(absent):
+def expert_count(absent: int) -> Part:
     """The Part of the number of experts, for which transformers has two keys. absent: what counts
     where neither is there."""
     keys = ("num_experts", "num_local_experts")
@@ -243,7 +249,7 @@ def expert_count(absent):
     return Part(("n_experts",), keys, read, write)
 
 
-def read_expert_layers(d, values):
+def read_expert_layers(d: dict, values: dict) -> dict:
     """Qwen's: every decoder_sparse_step-th layer has experts, but for mlp_only_layers. Our own key
     counts where it says the same in other letters."""
     n_layer = count_layers(values)
@@ -264,7 +270,7 @@ def read_expert_layers(d, values):
     return {"expert_layers": shortest(letters) if "D" in letters else ""}
 
 
-def write_expert_layers(c):
+def write_expert_layers(c: GPTConfig) -> dict:
     dense = [i for i, has_experts in enumerate(c.has_experts) if not has_experts]
     out = {"decoder_sparse_step": 1, "mlp_only_layers": dense}
     if read_expert_layers(out, {"n_layer": c.n_layer})["expert_layers"] != c.expert_layers:
@@ -284,7 +290,7 @@ EXPERT_LAYERS = Part(
 # Encoders without a head
 
 
-def mlm_head(base):
+def mlm_head(base: str) -> Part:
     """The Part of whether an encoder's files have the head of masked language modelling: those of
     its class `base` alone, as models that embed texts are published, have none."""
 
@@ -301,7 +307,7 @@ def mlm_head(base):
 # T5 and RoBERTa
 
 
-def read_t5_lengths(d, values):
+def read_t5_lengths(d: dict, values: dict) -> dict:
     """T5's numbers of layers, the decoder's being the encoder's where there is no key, and its
     context, which nothing in the network limits."""
     n = d.get("num_decoder_layers")
@@ -312,11 +318,11 @@ def read_t5_lengths(d, values):
     }
 
 
-def write_t5_lengths(c):
+def write_t5_lengths(c: GPTConfig) -> dict:
     return {"num_decoder_layers": c.n_layer, "n_positions": c.n_ctx}
 
 
-def read_t5_head(d, values):
+def read_t5_head(d: dict, values: dict) -> dict:
     """Whether the head is the embedding's, and whether states are scaled before it: T5 1.0 is and
     does, 1.1 neither. transformers 5 has a key for each, those before it one."""
     tie = d.get("tie_word_embeddings")
@@ -331,7 +337,7 @@ def read_t5_head(d, values):
     return {"tie": tie, "logit_scale": width**-0.5 if scaled else 1.0}
 
 
-def write_t5_head(c):
+def write_t5_head(c: GPTConfig) -> dict:
     return {"tie_word_embeddings": c.tie, "scale_decoder_outputs": c.logit_scale != 1}
 
 
@@ -345,7 +351,7 @@ T5_MLPS = {  # feed_forward_proj: (our name, dense_act_fn)
 }
 
 
-def read_t5_mlp(d, values):
+def read_t5_mlp(d: dict, values: dict) -> dict:
     """feed_forward_proj, with which two other keys agree where a file has them."""
     name = d.get("feed_forward_proj", "relu")
     if name not in list(T5_MLPS):
@@ -357,14 +363,14 @@ def read_t5_mlp(d, values):
     return {"mlp": mlp}
 
 
-def write_t5_mlp(c):
+def write_t5_mlp(c: GPTConfig) -> dict:
     for name, (mlp, _) in T5_MLPS.items():
         if mlp == c.mlp:
             return {"feed_forward_proj": name}
     return {"feed_forward_proj": None}  # which reads as none of them
 
 
-def read_offset(d, values):
+def read_offset(d: dict, values: dict) -> dict:
     """RoBERTa's positions, which begin behind the number of its padding token."""
     pad = d.get("pad_token_id", 1)
     rows = d.get("max_position_embeddings", 512)
@@ -374,7 +380,7 @@ def read_offset(d, values):
     return {"n_ctx": rows - pad - 1, "position_offset": pad + 1}
 
 
-def write_offset(c):
+def write_offset(c: GPTConfig) -> dict:
     return {
         "max_position_embeddings": c.n_ctx + c.position_offset,
         "pad_token_id": c.position_offset - 1,

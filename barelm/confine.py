@@ -27,12 +27,18 @@ strict: where the machine lacks one of these, the program is not run, and a line
 it is run under those that the machine has; without seccomp, with no right to a further process.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import resource
 import struct
 import sys
 import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Numbers from Linux's headers: linux/prctl.h, linux/landlock.h, linux/capability.h.
 PR_SET_PDEATHSIG = 1
@@ -91,7 +97,7 @@ DENIED = {
 # The steps, in the order in which they are taken
 
 
-def confine(seconds, memory_mb, strict, parent):
+def confine(seconds: float, memory_mb: int, strict: bool, parent: int) -> None:
     """Give up this process's rights for good, in the order that the docstring explains.
 
     seconds of wall clock that the parent waits; memory_mb: MiB of address space; parent: its
@@ -112,7 +118,7 @@ def confine(seconds, memory_mb, strict, parent):
         attempt(strict, limit, "NPROC", 0)  # no process more for this user, at least
 
 
-def attempt(strict, step, *args):
+def attempt(strict: bool, step: Callable, *args: Any) -> bool:
     """Whether the machine grants a step; strict: what it says when it does not is raised."""
     try:
         step(*args)
@@ -123,7 +129,7 @@ def attempt(strict, step, *args):
     return True
 
 
-def call(name, *args):
+def call(name: str, *args: Any) -> int:
     """The result of a function of the C library; an OSError where it is below 0."""
     if sys.platform != "linux":
         raise OSError(f"{name}: only Linux has it")
@@ -136,18 +142,18 @@ def call(name, *args):
     return result
 
 
-def limit(name, value):
+def limit(name: str, value: int) -> None:
     """Set a resource's limit for good: the hard one, which none but root may raise again."""
     resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def forbid_new_privileges():
+def forbid_new_privileges() -> None:
     """Programs with the set-user-ID bit give nothing more. Landlock and seccomp ask for this, so
     that nobody confines a program that has more rights than himself."""
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def hide_files():
+def hide_files() -> None:
     """Landlock: of all files, Python's library and program.py may be read, /dev/null written too;
     nothing can be made, changed or removed. Paths can still be told to exist or not."""
     version = call("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
@@ -164,7 +170,7 @@ def hide_files():
     os.close(rules)
 
 
-def grant(rules, path, rights):
+def grant(rules: int, path: str, rights: int) -> None:
     """Add to a Landlock ruleset the rights to a path and to all below it, if it is there."""
     if not os.path.exists(path):
         return
@@ -174,7 +180,7 @@ def grant(rules, path, rights):
     os.close(place)
 
 
-def leave_root():
+def leave_root() -> None:
     """Become a user that nothing belongs to, with no groups. Capabilities are kept until
     drop_capabilities, which leaves at most one."""
     user = 61184 + os.getpid() % 4096  # among those that systemd.exec(5) keeps free
@@ -184,7 +190,7 @@ def leave_root():
     os.setresuid(user, user, user)
 
 
-def drop_capabilities():
+def drop_capabilities() -> None:
     """No right of root stays. But where only root can read Python's library, the right to read
     does (CAP_DAC_READ_SEARCH), within what Landlock allows."""
     remaining = 0
@@ -195,7 +201,7 @@ def drop_capabilities():
     call("capset", header, struct.pack("<6I", remaining, remaining, 0, 0, 0, 0))
 
 
-def die_with_parent(parent):
+def die_with_parent(parent: int) -> None:
     """SIGKILL for this process when the thread that started it ends, however that ends."""
     call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it was gone before the signal was asked for
@@ -230,7 +236,7 @@ PRCTL = (157, 167)
 SECCOMP_MODE_FILTER = 2
 
 
-def filter_system_calls():
+def filter_system_calls() -> None:
     """seccomp: the calls of DENIED fail with EPERM, those from 424 on with ENOSYS."""
     code = b"".join(struct.pack("<HBBI", *line) for line in filter_program(os.uname().machine))
     lines = ctypes.create_string_buffer(code)
@@ -238,7 +244,7 @@ def filter_system_calls():
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
-def filter_program(machine):
+def filter_program(machine: str) -> list:
     """The instructions of the filter, for x86_64 or aarch64; an OSError for other machines."""
     if machine not in ARCHITECTURES:
         raise OSError(f"no table of system calls for {machine}")
@@ -264,7 +270,7 @@ def filter_program(machine):
     return [*code, (RETURN, 0, 0, ALLOW)]
 
 
-def denied_numbers(column):
+def denied_numbers(column: int) -> list[int]:
     """The numbers of the denied system calls on a machine, by its place in ARCHITECTURES."""
     numbers = []
     for entry in ",".join(DENIED.values()).split(","):
@@ -274,12 +280,12 @@ def denied_numbers(column):
     return numbers
 
 
-def answer_if(value, answer):
+def answer_if(value: int, answer: int) -> list:
     """Instructions that end the filter with `answer` if the word that was loaded is `value`."""
     return [(IF_EQUAL, 0, 1, value), (RETURN, 0, 0, answer)]
 
 
-def block_if(number, block):
+def block_if(number: int, block: list) -> list:
     """Instructions that run the block, which always ends the filter, for this system call: a block
     loads another word, so that what follows it could not look at the number any more."""
     return [(IF_EQUAL, 0, len(block), number), *block]
@@ -289,7 +295,7 @@ def block_if(number, block):
 # The program
 
 
-def run(seconds, memory_mb, strict, parent):
+def run(seconds: float, memory_mb: int, strict: bool, parent: int) -> None:
     """Run program.py of this folder under the rules, and write to standard output how it ended: the
     token that waits in standard input if it came to its end, else the error. The token enters this
     process only then, so that a program cannot find it in memory before."""

@@ -1,6 +1,8 @@
 """uvicorn with bounds: how many connections there may be, how long one may be silent, and an end in
 order at a signal."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import math
@@ -11,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -19,6 +22,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from barelm.api import ApiError
 from barelm.front import FULL
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from asyncio.selector_events import _SelectorSocketTransport
+    from collections.abc import Iterator
+    from types import FrameType, ModuleType
+
+    from uvicorn.config import Config
+    from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+
+    from barelm.front import Shutdown
 
 SPARE_CONNECTIONS = 100  # beyond max_connections, to answer 503 on
 OWN_FILES = 32  # that the process has open at times, connections apart
@@ -29,17 +42,17 @@ class PatientProtocol(H11Protocol):
     and none begins, or the head of one does not end. A connection too many waits for its request
     no more than a moment."""
 
-    def __init__(self, *args, client_timeout, **more):
+    def __init__(self, *args: Any, client_timeout: float, **more: Any) -> None:
         super().__init__(*args, **more)
         self.client_timeout = client_timeout
         self.is_full = self.app_state.get("full", False)  # a connection too many
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: _SelectorSocketTransport) -> None:
         super().connection_made(transport)
         self.patience = min(self.client_timeout, 0.2) if self.is_full else self.client_timeout
         self.loop.call_later(self.patience, self.look_again, self.cycle)
 
-    def look_again(self, cycle_before):
+    def look_again(self, cycle_before: RequestResponseCycle | None) -> None:
         """Close the connection if nothing has happened on it. cycle_before: what was its newest
         request a while ago, done or under way; None: it had none."""
         if self not in self.connections:  # it has ended
@@ -54,13 +67,13 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
         self.loop.call_later(self.patience, self.look_again, self.cycle)
 
-    def send_400_response(self, msg):
+    def send_400_response(self, msg: str) -> None:
         """The answer to what is no HTTP."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else another is under way
             self.write_error(ApiError(400, msg))
         self.transport.close()
 
-    def write_error(self, error):
+    def write_error(self, error: BaseException) -> None:
         """An answer where there is no request that it belongs to."""
         body = json.dumps(error.body()).encode()
         lines = [
@@ -79,13 +92,13 @@ class Server(uvicorn.Server):
     limit: connections that are served; n_spare: how many more are answered 503. shutdown: a
     front.Shutdown, which the signals change."""
 
-    def __init__(self, config, limit, n_spare, shutdown):
+    def __init__(self, config: Config, limit: int, n_spare: int, shutdown: Shutdown) -> None:
         super().__init__(config)
         self.limit = limit
         self.n_spare = n_spare
         self.stopping = shutdown
 
-    def handle_exit(self, sig, frame):
+    def handle_exit(self, sig: int, frame: FrameType) -> None:
         """The first signal lets requests finish, a Ctrl-C behind it ends them, a third everything,
         such as a thread that does not come back."""
         if self.force_exit:
@@ -97,16 +110,16 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     @contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator[None]:
         """uvicorn's would raise the signals again when all is done; serve.py has set ours."""
         yield
 
-    async def startup(self, sockets=None):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])  # no socket: uvicorn would accept for itself
         self.listening = sockets[0]
         self.accepting = asyncio.create_task(self.accept(self.listening))
 
-    async def shutdown(self, sockets=None):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A connection that comes in this very moment would be told to what is cancelled.
         with suppress(NotImplementedError):  # Windows
             asyncio.get_running_loop().remove_reader(self.listening)
@@ -121,7 +134,7 @@ class Server(uvicorn.Server):
         if tasks:
             await asyncio.wait(tasks, timeout=2)  # they tell their clients
 
-    async def accept(self, sock):
+    async def accept(self, sock: socket.socket) -> None:
         connections = self.server_state.connections
         sock.setblocking(False)
         told_at = -math.inf  # when a failure was printed
@@ -136,17 +149,17 @@ class Server(uvicorn.Server):
                     told_at = time.monotonic()
                 await asyncio.sleep(0.5)
 
-    async def accept_one(self, sock):
+    async def accept_one(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         client, _ = await loop.sock_accept(sock)
         is_full = len(self.server_state.connections) >= self.limit
-        protocol = self.config.http_protocol_class(
+        protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state={"full": is_full}
         )
         await loop.connect_accepted_socket(lambda: protocol, client)
 
 
-def connection_limits(max_connections):
+def connection_limits(max_connections: int) -> tuple[int, int]:
     """How many connections are served, and on how many more 503 is answered, further ones waiting
     in the kernel: max_connections, or fewer where the system lets a process open fewer files."""
     try:
@@ -167,7 +180,7 @@ def connection_limits(max_connections):
     return min(limit, max_connections), n_spare
 
 
-def raise_file_limit(resource, wanted):
+def raise_file_limit(resource: ModuleType, wanted: int) -> int:
     """Let this process open as many files as wanted, or as its user may: the limit now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -185,7 +198,7 @@ def reuse_option():
     return socket.SO_REUSEADDR, 1
 
 
-def listen(host, port):
+def listen(host: str, port: int) -> socket.socket:
     """The socket that clients will connect to."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -12,7 +12,9 @@ has its own tokens' alone, and of scores, which grow with T^2, the n-th part.
 
 B rows, H heads of queries, G of keys and values, D: head_dim, t: tokens of a process, T / n."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,17 @@ from barelm.patterns import attention_mask
 from barelm.positions import document_positions
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
-def check_tokens(c, cp):
+    from torch import Tensor
+
+    from barelm.mesh import Mesh
+    from barelm.patterns import Pattern
+    from model import GPT, GPTConfig
+
+
+def check_tokens(c: GPTConfig, cp: int) -> None:
     """Refuse a network whose windows cp processes cannot share."""
     why = ""
     if not c.causal or c.is_seq2seq:
@@ -36,7 +47,7 @@ def check_tokens(c, cp):
         raise UserError(f"--cp={cp}: {why}")
 
 
-def check_length(seq_len, cp):
+def check_length(seq_len: int, cp: int) -> None:
     """Refuse windows of so many tokens that cp processes cannot share."""
     n = 2 * cp
     if seq_len % n:
@@ -44,7 +55,7 @@ def check_length(seq_len, cp):
         raise UserError(f"--cp={cp} cuts windows into {n} chunks: --seq_len={near}")
 
 
-def split_tokens(net, mesh):
+def split_tokens(net: GPT, mesh: Mesh) -> None:
     """Let a network with targets compute this process's tokens of each window alone, where the
     processes of mesh's "cp" share them."""
     cp = mesh.sizes.cp
@@ -58,23 +69,23 @@ class TokenShare:
     """Which tokens of a window this process has: the process `rank` of `size` on mesh, a DeviceMesh
     of the one dimension "cp"."""
 
-    def __init__(self, mesh, rank, size):
+    def __init__(self, mesh: Mesh, rank: int, size: int) -> None:
         self.mesh = mesh
         self.rank = rank
         self.size = size
 
     @property
-    def chunks(self):
+    def chunks(self) -> tuple[int, int]:
         """The numbers of this process's two chunks of a window."""
         return self.rank, 2 * self.size - 1 - self.rank
 
-    def own(self, x):
+    def own(self, x: Tensor) -> Tensor:
         """This process's tokens (B, t) of those of a window, x (B, T)."""
         check_length(x.shape[1], self.size)
         chunks = x.chunk(2 * self.size, 1)
         return torch.cat([chunks[number] for number in self.chunks], 1)
 
-    def cut(self, ids, targets, options):
+    def cut(self, ids: Tensor, targets: Tensor, options: dict) -> tuple:
         """What `GPT.forward` goes on with: this process's ids and targets (B, t), and `hidden`'s
         options."""
         docs = options.pop("docs", None)
@@ -84,7 +95,7 @@ class TokenShare:
         options["window"] = SharedWindow(self, positions, docs)
         return self.own(ids), self.own(targets), options
 
-    def gather(self, k, v):
+    def gather(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         """The keys and values (B, G, T, D) of a window's tokens, in their order, of those that each
         process has (B, G, t, D)."""
         kv = torch.stack((k, v))  # (2, B, G, t, D): one exchange
@@ -104,10 +115,10 @@ class SharedWindow(NamedTuple):
     docs: torch.Tensor | None  # (B, T)
 
     @property
-    def own_positions(self):
+    def own_positions(self) -> Tensor:
         return self.share.own(self.positions)
 
-    def mask(self, pattern, in_order=True):
+    def mask(self, pattern: Pattern, in_order: bool = True) -> Tensor | None:
         """What this process's tokens may look at, of all: as `attention_mask` gives it, (B or 1,
         1, t, T), or None where that is all before them; in_order: where there may be none."""
         if in_order and self.docs is None and pattern.sees_all(self.positions.shape[1]):
@@ -118,7 +129,7 @@ class SharedWindow(NamedTuple):
         own_docs = self.share.own(self.docs)
         return attention_mask(pattern, own, self.positions, own_docs, self.docs, alone=False)
 
-    def shared(self, mask):
+    def shared(self, mask: Tensor) -> SharedMask:
         """The SharedMask of a mask."""
         return SharedMask(self.share, mask)
 
@@ -131,13 +142,16 @@ class SharedMask(NamedTuple):
     share: TokenShare
     mask: torch.Tensor | None
 
-    def attend(self, plain, q, k, v, dropout=0.0, reach=None, **options):
+    def attend(self, plain: Callable, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0,
+               reach: int | None = None, **options: Any) -> Tensor:  # fmt: skip
         """`Operations.attend` of causal tokens, of which this process has q (B, H, t, D), k and v
         (B, G, t, D). plain: `Operations.plain_attend`; options: its."""
         return shared_attention(plain, q, k, v, self.share, self.mask, dropout, reach, **options)
 
 
-def shared_attention(attend, q, k, v, share, mask, dropout=0.0, reach=None, **options):
+def shared_attention(attend: Callable, q: Tensor, k: Tensor, v: Tensor, share: TokenShare,
+                     mask: Tensor, dropout: float = 0.0, reach: int | None = None,
+                     **options: Any) -> Tensor:  # fmt: skip
     """What SharedMask.attend gives."""
     k, v = share.gather(k, v)
     size = q.shape[2] // 2  # of a chunk
@@ -159,7 +173,9 @@ def shared_attention(attend, q, k, v, share, mask, dropout=0.0, reach=None, **op
     return torch.cat(outputs, 2)
 
 
-def prefix_attention(attend, q, k, v, dropout, **options):
+def prefix_attention(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, dropout: float, **options: Any
+) -> Tensor:
     """Attention of the last tokens q (B, H, T, D) of a row to all of it, k and v (B, G, S, D): to
     themselves and to what is before them."""
     T = q.shape[2]

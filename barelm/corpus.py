@@ -10,6 +10,8 @@ A Corpus is a folder in there, of all units together: rows and signatures, cuts.
 i-th unit <i>.tokens and <i>.npy.
 """
 
+from __future__ import annotations
+
 import bz2
 import gzip
 import io
@@ -22,6 +24,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +32,10 @@ from barelm.clean import Tally
 from barelm.dedup import N_PERMUTATIONS
 from barelm.files import read_json, require_zst, whole_file, write_json
 from barelm.mix import SPLITS, map_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import BinaryIO
 
 # What is known of a document: its unit's name (16 hex digits), the bytes before it in the unit's
 # .txt and its own; the hashes of its text, of its words in lower case and of its URL.
@@ -38,13 +45,13 @@ UNIT_FILES = (".txt", ".rows", ".signatures")
 ALL = 2**62  # a cut behind any text
 
 
-def sync(file):
+def sync(file: BinaryIO) -> None:
     """Wait until what was written to the file is on the disk: before another file says so."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def save_array(path, array):
+def save_array(path: Path, array: np.ndarray) -> None:
     """np.save, which says why where the disk is full."""
     buffer = io.BytesIO()  # into a file numpy writes by itself, and loses the system's reason
     np.save(buffer, array)
@@ -52,7 +59,7 @@ def save_array(path, array):
         file.write(buffer.getbuffer())
 
 
-def batches(items, size):
+def batches(items: Iterable, size: int) -> Iterator[list[tuple]]:
     """Group tuples, whose last value is a text, into lists of about `size` characters."""
     batch = []
     n_chars = 0
@@ -71,11 +78,11 @@ def batches(items, size):
 # One unit
 
 
-def unit_sizes(work, name):
+def unit_sizes(work: Path, name: str) -> list[int]:
     return [os.path.getsize(work / f"{name}{ending}") for ending in UNIT_FILES]
 
 
-def is_clean(work, name):
+def is_clean(work: Path, name: str) -> bool:
     """Are a unit's files there, and as large as <unit>.json says?"""
     try:
         notes = json.loads((work / f"{name}.json").read_bytes())
@@ -84,14 +91,14 @@ def is_clean(work, name):
         return False
 
 
-def write_notes(work, name, tallies, skipped, n_special):
+def write_notes(work: Path, name: str, tallies: dict, skipped: list[str], n_special: int) -> None:
     """<unit>.json, once the unit's other files are on the disk."""
     notes = {"skipped": skipped, "special": n_special, "sizes": unit_sizes(work, name)}
     notes["tallies"] = {step: asdict(tally) for step, tally in tallies.items()}
     write_json(work / f"{name}.json", notes)
 
 
-def read_notes(work, name):
+def read_notes(work: Path, name: str) -> dict:
     """{"skipped": files that are not UTF-8, "special": documents that hold the name of a special
     token, "tallies": {step: Tally}} of a unit."""
     notes = read_json(work / f"{name}.json")
@@ -119,7 +126,7 @@ class Corpus:
 
     folder: Path
 
-    def gather(self, names):
+    def gather(self, names: list[str]) -> None:
         """Put the rows and signatures of these units after one another."""
         for kind in ("rows", "signatures"):
             with whole_file(self.folder / kind) as file:  # other parts may have the old one open
@@ -127,21 +134,21 @@ class Corpus:
                     with open(self.folder.parent / f"{name}.{kind}", "rb") as part:
                         shutil.copyfileobj(part, file)
 
-    def rows(self):
+    def rows(self) -> np.ndarray:
         """(N,) of dtype ROW."""
         return map_rows(self.folder / "rows", ROW)
 
-    def signatures(self):
+    def signatures(self) -> np.ndarray:
         """(N, N_PERMUTATIONS) uint16."""
         flat = map_rows(self.folder / "signatures", np.dtype("<u2"))
         return flat.reshape(-1, N_PERMUTATIONS)
 
-    def cuts(self):
+    def cuts(self) -> np.ndarray:
         """(N,) int64: how many characters of each document are for training, the rest being for
         validation (ALL; 0: none; -1: it is left out)."""
         return np.load(self.folder / "cuts.npy", mmap_mode="r")
 
-    def texts(self, rows):
+    def texts(self, rows: Iterable) -> Iterator[str]:
         """Yield the texts, as the local steps left them, of the documents with these rows."""
         for unit, unit_rows in groupby(rows, itemgetter("unit")):  # one file open at a time
             with open(self.folder.parent / f"{unit:016x}.txt", "rb") as file:
@@ -149,7 +156,7 @@ class Corpus:
                     file.seek(row["begin"])
                     yield file.read(row["size"]).decode()
 
-    def split_texts(self, job):
+    def split_texts(self, job: Job) -> Iterator[tuple[str, int, str]]:
         """Yield (split, hash, text) of the job's documents that stay."""
         rows = self.rows()[job.begin : job.end]
         cuts = self.cuts()[job.begin : job.end]
@@ -168,7 +175,7 @@ CLEANED = ("jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst")
 CLEANED_SIZE = 64_000_000  # characters of a file of them, about
 
 
-def write_cleaned(corpus, text_field, ending, is_mix, job):
+def write_cleaned(corpus: Corpus, text_field: str, ending: str, is_mix: bool, job: Job) -> int:
     """Write the documents of a unit that stay, as they are before the tokenizer: records with the
     text in text_field and in a mix their source, in files of about CLEANED_SIZE characters. Returns
     the bytes of text."""
@@ -193,17 +200,17 @@ def write_cleaned(corpus, text_field, ending, is_mix, job):
     return n_bytes
 
 
-def cleaned_note(corpus, job):
+def cleaned_note(corpus: Corpus, job: Job) -> Path:
     """The file that says that all of a unit's cleaned documents are written."""
     return corpus.folder / f"{job.number}.cleaned"
 
 
-def cleaned_paths(corpus, ending, job):
+def cleaned_paths(corpus: Corpus, ending: str, job: Job) -> list[Path]:
     return sorted(corpus.folder.glob(f"cleaned_*_{job.number:06d}_*.{ending}"))
 
 
 @contextmanager
-def compressed(file, name):
+def compressed(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
     """A binary file to write into, whose bytes are compressed into `file` as the name says."""
     ending = os.path.splitext(name)[1]
     if ending == ".zst":

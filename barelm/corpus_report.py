@@ -1,7 +1,10 @@
 """report.md: what every step took away, with examples, and what is left."""
 
+from __future__ import annotations
+
 import zlib
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,12 +13,18 @@ from barelm.corpus import batches
 from barelm.dedup import shingles, word_hashes
 from barelm.mix import SPLITS
 
+if TYPE_CHECKING:
+    from barelm.clean import Tally
+    from barelm.corpus import Corpus
+    from barelm.tokenizer import Tokenizer
+
 DIVERSITY_BYTES = 20_000_000  # of text that the figures of diversity are of, a sample by hash
 BATCH = 1_000_000  # characters whose words are in hand at once
 GZIP = 31  # zlib's number for the gzip format with the largest window
 
 
-def report_lines(corpus, tok, tallies, clusters, meta, title, source, steps):
+def report_lines(corpus: Corpus, tok: Tokenizer, tallies: dict[str, Tally], clusters: list,
+                 meta: dict, title: str, source: str, steps: Any) -> list[str]:  # fmt: skip
     """The lines of the report.
 
     tallies: {step: Tally}; clusters: [(documents, number of the first)] of near-duplicates, the
@@ -32,22 +41,22 @@ def report_lines(corpus, tok, tallies, clusters, meta, title, source, steps):
     return lines
 
 
-def share_line(numbers):
+def share_line(numbers: dict[str, float]) -> str:
     """What a source has in the mix, in words."""
     shares = f"{numbers['share']:.1%} of the mix, {numbers['asked']:.1%} was asked"
     return f"{shares}; {numbers['written']:,} tokens, {numbers['epochs']:.2f} epochs"
 
 
-def table_row(*cells):
+def table_row(*cells: Any) -> str:
     shown = [f"{cell:,}" if isinstance(cell, int) else cell for cell in cells]
     return "| " + " | ".join(shown) + " |"
 
 
-def quoted(text):
+def quoted(text: str) -> str:
     return "`" + text.replace("`", "'") + "`"  # so that no text formats the report
 
 
-def step_lines(tallies):
+def step_lines(tallies: dict[str, Tally]) -> list[str]:
     """What each step was given and left; and its reasons, with examples."""
     lines = [table_row("step", "documents in", "out", "bytes in", "out")]
     lines.append(table_row(*["---"] * 5))
@@ -63,7 +72,7 @@ def step_lines(tallies):
     return lines
 
 
-def diversity_lines(corpus):
+def diversity_lines(corpus: Corpus) -> list[str]:
     varied = diversity(corpus)
     n_left = int((corpus.cuts() >= 0).sum())
     extent = "all"
@@ -77,7 +86,7 @@ def diversity_lines(corpus):
     return lines + [f"- gzip makes {varied['compression']:.2f} bytes one", ""]
 
 
-def length_lines(corpus):
+def length_lines(corpus: Corpus) -> list[str]:
     """A histogram of the documents' sizes, a line for each power of two."""
     sizes = corpus.rows()["size"][corpus.cuts() >= 0]
     bins = np.bincount(np.log2(np.maximum(sizes, 1)).astype(int))
@@ -88,7 +97,7 @@ def length_lines(corpus):
     return lines + ["```", ""]
 
 
-def cluster_lines(corpus, clusters):
+def cluster_lines(corpus: Corpus, clusters: list) -> list[str]:
     n_extra = sum(size - 1 for size, _ in clusters)
     lines = ["## Near-duplicates", ""]
     lines += [f"{len(clusters):,} clusters, {n_extra:,} documents left out.", ""]
@@ -99,7 +108,7 @@ def cluster_lines(corpus, clusters):
     return lines + [""]
 
 
-def token_lines(tok, meta):
+def token_lines(tok: Tokenizer, meta: dict) -> list[str]:
     lines = ["## Tokens", "", table_row("split", "documents", "bytes", "tokens", "bytes per token")]
     lines.append(table_row(*["---"] * 5))
     begin, end = tok.document_layout
@@ -114,7 +123,7 @@ def token_lines(tok, meta):
     return lines
 
 
-def diversity(corpus):
+def diversity(corpus: Corpus) -> dict:
     """How varied the documents that are left are: {"documents", "bytes": of the sample, "distinct":
     {n: share of all n words in a row that differ, for n of 1, 2, 3} (distinct-n, Li et al. 2016,
     without regard to case), "compression": how many bytes gzip makes one of (Shaib et al. 2024)}.

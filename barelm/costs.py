@@ -2,7 +2,10 @@
 
 The settings `s` of these functions are finetune.py's or rl.py's keys, by their names."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -18,6 +21,11 @@ from barelm.optim import (
     n_params,
 )
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from types import SimpleNamespace
+
+    from model import GPT
 
 # Of a GPU's memory, in GB/s, from its maker's data sheet: a token of a roll-out reads all weights.
 MEMORY_GBS = {
@@ -36,13 +44,13 @@ MEMORY_GBS = {
 NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8
 
 
-def linear_layers(net):
+def linear_layers(net: GPT) -> list[nn.Linear]:
     """The matrices of the blocks."""
     names = [name for name, m in net.named_modules() if isinstance(m, nn.Linear)]
     return [net.get_submodule(name) for name in names if ".layers." in name]
 
 
-def learned_weights(net, s):
+def learned_weights(net: GPT, s: SimpleNamespace) -> tuple[int, int]:
     """(how many weights learn, how many of them are added ones)."""
     c = net.config
     if s.adapt in ("lora", "qlora"):
@@ -64,7 +72,7 @@ def learned_weights(net, s):
     return n_params(net), 0
 
 
-def finetune_memory(net, s, length, rollouts):
+def finetune_memory(net: GPT, s: SimpleNamespace, length: int, rollouts: int) -> dict:
     """{what: bytes on each device} of a fine-tuning whose sequences have `length` tokens, which
     holds so many roll-outs at once."""
     c = net.config
@@ -105,7 +113,7 @@ def finetune_memory(net, s, length, rollouts):
     return memory
 
 
-def token_flops(net, s, length):
+def token_flops(net: GPT, s: SimpleNamespace, length: int) -> tuple[float, float]:
     """(FLOPs of a token forward, FLOPs of a token in an update: forward, backward and what is added
     or computed twice). Frozen weights have no gradients: their backward pass costs as much as the
     forward one, not twice."""
@@ -129,7 +137,9 @@ def token_flops(net, s, length):
     return forward, update
 
 
-def finetune_work(net, s, count, length, steps):
+def finetune_work(
+    net: GPT, s: SimpleNamespace, count: int, length: int, steps: int
+) -> dict[str, float]:
     """{what: FLOPs} of a fine-tuning on `count` examples of `length` tokens, as finetune.py and
     rl.py do it, over all devices."""
     forward, update = token_flops(net, s, length)

@@ -1,5 +1,7 @@
 """Data sets that prepare.py made, to train on: in a folder here, or streamed from elsewhere."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +26,16 @@ class Dataset:
     shards: dict[str, list]  # {split: its opened shards}; {} of files here, which are opened later
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """A hash that names the data."""
         return hashlib.sha256((self.folder / "meta.json").read_bytes()).hexdigest()
 
     @property
-    def sources(self):
+    def sources(self) -> list:
         """The sources that have validation shards of their own."""
         return sorted(split.removeprefix("val.") for split in self.paths if "." in split)
 
-    def training(self, seq_len, seed, stride, shuffle_chunks):
+    def training(self, seq_len: int, seed: int, stride: int, shuffle_chunks: int) -> Windows:
         """The windows to train on, one at least."""
         shards = self.shards.get("train")
         options = dict(stride=stride, n_vocab=self.tok.n_vocab, shards=shards)
@@ -50,7 +52,7 @@ class Dataset:
             raise UserError(f"{self.folder}: {why}")
         return windows
 
-    def validation(self, seq_len, partial, source=None):
+    def validation(self, seq_len: int, partial: bool, source: str | None = None) -> Windows:
         """The windows to validate with: of all, or of a source. partial: the last one of a shard
         may be short."""
         split = f"val.{source}" if source else "val"
@@ -60,7 +62,7 @@ class Dataset:
         return Windows(paths, seq_len, partial=partial, n_vocab=n_vocab, shards=shards)
 
 
-def open_dataset(name, seq_len, stride, cache_gb, make):
+def open_dataset(name: str, seq_len: int, stride: int, cache_gb: float, make: str) -> Dataset:
     """The Dataset of this name: of the folder data/NAME, or of an address. make: the command that
     would make it."""
     if is_remote(name):
@@ -80,7 +82,7 @@ def open_dataset(name, seq_len, stride, cache_gb, make):
     return Dataset(name, folder, Tokenizer.from_folder(folder), paths, {})
 
 
-def check_alike(sets):
+def check_alike(sets: list[Dataset]) -> None:
     """Refuse data sets that cannot be mixed, since their tokens mean different things."""
     first = sets[0]
     for other in sets[1:]:
@@ -91,7 +93,7 @@ def check_alike(sets):
             raise UserError(f"mix: {first.name} and {other.name} have different tokenizers: {mend}")
 
 
-def digest_of(sets):
+def digest_of(sets: list[Dataset]) -> str:
     """A hash that names the data of these data sets."""
     if len(sets) == 1:
         return sets[0].digest

@@ -27,9 +27,12 @@ C: n_embd, G: heads of keys and values, D: head_dim, V: vocabulary, B: rows of a
 the cache that it looks at, T: tokens of a prompt.
 """
 
+from __future__ import annotations
+
 import contextlib
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -58,6 +61,16 @@ from barelm.sampling import (
     power_of_two,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from barelm.jobs import Job
+    from barelm.sampling import Kinds
+    from barelm.tokenizer import Tokenizer
+    from model import GPT, GPTConfig
+
 
 class Decoder:
     """n_slots sequences of at most max_len tokens each, prompt and answer together, of a network.
@@ -67,9 +80,8 @@ class Decoder:
     Arguments are the caller's to check: 0 < len(prompt) and len(prompt) + limit <= max_len; of an
     encoder-decoder len(prompt) <= max_source and 1 + limit <= max_len."""
 
-    def __init__(
-        self, net, tok, n_slots, max_len, *, max_source=0, check=False, graphs=True, slack=0
-    ):
+    def __init__(self, net: GPT, tok: Tokenizer, n_slots: int, max_len: int, *, max_source: int = 0,
+                 check: bool = False, graphs: bool = True, slack: int = 0) -> None:  # fmt: skip
         self.net = net
         self.n_vocab = min(tok.n_vocab, net.config.vocab_size)  # ids from here on are padding
         self.n_slots = n_slots
@@ -103,7 +115,7 @@ class Decoder:
         self.owners = [None] * n_slots
         self.states = {}  # {slot: hidden states (T, C)} of what was read last
 
-    def make_state(self, c):
+    def make_state(self, c: GPTConfig) -> None:
         """The tensors: all there is of a sequence, a row a slot."""
         n = self.n_slots
         device = self.device
@@ -125,7 +137,7 @@ class Decoder:
         # (1, …): of tokens, and as many as there are slots at least
         self.positions = torch.arange(max(self.max_len, n) + 1, device=device)[None]
 
-    def make_stores(self, c, max_source, slack):
+    def make_stores(self, c: GPTConfig, max_source: int, slack: int) -> None:
         """Keys and values of what was read, a row a slot."""
         c = self.net.ops.own_heads(c)
         # A CPU attends to float32 faster than to less: it has to convert the rest.
@@ -140,14 +152,16 @@ class Decoder:
             self.source = Source(c, self.n_slots, max_source or c.n_ctx, self.device, dtype)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Of all keys and values."""
         return self.stores.nbytes + (self.source.store.nbytes if self.is_seq2seq else 0)
 
     # ------------------------------------------------------------------ slots
 
-    def set(self, slot, prompt, limit, *, options=None, uniform=None, ends=(), n_alternatives=0,
-            n_cached=0, owner=None):  # fmt: skip
+    def set(self, slot: int, prompt: list[int], limit: int, *,
+            options: dict[str, float] | None = None, uniform: Tensor | None = None,
+            ends: Sequence[int] = (), n_alternatives: int = 0, n_cached: int = 0,
+            owner: Job | None = None) -> None:  # fmt: skip
         """A sequence begins in a slot: prompt (ids, all of it), to which at most `limit` tokens are
         added, until one of `ends`.
 
@@ -176,11 +190,11 @@ class Decoder:
         if kinds_of([options]).penalized:
             self.remember(slot, prompt)
 
-    def to_device(self, values, dtype=torch.int64):
+    def to_device(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         """A list as a tensor on the device, which nobody waits for."""
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
 
-    def set_ends(self, slot, ends):
+    def set_ends(self, slot: int, ends: list[int]) -> None:
         if len(ends) > self.ends.shape[1]:
             with torch.inference_mode(False):  # as in __init__
                 wider = self.ends.new_full((self.n_slots, power_of_two(len(ends))), -1)
@@ -188,7 +202,7 @@ class Decoder:
             self.replace("ends", wider)
         self.ends[slot] = self.to_device(ends + [-1] * (self.ends.shape[1] - len(ends)))
 
-    def remember(self, slot, prompt):
+    def remember(self, slot: int, prompt: list[int]) -> None:
         """The tokens of a prompt, for penalties; the first one to have a penalty makes the room."""
         if self.counts is None:
             with torch.inference_mode(False):  # as in __init__
@@ -198,13 +212,13 @@ class Decoder:
         self.seen[slot] = False
         self.seen[slot].index_fill_(0, self.to_device(prompt), True)
 
-    def replace(self, name, tensor):
+    def replace(self, name: str, tensor: Tensor) -> None:
         """Another tensor for a part of the state: graphs that have the old one are gone."""
         setattr(self, name, tensor)
         if self.graphs is not None:
             self.graphs.forget("choose_rows")
 
-    def clear(self, slot):
+    def clear(self, slot: int) -> None:
         """The sequence of a slot has left. What it had read stays until the slot is used again."""
         self.unchosen.discard(slot)
         self.owners[slot] = None
@@ -212,18 +226,18 @@ class Decoder:
             self.ready.remove(slot)
         self.left[slot].zero_()
 
-    def can_begin(self, slot, length):
+    def can_begin(self, slot: int, length: int) -> bool:
         """Whether the first `length` tokens of those that a slot has read last are a beginning to
         go on from: in a ring that has come round the older ones are gone, so that it can only be
         continued from its end, or from `slack` tokens before it."""
         return not self.is_seq2seq and self.stores.can_cut(length, self.reached[slot])
 
-    def copy(self, to, source, length):
+    def copy(self, to: int, source: int, length: int) -> None:
         """Slot `to` gets the keys and values of the first `length` tokens of another."""
         self.stores.copy(to, source, length)
         self.reached[to] = self.reached[source]
 
-    def wipe(self, slot):
+    def wipe(self, slot: int) -> None:
         """Zeros for what a slot has read: to attend to NaN, with whatever weight, gives NaN."""
         self.stores.wipe(slot)
         self.reached[slot] = 0
@@ -232,7 +246,7 @@ class Decoder:
 
     # ------------------------------------------------------------------ prompts
 
-    def read(self, chunks):
+    def read(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Read prompts, {slot: ids}, each a whole or what follows what the slot has read; a slot is
         `ready` where its prompt ends. Call it after `feed`, not between `choose` and `feed`.
         Returns {slot: hidden states (T, C) of its chunk}; of an encoder-decoder, whose sources are
@@ -263,27 +277,29 @@ class Decoder:
         self.states = states
         return states
 
-    def prompt_logits(self, slot, n):
+    def prompt_logits(self, slot: int, n: int) -> Tensor:
         """The logits (n, V) float32 of what follows each of the first n tokens that `read` was last
         given for a slot, -inf for padding of the vocabulary."""
         logits = self.net.logits(self.states[slot][:n]).float()
         logits[:, self.n_vocab :] = -torch.inf
         return logits
 
-    def read_padded(self, slots, chunks, begin=0):
+    def read_padded(
+        self, slots: list[int], chunks: dict[int, list[int]], begin: int = 0
+    ) -> dict[int, Tensor]:
         """Of chunks that all begin at the same place, as rows that are as long as the longest."""
         lengths = [len(chunks[slot]) for slot in slots]
         cache = ChunkCache(self, self.index(slots), begin, lengths)
         h = self.net.hidden(self.padded(slots, chunks), cache=cache)  # (B, T, C)
         return {slot: h[i, : len(chunks[slot])] for i, slot in enumerate(slots)}
 
-    def padded(self, slots, chunks):
+    def padded(self, slots: list[int], chunks: dict[int, list[int]]) -> Tensor:
         """(B, T), padded at the right."""
         rows = [torch.tensor(chunks[slot]) for slot in slots]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return ids.to(self.device, non_blocking=True)
 
-    def read_sources(self, slots, chunks):
+    def read_sources(self, slots: list[int], chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Read whole sources, and behind each of them the start token."""
         lengths = [len(chunks[slot]) for slot in slots]
         for slot, length in zip(slots, lengths):
@@ -298,7 +314,7 @@ class Decoder:
         h = self.net.hidden(start, cache=cache)  # (B, 1, C)
         return dict(zip(slots, h))
 
-    def read_packed(self, slots, chunks):
+    def read_packed(self, slots: list[int], chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """Of whole prompts, one after the other in one row, each a document."""
         lengths = [len(chunks[slot]) for slot in slots]
         packed = []
@@ -311,7 +327,7 @@ class Decoder:
         h = self.net.hidden(ids, cache=PackedCache(self, docs, lengths), docs=docs[None])[0]
         return dict(zip(slots, h.split(lengths)))
 
-    def begin_answers(self, slots, h):
+    def begin_answers(self, slots: list[int], h: Tensor) -> None:
         """The prompts of these slots are read, the last tokens' hidden states being h (B, C)."""
         rows = self.index(slots)
         self.keep_logits(rows, h)
@@ -321,14 +337,14 @@ class Decoder:
         self.kinds = None
         self.unchosen.update(slots)
 
-    def keep_logits(self, rows, h):
+    def keep_logits(self, rows: slice | Tensor, h: Tensor) -> None:
         """Padding of the vocabulary stays at -inf."""
         logits = self.net.logits(h)[:, : self.n_vocab]
         if not isinstance(rows, slice):  # to places by an index torch writes of the same type alone
             logits = logits.to(self.logits.dtype)
         self.logits[rows, : self.n_vocab] = logits
 
-    def index(self, slots):
+    def index(self, slots: list[int]) -> slice | Tensor:
         """Slots as an index: a slice, which copies nothing, where they follow one another."""
         first = slots[0]
         if slots == list(range(first, first + len(slots))):
@@ -337,7 +353,7 @@ class Decoder:
 
     # ------------------------------------------------------------------ a step
 
-    def choose(self):
+    def choose(self) -> Chosen:
         """Choose a token for each ready slot: Chosen. Those of which this was the last that its
         limit allows are ready no more."""
         slots = list(self.ready)
@@ -357,7 +373,7 @@ class Decoder:
         self.note_chosen(chosen)
         return chosen
 
-    def note_chosen(self, chosen):
+    def note_chosen(self, chosen: Chosen) -> None:
         """What the host knows after `choose`. On a CPU it looks for ends too: what has ended costs
         nothing there, and the others' lengths are known."""
         ids = [None] * len(chosen.slots) if self.on_gpu else chosen.wait().tokens
@@ -366,7 +382,7 @@ class Decoder:
             if self.n_left[slot] == 0 or id in self.ends_of[slot]:
                 self.ready.remove(slot)
 
-    def rows_of(self, slots):
+    def rows_of(self, slots: list[int]) -> tuple[slice | Tensor, Sequence[int]]:
         """(the rows to compute for these slots; where in them each slot is)."""
         first = 0
         end = slots[-1] + 1
@@ -378,7 +394,7 @@ class Decoder:
                 return self.to_device(slots), range(len(slots))
         return slice(first, end), [slot - first for slot in slots]
 
-    def choose_rows(self, rows, kinds, n_alternatives=0):
+    def choose_rows(self, rows: slice | Tensor, kinds: Kinds, n_alternatives: int = 0) -> Tensor:
         """On the device alone: the next token of each of the rows, (B, 2 + 2 n) float64 (on
         mps float32): token, log p, n alternatives, their log p; where `check`, also whether all
         logits are finite."""
@@ -415,7 +431,7 @@ class Decoder:
             values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
         return torch.cat([widen(value) for value in values], 1)
 
-    def feed(self):
+    def feed(self) -> None:
         """Feed each ready slot its newest token, so that `choose` can choose again."""
         if not self.ready:
             return
@@ -436,7 +452,7 @@ class Decoder:
             self.length[slot] = min(self.length[slot] + 1, self.max_len)
             self.reached[slot] = max(self.reached[slot], self.length[slot])
 
-    def source_places(self, slots):
+    def source_places(self, slots: list[int]) -> int:
         """So many places of the sources hold all that these slots have: on a GPU all there are."""
         if not self.is_seq2seq:
             return 0
@@ -444,7 +460,9 @@ class Decoder:
             return len(self.source.places)
         return max(self.source_length[slot] for slot in slots)
 
-    def feed_rows(self, rows, used, even=None, n_source=0):
+    def feed_rows(
+        self, rows: slice | Tensor, used: int, even: int | None = None, n_source: int = 0
+    ) -> None:
         """On the device alone: the newest token of each of the rows goes through the network, which
         looks at what `used` tokens have in the cache, and at n_source places of the source. even:
         all rows hold so many tokens, and all grow."""
@@ -457,14 +475,14 @@ class Decoder:
         self.keep_logits(rows, h[:, 0])
         self.lengths[rows] += cache.active
 
-    def run(self, function, rows, *static):
+    def run(self, function: Callable, rows: slice | Tensor, *static: object) -> Tensor:
         """function(rows, *static), on a GPU as a graph."""
         if self.graphs is None:
             return function(rows, *static)
         key = (function.__name__, rows.stop, *static)
         return self.graphs.run(key, lambda: function(rows, *static), self.at_rest)
 
-    def to_host(self, values):
+    def to_host(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """(values copied to pinned memory, the event after which they are there)."""
         buffers = self.buffers.get(values.shape)
         if buffers is None:
@@ -480,7 +498,7 @@ class Decoder:
     # ------------------------------------------------------------------ on a GPU
 
     @contextlib.contextmanager
-    def computing(self):
+    def computing(self) -> Iterator[None]:
         """Within, the network computes from weights in places that stay: autocast would cast them
         to others, once a block of code, which a graph would go on to read when they are gone."""
         if not self.on_gpu:
@@ -497,7 +515,7 @@ class Decoder:
         finally:
             ops.packed = packed
 
-    def refresh(self):
+    def refresh(self) -> None:
         """The weights may have changed, in their places: the copies of them change too."""
         for product in (self.products or {}).values():
             if isinstance(product, PlacedProduct):
@@ -513,7 +531,7 @@ class Decoder:
         self.refresh()
 
     @contextlib.contextmanager
-    def at_rest(self):
+    def at_rest(self) -> Iterator[None]:
         """Within, no row is active, so that a step may be tried and changes nothing but logits."""
         left = self.left.clone()
         self.left.zero_()
@@ -522,7 +540,8 @@ class Decoder:
         finally:
             self.left.copy_(left)
 
-    def capture(self, batches=(), lengths=(), options=()):
+    def capture(self, batches: Sequence[int] = (), lengths: Sequence[int] = (),
+                options: Sequence[dict] = ()) -> str:  # fmt: skip
         """Capture CUDA graphs ahead, before any slot is set: for these numbers of rows and cache
         lengths, and for `choose` by each of these options (dicts, as of `set`). Returns words: how
         many graphs, seconds, MiB."""

@@ -1,11 +1,14 @@
 """Decontamination: training text may not share words in a row with an evaluation (Brown et al.
 2020, appendix C)."""
 
+from __future__ import annotations
+
 import math
 import os
 import time
 from functools import lru_cache
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +16,17 @@ from barelm.dedup import shingles, word_hashes
 from barelm.run import UserError
 from barelm.sources import FilePart, Unit, format_of, raw_records
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from barelm.clean import Tally
+
 GRAM = 13  # words in a row
 
 
-def is_no_evaluation(texts, hashes, owners, paths, tally):
+def is_no_evaluation(
+    texts: list[str], hashes: np.ndarray, owners: np.ndarray, paths: str, tally: Tally
+) -> np.ndarray:
     """Which of the texts share no GRAM words in a row with the evaluation files "a,b": (n,) bool.
     hashes and owners: of their words, as `word_hashes` returns them."""
     begun = time.perf_counter()
@@ -32,7 +42,7 @@ def is_no_evaluation(texts, hashes, owners, paths, tally):
 
 
 @lru_cache(1)  # a process reads them once
-def evaluation_grams(paths):
+def evaluation_grams(paths: str) -> np.ndarray:
     """The hashes, sorted, of every GRAM words in a row of the files "a,b"."""
     hashes = []
     for path in paths.split(","):
@@ -50,7 +60,7 @@ def evaluation_grams(paths):
     return np.unique(np.concatenate(hashes))
 
 
-def strings_in(value):
+def strings_in(value: Any) -> Iterable[str]:
     """Every text within a JSON value."""
     if isinstance(value, str):
         return [value]

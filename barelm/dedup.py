@@ -6,8 +6,11 @@ signature (`minhash`); signatures that agree in a band make two documents candid
 `near_pairs`); the pairs make clusters (`components`).
 """
 
+from __future__ import annotations
+
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +26,17 @@ FACTORS |= np.uint32(1)  # an even factor would lose a bit
 IN_WORDS = np.array([byte >= 128 or chr(byte).isalnum() for byte in range(256)])
 
 
-def digest(data):
+def digest(data: bytes) -> int:
     """A hash of bytes as a whole number of 64 bits."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def hashed_name(text):
+def hashed_name(text: str) -> str:
     """A hash of a text as 16 hex digits."""
     return f"{digest(text.encode()):016x}"
 
 
-def mix_bits(hashes):
+def mix_bits(hashes: np.ndarray) -> np.ndarray:
     """Spread the bits of hashes (uint64) over all 64 (Stafford 2011, as in splitmix64)."""
     h = hashes
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -42,7 +45,7 @@ def mix_bits(hashes):
 
 
 @lru_cache(1)
-def powers_of_base(n):
+def powers_of_base(n: int) -> tuple[np.ndarray, Any]:
     """BASE**i and BASE**-i modulo 2**64, for i from 1 to n: two (n,) uint64."""
     inverse = pow(BASE, -1, 2**64)
     powers = np.cumprod(np.full(n, BASE, np.uint64))
@@ -50,7 +53,7 @@ def powers_of_base(n):
     return powers, inverse_powers
 
 
-def word_bounds(data):
+def word_bounds(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the words of UTF-8 bytes (uint8) begin and where their last bytes are."""
     inside = IN_WORDS[data]
     is_first = inside.copy()
@@ -68,7 +71,7 @@ def word_bounds(data):
     return np.flatnonzero(is_first), np.flatnonzero(is_last)
 
 
-def word_hashes(texts):
+def word_hashes(texts: list[str]) -> tuple[np.ndarray, Any]:
     """The hash (uint64) of every word in order, and the number of its text (int64). Words are of
     letters and digits, in lower case; a Chinese or Japanese character or a Korean syllable is a
     word of its own.
@@ -90,7 +93,7 @@ def word_hashes(texts):
     return hashes, np.searchsorted(text_ends, starts)
 
 
-def shingles(hashes, owners, n):
+def shingles(hashes: np.ndarray, owners: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The hash (uint64) of every n words in a row, and the number of its text."""
     m = max(0, len(hashes) - n + 1)  # places where n words begin
     in_one_text = owners[:m] == owners[len(owners) - m :]
@@ -100,7 +103,7 @@ def shingles(hashes, owners, n):
     return mix_bits(total[in_one_text]), owners[:m][in_one_text]
 
 
-def minhash(hashes, owners, n_texts):
+def minhash(hashes: np.ndarray, owners: np.ndarray, n_texts: int) -> np.ndarray:
     """MinHash (Broder 1997) of the shingles of n texts: (n_texts, N_PERMUTATIONS)
     uint16, 16 bits of each smallest value; a text that is shorter than a shingle has zeros."""
     values, owners = shingles(hashes, owners, SHINGLE)
@@ -115,7 +118,7 @@ def minhash(hashes, owners, n_texts):
     return signatures
 
 
-def band_shape(threshold):
+def band_shape(threshold: float) -> tuple[int, int]:
     """(bands, rows): the longest rows with which two texts of this similarity meet in a band with
     a probability of 0.99 (Leskovec et al. 2014, section 3.4)."""
     best = (N_PERMUTATIONS, 1)
@@ -126,7 +129,9 @@ def band_shape(threshold):
     return best
 
 
-def near_pairs(signatures, is_live, band, threshold):
+def near_pairs(
+    signatures: np.ndarray, is_live: np.ndarray, band: int, threshold: float
+) -> np.ndarray:
     """The pairs (n, 2) of documents that meet in this band: the first of those with the same key,
     and another, if their signatures agree in this share of all places.
 
@@ -148,7 +153,7 @@ def near_pairs(signatures, is_live, band, threshold):
     return np.concatenate(pairs)
 
 
-def components(n, edges):
+def components(n: int, edges: np.ndarray) -> np.ndarray:
     """The smallest member of each node's component: (n,) int64, for edges (m, 2)."""
     label = np.arange(n)
     while len(edges):
@@ -162,7 +167,7 @@ def components(n, edges):
     return label
 
 
-def first_of_equals(hashes, stays):
+def first_of_equals(hashes: np.ndarray, stays: np.ndarray) -> np.ndarray:
     """Which documents stay: of those with the same hash the first; those of "" are not compared."""
     live = np.flatnonzero(stays & (hashes != digest(b"")))
     _, first = np.unique(hashes[live], return_index=True)
@@ -171,7 +176,7 @@ def first_of_equals(hashes, stays):
     return after
 
 
-def first_of_clusters(pairs, stays):
+def first_of_clusters(pairs: np.ndarray, stays: np.ndarray) -> tuple[np.ndarray, list]:
     """(which documents stay: of each cluster the first; the clusters)."""
     label = components(len(stays), pairs)  # (N,) the first document of each one's cluster
     sizes = np.bincount(label[stays], minlength=len(stays))

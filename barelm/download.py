@@ -1,14 +1,20 @@
 """Files from the network: resumed, retried, checked, and under their name only when whole."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import socket
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from barelm import host
 from barelm.run import Progress, UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
 PATIENCE = 30  # seconds without a byte of a server's
@@ -27,7 +33,8 @@ class Failure:
     is_final: bool = False  # whether to ask again is of no use
 
 
-def download(url, path, sha256=None, tries=5, headers=None, optional=False):
+def download(url: str, path: Path, sha256: str | None = None, tries: int = 5,
+             headers: dict | None = None, optional: bool = False) -> Path | None:  # fmt: skip
     """Fetch url into path: resumed, retried, checked, and under its name only when it is whole.
     None where it is optional and the server has no such file."""
     if path.exists():
@@ -56,7 +63,7 @@ def download(url, path, sha256=None, tries=5, headers=None, optional=False):
     return path
 
 
-def try_fetch(url, part, progress, headers):
+def try_fetch(url: str, part: Path, progress: Progress, headers: dict) -> Failure | None:
     """One try of a download: None when the file `part` is whole, else a Failure."""
     import requests  # here, since most runs need none of it
 
@@ -78,7 +85,7 @@ def try_fetch(url, part, progress, headers):
     return None
 
 
-def fetch(url, part, progress, headers):
+def fetch(url: str, part: Path, progress: Progress, headers: dict) -> None:
     """Add to the file `part` what it lacks of url, or raise a requests.RequestException."""
     import requests
 
@@ -111,7 +118,7 @@ def fetch(url, part, progress, headers):
         raise requests.ConnectionError(f"{n_bytes} of {size} bytes came")
 
 
-def check_sha256(url, part, sha256):
+def check_sha256(url: str, part: Path, sha256: str) -> None:
     """Remove the file `part`, and say so, where its hash is another one."""
     actual = hashlib.sha256(part.read_bytes()).hexdigest()
     if actual != sha256:
@@ -123,7 +130,7 @@ def check_sha256(url, part, sha256):
 # What went wrong, in words
 
 
-def why_no_answer(error, url):
+def why_no_answer(error: BaseException, url: str) -> str:
     """What a requests.RequestException means, in a few words, and what to do about it."""
     from requests import exceptions
 
@@ -136,7 +143,7 @@ def why_no_answer(error, url):
     return why_unreachable(error, url)
 
 
-def why_unreachable(error, url):
+def why_unreachable(error: BaseException, url: str) -> str:
     """What a requests.RequestException without an answer means, and what to do about it."""
     from requests import exceptions
 
@@ -168,7 +175,7 @@ def why_unreachable(error, url):
     return f"{host} cut the connection"
 
 
-def why_refused(status):
+def why_refused(status: int) -> str:
     """What a server's answer of this status means, and what to do about it."""
     if status in (401, 403):
         hint = "it is not there, or not without a token: HF_TOKEN holds the one for the Hub"
@@ -185,7 +192,7 @@ def why_refused(status):
     return f"HTTP {status}: {hint}"
 
 
-def system_error(error):
+def system_error(error: BaseException) -> BaseException | None:
     """The operating system's OSError below requests' and urllib3's errors, or None."""
     below = [getattr(error, name, None) for name in ("__cause__", "reason", "original_error")]
     for cause in [*below, *error.args]:

@@ -5,11 +5,18 @@ model.py's `Operations` asks `can_fuse`; tests/test_elementwise.py compares with
 forward passes are theirs, bit for bit, so that training and generation agree. No
 tensor that is saved for backward is written to."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def can_fuse(x):
+
+def can_fuse(x: Tensor) -> bool:
     """Whether the functions below are the faster ones for x: float32 on a CPU, to be learned from,
     and not within torch.compile, which fuses the formulas by itself."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.requires_grad:
@@ -22,13 +29,13 @@ class FusedRMSNorm(torch.autograd.Function):
     (H, D)."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         D = x.shape[-1]
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
@@ -45,13 +52,13 @@ class FusedRotation(torch.autograd.Function):
     """model.rotate: its gradient is turned back by the same angles."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         a, b = x.chunk(2, -1)  # (B, T, H, D / 2) each
         return x * cos + torch.cat((b, a), -1) * sin
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors  # sin: -sin for the first half, sin for the second
         minus_sin, plus_sin = sin.chunk(2, -1)
         a, b = dy.chunk(2, -1)  # (B, T, H, D / 2) each
@@ -66,14 +73,14 @@ class FusedSwiGLU(torch.autograd.Function):
     """silu(gate) * up (..., n_hidden) of both side by side (..., 2 n_hidden)."""
 
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         active = F.silu(gate)
         ctx.save_for_backward(gate_up, active)
         return active * up
 
     @staticmethod
-    def backward(ctx, dh):
+    def backward(ctx: Any, dh: Tensor) -> Tensor:
         gate_up, active = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         d = torch.empty_like(gate_up)

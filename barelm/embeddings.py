@@ -6,8 +6,11 @@
 Which state stands for a text (`model.pooled`) is written beside a model as sentence-transformers
 has it, so that a folder opens there, and theirs here."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,18 +20,28 @@ from barelm.files import parse_json, read_input, read_json, write_json
 from barelm.run import UserError, in_full, to_device
 from model import pooled
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 POOLINGS = ("first", "last", "mean")
 
 # --------------------------------------------------------------------------------------------------
 # Texts to vectors
 
 
-def pooling_of(net):
+def pooling_of(net: GPT) -> str:
     """Which state of a network stands for a text: the one that it was trained with, or the mean."""
     return net.pooling if net.task == "embed" else "mean"
 
 
-def embed(net, tok, texts, pooling="mean", micro_tokens=8192):
+def embed(
+    net: GPT, tok: Tokenizer, texts: list[str], pooling: str = "mean", micro_tokens: int = 8192
+) -> Tensor:
     """Unit vectors (N, C) float32, on the CPU, of texts or lists of ids. A text has what the
     tokenizer puts before and behind one; it is cut to the context. At most micro_tokens tokens are
     read at once, padding counted, but one text at least."""
@@ -46,7 +59,7 @@ def embed(net, tok, texts, pooling="mean", micro_tokens=8192):
     return vectors
 
 
-def batches_of(rows, micro_tokens):
+def batches_of(rows: list[list[int]], micro_tokens: int) -> Iterator[list[int]]:
     """Lists of indices of rows, lists of ids: those of like length together."""
     batch = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
@@ -58,7 +71,7 @@ def batches_of(rows, micro_tokens):
         yield batch
 
 
-def vectors_of(net, rows, pooling, pad=None):
+def vectors_of(net: GPT, rows: list[list[int]], pooling: str, pad: int | None = None) -> Tensor:
     """Unit vectors (B, C) float32 of lists of ids, in one pass. pad: to how many tokens rows are
     padded; None: the longest one's."""
     T = pad or max(map(len, rows))
@@ -73,7 +86,7 @@ def vectors_of(net, rows, pooling, pad=None):
 # Pairs to a loss
 
 
-def contrast(anchors, candidates, same, temperature):
+def contrast(anchors: Tensor, candidates: Tensor, same: Tensor, temperature: float) -> Tensor:
     """InfoNCE (van den Oord et al. 2018, equation 4) of each anchor, (N,) float32: -log of the
     share that its own candidate, of the same index, has among all of them. anchors (N, C) and
     candidates (M, C), M >= N, are unit vectors; same (N, M) bool: candidates that are copies of an
@@ -85,7 +98,7 @@ def contrast(anchors, candidates, same, temperature):
     return F.cross_entropy(scores, right, reduction="none")
 
 
-def copies(candidates, n):
+def copies(candidates: list[list[int]], n: int) -> Tensor:
     """(n, M) bool: which of M candidates, lists of ids, are copies of candidate i and not i."""
     numbers = {}
     for ids in candidates:
@@ -96,14 +109,14 @@ def copies(candidates, n):
     return same
 
 
-def candidates_of(examples):
+def candidates_of(examples: list[dict]) -> list[list[int]]:
     """The candidates of examples {"texts": [anchor, positive, negative or nothing]}, lists of ids:
     the positives in their order, then all negatives."""
     negatives = [e["texts"][2] for e in examples if len(e["texts"]) > 2]
     return [e["texts"][1] for e in examples] + negatives
 
 
-def read_embed_pair(row):
+def read_embed_pair(row: dict[str, str]) -> list[str]:
     """[anchor, positive] or [anchor, positive, negative] of a row; of a row with one text alone
     that text twice, which dropout makes a pair of (SimCSE: Gao et al. 2021)."""
     for names in (("anchor", "positive"), ("query", "positive"), ("a", "b")):
@@ -117,7 +130,7 @@ def read_embed_pair(row):
     raise UserError("no anchor and positive, query and positive, a and b, nor text")
 
 
-def checked_texts(texts):
+def checked_texts(texts: list[str]) -> list[str]:
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError("a text that is empty, or none")
     return texts
@@ -127,7 +140,7 @@ def checked_texts(texts):
 # How good vectors are
 
 
-def right_ranks(queries, documents, right):
+def right_ranks(queries: Tensor, documents: Tensor, right: Tensor) -> Tensor:
     """(N,) int64: the rank, from 1, of document right[i] for query i, by cosine; of equal ones the
     right one is the last. queries (N, C), documents (M, C): unit vectors; right (N,)."""
     ranks = []
@@ -138,7 +151,7 @@ def right_ranks(queries, documents, right):
     return torch.cat(ranks)
 
 
-def pearson(a, b):
+def pearson(a: Any, b: Any) -> float:
     """The correlation of two lists of numbers; NaN where one of them is constant."""
     a = np.asarray(a, np.float64) - np.mean(a)
     b = np.asarray(b, np.float64) - np.mean(b)
@@ -146,12 +159,12 @@ def pearson(a, b):
     return float((a * b).sum() / size) if size > 0 else math.nan
 
 
-def spearman(a, b):
+def spearman(a: Any, b: Any) -> float:
     """The correlation of their ranks; equal numbers share the mean of theirs."""
     return pearson(mean_ranks(a), mean_ranks(b))
 
 
-def mean_ranks(numbers):
+def mean_ranks(numbers: Any) -> np.ndarray:
     """(N,) the ranks of numbers, from 0."""
     numbers = np.asarray(numbers, np.float64)
     _, group, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
@@ -175,7 +188,7 @@ MODES = {  # of pooling: their key
 }
 
 
-def write_pooling(folder, pooling, size):
+def write_pooling(folder: Path, pooling: str, size: int) -> None:
     """Say in a model's folder which of its states, of this size, stands for a text."""
     folder = Path(folder)
     modules = []
@@ -187,7 +200,7 @@ def write_pooling(folder, pooling, size):
     write_json(folder / "modules.json", modules)
 
 
-def check_modules(path):
+def check_modules(path: Path) -> None:
     """Refuse a model of vectors that does more with them than we do, such as another layer."""
     usual = [last_word(kind) for _, kind in MODULES]
     if not path.is_file():
@@ -201,11 +214,11 @@ def check_modules(path):
         raise UserError(f"{path}: not supported: {others[0]:.80}")
 
 
-def last_word(name):
+def last_word(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def read_pooling(folder):
+def read_pooling(folder: Path) -> str | None:
     """Which state stands for a text in this folder's model, or None where it does not say."""
     path = Path(folder) / POOLING_FILE
     if not path.is_file():

@@ -9,10 +9,13 @@
     bytes, shown    {id: the bytes that it stands for}: of ordinary tokens; of special ones too
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,10 +33,14 @@ from barelm.splits import (
     read_pre_tokenizer,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
 NO_TOKEN = 1 << 20  # from here up: ids for tiktoken's sake, of bytes that a vocabulary lacks
 
 
-def open_encoder(spec):
+def open_encoder(spec: dict) -> Any:
     """The encoder for a tokenizer.json, parsed and checked: ours where it gives the same ids as
     Hugging Face's library, else that library itself."""
     try:
@@ -42,7 +49,7 @@ def open_encoder(spec):
         return LibraryEncoder(spec, f"tokenizer.json: {reason}")
 
 
-def own_encoder(spec):
+def own_encoder(spec: dict) -> Any:
     """ByteBPE or Words; NotOurs says what in the file neither of them does."""
     kind = kind_of(spec)
     if kind not in ("BPE", "WordLevel"):
@@ -64,7 +71,7 @@ def own_encoder(spec):
     raise NotOurs(f"a {kind} tokenizer with such a pre-tokenizer")
 
 
-def kind_of(spec):
+def kind_of(spec: dict) -> str:
     """BPE, WordLevel, Unigram, WordPiece … Old files, such as GPT-2's, do not name it."""
     body = spec.get("model") or {}
     if "type" not in body and "merges" in body:
@@ -72,7 +79,7 @@ def kind_of(spec):
     return body.get("type")
 
 
-def post_processors(spec):
+def post_processors(spec: dict) -> list:
     """The steps of a tokenizer.json's post_processor."""
     step = spec.get("post_processor")
     if not step:
@@ -80,7 +87,7 @@ def post_processors(spec):
     return step.get("processors", [step])
 
 
-def refuse_flags(token, normalizers):
+def refuse_flags(token: str, normalizers: list) -> None:
     """NotOurs where an added token that is text is found in another way than letter by letter."""
     for flag in ("lstrip", "rstrip", "single_word"):
         if token.get(flag):
@@ -89,19 +96,19 @@ def refuse_flags(token, normalizers):
         raise NotOurs(f"the added token {token['content']} with normalized")
 
 
-def names_of(spec):
+def names_of(spec: dict) -> dict[str, int]:
     """{name: id} of the added tokens, those that the file calls special and the others."""
     return {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
 
 
-def mend(text):
+def mend(text: str) -> str:
     """The text with U+FFFD for half a surrogate pair, which is no letter and has no UTF-8."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs are joined
 
 
-def byte_letters():
+def byte_letters() -> dict[int, str]:
     """GPT-2's table: the printable letter that stands for each byte in a tokenizer.json."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in Latin-1: themselves
     letters = {byte: chr(byte) for byte in printable}
@@ -114,7 +121,7 @@ def byte_letters():
 BYTE_OF_LETTER = {letter: byte for byte, letter in byte_letters().items()}
 
 
-def show_names(spec, tokens):
+def show_names(spec: dict, tokens: dict[int, bytes]) -> tuple[dict[int, bytes], dict[int, bytes]]:
     """(bytes, shown) from {id: bytes} of the ordinary tokens: both with the added tokens that are
     text (such as <think>), `shown` with the special ones by their names too."""
     shown = dict(tokens)
@@ -137,7 +144,7 @@ class ByteBPE:
 
     can_cut = True  # a long text may be encoded in parts that begin at lines
 
-    def __init__(self, spec, splitter, normalizers):
+    def __init__(self, spec: dict, splitter: Splitter, normalizers: list) -> None:
         self.splitter = splitter
         self.split_pattern = splitter.pattern
         self.normalizers = normalizers
@@ -164,10 +171,10 @@ class ByteBPE:
         if not self.rust_splits:  # then it gets single pieces, and its own pattern is not used
             self.tiktoken = tiktoken_encoding(ranks, CHARACTERS)
 
-    def normal(self, text):
+    def normal(self, text: str) -> str:
         return normalize(mend(text), self.normalizers)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         array = self.encode_array(text)
         if array is not None:
             return array.tolist()
@@ -176,7 +183,7 @@ class ByteBPE:
             ids += self.merge(piece)
         return ids
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         """The ids (n,) uint32 of a normal text as tiktoken splits it; None where it does not: its
         regular expressions fail, there is text between their matches, or a byte has no token."""
         if not self.rust_splits:
@@ -197,13 +204,13 @@ class ByteBPE:
             return None
         return ids
 
-    def merge(self, piece):
+    def merge(self, piece: str) -> list[int]:
         """The ids of one piece of text."""
         # Without the bytes that have no token: what is beside them may merge.
         data = piece.encode().translate(None, self.lacking)
         return self.tiktoken._core_bpe.encode_single_piece(data) if data else []
 
-    def spans(self, text, first=True):
+    def spans(self, text: str, first: bool = True) -> list[tuple[int, int, int]]:
         if not self.splitter.drops_text:  # then all bytes of the text are in its tokens, in order
             return self.place(self.encode(text), text, 0)
         spans = []
@@ -212,7 +219,7 @@ class ByteBPE:
             spans += self.place(self.merge(piece), piece, begin)
         return spans
 
-    def place(self, ids, text, at):
+    def place(self, ids: list[int], text: str, at: int) -> list[tuple[int, int, int]]:
         """[(id, begin, end)]: the characters of the ids of a text that begins at place `at`."""
         # The character that each byte is of; without the bytes that have no token.
         character = []
@@ -238,7 +245,7 @@ class ByteBPE:
         return spans
 
 
-def tiktoken_encoding(ranks, pattern):
+def tiktoken_encoding(ranks: dict[bytes, int], pattern: str) -> Any:
     """tiktoken's Encoding of {bytes: id} and a split pattern; None where Rust cannot run that."""
     import tiktoken  # here, since the other kinds need none of it
 
@@ -254,7 +261,7 @@ def tiktoken_encoding(ranks, pattern):
         return None
 
 
-def byte_ranks(spec):
+def byte_ranks(spec: dict) -> dict[bytes, int]:
     """{token as bytes: its id}, for a vocabulary in GPT-2's letters."""
     names = names_of(spec)
     ranks = {}
@@ -268,7 +275,7 @@ def byte_ranks(spec):
     return ranks
 
 
-def check_merges(body, ranks, n_bytes):
+def check_merges(body: dict, ranks: dict[bytes, int], n_bytes: int) -> None:
     """NotOurs where tiktoken would merge in another order than the file says: it always joins the
     two tokens that make the one of the lowest id."""
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -293,7 +300,7 @@ class Words:
 
     can_cut = True
 
-    def __init__(self, spec, splitter, normalizers):
+    def __init__(self, spec: dict, splitter: Splitter, normalizers: list) -> None:
         decoder = spec.get("decoder") or {"type": "Fuse"}
         if splitter.drops_text or decoder["type"] != "Fuse":
             raise NotOurs("a WordLevel tokenizer that does not keep all of a text")
@@ -308,13 +315,13 @@ class Words:
         tokens = {id: word.encode() for word, id in self.vocab.items()}
         self.bytes, self.shown = show_names(spec, tokens)
 
-    def normal(self, text):
+    def normal(self, text: str) -> str:
         return normalize(mend(text), self.normalizers)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return [self.vocab.get(piece, self.unk_id) for piece in self.splitter.pieces(text)]
 
-    def spans(self, text, first=True):
+    def spans(self, text: str, first: bool = True) -> list[tuple[int, int, int]]:
         spans = []
         begin = 0
         for piece in self.splitter.pieces(text):  # which leave nothing out
@@ -327,7 +334,7 @@ class Words:
 # Everyone else's, by the library `tokenizers`
 
 
-def import_tokenizers(what):
+def import_tokenizers(what: str) -> ModuleType:
     """Hugging Face's library; where it is not installed a UserError that says what needs it."""
     # Its threads would be more than there are cores where prepare.py has a process for each, and a
     # fork after they have run makes it print a warning.
@@ -340,7 +347,7 @@ def import_tokenizers(what):
 
 
 @contextmanager
-def library_errors():
+def library_errors() -> Iterator[None]:
     """What the library raises becomes a UserError of one line: an Exception of no kind of its own,
     or a panic of Rust, which is no Exception at all."""
     try:
@@ -359,7 +366,7 @@ class LibraryEncoder:
     split_pattern = None  # splitting and normalizing are the library's work
     normalizers = ()
 
-    def __init__(self, spec, reason):
+    def __init__(self, spec: dict, reason: str) -> None:
         tokenizers = import_tokenizers(reason)
         self.spec = spec
         if (spec.get("model") or {}).get("dropout"):
@@ -389,23 +396,23 @@ class LibraryEncoder:
         # Not by the library's own pickle, which forgets encode_special_tokens.
         return LibraryEncoder, (self.spec, "tokenizer.json: this tokenizer")
 
-    def normal(self, text):
+    def normal(self, text: str) -> str:
         return mend(text)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         with library_errors():  # such as of a word without a token, where there is no unknown one
             # Without offsets, and so in half the time of the library's plain `encode`.
             [encoding] = self.whole.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
-    def spans(self, text, first=True):
+    def spans(self, text: str, first: bool = True) -> list[tuple[int, int, int]]:
         library = self.whole if first else self.later
         with library_errors():
             encoding = library.encode(text, add_special_tokens=False)
         # Its offsets are in characters of the text as it was given, before any normalizer.
         return [(id, begin, end) for id, (begin, end) in zip(encoding.ids, encoding.offsets)]
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens by their names."""
         with library_errors():
             return self.whole.decode(
@@ -413,7 +420,7 @@ class LibraryEncoder:
             )  # not numpy's
 
 
-def library_tokenizer(tokenizers, spec):
+def library_tokenizer(tokenizers: ModuleType, spec: dict) -> Any:
     """The library's own Tokenizer, which reads no special token in a text."""
     whole_text = {"truncation": None, "padding": None}  # whatever its owner cut texts to
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec | whole_text))
@@ -421,14 +428,14 @@ def library_tokenizer(tokenizers, spec):
     return tokenizer
 
 
-def without_first_space(spec):
+def without_first_space(spec: dict) -> dict:
     """The tokenizer.json without the space that Metaspace puts before the first word alone."""
     text = json.dumps(spec.get("pre_tokenizer"))  # as text, since it may be a step of several
     text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     return spec | {"pre_tokenizer": json.loads(text)}
 
 
-def splits_at_lines(spec):
+def splits_at_lines(spec: dict) -> bool:
     """Whether the tokenizer cuts text at every line that begins with a letter, as those do that
     prepare.py trains. A space put before a text would stand before each part."""
     try:
@@ -443,7 +450,7 @@ def splits_at_lines(spec):
 DECODERS = "BPEDecoder ByteFallback ByteLevel Fuse Metaspace Replace Strip WordPiece".split()
 
 
-def decoder_steps(spec):
+def decoder_steps(spec: dict) -> list[dict[str, str]]:
     """The steps of a tokenizer.json's decoder; UserError where a token's bytes do not follow."""
     decoder = spec.get("decoder")
     if not decoder:
@@ -456,7 +463,7 @@ def decoder_steps(spec):
     return steps
 
 
-def decoded_token(token, steps):
+def decoded_token(token: str, steps: list[dict[str, str]]) -> bytes:
     """The bytes that a token stands for within a text, by the steps of its decoder."""
     kinds = [step["type"] for step in steps]
     if "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):

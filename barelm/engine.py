@@ -17,11 +17,14 @@ What is computed is barelm/decode.py's: a sequence has a slot of its Decoder, wh
 GPU the tokens of a step are told while the device computes the next one.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
 from collections import deque
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,13 +36,24 @@ from barelm.jobs import Token, Update
 from barelm.mirror import MirroredDecoder
 from barelm.sampling import power_of_two
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from barelm.chosen import Chosen
+    from barelm.jobs import Job
+    from barelm.mirror import Mirror
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 NOT_FINITE = (
     "the network gives NaN or infinity here: its weights are damaged, or --dtype is too narrow for "
     "them (--dtype=float32 is the widest)"
 )
 
 
-def tell_listeners(updates):
+def tell_listeners(updates: list[Update]) -> None:
     for update in updates:
         update.job.listener(update)
 
@@ -51,10 +65,9 @@ class Engine(Caller):
     many jobs may wait. tell(updates): called by the thread with what is new after a step, [Update];
     it must not wait. mirror: of several processes that compute together (barelm/mirror.py)."""
 
-    def __init__(
-        self, net, tok, max_batch, max_len, prefill_chunk=0, max_queue=256, tell=tell_listeners,
-        mirror=None,
-    ):  # fmt: skip
+    def __init__(self, net: GPT, tok: Tokenizer, max_batch: int, max_len: int,
+                 prefill_chunk: int = 0, max_queue: int = 256, tell: Callable = tell_listeners,
+                 mirror: Mirror | None = None) -> None:  # fmt: skip
         super().__init__(net, mirror)
         self.tok = tok
         check_generates(net)
@@ -64,7 +77,7 @@ class Engine(Caller):
         self.tell = tell
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
-        options = dict(check=True, slack=8, max_source=max_len)
+        options: dict = dict(check=True, slack=8, max_source=max_len)
         if mirror is None:
             self.decoder = Decoder(net, tok, max_batch, max_len, **options)
         else:
@@ -88,7 +101,7 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ what other threads call
 
-    def submit(self, jobs):
+    def submit(self, jobs: list[Job]) -> bool:
         """Queue the jobs, all or none: whether there was room."""
         with self.wake:
             # A request may be longer than the queue, but then it comes alone.
@@ -98,7 +111,7 @@ class Engine(Caller):
             self.wake.notify()
         return True
 
-    def cancel(self, jobs):
+    def cancel(self, jobs: list[Job]) -> None:
         """Nobody waits for these any more: they leave before the next step."""
         with self.wake:
             for job in jobs:
@@ -109,7 +122,7 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ the thread
 
-    def run(self):
+    def run(self) -> None:
         with generating(self.net), no_gradients(self.net):
             self.first_step()
             while self.wait_for_work():
@@ -123,7 +136,7 @@ class Engine(Caller):
                     print(f"serve.py: a step failed: {error!r}", file=sys.stderr, flush=True)
                     self.recover()
 
-    def recover(self):
+    def recover(self) -> None:
         """Go on without the batch; a GPU that computes no more ends the server, for whoever watches
         it to start it anew."""
         try:
@@ -132,7 +145,7 @@ class Engine(Caller):
             print(f"serve.py: nor can another one begin: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def first_step(self):
+    def first_step(self) -> None:
         """Make a token of nothing, so that no client waits while the weights are packed, and on a
         GPU the graphs of the usual steps."""
         decoder = self.decoder
@@ -153,14 +166,14 @@ class Engine(Caller):
             print(f"serve.py: the first step failed: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def wait_for_work(self):
+    def wait_for_work(self) -> bool:
         """Sleep until there is something to do: whether to go on."""
         with self.wake:
             while not (self.jobs or self.waiting or self.calls or self.idle_calls or self.stopped):
                 self.wake.wait()
         return not self.stopped
 
-    def step(self):
+    def step(self) -> None:
         """Every sequence whose prompt is read gets its next token; then prompts are read."""
         self.n_steps += 1
         self.metrics.add("steps_total")
@@ -179,7 +192,7 @@ class Engine(Caller):
         self.read_prompts()
         self.tell_updates()
 
-    def tell_updates(self):
+    def tell_updates(self) -> None:
         if self.updates:
             updates = self.updates
             self.updates = []
@@ -187,7 +200,7 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ prompts
 
-    def read_prompts(self):
+    def read_prompts(self) -> None:
         """Read at most prefill_chunk tokens of prompts: first of those that were begun."""
         begun = time.monotonic()
         if self.decoder.ready and begun < self.next_pass:
@@ -196,7 +209,7 @@ class Engine(Caller):
         now = time.monotonic()
         self.next_pass = now + self.rest * (now - begun)
 
-    def read_for(self, room):
+    def read_for(self, room: int) -> None:
         """Read at most `room` tokens of prompts."""
         for job in list(self.reading):
             if room <= 0:
@@ -215,7 +228,7 @@ class Engine(Caller):
                 room -= self.read([job], room)
         self.read(pack, self.prefill_chunk)
 
-    def admit(self, pack, room):
+    def admit(self, pack: list[Job], room: int) -> Job | None:
         """The next job that waits, with a slot, which starts with the longest beginning of the
         prompt that any slot has; None where there is no job, no slot, or too little room for it in
         this step. pack: jobs whose prompts are about to be read: they are, where this one begins
@@ -242,7 +255,7 @@ class Engine(Caller):
         self.metrics.add("reused_tokens_total", job.n_reused)
         return job
 
-    def reusable(self, job):
+    def reusable(self, job: Job) -> int:
         """How many of the prompt's first tokens need not be read, where the cache has them."""
         # One token at least has to be fed, for the logits after it; to score a prompt, all. What an
         # encoder makes of a source's beginning depends on the rest.
@@ -250,7 +263,7 @@ class Engine(Caller):
             return 0
         return len(job.ids) - 1
 
-    def longest_beginning(self, job):
+    def longest_beginning(self, job: Job) -> tuple[int, int]:
         """(how many of the prompt's first tokens a slot has, which slot): the most there are."""
         most = self.reusable(job)
         best = (0, 0)
@@ -260,7 +273,7 @@ class Engine(Caller):
                 best = max(best, (n_common, slot))
         return best
 
-    def known_ids(self, slot):
+    def known_ids(self, slot: int) -> list[int]:
         """The ids whose keys and values a slot has for certain."""
         job = self.jobs.get(slot)
         if job is None:
@@ -269,7 +282,7 @@ class Engine(Caller):
             return job.ids[: job.n_read]
         return job.ids + job.row.out.ids[:-1]  # the newest may not have been fed
 
-    def take_slot(self, job, n_known, source):
+    def take_slot(self, job: Job, n_known: int, source: int) -> None:
         """Give the job a slot, with the first n_known tokens of its prompt, which `source` has."""
         n_low = max(16, len(self.jobs) + 4)  # low slots serve best: see Decoder
         free = [slot for slot in range(min(n_low, self.max_batch)) if slot not in self.jobs]
@@ -284,7 +297,7 @@ class Engine(Caller):
         job.n_read = job.n_reused = n_known
         self.set_slot(job)
 
-    def set_slot(self, job):
+    def set_slot(self, job: Job) -> None:
         self.decoder.set(
             job.slot,
             job.ids,
@@ -297,7 +310,7 @@ class Engine(Caller):
             owner=job,
         )
 
-    def read(self, jobs, room):
+    def read(self, jobs: list[Job], room: int) -> int:
         """Read what is left of the prompts of jobs, or at most `room` tokens of each: how many."""
         if not jobs:
             return 0
@@ -317,7 +330,7 @@ class Engine(Caller):
             self.after_chunk(job, states[job.slot], is_finite, len(chunks[job.slot]))
         return sum(map(len, chunks.values()))
 
-    def all_finite(self, states):
+    def all_finite(self, states: dict[int, Tensor]) -> list[bool]:
         """Whether the states (T, C) of each slot are finite, [bool]. It waits for the device, so
         that no other prompt begins with what one without numbers left in the cache."""
         finite = torch.cat(list(states.values())).isfinite().all(-1).tolist()
@@ -328,7 +341,7 @@ class Engine(Caller):
             begin += len(h)
         return answers
 
-    def after_chunk(self, job, h, is_finite, n):
+    def after_chunk(self, job: Job, h: Tensor, is_finite: bool, n: int) -> None:
         """The next n tokens of the job's prompt were read; h (T, C): their hidden states."""
         if is_finite and job.scores_prompt:
             is_finite = self.score_prompt(job, h)
@@ -346,7 +359,7 @@ class Engine(Caller):
             self.updates.append(job.news())
             self.release(job)
 
-    def score_prompt(self, job, h):
+    def score_prompt(self, job: Job, h: Tensor) -> bool:
         """Score the prompt's tokens that follow those whose hidden states are h (T, C): whether the
         logits are finite."""
         begin = job.n_read + 1
@@ -364,7 +377,7 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ new tokens
 
-    def add_tokens(self, chosen):
+    def add_tokens(self, chosen: Chosen) -> None:
         """Give each job its token of those that were chosen."""
         tokens = chosen.wait()
         now = time.monotonic()
@@ -379,7 +392,7 @@ class Engine(Caller):
             if job.row.done:
                 self.release(job)
 
-    def deliver(self, job, token, now):
+    def deliver(self, job: Job, token: Token, now: float) -> None:
         """Add the token to the job; tell what is certain of the text."""
         self.metrics.add("generated_tokens_total")
         if job.first_token_at is None:
@@ -395,7 +408,7 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ who leaves
 
-    def release(self, job):
+    def release(self, job: Job) -> None:
         """The job leaves. Its slot keeps what it had, for prompts that begin alike."""
         slot = job.slot
         self.cached_ids[slot] = self.known_ids(slot)
@@ -407,7 +420,7 @@ class Engine(Caller):
         if job in self.reading:
             self.reading.remove(job)
 
-    def fail(self, job):
+    def fail(self, job: Job) -> None:
         """The job leaves with an error, and its keys and values with it: attention gives what is
         behind a row's end no weight, but 0 times NaN is NaN."""
         self.updates.append(Update(job, "", [], done=True, error=NOT_FINITE))
@@ -416,7 +429,7 @@ class Engine(Caller):
         self.cached_ids[slot] = []
         self.decoder.wipe(slot)
 
-    def drop_cancelled(self):
+    def drop_cancelled(self) -> None:
         for job in list(self.jobs.values()):
             if job.cancelled:
                 self.release(job)
@@ -426,7 +439,7 @@ class Engine(Caller):
         self.cached_ids = [[] for _ in range(self.max_batch)]
         self.decoder.forget()
 
-    def drop_all(self, why):
+    def drop_all(self, why: str) -> None:
         """Every job of the batch fails, and what the cache has is trusted no more."""
         self.under_way.clear()
         for job in list(self.jobs.values()):
@@ -436,7 +449,7 @@ class Engine(Caller):
         self.tell_updates()
 
 
-def powers_of_two(least, most):
+def powers_of_two(least: int, most: int) -> list[int]:
     """[least, 2 least, 4 least ...], of which the last is the first that is no less than most."""
     powers = [power_of_two(least)]
     while powers[-1] < most:
@@ -444,7 +457,7 @@ def powers_of_two(least, most):
     return powers
 
 
-def common_beginning(a, b, most):
+def common_beginning(a: list[int], b: list[int], most: int) -> int:  # type: ignore[return]
     """How many items two lists have in common from their beginnings on, at most `most`."""
     most = min(most, len(a), len(b))
     if a[:most] == b[:most]:

@@ -5,12 +5,15 @@ learn, IGNORED where there is none; an encoder-decoder's has its `source` and `t
 classifier's has a `label`, a pair of answers has `chosen` and `rejected`, one of vectors `texts`.
 `row` names the line that it came from, `cut` says whether it was too long."""
 
+from __future__ import annotations
+
 import ast
 import contextlib
 import functools
 import string
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,17 +22,26 @@ from barelm.files import parse_json
 from barelm.run import UserError, to_device
 from model import call_block
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from barelm.run import Run
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 IGNORED = -100  # as F.cross_entropy has it: no target here
 
 # --------------------------------------------------------------------------------------------------
 # Reading
 
 
-def task_file(dataset, task, split):
+def task_file(dataset: str, task: str, split: str) -> Path:
     return Path("data") / dataset / f"{task}_{split}.jsonl"
 
 
-def read_rows(dataset, task, split):
+def read_rows(dataset: str, task: str, split: str) -> list[dict]:
     """The records of a split of a task's file; of data set `arithmetic`, which is none, sums."""
     if dataset == "arithmetic":
         return arithmetic_rows(split)
@@ -45,7 +57,7 @@ def read_rows(dataset, task, split):
     return rows
 
 
-def arithmetic_rows(split):
+def arithmetic_rows(split: str) -> list[dict]:
     """Conversations about the sums of two digits; one in seven is held out for validation."""
     rows = []
     for a in range(10):
@@ -58,7 +70,8 @@ def arithmetic_rows(split):
     return rows
 
 
-def load_examples(dataset, task, split, read, tok, limit, say):
+def load_examples(dataset: str, task: str, split: str, read: Callable, tok: Tokenizer, limit: int,
+                  say: Callable) -> list[dict]:  # fmt: skip
     """What `read(row, tok, limit)` makes of each record of a split, of `limit` tokens at most. A
     record that is no example is left out; how many were, and why, is said."""
     source = "sums" if dataset == "arithmetic" else task_file(dataset, task, split)
@@ -80,7 +93,7 @@ def load_examples(dataset, task, split, read, tok, limit, say):
     return examples
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """Why a record is no example: what a reader said, or what its fields did to Python."""
     if isinstance(error, UserError):
         return str(error)
@@ -89,20 +102,20 @@ def reason_of(error):
     return f"malformed: {error}"
 
 
-def targets_of(ids, loss_mask):
+def targets_of(ids: list[int], loss_mask: list[int]) -> tuple[list[int], list[int]]:
     """(inputs, targets) of tokens and a mask, 1 for those that are to be learned."""
     targets = [token if learn else IGNORED for token, learn in zip(ids, loss_mask)]
     return ids[:-1], targets[1:]  # each input is asked for the token behind it
 
 
-def conversation_ids(messages, tok):
+def conversation_ids(messages: list[dict], tok: Tokenizer) -> list[int]:
     """The ids of a conversation as a reward model reads them: what transformers'
     apply_chat_template gives. The score is read at the last one that is no padding."""
     ids, _ = tok.chat(messages, answers="none")
     return ids
 
 
-def count_targets(examples):
+def count_targets(examples: list[dict]) -> int:
     return sum(t != IGNORED for e in examples for t in e["targets"])
 
 
@@ -110,7 +123,7 @@ def count_targets(examples):
 # Templates: plain records without a chat's markers
 
 
-def parse_templates(template):
+def parse_templates(template: str) -> list[str]:
     """The templates to choose from: one, or those of a list, which a flag gives as a text."""
     if not isinstance(template, str):
         return template
@@ -122,7 +135,7 @@ def parse_templates(template):
     return [template]
 
 
-def check_template(text):
+def check_template(text: str) -> None:
     """Refuse a template that is none."""
     try:
         names = [name for _, name, *_ in string.Formatter().parse(text) if name is not None]
@@ -135,7 +148,7 @@ def check_template(text):
         raise UserError(f"template {text!r}: expected {fields}")
 
 
-def fill_template(row, tok, templates):
+def fill_template(row: dict, tok: Tokenizer, templates: list[str]) -> tuple[list[int], list[int]]:
     """(ids, mask of what is to be learned) of a record by its own template, or else the one of
     `templates` that its text chooses. Turns follow each other, each with the end token behind it; a
     system prompt that the template does not name stands before the first."""
@@ -160,7 +173,7 @@ def fill_template(row, tok, templates):
     return ids, loss_mask
 
 
-def template_turns(row):
+def template_turns(row: dict) -> list[dict]:
     """The fields of each turn of a record, for a template: instruction, input, output, system. Of a
     conversation each question and its answer are a turn; the last has the record's own fields."""
     empty = {"system": "", "instruction": "", "input": ""}
@@ -188,12 +201,12 @@ def template_turns(row):
 
 
 @functools.lru_cache(2)  # a batch may straddle two epochs
-def epoch_order(seed, epoch, n):
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order (n,) of the n examples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def batch_of(examples, step, batch_size, seed):
+def batch_of(examples: list[dict], step: int, batch_size: int, seed: int) -> list[dict]:
     """The examples of a step, over all processes. All steps read one endless sequence, epoch after
     epoch, each in an order of its own."""
     batch = []
@@ -203,12 +216,12 @@ def batch_of(examples, step, batch_size, seed):
     return batch
 
 
-def share_of(examples, run):
+def share_of(examples: list[dict], run: Run) -> list[dict]:
     """Those of the examples that are this process's: every world-th, from its own rank on."""
     return examples[run.rank :: run.world]
 
 
-def pack_rows(examples, limit, several=True):
+def pack_rows(examples: list[dict], limit: int, several: bool = True) -> list[dict[str, list[int]]]:
     """The examples in rows of up to `limit` tokens, first fit, longest first; `docs` numbers those
     of a row, from 1. several: False for a row each."""
     rows = []
@@ -228,7 +241,7 @@ def pack_rows(examples, limit, several=True):
     return rows
 
 
-def micro_batches(examples, micro_tokens, net):
+def micro_batches(examples: list[dict], micro_tokens: int, net: GPT) -> Iterator[list[dict]]:
     """The examples in groups of `micro_tokens` tokens at most, padding counted, but one example at
     least. Their order is kept: near each other should stand those of like length."""
     group = []
@@ -245,14 +258,14 @@ def micro_batches(examples, micro_tokens, net):
         yield group
 
 
-def n_rows(example):
+def n_rows(example: dict) -> int:
     """How many rows an example takes in a batch; a pair's answers are two."""
     if "texts" in example:
         return len(example["texts"])
     return 2 if "chosen" in example else 1
 
 
-def row_lengths(example):
+def row_lengths(example: dict) -> list[int]:
     """The tokens of an example's (longer) row, [n]; of a source and its target both."""
     if "chosen" in example:
         return [max(len(example["chosen"]["ids"]), len(example["rejected"]["ids"]))]
@@ -263,16 +276,16 @@ def row_lengths(example):
     return [len(example["ids"])]
 
 
-def longest_row(example):
+def longest_row(example: dict) -> int:
     return max(row_lengths(example))
 
 
-def n_tokens(example):
+def n_tokens(example: dict) -> int:
     """How many tokens an example takes in a batch."""
     return n_rows(example) * sum(row_lengths(example))
 
 
-def padded_length(net, longest):
+def padded_length(net: GPT, longest: int) -> int:
     """To how many tokens rows are padded, of which the longest has so many: compiled blocks, and
     the memory that a GPU keeps, are for certain lengths alone: the multiples of 64 up to 512, and
     from there to each power of two four more."""
@@ -281,7 +294,7 @@ def padded_length(net, longest):
     return rounded_length(longest, net.config.n_ctx)
 
 
-def rounded_length(longest, n_ctx):
+def rounded_length(longest: int, n_ctx: int) -> int:
     unit = 64
     while 8 * unit < longest:
         unit *= 2
@@ -289,30 +302,30 @@ def rounded_length(longest, n_ctx):
     return max(longest, min(length, n_ctx))  # no position lies behind the context
 
 
-def is_compiled(net):
+def is_compiled(net: GPT) -> bool:
     """Whether the network's blocks are, in the mode that it is in."""
     return net.block is not call_block
 
 
-def device_of(net):
+def device_of(net: GPT) -> torch.device:
     """Where a network is."""
     return net.model.embed_tokens.weight.device
 
 
-def padded(sequences, key, net, pad=0):
+def padded(sequences: list[dict], key: str, net: GPT, pad: int = 0) -> Tensor:
     """(B, T) int64, where the network is, of the lists that the sequences have under a key, padded
     on the right: T is `padded_length`'s."""
     return to_device(padded_on_host(sequences, key, net, pad), device_of(net))
 
 
-def padded_on_host(sequences, key, net, pad=0):
+def padded_on_host(sequences: list[dict], key: str, net: GPT, pad: int = 0) -> Tensor:
     T = padded_length(net, max(len(s[key]) for s in sequences))
     # On the right no real token sees the padding, attention being causal.
     rows = [s[key] + [pad] * (T - len(s[key])) for s in sequences]
     return torch.tensor(rows)
 
 
-def places_of_targets(sequences, net):
+def places_of_targets(sequences: list[dict], net: GPT) -> tuple[Tensor, Tensor]:
     """Of a batch of sequences (B, T): the places of its N targets among its B T tokens, and the
     targets, (N,) int64 each. The host finds them: a device that is asked for what is not IGNORED
     has to be waited for, since it has to say how many they are."""

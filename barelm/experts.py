@@ -8,6 +8,10 @@ No token is dropped, whatever the load.
 N tokens, C: n_embd, E: n_experts, k: n_experts_per_token, n: expert_hidden, M = N k.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -20,16 +24,25 @@ from barelm.quantized import QuantizedStack
 from barelm.run import compute_dtype
 from model import MLP
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from barelm.operations import Operations
+    from barelm.pipeline import Pipeline
+    from model import GPT, GPTConfig
+
 
 class Router(nn.Module):
     """A score of each expert for each token. Not nn.Linear, so that nothing adapts or quantizes it:
     a small error of a score changes which expert is chosen."""
 
-    def __init__(self, c):
+    def __init__(self, c: GPTConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.n_experts, c.n_embd))
 
-    def forward(self, x, product):
+    def forward(self, x: Tensor, product: Callable) -> Tensor:
         """Scores (N, E) float32 of x (N, C). In float32 whatever autocast says: rounded scores
         choose others, and training becomes unstable (Fedus et al. 2021, section 2.4)."""
         with torch.autocast(x.device.type, enabled=False):
@@ -39,7 +52,7 @@ class Router(nn.Module):
 class ExpertWeights(nn.Module):
     """The matrices of E experts, each kind in one tensor; an expert is an MLP without biases."""
 
-    def __init__(self, c):
+    def __init__(self, c: GPTConfig) -> None:
         super().__init__()
         E = c.n_experts
         n = c.expert_hidden
@@ -49,19 +62,19 @@ class ExpertWeights(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, n, c.n_embd))
         self.down_proj = nn.Parameter(torch.empty(E, c.n_embd, n))
 
-    def stacks(self):
+    def stacks(self) -> list[nn.Parameter]:
         """[gate, up, down], or [up, down]."""
         gate = [self.gate_proj] if self.gated else []
         return [*gate, self.up_proj, self.down_proj]
 
-    def quantize_stacks(self, kind):
+    def quantize_stacks(self, kind: str) -> None:
         """Make them int8 or int4, in place."""
         for name, stack in list(self.named_parameters()):
             delattr(self, name)
             setattr(self, name, QuantizedStack(stack, kind))
 
 
-def in_dtype(matrices, dtype):
+def in_dtype(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """An expert's matrix (out, in), or a stack of them: quantized ones are made anew."""
     if isinstance(matrices, torch.Tensor):
         return matrices.to(dtype)
@@ -72,7 +85,7 @@ class Experts(nn.Module):
     """E MLPs, of which each token is given to k, and adds up what they say of it (Shazeer et al.
     2017); beside them n_shared_experts that see every token (Dai et al. 2024)."""
 
-    def __init__(self, c, ops):
+    def __init__(self, c: GPTConfig, ops: Operations) -> None:
         super().__init__()
         self.c = c
         self.ops = ops
@@ -83,7 +96,7 @@ class Experts(nn.Module):
         if c.balance == "bias":
             self.register_buffer("expert_bias", torch.zeros(c.n_experts))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(y (B, T, C), routing (E + 3,) float32) of x (B, T, C). routing is what `figures` gives;
         zeros in eval mode, where nobody asks."""
         rows = x.flatten(0, -2)  # (N, C)
@@ -97,7 +110,7 @@ class Experts(nn.Module):
             return y, figures(scores, probabilities, chosen)
         return y, scores.new_zeros(self.c.n_experts + 3)
 
-    def choose(self, probabilities):
+    def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """(weights (N, k) float32, experts (N, k) int64) of probabilities (N, E): the k likeliest.
         A bias only moves the choice, and no weight (Wang et al. 2024, section 3)."""
         k = self.c.n_experts_per_token
@@ -110,7 +123,7 @@ class Experts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, chosen
 
-    def mix(self, x, weights, chosen):
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """The weighted sum (N, C) of what the chosen experts make of x (N, C)."""
         x = x.to(compute_dtype(x))
         stacks = self.experts.stacks()
@@ -124,20 +137,20 @@ class Experts(nn.Module):
             return all_experts(x, weights, chosen, stacks, self.expert)
         return one_by_one(x, weights, chosen, stacks, self.expert)
 
-    def product(self):
+    def product(self) -> Callable:
         """x (N, in) times a matrix (out, in) transposed."""
         if self.ops.deterministic:
             return invariant.Product.apply
         return F.linear
 
-    def expert(self, x, *matrices):
+    def expert(self, x: Tensor, *matrices: Tensor) -> Tensor:
         """What one expert makes of x (N, C): an MLP."""
         product = self.product()
         *inner, down = [in_dtype(matrix, x.dtype) for matrix in matrices]
         h = self.activate([product(x, matrix) for matrix in inner])  # (N, n)
         return product(h, down)
 
-    def activate(self, inner):
+    def activate(self, inner: list[Tensor]) -> Tensor:
         """The hidden numbers (N, n) of [gate, up], or of [up]."""
         h = activation(self.c.mlp, inner[0], self.ops)
         return h * inner[1] if len(inner) == 2 else h
@@ -147,7 +160,9 @@ class Experts(nn.Module):
 # The formula, and the faster ways
 
 
-def all_experts(x, weights, chosen, stacks, expert):
+def all_experts(
+    x: Tensor, weights: Tensor, chosen: Tensor, stacks: list[nn.Parameter], expert: Callable
+) -> Tensor:
     """The formula: the sum over all E of weight times expert(x), the weight of an expert that was
     not chosen being 0. x (N, C), weights and chosen (N, k)."""
     n_experts = stacks[0].shape[0]
@@ -163,24 +178,24 @@ class Gather(torch.autograd.Function):
     which its gradient is gathered too: the sums are in one order, and no two write to one place."""
 
     @staticmethod
-    def forward(ctx, x, index, sources):
+    def forward(ctx: Any, x: Tensor, index: Tensor, sources: Tensor) -> Tensor:
         ctx.save_for_backward(sources)
         return rows_of(x, index)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         [sources] = ctx.saved_tensors
         parts = rows_of(dy.flatten(0, -2), sources)  # (n, m, C)
         dx = parts[:, 0] if sources.shape[1] == 1 else parts.sum(1)
         return dx, None, None
 
 
-def rows_of(x, index):
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """x[index] of rows x (n, C): (…, C), twice as fast on a CPU."""
     return x.index_select(0, index.flatten()).view(*index.shape, x.shape[-1])
 
 
-def by_expert(x, chosen):
+def by_expert(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(x (M, C), each token k times, in the order of the experts; that order (M,): which of the
     choices (N k) stands there; for each choice (N, k) its place in it)."""
     N, k = chosen.shape
@@ -190,19 +205,21 @@ def by_expert(x, chosen):
     return Gather.apply(x, order // k, places), order, places
 
 
-def weighted_sum(y, weights, order, places):
+def weighted_sum(y: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
     """y (M, C) in the order of the experts, back at its tokens: (N, C)."""
     parts = Gather.apply(y, places, order[:, None])  # (N, k, C)
     return (parts * weights[..., None].to(y.dtype)).sum(1)
 
 
-def load(chosen, n_experts):
+def load(chosen: Tensor, n_experts: int) -> Tensor:
     """How many tokens chose each expert (E,) int64."""
     numbers = torch.arange(n_experts, device=chosen.device)
     return (chosen.reshape(-1, 1) == numbers).sum(0)
 
 
-def grouped(x, weights, chosen, stacks, activate):
+def grouped(
+    x: Tensor, weights: Tensor, chosen: Tensor, stacks: list[Tensor], activate: Callable
+) -> Tensor:
     """`all_experts` as products of rows that lie in groups, an expert's matrix a group."""
     rows, order, places = by_expert(x, chosen)
     ends = load(chosen, stacks[0].shape[0]).cumsum(0).int()  # (E,)
@@ -213,7 +230,9 @@ def grouped(x, weights, chosen, stacks, activate):
 
 
 @torch.compiler.disable  # its shapes are known when the counts are
-def one_by_one(x, weights, chosen, stacks, expert):
+def one_by_one(
+    x: Tensor, weights: Tensor, chosen: Tensor, stacks: list[Tensor], expert: Callable
+) -> Tensor:
     """`all_experts`, each expert on its own tokens, and only of those that were chosen. The host
     waits for the counts."""
     rows, order, places = by_expert(x, chosen)
@@ -232,7 +251,7 @@ def one_by_one(x, weights, chosen, stacks, expert):
 GROUPED = {}  # {(device, dtype): whether they were right there, without a wait}
 
 
-def can_group(x, stacks):
+def can_group(x: Tensor, stacks: list[nn.Parameter]) -> bool:
     """Whether `grouped` computes this, and not slower. A kernel wants rows that begin at multiples
     of 16 bytes; the compiler knows bfloat16 alone."""
     compiling = torch.compiler.is_compiling()
@@ -249,7 +268,7 @@ def can_group(x, stacks):
     return GROUPED.get(key, False)
 
 
-def pays_to_pick(x, chosen, stacks):
+def pays_to_pick(x: Tensor, chosen: Tensor, stacks: list[nn.Parameter]) -> bool:
     """Whether few tokens leave most experts alone, which `grouped` would all convert to x's
     dtype. On a GPU to wait costs more."""
     if isinstance(stacks[0], torch.Tensor) and stacks[0].dtype == x.dtype:
@@ -257,12 +276,12 @@ def pays_to_pick(x, chosen, stacks):
     return x.device.type == "cpu" and chosen.numel() < stacks[0].shape[0]
 
 
-def is_capturing(x):
+def is_capturing(x: Tensor) -> bool:
     """Whether what is computed goes into a CUDA graph."""
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def try_grouped(device, dtype):
+def try_grouped(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether F.grouped_mm gives what `one_by_one` does, gradients too, on a small problem with an
     expert that nobody chose, and on a GPU without a wait for it. Where not, a line says why."""
     words = ""
@@ -291,7 +310,9 @@ def try_grouped(device, dtype):
     return not words
 
 
-def small_problem(device, dtype):
+def small_problem(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(x, weights, chosen, [up, down]) of 4 experts, the third of which nobody chose."""
     generator = torch.Generator().manual_seed(0)
 
@@ -307,7 +328,7 @@ def small_problem(device, dtype):
     return x, weights, chosen, [numbers(4, 48, 32), numbers(4, 32, 48)]
 
 
-def small_step(way, inputs):
+def small_step(way: Callable, inputs: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> list[Tensor]:
     """[y, the gradients of x and of the stacks] of a way to compute experts."""
     x, weights, chosen, stacks = inputs
 
@@ -325,7 +346,7 @@ def small_step(way, inputs):
 # What keeps the load even, and what the log says of it
 
 
-def figures(scores, probabilities, chosen):
+def figures(scores: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
     """A vector (E + 3,) float32 about tokens with scores (N, E):
 
     E numbers: how many tokens chose each expert
@@ -341,13 +362,13 @@ def figures(scores, probabilities, chosen):
     return torch.cat([counts, torch.stack([balance, log_sums.square().mean(), entropy])])
 
 
-def expert_layers(net):
+def expert_layers(net: GPT) -> list[Experts]:
     """The Experts of a network, in order."""
     return [module for module in net.modules() if isinstance(module, Experts)]
 
 
 @torch.no_grad()
-def update_bias(net, counts, rate=1e-3):
+def update_bias(net: GPT, counts: Tensor, rate: float = 1e-3) -> None:
     """After an optimizer step: less for experts that got more than the mean, more for the others
     (Wang et al. 2024, algorithm 1). counts (layers with experts, E): the tokens of the step."""
     for experts, of_layer in zip(expert_layers(net), counts):
@@ -362,7 +383,7 @@ class RoutingLog:
     # `figures` the means over layers.
     names = ("load_max", "balance_loss", "z_loss", "router_entropy")
 
-    def __init__(self, net, world=1, pipeline=None):
+    def __init__(self, net: GPT, world: int = 1, pipeline: Pipeline | None = None) -> None:
         self.net = net
         self.world = world
         self.n_stages = 1
@@ -373,7 +394,7 @@ class RoutingLog:
         self.total = None  # (layers with experts, E + 3), of the step so far
         self.n = 0  # micro-batches in it
 
-    def add(self):
+    def add(self) -> None:
         """Count the micro-batch that the network has just computed."""
         if self.net.routing is None:
             return
@@ -381,7 +402,7 @@ class RoutingLog:
         self.total = routing if self.total is None else self.total + routing
         self.n += 1
 
-    def end_step(self):
+    def end_step(self) -> list[Tensor]:
         """The figures of the step, 0-dim tensors in the order of `names`. All processes call it:
         each has a part of all processes' figure, so that they add up to it."""
         if self.total is None:
@@ -397,18 +418,18 @@ class RoutingLog:
         figures = [largest.max(), *total[:, -3:].mean(0)]
         return [figure / self.world for figure in figures]
 
-    def row(self, figures):
+    def row(self, figures: list[float]) -> dict[str, float]:
         """What the log has of a step with these figures, numbers."""
         if not figures:
             return {}
         return dict(zip(self.names, figures)) | {"dropped": 0}  # whatever the load
 
-    def update_bias(self):
+    def update_bias(self) -> None:
         """`update_bias` by the step that has ended."""
         if self.net.routing is not None and self.net.config.balance == "bias":
             update_bias(self.net, self.load[self.own])
 
 
-def make_experts(c, ops):
+def make_experts(c: GPTConfig, ops: Operations) -> Experts:
     """What a block with experts has in the place of its MLP."""
     return Experts(c, ops)

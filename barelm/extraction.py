@@ -2,16 +2,24 @@
 network says of where an answer starts and ends becomes a part of the context again (SQuAD:
 Rajpurkar et al. 2016, 2018; the two scores of a token: Devlin et al. 2019, section 4.2)."""
 
+from __future__ import annotations
+
 import re
 import string
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from barelm.places import token_places
 from barelm.run import UserError
 from barelm.tokenizer import pair_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
 
 LABELS = ["start", "end"]  # of the two scores of a token
 LONGEST = 30  # tokens of an answer
@@ -30,7 +38,7 @@ class Window:
     places: list[tuple[int, int]]  # of each token of the context: its characters of the context
 
 
-def make_windows(tok, question, context, limit):
+def make_windows(tok: Tokenizer, question: str, context: str, limit: int) -> list[Window]:
     """[Window] of a question and a context, of `limit` tokens at most: where one does not hold the
     context, each repeats a third of the one before. What stands before, between and behind the two
     is the post-processor's; where it says nothing of pairs, a line end parts them."""
@@ -53,7 +61,7 @@ def make_windows(tok, question, context, limit):
     return windows
 
 
-def right_answers(row):
+def right_answers(row: dict) -> list[tuple[str, int]]:
     """[(text, where it starts in the context)] of a row; [] where it has no answer."""
     answers = row.get("answers") or {}
     if isinstance(answers, list):  # SQuAD's own files have a list of objects
@@ -69,7 +77,7 @@ def right_answers(row):
     return pairs
 
 
-def target_in(window, start, end):
+def target_in(window: Window, start: int, end: int) -> tuple[int, int]:
     """The places (first, last) among a window's ids of the tokens that hold context[start:end], or
     None where the window does not have all of them."""
     inside = [i for i, (a, b) in enumerate(window.places) if a < end and start < b]
@@ -81,7 +89,7 @@ def target_in(window, start, end):
     return window.first + inside[0], window.first + inside[-1]
 
 
-def read_answer(row, tok, limit):
+def read_answer(row: dict, tok: Tokenizer, limit: int) -> dict:
     """An example of a row {"question", "context", "answers": {"text", "answer_start"}}: the ids of
     a window with the first answer in it and the places of its first and last token, (0, 0) where
     there is no answer; all windows, for validation."""
@@ -106,7 +114,7 @@ def read_answer(row, tok, limit):
 # Scores of tokens become an answer
 
 
-def best_span(window, scores):
+def best_span(window: Window, scores: Tensor) -> list:
     """[score, first, last, lacking]: the likeliest answer within a window, as places of its
     context's tokens: the largest sum of a start's and an end's score, the end not before the start,
     nor more than LONGEST tokens. lacking: the sum of the first id's, that there is no answer.
@@ -121,7 +129,9 @@ def best_span(window, scores):
     return [float(sums[first, last]), first, last, float(scores[0].sum())]
 
 
-def choose_answer(context, windows, spans, may_lack=False):
+def choose_answer(
+    context: str, windows: list, spans: list, may_lack: bool = False
+) -> tuple[str, float]:
     """(the answer, its score) by the `best_span`s of all windows of a question. may_lack: "" is an
     answer too, where every window thinks so (SQuAD 2.0)."""
     best = max(range(len(spans)), key=lambda i: spans[i][0])
@@ -137,13 +147,13 @@ def choose_answer(context, windows, spans, may_lack=False):
 # SQuAD's figures, by its evaluation script
 
 
-def normal_answer(text):
+def normal_answer(text: str) -> str:
     """The text without capitals, punctuation, articles and superfluous blanks."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def word_f1(guess, right):
+def word_f1(guess: str, right: str) -> float:
     """F1 of the words that two normal texts have in common."""
     guessed, there = normal_answer(guess).split(), normal_answer(right).split()
     if not guessed or not there:
@@ -152,7 +162,7 @@ def word_f1(guess, right):
     return 2 * n_common / (len(guessed) + len(there))
 
 
-def answer_scores(guess, right):
+def answer_scores(guess: str, right: list[str]) -> tuple[float, float]:
     """(exact match, F1) of a guess: the best over the right answers; of none, the answer is ""."""
     rights = right or [""]
     exact = max(float(normal_answer(guess) == normal_answer(text)) for text in rights)

@@ -3,13 +3,23 @@
 What an entry does not mention is not lost: `family` answers "barelm" for a network with a field
 that no entry holds."""
 
+from __future__ import annotations
+
 from dataclasses import MISSING, asdict, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from barelm.config_keys import Inexact
 from barelm.family_table import FAMILIES, REFUSED, Family
 from barelm.run import UserError
 from barelm.tensor_names import TensorNames
 from model import GPTConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from barelm.config_keys import Part
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
 
 __all__ = ["FAMILIES", "Family", "TensorNames"]
 
@@ -53,14 +63,14 @@ BESIDE = (
 # Which family holds a network
 
 
-def default_of(f):
+def default_of(f: Any) -> Any:
     """The default of a dataclass's field; MISSING where it has none."""
     if f.default_factory is not MISSING:
         return f.default_factory()
     return f.default
 
 
-def misfits(c, kind):
+def misfits(c: GPTConfig, kind: str) -> dict:
     """{field: the value it would have to have} of the fields of a GPTConfig that a config.json of
     this model_type cannot hold. A field that the mapping does not name fits at its default."""
     entry = FAMILIES[kind]
@@ -77,7 +87,7 @@ def misfits(c, kind):
     return {name: value for name, value in wanted.items() if getattr(c, name) != value}
 
 
-def read_back(c, part):
+def read_back(c: GPTConfig, part: Part) -> dict:
     """{field: value} of a part's fields as a file would have them, written by a GPTConfig."""
     try:
         return part.read(part.write(c), asdict(c))
@@ -85,7 +95,7 @@ def read_back(c, part):
         return {f.name: default_of(f) for f in fields(c) if f.name in part.fields}
 
 
-def family(c):
+def family(c: GPTConfig) -> str:
     """The Hugging Face model_type that holds this architecture, or "barelm" where none does."""
     for kind in FAMILIES:
         if not misfits(c, kind):
@@ -93,7 +103,7 @@ def family(c):
     return "barelm"
 
 
-def family_of(net):
+def family_of(net: GPT) -> str:
     """The model_type that holds a network with what was added to it: its head, adapters, codes."""
     kind = family(net.config)
     if net.adapter_size or net.quantize:
@@ -103,7 +113,7 @@ def family_of(net):
     return kind if head_fits(net, FAMILIES[kind]) else "barelm"
 
 
-def head_fits(net, entry):
+def head_fits(net: GPT, entry: Family) -> bool:
     """Whether a family has a class with a network's head."""
     head = entry.heads.get(net.task)
     if head is None or net.pooler != head.pooler or head.bias != (net.score.bias is not None):
@@ -115,7 +125,7 @@ def head_fits(net, entry):
 # Ours to config.json
 
 
-def to_hf_config(net, tok):
+def to_hf_config(net: GPT, tok: Tokenizer) -> dict:
     """config.json for a network and its tokenizer, as a dict."""
     kind = family_of(net)
     pad_id = tok.pad_id if net.pad_id is None else net.pad_id
@@ -138,7 +148,7 @@ def to_hf_config(net, tok):
     return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
 
 
-def head_keys(net, kind):
+def head_keys(net: GPT, kind: str) -> dict:
     """What config.json says of a head: its labels, and what it reads of a text."""
     out = {
         "id2label": {str(i): label for i, label in enumerate(net.labels)},
@@ -159,7 +169,7 @@ TASKS = {
 }
 
 
-def architecture(kind, net):
+def architecture(kind: str, net: GPT) -> str:
     """The name of the class that opens such a folder."""
     has_head = net.score is not None
     if kind != "barelm":
@@ -172,7 +182,7 @@ def architecture(kind, net):
     return "BarelmForCausalLM" if net.config.causal else "BarelmForMaskedLM"
 
 
-def task_of(d):
+def task_of(d: dict) -> str:
     """The task of the head that a config.json's dict says the model has; "" for a language
     model's."""
     names = str(d.get("architectures"))
@@ -182,7 +192,7 @@ def task_of(d):
     return ""
 
 
-def family_keys(c, kind):
+def family_keys(c: GPTConfig, kind: str) -> dict:
     """What a GPTConfig says, under the keys of this model_type, which holds it."""
     entry = FAMILIES[kind]
     out = {}
@@ -201,7 +211,7 @@ def family_keys(c, kind):
     return out
 
 
-def table_of(kind, c, task=""):
+def table_of(kind: str, c: GPTConfig, task: str = "") -> TensorNames:
     """The TensorNames of a model_type's files, for a GPTConfig and a head; barelm's are our own."""
     if kind not in FAMILIES:
         return TensorNames()
@@ -220,7 +230,7 @@ def table_of(kind, c, task=""):
 # config.json to ours
 
 
-def from_hf_config(d, where="config.json"):
+def from_hf_config(d: dict, where: Path | str = "config.json") -> GPTConfig:
     """The GPTConfig of a config.json, given as a dict; UserError where we cannot be exact."""
     kind = d.get("model_type")
     if kind == "barelm":
@@ -247,7 +257,7 @@ def from_hf_config(d, where="config.json"):
     return checked_config(values, entry.keys, where)
 
 
-def from_our_config(d, where):
+def from_our_config(d: dict, where: str | Path) -> GPTConfig:
     """The GPTConfig of a config.json of model_type barelm, whose keys are its fields."""
     names = {f.name for f in fields(GPTConfig)}
     odd = [key for key in d if key not in names and key not in BESIDE]
@@ -257,7 +267,7 @@ def from_our_config(d, where):
     return checked_config({name: d[name] for name in names if name in d}, {}, where)
 
 
-def by_first_keys(d, entry):
+def by_first_keys(d: dict, entry: Family) -> tuple[dict, list]:
     """(d with the first name of what it has by a second one, [what is wrong])."""
     out = dict(d)
     faults = []
@@ -271,7 +281,7 @@ def by_first_keys(d, entry):
     return out, faults
 
 
-def read_keys(d, entry):
+def read_keys(d: dict, entry: Family) -> tuple[dict[str, float], list]:
     """({field: value} by the family's keys, [what is wrong with them])."""
     # null counts as absent, as in transformers.
     given = {name: d[key] for name, key in entry.keys.items() if d.get(key) is not None}
@@ -283,7 +293,7 @@ def read_keys(d, entry):
     return values, faults
 
 
-def not_exact(d, entry):
+def not_exact(d: dict, entry: Family) -> list[str]:
     """[what a config.json asks for that we would not compute exactly]."""
     read = {key for part in entry.parts for key in part.keys}
     faults = []
@@ -299,7 +309,7 @@ def not_exact(d, entry):
     return faults
 
 
-def training_values(d, entry):
+def training_values(d: dict, entry: Family) -> dict:
     """What shapes training alone: by our own keys, or else by the family's, if they agree."""
     values = {name: d[name] for name in TRAINING if name in d}
     if entry.dropout_keys and "dropout" not in d:
@@ -309,7 +319,7 @@ def training_values(d, entry):
     return values
 
 
-def checked_config(values, names, where):
+def checked_config(values: dict, names: dict[str, str], where: str | Path) -> GPTConfig:
     """GPTConfig(**values). What it refuses is told by the file, and by the name that the field has
     there: names[field], or its own."""
     try:

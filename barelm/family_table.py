@@ -5,8 +5,11 @@ GPTConfig that differs from model to model (`keys`, and `parts` where a field ha
 there), what all its models have in common (`fixed`), and how its files name their tensors
 (`tensors`). What reads and writes by it is families.py."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from barelm.config_keys import (
     EXPERT_LAYERS,
@@ -40,6 +43,11 @@ from barelm.window_keys import (
     SWITCHED_WINDOW,
     USED_WINDOW,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from model import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -160,34 +168,34 @@ LLAMA_WRITTEN = {
 }
 
 
-def balance_in_file(c):
+def balance_in_file(c: GPTConfig) -> str:
     """`balance` of a family whose choice of experts has no bias: what shapes training alone."""
     return "loss" if c.balance == "bias" else c.balance
 
 
-def width_of_an_mlp(c):
+def width_of_an_mlp(c: GPTConfig) -> int:
     """expert_hidden of a family that has no other MLPs than experts."""
     return c.n_hidden
 
 
-def heads_of_queries(c):
+def heads_of_queries(c: GPTConfig) -> int:
     """n_kv_head of a family without grouped-query attention."""
     return c.n_head
 
 
-def width_of_a_head(c):
+def width_of_a_head(c: GPTConfig) -> float:
     """head_dim of a family whose heads share the width among them."""
     return c.n_embd / c.n_head
 
 
-def four_widths(c):
+def four_widths(c: GPTConfig) -> int:
     return 4 * c.n_embd
 
 
 PLAIN_HEADS = {"n_kv_head": heads_of_queries, "head_dim": width_of_a_head}
 
 
-def decoder_heads(name, tag="score.", span=()):
+def decoder_heads(name: str, tag: str = "score.", span: Sequence = ()) -> dict[str, Head]:
     """The heads of a decoder whose classes begin with a name. tag: what the last layer of the
     tagger is called; span: further renames in the class that answers by spans."""
     return {
@@ -197,7 +205,7 @@ def decoder_heads(name, tag="score.", span=()):
     }
 
 
-def llama_heads(name):
+def llama_heads(name: str) -> dict[str, Head]:
     # Its class with spans has another name for what is beside the head.
     return decoder_heads(name, span=(("model.", "transformer."),))
 

@@ -6,9 +6,11 @@ What these are not sure to compute (an adapted layer, a mask of numbers) is left
 with which tests/test_fast.py compares.
 """
 
+from __future__ import annotations
+
 import contextlib
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -18,9 +20,17 @@ from barelm.positions import relative_bucket
 from barelm.quantized import QuantizedLinear, QuantizedProduct, quantized_product
 from barelm.run import compute_dtype
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from model import GPT
+
 
 @contextlib.contextmanager
-def generating(net):
+def generating(net: GPT) -> Iterator[None]:
     """Within, net is in eval mode, and on a CPU a fast one keeps the matrices that it multiplies
     with in the layout that oneDNN reads fastest for a few rows: a second copy of the weights, which
     must not change meanwhile. One thread at a time may use such a network; calls may be nested."""
@@ -38,7 +48,9 @@ def generating(net):
         net.train(training)
 
 
-def joined_product(x, layers, packed, joins=True):
+def joined_product(
+    x: Tensor, layers: Sequence[nn.Module], packed: dict | None, joins: bool = True
+) -> Tensor | None:
     """The outputs of linear layers that read the same x (..., in), side by side, as one product;
     None where that would not be faster, or where a layer is of another kind (adapted, say).
 
@@ -69,14 +81,14 @@ def joined_product(x, layers, packed, joins=True):
     return F.linear(x, weight, joined_bias(layers))
 
 
-def joined_bias(layers):
+def joined_bias(layers: Sequence[nn.Module]) -> Tensor | None:
     """The biases of layers one after the other, or None where they have none."""
     if layers[0].bias is None:
         return None
     return torch.cat([layer.bias for layer in layers])
 
 
-def packed_product(layers, dtype):
+def packed_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Callable:
     """A function of x that multiplies with the layers' matrices, joined and packed; or None where
     oneDNN has no such product of this dtype."""
     if isinstance(layers[0], QuantizedLinear):
@@ -102,7 +114,7 @@ def packed_product(layers, dtype):
     return product
 
 
-def placed_product(layers, dtype):
+def placed_product(layers: Sequence[nn.Module], dtype: torch.dtype) -> PlacedProduct | None:
     """A PlacedProduct, or None where it would save nothing: of one layer that has this dtype, or of
     large ones, whose reading takes longer than to start a kernel more."""
     size = sum(layer.weight.numel() for layer in layers)
@@ -119,7 +131,7 @@ class PlacedProduct:
     """A function of x that multiplies with a copy of the layers' weights, joined, of dtype, which
     stays in its place on a GPU: a CUDA graph reads it there. `refresh` makes it what they are."""
 
-    def __init__(self, layers, dtype):
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.layers = layers
         with torch.inference_mode(False), torch.no_grad():  # so that they may be written to later
             self.weight = torch.cat([layer.weight for layer in layers]).to(dtype)
@@ -127,10 +139,10 @@ class PlacedProduct:
             if self.bias is not None:
                 self.bias = self.bias.to(dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def refresh(self):
+    def refresh(self) -> None:
         begin = 0
         for layer in self.layers:
             end = begin + len(layer.weight)
@@ -153,7 +165,8 @@ class BlockedAttention(torch.autograd.Function):
     a result: see LinearCrossEntropy."""
 
     @staticmethod
-    def forward(ctx, q, k, v, unseen, scale, blocks):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, unseen: Tensor, scale: float,
+                blocks: list[tuple[int, int, int, int]]) -> Tensor:  # fmt: skip
         B, H, T, D = q.shape
         G = k.shape[1]
         q = (q * scale).reshape(B, G, -1, T, D)  # the H / G heads that share a k
@@ -177,7 +190,7 @@ class BlockedAttention(torch.autograd.Function):
         return torch.cat(y, -2).view(B, H, T, D)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, *probabilities = ctx.saved_tensors
         B, G, _, T, D = q.shape
         S = k.shape[2]
@@ -202,7 +215,9 @@ class BlockedAttention(torch.autograd.Function):
 BLOCK = 128  # queries of the smallest block
 
 
-def query_blocks(T, S, causal, reach):
+def query_blocks(
+    T: int, S: int, causal: bool, reach: int | None
+) -> list[tuple[int, int, int, int]]:
     """[(i, j, low, high)]: queries i to j - 1 see no key but low to high - 1. reach: how many
     places before a query (and without causality, behind it) it may look; None: all."""
     size = max(BLOCK, -(-T // 4))
@@ -221,7 +236,7 @@ def query_blocks(T, S, causal, reach):
     return blocks
 
 
-def keys_of_block(S, causal, reach):
+def keys_of_block(S: int, causal: bool, reach: int | None) -> int:
     """How many of S keys a block of BLOCK queries is held against, at most."""
     if reach is None:
         return S
@@ -232,7 +247,8 @@ def keys_of_block(S, causal, reach):
 KEPT = 1024 * 1024  # of a head: so many probabilities are kept at most, and not computed twice
 
 
-def can_block(q, k, mask, dropout, causal=True, reach=None):
+def can_block(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float, causal: bool = True,
+              reach: int | None = None) -> bool:  # fmt: skip
     """Whether `blocked_attention` computes this attention, and faster than torch: on a CPU in less
     than float32, where products are far faster than sums, or where tokens see no far ones; of many
     tokens to themselves, or without causality to others."""
@@ -253,7 +269,9 @@ def can_block(q, k, mask, dropout, causal=True, reach=None):
     return not causal or torch.compiler.is_compiling() or not mask.triu(1).any()
 
 
-def blocked_attention(q, k, v, mask=None, scale=None, causal=True, reach=None):
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+                      scale: float | None = None, causal: bool = True,
+                      reach: int | None = None) -> Tensor:  # fmt: skip
     """BlockedAttention where mask (1 or B, 1, T or 1, S) bool is true; where it is None, causal or
     without any. reach: as `query_blocks` has it; the mask hides what is out of it."""
     T = q.shape[2]
@@ -277,7 +295,7 @@ class SparseMask(NamedTuple):
     buckets: tuple = ()  # n_buckets, max_distance, causal: how `relative_bucket` finds its row
 
 
-def block_mask(may_look, positions, docs=None):
+def block_mask(may_look: Callable, positions: Tensor, docs: Tensor | None = None) -> BlockMask:
     """The BlockMask for tokens at positions (B or 1, T), in documents docs (B, T) int64 or in one:
     which blocks of 128 queries and 128 keys are seen in whole, in part, or not at all. Made on the
     device, in one pass over T x T. may_look(query, key, query_doc, key_doc) is the rule."""
@@ -303,7 +321,8 @@ def block_mask(may_look, positions, docs=None):
     return create_block_mask(seen_in_documents, B, None, T, T, docs.device)
 
 
-def sparse_attention(q, k, v, mask, scale=None, softcap=0.0, sinks=None):
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: SparseMask, scale: float | None = None,
+                     softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:  # fmt: skip
     """`Operations.attend` under a SparseMask, without the blocks that it hides; where it is not
     compiled, torch computes all of them. It knows no dropout."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
@@ -334,7 +353,9 @@ def sparse_attention(q, k, v, mask, scale=None, softcap=0.0, sinks=None):
     return (y * share[..., None]).to(q.dtype)
 
 
-def head_piece(x, weight, targets, learn, weight_learns=True):
+def head_piece(
+    x: Tensor, weight: Tensor, targets: Tensor, learn: bool, weight_learns: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss of some rows and its gradients, in one: x (N, C), weight (V, C) in x's dtype,
     targets (N, 1) int64, -100 meaning none. Returns (the sum of -log p in nats, float32; and where
     learn, its gradient by x (N, C) and by weight (V, C), else None twice; None for a frozen weight,
@@ -375,7 +396,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     compiled network of torch 2.11 loses writes into a tensor that its backward reads."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, learn, size, piece=head_piece):
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, learn: bool, size: int,
+                piece: Callable = head_piece) -> Tensor:  # fmt: skip
         grad_dtype = weight.dtype  # float32, where h is bfloat16
         weight_learns = ctx.needs_input_grad[1]
         weight = weight.to(h.dtype)
@@ -395,21 +417,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple:
         dh, dw = ctx.saved_tensors
         # In float32: a gradient's scale may be beyond what float16 holds.
         dh = (dh.float() * g).to(dh.dtype)
         return dh, None if dw is None else dw * g, None, None, None, None
 
 
-def head_rows(device_type, dtype, vocab_size):
+def head_rows(device_type: str, dtype: torch.dtype, vocab_size: int) -> int:
     """Of how many rows the logits are made at once."""
     rows = max(1024, (1 << (20 if device_type == "cpu" else 29)) // vocab_size)
     # In float16 a piece's sum of gradients comes before the scale: keep it small.
     return min(rows, 4096) if dtype == torch.float16 else rows
 
 
-def compiled_head_rows(n, device_type, dtype, vocab_size):
+def compiled_head_rows(n: int, device_type: str, dtype: torch.dtype, vocab_size: int) -> int:
     """Of how many of n rows a compiled head makes the logits at once: in the memory that an eager
     one's rows take, and in pieces of one size where n has such a divisor, since another size would
     be compiled anew."""
@@ -425,12 +447,13 @@ def compiled_head_rows(n, device_type, dtype, vocab_size):
     return most
 
 
-def can_piece(head):
+def can_piece(head: nn.Linear | None) -> bool:
     """Whether `cross_entropy_sum` is that of this head's logits."""
     return type(head) is nn.Linear
 
 
-def cross_entropy_sum(h, weight, targets, piece=head_piece, bias=None):
+def cross_entropy_sum(h: Tensor, weight: Tensor, targets: Tensor, piece: Callable = head_piece,
+                      bias: Tensor | None = None) -> Tensor:  # fmt: skip
     """The sum of -log p(target) in nats, float32, under the logits h @ weight.T + bias: h (N, C),
     weight (V, C), targets (N,) int64 of which -100 counts for nothing, bias (V,). piece:
     head_piece, or that compiled."""

@@ -1,5 +1,7 @@
 """Files read and written: compressed text, JSON, and files that appear only when they are whole."""
 
+from __future__ import annotations
+
 import bz2
 import codecs
 import contextlib
@@ -10,9 +12,15 @@ import lzma
 import os
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from barelm import host
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+    from typing import BinaryIO
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 JSONL = (".jsonl", ".ndjson", ".jsonlines")
@@ -32,7 +40,7 @@ DAMAGE = (EOFError, zlib.error, lzma.LZMAError)
 # Text, compressed or not
 
 
-def file_ending(path):
+def file_ending(path: Path | str) -> str:
     """The ending that says what a file holds, in lower case and without that of its compression:
     .jsonl of Rows.JSONL.gz."""
     stem, ending = os.path.splitext(str(path).lower())
@@ -41,11 +49,11 @@ def file_ending(path):
     return ending
 
 
-def is_compressed(path):
+def is_compressed(path: str | Path) -> bool:
     return str(path).lower().endswith(COMPRESSED)
 
 
-def encoding_of(head):
+def encoding_of(head: bytes) -> str | None:
     """The encoding that the first bytes of a file name by a byte order mark, or None."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
@@ -53,7 +61,7 @@ def encoding_of(head):
     return None
 
 
-def require_zst(where):
+def require_zst(where: Path | str) -> ModuleType:
     """pyarrow, which reads and writes .zst."""
     try:
         import pyarrow
@@ -62,7 +70,7 @@ def require_zst(where):
     return pyarrow
 
 
-def open_compressed(path):
+def open_compressed(path: Path | str) -> Any:
     """A binary file to read, decompressed as the end of its name says."""
     ending = os.path.splitext(str(path))[1].lower()
     if ending == ".gz":
@@ -79,7 +87,7 @@ def open_compressed(path):
     return open(path, "rb")
 
 
-def open_input(path):
+def open_input(path: Path | str) -> Any:
     """A text file's bytes to read, as UTF-8 without a byte order mark, decompressed by its name.
     What such a mark says is UTF-16 or UTF-32 is read whole; a UnicodeDecodeError if it is not."""
     file = open_compressed(path)
@@ -96,7 +104,7 @@ def open_input(path):
     return file
 
 
-def read_input(path):
+def read_input(path: Path | str) -> bytes:
     """All bytes of a text file, as `open_input` has them. A UserError where they cannot be had."""
     try:
         with open_input(path) as file:
@@ -110,7 +118,7 @@ def read_input(path):
 # JSON
 
 
-def parse_json(text, where):
+def parse_json(text: str | bytes, where: Path | str) -> Any:
     """The value of a JSON text (str or bytes). What is no JSON, or nests beyond what Python reads,
     is a UserError that begins with `where`, such as "rows.jsonl:7"."""
     try:
@@ -122,7 +130,7 @@ def parse_json(text, where):
         raise UserError(f"{where}: no JSON: {begin!r} ({error})") from None
 
 
-def read_json(path, default=None):
+def read_json(path: Path, default: Any = None) -> Any:
     """The JSON object in the file, or the list where `default` is one; `default`, if given, where
     there is no file."""
     if default is not None and not Path(path).exists():
@@ -141,7 +149,7 @@ def read_json(path, default=None):
     return value
 
 
-def write_json(path, value):
+def write_json(path: Path, value: object) -> None:
     """Write a value as JSON; a file that says it already, byte for byte, is left alone."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     data = text.encode(errors="backslashreplace")  # JSON's way to write half a surrogate
@@ -157,7 +165,7 @@ def write_json(path, value):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that appears under `path` when all of it is on the disk, or never. Its
     name is on the disk, too, before anything that comes after it."""
     temporary = f"{path}.tmp"
@@ -176,7 +184,7 @@ def whole_file(path):
         raise
 
 
-def unwritable(path, error):
+def unwritable(path: str | Path, error: BaseException) -> UserError:
     """A UserError for the file that an OSError names, or else path."""
     name = str(error.filename)
     name = name.removesuffix(".tmp") if name.endswith(".tmp") else path
@@ -184,7 +192,7 @@ def unwritable(path, error):
     return UserError(f"{name}: cannot be written: {why}; nothing was changed")
 
 
-def sync_folder(folder):
+def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk: what is renamed or removed before this call
     is so after a power failure too, whatever is done behind it."""
     with contextlib.suppress(OSError):  # a system whose folders cannot be opened

@@ -8,8 +8,11 @@ where spans were cut out.
 C: n_embd, V: the vocabulary.
 """
 
+from __future__ import annotations
+
 import re
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,16 +24,24 @@ from barelm.fast import head_rows
 from barelm.run import UserError
 from model import at_places
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 
 @torch.no_grad()
-def score_targets(net, batch, docs=None):
+def score_targets(net: GPT, batch: dict[str, Tensor], docs: Tensor | None = None) -> Tensor:
     """(B, 3) float64 of a batch, the network's arguments by name with their targets: of each row
     the sum of -log p(target) in nats, the number of targets, how many are the likeliest token."""
     inputs = {name: t for name, t in batch.items() if name not in ("targets", "places")}
     return score_states(net, net.hidden(**inputs, docs=docs), batch)
 
 
-def score_states(net, h, batch):
+def score_states(net: GPT, h: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """`score_targets` of the final states h (B, T, C) of a batch."""
     if "places" in batch:
         h = at_places(h, batch["places"])  # (B, n, C)
@@ -49,7 +60,7 @@ def score_states(net, h, batch):
     return totals
 
 
-def padded_batch(rows, device):
+def padded_batch(rows: list[dict], device: torch.device) -> dict[str, Tensor]:
     """Rows of an Objective, {name: (length,)}, of any lengths, as one batch of the network's
     arguments: padded on the right, with the lengths of what an encoder reads."""
     batch = {}
@@ -64,7 +75,7 @@ def padded_batch(rows, device):
 
 
 @contextmanager
-def eager(net):
+def eager(net: GPT) -> Iterator[None]:
     """Within this a network is in eval mode, and its blocks are not compiled ones: these would be
     compiled anew for a text of another length."""
     was_training = net.training
@@ -82,7 +93,7 @@ def eager(net):
 # Gaps in a text
 
 
-def ids_with_gaps(tok, text, gap_ids):
+def ids_with_gaps(tok: Tokenizer, text: str, gap_ids: Iterable[int]) -> tuple[list[int], list[int]]:
     """The ids of a text in which the names of these special tokens, such as [MASK], stand for them,
     with what the tokenizer puts before a text and behind it; and their places."""
     entries = {}
@@ -109,7 +120,7 @@ def ids_with_gaps(tok, text, gap_ids):
 
 
 @torch.no_grad()
-def fill(net, tok, text, k):
+def fill(net: GPT, tok: Tokenizer, text: str, k: int) -> list[list[tuple[str, float]]]:
     """For each mask of a text the k likeliest tokens there, [[(text, probability)]], the likeliest
     first. Each mask is filled by itself, with the others as masks."""
     if tok.mask_id is None:
@@ -127,7 +138,7 @@ def fill(net, tok, text, k):
     return fills
 
 
-def fill_masks(net, tok, text):
+def fill_masks(net: GPT, tok: Tokenizer, text: str) -> str:
     """A text with the likeliest token in the place of each mask."""
     [name] = [name for name, id in tok.special.items() if id == tok.mask_id]
     first, *others = text.split(name)
@@ -137,7 +148,7 @@ def fill_masks(net, tok, text):
     return filled
 
 
-def fill_spans(net, tok, text, n):
+def fill_spans(net: GPT, tok: Tokenizer, text: str, n: int) -> str:
     """A text with what an encoder-decoder writes, greedily and n tokens in all, for each sentinel
     in it (<extra_id_0>, <extra_id_1>, …)."""
     ids, _ = ids_with_gaps(tok, text, tok.sentinel_ids)
@@ -154,13 +165,13 @@ def fill_spans(net, tok, text, n):
     return text
 
 
-def check_length(net, ids):
+def check_length(net: GPT, ids: list[int]) -> None:
     if len(ids) > net.config.n_ctx:
         raise UserError(f"a prompt of {len(ids)} tokens: the context is {net.config.n_ctx}")
 
 
 @torch.no_grad()
-def write(net, source, start_id, n):
+def write(net: GPT, source: Tensor, start_id: int, n: int) -> list[int]:
     """The n likeliest ids, one after another, that an encoder-decoder writes of a source (1, S):
     without a cache, since they are few."""
     with eager(net):
@@ -172,7 +183,7 @@ def write(net, source, start_id, n):
     return ids[0, 1:].tolist()
 
 
-def spans_of(tok, ids):
+def spans_of(tok: Tokenizer, ids: list[int]) -> dict[int, list[int]]:
     """{sentinel: the ids behind it} of what a decoder writes, up to its end."""
     spans = {}
     sentinels = set(tok.sentinel_ids)
@@ -187,7 +198,7 @@ def spans_of(tok, ids):
     return spans
 
 
-def shown_text(tok, ids):
+def shown_text(tok: Tokenizer, ids: list[int]) -> str:
     """The text of ids as it stands within a text: with the blank before its first word."""
     return b"".join(tok.shown.get(id, b"") for id in ids).decode(errors="replace")
 
@@ -197,7 +208,7 @@ def shown_text(tok, ids):
 
 
 @torch.no_grad()
-def filled_line(net, tok, batch, n):
+def filled_line(net: GPT, tok: Tokenizer, batch: dict[str, Tensor], n: int) -> str:
     """The first n tokens of a batch's first window, with the likeliest token at each target: [it],
     or [it|the right one]."""
     ids = batch["ids"][:1]
@@ -213,7 +224,7 @@ def filled_line(net, tok, batch, n):
     return text
 
 
-def spans_line(net, tok, batch, n):
+def spans_line(net: GPT, tok: Tokenizer, batch: dict[str, Tensor], n: int) -> str:
     """The first n tokens of what the encoder reads in a batch's first window, with what the decoder
     writes for each span, n tokens in all: [it], or [it|the right one]."""
     source = batch["encoder_ids"][:1]
@@ -228,7 +239,7 @@ def spans_line(net, tok, batch, n):
     return text
 
 
-def gap_text(tok, guess, right):
+def gap_text(tok: Tokenizer, guess: list[int], right: list[int]) -> str:
     """[guess], or where it is not right [guess|right]; both are lists of ids."""
     guess_text = shown_text(tok, guess).replace("\n", "\\n")
     right_text = shown_text(tok, right).replace("\n", "\\n")

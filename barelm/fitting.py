@@ -1,9 +1,12 @@
 """What of a fine-tuning depends on the machine: what is compiled, how much memory it takes, and how
 many sequences are generated at once."""
 
+from __future__ import annotations
+
 import math
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,13 +18,24 @@ from barelm.optim import MOMENTS, flops_per_token, memory_estimate
 from barelm.run import to_device
 from model import generate
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from barelm.texts import Generation
+    from barelm.tokenizer import Tokenizer
+    from barelm.tuning import Learner
+    from model import GPT
+
 # --------------------------------------------------------------------------------------------------
 # What is faster, trusted where it computes the same
 
 COMPILE_FLOPS = 1e14  # a process's work from which compiling for a length pays on a CPU
 
 
-def flops_of_run(net, tokens, n_steps, max_minutes):
+def flops_of_run(net: GPT, tokens: float, n_steps: int, max_minutes: float | None) -> float:
     """About how many FLOPs a run takes, of so many tokens a step."""
     flops = math.inf
     if n_steps:
@@ -31,7 +45,8 @@ def flops_of_run(net, tokens, n_steps, max_minutes):
     return flops
 
 
-def why_not_compile(asked, learner, saved, flops, lengths):
+def why_not_compile(asked: bool | None, learner: Learner, saved: dict | None, flops: float,
+                    lengths: Iterable[int]) -> str:  # fmt: skip
     """Why the blocks are not to be compiled, or "". asked: the key `compile`; saved: the state to
     resume, which is computed as before; lengths: of the rows, each of which a CPU compiles for."""
     device = learner.run.device
@@ -53,13 +68,15 @@ def why_not_compile(asked, learner, saved, flops, lengths):
     return "on a CPU it would take longer than it saves here (--compile turns it on)"
 
 
-def learns_in_network(net):
+def learns_in_network(net: GPT) -> bool:
     """Whether more learns than a score on top."""
     learning = [name for name, p in net.named_parameters() if p.requires_grad]
     return not all(name.startswith("score") for name in learning)
 
 
-def prepare_network(learner, rows, cast, packed, why_not, sources=None):
+def prepare_network(learner: Learner, rows: list[list[int]], cast: AbstractContextManager,
+                    packed: bool, why_not: str,
+                    sources: list[list[int]] | None = None) -> None:  # fmt: skip
     """Let the network compute by what is faster, where that gives the same on these rows, lists of
     ids; what came of it is said. packed: whether rows will hold several examples. why_not: why its
     blocks are not to be compiled, or "". sources: of an encoder-decoder, a list of ids a row."""
@@ -80,7 +97,9 @@ def prepare_network(learner, rows, cast, packed, why_not, sources=None):
     run.say(f"compile: {words}")
 
 
-def batch_to_compare(rows, net, sources=None):
+def batch_to_compare(
+    rows: list[list[int]], net: GPT, sources: list[list[int]] | None = None
+) -> dict[str, Tensor]:
     """ids and targets (B, T) by name, of rows, lists of ids, by which two ways to compute are
     compared: any targets will do. B is two at least: for a single row torch compiles anew."""
     if len(rows) == 1:
@@ -94,21 +113,21 @@ def batch_to_compare(rows, net, sources=None):
     return batch
 
 
-def filled_up(rows, net, pad):
+def filled_up(rows: list[list[int]], net: GPT, pad: int) -> Tensor:
     """(B, T) int64 of rows, lists of ids, as long as those that are computed with."""
     T = rounded_length(max(map(len, rows)), net.config.n_ctx)
     ids = torch.tensor([row + [pad] * (T - len(row)) for row in rows])
     return to_device(ids, device_of(net))
 
 
-def halves(ids):
+def halves(ids: Tensor) -> Tensor:
     """Two documents in each row of ids (B, T)."""
     T = ids.shape[1]
     second = torch.arange(T, device=ids.device) >= T // 2
     return second.long().expand_as(ids)
 
 
-def ask_all_blocks_alike(net):
+def ask_all_blocks_alike(net: GPT) -> object:
     """Of a frozen embedding's output no gradient is asked, so that torch would compile the first
     block apart from the others. Where that block learns, let one be asked: a hook, or None."""
     table = net.model.embed_tokens
@@ -135,7 +154,9 @@ class Load:
     n_logits: int  # tokens whose logits exist at once, in float32; 0: the head works by pieces
 
 
-def say_memory(learner, load, dtype, optimizer, n_copies=0):
+def say_memory(
+    learner: Learner, load: Load, dtype: torch.dtype, optimizer: str, n_copies: int = 0
+) -> None:
     """How much memory training will take beside the weights, and how much there is. n_copies: of
     the whole network, such as a reference. The numbers are estimates."""
     run = learner.run
@@ -165,19 +186,21 @@ def say_memory(learner, load, dtype, optimizer, n_copies=0):
     run.say(text)
 
 
-def bytes_of(net):
+def bytes_of(net: GPT) -> int:
     """The bytes of a network's weights and buffers, each once."""
     return sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
 
 
-def rows_that_fit(net, longest):
+def rows_that_fit(net: GPT, longest: int) -> int:
     """How many sequences of `longest` tokens can be generated at once: their keys and values, and
     logits, in half of the memory that is free."""
     row = 4 * (cached_numbers(net.config, longest) + 4 * net.config.vocab_size)  # bytes
     return max(1, int(free_memory(device_of(net)) / 2 / row))
 
 
-def generate_all(net, tok, prompts, max_new_tokens, **options):
+def generate_all(
+    net: GPT, tok: Tokenizer, prompts: list[list[int]], max_new_tokens: int, **options: Any
+) -> list[Generation]:
     """model.generate's answers, with as many rows at once as fit the memory."""
     if not prompts:
         return []

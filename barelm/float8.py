@@ -10,17 +10,28 @@ as they are. Of a network the blocks' linear layers compute so in training, and 
 validation, a sample and what is saved are of the network as it will be used.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn as nn
 
 from barelm.run import UserError, compute_dtype, in_full
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from model import GPT
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 UNIT = 16  # torch's product takes sizes in multiples of it
 
 
-def why_not_float8(device):
+def why_not_float8(device: torch.device) -> str:
     """Why this device is not to multiply in float8, or ""."""
     if device.type != "cuda":
         return "a CPU has no products of float8 that would be faster"
@@ -32,7 +43,7 @@ def why_not_float8(device):
     return ""
 
 
-def use_float8(net):
+def use_float8(net: GPT) -> int:
     """Let the linear layers of a network's blocks multiply in float8 in training, where their sizes
     are multiples of UNIT: how many do."""
     net.ops.float8 = True
@@ -47,14 +58,14 @@ def use_float8(net):
     return n_layers
 
 
-def can_float8(x, layers):
+def can_float8(x: Tensor, layers: Sequence[nn.Module]) -> bool:
     """Whether these layers, which read the same x (…, in), multiply it in float8."""
     if not torch.is_grad_enabled() or (x.numel() // x.shape[-1]) % UNIT:
         return False
     return all(getattr(layer, "float8", False) for layer in layers)
 
 
-def float8_product(x, layers):
+def float8_product(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     """The outputs of linear layers that read the same x (…, in), side by side (…, out)."""
     weights = [layer.weight for layer in layers]
     y = Float8Product.apply(x.flatten(0, -2), *weights)
@@ -67,7 +78,7 @@ class Float8Product(torch.autograd.Function):
     """x W^T (N, out) for x (N, in) and the rows of W in one or several weights."""
 
     @staticmethod
-    def forward(ctx, x, *weights):
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         x8, x_scale = narrowed(x, E4M3)
         w8, w_scale = narrowed(joined(weights), E4M3)
         # x is kept as it was rounded, a byte each; weights as they are, which others keep anyway.
@@ -76,7 +87,7 @@ class Float8Product(torch.autograd.Function):
         return scaled_product(x8, w8, x_scale, w_scale, compute_dtype(x), fast=True)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         x8, x_scale, *weights = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         g8, g_scale = narrowed(grad, E5M2)  # (N, out)
@@ -86,16 +97,16 @@ class Float8Product(torch.autograd.Function):
         return dx, *dw.split([len(weight) for weight in weights])
 
 
-def joined(weights):
+def joined(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(weights) if len(weights) > 1 else weights[0]
 
 
-def turned(x):
+def turned(x: Tensor) -> Tensor:
     """x^T, row after row: both factors of torch's product are read along what is summed over."""
     return x.t().contiguous()
 
 
-def narrowed(x, dtype):
+def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x over a scale, rounded to float8; the scale, 0-dim float32): the largest magnitude of x
     becomes the format's largest."""
     largest = torch.finfo(dtype).max
@@ -103,7 +114,8 @@ def narrowed(x, dtype):
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
-def scaled_product(a, b, a_scale, b_scale, dtype, fast=False):
+def scaled_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype,
+                   fast: bool = False) -> Tensor:  # fmt: skip
     """a b^T (n, m) times both scales, for float8 a (n, k) and b (m, k). fast: sums in less than
     float32 on a GPU, which the outputs of a layer bear and gradients do not."""
     if a.device.type == "cpu":  # the same, for tests: torch's own takes seconds there

@@ -7,9 +7,12 @@ train.py chooses its micro-batches and report.py a mesh.
 
 Every formula is in docs/parallel.md; tests/test_plan.py measures them."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +24,9 @@ from barelm.patterns import Pattern
 from barelm.scaling import empty_network
 from barelm.stages import stage_blocks
 
+if TYPE_CHECKING:
+    from model import GPT, GPTConfig
+
 # Of a block, by what tensor parallelism divides: products' columns, and products' rows.
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = ("o_proj", "down_proj")
@@ -31,7 +37,7 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 class Step:
     """A step of training, as far as bytes and FLOPs depend on it."""
 
-    config: object  # GPTConfig
+    config: GPTConfig
     sizes: Sizes
     shapes: tuple  # Shapes, of the whole network
     seq_len: int
@@ -47,27 +53,27 @@ class Step:
     local_world: int = 8  # processes on a machine
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Of a micro-batch, on a process."""
         return self.rows * self.seq_len // self.sizes.cp
 
     @property
-    def step_tokens(self):
+    def step_tokens(self) -> int:
         """Of a step, over all processes."""
         return self.rows * self.seq_len * self.n_micro * self.sizes.data
 
     @cached_property
-    def blocks(self):
+    def blocks(self) -> list[int]:
         """[how many blocks each pipeline stage has]."""
         return stage_blocks(self.config, self.sizes.pp)
 
     @property
-    def autocasts(self):
+    def autocasts(self) -> bool:
         """Whether the products read copies of the weights in another dtype."""
         return self.dtype != torch.float32
 
     @property
-    def gathers(self):
+    def gathers(self) -> bool:
         """Whether fully_shard gathers each block's weights when it is its turn."""
         return needs_fully_shard(self.sizes)
 
@@ -81,12 +87,12 @@ class Shapes(tuple):
         return self.hashed
 
 
-def shapes_of(net):
+def shapes_of(net: GPT) -> Shapes:
     """The Shapes of a network's parameters, a tied one once."""
     return Shapes((name, tuple(p.shape)) for name, p in net.named_parameters())
 
 
-def planned_shapes(config):
+def planned_shapes(config: GPTConfig) -> Shapes:
     """`shapes_of` a network of this config: of as few blocks as have each of its kinds, which
     repeat."""
     n_kinds = max(len(config.layers), len(config.expert_layers), 1)
@@ -119,7 +125,7 @@ class Part:
     block: int | None  # the number of its block; None: it is of no block
 
 
-def block_number(name):
+def block_number(name: str) -> int | None:
     """The number of the block that a parameter is of, or None."""
     words = name.split(".")
     if "layers" not in words:
@@ -127,7 +133,7 @@ def block_number(name):
     return int(words[words.index("layers") + 1])
 
 
-def divided_shape(name, shape, tp, n_kv_head):
+def divided_shape(name: str, shape: tuple[int, ...], tp: int, n_kv_head: int) -> tuple[int, ...]:
     """The shape of a process's part for tensor parallelism of size tp. A single head of keys and
     values is whole in each."""
     module, _, kind = name.rpartition(".")
@@ -141,7 +147,7 @@ def divided_shape(name, shape, tp, n_kv_head):
     return shape
 
 
-def parts_of(step, stage=0):
+def parts_of(step: Step, stage: int = 0) -> list[Part]:
     """[Part] of each parameter that a process of a pipeline stage holds; of parts that are not
     equal the largest."""
     c = step.config
@@ -150,7 +156,9 @@ def parts_of(step, stage=0):
 
 
 @lru_cache(256)  # a search for the best mesh asks often
-def divide(shapes, sizes, counts, stage, tie, n_kv_head):
+def divide(
+    shapes: Shapes, sizes: Sizes, counts: tuple[int, ...], stage: int, tie: bool, n_kv_head: int
+) -> list[Part]:
     """`parts_of`, where the stages have so many blocks."""
     first = sum(counts[:stage])
     last = first + counts[stage]
@@ -170,7 +178,7 @@ def divide(shapes, sizes, counts, stage, tie, n_kv_head):
     return parts
 
 
-def holds(name, stage, pp, tie):
+def holds(name: str, stage: int, pp: int, tie: bool) -> bool:
     """Whether a stage holds a parameter that is of no block: the first has what stands before the
     blocks, the last what stands behind them; a tied matrix is in both."""
     if pp == 1:
@@ -186,7 +194,7 @@ def holds(name, stage, pp, tie):
 # Activations
 
 
-def block_numbers(c, tp, width):
+def block_numbers(c: GPTConfig, tp: int, width: int) -> int:
     """Bytes that a token leaves in a block for backward, but for scores that are kept: x before
     attention and before the MLP, what the products read, and theirs that are not linear in what
     they read. What a product gives that only an addition reads is not kept."""
@@ -203,13 +211,13 @@ def block_numbers(c, tp, width):
     return stored + 4 * H  # and each softmax's sum
 
 
-def dense_bytes(c, tp, width):
+def dense_bytes(c: GPTConfig, tp: int, width: int) -> int:
     """The same of an MLP: what the activation reads, its value, and of a gated one the product."""
     n = 4 if MLP_MATRICES[c.mlp] == 3 else 2
     return width * n * c.n_hidden // tp
 
 
-def mlp_bytes(c, layer, tp, width):
+def mlp_bytes(c: GPTConfig, layer: int, tp: int, width: int) -> int:
     """The same of a decoder's MLP, or of the experts that a token goes to."""
     if not c.has_experts[layer]:
         return dense_bytes(c, tp, width)
@@ -219,7 +227,7 @@ def mlp_bytes(c, layer, tp, width):
     return width * numbers
 
 
-def attention_bytes(step, pattern):
+def attention_bytes(step: Step, pattern: Pattern) -> float:
     """The same of the scores, where a kernel keeps them, and of the keys that are gathered."""
     c = step.config
     width = step.dtype.itemsize
@@ -233,7 +241,7 @@ def attention_bytes(step, pattern):
     return stored
 
 
-def token_bytes(step):
+def token_bytes(step: Step) -> list[float]:
     """[bytes that a token leaves in each block]: of an encoder those of its source's, then the
     decoder's, then those that predict further ahead."""
     c = step.config
@@ -256,7 +264,7 @@ def token_bytes(step):
     return sizes + [ahead] * c.mtp
 
 
-def cross_bytes(step):
+def cross_bytes(step: Step) -> float:
     """The same of attention to a source of as many tokens: x and its norm, q, the source's k and v,
     what attention gives, scores where they are kept."""
     c = step.config
@@ -265,7 +273,7 @@ def cross_bytes(step):
     return (4 + width) * c.n_embd + width * heads + score_bytes(c, step.seq_len, width)
 
 
-def stage_bytes(step, stage):
+def stage_bytes(step: Step, stage: int) -> tuple[list[float], list]:
     """(bytes that a token leaves in each block of a stage that keeps them, in each that is computed
     again)."""
     blocks = token_bytes(step)
@@ -278,7 +286,7 @@ def stage_bytes(step, stage):
     return blocks[n_again:], blocks[:n_again]
 
 
-def activations(step, stage=0):
+def activations(step: Step, stage: int = 0) -> float:
     """Bytes of the activations that a process of a stage holds at most, without the head's."""
     c = step.config
     pp = step.sizes.pp
@@ -291,7 +299,7 @@ def activations(step, stage=0):
     return step.tokens * (in_flight * of_token + ends)
 
 
-def head_bytes(step):
+def head_bytes(step: Step) -> float:
     """Bytes around the logits, which are made by pieces; the gradient of the head's matrix."""
     c = step.config
     width = step.dtype.itemsize
@@ -304,7 +312,7 @@ def head_bytes(step):
     return logits + 4 * c.n_embd * vocab_size
 
 
-def backward_bytes(step, stage):
+def backward_bytes(step: Step, stage: int) -> float:
     """Bytes that a block's backward takes for a moment: the gradients of its widest activations; of
     one that is computed again its activations, when those of the blocks behind it are gone."""
     c = step.config
@@ -321,18 +329,18 @@ def backward_bytes(step, stage):
 # All of it
 
 
-def footprint(step):
+def footprint(step: Step) -> dict[str, float]:
     """{kind: bytes} of the process that holds the most: weights, gathered, gradients, optimizer,
     activations, passing."""
     stages = {0, step.sizes.pp - 1}
     return max((stage_footprint(step, stage) for stage in sorted(stages)), key=total_bytes)
 
 
-def total_bytes(bytes_by_kind):
+def total_bytes(bytes_by_kind: dict[str, float]) -> float:
     return sum(bytes_by_kind.values())
 
 
-def windows_that_fit(step, budget):
+def windows_that_fit(step: Step, budget: float) -> int:
     """The most windows of a micro-batch with which a process holds at most `budget` bytes; 0: not
     even one."""
 
@@ -352,7 +360,7 @@ def windows_that_fit(step, budget):
     return low
 
 
-def stage_footprint(step, stage):
+def stage_footprint(step: Step, stage: int) -> dict:
     """`footprint` of a process of this stage."""
     parts = parts_of(step, stage)
     n = sum(part.numel for part in parts)
@@ -364,7 +372,7 @@ def stage_footprint(step, stage):
     return bytes_by_kind
 
 
-def gradient_bytes(step, n):
+def gradient_bytes(step: Step, n: int) -> int:
     """Bytes of the gradients of n numbers. DistributedDataParallel sums them in buckets of its own,
     beside those that earlier micro-batches left."""
     size = step.grad_dtype.itemsize * n
@@ -374,7 +382,7 @@ def gradient_bytes(step, n):
     return size
 
 
-def optimizer_bytes(step, parts):
+def optimizer_bytes(step: Step, parts: list[Part]) -> int:
     """Bytes of the averages: of Muon's matrices one, of all others two."""
     muon = [part.numel for part in parts if part.is_matrix and step.optimizer == "muon"]
     adamw = [part.numel for part in parts if not part.is_matrix or step.optimizer != "muon"]
@@ -384,7 +392,7 @@ def optimizer_bytes(step, parts):
     return 4 * sum(muon) + 8 * sum(adamw)
 
 
-def largest_share(sizes, n):
+def largest_share(sizes: list[int], n: int) -> int:
     """The most that one of n processes gets where each parameter goes whole to the one with the
     least so far, the largest first: ZeroRedundancyOptimizer's way."""
     shares = [0] * n
@@ -393,7 +401,7 @@ def largest_share(sizes, n):
     return max(shares)
 
 
-def passing_bytes(step, stage, parts):
+def passing_bytes(step: Step, stage: int, parts: list[Part]) -> float:
     """Bytes that live within a step: copies and whole ones of weights, logits, gradients on their
     way. The larger of what is there around the head and within a block's backward."""
     width = step.dtype.itemsize

@@ -5,6 +5,8 @@ may be silent, what is written down, and an answer whatever happens.
 application inside in the same way.
 """
 
+from __future__ import annotations
+
 import asyncio
 import hmac
 import ipaddress
@@ -14,12 +16,22 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from barelm.answers import decode, usage
 from barelm.api import ApiError, short
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.middleware.exceptions import ExceptionMiddleware
+
+    from barelm.engine import Engine
+    from barelm.tokenizer import Tokenizer
+
 
 ALWAYS_OPEN = ("/health", "/metrics")  # probes are told the truth without a key or a place
 CLIENT_LEFT = 499  # nginx's status for a client that left before its answer
@@ -30,12 +42,12 @@ FULL = ApiError(503, "all connections are taken (--max_connections): try again",
 to_json = json.JSONEncoder(allow_nan=False).encode
 
 
-def reply(value, status=200, headers=None):
+def reply(value: dict, status: int = 200, headers: Any = None) -> Response:
     """A response of JSON."""
     return Response(to_json(value), status, headers, media_type="application/json")
 
 
-def error_reply(error, headers=None):
+def error_reply(error: BaseException, headers: list[tuple[bytes, bytes]] | None = None) -> Response:
     """The response that an ApiError is."""
     if error.status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
@@ -46,7 +58,7 @@ def error_reply(error, headers=None):
     return reply(error.body(), error.status, headers)
 
 
-def event_line(value):
+def event_line(value: dict) -> str:
     """A server-sent event of JSON."""
     return f"data: {to_json(value)}\n\n"
 
@@ -65,7 +77,7 @@ class Access:
     sites: list  # whose pages may ask, as a browser writes an Origin; "*": all
     loopback: bool  # only this machine reaches the port
 
-    def refusal(self, scope):
+    def refusal(self, scope: dict) -> ApiError | None:
         """The ApiError of a request (ASGI's scope) that may not pass, or None."""
         path = scope["path"]
         headers = dict(scope["headers"])
@@ -85,14 +97,14 @@ class Access:
             return ApiError(403, "a page of another site asks: --cors=SITE lets it")
         return None
 
-    def has_key(self, headers):
+    def has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         # The comparison takes as long however much of the key is right.
         return scheme.lower() == b"bearer" and hmac.compare_digest(
             key.strip(), self.api_key.encode()
         )
 
-    def is_from_elsewhere(self, headers):
+    def is_from_elsewhere(self, headers: list[tuple[bytes, bytes]]) -> bool:
         """Whether a page of a site asks that is neither this server's, nor on this machine, nor one
         of `sites`. Browsers say so, older ones by the Origin alone; others say nothing. headers:
         ASGI's pairs of bytes; of a name that is there twice all count."""
@@ -106,24 +118,24 @@ class Access:
         return "*" not in self.sites and origin not in self.sites
 
 
-def is_open(path):
+def is_open(path: str) -> bool:
     """Whether an address wants no key: the page itself asks for one, and holds nothing."""
     return path == "/" or path.startswith("/page/") or path in ALWAYS_OPEN
 
 
-def header_values(headers, name):
+def header_values(headers: list[tuple[bytes, bytes]], name: bytes) -> str:
     """All values of a header, in lower case, with commas between them."""
     values = [value for key, value in headers if key == name]
     return b",".join(values).decode("latin-1").lower()
 
 
-def read_sites(text):
+def read_sites(text: str) -> list[str]:
     """The sites that --cors names, as a browser writes them into Origin."""
     sites = [site.strip().lower().rstrip("/") for site in text.split(",")]
     return [site for site in sites if site]
 
 
-def is_local(authority):
+def is_local(authority: str) -> bool:
     """Whether a name with or without a port, in lower case, may be this machine's: an address, one
     word, or a name in .localhost, .local or .internal, which no stranger can register."""
     form = r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)\.?(:[0-9]*)?"
@@ -136,7 +148,7 @@ def is_local(authority):
     return words[-1].isdigit() or words[-1] in ("localhost", "local", "internal")
 
 
-def is_loopback(address):
+def is_loopback(address: str) -> bool:
     """Whether only this machine reaches the address, as the system writes it."""
     address = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1
@@ -161,13 +173,13 @@ class Record:
 class RequestLog:
     """A file with a line of JSON for each request; tok: with what was asked and answered too."""
 
-    def __init__(self, path, tok=None):
+    def __init__(self, path: str, tok: Tokenizer | None = None) -> None:
         self.path = path
         self.tok = tok
         self.file = open(path, "a", encoding="utf-8")
         self.failed = False
 
-    def write(self, scope, record, seconds):
+    def write(self, scope: dict, record: Record, seconds: float) -> None:
         row = {
             "time": round(time.time(), 3),
             "client": (scope["client"] or ["?"])[0],
@@ -188,7 +200,7 @@ class RequestLog:
         else:
             self.failed = False
 
-    def job_columns(self, record):
+    def job_columns(self, record: Record) -> dict:
         jobs = record.jobs
         started = [job.first_token_at for job in jobs if job.first_token_at is not None]
         columns = usage(jobs) | {"first_token": None, "finish": []}
@@ -217,7 +229,9 @@ class Shutdown:
 class Front:
     """The middleware. client_timeout: seconds in which a client reads a piece of its answer."""
 
-    def __init__(self, app, engine, access, request_log, client_timeout, shutdown):
+    def __init__(self, app: ExceptionMiddleware, engine: Engine, access: Access,
+                 request_log: RequestLog | None, client_timeout: float,
+                 shutdown: Shutdown) -> None:  # fmt: skip
         self.app = app
         self.engine = engine
         self.access = access
@@ -225,7 +239,7 @@ class Front:
         self.client_timeout = client_timeout
         self.shutdown = shutdown
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         record = Record()
@@ -268,7 +282,8 @@ class Front:
         finally:
             self.close(scope, record)
 
-    async def end_with(self, error, why, scope, receive, patient_send, send):
+    async def end_with(self, error: BaseException, why: str, scope: dict, receive: Callable,
+                       patient_send: Callable, send: Callable) -> None:  # fmt: skip
         """Tell the client of the error, as far as it can still be told."""
         print(f"serve.py: {scope['path']!r}: {why}", file=sys.stderr, flush=True)
         record = scope["record"]
@@ -279,7 +294,7 @@ class Front:
             with suppress(asyncio.TimeoutError):  # a client that does not read
                 await asyncio.wait_for(send(last), 1)
 
-    def close(self, scope, record):
+    def close(self, scope: dict, record: Record) -> None:
         """Free what the request still has of the engine; count it and write its line."""
         self.engine.cancel(record.jobs)
         seconds = time.monotonic() - record.begun

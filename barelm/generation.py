@@ -1,6 +1,9 @@
 """A whole generation by a Decoder: what model.generate calls for a fast network."""
 
+from __future__ import annotations
+
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,8 +11,14 @@ from barelm.decode import Decoder
 from barelm.run import UserError, compute_dtype
 from barelm.sampling import GREEDY, draws, power_of_two
 
+if TYPE_CHECKING:
+    from barelm.chosen import Chosen
+    from barelm.texts import Row
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
 
-def check_generates(net, continues=False):
+
+def check_generates(net: GPT, continues: bool = False) -> None:
     """Refuse a network that makes no text. continues: nor one whose text answers a source, and
     continues no prompt."""
     c = net.config
@@ -24,7 +33,8 @@ def check_generates(net, continues=False):
         raise UserError("an encoder-decoder without a start token: config.json has none")
 
 
-def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
+def decode_rows(net: GPT, tok: Tokenizer, prompts: list[list[int]], rows: list[Row], seed: int,
+                penalty: float, filters: dict[str, float]) -> None:  # fmt: skip
     """Feed model.py's `rows` with what follows their prompts until all are done. On a GPU the host
     reads the tokens of step t - 1 while the device computes step t: neither waits for the other."""
     limit = max(row.limit for row in rows)
@@ -48,7 +58,7 @@ def decode_rows(net, tok, prompts, rows, seed, penalty, filters):
         decoder.feed()
 
 
-def take(decoder, rows, chosen):
+def take(decoder: Decoder, rows: list[Row], chosen: Chosen) -> None:
     """Give the rows their tokens; those that are done leave."""
     tokens = chosen.wait()
     for slot, token, logprob in zip(chosen.slots, tokens.tokens, tokens.logprobs):
@@ -57,7 +67,7 @@ def take(decoder, rows, chosen):
             decoder.clear(slot)
 
 
-def a_little_more(n, step=1):
+def a_little_more(n: int, step: int = 1) -> int:
     """n rounded up, by a quarter at most or to a whole `step`: so that a Decoder serves longer."""
     step = max(step, power_of_two(n) // 8)
     return -(-n // step) * step
@@ -66,7 +76,9 @@ def a_little_more(n, step=1):
 DECODERS = weakref.WeakKeyDictionary()  # {network: (what it was made for, Decoder)}, on a GPU
 
 
-def decoder_for(net, tok, n_slots, max_len, max_source=0):
+def decoder_for(
+    net: GPT, tok: Tokenizer, n_slots: int, max_len: int, max_source: int = 0
+) -> Decoder:
     """A Decoder for a generation. On a GPU it and its graphs serve later ones too, if it is small,
     as long as the network's weights are in the same places, with what they are by then."""
     kept_for, decoder = DECODERS.pop(net, (None, None))
@@ -89,7 +101,7 @@ def decoder_for(net, tok, n_slots, max_len, max_source=0):
     return decoder
 
 
-def may_stay(decoder):
+def may_stay(decoder: Decoder) -> bool:
     """Whether it is small beside the GPU: what it takes is not there for training meanwhile."""
     size = decoder.nbytes + 3 * decoder.logits.nbytes  # with what penalties count
     return size <= torch.cuda.get_device_properties(decoder.device).total_memory // 8

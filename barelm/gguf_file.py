@@ -3,10 +3,13 @@
 The package gguf, llama.cpp's own, knows the names, the types and where each byte goes; what is here
 says which of ours is which of theirs."""
 
+from __future__ import annotations
+
 import math
 import re
 import struct
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +19,14 @@ from barelm.families import family
 from barelm.positions import rope_frequencies
 from barelm.run import UserError
 from barelm.splits import GPT2_SPLIT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPT, GPTConfig
 
 GGUF_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")  # whose names `add_network` writes
 FILE_TYPES = {
@@ -42,7 +53,7 @@ GGUF_PRE = {
 }
 
 
-def require_gguf():
+def require_gguf() -> Any:
     """The package gguf."""
     try:
         import gguf
@@ -51,7 +62,7 @@ def require_gguf():
     return gguf
 
 
-def check_gguf(c, tok):
+def check_gguf(c: GPTConfig, tok: Tokenizer) -> None:
     """Refuse a GPTConfig, which some Hugging Face family holds, or a Tokenizer that llama.cpp could
     not read."""
     kind = family(c)
@@ -79,7 +90,7 @@ def check_gguf(c, tok):
         raise UserError("--export=gguf: the tokenizer names no end token (tokenizer_config.json)")
 
 
-def add_network(writer, gguf, c, gguf_type):
+def add_network(writer: Any, gguf: Any, c: GPTConfig, gguf_type: str) -> None:
     """Add the keys of a GGUF file that describe the network, a GPTConfig."""
     writer.add_custom_alignment(32)  # bytes; the usual one, said
     writer.add_file_type(FILE_TYPES[gguf_type])
@@ -106,7 +117,7 @@ def add_network(writer, gguf, c, gguf_type):
         writer.add_rope_scaling_factor(float(scaling["factor"]))
 
 
-def add_tokenizer(writer, gguf, tok, vocab_size):
+def add_tokenizer(writer: Any, gguf: Any, tok: Tokenizer, vocab_size: int) -> None:
     """Add the keys of a GGUF file that hold the tokenizer. Ids that it lacks are named [PADi]."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # as llama.cpp's own converter names them
     types = [int(gguf.TokenType.UNUSED)] * vocab_size
@@ -137,7 +148,7 @@ def add_tokenizer(writer, gguf, tok, vocab_size):
         writer.add_chat_template(template)
 
 
-def renamed_tensors(net, names):
+def renamed_tensors(net: GPT, names: Any) -> dict[str, Tensor]:
     """{name in a GGUF file: tensor}; names: the package's map from Hugging Face's.
 
     GPT-2's q, k and v are one tensor there, in this order. A Llama's q and k are in Meta's order,
@@ -161,7 +172,7 @@ def renamed_tensors(net, names):
     return tensors
 
 
-def tensor_type(name, t, gguf_type):
+def tensor_type(name: str, t: Tensor, gguf_type: str) -> str:
     """The name of a tensor's type: vectors and positions stay float32, as llama.cpp wants them; a
     row that blocks of 32 do not fill is float16. Beside Q4_0 the embedding and the head are Q8_0:
     4 bits cost them most."""
@@ -174,7 +185,7 @@ def tensor_type(name, t, gguf_type):
     return gguf_type
 
 
-def as_array(gguf, t, type_name):
+def as_array(gguf: Any, t: Tensor, type_name: str) -> np.ndarray:
     """A tensor as a NumPy array of one of GGUF's types; Q8_0's and Q4_0's are bytes (rows, bytes of
     a row)."""
     if type_name == "F16" and not t.half().isfinite().all():
@@ -183,13 +194,13 @@ def as_array(gguf, t, type_name):
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name])
 
 
-def write_gguf(net, tok, path, gguf_type):
+def write_gguf(net: GPT, tok: Tokenizer, path: Path, gguf_type: str) -> None:
     """Write a GGUF file of a network on the CPU and its tokenizer, which `check_gguf` let pass, its
     matrices in gguf_type, one of FILE_TYPES. Tensors are converted one by one as they are written.
     """
     gguf = require_gguf()
 
-    class Writer(gguf.GGUFWriter):
+    class Writer(gguf.GGUFWriter):  # type: ignore[name-defined]
         """The package's, which refuses an empty array: a tokenizer of bytes alone has no merges,
         and llama.cpp wants to read that."""
 

@@ -1,9 +1,15 @@
 """CUDA graphs by key, and a fall-back where a capture fails."""
 
+from __future__ import annotations
+
 import contextlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 MOST = 256  # graphs that are kept: each takes a little of the device's memory
 
@@ -12,14 +18,14 @@ class Graphs:
     """CUDA graphs of functions without arguments, by key, in one pool of memory: no two of them
     run at a time. Where a capture fails, functions are called from then on."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.graphs = {}  # {key: (graph, what the function returned)}, the last used at the end
         self.pool = None
         self.stream = None  # one for all: a library keeps a workspace for each
         self.failed = False
 
-    def run(self, key, function, at_rest):
+    def run(self, key: tuple, function: Callable, at_rest: Callable) -> Any:
         """function() or its graph's replay; what it returns is overwritten by the next one."""
         if key not in self.graphs and not self.failed:
             try:
@@ -42,7 +48,7 @@ class Graphs:
         graph.replay()
         return returned
 
-    def capture(self, function):
+    def capture(self, function: Callable) -> tuple:
         """(a graph of function(), what it returned)."""
         try:
             with torch.cuda.device(self.device):  # a thread of its own begins on the first one
@@ -51,7 +57,7 @@ class Graphs:
             self.end_failed_capture()
             raise
 
-    def capture_there(self, function):
+    def capture_there(self, function: Callable) -> tuple:
         if self.stream is None:
             self.stream = torch.cuda.Stream(self.device)
         if self.pool is None:
@@ -71,7 +77,7 @@ class Graphs:
                 returned = function()
         return graph, returned
 
-    def end_failed_capture(self):
+    def end_failed_capture(self) -> None:
         """What torch leaves undone where a capture cannot be ended: its allocator would go on as if
         there were one, and torch 2.11's generator refuse to draw."""
         torch.cuda.synchronize(self.device)
@@ -81,11 +87,11 @@ class Graphs:
         generator = torch.cuda.default_generators[self.device.index]
         generator.graphsafe_set_state(generator.clone_state())  # the same, within no capture
 
-    def forget(self, kind):
+    def forget(self, kind: str) -> None:
         """Drop the graphs whose key begins so."""
         self.drop([key for key in self.graphs if key[0] == kind])
 
-    def drop(self, keys):
+    def drop(self, keys: Iterable) -> None:
         if not keys:
             return
         torch.cuda.synchronize(self.device)  # one of them may be running
@@ -95,7 +101,7 @@ class Graphs:
             self.pool = None  # torch gives up a pool that has no graph
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The first line of what an error says."""
     message = str(error).strip() or type(error).__name__
     return message.splitlines()[0]

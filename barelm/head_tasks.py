@@ -4,9 +4,12 @@ vectors of texts. Each gives ({metric: (value, standard error)}, how many rows, 
 answers(name, depends_on, requests, work) is eval.py's `Answers`: it keeps what was answered, and
 shares the requests out over all processes."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +23,19 @@ from barelm.scoring import Request
 from barelm.tagging import count_spans, guessed_tags, is_bio, tokenize_words, words_of
 from barelm.tasks import ROW_ERRORS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 N_SHOWN = 3  # queries whose nearest neighbours are printed
 
 
-def read_each(rows, path, read):
+def read_each(rows: list[dict], path: str | Path, read: Callable) -> list:
     """read(row) of each row; what it cannot read is told in a line."""
     if not rows:
         raise UserError(f"{path}: no row in it")
@@ -37,7 +49,7 @@ def read_each(rows, path, read):
     return values
 
 
-def bootstrap(values, score, seed):
+def bootstrap(values: Sequence, score: Callable, seed: int) -> float:
     """The standard error of score(values): its spread over 200 samples of them, drawn with
     replacement."""
     rng = np.random.default_rng(abs(seed))
@@ -52,7 +64,9 @@ def bootstrap(values, score, seed):
 # Tags, and answers
 
 
-def run_tag(net, tok, answers, rows, path, seed):
+def run_tag(
+    net: GPT, tok: Tokenizer, answers: Callable, rows: list[dict], path: str | Path, seed: int
+) -> tuple:
     """Accuracy of the words' tags and micro F1 of their spans, as seqeval has them."""
     texts = read_each(rows, path, words_of)
     tokenized = [tokenize_words(tok, text, words, net.config.n_ctx) for text, words, _ in texts]
@@ -81,7 +95,7 @@ def run_tag(net, tok, answers, rows, path, seed):
     return scores, len(rows), log
 
 
-def tag_score(metric, counts):
+def tag_score(metric: str, counts: Iterable) -> float:
     """One of `tag_figures` of several texts together; counts: a Counter of each."""
     total = Counter()
     for of_text in counts:
@@ -89,7 +103,9 @@ def tag_score(metric, counts):
     return tag_figures(total, 0).get(metric, 0.0)
 
 
-def run_span(net, tok, answers, rows, path):
+def run_span(
+    net: GPT, tok: Tokenizer, answers: Callable, rows: list[dict], path: str | Path
+) -> tuple:
     """SQuAD's exact match and F1. Where some rows have no answer, none is an answer too."""
     limit = net.config.n_ctx
     right = read_each(rows, path, right_answers)
@@ -126,7 +142,9 @@ def run_span(net, tok, answers, rows, path):
 # Vectors
 
 
-def vectors_by(net, tok, answers, name, texts, pooling):
+def vectors_by(
+    net: GPT, tok: Tokenizer, answers: Callable, name: str, texts: list[str], pooling: str
+) -> Tensor:
     """(N, C) float32 unit vectors of texts."""
     requests = []
     for text in texts:
@@ -142,7 +160,8 @@ def vectors_by(net, tok, answers, name, texts, pooling):
     return torch.tensor(answers(name, ["embed", pooling], requests, work))
 
 
-def run_sts(net, tok, answers, rows, path, pooling, seed):
+def run_sts(net: GPT, tok: Tokenizer, answers: Callable, rows: list[dict], path: str | Path,
+            pooling: str, seed: int) -> tuple:  # fmt: skip
     """How well cosines agree with people's scores of likeness: Spearman's and Pearson's
     correlation over rows {"sentence1", "sentence2", "score"}."""
 
@@ -165,11 +184,12 @@ def run_sts(net, tok, answers, rows, path, pooling, seed):
     return scores, len(rows), [row | {"cosine": cosine} for row, cosine in zip(rows, cosines)]
 
 
-def of_pairs(correlation, pairs):
+def of_pairs(correlation: Callable, pairs: Iterable) -> float:
     return correlation(*zip(*pairs))
 
 
-def run_neighbours(net, tok, answers, rows, path, pooling, say):
+def run_neighbours(net: GPT, tok: Tokenizer, answers: Callable, rows: list[dict], path: str | Path,
+                   pooling: str, say: Callable) -> tuple:  # fmt: skip
     """Whether the text that belongs to a row's first is the nearest of all that belong to any
     (accuracy@1), and the mean of 1 / its rank (MRR). Rows are those of `finetune.py
     --method=embed`; the nearest of a few are printed."""
@@ -199,7 +219,7 @@ def run_neighbours(net, tok, answers, rows, path, pooling, say):
     return scores, len(rows), log
 
 
-def one_line(text):
+def one_line(text: str) -> str:
     """The beginning of a text, as a line shows it."""
     line = " ".join(text.split())
     return line if len(line) <= 70 else line[:67] + "..."

@@ -5,7 +5,10 @@ A loss is a function of the network and a group of examples that gives the sum o
 {figure: its sum}. Tags are read and counted in tagging.py, answers in extraction.py, vectors
 compared in embeddings.py."""
 
+from __future__ import annotations
+
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -41,15 +44,25 @@ from barelm.tagging import (
     target_labels,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
-def states_of(net, rows):
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from barelm.tuning import Learner
+    from model import GPT
+
+
+def states_of(net: GPT, rows: list[list[int]]) -> Tensor:
     """The hidden states (B, T, C) of rows, lists of ids, padded as this network's batches are."""
     ids = padded([{"ids": row} for row in rows], "ids", net)  # (B, T)
     lengths = torch.tensor([len(row) for row in rows])
     return net.states(ids, to_device(lengths, ids.device))
 
 
-def usual_pooler(net, task):
+def usual_pooler(net: GPT, task: str) -> str:
     """What stands before a new head's scores: BERT's classifiers of texts have a dense layer and
     tanh, ModernBERT's heads its masked model's dense layer and norm, decoders nothing."""
     c = net.config
@@ -60,7 +73,9 @@ def usual_pooler(net, task):
     return "tanh" if task == "classify" else ""
 
 
-def set_head(net, labels, task, pooling="last", pad_id=None):
+def set_head(
+    net: GPT, labels: list[str], task: str, pooling: str = "last", pad_id: int | None = None
+) -> None:
     """Give the network a new head for this task; what a masked model has before its own scores, a
     head of the same form begins with."""
     pooler = usual_pooler(net, task)
@@ -74,7 +89,7 @@ def set_head(net, labels, task, pooling="last", pad_id=None):
 # Tags of words
 
 
-def add_tag_head(net, tok, train, val, say):
+def add_tag_head(net: GPT, tok: Tokenizer, train: list[dict], val: list, say: Callable) -> list:
     """Give the network scores of each token for the tags in training; examples get their targets.
     The validation examples: all, for a tag that training lacks is missed."""
     labels = tag_labels(train)
@@ -89,7 +104,7 @@ def add_tag_head(net, tok, train, val, say):
     return val
 
 
-def tag_loss(net, examples):
+def tag_loss(net: GPT, examples: list[dict]) -> tuple[Tensor, dict]:
     """Cross-entropy of the first token of each word. In validation also what `count_spans` counts
     of the guesses."""
     h = states_of(net, [e["ids"] for e in examples])  # (B, T, C)
@@ -110,7 +125,7 @@ def tag_loss(net, examples):
     return loss, counts
 
 
-def tag_figures(counts, size):
+def tag_figures(counts: Counter, size: int) -> dict[str, float]:
     """Micro F1 of the spans, where there are any, and the accuracy of the tags."""
     figures = {"accuracy": counts.get("right", 0) / max(1, counts.get("words", 0))}
     if any(isinstance(key, tuple) for key in counts):
@@ -118,12 +133,12 @@ def tag_figures(counts, size):
     return figures
 
 
-def tag_table(counts, labels):
+def tag_table(counts: Counter, labels: list[str]) -> str:
     return span_table(counts)
 
 
 @torch.no_grad()
-def tag_tokens(net, rows):
+def tag_tokens(net: GPT, rows: list[list[int]]) -> list[list[tuple[str, float]]]:
     """For each row, a list of ids, the label of each token, and its probability: [(label, p)]."""
     h = states_of(net, rows)  # (B, T, C)
     best = net.score_states(h).softmax(-1).max(-1)
@@ -138,7 +153,7 @@ def tag_tokens(net, rows):
 # Answers that stand in a text
 
 
-def add_span_head(net, tok, train, val, say):
+def add_span_head(net: GPT, tok: Tokenizer, train: list[dict], val: list, say: Callable) -> list:
     """Give the network two scores of each token: as an answer's start, and as its end."""
     set_head(net, list(LABELS), "span", pad_id=tok.pad_id)
     may_lack = any(not e["answers"] for e in train)
@@ -147,7 +162,7 @@ def add_span_head(net, tok, train, val, say):
     return val
 
 
-def span_loss(net, examples):
+def span_loss(net: GPT, examples: list[dict]) -> tuple[Tensor, dict]:
     """The mean of two cross-entropies over the tokens of a row: of the right start, and of the
     right end. In validation also SQuAD's exact match and F1 of the likeliest answers, for which
     all windows are read."""
@@ -165,7 +180,7 @@ def span_loss(net, examples):
     return loss, sums
 
 
-def token_scores(net, rows):
+def token_scores(net: GPT, rows: list[list[int]]) -> Tensor:
     """(B, T, labels) float32 of rows, lists of ids; -inf behind a row's end."""
     scores = net.score_states(states_of(net, rows))
     lengths = to_device(torch.tensor([len(row) for row in rows]), scores.device)
@@ -174,13 +189,13 @@ def token_scores(net, rows):
 
 
 @torch.no_grad()
-def read_windows(net, windows):
+def read_windows(net: GPT, windows: list) -> list:
     """`best_span` of each window, all read in one pass."""
     scores = token_scores(net, [window.ids for window in windows]).cpu()  # (B, T, 2)
     return [best_span(window, of_window) for window, of_window in zip(windows, scores)]
 
 
-def find_answer(net, context, windows, may_lack=False):
+def find_answer(net: GPT, context: str, windows: list, may_lack: bool = False) -> tuple[str, float]:
     """(the likeliest answer in a context, its score), by windows that are read one by one."""
     spans = []
     for window in windows:
@@ -192,7 +207,7 @@ def find_answer(net, context, windows, may_lack=False):
 # Vectors of texts
 
 
-def read_texts(row, tok, limit):
+def read_texts(row: dict[str, str], tok: Tokenizer, limit: int) -> dict:
     """An example of texts: an anchor, what belongs to it, and perhaps what does not."""
     texts = read_embed_pair(row)
     rows = [tok.whole_text(text, limit) for text in texts]
@@ -201,7 +216,9 @@ def read_texts(row, tok, limit):
     return {"texts": [ids for ids, _ in rows], "cut": any(cut for _, cut in rows)}
 
 
-def add_embed_pooling(pooling, net, tok, train, val, say):
+def add_embed_pooling(
+    pooling: str, net: GPT, tok: Tokenizer, train: list[dict], val: list, say: Callable
+) -> list:
     """Let the network's state of this place stand for a text."""
     alike = sum(e["texts"][0] == e["texts"][1] for e in train)
     if alike and not net.config.dropout:
@@ -214,12 +231,12 @@ def add_embed_pooling(pooling, net, tok, train, val, say):
     return val
 
 
-def rows_of(examples):
+def rows_of(examples: list[dict]) -> list[list[int]]:
     """All texts of examples, lists of ids: the anchors, then the candidates."""
     return [e["texts"][0] for e in examples] + candidates_of(examples)
 
 
-def text_places(examples):
+def text_places(examples: list[dict]) -> list:
     """Of each example, where its texts stand among `rows_of` all of them."""
     n = len(examples)
     n_rows = 2 * n
@@ -233,18 +250,18 @@ def text_places(examples):
     return places
 
 
-def numbers_of(places):
+def numbers_of(places: list) -> Tensor:
     """Where `rows_of` some examples stand among all texts; places: of each example its texts'."""
     numbers = [own[0] for own in places] + [own[1] for own in places]
     return torch.tensor(numbers + [own[2] for own in places if len(own) > 2])
 
 
-def texts_to_vectors(net, rows):
+def texts_to_vectors(net: GPT, rows: list[list[int]]) -> Tensor:
     """Unit vectors (B, C) of lists of ids, by the network's own pooling."""
     return vectors_of(net, rows, net.pooling, padded_length(net, max(map(len, rows))))
 
 
-def losses_of(vectors, examples, temperature):
+def losses_of(vectors: Tensor, examples: list[dict], temperature: float) -> Tensor:
     """(N,) the losses of examples, whose candidates are each other's, by the vectors of `rows_of`
     them."""
     n = len(examples)
@@ -252,7 +269,7 @@ def losses_of(vectors, examples, temperature):
     return contrast(vectors[:n], vectors[n:], same, temperature)
 
 
-def embed_loss(temperature, net, examples):
+def embed_loss(temperature: float, net: GPT, examples: list[dict]) -> tuple[Tensor, dict]:
     """The sum of `contrast` over examples that are a whole batch; or over a group of them, by the
     gradients that `with_gradients` has found."""
     if "gradients" in examples[0]:
@@ -261,7 +278,9 @@ def embed_loss(temperature, net, examples):
     return losses_of(vectors, examples, temperature).sum(), {}
 
 
-def with_gradients(temperature, learner, examples, make_groups, cast, seed):
+def with_gradients(temperature: float, learner: Learner, examples: list[dict],
+                   make_groups: Callable, cast: AbstractContextManager,
+                   seed: int) -> list:  # fmt: skip
     """This process's examples of a step in groups, which know the loss's gradient by their vectors.
     So the candidates of an anchor are those of the whole batch, on any number of processes, however
     few examples fit the memory at once (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch
@@ -298,7 +317,7 @@ def with_gradients(temperature, learner, examples, make_groups, cast, seed):
     return groups
 
 
-def loss_of_gradients(net, examples):
+def loss_of_gradients(net: GPT, examples: list[dict]) -> Tensor:
     """The sum of the losses of a group that `with_gradients` made; its gradient is that of the
     whole batch's loss by these texts."""
     torch.manual_seed(examples[0]["seed"])
@@ -308,7 +327,9 @@ def loss_of_gradients(net, examples):
 
 
 @torch.no_grad()
-def validate_vectors(temperature, batch_size, micro_tokens, learner, examples, cast):
+def validate_vectors(temperature: float, batch_size: int, micro_tokens: int, learner: Learner,
+                     examples: list[dict],
+                     cast: AbstractContextManager) -> tuple[dict, dict]:  # fmt: skip
     """({figure: value}, {}) of validation examples: the loss of batches like those of training, and
     how often an anchor's own is the nearest of all (accuracy), and the mean of 1 / its rank."""
     run = learner.run
@@ -337,7 +358,7 @@ def validate_vectors(temperature, batch_size, micro_tokens, learner, examples, c
     return figures, {}
 
 
-def ranks_of_candidates(vectors, examples):
+def ranks_of_candidates(vectors: Tensor, examples: list[dict]) -> Tensor:
     """(N,) the ranks of the examples' positives among all different candidates."""
     n = len(examples)
     first = {}  # {ids of a candidate: its place among the vectors}

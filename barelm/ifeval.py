@@ -6,13 +6,19 @@ An instruction is a function of a text and of the arguments that a row's `kwargs
 the names of the data set; it returns whether the text follows it.
 """
 
+from __future__ import annotations
+
 import inspect
 import json
 import re
 import unicodedata
 from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    pass
 
 # Scripts, by the first word of their letters' Unicode names, and the languages written in them.
 SCRIPTS = {
@@ -39,7 +45,7 @@ COMMON_WORDS = {  # of languages in the Latin script
 # Verdicts
 
 
-def judge_ifeval(row, texts):
+def judge_ifeval(row: dict, texts: list[str]) -> dict:
     """The four published accuracies of an answer: of the prompt as a whole, and (a list) of each of
     its instructions, strict and loose."""
     strict, loose = ifeval_verdicts(row, texts[0])
@@ -51,7 +57,7 @@ def judge_ifeval(row, texts):
     }
 
 
-def ifeval_verdicts(row, text):
+def ifeval_verdicts(row: dict, text: str) -> tuple[list[bool], list[bool]]:
     """Two lists with a boolean for each instruction of {prompt, instruction_id_list, kwargs}:
     strict, and loose (also without the first line, the last, both, and asterisks; section 2.2)."""
     lines = text.split("\n")
@@ -68,12 +74,12 @@ def ifeval_verdicts(row, text):
     return strict, loose
 
 
-def follows(instruction_id, kwargs, text):
+def follows(instruction_id: str, kwargs: dict, text: str) -> bool:
     """Whether a text follows one instruction ("group:name"); an empty text follows none. Of kwargs
     the instruction takes what it has a name for: rows have those of all others too, as null."""
     if instruction_id not in INSTRUCTIONS:
         raise UserError(f"{instruction_id}: not one of IFEval's instructions")
-    instruction = INSTRUCTIONS[instruction_id]
+    instruction: Any = INSTRUCTIONS[instruction_id]
     try:
         names = list(inspect.signature(instruction).parameters)[1:]  # but for the text
         arguments = {name: kwargs[name] for name in names}
@@ -87,16 +93,16 @@ def follows(instruction_id, kwargs, text):
 # What the instructions count
 
 
-def count(pattern, text, flags=re.IGNORECASE):
+def count(pattern: str, text: str, flags: int = re.IGNORECASE) -> int:
     return len(re.findall(pattern, text, flags))
 
 
-def holds(number, relation, limit):
+def holds(number: int, relation: str, limit: int) -> bool:
     """Whether a number stands in the relation, one of IFEval's two, to the limit."""
     return {"less than": number < limit, "at least": number >= limit}[relation]
 
 
-def languages(text):
+def languages(text: str) -> list[str]:
     """The codes of the languages that a text may be in: those of the script of most of its letters
     (Russian is not told from Bulgarian); in the Latin script, the one with most common words."""
     letters = Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
@@ -113,7 +119,7 @@ def languages(text):
     return [code for code in hits if hits[code] == most > 0]
 
 
-def count_sentences(text):
+def count_sentences(text: str) -> int:
     """A sentence ends with . ! or ? before space and no small letter, but for titles, initials."""
     if not text.strip():
         return 0
@@ -121,7 +127,7 @@ def count_sentences(text):
     return len(re.split(ends, text.strip()))
 
 
-def divide(text, divider):
+def divide(text: str, divider: str) -> list[str]:
     """The texts between dividers, the first and the last only if there is something in them."""
     parts = [part.strip() for part in text.split(divider)]
     if len(parts) > 1 and not parts[-1]:
@@ -138,52 +144,54 @@ def divide(text, divider):
 # Keywords. Case makes no difference, and they may stand within words, but for forbidden ones.
 
 
-def existence(text, keywords):
+def existence(text: str, keywords: list[str]) -> bool:
     for word in keywords:
         if not count(re.escape(word), text):
             return False
     return True
 
 
-def keyword_frequency(text, keyword, relation, frequency):
+def keyword_frequency(text: str, keyword: str, relation: str, frequency: int) -> bool:
     return holds(count(re.escape(keyword.strip()), text), relation, frequency)
 
 
-def no_forbidden_words(text, forbidden_words):
+def no_forbidden_words(text: str, forbidden_words: list[str]) -> bool:
     for word in forbidden_words:
         if count(rf"\b{re.escape(word)}\b", text):
             return False
     return True
 
 
-def letter_frequency(text, letter, let_relation, let_frequency):
+def letter_frequency(text: str, letter: str, let_relation: str, let_frequency: int) -> bool:
     return holds(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
 # Language
 
 
-def response_language(text, language):
+def response_language(text: str, language: str) -> bool:
     return language in languages(text)
 
 
 # Length
 
 
-def number_of_sentences(text, relation, num_sentences):
+def number_of_sentences(text: str, relation: str, num_sentences: int) -> bool:
     return holds(count_sentences(text), relation, num_sentences)
 
 
-def number_of_paragraphs(text, num_paragraphs):
+def number_of_paragraphs(text: str, num_paragraphs: int) -> bool:
     paragraphs = divide(text, "***")
     return all(paragraphs) and len(paragraphs) == num_paragraphs
 
 
-def number_of_words(text, relation, num_words):
+def number_of_words(text: str, relation: str, num_words: int) -> bool:
     return holds(count(r"\w+", text), relation, num_words)
 
 
-def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
+def nth_paragraph_first_word(
+    text: str, num_paragraphs: int, nth_paragraph: int, first_word: str
+) -> bool:
     """Paragraphs are divided by empty lines; the word is compared without what it is quoted in."""
     paragraphs = text.split("\n\n")
     n_filled = sum(bool(paragraph.strip()) for paragraph in paragraphs)
@@ -199,11 +207,11 @@ def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
 # Content
 
 
-def number_of_placeholders(text, num_placeholders):
+def number_of_placeholders(text: str, num_placeholders: int) -> bool:
     return count(r"\[.*?\]", text) >= num_placeholders
 
 
-def postscript(text, postscript_marker):
+def postscript(text: str, postscript_marker: str) -> int:
     """Of these two markers the letters count, however they are spaced; others stand as they are."""
     spaced = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
     pattern = spaced.get(postscript_marker, re.escape(postscript_marker.strip()))
@@ -213,29 +221,29 @@ def postscript(text, postscript_marker):
 # Format, as Markdown has it
 
 
-def number_of_bullets(text, num_bullets):
+def number_of_bullets(text: str, num_bullets: int) -> bool:
     stars = count(r"^\s*\*[^*].*$", text, re.MULTILINE)  # a second one would begin bold text
     dashes = count(r"^\s*-.*$", text, re.MULTILINE)
     return stars + dashes == num_bullets
 
 
-def constrained_response(text):
+def constrained_response(text: str) -> bool:
     answers = ["My answer is yes.", "My answer is no.", "My answer is maybe."]
     return any(answer in text for answer in answers)
 
 
-def number_of_highlights(text, num_highlights):
+def number_of_highlights(text: str, num_highlights: int) -> bool:
     """*one* and **two** asterisks; the latter count as the former, too, where they hold text."""
     highlights = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
     return sum(bool(part.strip("*").strip()) for part in highlights) >= num_highlights
 
 
-def number_of_sections(text, section_spliter, num_sections):
+def number_of_sections(text: str, section_spliter: str, num_sections: int) -> bool:
     # In this spelling of its letters (0: no flags), with a number behind it.
     return count(rf"{re.escape(section_spliter.strip())}\s?\d", text, 0) >= num_sections
 
 
-def json_format(text):
+def json_format(text: str) -> bool:
     """JSON, with or without Markdown's fence around it."""
     try:
         json.loads(re.sub(r"^```(json)?|```$", "", text.strip(), flags=re.IGNORECASE))
@@ -244,51 +252,51 @@ def json_format(text):
     return True
 
 
-def title(text):
+def title(text: str) -> bool:
     return any(part.strip("<>").strip() for part in re.findall(r"<<[^\n]+>>", text))
 
 
 # Combinations, beginnings and ends
 
 
-def two_responses(text):
+def two_responses(text: str) -> bool:
     responses = divide(text, "******")
     different = set(responses) - {""}
     return len(responses) == 2 and len(different) == 2
 
 
-def repeat_prompt(text, prompt_to_repeat):
+def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
     return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
 
 
-def end_checker(text, end_phrase):
+def end_checker(text: str, end_phrase: str) -> bool:
     # What is quoted as a whole ends before the mark.
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
-def quotation(text):
+def quotation(text: str) -> object:
     return re.fullmatch('".*"', text.strip(), re.DOTALL)
 
 
 # Case and punctuation
 
 
-def capital_word_frequency(text, capital_relation, capital_frequency):
+def capital_word_frequency(text: str, capital_relation: str, capital_frequency: int) -> bool:
     n_capital = 0
     for word in re.findall(r"\w+(?:[-.]\w+)*", text):  # a word with its hyphens
         n_capital += word.isupper()
     return holds(n_capital, capital_relation, capital_frequency)
 
 
-def english_capital(text):
+def english_capital(text: str) -> bool:
     return text.isupper() and "en" in languages(text)
 
 
-def english_lowercase(text):
+def english_lowercase(text: str) -> bool:
     return text.islower() and "en" in languages(text)
 
 
-def no_comma(text):
+def no_comma(text: str) -> bool:
     return "," not in text
 
 

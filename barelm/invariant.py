@@ -7,14 +7,25 @@ are added in blocks of one size, in their order, and what is computed of each nu
 depend on its place. Gradients are the plain network's, right but not invariant.
 """
 
+from __future__ import annotations
+
 import os
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from barelm.run import UserError, compute_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from model import GPT
+
 
 # How many rows a product may have. The first says what a row's bits are, if they do not depend on
 # its place; larger ones, which are faster, are used where they give the same.
@@ -26,7 +37,7 @@ KEYS = 64  # of a block
 BELOW_ALL = -1e30  # what the maximum of no score is: finite, so that no difference is inf - inf
 
 
-def be_deterministic(net):
+def be_deterministic(net: GPT) -> None:
     """Let net compute each token by itself, as said above, and have the device add in one order.
     It is slower, and for tests and roll-outs that must agree with the policy to the bit."""
     if net.model.embed_tokens.weight.device.type == "mps":
@@ -44,13 +55,13 @@ def be_deterministic(net):
 # Linear layers
 
 
-def project(x, layers):
+def project(x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
     """The outputs of linear layers that read the same x (…, C), side by side."""
     outputs = [linear(x, layer) for layer in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def linear(x, layer):
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """layer(x) of x (…, C), a row's bits independent of the others."""
     rows = x.reshape(-1, x.shape[-1])  # (N, C)
     if type(layer) is nn.Linear:
@@ -67,12 +78,12 @@ class Product(torch.autograd.Function):
     """x (N, C) times weight (O, C) transposed, in x's dtype."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return tiled_product(x, weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -82,7 +93,7 @@ class Product(torch.autograd.Function):
         return dx, dw
 
 
-def tiled_product(x, weight):
+def tiled_product(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, C) times weight (O, C) transposed: as many rows at a time as are known to give each
     row the same bits."""
     if len(x) == 0:
@@ -101,13 +112,13 @@ def tiled_product(x, weight):
     return y[: len(x)]
 
 
-def aligned(x):
+def aligned(x: Tensor) -> Tensor:
     """x where a new tensor begins: some libraries compute otherwise from an odd address."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 64 else x
 
 
-def whole_tiles(x, size):
+def whole_tiles(x: Tensor, size: int) -> Tensor:
     """x (N, C), with rows of zeros up to a whole number of tiles."""
     missing = -len(x) % size
     return F.pad(x, (0, 0, 0, missing)) if missing else x
@@ -116,7 +127,7 @@ def whole_tiles(x, size):
 KNOWN = {}  # {what a product is like: what was found out about it}
 
 
-def row_counts(weight):
+def row_counts(weight: Tensor) -> tuple[int, ...]:
     """By how many rows at a time to multiply with weight (O, C), the largest first: the last is the
     tile, in which a row has the same bits at every place, and of SIZES those with the tile's bits.
 
@@ -129,7 +140,7 @@ def row_counts(weight):
     return KNOWN[key]
 
 
-def try_row_counts(weight, sizes):
+def try_row_counts(weight: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:
     x = torch.empty(2 * sizes[-1], weight.shape[1], dtype=weight.dtype, device=weight.device)
     x = random_like(x)
     for tile in sizes:
@@ -147,7 +158,7 @@ def try_row_counts(weight, sizes):
     return tuple(counts)
 
 
-def random_like(x):
+def random_like(x: Tensor) -> Tensor:
     """Numbers around 0 of x's shape, strides and dtype, that leave torch's own draws alone."""
     generator = torch.Generator(x.device).manual_seed(0)
     like_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
@@ -158,7 +169,9 @@ def random_like(x):
 # Attention
 
 
-def attention(q, k, v, mask, sinks, plain, causal=True, scale=None, softcap=0.0):
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
+              plain: Callable, causal: bool = True, scale: float | None = None,
+              softcap: float = 0.0) -> Tensor:  # fmt: skip
     """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D), in float32
     inside; the others as `Operations.attend` takes them. plain(q, k, v, mask, sinks): the same,
     whose gradient it has.
@@ -174,13 +187,13 @@ class PlainGradient(torch.autograd.Function):
     may be None."""
 
     @staticmethod
-    def forward(ctx, f, plain, *tensors):
+    def forward(ctx: Any, f: Callable, plain: Callable, *tensors: Tensor | None) -> Tensor:
         ctx.plain = plain
         ctx.save_for_backward(*tensors)
         return f(*tensors)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         needed = ctx.needs_input_grad[2:]
         inputs = []
         learned = []
@@ -195,7 +208,9 @@ class PlainGradient(torch.autograd.Function):
         return None, None, *[next(gradients) if is_needed else None for is_needed in needed]
 
 
-def blockwise(q, k, v, mask, sinks=None, causal=True, scale=None, softcap=0.0):
+def blockwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None = None,
+              causal: bool = True, scale: float | None = None,
+              softcap: float = 0.0) -> Tensor:  # fmt: skip
     """`attention`, forward."""
     B, H, T, D = q.shape
     G = k.shape[1]
@@ -218,7 +233,7 @@ def blockwise(q, k, v, mask, sinks=None, causal=True, scale=None, softcap=0.0):
     return torch.cat(y, 3).view(B, H, T, D).to(q.dtype)
 
 
-def key_blocks(k):
+def key_blocks(k: Tensor) -> list[Tensor]:
     """k (B, G, S, D) as blocks (B G, KEYS, D) float32, the last with zeros at its end."""
     blocks = list(k.float().flatten(0, 1).split(KEYS, 1))
     missing = KEYS - blocks[-1].shape[1]
@@ -227,7 +242,8 @@ def key_blocks(k):
     return blocks
 
 
-def block_biases(mask, queries, T, S, device, causal=True):
+def block_biases(mask: Tensor | None, queries: range, T: int, S: int, device: torch.device,
+                 causal: bool = True) -> list[tuple[int, Tensor]]:  # fmt: skip
     """[(number of a block of keys, what is added to its scores)] for a range of the T queries: what
     is added is (B or 1, H or 1, t, KEYS) float32, -inf where they may not look; None: nothing."""
     biases = []
@@ -258,7 +274,9 @@ def block_biases(mask, queries, T, S, device, causal=True):
     return biases
 
 
-def attend_tile(q, k_blocks, v_blocks, biases, sinks=None, softcap=0.0):
+def attend_tile(q: Tensor, k_blocks: list[Tensor], v_blocks: list[Tensor],
+                biases: list[tuple[int, Tensor]], sinks: Tensor | None = None,
+                softcap: float = 0.0) -> Tensor:  # fmt: skip
     """What the queries q (B, G, H / G, t, D), scaled, gather (B, G, H / G, t, D) float32 from
     blocks of keys and values. sinks (G, H / G): what takes its share of the softmax."""
     B, G, n_shared, t, D = q.shape
@@ -288,7 +306,7 @@ def attend_tile(q, k_blocks, v_blocks, biases, sinks=None, softcap=0.0):
     return y.view(B, G, n_shared, t, D)
 
 
-def add_bias(scores, bias, B, G, n_shared):
+def add_bias(scores: Tensor, bias: Tensor, B: int, G: int, n_shared: int) -> Tensor:
     """scores (B G, M, KEYS), whose rows are those of n_shared heads, plus bias (B or 1, H or 1, t,
     KEYS)."""
     if bias.shape[1] == 1:
@@ -299,7 +317,7 @@ def add_bias(scores, bias, B, G, n_shared):
     return (scores.unflatten(0, (B, G)) + bias).flatten(0, 1)
 
 
-def multiply(a, b):
+def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a (n, M, K) times b (n, K, N), each row with the bits that it has in a product of BATCH
     matrices with one tile of rows, made at once where that is known to give them."""
     rows = a.shape[1]
@@ -315,7 +333,7 @@ def multiply(a, b):
     return y[:, :rows]
 
 
-def multiply_tiles(a, b, tile):
+def multiply_tiles(a: Tensor, b: Tensor, tile: int) -> Tensor:
     """a (n, M, K) times b (n, K, N) by products of BATCH matrices with `tile` rows alone."""
     n, M, _ = a.shape
     a = a.unflatten(1, (-1, tile)).flatten(0, 1)  # (n M / tile, tile, K)
@@ -332,7 +350,7 @@ def multiply_tiles(a, b, tile):
     return y.unflatten(0, (n, -1)).flatten(1, 2)
 
 
-def tile_rows(b):
+def tile_rows(b: Tensor) -> int:
     """How many rows a tile of a batched product with b (n, K, N) has: of TILES the first of which a
     row has the same bits at every place, in every matrix, and among many rows; at worst 1."""
     transposed = b.stride(-1) != 1
@@ -346,7 +364,7 @@ def tile_rows(b):
     return KNOWN[key]
 
 
-def try_tiles(b):
+def try_tiles(b: Tensor) -> int:
     """`tile_rows` for b (BATCH, K, N), of equal matrices."""
     row = random_like(torch.empty_like(b[:1, :, 0]))  # (1, K)
     among_many = torch.bmm(row.expand(BATCH, QUERIES, -1).contiguous(), b)
@@ -365,28 +383,28 @@ def try_tiles(b):
 # numbers otherwise than the others; its exp and tanh do not.
 
 
-def silu(x):
+def silu(x: Tensor) -> Tensor:
     return PlainGradient.apply(silu_forward, F.silu, x)
 
 
-def silu_forward(x):
+def silu_forward(x: Tensor) -> Tensor:
     wide = x.float()
     return (wide / (1 + (-wide).exp_())).to(x.dtype)
 
 
-def gelu(x, approximate="tanh"):
+def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
     """As F.gelu: by tanh, or exact ("none")."""
     forward = gelu_forward if approximate == "tanh" else exact_gelu
     return PlainGradient.apply(forward, partial(F.gelu, approximate=approximate), x)
 
 
-def gelu_forward(x):
+def gelu_forward(x: Tensor) -> Tensor:
     wide = x.float()
     inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)  # sqrt(2 / pi)
     return (0.5 * wide * (1 + inner.tanh_())).to(x.dtype)
 
 
-def exact_gelu(x):
+def exact_gelu(x: Tensor) -> Tensor:
     wide = x.float()
     return (0.5 * wide * (1 + (wide * 0.7071067811865476).erf_())).to(x.dtype)  # 1 / sqrt(2)
 
@@ -395,7 +413,7 @@ def exact_gelu(x):
 # Packed documents
 
 
-def spread(x, docs):
+def spread(x: Tensor, docs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Documents docs (B, T) of a packed x (B, T, C), moved apart so that each begins with a block
     of keys, as it does alone: (x (B, T2, C), docs (B, T2), the places of the T tokens (B, T))."""
     B, T = docs.shape

@@ -1,15 +1,18 @@
 """A judge: another model behind an OpenAI-compatible URL (Zheng et al. 2023, figure 6)."""
 
+from __future__ import annotations
+
 import os
 import re
 import time
+from typing import Any
 
 from barelm.run import UserError
 
 JUDGE_WAIT = 1.0  # seconds before the judge is asked again; then three, then seven
 
 
-def ask_judge(url, model, question, answer, rubric):
+def ask_judge(url: str, model: str, question: str, answer: str, rubric: str) -> int:
     """A score of 1 to 10 by the model at url (…/v1). No answer: three times more, then an error;
     a reply without a rating is an error. The answer that is judged may talk the judge round."""
     prompt = (
@@ -31,7 +34,7 @@ def ask_judge(url, model, question, answer, rubric):
     return int(ratings[-1])
 
 
-def post(address, body):
+def post(address: str, body: dict) -> Any:
     """The server's good reply to a body; JUDGE_API_KEY in the environment is sent as the key. It is
     asked again where it is busy or away, and a UserError where it refuses."""
     import requests  # here, since few evaluations ask a judge

@@ -14,9 +14,18 @@ nothing that the device would have to tell.
 B rows, T tokens, S places.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from barelm.patterns import Pattern
+    from model import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,16 @@ class Layout:
     slack: int = 0
 
     @property
-    def whole(self):
+    def whole(self) -> bool:
         """Whether every position keeps its place for ever, which is its number."""
         return self.ring == 0
 
     @property
-    def turns_at(self):
+    def turns_at(self) -> int:
         """In rows of more tokens than this a place may have held another position before."""
         return self.n if self.whole else self.n_first + self.ring
 
-    def of(self, positions):
+    def of(self, positions: Tensor) -> Tensor:
         """The place of each of positions, an int tensor of any shape."""
         if self.whole:
             return positions
@@ -55,22 +64,22 @@ class Layout:
             place = (self.turns_at + of_tail).where(self.in_tail(positions) >= 0, place)
         return positions.where(positions < self.n_first, place)
 
-    def place_of(self, position):
+    def place_of(self, position: int) -> int:
         """`of` a whole number, on the host."""
         return position if self.whole else int(self.of(torch.tensor(position)))
 
-    def in_tail(self, positions):
+    def in_tail(self, positions: Tensor) -> Tensor:
         """The number of a position among its block's last ones; negative: it is none of them."""
         return positions % self.block - (self.block - self.tail)
 
-    def stays(self, positions):
+    def stays(self, positions: Tensor) -> Tensor:
         """Whether a position has a place of its own."""
         stays = positions < self.n_first
         if self.block:
             stays = stays | (self.in_tail(positions) >= 0)
         return stays
 
-    def positions(self, lengths):
+    def positions(self, lengths: Tensor) -> Tensor:
         """The position (B, S) that each place holds in rows of lengths (B,) tokens, -1 where it is
         empty: the newest of those that share it.
 
@@ -90,7 +99,7 @@ class Layout:
             position = position.where(place < self.turns_at, end)
         return position.masked_fill(position > newest, -1)
 
-    def to_write(self, positions, lengths):
+    def to_write(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """The places (B, T) for tokens at positions (B or 1, T) of rows that have lengths (B,)
         tokens with them. What is no token's, or is overwritten by another of the same tokens, goes
         to place n, one more than there are: which of two writes to a place is the last is not
@@ -101,24 +110,24 @@ class Layout:
             is_read = is_read & (self.stays(positions) | (positions >= end - self.ring))
         return self.of(positions).where(is_read, self.n)
 
-    def first(self, used):
+    def first(self, used: int) -> int:
         """So many places, from the first on, hold all that there is of rows of at most `used`
         tokens."""
         if self.block:
             used = self.turns_at + -(-used // self.block) * self.tail
         return min(used, self.n)
 
-    def can_cut(self, length, reached):
+    def can_cut(self, length: int, reached: int) -> bool:
         """Whether a row that has had `reached` tokens may go on behind its first `length`."""
         return length == 0 or reached <= self.turns_at or reached - length <= self.slack
 
-    def in_order(self, pattern, length):
+    def in_order(self, pattern: Pattern, length: int) -> bool:
         """Whether the newest of a row's `length` tokens sees all that the row holds, if its pattern
         sees so many at all: what stands in the ring is then no further away than its places say."""
         return length <= self.turns_at or pattern.kind == "sliding"
 
 
-def layout_for(pattern, max_len, slack=0, whole=False):
+def layout_for(pattern: Pattern, max_len: int, slack: int = 0, whole: bool = False) -> Layout:
     """The Layout of a layer whose tokens see by this Pattern, in rows of max_len tokens. A kind
     that is not named here keeps all, which is right for each; as does any where `whole` is asked
     for."""
@@ -137,7 +146,7 @@ def layout_for(pattern, max_len, slack=0, whole=False):
     return layout if layout.n < max_len and not whole else all_places
 
 
-def cached_numbers(c, max_len):
+def cached_numbers(c: GPTConfig, max_len: int) -> int:
     """How many numbers a row of max_len tokens keeps, of a network of this configuration: the keys
     and values of all layers, and where there is an encoder those of a source as long."""
     places = sum(layout_for(pattern, max_len).n for pattern in c.patterns)

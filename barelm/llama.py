@@ -3,13 +3,20 @@
 mkdir ../llama && cd ../llama && npm install node-llama-cpp
 """
 
+from __future__ import annotations
+
 import json
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from barelm.gguf_file import write_gguf
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
 
 # Reads [library, file, ids, n_new, threads]; writes, of three runs, the ids and the seconds from
 # the first to the last.
@@ -44,14 +51,15 @@ process.exit(0);
 LIBRARY = "node_modules/node-llama-cpp/dist/index.js"
 
 
-def check_llama(folder):
+def check_llama(folder: Path) -> None:
     """Refuse a folder where node-llama-cpp is not installed."""
     if not (Path(folder) / LIBRARY).is_file():
         what = f"no {LIBRARY} there"
         raise UserError(f"--llama={folder}: {what}; expected where npm installed it")
 
 
-def llama_generate(folder, net, tok, ids, n_new, gguf_type, threads):
+def llama_generate(folder: Path, net: GPT, tok: Tokenizer, ids: list[int], n_new: int,
+                   gguf_type: str, threads: int) -> tuple[list[int], float]:  # fmt: skip
     """llama.cpp's greedy continuation of ids by net's weights, as GGUF of a type: (its n_new ids,
     seconds from the first of them to the last, the best of three)."""
     with tempfile.TemporaryDirectory() as place:

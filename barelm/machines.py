@@ -6,11 +6,14 @@ which appears when it is whole. So a part that was killed is started again by it
 machine, and goes on from its own files; those that wait for it go on when they are there.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,8 +21,11 @@ from barelm import host
 from barelm.files import read_json, whole_file
 from barelm.run import Run, UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
-def parse_part(part):
+
+def parse_part(part: str) -> tuple[int, int]:
     """(which, of how many) that "2/8" says, counted from 0: (1, 8)."""
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 100_000:
@@ -33,22 +39,22 @@ class Part(Run):
     """One part, as a Run with its rank and world. Of the things that a step makes, part k of n
     (from 0) makes those with the numbers k, k + n, k + 2 n, …"""
 
-    def __init__(self, part, work):
+    def __init__(self, part: str, work: Path) -> None:
         rank, world = parse_part(part)
         super().__init__(torch.device("cpu"), rank, world)
         self.work = Path(work)
         self.lock = None  # the open file that is locked while this part is at work
 
-    def name(self, rank=None):
+    def name(self, rank: int | None = None) -> str:
         rank = self.rank if rank is None else rank
         return f"part {rank + 1} of {self.world}"
 
-    def file(self, ending, rank=None):
+    def file(self, ending: str, rank: int | None = None) -> Path:
         """This part's file in the working folder, or another's: .lock, .failed, .plan."""
         rank = self.rank if rank is None else rank
         return self.work / f"part_{rank + 1}.{ending}"
 
-    def take_lock(self, patience=3.0):
+    def take_lock(self, patience: float = 3.0) -> None:
         """Be the only process that is this part."""
         self.lock = open(self.file("lock"), "a+b")
         give_up = time.monotonic() + patience  # others look at it for a moment, see is_running
@@ -58,7 +64,7 @@ class Part(Run):
             time.sleep(0.1)
         self.file("failed").unlink(missing_ok=True)
 
-    def is_running(self, rank):
+    def is_running(self, rank: int) -> bool:
         """Whether a process is another part; True where the system does not tell."""
         try:
             with open(self.file("lock", rank), "rb") as file:
@@ -68,7 +74,7 @@ class Part(Run):
         except OSError:
             return True
 
-    def begin(self, plan, folder):
+    def begin(self, plan: str, folder: Path) -> bool:
         """Begin with the work of this plan, a name for all that it depends on. False where the data
         set in the folder is what all parts of this plan have made."""
         parts = read_json(folder / "parts.json", {})
@@ -78,7 +84,7 @@ class Part(Run):
             file.write(f"{plan} {self.world}\n".encode())
         return True
 
-    def wait_for(self, things, is_there):
+    def wait_for(self, things: Sequence, is_there: Callable) -> None:
         """Wait until is_there(thing) of all these things, and say for which parts."""
         missing = list(enumerate(things))
         last_line = ""
@@ -97,7 +103,7 @@ class Part(Run):
             time.sleep(pause)
             pause = min(2.0, 1.5 * pause)
 
-    def state_of(self, rank):
+    def state_of(self, rank: int) -> str:
         """A part's name, and why it may take long to come."""
         name = self.name(rank)
         if self.is_running(rank):
@@ -111,7 +117,7 @@ class Part(Run):
         return f"{name}, which is not running: start it, again if need be"
 
     @contextlib.contextmanager
-    def noting_failure(self):
+    def noting_failure(self) -> Iterator[None]:
         """Leave a word for the others where this part ends with a UserError."""
         try:
             yield
@@ -121,7 +127,7 @@ class Part(Run):
             raise
 
 
-def locked(file, exclusive):
+def locked(file: Any, exclusive: bool) -> bool:
     """Lock an open file as long as it is open: whether that was possible. True where the system has
     no locks."""
     try:

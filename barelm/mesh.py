@@ -12,12 +12,20 @@ other; stages come last. Copies and parts read windows of their own, or cp of th
 (context parallel). `Sizes` are numbers alone, to plan with; a `Mesh` is this process's place.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import ProcessGroup
+
+    from barelm.run import Run
 
 PARALLEL = ("ddp", "fsdp", "hsdp")
 # The dimensions of the grid, the slowest first.
@@ -35,20 +43,20 @@ class Sizes:
     cp: int = 1  # it divides replica x shard
 
     @property
-    def world(self):
+    def world(self) -> int:
         return self.pp * self.replica * self.shard * self.tp
 
     @property
-    def data(self):
+    def data(self) -> int:
         """How many processes, or groups of cp, read windows of their own."""
         return self.replica * self.shard // self.cp
 
     @property
-    def is_sharded(self):
+    def is_sharded(self) -> bool:
         """Whether a process holds a part of the network alone."""
         return self.pp > 1 or self.shard > 1 or self.tp > 1
 
-    def words(self):
+    def words(self) -> str:
         """The grid in a line: 2 pipeline stages x 4 copies ..."""
         names = {
             "pp": "pipeline stages",
@@ -67,7 +75,8 @@ class Sizes:
         return words
 
 
-def choose_sizes(world, parallel="ddp", tp=1, pp=1, cp=1, replicas=0, local_world=None):
+def choose_sizes(world: int, parallel: str = "ddp", tp: int = 1, pp: int = 1, cp: int = 1,
+                 replicas: int = 0, local_world: int | None = None) -> Sizes:  # fmt: skip
     """The Sizes of a run of `world` processes, local_world of them on a machine; a UserError with
     the nearest that fits where these do not."""
     local_world = local_world or world
@@ -105,16 +114,16 @@ def choose_sizes(world, parallel="ddp", tp=1, pp=1, cp=1, replicas=0, local_worl
     return Sizes(pp, replicas, rest // replicas, tp, cp)
 
 
-def divisors(n):
+def divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def nearest(values, wanted):
+def nearest(values: list[int], wanted: int) -> int:
     """The value whose ratio to the one that was wanted is nearest to 1."""
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
-def nearest_sizes(world, tp, pp, cp):
+def nearest_sizes(world: int, tp: int, pp: int, cp: int) -> str:
     """What to ask for in the place of sizes whose product does not divide `world`: words."""
     best = None
     for new_tp in divisors(world):
@@ -131,7 +140,7 @@ def nearest_sizes(world, tp, pp, cp):
 class Mesh:
     """This process's place among those of a run. Of one process there is no group."""
 
-    def __init__(self, run, sizes):
+    def __init__(self, run: Run, sizes: Sizes) -> None:
         if sizes.world != run.world:
             raise UserError(f"{sizes.words()}: {sizes.world} processes, but {run.world} run")
         self.run = run
@@ -153,7 +162,7 @@ class Mesh:
             names = ("pp", "data", "cp", "tp")
             self.window_mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
 
-    def rank_of(self, name):
+    def rank_of(self, name: str) -> int:
         """This process's place along a dimension: pp, replica, shard, tp, cp."""
         if self.device_mesh is None or (name == "cp" and self.window_mesh is None):
             return 0
@@ -161,7 +170,7 @@ class Mesh:
             return self.window_mesh.get_local_rank("cp")
         return self.device_mesh.get_local_rank(name)
 
-    def group_of(self, name):
+    def group_of(self, name: str) -> ProcessGroup | None:
         """The processes along a dimension, this one among them; None where it is alone."""
         if getattr(self.sizes, name) == 1:
             return None
@@ -169,17 +178,17 @@ class Mesh:
         return mesh.get_group(name)
 
     @property
-    def data_rank(self):
+    def data_rank(self) -> int:
         """Which of the processes with windows of their own this one is, or belongs to."""
         place = self.rank_of("replica") * self.sizes.shard + self.rank_of("shard")
         return place // self.sizes.cp
 
     @property
-    def data_world(self):
+    def data_world(self) -> int:
         return self.sizes.data
 
     @property
-    def dropout_rank(self):
+    def dropout_rank(self) -> int:
         """Which masks of dropout this process draws: another one's for other windows, for other
         tokens of a window and in other stages; of processes that share products the same, since
         what they add up is one."""
@@ -187,24 +196,26 @@ class Mesh:
         return place * self.sizes.pp + self.rank_of("pp")
 
     @property
-    def is_last_stage(self):
+    def is_last_stage(self) -> bool:
         return self.rank_of("pp") == self.sizes.pp - 1
 
     @property
-    def counts(self):
+    def counts(self) -> bool:
         """Whether the losses and targets that this process computes are counted, when all
         processes' are added up: of those that compute the same, one's."""
         return self.rank_of("tp") == 0 and self.is_last_stage
 
     @property
-    def shard_mesh(self):
+    def shard_mesh(self) -> Any:
         """What `fully_shard` takes: the copies, if there are, and the parts."""
         if self.sizes.replica > 1:
             return self.device_mesh["replica", "shard"]
         return self.device_mesh["shard"]
 
 
-def open_mesh(run, parallel="ddp", tp=1, pp=1, cp=1, replicas=0):
+def open_mesh(
+    run: Run, parallel: str = "ddp", tp: int = 1, pp: int = 1, cp: int = 1, replicas: int = 0
+) -> Mesh:
     """The Mesh of a run by its keys."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     return Mesh(run, choose_sizes(run.world, parallel, tp, pp, cp, replicas, local_world))

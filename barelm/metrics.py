@@ -1,5 +1,7 @@
 """What the server counts, in the text format that Prometheus reads."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 
@@ -25,22 +27,22 @@ class Metrics:
     """Counters and histograms by the names of METRICS. Each is written by one thread alone, so that
     none needs a lock."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts = Counter()  # by the name with its labels: requests_total{status="200"}
         self.sums = Counter()  # seconds, of each histogram
         self.buckets = Counter()  # how many fell into the bucket (histogram, upper end)
 
-    def add(self, name, n=1):
+    def add(self, name: str, n: int = 1) -> None:
         self.counts[name] += n
 
-    def observe(self, name, seconds):
+    def observe(self, name: str, seconds: float) -> None:
         self.sums[name] += seconds
         for bound in BOUNDS:
             if seconds <= bound:
                 self.buckets[name, bound] += 1
                 return
 
-    def text(self, gauges):
+    def text(self, gauges: dict[str, int]) -> str:
         """Prometheus's text format, version 0.0.4. gauges: {name: the present value}."""
         values = Counter({**self.counts, **gauges})  # a copy, which no thread adds to meanwhile
         lines = []
@@ -55,7 +57,7 @@ class Metrics:
                 lines.append(f"barelm_{key} {values[key]}")
         return "\n".join(lines) + "\n"
 
-    def histogram_lines(self, name):
+    def histogram_lines(self, name: str) -> list[str]:
         lines = []
         total = 0  # Prometheus's buckets each count all that lies below their end
         for bound in BOUNDS:

@@ -10,6 +10,8 @@ Each process has a part of the network (barelm/tensor_parallel.py) and a cache o
 They exchange within the network; here they are only told what to do: a function, and what it is
 called with. All compute the same tokens, of the same logits."""
 
+from __future__ import annotations
+
 import io
 import os
 import pickle
@@ -20,6 +22,7 @@ import sys
 import threading
 from datetime import timedelta
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,11 @@ from barelm.mesh import open_mesh
 from barelm.run import UserError, setup
 from barelm.watch import LOST_PROCESS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from subprocess import Popen
+
+
 SHORT = 4096  # bytes of a message that is sent in one piece
 FOR_EVER = timedelta(days=3650)  # a server may be asked nothing for long
 # What of a Decoder all processes do; the rest is asked of the host alone.
@@ -36,7 +44,7 @@ DECODING = ("set", "clear", "copy", "wipe", "read", "choose", "feed", "capture",
 DECODING += ("forget",)
 
 
-def start_others(n):
+def start_others(n: int) -> None:
     """Start this command again as the other n - 1 of n processes, where torchrun has not. They end
     with this one, and it with them."""
     if n < 1:
@@ -62,7 +70,7 @@ def start_others(n):
     os.environ.update(here, RANK="0", LOCAL_RANK="0")
 
 
-def end_with(other, rank):
+def end_with(other: Popen, rank: int) -> None:
     """End this process when another has failed: they compute nothing without each other."""
     status = other.wait()
     if status:
@@ -70,7 +78,7 @@ def end_with(other, rank):
         os._exit(1)
 
 
-def open_together(tp, device, open_model, threads=0):
+def open_together(tp: int, device: str, open_model: Callable, threads: int = 0) -> tuple:
     """What a script with --tp begins with, in the place of `setup` and `load`: (the Run, the Mirror
     or None, what open_model(run, split) returned), split being what `load` takes."""
     start_others(tp)
@@ -88,26 +96,26 @@ class Mirror:
     another; what it returns is the first's. Functions are named, arguments copied, but for objects
     that all know by a name. here: options for the first process alone."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.names = {}  # {id of an object: its name}
         self.objects = {}  # {name: object}
         self.knows(mirror=self)
 
-    def knows(self, **objects):
+    def knows(self, **objects: Any) -> None:
         """Each process calls it with what it has of the same."""
         self.objects |= objects
         self.names |= {id(value): name for name, value in objects.items()}
 
-    def __call__(self, f, *args, here=None, **options):
+    def __call__(self, f: Callable, *args: Any, here: dict | None = None, **options: Any) -> Any:
         self.send((f, args, options))
         return f(*args, **options, **(here or {}))
 
-    def end(self):
+    def end(self) -> None:
         """The others are not needed any more."""
         self.send(None)
 
-    def follow(self):
+    def follow(self) -> None:
         """Do what the first process does, until it ends. What fails there fails here."""
         for number in (signal.SIGINT, signal.SIGTERM):  # the first process ends them all
             signal.signal(number, signal.SIG_IGN)
@@ -126,19 +134,19 @@ class Mirror:
             except (Exception, UserError) as error:
                 print(f"a process of --tp: {error!r}", file=sys.stderr, flush=True)
 
-    def send(self, message):
+    def send(self, message: Any) -> None:
         data = io.BytesIO()
         pickler = pickle.Pickler(data)
         pickler.persistent_id = lambda value: self.names.get(id(value))
         pickler.dump(message)
         data = data.getvalue()
         # The length, and as much as fits behind it.
-        first = len(data).to_bytes(8, "little") + data[: SHORT - 8]
+        first = len(data).to_bytes(8, "little") + data[: SHORT - 8]  # type: ignore[arg-type]
         self.broadcast(first.ljust(SHORT, b"\0"))
-        if len(data) > SHORT - 8:
+        if len(data) > SHORT - 8:  # type: ignore[arg-type]
             self.broadcast(data[SHORT - 8 :])
 
-    def receive(self):
+    def receive(self) -> Any:
         first = self.broadcast(bytes(SHORT))
         length = int.from_bytes(first[:8], "little")
         data = first[8 : 8 + length]
@@ -148,7 +156,7 @@ class Mirror:
         unpickler.persistent_load = self.objects.__getitem__
         return unpickler.load()
 
-    def broadcast(self, data):
+    def broadcast(self, data: bytes) -> bytes:
         """The first process's bytes; the others give as many."""
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         dist.broadcast(tensor, 0, self.group)
@@ -158,14 +166,14 @@ class Mirror:
 class MirroredDecoder:
     """A Decoder as its Engine has it, of which every process has one."""
 
-    def __init__(self, mirror, *args, **options):
+    def __init__(self, mirror: Mirror, *args: Any, **options: Any) -> None:
         self.mirror = mirror
         mirror(make_decoder, mirror, *args, **options)
         self.decoder = mirror.objects["decoder"]
         for name in DECODING:
             setattr(self, name, self.mirrored(getattr(Decoder, name)))
 
-    def mirrored(self, method):
+    def mirrored(self, method: Callable) -> Callable:
         def call(*args, owner=None, **options):
             here = {} if owner is None else {"owner": owner}  # a job is known to the first alone
             return self.mirror(method, self.decoder, *args, here=here, **options)
@@ -176,6 +184,6 @@ class MirroredDecoder:
         return getattr(self.decoder, name)
 
 
-def make_decoder(mirror, *args, **options):
+def make_decoder(mirror: Mirror, *args: Any, **options: Any) -> None:
     """In every process."""
     mirror.knows(decoder=Decoder(*args, **options))

@@ -1,10 +1,12 @@
 """What goes into the shards: which documents of each source, how often, and where one is cut, so
 that a mix has the shares that were asked."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,10 +49,10 @@ class Encoded:
     dtype: np.dtype
     documents: list[np.ndarray]  # of each unit, of dtype TOKENS
 
-    def tokens(self, unit):
+    def tokens(self, unit: int) -> np.ndarray:
         return map_rows(self.folder / f"{unit}.tokens", self.dtype)
 
-    def count(self, parts):
+    def count(self, parts: list[Part]) -> dict[str, int]:
         """How many documents, bytes and tokens these Parts hold."""
         numbers = {"documents": 0, "bytes": 0, "tokens": 0}
         for part in parts:
@@ -64,19 +66,20 @@ class Encoded:
         return numbers
 
 
-def map_rows(path, dtype):
+def map_rows(path: Path, dtype: Any) -> np.ndarray:
     """A file of rows of this dtype, mapped into memory."""
     if not path.stat().st_size:  # which cannot be mapped
         return np.empty(0, dtype)
     return np.memmap(path, dtype, "r")
 
 
-def in_split(rows, split):
+def in_split(rows: np.ndarray, split: str) -> np.ndarray:
     """Which of the encoded documents, of dtype TOKENS, are in this split: (n,) bool."""
     return rows["split"] == SPLITS.index(split)
 
 
-def plan_splits(encoded, unit_sources, weights, mix_tokens, is_mix):
+def plan_splits(encoded: Encoded, unit_sources: list[str], weights: dict[str, int],
+                mix_tokens: int | None, is_mix: bool) -> tuple[dict, dict]:  # fmt: skip
     """What the shards hold: ({split: [Part]}, {source: {split: numbers}}).
 
     unit_sources: the source of each unit; weights: {source: weight}; mix_tokens: of the training
@@ -117,7 +120,7 @@ def plan_splits(encoded, unit_sources, weights, mix_tokens, is_mix):
     return plans, numbers
 
 
-def shares_of(weights, available, split):
+def shares_of(weights: dict, available: dict[str, int], split: str) -> dict[str, float]:
     """{source: share} of those that have tokens; a UserError for one that has none to train on."""
     empty = [name for name in weights if not available[name]]
     if split == "train" and empty:
@@ -129,7 +132,9 @@ def shares_of(weights, available, split):
     return shares
 
 
-def total_tokens(available, shares, mix_tokens, split):
+def total_tokens(
+    available: dict[str, int], shares: dict[str, float], mix_tokens: int | None, split: str
+) -> float:
     """The tokens of a split: for val as many as keep the shares without repeating a document."""
     if split == "train":
         return mix_tokens or sum(available.values())
@@ -137,7 +142,7 @@ def total_tokens(available, shares, mix_tokens, split):
     return min(most, default=0)
 
 
-def some_of(encoded, whole, n_tokens, wanted):
+def some_of(encoded: Encoded, whole: list[Part], n_tokens: int, wanted: int) -> list[Part]:
     """Parts with about n_tokens of a source, of which `wanted` are wanted in all: the documents
     with the lowest hashes. Where whole ones miss, as few long ones do, the last is cut."""
     if not n_tokens:
@@ -172,7 +177,7 @@ def some_of(encoded, whole, n_tokens, wanted):
     return parts
 
 
-def cut_document(encoded, unit, begin, row, wanted):
+def cut_document(encoded: Encoded, unit: int, begin: int, row: np.void, wanted: int) -> Cut:
     """The Cut that leaves about `wanted` tokens of a document: at the nearest end of a line or a
     sentence, else of a word. It begins at token `begin` of its unit; row: of dtype TOKENS."""
     tok = encoded.tok

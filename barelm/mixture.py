@@ -7,13 +7,19 @@ the seed and on the position alone, as everything in barelm/shards.py does. So a
 the middle of a stage, on any number of processes, and a batch may straddle a change.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PERIOD = 1000  # windows in which each data set has exactly its share, in an order drawn for each
 EXAMPLE = '"0:web=0.8,code=0.2;5000:web=0.6,code=0.4"'
@@ -27,7 +33,7 @@ class Stage:
     weights: dict[str, float]  # {data set: its share}, which add up to 1
 
 
-def parse_mix(text):
+def parse_mix(text: str) -> list:
     """The [Stage] that a --mix says, in order; [] of an empty one."""
     stages = []
     for part in text.split(";"):
@@ -41,7 +47,7 @@ def parse_mix(text):
     return stages
 
 
-def parse_stage(part, text):
+def parse_stage(part: str, text: str) -> Stage:
     """The Stage of "5000:web=0.6,code=0.4"; a part without a step holds from step 0."""
     step, weights = re.fullmatch(r"(?:(\d+):)?(.*)", part, re.S).groups()
     shares = {}
@@ -61,7 +67,7 @@ def parse_stage(part, text):
     return Stage(int(step or 0), {name: weight / total for name, weight in shares.items()})
 
 
-def names_of(stages):
+def names_of(stages: list) -> list:
     """The data sets of all stages, each once, in the order of their first places."""
     names = {}
     for stage in stages:
@@ -69,7 +75,7 @@ def names_of(stages):
     return list(names)
 
 
-def quotas_of(stage, names):
+def quotas_of(stage: int, names: Sequence[str]) -> np.ndarray:
     """How many of PERIOD windows each of the data sets has: (len(names),) int64, by the method of
     largest remainders."""
     wanted = np.array([PERIOD * stage.weights.get(name, 0.0) for name in names])
@@ -88,13 +94,13 @@ class JoinedWindows:
     """The windows of several data sets, numbered one data set after another: n and `rows`, as
     barelm.shards.Windows has them. windows: {name: Windows}."""
 
-    def __init__(self, windows):
+    def __init__(self, windows: dict) -> None:
         self.parts = list(windows.values())
         self.seq_len = self.parts[0].seq_len
         self.first_index = np.cumsum([0, *(part.n for part in self.parts)])  # of each, and the end
         self.n = int(self.first_index[-1])
 
-    def rows(self, indices):
+    def rows(self, indices: np.ndarray) -> np.ndarray:
         """The windows of these indices: (len(indices), seq_len + 1) int64."""
         indices = np.asarray(indices)
         owners = np.searchsorted(self.first_index, indices, side="right") - 1
@@ -114,7 +120,7 @@ class MixedWindows(JoinedWindows):
 
     windows_per_step: of an optimizer step, by which the stages' steps become positions."""
 
-    def __init__(self, windows, stages, windows_per_step, seed=0):
+    def __init__(self, windows: dict, stages: list, windows_per_step: int, seed: int = 0) -> None:
         super().__init__(windows)
         self.seed = seed
         self.begins = stage_begins(stages, windows_per_step)
@@ -128,13 +134,13 @@ class MixedWindows(JoinedWindows):
             taken = self.before[-1] + self.taken_in(stage - 1, length)
             self.before.append(taken)
 
-    def taken_in(self, stage, length):
+    def taken_in(self, stage: int, length: int) -> np.ndarray:
         """How many windows each data set gives in the first `length` of a stage."""
         n_periods, rest = divmod(length, PERIOD)
         which, _ = self.pattern_at(stage, n_periods)
         return n_periods * self.quotas[stage] + np.bincount(which[:rest], minlength=len(self.parts))
 
-    def pattern_at(self, stage, period):
+    def pattern_at(self, stage: int, period: int) -> tuple[np.ndarray, np.ndarray]:
         """Of a period's windows (PERIOD,) int64 each: the data set of each, and how many windows
         this data set has given before in the period."""
         if self.pattern_of != (stage, period):
@@ -148,7 +154,7 @@ class MixedWindows(JoinedWindows):
             self.pattern_of = stage, period
         return self.pattern
 
-    def at(self, position):
+    def at(self, position: int) -> int:
         """The window at a position of the global sequence: a number below n."""
         stage = int(np.searchsorted(self.begins, position, side="right")) - 1
         period, k = divmod(position - self.begins[stage], PERIOD)
@@ -158,12 +164,12 @@ class MixedWindows(JoinedWindows):
         return int(self.first_index[number]) + self.parts[number].at(int(own_position))
 
 
-def stage_begins(stages, windows_per_step):
+def stage_begins(stages: list, windows_per_step: int) -> list:
     """The position of the global sequence at which each stage begins."""
     return [stage.step * windows_per_step for stage in stages]
 
 
-def check_same_until(windows, before, now):
+def check_same_until(windows: int, before: tuple[str, int], now: tuple[str, int]) -> None:
     """Refuse a mix on a resume that would have read other windows before this position. before,
     now: (mix, windows of a step) of the run until now, and of the resume."""
     plans = []

@@ -2,8 +2,11 @@
 
 Equal shapes are stacked, so that a step is a few large products whatever the number of layers."""
 
+from __future__ import annotations
+
 import math
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,11 @@ import torch.nn.functional as F
 
 from barelm.offload import HostMemory, load_to_host, parts_of
 from barelm.parts import gradient_part, is_divided, local_part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor, nn
 
 # Of x -> a x + b x^3 + c x^5, a step after the other (Jordan et al. 2024): singular values from
 # 0.002 to 1 land between 0.68 and 1.2. (docs/experiments.md has four other steps.)
@@ -32,8 +40,9 @@ class Muon(torch.optim.Optimizer):
     momentum alone: see `orthogonalize_divided`. offload: the momentum lives in the host's memory;
     of a divided parameter it is this process's part, a plain tensor."""
 
-    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0, dtype=torch.float32,
-                 group=None, shares=True, offload=False):  # fmt: skip
+    def __init__(self, params: Iterable, lr: float = 1e-3, momentum: float = 0.95,
+                 weight_decay: float = 0.0, dtype: torch.dtype = torch.float32, group: Any = None,
+                 shares: bool = True, offload: bool = False) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype  # of the Newton-Schulz products
         self.group = group
@@ -42,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         self.stacks = {}  # {what the parameters have in common: Stack}
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for number, group in enumerate(self.param_groups):
             alike = {}
             for p in group["params"]:
@@ -54,13 +63,13 @@ class Muon(torch.optim.Optimizer):
         if self.memory is not None:
             self.memory.wait()
 
-    def at_once(self, params):
+    def at_once(self, params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         """Parameters of one shape in lists of those that are stepped together."""
         if self.memory is None:
             return [params]
         return parts_of(params, lambda p: local_part(p).numel())
 
-    def moments(self, key, params):
+    def moments(self, key: tuple, params: list[nn.Parameter]) -> tuple[Tensor, Sequence[Tensor]]:
         """The momentum of n parameters of one shape, in one tensor (n, …, rows, columns), and its
         n parts, which `state` has by parameter, as a state.pt does. Of divided parameters it is
         what this process holds of them."""
@@ -83,7 +92,7 @@ class Muon(torch.optim.Optimizer):
         self.stacks[key] = whole, parts
         return whole, parts
 
-    def step_of_shape(self, params, group, moments):
+    def step_of_shape(self, params: list[nn.Parameter], group: dict, moments: tuple) -> None:
         """A step of n parameters of one shape (…, rows, columns), in one batch of products."""
         lr = group["lr"]
         beta = group["momentum"]
@@ -103,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         scale = 0.2 * math.sqrt(max(params[0].shape[-2:]))
         torch._foreach_add_(weights, updates.unbind(), alpha=-lr * scale)
 
-    def orthogonal(self, ahead, like):
+    def orthogonal(self, ahead: Tensor, like: Tensor) -> Tensor:
         """The updates of `ahead` (n, …, rows, columns), n matrices as the parameter `like`."""
         orthogonal = partial(orthogonalize, dtype=self.dtype)
         if layout_of(like) is not None:
@@ -113,14 +122,14 @@ class Muon(torch.optim.Optimizer):
             return orthogonal(matrices).view_as(ahead)
         return split_over_processes(matrices, orthogonal, self.group).view_as(ahead)
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         if self.memory is None:
             super().load_state_dict(state_dict)
         else:
             load_to_host(self, state_dict, self.memory)
 
 
-def orthogonalize(g, dtype=torch.float32):
+def orthogonalize(g: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Near the closest semi-orthogonal matrices to g (n, rows, columns): the same singular vectors,
     and singular values near 1. Products are computed in `dtype`; the result is of g's."""
     norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
@@ -142,14 +151,14 @@ def orthogonalize(g, dtype=torch.float32):
     return x.to(g.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def iterate(x):
+def iterate(x: Tensor) -> Tensor:
     """The steps of COEFFICIENTS on x (n, rows, columns), whose singular values are at most 1."""
     for step in COEFFICIENTS:
         x = factor(x @ x.mT, *step) @ x
     return x
 
 
-def iterate_square(x):
+def iterate_square(x: Tensor) -> Tensor:
     """`iterate`, on s = x x^T in the place of x: each step multiplies x by q from the left, which
     makes s to q s q. Only the product p of all q meets x again. It pays where x is much wider than
     high."""
@@ -162,14 +171,14 @@ def iterate_square(x):
     return p @ x
 
 
-def factor(s, a, b, c):
+def factor(s: Tensor, a: float, b: float, c: float) -> Tensor:
     """q = a + b s + c s s of s = x x^T (n, rows, rows): q x is a x + b x^3 + c x^5."""
     q = torch.baddbmm(s, s, s, beta=b, alpha=c)
     q.diagonal(dim1=-2, dim2=-1).add_(a)
     return q
 
 
-def split_over_processes(x, f, group=None):
+def split_over_processes(x: Tensor, f: Callable, group: Any = None) -> Tensor:
     """f(x), where f works on each x[i] alone: every process of the group does a part of x, which
     all have."""
     world = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -188,17 +197,17 @@ def split_over_processes(x, f, group=None):
 # Divided parameters: DTensors, of which a process holds a part (FSDP, tensor parallel, or both)
 
 
-def layout_of(p):
+def layout_of(p: Tensor) -> tuple | None:
     """How a parameter is divided: (its mesh, its placements); None of one that is not."""
     return (p.device_mesh, p.placements) if is_divided(p) else None
 
 
-def divided_like(p, part):
+def divided_like(p: Tensor, part: Tensor) -> Tensor:
     """The tensor that is divided as the parameter p is, of which `part` is this process's part."""
     return as_dtensor(part, p.device_mesh, p.placements, p.shape) if is_divided(p) else part
 
 
-def as_dtensor(part, mesh, placements, shape):
+def as_dtensor(part: Tensor, mesh: Any, placements: Sequence, shape: tuple[int, ...]) -> Tensor:
     """The DTensor of this shape of which each process has given its part."""
     from torch.distributed.tensor import DTensor
 
@@ -208,7 +217,7 @@ def as_dtensor(part, mesh, placements, shape):
     )
 
 
-def orthogonalize_divided(ahead, like, f, dtype):
+def orthogonalize_divided(ahead: Tensor, like: Tensor, f: Callable, dtype: torch.dtype) -> Tensor:
     """f of n matrices, of which this process has its parts, ahead (n, …, rows, columns), each
     divided as the DTensor `like`: its parts of the results. They are gathered some at a time, so
     that each is whole on one process alone, and travel in `dtype`, in which f multiplies."""
@@ -233,7 +242,7 @@ def orthogonalize_divided(ahead, like, f, dtype):
     return torch.cat(updates)
 
 
-def one_further(place):
+def one_further(place: Any) -> Any:
     """A placement, of a tensor that has got a dimension before its others."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard

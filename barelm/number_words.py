@@ -7,6 +7,8 @@ word, and spells a one in three ways. No rows but the numbers that are drawn her
 training, and those of the validation split are in none of them.
 """
 
+from __future__ import annotations
+
 import json
 import random
 from pathlib import Path
@@ -26,7 +28,7 @@ GERMAN += "fünfzehn sechzehn siebzehn achtzehn neunzehn"
 GERMAN_TENS = "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig"
 
 
-def in_english(n):
+def in_english(n: int) -> str:
     """A whole number from 0 to 999,999 in words: 21,345 is twenty-one thousand three hundred and
     forty-five."""
     thousands, rest = divmod(n, 1000)
@@ -43,7 +45,7 @@ def in_english(n):
     return " ".join(words)
 
 
-def below_hundred(n):
+def below_hundred(n: int) -> str:
     if n < 20:
         return ENGLISH.split()[n]
     tens, ones = divmod(n, 10)
@@ -53,7 +55,7 @@ def below_hundred(n):
     return word
 
 
-def in_german(n):
+def in_german(n: int) -> str:
     """The same in German: 21,345 is einundzwanzigtausenddreihundertfünfundvierzig."""
     word = german_stem(n)
     if n % 100 == 1:  # a one that ends the word
@@ -61,7 +63,7 @@ def in_german(n):
     return word
 
 
-def german_stem(n):
+def german_stem(n: int) -> str:
     """The German word as it stands before another part of a word."""
     thousands, rest = divmod(n, 1000)
     hundreds, below = divmod(rest, 100)
@@ -80,7 +82,7 @@ def german_stem(n):
     return word
 
 
-def draw_numbers(n, seed):
+def draw_numbers(n: int, seed: int) -> list[int]:
     """n different numbers, as many of one digit as of six, where there are so many."""
     rng = random.Random(seed)
     numbers = {}  # a dict, which keeps their order
@@ -90,7 +92,7 @@ def draw_numbers(n, seed):
     return list(numbers)
 
 
-def number_file():
+def number_file() -> Path:
     """The file of these records: written, if it is not there as it should be."""
     lines = []
     for number in draw_numbers(ROWS, seed=0):

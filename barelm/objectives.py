@@ -12,13 +12,22 @@ process, or what was masked before, so that a resume is exact. Every window has 
 targets: the loss of a step is divided by a number that all processes know.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from barelm.optim import flops_per_token, sequence_flops
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPTConfig
 
 OBJECTIVES = ("causal", "mlm", "span")
 MASKED = 0.8  # of the tokens that are targets of mlm so many are hidden by the mask token,
@@ -47,7 +56,7 @@ class Vocabulary:
     end_id: int | None  # the last token of what an encoder reads, and of what a decoder writes
 
 
-def vocabulary_of(tok, start_id=None):
+def vocabulary_of(tok: Tokenizer, start_id: int | None = None) -> Vocabulary:
     """The Vocabulary of a tokenizer. start_id: None is padding's, as T5's decoders begin."""
     is_text = np.zeros(tok.n_vocab, bool)
     begins_word = np.ones(tok.n_vocab, bool)  # as special tokens do
@@ -66,7 +75,7 @@ def vocabulary_of(tok, start_id=None):
     )
 
 
-def continues_word(token):
+def continues_word(token: bytes) -> bool:
     """Whether a token (bytes) is a part of the word that it stands behind: it begins with a letter,
     or within a character."""
     if token and token[0] >= 0x80:  # not ASCII: perhaps only some bytes of a character
@@ -76,7 +85,7 @@ def continues_word(token):
     return token[:1].isalpha()
 
 
-def with_mask_token(tok):
+def with_mask_token(tok: Tokenizer) -> Tokenizer:
     """A tokenizer that has a mask token: this one, or a copy with [MASK] behind its last token. The
     mask takes the white space before it away, as RoBERTa's: " of" is one token, blank and all."""
     if tok.mask_id is not None:
@@ -84,14 +93,14 @@ def with_mask_token(tok):
     return tok.with_added(["[MASK]"], {"mask_token": "[MASK]"}, lstrip=True)
 
 
-def with_sentinels(tok, n):
+def with_sentinels(tok: Tokenizer, n: int) -> Tokenizer:
     """A tokenizer that has n sentinels at least, and T5's number if it had none."""
     if len(tok.sentinel_ids) >= n:
         return tok
     return tok.with_added([f"<extra_id_{i}>" for i in range(max(n, N_SENTINELS))])
 
 
-def with_tokens_of(objective, tok, seq_len, mask_rate):
+def with_tokens_of(objective: str, tok: Tokenizer, seq_len: int, mask_rate: float) -> Tokenizer:
     """The tokenizer with the tokens that a new network of this objective needs."""
     if objective == "mlm":
         return with_mask_token(tok)
@@ -100,12 +109,12 @@ def with_tokens_of(objective, tok, seq_len, mask_rate):
     return tok
 
 
-def n_noise_tokens(n_tokens, mask_rate):
+def n_noise_tokens(n_tokens: int, mask_rate: float) -> int:
     """How many of n_tokens, 2 at least, are cut out."""
     return min(max(round(n_tokens * mask_rate), 1), n_tokens - 1)
 
 
-def n_of_spans(n_noise, n_tokens):
+def n_of_spans(n_noise: int, n_tokens: int) -> int:
     """In how many spans: between any two of them a token is left."""
     return min(max(round(n_noise / SPAN_LENGTH), 1), n_tokens - n_noise)
 
@@ -124,7 +133,7 @@ class Objective:
     mask_rate: float = 0.15  # the part of a window's tokens that is hidden
     whole_words: bool = False  # mlm: all tokens of a word are hidden together, or none
 
-    def check(self, seq_len):
+    def check(self, seq_len: int) -> None:
         """Refuse a tokenizer that lacks a token, or windows too short for a span."""
         v = self.vocabulary
         if self.name == "mlm" and v.mask_id is None:
@@ -147,7 +156,7 @@ class Objective:
         if v.start_id is None or v.end_id is None:
             raise UserError("--objective=span: the tokenizer has no pad_token, or no end token")
 
-    def n_targets(self, n_tokens):
+    def n_targets(self, n_tokens: int) -> int:
         """The targets of a window of so many tokens."""
         if self.name == "mlm":
             return max(1, round(n_tokens * self.mask_rate))
@@ -156,7 +165,7 @@ class Objective:
             return n_noise + n_of_spans(n_noise, n_tokens) + 1  # a sentinel before each, the end
         return n_tokens
 
-    def flops_per_token(self, c, n_tokens):
+    def flops_per_token(self, c: GPTConfig, n_tokens: int) -> float:
         """FLOPs of training on a token of windows of so many; of spans, on the source and target
         that are made of them."""
         if self.name != "span":
@@ -165,7 +174,7 @@ class Objective:
         n_kept = n_tokens - n_noise + n_of_spans(n_noise, n_tokens) + 1
         return sequence_flops(c, self.n_targets(n_tokens), n_kept) / n_tokens
 
-    def batch(self, windows, numbers):
+    def batch(self, windows: np.ndarray, numbers: list[int] | range) -> dict[str, Tensor]:
         """The network's arguments, {name: (B, length) int64 tensor on the host}, of windows
         (B, T + 1) int64, -100 where there is no token, and the number of each window."""
         if self.name == "causal":
@@ -174,12 +183,12 @@ class Objective:
         rows = [self.row(window[:-1], number) for window, number in zip(windows, numbers)]
         return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
-    def row(self, tokens, number):
+    def row(self, tokens: np.ndarray, number: int) -> dict[str, np.ndarray]:
         """The network's arguments, {name: (length,) int64}, of one window's tokens (T,)."""
         rng = np.random.default_rng([self.seed, number, MASKS])
         return self.mask(tokens, rng) if self.name == "mlm" else self.corrupt(tokens, rng)
 
-    def mask(self, tokens, rng):
+    def mask(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """ids (T,), targets (n,) and their places (n,) of tokens (T,): where one was chosen, the
         ids have the mask token, any other token, or (one in ten) itself, so that the network has to
         have an opinion of every token."""
@@ -192,7 +201,7 @@ class Objective:
         ids = np.where(is_replaced, others, ids)
         return {"ids": ids, "targets": tokens[chosen], "places": np.flatnonzero(chosen)}
 
-    def choose(self, tokens, rng):
+    def choose(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Which of tokens (T,) are targets of mlm: `n_targets` of them, bool (T,)."""
         v = self.vocabulary
         is_text = v.is_text[tokens]
@@ -210,7 +219,7 @@ class Objective:
             words = np.append(words, order[~is_word])
         return choose_words(first, words, len(tokens), n)
 
-    def corrupt(self, tokens, rng):
+    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """encoder_ids, ids and targets of tokens (T,): the encoder reads them with a sentinel in
         the place of each span that was cut out, and the decoder writes each sentinel and its
         span."""
@@ -226,12 +235,12 @@ class Objective:
         }
 
 
-def fills_gaps(c):
+def fills_gaps(c: GPTConfig) -> bool:
     """Whether the network of a GPTConfig tells what is hidden in a text, and not what follows."""
     return not c.causal or c.n_encoder_layer > 0
 
 
-def check_kind(objective, c):
+def check_kind(objective: str, c: GPTConfig) -> None:
     """Refuse an objective that has no meaning for the network of a GPTConfig."""
     has_encoder = c.n_encoder_layer > 0
     if objective == "mlm" and (c.causal or has_encoder):
@@ -246,14 +255,14 @@ def check_kind(objective, c):
         raise UserError(f"--objective=causal, but an encoder (causal=false) sees {why}: take mlm")
 
 
-def causal_batch(windows):
+def causal_batch(windows: np.ndarray) -> dict[str, Tensor]:
     """ids and targets (B, T) int64 of windows (B, T + 1): each token's target is the next."""
     windows = torch.from_numpy(windows)
     # Where there is no token, any will do: no target is there.
     return {"ids": windows[:, :-1].clamp(min=0), "targets": windows[:, 1:].contiguous()}
 
 
-def choose_words(first, order, n_tokens, n):
+def choose_words(first: np.ndarray, order: np.ndarray, n_tokens: int, n: int) -> np.ndarray:
     """Which of n_tokens tokens are chosen, (n_tokens,) bool, n of them: the words in this order,
     each where it still fits. Where none of those left fits, the next one is cut. first: where each
     word begins, ascending."""
@@ -277,7 +286,7 @@ def choose_words(first, order, n_tokens, n):
     return chosen
 
 
-def noise_mask(n_tokens, mask_rate, rng):
+def noise_mask(n_tokens: int, mask_rate: float, rng: np.random.Generator) -> np.ndarray:
     """Which of n_tokens tokens are cut out, (n_tokens,) bool: spans of random lengths, of which the
     first does not begin the window and the last ends it (T5's random_spans_noise_mask)."""
     n_noise = n_noise_tokens(n_tokens, mask_rate)
@@ -288,13 +297,15 @@ def noise_mask(n_tokens, mask_rate, rng):
     return np.repeat(np.arange(2 * n_spans) % 2 == 1, lengths)
 
 
-def segments(n, n_segments, rng):
+def segments(n: int, n_segments: int, rng: np.random.Generator) -> np.ndarray:
     """n divided at random into n_segments lengths of 1 or more, every way as likely as another."""
     cuts = np.sort(rng.choice(n - 1, n_segments - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], cuts, [n])))
 
 
-def with_sentinel_spans(tokens, is_cut, sentinel_ids):
+def with_sentinel_spans(
+    tokens: np.ndarray, is_cut: np.ndarray, sentinel_ids: np.ndarray
+) -> np.ndarray:
     """tokens (T,) without those that are cut, the k-th span of which becomes the k-th sentinel."""
     begins = is_cut & ~np.append(False, is_cut[:-1])
     with_sentinels = tokens.copy()

@@ -3,9 +3,12 @@
 B rows of T tokens, C: n_embd, H: heads of queries, G: of keys and values, D: head_dim, S: tokens
 to look at, V: vocab_size."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +30,32 @@ from barelm.float8 import can_float8, float8_product
 from barelm.patterns import attention_mask, may_look
 from barelm.run import compute_dtype, in_full
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from barelm.patterns import Pattern
+    from model import GPTConfig
+
 GATED = ("swiglu", "geglu", "geglu_erf")  # MLPs with a third matrix
 
 
-def rms_norm(x, weight, eps):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019) of x (…, D) by weight (D,), or (H, D) for x (…, H, D)."""
     # Weights are float32 in training: without the cast, bfloat16 would become float32 here.
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)
 
 
-def rotate(x, rope):
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (j, j + D / 2) of x (B, T, H, D) by the angles rope, `rope_angles`'."""
     cos, sin = rope
     a, b = x.chunk(2, -1)  # (B, T, H, D / 2) each
     return x * cos + torch.cat((b, a), -1) * sin  # a cos - b sin, and b cos + a sin
 
 
-def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.0, sinks=None):
+def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = True,
+                            scale: float | None = None, softcap: float = 0.0,
+                            sinks: Tensor | None = None) -> Tensor:  # fmt: skip
     """softmax(q k^T / sqrt(D)) (B, H, T, S) float32: how much each token looks at each, by which
     `Operations.attend` weighs v. It takes the same q, k and mask, and O(T S) memory.
 
@@ -67,7 +79,7 @@ def attention_probabilities(q, k, mask=None, causal=True, scale=None, softcap=0.
     return torch.cat((scores, nothing), -1).softmax(-1)[..., :-1]
 
 
-def activation(kind, x, ops):
+def activation(kind: str, x: Tensor, ops: Operations) -> Tensor:
     """What an MLP of this kind does with each number x, a gated one with those of its gate."""
     if kind == "swiglu":
         return ops.silu(x)
@@ -87,7 +99,7 @@ class Operations:
     compares the two. `deterministic`: by barelm/invariant.py, so that a token's bits do not depend
     on what else is in the batch."""
 
-    def __init__(self, fast):
+    def __init__(self, fast: bool) -> None:
         self.fast = fast
         self.deterministic = False
         self.float8 = False  # the blocks' products in training, by barelm/float8.py
@@ -103,7 +115,7 @@ class Operations:
         self.head_piece: Callable = head_piece  # or that compiled
         self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
 
-    def project(self, x, *layers):
+    def project(self, x: Tensor, *layers: nn.Module) -> Tensor:
         """The outputs of linear layers that read the same x (…, C), side by side."""
         if self.deterministic:
             return invariant.project(x, layers)
@@ -119,26 +131,26 @@ class Operations:
             return layers[0](x)
         return torch.cat([layer(x) for layer in layers], -1)
 
-    def of_heads(self, tensor, dim=0):
+    def of_heads(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Of a tensor that has all heads along dim the part that this process computes with."""
         return tensor if self.heads is None else self.heads.of_heads(tensor, dim)
 
-    def all_heads(self, tensor):
+    def all_heads(self, tensor: Tensor) -> Tensor:
         """All heads' (H, …), of what this process has of its own."""
         return tensor if self.heads is None else self.heads.all_heads(tensor)
 
-    def own_heads(self, c):
+    def own_heads(self, c: GPTConfig) -> GPTConfig:
         """A GPTConfig with the heads of this process alone."""
         return c if self.heads is None else self.heads.of_config(c)
 
-    def rms_norm(self, x, weight, eps):
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if self.heads is not None:
             weight = self.heads.own(weight)
         if self.fast and can_fuse(x):
             return FusedRMSNorm.apply(x, weight, eps)
         return rms_norm(x, weight, eps)
 
-    def rotate(self, x, rope):
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         size = rope[0].shape[-1]
         if size < x.shape[-1]:  # the rest of the head knows no positions
             turned, rest = x.split((size, x.shape[-1] - size), -1)
@@ -147,14 +159,15 @@ class Operations:
             return FusedRotation.apply(x, *rope)
         return rotate(x, rope)
 
-    def swiglu(self, gate_up):
+    def swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up (Shazeer 2020), of both side by side (…, 2 n_hidden)."""
         if self.fast and can_fuse(gate_up):
             return FusedSwiGLU.apply(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return self.silu(gate) * up
 
-    def mask(self, pattern, positions, docs, alone=True, is_changed=False, key_positions=None):
+    def mask(self, pattern: Pattern, positions: Tensor, docs: Tensor | None, alone: bool = True,
+             is_changed: bool = False, key_positions: Tensor | None = None) -> Any:  # fmt: skip
         """What `attend` takes to let tokens at positions (B or 1, T) look at those at key_positions
         (B or 1, S), or where this is None at one another. alone: as `attention_mask` has it;
         is_changed: whether scores are more than products, too."""
@@ -166,7 +179,7 @@ class Operations:
             key_positions = positions
         return attention_mask(pattern, positions, key_positions, docs, alone=alone)
 
-    def seen_blocks(self, pattern, positions, docs):
+    def seen_blocks(self, pattern: Pattern, positions: Tensor, docs: Tensor | None) -> BlockMask:
         """The BlockMask of these; where there are no documents, the one that was made before."""
         if docs is not None:
             return block_mask(partial(may_look, pattern), positions, docs)
@@ -175,8 +188,10 @@ class Operations:
             self.block_masks[key] = block_mask(partial(may_look, pattern), positions)
         return self.block_masks[key]
 
-    def attend(self, q, k, v, mask=None, dropout=0.0, causal=True, scale=None, softcap=0.0,
-               sinks=None, reach=None):  # fmt: skip
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | SparseMask | None = None,
+               dropout: float = 0.0, causal: bool = True, scale: float | None = None,
+               softcap: float = 0.0, sinks: Tensor | None = None,
+               reach: int | None = None) -> Tensor:  # fmt: skip
         """softmax(q k^T / sqrt(D)) v (B, H, T, D), of q (B, H, T, D), k and v (B, G, S, D).
 
         mask: `attention_mask`'s, or a SparseMask, or numbers to add to the scores; where it is
@@ -198,8 +213,9 @@ class Operations:
             return blocked_attention(q, k, v, mask, scale, causal, reach)
         return plain(q, k, v, mask, sinks, dropout=dropout)
 
-    def plain_attend(self, q, k, v, mask=None, sinks=None, dropout=0.0, causal=True, scale=None,
-                     softcap=0.0):  # fmt: skip
+    def plain_attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+                     sinks: Tensor | None = None, dropout: float = 0.0, causal: bool = True,
+                     scale: float | None = None, softcap: float = 0.0) -> Tensor:  # fmt: skip
         """`attend` by torch's own, or where that lacks something by the formula."""
         if softcap or sinks is not None:
             p = attention_probabilities(q, k, mask, causal, scale, softcap, sinks)
@@ -226,16 +242,17 @@ class Operations:
         )
         return y.to(q.dtype)
 
-    def silu(self, x):
+    def silu(self, x: Tensor) -> Tensor:
         return invariant.silu(x) if self.deterministic else F.silu(x)
 
-    def gelu(self, x, approximate="tanh"):
+    def gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
         """By tanh, as GPT-2's, or exact ("none")."""
         if self.deterministic:
             return invariant.gelu(x, approximate)
         return F.gelu(x, approximate=approximate)
 
-    def cross_entropy(self, h, head, targets, logits, head_input):
+    def cross_entropy(self, h: Tensor, head: nn.Linear | None, targets: Tensor, logits: Callable,
+                      head_input: Callable) -> Tensor:  # fmt: skip
         """The sum of -log softmax(logits(h))[target], float32: h (N, C), targets (N,), -100 meaning
         none. The faster way makes head(head_input(h)) a piece at a time, and no `logits`; where
         there is more to the logits than that, head is None."""

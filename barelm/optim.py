@@ -3,9 +3,13 @@
 A new optimizer is a class here, an entry of MOMENTS, and a line in `make_optimizer`.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +19,13 @@ from barelm.muon import Muon
 from barelm.parts import part_like
 from barelm.patterns import Pattern, may_look
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim.adamw import AdamW
+
+    from barelm.mesh import Mesh, Sizes
+    from model import GPT, GPTConfig
 
 # The optimizers by name, and how many numbers each keeps a parameter.
 MOMENTS = {"muon": 1, "adamw": 2}
@@ -31,14 +42,16 @@ class StatePlan:
     narrow: bool = False  # gradients are kept in bfloat16
 
     @classmethod
-    def of(cls, mesh, zero=0, offload=False, narrow=False):
+    def of(
+        cls, mesh: Mesh, zero: int = 0, offload: bool = False, narrow: bool = False
+    ) -> StatePlan:
         """That of a run's Mesh, by train.py's keys."""
         alone = mesh.sizes.replica == 1
         if zero and (mesh.sizes.shard > 1 or mesh.sizes.tp > 1):
             raise UserError("zero=1: for --parallel=ddp without --tp: there the state is in parts")
         return cls(mesh.group_of("replica"), alone, bool(zero) and not alone, offload, narrow)
 
-    def make(self, kind, params, hyper, **options):
+    def make(self, kind: type, params: list, hyper: dict, **options: Any) -> torch.optim.Optimizer:
         """An optimizer of this kind with these hyperparameters."""
         if not self.zero:
             return kind(params, **hyper, **options)
@@ -48,8 +61,10 @@ class StatePlan:
         return ZeroRedundancyOptimizer(params, kind, process_group=self.group, **hyper)
 
 
-def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
-                   dtype=torch.float32, plan=StatePlan()):  # fmt: skip
+def make_optimizer(net: GPT, name: str = "muon", lr: float = 1e-3, weight_decay: float = 0.1,
+                   betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.95,
+                   dtype: torch.dtype = torch.float32,
+                   plan: StatePlan = StatePlan()) -> list:  # fmt: skip
     """A list of a network's optimizers: AdamW for all, or Muon, with products in `dtype`, for the
     blocks' matrices and AdamW for the rest. Each group keeps the peak as `initial_lr`. plan: who
     holds the state."""
@@ -73,7 +88,9 @@ def make_optimizer(net, name="muon", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95
     return optimizers
 
 
-def make_adamw(wide, narrow, lr, weight_decay, betas, plan=StatePlan()):
+def make_adamw(wide: list[nn.Parameter], narrow: list[nn.Parameter], lr: float, weight_decay: float,
+               betas: tuple[float, float],
+               plan: StatePlan = StatePlan()) -> list[AdamW]:  # fmt: skip
     """AdamW in a list, or none where nothing is to learn; `narrow` parameters do not decay."""
     groups = []
     for params in alike_divided(wide):
@@ -88,7 +105,7 @@ def make_adamw(wide, narrow, lr, weight_decay, betas, plan=StatePlan()):
     return [plan.make(torch.optim.AdamW, groups, hyper, fused=True)]
 
 
-def alike_divided(params):
+def alike_divided(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Parameters in lists of such as are divided over the same processes, or not at all: a fused
     step takes no others together."""
     lists = {}
@@ -97,7 +114,8 @@ def alike_divided(params):
     return list(lists.values())
 
 
-def make_muon(matrices, lr, momentum, weight_decay, dtype, plan=StatePlan()):
+def make_muon(matrices: list[nn.Parameter], lr: float, momentum: float, weight_decay: float,
+              dtype: torch.dtype, plan: StatePlan = StatePlan()) -> list[Muon]:  # fmt: skip
     """Muon in a list, or none."""
     if not matrices:
         return []
@@ -107,7 +125,7 @@ def make_muon(matrices, lr, momentum, weight_decay, dtype, plan=StatePlan()):
     return [plan.make(Muon, matrices, hyper, **options)]
 
 
-def split_parameters(net):
+def split_parameters(net: GPT) -> tuple[list, list, list]:
     """The parameters that learn: the blocks' matrices, and their stacks of matrices (experts); the
     embedding, the head and whatever else has two dimensions; norms and biases, which are not
     decayed."""
@@ -128,7 +146,7 @@ def split_parameters(net):
 # What is saved, and a resume
 
 
-def held_state(optimizer):
+def held_state(optimizer: torch.optim.Optimizer) -> dict:
     """What this process holds of an optimizer's state, {parameter: {name: tensor}}."""
     return getattr(optimizer, "optim", optimizer).state  # ZeRO's own is in its `optim`
 
@@ -138,7 +156,7 @@ ADAMW_NAMES = {"step", "exp_avg", "exp_avg_sq"}
 STATE_NAMES = {torch.optim.AdamW: ADAMW_NAMES, AdamWInParts: ADAMW_NAMES, Muon: {"momentum"}}
 
 
-def restore_optimizers(optimizers, saved, path):
+def restore_optimizers(optimizers: list, saved: list[dict], path: Path) -> None:
     """Put saved state_dicts into optimizers, whose settings stay this run's: its learning rate may
     be another. What does not fit the parameters is a UserError that begins with `path`."""
     wrong = UserError(f"{path}: its optimizers are not this run's: damaged, or foreign")
@@ -153,7 +171,9 @@ def restore_optimizers(optimizers, saved, path):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def divided_state(state, optimizer):
+def divided_state(
+    state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
     """A saved state with, of parameters that are divided, the parts of what it has of them."""
     params = []
     for group in optimizer.param_groups:
@@ -168,7 +188,7 @@ def divided_state(state, optimizer):
     return divided
 
 
-def fits_optimizer(state, optimizer):
+def fits_optimizer(state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> bool:
     """Whether a saved state, {number of a parameter: {name: tensor}}, is one of this optimizer."""
     params = []
     for group in optimizer.param_groups:
@@ -186,7 +206,7 @@ def fits_optimizer(state, optimizer):
     return True
 
 
-def same_kind(value, like):
+def same_kind(value: Tensor, like: Tensor) -> bool:
     """Whether a value is a plain tensor of the shape and dtype of the tensor `like`."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
         return False
@@ -211,7 +231,7 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_flops(device):
+def peak_flops(device: torch.device) -> float | None:
     """The device's peak rate in FLOP/s, or None for an unknown one."""
     if device.type != "cuda":
         return None
@@ -222,11 +242,11 @@ def peak_flops(device):
     return None
 
 
-def n_params(net):
+def n_params(net: GPT) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def n_active(net):
+def n_active(net: GPT) -> int:
     """How many parameters a token is computed with: of a layer's experts those that it is given
     to."""
     c = net.config
@@ -241,7 +261,7 @@ MLP_MATRICES = {"swiglu": 3, "geglu": 3, "geglu_erf": 3, "gelu": 2, "gelu_erf": 
 MLP_MATRICES |= {"relu": 2, "relu2": 2}
 
 
-def flops_per_token(c, seq_len, backward=True):
+def flops_per_token(c: GPTConfig, seq_len: int, backward: bool = True) -> float:
     """FLOPs per token in matrix products, a multiply and an add each counted (Kaplan et al. 2020);
     backward costs twice forward. Of an encoder-decoder: per token of a target of seq_len, behind a
     source of seq_len."""
@@ -249,7 +269,7 @@ def flops_per_token(c, seq_len, backward=True):
     return sequence_flops(c, seq_len, source_len, backward) / seq_len
 
 
-def sequence_flops(c, length, source_len=0, backward=True):
+def sequence_flops(c: GPTConfig, length: int, source_len: int = 0, backward: bool = True) -> int:
     """FLOPs of a row of `length` tokens, of an encoder-decoder behind a source of source_len."""
     forward = length * c.n_embd * c.vocab_size  # the head
     if c.mlm_head:
@@ -272,14 +292,14 @@ def sequence_flops(c, length, source_len=0, backward=True):
     return 3 * flops if backward else flops
 
 
-def attention_products(c, pattern, length):
+def attention_products(c: GPTConfig, pattern: Pattern, length: int) -> float:
     """Numbers that a token is multiplied with in attention: in q k^T, and its softmax times v.
     Biases of scores are looked up, not multiplied."""
     return 2 * c.head_dim * c.n_head * mean_keys(pattern, length)
 
 
 @lru_cache(1024)  # a run asks at each step
-def mean_keys(pattern, length):
+def mean_keys(pattern: Pattern, length: int) -> float:
     """Keys that a token of `length` is held against. Full attention counts as the whole square,
     causal or not, as is usual; others by what they see of what full attention would."""
     n = round(length)
@@ -297,7 +317,7 @@ def mean_keys(pattern, length):
     return length * n_seen / n_in_all
 
 
-def mlp_weights(c, layer):
+def mlp_weights(c: GPTConfig, layer: int) -> int:
     """Weights of a decoder layer's MLP that a token is multiplied with: where it has experts the
     router's, and those of the experts that the token is given to."""
     weights = MLP_MATRICES[c.mlp] * c.n_embd
@@ -307,7 +327,7 @@ def mlp_weights(c, layer):
     return c.n_experts * c.n_embd + n * weights * c.expert_hidden
 
 
-def mlp_numbers(c, layer):
+def mlp_numbers(c: GPTConfig, layer: int) -> int:
     """Numbers that a token leaves for backward in a decoder layer's MLP: before and behind the
     activation; of its experts each has its own, and what it reads and gives."""
     n = MLP_MATRICES[c.mlp] + 1
@@ -321,8 +341,10 @@ def mlp_numbers(c, layer):
 # Memory
 
 
-def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=False, moments=2,
-                    device_type="cpu", grad_bytes=4):  # fmt: skip
+def memory_estimate(c: GPTConfig, params: int, rows: int, seq_len: int,
+                    dtype: torch.dtype = torch.float32, recompute: int | bool = False,
+                    moments: int = 2, device_type: str = "cpu",
+                    grad_bytes: int = 4) -> tuple[int, int]:  # fmt: skip
     """Bytes that training needs, estimated: (parameters with gradients and optimizer state, and the
     head's piece; activations of a micro-batch of `rows`). moments: the optimizer's, a parameter;
     grad_bytes: a gradient's. recompute: so many blocks, the first ones, keep their input alone;
@@ -359,7 +381,8 @@ def memory_estimate(c, params, rows, seq_len, dtype=torch.float32, recompute=Fal
     return weights + head, rows * seq_len * (per_token + embedded)
 
 
-def held_bytes(net, optimizer="muon", sizes=None, zero=0, offload=False, grad_bytes=4):
+def held_bytes(net: GPT, optimizer: str = "muon", sizes: Sizes | None = None, zero: int = 0,
+               offload: bool = False, grad_bytes: int = 4) -> dict[str, float]:  # fmt: skip
     """Bytes that a process holds of a network from step to step, on the average of all: a dict of
     weights, gradients, the optimizer's state on its device, and state in the host's memory. sizes:
     a grid's (barelm.mesh.Sizes); None: one process."""
@@ -380,7 +403,7 @@ def held_bytes(net, optimizer="muon", sizes=None, zero=0, offload=False, grad_by
     }
 
 
-def block_bytes(c, pattern, seq_len, width, device_type):
+def block_bytes(c: GPTConfig, pattern: Pattern, seq_len: int, width: int, device_type: str) -> int:
     """Bytes that a token leaves in a block for backward, without the MLP's inside."""
     heads = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim  # q, k, v, and what attention gives
     # x and its sums and norms in float32, then what the products read.
@@ -391,7 +414,7 @@ def block_bytes(c, pattern, seq_len, width, device_type):
     return block + plain
 
 
-def probabilities_kept(pattern, seq_len, width):
+def probabilities_kept(pattern: Pattern, seq_len: int, width: int) -> int:
     """How many probabilities of a head BlockedAttention keeps of a token, on average."""
     reach = pattern.reach
     if reach is not None and 2 * reach < seq_len:
@@ -402,7 +425,7 @@ def probabilities_kept(pattern, seq_len, width):
     return max(128, 5 * seq_len // 8 if pattern.causal else seq_len)
 
 
-def score_bytes(c, n_keys, width):
+def score_bytes(c: GPTConfig, n_keys: int, width: int) -> int:
     """The same of the scores of all keys, where no kernel spares them: none does that caps them,
     has learned sinks, or learns what is added to them."""
     if c.softcap or c.sinks:  # in float32: before and behind tanh, and softmax; in v's dtype

@@ -1,15 +1,23 @@
 """Text that stands word for word in the training shards: the longest run of tokens of each text."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 GAP = 2**32 - 1  # behind every text and every piece of a shard: no id of a token
 PIECE = 1 << 20  # tokens of a shard looked through at once
 PARENT_SHIFT = np.uint64(32)  # a key of the trie: its parent's number, and a token in 32 bits
 
 
-def build_trie(tokens):
+def build_trie(tokens: np.ndarray) -> list[np.ndarray]:
     """The trie of all that begins somewhere in tokens (N,) uint64 and ends before a GAP: a list of
     levels. A level is a sorted array of parent * 2^32 + token, and a node's number is its index
     there."""
@@ -29,7 +37,7 @@ def build_trie(tokens):
         levels.append(keys)
 
 
-def walk(levels, ids):
+def walk(levels: list[np.ndarray], ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Walk a trie from all places of ids at once: for each of its levels, (the places from which it
     is reached, the nodes there)."""
     tokens = np.append(ids, GAP).astype(np.uint64)
@@ -44,7 +52,9 @@ def walk(levels, ids):
         yield starts, nodes
 
 
-def longest_runs(shards, texts, n):
+def longest_runs(
+    shards: list[np.ndarray], texts: list[np.ndarray], n: int
+) -> tuple[list[np.ndarray], np.ndarray]:
     """For each text, an array of ids: (which of its n-grams stand in the shards; the length of its
     longest run of tokens that does). The texts become a trie, 9 bytes for each of their tokens and
     each level; the shards, whatever their size, are read through once, a piece at a time."""
@@ -70,7 +80,8 @@ def longest_runs(shards, texts, n):
     return found_ngrams, np.array(longest)
 
 
-def draw_windows(shards, size, count, without, seed, where):
+def draw_windows(shards: list[np.ndarray], size: int, count: int, without: list[int], seed: int,
+                 where: Path | str) -> list[np.ndarray]:  # fmt: skip
     """`count` windows of `size` tokens from anywhere in the shards, without the ids `without`.
     where: the folder that an error names."""
     room = [max(0, len(shard) - size) for shard in shards]

@@ -8,8 +8,11 @@ All of it is torch's: DistributedDataParallel, fully_shard (FSDP2), parallelize_
 A parameter that is divided is a DTensor: see barelm/parts.py.
 """
 
+from __future__ import annotations
+
 import contextlib
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +23,18 @@ from barelm.adapters import NF4Linear
 from barelm.parts import is_divided
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
-def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float32):
+    from torch import Tensor, nn
+
+    from barelm.mesh import Mesh, Sizes
+    from model import GPT
+
+
+def parallelize(net: GPT, mesh: Mesh, compute_dtype: torch.dtype = torch.float32,
+                reduce_dtype: torch.dtype = torch.float32) -> GPT:  # fmt: skip
     """What the loop calls of a network that is on the host: net itself, divided in place, or in
     DistributedDataParallel; of one in stages its Pipeline. compute_dtype: in which the blocks'
     matrices are gathered; reduce_dtype: in which gradients are summed."""
@@ -60,19 +73,19 @@ def parallelize(net, mesh, compute_dtype=torch.float32, reduce_dtype=torch.float
     return network
 
 
-def exchange_narrow(group, bucket):
+def exchange_narrow(group: Any, bucket: Any) -> Any:
     """DistributedDataParallel's exchange of some gradients in bfloat16. (By its own name torch
     refuses it on CPUs, whose gloo can do it too.)"""
     return bf16_compress_hook(group, bucket)
 
 
-def keeps_narrow(sizes):
+def keeps_narrow(sizes: Sizes) -> bool:
     """Whether gradients of less than float32 are kept so, too. Those of DistributedDataParallel
     stay as wide as its parameters: they are narrow on their way alone."""
     return sizes.replica == 1 or needs_fully_shard(sizes)
 
 
-def narrow_gradients(net):
+def narrow_gradients(net: GPT) -> None:
     """Let gradients be added up, and kept, in bfloat16: half the memory."""
 
     def narrow(p):
@@ -84,13 +97,15 @@ def narrow_gradients(net):
             p.register_post_accumulate_grad_hook(narrow)
 
 
-def needs_fully_shard(sizes):
+def needs_fully_shard(sizes: Sizes) -> bool:
     """Whether fully_shard exchanges the gradients. DistributedDataParallel knows no parameter that
     is divided for tensor parallelism: its copies are then those of a grid of one part each."""
     return sizes.shard > 1 or (sizes.tp > 1 and sizes.replica > 1)
 
 
-def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
+def fully_sharded(
+    net: GPT, blocks: list, mesh: Mesh, compute_dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> None:
     """Divide each block's parameters, and all others of net together, over mesh.shard_mesh; a
     block's are whole while it computes (Rajbhandari et al. 2020, stage 3)."""
     from torch.distributed.fsdp import (
@@ -120,7 +135,7 @@ def fully_sharded(net, blocks, mesh, compute_dtype, reduce_dtype):
             setattr(net, name, outermost(plain, getattr(net, name), begun))
 
 
-def widen_norms(block):
+def widen_norms(block: nn.Module) -> None:
     """Let LayerNorms compute in the dtype of what they read, whatever their weights come in: torch
     takes no narrower ones."""
     for module in block.modules():
@@ -128,13 +143,13 @@ def widen_norms(block):
             module.forward = partial(layer_norm, module)
 
 
-def layer_norm(module, x):
+def layer_norm(module: nn.Module, x: Tensor) -> Tensor:
     weight = module.weight.to(x.dtype)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
-def outermost(plain, gathering, begun):
+def outermost(plain: Callable, gathering: Callable, begun: list) -> Callable:
     """Of methods that call each other the one that is called first: `gathering`, which begins
     FSDP's forward; within it another one, `plain`, ends nothing. begun: what they share."""
 
@@ -150,7 +165,7 @@ def outermost(plain, gathering, begun):
     return method
 
 
-def pack_as_parameters(net):
+def pack_as_parameters(net: GPT) -> bool:
     """Make parameters of the codes and scales of layers in 4 bits, which are divided as such:
     whether there are any."""
     layers = [layer for layer in net.modules() if isinstance(layer, NF4Linear)]
@@ -162,7 +177,7 @@ def pack_as_parameters(net):
     return bool(layers)
 
 
-def blocks_of(net):
+def blocks_of(net: GPT) -> list:
     """The blocks of a network, an encoder's among them."""
     blocks = list(net.model.layers)
     if net.config.is_seq2seq:
@@ -171,7 +186,7 @@ def blocks_of(net):
 
 
 @contextlib.contextmanager
-def whole_weights(net):
+def whole_weights(net: GPT) -> Iterator[None]:
     """Each process has all of a fully sharded network in this context, to generate by itself; all
     processes enter it. Another network is as it always is."""
     parts = sharded_modules(net)
@@ -186,14 +201,14 @@ def whole_weights(net):
             part.reshard()
 
 
-def divide_again(net):
+def divide_again(net: GPT) -> None:
     """Take back what the last forward without a backward has left whole: then the parameters are
     parts once more."""
     for part in sharded_modules(net):
         part.reshard()
 
 
-def sharded_modules(net):
+def sharded_modules(net: GPT) -> list:
     """The modules whose parameters fully_shard has divided."""
     if not is_divided(next(net.parameters())) and not hasattr(net, "reshard"):
         return []
@@ -203,7 +218,7 @@ def sharded_modules(net):
 
 
 @contextlib.contextmanager
-def shortened(net, device):
+def shortened(net: GPT, device: torch.device) -> Iterator[GPT]:
     """As few blocks of a network as there are kinds, on the device: to try there what the whole,
     which no process may hold, will be computed by."""
     c = net.config
@@ -221,7 +236,7 @@ def shortened(net, device):
             part.layers = blocks
 
 
-def exchanging(network, sizes, is_last):
+def exchanging(network: GPT, sizes: Sizes, is_last: bool) -> AbstractContextManager:
     """The context of a micro-batch's forward and backward; is_last: of the step. Copies exchange
     their gradients once a step. Parts do with every micro-batch, or each process would hold the
     whole of them in between."""
@@ -234,7 +249,7 @@ def exchanging(network, sizes, is_last):
     return contextlib.nullcontext()
 
 
-def check_divided(net, dtype, sizes):
+def check_divided(net: GPT, dtype: torch.dtype, sizes: Sizes) -> None:
     """Refuse what cannot be computed by parts."""
     if sizes.pp > 1:
         from barelm.pipeline import refuse_pipeline

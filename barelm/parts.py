@@ -2,39 +2,50 @@
 
 `local_part` is what this process holds of one, and `whole_tensor` what all hold together."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
 
 from barelm.devices import wide_dtype, widen
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
-def is_divided(tensor):
+    from torch import Tensor, nn
+
+    from barelm.mesh import Mesh
+
+
+def is_divided(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which this process holds a part."""
     return hasattr(tensor, "device_mesh")
 
 
-def is_narrow(grad):
+def is_narrow(grad: Tensor) -> bool:
     """Whether a gradient has less than float32's precision."""
     return grad is not None and grad.dtype == torch.bfloat16
 
 
-def local_part(tensor):
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; of one that is not divided, itself."""
     return tensor.to_local() if is_divided(tensor) else tensor
 
 
-def whole_tensor(tensor):
+def whole_tensor(tensor: Tensor) -> nn.Parameter:
     """All of a tensor, on every process: all of them call it."""
     return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
-def on_host(tensor, is_main):
+def on_host(tensor: Tensor, is_main: bool) -> Tensor | None:
     """All of a tensor on the main process's host, None on the others: all processes call it."""
     whole = whole_tensor(tensor.detach())
     return whole.cpu() if is_main else None
 
 
-def state_on_host(value, is_main):
+def state_on_host(value: Any, is_main: bool) -> Any:
     """A state, dicts and lists around tensors, with each tensor as `on_host` gives it."""
     if isinstance(value, torch.Tensor):
         return on_host(value, is_main)
@@ -45,7 +56,7 @@ def state_on_host(value, is_main):
     return value
 
 
-def part_like(whole, like):
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that a process holds of `like`, of whose shape it is; the whole
     one where `like` is not divided."""
     if not is_divided(like):
@@ -57,7 +68,7 @@ def part_like(whole, like):
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def gradient_part(p):
+def gradient_part(p: Tensor) -> Tensor:
     """What this process holds of a parameter's gradient, divided as the parameter is, and in its
     dtype."""
     grad = p.grad
@@ -66,7 +77,7 @@ def gradient_part(p):
     return local_part(grad).to(p.dtype)
 
 
-def n_holders(tensor, mesh):
+def n_holders(tensor: Tensor, mesh: Mesh) -> int:
     """How many processes hold the same part of a parameter as this one. Some parameters are held
     by several stages of a pipeline, as barelm/pipeline.py notes on them."""
     holders = mesh.sizes.replica * mesh.sizes.shard * mesh.sizes.tp
@@ -78,7 +89,7 @@ def n_holders(tensor, mesh):
     return holders
 
 
-def sum_partial_gradients(params):
+def sum_partial_gradients(params: Iterable) -> None:
     """Add up the gradients of which each process has a part: of what all have, and compute with
     their own heads alone (q_norm, k_norm, sinks, the table of relative positions, a single head of
     keys and values). FSDP has done so by itself."""
@@ -87,7 +98,7 @@ def sum_partial_gradients(params):
             p.grad = p.grad.redistribute(placements=p.placements)
 
 
-def global_norm(params, mesh):
+def global_norm(params: Sequence, mesh: Mesh) -> Tensor:
     """The norm of the gradients of a network that is divided in any way, a 0-dim tensor that all
     processes have: squares of what each holds, over how many hold the same."""
     device = mesh.run.device
@@ -104,7 +115,7 @@ def global_norm(params, mesh):
     return total.sqrt().float()
 
 
-def clip_gradients(params, grad_clip, mesh):
+def clip_gradients(params: Sequence, grad_clip: float, mesh: Mesh) -> Tensor:
     """Clip gradients that are divided, or narrower than their parameters, to this norm (0: leave
     them); their norm before."""
     sum_partial_gradients(params)

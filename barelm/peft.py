@@ -1,8 +1,11 @@
 """LoRA adapters in PEFT's format, read: what adapter_config.json may say, and the products added to
 the weights of a network. checkpoint.py finds the base; adapters.py holds what is trained."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +15,14 @@ from barelm.run import UserError
 from barelm.safetensors import check_finite, read_safetensors
 from barelm.shapes import LARGEST
 from barelm.tensor_names import names_in_file, parted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from barelm.tensor_names import TensorNames
+    from model import GPT
 
 # Of an adapter_config.json: what may be anything, since it changes no product or is checked apart.
 NOTES = {
@@ -47,7 +58,7 @@ EXACT = {
 # adapter_config.json
 
 
-def read_adapter_config(path):
+def read_adapter_config(path: Path) -> dict:
     """An adapter_config.json as a dict; a UserError where it is no plain LoRA's."""
     d = read_json(path)
     named = d.get("base_model_name_or_path")
@@ -64,7 +75,7 @@ def read_adapter_config(path):
     return d
 
 
-def check_numbers(path, d):
+def check_numbers(path: Path, d: dict) -> None:
     """Refuse ranks and alphas, of all layers or of those that a pattern names, that are no numbers
     or have no product."""
     ranks = read_patterns(path, d, "rank_pattern")
@@ -78,7 +89,7 @@ def check_numbers(path, d):
             raise UserError(f"{path}: lora_alpha={alpha!r:.60}: {why}")
 
 
-def read_patterns(path, d, key):
+def read_patterns(path: Path, d: dict, key: str) -> dict:
     """{regular expression: value} of an adapter_config.json's rank_pattern or alpha_pattern."""
     patterns = {} if d.get(key) is None else d[key]
     if not isinstance(patterns, dict):
@@ -88,7 +99,7 @@ def read_patterns(path, d, key):
     return patterns
 
 
-def check_pattern(path, pattern):
+def check_pattern(path: Path, pattern: str) -> None:
     """Refuse what is no regular expression, or repeats a group, which may take for ever."""
     try:
         re.compile(pattern)
@@ -98,7 +109,7 @@ def check_pattern(path, pattern):
         raise UserError(f"{path}: {pattern!r:.60}: a repeated group is not supported")
 
 
-def of_pattern(patterns, name, usual):
+def of_pattern(patterns: dict, name: str, usual: float) -> float:
     """What patterns, {regular expression: value}, have for a layer's name, or for what follows a
     dot in it; `usual` where none matches. As in PEFT the first that matches counts."""
     for pattern, value in (patterns or {}).items():
@@ -121,7 +132,7 @@ class Pair:
     B: torch.Tensor  # (out, rank)
 
 
-def add_lora(net, folder, base, d):
+def add_lora(net: GPT, folder: Path, base: Path, d: dict) -> None:
     """Add to the weights of a network, that of the folder `base`, the products of the adapter in
     `folder`, in place. d: what read_adapter_config gave."""
     path = folder / "adapter_config.json"
@@ -146,7 +157,7 @@ def add_lora(net, folder, base, d):
             check_finite(file, {pair.key: p}, p.dtype)
 
 
-def adapter_names(table, weights):
+def adapter_names(table: TensorNames, weights: dict[str, nn.Parameter]) -> dict[str, list[str]]:
     """{a weight's name in an adapter: those of ours that it holds}: as the base's file has it, and
     as transformers' AutoModel does, without the prefix."""
     names = names_in_file(weights, table)
@@ -156,7 +167,7 @@ def adapter_names(table, weights):
     return names | short
 
 
-def read_pairs(folder, file):
+def read_pairs(folder: Path, file: Path) -> list[Pair]:
     """The [Pair] of an adapter's file, whose matrices are finite."""
     tensors, _ = read_safetensors(file)
     others = {key: key.replace("lora_A", "lora_B") for key in tensors if ".lora_A.weight" in key}
@@ -174,7 +185,7 @@ def read_pairs(folder, file):
     return pairs
 
 
-def check_fit(folder, base, pair, targets):
+def check_fit(folder: Path, base: Path, pair: Pair, targets: list[nn.Parameter]) -> None:
     """Refuse a pair whose product has not the shape of the weights that it is for."""
     fits = targets and pair.A.ndim == 2 and targets[0].shape[1] == pair.A.shape[1]
     if not fits or pair.B.shape != (sum(len(p) for p in targets), len(pair.A)):

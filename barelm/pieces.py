@@ -3,8 +3,11 @@
 Weights beyond 5 GB come in several files with an index. The names of these have the step in them,
 so that the files of two steps never mix: the index, which is renamed last, names those of one."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +19,12 @@ from barelm.safetensors import INDEX, write_header, write_tensor
 from barelm.sharded import StepReader
 from barelm.tensor_names import names_in_file, tensors_in_file
 from barelm.weights import saved_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from barelm.tensor_names import TensorNames
+
 
 PIECE = 5 * 10**9  # bytes of a file, as transformers has long cut them
 WHOLE = "model.safetensors"
@@ -30,11 +39,11 @@ class Group:
     entries: dict[str, torch.Tensor]  # theirs, on meta
 
     @property
-    def n_bytes(self):
+    def n_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.entries.values())
 
 
-def write_model(step_folder, folder, step):
+def write_model(step_folder: Path, folder: Path, step: int) -> None:
     """Write the model of a step's folder into another one, or over the model of an earlier step
     there. Killed at any moment, it leaves the one or the other."""
     step_folder, folder = Path(step_folder), Path(folder)
@@ -63,7 +72,7 @@ def write_model(step_folder, folder, step):
     remove_pieces(folder, but=set(files.values()))
 
 
-def copy_file(source, target):
+def copy_file(source: Path, target: Path) -> None:
     """Copy a small file that is not there as it is."""
     data = source.read_bytes()
     if not target.is_file() or target.read_bytes() != data:
@@ -71,7 +80,7 @@ def copy_file(source, target):
             file.write(data)
 
 
-def groups_of(step_folder):
+def groups_of(step_folder: Path) -> tuple:
     """(the TensorNames of a model's files, its Groups in the order of the network)."""
     settings = read_json(step_folder / "config.json")
     net = empty_of_step(step_folder)
@@ -84,7 +93,7 @@ def groups_of(step_folder):
     return table, groups
 
 
-def cut(groups, piece):
+def cut(groups: list[Group], piece: float) -> list[list[Group]]:
     """The groups in lists of at most `piece` bytes; a larger group is a list of its own."""
     pieces = [[]]
     n_bytes = 0
@@ -97,7 +106,9 @@ def cut(groups, piece):
     return pieces
 
 
-def write_piece(path, groups, table, reader, step):
+def write_piece(
+    path: Path, groups: list[Group], table: TensorNames, reader: StepReader, step: int
+) -> None:
     """Write a safetensors file of these groups."""
     entries = {}
     for group in groups:
@@ -110,7 +121,7 @@ def write_piece(path, groups, table, reader, step):
                 write_tensor(file, t)
 
 
-def remove_pieces(folder, but):
+def remove_pieces(folder: Path, but: Iterable) -> None:
     """Remove the files of other steps, and their index where none is named in it."""
     if not but:
         (folder / INDEX).unlink(missing_ok=True)

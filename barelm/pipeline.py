@@ -13,6 +13,10 @@ n_stages micro-batches, and waits for (n_stages - 1) / (n_micro + n_stages - 1) 
 B rows of T tokens, C: n_embd, E: n_experts.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -27,11 +31,20 @@ from barelm.stages import stages_of
 from barelm.texts import Row
 from model import at_places, head
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from barelm.mesh import Mesh
+    from barelm.tokenizer import Tokenizer
+    from model import GPT, GPTConfig
+
 # --------------------------------------------------------------------------------------------------
 # Which stage has which blocks
 
 
-def refuse_pipeline(c, n_stages, deterministic=False):
+def refuse_pipeline(c: GPTConfig, n_stages: int, deterministic: bool = False) -> None:
     """Refuse what a pipeline cannot do. c: the network's GPTConfig."""
     if n_stages > c.n_layer:
         raise UserError(f"--pp={n_stages}: the network has {c.n_layer} blocks: --pp={c.n_layer}")
@@ -42,7 +55,7 @@ def refuse_pipeline(c, n_stages, deterministic=False):
         raise UserError(f"--pp={n_stages}: not with --deterministic, which has rows of its own")
 
 
-def keep_stage(net, index, n_stages):
+def keep_stage(net: GPT, index: Tensor, n_stages: int) -> GPT:
     """Take from a whole network, in place, what other stages have. What two stages need both keep:
     `shared_names`."""
     c = net.config
@@ -67,18 +80,18 @@ def keep_stage(net, index, n_stages):
     return net
 
 
-def drop(module, name):
+def drop(module: nn.Module, name: str) -> None:
     """Let a module go, if there is one of this name."""
     if name in module._modules:
         setattr(module, name, None)
 
 
-def last_needs_embedding(c):
+def last_needs_embedding(c: GPTConfig) -> bool:
     """Whether the last stage reads the embedding too: as its head, or of tokens further ahead."""
     return c.tie or c.mtp > 0
 
 
-def shared_names(c, n_stages):
+def shared_names(c: GPTConfig, n_stages: int) -> dict[str, list[int]]:
     """The parameters that several stages hold, and which: {name: [stage]}."""
     shared = {}
     if last_needs_embedding(c):
@@ -88,7 +101,7 @@ def shared_names(c, n_stages):
     return shared
 
 
-def shared_parameters(net, mesh):
+def shared_parameters(net: GPT, mesh: Mesh) -> list:
     """The parameters that this stage holds together with others: [(p, the group of the processes
     that hold it)]. All processes call it, behind what divides the parameters. Each gets what
     `n_holders` asks of it: how many stages have it."""
@@ -104,7 +117,7 @@ def shared_parameters(net, mesh):
     return shared
 
 
-def sum_shared(shared):
+def sum_shared(shared: list) -> None:
     """Sum the gradients of parameters that several stages hold, `shared_parameters`: the copies
     then stay the same."""
     sum_partial_gradients([p for p, _ in shared])
@@ -128,7 +141,9 @@ class Stage(nn.Module):
     It returns what the next stage takes; the last one the sum of the losses (), in training, or in
     eval mode what `score(net, h, batch)` makes of the states h: a row of figures (1, n)."""
 
-    def __init__(self, net, index, n_stages, dtype=torch.float32):
+    def __init__(
+        self, net: GPT, index: Tensor, n_stages: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.net = net
         self.dtype = dtype  # in which it computes
@@ -143,7 +158,9 @@ class Stage(nn.Module):
         self.n_expert_blocks = sum(c.has_experts)
         self.expert_blocks = slice(sum(c.has_experts[:begin]), sum(c.has_experts[:end]))
 
-    def forward(self, x, router_loss=None, *, ids, targets=None, docs=None, places=None):
+    def forward(self, x: Tensor, router_loss: Tensor | None = None, *, ids: Tensor,
+                targets: Tensor | None = None, docs: Tensor | None = None,
+                places: Tensor | None = None) -> Any:  # fmt: skip
         net = self.net
         with autocast(ids.device, self.dtype):
             ids, targets, positions, seen = self.read(ids, targets, docs)
@@ -168,7 +185,7 @@ class Stage(nn.Module):
             return x
         return x, router_loss
 
-    def read(self, ids, targets, docs):
+    def read(self, ids: Tensor, targets: Tensor, docs: Tensor) -> tuple:
         """(ids, targets, positions (B or 1, t), what `GPT.looks` is told besides) of a micro-batch:
         where processes share windows (context_parallel.py) those of this process's t tokens."""
         if self.net.tokens is not None:
@@ -179,7 +196,8 @@ class Stage(nn.Module):
             positions = document_positions(positions, docs)
         return ids, targets, positions, {"docs": docs}
 
-    def loss(self, h, router_loss, ids, targets, docs, places):
+    def loss(self, h: Tensor, router_loss: Tensor | None, ids: Tensor, targets: Tensor,
+             docs: Tensor, places: Tensor | None) -> Tensor:  # fmt: skip
         """What `GPT.forward` gives of the final states h (B, T, C): a sum, () float32."""
         net = self.net
         c = net.config
@@ -195,7 +213,7 @@ class Stage(nn.Module):
             loss = loss + c.mtp_weight * (ahead - net.mtp_loss)
         return loss.float()
 
-    def add_routing(self, router_loss, x):
+    def add_routing(self, router_loss: Tensor, x: Tensor) -> Tensor:
         """The sum of the routers' losses, () float32, with those of this stage. net.routing becomes
         that of the whole network, (blocks with experts, E + 3), zeros where others have them."""
         c = self.net.config
@@ -216,11 +234,11 @@ class Whole(nn.Module):
     """A module within another, so that torch.distributed.pipelining sees no FSDP nor DDP in it: of
     these it would wait for gradients, where there are none."""
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
 
@@ -232,7 +250,7 @@ class Pipeline:
     """The stages of all processes of a pipeline as one network. All of them call each method
     together, with the same micro-batches: what a step has of them, one behind the other."""
 
-    def __init__(self, module, mesh):
+    def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self.submodule = module  # a Stage, or what wraps it
         self.stage = module.module if isinstance(module, DistributedDataParallel) else module
         self.net = self.stage.net
@@ -245,7 +263,7 @@ class Pipeline:
         self.scale = None  # of the losses of the step that is computed
         self.loss_sum = None
 
-    def step(self, batch, docs, n_micro, scale):
+    def step(self, batch: dict, docs: Tensor, n_micro: int, scale: float) -> Tensor:
         """Forward and backward of a step's n_micro micro-batches, {name: (n_micro B, ...)}; docs
         (n_micro B, T) or None. scale: the gradient is that of a summed loss times it.
 
@@ -262,7 +280,9 @@ class Pipeline:
         return torch.stack([self.loss_sum, self.stage.mtp_sum])
 
     @torch.no_grad()
-    def evaluate(self, batch, docs, n_micro, score, n_figures):
+    def evaluate(
+        self, batch: dict, docs: Tensor, n_micro: int, score: Callable, n_figures: int
+    ) -> Tensor:
         """The figures (n_micro, n_figures) float64 that score(net, h, batch) -> (1, n_figures)
         gives of each micro-batch's final states h (B, T, C), zeros but on the last stage. The
         network is in eval mode."""
@@ -276,12 +296,13 @@ class Pipeline:
         return figures
 
     @torch.no_grad()
-    def generate(self, tok, prompt, seq_len, max_new_tokens, **filters):
+    def generate(self, tok: Tokenizer, prompt: list[int], seq_len: int, max_new_tokens: int,
+                 **filters: Any) -> str:  # fmt: skip
         """The text that continues a prompt, a list of ids, in a window of seq_len tokens: as
         `model.generate` gives it, seed 0. There is no cache: every token takes a pass of the whole
         window, which costs less than the validation before it."""
         ids = prompt[-(seq_len - 1) :]
-        row = Row(tok, min(max_new_tokens, seq_len - len(ids)), ())
+        row = Row(tok, min(max_new_tokens, seq_len - len(ids)), [])
         uniform = draws(0, 0, row.limit).to(self.device)
         was_training = self.net.training
         self.net.eval()
@@ -300,7 +321,7 @@ class Pipeline:
         self.net.train(was_training)
         return row.out.text
 
-    def arguments(self, batch, docs):
+    def arguments(self, batch: dict, docs: Tensor) -> tuple:
         """The arguments of torch's schedules: what the first stage takes in the place of states,
         and what every stage is told by name."""
         kwargs = dict(batch)
@@ -309,7 +330,7 @@ class Pipeline:
         args = (batch["ids"],) if self.stage.is_first else ()
         return args, kwargs
 
-    def schedule(self, batch, n_micro, n_figures=0):
+    def schedule(self, batch: dict, n_micro: int, n_figures: int = 0) -> Any:
         """torch's schedule for batches of this shape. n_figures: of a micro-batch, without
         backward; 0: with it."""
         n_rows, T = batch["ids"].shape
@@ -324,7 +345,7 @@ class Pipeline:
                 self.schedules[key] = Schedule1F1B(stage, n_micro, loss, scale_grads=False)
         return self.schedules[key]
 
-    def make_stage(self, module, rows, T, n_figures=0):
+    def make_stage(self, module: nn.Module, rows: int, T: int, n_figures: int = 0) -> Any:
         """torch's stage, told of what shape all is that comes and goes, so that it need not try."""
         learns = n_figures == 0
 
@@ -350,7 +371,7 @@ class Pipeline:
             group=self.group,
         )
 
-    def scaled_loss(self, loss, targets):
+    def scaled_loss(self, loss: Tensor, targets: Tensor) -> Tensor:
         """What the last stage goes backward from."""
         self.loss_sum += loss.detach()
         return loss * self.scale

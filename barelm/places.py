@@ -1,9 +1,15 @@
 """Where the tokens of a text stand in it: what tagging words and finding answers rest on."""
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from barelm.tokenizer import Tokenizer
 
 
-def token_places(tok, text):
+def token_places(tok: Tokenizer, text: str) -> list[tuple[int, int, int]]:
     """[(id, begin, end)]: the tokens of a text, each with the characters text[begin:end] that it
     stands for; of none (a blank that is trimmed) begin is end."""
     # A normalizer is given a word at a time. Where it changes how long a word is, each of its

@@ -7,8 +7,11 @@
 One model for all: the constants below are the same for every network and mesh. barelm/published.py
 holds it against runs that were published; docs/parallel.md has the formulas."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from barelm.costs import MEMORY_GBS
 from barelm.footprint import Step, footprint, total_bytes
@@ -22,6 +25,12 @@ from barelm.optim import (
 )
 from barelm.run import UserError
 from barelm.traffic import WORDS, transfers
+
+if TYPE_CHECKING:
+    from barelm.footprint import Shapes
+    from barelm.goodput import Goodput
+    from barelm.traffic import Transfer
+    from model import GPTConfig
 
 # From the makers' data sheets: memory in GB; what a GPU sends to others of its machine in GB/s, in
 # one direction (NVLink, or PCIe); and to other machines (the usual network card beside each).
@@ -69,7 +78,7 @@ class Hardware:
     network: float  # bytes/s sent to other machines
 
     @staticmethod
-    def of(name, network=None):
+    def of(name: str, network: float | None = None) -> Hardware:
         """A GPU of PEAK_TFLOPS; network: bytes/s of its own to other machines."""
         usual = 1e9 * NETWORK_GBS.get(name, ETHERNET_GBS)
         return Hardware(
@@ -81,7 +90,7 @@ class Hardware:
             network or usual,
         )
 
-    def rate(self, transfer, local_world):
+    def rate(self, transfer: Transfer, local_world: int) -> float:
         """Bytes/s that a process sends for a Transfer. A ring over machines crosses them with the
         network cards of all members that stand on one."""
         if transfer.is_local(local_world):
@@ -105,7 +114,9 @@ class Software:
 # Seconds of a step
 
 
-def step_seconds(step, hardware, software=None):
+def step_seconds(
+    step: Step, hardware: Hardware, software: Software | None = None
+) -> dict[str, float]:
     """{what: seconds} of a step, which add up: products, attention, memory, what of the exchanges
     shows, bubble, optimizer."""
     software = software or Software()
@@ -134,12 +145,12 @@ def step_seconds(step, hardware, software=None):
     return total
 
 
-def exchanges_each(step, software):
+def exchanges_each(step: Step, software: Software) -> bool:
     """Whether gradients of copies are summed with every micro-batch."""
     return step.gathers and not software.sums_once
 
 
-def exchange_seconds(step, hardware, software):
+def exchange_seconds(step: Step, hardware: Hardware, software: Software) -> dict[str, float]:
     """{kind of Transfer: seconds} of a step, as if nothing else was done."""
     seconds = {}
     for kind, transfer in transfers(step).items():
@@ -152,7 +163,7 @@ def exchange_seconds(step, hardware, software):
     return seconds
 
 
-def sharded_seconds(step, seconds, software):
+def sharded_seconds(step: Step, seconds: dict[str, float], software: Software) -> float:
     """Seconds of a micro-batch's exchange of weights and gradients in parts; seconds: of each kind
     of exchange."""
     kinds = ["weights", "gradient parts"]
@@ -161,7 +172,7 @@ def sharded_seconds(step, seconds, software):
     return sum(seconds.get(kind, 0.0) for kind in kinds) / step.n_micro
 
 
-def compute_seconds(step, hardware, software):
+def compute_seconds(step: Step, hardware: Hardware, software: Software) -> dict[str, float]:
     """{products, attention, memory: seconds} of a micro-batch on the slowest stage."""
     last = step.sizes.pp - 1
     stages = [(n, i == last) for i, n in enumerate(step.blocks)]
@@ -169,7 +180,9 @@ def compute_seconds(step, hardware, software):
     return max(times, key=lambda parts: sum(parts.values()))
 
 
-def stage_seconds(step, hardware, software, n_blocks, has_head):
+def stage_seconds(
+    step: Step, hardware: Hardware, software: Software, n_blocks: int, has_head: bool
+) -> dict[str, float]:
     """`compute_seconds` of a stage with so many blocks."""
     c = step.config
     again = step.recompute / c.n_layer  # the part of the blocks that is computed twice
@@ -198,7 +211,7 @@ def stage_seconds(step, hardware, software, n_blocks, has_head):
     }
 
 
-def passed_bytes(step, software, again):
+def passed_bytes(step: Step, software: Software, again: float) -> float:
     """Bytes of memory that a micro-batch passes over in a block, beside its products: 30 numbers a
     width for two norms and two sums, 6 for each number of q and k, 9 or 6 for each of the MLP; a
     third of them forward."""
@@ -214,7 +227,7 @@ def passed_bytes(step, software, again):
     return step.tokens * 2 * numbers * times
 
 
-def optimizer_seconds(step, hardware):
+def optimizer_seconds(step: Step, hardware: Hardware) -> float:
     """Of the update: what AdamW reads and writes, 32 bytes a number with the norm of gradients;
     Muon's products."""
     sizes = step.sizes
@@ -232,19 +245,19 @@ def optimizer_seconds(step, hardware):
     return seconds + flops / (PRODUCTS.get(hardware.name, PRODUCTS_USUAL) * hardware.flops)
 
 
-def orthogonalize_flops(shape):
+def orthogonalize_flops(shape: tuple[int, int]) -> int:
     """Of five steps, each x x^T, its square, and the product with x (barelm/muon.py)."""
     *stack, rows, columns = shape
     m, n = sorted((rows, columns))
     return math.prod(stack) * 5 * (4 * m * m * n + 2 * m**3)
 
 
-def model_flops(step):
+def model_flops(step: Step) -> float:
     """FLOPs of a step as MFU counts them: nothing twice, full attention."""
     return flops_per_token(step.config, step.seq_len) * step.step_tokens
 
 
-def mfu_of(step, hardware, seconds):
+def mfu_of(step: Step, hardware: Hardware, seconds: float) -> float:
     return model_flops(step) / (seconds * step.sizes.world * hardware.flops)
 
 
@@ -255,7 +268,8 @@ def mfu_of(step, hardware, seconds):
 ENOUGH_TOKENS = 65536  # of a micro-batch: more at once are no faster
 
 
-def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wanted, **options):
+def best_step(config: GPTConfig, shapes: Shapes, hardware: Hardware, world: int, local_world: int,
+              windows: int, seq_len: int, wanted: dict, **options: Any) -> Step:  # fmt: skip
     """The Step of `windows` windows that takes the least time of those that fit the memory; wanted:
     {parallel, tp, pp, cp: what is asked for, or None}. options: of Step."""
     best = None
@@ -292,7 +306,7 @@ def best_step(config, shapes, hardware, world, local_world, windows, seq_len, wa
     return best[1]
 
 
-def fills_more(step, other):
+def fills_more(step: Step, other: Step) -> bool:
     """Whether a step is another one in larger micro-batches, up to ENOUGH_TOKENS: a kernel's launch
     takes time too, which `step_seconds` does not count."""
     same_mesh = (step.sizes, step.zero) == (other.sizes, other.zero)
@@ -300,7 +314,7 @@ def fills_more(step, other):
     return alike and other.tokens < step.tokens <= ENOUGH_TOKENS
 
 
-def refusal(hardware, world, windows, nearest):
+def refusal(hardware: Hardware, world: int, windows: int, nearest: float) -> str:
     """Why no mesh fits."""
     if nearest == math.inf:
         return f"no mesh of {world} devices divides a batch of {windows} windows: another devices="
@@ -310,7 +324,9 @@ def refusal(hardware, world, windows, nearest):
     )
 
 
-def grids(config, world, local_world, seq_len, wanted):
+def grids(
+    config: GPTConfig, world: int, local_world: int, seq_len: int, wanted: dict
+) -> list[tuple[Sizes, int]]:
     """[(Sizes, zero)] to try, the simplest first."""
     choices = []
     for tp in factors(world, wanted["tp"]):
@@ -331,20 +347,22 @@ def grids(config, world, local_world, seq_len, wanted):
     return choices
 
 
-def can_share(c, tp):
+def can_share(c: GPTConfig, tp: int) -> bool:
     """Whether tp processes can have as many heads and hidden units each."""
     shares_keys = c.n_kv_head == 1 or c.n_kv_head % tp == 0
     return c.n_head % tp == 0 and shares_keys and c.n_hidden % tp == 0
 
 
-def factors(n, wanted):
+def factors(n: int, wanted: dict | None) -> list[int]:
     """The powers of two that divide n, or what is asked for, if it does."""
     if wanted:
         return [wanted] if n % wanted == 0 else []
     return [2**i for i in range(10) if n % 2**i == 0]
 
 
-def kinds_of_copies(rest, tp, local_world, parallel, is_whole):
+def kinds_of_copies(
+    rest: int, tp: int, local_world: int, parallel: str | None, is_whole: bool
+) -> list[tuple[int, int, int]]:
     """[(copies, parts, zero)] of so many processes that hold a stage; is_whole: the network."""
     kinds = []
     per_machine = max(1, local_world // tp)
@@ -363,11 +381,11 @@ def kinds_of_copies(rest, tp, local_world, parallel, is_whole):
 # In words
 
 
-def in_gb(size):
+def in_gb(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def held_lines(step, hardware):
+def held_lines(step: Step, hardware: Hardware) -> list[str]:
     """What a device holds, by kind."""
     bytes_by_kind = footprint(step)
     kinds = ", ".join(f"{kind} {in_gb(size)}" for kind, size in bytes_by_kind.items() if size)
@@ -375,7 +393,7 @@ def held_lines(step, hardware):
     return [f"bytes of a device: {in_gb(total)} of {in_gb(hardware.memory)}: {kinds}"]
 
 
-def sent_lines(step, hardware):
+def sent_lines(step: Step, hardware: Hardware) -> list[str]:
     """What a device sends in a step, a line for each kind of parallelism."""
     software = Software()
     seconds = exchange_seconds(step, hardware, software)
@@ -391,7 +409,7 @@ def sent_lines(step, hardware):
     return lines
 
 
-def time_lines(step, hardware, parts):
+def time_lines(step: Step, hardware: Hardware, parts: dict[str, float]) -> list[str]:
     """How long a step takes, by what; MFU and the rate."""
     seconds = sum(parts.values())
     words = ", ".join(f"{what} {part:.3g}" for what, part in parts.items() if part)
@@ -403,7 +421,7 @@ def time_lines(step, hardware, parts):
     ]
 
 
-def save_seconds(step, machines, storage_gbs):
+def save_seconds(step: Step, machines: int, storage_gbs: float) -> float:
     """Seconds in which a checkpoint is written: weights and averages, of a network in parts by all
     machines together, else by one."""
     n = sum(math.prod(shape) for _, shape in step.shapes)
@@ -415,7 +433,7 @@ def save_seconds(step, machines, storage_gbs):
     return size / (1e9 * storage_gbs * writers)
 
 
-def failure_lines(step, share, seconds):
+def failure_lines(step: Step, share: Goodput, seconds: float) -> list[str]:
     """What failures cost, and how often to save. share: a Goodput; seconds: of a step."""
     every = save_every(share, seconds)
     minutes = share.interval / 60
@@ -426,6 +444,6 @@ def failure_lines(step, share, seconds):
     ]
 
 
-def save_every(share, seconds):
+def save_every(share: Goodput, seconds: float) -> int:
     """The best number of steps between saves, where a step takes so many seconds."""
     return max(1, round(share.interval / seconds))

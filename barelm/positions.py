@@ -2,18 +2,26 @@
 
 B rows, T queries, S keys, H heads, D: head_dim, C: n_embd."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from barelm.devices import wide_dtype
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model import GPTConfig
+
 # --------------------------------------------------------------------------------------------------
 # Rotary positions
 
 
-def rope_frequencies(c, device, theta=0.0):
+def rope_frequencies(c: GPTConfig, device: torch.device, theta: float = 0.0) -> Tensor:
     """Radians per position of each pair of dimensions (R / 2,) float32 (Su et al. 2021), R being
     the part of a head that is turned. theta: of another base, without rope_scaling."""
     size = rotary_size(c)
@@ -36,12 +44,12 @@ def rope_frequencies(c, device, theta=0.0):
     return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
-def rotary_size(c):
+def rotary_size(c: GPTConfig) -> int:
     """How many dimensions of a head are turned, an even number."""
     return round(c.head_dim * c.rope_fraction)
 
 
-def llama3_share(scaling, frequencies):
+def llama3_share(scaling: dict, frequencies: Tensor) -> Tensor:
     """How much of each frequency is kept: slow ones are divided, fast ones kept, those between
     blended."""
     low = scaling["low_freq_factor"]
@@ -50,7 +58,7 @@ def llama3_share(scaling, frequencies):
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
-def yarn_share(c, scaling, size, device):
+def yarn_share(c: GPTConfig, scaling: dict, size: int, device: torch.device) -> Tensor:
     """The same of YaRN (Peng et al. 2023, 3.2), whose blend is linear in the pair's number."""
     length = scaling["original_max_position_embeddings"]
 
@@ -71,7 +79,7 @@ def yarn_share(c, scaling, size, device):
     return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
 
-def rope_length(c):
+def rope_length(c: GPTConfig) -> float:
     """By how much YaRN lengthens turned queries and keys (3.4): the temperature of the softmax."""
     scaling = c.rope_scaling
     if not scaling or scaling["rope_type"] != "yarn":
@@ -88,7 +96,9 @@ def rope_length(c):
     return length(1.0)
 
 
-def rope_angles(c, positions, dtype, theta=0.0):
+def rope_angles(
+    c: GPTConfig, positions: Tensor, dtype: torch.dtype, theta: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(cos and cos, -sin and sin), each (B, T, 1, R), of the angles by which RoPE turns at
     positions (B, T): for the first half of the R dimensions and for the second."""
     # The angles are float32: bfloat16 has no whole numbers above 256.
@@ -108,14 +118,14 @@ def rope_angles(c, positions, dtype, theta=0.0):
 # Positions that are added
 
 
-def sinusoids(positions, size):
+def sinusoids(positions: Tensor, size: int) -> Tensor:
     """Fixed position embeddings (…, size): sines, then cosines (Vaswani et al. 2017, 3.5)."""
     exponents = torch.arange(0, size, 2, device=positions.device).float() / size
     angles = positions[..., None] / 10000.0**exponents
     return torch.cat((angles.sin(), angles.cos()), -1)[..., :size]
 
 
-def document_positions(positions, docs):
+def document_positions(positions: Tensor, docs: Tensor) -> Tensor:
     """Positions (B, T) that begin at 0 in each document of docs (B, T)."""
     begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0))  # a row's first is at 0 anyway
     return positions - (begins * positions).cummax(1).values
@@ -125,7 +135,7 @@ def document_positions(positions, docs):
 # Biases of scores
 
 
-def alibi_slopes(n_head, device=None):
+def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
     """(H,) float32, of Press et al. 2022 (3): 2^(-8 / H), its square, …; where H is no power of
     two, those of the power below, and then every second one of the power above."""
     below = 2 ** math.floor(math.log2(n_head))
@@ -136,13 +146,13 @@ def alibi_slopes(n_head, device=None):
     return torch.cat((slopes, between)).float()
 
 
-def alibi(positions, key_positions, slopes):
+def alibi(positions: Tensor, key_positions: Tensor, slopes: Tensor) -> Tensor:
     """Minus the distance, times each head's slope (H,): (B or 1, H, T, S) float32."""
     distance = (positions[:, :, None] - key_positions[:, None, :]).abs()  # (B or 1, T, S)
     return -slopes[:, None, None] * distance[:, None].float()
 
 
-def relative_bucket(distance, n_buckets, max_distance, causal):
+def relative_bucket(distance: Tensor, n_buckets: int, max_distance: int, causal: bool) -> Tensor:
     """The bucket 0 to n_buckets - 1 of each distance (key less query), int64: half of them for a
     distance each, half for ranges that grow to max_distance (Raffel et al. 2020, 2.1). Without
     causality keys behind a query have half of the buckets."""
@@ -160,7 +170,9 @@ def relative_bucket(distance, n_buckets, max_distance, causal):
     return bucket + distance.where(distance < exact, far.clamp(max=n - 1))
 
 
-def relative(positions, key_positions, table, c, causal):
+def relative(
+    positions: Tensor, key_positions: Tensor, table: Tensor, c: GPTConfig, causal: bool
+) -> Tensor:
     """T5's bias (B or 1, H, T, S) by a learned table (n_buckets, H)."""
     distance = key_positions[:, None, :] - positions[:, :, None]  # (B or 1, T, S)
     bucket = relative_bucket(distance, c.n_buckets, c.max_distance, causal)

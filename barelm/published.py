@@ -5,8 +5,11 @@
 Only what the sources say of a run goes in; the constants of barelm/plan.py are one set for all, of
 which two were found on the MPT runs alone."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +17,9 @@ from barelm.footprint import Step, planned_shapes
 from barelm.mesh import Sizes
 from barelm.plan import Hardware, Software, mfu_of, step_seconds
 from model import GPTConfig
+
+if TYPE_CHECKING:
+    from barelm.footprint import Shapes
 
 MPT = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
 IBM = "github.com/foundation-model-stack/fms-fsdp, README.md"
@@ -36,23 +42,26 @@ class Published:
     software: Software = field(default_factory=Software)
     network: float | None = None  # bytes/s of a device, where it is not the usual
 
-    def ours(self):
+    def ours(self) -> float:
         """Our seconds of a step."""
         hardware = Hardware.of(self.gpu, self.network)
         return sum(step_seconds(self.step, hardware, self.software).values())
 
-    def mfu(self, seconds):
+    def mfu(self, seconds: float) -> float:
         return mfu_of(self.step, Hardware.of(self.gpu), seconds)
 
 
-def gpt(n_layer, n_head, n_embd, vocab_size=51200, n_ctx=2048):
+def gpt(
+    n_layer: int, n_head: int, n_embd: int, vocab_size: int = 51200, n_ctx: int = 2048
+) -> GPTConfig:
     """A network of GPT-3's kind."""
     return GPTConfig(
         vocab_size, n_ctx, n_layer, n_head, n_embd, mlp="gelu", norm="layer", pos="learned"
     )
 
 
-def llama(n_layer, n_head, n_kv_head, n_embd, n_hidden, vocab_size, n_ctx):
+def llama(n_layer: int, n_head: int, n_kv_head: int, n_embd: int, n_hidden: int, vocab_size: int,
+          n_ctx: int) -> GPTConfig:  # fmt: skip
     return GPTConfig(
         vocab_size,
         n_ctx,
@@ -84,11 +93,12 @@ NETWORKS = {
 
 
 @cache
-def shapes(name):
+def shapes(name: str) -> Shapes:
     return planned_shapes(NETWORKS[name])
 
 
-def step_of(name, sizes, rows, n_micro, recompute=0.0, zero=0, grad_dtype=torch.float32):
+def step_of(name: str, sizes: Sizes, rows: int, n_micro: int, recompute: float = 0.0, zero: int = 0,
+            grad_dtype: torch.dtype = torch.float32) -> Step:  # fmt: skip
     """The Step of a network of NETWORKS; recompute: the part of its blocks."""
     c = NETWORKS[name]
     return Step(
@@ -104,13 +114,17 @@ def step_of(name, sizes, rows, n_micro, recompute=0.0, zero=0, grad_dtype=torch.
     )
 
 
-def by_rate(name, gpu, source, step, tokens, software=None):
+def by_rate(
+    name: str, gpu: str, source: str, step: Step, tokens: int, software: Software | None = None
+) -> Published:
     """A run of which the tokens that a device computes in a second are known."""
     seconds = step.step_tokens / (tokens * step.sizes.world)
     return Published(name, gpu, source, step, seconds, software or Software())
 
 
-def by_flops(name, gpu, source, step, tflops, software=None):
+def by_flops(
+    name: str, gpu: str, source: str, step: Step, tflops: int, software: Software | None = None
+) -> Published:
     """A run by its TFLOP/s a device as the Megatron papers count them, what is computed again
     included (Narayanan et al. 2021, equation 3)."""
     c = step.config
@@ -128,13 +142,15 @@ def by_flops(name, gpu, source, step, tflops, software=None):
     return Published(name, gpu, source, step, seconds, software or Software())
 
 
-def by_mfu(name, gpu, source, step, mfu, software):
+def by_mfu(
+    name: str, gpu: str, source: str, step: Step, mfu: float, software: Software
+) -> Published:
     seconds = 1.0
     hardware = Hardware.of(gpu)
     return Published(name, gpu, source, step, mfu_of(step, hardware, seconds) / mfu, software)
 
 
-def runs():
+def runs() -> list[Published]:
     """[Published]."""
     eager = Software(compiled=False)
     older = Software(flash=False, sums_once=True)  # how often interleaved: not said
@@ -186,7 +202,7 @@ def runs():
     ]  # fmt: skip
 
 
-def main():
+def main() -> None:
     for run in runs():
         ours = run.ours()
         off = 100 * (ours / run.seconds - 1)

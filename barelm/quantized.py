@@ -6,9 +6,12 @@ plain product is F.linear(x, dequantize(codes, scale)). `QuantizedProduct` has t
 `way` says which of them is taken.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import platform
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -16,8 +19,15 @@ import torch.nn.functional as F
 
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def quantize_weights(net, kind):
+    from torch import Tensor
+
+    from model import GPT
+
+
+def quantize_weights(net: GPT, kind: str) -> GPT:
     """Make the network's linear layers and experts int8 or int4, in place: the head too (a tied
     embedding then has the head's values), but not a classifier's, nor the routers."""
     if kind not in ("int8", "int4"):
@@ -39,7 +49,7 @@ def quantize_weights(net, kind):
     return net
 
 
-def tie_embedding(net, dtype):
+def tie_embedding(net: GPT, dtype: torch.dtype) -> None:
     """Make one of the embedding and the head, where the config ties them."""
     table = net.model.embed_tokens
     if net.config.tie and isinstance(net.lm_head, QuantizedLinear):
@@ -54,7 +64,7 @@ class QuantizedLinear(nn.Module):
     `int8_codes` and `int4_codes` return. A weight of zero, which pruning makes, stays exactly zero.
     On its own it computes the plain product; `QuantizedProduct` has faster ones."""
 
-    def __init__(self, layer, kind):
+    def __init__(self, layer: nn.Linear, kind: str) -> None:
         super().__init__()
         self.shape = layer.weight.shape
         make_codes = int8_codes if kind == "int8" else int4_codes
@@ -63,7 +73,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.bias = layer.bias
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         weight = dequantize(self.weight, self.scale)[:, : x.shape[-1]]
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x.float(), weight, bias).to(x.dtype)
@@ -73,7 +83,7 @@ class QuantizedStack(nn.Module):
     """A stack of matrices (E, out, in), experts', as codes like QuantizedLinear's. Called with a
     dtype it gives what they stand for; so does each of the functions that `unbind` gives."""
 
-    def __init__(self, stack, kind):
+    def __init__(self, stack: Tensor, kind: str) -> None:
         super().__init__()
         self.shape = stack.shape
         make_codes = int8_codes if kind == "int8" else int4_codes
@@ -81,17 +91,17 @@ class QuantizedStack(nn.Module):
         self.register_buffer("weight", torch.stack([weight for weight, _ in codes]))
         self.register_buffer("scale", torch.stack([scale for _, scale in codes]))
 
-    def matrix(self, e, dtype):
+    def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
         return dequantize(self.weight[e], self.scale[e])[:, : self.shape[2]].to(dtype)
 
-    def unbind(self):
+    def unbind(self) -> list[Callable]:
         return [functools.partial(self.matrix, e) for e in range(self.shape[0])]
 
-    def forward(self, dtype):
+    def forward(self, dtype: torch.dtype) -> Tensor:
         return torch.stack([matrix(dtype) for matrix in self.unbind()])
 
 
-def int8_codes(w):
+def int8_codes(w: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes (out, in) of w (out, in) and a scale a row (out,), its largest weight over 127."""
     scale = w.abs().amax(1).clamp(min=1e-30) / 127  # (out,); of a row of zeros no 0 / 0
     scale = scale.bfloat16()  # as the CPU's product takes it
@@ -99,7 +109,7 @@ def int8_codes(w):
     return codes, scale
 
 
-def int4_codes(w):
+def int4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of w (out, in), two a byte (out, in / 2) uint8, and for each group of 64 in a row a
     step and a middle (out, in / 64, 2), by which the group's minimum and maximum are kept: a weight
     is (code - 8) step + middle. Rows are padded to whole groups."""
@@ -120,19 +130,19 @@ def int4_codes(w):
     return pairs, torch.stack((step, middle), 2)
 
 
-def few_bits(step):
+def few_bits(step: Tensor) -> Tensor:
     """Positive steps as bfloat16, rounded up to 5 bits: the product of one and a whole number below
     8 has no more than bfloat16's 8 bits, so that it is exact."""
     fraction, exponent = torch.frexp(step)  # from 1/2 to 1
     return torch.ldexp((fraction * 32).ceil() / 32, exponent).bfloat16()
 
 
-def unpack_int4(codes):
+def unpack_int4(codes: Tensor) -> Tensor:
     """The codes (out, in) uint8 of two a byte (out, in / 2)."""
     return torch.stack((codes & 15, codes >> 4), 2).flatten(1)
 
 
-def dequantize(codes, scale):
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """The weights (out, in) float32 that a QuantizedLinear's codes stand for."""
     if codes.dtype == torch.int8:
         return codes.float() * scale.float()[:, None]
@@ -140,7 +150,7 @@ def dequantize(codes, scale):
     return ((unpack_int4(codes).float() - 8).unflatten(1, (-1, 64)) * step + middle).flatten(1)
 
 
-def quantized_product(x, codes, scale, bias):
+def quantized_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) times a quantized weight, plus bias, where no other layout of it is kept. A CPU's
     product for few rows takes bfloat16 and makes no copy of the weights."""
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
@@ -154,7 +164,7 @@ def quantized_product(x, codes, scale, bias):
     return shaped(y, x, bias)
 
 
-def unpacked_product(rows, codes, scale):
+def unpacked_product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """rows (N, in) times the whole weight in their dtype: (N, out)."""
     if codes.dtype == torch.int8:
         return F.linear(rows, codes.to(rows.dtype)) * scale.to(rows.dtype)
@@ -162,7 +172,7 @@ def unpacked_product(rows, codes, scale):
     return F.linear(rows, dequantize(codes, scale).to(rows.dtype))
 
 
-def shaped(y, x, bias):
+def shaped(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """y (N, out) as the outputs of x (..., in), plus bias."""
     y = y.view(*x.shape[:-1], y.shape[1])  # not -1: of no rows torch could not tell it
     return y if bias is None else y + bias.to(y.dtype)
@@ -180,7 +190,7 @@ ROUNDED_FROM = {  # rows from which on x is rounded too, by kind and by `largest
 }
 
 
-def way(kind, rows, device_type):
+def way(kind: str, rows: int, device_type: str) -> str:
     """The product of so many rows with a weight of this kind, int8 or int4, on this machine:
 
     rounded    both are rotated and rounded to bytes, row by row; bytes times bytes (oneDNN)
@@ -203,7 +213,7 @@ def way(kind, rows, device_type):
 
 
 @functools.cache
-def largest_code():
+def largest_code() -> int:
     """To what x may be rounded: 127 where this CPU multiplies bytes exactly (VNNI, AMX), 63 where
     it adds two products in 16 bits, which then overflow (AVX2's vpmaddubsw), 0 where oneDNN has no
     such product or a slow one (not x86)."""
@@ -222,7 +232,7 @@ def largest_code():
     return 0
 
 
-def has_int4():
+def has_int4() -> bool:
     """Whether the GPU has torch's int4 product: from compute capability 8.0 on."""
     return usable["int4"] and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -230,7 +240,7 @@ def has_int4():
 usable = {"int4": True, "compiled": True}  # on a GPU, until one of them failed
 
 
-def fall_back(name, error):
+def fall_back(name: str, error: Exception) -> None:
     """Say once that a way does not work here, and take the plain one from now on."""
     usable[name] = False
     message = str(error).strip() or type(error).__name__
@@ -247,13 +257,13 @@ class QuantizedProduct:
     keeps the weights in a layout of its own, a copy that is made when it is first taken; they must
     not change meanwhile."""
 
-    def __init__(self, codes, scale, bias):
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.codes = codes
         self.scale = scale
         self.bias = bias
         self.kind = "int8" if codes.dtype == torch.int8 else "int4"
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         chosen = way(self.kind, len(rows), x.device.type)
         if chosen == "rounded":
@@ -265,12 +275,12 @@ class QuantizedProduct:
         return quantized_product(x, self.codes, self.scale, self.bias)
 
     @functools.cached_property
-    def bytes(self):
+    def bytes(self) -> tuple[Tensor, Tensor]:
         """(weights, rotated, packed for oneDNN, scale (out,) float32)."""
         codes, scale = int8_codes(rotate(dequantize(self.codes, self.scale)))
         return pack_bytes(codes), scale.float()
 
-    def rounded(self, rows):
+    def rounded(self, rows: Tensor) -> Tensor:
         """(N, out) of rows (N, in), each rotated and rounded to `largest_code` levels on either
         side of zero, by its own largest value: it does not depend on the other rows."""
         weight, scale = self.bytes
@@ -281,12 +291,12 @@ class QuantizedProduct:
         return byte_product(codes, top + 1, weight, scale).mul_(step).to(rows.dtype)
 
     @functools.cached_property
-    def int4(self):
+    def int4(self) -> tuple[Tensor, Tensor] | None:
         """(codes, scale) of int4 in the layout of torch's product, or None where it has none."""
         pack = packed_int4 if self.codes.device.type == "cpu" else packed_int4_cuda
         return pack(self.codes, self.scale)
 
-    def by_int4(self, rows):
+    def by_int4(self, rows: Tensor) -> Tensor:
         """(N, out) of rows (N, in), in bfloat16 times int4."""
         codes, scale = self.int4
         multiply = torch.ops.aten._weight_int4pack_mm
@@ -299,7 +309,7 @@ class QuantizedProduct:
 GROUP = 64  # numbers that are rotated together
 
 
-def rotate(x):
+def rotate(x: Tensor) -> Tensor:
     """x (N, in) float32, padded with zeros to whole groups, each of which is multiplied by
     `rotation`. Rotated both, x and weights have the same product as before. But a network has
     channels a hundred times as large as the others, beside which all else would be rounded away:
@@ -309,7 +319,7 @@ def rotate(x):
 
 
 @functools.cache
-def rotation():
+def rotation() -> Tensor:
     """An orthogonal matrix (GROUP, GROUP): Hadamard's of 1 and -1, over its rows' length, with
     signs drawn for its rows, so that numbers of one sign do not add up in one place."""
     generator = torch.Generator().manual_seed(0)
@@ -321,12 +331,12 @@ def rotation():
         return signs * H / math.sqrt(GROUP)
 
 
-def pack_bytes(codes):
+def pack_bytes(codes: Tensor) -> Tensor:
     """int8 codes (out, in) in the layout that oneDNN likes best."""
     return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
 
-def byte_product(x, zero, weight, scale):
+def byte_product(x: Tensor, zero: int, weight: Tensor, scale: Tensor) -> Tensor:
     """x (N, in) int8 times `pack_bytes`'s weight, times scale (out,): (N, out) float32; the sums
     are exact. oneDNN is given x + zero, which is above 0, as uint8: CPUs multiply unsigned bytes by
     signed ones."""
@@ -337,7 +347,7 @@ def byte_product(x, zero, weight, scale):
     )
 
 
-def packed_int4(codes, scale):
+def packed_int4(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
     """(codes, scale) of int4 in the layout of torch's product on a CPU, which takes a multiple of
     16 rows; else None."""
     if len(codes) % 16:
@@ -348,7 +358,7 @@ def packed_int4(codes, scale):
     return packed, scale.transpose(0, 1).contiguous()
 
 
-def packed_int4_cuda(codes, scale):
+def packed_int4_cuda(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
     """The same for torch's product on a GPU ("tinygemm"), which takes a multiple of 8 rows."""
     if len(codes) % 8:
         return None
@@ -373,7 +383,7 @@ def packed_int4_cuda(codes, scale):
 COMPILED_ROWS = 8  # of x, each of which costs as many sums as there are weights
 
 
-def few_rows(rows, codes, scale):
+def few_rows(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """(N, out) of a few rows (N, in) times int8 codes, compiled to a kernel that reads the codes
     once, and writes no weights."""
     if not usable["compiled"]:
@@ -389,12 +399,12 @@ def few_rows(rows, codes, scale):
 
 
 @functools.cache
-def compiled_sums():
+def compiled_sums() -> Callable:
     """`sums`, compiled for whatever shapes."""
     return torch.compile(sums, dynamic=True)
 
 
-def sums(rows, codes, scale):
+def sums(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """rows (N, in) times codes (out, in), each row a sum of its own, in float32: (N, out)."""
     weight = codes.float()
     outputs = [(weight * row.float()).sum(1) for row in rows.unbind()]

@@ -7,15 +7,18 @@ As a script it is the process in which strangers' templates run (`Renderer` in c
 It reads a request a line and writes an answer a line, both JSON. It imports nothing of torch or of
 barelm: so it is ready in a tenth of a second, and has nothing in memory that is worth stealing."""
 
+from __future__ import annotations
+
 import json
 import signal
 import sys
 from datetime import datetime
 from functools import lru_cache, partial
+from typing import Any
 
 
 @lru_cache(8)
-def compile_template(text):
+def compile_template(text: str) -> Any:
     """A chat template in jinja2's sandbox, with what transformers lets a template use. What
     {% generation %} surrounds stands between two marks, generation_begin and generation_end."""
     # Not above: where this is the process, sys.path comes first.
@@ -55,12 +58,12 @@ def compile_template(text):
     return environment.from_string(text)
 
 
-def render_template(text, given):
+def render_template(text: str, given: dict) -> str:
     """The text that a chat template makes of its variables."""
     return compile_template(text).render(given)
 
 
-def limit_memory(n_bytes):
+def limit_memory(n_bytes: int) -> None:
     """No more memory than so many bytes for this process, on Linux: beyond is a MemoryError."""
     if sys.platform != "linux":  # elsewhere the limit is not kept, or there is none
         return
@@ -72,14 +75,14 @@ def limit_memory(n_bytes):
     resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
 
 
-def limit_seconds(seconds):
+def limit_seconds(seconds: float) -> None:
     """End this process after so many seconds of processor time, whatever it is at; 0: no limit.
     (An exception could be caught by the template's program, or come in the middle of C code.)"""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def answer_to(request):
+def answer_to(request: dict) -> dict:
     """The answer to a request {"template", "given", "room"}: {"text"}, {"limit"} or {"error"}."""
     try:
         text = render_template(request["template"], request["given"])
@@ -95,7 +98,7 @@ def answer_to(request):
     return {"text": text}
 
 
-def main():
+def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])  # -I and -S leave it without any package
     limit_memory(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks

@@ -6,17 +6,20 @@ Its count of restarts does not tell the starts apart, since each machine counts 
 (pytorch/pytorch#135712).
 """
 
+from __future__ import annotations
+
 import os
 import secrets
 import time
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
 
 USUAL = timedelta(minutes=30)  # how long processes wait for each other, where nothing says it
 
 
-def store_of_start(rank, world, timeout=None):
+def store_of_start(rank: int, world: int, timeout: timedelta | None = None) -> Any:
     """torchrun's store under a name of this start's own; None where there is no such store.
 
     The first process makes up the name. Each other one calls under its rank with a number that
@@ -38,7 +41,7 @@ def store_of_start(rank, world, timeout=None):
     return PrefixStore(f"barelm/{name}", store)
 
 
-def answer_all(store, name, world, timeout):
+def answer_all(store: Any, name: str, world: int, timeout: timedelta) -> None:
     """Answer every process's call with a name, until all have taken it."""
     give_up = time.monotonic() + timeout.total_seconds()
     answered = {}  # {rank: the call that was answered}; one of an earlier start may come first

@@ -4,6 +4,8 @@ A reward is a function (messages, text, answer) -> number: the conversation so f
 said, and the answer that the data has. One is named by a word, by a reward model's folder, or by
 FILE.py:function, a function of the user's own."""
 
+from __future__ import annotations
+
 import contextlib
 import inspect
 import math
@@ -12,6 +14,7 @@ import os
 import runpy
 import traceback
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,8 +23,11 @@ from barelm.examples import conversation_ids
 from barelm.run import UserError
 from barelm.tasks import gsm8k_answer, last_number
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def overlap(messages, text, answer):
+
+def overlap(messages: list[dict], text: str, answer: str) -> float:
     """F1 of the words of a text and of the answer that was expected."""
     # How often each word is there: one that is said twice counts twice.
     text_words = Counter(text.lower().split())
@@ -30,13 +36,13 @@ def overlap(messages, text, answer):
     return 2 * n_shared / max(1, text_words.total() + answer_words.total())
 
 
-def arithmetic(messages, text, answer):
+def arithmetic(messages: list[dict], text: str, answer: str) -> float:
     """1 where the text's last number is that of the answer, else 0."""
     number = last_number(text)
     return float(number is not None and number == last_number(answer))
 
 
-def gsm8k(messages, text, answer):
+def gsm8k(messages: list[dict], text: str, answer: str) -> float:
     """1 where the number behind the first #### (or, without that mark, the last one) is that of the
     answer, else 0."""
     number = gsm8k_answer(text)
@@ -46,7 +52,7 @@ def gsm8k(messages, text, answer):
 REWARDS = {"overlap": overlap, "arithmetic": arithmetic, "gsm8k": gsm8k}
 
 
-def open_reward(name, device):
+def open_reward(name: str, device: str) -> Callable:
     """The function (messages, text, answer) -> number that `name` stands for."""
     if name in REWARDS:
         return REWARDS[name]
@@ -59,7 +65,7 @@ def open_reward(name, device):
     return open_reward_model(name, device)
 
 
-def open_reward_model(folder, device):
+def open_reward_model(folder: str, device: str) -> Callable:
     """The score of a conversation by the reward model in a folder, as a reward."""
     net, tok = load(folder, device)
     if net.score is None or len(net.labels) != 1:
@@ -73,7 +79,7 @@ def open_reward_model(folder, device):
     return score
 
 
-def open_function(name, file, function_name):
+def open_function(name: str, file: str, function_name: str) -> Callable:
     """The function of this name that a file of the user's defines, if it fits a reward."""
     if not os.path.isfile(file):
         raise UserError(f"--reward={name}: no such file")
@@ -95,7 +101,7 @@ def open_function(name, file, function_name):
     return function
 
 
-def describe(error, file):
+def describe(error: BaseException, file: str) -> str:
     """One line on an exception: its kind, what it says, and the last line of `file` it came by."""
     frames = traceback.extract_tb(error.__traceback__)  # the outermost first
     lines = [frame.lineno for frame in frames if frame.filename == file]
@@ -104,7 +110,7 @@ def describe(error, file):
     return f"{type(error).__name__}: {text[:200]}{place}"
 
 
-def reward_of(function, name, prompt, text):
+def reward_of(function: Callable, name: str, prompt: dict, text: str) -> float:
     """The reward of an answer to a prompt, a dict with `messages`, `answer` and the `row` that it
     came from: a finite float, or a UserError that says what the function gave and where."""
     where = f"for {prompt.get('row', 'a prompt')}, where the model says {shorten(text)}"
@@ -122,20 +128,20 @@ def reward_of(function, name, prompt, text):
     return number
 
 
-def to_float(value):
+def to_float(value: object) -> float:
     """A number of Python's, numpy's or torch's as a float; NaN of anything else."""
     if inspect.iscoroutine(value):
         value.close()  # or Python would warn that nobody has awaited it
     try:
         number = value.item() if hasattr(value, "item") else value  # numpy's and torch's
         if isinstance(number, numbers.Number):
-            return float(number)
+            return float(number)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, RuntimeError):  # of several elements, complex
         pass
     return math.nan
 
 
-def shorten(value):
+def shorten(value: object) -> str:
     """A value as a line shows it."""
     text = " ".join(repr(value).split())
     if len(text) <= 60:

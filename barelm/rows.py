@@ -1,13 +1,19 @@
 """Rows: of a task's files, here or on the Hub, and the documents of a text."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from barelm.download import HUB, download
 from barelm.files import JSONL, file_ending, parse_json, read_input, read_json
 from barelm.run import UserError
 from barelm.tasks import ROW_ERRORS
+
+if TYPE_CHECKING:
+    from barelm.tasks import Task
 
 ROW_FILES = (*JSONL, ".json", ".parquet")
 # What the words in a file's path say of its rows; of a path with none of them, they are questions.
@@ -15,7 +21,7 @@ ROW_KINDS = dict.fromkeys(("train", "dev", "shots", "prompt"), "examples")
 ROW_KINDS |= dict.fromkeys(("validation", "valid", "val"), "validation")
 
 
-def find_rows(task, folder):
+def find_rows(task: Task, folder: str) -> tuple[list[dict], list[dict]]:
     """(questions, examples) of a task: from folder/NAME.jsonl, folder/NAME_*.jsonl, folder/NAME/**
     (or .json, .parquet). What has train, dev or shots in its path are examples; of a path with test
     and one with validation the task's split are the questions."""
@@ -40,7 +46,7 @@ def find_rows(task, folder):
     return questions, rows["examples"]
 
 
-def kind_of_rows(path):
+def kind_of_rows(path: Path) -> str:
     """What the rows of a file are: test, validation, or examples. The path's first word decides."""
     for word in re.split("[^a-z]+", path.as_posix().lower()):
         if word in ROW_KINDS:
@@ -48,7 +54,7 @@ def kind_of_rows(path):
     return "test"
 
 
-def read_rows(path):
+def read_rows(path: Path) -> list[dict]:
     """The records of a JSONL, JSON or parquet file: a list of dicts."""
     ending = file_ending(path)
     if ending == ".parquet":
@@ -65,7 +71,7 @@ def read_rows(path):
     return rows
 
 
-def read_parquet(path):
+def read_parquet(path: Path) -> list[dict]:
     """The records of a parquet file."""
     try:
         from pyarrow import parquet
@@ -79,7 +85,7 @@ def read_parquet(path):
         raise UserError(f"{path}: no parquet file: {error}") from None
 
 
-def fetch_rows(task, folder):
+def fetch_rows(task: Task, folder: str) -> None:
     """Download the files of a task's folder on the Hub into folder/NAME/."""
     owner, repo, *subfolders = task.hub.split("/")
     place = Path(folder) / task.name
@@ -104,7 +110,7 @@ def fetch_rows(task, folder):
         download(f"{repository}/resolve/main/{path}", place / path)
 
 
-def read_text(path):
+def read_text(path: Path) -> list[str]:
     """The documents of a text file, or of a JSONL's field `text`."""
     if file_ending(path) in JSONL:
         documents = [row.get("text") for row in read_rows(path)]
@@ -124,12 +130,12 @@ def read_text(path):
     return [document for document in documents if document]
 
 
-def is_text(value):
+def is_text(value: str) -> bool:
     """Whether a value is a text that UTF-8 can write: JSON can hold halves of surrogate pairs."""
     return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
-def is_record(line):
+def is_record(line: str) -> bool:
     """Whether a line is a JSON object with a field `text`."""
     try:
         record = json.loads(line)

@@ -14,6 +14,8 @@ train.py, finetune.py and rl.py are three loops over these pieces:
     updater.step(step, loss, norm)
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import math
@@ -26,6 +28,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +41,13 @@ from barelm.parts import clip_gradients, is_divided, is_narrow, local_part
 from barelm.rendezvous import store_of_start
 from barelm.threads import Threads, ThreadWatch, set_threads
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+
+
 # --------------------------------------------------------------------------------------------------
 # Progress
 
@@ -45,11 +55,11 @@ from barelm.threads import Threads, ThreadWatch, set_threads
 class Progress:
     """One line of progress: rewritten in place on a terminal, printed every 5 s in a log."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.last_print = -math.inf  # seconds, of time.monotonic
         self.open_line = False  # whether the terminal's last line is not ended yet
 
-    def __call__(self, line, last=False):
+    def __call__(self, line: str, last: bool = False) -> None:
         if sys.stdout.isatty():
             line = fitting(line, shutil.get_terminal_size().columns - 1)
             print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
@@ -58,7 +68,7 @@ class Progress:
             print(line, flush=True)
             self.last_print = time.monotonic()
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         """Print `text` on lines of its own, between two states of the progress line."""
         if self.open_line:
             print()
@@ -74,7 +84,7 @@ def fitting(line, width):
     return line
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds as a person reads them: 42s, 3m10s, 2h05m."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -97,26 +107,26 @@ class Run:
     rank: int = 0  # which process this is, 0 to world - 1
     world: int = 1  # how many there are
     progress: Progress = field(default_factory=Progress)
-    mesh: object = None  # its Mesh (barelm/mesh.py), where a script divides networks
+    mesh: Any = None  # its Mesh (barelm/mesh.py), where a script divides networks
     watch: object = None  # barelm.watch.Watch: whether the others are still there
     threads: Threads = Threads()  # how many it computes with on the CPU, and why
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         """Whether this is the one process that prints and writes files."""
         return self.rank == 0
 
     @property
-    def is_divided(self):
+    def is_divided(self) -> bool:
         """Whether each process holds a part of the network, and computes with all others."""
         return self.mesh is not None and self.mesh.sizes.is_sharded
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """Print on the main process."""
         if self.is_main:
             self.progress.note(text)
 
-    def sum(self, *values):
+    def sum(self, *values: float | Tensor) -> list[float]:
         """Numbers, or 0-dim tensors, each summed over all processes: a list of floats. In a step it
         is called once, since it is where the host waits for the device."""
         if self.world == 1 and not any(isinstance(value, torch.Tensor) for value in values):
@@ -139,32 +149,34 @@ class Run:
         read = iter(torch.stack(on_device).tolist())
         return [next(read) if isinstance(v, torch.Tensor) else float(v) for v in values]
 
-    def of_all(self, value):
+    def of_all(self, value: float) -> list:
         """A number of each process, in the order of their ranks: a list of floats."""
         values = [0] * self.world
         values[self.rank] = value
         return self.sum(*values)
 
-    def least(self, value):
+    def least(self, value: int) -> int:
         """The least whole number of all processes'."""
         return int(min(self.of_all(value)))
 
-    def most(self, value):
+    def most(self, value: int) -> int:
         """The largest whole number of all processes'."""
         return -self.least(-value)
 
-    def wait(self):
+    def wait(self) -> None:
         """Go on when all processes have come here."""
         self.sum(0)
 
-    def wait_for_main(self):
+    def wait_for_main(self) -> None:
         """Where the main process has done something alone, the others wait for it here: however
         long it took, no exchange's timeout counted it."""
         if self.watch:
             self.watch.wait_for_main()
 
 
-def setup(device="auto", timeout=None, threads=0, can_mps=True):
+def setup(
+    device: str = "auto", timeout: timedelta | None = None, threads: int = 0, can_mps: bool = True
+) -> Run:
     """Choose the device and the threads, and join the other processes, if torchrun started several:
     a Run. timeout: a timedelta, how long processes wait for each other before they give up.
     threads: as `set_threads` takes it. can_mps: whether the script runs on a Mac's GPU."""
@@ -182,7 +194,7 @@ def setup(device="auto", timeout=None, threads=0, can_mps=True):
     return Run(place, rank, world, threads=chosen)
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let freed memory stay with the process: no page faults when the next step takes it again."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
     with contextlib.suppress(AttributeError):  # a C library other than glibc
@@ -190,7 +202,7 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def sync_grads(params):
+def sync_grads(params: Iterable[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in one flat all-reduce; a missing one is zero."""
     if not dist.is_initialized():
         return
@@ -203,7 +215,7 @@ def sync_grads(params):
         p.grad = part.view_as(p)
 
 
-def end_process(status, threads_may_run=False):
+def end_process(status: int, threads_may_run: bool = False) -> None:
     """End a script with this exit status. Of several processes each ends at once, since a thread of
     gloo that frees a tensor late aborts a usual exit; not where other threads still send."""
     if dist.is_initialized():
@@ -218,17 +230,17 @@ def end_process(status, threads_may_run=False):
 class StopSignals:
     """Notes Ctrl-C and SIGTERM, so that a loop can save and end. A second Ctrl-C ends at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received = 0  # the signal's number; 0: none yet
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
 
-    def on_signal(self, number, frame):
+    def on_signal(self, number: int, frame: object) -> None:
         self.received = self.received or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     @property
-    def exit_status(self):
+    def exit_status(self) -> int:
         """What a shell calls death by this signal, or where another process got it, by SIGTERM."""
         return 128 + (self.received or signal.SIGTERM)
 
@@ -237,7 +249,9 @@ class StopSignals:
 # Precision
 
 
-def choose_dtype(device, want="auto", n_embd=0):
+def choose_dtype(
+    device: torch.device, want: str = "auto", n_embd: int = 0
+) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why: (dtype, reason). In training, parameters are float32; a CPU
     gains by less only then, so that only training says its n_embd."""
     if want in ("float32", "bfloat16", "float16"):
@@ -258,26 +272,26 @@ def choose_dtype(device, want="auto", n_embd=0):
     return torch.bfloat16, "this CPU has fast bfloat16 and the model is wide enough to gain"
 
 
-def autocast(device, dtype):
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Compute in `dtype` inside this context; float32 is the plain path."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def in_full(x):
+def in_full(x: Tensor) -> AbstractContextManager:
     """Compute in x's own dtype inside this context, whatever autocast asks for."""
     if x.device.type == "meta":  # which it does not know
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
-def make_scaler(device, dtype):
+def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler | None:
     """The scaler that keeps small gradients from vanishing in float16; None for other dtypes."""
     if dtype != torch.float16:
         return None
     return torch.amp.GradScaler(device.type)
 
 
-def to_device(tensor, device):
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device. A GPU reads pinned memory by itself, so that the host
     goes on at once; of other memory it would wait for the copy."""
     if device.type == "cuda":
@@ -285,7 +299,7 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
-def compute_dtype(x):
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products of x are computed in: autocast's, or its own."""
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # which knows no meta
@@ -307,7 +321,7 @@ class Horizon:
     max_epochs: float | None = None  # passes over the data
     max_minutes: float | None = None  # of the clock, evaluation and compilation included
 
-    def check(self):
+    def check(self) -> None:
         """Refuse negative limits, and a run without an end."""
         limits = vars(self)
         for name, limit in limits.items():
@@ -316,7 +330,7 @@ class Horizon:
         if self.max_steps != 0 and not any(limits.values()):
             raise UserError(f"no horizon: set {', '.join(limits)}: one of them at least")
 
-    def notes(self, tokens_per_step, tokens_per_epoch):
+    def notes(self, tokens_per_step: int, tokens_per_epoch: int) -> list[str]:
         """What a user may not expect of several limits, in words: max_steps has a default, and the
         first limit that is reached ends the run."""
         steps = {}
@@ -333,7 +347,9 @@ class Horizon:
                 )
         return notes
 
-    def progress(self, step=0, tokens=0, epochs=0.0, seconds=0.0):
+    def progress(
+        self, step: int = 0, tokens: int = 0, epochs: float = 0.0, seconds: float = 0.0
+    ) -> float:
         """The part of the run that is done, 0 to 1: the largest over the limits that are set."""
         if self.max_steps == 0:
             return 1.0
@@ -359,10 +375,10 @@ class Schedule:
     min_lr: float = 0.0  # the last learning rate, as a fraction of the peak
     decay_fraction: float = 0.4  # trapezoid: the part of the run that decays
 
-    def check(self):
+    def check(self) -> None:
         self.scale(0, 0.0)  # refuses an unknown schedule
 
-    def scale(self, step, progress, warm_end=0.0):
+    def scale(self, step: int, progress: float, warm_end: float = 0.0) -> float:
         """The factor for a step (from 0) at this progress (0 to 1) of the run. warm_end: the
         progress at which the warm-up ends, or the present one while it lasts."""
         warm = 1.0
@@ -370,7 +386,7 @@ class Schedule:
             warm = min(1.0, (step + 1) / self.warmup_steps)
         return warm * (self.min_lr + (1 - self.min_lr) * self.fall(step, progress, warm_end))
 
-    def fall(self, step, progress, warm_end):
+    def fall(self, step: int, progress: float, warm_end: float) -> float:
         """From 1 at the end of the warm-up to 0 at the end of the run."""
         if self.lr_schedule == "inverse_sqrt":  # Vaswani et al. 2017, equation 3: not to 0
             warm = max(1, self.warmup_steps)
@@ -392,7 +408,7 @@ class Schedule:
         )
 
 
-def check_least(config, names, least):
+def check_least(config: dict, names: Sequence[str], least: int) -> None:
     """Refuse the settings of these names that are below `least`, or not finite; none is allowed."""
     for name in names:
         value = config[name]
@@ -400,7 +416,7 @@ def check_least(config, names, least):
             raise UserError(f"{name}={value}: expected {least} or more")
 
 
-def step_seed(seed, step, rank):
+def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of torch in a step: dropout and samples depend on nothing else, so that no state of
     a generator has to be saved for a resume to be exact."""
     return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
@@ -419,7 +435,9 @@ class Updater:
     run. So does a gradient of exactly zero, and a first step that moves no weight: such a run would
     go on for hours, and learn nothing."""
 
-    def __init__(self, run, params, optimizers, scaler=None, grad_clip=0.0):
+    def __init__(self, run: Run, params: Iterable[nn.Parameter], optimizers: list,
+                 scaler: torch.amp.GradScaler | None = None,
+                 grad_clip: float = 0.0) -> None:  # fmt: skip
         self.run = run
         self.params = list(params)  # those that learn
         self.optimizers = optimizers
@@ -430,20 +448,20 @@ class Updater:
         self.has_moved = False  # whether a step of this process has moved the weights
         self.threads = ThreadWatch(run)
 
-    def set_lr(self, scale):
+    def set_lr(self, scale: float) -> None:
         """The learning rate of every group: its own peak, times `scale`."""
         self.lr_scale = scale
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
 
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's loss, a scalar."""
         if self.scaler:
             loss = self.scaler.scale(loss)
         loss.backward()
 
-    def clip_gradients(self):
+    def clip_gradients(self) -> Tensor:
         """Clip the sum of the micro-batches' gradients; their norm before, a 0-dim tensor."""
         if self.scaler:
             for optimizer in self.optimizers:
@@ -453,7 +471,8 @@ class Updater:
             return clip_gradients(self.params, self.grad_clip, self.run.mesh)
         return torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip or math.inf)
 
-    def step(self, step, loss, norm, warming_up=False, zero_is_fault=True):
+    def step(self, step: int, loss: float, norm: float, warming_up: bool = False,
+             zero_is_fault: bool = True) -> bool:  # fmt: skip
         """Update the weights, or skip it: whether it was done. step: how many were before. loss and
         norm: floats, the same on all processes. zero_is_fault: False where a gradient may rightly
         be zero, as that of equal rewards is."""
@@ -480,7 +499,7 @@ class Updater:
         self.threads.after_step()
         return finite
 
-    def apply(self, watch):
+    def apply(self, watch: bool) -> None:
         """The optimizers' steps; watch: they have to move a weight."""
         before = weight_sums(self.params) if watch else None
         for optimizer in self.optimizers:
@@ -490,7 +509,7 @@ class Updater:
             check_moved(before, self.params, lr, self.run)
             self.has_moved = True
 
-    def check_bad_steps(self, learning_rate, warmup_steps):
+    def check_bad_steps(self, learning_rate: float, warmup_steps: int) -> None:
         """End the run after BAD_STEPS steps in a row that were not finite."""
         if self.bad_steps >= BAD_STEPS:
             raise UserError(
@@ -500,7 +519,7 @@ class Updater:
             )
 
 
-def check_gradient(norm, step):
+def check_gradient(norm: float, step: int) -> None:
     """End a run whose gradient norm is exactly zero: it would go on, and learn nothing."""
     if norm == 0:
         raise UserError(
@@ -509,7 +528,7 @@ def check_gradient(norm, step):
         )
 
 
-def weight_sums(params):
+def weight_sums(params: Iterable[nn.Parameter]) -> Tensor:
     """A number for each tensor (n,) int64 that another value of any of its elements changes: the
     sum of their bits, read as integers."""
     views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -517,7 +536,7 @@ def weight_sums(params):
     return torch.stack([part.view(views[part.element_size()]).sum() for part in parts])
 
 
-def check_moved(before, params, lr, run):
+def check_moved(before: Tensor, params: Iterable[nn.Parameter], lr: float, run: Run) -> None:
     """End a run whose step, at learning rate lr, left every weight of all processes as it was:
     `before` is what weight_sums gave."""
     [n_moved] = run.sum(not torch.equal(before, weight_sums(params)))
@@ -533,7 +552,7 @@ def check_moved(before, params, lr, run):
 
 
 @contextlib.contextmanager
-def advice_on_memory(advice):
+def advice_on_memory(advice: Callable) -> Iterator[None]:
     """A line in the place of a traceback when memory runs out: what advice() says to change."""
     try:
         yield
@@ -543,14 +562,14 @@ def advice_on_memory(advice):
         raise UserError(f"out of memory: {advice()}") from None
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is torch's, or the system's, for memory that is not there."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return "DefaultCPUAllocator" in str(error)  # on a CPU it is the allocator's word alone
 
 
-def made_with():
+def made_with() -> dict:
     """What run.json says beside the settings: the command, the commit, versions."""
     commit = None
     ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]

@@ -8,14 +8,25 @@
 It holds no program, unlike a pickle, and all of a header is checked before anything is made of it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import BinaryIO
+
+    import numpy as np
+    from torch import Tensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,14 +44,14 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
-def write_safetensors(file, tensors, metadata):
+def write_safetensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write {name: tensor} and {str: str} to a binary file in the safetensors format."""
     write_header(file, tensors, metadata)
     for t in tensors.values():
         write_tensor(file, t)
 
 
-def write_header(file, tensors, metadata):
+def write_header(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write what stands before the data of {name: tensor}, which may be on the meta device."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header = {"__metadata__": metadata}  # transformers wants {"format": "pt"} in it
@@ -55,16 +66,16 @@ def write_header(file, tensors, metadata):
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-def write_tensor(file, t):
+def write_tensor(file: BinaryIO, t: Tensor) -> None:
     file.write(as_bytes(t.detach().cpu().contiguous()))
 
 
-def as_bytes(t):
+def as_bytes(t: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on the CPU, as an array of bytes."""
     return t.view(-1).view(torch.uint8).numpy()  # flat first: a single number has no bytes to view
 
 
-def read_header(path, file):
+def read_header(path: Path, file: BinaryIO) -> tuple[dict, dict]:
     """Check an open safetensors file and go to its data: ({name: (dtype, shape)} in their order,
     metadata). Anything that the format forbids is a UserError."""
     size = os.fstat(file.fileno()).st_size
@@ -84,7 +95,7 @@ def read_header(path, file):
     return entries, metadata
 
 
-def read_places(header):
+def read_places(header: dict) -> tuple[dict[str, tuple[torch.dtype, list]], int]:
     """({name: (dtype, shape)} in the order of their data, the sum of their bytes). An entry without
     a sound shape, or with a gap or an overlap before it, is a ValueError."""
 
@@ -112,7 +123,7 @@ def read_places(header):
 
 
 @contextlib.contextmanager
-def open_tensors(path):
+def open_tensors(path: Path) -> Iterator[tuple[BinaryIO, dict, dict]]:
     """(The file, at its data, {name: (dtype, shape)}, metadata). What the system refuses is a
     UserError."""
     try:
@@ -123,13 +134,13 @@ def open_tensors(path):
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def entries_of(path):
+def entries_of(path: Path) -> dict[str, tuple[torch.dtype, list[int]]]:
     """{name: (dtype, shape)} of a safetensors file."""
     with open_tensors(path) as (_, entries, _):
         return entries
 
 
-def read_safetensors(path):
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """({name: tensor}, metadata) of a file; the tensors own their memory."""
     tensors = {}
     with open_tensors(path) as (file, entries, metadata):
@@ -140,7 +151,9 @@ def read_safetensors(path):
     return tensors, metadata
 
 
-def check_finite(path, tensors, dtype=torch.float32):
+def check_finite(
+    path: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
     """Refuse {name: tensor} with a NaN or an infinity, or with a number that dtype has none for."""
     largest = torch.finfo(dtype).max
     for name, t in tensors.items():

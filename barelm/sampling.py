@@ -8,12 +8,18 @@ What the host knows of them, `Kinds`, decides which operations there are: so tha
 at the device's numbers, and a CUDA graph can hold them all. V: the vocabulary.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 GREEDY = 1e-20  # below it a temperature counts as 0: what it divides would overflow float32
@@ -39,7 +45,7 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def check_sampling(**options):
+def check_sampling(**options: Any) -> None:
     """Refuse an option of `generate` that is beyond its range, or no number."""
     for name, value in options.items():
         least, most = SAMPLING[name]
@@ -62,7 +68,7 @@ class Kinds:
     penalized: bool = False  # a row has a penalty
 
 
-def kinds_of(options):
+def kinds_of(options: list[dict[str, float]]) -> Kinds:
     """The Kinds of rows, of which each has a dict like OFF, or a part of one."""
     sampled = [o for o in options if o.get("temperature", 1.0) >= GREEDY]
     penalized = False
@@ -78,12 +84,14 @@ def kinds_of(options):
     )
 
 
-def power_of_two(n):
+def power_of_two(n: float) -> int:
     """The least power of two that is n or more; 0 of 0 and of less."""
     return 1 << (int(n) - 1).bit_length() if n > 0 else 0
 
 
-def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float | list[float] = 1.0,
+                  top_k: int | list[int] = 0, top_p: float | list[float] = 1.0,
+                  min_p: float | list[float] = 0.0) -> Tensor:  # fmt: skip
     """`draw_tokens` by options that are numbers, or lists with one for each row."""
     values = (temperature, top_k, top_p, min_p)
     rows = torch.stack([option_row(value, len(logits)) for value in values], 1)  # (B, 4)
@@ -93,12 +101,14 @@ def choose_tokens(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.
     return draw_tokens(logits, uniform, columns, kinds_of(options))
 
 
-def option_row(option, batch):
+def option_row(option: float | list, batch: int) -> Tensor:
     """A number, or a list with one for each row, as (batch,) float32 on the host."""
     return torch.tensor(option, dtype=torch.float32).expand(batch)
 
 
-def draw_tokens(logits, uniform, columns, kinds):
+def draw_tokens(
+    logits: Tensor, uniform: Tensor | None, columns: dict[str, Tensor] | None, kinds: Kinds
+) -> Tensor:
     """One token a row (B,) from logits (B, V), the distribution inverted at uniform (B,), so that
     no draw depends on the rest of the batch. top_k, top_p (Holtzman et al. 2020) and min_p (Nguyen
     et al. 2024) filter in this order, as in transformers; temperature 0, or below GREEDY, takes the
@@ -110,7 +120,7 @@ def draw_tokens(logits, uniform, columns, kinds):
     return drawn.where(draws_one[:, 0], logits.argmax(-1))
 
 
-def filtered(logits, columns, kinds):
+def filtered(logits: Tensor, columns: dict[str, Tensor], kinds: Kinds) -> Tensor:
     """By what probabilities (B, V) `draw_tokens` draws, but for a factor; arguments are its own."""
     temperature = columns["temperature"]
     draws_one = temperature >= GREEDY  # (B, 1)
@@ -127,7 +137,7 @@ def filtered(logits, columns, kinds):
     return probs
 
 
-def invert(probs, uniform):
+def invert(probs: Tensor, uniform: Tensor) -> Tensor:
     """The token (B,) at which the sum of probs (B, V), of any total, passes the part uniform (B,)
     of it."""
     mass = probs.cumsum(-1)
@@ -136,7 +146,7 @@ def invert(probs, uniform):
     return (mass <= threshold).sum(-1)
 
 
-def distribution(logits, columns, kinds):
+def distribution(logits: Tensor, columns: dict[str, Tensor], kinds: Kinds) -> Tensor:
     """The probabilities (B, V) by which `draw_tokens` chooses: all on one token where greedy."""
     greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     if not kinds.sampled:
@@ -146,7 +156,7 @@ def distribution(logits, columns, kinds):
     return probs.where(columns["temperature"] >= GREEDY, greedy)
 
 
-def keep_top_k(scaled, logits, top_k, largest):
+def keep_top_k(scaled: Tensor, logits: Tensor, top_k: Tensor, largest: int) -> Tensor:
     """scaled (B, V), -inf but for each row's top_k (B, 1) largest logits; 0 keeps all. No row's
     top_k is above `largest`."""
     k = min(largest, logits.shape[-1])
@@ -156,7 +166,7 @@ def keep_top_k(scaled, logits, top_k, largest):
     return scaled.masked_fill((logits < last) & (top_k > 0), -math.inf)
 
 
-def keep_top_p(probs, top_p):
+def keep_top_p(probs: Tensor, top_p: Tensor) -> Tensor:
     """probs (B, V), 0 but for each row's likeliest tokens that reach top_p (B, 1) together; all of
     a row whose top_p is 1."""
     if probs.device.type == "cpu":  # where a sort is slow, and to look at top_p costs nothing
@@ -165,7 +175,7 @@ def keep_top_p(probs, top_p):
     return likeliest(probs, top_p).where(top_p < 1, probs)
 
 
-def likeliest(probs, top_p):
+def likeliest(probs: Tensor, top_p: Tensor) -> Tensor:
     """probs (N, V), 0 but for each row's likeliest tokens that reach top_p (N, 1) together."""
     ordered, order = probs.sort(descending=True, stable=True)  # (N, V)
     before = ordered.cumsum(-1) - ordered  # what is likelier than each
@@ -175,13 +185,15 @@ def likeliest(probs, top_p):
     return torch.zeros_like(ordered).scatter(-1, order, ordered)
 
 
-def keep_min_p(probs, min_p):
+def keep_min_p(probs: Tensor, min_p: Tensor) -> Tensor:
     """probs (B, V), 0 where below min_p (B, 1) of the row's likeliest."""
     least = min_p * probs.amax(-1, keepdim=True)
     return probs.masked_fill(probs < least, 0.0)
 
 
-def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
+def penalize(logits: Tensor, seen: Tensor, repetition: float | Tensor, counts: Tensor = 0,
+             presence: float | Tensor = 0.0,
+             frequency: float | Tensor = 0.0) -> Tensor:  # fmt: skip
     """Logits (B, V), lower where a token is `seen` (B, V) bool (Keskar et al. 2019), and by how
     often it was said, `counts` (B, V): once `presence`, each time `frequency` (OpenAI's). Each
     penalty is a number, or (B, 1)."""
@@ -192,7 +204,7 @@ def penalize(logits, seen, repetition, counts=0, presence=0.0, frequency=0.0):
     return logits - presence * (counts > 0) - frequency * counts
 
 
-def draws(seed, i, n):
+def draws(seed: int, i: int, n: int) -> Tensor:
     """The n uniform numbers of row i: they depend on nothing else."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
     return torch.rand(n, generator=generator)

@@ -21,6 +21,8 @@ enforce a rule, `run_program` refuses to run anything unless weak=True, and `che
 what is missing: it attacks each promise with a program of its own.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import secrets
@@ -40,7 +42,7 @@ from barelm.run import UserError
 CONFINE = Path(__file__).resolve().with_name("confine.py")  # what the child runs
 
 
-def run_program(source, timeout=10, memory_mb=1024, weak=False):
+def run_program(source: str, timeout: int = 10, memory_mb: int = 1024, weak: bool = False) -> str:
     """Run a program in the sandbox, its output thrown away → "passed" if it came to its end, else
     "failed: NameError: …", "timed out" (after so many seconds) or "killed: SIGSEGV".
 
@@ -67,7 +69,7 @@ def run_program(source, timeout=10, memory_mb=1024, weak=False):
     return f"failed: exited with status {status} before its end"
 
 
-def run_child(folder, token, timeout, memory_mb, weak):
+def run_child(folder: str, token: bytes, timeout: float, memory_mb: int, weak: bool) -> tuple:
     """Run confine.py in a folder with program.py: (what it reports, its exit status), where the
     status is None if the time was up first. It is dead when this returns."""
     strictness = "weak" if weak else "strict"
@@ -98,7 +100,7 @@ def run_child(folder, token, timeout, memory_mb, weak):
     return report, status
 
 
-def run_programs(sources, timeout=10, weak=False):
+def run_programs(sources: list[str], timeout: int = 10, weak: bool = False) -> list[str]:
     """The verdicts of many programs, as many at once as this process may use cores."""
 
     def run_one(source):
@@ -108,7 +110,7 @@ def run_programs(sources, timeout=10, weak=False):
         return list(pool.map(run_one, sources))
 
 
-def check_sandbox():
+def check_sandbox() -> list[str]:
     """What the sandbox could not enforce here, one sentence each: every protection is tried by a
     program that attacks it. A UserError where not even a harmless program runs."""
     if host.is_windows():
@@ -131,7 +133,7 @@ def check_sandbox():
     return holes
 
 
-def attacks(private, address):
+def attacks(private: str, address: tuple) -> list[tuple[str, str, str]]:
     """[(what a program would do, its source, how its verdict begins where it cannot)]: a file that
     is there for all to read and write, and a server's address, are what they are aimed at."""
     refused = "failed: PermissionError"
@@ -153,7 +155,7 @@ def attacks(private, address):
     ]
 
 
-def require_sandbox(allowed, allow_weak):
+def require_sandbox(allowed: bool, allow_weak: bool) -> None:
     """An error without the user's leave to run programs, or in a sandbox with holes that the user
     has not allowed (allow_weak); the holes are printed."""
     if not allowed:

@@ -2,7 +2,10 @@
 made of them, and best/. All processes call the same methods of a StepSaver, at the same step; the
 run ends with its `finish`."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +17,18 @@ from barelm.resume import STATES
 from barelm.sharded import ShardWriter, model_tensors, optimizer_tensors
 from barelm.steps import MESH, SHARDS, STATE, discard, keep_last, sizes_of, step_folder
 
+if TYPE_CHECKING:
+    from barelm.mesh import Mesh
+    from barelm.run import Run
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 
 class StepSaver:
     """Writes the steps of a run. mesh: {name: size}, who shares what, for the reader's eye."""
 
-    def __init__(self, out_dir, run, mesh, keep=1, in_background=False):
+    def __init__(self, out_dir: str | Path, run: Run, mesh: Mesh, keep: int = 1,
+                 in_background: bool = False) -> None:  # fmt: skip
         self.out_dir = Path(out_dir)
         self.run = run
         self.mesh = mesh
@@ -28,7 +38,7 @@ class StepSaver:
         if run.is_main:
             keep_last(self.out_dir, keep)  # and nothing of what a kill has left
 
-    def save(self, net, tok, optimizers, state):
+    def save(self, net: GPT, tok: Tokenizer, optimizers: list, state: dict) -> None:
         """Save the step that `state`, a dict of plain values, is of: its folder in shards/, then
         the model in out_dir."""
         step = state["step"]
@@ -48,7 +58,7 @@ class StepSaver:
         tensors = model_tensors(net) | optimizer_tensors(net, optimizers)
         self.writer.write(temporary, tensors, complete)
 
-    def complete_step(self, temporary, folder, state):
+    def complete_step(self, temporary: Path, folder: Path, state: dict) -> None:
         """Give a step, all of whose parts are on the disk, what is beside them, and its name."""
         write_json(temporary / STATE, state)
         facts = {
@@ -65,7 +75,7 @@ class StepSaver:
         host.replace(temporary, folder)
         sync_folder(folder.parent)
 
-    def save_best(self, net, tok, step, with_save=False):
+    def save_best(self, net: GPT, tok: Tokenizer, step: int, with_save: bool = False) -> None:
         """Save the model alone, into best/; with_save: together with the step, which comes next."""
         self.best_step = step
         if with_save:
@@ -79,6 +89,6 @@ class StepSaver:
 
         self.writer.write(temporary, model_tensors(net), complete)
 
-    def finish(self):
+    def finish(self) -> None:
         """Wait until what was saved last is whole."""
         self.writer.wait()

@@ -1,10 +1,13 @@
 """Scores, {metric: (value, standard error or None)}, and results.json, the file that keeps them."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +16,11 @@ from barelm.checkpoint import find
 from barelm.files import read_json, write_json
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from barelm.mesh import Sizes
 
-def mean(amounts, sizes=1):
+
+def mean(amounts: list[float] | np.ndarray, sizes: Sizes = 1) -> tuple[float | None, float | None]:
     """sum(amounts) / sum(sizes) over independent pieces and its standard error, linearised (a
     ratio estimator's: Cochran 1977, section 2.11); of right and wrong that is
     sqrt(p (1 - p) / (n - 1)). (None, None) of nothing, no error of a single piece."""
@@ -30,25 +36,25 @@ def mean(amounts, sizes=1):
     return ratio, float(spread / math.sqrt(n) / b.mean())
 
 
-def perplexity(nats):
+def perplexity(nats: tuple[float, float]) -> tuple[float, float]:
     """exp of a mean and of its error, to the first order."""
     mean_nats, error = nats
     value = math.exp(min(mean_nats, 700))  # the largest that float holds
     return value, None if error is None else value * error
 
 
-def divided(score, by):
+def divided(score: tuple[float, float], by: float) -> tuple[float, float]:
     """A score and its error in another unit."""
     value, error = score
     return value / by, None if error is None else error / by
 
 
-def figure(value):
+def figure(value: float | None) -> str:
     """A score as it is printed."""
     return "n/a" if value is None else f"{value:.6g}"
 
 
-def flat(scores):
+def flat(scores: dict) -> dict[str, float | None]:
     """{metric: value, metric_stderr: its standard error}, as results.json has them."""
     entry = {}
     for metric, (value, error) in scores.items():
@@ -57,18 +63,18 @@ def flat(scores):
     return entry
 
 
-def metrics_of(entry):
+def metrics_of(entry: dict) -> list[str]:
     """The names of the scores of a task's entry, each of which has a standard error beside it."""
     return [key for key in entry if f"{key}_stderr" in entry]
 
 
-def is_finite(value):
+def is_finite(value: Any) -> bool:
     """Whether a value of a JSON file is a number that float holds, its square aside; not NaN."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True is an int
     return number and abs(value) < 1e300
 
 
-def read_results(folder):
+def read_results(folder: Path | str) -> tuple[str | None, dict[str, dict]]:
     """(the mark of the model, {task: its entry}) of a folder's results.json; one of another form is
     refused, before an evaluation would add to it."""
     path = Path(folder) / "results.json"
@@ -90,7 +96,7 @@ def read_results(folder):
     return record.get("identity"), results
 
 
-def is_figure(entry, metric, key):
+def is_figure(entry: dict, metric: str, key: str) -> bool:
     """Whether an entry has for this key what eval.py writes: a number (a loss may be NaN, an error
     and a count are not below 0), or null where there is no score or no error."""
     value = entry.get(key)
@@ -101,7 +107,7 @@ def is_figure(entry, metric, key):
     return key == metric or not value < 0
 
 
-def read_scores(folder):
+def read_scores(folder: str) -> dict[tuple[str, str], tuple[float, float, int]]:
     """{(task, metric): (value, standard error or None, n)} of a run's results.json, or {}."""
     scores = {}
     for task, entry in read_results(folder)[1].items():
@@ -113,7 +119,7 @@ def read_scores(folder):
     return scores
 
 
-def read_lengths(folder):
+def read_lengths(folder: str) -> list:
     """[(length, loss, standard error or None)] of a run's results.json, by the length of a window
     (eval.py --lengths), or []."""
     _, results = read_results(folder)
@@ -129,7 +135,8 @@ def read_lengths(folder):
     return sorted(points)
 
 
-def model_mark(model, dtype, quantize, fast=True, deterministic=False, rope_scaling=None):
+def model_mark(model: str, dtype: torch.dtype, quantize: str | None, fast: bool = True,
+               deterministic: bool = False, rope_scaling: str | None = None) -> str:  # fmt: skip
     """What tells this model's results from another's, 16 hex digits: its files, and what it
     computes in and by."""
     parts = [str(dtype), quantize, model]
@@ -146,7 +153,7 @@ def model_mark(model, dtype, quantize, fast=True, deterministic=False, rope_scal
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def write_results(folder, model, mark, results):
+def write_results(folder: Path, model: str, mark: str, results: dict[str, dict]) -> None:
     """Write results.json, whose reader is `read_results`."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {"model": model, "identity": mark, "results": results, "versions": versions}

@@ -1,8 +1,10 @@
 """log p of what may follow a context: the plain way, and a faster one that gives the same."""
 
+from __future__ import annotations
+
 import copy
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -10,6 +12,11 @@ import torch.nn as nn
 from barelm.fast import head_rows
 from barelm.run import compute_dtype
 from model import KVCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model import GPT
 
 
 class Request(NamedTuple):
@@ -28,7 +35,7 @@ class Request(NamedTuple):
 # The plain way
 
 
-def plain_scores(net, requests):
+def plain_scores(net: GPT, requests: list[Request]) -> list[list[float]]:
     """For each request the sums of log p of its continuations, in nats: lists of floats. A row for
     each continuation, behind its context."""
     device = net.model.embed_tokens.weight.device
@@ -46,7 +53,7 @@ def plain_scores(net, requests):
     return sums
 
 
-def score_by_position(net, requests, width):
+def score_by_position(net: GPT, requests: list[Request], width: int) -> list[list[float]]:
     """For each request of one continuation the sums of log p of the tokens that are predicted at
     its places 0 to width - 1, width to 2 width - 1, …: lists of nats."""
     device = net.model.embed_tokens.weight.device
@@ -63,7 +70,7 @@ def score_by_position(net, requests, width):
     return sums
 
 
-def target_scores(net, requests):
+def target_scores(net: GPT, requests: list[Request]) -> list[float]:
     """For each request the sum of log p of its one continuation, in nats, under an encoder-decoder
     that reads the context as its source: a list of floats."""
     device = net.model.embed_tokens.weight.device
@@ -78,13 +85,13 @@ def target_scores(net, requests):
     return [part.sum().item() for part in logp.split([*map(len, targets)])]
 
 
-def padded(rows, device):
+def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, T) int64 of lists of ids, padded on the right; their lengths (B,)."""
     ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
     return ids.to(device), torch.tensor(list(map(len, rows)), device=device)
 
 
-def token_logprobs(net, h, tokens):
+def token_logprobs(net: GPT, h: Tensor, tokens: Tensor) -> Tensor:
     """log p of tokens (N,) float32, each after a hidden state of h (N, C)."""
     size = head_rows(h.device.type, h.dtype, net.config.vocab_size)  # logits of so many at once
     parts = []
@@ -98,7 +105,7 @@ def token_logprobs(net, h, tokens):
 # Of many questions with the same shots, or many choices of one question, in fewer products
 
 
-def shared_scores(net, requests):
+def shared_scores(net: GPT, requests: list[Request]) -> list[list[float]]:
     """The same, faster: the batch's common beginning is computed once, a context once for all that
     continue it, and all logits together.
 
@@ -128,7 +135,7 @@ def shared_scores(net, requests):
     return sums
 
 
-def trunk_of(request):
+def trunk_of(request: Request) -> list[int]:
     """The ids of a request that are read in a row of their own: the context and, where a single
     continuation follows, that too. The last token predicts nothing that is scored."""
     if len(request.continuations) == 1:
@@ -136,7 +143,7 @@ def trunk_of(request):
     return request.context
 
 
-def branches_of(requests):
+def branches_of(requests: list[Request]) -> dict[tuple[int, int], list[int]]:
     """{(request, which of its continuations): ids} of what is read behind a trunk, the longest
     first: of several continuations all but the last token."""
     branches = {}
@@ -148,11 +155,11 @@ def branches_of(requests):
     return dict(sorted(branches.items(), key=branch_order))
 
 
-def branch_order(item):
+def branch_order(item: tuple[tuple[int, int], list[int]]) -> int:
     return -len(item[1])
 
 
-def common_length(requests, trunks):
+def common_length(requests: list[Request], trunks: list[list[int]]) -> int:
     """How many ids all trunks begin with, before the last of any context, whose state is needed;
     0 where a cache for them costs more than it saves."""
     n_common = len(os.path.commonprefix(trunks))
@@ -163,7 +170,9 @@ def common_length(requests, trunks):
     return n_common
 
 
-def read_trunks(net, trunks, n_common, branches):
+def read_trunks(
+    net: GPT, trunks: list[list[int]], n_common: int, branches: dict[tuple[int, int], list[int]]
+) -> tuple[Tensor, KVCache | None]:
     """Hidden states (B, T, C) of what follows the trunks' n_common first ids, and the cache that
     branches go on from; None where nothing does."""
     table = net.model.embed_tokens.weight
@@ -182,7 +191,9 @@ def read_trunks(net, trunks, n_common, branches):
     return net.hidden(ids, cache=cache, n_new=lengths), cache
 
 
-def read_branches(net, cache, branches):
+def read_branches(
+    net: GPT, cache: KVCache | None, branches: dict[tuple[int, int], list[int]]
+) -> dict[tuple[int, int], Tensor]:
     """{(request, which): hidden states (T, C)} of the branches, each behind its request's trunk."""
     device = net.model.embed_tokens.weight.device
     keys = list(branches)

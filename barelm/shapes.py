@@ -1,10 +1,16 @@
 """What a GPTConfig may hold: what is no shape of a network is refused in a line."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import MISSING, fields
-from typing import Literal, get_args, get_origin
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 LARGEST = 1 << 28  # of a config's whole numbers, so that torch can count the bytes of a product
 SCALING_KEYS = {  # of rope_scaling, by its rope_type
@@ -25,29 +31,37 @@ YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_
 LAYER_TYPES = {"sliding_attention": "S", "full_attention": "L"}
 
 
-def check(c, name, good, expected):
+def check(c: GPTConfig, name: str, good: object, expected: str) -> None:
     if not good:
         raise UserError(f"{name}={getattr(c, name)!r}: expected {expected}")
 
 
-def check_fields(c):
+@lru_cache
+def field_types(config_type: Any) -> dict[str, type]:
+    """{field: its type} of a dataclass, whose source has them as text."""
+    return get_type_hints(config_type)
+
+
+def check_fields(c: GPTConfig) -> None:
     """Refuse a value that is not of its field's type, or that no field of the type can have."""
+    types = field_types(type(c))  # type: ignore[arg-type]
     for f in fields(c):
         value = getattr(c, f.name)
-        if f.type is int:
+        wanted = types[f.name]
+        if wanted is int:
             # 0 means the usual value where 0 is the default. A bool is no int here.
             least = 1 if f.default is MISSING else min(1, f.default)
             good = type(value) is int and least <= value <= LARGEST
             check(c, f.name, good, f"a whole number from {least} to {LARGEST}")
-        elif f.type is float:
+        elif wanted is float:
             # Computed in float32, which ends at 3.4e38. NaN is less than nothing.
             good = type(value) in (int, float) and abs(value) < 3e38
             check(c, f.name, good, "a finite number")
             setattr(c, f.name, float(value))
-        elif f.type is bool:
+        elif wanted is bool:
             check(c, f.name, type(value) is bool, "true or false")
-        elif get_origin(f.type) is Literal:
-            allowed = get_args(f.type)
+        elif get_origin(wanted) is Literal:
+            allowed = get_args(wanted)
             check(c, f.name, value in allowed, " or ".join(map(str, allowed)))
     check(c, "n_embd", c.head_dim or c.n_embd % c.n_head == 0, "n_head to divide it")
     if isinstance(c.layers, list):
@@ -59,13 +73,13 @@ def check_fields(c):
     check_letters(c, "expert_layers", "DE")
 
 
-def check_letters(c, name, letters):
+def check_letters(c: GPTConfig, name: str, letters: str) -> None:
     value = getattr(c, name)
     good = isinstance(value, str) and set(value) <= set(letters)
     check(c, name, good, f"a letter a layer, {' or '.join(letters)}, which repeat")
 
 
-def check_shape(c):
+def check_shape(c: GPTConfig) -> None:
     """Refuse values that do not go together, of a config whose zeros are filled in."""
     check(c, "n_hidden", c.n_hidden <= LARGEST, f"at most {LARGEST}")
     check(c, "n_head", c.n_head * c.head_dim <= LARGEST, "a width that a machine holds")
@@ -83,7 +97,7 @@ def check_shape(c):
         check_scaling(c, c.rope_scaling)
 
 
-def check_positions(c):
+def check_positions(c: GPTConfig) -> None:
     turned = c.head_dim * c.rope_fraction
     good = 0 < c.rope_fraction <= 1 and (c.pos != "rope" or round(turned) % 2 == 0)
     good = good and round(turned) >= 2 and abs(turned - round(turned)) < 1e-6
@@ -101,7 +115,7 @@ def check_positions(c):
     check(c, "position_offset", c.position_offset == 0 or c.pos == "learned", "0 but for learned")
 
 
-def check_patterns(c):
+def check_patterns(c: GPTConfig) -> None:
     for name in ("softcap", "logit_softcap"):
         check(c, name, getattr(c, name) >= 0, "0 or more")
     check(c, "logit_scale", c.logit_scale > 0, "more than 0")
@@ -112,7 +126,7 @@ def check_patterns(c):
     check(c, "qk_norm_all", c.qk_norm or not c.qk_norm_all, "false without qk_norm")
 
 
-def check_kind(c):
+def check_kind(c: GPTConfig) -> None:
     """What an encoder, or an encoder beside a decoder, cannot be."""
     if c.n_encoder_layer:
         check(c, "causal", c.causal, "true: an encoder-decoder's decoder is causal")
@@ -126,7 +140,7 @@ def check_kind(c):
     check(c, "mtp_weight", c.mtp_weight >= 0, "0 or more")
 
 
-def check_experts(c):
+def check_experts(c: GPTConfig) -> None:
     n = c.n_experts
     check(c, "n_experts", n != 1, "0, or 2 or more")
     for name in ("balance_weight", "z_weight"):
@@ -143,7 +157,7 @@ def check_experts(c):
         check(c, "expert_layers", c.expert_layers == "", "none without n_experts")
 
 
-def check_scaling(c, scaling):
+def check_scaling(c: GPTConfig, scaling: Any) -> None:
     """Refuse a rope_scaling of unknown type, or with numbers that scale to nothing."""
     expected = f"a dict with rope_type and the keys of {SCALING_KEYS}"
     good = isinstance(scaling, dict) and scaling.get("rope_type") in list(SCALING_KEYS)
@@ -165,7 +179,7 @@ def check_scaling(c, scaling):
         check_yarn(c, scaling)
 
 
-def check_yarn(c, scaling):
+def check_yarn(c: GPTConfig, scaling: dict) -> None:
     check(c, "rope_theta", c.rope_theta > 1, "more than 1 with yarn")
     for key in YARN_NUMBERS:
         value = scaling.get(key)

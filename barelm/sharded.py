@@ -8,12 +8,15 @@ A tensor goes by its name in the whole network, whatever mesh it is spread over:
 so that any other mesh, of any number of processes, can read it. steps.py says where the files are
 and when they count, pieces.py makes a Hugging Face folder of them."""
 
+from __future__ import annotations
+
 import pickle
 import re
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,13 @@ from barelm.parts import is_divided, local_part
 from barelm.run import UserError
 from model import GPT
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from barelm.run import Run
+
 # Its word on a process that reads, or is, alone.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -42,12 +52,12 @@ PATIENCE = timedelta(hours=2)
 # The tensors, by name
 
 
-def names_of(net):
+def names_of(net: GPT) -> dict:
     """{parameter: its name in the whole network} of what this process has."""
     return {p: whole_name(name, net) for name, p in net.named_parameters()}
 
 
-def whole_name(name, net):
+def whole_name(name: str, net: GPT) -> str:
     """A tensor's name in a network of one process: a tied head is the embedding, also where the
     two are on different stages of a pipeline."""
     if name == "lm_head.weight" and net.config.tie:
@@ -55,7 +65,7 @@ def whole_name(name, net):
     return name
 
 
-def model_tensors(net):
+def model_tensors(net: GPT) -> dict[str, Tensor]:
     """{key: tensor} of what this process has of a network's weights, detached."""
     tensors = {}
     for name, t in net.state_dict().items():
@@ -65,18 +75,18 @@ def model_tensors(net):
     return tensors
 
 
-def inner(optimizer):
+def inner(optimizer: torch.optim.Optimizer) -> Any:
     """The optimizer of those parameters whose state this process has: of a ZeroRedundancyOptimizer
     the one inside, of another itself."""
     return getattr(optimizer, "optim", optimizer)
 
 
-def params_of(optimizer):
+def params_of(optimizer: torch.optim.Optimizer) -> list:
     """The parameters whose state this process has."""
     return [p for group in inner(optimizer).param_groups for p in group["params"]]
 
 
-def optimizer_tensors(net, optimizers):
+def optimizer_tensors(net: GPT, optimizers: list) -> dict[str, Tensor]:
     """{key: tensor} of what this process has of the optimizers' states."""
     names = names_of(net)
     tensors = {}
@@ -87,7 +97,7 @@ def optimizer_tensors(net, optimizers):
     return tensors
 
 
-def divided_as(p, value):
+def divided_as(p: Tensor, value: Tensor) -> Tensor:
     """A value of a parameter's shape as a DTensor where the parameter is one, and the value this
     process's part: with --offload an optimizer's state is. It stays in the host's memory."""
     is_part = is_divided(p) and not is_divided(value) and value.ndim > 0
@@ -105,7 +115,7 @@ class ShardWriter:
     complete: what the main process does when all parts are on the disk. It sends the other
     processes nothing, and they go on without it: `wait` is where all know that it is done."""
 
-    def __init__(self, run, in_background=False):
+    def __init__(self, run: Run, in_background: bool = False) -> None:
         self.run = run
         self.pending = None  # the write that is under way: a Future
         self.thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
@@ -115,7 +125,7 @@ class ShardWriter:
         if run.world > 1:
             self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
-    def write(self, folder, tensors, complete):
+    def write(self, folder: Path, tensors: dict[str, Tensor], complete: Callable) -> None:
         """Write {key: tensor}, of which each process gives those that it has, into a folder. All
         processes have to come here."""
         self.wait()
@@ -132,7 +142,7 @@ class ShardWriter:
             saved = dcp.async_save(tensors, async_stager=self.stager, **options)
             self.pending = self.thread.submit(finish_write, saved, complete, self.run.is_main)
 
-    def wait(self):
+    def wait(self) -> None:
         """Until the last write is whole, for all processes; where it failed all of them end."""
         if self.pending is None:
             return
@@ -147,7 +157,7 @@ class ShardWriter:
             raise UserError("a checkpoint could not be written: another process says why")
 
 
-def try_to(function, *args, **options):
+def try_to(function: Callable, *args: Any, **options: Any) -> Any:
     """A Future of function(*args, **options), which is done."""
     future = Future()
     try:
@@ -157,7 +167,7 @@ def try_to(function, *args, **options):
     return future
 
 
-def finish_write(saved, complete, is_main):
+def finish_write(saved: dict, complete: Callable, is_main: bool) -> None:
     """Wait for the Future of a save, and let the main process complete it."""
     saved.result()
     if is_main:
@@ -168,12 +178,12 @@ class HostCopies(BlockingAsyncStager):
     """Copies tensors to memory that the training leaves alone, and keeps it for the next save:
     pinned for a GPU, which then copies at its link's full speed."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self.homes = {}  # {key: the copy of what this process has of the tensor}
 
-    def stage(self, tensors):
+    def stage(self, tensors: dict[str, Tensor]) -> dict:
         """{key: tensor}, copied, before the training goes on."""
         on_gpu = self.device.type == "cuda"
         staged = {}
@@ -190,7 +200,7 @@ class HostCopies(BlockingAsyncStager):
         return staged
 
 
-def as_user_error(error):
+def as_user_error(error: BaseException) -> BaseException:
     """What went wrong in a write, in a line; an error that is none of the disk's stays."""
     if isinstance(error, CheckpointException):  # {rank: (its error, where)}
         error = next(iter(error.failures.values()))[0]
@@ -210,28 +220,28 @@ class StepReader(FileSystemReader):
     """Reads the tensors of a step, whole or in parts. The list of them is a pickle: it may name
     nothing but what such lists are made of."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.folder = Path(folder)
         self.listed = read_listed(self.folder / ".metadata")
 
-    def read_metadata(self, *args, **options):
+    def read_metadata(self, *args: Any, **options: Any) -> Any:
         return self.listed
 
     @property
-    def shapes(self):
+    def shapes(self) -> dict[str, tuple]:
         """{key: (dtype, shape)} of all tensors."""
         out = {}
         for key, entry in self.listed.state_dict_metadata.items():
             out[key] = (entry.properties.dtype, list(entry.size))
         return out
 
-    def fill(self, tensors):
+    def fill(self, tensors: dict[str, Tensor]) -> None:
         """Copy what is saved into {key: tensor}, DTensors or plain, of this process alone."""
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         dcp.load(tensors, storage_reader=self, planner=planner, no_dist=True)
 
-    def read(self, key):
+    def read(self, key: str) -> Tensor:
         """A whole tensor, on the CPU."""
         dtype, shape = self.shapes[key]
         tensor = torch.empty(shape, dtype=dtype)
@@ -261,14 +271,14 @@ ALLOWED = {
 class ListUnpickler(pickle.Unpickler):
     """Reads a step's .metadata, and runs nothing that it names."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def read_listed(path):
+def read_listed(path: Path) -> Any:
     """The Metadata in a step's .metadata; a UserError where it is none, or names other files."""
     try:
         with open(path, "rb") as file:
@@ -281,7 +291,7 @@ def read_listed(path):
     return listed
 
 
-def check_listed(listed):
+def check_listed(listed: Any) -> None:
     """Refuse, with a ValueError, a list of anything but tensors in files beside it."""
     for entry in listed.state_dict_metadata.values():
         if not isinstance(entry, TensorStorageMetadata):
@@ -295,7 +305,7 @@ def check_listed(listed):
 # A network and its optimizers, as they were
 
 
-def load_step(folder, net, optimizers):
+def load_step(folder: Path, net: GPT, optimizers: list) -> None:
     """Fill a network and its optimizers with a step's tensors, each process what it has of them;
     what does not fit is a UserError."""
     reader = StepReader(folder)
@@ -303,14 +313,14 @@ def load_step(folder, net, optimizers):
     load_states(folder, net, optimizers, reader)
 
 
-def load_states(folder, net, optimizers, reader=None):
+def load_states(folder: Path, net: GPT, optimizers: list, reader: StepReader | None = None) -> None:
     """`load_step` of the optimizers alone."""
     reader = reader or StepReader(folder)
     make_states(reader.shapes, net, optimizers, folder)
     fill_checked(reader, optimizer_tensors(net, optimizers))
 
 
-def fill_checked(reader, tensors):
+def fill_checked(reader: StepReader, tensors: dict[str, Tensor]) -> None:
     shapes = reader.shapes
     for key, tensor in tensors.items():
         if shapes.get(key) != (tensor.dtype, list(tensor.shape)):
@@ -319,7 +329,7 @@ def fill_checked(reader, tensors):
     reader.fill(tensors)
 
 
-def make_states(shapes, net, optimizers, folder):
+def make_states(shapes: dict, net: GPT, optimizers: list, folder: Path) -> None:
     """Give the optimizers empty states of the parameters that {key: (dtype, shape)} has some of."""
     entries = {}  # {name of a parameter: {entry: (dtype, shape)}}
     for key, shape in shapes.items():
@@ -333,18 +343,20 @@ def make_states(shapes, net, optimizers, folder):
             saved = entries.get(names[p], {})
             check_entries(saved, optimizer, f"{folder}: the optimizer's state of {names[p]}")
             if saved:
-                state = {entry: empty_entry(p, *about, memory) for entry, about in saved.items()}
+                state = {}
+                for entry, (dtype, shape) in saved.items():
+                    state[entry] = empty_entry(p, dtype, shape, memory)
                 held_state(optimizer)[p] = state
 
 
-def check_entries(saved, optimizer, where):
+def check_entries(saved: dict, optimizer: torch.optim.Optimizer, where: Any) -> None:
     """Refuse the entries of another kind of optimizer."""
     usual = STATE_NAMES.get(type(inner(optimizer)))
     if saved and usual and set(saved) != usual:
         raise UserError(f"{where} is another optimizer's: damaged, or foreign")
 
 
-def empty_entry(p, dtype, shape, memory):
+def empty_entry(p: Tensor, dtype: torch.dtype, shape: Any, memory: Any) -> Any:
     """What an entry of a parameter's state is read into: a number, or divided as p is."""
     if not shape:
         return torch.zeros((), dtype=dtype, device=p.device)
@@ -353,7 +365,7 @@ def empty_entry(p, dtype, shape, memory):
     return torch.zeros_like(p, dtype=dtype, requires_grad=False)
 
 
-def numbered_names(net, optimizer):
+def numbered_names(net: GPT, optimizer: torch.optim.Optimizer) -> list[list[str]]:
     """The names of a whole network's parameters, as a state.pt numbers them: a list for each
     optimizer that `make_optimizer` gives."""
     with torch.device("meta"):
@@ -368,7 +380,9 @@ def numbered_names(net, optimizer):
     return [[names[p] for p in params] for params in lists if params]
 
 
-def load_whole_states(saved, names, net, optimizers, path):
+def load_whole_states(
+    saved: dict, names: Sequence[str], net: GPT, optimizers: list, path: Path
+) -> None:
     """Give each process its part of the optimizers' states in a state.pt, `saved`, a list of
     state_dicts whose parameters have these names."""
     if len(saved) != len(names):
@@ -387,7 +401,7 @@ def load_whole_states(saved, names, net, optimizers, path):
         copy_part(whole, part)
 
 
-def copy_part(whole, part):
+def copy_part(whole: Tensor, part: str) -> None:
     """Copy what a process has of a tensor into it: `part` is a DTensor, or plain."""
     if not is_divided(part):
         part.copy_(whole)

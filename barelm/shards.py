@@ -4,9 +4,12 @@ A shard is 256 little-endian int32, of which the first three are a magic number,
 count of tokens, and then the tokens, uint16 or uint32.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -15,11 +18,17 @@ from barelm.files import read_json
 from barelm.objectives import Objective, causal_batch
 from barelm.run import UserError, to_device
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+
 HEADER_SIZE = 1024  # bytes
 TOKEN_DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # magic, version
 
 
-def open_shard(path):
+def open_shard(path: Path) -> np.ndarray:
     """The tokens of an llm.c .bin shard, as a memory map (N,) uint16 or uint32."""
     try:
         header = np.fromfile(path, dtype="<i4", count=256)
@@ -32,7 +41,7 @@ def open_shard(path):
     return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_SIZE, shape=(count,))
 
 
-def shard_format(header, size, path):
+def shard_format(header: np.ndarray, size: int, path: Path | str) -> tuple[int, np.dtype]:
     """(tokens, their dtype) of the shard at path, by its header (256,) int32 and its size in
     bytes."""
     dtype = TOKEN_DTYPES.get(tuple(header[:2].tolist()))
@@ -45,7 +54,7 @@ def shard_format(header, size, path):
     return count, dtype
 
 
-def check_tokens(ids, n_vocab, path):
+def check_tokens(ids: np.ndarray, n_vocab: int, path: Path) -> None:
     """Refuse ids, an array of the shard at path, that are not below n_vocab."""
     if len(ids) and ids.max() >= n_vocab:
         why = f"the tokenizer has {n_vocab:,} tokens: prepare it again"
@@ -64,7 +73,8 @@ class Windows:
     shards: the opened shards, where they are no files here (barelm/stream.py); paths are their
     names then."""
 
-    def __init__(self, paths, seq_len, seed=0, partial=False, stride=0, n_vocab=0, shards=None):
+    def __init__(self, paths: list[Path], seq_len: int, seed: int = 0, partial: bool = False,
+                 stride: int = 0, n_vocab: int = 0, shards: Any = None) -> None:  # fmt: skip
         self.paths = list(paths)
         self.shards = shards
         self.cache = None  # of shards that are elsewhere
@@ -85,17 +95,17 @@ class Windows:
         self.epoch = -1  # whose order it is:
         self.order = None
 
-    def shard_of(self, i):
+    def shard_of(self, i: int) -> int:
         """The number of the shard that holds window i."""
         return int(np.searchsorted(self.ends, i, side="right"))
 
-    def place(self, i):
+    def place(self, i: int) -> tuple[int, int]:
         """Where window i begins: (the number of its shard, the token)."""
         s = self.shard_of(i)
         first_window = int(self.ends[s - 1]) if s > 0 else 0
         return s, (i - first_window) * self.stride
 
-    def window(self, i):
+    def window(self, i: int) -> np.ndarray:
         """Inputs and targets (seq_len + 1,) int64 of window i, -100 past the shard's end."""
         s, begin = self.place(i)
         tokens = self.shards[s][begin : begin + self.seq_len + 1]
@@ -103,7 +113,7 @@ class Windows:
         window[: len(tokens)] = tokens
         return window
 
-    def at(self, position):
+    def at(self, position: int) -> int:
         """The window at a position of the global sequence."""
         epoch, i = divmod(position, self.n)
         if epoch != self.epoch:
@@ -111,7 +121,7 @@ class Windows:
             self.epoch = epoch
         return int(self.order[i])
 
-    def rows(self, indices):
+    def rows(self, indices: list[int]) -> np.ndarray:
         """The windows of these indices, as `window` has them: (len(indices), seq_len + 1) int64."""
         if self.cache:  # all that is missing at once, rather than one after another
             self.cache.want(self.remote_chunks(indices))
@@ -121,7 +131,7 @@ class Windows:
                 check_tokens(window, self.n_vocab, self.paths[self.shard_of(i)])
         return windows
 
-    def remote_chunks(self, indices):
+    def remote_chunks(self, indices: list[int]) -> list:
         """The cache's chunks with these windows, each once."""
         chunks = {}
         for i in indices:
@@ -129,13 +139,13 @@ class Windows:
             chunks[self.shards[s].chunk(begin)] = None
         return list(chunks)
 
-    def batch(self, indices, device):
+    def batch(self, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """The windows of these indices: (ids, targets) int64 (len(indices), seq_len)."""
         batch = batch_to_device(causal_batch(self.rows(indices)), device)
         return batch["ids"], batch["targets"]
 
 
-def batch_to_device(batch, device):
+def batch_to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """{name: tensor of the host} on the device, copied while the host goes on."""
     return {name: to_device(tensor, device) for name, tensor in batch.items()}
 
@@ -148,7 +158,8 @@ class MicroBatches:
     A GPU computes while the host goes on: the next micro-batch is best made then, and copied, so
     that it is there when it is wanted."""
 
-    def __init__(self, windows, device, rows, rank=0, world=1, objective=None):
+    def __init__(self, windows: Windows, device: torch.device, rows: int, rank: int = 0,
+                 world: int = 1, objective: Objective | None = None) -> None:  # fmt: skip
         self.windows = windows
         self.device = device
         self.rows = rows
@@ -159,28 +170,28 @@ class MicroBatches:
         self.next_position = 0  # behind the one that was taken last
         self.ahead = {}  # {position: micro-batch}: the next one, where it is made
 
-    def make(self, position):
+    def make(self, position: int) -> dict[str, Tensor]:
         """The network's arguments of the micro-batch that begins at this window: {name: tensor}."""
         first = position + self.rank
         positions = range(first, first + self.size, self.world)
         windows = self.windows.rows([self.windows.at(i) for i in positions])
         return batch_to_device(self.objective.batch(windows, positions), self.device)
 
-    def take(self, position):
+    def take(self, position: int) -> dict[str, Tensor]:
         """The micro-batch at a position, made now if it was not made ahead."""
         self.next_position = position + self.size
         if position in self.ahead:
             return self.ahead.pop(position)
         return self.make(position)
 
-    def make_ahead(self):
+    def make_ahead(self) -> None:
         """Make the one behind that which was taken last."""
         self.ahead = {}
         with contextlib.suppress(UserError):  # which is told when it is taken, if it ever is
             self.ahead[self.next_position] = self.make(self.next_position)
 
 
-def document_layout(folder, tok):
+def document_layout(folder: Path, tok: Tokenizer) -> tuple[list[int], list]:
     """(ids before a document, ids behind it) in the shards of a dataset, as its meta.json has them;
     shards of an earlier version, which say nothing, have `eot_id` before each document."""
     layout = read_json(Path(folder) / "meta.json").get("document")
@@ -198,7 +209,7 @@ def document_layout(folder, tok):
     raise UserError(f"{folder}/meta.json: {why}")
 
 
-def document_numbers(ids, begin, end):
+def document_numbers(ids: np.ndarray, begin: int, end: int) -> Tensor:
     """Which document each token of ids (B, T) is of, counted along its row: (B, T) int64. begin and
     end are what `document_layout` gave. The end token is the last of its document; where there is
     none, what stands before a document is the first of it."""

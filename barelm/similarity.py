@@ -4,6 +4,8 @@ Both are 0 to 1. They count what two texts have in common, not what they mean: a
 words scores low. ROUGE-L is rouge_score's rougeL, chrF is sacrebleu's chrF2 over 100.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 
@@ -11,7 +13,7 @@ MAX_N = 6  # chrF's longest runs of characters
 BETA = 2  # chrF: recall counts so much more than precision
 
 
-def rouge_l(text, reference):
+def rouge_l(text: str, reference: str) -> float:
     """The F1 of the longest common subsequence of words (Lin 2004, section 3; with beta 1)."""
     words = words_of(text)
     reference_words = words_of(reference)
@@ -23,13 +25,13 @@ def rouge_l(text, reference):
     return 2 * precision * recall / (precision + recall)
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """The words that rouge_score compares: runs of a-z and 0-9, capitals as small letters. Letters
     of other alphabets are blanks to it."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def common_subsequence(a, b):
+def common_subsequence(a: list[str], b: list[str]) -> int:
     """The length of the longest common subsequence of two lists: some of the entries, in order."""
     lengths = [0] * (len(b) + 1)  # of a's beginning and each beginning of b
     for x in a:
@@ -43,7 +45,7 @@ def common_subsequence(a, b):
     return lengths[-1]
 
 
-def chrf_counts(text, reference):
+def chrf_counts(text: str, reference: str) -> list[list[int]]:
     """What chrF counts in a pair of texts, a list (MAX_N, 3): for each n the runs of n characters
     in the text, in the reference, and in both. White space does not count."""
     text = "".join(text.split())
@@ -59,12 +61,12 @@ def chrf_counts(text, reference):
     return counts
 
 
-def runs_of(text, n):
+def runs_of(text: str, n: int) -> Counter:
     """{run of n characters: how often} in a text."""
     return Counter(text[i : i + n] for i in range(len(text) - n + 1))
 
 
-def chrf(counts):
+def chrf(counts: list[list[int]]) -> float:
     """chrF of chrf_counts, or of the sum of many: a corpus's chrF is that of all its runs, no mean
     over its texts. Precision and recall are means over the lengths that both sides have."""
     precisions = []

@@ -4,6 +4,8 @@ A source is files (`files_of`); files are cut into units that one process works 
 (`cut_into_units`); a unit gives records (`documents`, or `raw_records` for task sets).
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -19,6 +21,7 @@ from functools import lru_cache
 from glob import glob
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import requests
@@ -42,6 +45,12 @@ from barelm.python_chat import chat_file, chat_path, chat_size
 from barelm.run import UserError
 from barelm.synthetic import copy_file, copy_length, copy_path
 from barelm.working import wait
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import BinaryIO
+
+    from barelm.run import Run
 
 RAW = "https://raw.githubusercontent.com/"
 DATA = HUB + "datasets/"
@@ -99,7 +108,7 @@ class Unit:
 # Files
 
 
-def files_of(spec, separator, max_files, run):
+def files_of(spec: str, separator: str | None, max_files: int | None, run: Run) -> tuple | None:
     """(paths, folder they are in or None, separator) of one source, downloads made. Under torchrun
     every rank downloads its part, and waits for the others."""
     if spec == "python":
@@ -145,13 +154,15 @@ def files_of(spec, separator, max_files, run):
     return each_once(paths), None, separator
 
 
-def library_files():
+def library_files() -> list[Path]:
     """The source files of Python's standard library, without its tests."""
     paths, _ = walk(sysconfig.get_path("stdlib"), ".py", NOT_LIBRARY)
     return paths
 
 
-def walk(folder, ending="", avoid=()):
+def walk(
+    folder: str, ending: str = "", avoid: set[str] | tuple = ()
+) -> tuple[list[Path], list[str]]:
     """(files of this ending in and below a folder, in the order of their names; links to nothing),
     without hidden ones and those in folders to avoid. Links are followed, but each real file and
     folder counts once: under its own name where that is below the folder, too."""
@@ -182,11 +193,11 @@ def walk(folder, ending="", avoid=()):
     return each_once([*files, *sorted(linked_files)]), broken
 
 
-def is_behind_link(path):
+def is_behind_link(path: Path) -> bool:
     return os.path.realpath(path) != os.path.abspath(path)
 
 
-def each_once(paths):
+def each_once(paths: list[Path]) -> list[Path]:
     """The paths, sorted, without those that lead to the same file as one before."""
     first = {}
     for path in paths:
@@ -194,7 +205,7 @@ def each_once(paths):
     return sorted(first.values())
 
 
-def matching(pattern):
+def matching(pattern: str) -> list:
     """The paths that a pattern of the shell's kind names. `**` stands for any folders, and goes
     through links as `walk` does: in a loop of links the standard library's glob does not end."""
     parts = pattern.replace(os.sep, "/").split("/")
@@ -218,7 +229,7 @@ def matching(pattern):
     return paths
 
 
-def fits(names, patterns):
+def fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
     """Do the names of a path match the patterns one by one, where ** is any number of names?"""
     if not patterns:
         return not names
@@ -231,7 +242,7 @@ def fits(names, patterns):
 # Downloads
 
 
-def addresses(spec):
+def addresses(spec: str) -> list[str]:
     """The URLs of a named download, of a URL, of a file of URLs (@file), or of a Hub data set's
     training files (hf:owner/name, or hf:owner/name/folder)."""
     if spec.startswith("@"):
@@ -247,7 +258,7 @@ def addresses(spec):
     return list(dict.fromkeys(urls))  # each once, in order
 
 
-def hub_addresses(spec):
+def hub_addresses(spec: str) -> list[str]:
     """The URLs of a Hub data set's training files, those of one format."""
     dataset, below = re.fullmatch(r"hf:([^/]*/?[^/]*)/?(.*)", spec, re.S).groups()
     names = []
@@ -266,7 +277,7 @@ def hub_addresses(spec):
     return []
 
 
-def hub_files(dataset, spec):
+def hub_files(dataset: str, spec: str) -> list[str]:
     """The names of all files of a data set on the Hub, sorted."""
     try:
         answer = requests.get(f"{HUB}api/datasets/{dataset}", timeout=30)  # seconds
@@ -279,7 +290,7 @@ def hub_files(dataset, spec):
     raise UserError(f"--source={spec}: the Hub does not list it: {why}")
 
 
-def download_path(url):
+def download_path(url: str) -> Path:
     """Where a download is stored: the end of its name says what it is, whatever query follows it,
     and a hash tells it from another of that name."""
     without_query = url.partition("?")[0]
@@ -294,7 +305,8 @@ def download_path(url):
 # Units
 
 
-def cut_into_units(source, paths, folder, separator, input_format, undivided):
+def cut_into_units(source: str, paths: list[Path], folder: str | None, separator: str | None,
+                   input_format: str | None, undivided: bool) -> list[Unit]:  # fmt: skip
     """The Units of a source, in order, without names. Undivided: one process reads them all."""
     stats = [path.stat() for path in paths]
     total = sum(stat.st_size for stat in stats)
@@ -325,7 +337,7 @@ def cut_into_units(source, paths, folder, separator, input_format, undivided):
     return units
 
 
-def can_be_cut_at(mark):
+def can_be_cut_at(mark: str) -> bool:
     """Can a range of a file be cut at this mark? One that can overlap itself, as "---" in "----",
     is found from the start of the file alone."""
     if not mark:
@@ -333,12 +345,12 @@ def can_be_cut_at(mark):
     return not any(mark.endswith(mark[:i]) for i in range(1, len(mark)))
 
 
-def format_of(path):
+def format_of(path: Path | str) -> str:
     """text, jsonl, json, csv, tsv or parquet, as the end of the name says."""
     return FORMATS.get(file_ending(path), "text")
 
 
-def is_plain(path):
+def is_plain(path: Path | str) -> bool:
     """Can a range of the file's bytes be read alone? Not of a compressed one, nor of UTF-16."""
     if is_compressed(path):
         return False
@@ -346,7 +358,7 @@ def is_plain(path):
         return encoding_of(file.read(4)) in (None, "utf-8")
 
 
-def mark_in(path, separator):
+def mark_in(path: Path, separator: str | None) -> str:
     """What cuts this text file into documents: the line ends of `separator` as the file has
     them."""
     if not separator or "\n" not in separator or "\r" in separator:
@@ -366,7 +378,7 @@ def mark_in(path, separator):
 # Records
 
 
-def documents(unit, text_field, skipped):
+def documents(unit: Unit, text_field: str, skipped: list) -> Iterator[dict[str, str]]:
     """Yield the documents of a unit as dicts with their text in text_field, their `path` and, of
     records, their `url`. A text file of a folder that is no UTF-8 goes to the list `skipped`; a
     line that is no record with such a text ends all with a UserError."""
@@ -397,7 +409,7 @@ def documents(unit, text_field, skipped):
             yield {"url": url, text_field: text, "path": shown}
 
 
-def raw_records(unit, text_field, bad):
+def raw_records(unit: Unit, text_field: str, bad: list) -> Iterator[dict[str, str]]:
     """Yield the records of a unit as they are, with their file's `path`. A line that is none goes
     to the list `bad`, as "path:line: its beginning". The text of a text file is in text_field."""
     for part in unit.parts:
@@ -416,7 +428,9 @@ def raw_records(unit, text_field, bad):
             yield record
 
 
-def text_documents(unit, part, shown, text_field, skipped):
+def text_documents(
+    unit: Unit, part: FilePart, shown: str, text_field: str, skipped: list
+) -> Iterator[dict[str, str]]:
     """The documents of a range of a text file, as `documents` yields them."""
     if part.begin == 0 and not unit.input_format:
         refuse_hidden_records(part.path)
@@ -433,14 +447,14 @@ def text_documents(unit, part, shown, text_field, skipped):
         skipped.append(shown)  # folders hold images and the like, too
 
 
-def shown_path(path, folder):
+def shown_path(path: str, folder: str | None) -> str:
     """The path, below the folder if there is one, as text that can be encoded."""
     if folder:
         path = os.path.relpath(path, folder).replace(os.sep, "/")  # the same on every system
     return os.fsencode(path).decode(errors="replace")  # names of files need not be UTF-8
 
 
-def as_record(value):
+def as_record(value: bytes) -> dict[str, str]:
     """A dict as it is, or the JSON object of a line; else one of json's errors or a TypeError."""
     if isinstance(value, dict):
         return value
@@ -450,7 +464,7 @@ def as_record(value):
     return record
 
 
-def beginning(value):
+def beginning(value: bytes) -> str:
     """The beginning of a line, or of a value as JSON, to show."""
     data = value
     if not isinstance(value, bytes):
@@ -458,13 +472,13 @@ def beginning(value):
     return data[:60].decode(errors="replace")
 
 
-def mended(text):
+def mended(text: str) -> str:
     """The text with U+FFFD for half a surrogate pair, which UTF-8 lacks."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @lru_cache(1)  # a range has many bad lines, or none
-def lines_before(path, begin):
+def lines_before(path: str, begin: int) -> int:
     """How many lines of a file begin before those of its range from `begin`."""
     if begin == 0:
         return 0
@@ -475,7 +489,7 @@ def lines_before(path, begin):
     return count
 
 
-def refuse_hidden_records(path):
+def refuse_hidden_records(path: str) -> None:
     """A file of records whose name says text would be read as one text of braces and quotes."""
     try:
         with open_input(path) as file:
@@ -500,7 +514,9 @@ def refuse_hidden_records(path):
 # Formats
 
 
-def read_records(part, kind, columns):
+def read_records(
+    part: FilePart, kind: str, columns: set[str] | None
+) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line as bytes, or value) of each record of a range of a file. columns: of
     parquet, which to read; None: all."""
     path = part.path
@@ -518,7 +534,9 @@ def read_records(part, kind, columns):
         raise UserError(f"{path}: not {error.encoding} text ({error.reason}): convert it") from None
 
 
-def read_parts(path, separator, begin=0, end=math.inf):
+def read_parts(
+    path: str, separator: str | None, begin: int = 0, end: float = math.inf
+) -> Iterator[bytes]:
     """Yield the parts, bytes, of a file (decompressed by its name) that `separator` cuts: those
     that begin from `begin` to before `end`. None: all of it as one."""
     n_parts = 0
@@ -538,7 +556,7 @@ def read_parts(path, separator, begin=0, end=math.inf):
         raise damaged(path, n_parts, error) from None
 
 
-def parts_of(file, mark, begin, end):
+def parts_of(file: BinaryIO, mark: bytes, begin: int, end: float) -> Iterator[bytes]:
     """Yield the parts of an open file that begin from `begin` to before `end`, and None for the
     one that ends in the range but began before it."""
     is_own = begin == 0  # does the part at hand begin in the range?
@@ -561,21 +579,21 @@ def parts_of(file, mark, begin, end):
         yield rest
 
 
-def damaged(path, number, error):
+def damaged(path: str, number: int, error: BaseException) -> BaseException:
     """What to raise where a compressed file cannot be read beyond this line."""
     if isinstance(error, OSError) and error.errno is not None:  # the disk's, no decompressor's
         return error
     return UserError(f"{path}: damaged after line {number}: {error}")
 
 
-def read_lines(part):
+def read_lines(part: FilePart) -> Iterator[tuple[int, bytes]]:
     """Yield (number, line) of a range of a JSONL file, without blank lines."""
     for number, line in enumerate(read_parts(part.path, "\n", part.begin, part.end), 1):
         if line.strip():
             yield number, line
 
 
-def read_json_file(part):
+def read_json_file(part: FilePart) -> Iterator[tuple]:
     """Yield (number, value) of a JSON file that is a list, or one value; or the lines of one that
     is JSONL by another name."""
     [data] = read_parts(part.path, None)
@@ -588,7 +606,7 @@ def read_json_file(part):
         yield from enumerate(values, 1)
 
 
-def is_json(data):
+def is_json(data: bytes) -> bool:
     try:
         json.loads(data)
     except (ValueError, RecursionError):
@@ -596,7 +614,7 @@ def is_json(data):
     return True
 
 
-def read_table(path, delimiter):
+def read_table(path: str, delimiter: str) -> Iterator[tuple]:
     """Yield (line, record) of a CSV or TSV file (RFC 4180), whose first row names the fields. A row
     of more or fewer cells is no record but the list of its cells."""
     csv.field_size_limit(2**31 - 1)  # the module's own limit is 131,072 characters
@@ -619,7 +637,7 @@ def read_table(path, delimiter):
         raise UserError(f"{path}: damaged after record {number}: {error}") from None
 
 
-def read_parquet(path, columns):
+def read_parquet(path: str, columns: set[str]) -> Iterator[tuple]:
     """Yield (number, record) of a parquet file: these of its columns, if it has one of them."""
     try:
         import pyarrow.parquet

@@ -6,9 +6,12 @@ Face's library. Here they are run by Rust's (in tiktoken) and by the module `reg
 that the engines do not read alike is `NotOurs`: `tokenizers` itself must run it.
 """
 
+from __future__ import annotations
+
 import re
 import time
 import unicodedata
+from typing import Any
 
 from barelm.run import UserError
 
@@ -41,18 +44,18 @@ class NotOurs(Exception):
 # Normalizers
 
 
-def normalize(text, names):
+def normalize(text: str, names: list[str]) -> str:
     """What Hugging Face's normalizers of these names make of a text, one after another."""
     for name in names:
         if name == "Lowercase":
             # Python writes a sigma at a word's end as ς; Rust goes letter by letter.
             text = text.replace("Σ", "σ").lower()
         else:
-            text = unicodedata.normalize(name, text)
+            text = unicodedata.normalize(name, text)  # type: ignore[arg-type]
     return text
 
 
-def read_normalizers(spec):
+def read_normalizers(spec: dict) -> list[str]:
     """The names of a tokenizer.json's normalizers, in their order."""
     normalizer = spec.get("normalizer") or {"normalizers": []}
     names = []
@@ -67,7 +70,7 @@ def read_normalizers(spec):
 # Patterns
 
 
-def read_pre_tokenizer(spec):
+def read_pre_tokenizer(spec: dict) -> tuple[str, list[tuple[str, str, bool]]]:
     """(form, steps) of a tokenizer.json's pre_tokenizer. form: "ByteLevel", where the pieces are
     written as bytes at the end, or "Split"; steps: [(pattern, behavior, invert)], each cutting the
     pieces of the one before."""
@@ -90,7 +93,7 @@ def read_pre_tokenizer(spec):
     return "ByteLevel", splits
 
 
-def read_split(step):
+def read_split(step: dict) -> tuple[str, str, bool]:
     """(pattern, behavior, invert) of one step, a Split or Digits."""
     if step["type"] == "Digits":
         behavior = "Isolated" if step.get("individual_digits") else "Contiguous"
@@ -105,7 +108,7 @@ def read_split(step):
     return literal, step["behavior"], step["invert"]
 
 
-def spell_words(pattern):
+def spell_words(pattern: str) -> str:
     """The pattern with what Oniguruma takes for \\w and \\W written out."""
     parts = []
     depth = 0  # of brackets: within [...] a class must not open another
@@ -122,7 +125,7 @@ def spell_words(pattern):
     return "".join(parts)
 
 
-def portable_pattern(given):
+def portable_pattern(given: str) -> str:
     """A split pattern of tokenizer.json as Rust and `regex` read it; NotOurs where one of the
     three would mean something else by it."""
     # Oniguruma takes {1,3}+ for a repeated repeat; elsewhere it is greedy and gives nothing back.
@@ -141,7 +144,7 @@ def portable_pattern(given):
     return pattern
 
 
-def compile_pattern(pattern):
+def compile_pattern(pattern: str) -> Any:
     """A portable pattern, for the module `regex`."""
     import regex
 
@@ -155,12 +158,12 @@ def compile_pattern(pattern):
         raise UserError(f"tokenizer.json: the split pattern {pattern!r}: {error}") from None
 
 
-def unicode_escape(match):
+def unicode_escape(match: re.Match) -> str:
     """A hexadecimal number as Python's escape."""
     return f"\\U{int(match[1], 16):08x}"
 
 
-def may_match_nothing(pattern):
+def may_match_nothing(pattern: str) -> bool:
     """Whether a pattern matches nothing at some place where it is likely to: among usual letters
     and those that it names. tiktoken panics there."""
     try:
@@ -174,12 +177,12 @@ def may_match_nothing(pattern):
 # Cutting
 
 
-def split_seconds(text):
+def split_seconds(text: str) -> float:
     """How long a pattern may take for a text, in seconds: many times what a usual one does."""
     return SPLIT_SECONDS + len(text) / 100_000
 
 
-def stretches(text, pattern):
+def stretches(text: str, pattern: Any) -> list[tuple[int, int, bool]]:
     """[(begin, end, does the pattern match it)], one behind the other, of the whole text.
     TimeoutError where the pattern has no end."""
     parts = []
@@ -203,7 +206,7 @@ def stretches(text, pattern):
     return parts
 
 
-def split_at(text, pattern, behavior, invert):
+def split_at(text: str, pattern: Any, behavior: str, invert: bool) -> list[tuple[int, int]]:
     """The pieces [(begin, end)] that Hugging Face's Split makes of a text, none of them empty.
 
     "the-final--countdown" at "-" is
@@ -241,7 +244,7 @@ def split_at(text, pattern, behavior, invert):
 class Splitter:
     """Cuts normal text by the steps [(pattern, behavior, invert)] of a tokenizer.json."""
 
-    def __init__(self, steps):
+    def __init__(self, steps: list[tuple[str, str, bool]]) -> None:
         # SmolLM2's two steps are one pattern, which tiktoken can run.
         if steps == [(r"\p{N}", "Isolated", False), (GPT2_SPLIT, "Isolated", False)]:
             steps = [(DIGITS_SPLIT, "Isolated", False)]
@@ -256,7 +259,7 @@ class Splitter:
             self.drops_text |= behavior == "Removed"
             self.steps.append((compile_pattern(portable_pattern(pattern)), behavior, invert))
 
-    def cuts(self, text):
+    def cuts(self, text: str) -> list[tuple[int, int]]:
         """Where the pieces of a text begin and end: [(begin, end)]."""
         pieces = [(0, len(text))] if text else []
         for pattern, behavior, invert in self.steps:
@@ -272,7 +275,7 @@ class Splitter:
             pieces = finer
         return pieces
 
-    def pieces(self, text):
+    def pieces(self, text: str) -> list[str]:
         """The pieces of a text."""
         if self.pattern == CHARACTERS:
             return list(text)

@@ -1,13 +1,19 @@
 """Which blocks of a network each stage of a pipeline has, so that the slowest one has the least to
 do; the last has the head too. Pipelines (pipeline.py) and plans (footprint.py) ask here."""
 
+from __future__ import annotations
+
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from barelm.optim import attention_products, mlp_weights
 from barelm.patterns import Pattern
 
+if TYPE_CHECKING:
+    from model import GPTConfig
 
-def block_costs(c, seq_len):
+
+def block_costs(c: GPTConfig, seq_len: int) -> list[float]:
     """Multiplications of a token in each block: [float]."""
     heads = 2 * c.head_dim * c.n_embd * (c.n_head + c.n_kv_head)  # q and o, k and v
     costs = []
@@ -16,7 +22,7 @@ def block_costs(c, seq_len):
     return costs
 
 
-def head_cost(c, seq_len):
+def head_cost(c: GPTConfig, seq_len: int) -> int:
     """The same of what stands behind the blocks. What stands before them multiplies nothing: the
     embedding is looked up."""
     cost = c.n_embd * c.vocab_size
@@ -30,7 +36,9 @@ def head_cost(c, seq_len):
 
 
 @lru_cache(1024)  # a plan asks often
-def split_blocks(costs, n_stages, last_cost=0.0):
+def split_blocks(
+    costs: tuple[int, ...], n_stages: int, last_cost: float = 0.0
+) -> list[tuple[int, int]]:
     """Which blocks each stage has, [(begin, end)], so that the slowest stage has the least to do.
     costs: a tuple, of each block; last_cost: what the last stage does besides."""
     n = len(costs)
@@ -63,7 +71,7 @@ def split_blocks(costs, n_stages, last_cost=0.0):
     return stages[::-1]
 
 
-def stages_of(c, n_stages, seq_len=0):
+def stages_of(c: GPTConfig, n_stages: int, seq_len: int = 0) -> list[tuple[int, int]]:
     """Which blocks each stage of a network has: [(begin, end)]. The longest context decides, so
     that a checkpoint of another seq_len is split alike."""
     seq_len = seq_len or c.n_ctx
@@ -72,6 +80,6 @@ def stages_of(c, n_stages, seq_len=0):
     return split_blocks(tuple(block_costs(c, seq_len)), n_stages, head_cost(c, seq_len))
 
 
-def stage_blocks(c, n_stages):
+def stage_blocks(c: GPTConfig, n_stages: int) -> list[int]:
     """[how many blocks each stage has]."""
     return [end - begin for begin, end in stages_of(c, n_stages)]

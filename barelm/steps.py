@@ -9,6 +9,8 @@
 A step is whole or not there: all of it is on the disk before the folder has its name, and it loses
 the name before anything in it is removed."""
 
+from __future__ import annotations
+
 import contextlib
 import re
 import shutil
@@ -22,16 +24,16 @@ SHARDS = "shards"
 MESH, STATE = "mesh.json", "state.json"
 
 
-def step_folder(out_dir, step):
+def step_folder(out_dir: Path, step: int) -> Path:
     return Path(out_dir) / SHARDS / f"step_{step:08d}"
 
 
-def is_step(folder):
+def is_step(folder: Path) -> bool:
     """Whether a folder has what was written in parts."""
     return (Path(folder) / ".metadata").is_file()
 
 
-def step_folders(out_dir):
+def step_folders(out_dir: Path) -> list:
     """[(step, its folder)] of what has the name of a whole step, the last step last."""
     folders = []
     for path in (Path(out_dir) / SHARDS).glob("step_*"):
@@ -41,7 +43,7 @@ def step_folders(out_dir):
     return sorted(folders)
 
 
-def why_not_whole(path):
+def why_not_whole(path: Path) -> str:
     """What a step's folder lacks of what was written, or ""."""
     path = Path(path)
     try:
@@ -59,23 +61,23 @@ def why_not_whole(path):
     return ""
 
 
-def whole_steps(out_dir):
+def whole_steps(out_dir: Path) -> list:
     """[(step, its folder)] of the steps that can be gone on from, the last one last."""
     return [(step, path) for step, path in step_folders(out_dir) if not why_not_whole(path)]
 
 
-def read_step_state(folder):
+def read_step_state(folder: Path) -> dict:
     """The plain values that a step was saved with."""
     return read_json(Path(folder) / STATE)
 
 
-def sizes_of(folder):
+def sizes_of(folder: Path) -> dict[str, int]:
     """{name: bytes} of a folder's files, but mesh.json, which will hold this."""
     paths = sorted(path for path in Path(folder).iterdir() if path.name != MESH)
     return {path.name: path.stat().st_size for path in paths}
 
 
-def discard(folder):
+def discard(folder: Path) -> None:
     """Remove a step's folder: first its name, in one moment, then what is in it."""
     folder = Path(folder)
     if folder.suffix != ".tmp" and folder.is_dir():
@@ -87,7 +89,7 @@ def discard(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_last(out_dir, keep):
+def keep_last(out_dir: Path, keep: int) -> None:
     """Remove all steps of a run but the last `keep` whole ones, and what kills have left."""
     shards = Path(out_dir) / SHARDS
     last_first = [path for _, path in reversed(whole_steps(out_dir))]

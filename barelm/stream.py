@@ -5,6 +5,8 @@ fetched at once; a few threads fetch what is soon to be asked for. Processes sha
 waits for another: each fetches what it lacks, and a chunk appears under its name when it is whole.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import itertools
@@ -16,6 +18,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,18 +30,22 @@ from barelm.files import parse_json
 from barelm.run import UserError
 from barelm.shards import HEADER_SIZE, shard_format
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
 CACHE = Path("data/cache")
 N_THREADS = 8  # of a process, that fetch
 TRIES = 5
 NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def is_remote(name):
+def is_remote(name: str) -> bool:
     """Whether a data set's name is an address: hf://owner/name, https://host/folder/meta.json."""
     return re.match(r"(hf|https?)://", name) is not None
 
 
-def place_of(name):
+def place_of(name: str) -> str:
     """The URL of the folder of a remote data set, with a slash at its end. Of the Hub:
     hf://owner/name, with @revision behind it, and a folder within it, if need be."""
     if not name.startswith("hf://"):
@@ -55,7 +62,9 @@ def place_of(name):
 # One request
 
 
-def fetch_range(session, url, begin, end, tries=TRIES):
+def fetch_range(
+    session: Any, url: str, begin: int, end: int, tries: int = TRIES
+) -> tuple[bytes, int]:
     """Bytes `begin` to before `end` of a URL, and the size of its whole file; end None: all of it.
     Tried again where that may help, else a UserError."""
     import requests
@@ -96,7 +105,7 @@ def fetch_range(session, url, begin, end, tries=TRIES):
     raise UserError(f"{url}: {why}")
 
 
-def whole_size(answer, n_bytes):
+def whole_size(answer: Any, n_bytes: int) -> int:
     """The bytes of the whole file, as an answer says it; else n_bytes."""
     total = answer.headers.get("Content-Range", "").rpartition("/")[2]
     return int(total) if total.isdecimal() else n_bytes
@@ -112,7 +121,9 @@ class ChunkCache:
     limit: bytes of the cache, about; the chunks that were used the longest ago are removed. rank,
     world: of the processes of this machine each fetches its share ahead."""
 
-    def __init__(self, place, folder, limit, rank=0, world=1):
+    def __init__(
+        self, place: str, folder: Path, limit: float, rank: int = 0, world: int = 1
+    ) -> None:
         self.place = place
         self.folder = Path(folder)
         self.limit = limit
@@ -128,16 +139,16 @@ class ChunkCache:
         self.errors = {}  # {chunk: UserError}
         self.n_fetched = 0  # by this process
 
-    def path(self, chunk):
+    def path(self, chunk: tuple[str, int, int]) -> str:
         """Where a chunk (name, begin, end), in bytes of its file, is kept."""
         name, begin, end = chunk
         return f"{self.folder}/{name}.{begin}-{end}"
 
-    def has(self, chunk):
+    def has(self, chunk: tuple[str, int, int]) -> bool:
         """Whether a chunk is here. It has its name only when it is whole."""
         return os.path.exists(self.path(chunk))
 
-    def read(self, chunk, begin, end):
+    def read(self, chunk: tuple[str, int, int], begin: int, end: int) -> bytes:
         """Bytes of a chunk: `begin` to before `end` in its file."""
         _, chunk_begin, _ = chunk
         while True:
@@ -148,7 +159,7 @@ class ChunkCache:
             except FileNotFoundError:  # another process made room just now
                 self.want([chunk])
 
-    def want(self, chunks):
+    def want(self, chunks: Iterable[tuple[str, int, int]]) -> None:
         """Return when all of these chunks were here; a UserError where one cannot be had."""
         missing = [chunk for chunk in chunks if not self.has(chunk)]
         if not missing:
@@ -163,7 +174,7 @@ class ChunkCache:
             if chunk in self.errors:
                 raise self.errors[chunk]
 
-    def ahead(self, chunks):
+    def ahead(self, chunks: Iterable[tuple[str, int, int]]) -> None:
         """Let the threads fetch this process's share of these chunks, in this order."""
         for number, chunk in enumerate(chunks):
             with contextlib.suppress(OSError):  # those that are not here
@@ -171,14 +182,14 @@ class ChunkCache:
             if number % self.world == self.rank and not self.has(chunk):
                 self.put(1, chunk)
 
-    def put(self, priority, chunk):
+    def put(self, priority: int, chunk: tuple[str, int, int]) -> None:
         """Add a task; the first one starts the threads, which end with the process."""
         self.tasks.put((priority, next(self.numbers), chunk))
         while len(self.threads) < N_THREADS:
             self.threads.append(threading.Thread(target=self.work, daemon=True))
             self.threads[-1].start()
 
-    def work(self):
+    def work(self) -> None:
         """What a thread does: one task after another."""
         while True:
             priority, _, chunk = self.tasks.get()
@@ -204,7 +215,7 @@ class ChunkCache:
                     self.errors[chunk] = error
                 self.changed.notify_all()
 
-    def session(self):
+    def session(self) -> Any:
         """This thread's connections."""
         import requests
 
@@ -212,7 +223,7 @@ class ChunkCache:
             self.local.session = requests.Session()
         return self.local.session
 
-    def fetch(self, chunk, tries):
+    def fetch(self, chunk: tuple[str, int, int], tries: int) -> None:
         """Bring a chunk here."""
         name, begin, end = chunk
         data, _ = fetch_range(self.session(), self.place + name, begin, end, tries)
@@ -221,7 +232,7 @@ class ChunkCache:
         if self.n_fetched % 64 == 1:
             self.make_room()
 
-    def keep(self, path, data):
+    def keep(self, path: str | Path, data: bytes) -> None:
         """Write a file that appears under its name when it is whole. Processes that write the same
         one have temporary names of their own."""
         temporary = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
@@ -237,7 +248,7 @@ class ChunkCache:
                 os.unlink(temporary)
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
-    def make_room(self):
+    def make_room(self) -> None:
         """Remove the chunks that were used the longest ago, down to the limit."""
         files = []
         for path in self.folder.glob("*.bin.*-*"):  # temporary ones of killed processes, too
@@ -252,11 +263,11 @@ class ChunkCache:
                 path.unlink()
             total -= size
 
-    def whole(self, name):
+    def whole(self, name: str) -> bytes:
         """A small file below the URL: its bytes."""
         return fetch_range(self.session(), self.place + name, 0, None)[0]
 
-    def header(self, name):
+    def header(self, name: str) -> list:
         """(tokens, name of their dtype) of a shard below the URL."""
         url = self.place + name
         header, size = fetch_range(self.session(), url, 0, HEADER_SIZE)
@@ -268,7 +279,8 @@ class RemoteShard:
     """The tokens of a shard that is elsewhere: as an array has them, by its length and slices. What
     a slice needs lies in one chunk, if it is a window of the seq_len and stride given here."""
 
-    def __init__(self, cache, name, count, dtype, seq_len, stride=0):
+    def __init__(self, cache: ChunkCache, name: str, count: int, dtype: str, seq_len: int,
+                 stride: int = 0) -> None:  # fmt: skip
         stride = stride or seq_len
         self.cache = cache
         self.name = name
@@ -277,17 +289,17 @@ class RemoteShard:
         self.step = chunk_tokens(stride)  # tokens from one chunk to the next
         self.overlap = max(0, seq_len + 1 - stride)  # of the last window of a chunk: behind it
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def chunk(self, token):
+    def chunk(self, token: int) -> tuple[str, int, int]:
         """The chunk of the window that begins at this token: (name, begin, end) in bytes."""
         begin = token // self.step * self.step
         end = min(begin + self.step + self.overlap, self.count)
         width = self.dtype.itemsize
         return self.name, HEADER_SIZE + begin * width, HEADER_SIZE + end * width
 
-    def __getitem__(self, tokens):
+    def __getitem__(self, tokens: slice) -> np.ndarray:
         begin, end, _ = tokens.indices(self.count)
         width = self.dtype.itemsize
         place = HEADER_SIZE + begin * width
@@ -299,7 +311,7 @@ class RemoteShard:
 # A data set that is elsewhere
 
 
-def open_remote(name, seq_len, stride, cache_gb):
+def open_remote(name: str, seq_len: int, stride: int, cache_gb: float) -> tuple[Path, dict]:
     """A data set that prepare.py made and somebody serves: (a folder here with its meta.json and
     tokenizer, {split: {shard's name: RemoteShard}})."""
     place = place_of(name)
@@ -327,11 +339,13 @@ def open_remote(name, seq_len, stride, cache_gb):
         shards[split] = {}
         own_stride = stride if split == "train" else 0
         for shard in of_split:
-            shards[split][shard] = RemoteShard(cache, shard, *headers[shard], seq_len, own_stride)
+            shards[split][shard] = RemoteShard(  # type: ignore[call-arg]
+                cache, shard, *headers[shard], seq_len, own_stride
+            )
     return cache.folder, shards
 
 
-def read_headers(cache, names):
+def read_headers(cache: ChunkCache, names: list[str]) -> dict[str, list]:
     """{shard: [tokens, dtype]} of all shards, which the cache keeps."""
     path = cache.folder / "shards.json"
     with contextlib.suppress(OSError, ValueError):  # none yet

@@ -8,6 +8,8 @@ second half has to look 49 tokens back, each time: a window of fewer cannot see 
 docs/positions.md has what came of it.
 """
 
+from __future__ import annotations
+
 import random
 import re
 from pathlib import Path
@@ -22,7 +24,7 @@ FOLDER = Path("data/synthetic")
 ROWS = 64  # documents that `copied` asks for
 
 
-def copy_length(spec):
+def copy_length(spec: str) -> int | None:
     """The letters before the bar of a source `copy` or `copy:LENGTH`, or None for another one."""
     match = re.fullmatch(r"copy(?::(\d+))?", spec)
     if match is None:
@@ -33,7 +35,7 @@ def copy_length(spec):
     return length
 
 
-def copy_documents(n, length, seed):
+def copy_documents(n: int, length: int, seed: int) -> list[str]:
     """n texts of random letters, a bar, and the same letters again."""
     rng = random.Random(seed)
     documents = []
@@ -43,11 +45,11 @@ def copy_documents(n, length, seed):
     return documents
 
 
-def copy_path(length):
+def copy_path(length: int) -> Path:
     return FOLDER / f"copy_{length}.txt"
 
 
-def copy_file(length):
+def copy_file(length: int) -> Path:
     """The file of these documents, one a line: written, if it is not there as it should be."""
     path = copy_path(length)
     data = "\n".join(copy_documents(DOCUMENTS, length, seed=0)).encode()
@@ -59,14 +61,14 @@ def copy_file(length):
     return path
 
 
-def share_of_letters(row, answers):
+def share_of_letters(row: dict[str, str], answers: list[str]) -> dict[str, float]:
     """How many letters of an answer stand where they should: of a guesser 1 / 26."""
     right = row["letters"]
     hits = sum(a == b for a, b in zip(answers[0], right))
     return {"copied": hits / len(right)}
 
 
-def copied(length=LENGTH):
+def copied(length: int = LENGTH) -> dict:
     """The task for eval.py: write the second half of documents that no training has."""
     rows = []
     for document in copy_documents(ROWS, length, seed=1):

@@ -5,10 +5,19 @@ A tag is O (nothing), B-KIND (a span of that kind begins) or I-KIND (it goes on)
 Marcus 1995). A word has one tag, which the first of its tokens is asked for; its other tokens, and
 what stands between words, are asked for nothing (Devlin et al. 2019, section 5.3)."""
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING, Any
 
 from barelm.places import token_places
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from barelm.tokenizer import Tokenizer
+
 
 WORD = re.compile(r"\w+|[^\w\s]")  # of a text whose row has no words
 PREFIXES = {"U": "S", "L": "E"}  # BILOU's letters for what IOBES calls so
@@ -17,19 +26,19 @@ PREFIXES = {"U": "S", "L": "E"}  # BILOU's letters for what IOBES calls so
 # Spans, and tags
 
 
-def split_tag(tag):
+def split_tag(tag: str) -> tuple[str, str]:
     """(prefix, kind) of a tag: ("B", "person") of B-person, ("O", "") of O."""
     prefix, _, kind = tag.partition("-")
     return PREFIXES.get(prefix, prefix), kind
 
 
-def is_bio(tags):
+def is_bio(tags: list[str] | set[str]) -> bool:
     """Whether tags are of spans: O, or a letter and a kind. Others, such as parts of speech, are
     each a word's own."""
     return all(tag == "O" or re.match(r"[BIESLU]-.", tag) for tag in tags)
 
 
-def spans_of(tags):
+def spans_of(tags: list[str]) -> list[tuple[str, int, int]]:
     """[(kind, begin, end)]: the spans of words that tags name, as seqeval's get_entities finds
     them. An I- that continues nothing begins a span."""
     spans = []
@@ -50,7 +59,7 @@ def spans_of(tags):
     return spans
 
 
-def bio_tags(spans, n):
+def bio_tags(spans: list[tuple[str, int, int]], n: int) -> list[str]:
     """The tags of n words, by the spans [(kind, begin, end)] in them."""
     tags = ["O"] * n
     for kind, begin, end in spans:
@@ -59,7 +68,9 @@ def bio_tags(spans, n):
     return tags
 
 
-def count_spans(counts, right, guessed, of_spans=True):
+def count_spans(
+    counts: Counter, right: list[str], guessed: list[str], of_spans: bool = True
+) -> None:
     """Add to a Counter what two lists of tags of the same words have in common: "right" and "words"
     of tags and, where they are of spans, ("hits" or "guessed" or "there", kind)."""
     counts["words"] += len(right)
@@ -73,7 +84,7 @@ def count_spans(counts, right, guessed, of_spans=True):
     counts.update(("hits", kind) for kind, _, _ in spans & guessed_spans)
 
 
-def span_scores(counts, kind=None):
+def span_scores(counts: Counter, kind: str | None = None) -> tuple[float, float, float]:
     """(precision, recall, F1) of what `count_spans` has counted: of one kind of spans, or of all
     together (micro). 0 where there is nothing to divide by, as seqeval has it."""
     sums = {"hits": 0, "guessed": 0, "there": 0}
@@ -86,7 +97,7 @@ def span_scores(counts, kind=None):
     return precision, recall, f1
 
 
-def span_table(counts):
+def span_table(counts: Counter) -> str:
     """The scores of each kind of spans, as a text."""
     kinds = sorted({key[1] for key in counts if isinstance(key, tuple)})
     width = max(map(len, kinds), default=0)
@@ -102,7 +113,7 @@ def span_table(counts):
 # Rows
 
 
-def words_of(row):
+def words_of(row: dict) -> tuple[str, list[tuple[int, int]], list[str]]:
     """(text, [(begin, end)] of its words, [tag] of each) of a row: {"tokens": [...], "tags": [...]}
     (or "ner_tags", which may be numbers of `tag_names`), or {"text", "entities": [{"start", "end",
     "label"}]} in characters. Tags of spans are BIO, whatever scheme the row has them in."""
@@ -116,7 +127,7 @@ def words_of(row):
     return text, words, tags_of_entities(text, words, row["entities"])
 
 
-def words_of_tokens(row):
+def words_of_tokens(row: dict[str, list[str]]) -> tuple[str, list[tuple[int, int]], list[str]]:
     """The same of a row whose words stand apart: the text has a blank between them."""
     tokens = row["tokens"]
     tags = row["tags"] if "tags" in row else row["ner_tags"]
@@ -137,7 +148,7 @@ def words_of_tokens(row):
     return " ".join(tokens), words, tags
 
 
-def tags_of_entities(text, words, entities):
+def tags_of_entities(text: str, words: list[tuple[int, int]], entities: list[dict]) -> list[str]:
     """The tag of each word [(begin, end)] of a text: a word is in an entity where any of its
     characters is. Of entities that share a word the first, and of those the longest, has it."""
     spans = []
@@ -157,7 +168,7 @@ def tags_of_entities(text, words, entities):
 # Tokens
 
 
-def first_tokens(places, words):
+def first_tokens(places: list[tuple[int, int, int]], words: list[tuple[int, int]]) -> list:
     """Of each word [(begin, end)] the index of its first token, None where it has none; places:
     `token_places`. A token that stands for characters of several words (`(self`) is of the one that
     it has most of, of equals the later."""
@@ -180,7 +191,9 @@ def first_tokens(places, words):
     return firsts
 
 
-def tokenize_words(tok, text, words, limit):
+def tokenize_words(
+    tok: Tokenizer, text: str, words: list[tuple[int, int]], limit: int
+) -> tuple[list[int], list[int], bool]:
     """(ids, the index of each word's first token or None, whether they were cut) of a text with
     what begins and ends one, `limit` tokens at most."""
     places = token_places(tok, text)
@@ -194,7 +207,7 @@ def tokenize_words(tok, text, words, limit):
     return ids, firsts, len(places) > room
 
 
-def read_tagged(row, tok, limit):
+def read_tagged(row: dict, tok: Tokenizer, limit: int) -> dict:
     """An example of a row: ids, the tags of its words, and where the first token of each is. A word
     that was cut away, or has no token of its own, counts as O in a score of the guesses."""
     text, words, tags = words_of(row)
@@ -204,7 +217,7 @@ def read_tagged(row, tok, limit):
     return {"ids": ids, "tags": tags, "firsts": firsts, "cut": cut}
 
 
-def tag_labels(examples):
+def tag_labels(examples: list[dict]) -> list[str]:
     """The labels that examples need: O, then of each kind of spans B- and I-; or the tags
     themselves, where they are none of spans."""
     tags = {tag for e in examples for tag in e["tags"]}
@@ -214,7 +227,7 @@ def tag_labels(examples):
     return ["O"] + [f"{prefix}-{kind}" for kind in kinds for prefix in "BI"]
 
 
-def target_labels(example, labels, ignored):
+def target_labels(example: dict, labels: list[str], ignored: int) -> list[int]:
     """The number of the label that each token of an example is to have; `ignored` for those that
     are asked for nothing, and for tags that are no label."""
     targets = [ignored] * len(example["ids"])
@@ -224,6 +237,6 @@ def target_labels(example, labels, ignored):
     return targets
 
 
-def guessed_tags(firsts, guesses):
+def guessed_tags(firsts: list, guesses: Any) -> list[str]:
     """The tags of words, by those of the tokens."""
     return [("O" if first is None else guesses[first]) for first in firsts]

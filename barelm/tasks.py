@@ -9,6 +9,8 @@ of another form need a `read`, a function from a row to a Question. A task of th
 JSONL file whose first line may be a Header, or a Python function that returns one with its rows.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import math
@@ -20,11 +22,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from barelm.ifeval import judge_ifeval
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from model import GPTConfig
+
 
 # What a row of another form raises in the functions that read it.
 ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError)
@@ -73,7 +83,7 @@ class Task(Header):
     examples: list = field(default_factory=list)  # the rows that shots are taken from
 
     @property
-    def is_own(self):
+    def is_own(self) -> bool:
         """Whether it is a task of the user's own."""
         return not self.hub
 
@@ -87,15 +97,15 @@ class Question:
     answer: str | int
     choices: list | None = None
 
-    def answer_text(self):
-        return self.answer if self.choices is None else self.choices[self.answer]
+    def answer_text(self) -> str:
+        return self.answer if self.choices is None else self.choices[self.answer]  # type: ignore
 
 
 # --------------------------------------------------------------------------------------------------
 # A row is read
 
 
-def read_row(task, row):
+def read_row(task: Task, row: dict) -> Question:
     """The Question of a row; a row that is none is refused in a line."""
     try:
         if task.read:
@@ -116,7 +126,7 @@ def read_row(task, row):
         raise bad_row(task, row, error) from None
 
 
-def read_answer(task, row):
+def read_answer(task: Task, row: dict) -> str:
     """The right answer of a row of a task of generation, as a text."""
     if task.is_own and (task.judge or task.rubric):  # which may do without a right answer
         return str(row.get(task.answer, ""))
@@ -126,14 +136,14 @@ def read_answer(task, row):
     return str(answer)
 
 
-def filled(row, key):
+def filled(row: dict, key: str) -> str:
     """A field of a row that has something in it."""
     if row[key] is None:
         raise ValueError(f"{key!r} is null")
     return row[key]
 
 
-def choices_of(row):
+def choices_of(row: dict) -> tuple[list[str], int]:
     """(choices, right one's index) of a row with `choices` (a list, or ARC's text and label) or
     `options` (a list, or text with `A. ` before each line) and an `answer` (an index, a label, or
     the choice itself)."""
@@ -164,7 +174,7 @@ def choices_of(row):
     return texts, right
 
 
-def index_of_choice(answer, texts, labels):
+def index_of_choice(answer: str, texts: list[str], labels: list[str] | None) -> int:
     """The index of the choice that a text names, or None: by the row's own labels before the texts;
     where it has none by the texts before the letters, for a choice may be a letter itself."""
     if labels is None:
@@ -177,13 +187,13 @@ def index_of_choice(answer, texts, labels):
     return None
 
 
-def subject_of(row):
+def subject_of(row: dict) -> str:
     """The group of a row's score, as a text; empty where the row names none."""
     subject = row.get("subject")
     return "" if subject is None else str(subject)
 
 
-def bad_row(task, row, error):
+def bad_row(task: Task, row: dict, error: BaseException) -> UserError:
     """The line that refuses a row."""
     why = " ".join(str(error).split())
     if isinstance(error, KeyError):
@@ -196,7 +206,7 @@ def bad_row(task, row, error):
 # An answer is judged
 
 
-def judge(task, row, texts):
+def judge(task: Task, row: dict, texts: list[str]) -> dict:
     """{metric: value} of the answers to a row's prompt."""
     if task.judge:
         return task.judge(row, texts)
@@ -205,7 +215,7 @@ def judge(task, row, texts):
     return {"exact_match": exact_match(answer, right, task.ignore, task.lower)}
 
 
-def exact_match(text, answer, ignore=(), lower=False):
+def exact_match(text: str, answer: str, ignore: Sequence[str] = (), lower: bool = False) -> float:
     """1.0 where the two are equal without what the patterns in `ignore` match."""
     for pattern in ignore:  # each on what the one before has left
         text = re.sub(pattern, "", text)
@@ -215,7 +225,7 @@ def exact_match(text, answer, ignore=(), lower=False):
     return float(text == answer)
 
 
-def extract(pattern, text, which=0):
+def extract(pattern: str, text: str, which: int = 0) -> str:
     """What the pattern (or the first of its groups that is not empty) matches in text, the first
     time or with which=-1 the last; [invalid] where it does not."""
     matches = re.findall(pattern, text)
@@ -230,7 +240,7 @@ def extract(pattern, text, which=0):
     return "[invalid]"
 
 
-def checked_judgement(task, row, texts):
+def checked_judgement(task: Task, row: dict, texts: list[str]) -> dict:
     """`judge`'s metrics: finite numbers, or lists of them. What a judge of the user's own raises or
     gives instead is told in a line."""
     where = f"{task.name}: judging {str(row)[:80]}"
@@ -257,13 +267,13 @@ def checked_judgement(task, row, texts):
 # A task of the user's own
 
 
-def own_task(name, header, rows):
+def own_task(name: str, header: dict, rows: list[dict]) -> Task:
     """The task of these rows, as its header (a dict) says."""
     check_header(name, header)
     return Task(name=name, rows=rows, **header)
 
 
-def check_header(name, header):
+def check_header(name: str, header: dict) -> None:
     """Refuse a header's keys and values that mean nothing, in a line that names the key."""
     usual = vars(Header())
     for key, value in header.items():
@@ -277,7 +287,7 @@ def check_header(name, header):
             raise UserError(f"{name}: header: {key}={shown}: expected {expected}")
 
 
-def expected_instead(key, value, usual):
+def expected_instead(key: str, value: object, usual: int | list[str] | str | None) -> str | None:
     """What is expected in the place of a header's value, in words; None where it is good. Of the
     usual value, most have the type."""
     if key == "choices":
@@ -298,16 +308,16 @@ def expected_instead(key, value, usual):
         return "1 or more"
     if key == "extract" and not is_pattern(value):
         return "regular expressions of Python's re"
-    if key == "ignore" and not all(map(is_pattern, value)):
+    if key == "ignore" and not all(map(is_pattern, value)):  # type: ignore[arg-type]
         return "regular expressions of Python's re"
     return None
 
 
-def all_texts(values):
+def all_texts(values: Any) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def is_pattern(text):
+def is_pattern(text: Any) -> bool:
     """Whether a text is a regular expression."""
     try:
         re.compile(text)
@@ -316,7 +326,7 @@ def is_pattern(text):
     return True
 
 
-def run_own_file(name):
+def run_own_file(name: str) -> tuple[dict, list[dict]]:
     """(header, rows) of a task FILE.py:function. What the user's code raises is told in a line."""
     file, _, function = name.rpartition(":")
     if not os.path.isfile(file):
@@ -337,7 +347,7 @@ def run_own_file(name):
     return header, rows
 
 
-def described(error, file):
+def described(error: BaseException, file: str | Path) -> str:
     """An error of the user's own code in a line: its kind, its message, and the line of `file`."""
     # Other lines are of ours, or of libraries that it calls.
     frames = traceback.extract_tb(error.__traceback__)
@@ -351,7 +361,7 @@ def described(error, file):
 # Multiple choice: MMLU (Hendrycks et al. 2021), HellaSwag (Zellers et al. 2019); ARC needs nothing
 
 
-def read_mmlu(row):
+def read_mmlu(row: dict) -> Question:
     """The question with its choices by letter; what is scored is the letter."""
     choices, right = choices_of(row)
     if len(choices) > len(LETTERS):
@@ -363,13 +373,13 @@ def read_mmlu(row):
     return Question(f"{prompt}\nAnswer:", right, letters)
 
 
-def describe_mmlu(row):
+def describe_mmlu(row: dict) -> str:
     subject = subject_of(row).replace("_", " ")
     about = f" about {subject}" if subject else ""
     return f"The following are multiple choice questions (with answers){about}.\n\n"
 
 
-def read_hellaswag(row):
+def read_hellaswag(row: dict) -> Question:
     # ctx_b is the beginning of the sentence that the endings complete.
     query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     endings = [clean_wikihow(ending) for ending in row["endings"]]
@@ -377,7 +387,7 @@ def read_hellaswag(row):
     return Question(clean_wikihow(query), right, choices)
 
 
-def clean_wikihow(text):
+def clean_wikihow(text: str) -> str:
     """WikiHow's headings are in brackets."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
@@ -391,19 +401,19 @@ MINUS = "\N{MINUS SIGN}"  # U+2212, which models write as often as the hyphen
 GSM8K_STOP = ["Question:", "</s>", "<|im_end|>"]  # where an answer ends: lm-eval's
 
 
-def to_number(sign, digits):
+def to_number(sign: str, digits: str) -> Decimal:
     """The exact value of a sign ("", -, + or MINUS) and digits with commas."""
     value = Decimal(digits.replace(",", ""))
     return -value if sign in ("-", MINUS) else value
 
 
-def last_number(text):
+def last_number(text: str) -> Decimal | None:
     """The last number of a text as a Decimal, or None."""
     numbers = re.findall(rf"([-{MINUS}]?)\$?({NUMBER})", text)
     return to_number(*numbers[-1]) if numbers else None
 
 
-def marked_number(text):
+def marked_number(text: str) -> Decimal | None:
     """The number right behind the first #### that has one, as a Decimal, or None."""
     sign = f"([-+{MINUS}]?)"
     space = r"[^\S\n]*"
@@ -414,13 +424,13 @@ def marked_number(text):
     return to_number(before_dollar or behind_dollar, digits)
 
 
-def gsm8k_answer(text):
+def gsm8k_answer(text: str) -> Decimal:
     """The number that a GSM8K answer gives: the one behind its first ####, or the last one of a
     text without that mark; None where there is none."""
     return marked_number(text) if "####" in text else last_number(text)
 
 
-def judge_gsm8k(row, texts):
+def judge_gsm8k(row: dict[str, str], texts: list[str]) -> dict[str, float]:
     """strict: the number behind the first ####, as --reward=gsm8k reads it (a text without that
     mark has none); flexible: lm-eval's last number."""
     number = marked_number(texts[0])
@@ -447,7 +457,7 @@ MATH_FORMS = [  # (what, becomes what), in this order
 ]  # fmt: skip
 
 
-def boxed(text):
+def boxed(text: str) -> str | None:
     r"""What the last \boxed{} (or \fbox{}) of a text holds, or None."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
@@ -466,7 +476,7 @@ def boxed(text):
     return None
 
 
-def normal_math(text):
+def normal_math(text: str) -> str:
     """One spelling for the ways to write an answer (Hendrycks et al. 2021, their code's rules)."""
     for pattern, replacement in MATH_FORMS:
         if "=" in pattern:  # of x = 5 the 5 is left, whatever space is around
@@ -475,7 +485,7 @@ def normal_math(text):
     return text
 
 
-def judge_math(row, texts):
+def judge_math(row: dict, texts: list[str]) -> dict[str, float]:
     answer = boxed(texts[0])
     if answer is None:  # Minerva's prompt asks for this sentence
         answer = extract(r"[Tt]he final answer is \$?(.*?)\$?\.(?:\s|$)", texts[0])
@@ -492,13 +502,13 @@ HUMANEVAL_STOP = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 MBPP_STOP = ["[DONE]"]
 
 
-def cut(text, stops):
+def cut(text: str, stops: Iterable[str]) -> str:
     """The text before the first of the stop strings."""
     places = [text.find(stop) for stop in stops if stop in text]
     return text[: min(places, default=None)]
 
 
-def humaneval_program(row, completion):
+def humaneval_program(row: dict, completion: str) -> str:
     for key in ("prompt", "test", "entry_point"):
         if not isinstance(row[key], str):
             raise ValueError(f"{key!r} is no text")
@@ -506,7 +516,7 @@ def humaneval_program(row, completion):
     return f"{function}\n{row['test']}\ncheck({row['entry_point']})\n"
 
 
-def mbpp_prompt(row):
+def mbpp_prompt(row: dict) -> str:
     task = row.get("text") or row["prompt"]  # the full set's name, the sanitized set's
     tests = "\n".join(row["test_list"][:3])
     return (
@@ -515,17 +525,17 @@ def mbpp_prompt(row):
     )
 
 
-def read_mbpp(row):
+def read_mbpp(row: dict) -> Question:
     return Question(mbpp_prompt(row), f"{row['code']}\n[DONE]")
 
 
-def mbpp_program(row, completion):
+def mbpp_program(row: dict, completion: str) -> str:
     """lm-eval runs the first three tests and no test_setup_code; the sanitized set has imports."""
     imports = row.get("test_imports", [])
     return "\n".join([cut(completion, MBPP_STOP), *imports, *row["test_list"][:3], ""])
 
 
-def write_program(task, row, text):
+def write_program(task: Task, row: dict, text: str) -> str:
     """The program that tells whether an answer is right."""
     try:
         return task.program(row, text)
@@ -533,7 +543,7 @@ def write_program(task, row, text):
         raise bad_row(task, row, error) from None
 
 
-def pass_at_k(n, c, k):
+def pass_at_k(n: int, c: GPTConfig, k: int) -> float:
     """The chance that k of n samples, c of them right, have a right one: 1 - C(n-c, k) / C(n, k)
     (Chen et al. 2021, equation 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
@@ -543,11 +553,11 @@ def pass_at_k(n, c, k):
 # The table: BIG-Bench Hard (Suzgun et al. 2022) and IFEval beside those above
 
 
-def describe_bbh(row):
+def describe_bbh(row: dict) -> str:
     return row.get("description", "")
 
 
-def read_ifeval(row):
+def read_ifeval(row: dict) -> Question:
     return Question(row["prompt"], "")
 
 

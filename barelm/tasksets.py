@@ -1,6 +1,8 @@
 """Records of many forms as rows of the kinds of task sets: sft, preference, classify, seq2seq, tag,
 embed, span; and the records that Python's own source gives."""
 
+from __future__ import annotations
+
 import ast
 import json
 import os
@@ -9,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from barelm.clean import Reject, Tally, reject_if
 from barelm.dedup import digest
@@ -20,6 +23,12 @@ from barelm.ratings import OF_RATINGS, is_rating, ratings_summary, rows_of_ratin
 from barelm.run import Progress, UserError
 from barelm.sources import raw_records
 from barelm.tagging import words_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from barelm.sources import Unit
 
 # The names that data sets give their fields.
 ASK = ("instruction", "prompt", "question")
@@ -37,7 +46,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 
 
-def first_text(record, names):
+def first_text(record: dict, names: Sequence[str]) -> str:
     """The first of these fields that is a text with something in it, or ""."""
     for name in names:
         value = record.get(name)
@@ -46,7 +55,7 @@ def first_text(record, names):
     return ""
 
 
-def turns(value):
+def turns(value: list[dict[str, str]]) -> list[dict[str, str]]:
     """Messages of [{"role", "content"}] or ShareGPT's [{"from", "value"}]."""
     if not isinstance(value, list) or not value or {type(turn) for turn in value} != {dict}:
         raise Reject("messages are no list of turns")
@@ -61,7 +70,7 @@ def turns(value):
     return messages
 
 
-def prompt_messages(record):
+def prompt_messages(record: dict) -> list[dict[str, str]]:
     """The messages before the answer: of Alpaca, Dolly, prompt and completion, question and answer;
     `system` and `history` [[user, assistant], ...] as LLaMA-Factory has them."""
     if isinstance(record.get("prompt"), list):  # messages already
@@ -81,7 +90,7 @@ def prompt_messages(record):
     return turns(messages)
 
 
-def answer_text(value):
+def answer_text(value: str) -> str:
     """The text of an answer: a string, or messages that end with it."""
     text = value
     if isinstance(value, list):
@@ -90,7 +99,7 @@ def answer_text(value):
     return text
 
 
-def as_sft(record):
+def as_sft(record: dict) -> dict:
     """The messages, and where the record has parts their texts, for finetune.py's --template."""
     parts = {}
     conversation = record.get("messages", record.get("conversations"))
@@ -112,7 +121,7 @@ def as_sft(record):
     return {"messages": messages} | parts
 
 
-def split_hh(chosen, rejected):
+def split_hh(chosen: str, rejected: str) -> tuple:
     """(messages, chosen answer, rejected one) of two dialogues as Anthropic's HH has them, which
     differ in the last answer."""
     mark = "\n\nAssistant:"
@@ -128,7 +137,7 @@ def split_hh(chosen, rejected):
     return turns(dialogue), chosen[cut:].strip(), rejected[cut:].strip()
 
 
-def as_preference(record):
+def as_preference(record: dict) -> dict:
     """A prompt with an answer that was chosen and one that was rejected."""
     chosen = record.get("chosen")
     rejected = record.get("rejected")
@@ -146,7 +155,7 @@ def as_preference(record):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def as_classify(record):
+def as_classify(record: dict) -> dict[str, str]:
     """A text with its label, as a string."""
     text = first_text(record, TEXT)
     label = next((record[name] for name in LABEL if record.get(name) is not None), None)
@@ -155,7 +164,7 @@ def as_classify(record):
     return {"text": text, "label": str(label)}
 
 
-def as_seq2seq(record):
+def as_seq2seq(record: dict) -> dict[str, str]:
     """A source text with its target: two fields of PAIRS, or the first two languages of a record
     {"translation": {"en": text, "fr": text}}, as the Hub's translations have it."""
     pairs = PAIRS
@@ -172,7 +181,7 @@ def as_seq2seq(record):
     raise Reject("no source and target, nor another known pair of fields")
 
 
-def as_tag(record):
+def as_tag(record: dict) -> dict:
     """The words of a text with their tags, as BIO; or a text with the characters of its entities.
     A text whose lines are CoNLL's columns (a word first, its tag last) has words, too."""
     try:
@@ -192,7 +201,7 @@ def as_tag(record):
     return {"tokens": record["tokens"], "tags": tags}
 
 
-def columns_of(text):
+def columns_of(text: str) -> dict:
     """{"tokens", "tags"} of lines in columns."""
     lines = [line.split() for line in str(text).splitlines()]
     lines = [line for line in lines if line and line[0] != "-DOCSTART-"]
@@ -200,7 +209,7 @@ def columns_of(text):
     return {"tokens": [line[0] for line in lines], "tags": [line[-1] for line in lines]}
 
 
-def as_embed(record):
+def as_embed(record: dict) -> dict[str, str]:
     """Two texts that belong together, and perhaps a third that does not; or one alone."""
     for names in EMBED_PAIRS:
         texts = [first_text(record, [name]) for name in names]
@@ -213,7 +222,7 @@ def as_embed(record):
     return {"text": text}
 
 
-def as_span(record):
+def as_span(record: dict) -> dict:
     """A question, a context, and the answers in it, as SQuAD has them."""
     question = first_text(record, ["question"])
     context = record.get("context")
@@ -228,7 +237,7 @@ def as_span(record):
     return {"question": question, "context": context, "answers": answers}
 
 
-def translation_of(record, languages):
+def translation_of(record: dict, languages: list[str]) -> dict[str, str]:
     """A record with the texts of these two languages, its own fields or those of its
     `translation`, as source and target."""
     texts = record.get("translation", record)
@@ -255,7 +264,7 @@ OF_PYTHON = [name for name in TASKS if name != "span"]  # of which Python's sour
 # Python's own source
 
 
-def functions_in(text):
+def functions_in(text: str) -> list[tuple[str, str]]:
     """(code without its docstring, first paragraph of the docstring) of each function of a Python
     file that has one; nothing where the text is no Python."""
     lines = text.split("\n")
@@ -276,7 +285,7 @@ def functions_in(text):
     return functions
 
 
-def without_indent(lines, indent):
+def without_indent(lines: list[str], indent: int) -> list[str]:
     """A function's lines as if it were no class's. A string of it may have lines of its own, which
     begin further left, and stay."""
     outer = []
@@ -286,7 +295,7 @@ def without_indent(lines, indent):
     return outer
 
 
-def python_records(files, text_field, seed):
+def python_records(files: Iterator, text_field: str, seed: int) -> Iterator[dict[str, str]]:
     """Yield records for every task out of Python files: one of each short function with a
     docstring. The docstring of another function, drawn by the seed, is the rejected answer.
     `split_by`: a hash of the file, so that its functions stay in one split."""
@@ -334,7 +343,9 @@ class Reading:
     by_text: bool = False  # a row goes into the split of its record's text
 
 
-def build_tasks(folder, pool_map, units, names, reading, val_fraction):
+def build_tasks(folder: Path, pool_map: Callable, units: list[Unit],
+                names: list[str], reading: Reading,
+                val_fraction: float) -> dict[str, int]:  # fmt: skip
     """Make <task>_train.jsonl and <task>_val.jsonl of these tasks: {file name: its rows}. pool_map:
     `map`, perhaps on several processes."""
     parts = []
@@ -361,7 +372,9 @@ def build_tasks(folder, pool_map, units, names, reading, val_fraction):
     return n_rows
 
 
-def convert_unit(names, reading, unit):
+def convert_unit(
+    names: list[str], reading: Reading, unit: Unit
+) -> dict[str, tuple[dict[str, int], Tally]]:
     """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally, [rating
     of a feedback file])}."""
     bad = []
@@ -407,14 +420,16 @@ def checked_rating(record):
     return {"prompt": turns(record["prompt"]), "response": response, "rating": record["rating"]}
 
 
-def print_bad_records(name, tally, rows):
+def print_bad_records(name: str, tally: Tally, rows: dict[str, int]) -> None:
     for reason, (count, examples) in tally.reasons.items():
         print(f"{name}: {count:,} bad records: {reason}, such as {examples[0]}")
     if tally.docs_out > len(rows):
         print(f"{name}: {tally.docs_out - len(rows):,} records came before, word for word")
 
 
-def write_task(folder, name, rows, val_fraction):
+def write_task(
+    folder: Path, name: str, rows: dict[str, int], val_fraction: float
+) -> dict[str, int]:
     """Write the rows {row: hash to split by} of a task, divided by their hashes, or where there are
     fewer than 20 the last ones for validation: {file name: its rows}."""
     if len(rows) < 20:
@@ -432,5 +447,5 @@ def write_task(folder, name, rows, val_fraction):
     return n_rows
 
 
-def task_file(name, split):
+def task_file(name: str, split: str) -> str:
     return f"{name}_{split}.jsonl"

@@ -3,10 +3,20 @@
 What a file has in another form than ours is said by a `TensorNames`, one for each family (in
 families.py): other names, matrices (in, out), q, k and v as one."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from model import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -25,12 +35,12 @@ class TensorNames:
     # {theirs: another of theirs}: a second copy, which some files have.
     copies: tuple[tuple[str, str], ...] = ()
 
-    def with_head(self, renames):
+    def with_head(self, renames: Sequence) -> TensorNames:
         """The same for a model with a head whose tensors have other names, which come first."""
         return replace(self, renames=(*renames, *self.renames))
 
 
-def renamed(name, table):
+def renamed(name: str, table: TensorNames) -> str:
     """A name of ours, as a table's files have it."""
     for pattern, theirs in table.patterns:
         name = re.sub(pattern, theirs, name)
@@ -39,7 +49,7 @@ def renamed(name, table):
     return name
 
 
-def names_in_file(names, table):
+def names_in_file(names: Iterable[str], table: TensorNames) -> dict[str, list[str]]:
     """{name in a table's file: those of our names that it holds: q, k and v, or one}."""
     groups = {}
     for name in names:
@@ -47,11 +57,11 @@ def names_in_file(names, table):
     return groups
 
 
-def is_transposed(name, table):
+def is_transposed(name: str, table: TensorNames) -> bool:
     return table.transposed and name.endswith("_proj.weight")
 
 
-def todays_names(tensors, table):
+def todays_names(tensors: dict, table: TensorNames) -> dict:
     """{today's name: value} of a file's {name: value}, whose names may be of an older day."""
     out = {}
     for name, value in tensors.items():
@@ -61,7 +71,9 @@ def todays_names(tensors, table):
     return out
 
 
-def tensors_from_file(tensors, names, table):
+def tensors_from_file(
+    tensors: dict[str, Tensor], names: dict, table: TensorNames
+) -> dict[str, Tensor]:
     """A file's tensors (with or without the family's prefix) under our names; what is under none of
     `names` keeps its own."""
     rest = {name.removeprefix(table.prefix): t for name, t in tensors.items()}
@@ -81,7 +93,7 @@ def tensors_from_file(tensors, names, table):
     return stacked(out) | rest
 
 
-def tensors_in_file(state, table):
+def tensors_in_file(state: dict[str, Tensor], table: TensorNames) -> dict[str, Tensor]:
     """Our tensors under the names of a table's file."""
     if table.experts_apart:
         state = unstacked(state)
@@ -94,7 +106,7 @@ def tensors_in_file(state, table):
     return out
 
 
-def unstacked(state):
+def unstacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """{name: tensor} with the matrices of each expert by themselves, experts.{e}.up_proj.weight,
     for what we have as one tensor (E, out, in), experts.up_proj."""
     out = {}
@@ -108,7 +120,7 @@ def unstacked(state):
     return out
 
 
-def stacked(tensors):
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`unstacked`, back; a stack that lacks an expert has fewer."""
     out = {}
     stacks = {}
@@ -121,7 +133,7 @@ def stacked(tensors):
     return out | {name: torch.stack(matrices) for name, matrices in stacks.items()}
 
 
-def parted(t, n, table):
+def parted(t: Tensor, n: int, table: TensorNames) -> Sequence[Tensor]:
     """The n equal parts of a joined tensor (n out, …): there is no grouped-query attention."""
     if not table.n_head:
         return t.chunk(n)
@@ -129,7 +141,7 @@ def parted(t, n, table):
     return [part.flatten(0, 1).contiguous() for part in heads.unbind(1)]  # (H D, …) each
 
 
-def joined(parts, table):
+def joined(parts: Sequence[Tensor], table: TensorNames) -> Tensor:
     """`parted`, back: (n out, …) of n parts (out, …)."""
     if not table.n_head:
         return torch.cat(parts)
@@ -137,7 +149,9 @@ def joined(parts, table):
     return torch.stack(heads, 1).flatten(0, 2)
 
 
-def layer_numbers(names, tables, stack="model.layers."):
+def layer_numbers(
+    names: Iterable[str], tables: Sequence[TensorNames], stack: str = "model.layers."
+) -> set[int]:
     """The numbers of the layers, of a stack, that the tensors of a file belong to, by their names
     in any of the tables: of files that are none of config.json's family, too, there is a number to
     tell."""
@@ -177,7 +191,7 @@ GPT2_TENSORS = TensorNames(
 )
 
 
-def bert_tensors(prefix, lm_head, unread):
+def bert_tensors(prefix: str, lm_head: tuple, unread: tuple[str, ...]) -> TensorNames:
     """The names of BERT's files and of RoBERTa's, whose layers are alike."""
     return TensorNames(
         renames=(
@@ -272,11 +286,11 @@ MIXTRAL_TENSORS = TensorNames(
 QWEN3_MOE_TENSORS = TensorNames(experts_apart=True)
 
 
-def bloom_tensors(c):
+def bloom_tensors(c: GPTConfig) -> TensorNames:
     return TensorNames(BLOOM_RENAMES, n_head=c.n_head, prefix="transformer.")
 
 
-def t5_tensors(c):
+def t5_tensors(c: GPTConfig) -> TensorNames:
     """T5's names. A gated MLP has two matrices for the one of the other, and says so."""
     up = "wi"
     if c.mlp in ("geglu", "swiglu"):

@@ -14,7 +14,10 @@ barelm/operations.py, whose `heads` is a HeadShare then.
 
 H: heads of queries, G: of keys and values, C: n_embd, V: vocab_size, N: tokens, n: processes."""
 
+from __future__ import annotations
+
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,15 @@ from torch.distributed.tensor.parallel import (
 from barelm.fast import LinearCrossEntropy, head_rows
 from barelm.run import UserError, compute_dtype
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from barelm.mesh import Mesh
+    from model import GPT, GPTConfig
+
+
 CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 CUT_BY_COLUMNS = ("o_proj", "down_proj")
 
@@ -37,7 +49,7 @@ CUT_BY_COLUMNS = ("o_proj", "down_proj")
 # What can be split
 
 
-def check_split(net, tp):
+def check_split(net: GPT, tp: int) -> None:
     """Refuse a network that tp processes cannot share, with the nearest number that can."""
     c = net.config
     why = why_not_split(net)
@@ -49,7 +61,7 @@ def check_split(net, tp):
         raise UserError(f"--tp={tp} does not divide {shape}: the nearest is --tp={nearest}")
 
 
-def why_not_split(net):
+def why_not_split(net: GPT) -> str:
     """Why a network of this kind is not split, or ""."""
     c = net.config
     if c.n_experts:
@@ -67,14 +79,14 @@ def why_not_split(net):
     return ""
 
 
-def divides(c, tp):
+def divides(c: GPTConfig, tp: int) -> bool:
     """Whether tp processes can have as many heads and hidden units each. A single head of keys and
     values is whole in every process."""
     keys_fit = c.n_kv_head % tp == 0 or c.n_kv_head == 1
     return keys_fit and c.n_head % tp == 0 and c.n_hidden % tp == 0
 
 
-def nearest_split(c, tp):
+def nearest_split(c: GPTConfig, tp: int) -> int:
     """The number of processes nearest to tp that can share a network: of two the smaller."""
     fits = [n for n in range(1, c.n_head + 1) if divides(c, n)]
     return min(fits, key=lambda n: abs(n - tp))
@@ -84,7 +96,7 @@ def nearest_split(c, tp):
 # The split
 
 
-def split_heads(net, mesh):
+def split_heads(net: GPT, mesh: Mesh) -> None:
     """Leave this process its share of a network, where mesh has a dimension "tp" of more than 1.
     All processes have the same weights (or none yet, on the device meta): nothing is sent."""
     tp = mesh.sizes.tp
@@ -100,7 +112,7 @@ def split_heads(net, mesh):
             module.c = share.of_config(module.c)
 
 
-def split_parameters(net, share):
+def split_parameters(net: GPT, share: HeadShare) -> None:
     """Make DTensors of the parameters that are cut, or whose gradients are a sum over processes."""
     c = net.config
     plan = {}
@@ -129,28 +141,28 @@ class HeadShare:
     """What this process has of the heads, and how `Operations` computes with it: the process `rank`
     of `size` on mesh, a DeviceMesh of the one dimension "tp"."""
 
-    def __init__(self, mesh, rank, size):
+    def __init__(self, mesh: Mesh, rank: int, size: int) -> None:
         self.mesh = mesh
         self.group = mesh.get_group()
         self.rank = rank
         self.size = size
 
-    def of_config(self, c):
+    def of_config(self, c: GPTConfig) -> GPTConfig:
         """A GPTConfig with this process's heads alone; a single one of keys and values is whole."""
         own = copy.copy(c)  # no GPTConfig(...): its checks are of whole networks
         own.n_head = c.n_head // self.size
         own.n_kv_head = max(1, c.n_kv_head // self.size)
         return own
 
-    def of_heads(self, tensor, dim=0):
+    def of_heads(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """The part for this process's heads of a tensor that has all heads along dim."""
         return self.own(tensor).chunk(self.size, dim)[self.rank]
 
-    def all_heads(self, tensor):
+    def all_heads(self, tensor: Tensor) -> Tensor:
         """The tensor (H, …) of which each process has its heads'."""
         return DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False).full_tensor()
 
-    def own(self, tensor):
+    def own(self, tensor: Tensor) -> Tensor:
         """A tensor of which every process has the whole, to compute with this process's heads:
         its gradient is the sum over the processes, see
         `sum_partial_gradients` of barelm/parts.py."""
@@ -158,18 +170,18 @@ class HeadShare:
             return tensor.to_local(grad_placements=[Partial()])
         return tensor
 
-    def replicate(self, module, *names):
+    def replicate(self, module: nn.Module, *names: Any) -> None:
         """Make DTensors of a module's parameters of these names (none: all), whole ones."""
         for name in names or [name for name, _ in module.named_parameters()]:
             p = getattr(module, name)
             whole = distribute_tensor(p, self.mesh, [Replicate()], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
 
-    def has_part_of(self, layer):
+    def has_part_of(self, layer: nn.Module) -> bool:
         """Whether a layer is cut; a head whose vocabulary no number of processes divides is not."""
         return isinstance(layer.weight, DTensor)
 
-    def project(self, x, layers):
+    def project(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """The outputs of linear layers that read the same x (…, C), side by side: this process's
         of those that are cut by rows, the sums over all processes of one that is cut by columns."""
         if len(layers) > 1 and self.has_part_of(layers[0]):
@@ -178,7 +190,7 @@ class HeadShare:
         outputs = [self.own(layer(x)) for layer in layers]
         return torch.cat(outputs, -1) if len(layers) > 1 else outputs[0]
 
-    def cross_entropy(self, h, head, targets):
+    def cross_entropy(self, h: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         """`Operations.cross_entropy` by a head (V / n, C) a process: nobody has all logits.
 
         h (N, C) is what the head reads, the same in all processes; targets (N,)."""
@@ -194,7 +206,8 @@ class HeadShare:
         learn = torch.is_grad_enabled()
         return LinearCrossEntropy.apply(h, weight, targets, learn, size, self.head_piece)
 
-    def head_piece(self, x, weight, targets, learn, weight_learns=True):
+    def head_piece(self, x: Tensor, weight: Tensor, targets: Tensor, learn: bool,
+                   weight_learns: bool = True) -> tuple:  # fmt: skip
         """`barelm.fast.head_piece` by this process's rows of the head: weight (V / n, C). The loss
         is that of all rows; of the gradient by x (N, C) this is the process's part."""
         logits = (x @ weight.T).float()  # (N, V / n)

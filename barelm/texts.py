@@ -1,7 +1,15 @@
 """A text in the making: tokens in, characters out, up to what ends it."""
 
+from __future__ import annotations
+
 import codecs
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from barelm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -20,14 +28,14 @@ class Generation:
 class TextStream:
     """Bytes in, text out: never half a character, nothing that may become a stop string."""
 
-    def __init__(self, stop=()):
+    def __init__(self, stop: Sequence[str] = ()) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.stop = stop
         self.text = ""  # all of it, up to a stop string
         self.sent = 0  # so many of its characters were returned
         self.stopped = False
 
-    def feed(self, data, final=False):
+    def feed(self, data: bytes, final: bool = False) -> str:
         """The text that `data` makes certain."""
         self.text += self.decoder.decode(data, final)
         places = [self.text.find(stop, self.sent) for stop in self.stop]
@@ -42,7 +50,7 @@ class TextStream:
         self.sent = max(end, self.sent)
         return piece
 
-    def unsure(self):
+    def unsure(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
         longest = 0
         for stop in self.stop:
@@ -57,7 +65,8 @@ class Row:
     a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
     draws are its own."""
 
-    def __init__(self, tok, limit, stop, emit=None, ends=None, number=0):
+    def __init__(self, tok: Tokenizer, limit: int, stop: list[str], emit: Callable | None = None,
+                 ends: list[int] | None = None, number: int = 0) -> None:  # fmt: skip
         self.tok = tok
         self.limit = limit
         self.number = number
@@ -67,7 +76,7 @@ class Row:
         self.stream = TextStream(stop)
         self.done = False
 
-    def take(self, token, logprob):
+    def take(self, token: int, logprob: float) -> None:
         """Add a token; after the end nothing is added."""
         if self.done:
             return

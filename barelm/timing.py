@@ -1,6 +1,8 @@
 """Calls timed in turn, A B A B, so that all else on the machine slows all alike, and the rows that
 this makes: their times, rates and shares of a ceiling."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import math
@@ -8,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +18,11 @@ import torch
 from barelm.devices import memory_used, synchronize
 from barelm.run import Run, autocast
 from model import GPTConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from model import GPT
 
 SHORTEST = 0.002  # seconds: a sample of a quicker call is the mean of several
 LONGEST = 15.0  # seconds: rows that take longer make do with three rounds, or one
@@ -28,7 +36,8 @@ UNITS = {
 }
 
 
-def measure(calls, seconds, sync=lambda: None, clock=time.perf_counter):
+def measure(calls: dict[str, Callable], seconds: float, sync: Callable = lambda: None,
+            clock: Callable = time.perf_counter) -> dict[str, list[float]]:  # fmt: skip
     """Time the functions of {name: function} in turn: {name: [seconds of a call, one a round]}.
     sync: waits until the device has done what it was given."""
 
@@ -52,7 +61,7 @@ def measure(calls, seconds, sync=lambda: None, clock=time.perf_counter):
     return times
 
 
-def is_enough(rounds, spent, seconds):
+def is_enough(rounds: int, spent: float, seconds: float) -> bool:
     """Whether so many rounds, which took `spent` seconds, are enough."""
     if rounds == 0:
         return False
@@ -61,14 +70,14 @@ def is_enough(rounds, spent, seconds):
     return spent >= LONGEST or (rounds >= 5 and spent >= seconds)
 
 
-def title(text, note=""):
+def title(text: str, note: str = "") -> None:
     print(f"\n{text}")
     if note:
         print(f"  ({note})")
     print(f"  {'':<33} {'ms, median':>10}  {'10 % to 90 %':<21} {'rate':>15}  of the ceiling")
 
 
-def rounded(row):
+def rounded(row: dict) -> dict:
     """A row with its floats at six digits."""
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
@@ -86,28 +95,29 @@ class Bench:
     left_out: set = field(default_factory=set)  # what skip has told
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.run.device
 
     @property
-    def is_cuda(self):
+    def is_cuda(self) -> bool:
         return self.run.device.type == "cuda"
 
     @property
-    def dtype_name(self):
+    def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def cast(self):
+    def cast(self) -> Any:
         """A context in which the network computes in the bench's dtype."""
         return autocast(self.device, self.dtype)
 
-    def sync(self):
+    def sync(self) -> None:
         synchronize(self.device)
 
-    def measure(self, calls):
+    def measure(self, calls: dict) -> dict:
         return measure(calls, self.seconds, self.sync)
 
-    def row(self, part, name, times, ceiling=None, peak=None, **facts):
+    def row(self, part: str, name: str, times: list[float], ceiling: str | None = None,
+            peak: float | None = None, **facts: Any) -> None:  # fmt: skip
         """Keep and print a measurement. Those of the facts that UNITS names are the work of one
         call; the first of them is what the ceiling of this name is for."""
         low, mid, high = np.percentile(times, [10, 50, 90]).tolist()
@@ -133,14 +143,15 @@ class Bench:
         line += f" {''.join(words[:1]):>15}  {share:<18}  {'  '.join(words[1:])}"
         print(line.rstrip(), flush=True)
 
-    def raise_ceiling(self, name, rate):
+    def raise_ceiling(self, name: str, rate: float) -> None:
         """A row that beats its ceiling is the new one: the products that were timed for it were not
         the best."""
         if rate > self.ceilings[name]:
             print(f"  -> {name}: {rate / self.ceilings[name]:.2f} of its ceiling, which it now is")
             self.ceilings[name] = rate
 
-    def table(self, part, calls, ceiling=None, peaks=None, factors=False, **facts):
+    def table(self, part: str, calls: dict, ceiling: str | None = None,
+              peaks: dict | None = None, factors: bool = False, **facts: Any) -> None:  # fmt: skip
         """Rows of calls of equal work, timed in turn; `factors`: say how each compares with the
         first."""
         times = self.measure(calls)
@@ -156,13 +167,13 @@ class Bench:
                 ratio = f"{medians[first] / medians[name]:.2f} times as fast"
             print(f"  -> {name} is {ratio} as {first}")
 
-    def skip(self, name, why):
+    def skip(self, name: str, why: str) -> None:
         """Say once why a row is left out."""
         if (name, why) not in self.left_out:
             self.left_out.add((name, why))
             print(f"  {name}: left out: {(why.strip() or 'it failed').splitlines()[0]}")
 
-    def working(self, calls):
+    def working(self, calls: dict[str, Callable]) -> dict[str, Callable]:
         """Those of {name: function} that run here; of each other one line says why it does not."""
         good = {}
         for name, call in calls.items():
@@ -173,7 +184,7 @@ class Bench:
                 self.skip(name, str(error))
         return good
 
-    def peak_memory(self, call):
+    def peak_memory(self, call: Callable) -> int:
         """The most bytes that are in use while call() runs, over those before."""
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -191,7 +202,7 @@ class Bench:
 # The ceilings
 
 
-def product_size(bench, dtype):
+def product_size(bench: Bench, dtype: torch.dtype) -> int:
     """How large a square matrix of this dtype can be whose product takes less than PRODUCT seconds:
     a CPU that has no such products needs minutes for what another does in 20 ms."""
     n = 128
@@ -210,7 +221,7 @@ def product_size(bench, dtype):
     return n
 
 
-def measure_ceilings(bench):
+def measure_ceilings(bench: Bench) -> None:
     """What no program on this machine can beat by much: the best that was seen."""
     size = 1 << 28 if bench.is_cuda else 1 << 27  # numbers: more than any cache holds
     title(f"ceilings: square matrix products, and {4 * size / 2**20:,.0f} MiB of memory")
@@ -232,7 +243,7 @@ def measure_ceilings(bench):
         bench.ceilings[row["name"]] = calls_a_second * row.get("flops", row.get("bytes"))
 
 
-def weight_bytes(net):
+def weight_bytes(net: GPT) -> int:
     """The bytes that one step of decoding reads: all weights once, but an embedding only as a tied
     head."""
     tensors = {}

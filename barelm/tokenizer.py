@@ -4,6 +4,8 @@
 choice: our own byte-level BPE, characters and words, or the library `tokenizers` for all others.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +36,10 @@ from barelm.encoders import (
 from barelm.files import read_json
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")  # of special tokens, as in transformers
 
 
@@ -45,7 +52,7 @@ class Tokenizer:
     tokens that the file does not call special (<think>) are text, and are read as in `tokenizers`.
     """
 
-    def __init__(self, spec, config):
+    def __init__(self, spec: dict, config: dict) -> None:
         check_spec(spec)
         check_names(config)
         self.spec = spec
@@ -57,7 +64,7 @@ class Tokenizer:
         self.start = leading_tokens(spec, self.special)  # the ids that a text begins with
         self.end = trailing_tokens(spec, self.special)  # those that a text by itself ends with
 
-    def read_encoder(self):
+    def read_encoder(self) -> None:
         """What others ask about the encoder."""
         self.kind = kind_of(self.spec)  # BPE, WordLevel, Unigram, WordPiece
         self.normalizers = list(self.encoder.normalizers)  # by name; the library's own are not here
@@ -66,7 +73,7 @@ class Tokenizer:
         self.bytes = self.encoder.bytes  # {id: bytes} of all tokens that are text
         self.shown = self.encoder.shown  # {id: bytes}, special tokens by their names too
 
-    def read_added_tokens(self):
+    def read_added_tokens(self) -> None:
         """The tokens that tokenizer.json adds to the vocabulary."""
         self.special = {}  # {name: id}, the few that are text included
         special_names = []
@@ -87,7 +94,7 @@ class Tokenizer:
         if plain_names and not isinstance(self.encoder, LibraryEncoder):
             self.plain = any_of(plain_names)
 
-    def refuse_flags(self, token):
+    def refuse_flags(self, token: dict) -> None:
         """Refuse a special token that takes white space beside it away, or needs it: a chat, which
         finds them letter by letter, would have other ids."""
         if token["content"] == name_of(self.config.get("mask_token")):
@@ -97,7 +104,7 @@ class Tokenizer:
                 why = f"the added token {token['content']} with {flag}"
                 raise UserError(f"tokenizer.json: not supported: {why}")
 
-    def read_roles(self):
+    def read_roles(self) -> None:
         """What tokenizer_config.json calls the special tokens."""
         self.bos_id = self.named("bos_token")
         self.pad_id = self.named("pad_token")
@@ -111,7 +118,7 @@ class Tokenizer:
             self.eos_ids.append(self.roles["eos"])
 
     @classmethod
-    def from_folder(cls, folder):
+    def from_folder(cls, folder: Path | str) -> Tokenizer:
         """Read tokenizer.json and, where present, the other files that say something of it."""
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
@@ -135,7 +142,7 @@ class Tokenizer:
         tok.read_model_files(folder)
         return tok
 
-    def read_model_files(self, folder):
+    def read_model_files(self, folder: Path) -> None:
         """Take the ids that end and begin a text from the model's own files: they say more than
         tokenizer_config.json, such as that a text may end in one of several ways."""
         end_ids = read_ids(folder, "eos_token_id", self.n_vocab)
@@ -150,13 +157,13 @@ class Tokenizer:
         if begin_ids and self.bos_id is None:
             self.bos_id = begin_ids[0]
 
-    def named(self, key):
+    def named(self, key: str) -> int | None:
         """The id of the token that tokenizer_config.json names by a key such as eos_token, or
         None."""
         return self.special.get(name_of(self.config.get(key)))
 
     @property
-    def eot_id(self):
+    def eot_id(self) -> int:
         """The token that starts a document: bos, or where there is none the end token, or that of
         the post-processor (BERT's [CLS]), or None."""
         if self.bos_id is not None:
@@ -166,7 +173,7 @@ class Tokenizer:
         return self.start[0] if self.start else None
 
     @property
-    def end_id(self):
+    def end_id(self) -> int:
         """The token that ends a text, at which generation stops too, or None: of several that of
         tokenizer_config.json."""
         own = self.named("eos_token")
@@ -175,12 +182,12 @@ class Tokenizer:
         return self.eos_ids[0]
 
     @property
-    def mask_id(self):
+    def mask_id(self) -> int | None:
         """The token that hides another, or None."""
         return self.roles.get("mask")
 
     @property
-    def sentinel_ids(self):
+    def sentinel_ids(self) -> list[int]:
         """The tokens that stand for the spans cut out of a text, in their order: <extra_id_0>, …,
         as T5's, whose ids fall. [] where there are none."""
         ids = []
@@ -188,7 +195,9 @@ class Tokenizer:
             ids.append(self.special[f"<extra_id_{len(ids)}>"])
         return ids
 
-    def with_added(self, names, config=None, **flags):
+    def with_added(
+        self, names: Sequence[str], config: dict[str, str] | None = None, **flags: Any
+    ) -> Tokenizer:
         """A tokenizer like this one with more special tokens, behind its last; of these names those
         that it has already stay what they are. config: what tokenizer_config.json says anew."""
         spec = json.loads(json.dumps(self.spec))  # a copy, all the way down
@@ -204,7 +213,7 @@ class Tokenizer:
         return tok
 
     @property
-    def document_layout(self):
+    def document_layout(self) -> tuple[list[int], list[int]]:
         """(ids before a document, ids behind it) in the shards that are written today. What begins
         a text is the post-processor's word. Where one token is bos and the end, or there is but
         one, it stands before each document, and so behind the one before."""
@@ -216,7 +225,7 @@ class Tokenizer:
 
     # Text to ids and back
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """The ids of `text`, which is text alone: nothing is added, no special token is read."""
         if self.plain is None:
             return self.encoder.encode(self.encoder.normal(text))
@@ -229,14 +238,14 @@ class Tokenizer:
             at = match.end()
         return ids + self.encoder.encode(self.encoder.normal(text[at:]))
 
-    def encode_batch(self, texts, threads=1):
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
         """`encode` for many texts, as arrays (n,) uint32, on several threads where that helps."""
         if not isinstance(self.encoder, ByteBPE):
             return [np.array(self.encode(text), np.uint32) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken lets go of Python's lock
             return [*pool.map(self.encode_array, texts)]
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         """`encode` by ByteBPE, as an array: tiktoken's own where it can, without a list between."""
         if self.plain is None or not self.plain.search(text):
             array = self.encoder.encode_array(self.encoder.normal(text))
@@ -244,7 +253,7 @@ class Tokenizer:
                 return array
         return np.array(self.encode(text), np.uint32)
 
-    def prompt(self, text):
+    def prompt(self, text: str) -> list[int]:
         """The ids of a text to be continued: bos before it where the tokenizer puts one. Nothing at
         all is continued from what stands before a document in the shards."""
         if text or self.start or self.eot_id is None:
@@ -252,7 +261,7 @@ class Tokenizer:
         begin, end = self.document_layout
         return [*end, *begin][-1:]
 
-    def source(self, text):
+    def source(self, text: str) -> list[int]:
         """The ids of a text that an encoder-decoder reads: what the post-processor puts before and
         behind it, or else the end token behind it, as T5 has it."""
         end = self.end
@@ -260,7 +269,7 @@ class Tokenizer:
             end = [self.end_id]
         return self.start + self.encode(text) + end
 
-    def whole_text(self, text, limit=None):
+    def whole_text(self, text: str, limit: int | None = None) -> tuple[list[int], bool]:
         """(ids of a text that is read by itself, with what begins and ends one; whether it was cut
         to `limit` tokens)."""
         ids = self.encode(text)
@@ -269,11 +278,11 @@ class Tokenizer:
             room = max(0, limit - len(self.start) - len(self.end))
         return self.start + ids[:room] + self.end, len(ids) > room
 
-    def token_bytes(self, id):
+    def token_bytes(self, id: int) -> bytes:
         """The bytes that the token stands for; none for a special or unused one."""
         return self.bytes.get(id, b"")
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens by their names; what is no UTF-8 becomes U+FFFD."""
         if isinstance(self.encoder, LibraryEncoder):
             return self.encoder.decode(ids)  # which takes away a space put before the first word
@@ -281,7 +290,9 @@ class Tokenizer:
 
     # Chats
 
-    def chat(self, messages, add_generation_prompt=False, answers="all"):
+    def chat(
+        self, messages: list[dict], add_generation_prompt: bool = False, answers: str = "all"
+    ) -> tuple[list[int], list[int]]:
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
 
         The mask covers what the template puts between the generation prompt and the next turn, end
@@ -331,7 +342,9 @@ class Tokenizer:
 
         return veiled(messages, lambda content: self.marks.sub(break_name, content))
 
-    def marked_answers(self, messages, answers, begin, end):
+    def marked_answers(
+        self, messages: list[dict], answers: str, begin: str, end: str
+    ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [(from, to)] of what assistants say) by a template with {% generation %}, which
         puts the letters `begin` and `end` around it."""
         text, spans = marked_spans(self.render(messages, marks=(begin, end)), begin, end)
@@ -341,7 +354,9 @@ class Tokenizer:
             spans = [span for span in spans if span[1] > n_prompt]
         return text, spans
 
-    def found_answers(self, messages, answers, text, letters):
+    def found_answers(
+        self, messages: list[dict], answers: str, text: str, letters: list[str]
+    ) -> list[tuple[int, int]]:
         """[(from, to)] of what assistants say in the text of a template without marks."""
         ends = any_of(name for name, id in self.special.items() if id in self.eos_ids)
         turns = TurnFinder(self.render, self.marks, ends, letters, messages, text)
@@ -349,7 +364,7 @@ class Tokenizer:
         places = range(first, len(messages))
         return [turns.span(i) for i in places if messages[i].get("role") == "assistant"]
 
-    def encode_chat(self, text, is_said, hide):
+    def encode_chat(self, text: str, is_said: bytearray, hide: str) -> tuple[list[int], list[int]]:
         """(ids, loss mask) of a template's text, whose special tokens are real, but for those with
         the letter `hide` in them. is_said: 1 for each character that an assistant says."""
         # Text between these is encoded by itself. The library finds those that are text.
@@ -378,7 +393,7 @@ class Tokenizer:
                 at = match.end()
         return ids, mask
 
-    def end_of_turn(self):
+    def end_of_turn(self) -> list[int]:
         """The token (a list of one, or none) that the template ends an assistant's words with: of
         several in a row the first, at which generation can stop."""
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -393,7 +408,7 @@ class Tokenizer:
                 end = [token]
         return end
 
-    def chat_template(self):
+    def chat_template(self) -> str | None:
         """The text of the chat template."""
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by their names
@@ -406,7 +421,8 @@ class Tokenizer:
             raise UserError("this tokenizer has no chat template: chat needs a model tuned for it")
         return template
 
-    def render(self, messages, add_generation_prompt=False, marks=("", "")):
+    def render(self, messages: list[dict], add_generation_prompt: bool = False,
+               marks: tuple[str, str] = ("", "")) -> str:  # fmt: skip
         """The text that the chat template makes of messages, with these marks around what is
         between {% generation %} and {% endgeneration %}."""
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -430,7 +446,7 @@ def unused_letters(messages, n):
     return list(islice(unused, n))
 
 
-def counts_as_said(said, begin, end):
+def counts_as_said(said: bytes, begin: int, end: int) -> int:
     """0 or 1: whether a token, of these characters, is the assistant's: where any of it is, as
     transformers counts. One of no characters (of blanks that are trimmed) is where both
     neighbours are. said: a byte for each character, and one for what follows."""
@@ -439,18 +455,18 @@ def counts_as_said(said, begin, end):
     return min(said[max(begin - 1, 0) : begin + 1])
 
 
-def name_of(token):
+def name_of(token: str | dict | None) -> str | None:
     """The name of a token in tokenizer_config.json: a text, or a dict with flags beside it."""
     return token["content"] if isinstance(token, dict) else token
 
 
-def any_of(names):
+def any_of(names: Iterable[str]) -> Any:
     """A pattern that finds any of these in a text: the leftmost, and there the longest."""
     longest_first = sorted(names, key=len, reverse=True)  # of alternatives the first one counts
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
 
-def leading_tokens(spec, special):
+def leading_tokens(spec: dict, special: dict[str, int]) -> list[int]:
     """The ids that a text begins with, such as [bos]: the post-processor's word, as in Hugging
     Face. What it puts behind a text is left to whoever ends one."""
     names = []
@@ -464,7 +480,7 @@ def leading_tokens(spec, special):
     return [special[name] for name in names]
 
 
-def trailing_tokens(spec, special):
+def trailing_tokens(spec: dict, special: dict[str, int]) -> list[int]:
     """The ids that the post-processor puts behind a text, such as [sep]."""
     names = []
     for step in post_processors(spec):
@@ -480,7 +496,7 @@ def trailing_tokens(spec, special):
     return [special[name] for name in names if name in special]
 
 
-def pair_tokens(spec, special):
+def pair_tokens(spec: dict, special: dict[str, int]) -> tuple | None:
     """(ids before two texts, between them, behind them) as the post-processor puts them, or None
     where it says nothing of pairs."""
     for step in post_processors(spec):
@@ -504,7 +520,7 @@ def pair_tokens(spec, special):
 # What is wrong with a file, in one line
 
 
-def check_spec(spec):
+def check_spec(spec: dict) -> None:
     """Refuse a tokenizer.json in which an id is no whole number, or is that of two tokens."""
     body = spec.get("model") or {}
     if not body.get("vocab"):
@@ -531,7 +547,7 @@ def check_spec(spec):
             check_template(step, ids)
 
 
-def ids_of_vocab(vocab):
+def ids_of_vocab(vocab: dict[str, int]) -> dict[str, int]:
     """{token: id} of a model's vocabulary: a dict, or Unigram's [[token, score]], in the order of
     their ids."""
     if not isinstance(vocab, list):
@@ -546,7 +562,7 @@ def ids_of_vocab(vocab):
     return ids
 
 
-def check_added_token(token, ids):
+def check_added_token(token: dict, ids: dict[str, int]) -> None:
     """Refuse an added token that is malformed or has another id in the vocabulary."""
     content = token["content"]
     id = token["id"]
@@ -560,7 +576,7 @@ def check_added_token(token, ids):
         raise UserError(f"tokenizer.json: {content!r:.60} {why}")
 
 
-def check_template(step, ids):
+def check_template(step: dict, ids: dict[str, int]) -> None:
     """Refuse a post-processor that does not put the text between tokens of the vocabulary."""
     sequences = [part["Sequence"]["id"] for part in step["single"] if "Sequence" in part]
     if sequences != ["A"]:
@@ -575,7 +591,7 @@ def check_template(step, ids):
             raise UserError(f"tokenizer.json: in its post_processor {why}")
 
 
-def check_names(config):
+def check_names(config: dict) -> None:
     """Refuse a tokenizer_config.json whose special tokens or chat template are of another form."""
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         name = config.get(key)
@@ -592,7 +608,7 @@ def check_names(config):
             raise UserError(f"tokenizer_config.json: chat_template={template!r:.60}: expected text")
 
 
-def read_ids(folder, key, n_vocab):
+def read_ids(folder: Path, key: str, n_vocab: int) -> list[int] | None:
     """The ids, a list, that generation_config.json, or else config.json, has for a key such as
     eos_token_id; None where neither has any."""
     for name in ("generation_config.json", "config.json"):

@@ -4,9 +4,15 @@ train.py says who holds what and what travels.
 A ring of n processes sums S bytes by 2 (n - 1) / n S sent from each, and gathers or scatters them
 by (n - 1) / n S (Patarasuk and Yuan 2009). Formulas: docs/parallel.md."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from barelm.footprint import footprint, parts_of, total_bytes
+
+if TYPE_CHECKING:
+    from barelm.footprint import Step
 
 
 @dataclass(frozen=True)
@@ -17,23 +23,23 @@ class Transfer:
     n: int  # processes of the group
     stride: int  # from one of the group to the next, in ranks
 
-    def on_machine(self, local_world):
+    def on_machine(self, local_world: int) -> int:
         """How many of the group stand on one machine."""
         return max(1, min(self.n, local_world // self.stride))
 
-    def is_local(self, local_world):
+    def is_local(self, local_world: int) -> bool:
         return self.n * self.stride <= local_world
 
 
-def ring_sum(n, size):
+def ring_sum(n: int, size: int) -> float:
     return 2 * (n - 1) / n * size
 
 
-def ring_gather(n, size):
+def ring_gather(n: int, size: int) -> float:
     return (n - 1) / n * size
 
 
-def transfers(step):
+def transfers(step: Step) -> dict[str, Transfer]:
     """{kind: Transfer} of the process that sends the most: tensor, context, pipeline, weights,
     gradients, optimizer; what is not used is left out."""
     sizes = step.sizes
@@ -51,7 +57,7 @@ def transfers(step):
     return {kind: transfer for kind, transfer in of_kinds.items() if transfer.sent}
 
 
-def tensor_bytes(step):
+def tensor_bytes(step: Step) -> float:
     """Of each block two sums of x forward, two backward, and two more where it is computed again
     (Shoeybi et al. 2019, figure 4); x behind the embedding, and its gradient before the head."""
     tp = step.sizes.tp
@@ -64,7 +70,7 @@ def tensor_bytes(step):
     return step.n_micro * n_sums * ring_sum(tp, x)
 
 
-def context_bytes(step):
+def context_bytes(step: Step) -> float:
     """Of each block the keys and values of the other processes' tokens forward, again where it is
     computed again, and their gradients backward."""
     cp = step.sizes.cp
@@ -79,14 +85,14 @@ def context_bytes(step):
     return step.n_micro * passes * (cp - 1) * own
 
 
-def whole_numel(step):
+def whole_numel(step: Step) -> tuple[int, int]:
     """(numbers of the blocks, numbers of the rest) that a stage has, before fully_shard."""
     parts = parts_of(step)
     of_blocks = sum(part.gathered for part in parts if part.block is not None)
     return of_blocks, sum(part.gathered for part in parts if part.block is None)
 
 
-def weight_bytes(step):
+def weight_bytes(step: Step) -> float:
     """fully_shard's gathering of the weights, forward and backward, with every micro-batch: blocks
     in the products' dtype, the rest once, in full."""
     if step.sizes.shard == 1:
@@ -96,7 +102,7 @@ def weight_bytes(step):
     return step.n_micro * ring_gather(step.sizes.shard, size)
 
 
-def scatter_bytes(step):
+def scatter_bytes(step: Step) -> float:
     """fully_shard's sums of gradients, of which each process keeps its part."""
     if step.sizes.shard == 1:
         return 0
@@ -104,7 +110,7 @@ def scatter_bytes(step):
     return step.n_micro * ring_gather(step.sizes.shard, size)
 
 
-def gradient_bytes(step):
+def gradient_bytes(step: Step) -> float:
     """The sums of gradients over copies: DistributedDataParallel's once a step; those of parts
     with every micro-batch, as fully_shard makes them."""
     sizes = step.sizes
@@ -115,7 +121,7 @@ def gradient_bytes(step):
     return times * ring_sum(sizes.replica, size)
 
 
-def optimizer_transfer(step):
+def optimizer_transfer(step: Step) -> Transfer:
     """ZeRO-1: each process tells the others the weights that it updated. Muon: the updates of the
     matrices that each orthogonalized; of matrices in parts these go to it, and back."""
     sizes = step.sizes
@@ -132,7 +138,7 @@ def optimizer_transfer(step):
     return Transfer(ring_gather(sizes.replica, matrices), sizes.replica, stride)
 
 
-def pipeline_bytes(step):
+def pipeline_bytes(step: Step) -> int:
     """x to the next stage and its gradient to the one before, of each micro-batch."""
     if step.sizes.pp == 1:
         return 0
@@ -158,14 +164,14 @@ WORDS = {
 STATED = {"machine": 100e9, "network": 10e9, "cpu": 1e9}
 
 
-def stated_bandwidth(step):
+def stated_bandwidth(step: Step) -> float:
     """Bytes/s of the slowest link of a mesh, as STATED has it."""
     if step.device_type == "cpu":
         return STATED["cpu"]
     return STATED["machine" if step.sizes.world <= step.local_world else "network"]
 
 
-def describe(step, bandwidth=None):
+def describe(step: Step, bandwidth: float | None = None) -> list[str]:
     """The mesh in words, a list of lines: who holds what, the bytes of a process by kind, what it
     sends in a step and how long that takes at `bandwidth`, bytes a second of one process."""
     bandwidth = bandwidth or stated_bandwidth(step)
@@ -182,7 +188,7 @@ def describe(step, bandwidth=None):
     return lines
 
 
-def holders(step):
+def holders(step: Step) -> list[str]:
     """Which ranks share what: a line for each way in which the network is divided."""
     sizes = step.sizes
     lines = []
@@ -204,7 +210,7 @@ def holders(step):
     return lines
 
 
-def ranks(n, stride, world):
+def ranks(n: int, stride: int, world: int) -> str:
     """The first group of n ranks, each so far from the next, in words."""
     numbers = [i * stride for i in range(n)]
     words = ", ".join(map(str, numbers))
@@ -213,7 +219,7 @@ def ranks(n, stride, world):
     return f"ranks {words}" + (" (and so on)" if n < world else "")
 
 
-def in_units(size):
+def in_units(size: float) -> str:
     """Bytes as a person reads them: 12.3 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

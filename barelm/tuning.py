@@ -1,6 +1,8 @@
 """What finetune.py and rl.py do alike, beyond what every run does (run.py, resume.py): opening the
 model to start from, the optimizer step, where the run stands, and writing what was learned."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import math
@@ -8,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -35,25 +38,35 @@ from barelm.tokenizer import Tokenizer
 from barelm.weights import saved_tensors
 from model import GPT
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+    from torch.optim.adamw import AdamW
+
+    from barelm.resume import RunFolder
+    from barelm.run import Horizon, StopSignals, Updater
+
 # --------------------------------------------------------------------------------------------------
 # Settings
 
 ADAPTS = ("full", "lora", "qlora", "adapter", "prompt")
 
 
-def check_choice(key, value, choices):
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"--{key}={value}: expected {', '.join(choices)}")
 
 
-def check_share(config, names):
+def check_share(config: dict, names: tuple[str, ...]) -> None:
     """Refuse the settings of these names that are no part of one."""
     for name in names:
         if not 0 <= config[name] <= 1:
             raise UserError(f"{name}={config[name]}: expected 0 to 1")
 
 
-def check_numbers(config):
+def check_numbers(config: dict) -> None:
     """Refuse numbers that no run can have. config: {key: value} of all keys that the scripts share,
     at least."""
     from_0 = ("seed", "seq_len", "early_stopping", "eval_examples", "train_last", "lora_alpha")
@@ -73,7 +86,7 @@ def check_numbers(config):
     Schedule(*(config[name] for name in names)).check()
 
 
-def check_adapt(config, merge):
+def check_adapt(config: AdaptConfig, merge: bool) -> None:
     """Refuse settings of what learns, an AdaptConfig, and of --merge, that do not go together."""
     check_choice("adapt", config.adapt, ADAPTS)
     if config.train_last != 0 and config.adapt != "full":
@@ -86,7 +99,7 @@ def check_adapt(config, merge):
         raise UserError("--merge=quantized: only qlora has weights in 4 bits")
 
 
-def count_steps(n_examples, batch_size, max_steps, max_epochs):
+def count_steps(n_examples: int, batch_size: int, max_steps: int, max_epochs: float) -> int:
     """The optimizer steps of a run; None where neither is set, so that its clock alone ends it."""
     limits = []  # the first that is reached ends the run
     if max_steps:
@@ -112,12 +125,13 @@ class Learner:
     has_value_head: bool = False  # PPO's score: saved to resume, but no part of the model
     compiled: bool = False  # whether its blocks are
 
-    def params(self):
+    def params(self) -> dict[str, nn.Parameter]:
         """{name: parameter} of those that learn."""
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
 
-def open_learner(run, base, adapt, seed, dropout=0.0, fast=True, add_markers=False):
+def open_learner(run: Run, base: str, adapt: AdaptConfig, seed: int, dropout: float = 0.0,
+                 fast: bool = True, add_markers: bool = False) -> Learner:  # fmt: skip
     """The model `base` with its tokenizer, and with soft prompts if AdaptConfig asks for them.
     seed: of all that is drawn from here on. fast: as GPT takes it.
     add_markers: give a model without a chat template ChatML's, and rows for its markers."""
@@ -137,7 +151,7 @@ def open_learner(run, base, adapt, seed, dropout=0.0, fast=True, add_markers=Fal
     return Learner(run, net, tok, base, adapt)
 
 
-def stop_at_turns(learner, learns_end=False):
+def stop_at_turns(learner: Learner, learns_end: bool = False) -> None:
     """Let generation end where the chat template ends an answer, too. learns_end: whether the
     network learns that end, so that a template without one is worth a word."""
     tok = learner.tok
@@ -157,7 +171,7 @@ def stop_at_turns(learner, learns_end=False):
             tok.eos_ids = [*tok.eos_ids, token]
 
 
-def facts_of(run, dataset, data, base, dtype):
+def facts_of(run: Run, dataset: str, data: str, base: str, dtype: torch.dtype) -> dict:
     """What the settings came to: the data, the model to start from, what it is computed in. A
     resume with other ones is refused, or told."""
     files = sorted((Path("data") / dataset).glob(f"{data}_*.jsonl"))
@@ -183,7 +197,8 @@ def facts_of(run, dataset, data, base, dtype):
     }
 
 
-def make_optimizers(net, name, learning_rate, weight_decay, layer_decay, beta2=0.99):
+def make_optimizers(net: GPT, name: str, learning_rate: float, weight_decay: float,
+                    layer_decay: float, beta2: float = 0.99) -> list[AdamW]:  # fmt: skip
     """`make_optimizer`'s; with a layer_decay other than 1 each block learns at the rate of the one
     behind it times that, the embedding slowest of all (Howard and Ruder 2018, section 3.2)."""
     optimizers = make_optimizer(net, name, learning_rate, weight_decay, (0.9, beta2))
@@ -205,7 +220,7 @@ def make_optimizers(net, name, learning_rate, weight_decay, layer_decay, beta2=0
     return optimizers
 
 
-def depth_of(name, n_layer, n_encoder_layer=0):
+def depth_of(name: str, n_layer: int, n_encoder_layer: int = 0) -> int:
     """The place of a parameter on the way up: 0 the embedding, then the blocks, those of an encoder
     before the decoder's, then the rest."""
     _, in_layers, place = name.partition(".layers.")
@@ -219,7 +234,9 @@ def depth_of(name, n_layer, n_encoder_layer=0):
 # A step
 
 
-def sum_figures(run, figures):
+def sum_figures(
+    run: Run, figures: Counter | dict[str | tuple[int, int], float]
+) -> Counter | dict[str | tuple[int, int], float]:
     """{name: number} summed over all processes, of which each may have other names."""
     if run.world == 1:
         return figures
@@ -232,7 +249,8 @@ def sum_figures(run, figures):
     return total
 
 
-def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, warmup_steps):
+def say_plan(learner: Learner, n_params: int, n_steps: int, max_minutes: float | None, batch: str,
+             data: str, computing: tuple[torch.dtype, str], warmup_steps: int) -> None:  # fmt: skip
     """What a run is about to do. batch: what a step has, such as "16 examples"; data: what there
     is; computing: the dtype, and why."""
     run = learner.run
@@ -252,7 +270,9 @@ def say_plan(learner, n_params, n_steps, max_minutes, batch, data, computing, wa
         )
 
 
-def check_parallel(run, parallel, batch_size, name, adapt, merge):
+def check_parallel(
+    run: Run, parallel: str, batch_size: int, name: str, adapt: AdaptConfig, merge: bool
+) -> None:
     """Refuse what is not done with a network that is divided. name: the method's."""
     if parallel == "ddp":
         return
@@ -270,14 +290,14 @@ def check_parallel(run, parallel, batch_size, name, adapt, merge):
         raise UserError(f"--merge=quantized --parallel={parallel}: merge it on one process")
 
 
-def place(learner):
+def place(learner: Learner) -> None:
     """Put the network on the device; of one that will be divided, a part comes there then."""
     if not learner.run.is_divided:
         learner.net.to(learner.run.device)
     learner.net.train()
 
 
-def divide(learner, dtype):
+def divide(learner: Learner, dtype: torch.dtype) -> None:
     """Divide the network over the processes, where it is to be."""
     run = learner.run
     if not run.is_divided:
@@ -286,7 +306,7 @@ def divide(learner, dtype):
     parallelize(learner.net, run.mesh, dtype)
 
 
-def trial(learner):
+def trial(learner: Learner) -> AbstractContextManager:
     """The context in which a network is tried: all of it, or of one that will be divided a few
     blocks."""
     run = learner.run
@@ -295,7 +315,7 @@ def trial(learner):
     return contextlib.nullcontext(learner.net)
 
 
-def rounds(run, groups, spare=()):
+def rounds(run: Run, groups: Iterable[list[dict]], spare: Sequence[dict] = ()) -> list:
     """[(group, whether it counts)] of this process's groups of examples. Where the network is
     divided every process has as many: what is missing is filled up with the first, or with the
     examples of `spare`."""
@@ -307,7 +327,9 @@ def rounds(run, groups, spare=()):
     return groups + [(filling, False)] * n_missing
 
 
-def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero_is_fault=True):
+def update(updater: Updater, groups: Iterator, loss_of: Callable, size: float,
+           names: tuple[str, ...], cast: AbstractContextManager, step: int, warmup_steps: int,
+           zero_is_fault: bool = True) -> tuple[dict[str, float], float]:  # fmt: skip
     """One optimizer step on this process's groups of examples (micro-batches): ({figure: its mean
     over all processes}, the gradient's norm).
 
@@ -329,7 +351,9 @@ def update(updater, groups, loss_of, size, names, cast, step, warmup_steps, zero
     return means, norm
 
 
-def accumulate_gradients(updater, groups, loss_of, size, names, cast):
+def accumulate_gradients(updater: Updater, groups: Iterable[list[dict]], loss_of: Callable,
+                         size: float, names: tuple[str, ...],
+                         cast: AbstractContextManager) -> dict[str, Tensor]:  # fmt: skip
     """Forward and backward of each group: {figure: its sum}, of the loss and of these names, 0-dim
     float64 tensors. Nothing here waits for the device."""
     device = updater.run.device
@@ -347,7 +371,7 @@ def accumulate_gradients(updater, groups, loss_of, size, names, cast):
     return sums
 
 
-def add_figures(sums, figures):
+def add_figures(sums: Counter | dict[str, Tensor], figures: dict[str, Tensor]) -> None:
     """Add figures, {name: number or 0-dim tensor}, to the sums of these names: in float64, and
     where they are, so that nothing waits for the device."""
     for name, value in figures.items():
@@ -356,7 +380,7 @@ def add_figures(sums, figures):
         sums[name] = sums[name] + value
 
 
-def read_figures(sums):
+def read_figures(sums: Counter) -> dict[str | tuple[int, int], float]:
     """The same with numbers for the tensors, all of which one wait reads."""
     tensors = {name: v for name, v in sums.items() if isinstance(v, torch.Tensor)}
     numbers = torch.stack([*tensors.values()]).tolist() if tensors else []
@@ -364,7 +388,9 @@ def read_figures(sums):
 
 
 @contextlib.contextmanager
-def saved_on_failure(learner, updater, state, folder):
+def saved_on_failure(
+    learner: Learner, updater: Updater, state: State, folder: RunFolder
+) -> Iterator[None]:
     """Save the run where a reward or an update ends it: nothing was learned in this step."""
     try:
         yield
@@ -377,7 +403,7 @@ def saved_on_failure(learner, updater, state, folder):
 
 
 @contextlib.contextmanager
-def failing_together(run):
+def failing_together(run: Run) -> Iterator[None]:
     """A UserError of one process, whose samples alone are at fault, is one of all processes at the
     end of this context: they can still save what they hold together."""
     error = None
@@ -392,7 +418,9 @@ def failing_together(run):
         raise UserError(f"{n_failed:.0f} of the other processes failed: their last lines say why")
 
 
-def step_row(state, figures, lr, norm, step_begin):
+def step_row(
+    state: State, figures: dict[str, float], lr: float, norm: float, step_begin: float
+) -> dict[str, float]:
     """The figures of a step that has just ended, and began at step_begin (time.monotonic)."""
     dt = time.monotonic() - step_begin
     return {"step": state.step} | figures | {"lr": lr, "grad_norm": norm, "dt": dt}
@@ -411,7 +439,7 @@ def show_step(run, row, n_steps, seconds_left):
     )
 
 
-def log_row(figures):
+def log_row(figures: dict[str, float]) -> dict[str, float]:
     """A row for log.jsonl, which as JSON has no number that is not finite."""
     row = {}
     for name, value in figures.items():
@@ -419,12 +447,12 @@ def log_row(figures):
     return row
 
 
-def words(figures):
+def words(figures: dict[str, float]) -> str:
     """Figures as a line shows them."""
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
-def check_equal_weights(run, params):
+def check_equal_weights(run: Run, params: Iterable) -> None:
     """End a run of several processes whose weights have come apart."""
     if run.world == 1 or run.is_divided:  # of parts no process has another's
         return
@@ -452,7 +480,7 @@ class State:
     seconds: float = 0.0  # of the main process's clock
     warm_seconds: float = 0.0  # the seconds when the warm-up ended; the present ones while it lasts
 
-    def is_best(self, score):
+    def is_best(self, score: float) -> bool:
         """Note the score of a validation: whether no other was as good."""
         self.since_best += 1
         if not score < self.best:  # nor is a NaN
@@ -461,7 +489,7 @@ class State:
         self.since_best = 0
         return True
 
-    def stops_early(self, early_stopping, run):
+    def stops_early(self, early_stopping: int, run: Run) -> bool:
         """Whether so many validations had no new best; 0: never."""
         early = 0 < early_stopping <= self.since_best
         if early:
@@ -469,11 +497,11 @@ class State:
             run.say(f"no new best in {n} validations: stopped; best/ has the best")
         return early
 
-    def progress(self, horizon):
+    def progress(self, horizon: Horizon) -> float:
         """The part of the run that is done, 0 to 1."""
         return horizon.progress(self.step, seconds=self.seconds)
 
-    def advance(self, run, clock_begin, signals):
+    def advance(self, run: Run, clock_begin: float, signals: StopSignals) -> bool:
         """Count a step: whether a signal to any process stops the run. The main process's clock,
         which began at clock_begin, is everyone's."""
         clock = time.monotonic() - clock_begin if run.is_main else 0.0
@@ -481,7 +509,7 @@ class State:
         self.step += 1
         return n_signals > 0  # a save is one of all processes
 
-    def lr_scale(self, schedule, horizon):
+    def lr_scale(self, schedule: Schedule, horizon: Horizon) -> float:
         """The factor of the learning rate in the step that begins."""
         warm_step = min(self.step, schedule.warmup_steps)
         if self.step == warm_step:
@@ -491,7 +519,7 @@ class State:
         return schedule.scale(self.step, progress, warm_end)
 
 
-def load_state(folder):
+def load_state(folder: Path) -> dict:
     """What save_run wrote into a folder: a dict."""
     saved = resume.load_state(folder)
     path = folder / "state.pt"
@@ -511,7 +539,7 @@ def load_state(folder):
     return saved
 
 
-def restore(saved, learner, updater, folder):
+def restore(saved: dict | None, learner: Learner, updater: Updater, folder: RunFolder) -> State:
     """The State of a run that goes on, from what load_state gave. Weights, optimizers and scaler
     are put back. With None: the State of a run that begins."""
     if saved is None:
@@ -534,7 +562,7 @@ def restore(saved, learner, updater, folder):
     return State(**{field.name: saved[field.name] for field in fields(State)})
 
 
-def begin_part(folder, state, saved, facts):
+def begin_part(folder: RunFolder, state: State, saved: dict | None, facts: dict) -> None:
     """Begin a part of the run in its folder; a best that a resume's changes have made none is
     forgotten."""
     changed = folder.begin(state.step, facts, saved)
@@ -563,7 +591,7 @@ def stop(folder, row, state, signals):
     return signals.exit_status
 
 
-def save_run(learner, updater, state, folder):
+def save_run(learner: Learner, updater: Updater, state: State, folder: RunFolder) -> None:
     """Write a run's folder, a RunFolder, with all that a resume needs."""
     if learner.run.is_main:
         clear_folder(folder.path / "merged")  # of the adapter that is replaced
@@ -579,7 +607,7 @@ def save_run(learner, updater, state, folder):
     save_weights(learner, folder.path, state.step, saved)
 
 
-def save_weights(learner, folder, step, saved=None):
+def save_weights(learner: Learner, folder: Path, step: int, saved: dict | None = None) -> None:
     """Write what was learned: a checkpoint folder, or an adapter; with `saved` also state.pt."""
     net = learner.net
     tok = learner.tok
@@ -603,7 +631,7 @@ def save_weights(learner, folder, step, saved=None):
     net.score = score
 
 
-def finish_adapter(learner, out, step, merge):
+def finish_adapter(learner: Learner, out: Path, step: int, merge: bool) -> None:
     """Write merged/ if asked for, and say on which weights each folder stands: qlora has learned on
     4 bits, while a reader of its adapter adds it to the weights that these were made of. The
     network is a plain one then."""

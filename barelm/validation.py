@@ -1,8 +1,11 @@
 """The loss of windows that train.py validates with, what a run's validations say in
 words, and what the model writes by then."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +25,22 @@ from barelm.parallel import divide_again
 from barelm.shards import batch_to_device
 from model import call_block, generate
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from types import SimpleNamespace
+
+    from torch import Tensor
+
+    from barelm.pipeline import Pipeline
+    from barelm.run import Run
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 
 @torch.no_grad()
-def evaluate(net, windows, data, run, cast, device_batch_size, eval_tokens=0):
+def evaluate(net: GPT, windows: Any, data: Any, run: Run, cast: AbstractContextManager,
+             device_batch_size: int, eval_tokens: int = 0) -> tuple[float, float]:  # fmt: skip
     """(loss in nats per target, bits per byte, or where tokens are masked the part of the targets
     that is the likeliest token) over eval_tokens of the windows (0: all), evenly spread, each
     target scored once, shared out over all processes. The masks are always the same."""
@@ -70,7 +86,7 @@ def evaluate(net, windows, data, run, cast, device_batch_size, eval_tokens=0):
     return loss, n_bytes_or_right / max(n_targets, 1)
 
 
-def filled_up(batch, n_rows):
+def filled_up(batch: dict[str, Tensor], n_rows: int) -> dict[str, Tensor]:
     """A batch of n_rows rows: those that are missing have no targets."""
     filled = {}
     for name, tensor in batch.items():
@@ -79,7 +95,9 @@ def filled_up(batch, n_rows):
     return filled
 
 
-def causal_totals(net, batch, docs, token_bytes):
+def causal_totals(
+    net: GPT, batch: dict[str, Tensor], docs: Tensor | None, token_bytes: Tensor
+) -> Tensor:
     """The loss of a batch, its targets, and the bytes that they stand for: (3,), `widen`ed."""
     loss_sum, n_targets = net(**batch, docs=docs)
     targets = batch["targets"]
@@ -89,13 +107,13 @@ def causal_totals(net, batch, docs, token_bytes):
     return torch.stack([widen(figure) for figure in figures])
 
 
-def bytes_of(targets, token_bytes):
+def bytes_of(targets: Tensor, token_bytes: Tensor) -> Tensor:
     """The bytes that the targets (B, T) stand for, ()."""
     bytes_of_targets = token_bytes[targets.clamp(min=0)]  # (B, T)
     return bytes_of_targets.where(targets >= 0, 0).sum()
 
 
-def score_of(name, token_bytes):
+def score_of(name: str, token_bytes: Tensor) -> Callable:
     """What the last stage of a pipeline makes of a micro-batch's final states in a validation."""
 
     def causal_figures(net, h, batch):
@@ -109,7 +127,7 @@ def score_of(name, token_bytes):
     return causal_figures if name == "causal" else filled_figures
 
 
-def remarks(keys, history, guessing=math.inf):
+def remarks(keys: SimpleNamespace, history: list, guessing: float = math.inf) -> list[str]:
     """What the validations say, in words: history [(step, training loss, validation loss)];
     guessing: the loss of a uniform guess among all ids, ln(vocabulary), in nats. keys:
     train.py's by name, which what is to be changed is said with."""
@@ -140,7 +158,9 @@ def remarks(keys, history, guessing=math.inf):
     return []
 
 
-def sample_text(keys, net, tok, data, pipeline=None):
+def sample_text(
+    keys: SimpleNamespace, net: GPT, tok: Tokenizer, data: Any, pipeline: Pipeline | None = None
+) -> str:
     """A few tokens of what the model writes by now: of an encoder what it sees behind masks, of an
     encoder-decoder the spans of a window."""
     if keys.objective == "mlm" and keys.sample_prompt:

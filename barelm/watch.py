@@ -7,6 +7,8 @@ others. Whoever hears of a loss and is still there a moment later, as in a GPU's
 never end, is ended by its thread, so that torchrun starts all anew (docs/cluster.md).
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -16,8 +18,14 @@ import socket
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from barelm.run import Run
 
 # Seconds in which a process may end by itself, with its own words, once another is gone.
 GRACE = 3.0
@@ -27,7 +35,7 @@ PATIENCE = 15.0
 LONGEST = 4096
 
 
-def start_watch(run, timeout=8 * PATIENCE):
+def start_watch(run: Run, timeout: float = 8 * PATIENCE) -> None:
     """Watch the other processes from here on: `run.watch`. An eighth of `timeout` seconds without
     an answer from its machine, and a process is lost. Called by all processes together."""
     if run.world == 1:
@@ -55,7 +63,7 @@ def start_watch(run, timeout=8 * PATIENCE):
     WATCHES.append(watch)
 
 
-def open_listener():
+def open_listener() -> socket.socket:
     """A socket at which this machine can be reached, by IPv4 and IPv6 where there is both."""
     backlog = 4096
     if socket.has_dualstack_ipv6():
@@ -67,7 +75,7 @@ def open_listener():
     return socket.create_server(("", 0), backlog=backlog)
 
 
-def keep_alive(connection, patience):
+def keep_alive(connection: socket.socket, patience: float) -> None:
     """Let the system ask the other one's system whether it is there, and give the connection up
     after `patience` seconds without an answer."""
     idle = max(1, round(patience / 3))
@@ -84,7 +92,7 @@ class Watch:
     """A process's view of the others. Lines travel: `hello`, `done` and `failed` to the first
     process; `welcome`, `go`, `lost` and `done` from it."""
 
-    def __init__(self, run, token, patience):
+    def __init__(self, run: Run, token: int, patience: float) -> None:
         self.run = run
         self.listener = None  # the first process's
         self.token = token  # that a stranger who finds the port does not know
@@ -107,7 +115,7 @@ class Watch:
     # ----------------------------------------------------------------------------------------------
     # Joining
 
-    def listen(self, listener):
+    def listen(self, listener: socket.socket) -> bool:
         """On the first process: take the others' connections. Whether all came in time."""
         listener.setblocking(False)
         self.listener = listener
@@ -118,7 +126,7 @@ class Watch:
             time.sleep(0.005)
         return len(self.connections) == self.run.world - 1
 
-    def join(self, address, port):
+    def join(self, address: str, port: int) -> bool:
         """On another process: connect to the first one, at most for the patience. Whether it
         worked."""
         try:
@@ -134,20 +142,20 @@ class Watch:
         self.start()
         return True
 
-    def add(self, rank, connection):
+    def add(self, rank: int, connection: socket.socket) -> None:
         keep_alive(connection, self.patience)
         self.connections[rank] = connection
         self.buffers.setdefault(connection, b"")
         if connection not in self.selector.get_map():
             self.selector.register(connection, selectors.EVENT_READ)
 
-    def start(self):
+    def start(self) -> None:
         threading.Thread(target=self.read_all, name="watch", daemon=True).start()
 
     # ----------------------------------------------------------------------------------------------
     # Reading: the thread
 
-    def read_all(self):
+    def read_all(self) -> None:
         """Read what the others say until the end."""
         try:
             while not self.has_ended:
@@ -155,18 +163,18 @@ class Watch:
                     if key.fileobj is self.listener:
                         self.accept()
                     else:
-                        self.read(key.fileobj)
+                        self.read(key.fileobj)  # type: ignore[arg-type]
         except Exception as error:  # nobody may wait for a thread that is no more
             self.give_up(f"the watch over the others ended by {error!r}")
 
-    def accept(self):
+    def accept(self) -> None:
         with contextlib.suppress(OSError):
             connection, _ = self.listener.accept()
             connection.setblocking(True)
             self.buffers[connection] = b""
             self.selector.register(connection, selectors.EVENT_READ)
 
-    def read(self, connection):
+    def read(self, connection: socket.socket) -> None:
         """What a connection has: whole lines, or its end."""
         try:
             data = connection.recv(LONGEST)
@@ -181,7 +189,7 @@ class Watch:
         if not data or len(rest) > LONGEST:
             self.close(connection, why)
 
-    def take(self, connection, line):
+    def take(self, connection: socket.socket, line: bytes) -> None:
         """Do what a line asks. One that is none of ours closes the connection."""
         rank = self.rank_of(connection)
         try:
@@ -208,13 +216,13 @@ class Watch:
                 self.n_gone_on = value
                 self.gone_on.notify_all()
 
-    def rank_of(self, connection):
+    def rank_of(self, connection: socket.socket) -> int | None:
         for rank, other in self.connections.items():
             if other is connection:
                 return rank
         return None
 
-    def close(self, connection, why):
+    def close(self, connection: socket.socket, why: str) -> None:
         """A connection has ended: whose, and was it time?"""
         if connection not in self.selector.get_map():  # it is closed already
             return
@@ -228,7 +236,7 @@ class Watch:
     # ----------------------------------------------------------------------------------------------
     # A loss
 
-    def lose(self, rank, what):
+    def lose(self, rank: int, what: str) -> None:
         """Tell everyone that a process is lost, and give up."""
         if self.lost or self.has_ended:
             return
@@ -239,7 +247,7 @@ class Watch:
                     self.send(other, {"lost": words})
         self.give_up(words)
 
-    def give_up(self, words):
+    def give_up(self, words: str) -> None:
         """End this process, unless it ends by itself in a moment."""
         if self.lost or self.has_ended:
             return
@@ -249,7 +257,7 @@ class Watch:
             self.gone_on.notify_all()
         threading.Thread(target=self.end_soon, name="watch-end", daemon=True).start()
 
-    def end_soon(self):
+    def end_soon(self) -> None:
         time.sleep(GRACE)
         if self.has_ended:  # it has said so; what it may still wait for, such as the others' parts
             time.sleep(GRACE)  # of a checkpoint that is written beside the training, never comes
@@ -260,17 +268,17 @@ class Watch:
     # ----------------------------------------------------------------------------------------------
     # What the main thread calls
 
-    def send(self, rank, words):
+    def send(self, rank: int, words: dict) -> None:
         """Send a line; to one that is no longer there, nothing."""
         with self.lock, contextlib.suppress(OSError):
             self.connections[rank].sendall(json.dumps(words).encode() + b"\n")
 
-    def tell(self, words):
+    def tell(self, words: dict[str, int]) -> None:
         """Tell the first process, or of the first process all others."""
         for rank in list(self.connections):
             self.send(rank, words)
 
-    def wait_for_main(self):
+    def wait_for_main(self) -> None:
         """The others wait here for what the first process does alone, however long it takes: no
         exchange's timeout runs meanwhile. If it is gone, that is a UserError."""
         self.n_waits += 1
@@ -282,7 +290,7 @@ class Watch:
         if self.lost:
             raise UserError(gone(self.run.rank, self.lost))
 
-    def end(self, failure=""):
+    def end(self, failure: str = "") -> None:
         """Leave in order, or with the words of a failure, for which all others end too."""
         if self.has_ended:
             return
@@ -295,7 +303,7 @@ class Watch:
         else:
             self.tell({"failed": failure})
 
-    def forget(self):
+    def forget(self) -> None:
         """In a fork: the connections are the parent's alone, and end with it."""
         self.has_ended = True
         sockets = list(self.connections.values())
@@ -309,13 +317,13 @@ class Watch:
 WATCHES = []  # this process's watch, once it has one
 
 
-def name_of_process(run):
+def name_of_process(run: Run) -> str:
     """Where a process is, in words: its machine, and its GPU or number there."""
     where = f"GPU {run.device.index}" if run.device.type == "cuda" else f"pid {os.getpid()}"
     return f"{socket.gethostname()}, {where}"
 
 
-def gone(rank, what):
+def gone(rank: int | str, what: str) -> str:
     """The last line of a process that cannot go on alone."""
     return f"process {rank}: {what}, so that none can go on; what was saved is kept"
 
@@ -335,7 +343,7 @@ LOST_PROCESS = (
 
 
 @contextlib.contextmanager
-def lost_process():
+def lost_process() -> Iterator[None]:
     """Around a script's main(): the others hear how it ended; and a line stands in the place of
     torch.distributed's traceback where another process is gone."""
     try:
@@ -356,13 +364,13 @@ def lost_process():
     leave()
 
 
-def leave(failure=""):
+def leave(failure: str = "") -> None:
     """End this process's watch, if it has one."""
     for watch in WATCHES:
         watch.end(failure)
 
 
-def who_is_lost(error):
+def who_is_lost(error: BaseException) -> str:
     """Why an exchange failed: who is gone, if this process hears of it within a moment."""
     for watch in WATCHES:
         watch.heard.wait(GRACE / 2)
@@ -373,7 +381,7 @@ def who_is_lost(error):
     return "another process of this run is gone: its own last lines, or the system's log, say why"
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """An exception in a line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:300]

@@ -1,7 +1,10 @@
 """The tensors in a folder's safetensors files: which there are, whether they are the network's, and
 under which of our names. What is computed with them is checkpoint.py's."""
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +16,15 @@ from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors
 from barelm.steps import is_step
 from barelm.tensor_names import TensorNames, layer_numbers, tensors_in_file, todays_names
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def weights_of(folder):
+    from torch import Tensor
+
+    from model import GPT, GPTConfig
+
+
+def weights_of(folder: Path) -> list[Path]:
     """The paths of the files that hold a folder's tensors: one, or those that an index names."""
     whole = folder / "model.safetensors"
     index = folder / INDEX
@@ -30,7 +40,7 @@ def weights_of(folder):
     return [folder / name for name in names]
 
 
-def read_entries(folder, table):
+def read_entries(folder: Path, table: TensorNames) -> dict[str, tuple[torch.dtype, list[int]]]:
     """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others, but
     for those that are not read."""
     if is_step(folder):
@@ -45,7 +55,7 @@ def read_entries(folder, table):
     return without_copies(entries, table)
 
 
-def step_entries(folder):
+def step_entries(folder: Path) -> dict[str, tuple]:
     """{name: (dtype, shape)} of the weights in a step of a run that was written in parts."""
     from barelm.sharded import StepReader  # which a second of imports stands before
 
@@ -53,12 +63,12 @@ def step_entries(folder):
     return {key.removeprefix("model."): shape for key, shape in shapes.items() if is_weight(key)}
 
 
-def is_weight(key):
+def is_weight(key: str) -> bool:
     """Whether a key in a step is of the network, and not of its optimizers."""
     return key.startswith("model.")
 
 
-def read_step(folder, dtype):
+def read_step(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """{name: tensor} of the weights in such a step."""
     from barelm.sharded import StepReader
 
@@ -73,7 +83,7 @@ def read_step(folder, dtype):
     return tensors
 
 
-def without_copies(tensors, table):
+def without_copies(tensors: dict, table: TensorNames) -> dict:
     """{name: value} without the second copies that some files have of a tensor."""
     for copy, name in table.copies:
         short = name.removeprefix(table.prefix)
@@ -83,7 +93,7 @@ def without_copies(tensors, table):
     return tensors
 
 
-def check_layers(folder, entries, config, table):
+def check_layers(folder: Path, entries: dict, config: GPTConfig, table: TensorNames) -> None:
     """Refuse files whose names are those of another number of layers than config.json's."""
     # By the names of every family: of files of another one, too, there is a number to tell.
     tables = [table]
@@ -100,7 +110,7 @@ def check_layers(folder, entries, config, table):
         raise UserError(f"{folder}: an encoder of {why}")
 
 
-def check_entries(folder, entries, net, table):
+def check_entries(folder: Path, entries: dict, net: GPT, table: TensorNames) -> None:
     """Refuse files whose tensors, {name: (dtype, shape)}, are not the network's."""
     prefix = table.prefix
     want = tensors_in_file(saved_tensors(net), table)
@@ -126,7 +136,7 @@ def check_entries(folder, entries, net, table):
         raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
 
 
-def read_weights(folder, table, dtype):
+def read_weights(folder: Path, table: TensorNames, dtype: torch.dtype) -> dict[str, Tensor]:
     """{name: tensor} of a folder's files, but for those that are not read. What is not finite as
     dtype is a UserError."""
     if is_step(folder):
@@ -143,7 +153,7 @@ def read_weights(folder, table, dtype):
     return without_copies(tensors, table)  # in the files' own dtypes
 
 
-def check_copy(folder, tensors, copy, name, prefix):
+def check_copy(folder: Path, tensors: dict, copy: Tensor, name: str, prefix: str) -> None:
     """Refuse a second copy of a tensor that is another."""
     first = tensors.get(name, tensors.get(name.removeprefix(prefix)))
     second = tensors.get(copy, tensors.get(copy.removeprefix(prefix)))
@@ -153,7 +163,7 @@ def check_copy(folder, tensors, copy, name, prefix):
         raise UserError(f"{folder}: {copy} is not the {name} that it should be a copy of")
 
 
-def complete_head(folder, tensors, net):
+def complete_head(folder: Path, tensors: dict[str, Tensor], net: GPT) -> None:
     """Add the head to {name: tensor} where the file has none: a tied one's is the embedding."""
     table = tensors.get("model.embed_tokens.weight")  # (V, C)
     if net.config.tie and table is not None:
@@ -167,7 +177,7 @@ def complete_head(folder, tensors, net):
                 tensors[name] = torch.zeros(empty.shape)
 
 
-def names_here(net):
+def names_here(net: GPT) -> dict[str, Tensor]:
     """{name: tensor} of what a network's file may hold: with another head in its place the language
     model's has no name."""
     tensors = net.state_dict()
@@ -176,12 +186,12 @@ def names_here(net):
     return {name: t for name, t in tensors.items() if not is_of_lm_head(name)}
 
 
-def is_of_lm_head(name):
+def is_of_lm_head(name: str) -> bool:
     """Whether a tensor is the language model's head's alone."""
     return name.startswith(("lm_head.", "head_dense.", "head_norm."))
 
 
-def saved_tensors(net):
+def saved_tensors(net: GPT) -> dict[str, Tensor]:
     """The tensors that a network's file holds, by our names: of tied ones, the one that is read."""
     tensors = net.state_dict()
     if has_coded_table(net):
@@ -193,6 +203,6 @@ def saved_tensors(net):
     return tensors
 
 
-def has_coded_table(net):
+def has_coded_table(net: GPT) -> bool:
     """Whether the embedding is tied to a head of int8 codes, and so is in no file."""
     return net.config.tie and isinstance(net.lm_head, QuantizedLinear)

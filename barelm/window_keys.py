@@ -1,5 +1,9 @@
 """Which layers have a window: transformers' keys for it, family by family, to ours and back."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from barelm.config_keys import (
     FULL,
     SLIDING,
@@ -11,8 +15,11 @@ from barelm.config_keys import (
     shortest,
 )
 
+if TYPE_CHECKING:
+    from model import GPTConfig
 
-def layer_types(c):
+
+def layer_types(c: GPTConfig) -> list[str]:
     """The kind of each layer of a GPTConfig, in transformers' words."""
     letters = c.layers or "S"
     if not c.window:
@@ -20,14 +27,14 @@ def layer_types(c):
     return [SLIDING if letters[i % len(letters)] == "S" else FULL for i in range(c.n_layer)]
 
 
-def shortest_layers(types):
+def shortest_layers(types: list[str]) -> str:
     """GPTConfig's `layers` for the kinds of all layers: the shortest letters that, repeated, give
     them; "" where all have the window."""
     letters = "".join("S" if kind == SLIDING else "L" for kind in types)
     return "" if "L" not in letters else shortest(letters)
 
 
-def read_layers(d, types, window):
+def read_layers(d: dict, types: list[str], window: int) -> dict:
     """{window, layers} by the kinds of all layers. Where no layer has the window, there is none.
     Our own key `layers` counts where it says the same in other letters."""
     if SLIDING not in types:
@@ -44,7 +51,7 @@ def read_layers(d, types, window):
     return {"window": window, "layers": letters}
 
 
-def write_letters(c):
+def write_letters(c: GPTConfig) -> dict:
     """Our own key for `layers`, where the kinds of all layers do not say its very letters."""
     types = layer_types(c)
     if read_layers({}, types, c.window)["layers"] == c.layers:
@@ -52,12 +59,12 @@ def write_letters(c):
     return {"layers": c.layers}
 
 
-def check_window(d, key, window):
+def check_window(d: dict, key: str, window: int) -> None:
     if type(window) is not int or window < 1:
         raise Inexact(f"{key}={window!r:.60} not supported")
 
 
-def check_types(d, n_layer):
+def check_types(d: dict, n_layer: int) -> list[str]:
     """The kinds of all layers that config.json lists; None where it lists none."""
     types = d.get("layer_types")
     if types is None:
@@ -72,7 +79,7 @@ def check_types(d, n_layer):
     return types
 
 
-def listed_kinds(d):
+def listed_kinds(d: dict) -> set[str]:
     """The kinds that layer_types names, once each."""
     types = d.get("layer_types")
     if types is None:
@@ -82,7 +89,7 @@ def listed_kinds(d):
     return {str(kind) for kind in types}
 
 
-def read_one_window(d, values):
+def read_one_window(d: dict, values: dict) -> dict:
     """Mistral's: sliding_window is every layer's, or none's."""
     window = d.get("sliding_window", 4096)
     kind = FULL
@@ -95,14 +102,14 @@ def read_one_window(d, values):
     return read_layers(d, [kind], window or 0)
 
 
-def write_one_window(c):
+def write_one_window(c: GPTConfig) -> dict:
     if not c.window:
         return {"sliding_window": None} | write_letters(c)
     # vLLM reads it for every family.
     return {"sliding_window": c.window, "use_sliding_window": True} | write_letters(c)
 
 
-def read_listed_window(d, values):
+def read_listed_window(d: dict, values: dict) -> dict:
     """Ministral's: sliding_window, of the layers that layer_types lists."""
     window = d.get("sliding_window", 4096)
     if window is None:
@@ -114,14 +121,14 @@ def read_listed_window(d, values):
     return read_layers(d, types or [SLIDING], window)
 
 
-def write_listed_window(c):
+def write_listed_window(c: GPTConfig) -> dict:
     return {
         "sliding_window": c.window or None,
         "layer_types": layer_types(c),
     } | write_letters(c)
 
 
-def read_used_window(d, values):
+def read_used_window(d: dict, values: dict) -> dict:
     """Qwen's: sliding_window counts with use_sliding_window, of the layers that layer_types lists,
     or else of those from max_window_layers on."""
     used = d.get("use_sliding_window") or False
@@ -143,7 +150,7 @@ def read_used_window(d, values):
     return read_layers(d, types, window)
 
 
-def write_used_window(c):
+def write_used_window(c: GPTConfig) -> dict:
     if not c.window:
         return {"use_sliding_window": False} | write_letters(c)
     types = layer_types(c)
@@ -156,7 +163,7 @@ def write_used_window(c):
     } | write_letters(c)
 
 
-def read_both_sides(d, values):
+def read_both_sides(d: dict, values: dict) -> dict:
     """ModernBERT's: local_attention, half on each side, of the layers that layer_types lists, or
     else of all but every third."""
     n_layer = count_layers(values)
@@ -171,7 +178,7 @@ def read_both_sides(d, values):
     return read_layers(d, types, window)
 
 
-def write_both_sides(c):
+def write_both_sides(c: GPTConfig) -> dict:
     out = {"local_attention": c.window or 128, "layer_types": layer_types(c)}
     for every in range(1, c.n_layer + 1):  # for transformers before layer_types
         types = [SLIDING if i % every else FULL for i in range(c.n_layer)]
@@ -181,7 +188,7 @@ def write_both_sides(c):
     return out | write_letters(c)
 
 
-def read_switched_window(d, values):
+def read_switched_window(d: dict, values: dict) -> dict:
     """Qwen3-MoE's: sliding_window is every layer's, with use_sliding_window."""
     used = d.get("use_sliding_window") or False
     if type(used) is not bool:

@@ -3,6 +3,8 @@ this process sees the end at once, be it in the middle of an answer. (concurrent
 queue for all: it waits for ever for the rest of an answer that a killed process began to write,
 and before Python 3.12 for those that it forgot to end while it told of the killed one.)"""
 
+from __future__ import annotations
+
 import ctypes
 import multiprocessing
 import os
@@ -11,8 +13,18 @@ import signal
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
 
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+
+    import numpy as np
+
+    from barelm.clean import Tally
 
 
 class WorkerKilled(Exception):
@@ -22,22 +34,24 @@ class WorkerKilled(Exception):
 class Workers:
     """Up to so many processes, started when there is work for them; they end with the block."""
 
-    def __init__(self, n_workers):
+    def __init__(self, n_workers: int) -> None:
         self.n_workers = n_workers
         self.processes = []
         self.idle = []  # this end of the pipe of each that has nothing to do
         self.busy = {}  # {that of one at work: the number of its item}
 
-    def __enter__(self):
+    def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()  # not terminate: a process that has just started may miss that
         for process in self.processes:
             process.join()
 
-    def map(self, function, items):
+    def map(
+        self, function: Callable, items: list | range
+    ) -> Iterator[Counter | dict[str, tuple[dict[str, int], Tally]] | np.ndarray]:
         """As Python's map, of items that are computed at the same time: the results in their order.
         Raises what a call raises, in its turn, and WorkerKilled. One map at a time, to its end."""
         items = list(items)
@@ -60,7 +74,7 @@ class Workers:
                 raise error from RuntimeError(f"in a working process\n{trace}")
             yield result
 
-    def start_one(self):
+    def start_one(self) -> None:
         try:
             here, there = multiprocessing.Pipe()
             # A daemon, which Python ends where even __exit__ was interrupted.
@@ -74,14 +88,14 @@ class Workers:
         self.idle.append(here)
 
 
-def send(pipe, call):
+def send(pipe: Connection, call: tuple) -> None:
     try:
         pipe.send(call)
     except OSError:
         raise WorkerKilled from None
 
 
-def receive(pipe):
+def receive(pipe: Any) -> bytes:
     """The bytes of an answer."""
     try:
         return pipe.recv_bytes()
@@ -89,7 +103,7 @@ def receive(pipe):
         raise WorkerKilled from None
 
 
-def work(pipe):
+def work(pipe: Connection) -> None:
     """Answer calls until the process that asks has ended. Ctrl-C is that one's, which then ends
     this one: were this one to go first, it would be taken for killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -101,7 +115,7 @@ def work(pipe):
             pipe.send_bytes(answer_to(call))
 
 
-def answer_to(call):
+def answer_to(call: bytes) -> bytes:
     """The answer to a call, both pickled: what it raised, its traceback, its result."""
     try:
         function, item = pickle.loads(call)
@@ -114,7 +128,7 @@ def answer_to(call):
             return pickle.dumps((RuntimeError(repr(error)), trace, None))
 
 
-def end_with_the_parent():
+def end_with_the_parent() -> None:
     """This process ends with the one that started it, however that ends."""
     pr_set_pdeathsig = 1
     with suppress(Exception):  # Linux alone

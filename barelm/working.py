@@ -1,11 +1,14 @@
 """The working folder of a run of prepare.py, and the processes that work in it: locked while a run
 lasts, left for the next run where this one is stopped."""
 
+from __future__ import annotations
+
 import errno
 import os
 import shutil
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -13,6 +16,14 @@ from barelm import host
 from barelm.machines import Part
 from barelm.run import Progress, UserError
 from barelm.workers import WorkerKilled, Workers
+
+if TYPE_CHECKING:
+    from _io import BufferedRandom
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from barelm.run import Run
 
 STOPPED = "stopped: the same command goes on from here"
 DISK_IS_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -22,12 +33,12 @@ class EmptySource(UserError):
     """The sources hold nothing of use: what was made of them is removed."""
 
 
-def start_pool(n_workers):
+def start_pool(n_workers: int) -> Workers | AbstractContextManager:
     """That many processes to work in, or none of them where one is enough."""
     return nullcontext() if n_workers == 1 else Workers(n_workers)
 
 
-def wait(run, things=(), is_there=os.path.exists):
+def wait(run: Run, things: Sequence = (), is_there: Callable = os.path.exists) -> Any:
     """Wait here until every rank has come. Parts that exchange files alone wait for these things,
     the i-th of which the part of rank i, modulo their number, makes."""
     if isinstance(run, Part):
@@ -40,7 +51,9 @@ def wait(run, things=(), is_there=os.path.exists):
         raise UserError("another process has stopped: see what it says") from None
 
 
-def for_each(function, items, run, pool_map, label, is_done):
+def for_each(function: Callable, items: Sequence, run: Run,
+             pool_map: Callable, label: str,
+             is_done: Callable) -> None:  # fmt: skip
     """Call the function, which returns the bytes that it did, with this rank's share of the items,
     on several processes. The ranks leave together: parts that exchange files alone, when is_done of
     every item."""
@@ -62,7 +75,7 @@ def for_each(function, items, run, pool_map, label, is_done):
 
 
 @contextmanager
-def working_folder(folder, run):
+def working_folder(folder: Path, run: Run) -> Iterator[Path]:
     """data/<dataset>/work, for this run alone. It stays where the run is stopped, so that the same
     command goes on from it; it is removed when all is done, or nothing can go on from it. What ends
     a run is told in one line."""
@@ -103,7 +116,7 @@ def working_folder(folder, run):
                 remove_empty(fresh)
 
 
-def why_no_worker():
+def why_no_worker() -> str:
     """Why a working process is gone: Ctrl-C reaches those too, and may have ended them first."""
     try:
         time.sleep(0.5)
@@ -113,7 +126,7 @@ def why_no_worker():
     return f"{why}; the same command goes on from here"
 
 
-def lock_folder(work, fresh, run):
+def lock_folder(work: Path, fresh: list[Path], run: Run) -> BufferedRandom:
     """Make the working folder, and lock it as long as the file is open that is returned: to the end
     of the process, however it ends. Parts share this lock, and have one of their own each.
     `fresh` as in `remove_empty`."""
@@ -139,11 +152,11 @@ def lock_folder(work, fresh, run):
     return file
 
 
-def gone_name(work):
+def gone_name(work: Path) -> Path:
     return work.with_name("work.gone")
 
 
-def remove(work):
+def remove(work: Path) -> None:
     """Remove the working folder. Its files vouch for each other, so it loses its name first: when
     this is killed in between, the next run takes none of them for whole."""
     shutil.rmtree(gone_name(work), ignore_errors=True)
@@ -152,7 +165,7 @@ def remove(work):
     shutil.rmtree(gone_name(work), ignore_errors=True)
 
 
-def remove_empty(fresh):
+def remove_empty(fresh: list[Path]) -> None:
     """Remove those of the folders, which were not there before this run, that are empty."""
     for folder in fresh:
         with suppress(OSError):  # one that is not empty

@@ -40,7 +40,7 @@ WINDOWS = "_windows"  # of a step, where a JSON recipe counts them: a private na
 BY_NAME = False  # whether this script was asked for as `barelm train`: barelm/cli.py sets it
 
 
-def script_keys(path):
+def script_keys(path: str | Path) -> dict:
     """The keys of the script at `path`, read with `ast`: {name: (default, its types, comment)}."""
     text = Path(path).read_text(encoding="utf-8")
     lines = text.partition("\nif __name__ == ")[0].split("\n")  # what is below has no keys
@@ -72,12 +72,12 @@ FILE_NAMES = ("source", "dataset")  # which may be of any bytes, as a system's n
 ESCAPE = re.compile(r"\\(?:[nrtfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 
 
-def unescape(text):
+def unescape(text: str) -> str:
     """The text with what Python means by \\n, \\t, \\\\ and their like; other backslashes stay."""
     return ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
 
 
-def read_flag(arg, argv, keys):
+def read_flag(arg: str, argv: list[str], keys: dict) -> dict:
     """{key: value} of the flag `arg`: a Python literal, or text where it is none or a string is
     expected. Without `=` the next of `argv` is the value, or a boolean is true."""
     flag, equals, text = arg.partition("=")
@@ -102,7 +102,7 @@ def read_flag(arg, argv, keys):
 WORDS = {"true": True, "false": False, "none": None}  # in any case of letters
 
 
-def read_value(key, text, types):
+def read_value(key: str, text: str, types: list[str]) -> object:
     """The value that a flag's text means, for a key of these types."""
     is_word = text.lower() in WORDS
     if "list" in types and text.startswith("["):
@@ -120,11 +120,11 @@ def read_value(key, text, types):
     return text
 
 
-def is_recipe(argument):
+def is_recipe(argument: str) -> bool:
     return argument.endswith(RECIPES) and not argument.startswith("--")
 
 
-def read_json_recipe(path, values, keys):
+def read_json_recipe(path: str, values: dict, keys: dict) -> dict:
     """The keys in the JSON object at `path`, where every key has its value in `values` so far, and
     `keys` are the script's own."""
     try:
@@ -144,7 +144,7 @@ def read_json_recipe(path, values, keys):
     return whole_batch(recipe, values, keys)
 
 
-def whole_batch(recipe, values, keys):
+def whole_batch(recipe: dict, values: dict, keys: dict) -> dict:
     """The recipe with batch_size and gradient_accumulation_steps made into this script's one number
     for the batch of an optimizer step: batch_tokens of seq_len each, or batch_size."""
     accumulation = recipe.pop("gradient_accumulation_steps", 1)
@@ -186,7 +186,7 @@ def run_recipe(path, values, keys, script=""):
     return given
 
 
-def find_recipe(path):
+def find_recipe(path: str) -> str:
     """The file of a recipe: as its path says; or else, of config/NAME, that which lies here."""
     folder, name = os.path.split(path)
     here = Path(__file__).with_name(name)
@@ -195,46 +195,46 @@ def find_recipe(path):
     return path
 
 
-def fit(key, value, types):
+def fit(key: str, value: object, types: list[str]) -> object:
     """`value` as one of `types`: an int becomes a float where one is expected, 1e3 a whole int."""
     name = "none" if value is None else type(value).__name__
     if name in types:
         return value
     if name == "int" and "float" in types:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
     if name == "float" and "int" in types and value.is_integer():
         return int(value)
     raise ValueError(f"{key} = {value!r}: expected {' or '.join(types)}")
 
 
-def settings(space):
+def settings(space: dict) -> dict:
     """The present value of every key of the script whose globals are `space` (for run.json)."""
     return {key: space[key] for key in script_keys(space["__file__"])}
 
 
-def defaults(space):
+def defaults(space: dict) -> dict:
     """The default of every key of the script whose globals are `space`."""
     return {key: default for key, (default, *_) in script_keys(space["__file__"]).items()}
 
 
-def same_recipes():
+def same_recipes() -> str:
     """The recipes of this command line, each with a space behind it, to name the next command."""
     return "".join(f"{arg} " for arg in sys.argv[1:] if is_recipe(arg))
 
 
-def command_of(script):
+def command_of(script: str) -> str:
     """How the user runs another script, to name the next command: `python train.py`, or `barelm
     train` where this one was asked for in that way."""
     return f"barelm {script}" if BY_NAME else f"python {script}.py"
 
 
-def commands_by_name(text):
+def commands_by_name(text: str) -> str:
     """A text in which `python train.py` is `barelm train`, and torchrun's commands are alike."""
     text = re.sub(r"\bpython (\w+)\.py\b", r"barelm \1", text)
     return re.sub(r"\b(torchrun(?: -\S+)*) (\w+)\.py\b", r"\1 -m barelm \2", text)
 
 
-def reader_is_gone():
+def reader_is_gone() -> bool:
     """Whether standard output is a pipe whose reader has seen enough, such as `| head`."""
     if not hasattr(select, "poll"):  # Windows, which tells who writes the next line
         return writing_fails()
@@ -260,7 +260,7 @@ def is_broken_pipe(error):
     return isinstance(error, BrokenPipeError)
 
 
-def is_lost_output(error):
+def is_lost_output(error: BaseException) -> bool:
     """Whether an error is standard output's end, or a full disk's, and no fault of a script."""
     if is_broken_pipe(error):
         with suppress(OSError, ValueError, AttributeError):  # a standard output that is no file
@@ -269,7 +269,7 @@ def is_lost_output(error):
     return isinstance(error, OSError) and error.errno in full
 
 
-def end_output(lost):
+def end_output(lost: list) -> None:
     """The last of all at the end of a script. `lost` holds the error that ended it, if there was
     one; or else what is still to be written may meet it. The end is quiet, as other programs' is:
     141 is what a shell calls death by SIGPIPE."""
@@ -287,7 +287,7 @@ def end_output(lost):
     os._exit(1)
 
 
-def configure(space):
+def configure(space: dict) -> None:
     """Override the globals of the running script, `space`, by the command line's recipes, flags. Of
     a run that goes on the settings are its own where these give no others."""
     watch_output()
@@ -381,7 +381,7 @@ def read_resume(script, values, usual, keys, owners):
     return again
 
 
-def keys_of_scripts(folder):
+def keys_of_scripts(folder: Path) -> dict[str, dict]:
     """{script's name: its keys} of the scripts of ours in a folder."""
     owners = {}
     for path in sorted(folder.glob("*.py")):
@@ -391,7 +391,7 @@ def keys_of_scripts(folder):
     return owners
 
 
-def check_names(given, names, owners):
+def check_names(given: dict, names: dict, owners: dict) -> None:
     """Refuse a key that is none of `names`, with the script that has it, or the nearest name."""
     for key in given:
         if key in names or key == WINDOWS:
@@ -406,7 +406,7 @@ def check_names(given, names, owners):
         raise ValueError(f"unknown key {key!r} ({hint})")
 
 
-def check_text(key, value):
+def check_text(key: str, value: object) -> None:
     """Refuse text that no file could hold."""
     if not isinstance(value, str) or key in FILE_NAMES:
         return
@@ -414,7 +414,7 @@ def check_text(key, value):
         raise ValueError(f"{key} = {value!r}: no UTF-8")
 
 
-def print_help(doc, keys):
+def print_help(doc: str | None, keys: dict) -> None:
     """A script's docstring, and its keys."""
     doc = (doc or "").strip()
     lines = [commands_by_name(doc) if BY_NAME else doc, "\nkeys, with their defaults:\n"]
@@ -426,7 +426,7 @@ def print_help(doc, keys):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def watch_output():
+def watch_output() -> None:
     """End a script quietly where standard output ends, and by a line where a disk is full; and let
     no sign that the console's encoding lacks end it."""
     print_everything()

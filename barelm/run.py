@@ -44,6 +44,7 @@ from barelm.threads import Threads, ThreadWatch, set_threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from datetime import timedelta
 
     from torch import Tensor, nn
 

@@ -31,8 +31,7 @@ def describe_chat(tok, folder):
     try:
         tok.chat_template()
     except UserError:
-        why = "its tokenizer has no chat template"
-        return ChatModel(False, f"it was not trained to converse: {why}", possible=False)
+        return ChatModel(False, "its tokenizer has no chat template", possible=False)
     try:
         opening, system = opening_of(tok)
         ends = tok.end_of_turn()
@@ -40,9 +39,9 @@ def describe_chat(tok, folder):
         return ChatModel(False, f"its chat template cannot be asked: {error}")
     why = ""
     if is_pretrained(folder):
-        why = "it was not trained to converse: train.py taught it to continue texts alone"
+        why = "train.py taught it to continue texts alone"
     elif not ends or ends[0] not in tok.eos_ids:
-        why = "it was not trained to converse: nothing that it learned ends an answer"
+        why = "nothing that it learned ends an answer"
     return ChatModel(not why, why, True, opening, system)
 
 

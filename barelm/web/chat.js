@@ -7,8 +7,8 @@ import * as store from "./conversations.js";
 import { answerOf, contentOf, messagesOf } from "./conversations.js";
 import { generate, hideChosen, room, sampling, toggle } from "./sampling.js";
 import { ask, complain, guard, state } from "./server.js";
-import { copyAction, edit, elementOf, markBusy, noteOf, piecesOf, showActions, showWords, thumbAction,
-  tokensAction } from "./turns.js";
+import { copyAction, edit, elementOf, markBusy, noteOf, piecesOf, showActions, showWords,
+  thumbAction, tokensAction } from "./turns.js";
 
 let conversation = store.begin(), model = null; // model: the name of the one that it is kept for
 const busy = () => Boolean($("send").control);
@@ -94,9 +94,8 @@ function showList() {
 // The request for an answer to turns (continues: for more of the last one), without the oldest
 // where they leave no room.
 async function requestFor(turns, continues, signal) {
-  const body = { ...sampling(), logprobs: true, top_logprobs: 5 };
-  if (continues) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
   const how = continues ? { continue_final_message: true, add_generation_prompt: false } : {};
+  const body = { ...sampling(), ...how, logprobs: true, top_logprobs: 5 };
   const question = turns.findLastIndex((turn) => turn.role === "user");
   let dropped = 0, space;
   for (; ;) {
@@ -147,7 +146,7 @@ const converse = (work) => toggle($("send"), async (signal) => {
   if (isAtEnd) follow();
 });
 
-// Let the model answer `turns`, in `turn`, which follows them. If nothing comes all is as before it.
+// Let the model answer `turns`, in `turn`, which follows them; where nothing comes all stays.
 async function reply(turns, turn, { body, dropped }, signal) {
   const before = snapshot();
   turn.versions.push({ content: "", dropped });
@@ -349,7 +348,8 @@ addEventListener("click", (event) => {
 function showSystem() {
   const { system: brought, opening } = state.model.chat;
   const own = $("system").value.trim(), words = (own || brought).replace(/\s+/g, " ");
-  $("system-brief").textContent = words ? `${own ? "" : ", the template's own"}: ${words}` : ": none";
+  const whose = own || !brought ? "" : ", the template's own";
+  $("system-brief").textContent = `${whose}: ${words || "none"}`;
   $("system").placeholder = brought || "None";
   $("opening-box").hidden = Boolean(own) || !opening;
   $("opening").textContent = opening;
@@ -386,8 +386,8 @@ export function reset() {
   const { id, chat } = state.model;
   $("untuned").hidden = chat.tuned;
   $("untuned").textContent = chat.possible
-    ? `This model has no chat training: ${chat.why}. It answers, but its answers may wander and not `
-      + "end; Complete is what it learned."
+    ? `This model has no chat training: ${chat.why}. It answers, but its answers may wander and `
+      + "not end; Complete is what it learned."
     : `This model cannot chat: ${chat.why}. See Complete.`;
   $("send").disabled = $("message").disabled = !chat.possible;
   $("system-box").hidden = !chat.possible;

@@ -102,8 +102,8 @@ export async function copy(text, button) {
   setTimeout(() => button.textContent = before, 1500);
 }
 
-// Show a text in `place` as Markdown. Called again with a longer one it leaves the blocks alone that
-// are as they were: nothing jumps, and what is selected there stays so.
+// Show a text in `place` as Markdown. Called again with a longer one it leaves the blocks alone
+// that are as they were: nothing jumps, and what is selected there stays so.
 export function showMarkdown(place, text) {
   let tokens;
   try {

@@ -53,7 +53,7 @@ vocab_size = 4096  # tokens of a tokenizer trained here, special ones included
 normalize = ""  # of the text before it is tokenized: nfc or nfkc, lower, or both with a comma
 special_tokens = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]  # start, pad, chat's
 roles: dict | None = None  # tokens for bos, eos, pad, unk, cls, sep, mask: {"mask": "[MASK]"}
-inspect: str | None = None  # print this text's tokens and the vocabulary's statistics, no more
+inspect: str | None = None  # print this text's tokens, the merges that made them, the vocabulary
 tokenizer_bytes = 1_000_000_000  # it is trained on so much of the text, a sample by hash
 
 shard_tokens = 100_000_000  # tokens of a shard written here

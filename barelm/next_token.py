@@ -21,7 +21,7 @@ from barelm.jobs import limited
 from barelm.page import read_ids
 from barelm.sampling import FILTERS, choose_tokens, distribution, draws, filtered, kinds_of
 
-LOGITS_KEPT = 16  # texts whose logits wait for other settings
+RECENT_TEXTS = 16  # texts whose logits wait for other settings
 
 
 def last_logits(net, ids, n_vocab):
@@ -49,7 +49,7 @@ class RecentLogits:
 
     def put(self, key, logits):
         self.by_key[key] = logits
-        while len(self.by_key) > LOGITS_KEPT:
+        while len(self.by_key) > RECENT_TEXTS:
             self.by_key.popitem(last=False)
 
 
@@ -157,7 +157,7 @@ def next_answer(tok, request, logits):
         "vocabulary": len(logits),
         "candidates": candidates,
         "left": steps.left,
-        "kept": significant(float(steps.plain[steps.drawn > 0].sum())),
+        "covered": significant(float(steps.plain[steps.drawn > 0].sum())),
         "entropy": round(entropy(steps.plain), 4),
         "entropy_drawn": round(entropy(steps.drawn), 4),
     }

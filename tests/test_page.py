@@ -376,7 +376,7 @@ LATE = """(address) => {
 def test_an_answer_that_comes_late_is_not_shown(page, server):
     panel = open_view(page, "Tokens")
     panel.get_by_label("Text").fill("import os")
-    panel.get_by_role("option").nth(1).wait_for()
+    page.wait_for_selector(f"#raw-note:has-text('{len(server.tok.encode('import os'))} tokens')")
     names = [option.text_content() for option in panel.get_by_role("option").all()]
     page.evaluate(LATE, "/inspect/neighbours")
     panel.get_by_role("option").nth(0).click()

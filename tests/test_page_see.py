@@ -155,7 +155,7 @@ def test_the_next_token_is_drawn_as_told(server, options):  # noqa: F811
     counts = [sum(value == name for value in cut.values()) for name in next_token.FILTERS]
     left = [len(logits) - sum(counts[: i + 1]) for i in range(4)]
     assert told["left"] == dict(zip(next_token.FILTERS, left))
-    assert told["kept"] == pytest.approx(sum(plain[t] for t in drawn if drawn[t] > 0), rel=1e-3)
+    assert told["covered"] == pytest.approx(sum(plain[t] for t in drawn if drawn[t] > 0), rel=1e-3)
     bits = [-sum(p * math.log2(p) for p in shares.values() if p) for shares in (plain, drawn)]
     assert [told["entropy"], told["entropy_drawn"]] == pytest.approx(bits, abs=1e-3)
 
@@ -189,7 +189,7 @@ def test_draws_come_as_often_as_told():
 
 def test_logits_are_kept_of_the_last_texts():
     recent = next_token.RecentLogits()
-    for i in range(next_token.LOGITS_KEPT + 1):
+    for i in range(next_token.RECENT_TEXTS + 1):
         recent.put((0, i), i)
     assert recent.get((0, 0)) is None and recent.get((0, 1)) == 1
     recent.put((0, 99), 99)

@@ -441,6 +441,10 @@ OWN = [  # fields of one address
     ("/inspect/attention", {"ids": [1]}, "text", [], ["a", ""]),
     ("/inspect/attention", {"ids": [1]}, "head", [0], [False, "0"]),
     ("/inspect/attention", {"ids": [1]}, "tools", [], [[], False]),
+    ("/inspect/attention", {"ids": [1]}, "mean", ["", "both"], ["all", True]),
+    ("/inspect/next", {"ids": [1]}, "draw", [True], [1, "true"]),
+    ("/inspect/next", {"ids": [1]}, "then", [[], [2]], [2, [-1], "a"]),
+    ("/inspect/steps", {"text": "a"}, "ids", [], [[1]]),
 ]
 OWN += [(path, body, *other) for path, body in ((COMPLETE, TEXT), (CHAT, TALK)) for other in OTHERS]
 

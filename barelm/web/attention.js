@@ -162,7 +162,7 @@ const look = debounced(async (signal) => {
   const { tokens, block, n_layer, n_head } = grid;
   $("looked-note").textContent = `${plural(tokens.length, "token")}, ${
     plural(n_layer, "layer")} of ${plural(n_head, "head")}`
-    + (block > 1 ? `; a point of the grid is the largest of ${block} \u00d7 ${block} weights.` : ".");
+    + (block > 1 ? `; a point of the grid is the largest of ${block * block} weights.` : ".");
   $("heads").hidden = false;
   chosen = [within(chosen[0], n_layer + 1), within(chosen[1], n_head + 1)];
   if (old?.tokens.length !== tokens.length) pair = [tokens.length - 1, pair[1]];

@@ -90,9 +90,9 @@ function showRows() {
 }
 
 function showNext() {
-  const { candidates, left, vocabulary, kept, entropy, entropy_drawn: drawn } = shown;
+  const { candidates, left, vocabulary, covered, entropy, entropy_drawn: drawn } = shown;
   $("next-sum").textContent = `${whole.format(left.min_p)} of ${whole.format(vocabulary)} tokens `
-    + `can be drawn, to which the model gives ${percent(kept)}. Entropy: ${entropy.toFixed(2)} `
+    + `can be drawn, to which the model gives ${percent(covered)}. Entropy: ${entropy.toFixed(2)} `
     + `bits, after the filters ${drawn.toFixed(2)} bits.`;
   $("next-rows").replaceChildren(showRows());
   const more = left.min_p - candidates.length;

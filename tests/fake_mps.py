@@ -124,6 +124,24 @@ class FakeMPS(TorchFunctionMode):
         return tensor.to(*rest, **kwargs) if rest or kwargs else tensor
 
 
+def move_module(module, *args, **kwargs):
+    """Module.to, which makes new parameters here: those that are one stay one (a tied head)."""
+    first = {}
+    ties = []
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            owner, own_name = first.setdefault(id(parameter), (part, name))
+            if parameter is not None and owner is not part:
+                ties.append((part, name, owner, own_name))
+    usual_to(module, *args, **kwargs)
+    for part, name, owner, own_name in ties:
+        part._parameters[name] = owner._parameters[own_name]
+    return module
+
+
+usual_to = torch.nn.Module.to
+
+
 def install():
     """Let this process have the device."""
     torch.backends.mps.is_available = lambda: True
@@ -132,6 +150,7 @@ def install():
     torch.mps.synchronize = lambda: None
     # A parameter that is moved is another object: its numbers change their kind of tensor.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch.nn.Module.to = move_module
     # Its tensors count no writes, which those of another kind than torch's cannot do without.
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
     start = threading.Thread._bootstrap_inner  # which calls `run`, whoever wrote it

@@ -132,7 +132,7 @@ def called(rng, fact):
 
 @lru_cache(1)
 def weighted_facts():
-    """The facts, those that beginners meet more often three times."""
+    """The facts, those that beginners meet more often twice."""
     often = ("str.", "list.", "dict.", "set.", "os.path.", "collections.", "itertools.", "random.")
     weighted = []
     for fact in facts():

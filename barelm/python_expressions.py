@@ -27,7 +27,7 @@ def letters(rng, most=6):
 
 def arithmetic(rng):
     sign = rng.choice(["+", "-", "*", "//", "%", "+", "-"])
-    most = {"+": 100, "-": 100, "*": 13, "//": 60, "%": 60}[sign]
+    most = {"+": 30, "-": 30, "*": 11, "//": 30, "%": 30}[sign]  # what can be learned in minutes
     second = rng.randrange(1, 10) if sign in ("//", "%") else rng.randrange(most)
     return f"{rng.randrange(most)} {sign} {second}"
 

@@ -23,8 +23,8 @@ seq_len = 256
 # _script is the name of the script that reads this: two of them need other values.
 if _script == "train.py":
     out_dir = "out/chat_base"
-    max_steps = 800
-    eval_every = 200
+    max_steps = 900
+    eval_every = 300
     eval_tokens = 16384
 if _script == "finetune.py":
     model = "out/chat_base"

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from barelm import IS_INSTALLED
 from barelm.parts import clip_gradients, is_divided, is_narrow, local_part
 from barelm.rendezvous import store_of_start
 
@@ -579,8 +580,9 @@ def made_with() -> dict:
     """What run.json says beside the settings: the command, the commit, versions."""
     commit = None
     ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
+    if not IS_INSTALLED:  # a repository around an environment is another one
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

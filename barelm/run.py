@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from barelm import host
+from barelm import IS_INSTALLED, host
 from barelm.devices import choose_device
 from barelm.errors import UserError
 from barelm.parts import clip_gradients, is_divided, is_narrow, local_part
@@ -574,9 +574,10 @@ def made_with() -> dict:
     """What run.json says beside the settings: the command, the commit, versions."""
     commit = None
     ask = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):  # no git here
-        said = subprocess.run(ask, capture_output=True).stdout
-        commit = said.decode(errors="replace").strip() or None
+    if not IS_INSTALLED:  # a repository around an environment is another one
+        with contextlib.suppress(OSError):  # no git here
+            said = subprocess.run(ask, capture_output=True).stdout
+            commit = said.decode(errors="replace").strip() or None
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -18,8 +18,6 @@ from model import GPT, GPTConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from barelm.mesh import Sizes
-
 
 # Expected loss E + A / N^ALPHA + B / D^BETA of N parameters after D tokens: the form of Hoffmann et
 # al. 2022 (Chinchilla), approach 3, with the constants that Besiroglu et al. 2024 found for it.
@@ -99,7 +97,7 @@ class Law:
     factors: np.ndarray  # (K,)
     powers: np.ndarray  # (K,)
 
-    def predict(self, sizes: Sizes) -> float | np.ndarray:
+    def predict(self, sizes: Any) -> float | np.ndarray:
         """The losses of sizes (..., K)."""
         return self.offset + (self.factors / np.asarray(sizes, float) ** self.powers).sum(-1)
 
@@ -131,7 +129,7 @@ def fit_powers(sizes: Any, losses: np.ndarray, powers: Sequence[float]) -> Law:
     return Law(error, solution[0], solution[1:] * middle**powers, powers)  # type: ignore[arg-type]
 
 
-def fit_law(sizes: Sizes, losses: np.ndarray) -> Law:
+def fit_law(sizes: Any, losses: np.ndarray) -> Law:
     """The Law nearest losses (runs,) of sizes (runs, K), in least squares, its exponents found on
     grids that are ever finer around the best."""
     grids = [np.linspace(0.05, 2, 24)] * sizes.shape[1]

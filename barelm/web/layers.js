@@ -88,7 +88,7 @@ function showLensCell(i, j) {
   sharesAt = j; // the other picture shows this position too
   const where = i === last ? `The model says, behind layer ${i - 1},`
     : i ? `Layer ${i - 1} would say` : "The embedding alone would say";
-  const line = make("p", {}, `${where} ${preposition(seen)} `, code(seen.token_strs[j]), ` at ${j + 1}:`);
+  const line = make("p", {}, `${where} ${preposition(seen)} `, code(seen.token_strs[j]), ` at ${j}:`);
   const best = row.top[j].map((text, n) => ({ cells: [[visible(text), "t"],
     [percent(row.probabilities[j][n]), "n"], [bar(row.probabilities[j][n]), "bar"]] }));
   const rank = row.rank[j] + 1;
@@ -237,7 +237,7 @@ function patchWords(kind, i, j, names) {
   if (kind === "heads") return `head ${j} of layer ${i} at all positions`;
   const what = { residual: i ? `the residual stream behind layer ${i - 1}` : "the embedding",
     attention: `what attention adds in layer ${i}`, mlp: `what the MLP adds in layer ${i}` }[kind];
-  return `${what} at position ${j + 1} (${names[j].replace("\n", ", ")})`;
+  return `${what} at position ${j} (${names[j].replace("\n", ", ")})`;
 }
 
 async function comparePrompts(signal) {

@@ -64,16 +64,16 @@ def opening_of(tok):
     it brings by itself, or "")."""
     user, system = unused_letters([], 2)
     question = {"role": "user", "content": user}
-    opening, found, _ = tok.render([question]).partition(user)
-    if not found:
+    opening, separator, _ = tok.render([question]).partition(user)
+    if not separator:
         raise UserError("it does not write what a user says")
     try:
         given = tok.render([{"role": "system", "content": system}, question])
     except UserError:  # it takes no system prompt
         return opening, ""
     # The same with a system prompt of ours shows where one stands in it.
-    head, found, tail = given.partition(user)[0].partition(system)
-    is_there = bool(found) and opening.startswith(head) and opening.endswith(tail)
+    head, separator, tail = given.partition(user)[0].partition(system)
+    is_there = bool(separator) and opening.startswith(head) and opening.endswith(tail)
     if not is_there or len(opening) < len(head) + len(tail):
         return opening, ""
     return opening, opening[len(head) : len(opening) - len(tail)]

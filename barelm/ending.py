@@ -175,8 +175,8 @@ def python_word() -> str:
     """What a shell calls this Python."""
     here = os.path.dirname(sys.executable or "")
     for name in ("python", "python3"):
-        found = shutil.which(name)
-        if found and os.path.dirname(os.path.abspath(found)) == here:
+        path = shutil.which(name)
+        if path and os.path.dirname(os.path.abspath(path)) == here:
             return name
     return sys.executable or "python"
 

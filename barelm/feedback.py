@@ -61,8 +61,10 @@ class FeedbackFile:
 
     def open(self):
         """The file's number. It is opened for each line, so that it may be moved away meanwhile."""
-        how = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)  # Windows has that
-        return os.open(self.path, how, 0o666)
+        flags = (
+            os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        )  # Windows has that
+        return os.open(self.path, flags, 0o666)
 
     def append(self, row):
         """Write a line; when this returns it is on the disk. An ApiError where it cannot be."""

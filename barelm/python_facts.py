@@ -376,12 +376,12 @@ def pairs_of(block):
 @lru_cache(1)
 def modules():
     """{name: module} of all that are asked about."""
-    found = {}
+    by_name = {}
     for line in MODULES.split("\n") + ["pathlib"]:
         name = line.partition(":")[0].strip()
         if name:
-            found[name] = importlib.import_module(name)
-    return found
+            by_name[name] = importlib.import_module(name)
+    return by_name
 
 
 def show_example(code):
@@ -425,12 +425,12 @@ def facts():
     """[Fact] of the running Python, in a fixed order, each name once."""
     examples = dict(pairs_of(EXAMPLES))
     own_words = dict(pairs_of(OWN_WORDS))
-    known = {}
+    by_name = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is deprecated
         for name, module, value in public_names():
             summary = own_words.get(name) or first_sentence(getattr(value, "__doc__", None))
-            if not summary or name in known:
+            if not summary or name in by_name:
                 continue
             base = ""
             signature = signature_of(name, value)
@@ -438,5 +438,5 @@ def facts():
                 base = value.__bases__[0].__name__
                 signature = ""
             example = show_example(examples[name]) if name in examples else ""
-            known[name] = Fact(name, module, summary, signature, example, base)
-    return list(known.values())
+            by_name[name] = Fact(name, module, summary, signature, example, base)
+    return list(by_name.values())

@@ -147,10 +147,10 @@ class TokenSteps:
         ranks = []
         while True:
             pairs = zip(symbols, symbols[1:])
-            known = [self.ranks[pair] for pair in pairs if pair in self.ranks]
-            if not known:
+            candidates = [self.ranks[pair] for pair in pairs if pair in self.ranks]
+            if not candidates:
                 return symbols, ranks
-            rank, left, right, new = min(known)
+            rank, left, right, new = min(candidates)
             symbols = joined(symbols, left, right, new)
             ranks.append(rank)
 

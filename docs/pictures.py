@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs/pictures"
 WIDTH, HEIGHT = 1200, 760  # of the window, in pixels
-QUESTIONS = ["What does os.path.join do?", "and its signature?", "What is sorted([3, 1, 2])?"]
+QUESTIONS = ["What does os.path.join do?", "How do I read a file line by line?", "what is 17 + 25?"]
 TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 

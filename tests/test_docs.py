@@ -21,7 +21,7 @@ def page(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_the_code_of_a_chapter_runs(path):
-    for code in re.findall(r"```python\n(.*?)```", page(path), re.S):
+    for code in re.findall(r"^```python\n(.*?)^```", page(path), re.S | re.M):
         exec(compile(code, str(path), "exec"), {})
 
 

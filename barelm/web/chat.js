@@ -6,7 +6,7 @@ import { $, make, plural } from "./base.js";
 import * as store from "./conversations.js";
 import { answerOf, contentOf, messagesOf } from "./conversations.js";
 import { generate, hideChosen, room, sampling, toggle } from "./sampling.js";
-import { ask, complain, guard, state } from "./server.js";
+import { ask, complain, guard, state, tabStore } from "./server.js";
 import { copyAction, edit, elementOf, markBusy, noteOf, piecesOf, showActions, showWords,
   thumbAction, tokensAction } from "./turns.js";
 
@@ -268,7 +268,7 @@ function save() {
 
 function open(one) {
   conversation = one;
-  sessionStorage.setItem("chat", one.id);
+  tabStore.set("chat", one.id);
   $("undo").hidden = true;
   $("system").value = one.system;
   showSystem();
@@ -393,6 +393,6 @@ export function reset() {
   $("system-box").hidden = !chat.possible;
   if (model === id) return showSystem();
   model = id;
-  const last = sessionStorage.getItem("chat");
+  const last = tabStore.get("chat");
   open(store.kept(model).find((one) => one.id === last) ?? store.begin());
 }

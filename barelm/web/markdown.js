@@ -105,16 +105,18 @@ export async function copy(text, button) {
 // Show a text in `place` as Markdown. Called again with a longer one it leaves the blocks alone
 // that are as they were: nothing jumps, and what is selected there stays so.
 export function showMarkdown(place, text) {
-  let tokens;
+  const shown = place.markdown ?? [];
+  let tokens, elements, same = 0;
   try {
     tokens = new Lexer(OPTIONS).lex(text).filter(isShown);
-  } catch { // nested beyond what the lexer can follow
+    while (same < shown.length && shown[same] === tokens[same]?.raw) same++;
+    elements = tokens.slice(same).map(block);
+  } catch { // nested beyond what can be followed, or more than an element takes at once
     tokens = [{ type: "html", raw: text }];
+    same = 0;
+    elements = tokens.map(block);
   }
-  const shown = place.markdown ?? [];
-  let same = 0;
-  while (same < shown.length && shown[same] === tokens[same]?.raw) same++;
   while (place.children.length > same) place.lastElementChild.remove();
-  place.append(...tokens.slice(same).map(block));
+  for (const element of elements) place.append(element);
   place.markdown = tokens.map((token) => token.raw);
 }

@@ -262,7 +262,7 @@ function save() {
   }
   conversation.changed = Date.now();
   if (!store.keep(model, conversation)) {
-    complain("This browser has no room for all conversations: the oldest are forgotten.");
+    complain("This browser does not keep all conversations: its storage is full, or forbidden.");
   }
 }
 
@@ -346,7 +346,7 @@ addEventListener("click", (event) => {
 // The system prompt, and the message in the making
 
 function showSystem() {
-  const { system: brought, opening } = state.model.chat;
+  const { system: brought, opening } = state.model?.chat ?? { system: "", opening: "" };
   const own = $("system").value.trim(), words = (own || brought).replace(/\s+/g, " ");
   const whose = own || !brought ? "" : ", the template's own";
   $("system-brief").textContent = `${whose}: ${words || "none"}`;

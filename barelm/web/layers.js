@@ -142,7 +142,7 @@ function reading() {
   if (isSeq2seq()) body.target = $("lens-target").value;
   return body;
 }
-const isSeq2seq = () => state.model.config.n_encoder_layer > 0;
+const isSeq2seq = () => state.model?.config.n_encoder_layer > 0;
 
 // ------------------------------------------------------------------ the shares of a logit
 

@@ -5,6 +5,7 @@
 import { make } from "./base.js";
 import { Lexer } from "./vendor/marked.js";
 
+const MOST = 200_000; // characters; what is longer would take seconds, and is shown as it is
 const OPTIONS = { gfm: true, breaks: true }; // a line that a model ended stays one
 
 const entity = (name) =>
@@ -108,6 +109,7 @@ export function showMarkdown(place, text) {
   const shown = place.markdown ?? [];
   let tokens, elements, same = 0;
   try {
+    if (text.length > MOST) throw new RangeError("too long");
     tokens = new Lexer(OPTIONS).lex(text).filter(isShown);
     while (same < shown.length && shown[same] === tokens[same]?.raw) same++;
     elements = tokens.slice(same).map(block);

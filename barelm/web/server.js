@@ -76,6 +76,7 @@ export async function call(path, body, signal) {
   if (response.ok) return response;
   const { message: said, code } = (await response.json().catch(() => null))?.error ?? {};
   if (response.status === 401) $("keyform").hidden = false;
+  if (code === "model_not_found") guard(state.restart); // another is served here by now
   const words = {
     401: key ? "The server does not accept this API key." : "This server wants an API key.",
     429: "The server is full: too many requests are waiting. Try again in a moment.",

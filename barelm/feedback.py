@@ -29,7 +29,7 @@ def read_feedback(served, body):
     """The line of the file, a dict, that a request's JSON asks for."""
     request = read_fields(body, Feedback, neutral={}, ignored={})
     check_model(served, request.model)
-    if "rating" not in body:
+    if body.get("rating") is None:
         raise ApiError(400, "rating: expected 1, -1 or 0", "rating")
     if not request.messages:
         raise ApiError(400, "messages: expected what was answered", "messages")

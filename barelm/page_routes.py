@@ -156,6 +156,7 @@ class PageHandlers:
         net, n_vocab = self.engine.net, self.served.tok.n_vocab
         body = await self.server.read_body(request)
         wanted, reading = await self.in_thread(lens_requests.read_lens, net, body)
+        stamp = self.weights_stamp()
         trace = await self.server.ask_engine(lens.run, net, reading.ids, reading.source)
         last, *others = reversed(lens.states(trace))
         guesses = await self.server.ask_engine(lens.logit_lens, net, last, n_vocab, wanted.k)
@@ -166,6 +167,7 @@ class PageHandlers:
                 lens.logit_lens, net, x, n_vocab, wanted.k, head["answers"]
             )
             rows.insert(0, lens_requests.lens_row(self.served, guesses))
+        self.check_weights(stamp)
         return reply(head | {"layers": rows})
 
     async def shares(self, request: Request):
@@ -185,30 +187,42 @@ class PageHandlers:
         net, n_vocab = self.engine.net, self.served.tok.n_vocab
         body = await self.server.read_body(request)
         wanted, pair = await self.in_thread(lens_requests.read_patch, net, body)
+        stamp = self.weights_stamp()
         patching = await self.server.ask_engine(
             lens_requests.start_patching, net, n_vocab, wanted, pair
         )
         head = lens_requests.patch_head(self.served, net, wanted, patching)
         if wanted.stream:
-            lines = self.patch_lines(head, patching)
+            lines = self.patch_lines(head, patching, stamp)
             return StreamingResponse(lines, media_type="text/event-stream")
-        rows = [row async for row in self.patch_rows(head, patching)]
+        rows = [row async for row in self.patch_rows(head, patching, stamp)]
         return reply(head | {"rows": rows})
 
-    async def patch_rows(self, head, patching):
+    async def patch_rows(self, head, patching, stamp):
         """What is restored in each layer, the first one first, as it is computed."""
         for layer in range(head["n_rows"]):
             row = await self.server.ask_engine(patching.restored, head["kind"], layer)
+            self.check_weights(stamp)
             yield [round(share, 5) for share in row]
 
-    async def patch_lines(self, head, patching):
+    async def patch_lines(self, head, patching, stamp):
         yield event_line(head)
         try:
-            async for row in self.patch_rows(head, patching):
+            async for row in self.patch_rows(head, patching, stamp):
                 yield event_line({"row": row})
             yield "data: [DONE]\n\n"
         except ApiError as error:  # too late for a status
             yield event_line(error.body())
+
+    def weights_stamp(self):
+        """What tells the weights that are served from others (barelm/reload.py)."""
+        weights = self.server.settings.weights
+        return None if weights is None else weights.stamp
+
+    def check_weights(self, stamp):
+        """Refuse an answer of several calls of the engine between which others were loaded."""
+        if self.weights_stamp() != stamp:
+            raise ApiError(503, "other weights were loaded meanwhile: ask again")
 
     async def in_thread(self, read, net, body):
         """read(served, net, body), which tokenizes, beside the event loop."""

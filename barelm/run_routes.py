@@ -75,7 +75,8 @@ class RunHandlers:
         names = request.query_params.getlist("run") or [self.runs.served]
         text = await self.read(csv_text, self.runs, list(dict.fromkeys(names)))
         headers = {"Content-Disposition": 'attachment; filename="runs.csv"'}
-        return Response(text, headers=headers, media_type="text/csv")
+        # A name may have half a surrogate pair, which has no UTF-8.
+        return Response(text.encode(errors="replace"), headers=headers, media_type="text/csv")
 
     async def read(self, f, *args):
         """f(*args), which reads logs, in a thread."""

@@ -18,6 +18,7 @@ import threading
 import time
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -70,7 +71,8 @@ class Runs:
             return names
         for name in entries:
             if name != self.served and not name.startswith(".") and self.has_log(name):
-                others.append((self.folder(name).joinpath(LOG).stat().st_mtime, name))
+                with suppress(OSError):  # removed in this moment
+                    others.append((self.folder(name).joinpath(LOG).stat().st_mtime, name))
         others = [name for _, name in sorted(others, reverse=True)]
         return names + others[: MOST_RUNS - len(names)]
 
@@ -89,8 +91,14 @@ def null(word: str) -> None:
     return None
 
 
+def finite_or_null(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None  # 1e999 is JSON, and no float
+
+
 def read_row(line: bytes) -> dict:
-    return json.loads(line, parse_constant=null)  # NaN and Infinity are no JSON of a browser's
+    # NaN and Infinity are no JSON of a browser's.
+    return json.loads(line, parse_constant=null, parse_float=finite_or_null)
 
 
 class RunLog:
@@ -131,9 +139,10 @@ class RunLog:
                 self.forget()
             self.file_number = file_number(file)
             file.seek(self.end)
-            data = file.read()
-        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
-            self.add(line)
+            for line in file:
+                if not line.endswith(b"\n"):  # it is being written
+                    break
+                self.add(line)
 
     def goes_on_in(self, file: BinaryIO) -> bool:
         """Whether what was read is still the beginning of the open file."""
@@ -190,16 +199,17 @@ class RunLog:
         """The rows of these numbers, rising, read from the file."""
         if not numbers:
             return []
-        begin = self.begins[numbers[0]]
-        with open(self.path, "rb") as file:
-            if file_number(file) != self.file_number:  # replaced in this moment
-                raise ApiError(503, f"{self.path.name} is being replaced: try again")
-            file.seek(begin)
-            data = file.read(self.end - begin)
+        replaced = ApiError(503, f"{self.path.name} is being replaced: try again")
         rows = []
-        for i in numbers:
-            start = self.begins[i] - begin
-            rows.append(read_row(data[start : data.index(b"\n", start)]))
+        with open(self.path, "rb") as file:
+            if file_number(file) != self.file_number:  # in this moment
+                raise replaced
+            for i in numbers:  # one by one: a log may be larger than the memory
+                file.seek(self.begins[i])
+                try:
+                    rows.append(read_row(file.readline()))
+                except ValueError:
+                    raise replaced from None
         return rows
 
     def all_rows(self) -> tuple[list[dict], list[float]]:

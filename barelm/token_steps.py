@@ -43,6 +43,7 @@ class TokenSteps:
         if self.kind == "Unigram":
             self.vocab = {token: id for id, (token, _) in enumerate(body["vocab"])}
             self.scores = dict(body["vocab"])  # {token: log-probability}
+            self.unknown_score = min(self.scores.values()) - UNKNOWN_PENALTY
             self.longest = max(map(len, self.scores))
         self.unk_id = unknown_id(tok)
         added = [t["content"] for t in tok.spec.get("added_tokens", []) if not t["special"]]
@@ -177,9 +178,7 @@ class TokenSteps:
         return self.row([self.id_of(token) for token in tokens]) | {"scores": scores}
 
     def score(self, token):
-        if token in self.scores:
-            return self.scores[token]
-        return min(self.scores.values()) - UNKNOWN_PENALTY
+        return self.scores.get(token, self.unknown_score)
 
     def id_of(self, token):
         return self.vocab.get(token, self.unk_id)

@@ -419,3 +419,19 @@ def test_by_keyboard_on_a_phone_and_without_the_server(page):
     page.context.set_offline(False)
     page.wait_for_selector("#status:text-is('Ready')")
     assert not page.locator("#error").is_visible()
+
+
+def test_a_browser_that_forbids_storage_shows_the_page(browser, server):
+    page = browser.new_context().new_page()
+    page.add_init_script("""
+      for (const name of ["localStorage", "sessionStorage"]) {
+        const get = () => { throw new DOMException("", "SecurityError"); };
+        Object.defineProperty(window, name, { get });
+      }""")
+    page.goto(server.url)
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Use").click()
+    page.wait_for_selector("#status:text-is('Ready')")
+    page.evaluate("location.hash = '#next'")  # as a link, or somebody who writes the address
+    page.wait_for_selector("#next:visible")
+    page.context.close()

@@ -174,6 +174,17 @@ def test_a_conversation_from_the_first_word_to_a_task_set(page, tuned):
     assert exported(page) == messages
 
 
+def test_a_conversation_that_is_too_large_takes_no_other_with_it(page):
+    script = """async () => {
+      const { begin, keep, kept } = await import("/page/conversations.js");
+      const one = (id, content) => ({ ...begin(), id, turns: [{ role: "user", content }] });
+      keep("another model", one("a", "Hi"));
+      const isWhole = keep("another model", one("large", "x".repeat(2500000)), one("b", "Hi"));
+      return [isWhole, kept("another model").map(({ id }) => id)];
+    }"""
+    assert page.evaluate(script) == [False, ["b", "a"]]
+
+
 def test_what_does_not_fit_leaves_no_turn_behind(page):
     set_greedy(page, 4)
     say(page, "Hi")

@@ -255,6 +255,7 @@ def test_the_lens_by_keyboard_on_a_phone(page, server):  # noqa: F811
     assert cells.count() == len(told["tokens"])
     assert panel.locator("#lens-grid tbody tr").count() == len(told["layers"])
     chosen = panel.locator("#lens-grid [aria-selected=true]")
+    assert chosen.count() == 1 and page.evaluate("scrollY") == 0  # nothing moves before its reader
     chosen.focus()
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")

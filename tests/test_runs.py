@@ -81,6 +81,17 @@ def test_a_log_is_told_as_it_grows_and_when_a_resume_has_cut_it(tmp_path):
     assert log.answer(-1) == {"rows": [], "seconds": [], "last": -1, "every": 1}
 
 
+def test_what_is_no_row_is_passed_over(tmp_path):
+    lines = [b"[]", b"7", b"\xff", b'{"step": 1.5}', b'{"step": true}', b'{"step": "1"}', b"{}"]
+    lines += [b"[" * 10_000, b'{"step": 1' + b"0" * 40 + b"}", b'{"step": 1}\r{"step": 2}']
+    (tmp_path / "log.jsonl").write_bytes(
+        b"\n".join([*lines, b'{"step": 3, "loss": 1e999, "dt": 1e999}\r', b'{"step": 4'])
+    )
+    told = RunLog(tmp_path / "log.jsonl").answer(-1)
+    rows = [{"step": 3, "loss": None, "dt": None}]  # a browser's JSON has no infinity
+    assert told == {"rows": rows, "seconds": [0.0], "last": 3, "every": 1}
+
+
 def test_a_long_log_is_thinned_and_its_seconds_are_those_of_all_rows(tmp_path):
     rows = steps(10_000, dt=0.25) + [{"step": 10_000, "val_loss": 2}]
     rows.insert(7, {"step": 7, "val_loss": 3})

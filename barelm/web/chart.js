@@ -47,7 +47,8 @@ function scale([low, high], logarithmic, from, to) {
   return (v) => from + (to - from) * (f(v) - f(low)) / (f(high) - f(low) || 1);
 }
 
-function range(values) {
+// [the least, the largest]; not Math.min(...), which takes so many values and no more.
+export function range(values) {
   return values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
 }
 

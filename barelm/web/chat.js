@@ -6,7 +6,7 @@ import { $, make, plural } from "./base.js";
 import * as store from "./conversations.js";
 import { answerOf, contentOf, messagesOf } from "./conversations.js";
 import { generate, hideChosen, room, sampling, toggle } from "./sampling.js";
-import { ask, complain, guard, state } from "./server.js";
+import { ask, complain, guard, state, tabStore } from "./server.js";
 import { copyAction, edit, elementOf, markBusy, noteOf, piecesOf, showActions, showWords,
   thumbAction, tokensAction } from "./turns.js";
 
@@ -262,13 +262,13 @@ function save() {
   }
   conversation.changed = Date.now();
   if (!store.keep(model, conversation)) {
-    complain("This browser has no room for all conversations: the oldest are forgotten.");
+    complain("This browser does not keep all conversations: its storage is full, or forbidden.");
   }
 }
 
 function open(one) {
   conversation = one;
-  sessionStorage.setItem("chat", one.id);
+  tabStore.set("chat", one.id);
   $("undo").hidden = true;
   $("system").value = one.system;
   showSystem();
@@ -346,7 +346,7 @@ addEventListener("click", (event) => {
 // The system prompt, and the message in the making
 
 function showSystem() {
-  const { system: brought, opening } = state.model.chat;
+  const { system: brought, opening } = state.model?.chat ?? { system: "", opening: "" };
   const own = $("system").value.trim(), words = (own || brought).replace(/\s+/g, " ");
   const whose = own || !brought ? "" : ", the template's own";
   $("system-brief").textContent = `${whose}: ${words || "none"}`;
@@ -393,6 +393,6 @@ export function reset() {
   $("system-box").hidden = !chat.possible;
   if (model === id) return showSystem();
   model = id;
-  const last = sessionStorage.getItem("chat");
+  const last = tabStore.get("chat");
   open(store.kept(model).find((one) => one.id === last) ?? store.begin());
 }

@@ -55,7 +55,11 @@ const STORED = ["id", "changed", "system", "turns", "role", "content", "versions
 function write(model, conversations) {
   const texts = conversations.slice(0, MOST).map((one) => JSON.stringify(one, STORED));
   let size = 0;
-  const fitting = texts.filter((text) => (size += text.length) <= MOST_CHARACTERS);
+  const fitting = texts.filter((text) => { // one that is too large takes no other with it
+    if (size + text.length > MOST_CHARACTERS) return false;
+    size += text.length;
+    return true;
+  });
   for (; ; fitting.pop()) { // other models' may fill the storage
     try {
       localStorage.setItem(place(model), `[${fitting.join(",")}]`);

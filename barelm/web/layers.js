@@ -37,7 +37,9 @@ function heat(box, label, corner, columns, rows, choose) {
     at.tabIndex = 0;
     at.setAttribute("aria-selected", "true");
     if (focus) at.focus({ preventScroll: true });
-    at.scrollIntoView({ block: "nearest", inline: "nearest" });
+    // The page itself moves only with who reads it: until then the table scrolls, and nothing else.
+    if (focus) at.scrollIntoView({ block: "nearest", inline: "nearest" });
+    else scrollWithin(box, at);
     choose(i, j);
   }
   const placeOf = (cell) => [lines.indexOf(cell.parentElement), cell.cellIndex - 1];
@@ -68,6 +70,18 @@ function heat(box, label, corner, columns, rows, choose) {
     if (place?.[0] === i) select(...place); // it was one of these
   }
   return { fill, select };
+}
+
+// Scroll a box so that a cell of its table is in sight, between the heads that stay.
+function scrollWithin(box, cell) {
+  const head = cell.closest("table").tHead.rows[0].cells[0], outer = box.getBoundingClientRect();
+  const { left, right, top, bottom } = cell.getBoundingClientRect();
+  const low = { x: outer.left + head.offsetWidth, y: outer.top + head.offsetHeight };
+  const high = { x: outer.left + box.clientWidth, y: outer.top + box.clientHeight };
+  if (right > high.x) box.scrollLeft += right - high.x;
+  else if (left < low.x) box.scrollLeft -= low.x - left;
+  if (bottom > high.y) box.scrollTop += bottom - high.y;
+  else if (top < low.y) box.scrollTop -= low.y - top;
 }
 
 // ------------------------------------------------------------------ the logit lens
@@ -128,7 +142,7 @@ function reading() {
   if (isSeq2seq()) body.target = $("lens-target").value;
   return body;
 }
-const isSeq2seq = () => state.model.config.n_encoder_layer > 0;
+const isSeq2seq = () => state.model?.config.n_encoder_layer > 0;
 
 // ------------------------------------------------------------------ the shares of a logit
 

@@ -10,7 +10,7 @@ import * as layers from "./layers.js";
 import * as next from "./next.js";
 import * as parts from "./parts.js";
 import { hideChosen } from "./sampling.js";
-import { ask, complain, guard, state } from "./server.js";
+import { ask, complain, guard, state, tabStore } from "./server.js";
 import * as tokens from "./tokens.js";
 import * as training from "./training.js";
 
@@ -58,12 +58,17 @@ for (const tab of tabs) {
 $("error").lastChild.onclick = () => complain("");
 $("keyform").onsubmit = (event) => {
   event.preventDefault();
-  sessionStorage.setItem("key", $("key").value);
+  tabStore.set("key", $("key").value);
   guard(start);
 };
 // Other weights of the same model are served: what was computed of the old ones goes.
 document.addEventListener("weights", () => {
   for (const name of ["tokens", "next", "attention", "layers", "experts"]) views[name].reset();
+});
+// An address that was written by hand, or a link to a view.
+addEventListener("hashchange", () => {
+  const tab = shownTabs().find((tab) => "#" + panelOf(tab) === location.hash);
+  if (tab && tab !== current()) tab.click();
 });
 let resizing = 0;
 addEventListener("resize", () => {

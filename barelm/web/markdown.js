@@ -5,6 +5,7 @@
 import { make } from "./base.js";
 import { Lexer } from "./vendor/marked.js";
 
+const MOST = 200_000; // characters; what is longer would take seconds, and is shown as it is
 const OPTIONS = { gfm: true, breaks: true }; // a line that a model ended stays one
 
 const entity = (name) =>
@@ -105,16 +106,19 @@ export async function copy(text, button) {
 // Show a text in `place` as Markdown. Called again with a longer one it leaves the blocks alone
 // that are as they were: nothing jumps, and what is selected there stays so.
 export function showMarkdown(place, text) {
-  let tokens;
-  try {
-    tokens = new Lexer(OPTIONS).lex(text).filter(isShown);
-  } catch { // nested beyond what the lexer can follow
-    tokens = [{ type: "html", raw: text }];
-  }
   const shown = place.markdown ?? [];
-  let same = 0;
-  while (same < shown.length && shown[same] === tokens[same]?.raw) same++;
+  let tokens, elements, same = 0;
+  try {
+    if (text.length > MOST) throw new RangeError("too long");
+    tokens = new Lexer(OPTIONS).lex(text).filter(isShown);
+    while (same < shown.length && shown[same] === tokens[same]?.raw) same++;
+    elements = tokens.slice(same).map(block);
+  } catch { // nested beyond what can be followed, or more than an element takes at once
+    tokens = [{ type: "html", raw: text }];
+    same = 0;
+    elements = tokens.map(block);
+  }
   while (place.children.length > same) place.lastElementChild.remove();
-  place.append(...tokens.slice(same).map(block));
+  for (const element of elements) place.append(element);
   place.markdown = tokens.map((token) => token.raw);
 }

@@ -10,8 +10,9 @@ const FILTERS = [ // name in a request, label, value, least, most, step
   ["min_p", "Min p", 0, 0, 1, 0.01],
 ];
 const fieldOf = (name) => $("next-" + name);
-// Once the view is opened.
+// Once the view is opened, or asked before the server has said what its model is.
 function makeFilters() {
+  if ($("next-seed")) return;
   for (const [name, label, value, min, max, step] of FILTERS) {
     const input = make("input", { type: "range", id: "next-" + name, min, max, step, value });
     const output = make("output", { htmlFor: input.id }, String(value));
@@ -32,6 +33,7 @@ let then = []; // the ids that were appended to the text
 let shown = null; // what the server said last
 
 function request(more = {}) {
+  makeFilters();
   const body = { text: $("next-text").value, then, n: 30, ...more };
   for (const [name] of FILTERS) body[name] = Number(fieldOf(name).value);
   if (!$("next-seed").checkValidity()) throw new Error(`Seed: ${$("next-seed").validationMessage}`);
@@ -192,7 +194,7 @@ $("next-text").oninput = () => {
 $("next-text").value = "def mean(values):\n    return";
 
 export function show() {
-  if (!$("next-seed")) makeFilters();
+  makeFilters();
   lookNow();
 }
 export function reset() {

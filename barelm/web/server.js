@@ -5,6 +5,25 @@ import { $ } from "./base.js";
 // What all views go by. model: what /inspect/model says, null before it did.
 export const state = { model: null, restart: null };
 
+// What this tab keeps until it is closed; a browser that forbids it keeps it until the page is left.
+const kept = new Map();
+export const tabStore = {
+  get(name) {
+    try {
+      return sessionStorage.getItem(name);
+    } catch {
+      return kept.get(name) ?? null;
+    }
+  },
+  set(name, value) {
+    try {
+      sessionStorage.setItem(name, value);
+    } catch {
+      kept.set(name, value);
+    }
+  },
+};
+
 export function complain(text) {
   $("error").hidden = !text;
   $("error").firstChild.textContent = text;
@@ -45,7 +64,7 @@ export function debounced(f, places, forget, wait = 200) {
 
 export async function call(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  const key = sessionStorage.getItem("key");
+  const key = tabStore.get("key");
   if (key) headers.Authorization = "Bearer " + String.fromCharCode(...new TextEncoder().encode(key));
   const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
   let response;
@@ -57,6 +76,7 @@ export async function call(path, body, signal) {
   if (response.ok) return response;
   const { message: said, code } = (await response.json().catch(() => null))?.error ?? {};
   if (response.status === 401) $("keyform").hidden = false;
+  if (code === "model_not_found") guard(state.restart); // another is served here by now
   const words = {
     401: key ? "The server does not accept this API key." : "This server wants an API key.",
     429: "The server is full: too many requests are waiting. Try again in a moment.",

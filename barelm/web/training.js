@@ -2,7 +2,7 @@
 // cursor.
 
 import { $, make, draw, number, plural, whole } from "./base.js";
-import { download, drawLines, picture, pngBlob, smoothed, svgBlob } from "./chart.js";
+import { download, drawLines, picture, pngBlob, range, smoothed, svgBlob } from "./chart.js";
 import { ask, call, complain, guard, isGone, state } from "./server.js";
 
 // The words that people search for, in the order of the charts.
@@ -322,9 +322,9 @@ function showChart(figure, all, axis, weight) {
   if (!figure.svg.clientWidth) return; // within what is closed
   const logx = $("logx").checked;
   const xs = all.flatMap((log) => log.entries.map(axis.of)).filter(Number.isFinite);
-  const positive = xs.filter((x) => x > 0);
-  const floor = logx ? (axis.name === "step" ? 1 : Math.min(...positive)) : 0;
-  const first = Math.max(Math.min(...xs), floor), last = Math.max(...xs);
+  const [lowest, last] = range(xs), [least] = range(xs.filter((x) => x > 0));
+  const floor = logx ? (axis.name === "step" ? 1 : least) : 0;
+  const first = Math.max(lowest, floor);
   figure.series = [];
   const lines = [];
   for (const log of all) {

@@ -14,7 +14,8 @@ import json
 import random
 import time
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from functools import lru_cache
+from typing import Any, get_args, get_type_hints
 
 from barelm.answers import decode, token_name
 from barelm.jobs import Job, Sampling, limited
@@ -254,6 +255,12 @@ def is_type(value, wanted):
     return type(value) is wanted or (wanted is float and type(value) is int)
 
 
+@lru_cache
+def field_types(request_type):
+    """{field: its type} of a dataclass, also where its module's hints are text (PEP 563)."""
+    return get_type_hints(request_type)
+
+
 def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=None):
     """A request_type made of the JSON object `body`, checked; null asks for the default.
     neutral, ignored: what other fields may be. limits: {field: (least, most)} that only the model
@@ -263,11 +270,12 @@ def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=Non
         if name not in own_fields:
             check_other(name, value, own_fields, neutral, ignored)
     values = {}
+    types = field_types(request_type)
     for name, f in own_fields.items():
         value = body.get(name)
         if value is None:
             continue
-        wanted = f.type
+        wanted = types[name]
         if get_args(wanted):  # the int of `int | None`
             wanted = get_args(wanted)[0]
         if wanted is not object:

@@ -414,7 +414,7 @@ def convert_unit(
     return converted
 
 
-def checked_rating(record):
+def checked_rating(record: dict) -> dict:
     """A rating of which rows can be made, without what is beside it."""
     response = answer_text(record["response"])
     return {"prompt": turns(record["prompt"]), "response": response, "rating": record["rating"]}

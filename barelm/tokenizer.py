@@ -319,7 +319,7 @@ class Tokenizer:
             is_said[start:stop] = b"\1" * (stop - start)
         return self.encode_chat(text, is_said, hide)
 
-    def chat_to_continue(self, messages):
+    def chat_to_continue(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation whose last message, an assistant's, is to go on: they end right
         behind its words, as with transformers' continue_final_message. Blanks at their end stay,
         even where the template trims them: what comes next continues this very text."""
@@ -334,7 +334,7 @@ class Tokenizer:
         ids, _ = self.encode_chat(text, bytes(len(text)), hide)
         return ids
 
-    def without_names(self, messages, hide):
+    def without_names(self, messages: list[dict], hide: str) -> list[dict]:
         """The messages, the names of special tokens in them broken by the letter `hide`."""
 
         def break_name(match):
@@ -439,7 +439,7 @@ class Tokenizer:
             raise TemplateRefusal(f"the chat template refuses these messages: {why}") from None
 
 
-def unused_letters(messages, n):
+def unused_letters(messages: list[dict], n: int) -> list[str]:
     """n letters of private use (U+E000 …) that no message has, to mark places in a text with."""
     given = json.dumps(messages, ensure_ascii=False, default=str)
     unused = (letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in given)

@@ -115,7 +115,7 @@ def attention_grid(net: GPT, ids: list[int]) -> Grid:
     most = min(GRID_SIDE, max(8, math.isqrt(GRID_BYTES // n_maps)))
     block = math.ceil(len(ids) / most)
     rows = []  # of each layer uint8 (n_head + 1, side, side)
-    total = [0.0]  # of the layers' maps (n_head, T, T)
+    total: list = [0.0]  # of the layers' maps (n_head, T, T)
 
     def add(layer, maps):
         rows.append(small_maps(maps, block))

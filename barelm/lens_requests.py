@@ -4,7 +4,7 @@ in barelm/lens.py and barelm/patching.py."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from barelm import lens
 from barelm.answers import token_name
@@ -183,8 +183,8 @@ class SharesRequest:
     ids: list | None = None
     target: str = ""
     position: int | None = None
-    token: object = None  # an id, or the text of one token; None: the likeliest
-    against: object = None  # its logit is taken off; None: nothing is
+    token: Any = None  # an id, or the text of one token; None: the likeliest
+    against: Any = None  # its logit is taken off; None: nothing is
 
 
 def read_shares(served: ServedModel, net: GPT, body: dict) -> tuple[SharesRequest, Reading]:
@@ -257,8 +257,8 @@ class PatchRequest:
     target: str = ""  # of an encoder-decoder: what it has written so far
     kind: str = "residual"
     position: int | None = None
-    answer: object = None  # an id, or the text of one token; None: the clean prompt's likeliest
-    other: object = None  # None: the corrupted one's, or its second choice
+    answer: Any = None  # an id, or the text of one token; None: the clean prompt's likeliest
+    other: Any = None  # None: the corrupted one's, or its second choice
     stream: bool = False  # an event for each layer
 
 

@@ -92,7 +92,7 @@ def part_name(share: Share) -> str:
     return name if share.layer is None else f"layer {share.layer}, {name}"
 
 
-def print_patches(net: GPT, tok: Tokenizer, clean: list[int], corrupted: list[int]) -> None:
+def print_patches(net: GPT, tok: Tokenizer, clean: str, corrupted: str) -> None:
     """A line for each layer: how much of the difference between the two answers comes back, in
     percent, with the residual stream of one position from the clean text."""
     pair = []
@@ -100,7 +100,7 @@ def print_patches(net: GPT, tok: Tokenizer, clean: list[int], corrupted: list[in
         ids, source, position = reading_of(net, tok, text)
         pair.append(ids if source is None else source)
     start = ids if net.config.is_seq2seq else None
-    patching = Patching(net, *pair, position, start)
+    patching = Patching(net, pair[0], pair[1], position, start)
     answers = patching.likeliest(tok.n_vocab)
     patching.compare(*answers)
     answer, other = [shown(tok, id) for id in answers]

@@ -49,7 +49,7 @@ class Patching:
         clean: list[int],
         corrupted: list[int],
         position: int,
-        start: int | None = None,
+        start: list[int] | None = None,
     ) -> None:
         check_pair(clean, corrupted)
         self.net = net

@@ -2,6 +2,7 @@
 was not written here."""
 
 import random
+from typing import Any
 
 WORDS = """
 apple pear plum cherry lemon melon grape peach mango olive bread butter milk honey sugar salt
@@ -161,7 +162,7 @@ EXPRESSIONS = {  # {kind: function that draws one}, a kind twice as often where 
 }
 
 
-def draw_expression(kind: str, seed: object) -> str:
+def draw_expression(kind: str, seed: Any) -> str:
     """An expression of a kind, by a seed or a random.Random."""
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     return rng.choice(EXPRESSIONS[kind])(rng)

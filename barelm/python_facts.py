@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
+    from typing import Any
 
 # Whose public functions and classes are taken. Behind a colon: only these names.
 MODULES = """
@@ -359,7 +360,7 @@ def first_sentence(docstring: str | None) -> str:
     return text if text[-1] in ".!" else f"{text}."
 
 
-def signature_of(name: str, value: object) -> str:
+def signature_of(name: str, value: Any) -> str:
     """`name(a, b=1)`, or "" where Python does not say or it is long."""
     try:
         text = str(inspect.signature(value))

@@ -44,7 +44,7 @@ class RunHandlers:
         """{"served": the name of the model's run, "runs": the names of all that have a log, the
         served one first; "weights": what is served, and what the folder holds by now}."""
         names = await asyncio.to_thread(self.runs.names)
-        answer = {"served": self.runs.served, "runs": names, "weights": None}
+        answer: dict = {"served": self.runs.served, "runs": names, "weights": None}
         if self.weights is not None:
             answer["weights"] = await asyncio.to_thread(self.described_weights)
         return reply(answer)

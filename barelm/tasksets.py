@@ -374,7 +374,7 @@ def build_tasks(folder: Path, pool_map: Callable, units: list[Unit],
 
 def convert_unit(
     names: list[str], reading: Reading, unit: Unit
-) -> dict[str, tuple[dict[str, int], Tally]]:
+) -> dict[str, tuple[dict[str, int], Tally, list[dict]]]:
     """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally, [rating
     of a feedback file])}."""
     bad = []

@@ -150,7 +150,7 @@ class TokenSteps:
             ids += [self.vocab[code] for code in codes]
         return ids
 
-    def merge(self, symbols: list[int]) -> tuple[list[int], set]:
+    def merge(self, symbols: list[int]) -> tuple[list[int], list[int]]:
         """(what ids become, the ranks of the merges made)."""
         ranks = []
         while True:
@@ -192,9 +192,9 @@ class TokenSteps:
     def id_of(self, token: str) -> int:
         return self.vocab.get(token, self.unk_id)
 
-    def best_cuts(self, piece: str, n: int = 2) -> list[tuple[float, list[str]]]:
+    def best_cuts(self, piece: str, n: int = 2) -> list[tuple]:
         """[(score, tokens)] of the n best ways to cut a piece (Viterbi; Kudo 2018, section 3.1)."""
-        ways = [[(0.0, ())]]  # of its first i letters the n best
+        ways: list = [[(0.0, ())]]  # of its first i letters the n best
         for end in range(1, len(piece) + 1):
             candidates = []
             for begin in range(max(0, end - self.longest), end):

@@ -364,7 +364,9 @@ class Tokenizer:
         places = range(first, len(messages))
         return [turns.span(i) for i in places if messages[i].get("role") == "assistant"]
 
-    def encode_chat(self, text: str, is_said: bytearray, hide: str) -> tuple[list[int], list[int]]:
+    def encode_chat(
+        self, text: str, is_said: bytearray | bytes, hide: str
+    ) -> tuple[list[int], list[int]]:
         """(ids, loss mask) of a template's text, whose special tokens are real, but for those with
         the letter `hide` in them. is_said: 1 for each character that an assistant says."""
         # Text between these is encoded by itself. The library finds those that are text.

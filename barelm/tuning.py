@@ -572,7 +572,7 @@ def begin_part(folder: RunFolder, state: State, saved: dict | None, facts: dict)
         state.best = math.inf
 
 
-def say_wrote(folder: Path, row: dict, state: dict) -> None:
+def say_wrote(folder: RunFolder, row: dict, state: State) -> None:
     """Say that a run has come to its end, or was there already."""
     if row:
         folder.run.say(f"wrote {folder.path} in {duration(state.seconds)}")
@@ -581,7 +581,7 @@ def say_wrote(folder: Path, row: dict, state: dict) -> None:
         folder.run.say(f"nothing to do: {at}; raise max_steps or max_epochs to go on")
 
 
-def stop(folder: Path, row: dict, state: dict, signals: StopSignals) -> int:
+def stop(folder: RunFolder, row: dict, state: State, signals: StopSignals) -> int:
     """The curves and last lines of a run that was told to stop, and has saved: its exit status."""
     run = folder.run
     run.say(f"stopped at step {state.step} and saved; --init_from=resume goes on")

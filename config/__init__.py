@@ -21,12 +21,8 @@ import select
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from barelm.host import print_everything
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 RECIPES = (".py", ".json")  # how the names of recipes end
 # In JSON recipes: what other programs call it, and what it is called here.
@@ -171,7 +167,7 @@ def whole_batch(recipe: dict, values: dict, keys: dict) -> dict:
     return {"micro_batch": size} | recipe | {"batch_tokens": windows * seq_len, WINDOWS: windows}
 
 
-def run_recipe(path: Path, values: dict, keys: Iterable[str], script: str = "") -> dict:
+def run_recipe(path: str, values: dict, keys: dict, script: str = "") -> dict:
     """What the recipe at `path` leaves in its namespace, which are `values` when it starts, and the
     script's name, for keys that several scripts have: `if _script == "train.py": out_dir = ...`."""
     path = find_recipe(path)
@@ -259,7 +255,7 @@ def writing_fails() -> bool:
     return False
 
 
-def is_broken_pipe(error: OSError) -> bool:
+def is_broken_pipe(error: BaseException) -> bool:
     """Whether an error is that of a pipe without a reader, which Windows calls EINVAL."""
     if sys.platform == "win32" and isinstance(error, OSError):
         return error.errno in (errno.EPIPE, errno.EINVAL)
@@ -322,7 +318,7 @@ def values_elsewhere(path: Path) -> dict:
     return {key: values[key] for key in keys}
 
 
-def usual_values(keys: Iterable[str], owners: dict) -> dict:
+def usual_values(keys: dict, owners: dict) -> dict:
     """{key: default} of the keys of every script; of a key that several have, that in `keys`."""
     usual = {}
     for other_keys in (*owners.values(), keys):
@@ -330,9 +326,7 @@ def usual_values(keys: Iterable[str], owners: dict) -> dict:
     return usual
 
 
-def read_arguments(
-    script: str, argv: list[str], usual: dict, keys: Iterable[str], owners: dict
-) -> dict:
+def read_arguments(script: Path, argv: list[str], usual: dict, keys: dict, owners: dict) -> dict:
     """{key: value} of the keys of every script, as the arguments say, or else as `usual`."""
     values = dict(usual)
     windows = None  # of a step, where a JSON recipe counts them
@@ -363,7 +357,7 @@ def read_arguments(
     return values
 
 
-def read_resume(script: str, values: dict, usual: dict, keys: Iterable[str], owners: dict) -> dict:
+def read_resume(script: Path, values: dict, usual: dict, keys: dict, owners: dict) -> dict:
     """The `values` of a command line that may ask for a resume: read again, on top of the settings
     of the run that goes on, if there is one."""
     from barelm.saved_settings import goes_on, saved_settings

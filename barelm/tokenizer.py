@@ -122,7 +122,9 @@ class Tokenizer:
         """Read tokenizer.json and, where present, the other files that say something of it."""
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: no tokenizer.json here (python prepare.py makes one)")
+            from config import command_of  # here, since the scripts alone need it
+
+            raise UserError(f"{folder}: no tokenizer.json here ({command_of('prepare')} makes one)")
         # Older folders name the special tokens in a file of their own.
         config = read_json(folder / "special_tokens_map.json", {})
         config |= read_json(folder / "tokenizer_config.json", {})

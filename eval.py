@@ -26,7 +26,7 @@ main(). What a task is, how its rows are read and its answers judged is in barel
 task is added; programs run in barelm/sandbox.py. report.py compares what was evaluated.
 """
 
-from config import configure, settings
+from config import command_of, configure, settings
 
 model = "out/python"  # a checkpoint folder
 tasks = "loss"  # by name, or files of your own, with commas
@@ -883,7 +883,7 @@ def shard_paths(tok):
         source = path.name.removeprefix("val.").rpartition("_")[0]
         paths.setdefault(source, []).append(path)
     if not paths:
-        raise UserError(f"{folder}: no validation shards (python prepare.py makes them)")
+        raise UserError(f"{folder}: no validation shards ({command_of('prepare')} makes them)")
     if Tokenizer.from_folder(folder).bytes != tok.bytes:
         raise UserError(f"{folder} and {model} have different tokenizers: score --text instead")
     return paths

@@ -16,7 +16,7 @@ best/, state.pt (to resume), log.jsonl, run.json. Ctrl-C and SIGTERM save and ex
 A method is a loss over examples: one entry of METHODS, below the losses. GRPO and PPO are in rl.py.
 """
 
-from config import configure, defaults, settings
+from config import command_of, configure, defaults, settings
 
 # what, from what, to where
 method = "sft"  # sft, seq2seq, classify, tag, span, embed, dpo, reward; or an adapt, which is sft
@@ -697,7 +697,7 @@ def method_and_adapt():
 def check_settings(name, config):
     """Refuse settings that no run can have, before anything is read or written."""
     if name in ("grpo", "ppo"):
-        print(f"finetune.py: --method={name} is rl.py's: python rl.py", file=sys.stderr)
+        print(f"finetune.py: --method={name} is rl.py's: {command_of('rl')}", file=sys.stderr)
         sys.exit(2)
     check_choice("method", name, [*METHODS, *ADAPTS[1:]])
     check_adapt(config, merge)

@@ -12,7 +12,7 @@ A plan needs no GPU and no data: it is arithmetic, and says where each number is
 generates with --model and adds its scores to the results.json of that folder.
 """
 
-from config import configure, fit, run_recipe, same_recipes, script_keys, settings
+from config import command_of, configure, fit, run_recipe, same_recipes, script_keys, settings
 
 # which of the three
 compare: str | list = ""  # folders of runs to compare: out/a,out/b, or as words
@@ -679,7 +679,7 @@ def open_shards(folder, tok):
         shards[split] = {path: open_shard(path) for path in sorted(folder.glob(f"{split}_*.bin"))}
     if not all(any(len(shard) for shard in split.values()) for split in shards.values()):
         why = "no train and val shards with tokens in them"
-        raise UserError(f"{folder}: {why}: python prepare.py --dataset={dataset}")
+        raise UserError(f"{folder}: {why}: {command_of('prepare')} --dataset={dataset}")
     theirs = Tokenizer.from_folder(folder)
     if (theirs.bytes, theirs.eot_id) != (tok.bytes, tok.eot_id):
         raise UserError(f"{folder} and {model} have different tokenizers")

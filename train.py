@@ -11,7 +11,7 @@ Writes out_dir/: the checkpoint, best/ (the lowest validation loss), state.pt (t
 log.jsonl, run.json. Ctrl-C and SIGTERM save and exit.
 """
 
-from config import configure, defaults, same_recipes, settings
+from config import command_of, configure, defaults, same_recipes, settings
 
 # Each of these names is a key: a global of this file that recipes and flags override, and that
 # every function below may read.
@@ -341,7 +341,7 @@ def open_dataset(device="cpu"):
     sets = []
     for name in names_of(stages) or [dataset]:
         source = "" if name == "python" else "--source=... "
-        make = f"python prepare.py {same_recipes() or source}--dataset={name}"
+        make = f"{command_of('prepare')} {same_recipes() or source}--dataset={name}"
         sets.append(datasets.open_dataset(name, seq_len, stride, cache_gb, make))
     datasets.check_alike(sets)
     tok = sets[0].tok
@@ -570,7 +570,7 @@ def add_end_tokens(tok, data, run):
     if stop not in tok.eos_ids:
         run.say(
             "note: these shards hold no end token: what is trained on them does not learn to stop; "
-            "python prepare.py writes one"
+            f"{command_of('prepare')} writes one"
         )
 
 

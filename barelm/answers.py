@@ -84,7 +84,7 @@ class CompletionAnswer:
             "finish_reason": finish_reason,
         }
 
-    def logprobs(self, tokens: list[Token], text: str) -> dict[str, list]:
+    def logprobs(self, tokens: list[Token], text: TextStream) -> dict[str, list]:
         """OpenAI's arrays of a completion's tokens; `text` is what was told before them."""
         arrays = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:

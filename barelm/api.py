@@ -9,30 +9,40 @@ chosen, such as logit_bias, is a line in `jobs.Sampling`, one in `sampling.OFF` 
 `finish_reading`: what the engine's thread raises ends all requests of the batch.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import random
 import time
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from barelm.answers import decode, token_name
 from barelm.jobs import Job, Sampling, limited
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from barelm.tokenizer import Tokenizer
 
 
 class ApiError(Exception):
     """An answer that is an error: its HTTP status, and what OpenAI's clients read of it. param: the
     field that is wrong. code: a word for programs."""
 
-    def __init__(self, status, message, param=None, code=None):
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
 
-    def body(self):
+    def body(self) -> dict:
         kind = "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
@@ -42,7 +52,7 @@ class ApiError(Exception):
         return {"error": error}
 
 
-def short(value):
+def short(value: object) -> str:
     """A value as an error message shows it."""
     text = type(value).__name__ if isinstance(value, (list, dict)) else ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -75,7 +85,7 @@ class ServedModel:
         }
 
 
-def chat_ends(tok):
+def chat_ends(tok: Tokenizer) -> list[int]:
     """The ids that end an answer in a chat, beside the tokenizer's end tokens."""
     if not tok.config.get("chat_template"):
         return []
@@ -110,7 +120,7 @@ class Generation(Sampling):
 
 @dataclass
 class Completion(Generation):
-    prompt: object = None  # a text, ids, or a list of either
+    prompt: Any = None  # a text, ids, or a list of either
     echo: bool = False  # answer with the prompt before the text
     logprobs: int | None = limited(None, 0, 20)  # alternatives of each token
     best_of: int | None = limited(None, 1, 128)
@@ -140,7 +150,7 @@ class Tokenize:
 
 @dataclass
 class Detokenize:
-    tokens: object = None
+    tokens: Any = None
     model: str | None = None
 
 
@@ -244,17 +254,29 @@ TYPE_NAMES = {
 }
 
 
-def is_one_of(value, others):
+def is_one_of(value: object, others: Iterable) -> bool:
     """Whether it is one of these values of JSON, of the same type too: True is not 1."""
     return any(type(value) is type(other) and value == other for other in others)
 
 
-def is_type(value, wanted):
+def is_type(value: object, wanted: type) -> bool:
     """Whether a value of JSON is of this type; a whole number is a number too, true is neither."""
     return type(value) is wanted or (wanted is float and type(value) is int)
 
 
-def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=None):
+@lru_cache
+def field_types(request_type: type) -> dict[str, Any]:
+    """{field: its type} of a dataclass, also where its module's hints are text (PEP 563)."""
+    return get_type_hints(request_type)
+
+
+def read_fields(
+    body: dict,
+    request_type: type,
+    neutral: dict[str, list] = NEUTRAL,
+    ignored: dict[str, type] = IGNORED,
+    limits: dict[str, tuple] | None = None,
+) -> Any:
     """A request_type made of the JSON object `body`, checked; null asks for the default.
     neutral, ignored: what other fields may be. limits: {field: (least, most)} that only the model
     knows."""
@@ -263,21 +285,22 @@ def read_fields(body, request_type, neutral=NEUTRAL, ignored=IGNORED, limits=Non
         if name not in own_fields:
             check_other(name, value, own_fields, neutral, ignored)
     values = {}
+    types = field_types(request_type)
     for name, f in own_fields.items():
         value = body.get(name)
         if value is None:
             continue
-        wanted = f.type
+        wanted = types[name]
         if get_args(wanted):  # the int of `int | None`
             wanted = get_args(wanted)[0]
-        if wanted is not object:
+        if wanted not in (Any, object):
             own_limits = f.metadata.get("limits")
             check_value(name, value, wanted, (limits or {}).get(name, own_limits))
         values[name] = value
     return request_type(**values)
 
 
-def check_value(name, value, wanted, limits):
+def check_value(name: str, value: object, wanted: type, limits: tuple | None) -> None:
     if is_type(value, wanted) and (limits is None or limits[0] <= value <= limits[1]):
         return
     expected = TYPE_NAMES[wanted]
@@ -286,7 +309,13 @@ def check_value(name, value, wanted, limits):
     raise ApiError(400, f"{name} = {short(value)}: expected {expected}", name)
 
 
-def check_other(name, value, own_names, neutral, ignored):
+def check_other(
+    name: str,
+    value: object,
+    own_names: Iterable[str],
+    neutral: dict[str, list],
+    ignored: dict[str, type],
+) -> None:
     """Refuse a field that the request does not have, unless it asks for nothing that is not done
     anyway."""
     if value is None or is_one_of(value, neutral.get(name, [])):
@@ -306,7 +335,7 @@ def check_other(name, value, own_names, neutral, ignored):
     raise ApiError(400, f"{short(name)} is not supported{hint}", name)
 
 
-def parse_body(data):
+def parse_body(data: bytes) -> dict:
     """The JSON object of a request's bytes."""
 
     def refuse(word):  # NaN and Infinity, which json.loads would take
@@ -321,18 +350,18 @@ def parse_body(data):
     return body
 
 
-def check_model(served, name):
+def check_model(served: ServedModel, name: str) -> None:
     if name not in (None, served.name):
         why = f"no model {short(name)} here: this server has {served.name!r}"
         raise ApiError(404, why, "model", "model_not_found")
 
 
-def check_continues(served):
+def check_continues(served: ServedModel) -> None:
     if served.refusal:
         raise ApiError(400, f"{served.name} {served.refusal}", code="model_not_supported")
 
 
-def read_completion(served, body):
+def read_completion(served: ServedModel, body: dict) -> Completion:
     check_continues(served)
     request = read_fields(body, Completion)
     if request.best_of not in (None, request.n):
@@ -343,7 +372,7 @@ def read_completion(served, body):
     return request
 
 
-def read_chat(served, body):
+def read_chat(served: ServedModel, body: dict) -> Chat:
     check_continues(served)
     request = read_fields(body, Chat)
     if request.top_logprobs and not request.logprobs:
@@ -358,7 +387,7 @@ def read_chat(served, body):
     return request
 
 
-def check_prompt_kind(request):
+def check_prompt_kind(request: Chat) -> None:
     """A chat's prompt ends with the header of a new answer, or inside the last one."""
     wants_header = request.add_generation_prompt
     name = "add_generation_prompt"
@@ -370,7 +399,7 @@ def check_prompt_kind(request):
         raise ApiError(400, f"{name} = false: {why}", name)
 
 
-def finish_reading(served, request):
+def finish_reading(served: ServedModel, request: Generation) -> None:
     """What is more than types and limits, of both kinds of Generation."""
     request.stream_options = read_fields(
         request.stream_options, StreamOptions, neutral=STREAM_NEUTRAL, ignored={}
@@ -382,7 +411,7 @@ def finish_reading(served, request):
     check_model(served, request.model)
 
 
-def read_stop(stop):
+def read_stop(stop: str | list[str] | None) -> list[str]:
     """The texts of `stop`, one or several; an empty one stops nothing."""
     texts = [stop] if isinstance(stop, str) else stop
     good = isinstance(texts, list) and len(texts) <= 16
@@ -395,13 +424,13 @@ def read_stop(stop):
 # Prompts. What tokenizes may take long: the server calls these in a thread of their own.
 
 
-def too_long(served, what):
+def too_long(served: ServedModel, what: str) -> ApiError:
     both = "each of a source and its answer" if served.is_seq2seq else "a prompt and its answer"
     why = f"{what} do not fit the {served.max_len} tokens for {both}"
     return ApiError(400, why, code="context_length_exceeded")
 
 
-def check_length(served, n_characters):
+def check_length(served: ServedModel, n_characters: int) -> None:
     """Refuse a text that is sure not to fit, before it costs the time to tokenize it."""
     # A token has longest_token bytes at most, and a character one at least. Four times as long, to
     # be sure where a normalizer shortens the text.
@@ -409,7 +438,7 @@ def check_length(served, n_characters):
         raise too_long(served, f"{n_characters} characters")
 
 
-def tokenized(f, *args):
+def tokenized(f: Callable, *args: Any) -> Any:
     """f(*args), which tokenizes; what it refuses is the client's error."""
     try:
         return f(*args)
@@ -419,11 +448,11 @@ def tokenized(f, *args):
         raise ApiError(400, f"not to be tokenized: {short(str(error))}") from None
 
 
-def is_ids(tok, value):
+def is_ids(tok: Tokenizer, value: object) -> bool:
     return isinstance(value, list) and all(type(i) is int and 0 <= i < tok.n_vocab for i in value)
 
 
-def encode_text(served, text, add_special_tokens=True):
+def encode_text(served: ServedModel, text: str, add_special_tokens: bool = True) -> list[int]:
     """The ids of a text that is to be continued, or answered, or of the bare text."""
     check_length(served, len(text))
     if served.is_seq2seq and add_special_tokens:
@@ -431,7 +460,7 @@ def encode_text(served, text, add_special_tokens=True):
     return tokenized(served.tok.prompt if add_special_tokens else served.tok.encode, text)
 
 
-def read_prompts(served, request):
+def read_prompts(served: ServedModel, request: Completion) -> list[list[int]]:
     """The prompts of a completion, [ids]: given as a text, as ids, or as a list of either."""
     value = request.prompt
     # A list of whole numbers is one prompt as ids. type(): true is an int to isinstance.
@@ -448,7 +477,7 @@ def read_prompts(served, request):
     return prompts
 
 
-def message_text(content):
+def message_text(content: object) -> str | None:
     """The text of a message's content, a text or a list of parts; None where it is neither."""
     if isinstance(content, str):
         return content
@@ -465,7 +494,7 @@ def message_text(content):
     return "".join(texts)
 
 
-def read_message(message, where):
+def read_message(message: Any, where: str) -> dict:
     """A message with the role and the text that it has; `where` it stands, for what is wrong."""
     why = "expected {'role': system, user or assistant, 'content': a text}"
     if not isinstance(message, dict):
@@ -489,7 +518,7 @@ def read_message(message, where):
     return {"role": role, "content": text, "name": speaker}  # which some templates show
 
 
-def read_messages(served, messages, continues=False):
+def read_messages(served: ServedModel, messages: list[dict], continues: bool = False) -> list[int]:
     """The ids of a conversation, ready for the answer, or for more of the last one."""
     if served.is_seq2seq:
         why = "this model reads a source and answers it: ask /v1/completions, the source as prompt"
@@ -510,7 +539,7 @@ def read_messages(served, messages, continues=False):
     return ids
 
 
-def tokenize(served, body):
+def tokenize(served: ServedModel, body: dict) -> dict:
     """The answer to /tokenize: the ids of {"prompt"}, a text (bare where "add_special_tokens" is
     false), or of {"messages"}. A bare prompt that is the name of a special token is that token: so
     lm-eval finds out its id."""
@@ -538,7 +567,7 @@ def tokenize(served, body):
     return answer
 
 
-def detokenize(served, body):
+def detokenize(served: ServedModel, body: dict) -> dict:
     tok = served.tok
     request = read_fields(body, Detokenize)
     check_model(served, request.model)
@@ -547,7 +576,7 @@ def detokenize(served, body):
     return {"prompt": tok.decode(request.tokens)}
 
 
-def tokenizer_info(tok):
+def tokenizer_info(tok: Tokenizer) -> dict:
     """The names of the special tokens, null for one that there is not, and the chat template."""
     end_id = tok.eos_ids[0] if tok.eos_ids else None
     special = {"bos_token": tok.bos_id, "eos_token": end_id, "pad_token": tok.pad_id}
@@ -559,7 +588,9 @@ def tokenizer_info(tok):
 # Jobs
 
 
-def completion_jobs(served, request, prompts, listener):
+def completion_jobs(
+    served: ServedModel, request: Completion, prompts: list[list[int]], listener: Callable
+) -> list[Job]:
     """n jobs for each prompt, [ids]; a job's index is its choice's."""
     echoes = [None] * len(prompts)
     if request.echo:
@@ -580,7 +611,7 @@ def completion_jobs(served, request, prompts, listener):
     )
 
 
-def chat_jobs(served, request, ids, listener):
+def chat_jobs(served: ServedModel, request: Chat, ids: list[int], listener: Callable) -> list[Job]:
     """n jobs that answer a conversation, whose ids these are."""
     return make_jobs(
         served,
@@ -594,7 +625,16 @@ def chat_jobs(served, request, ids, listener):
     )
 
 
-def make_jobs(served, request, prompts, listener, echoes, ends, n_alternatives, usual_limit):
+def make_jobs(
+    served: ServedModel,
+    request: Generation,
+    prompts: list[list[int]],
+    listener: Callable,
+    echoes: list,
+    ends: Iterable[int],
+    n_alternatives: int | None,
+    usual_limit: int,
+) -> list[Job]:
     if len(prompts) * request.n > served.max_queue:
         why = f"{len(prompts)} prompts, each {request.n} times: expected {served.max_queue} at most"
         raise ApiError(400, why, "n")

@@ -8,9 +8,12 @@ The network computes them itself, in a usual pass, so that the page shows what a
 does. Layers, heads and positions count from 0. T: the tokens of the text.
 """
 
+from __future__ import annotations
+
 import base64
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +23,29 @@ from barelm.api import ApiError, read_fields
 from barelm.engine import NOT_FINITE
 from barelm.page import read_ids
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch.nn as nn
+    from torch import Tensor
+
+    from barelm.api import ServedModel
+    from barelm.tokenizer import Tokenizer
+    from model import GPT, GPTConfig
+
 MAP_TOKENS = 128  # the longest text whose attention is shown
 MEANS = ("", "heads", "layers", "both")  # over what a map is averaged
 GRID_SIDE = 32  # cells of a small map, at most, in each direction
 GRID_BYTES = 500_000  # of all small maps, about
 
 
-def attentive_part(net):
+def attentive_part(net: GPT) -> nn.Module:
     """The part of the network whose attention is shown: of an encoder-decoder the encoder, which
     reads a text."""
     return net.model.encoder if net.config.is_seq2seq else net.model
 
 
-def watch_attention(net, ids, layers, see):
+def watch_attention(net: GPT, ids: list[int], layers: Iterable[int], see: Callable) -> None:
     """Call see(layer, maps) for each of the layers, in order, in a pass over ids, a list of T; maps
     (n_head, T, T) float32, on the host: row i is what token i looks at."""
 
@@ -58,7 +71,7 @@ def watch_attention(net, ids, layers, see):
             hook.remove()
 
 
-def attention_maps(net, ids, layer=0, mean=""):
+def attention_maps(net: GPT, ids: list[int], layer: int = 0, mean: str = "") -> Tensor:
     """One layer's maps (n_head, T, T) float32 in a pass over ids, a list of T. mean: "heads", of
     that layer's heads (1, T, T); "layers", of all layers, head by head; "both" (1, T, T)."""
     n_layer = len(attentive_part(net).layers)
@@ -95,14 +108,14 @@ class Grid:
     data: bytes
 
 
-def attention_grid(net, ids):
+def attention_grid(net: GPT, ids: list[int]) -> Grid:
     """The Grid of a text's ids, a list of T, of a single pass."""
     n_layer = len(attentive_part(net).layers)
     n_maps = (n_layer + 1) * (net.config.n_head + 1)
     most = min(GRID_SIDE, max(8, math.isqrt(GRID_BYTES // n_maps)))
     block = math.ceil(len(ids) / most)
     rows = []  # of each layer uint8 (n_head + 1, side, side)
-    total = [0.0]  # of the layers' maps (n_head, T, T)
+    total: list = [0.0]  # of the layers' maps (n_head, T, T)
 
     def add(layer, maps):
         rows.append(small_maps(maps, block))
@@ -117,7 +130,7 @@ def attention_grid(net, ids):
     return Grid(n_layer, len(total[0]), side, block, data)
 
 
-def small_maps(maps, block):
+def small_maps(maps: Tensor, block: int) -> Tensor:
     """maps (n_head, T, T) and their mean as bytes (n_head + 1, side, side) uint8."""
     maps = torch.cat((maps, maps.mean(0, keepdim=True)))  # (n_head + 1, T, T)
     cells = F.max_pool2d(maps, block, ceil_mode=True)
@@ -143,7 +156,7 @@ class GridRequest:
     ids: list | None = None
 
 
-def read_attention(served, config, body):
+def read_attention(served: ServedModel, config: GPTConfig, body: dict) -> AttentionRequest:
     """An AttentionRequest with its ids."""
     n_layer = config.n_encoder_layer or config.n_layer
     limits = {"layer": (0, n_layer - 1), "head": (0, config.n_head - 1)}
@@ -156,12 +169,14 @@ def read_attention(served, config, body):
     return request
 
 
-def read_grid(served, body):
+def read_grid(served: ServedModel, body: dict) -> list[int]:
     """The ids of a GridRequest."""
     return ids_to_show(served, read_fields(body, GridRequest, {}, {}), "attention")
 
 
-def ids_to_show(served, request, what):
+def ids_to_show(
+    served: ServedModel, request: AttentionRequest | GridRequest, what: str
+) -> list[int]:
     """The ids of a request's text, as few as are shown."""
     ids = read_ids(served, request.text, request.ids)
     most = min(MAP_TOKENS, served.max_len)
@@ -171,7 +186,7 @@ def ids_to_show(served, request, what):
     return ids
 
 
-def attention_answer(tok, request, maps):
+def attention_answer(tok: Tokenizer, request: AttentionRequest, maps: Tensor) -> dict:
     """Of each head, or of the mean, a row for each token: what it looks at; where none sees what is
     behind it, up to itself."""
     is_causal = not maps.triu(1).any()
@@ -185,7 +200,7 @@ def attention_answer(tok, request, maps):
     }
 
 
-def rounded_rows(rows, is_causal):
+def rounded_rows(rows: list, is_causal: bool) -> list[list[float]]:
     """The rows, of causal ones row i up to its place i."""
     rounded = []
     for i, row in enumerate(rows):
@@ -194,7 +209,7 @@ def rounded_rows(rows, is_causal):
     return rounded
 
 
-def grid_answer(tok, ids, grid):
+def grid_answer(tok: Tokenizer, ids: list[int], grid: Grid) -> dict:
     return {
         "tokens": ids,
         "token_strs": [token_name(tok, id) for id in ids],

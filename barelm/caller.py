@@ -16,6 +16,7 @@ from barelm.run import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from typing import Any
 
     from barelm.jobs import Job
     from barelm.mirror import Mirror
@@ -53,7 +54,7 @@ class Caller(threading.Thread):
             self.wake.notify()
         return future
 
-    def when_idle(self, f, *args):
+    def when_idle(self, f: Callable, *args: Any) -> Future:
         """A Future of f(*args), called when no sequence is in the batch: those that wait, or come
         meanwhile, begin behind it. With several processes, f is called in this one alone."""
         future = Future()
@@ -62,7 +63,7 @@ class Caller(threading.Thread):
             self.wake.notify()
         return future
 
-    def forget(self):
+    def forget(self) -> None:
         """The network has other weights: what was computed of the old ones is used no more."""
 
     def cancel(self, jobs: list[Job]) -> None:
@@ -95,7 +96,7 @@ class Caller(threading.Thread):
             answer(future, self.mirror, (f, *args))
 
 
-def answer(future, f, args):
+def answer(future: Future, f: Callable, args: tuple) -> None:
     """Give a Future what f(*args) returns or raises."""
     if not future.set_running_or_notify_cancel():  # it was given up meanwhile
         return

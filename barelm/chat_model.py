@@ -1,12 +1,18 @@
 """What the page says of a model's chat: whether it was trained to converse, and what its template
 puts before a conversation by itself."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from barelm.files import read_json
 from barelm.run import UserError
 from barelm.tokenizer import unused_letters
+
+if TYPE_CHECKING:
+    from barelm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -20,7 +26,7 @@ class ChatModel:
     system: str = ""  # the system prompt in that, where the template brings one
 
 
-def describe_chat(tok, folder):
+def describe_chat(tok: Tokenizer, folder: Path) -> ChatModel:
     """The ChatModel of a tokenizer and of the folder that it came with.
 
     A model is taken for one that was trained to converse where generation ends at the token that
@@ -45,7 +51,7 @@ def describe_chat(tok, folder):
     return ChatModel(not why, why, True, opening, system)
 
 
-def is_pretrained(folder):
+def is_pretrained(folder: Path) -> bool:
     """Whether a folder is a run of train.py that began with no other model."""
     try:
         run = read_json(Path(folder) / "run.json", {})
@@ -59,7 +65,7 @@ def is_pretrained(folder):
     return config.get("init_from") == "scratch" and "method" not in config
 
 
-def opening_of(tok):
+def opening_of(tok: Tokenizer) -> tuple[str, str]:
     """(what the chat template puts before the words of a first user, the system prompt in it that
     it brings by itself, or "")."""
     user, system = unused_letters([], 2)

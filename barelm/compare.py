@@ -74,10 +74,12 @@ def table(rows: list) -> list[str]:
 
 def score_lines(scores: dict[str, dict]) -> list[str]:
     """The table of {run: its scores}: a column for each (task, metric)."""
+    from config import command_of  # here, since the scripts alone need it
+
     lines = []
     for run, its_scores in scores.items():
         if not its_scores:
-            lines.append(f"{run}: no results.json (python eval.py --model={run})\n")
+            lines.append(f"{run}: no results.json ({command_of('eval')} --model={run})\n")
     columns = all_scores(scores)
     if not columns:
         return lines

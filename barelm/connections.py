@@ -190,7 +190,7 @@ def raise_file_limit(resource: ModuleType, wanted: int) -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def reuse_option():
+def reuse_option() -> tuple[int, int]:
     """Of a port whose last server has just ended, so that it can be had again. Windows would give a
     port to two servers by that, and has the opposite to forbid it."""
     if sys.platform == "win32":

@@ -521,7 +521,7 @@ class Decoder:
             if isinstance(product, PlacedProduct):
                 product.refresh()
 
-    def forget(self):
+    def forget(self) -> None:
         """The network has other weights, in the places of the old ones: copies of these in other
         layouts are made anew, and with them the graphs that read them."""
         if self.products and self.net.quantize:

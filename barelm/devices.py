@@ -5,16 +5,22 @@ no collective exchange, no pinned memory, and what is compiled or captured for a
 cpu: the rest. tests/test_platforms.py holds the mps paths against a device that refuses float64;
 no test of ours has run on a Mac (docs/platforms.md)."""
 
+from __future__ import annotations
+
 import os
 import re
+from typing import TYPE_CHECKING
 
 import torch
 
 from barelm import host
 from barelm.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def choose_device(device, rank=0, world=1, can_mps=True):
+
+def choose_device(device: str, rank: int = 0, world: int = 1, can_mps: bool = True) -> torch.device:
     """The torch.device for --device; "auto" is the first of cuda, mps, cpu that is here. can_mps:
     whether the script runs on a Mac's GPU."""
     if device == "auto":
@@ -29,7 +35,7 @@ def choose_device(device, rank=0, world=1, can_mps=True):
     return place
 
 
-def best_device(world, can_mps):
+def best_device(world: int, can_mps: bool) -> str:
     if torch.cuda.is_available():
         return "cuda"
     # Several processes exchange what they have, which torch cannot on mps.
@@ -38,7 +44,7 @@ def best_device(world, can_mps):
     return "cpu"
 
 
-def check_mps(world, can_mps):
+def check_mps(world: int, can_mps: bool) -> None:
     """Refuse mps where it is not, or does not do what is asked."""
     if not torch.backends.mps.is_available():
         why = "this torch, or this machine, has none (a Mac of Apple's chips has): use cpu"
@@ -49,7 +55,7 @@ def check_mps(world, can_mps):
         raise UserError("--device=mps: for one process: torch exchanges nothing there: use cpu")
 
 
-def choose_gpu(place, rank, world):
+def choose_gpu(place: torch.device, rank: int, world: int) -> torch.device:
     """The GPU of this process: the one that was named, or of several processes each its own."""
     index = place.index or 0
     if world > 1:
@@ -62,24 +68,24 @@ def choose_gpu(place, rank, world):
     return place
 
 
-def wide_dtype(device):
+def wide_dtype(device: torch.device) -> torch.dtype:
     """In which sums are kept: float64, or float32 on mps, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def widen(x):
+def widen(x: Tensor) -> Tensor:
     """A tensor in the dtype in which sums are kept."""
     return x.to(wide_dtype(x.device))
 
 
-def why_not_on_mps(device):
+def why_not_on_mps(device: torch.device) -> str:
     """Why nothing is compiled on mps, or ""."""
     if device.type == "mps":
         return "what torch compiles for MPS is not tried here"
     return ""
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -87,7 +93,7 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def memory_used(device):
+def memory_used(device: torch.device) -> int:
     """The most memory that this process has held, in bytes: on the GPU, or resident. On mps: what
     it holds now."""
     if device.type == "cuda":
@@ -97,7 +103,7 @@ def memory_used(device):
     return host.memory_used()
 
 
-def free_memory(device):
+def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on the device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -434,7 +434,7 @@ class Engine(Caller):
             if job.cancelled:
                 self.release(job)
 
-    def forget(self):
+    def forget(self) -> None:
         self.under_way.clear()  # of sequences that have left
         self.cached_ids = [[] for _ in range(self.max_batch)]
         self.decoder.forget()

@@ -49,7 +49,9 @@ def read_rows(dataset: str, task: str, split: str) -> list[dict]:
     if not path.is_file():
         if split == "val":  # training goes on without validation
             return []
-        make = f"python prepare.py --task={task} --source=... --dataset={dataset}"
+        from config import command_of  # here, since the scripts alone need it
+
+        make = f"{command_of('prepare')} --task={task} --source=... --dataset={dataset}"
         raise UserError(f"{path}: no such file: {make} makes it")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):  # at \n and \r alone

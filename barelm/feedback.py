@@ -1,16 +1,24 @@
 """Thumbs up and down that the page sends, into a file: a line of JSON for each. What the lines say,
 and what prepare.py makes of them, is barelm/ratings.py's."""
 
+from __future__ import annotations
+
 import json
 import os
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from barelm.api import ApiError, check_length, check_model, read_fields, read_message
 from barelm.jobs import limited
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from barelm.api import ServedModel
 
 FEEDBACK_BYTES = 1 << 30  # that the file may have; a full one takes no more
 
@@ -25,7 +33,7 @@ class Feedback:
     model: str | None = None
 
 
-def read_feedback(served, body):
+def read_feedback(served: ServedModel, body: dict) -> dict:
     """The line of the file, a dict, that a request's JSON asks for."""
     request = read_fields(body, Feedback, neutral={}, ignored={})
     check_model(served, request.model)
@@ -51,7 +59,7 @@ class FeedbackFile:
     behind all others. What a killed server or a full disk left of one is ended as a line of its
     own, which prepare.py tells and leaves out."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = threading.Lock()
         try:
@@ -59,14 +67,14 @@ class FeedbackFile:
         except OSError as error:
             raise UserError(f"--feedback={path}: {error.strerror}") from None
 
-    def open(self):
+    def open(self) -> int:
         """The file's number. It is opened for each line, so that it may be moved away meanwhile."""
         flags = (
             os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
         )  # Windows has that
         return os.open(self.path, flags, 0o666)
 
-    def append(self, row):
+    def append(self, row: dict) -> None:
         """Write a line; when this returns it is on the disk. An ApiError where it cannot be."""
         line = (json.dumps(row) + "\n").encode()  # ASCII: half a surrogate pair has no UTF-8
         try:
@@ -75,7 +83,7 @@ class FeedbackFile:
         except OSError as error:
             raise ApiError(507, f"the feedback cannot be written: {error.strerror}") from None
 
-    def append_bytes(self, line):
+    def append_bytes(self, line: bytes) -> None:
         number = self.open()
         try:
             lock_file(number)
@@ -91,13 +99,13 @@ class FeedbackFile:
             os.close(number)  # which frees the lock
 
 
-def last_byte(number, size):
+def last_byte(number: int, size: int) -> bytes:
     """The byte at the end of an open file of this size."""
     os.lseek(number, size - 1, os.SEEK_SET)
     return os.read(number, 1)
 
 
-def lock_file(number):
+def lock_file(number: int) -> None:
     """Wait until no other server writes this file; where a system has no such locks, it is the
     place of the writing that keeps the lines whole."""
     with suppress(ImportError):

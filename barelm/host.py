@@ -4,6 +4,8 @@ each do in a way of their own (docs/platforms.md). Nothing but the standard libr
 Every question is asked anew of `sys.platform`, so that a test can put another system's facts here.
 """
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
@@ -14,13 +16,17 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
 
 
-def is_linux():
+def is_linux() -> bool:
     return sys.platform == "linux"
 
 
-def is_windows():
+def is_windows() -> bool:
     return sys.platform == "win32"
 
 
@@ -28,7 +34,7 @@ def is_windows():
 # Cores
 
 
-def allowed_cores():
+def allowed_cores() -> int:
     """How many cores the system lets this process run on: those of its affinity, where a system has
     such a thing; else all."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
@@ -36,21 +42,21 @@ def allowed_cores():
     return os.cpu_count() or 1
 
 
-def usable_cores():
+def usable_cores() -> int:
     """`allowed_cores`, or fewer where a container's quota is less: at least 1."""
     quota = cpu_quota()
     cores = allowed_cores()
     return cores if quota is None else min(cores, whole_cores(quota))
 
 
-def whole_cores(quota):
+def whole_cores(quota: float) -> int:
     """The number of threads for a quota of cores, to the nearest: 2 for 1.5, 1 for 1.2. Measured on
     two cores: 2 threads were 1.2 times as fast as one under a quota of 1.5, and 0.86 times under
     1.2, since whoever waits for the other spends the quota too."""
     return max(1, int(quota + 0.5))
 
 
-def cpu_quota(proc="/proc/self"):
+def cpu_quota(proc: str = "/proc/self") -> float | None:
     """How many cores' time the control groups of this process allow it, a container's say: the
     least of all levels, such as 1.5; None where nothing limits it, or no Linux says so."""
     try:
@@ -70,7 +76,7 @@ def cpu_quota(proc="/proc/self"):
     return min(quotas, default=None)
 
 
-def cpu_groups(groups, mounts):
+def cpu_groups(groups: str, mounts: str) -> list[tuple[Path, Path]]:
     """[(this process's folder of a hierarchy that limits cores, the folder where that is mounted)]:
     of /proc/self/cgroup and /proc/self/mountinfo (cgroups(7), proc_pid_mountinfo(5))."""
     own_path = {}  # {"": version 2's, "cpu": version 1's}
@@ -95,12 +101,12 @@ def cpu_groups(groups, mounts):
     return folders
 
 
-def unescape_mount(text):
+def unescape_mount(text: str) -> str:
     """A path of mountinfo, where spaces are \\040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
-def quota_of(folder):
+def quota_of(folder: Path) -> float | None:
     """The cores' time that one control group allows: version 2's cpu.max, or version 1's."""
     with suppress(OSError, ValueError):  # the root has none; "max" is no number
         quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
@@ -113,7 +119,7 @@ def quota_of(folder):
     return None
 
 
-def seconds_waited(proc="/proc/self"):
+def seconds_waited(proc: str = "/proc/self") -> float | None:
     """Seconds that this process's threads have stood ready to run, and had no core: others had it,
     or the quota was spent. The sum over all threads; None where the system does not say."""
     total = 0
@@ -131,7 +137,7 @@ def seconds_waited(proc="/proc/self"):
 # Memory
 
 
-def memory_used():
+def memory_used() -> int:
     """The most memory that this process has had resident, in bytes; 0 on Windows."""
     try:
         import resource
@@ -141,7 +147,7 @@ def memory_used():
     return most if sys.platform == "darwin" else 1024 * most
 
 
-def free_memory():
+def free_memory() -> int:
     """Bytes that a process may still take here; on macOS all that the machine has."""
     if is_windows():
         return windows_memory()
@@ -164,7 +170,7 @@ class MemoryStatus(ctypes.Structure):
     ]
 
 
-def windows_memory():
+def windows_memory() -> int:
     """Bytes that are free, or of a small machine where Windows does not say it."""
     status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
     with suppress(AttributeError, OSError):
@@ -179,7 +185,7 @@ def windows_memory():
 PATIENCE = 2.0  # seconds that a file which another program holds is waited for, on Windows
 
 
-def replace(source, target):
+def replace(source: str | Path, target: str | Path) -> None:
     """os.replace. Windows refuses it while any program has the target open, as one that searches
     for viruses has each new file for a moment."""
     give_up = time.monotonic() + PATIENCE
@@ -192,7 +198,7 @@ def replace(source, target):
             time.sleep(0.05)
 
 
-def lock(file, exclusive=True):
+def lock(file: BinaryIO, exclusive: bool = True) -> bool:
     """Lock an open file for this process as long as it is open: whether no other has it. An OSError
     where there are no locks; Windows has no shared ones, so that there each one is exclusive."""
     try:
@@ -207,7 +213,7 @@ def lock(file, exclusive=True):
     return True
 
 
-def lock_byte(file):
+def lock_byte(file: BinaryIO) -> bool:
     """`lock` on Windows: of a byte far behind the file's end, so that others may read the file."""
     try:
         import msvcrt
@@ -228,7 +234,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 FORBIDDEN = '<>:"|?*'
 
 
-def why_no_name(path):
+def why_no_name(path: Path) -> str:
     """Why Windows can have no file of this path; "" where it can, and on other systems."""
     if not is_windows():
         return ""
@@ -251,7 +257,7 @@ def why_no_name(path):
 KILLED = -signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM
 
 
-def end_group(process):
+def end_group(process: subprocess.Popen) -> None:
     """End a process that was started with start_new_session=True, and all that it started."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):  # none is left
@@ -264,7 +270,7 @@ def end_group(process):
     process.wait()
 
 
-def signal_name(status):
+def signal_name(status: int) -> str:
     """The signal of an exit status below 0, in words."""
     try:
         return signal.Signals(-status).name
@@ -276,7 +282,7 @@ def signal_name(status):
 # Output
 
 
-def print_everything():
+def print_everything() -> None:
     """Let nothing that is printed end the script: a sign that the console's or a pipe's encoding
     lacks (cp1252 on Windows) is written as \\u2026."""
     if is_windows():
@@ -288,6 +294,6 @@ def print_everything():
             stream.reconfigure(errors="backslashreplace")
 
 
-def is_unicode(encoding):
+def is_unicode(encoding: str | None) -> bool:
     """Whether an encoding has every sign."""
     return str(encoding).lower().replace("_", "-").startswith("utf")

@@ -3,15 +3,23 @@
 job = Job(tok, tok.encode("import"), limit=9, sampling=Sampling(seed=1), listener=print)
 """
 
+from __future__ import annotations
+
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from barelm.sampling import GREEDY, OFF, draws
 from barelm.texts import Row
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def limited(default, least, most):
+    from barelm.tokenizer import Tokenizer
+
+
+def limited(default: float | None, least: float, most: float) -> Any:
     """A field of a dataclass that wants numbers from `least` to `most`."""
     return field(default=default, metadata={"limits": (least, most)})
 
@@ -30,9 +38,9 @@ class Sampling:
     top_p: float = limited(1.0, 0, 1)  # draw among the likeliest with this much probability
     min_p: float = limited(0.0, 0, 1)  # draw among those this fraction as likely as the likeliest
     seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draws; None: 0
-    stop: object = field(default_factory=list)  # texts that end the answer, which lacks them
+    stop: Any = field(default_factory=list)  # texts that end the answer, which lacks them
 
-    def options(self):
+    def options(self) -> dict:
         """As a Decoder takes them."""
         return {name: getattr(self, name) for name in OFF}
 
@@ -50,13 +58,13 @@ class Token:
 class Update:
     """What is new of a job."""
 
-    job: "Job"
+    job: Job
     text: str
     tokens: list  # [Token]
     done: bool  # nothing comes after it
     error: str | None = None  # why the job failed
 
-    def add(self, later):
+    def add(self, later: Update) -> None:
         """Make this and a later Update of the same job one."""
         self.text += later.text
         self.tokens += later.tokens
@@ -78,8 +86,17 @@ class Job:
     """
 
     def __init__(
-        self, tok, ids, limit, sampling, listener, index=0, ends=(), n_alternatives=None, echo=None
-    ):
+        self,
+        tok: Tokenizer,
+        ids: list[int],
+        limit: int,
+        sampling: Sampling,
+        listener: Callable,
+        index: int = 0,
+        ends: Any = (),
+        n_alternatives: int | None = None,
+        echo: Any = None,
+    ) -> None:
         self.ids = ids
         self.sampling = sampling
         self.listener = listener
@@ -94,7 +111,7 @@ class Job:
         self.uniform = None  # (limit,), one draw a token
         if sampling.temperature >= GREEDY:
             self.uniform = draws(sampling.seed or 0, index, limit)
-        self.slot = None  # of the decoder, while it is in the batch
+        self.slot: int | None = None  # of the decoder, while it is in the batch
         self.n_read = 0  # tokens of the prompt that the cache has
         self.n_reused = 0  # those of them that it had already
         self.cancelled = False
@@ -103,10 +120,10 @@ class Job:
         self.last_token_at = None
 
     @property
-    def n_generated(self):
+    def n_generated(self) -> int:
         return len(self.row.out.ids)
 
-    def news(self):
+    def news(self) -> Update:
         """The Update of what was not told yet."""
         update = Update(self, "".join(self.pieces), self.tokens, done=self.row.done)
         self.tokens = []
@@ -121,24 +138,24 @@ class Updates:
 
     All of it belongs to the event loop's thread."""
 
-    def __init__(self, at_end=False):
+    def __init__(self, at_end: bool = False) -> None:
         self.at_end = at_end
         self.by_job = {}  # {index: Update}
         self.problem = None  # an exception, of the watcher or the clock
         self.is_new = asyncio.Event()
 
-    def listener(self, update):
+    def listener(self, update: Update) -> None:
         earlier = self.by_job.setdefault(update.job.index, update)
         if earlier is not update:
             earlier.add(update)
         if update.done or not self.at_end:
             self.is_new.set()
 
-    def fail(self, problem):
+    def fail(self, problem: Exception) -> None:
         self.problem = problem
         self.is_new.set()
 
-    async def take(self):
+    async def take(self) -> list[Update]:
         """What is new, [Update]."""
         await self.is_new.wait()
         self.is_new.clear()

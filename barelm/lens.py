@@ -14,9 +14,12 @@ on from here.
 T tokens, C: n_embd, H: heads, D: head_dim, V: vocabulary, L: blocks.
 """
 
+from __future__ import annotations
+
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -26,8 +29,16 @@ from barelm.filling import eager, ids_with_gaps
 from barelm.quantized import QuantizedLinear, dequantize
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
-def check_lens(net):
+    from torch import Tensor
+
+    from barelm.tokenizer import Tokenizer
+    from model import GPT, Block
+
+
+def check_lens(net: GPT) -> None:
     """Refuse a network whose residual stream the lens does not read."""
     if net.ops.heads is not None:
         raise UserError("layers are shown of a network that one process has: start it with --tp=1")
@@ -37,7 +48,7 @@ def check_lens(net):
         )
 
 
-def encoder_ids(tok, text):
+def encoder_ids(tok: Tokenizer, text: str) -> tuple[list[int], int | None]:
     """(ids, the place of the first mask or None) of a text that an encoder reads."""
     names = [name for name, id in tok.special.items() if id == tok.mask_id]
     if not any(name in text for name in names):
@@ -64,7 +75,7 @@ class Trace:
 
 
 @contextmanager
-def plainly(net):
+def plainly(net: GPT) -> Iterator[None]:
     """Within, net computes as model.py stands: each module is called, and so are its hooks."""
     ops = net.ops
     before = (ops.fast, ops.deterministic)
@@ -77,7 +88,7 @@ def plainly(net):
         ops.fast, ops.deterministic = before
 
 
-def run(net, ids, source=None):
+def run(net: GPT, ids: list[int], source: list[int] | None = None) -> Trace:
     """The Trace of a pass over ids, a list. Of an encoder-decoder: the decoder's, which has ids
     behind it, its start token the first, and reads the ids `source`."""
     device = net.model.embed_tokens.weight.device
@@ -89,14 +100,14 @@ def run(net, ids, source=None):
         return looked_at(net, net.model, ids, lambda: net.hidden(rows, memory=memory))
 
 
-def run_encoder(net, ids):
+def run_encoder(net: GPT, ids: list[int]) -> Trace:
     """The Trace of an encoder-decoder's encoder."""
     rows = torch.tensor([ids], device=net.model.embed_tokens.weight.device)
     with plainly(net):
         return looked_at(net, net.model.encoder, ids, lambda: net.encode(rows))
 
 
-def looked_at(net, part, ids, compute):
+def looked_at(net: GPT, part: nn.Module, ids: list[int], compute: Callable) -> Trace:
     """The Trace of compute(), a pass of `part`: the decoder, or the encoder."""
     trace = Trace(ids, part.layers)
 
@@ -124,7 +135,7 @@ def looked_at(net, part, ids, compute):
     return trace
 
 
-def parts_of(block):
+def parts_of(block: Block) -> list[nn.Module]:
     """The modules of a block whose inputs and outputs say what it adds to the residual stream."""
     modules = [block.self_attn, block.self_attn.o_proj, block.mlp]
     if hasattr(block, "cross_attn"):
@@ -133,7 +144,7 @@ def parts_of(block):
     return modules
 
 
-def states(trace):
+def states(trace: Trace) -> list[Tensor]:
     """The residual stream [(T, C)] of L + 1 places: what the first block reads, and what each block
     leaves."""
     first = trace.inputs[trace.blocks[0]]
@@ -155,7 +166,9 @@ class Guesses:
     ranks: list  # (T,): how many tokens are likelier than it
 
 
-def logit_lens(net, x, n_vocab, k, wanted=None):
+def logit_lens(
+    net: GPT, x: Tensor, n_vocab: int, k: int, wanted: list[int] | None = None
+) -> Guesses:
     """The Guesses of states x (T, C): by the final norm, the encoder's head layers where there are
     any, and the head, as if no block came behind. wanted (T,) ids, a list; None: the likeliest."""
     with plainly(net):
@@ -177,7 +190,7 @@ def logit_lens(net, x, n_vocab, k, wanted=None):
     )
 
 
-def check_finite(tensor):
+def check_finite(tensor: Tensor) -> None:
     if not tensor.isfinite().all():
         raise UserError(NOT_FINITE)
 
@@ -203,7 +216,9 @@ class Attribution:
     capped: float | None  # behind it; None: the network has none
 
 
-def attribute(net, trace, position, token, against=None):
+def attribute(
+    net: GPT, trace: Trace, position: int, token: int, against: int | None = None
+) -> Attribution:
     """The Attribution of the logit of `token` at a position of a Trace, or of its difference to
     that of the token `against`.
 
@@ -237,7 +252,7 @@ def attribute(net, trace, position, token, against=None):
     return Attribution(shares, logit, capped)
 
 
-def own_logits(net, h, token, against):
+def own_logits(net: GPT, h: Tensor, token: int, against: int | None) -> tuple[float, float | None]:
     """(the logit that the network makes of a final state h (C,), or the difference; the same behind
     a softcap, or None)."""
     with plainly(net):
@@ -251,7 +266,7 @@ def own_logits(net, h, token, against):
     return both[0], both[1] if net.config.logit_softcap else None
 
 
-def check_linear(net):
+def check_linear(net: GPT) -> None:
     """Refuse a network whose logits are no sum of what its parts add."""
     if net.config.mlm_head:
         raise UserError(
@@ -260,7 +275,7 @@ def check_linear(net):
         )
 
 
-def check_sum(rounding, shares, dtype):
+def check_sum(rounding: float, shares: list[Share], dtype: torch.dtype) -> None:
     """Refuse shares that leave more than rounding: a fork's block does something else than add."""
     size = sum(abs(share.value) for share in shares)
     most = 1e-4 if dtype in (torch.float32, torch.float64) else 0.1
@@ -276,37 +291,37 @@ class Stream:
     """The residual stream at one position of a Trace as a sum of parts: names [(kind, layer,
     head)], and vectors (n, C), float64."""
 
-    def __init__(self, trace, position):
+    def __init__(self, trace: Trace, position: int) -> None:
         self.trace = trace
         self.position = position
         self.names = []
         self.vectors = None
 
-    def read(self, module):
+    def read(self, module: nn.Module) -> Tensor:
         """What a module read at this position, (…) float64."""
         return exact(self.trace.inputs[module][self.position])
 
-    def gave(self, module):
+    def gave(self, module: nn.Module) -> Tensor:
         return exact(self.trace.outputs[module][self.position])
 
-    def add(self, names, vectors):
+    def add(self, names: list, vectors: Tensor) -> None:
         self.names = self.names + names
         if self.vectors is None:
             self.vectors = vectors
         else:
             self.vectors = torch.cat([self.vectors, vectors])
 
-    def add_bias(self, layer, bias):
+    def add_bias(self, layer: int, bias: Tensor) -> None:
         """A vector (C,) that is the same in every text; of zeros none is added."""
         if bias is not None and bias.any():
             self.add([("bias", layer, None)], bias[None])
 
-    def through(self, norm, layer):
+    def through(self, norm: nn.Module, layer: int) -> None:
         """All parts so far pass a norm."""
         self.vectors, bias = normed(norm, self.read(norm), self.vectors)
         self.add_bias(layer, bias)
 
-    def add_embedding(self, net):
+    def add_embedding(self, net: GPT) -> None:
         """The token's embedding, and what is added to it: its position, and BERT's type."""
         token = self.trace.outputs[net.model.embed_tokens][self.position]  # (C,)
         if net.config.embed_scale:  # in its dtype, as the network does it
@@ -321,7 +336,7 @@ class Stream:
         if has_norm:
             self.through(net.model.embed_norm, None)
 
-    def add_block(self, i):
+    def add_block(self, i: int) -> None:
         """What block i adds, in the order of model.py's Block.forward."""
         block = self.trace.blocks[i]
         is_post = block.c.norm_place == "post"
@@ -338,7 +353,7 @@ class Stream:
         else:
             self.add([("mlp", i, None)], self.gave(block.mlp_out_norm)[None])
 
-    def add_attention(self, i, attention, out_norm, prefix):
+    def add_attention(self, i: int, attention: nn.Module, out_norm: nn.Module, prefix: str) -> None:
         """Each head's part of what attention adds, and its biases; with a bottleneck behind it,
         which is not linear, one part for all heads."""
         layer = attention.o_proj
@@ -361,12 +376,12 @@ class Stream:
         self.add_bias(i, vectors[-1] if bias is None else vectors[-1] + bias)
 
 
-def exact(tensor):
+def exact(tensor: Tensor) -> Tensor:
     """A tensor in float64 on the host: not every device has it."""
     return tensor.detach().to("cpu", torch.float64)
 
 
-def normed(norm, x, vectors):
+def normed(norm: nn.Module, x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
     """(what becomes of parts, vectors (n, C), as their sum x (C,) passes a norm; the norm's bias
     (C,) or None). Its scale is that of x, frozen."""
     if isinstance(norm, nn.Identity):
@@ -384,7 +399,7 @@ def normed(norm, x, vectors):
     return vectors / size * exact(norm.weight), bias
 
 
-def head_row(head, token):
+def head_row(head: nn.Linear, token: int) -> Tensor:
     """The weights (C,) float64 of a token's logit."""
     if isinstance(head, QuantizedLinear):
         row = dequantize(head.weight[token, None], head.scale[token, None])
@@ -392,6 +407,6 @@ def head_row(head, token):
     return exact(head.weight[token])
 
 
-def head_bias(head, token):
+def head_bias(head: nn.Linear, token: int) -> float:
     bias = getattr(head, "bias", None)
     return 0.0 if bias is None else bias[token].item()

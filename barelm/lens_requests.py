@@ -1,7 +1,10 @@
 """What the page's view Layers asks and is answered: a JSON object in, one out. What is computed is
 in barelm/lens.py and barelm/patching.py."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from barelm import lens
 from barelm.answers import token_name
@@ -10,6 +13,12 @@ from barelm.jobs import limited
 from barelm.page import read_ids
 from barelm.patching import KINDS, Patching, check_pair
 from barelm.run import UserError
+
+if TYPE_CHECKING:
+    from barelm.api import ServedModel
+    from barelm.lens import Attribution, Guesses
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
 
 LENS_TOKENS = 64  # the longest text that the lens reads
 PATCH_TOKENS = 24  # the longest that is patched: each token costs a pass a layer
@@ -24,7 +33,14 @@ class Reading:
     position: int
 
 
-def read_text(served, net, text, ids, name="text", most=LENS_TOKENS):
+def read_text(
+    served: ServedModel,
+    net: GPT,
+    text: str | None,
+    ids: list[int] | None,
+    name: str = "text",
+    most: int = LENS_TOKENS,
+) -> tuple[list[int], int | None]:
     """(the ids of a request's text or ids; the place of its first mask, or None). An encoder reads
     masks by their name, such as [MASK]."""
     place = None
@@ -41,14 +57,14 @@ def read_text(served, net, text, ids, name="text", most=LENS_TOKENS):
     return ids, place
 
 
-def read_target(served, net, target):
+def read_target(served: ServedModel, net: GPT, target: str) -> list[int]:
     """What the decoder of an encoder-decoder has behind it: its start token and the text."""
     if net.start_id is None:
         raise ApiError(400, "an encoder-decoder without a start token: config.json has none")
     return [net.start_id, *encode_text(served, target, add_special_tokens=False)]
 
 
-def read_reading(served, net, request):
+def read_reading(served: ServedModel, net: GPT, request: LensRequest | SharesRequest) -> Reading:
     """The Reading of a request with text or ids, target and position."""
     lens.check_lens(net)
     ids, place = read_text(served, net, request.text, request.ids)
@@ -64,7 +80,7 @@ def read_reading(served, net, request):
     return Reading(ids, source, chosen_position(ids, place, request.position))
 
 
-def chosen_position(ids, place, position):
+def chosen_position(ids: list[int] | None, place: int | None, position: int | None) -> int:
     """The position that was asked about, or else that of a mask, or else the last."""
     if position is None:
         return len(ids) - 1 if place is None else place
@@ -74,7 +90,7 @@ def chosen_position(ids, place, position):
     return position
 
 
-def read_token(served, value, name):
+def read_token(served: ServedModel, value: int | str, name: str) -> int:
     """The id that a request's field is: an id, or the text of one token."""
     tok = served.tok
     if not isinstance(value, str):
@@ -90,18 +106,18 @@ def read_token(served, value, name):
     return ids[0]
 
 
-def names_of(tok, ids):
+def names_of(tok: Tokenizer, ids: list[int] | None) -> list[str]:
     return [token_name(tok, id) for id in ids]
 
 
-def part_of(net):
+def part_of(net: GPT) -> str:
     """Which part of the network is looked at."""
     if net.config.is_seq2seq:
         return "decoder"
     return "decoder-only" if net.config.causal else "encoder"
 
 
-def reading_head(served, net, reading):
+def reading_head(served: ServedModel, net: GPT, reading: Reading) -> dict:
     """What every answer about a Reading begins with."""
     tok = served.tok
     masks = [name for name, id in tok.special.items() if id == tok.mask_id]
@@ -127,20 +143,20 @@ class LensRequest:
     k: int = limited(5, 1, 20)  # tokens of each layer and position
 
 
-def read_lens(served, net, body):
+def read_lens(served: ServedModel, net: GPT, body: dict) -> tuple[LensRequest, Reading]:
     """(a LensRequest, its Reading)."""
     request = read_fields(body, LensRequest, neutral={}, ignored={})
     return request, read_reading(served, net, request)
 
 
-def lens_head(served, net, reading, last):
+def lens_head(served: ServedModel, net: GPT, reading: Reading, last: Guesses) -> dict:
     """What is answered beside the rows. last: the Guesses of the last layer."""
     wanted = [tokens[0] for tokens in last.tokens]
     answers = {"answers": wanted, "answer_strs": names_of(served.tok, wanted)}
     return reading_head(served, net, reading) | answers
 
 
-def lens_row(served, guesses):
+def lens_row(served: ServedModel, guesses: Guesses) -> dict:
     """What one layer says, at each position: its tokens with their probabilities; the probability
     and the rank, 0 the likeliest, of what the last layer says there; the entropy in bits."""
     return {
@@ -153,7 +169,7 @@ def lens_row(served, guesses):
     }
 
 
-def rounded(values, digits):
+def rounded(values: list[float], digits: int) -> list[float]:
     return [round(value, digits) for value in values]
 
 
@@ -167,11 +183,11 @@ class SharesRequest:
     ids: list | None = None
     target: str = ""
     position: int | None = None
-    token: object = None  # an id, or the text of one token; None: the likeliest
-    against: object = None  # its logit is taken off; None: nothing is
+    token: Any = None  # an id, or the text of one token; None: the likeliest
+    against: Any = None  # its logit is taken off; None: nothing is
 
 
-def read_shares(served, net, body):
+def read_shares(served: ServedModel, net: GPT, body: dict) -> tuple[SharesRequest, Reading]:
     """(a SharesRequest with ids for token and against, its Reading)."""
     request = read_fields(body, SharesRequest, neutral={}, ignored={})
     for name in ("token", "against"):
@@ -181,7 +197,9 @@ def read_shares(served, net, body):
     return request, read_reading(served, net, request)
 
 
-def compute_shares(net, n_vocab, reading, token, against):
+def compute_shares(
+    net: GPT, n_vocab: int, reading: Reading, token: int | None, against: int | None
+) -> tuple[int, Attribution]:
     """(the token, its Attribution): of the likeliest where token is None."""
     trace = lens.run(net, reading.ids, reading.source)
     if token is None:
@@ -192,7 +210,14 @@ def compute_shares(net, n_vocab, reading, token, against):
     return token, lens.attribute(net, trace, reading.position, token, against)
 
 
-def shares_answer(served, net, request, reading, token, result):
+def shares_answer(
+    served: ServedModel,
+    net: GPT,
+    request: SharesRequest,
+    reading: Reading,
+    token: int,
+    result: Attribution,
+) -> dict:
     """The shares by layer, which with those before, behind and the rounding add up to the logit."""
     against = request.against
     layers = [{} for _ in net.model.layers]
@@ -232,12 +257,12 @@ class PatchRequest:
     target: str = ""  # of an encoder-decoder: what it has written so far
     kind: str = "residual"
     position: int | None = None
-    answer: object = None  # an id, or the text of one token; None: the clean prompt's likeliest
-    other: object = None  # None: the corrupted one's, or its second choice
+    answer: Any = None  # an id, or the text of one token; None: the clean prompt's likeliest
+    other: Any = None  # None: the corrupted one's, or its second choice
     stream: bool = False  # an event for each layer
 
 
-def read_patch(served, net, body):
+def read_patch(served: ServedModel, net: GPT, body: dict) -> tuple[PatchRequest, tuple]:
     """(a PatchRequest, what `start_patching` takes)."""
     request = read_fields(body, PatchRequest, neutral={}, ignored={})
     lens.check_lens(net)
@@ -256,7 +281,7 @@ def read_patch(served, net, body):
     return request, (clean, corrupted, position, start)
 
 
-def start_patching(net, n_vocab, request, pair):
+def start_patching(net: GPT, n_vocab: int, request: PatchRequest, pair: tuple) -> Patching:
     """The Patching of a request, both texts read and the answers chosen."""
     patching = Patching(net, *pair)
     answer, other = patching.likeliest(n_vocab)
@@ -268,7 +293,7 @@ def start_patching(net, n_vocab, request, pair):
     return patching
 
 
-def patch_head(served, net, request, patching):
+def patch_head(served: ServedModel, net: GPT, request: PatchRequest, patching: Patching) -> dict:
     """What is answered before the rows."""
     tok = served.tok
     n_layer = len(patching.corrupted.blocks)

@@ -2,16 +2,25 @@
 logit of its answer, and where it parts from another prompt. Computed by barelm/lens.py and
 barelm/patching.py."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from barelm import lens
 from barelm.answers import token_name
 from barelm.patching import Patching
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from barelm.lens import Share
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 N_SHARES = 12  # the largest that are shown
 N_COLUMNS = 12  # tokens side by side in a table of patches
 
 
-def print_lens(net, tok, text, against=None):
+def print_lens(net: GPT, tok: Tokenizer, text: str, against: str | None = None) -> None:
     """Print all of it for a text; against: a text of as many tokens to patch it into."""
     lens.check_lens(net)
     ids, source, position = reading_of(net, tok, text)
@@ -24,7 +33,7 @@ def print_lens(net, tok, text, against=None):
         print_patches(net, tok, text, against)
 
 
-def reading_of(net, tok, text):
+def reading_of(net: GPT, tok: Tokenizer, text: str) -> tuple[list[int], list[int] | None, int]:
     """(ids, source or None, the position that is looked at) of a text: an encoder's first mask, or
     the last token; of an encoder-decoder the text is the source."""
     if net.config.is_seq2seq:
@@ -43,7 +52,9 @@ def reading_of(net, tok, text):
     return ids, source, len(ids) - 1 if place is None else place
 
 
-def print_layers(net, tok, ids, source, position):
+def print_layers(
+    net: GPT, tok: Tokenizer, ids: list[int], source: list[int] | None, position: int
+) -> None:
     """A line for each layer: the three likeliest tokens, and how likely the model's answer is."""
     rows = [x[position, None] for x in lens.states(lens.run(net, ids, source))]  # (1, C) each
     [answer] = lens.logit_lens(net, rows[-1], tok.n_vocab, 1).tokens[0]
@@ -58,7 +69,9 @@ def print_layers(net, tok, ids, source, position):
         print(f"{layer:10} {guesses.ranks[0] + 1:6}  {'  '.join(best)}")
 
 
-def print_shares(net, tok, ids, source, position):
+def print_shares(
+    net: GPT, tok: Tokenizer, ids: list[int], source: list[int] | None, position: int
+) -> None:
     """The largest shares of the answer's logit."""
     trace = lens.run(net, ids, source)
     x = lens.states(trace)[-1][position, None]
@@ -72,14 +85,14 @@ def print_shares(net, tok, ids, source, position):
     print(f"{rest:9.3f}  all others")
 
 
-def part_name(share):
+def part_name(share: Share) -> str:
     name = share.kind.replace("_", " ")
     if share.head is not None:
         name += f" {share.head}"
     return name if share.layer is None else f"layer {share.layer}, {name}"
 
 
-def print_patches(net, tok, clean, corrupted):
+def print_patches(net: GPT, tok: Tokenizer, clean: str, corrupted: str) -> None:
     """A line for each layer: how much of the difference between the two answers comes back, in
     percent, with the residual stream of one position from the clean text."""
     pair = []
@@ -87,7 +100,7 @@ def print_patches(net, tok, clean, corrupted):
         ids, source, position = reading_of(net, tok, text)
         pair.append(ids if source is None else source)
     start = ids if net.config.is_seq2seq else None
-    patching = Patching(net, *pair, position, start)
+    patching = Patching(net, pair[0], pair[1], position, start)
     answers = patching.likeliest(tok.n_vocab)
     patching.compare(*answers)
     answer, other = [shown(tok, id) for id in answers]
@@ -105,5 +118,5 @@ def print_patches(net, tok, clean, corrupted):
         print(f"{layer:10} " + " ".join(f"{round(100 * shares[j]):9}" for j in columns))
 
 
-def shown(tok, id):
+def shown(tok: Tokenizer, id: int) -> str:
     return repr(token_name(tok, id))

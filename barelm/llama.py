@@ -69,7 +69,7 @@ def llama_generate(folder: Path, net: GPT, tok: Tokenizer, ids: list[int], n_new
         script.write_text(SCRIPT, encoding="utf-8")
         library = (Path(folder) / LIBRARY).resolve().as_uri()
         argument = json.dumps([library, str(path), ids, n_new, threads])
-        command = ["node", script, argument]
+        command = ["node", str(script), argument]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode or not done.stdout.strip():
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]

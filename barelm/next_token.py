@@ -8,9 +8,12 @@ Each step is barelm/sampling.py's own, with the filters behind it left out. Pena
 said before are none of them. V: the tokenizer's vocabulary.
 """
 
+from __future__ import annotations
+
 import random
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,10 +24,17 @@ from barelm.jobs import limited
 from barelm.page import read_ids
 from barelm.sampling import FILTERS, choose_tokens, distribution, draws, filtered, kinds_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from barelm.api import ServedModel
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 RECENT_TEXTS = 16  # texts whose logits wait for other settings
 
 
-def last_logits(net, ids, n_vocab):
+def last_logits(net: GPT, ids: list[int], n_vocab: int) -> Tensor:
     """The logits (V,) float32, on the host, of what follows ids, a list of T."""
     ids = torch.tensor([ids], device=net.model.embed_tokens.weight.device)
     logits = net.logits(net.hidden(ids)[:, -1])[0, :n_vocab].float().cpu()
@@ -37,17 +47,17 @@ class RecentLogits:
     """The logits of the texts that were asked about last: to change a filter costs no pass of the
     network. A key is whatever they depend on: the ids, and which weights are served."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.by_key = OrderedDict()  # {key: (V,)}, the newest at the end
 
-    def get(self, key):
+    def get(self, key: tuple) -> Tensor | None:
         """The logits of this key, or None."""
         logits = self.by_key.get(key)
         if logits is not None:
             self.by_key.move_to_end(key)
         return logits
 
-    def put(self, key, logits):
+    def put(self, key: tuple, logits: Tensor) -> None:
         self.by_key[key] = logits
         while len(self.by_key) > RECENT_TEXTS:
             self.by_key.popitem(last=False)
@@ -68,7 +78,7 @@ class FilterSteps:
     left: dict  # {filter: how many tokens it leaves}
 
 
-def filter_steps(logits, options):
+def filter_steps(logits: Tensor, options: dict) -> FilterSteps:
     """The FilterSteps of logits (V,) and options {filter: number}, for each of FILTERS."""
     logits = logits[None]  # (1, V): a batch of one
     columns = {name: torch.tensor([[float(options[name])]]) for name in FILTERS}
@@ -87,14 +97,14 @@ def filter_steps(logits, options):
     return FilterSteps(logits[0].softmax(-1), stages[0][0], drawn[0], remains.sum(0), left)
 
 
-def draw(logits, options, seed, place):
+def draw(logits: Tensor, options: dict, seed: int, place: int) -> int:
     """The token that generation with these options and this seed draws `place` tokens behind its
     prompt, whose logits (V,) these are."""
     uniform = draws(seed, 0, place + 1)[place:]  # (1,)
     return int(choose_tokens(logits[None], uniform, **options))
 
 
-def entropy(probabilities):
+def entropy(probabilities: Tensor) -> float:
     """In bits, of probabilities (V,)."""
     return float(-(probabilities * probabilities.clamp(min=1e-45).log2()).sum())
 
@@ -116,12 +126,12 @@ class NextRequest:
     draw: bool = False  # tell a token drawn from it, too
     seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draw; None: another each time
 
-    def options(self):
+    def options(self) -> dict:
         values = asdict(self)
         return {name: values[name] for name in FILTERS} | {"top_k": max(self.top_k, 0)}
 
 
-def read_next(served, body):
+def read_next(served: ServedModel, body: dict) -> NextRequest:
     """A NextRequest with its ids, those of `then` among them."""
     check_continues(served)
     if served.is_seq2seq:
@@ -139,7 +149,7 @@ def read_next(served, body):
     return request
 
 
-def next_answer(tok, request, logits):
+def next_answer(tok: Tokenizer, request: NextRequest, logits: Tensor) -> dict:
     """The likeliest candidates, each with its probability before and after the filters, and the one
     that took it away."""
     steps = filter_steps(logits, request.options())
@@ -167,6 +177,6 @@ def next_answer(tok, request, logits):
     return answer
 
 
-def significant(number):
+def significant(number: float) -> float:
     """With six digits that count."""
     return float(f"{number:.6g}")

@@ -8,7 +8,7 @@ class TimeLeft:
     validations and saves included: what was before the loop, and another part of the run, count
     nothing. The first step, which is slow, counts no more once there are a few."""
 
-    def __init__(self, progress: float):
+    def __init__(self, progress: float) -> None:
         """progress: of the run, 0 to 1, where the loop begins."""
         self.begin = (time.monotonic(), progress)
         self.n_steps = 0

@@ -1,9 +1,12 @@
 """Looking inside: what the web page (barelm/web) shows of the network. Nothing here changes it,
 and nothing here knows HTTP: a JSON object in, one out. Of its run: barelm/runs.py."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +19,16 @@ from barelm.jobs import limited
 from barelm.parts import whole_tensor
 from barelm.quantized import QuantizedLinear
 
+if TYPE_CHECKING:
+    from barelm.api import ServedModel
+    from barelm.tokenizer import Tokenizer
+    from model import GPT
+
 # --------------------------------------------------------------------------------------------------
 # The network's parts
 
 
-def model_parts(net):
+def model_parts(net: GPT) -> list[dict]:
     """The network's layers in their order, each with its shape and number of parameters, which is
     0 for a head whose matrix is the embedding's: together, all parameters there are."""
     parts = []
@@ -39,7 +47,7 @@ def model_parts(net):
     return parts + loose_parameters(net)
 
 
-def loose_parameters(net):
+def loose_parameters(net: GPT) -> list[dict]:
     """The same of parameters that are no layer's weight or bias: sinks, stacks of experts."""
     parts = []
     for name, p in net.named_parameters():
@@ -49,7 +57,7 @@ def loose_parameters(net):
     return parts
 
 
-def describe_model(net):
+def describe_model(net: GPT) -> dict:
     """What the network is made of, as /inspect/model tells it."""
     parts = model_parts(net)
     tensors = {id(t): t for t in [*net.parameters(), *net.buffers()]}  # a tied one counts once
@@ -65,7 +73,9 @@ def describe_model(net):
     }
 
 
-def read_ids(served, text, ids, add_special_tokens=True):
+def read_ids(
+    served: ServedModel, text: str | None, ids: list[int] | None, add_special_tokens: bool = True
+) -> list[int]:
     """The ids of a request's text, or its ids."""
     if text is not None and ids is not None:
         raise ApiError(400, "expected a text or ids, not both", "text")
@@ -82,7 +92,7 @@ class TextRequest:
     text: str | None = None
 
 
-def read_text(served, body):
+def read_text(served: ServedModel, body: dict) -> str:
     """The text of a TextRequest."""
     request = read_fields(body, TextRequest, neutral={}, ignored={})
     if request.text is None:
@@ -95,7 +105,7 @@ def read_text(served, body):
 # Embeddings
 
 
-def nearest(net, n_vocab, token, n):
+def nearest(net: GPT, n_vocab: int, token: int, n: int) -> list[tuple[int, float]]:
     """[(id, cosine)] of the n tokens whose embeddings point most nearly where that of `token` does,
     itself left out."""
     table = whole_tensor(net.model.embed_tokens.weight)[:n_vocab]  # (V, C)
@@ -118,7 +128,7 @@ class NeighboursRequest:
     n: int = limited(10, 1, 100)
 
 
-def read_neighbours(served, body):
+def read_neighbours(served: ServedModel, body: dict) -> NeighboursRequest:
     """A NeighboursRequest with its token."""
     limits = {"token": (0, served.tok.n_vocab - 1)}
     request = read_fields(body, NeighboursRequest, neutral={}, ignored={}, limits=limits)
@@ -133,7 +143,9 @@ def read_neighbours(served, body):
     return request
 
 
-def neighbours_answer(tok, request, neighbours):
+def neighbours_answer(
+    tok: Tokenizer, request: NeighboursRequest, neighbours: list[tuple[int, float]]
+) -> dict:
     rows = []
     for id, cosine in neighbours:
         rows.append({"token": id, "text": token_name(tok, id), "cosine": round(cosine, 6)})
@@ -158,7 +170,7 @@ HEADERS = {
 }
 
 
-def page_file(name):
+def page_file(name: str) -> tuple[bytes, str]:
     """(the bytes, the media type) of a file of the page. name: "index.html", "vendor/marked.js";
     ApiError 404 for any other: only what lies in barelm/web is given out."""
     files = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.rglob("*.*")}

@@ -11,11 +11,25 @@ Of an encoder-decoder it is the encoder that is patched, which reads the texts.
 T tokens, C: n_embd, H: heads, V: vocabulary, L: blocks.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from barelm.lens import check_finite, exact, plainly, run, run_encoder, states
 from barelm.run import UserError
 from model import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch.nn as nn
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+
+    from barelm.lens import Trace
+    from model import GPT
 
 KINDS = ("residual", "attention", "mlp", "heads")  # what can be patched
 
@@ -29,7 +43,14 @@ class Patching:
     difference of their logits, log p(answer) - log p(other): `clean_difference`,
     `corrupted_difference`."""
 
-    def __init__(self, net, clean, corrupted, position, start=None):
+    def __init__(
+        self,
+        net: GPT,
+        clean: list[int],
+        corrupted: list[int],
+        position: int,
+        start: list[int] | None = None,
+    ) -> None:
         check_pair(clean, corrupted)
         self.net = net
         self.position = position
@@ -42,7 +63,7 @@ class Patching:
             self.logits = self.read(torch.stack(ends))  # (2, V), of the two
         check_finite(self.logits)
 
-    def read(self, x):
+    def read(self, x: Tensor) -> Tensor:
         """The logits (n, V) float32 of states x (n, T, C) behind the last block."""
         if self.start is None:
             return self.net.logits(self.net.model.norm(x[:, self.position])).float()
@@ -50,7 +71,7 @@ class Patching:
         ids = torch.tensor([self.start], device=x.device).expand(len(x), -1)
         return self.net.logits(self.net.hidden(ids, memory=memory)[:, self.position]).float()
 
-    def likeliest(self, n_vocab):
+    def likeliest(self, n_vocab: int) -> tuple[int, int]:
         """Two tokens to compare: what the clean text goes on with, and what the corrupted one does,
         or its second choice where that is the same token."""
         choices = self.logits[:, :n_vocab].topk(2).indices.tolist()  # of both texts
@@ -58,7 +79,7 @@ class Patching:
         other = choices[1][0]
         return answer, choices[1][1] if other == answer else other
 
-    def compare(self, answer, other):
+    def compare(self, answer: int, other: int) -> None:
         """Choose the two tokens."""
         self.answer = answer
         self.other = other
@@ -70,7 +91,7 @@ class Patching:
                 "nothing to restore: choose other answers or prompts"
             )
 
-    def restored(self, kind, layer):
+    def restored(self, kind: str, layer: int) -> list[float]:
         """Of each patch of `patch_layer`: how much of the way from the corrupted to the clean
         difference it goes, a list: 0 as if nothing were patched, 1 as in the clean text. Those of
         positions before the first difference, at which a patch changes nothing, are 0."""
@@ -84,7 +105,7 @@ class Patching:
         return [0.0] * (len(self.clean.ids) - len(shares)) + shares
 
 
-def check_pair(clean, corrupted):
+def check_pair(clean: list[int], corrupted: list[int]) -> None:
     """Refuse two lists of ids that cannot be patched into one another."""
     if len(clean) != len(corrupted):
         raise UserError(
@@ -99,7 +120,7 @@ def check_pair(clean, corrupted):
 # One patched pass
 
 
-def first_difference(clean, corrupted):
+def first_difference(clean: list[int], corrupted: list[int]) -> int:
     """The first place in which two lists of ids differ; their length where none does."""
     for i, (one, other) in enumerate(zip(clean, corrupted)):
         if one != other:
@@ -107,7 +128,9 @@ def first_difference(clean, corrupted):
     return len(corrupted)
 
 
-def patch_layer(net, clean, corrupted, kind, layer, read):
+def patch_layer(
+    net: GPT, clean: Trace, corrupted: Trace, kind: str, layer: int, read: Callable
+) -> Tensor:
     """The logits (n, V) float32 of n passes over the corrupted text, in each of which one thing is
     as in the clean one. read(x): the logits (n, V) of states x (n, T, C) behind the last block.
 
@@ -142,11 +165,11 @@ def patch_layer(net, clean, corrupted, kind, layer, read):
         return read(through_blocks(corrupted, layer + 1, x))
 
 
-def is_causal(trace):
+def is_causal(trace: Trace) -> bool:
     return trace.blocks[0].pattern.causal
 
 
-def with_clean(x, clean, places):
+def with_clean(x: Tensor, clean: Tensor, places: Tensor) -> Tensor:
     """x (n, T, C) in whose row i the state at places[i] is that of clean (T, C)."""
     x = x.clone()
     rows = torch.arange(len(places), device=x.device)
@@ -154,7 +177,7 @@ def with_clean(x, clean, places):
     return x
 
 
-def patch_output(module, clean, places):
+def patch_output(module: nn.Module, clean: Trace, places: Tensor) -> RemovableHandle:
     """A hook that puts what the module gave in the clean pass into row i at places[i]."""
 
     def patch(module, args, output):
@@ -165,7 +188,7 @@ def patch_output(module, clean, places):
     return module.register_forward_hook(patch)
 
 
-def patch_heads(o_proj, clean, n_head):
+def patch_heads(o_proj: nn.Module, clean: Tensor, n_head: int) -> RemovableHandle:
     """A hook that puts what head i gave in the clean pass into row i."""
     rows = torch.arange(n_head)
 
@@ -178,7 +201,7 @@ def patch_heads(o_proj, clean, n_head):
     return o_proj.register_forward_pre_hook(patch)
 
 
-def through_blocks(trace, first, x, n=None):
+def through_blocks(trace: Trace, first: int, x: Tensor, n: int | None = None) -> Tensor:
     """x (B, T, C) through n blocks of a Trace from number `first` on (None: all that there are),
     with the rotations and masks of its pass."""
     end = len(trace.blocks) if n is None else first + n

@@ -11,6 +11,8 @@ say of anything else that it does not know. `held_out` measures how far it got, 
 expressions, names and topics that no conversation for training has.
 """
 
+from __future__ import annotations
+
 import json
 import random
 import re
@@ -18,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from barelm.dedup import digest
 from barelm.files import whole_file
@@ -44,6 +47,13 @@ from barelm.python_wordings import (
 )
 from barelm.run import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
+
+    from barelm.python_facts import Fact
+    from barelm.python_functions import Function
+
 CONVERSATIONS = 60_000  # whose text is for pre-training, where the source does not say
 WITH_ROLES = 5  # one of so many is for fine-tuning, too
 FOLDER = Path("data/synthetic")
@@ -54,7 +64,7 @@ HELD_OUT = 8  # one expression of so many, by hash, is for validation alone
 # Turns. Each function draws [(question, answer), ...], those behind the first depending on it.
 
 
-def loosely(rng, question):
+def loosely(rng: random.Random, question: str) -> str:
     """The question as people type it: without a capital, a question mark, with a please."""
     if rng.random() < 0.3:
         question = question.removesuffix("?")
@@ -65,7 +75,7 @@ def loosely(rng, question):
     return question
 
 
-def in_code(rng, name):
+def in_code(rng: random.Random, name: str) -> str:
     """A name as people type it: bare, in backticks, with brackets."""
     return rng.choice([name, name, name, f"`{name}`", f"`{name}`", f"{name}()"])
 
@@ -79,15 +89,15 @@ class Draw:
     subject: str = ""  # what was drawn, for the table of `held_out`
     checks: str = ""  # of a function that was drawn
 
-    def words(self, block, x=""):
+    def words(self, block: str, x: str = "") -> str:
         wording = self.rng.choice(wordings(block, self.held_out))
         return loosely(self.rng, wording).replace("{x}", x)
 
-    def pick(self, train, held_out):
+    def pick(self, train: Sequence, held_out: Sequence) -> Any:
         return self.rng.choice(held_out if self.held_out else train)
 
 
-def fact_answer(fact, question):
+def fact_answer(fact: Fact, question: str) -> str:
     """What is said of a Fact, in Markdown."""
     if question == "what":
         return f"`{fact.name}`: {fact.summary}"
@@ -104,12 +114,12 @@ def fact_answer(fact, question):
     return f"`import {fact.module}`, then `{fact.name}`."
 
 
-def no_signature(fact):
+def no_signature(fact: Fact) -> str:
     return f"I do not know the arguments of `{fact.name}`."
 
 
 @lru_cache(1)
-def short_names():
+def short_names() -> dict[str, Fact]:
     """{short name: Fact} of those that only one of a module has: Counter, not copy."""
     count = {}
     for fact in facts():
@@ -118,11 +128,11 @@ def short_names():
 
 
 @lru_cache(1)
-def full_names():
+def full_names() -> set[str]:
     return {fact.name for fact in facts()}
 
 
-def called(rng, fact):
+def called(rng: random.Random, fact: Fact) -> str:
     """A name as it is asked about: mostly whole, or its last part where no other has it."""
     name = fact.name
     if fact.short in short_names() and rng.random() < 0.3:
@@ -131,7 +141,7 @@ def called(rng, fact):
 
 
 @lru_cache(1)
-def weighted_facts():
+def weighted_facts() -> list[Fact]:
     """The facts, those that beginners meet more often twice."""
     often = ("str.", "list.", "dict.", "set.", "os.path.", "collections.", "itertools.", "random.")
     weighted = []
@@ -141,7 +151,7 @@ def weighted_facts():
     return weighted
 
 
-def about_name(draw):
+def about_name(draw: Draw) -> list[tuple[str, str]]:
     """What a name is, its arguments, an example, its module; then perhaps more of the same name."""
     rng = draw.rng
     fact = rng.choice(weighted_facts())
@@ -164,7 +174,7 @@ def about_name(draw):
     return turns
 
 
-def about_word(draw):
+def about_word(draw: Draw) -> list[tuple[str, str]]:
     """A keyword, an operator, or what something is."""
     rng = draw.rng
     draw.subject = "words"
@@ -178,11 +188,11 @@ def about_word(draw):
     return [(draw.words(WORDINGS["what"], rng.choice(names.split("|"))), text)]
 
 
-def is_held_out(text):
+def is_held_out(text: str) -> bool:
     return digest(text.encode()) % HELD_OUT == 0
 
 
-def expression(draw):
+def expression(draw: Draw) -> list[tuple[str, str]]:
     """A small expression and its value."""
     kinds = list(EXPRESSIONS)
     weights = [len(of) for of in EXPRESSIONS.values()]
@@ -197,11 +207,11 @@ def expression(draw):
     return turns
 
 
-def fenced(code):
+def fenced(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def short_function(draw):
+def short_function(draw: Draw) -> list[tuple[str, str]]:
     """A function, perhaps under a name that is asked for; then perhaps another name, or its use."""
     rng = draw.rng
     draw.subject = "functions"
@@ -210,14 +220,14 @@ def short_function(draw):
     return function_turns(draw, function, purpose)
 
 
-def other_function(draw):
+def other_function(draw: Draw) -> list[tuple[str, str]]:
     """A function that is asked for in words of which training has none."""
     draw.subject = "functions, other words"
     function = draw.rng.choice(functions())
     return function_turns(draw, function, function.purposes[-1])
 
 
-def function_turns(draw, function, purpose):
+def function_turns(draw: Draw, function: Function, purpose: str) -> list[tuple[str, str]]:
     rng = draw.rng
     name = function.name
     argument = function.arguments[0]
@@ -237,7 +247,7 @@ def function_turns(draw, function, purpose):
     return turns
 
 
-def drawn_name(draw):
+def drawn_name(draw: Draw) -> str:
     """A name for a function: words of NAMES, one or two together."""
     names = NAMES
     while True:
@@ -247,7 +257,7 @@ def drawn_name(draw):
             return name
 
 
-def way(draw):
+def way(draw: Draw) -> list[tuple[str, str]]:
     """How to do something; held out are the wordings of the question, not those of what to do."""
     draw.subject = "ways"
     names, code = draw.rng.choice(ways())
@@ -255,7 +265,7 @@ def way(draw):
     return [(draw.words(WORDINGS["way"], draw.rng.choice(names)), fenced(code))]
 
 
-def other_way(draw):
+def other_way(draw: Draw) -> list[tuple[str, str]]:
     """How to do something, in words of which training has none."""
     draw.subject = "ways, other words"
     names, code = draw.rng.choice([pair for pair in ways() if len(pair[0]) > 1])
@@ -263,14 +273,14 @@ def other_way(draw):
     return [(loosely(draw.rng, draw.rng.choice(wording)).replace("{x}", names[-1]), fenced(code))]
 
 
-def talk(draw):
+def talk(draw: Draw) -> list[tuple[str, str]]:
     """A greeting, a thanks, a question about the helper itself. None is held out: there are few."""
     draw.subject = "talk"
     questions, answer = draw.rng.choice(TALK)
     return [(loosely(draw.rng, draw.rng.choice(questions.split("|"))), answer)]
 
 
-def away(draw):
+def away(draw: Draw) -> list[tuple[str, str]]:
     """What has nothing to do with Python."""
     draw.subject = "other topics"
     question = draw.words(AWAY)
@@ -281,7 +291,7 @@ def away(draw):
     return [(question, DONT_KNOW)]
 
 
-def unknown_name(draw):
+def unknown_name(draw: Draw) -> list[tuple[str, str]]:
     """A name that does not exist, or is none of the standard library's."""
     rng = draw.rng
     draw.subject = "unknown names"
@@ -310,7 +320,7 @@ SUBJECTS = {
 }
 
 
-def draw_conversation(rng):
+def draw_conversation(rng: random.Random) -> list[dict]:
     """The messages of a conversation of about one to six turns."""
     draw = Draw(rng)
     messages = []
@@ -322,7 +332,7 @@ def draw_conversation(rng):
     return messages
 
 
-def chat_size(spec):
+def chat_size(spec: str) -> int | None:
     """The conversations of a source `pychat` or `pychat:NUMBER`, or None for another one."""
     match = re.fullmatch(r"pychat(?::(\d+))?", spec)
     if match is None:
@@ -333,7 +343,7 @@ def chat_size(spec):
     return n
 
 
-def chat_records(n, seed=0):
+def chat_records(n: int, seed: int = 0) -> Iterator[dict]:
     """Yield n records: the text of a conversation, and of one in WITH_ROLES its messages."""
     rng = random.Random(seed)
     for i in range(n):
@@ -342,11 +352,11 @@ def chat_records(n, seed=0):
         yield {"text": text, "messages": None if i % WITH_ROLES else messages}
 
 
-def chat_path(n):
+def chat_path(n: int) -> Path:
     return FOLDER / f"pychat_{n}.jsonl"
 
 
-def chat_file(n):
+def chat_file(n: int) -> Path:
     """The file of n records: written, if it is not there as it should be."""
     path = chat_path(n)
     data = "".join(json.dumps(record) + "\n" for record in chat_records(n)).encode()
@@ -364,7 +374,7 @@ def chat_file(n):
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-def held_out(seed=1):
+def held_out(seed: int = 1) -> dict:
     """Questions that no conversation for training has, by subject; `exact`: whether the answer is
     right letter by letter."""
     subjects = [about_name] * 8 + [expression] * 8
@@ -385,7 +395,7 @@ def held_out(seed=1):
     return task_of(rows) | {"judge": judge}
 
 
-def programs(seed=2):
+def programs(seed: int = 2) -> dict:
     """Functions in words, and under names, that no conversation for training has: whether the code
     of the answer passes its checks. It is the model's code, so that it runs in the sandbox alone,
     with --allow_code_exec."""
@@ -399,21 +409,21 @@ def programs(seed=2):
     return task_of(rows) | {"program": program}
 
 
-def as_user(question):
+def as_user(question: str) -> dict:
     return {"role": "user", "content": question}
 
 
-def task_of(rows):
+def task_of(rows: list[dict]) -> dict:
     """What eval.py is to ask, with --chat: `history` are the messages before a question."""
     header = {"kind": "generate", "prompt": "{question}", "stop": [], "max_new_tokens": 120}
     return header | {"rows": rows}
 
 
-def judge(row, answers):
+def judge(row: dict, answers: list[str]) -> dict[str, float]:
     return {"exact": float(answers[0].strip() == row["answer"])}
 
 
-def program(row, answer):
+def program(row: dict, answer: str) -> str:
     """The code in an answer, and the checks behind it."""
     code = CODE.search(answer)
     if code is None:

@@ -2,6 +2,7 @@
 was not written here."""
 
 import random
+from typing import Any
 
 WORDS = """
 apple pear plum cherry lemon melon grape peach mango olive bread butter milk honey sugar salt
@@ -13,40 +14,40 @@ cat dog horse sheep fish mouse lion tiger bear wolf python hello world test data
 """.split()
 
 
-def word(rng):
+def word(rng: random.Random) -> str:
     return rng.choice(WORDS)
 
 
-def digits(rng, least=2, most=5):
+def digits(rng: random.Random, least: int = 2, most: int = 5) -> list[int]:
     return [rng.randrange(10) for _ in range(rng.randint(least, most))]
 
 
-def letters(rng, most=6):
+def letters(rng: random.Random, most: int = 6) -> str:
     return "".join(rng.choices("abcdexyz", k=rng.randint(2, most)))
 
 
-def arithmetic(rng):
+def arithmetic(rng: random.Random) -> str:
     sign = rng.choice(["+", "-", "*", "//", "%", "+", "-"])
     most = {"+": 30, "-": 30, "*": 11, "//": 30, "%": 30}[sign]  # what can be learned in minutes
     second = rng.randrange(1, 10) if sign in ("//", "%") else rng.randrange(most)
     return f"{rng.randrange(most)} {sign} {second}"
 
 
-def power(rng):
+def power(rng: random.Random) -> str:
     return f"{rng.randrange(1, 11)} ** {rng.randrange(4)}"
 
 
-def comparison(rng):
+def comparison(rng: random.Random) -> str:
     sign = rng.choice(["<", ">", "<=", ">=", "==", "!="])
     return f"{rng.randrange(20)} {sign} {rng.randrange(20)}"
 
 
-def logic(rng):
+def logic(rng: random.Random) -> str:
     first, second = rng.choices(["True", "False", "not True", "not False"], k=2)
     return f"{first} {rng.choice(['and', 'or'])} {second}"
 
 
-def over_numbers(rng):
+def over_numbers(rng: random.Random) -> str:
     function = rng.choice(["sorted", "max", "min", "len", "sum", "sorted", "set"])
     numbers = digits(rng, 2, 4 if function == "sum" else 6)
     if function == "set":
@@ -54,7 +55,7 @@ def over_numbers(rng):
     return f"{function}({numbers})"
 
 
-def of_list(rng):
+def of_list(rng: random.Random) -> str:
     numbers = digits(rng, 3, 6)
     n = len(numbers)
     start = rng.randrange(n)
@@ -65,25 +66,25 @@ def of_list(rng):
     return f"{numbers}{rng.choice(forms)}"
 
 
-def membership(rng):
+def membership(rng: random.Random) -> str:
     return f"{rng.randrange(10)} in {digits(rng, 2, 5)}"
 
 
-def ranges(rng):
+def ranges(rng: random.Random) -> str:
     start = rng.randrange(6)
     stop = start + rng.randint(1, 7)
     inside = rng.choice([f"{stop - start}", f"{start}, {stop}", f"{start}, {stop}, 2"])
     return f"list(range({inside}))"
 
 
-def comprehension(rng):
+def comprehension(rng: random.Random) -> str:
     each = rng.choice(["x * 2", "x + 1", "x * x", "x - 1"])
     source = rng.choice([f"range({rng.randint(2, 5)})", str(digits(rng, 2, 4))])
     condition = rng.choice(["", "", " if x > 2", " if x % 2 == 0"])
     return f"[{each} for x in {source}{condition}]"
 
 
-def of_text(rng):
+def of_text(rng: random.Random) -> str:
     text = rng.choice([word(rng), word(rng), letters(rng)])
     n = len(text)
     start = rng.randrange(n)
@@ -96,12 +97,12 @@ def of_text(rng):
     return f"'{text}'{rng.choice(forms)}"
 
 
-def lower(rng):
+def lower(rng: random.Random) -> str:
     text = rng.choice([word(rng).upper(), word(rng).title()])
     return f"'{text}'.{rng.choice(['lower', 'swapcase', 'islower', 'isupper'])}()"
 
 
-def around_text(rng):
+def around_text(rng: random.Random) -> str:
     text = rng.choice([word(rng), word(rng), letters(rng)])
     function = rng.choice(["len", "len", "list", "sorted", "set"])
     if function == "set":
@@ -109,7 +110,7 @@ def around_text(rng):
     return f"{function}('{text}')"
 
 
-def words_together(rng):
+def words_together(rng: random.Random) -> str:
     words = [word(rng) for _ in range(rng.randint(2, 3))]
     sign = rng.choice(["-", ", ", " ", "+", "/"])
     forms = [f"'{sign}'.join({words})", f"{sign.join(words)!r}.split({sign!r})"]
@@ -118,7 +119,7 @@ def words_together(rng):
     return rng.choice(forms)
 
 
-def of_dict(rng):
+def of_dict(rng: random.Random) -> str:
     keys = rng.sample(["a", "b", "c", "x", "y", word(rng)], rng.randint(1, 3))
     mapping = {key: rng.randrange(20) for key in keys}
     key = rng.choice(keys)
@@ -128,7 +129,7 @@ def of_dict(rng):
     return rng.choice(forms)
 
 
-def conversion(rng):
+def conversion(rng: random.Random) -> str:
     n = rng.randrange(100)
     forms = [f"int('{n}')", f"str({n})", f"float({n})", f"int({n}.{rng.randrange(10)})"]
     forms += [f"bool({rng.choice([0, n, '[]', '[0]', repr(''), repr('a'), 'None'])})"]
@@ -139,7 +140,7 @@ def conversion(rng):
     return rng.choice(forms)
 
 
-def failing(rng):
+def failing(rng: random.Random) -> str:
     n = rng.randrange(10)
     text = word(rng)
     forms = [f"int('{text}')", f"{digits(rng, 1, 3)}[{n + 4}]", f"{n} / 0", f"{n} % 0", f"{n} // 0"]
@@ -161,13 +162,13 @@ EXPRESSIONS = {  # {kind: function that draws one}, a kind twice as often where 
 }
 
 
-def draw_expression(kind, seed):
+def draw_expression(kind: str, seed: Any) -> str:
     """An expression of a kind, by a seed or a random.Random."""
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
     return rng.choice(EXPRESSIONS[kind])(rng)
 
 
-def value_of(expression):
+def value_of(expression: str) -> str:
     """What Python says of an expression that this file wrote: its value, or what it raises."""
     try:
         return f"`{eval(expression, {})!r}`"

@@ -5,6 +5,8 @@ Nothing here is downloaded, and little is written by hand: an example's code is,
 Another version of Python has other docstrings, and so other facts.
 """
 
+from __future__ import annotations
+
 import builtins
 import importlib
 import inspect
@@ -12,6 +14,12 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+    from typing import Any
 
 # Whose public functions and classes are taken. Behind a colon: only these names.
 MODULES = """
@@ -326,12 +334,12 @@ class Fact:
     base: str = ""  # of an exception: the class above it
 
     @property
-    def short(self):
+    def short(self) -> str:
         """The last part of the name."""
         return self.name.rpartition(".")[2]
 
 
-def first_sentence(docstring):
+def first_sentence(docstring: str | None) -> str:
     """The first sentence of a docstring, or "" where there is none of a fact's length."""
     lines = inspect.cleandoc(docstring or "").split("\n")
     given = ""  # what a first line with the signature says that the call gives
@@ -352,7 +360,7 @@ def first_sentence(docstring):
     return text if text[-1] in ".!" else f"{text}."
 
 
-def signature_of(name, value):
+def signature_of(name: str, value: Any) -> str:
     """`name(a, b=1)`, or "" where Python does not say or it is long."""
     try:
         text = str(inspect.signature(value))
@@ -364,7 +372,7 @@ def signature_of(name, value):
 
 
 @lru_cache(None)
-def pairs_of(block):
+def pairs_of(block: str) -> list[tuple[str, str]]:
     """[(key, text)] of the lines `key: text` of a block, the keys up to the last colon there."""
     pairs = []
     for line in block.strip().splitlines():
@@ -374,7 +382,7 @@ def pairs_of(block):
 
 
 @lru_cache(1)
-def modules():
+def modules() -> dict[str, ModuleType]:
     """{name: module} of all that are asked about."""
     by_name = {}
     for line in MODULES.split("\n") + ["pathlib"]:
@@ -384,7 +392,7 @@ def modules():
     return by_name
 
 
-def show_example(code):
+def show_example(code: str) -> str:
     """Lines of code as the REPL shows them, with the value of the last."""
     *statements, expression = code.split(" ; ")
     names = {name.partition(".")[0]: module for name, module in modules().items()}
@@ -395,7 +403,7 @@ def show_example(code):
     return "\n".join([*lines, repr(eval(expression, names))])
 
 
-def public_names():
+def public_names() -> Iterator[tuple]:
     """Yield (name with its module, module, object) of what the blocks above name."""
     for short, value in sorted(vars(builtins).items()):
         if not short.startswith("_") and callable(value) and not is_warning(value):
@@ -416,12 +424,12 @@ def public_names():
                 yield f"{class_name}.{method}", module_name, getattr(getattr(owner, short), method)
 
 
-def is_warning(value):
+def is_warning(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Warning)
 
 
 @lru_cache(1)
-def facts():
+def facts() -> list[Fact]:
     """[Fact] of the running Python, in a fixed order, each name once."""
     examples = dict(pairs_of(EXAMPLES))
     own_words = dict(pairs_of(OWN_WORDS))

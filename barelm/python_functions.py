@@ -1,6 +1,8 @@
 """Short functions that the helper of python_chat.py writes, under any name. What each is for stands
 there in several wordings, the last of which is for validation alone."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -300,7 +302,7 @@ return {x} % 4 == 0 and ({x} % 100 != 0 or {x} % 400 == 0)
 
 
 @lru_cache(1)
-def functions():
+def functions() -> list[Function]:
     """[Function] of the blocks above."""
     parsed = []
     for block in FUNCTIONS.strip().split("\n\n"):
@@ -316,12 +318,12 @@ def functions():
     return parsed
 
 
-def write_function(function, name, argument):
+def write_function(function: Function, name: str, argument: str) -> str:
     """The code of a Function under this name, with this name of its argument."""
     return function.code.replace("{f}", name).replace("{x}", argument)
 
 
-def checks_of(function, name):
+def checks_of(function: Function, name: str) -> str:
     """The statements that try it under a name, or "" where it has no calls."""
     lines = []
     for call in function.calls:

@@ -255,7 +255,7 @@ make a virtual environment/create a venv/set up an environment:
 
 
 @lru_cache(1)
-def ways():
+def ways() -> list[tuple]:
     """[(wordings, code)] of the block above."""
     parsed = []
     for line in WAYS.strip().split("\n"):

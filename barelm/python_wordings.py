@@ -403,14 +403,14 @@ bounce tangle polish wiggle squash stretch repair vanish borrow hide juggle uplo
 
 
 @lru_cache(None)
-def wordings(block, held_out):
+def wordings(block: str, held_out: bool) -> list[str]:
     """The lines of a block before, or with held_out behind, its line of dashes."""
     train, _, validation = block.strip().partition("\n--\n")
     return (validation if held_out else train).split("\n")
 
 
 @lru_cache(None)
-def filling(kind, held_out):
+def filling(kind: str, held_out: bool) -> list[str]:
     train, _, validation = " ".join(FILLING[kind].split()).partition(" -- ")
     text = validation if held_out else train
     for phrase in PHRASES:

@@ -16,21 +16,27 @@ one prompt the last one counts. prepare.py reads such a file as it is:
 The lines are never changed: a pair is made when the file is read, so that a thumb that is lone
 today is half of a pair tomorrow."""
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
 
 from barelm.dedup import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PAIRS_OF_PROMPT = 32  # at most: one prompt that is often rated must not be all that is learned
 
 
-def is_rating(record):
+def is_rating(record: dict) -> bool:
     """Whether a record, a dict, is a line of a feedback file."""
     rating = record.get("rating")
     is_thumb = type(rating) is int and -1 <= rating <= 1  # type(): true is no thumb
     return is_thumb and isinstance(record.get("prompt"), list) and "response" in record
 
 
-def settled(ratings):
+def settled(ratings: Iterable[dict]) -> dict[str, dict]:
     """{prompt as JSON: {response: rating}} of ratings in their order: the last one of an answer
     counts, and one that was taken back counts for nothing."""
     prompts = {}
@@ -43,7 +49,7 @@ def settled(ratings):
     return prompts
 
 
-def pairs_of(ratings):
+def pairs_of(ratings: Iterable[dict]) -> list[dict]:
     """Rows {"prompt", "chosen", "rejected"} of every liked answer with every disliked one to the
     same prompt, the newest first where they are many."""
     rows = []
@@ -56,7 +62,7 @@ def pairs_of(ratings):
     return rows
 
 
-def demonstrations_of(ratings):
+def demonstrations_of(ratings: Iterable[dict]) -> list[dict]:
     """Rows {"messages"} of the answers that were liked."""
     rows = []
     for prompt, answers in settled(ratings).items():
@@ -70,7 +76,7 @@ def demonstrations_of(ratings):
 OF_RATINGS = {"preference": pairs_of, "sft": demonstrations_of}  # the tasks that ratings make
 
 
-def rows_of_ratings(task, ratings):
+def rows_of_ratings(task: str, ratings: Iterable[dict]) -> dict[str, int]:
     """{row as JSON: a hash that it is split by} of ratings for a task. The hash is the prompt's: no
     prompt is in training and in validation both."""
     rows = {}
@@ -81,7 +87,7 @@ def rows_of_ratings(task, ratings):
     return rows
 
 
-def ratings_summary(task, ratings, rows):
+def ratings_summary(task: str, ratings: list[dict], rows: dict) -> str:
     """What was made of ratings, in a line."""
     text = f"{task}: {len(ratings):,} ratings of answers: {len(rows):,} rows"
     if task != "preference":

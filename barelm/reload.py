@@ -55,7 +55,7 @@ class Weights:
     when this is made is taken to be what is served: make it before `load`, and give it the engine
     and the tokenizer later."""
 
-    def __init__(self, name: str | Path):
+    def __init__(self, name: str | Path) -> None:
         self.folder = find(name)
         self.stamp = stamp_of(self.folder)
         self.step = step_of(self.folder)

@@ -7,7 +7,10 @@ The routers are asked in a usual pass. Layers, experts and positions count from 
 the text, E: n_experts, k: n_experts_per_token.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +19,11 @@ from barelm.api import ApiError, read_fields
 from barelm.attention_maps import GridRequest, attentive_part, ids_to_show
 from barelm.engine import NOT_FINITE
 from barelm.experts import Experts, load
+
+if TYPE_CHECKING:
+    from barelm.api import ServedModel
+    from barelm.tokenizer import Tokenizer
+    from model import GPT, GPTConfig
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Route:
     load: list  # (E,): how many tokens chose each expert
 
 
-def expert_routes(net, ids):
+def expert_routes(net: GPT, ids: list[int]) -> list[Route]:
     """[Route] of the layers that have experts, in a pass over ids, a list of T."""
     routes = []
 
@@ -54,14 +62,14 @@ def expert_routes(net, ids):
     return routes
 
 
-def read_routes(served, config, body):
+def read_routes(served: ServedModel, config: GPTConfig, body: dict) -> list[int]:
     """The ids of a GridRequest; ApiError where the model has no experts."""
     if not config.n_experts or config.is_seq2seq:
         raise ApiError(400, f"{served.name} has no experts to show")
     return ids_to_show(served, read_fields(body, GridRequest, {}, {}), "routing")
 
 
-def routes_answer(tok, config, ids, routes):
+def routes_answer(tok: Tokenizer, config: GPTConfig, ids: list[int], routes: list[Route]) -> dict:
     layers = []
     for route in routes:
         weights = [[round(weight, 5) for weight in row] for row in route.weights]

@@ -77,7 +77,7 @@ class Progress:
         self.open_line = False
 
 
-def fitting(line, width):
+def fitting(line: str, width: int) -> str:
     """A line without the last of its parts, which two blanks part, where it is wider than that: of
     one that goes on in the next line of a terminal, the first would stay at every rewriting."""
     while len(line) > width:
@@ -142,7 +142,7 @@ class Run:
             dist.all_reduce(totals)
         return totals.tolist()
 
-    def sum_without_float64(self, values):
+    def sum_without_float64(self, values: Sequence) -> list[float]:
         """`sum` of one process, whose device has float32 alone: what is there is read in one wait,
         and numbers of the host stay as exact as they are."""
         tensors = [value for value in values if isinstance(value, torch.Tensor)]

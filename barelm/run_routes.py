@@ -1,8 +1,11 @@
 """The addresses of the view Training (barelm/web/training.js): runs, their logs, and the reloading
 of the model's weights. What they answer is made by barelm/runs.py and barelm/reload.py."""
 
+from __future__ import annotations
+
 import asyncio
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -12,11 +15,15 @@ from barelm.front import reply
 from barelm.run import UserError
 from barelm.runs import Runs, csv_text, standing
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 
 class RunHandlers:
     """What is done for each of them. server: serve.py's Handlers."""
 
-    def __init__(self, server):
+    def __init__(self, server: Any) -> None:
         self.server = server
         self.engine = server.engine
         settings = server.settings
@@ -24,7 +31,7 @@ class RunHandlers:
         self.weights = settings.weights  # a barelm.reload.Weights; None: nothing is said of them
         self.may_reload = settings.reload
 
-    def routes(self):
+    def routes(self) -> list[tuple]:
         """[(methods, address, handler)]"""
         return [
             ("GET", "/inspect/runs", self.list_runs),
@@ -33,16 +40,16 @@ class RunHandlers:
             ("POST", "/inspect/reload", self.reload),
         ]
 
-    async def list_runs(self):
+    async def list_runs(self) -> Response:
         """{"served": the name of the model's run, "runs": the names of all that have a log, the
         served one first; "weights": what is served, and what the folder holds by now}."""
         names = await asyncio.to_thread(self.runs.names)
-        answer = {"served": self.runs.served, "runs": names, "weights": None}
+        answer: dict = {"served": self.runs.served, "runs": names, "weights": None}
         if self.weights is not None:
             answer["weights"] = await asyncio.to_thread(self.described_weights)
         return reply(answer)
 
-    def described_weights(self):
+    def described_weights(self) -> dict:
         weights = self.weights
         are_new = weights.are_new()
         step = weights.step_on_disk() if are_new else weights.step
@@ -54,7 +61,7 @@ class RunHandlers:
             "busy": weights.busy,
         }
 
-    async def log(self, request: Request):
+    async def log(self, request: Request) -> Response:
         """?run=a name (the served one's, if none is) &after=a step → the rows of the run's
         log.jsonl behind it, the seconds of each, the last step; and how far the run is."""
         query = request.query_params
@@ -63,14 +70,14 @@ class RunHandlers:
             raise ApiError(400, f"after = {short(after)}: expected a step", "after")
         return reply(await self.read(self.answer, query.get("run"), int(after)))
 
-    def answer(self, name, after):
+    def answer(self, name: str | None, after: int) -> dict:
         name = name or self.runs.served
         log = self.runs.log(name)
         answer = log.answer(after)
         here = standing(self.runs.folder(name), log)
         return answer | {"standing": here and asdict(here)}
 
-    async def table(self, request: Request):
+    async def table(self, request: Request) -> Response:
         """?run=a name &run=another → all rows of these runs' logs as comma-separated values."""
         names = request.query_params.getlist("run") or [self.runs.served]
         text = await self.read(csv_text, self.runs, list(dict.fromkeys(names)))
@@ -78,14 +85,14 @@ class RunHandlers:
         # A name may have half a surrogate pair, which has no UTF-8.
         return Response(text.encode(errors="replace"), headers=headers, media_type="text/csv")
 
-    async def read(self, f, *args):
+    async def read(self, f: Callable, *args: Any) -> Any:
         """f(*args), which reads logs, in a thread."""
         try:
             return await asyncio.to_thread(f, *args)
         except OSError as error:
             raise ApiError(500, f"log.jsonl cannot be read: {short(str(error))}") from None
 
-    async def reload(self, request: Request):
+    async def reload(self, request: Request) -> Response:
         """{} → {"step": of the weights that the folder held, and that are served now}."""
         await self.server.read_body(request)
         weights = self.weights

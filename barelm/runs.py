@@ -42,7 +42,7 @@ class Runs:
     """The run of the model in `folder`, and where beside=True the runs beside it: folders of the
     same folder that hold a log.jsonl. Links that lead elsewhere are none of them."""
 
-    def __init__(self, folder: str | Path, beside: bool = True):
+    def __init__(self, folder: str | Path, beside: bool = True) -> None:
         folder = Path(folder).resolve()
         if folder.name in PARTS and (folder.parent / LOG).is_file():
             folder = folder.parent  # out/python/best is of the run out/python
@@ -110,7 +110,7 @@ class RunLog:
     took, without validation, saves and the time between a run's parts. A resume cuts the log to the
     checkpoint that it goes on from, so that no step counts twice."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.lock = threading.Lock()  # several requests may ask at once
         self.forget()

@@ -46,7 +46,9 @@ def shard_format(header: np.ndarray, size: int, path: Path | str) -> tuple[int, 
     bytes."""
     dtype = TOKEN_DTYPES.get(tuple(header[:2].tolist()))
     if len(header) < 256 or dtype is None:
-        raise UserError(f"{path}: not a token shard (python prepare.py makes them)")
+        from config import command_of  # here, since the scripts alone need it
+
+        raise UserError(f"{path}: not a token shard ({command_of('prepare')} makes them)")
     count = int(header[2])
     if count < 0 or size != HEADER_SIZE + count * dtype.itemsize:
         why = f"{size:,} bytes are not the {count:,} tokens that were written"

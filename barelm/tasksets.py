@@ -374,7 +374,7 @@ def build_tasks(folder: Path, pool_map: Callable, units: list[Unit],
 
 def convert_unit(
     names: list[str], reading: Reading, unit: Unit
-) -> dict[str, tuple[dict[str, int], Tally]]:
+) -> dict[str, tuple[dict[str, int], Tally, list[dict]]]:
     """The records of a unit as rows of the tasks: {task: ({row: hash to split by}, Tally, [rating
     of a feedback file])}."""
     bad = []
@@ -414,7 +414,7 @@ def convert_unit(
     return converted
 
 
-def checked_rating(record):
+def checked_rating(record: dict) -> dict:
     """A rating of which rows can be made, without what is beside it."""
     response = answer_text(record["response"])
     return {"prompt": turns(record["prompt"]), "response": response, "rating": record["rating"]}

@@ -8,15 +8,23 @@ The number may change the last bits of a result, since sums are parted among the
 on nothing that comes and goes, such as the load: the same seed on the same machine gives the same.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from barelm import host
 from barelm.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from barelm.run import Run
 
 # What else says how many threads there are to be: OpenMP's variable, and that of MKL.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -32,23 +40,23 @@ class Threads:
     reason: str = "as it was"
     is_usual: bool = True  # whether torch would have taken as many
 
-    def words(self):
+    def words(self) -> str:
         return f"{self.n} ({self.reason})"
 
-    def note(self):
+    def note(self) -> None:
         """Say it on standard error, where it is not what torch would have taken."""
         if not self.is_usual:
             print(f"threads: {self.words()}", file=sys.stderr)
 
 
-def worker_count(asked=0):
+def worker_count(asked: int = 0) -> int:
     """How many processes to work in: as asked, or 0: a core each, of those that are for this
     process among the others that torchrun started beside it."""
     beside = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     return asked or max(1, host.usable_cores() // beside)
 
 
-def set_threads(asked=0):
+def set_threads(asked: int = 0) -> Threads:
     """Let torch compute with so many threads, 0: as many as this process has cores for. Returns
     Threads. Where the choice is torch's own, torch is left as it is."""
     if asked < 0:
@@ -61,7 +69,9 @@ def set_threads(asked=0):
     return Threads(n, reason, is_usual=n == usual)
 
 
-def plan_threads(asked, usual, cores, quota, variables):
+def plan_threads(
+    asked: int, usual: int, cores: int, quota: float | None, variables: Mapping[str, str]
+) -> tuple[int, str]:
     """(how many threads, why) for what was asked (0: nothing), what torch would take, the cores of
     this process's affinity, its quota of cores' time or None, and the environment's variables."""
     n_processes = max(1, int(variables.get("LOCAL_WORLD_SIZE") or 1))
@@ -89,14 +99,14 @@ class ThreadWatch:
     """Looks now and then whether the threads of a loop's steps had cores, and says so once if they
     had not. It costs some microseconds every EVERY seconds."""
 
-    def __init__(self, run):
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.n_threads = torch.get_num_threads()
         self.has_spoken = run.device.type != "cpu"  # a GPU's steps do not wait for threads
         self.since = time.monotonic()
         self.waited = host.seconds_waited()
 
-    def after_step(self):
+    def after_step(self) -> None:
         """Called behind each step."""
         now = time.monotonic()
         if self.has_spoken or now - self.since < EVERY:
@@ -111,7 +121,7 @@ class ThreadWatch:
             self.has_spoken = True
 
 
-def cores_lost(n_threads, before, after, seconds):
+def cores_lost(n_threads: int, before: float | None, after: float | None, seconds: float) -> float:
     """How many cores n_threads were short of, in the mean over so many seconds: by what they waited
     before and after (`host.seconds_waited`), beyond what a quota takes from them in any case; where
     the system tells no such thing, by the machine's load; 0.0 where that is not known either."""
@@ -124,7 +134,7 @@ def cores_lost(n_threads, before, after, seconds):
     return 0.0
 
 
-def advice(n_threads, lost):
+def advice(n_threads: int, lost: float) -> str:
     """What is said of threads that were short of so many cores; "" where they had them."""
     if lost <= LOST:
         return ""

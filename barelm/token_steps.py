@@ -8,13 +8,21 @@ What is shown gives the very ids of `tok.encode`, or nothing is shown. Ranks cou
 that was learned first.
 """
 
+from __future__ import annotations
+
 import heapq
 from collections import Counter
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 from barelm.answers import token_name
 from barelm.encoders import LibraryEncoder, byte_letters
 from barelm.tokenizer import any_of, name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from barelm.tokenizer import Tokenizer
 
 STEP_CHARACTERS = 2000  # the longest text that is shown
 LETTERS = byte_letters()
@@ -33,7 +41,7 @@ SENTENCES = {
 class TokenSteps:
     """What a tokenizer does with a text, in steps."""
 
-    def __init__(self, tok):
+    def __init__(self, tok: Tokenizer) -> None:
         self.tok = tok
         self.kind = tok.kind
         body = tok.spec["model"]
@@ -49,7 +57,7 @@ class TokenSteps:
         added = [t["content"] for t in tok.spec.get("added_tokens", []) if not t["special"]]
         self.added = any_of(added)
 
-    def of(self, text):
+    def of(self, text: str) -> dict:
         """{kind, words, pieces, …} of a text: by kind what `bpe`, `unigram` or `plain` gives;
         pieces are None where no steps are shown, for a reason that `words` says."""
         if len(text) > STEP_CHARACTERS:
@@ -67,7 +75,7 @@ class TokenSteps:
         return {"kind": self.kind, "words": words} | answer
 
     @property
-    def is_by_bytes(self):
+    def is_by_bytes(self) -> bool:
         """Whether the pieces are spelled in GPT-2's letters, one for each byte."""
         encoder = self.tok.encoder
         if not isinstance(encoder, LibraryEncoder):
@@ -76,7 +84,7 @@ class TokenSteps:
 
     # ------------------------------------------------------------------ pieces
 
-    def cut(self, text):
+    def cut(self, text: str) -> list[tuple]:
         """[(piece, id or None)]: the pieces of a text as tokenizer.json spells them. One with an id
         is an added token, which is found before anything else is done."""
         pieces = []
@@ -87,7 +95,7 @@ class TokenSteps:
             at = match.end()
         return pieces + self.cut_plain(text[at:])
 
-    def cut_plain(self, text):
+    def cut_plain(self, text: str) -> list[tuple]:
         if not text:
             return []
         encoder = self.tok.encoder
@@ -100,7 +108,7 @@ class TokenSteps:
 
     # ------------------------------------------------------------------ BPE
 
-    def bpe(self, cut):
+    def bpe(self, cut: list[tuple]) -> dict | None:
         """{"pieces": [[ids]], as they begin; "merges": [[rank, left, right, new]], by rank, each to
         be made wherever it stands; "names": {id: text}; "ids": what they become}, or None."""
         pieces = []
@@ -127,7 +135,7 @@ class TokenSteps:
         names = {id: self.name(id) for id in sorted(shown)}
         return {"pieces": pieces, "merges": merges, "names": names, "ids": ids}
 
-    def first_symbols(self, piece):
+    def first_symbols(self, piece: str) -> list[int] | None:
         """The ids that a piece begins as: of its letters, or of the bytes of one that is no token.
         None where there is no way known here."""
         ids = []
@@ -143,7 +151,7 @@ class TokenSteps:
             ids += [self.vocab[code] for code in codes]
         return ids
 
-    def merge(self, symbols):
+    def merge(self, symbols: list[int]) -> tuple[list[int], list[int]]:
         """(what ids become, the ranks of the merges made)."""
         ranks = []
         while True:
@@ -157,7 +165,7 @@ class TokenSteps:
 
     # ------------------------------------------------------------------ the other kinds
 
-    def unigram(self, cut):
+    def unigram(self, cut: list[tuple]) -> dict | None:
         """{"pieces": [{"ids", "texts", "scores", "other": the second-best cut or None}], "ids"}"""
         rows = {}  # {piece: its row}
         ids = []
@@ -173,19 +181,19 @@ class TokenSteps:
             ids += rows[piece]["ids"]
         return {"pieces": list(rows.values()), "ids": ids}
 
-    def scored(self, tokens):
+    def scored(self, tokens: list[str]) -> dict:
         scores = [round(self.score(token), 6) for token in tokens]
         return self.row([self.id_of(token) for token in tokens]) | {"scores": scores}
 
-    def score(self, token):
+    def score(self, token: str) -> float:
         return self.scores.get(token, self.unknown_score)
 
-    def id_of(self, token):
+    def id_of(self, token: str) -> int:
         return self.vocab.get(token, self.unk_id)
 
-    def best_cuts(self, piece, n=2):
+    def best_cuts(self, piece: str, n: int = 2) -> list[tuple]:
         """[(score, tokens)] of the n best ways to cut a piece (Viterbi; Kudo 2018, section 3.1)."""
-        ways = [[(0.0, ())]]  # of its first i letters the n best
+        ways: list = [[(0.0, ())]]  # of its first i letters the n best
         for end in range(1, len(piece) + 1):
             candidates = []
             for begin in range(max(0, end - self.longest), end):
@@ -199,7 +207,7 @@ class TokenSteps:
             ways.append(heapq.nlargest(n, candidates, key=itemgetter(0)))
         return ways[-1]
 
-    def plain(self, cut):
+    def plain(self, cut: list[tuple]) -> dict:
         """{"pieces": [{"ids", "texts"}]; "ids"}: of WordPiece the longest beginnings, of WordLevel
         the piece itself."""
         rows = {}
@@ -210,7 +218,7 @@ class TokenSteps:
             ids += rows[piece]["ids"]
         return {"pieces": list(rows.values()), "ids": ids}
 
-    def beginnings(self, word):
+    def beginnings(self, word: str) -> list[int]:
         """The ids of a word, the longest token first that it begins with; of a word that cannot be
         cut so the unknown token."""
         if self.kind == "WordLevel":
@@ -231,14 +239,14 @@ class TokenSteps:
             at = end
         return ids
 
-    def row(self, ids):
+    def row(self, ids: list[int]) -> dict:
         return {"ids": ids, "texts": [self.name(id) for id in ids]}
 
-    def name(self, id):
+    def name(self, id: int) -> str:
         return token_name(self.tok, id)
 
 
-def read_merges(body):
+def read_merges(body: dict) -> dict:
     """{(left id, right id): (rank, left, right, new id)} of a BPE's merges."""
     vocab = body["vocab"]
     ranks = {}
@@ -250,7 +258,7 @@ def read_merges(body):
     return ranks
 
 
-def unknown_id(tok):
+def unknown_id(tok: Tokenizer) -> int | None:
     """The id of the token for what has none, or None."""
     body = tok.spec["model"]
     if body.get("unk_id") is not None:  # Unigram's
@@ -262,7 +270,7 @@ def unknown_id(tok):
     return vocab.get(name) if isinstance(vocab, dict) else None
 
 
-def joined(symbols, left, right, new):
+def joined(symbols: list[int], left: int, right: int, new: int) -> list[int]:
     """The ids with each left that a right follows made one, from the left."""
     result = []
     i = 0
@@ -276,7 +284,7 @@ def joined(symbols, left, right, new):
     return result
 
 
-def library_pieces(encoder, text):
+def library_pieces(encoder: LibraryEncoder, text: str) -> list[str]:
     """The pieces that the library `tokenizers` cuts a text into, as tokenizer.json spells them."""
     library = encoder.whole
     text = encoder.normal(text)
@@ -291,7 +299,7 @@ def library_pieces(encoder, text):
 # In lines
 
 
-def show_steps(tok, text, visible):
+def show_steps(tok: Tokenizer, text: str, visible: Callable) -> None:
     """Print how a text became its tokens. visible(tok, id): a token as a line shows it."""
     steps = TokenSteps(tok).of(text)
     print(f"steps: {steps['words']}")
@@ -311,12 +319,12 @@ def show_steps(tok, text, visible):
         print(f"  {line}")
 
 
-def score_line(row):
+def score_line(row: dict) -> str:
     """A sum of scores."""
     return f"{' + '.join(f'{score:.2f}' for score in row['scores'])} = {sum(row['scores']):.2f}"
 
 
-def show_merges(tok, pieces, merges, visible):
+def show_merges(tok: Tokenizer, pieces: list, merges: list, visible: Callable) -> None:
     """A line for each merge: its rank, the token it makes, and the first piece that it changes,
     with the number of pieces where there are more."""
 
@@ -343,5 +351,5 @@ def show_merges(tok, pieces, merges, visible):
         print(f"{line:40} {bars(states[changed[0]])}{more}")
 
 
-def quoted(text):
+def quoted(text: str) -> str:
     return f'"{text}"'  # a space at its end is seen

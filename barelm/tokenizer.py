@@ -122,7 +122,9 @@ class Tokenizer:
         """Read tokenizer.json and, where present, the other files that say something of it."""
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: no tokenizer.json here (python prepare.py makes one)")
+            from config import command_of  # here, since the scripts alone need it
+
+            raise UserError(f"{folder}: no tokenizer.json here ({command_of('prepare')} makes one)")
         # Older folders name the special tokens in a file of their own.
         config = read_json(folder / "special_tokens_map.json", {})
         config |= read_json(folder / "tokenizer_config.json", {})
@@ -319,7 +321,7 @@ class Tokenizer:
             is_said[start:stop] = b"\1" * (stop - start)
         return self.encode_chat(text, is_said, hide)
 
-    def chat_to_continue(self, messages):
+    def chat_to_continue(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation whose last message, an assistant's, is to go on: they end right
         behind its words, as with transformers' continue_final_message. Blanks at their end stay,
         even where the template trims them: what comes next continues this very text."""
@@ -334,7 +336,7 @@ class Tokenizer:
         ids, _ = self.encode_chat(text, bytes(len(text)), hide)
         return ids
 
-    def without_names(self, messages, hide):
+    def without_names(self, messages: list[dict], hide: str) -> list[dict]:
         """The messages, the names of special tokens in them broken by the letter `hide`."""
 
         def break_name(match):
@@ -364,7 +366,9 @@ class Tokenizer:
         places = range(first, len(messages))
         return [turns.span(i) for i in places if messages[i].get("role") == "assistant"]
 
-    def encode_chat(self, text: str, is_said: bytearray, hide: str) -> tuple[list[int], list[int]]:
+    def encode_chat(
+        self, text: str, is_said: bytearray | bytes, hide: str
+    ) -> tuple[list[int], list[int]]:
         """(ids, loss mask) of a template's text, whose special tokens are real, but for those with
         the letter `hide` in them. is_said: 1 for each character that an assistant says."""
         # Text between these is encoded by itself. The library finds those that are text.
@@ -439,7 +443,7 @@ class Tokenizer:
             raise TemplateRefusal(f"the chat template refuses these messages: {why}") from None
 
 
-def unused_letters(messages, n):
+def unused_letters(messages: list[dict], n: int) -> list[str]:
     """n letters of private use (U+E000 …) that no message has, to mark places in a text with."""
     given = json.dumps(messages, ensure_ascii=False, default=str)
     unused = (letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in given)

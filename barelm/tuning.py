@@ -426,7 +426,7 @@ def step_row(
     return {"step": state.step} | figures | {"lr": lr, "grad_norm": norm, "dt": dt}
 
 
-def show_step(run, row, n_steps, seconds_left):
+def show_step(run: Run, row: dict, n_steps: int, seconds_left: float | None) -> None:
     """The line of progress of a step: its row of the log, and the time that is left."""
     if not run.is_main:
         return
@@ -572,7 +572,7 @@ def begin_part(folder: RunFolder, state: State, saved: dict | None, facts: dict)
         state.best = math.inf
 
 
-def say_wrote(folder, row, state):
+def say_wrote(folder: RunFolder, row: dict, state: State) -> None:
     """Say that a run has come to its end, or was there already."""
     if row:
         folder.run.say(f"wrote {folder.path} in {duration(state.seconds)}")
@@ -581,7 +581,7 @@ def say_wrote(folder, row, state):
         folder.run.say(f"nothing to do: {at}; raise max_steps or max_epochs to go on")
 
 
-def stop(folder, row, state, signals):
+def stop(folder: RunFolder, row: dict, state: State, signals: StopSignals) -> int:
     """The curves and last lines of a run that was told to stop, and has saved: its exit status."""
     run = folder.run
     run.say(f"stopped at step {state.step} and saved; --init_from=resume goes on")

@@ -1,13 +1,24 @@
 """/v1/embeddings as OpenAI has it, and /classify as vLLM does: what a request may say, what the
 engine's thread does for it, and what it is answered. Nothing here knows HTTP."""
 
+from __future__ import annotations
+
 import base64
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from barelm.api import ApiError, check_length, check_model, is_ids, read_fields, short, tokenized
 from barelm.embeddings import vectors_of
 from barelm.engine import NOT_FINITE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from barelm.api import ServedModel
+    from barelm.engine import Engine
+    from model import GPT
 
 MOST_INPUTS = 2048  # texts of a request: OpenAI's limit
 
@@ -17,7 +28,7 @@ MOST_INPUTS = 2048  # texts of a request: OpenAI's limit
 
 @dataclass
 class Embeddings:
-    input: object = None  # a text, ids, or a list of either
+    input: Any = None  # a text, ids, or a list of either
     model: str | None = None
     encoding_format: str | None = None  # float, or base64: little-endian float32
     dimensions: int | None = None
@@ -25,11 +36,11 @@ class Embeddings:
 
 @dataclass
 class Classify:
-    input: object = None
+    input: Any = None
     model: str | None = None
 
 
-def read_embeddings(served, body, size):
+def read_embeddings(served: ServedModel, body: dict, size: int) -> Embeddings:
     """A request for vectors; this model's have `size` numbers."""
     request = read_fields(body, Embeddings, neutral={}, ignored={"user": str})
     check_model(served, request.model)
@@ -42,7 +53,7 @@ def read_embeddings(served, body, size):
     return request
 
 
-def read_classify(served, net, body):
+def read_classify(served: ServedModel, net: GPT, body: dict) -> Classify:
     """A request for labels."""
     if net.score is None or net.task != "classify":
         raise ApiError(400, f"{served.name} is no classifier of texts")
@@ -51,7 +62,7 @@ def read_classify(served, net, body):
     return request
 
 
-def read_inputs(served, value):
+def read_inputs(served: ServedModel, value: Any) -> list[list[int]]:
     """The texts of a request, [ids]: given as a text, as ids, or as a list of either. A text gets
     what the tokenizer begins and ends one with. To tokenize may take long."""
     is_one = not isinstance(value, list) or (value and type(value[0]) is int)
@@ -75,20 +86,20 @@ def read_inputs(served, value):
 # In the thread of the engine, which owns the network and its counters
 
 
-def make_vectors(engine, rows, pooling):
+def make_vectors(engine: Engine, rows: list[list[int]], pooling: str) -> np.ndarray:
     """Unit vectors (B, C) of lists of ids, as numpy's float32."""
     engine.metrics.add("prompt_tokens_total", sum(map(len, rows)))
     return finite(vectors_of(engine.net, rows, pooling)).numpy()
 
 
-def make_scores(engine, rows):
+def make_scores(engine: Engine, rows: list[list[int]]) -> list[list[float]]:
     """The scores of each label for lists of ids: lists of floats."""
     engine.metrics.add("prompt_tokens_total", sum(map(len, rows)))
     scores = finite(engine.net.scores(rows))
     return scores.softmax(-1).tolist() if scores.shape[1] > 1 else scores.tolist()
 
 
-def finite(numbers):
+def finite(numbers: Tensor) -> Tensor:
     """A tensor on the CPU, whose numbers JSON has."""
     if not numbers.isfinite().all():
         raise ApiError(500, NOT_FINITE)
@@ -99,7 +110,9 @@ def finite(numbers):
 # Answers
 
 
-def embeddings_answer(served, inputs, vectors, encoding_format):
+def embeddings_answer(
+    served: ServedModel, inputs: list[list[int]], vectors: np.ndarray, encoding_format: str
+) -> dict:
     data = []
     for index, vector in enumerate(vectors):
         if encoding_format == "base64":
@@ -110,7 +123,9 @@ def embeddings_answer(served, inputs, vectors, encoding_format):
     return {"object": "list", "data": data, "model": served.name, "usage": tokens_of(inputs)}
 
 
-def classes_answer(served, labels, inputs, shares):
+def classes_answer(
+    served: ServedModel, labels: list[str], inputs: list[list[int]], shares: list
+) -> dict:
     """shares: of each input the probability of each label; of a reward model, its score."""
     data = []
     for index, probs in enumerate(shares):
@@ -120,6 +135,6 @@ def classes_answer(served, labels, inputs, shares):
     return head | {"data": data, "usage": tokens_of(inputs)}
 
 
-def tokens_of(inputs):
+def tokens_of(inputs: list[list[int]]) -> dict:
     n = sum(map(len, inputs))
     return {"prompt_tokens": n, "total_tokens": n}

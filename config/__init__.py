@@ -8,6 +8,8 @@ but for _script, which is there: the script's name, "train.py", where two are to
 A recipe may also be a JSON object of keys, in which these names of other programs are read too.
 """
 
+from __future__ import annotations
+
 import ast
 import atexit
 import difflib
@@ -165,7 +167,7 @@ def whole_batch(recipe: dict, values: dict, keys: dict) -> dict:
     return {"micro_batch": size} | recipe | {"batch_tokens": windows * seq_len, WINDOWS: windows}
 
 
-def run_recipe(path, values, keys, script=""):
+def run_recipe(path: str, values: dict, keys: dict, script: str = "") -> dict:
     """What the recipe at `path` leaves in its namespace, which are `values` when it starts, and the
     script's name, for keys that several scripts have: `if _script == "train.py": out_dir = ...`."""
     path = find_recipe(path)
@@ -243,7 +245,7 @@ def reader_is_gone() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
-def writing_fails():
+def writing_fails() -> bool:
     """Whether standard output takes nothing any more."""
     try:
         sys.stdout.flush()
@@ -253,7 +255,7 @@ def writing_fails():
     return False
 
 
-def is_broken_pipe(error):
+def is_broken_pipe(error: BaseException) -> bool:
     """Whether an error is that of a pipe without a reader, which Windows calls EINVAL."""
     if sys.platform == "win32" and isinstance(error, OSError):
         return error.errno in (errno.EPIPE, errno.EINVAL)
@@ -307,7 +309,7 @@ def configure(space: dict) -> None:
 GIVEN_RECIPES = {}  # those of the command line, in order: a dict, since a set has none
 
 
-def values_elsewhere(path):
+def values_elsewhere(path: Path) -> dict:
     """{key: value} of the keys of the script at `path`, by this command line's recipes."""
     keys = script_keys(path)
     owners = keys_of_scripts(Path(path).parent)
@@ -316,7 +318,7 @@ def values_elsewhere(path):
     return {key: values[key] for key in keys}
 
 
-def usual_values(keys, owners):
+def usual_values(keys: dict, owners: dict) -> dict:
     """{key: default} of the keys of every script; of a key that several have, that in `keys`."""
     usual = {}
     for other_keys in (*owners.values(), keys):
@@ -324,7 +326,7 @@ def usual_values(keys, owners):
     return usual
 
 
-def read_arguments(script, argv, usual, keys, owners):
+def read_arguments(script: Path, argv: list[str], usual: dict, keys: dict, owners: dict) -> dict:
     """{key: value} of the keys of every script, as the arguments say, or else as `usual`."""
     values = dict(usual)
     windows = None  # of a step, where a JSON recipe counts them
@@ -355,7 +357,7 @@ def read_arguments(script, argv, usual, keys, owners):
     return values
 
 
-def read_resume(script, values, usual, keys, owners):
+def read_resume(script: Path, values: dict, usual: dict, keys: dict, owners: dict) -> dict:
     """The `values` of a command line that may ask for a resume: read again, on top of the settings
     of the run that goes on, if there is one."""
     from barelm.saved_settings import goes_on, saved_settings

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ import pytest
 from conftest import ROOT, run
 
 import config
+from barelm.examples import read_rows
+from barelm.run import UserError
+from barelm.tokenizer import Tokenizer
 
 SCRIPT = '''"""What the script is for."""
 
@@ -439,3 +443,26 @@ def test_marks_and_templates_may_have_line_ends_as_a_shell_types_them():
     typed = r'--template=["Q: {q}\nA: {a}", "{q}"]'
     assert config.read_flag(typed, [], keys) == {"template": ["Q: {q}\nA: {a}", "{q}"]}
     assert config.read_flag("--template=[{q}] {a}", [], keys) == {"template": "[{q}] {a}"}
+
+
+def texts_of(path):
+    """The texts of a file's code, its docstrings left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node not in docstrings:
+                yield node.value
+
+
+def test_commands_are_named_as_the_user_runs_them(monkeypatch, tmp_path):
+    assert config.command_of("prepare") == "python prepare.py"
+    monkeypatch.setattr(config, "BY_NAME", True)
+    assert config.command_of("prepare") == "barelm prepare"
+    with pytest.raises(UserError, match=r"no tokenizer.json here \(barelm prepare makes one\)"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(UserError, match="barelm prepare --task=sft .* makes it"):
+        read_rows("nowhere", "sft", "train")
+    for path in [*ROOT.glob("*.py"), *(ROOT / "barelm").glob("*.py")]:
+        for text in texts_of(path):
+            assert not re.search(r"\bpython \w+\.py\b", text), f"{path.name}: {text}"

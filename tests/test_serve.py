@@ -948,3 +948,17 @@ def test_what_cannot_be_served_is_refused_at_the_start(tiny, tmp_path):
     net.set_score(["O", "B-x"], task="tag")
     save(tmp_path / "tags", net, tok)
     assert "has a head for tag, which is not served" in refusal(f"--model={tmp_path}/tags")
+
+
+def test_types_of_fields_that_are_text_are_read(tmp_path, monkeypatch):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += "@dataclass\nclass Asked:\n    n: int | None = None\n    name: str = ''\n"
+    (tmp_path / "asked_types.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    from asked_types import Asked
+
+    assert api.read_fields({"n": 3, "name": None}, Asked) == Asked(3, "")
+    with pytest.raises(api.ApiError, match="n = 'x': expected a whole number"):
+        api.read_fields({"n": "x"}, Asked)
+    for type_ in (api.Chat, api.Completion, Asked):
+        assert not any(isinstance(kind, str) for kind in api.field_types(type_).values())

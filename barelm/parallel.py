@@ -63,7 +63,8 @@ def parallelize(net: GPT, mesh: Mesh, compute_dtype: torch.dtype = torch.float32
             network, process_group=group, gradient_as_bucket_view=True
         )
         if reduce_dtype == torch.bfloat16:
-            network.register_comm_hook(group, exchange_narrow)
+            # torch reads a hook's hints, and not such as are text: it is given one without.
+            network.register_comm_hook(group, lambda group, bucket: exchange_narrow(group, bucket))
     if reduce_dtype == torch.bfloat16 and keeps_narrow(sizes):
         narrow_gradients(net)
     if sizes.pp > 1:

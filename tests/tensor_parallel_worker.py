@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from barelm.attention_maps import attention_maps
 from barelm.caller import Caller, no_gradients
 from barelm.checkpoint import load
 from barelm.engine import Engine
@@ -13,7 +14,6 @@ from barelm.jobs import Job, Sampling
 from barelm.mesh import open_mesh
 from barelm.mirror import Mirror
 from barelm.optim import make_optimizer
-from barelm.page import attention_maps
 from barelm.parallel import exchanging, parallelize
 from barelm.parts import sum_partial_gradients, whole_tensor
 from barelm.run import Run, Updater, end_process, setup

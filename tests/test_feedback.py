@@ -84,7 +84,7 @@ def test_several_servers_write_one_file(tmp_path):
     ]
 
 
-QUICK = "--device=cpu --max_steps=2 --batch_size=1 --eval_every=2 --out_dir=out/dpo --overwrite"
+QUICK = "--device=cpu --max_steps=2 --batch_size=1 --eval_every=2 --out_dir=out/rated --overwrite"
 
 
 def test_thumbs_become_pairs_that_dpo_learns(tiny):
@@ -140,8 +140,8 @@ def test_thumbs_become_pairs_that_dpo_learns(tiny):
     done = run(
         tiny, "finetune.py", "--method=dpo", "--model=out/tiny", "--dataset=thumbs", *QUICK.split()
     )
-    log = [json.loads(line) for line in (tiny / "out/dpo/log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 2 and (tiny / "out/dpo/model.safetensors").is_file()
+    log = [json.loads(line) for line in (tiny / "out/rated/log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2 and (tiny / "out/rated/model.safetensors").is_file()
 
 
 def test_a_server_without_a_file_keeps_nothing(tiny):

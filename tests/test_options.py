@@ -11,13 +11,14 @@ import torch
 
 import export
 from barelm.adapters import AdaptConfig, add_prompts, choose_weights, merge_adapters
+from barelm.attention_maps import attention_maps
 from barelm.bpe import char_tokenizer
 from barelm.checkpoint import load, save
 from barelm.fast import generating
 from barelm.gguf_file import check_gguf
 from barelm.invariant import be_deterministic
 from barelm.optim import flops_per_token, make_optimizer, memory_estimate, restore_optimizers
-from barelm.page import attention_maps, describe_model
+from barelm.page import describe_model
 from barelm.patterns import may_look
 from barelm.quantized import quantize_weights
 from barelm.run import UserError

@@ -611,7 +611,7 @@ def test_bad_input_makes_no_folder(bad, arg):
 def test_bad_input_of_the_real_command(bad):
     done = run(bad, "prepare.py", "--source=nowhere", "--dataset=new", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    names = ", ".join(["python", "numbers", "copy:48", *sources.DOWNLOADS, "fineweb10B"])
+    names = ", ".join(["python", "numbers", "pychat", "copy:48", *sources.DOWNLOADS, "fineweb10B"])
     message = "--source=nowhere: no such file or folder, nor one of "
     assert done.stderr == message + names + "\n"
     assert not (bad / "data" / "new").exists()

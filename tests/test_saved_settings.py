@@ -53,12 +53,12 @@ def edit(own, change):
 
 def test_a_run_that_goes_on_without_flags_is_the_one_that_was_never_stopped(own, copy):
     """Bit for bit, and with its settings."""
-    run(own, "train.py", *SMALL, "--out_dir=out/whole", "--max_steps=6")
+    run(own, "train.py", *SMALL, "--out_dir=out/whole_settings", "--max_steps=6")
     done = copy("--max_steps=6")
     assert done.returncode == 0, done.stderr
     assert "settings: those of out/copy/run.json" in done.stdout
     assert "changed since the first part: max_steps 4 -> 6\n" in done.stdout
-    weights = [own / f"out/{name}/model.safetensors" for name in ("whole", "copy")]
+    weights = [own / f"out/{name}/model.safetensors" for name in ("whole_settings", "copy")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     whole, copied = (json.loads((path.parent / "run.json").read_text()) for path in weights)
     others = {key for key, value in whole["config"].items() if copied["config"][key] != value}

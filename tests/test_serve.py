@@ -549,7 +549,9 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(tiny):
         assert site.metric("generated_tokens_total") < 2 * 128 * 60  # neither was finished
         assert site.complete(prompt="import", max_tokens=2)["choices"]
         made = site.metric("first_token_seconds_count")
-        assert site.metric('first_token_seconds_bucket{le="+Inf"}') == made >= 3
+        assert (
+            site.metric('first_token_seconds_bucket{le="+Inf"}') == made >= 2
+        )  # the second may have left before its first
 
 
 def test_sigterm_finishes_what_runs_and_the_log_has_it(tiny):

@@ -66,14 +66,16 @@ class Axis:
     last_pixel: float
     is_log: bool
 
-    def pixel(self, value):
+    def pixel(self, value: float) -> float:
         scale = math.log10 if self.is_log else float
         span = scale(self.high) - scale(self.low) or 1  # of a single value any will do
         share = (scale(value) - scale(self.low)) / span  # 0 at low, 1 at high
         return self.first_pixel + share * (self.last_pixel - self.first_pixel)
 
 
-def make_axis(values, first_pixel, last_pixel, factor, padding):
+def make_axis(
+    values: list, first_pixel: float, last_pixel: float, factor: float, padding: float
+) -> Axis:
     """The Axis that shows all values, logarithmic where they are positive and span more than
     `factor`; padding: a share of their span that stays free at the ends."""
     low = min(values)
@@ -92,7 +94,7 @@ def make_axis(values, first_pixel, last_pixel, factor, padding):
     return Axis(low, high, first_pixel, last_pixel, is_log)
 
 
-def ticks(low, high, is_log):
+def ticks(low: float, high: float, is_log: bool) -> list[float]:
     """Round numbers between low and high: some 1, 2, 5 of each decade, or evenly spaced ones."""
     if is_log and high / low > 5:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -107,7 +109,7 @@ def ticks(low, high, is_log):
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
-def short(x):
+def short(x: float) -> str:
     """A number as an axis has it: 0.25, 3, 200k, 1.5M, 1e+15."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size <= abs(x) < 1e12:
@@ -115,12 +117,12 @@ def short(x):
     return f"{x:.4g}"
 
 
-def text(x, y, words, attributes=""):
+def text(x: float, y: float, words: str, attributes: str = "") -> str:
     # Escaped: a run's name is a folder's, which may hold < and &.
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{html.escape(words)}</text>'
 
 
-def picture(charts):
+def picture(charts: list[Chart]) -> str:
     """The text of an SVG file with the charts below each other, small ones two in a row."""
     elements = []
     x, y = 0, 0
@@ -141,14 +143,14 @@ def picture(charts):
     return "\n".join([head, f"<style>{STYLE}</style>", paper, *elements, "</svg>\n"])
 
 
-def frame_of(chart):
+def frame_of(chart: Chart) -> Frame:
     if chart.is_small:
         return SMALL
     legend = 18 * len(chart.series)  # pixels: 18 are a line
     return replace(LARGE, bottom=max(LARGE.bottom, 40 + legend))
 
 
-def draw(chart, frame):
+def draw(chart: Chart, frame: Frame) -> list[str]:
     """The elements of a chart in a frame."""
     left, right, top, bottom = frame.left, frame.right, frame.top, frame.bottom
     elements = [text(left, 24, chart.title, ' font-weight="bold"')]
@@ -197,7 +199,7 @@ def draw(chart, frame):
     return elements
 
 
-def draw_series(series, x_axis, y_axis):
+def draw_series(series: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
     """The elements of a series: its line, then its dots and their standard errors."""
     elements = []
     points = series.points
@@ -220,7 +222,7 @@ def draw_series(series, x_axis, y_axis):
 # The curves of a run
 
 
-def curve(rows, key, x):
+def curve(rows: list[dict], key: str, x: str) -> list[tuple]:
     """[(x, value)] of the rows that have both as finite numbers."""
     points = []
     for row in rows:  # a row of validation has no loss, one of training no val_loss
@@ -229,7 +231,7 @@ def curve(rows, key, x):
     return points
 
 
-def smooth(points, parts=50):
+def smooth(points: list[tuple], parts: int = 50) -> list[tuple]:
     """The exponential mean over a `parts`-th of the points, at most 400 of them kept. The first
     ones count in full: the bias correction of Adam (Kingma and Ba 2015, section 3)."""
     if not points:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from typing import BinaryIO
+    from typing import IO
 
 
 def is_linux() -> bool:
@@ -198,7 +198,7 @@ def replace(source: str | Path, target: str | Path) -> None:
             time.sleep(0.05)
 
 
-def lock(file: BinaryIO, exclusive: bool = True) -> bool:
+def lock(file: IO, exclusive: bool = True) -> bool:
     """Lock an open file for this process as long as it is open: whether no other has it. An OSError
     where there are no locks; Windows has no shared ones, so that there each one is exclusive."""
     try:
@@ -213,7 +213,7 @@ def lock(file: BinaryIO, exclusive: bool = True) -> bool:
     return True
 
 
-def lock_byte(file: BinaryIO) -> bool:
+def lock_byte(file: IO) -> bool:
     """`lock` on Windows: of a byte far behind the file's end, so that others may read the file."""
     try:
         import msvcrt
@@ -234,7 +234,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECA
 FORBIDDEN = '<>:"|?*'
 
 
-def why_no_name(path: Path) -> str:
+def why_no_name(path: Path | str) -> str:
     """Why Windows can have no file of this path; "" where it can, and on other systems."""
     if not is_windows():
         return ""

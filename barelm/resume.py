@@ -5,6 +5,8 @@ when it is put together, so that a kill leaves the old, the new, or what no read
 model's tokenizer with the other's weights.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -15,6 +17,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +27,11 @@ from barelm.files import parse_json, read_json, sync_folder, whole_file, write_j
 from barelm.run import UserError, made_with
 from barelm.safetensors import INDEX, read_header, write_safetensors
 from barelm.steps import MESH, keep_last, step_folders, whole_steps, why_not_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from barelm.run import Run
 
 WEIGHTS = (
     "*.safetensors.index.json",  # the indexes first: they name the other files
@@ -56,7 +64,7 @@ PARTS = ("best", "merged")  # a run's folders within its own: models of their ow
 # Folders of models
 
 
-def holds_model(folder):
+def holds_model(folder: Path | str) -> list[Path]:
     """The files of a folder that a new run would replace, or leave beside itself as if they were
     its own: configs, tokenizers, weights, indexes and states, in best/ and merged/ too, and steps
     in shards/."""
@@ -68,7 +76,7 @@ def holds_model(folder):
     return paths
 
 
-def clear_folder(folder):
+def clear_folder(folder: Path | str) -> None:
     """Take a model's folder apart, its best/ and merged/ with it: what vouches goes first. Files
     that are no part of a model stay."""
     folder = Path(folder)
@@ -88,7 +96,7 @@ def clear_folder(folder):
             folder.rmdir()
 
 
-def move_files(source, folder, last):
+def move_files(source: Path, folder: Path, last: Iterable[str]) -> None:
     """Move the files of one folder into another of the same disk, that named `last` last."""
     for path in sorted(Path(source).iterdir()):
         if path.name != last:
@@ -98,7 +106,7 @@ def move_files(source, folder, last):
     sync_folder(folder)
 
 
-def make_folder(folder, flag="--out_dir"):
+def make_folder(folder: Path | str, flag: str = "--out_dir") -> None:
     """Make a folder, and the ones above it; a name that cannot be one is a UserError."""
     if not str(folder):
         raise UserError(f"{flag} is empty: expected the name of a folder")
@@ -119,7 +127,7 @@ def make_folder(folder, flag="--out_dir"):
 
 
 @contextlib.contextmanager
-def locked_folder(folder, patience=3.0):
+def locked_folder(folder: Path | str, patience: float = 3.0) -> Iterator[None]:
     """Make a run's folder and be the only run that writes into it while the context lasts. The lock
     is the system's, on the file .lock: it ends with the process, however that ends. Of several
     processes the first has it. A folder that stays empty is removed again.
@@ -152,7 +160,7 @@ def locked_folder(folder, patience=3.0):
         lock.close()  # which gives the lock back
 
 
-def take_lock(lock, folder, patience):
+def take_lock(lock: IO, folder: Path, patience: float) -> None:
     """Lock an open file for this process, or say why there is no lock on this system."""
     give_up = time.monotonic() + patience
     try:
@@ -165,7 +173,7 @@ def take_lock(lock, folder, patience):
         say_no_lock(folder, error.strerror)
 
 
-def say_no_lock(folder, why):
+def say_no_lock(folder: Path, why: str) -> None:
     print(f"{folder}: no lock ({why}): see to it that no other run writes into it", flush=True)
 
 
@@ -173,7 +181,7 @@ def say_no_lock(folder, why):
 # Weights, and the state beside them that a run goes on from
 
 
-def file_sha256(path):
+def file_sha256(path: Path | str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(1 << 20), b""):  # until nothing is left
@@ -181,7 +189,7 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def fingerprint(paths):
+def fingerprint(paths: Iterable[Path]) -> str:
     """A hash that names the contents of files: of each its size and 64 pieces of 256 KiB, evenly
     spread, so that a large model takes no longer than a small one."""
     digest = hashlib.sha256()
@@ -200,7 +208,7 @@ def fingerprint(paths):
     return digest.hexdigest()
 
 
-def write_weights(path, tensors, step, state=None):
+def write_weights(path: Path | str, tensors: dict, step: int, state: dict | None = None) -> None:
     """Write weights and, with `state`, state.pt beside them. state.pt holds the step and the hash
     of the weights, and both are whole on the disk before the weights are renamed and then the
     state: killed at any moment, a process leaves weights and a state, of either name, that fit."""
@@ -216,7 +224,7 @@ def write_weights(path, tensors, step, state=None):
                 write_state(state_file, state | {"step": step} | names)
 
 
-def write_state(file, state):
+def write_state(file: IO, state: dict) -> None:
     """torch.save into an open file, whole on the disk when this returns. What is wrong with the
     disk is an OSError, in whose place torch raises an error of its own."""
     try:
@@ -230,7 +238,7 @@ def write_state(file, state):
         raise OSError(cause.errno, cause.strerror, file.name) from None
 
 
-def read_state(path):
+def read_state(path: Path) -> tuple[Any, str]:
     """The dict that torch.save wrote into a file: (it, "") or (None, why there is none)."""
     if not path.is_file():
         return None, "absent"
@@ -246,7 +254,7 @@ def read_state(path):
     return state, ""
 
 
-def load_state(folder):
+def load_state(folder: Path | str) -> dict:
     """The training state that belongs to the weights in a folder. Its entry `temporary` says that
     it still has the temporary name: the save was cut between its two renames."""
     folder = Path(folder)
@@ -279,7 +287,7 @@ def load_state(folder):
     )
 
 
-def check_state(state, kinds, path):
+def check_state(state: dict, kinds: dict, path: Path | str) -> None:
     """Refuse a state that lacks an entry or has one of another kind. kinds: {name: a value of the
     kind}; a number is 0 or more where that value is, and NaN only where that is."""
     for name, like in kinds.items():
@@ -296,7 +304,7 @@ def check_state(state, kinds, path):
             )
 
 
-def check_rows(rows, like, path):
+def check_rows(rows: list, like: list, path: Path | str) -> None:
     """Refuse a list from a state whose items are not lists of the same kinds as `like`."""
     kinds = [type(x) for x in like]
     for row in rows:
@@ -308,7 +316,7 @@ def check_rows(rows, like, path):
 # The log
 
 
-def open_log(path, step, say):
+def open_log(path: Path, step: int, say: Callable[[str], None]) -> IO:
     """A run's log.jsonl to append rows to (`write_row`), cut to its rows up to `step`: later ones
     belong to steps that will run again. Lines that are no rows are left out."""
     rows, n_bad = [], 0
@@ -327,7 +335,7 @@ def open_log(path, step, say):
     return open(path, "ab", buffering=0)  # no buffer that a full disk would leave half written
 
 
-def write_row(log, row):
+def write_row(log: IO, row: dict) -> None:
     """Append a row to a run's log. On a full disk there is nothing of it, and a UserError."""
     line = (json.dumps(row) + "\n").encode()
     end = log.seek(0, os.SEEK_END)
@@ -375,7 +383,7 @@ RESUME_IGNORES = (
 )
 
 
-def choose_start(out_dir, init_from, overwrite, fresh="scratch"):
+def choose_start(out_dir: str, init_from: str, overwrite: bool, fresh: str = "scratch") -> str:
     """init_from, with auto decided: "resume" where the folder holds weights, else `fresh`. What the
     folder holds is only replaced where that is asked for."""
     out = Path(out_dir)
@@ -392,7 +400,7 @@ def choose_start(out_dir, init_from, overwrite, fresh="scratch"):
     return fresh if init_from == "auto" else init_from
 
 
-def is_unfinished(out, files):
+def is_unfinished(out: Path, files: list[Path]) -> bool:
     """Whether a folder is that of a run which was killed before its first save was whole."""
     first_save = [*COMPANIONS, "state.pt.tmp"]  # what such a save leaves: no weights
     saved = [path for path in files if path.parent == out and path.name not in first_save]
@@ -411,7 +419,15 @@ class RunFolder:
     another value of any other key would draw another curve, and is refused. defaults: {key: its
     default}, which a part that was made before the key was, has."""
 
-    def __init__(self, out_dir, run, config, defaults, free, aside):
+    def __init__(
+        self,
+        out_dir: str,
+        run: Run,
+        config: dict,
+        defaults: dict,
+        free: Iterable[str],
+        aside: Iterable[str],
+    ) -> None:
         self.path = Path(out_dir)
         self.run = run
         self.config = config
@@ -424,14 +440,14 @@ class RunFolder:
         self.trackers = []  # functions that get each row too, such as TensorBoard's
         self.saver = None  # the StepSaver of a run whose processes each write a part
 
-    def changes(self, state, facts):
+    def changes(self, state: dict, facts: dict) -> dict[str, str]:
         """What this resume changes in what shapes the run: {key: "key old -> new"}."""
         part = state["parts"][-1]
         before = self.defaults | part["config"] | part["facts"]
         config = {key: value for key, value in self.config.items() if key not in self.aside}
         return changed_settings(before, config | facts)
 
-    def check_resume(self, state, facts):
+    def check_resume(self, state: dict, facts: dict) -> dict[str, str]:
         """Refuse a resume that would draw another curve: the changes that are allowed."""
         changed = self.changes(state, facts)
         allowed = (*self.free, *self.aside)
@@ -444,7 +460,7 @@ class RunFolder:
             )
         return changed
 
-    def begin(self, step, facts, state=None):
+    def begin(self, step: int, facts: dict, state: dict | None = None) -> dict[str, str]:
         """Begin a part of the run at this step, with `state` if it is a resume: what it changes is
         told and returned, the folder made ready, run.json and log.jsonl opened."""
         changed = {}
@@ -471,7 +487,7 @@ class RunFolder:
         self.log = open_log(self.path / "log.jsonl", step if state else -1, self.run.say)
         return changed
 
-    def record(self, row):
+    def record(self, row: dict) -> None:
         """Append a row to log.jsonl."""
         if self.run.is_main:
             write_row(self.log, row)
@@ -479,7 +495,7 @@ class RunFolder:
                 send(row)
 
 
-def changed_settings(before, now):
+def changed_settings(before: dict, now: dict) -> dict[str, str]:
     """What is no longer as it was, of two dicts of settings: {key: "key old -> new"}."""
     changed = {}
     for key, value in now.items():
@@ -490,24 +506,24 @@ def changed_settings(before, now):
     return changed
 
 
-def one_line(value):
+def one_line(value: Any) -> str:
     """A setting in a line."""
     return " ".join(repr(value).split())
 
 
-def shortened(text, longest=60):
+def shortened(text: str, longest: int = 60) -> str:
     """A text that may be too long for a line, with what was cut shown as …"""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def say_changes(changed, parts, say):
+def say_changes(changed: dict, parts: list[dict], say: Callable[[str], None]) -> None:
     """Tell what a resume changes in a run of these parts, in a line."""
     since = "the first part" if len(parts) == 1 else f"the part from step {parts[-1]['step']}"
     if changed:
         say(f"changed since {since}: {', '.join(changed.values())}")
 
 
-def check_parts(parts, path):
+def check_parts(parts: list, path: Path | str) -> None:
     """Refuse a list of parts, read from a state, that no run has written."""
     right = len(parts) > 0
     for part in parts:
@@ -521,7 +537,7 @@ def check_parts(parts, path):
         raise UserError(f"{path}: its parts are not a run's: damaged, or foreign")
 
 
-def weights_step(folder):
+def weights_step(folder: Path | str) -> int:
     """The step that the weights in a folder are of, or -1 where none says it."""
     metadata = {}
     for name in ("model.safetensors", "adapter_model.safetensors", INDEX):
@@ -537,7 +553,7 @@ def weights_step(folder):
     return int(step) if step.isdecimal() else -1
 
 
-def newest_step(folder, say=print):
+def newest_step(folder: Path | str, say: Callable[[str], None] = print) -> Path | None:
     """The folder of the step that a run goes on from, or None where that is the state.pt in its
     own. A later step that is not whole is told, and passed over."""
     folder = Path(folder)
@@ -558,9 +574,11 @@ def newest_step(folder, say=print):
 # Other logs
 
 
-def make_trackers(out_dir, config, tensorboard=False, wandb_project=None):
+def make_trackers(
+    out_dir: str, config: dict, tensorboard: bool = False, wandb_project: str | None = None
+) -> list[Callable[[dict], None]]:
     """Functions that send a log row to TensorBoard and Weights & Biases, where asked for."""
-    trackers = []
+    trackers: list[Callable[[dict], None]] = []
     try:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -576,7 +594,7 @@ def make_trackers(out_dir, config, tensorboard=False, wandb_project=None):
     return trackers
 
 
-def send_to_tensorboard(writer, row):
+def send_to_tensorboard(writer: Any, row: dict) -> None:
     for key, value in row.items():
         if key != "step" and value is not None:
             writer.add_scalar(key, value, row["step"])

@@ -9,12 +9,6 @@ import pytest
 from conftest import ROOT
 
 FILES = [ROOT / "model.py", ROOT / "config/__init__.py", *sorted((ROOT / "barelm").glob("*.py"))]
-# Not hinted yet: the scripts, and these. A file is taken out when it is, and none comes in.
-WITHOUT = {
-    "chart.py",
-    "page_routes.py",
-    "resume.py",
-}
 
 
 def public_functions(body, owner=None):
@@ -47,10 +41,7 @@ def without_hints(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_public_functions_have_hints(path):
-    if path.name in WITHOUT:
-        assert without_hints(path), f"{path.name} has its hints: take it out of WITHOUT"
-    else:
-        assert without_hints(path) == []
+    assert without_hints(path) == []
 
 
 def test_what_lacks_a_hint_is_seen(tmp_path):

@@ -122,7 +122,7 @@ export async function generate(path, body, signal, show) {
       held.push(...tokens);
       made.reason = choices[0].finish_reason ?? made.reason;
       if (!text) continue; // half a character, or what may become a stop text: with the next
-      waiting.push({ text, tokens: held });
+      waiting.push(...piecesOf(text, held));
       held = [];
       made.text += text;
       frame ||= requestAnimationFrame(flush);
@@ -136,6 +136,12 @@ export async function generate(path, body, signal, show) {
   made.seconds = (performance.now() - began) / 1000;
   made.first = first ? (first - began) / 1000 : 0;
   return made;
+}
+
+// The pieces of a text that came at once: one of each token, where together they are the text.
+function piecesOf(text, tokens) {
+  if (tokens.map((token) => token.text).join("") !== text) return [{ text, tokens }];
+  return tokens.map((token) => ({ text: token.text, tokens: [token] }));
 }
 
 // A piece as an element that can be chosen, the darker the less likely its tokens were.

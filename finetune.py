@@ -1037,11 +1037,10 @@ def main():
     scaler = make_scaler(run.device, computing)
     updater = Updater(run, learner.params().values(), optimizers, scaler, grad_clip)
     horizon = Horizon(max_steps=n_steps, max_minutes=max_minutes)
-    folder.horizon = {"max_steps": n_steps}
     schedule = Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction)
     state = restore(saved, learner, updater, folder)
     run.wait()  # nobody writes before everybody has read
-    begin_part(folder, state, saved, facts)
+    begin_part(folder, state, saved, facts, n_steps)
     signals = StopSignals()
     clock_begin = time.monotonic() - state.seconds
     row = {}  # of the last step

@@ -627,6 +627,13 @@ def learn(learner, task, samples, updater, cast, step):
     return figures, norm
 
 
+def check_sources():
+    """Refuse to write into a folder that is read: the model's, the reward model's."""
+    refuse_source(out_dir, model)
+    if Path(reward).is_dir():
+        refuse_source(out_dir, reward)
+
+
 def main():
     check_settings()
     task = METHODS[method]
@@ -635,9 +642,7 @@ def main():
     check_minibatches(n_samples, run)
     folder = RunFolder(out_dir, run, settings(globals()), defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")
-    refuse_source(out_dir, model)
-    if Path(reward).is_dir():
-        refuse_source(out_dir, reward)
+    check_sources()
     saved = load_state(folder.path) if start == "resume" else None
 
     # the policy, its reference and the prompts
@@ -672,11 +677,10 @@ def main():
     scaler = make_scaler(run.device, computing)
     updater = Updater(run, learner.params().values(), optimizers, scaler, grad_clip)
     horizon = Horizon(max_steps=n_steps, max_minutes=max_minutes)
-    folder.horizon = {"max_steps": n_steps}
     schedule = Schedule(lr_schedule, warmup_steps, min_lr, decay_fraction)
     state = restore(saved, learner, updater, folder)
     run.wait()  # nobody writes before everybody has read
-    begin_part(folder, state, saved, facts)
+    begin_part(folder, state, saved, facts, n_steps)
     signals = StopSignals()
     clock_begin = time.monotonic() - state.seconds
     row = {}  # of the last step

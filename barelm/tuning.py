@@ -562,9 +562,12 @@ def restore(saved: dict | None, learner: Learner, updater: Updater, folder: RunF
     return State(**{field.name: saved[field.name] for field in fields(State)})
 
 
-def begin_part(folder: RunFolder, state: State, saved: dict | None, facts: dict) -> None:
-    """Begin a part of the run in its folder; a best that a resume's changes have made none is
-    forgotten."""
+def begin_part(
+    folder: RunFolder, state: State, saved: dict | None, facts: dict, n_steps: int
+) -> None:
+    """Begin a part of the run, of n_steps in all, in its folder; a best that a resume's changes
+    have made none is forgotten."""
+    folder.horizon = {"max_steps": n_steps}
     changed = folder.begin(state.step, facts, saved)
     # The best may be one of other examples, or of a future that will not be.
     of_the_future = weights_step(folder.path / "best") > state.step

@@ -1,4 +1,4 @@
-# A chat to have at the end: a helper for Python's standard library, from scratch, in ten minutes on
+# A chat to have at the end: a helper for Python's standard library, from scratch, in eleven minutes on
 # two cores and without a network. docs/chat.md says what it can and what it cannot.
 #   python prepare.py config/chat.py     # data/chat: conversations whose answers Python gives
 #   python train.py config/chat.py       # out/chat_base: their text

@@ -1,5 +1,5 @@
-# A chat to have at the end: a helper for Python's standard library, from scratch, in eleven minutes on
-# two cores and without a network. docs/chat.md says what it can and what it cannot.
+# A chat to have at the end: a helper for Python's standard library, from scratch, in eleven minutes
+# on two cores and without a network. docs/chat.md says what it can and what it cannot.
 #   python prepare.py config/chat.py     # data/chat: conversations whose answers Python gives
 #   python train.py config/chat.py       # out/chat_base: their text
 #   python finetune.py config/chat.py    # out/chat: who says what, and when to stop

@@ -192,7 +192,10 @@ class Handlers:
             for update in new:
                 texts[update.job.index] += update.text
                 tokens[update.job.index] += update.tokens
-        choices = [answer.whole_choice(*parts) for parts in zip(jobs, texts, tokens)]
+        best = api.likeliest(wanted, list(zip(jobs, texts, tokens)))
+        choices = [answer.whole_choice(*parts) for parts in best]
+        for index, choice in enumerate(choices):
+            choice["index"] = index
         return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
 
     async def follow(self, request, jobs, updates):

@@ -39,6 +39,9 @@ class Sampling:
     min_p: float = limited(0.0, 0, 1)  # draw among those this fraction as likely as the likeliest
     seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draws; None: 0
     stop: Any = field(default_factory=list)  # texts that end the answer, which lacks them
+    stop_token_ids: list = field(default_factory=list)  # ids that end it, which lacks their text
+    include_stop_str_in_output: bool = False  # it ends with what ended it, text or token
+    skip_special_tokens: bool = True  # false: the text has special tokens too, by their names
 
     def options(self) -> dict:
         """As a Decoder takes them."""
@@ -107,7 +110,15 @@ class Job:
         self.tokens = []  # Tokens that were not told yet
         if self.scores_prompt:
             self.tokens.append(Token(ids[0], None, {}))
-        self.row = Row(tok, limit, sampling.stop, self.pieces.append, ends)
+        self.row = Row(
+            tok,
+            limit,
+            sampling.stop,
+            self.pieces.append,
+            ends,
+            keeps_stop=sampling.include_stop_str_in_output,
+            shows_special=not sampling.skip_special_tokens,
+        )
         self.uniform = None  # (limit,), one draw a token
         if sampling.temperature >= GREEDY:
             self.uniform = draws(sampling.seed or 0, index, limit)

@@ -1,0 +1,196 @@
+"""What clients of other servers send serve.py: names of the model, parameters one by one, other
+addresses than the usual."""
+
+import pytest
+import torch
+from conftest import run
+
+import model
+from barelm import api
+from barelm.checkpoint import load
+from barelm.texts import Row, TextStream
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+from test_serve import served
+
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def test_a_model_has_the_names_that_it_is_given(tiny):
+    ask = {"prompt": "import", "max_tokens": 1}
+    with served(tiny, "--name=org/sft, gpt-4o-mini", name="org/sft") as site:
+        cards = site.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == ["org/sft", "gpt-4o-mini"]
+        for name in ("org/sft", "gpt-4o-mini"):
+            assert site.get(f"/v1/models/{name}").json()["id"] == name
+            assert site.complete(**ask, model=name)["model"] == "org/sft"
+        assert site.complete(**ask)["model"] == "org/sft"
+        refused = site.post(COMPLETE, ask | {"model": "tiny"})
+        assert refused.status_code == 404
+        assert "this server has 'org/sft' or 'gpt-4o-mini'" in refused.json()["error"]["message"]
+    with served(tiny, env={"BARELM_NAME": "one,two"}, name="one") as site:
+        assert len(site.get("/v1/models").json()["data"]) == 2
+    for wrong in ("--name=", "--name=a,,b", "--name=a\nb"):
+        done = run(tiny, "serve.py", "--model=out/tiny", wrong, check=False)
+        assert done.returncode == 1 and "expected names with commas" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def site(tiny):
+    with served(tiny, "--max_batch=4") as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return load(tiny / "out" / "tiny")
+
+
+def greedy(net, tok, prompt, n):
+    """The ids that a naive loop makes, over the whole text each time."""
+    ids = [*prompt]
+    for _ in range(n):
+        with torch.no_grad():
+            logits = net(torch.tensor([ids]))[0, -1, : tok.n_vocab]
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_token_ends_an_answer_and_is_shown_where_that_is_asked_for(site, loaded):
+    net, tok = loaded
+    prompt = tok.encode("import os\nimport")
+    drawn = dict(temperature=1.5, top_k=9, seed=4)
+    [g] = model.generate(net, tok, [prompt], max_new_tokens=20, **drawn)
+    ids = g.ids
+    # The first token that was not there before, and is text.
+    place = next(i for i in range(4, len(ids)) if ids[i] not in ids[:i] and tok.token_bytes(ids[i]))
+    text = b"".join(map(tok.token_bytes, ids[:place])).decode()
+    shown = b"".join(map(tok.token_bytes, ids[: place + 1])).decode()
+    body = dict(prompt=prompt, max_tokens=20, ignore_eos=True) | drawn
+    body |= dict(stop_token_ids=[ids[place]], return_token_ids=True)
+    [choice] = site.complete(**body)["choices"]
+    assert choice["text"] == text and choice["finish_reason"] == "stop"
+    assert choice["token_ids"] == ids[: place + 1] and choice["prompt_token_ids"] == prompt
+    [choice] = site.complete(**body, include_stop_str_in_output=True)["choices"]
+    assert choice["text"] == shown
+    chunks = site.stream(COMPLETE, **body, include_stop_str_in_output=True)
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(part["text"] for part in parts) == shown
+    assert sum([part["token_ids"] for part in parts], []) == ids[: place + 1]
+
+
+def test_a_stop_text_is_kept_where_that_is_asked_for():
+    for stop, data, kept in (
+        (["b"], [b"aab", b"bc"], "aab"),
+        (["ca", "bc"], [b"ab", b"ca", b"d"], "abc"),
+        (["xy", "x"], [b"aaxyz"], "aax"),  # the one that ends first
+        (["xyz"], [b"ax", b"y", b"w"], "axyw"),
+    ):
+        stream = TextStream(stop, keeps_stop=True)
+        told = ""
+        for piece in data:
+            told += "" if stream.stopped else stream.feed(piece)
+        told += "" if stream.stopped else stream.feed(b"", final=True)
+        assert told == stream.text == kept
+
+
+def test_special_tokens_are_part_of_the_text_where_that_is_asked_for(site, loaded):
+    net, tok = loaded
+    special = tok.special["<|im_end|>"]
+    row = Row(tok, 5, [], shows_special=True, ends=[])
+    other = tok.encode("a")[0]
+    for token in (other, special, other):
+        row.take(token, 0.0)
+    assert row.out.text == "a<|im_end|>a"
+    body = dict(prompt="import", max_tokens=60, seed=5, temperature=2.5, ignore_eos=True)
+    body |= dict(return_token_ids=True, logprobs=0, skip_special_tokens=False)
+    answers = [site.complete(**body | {"seed": seed})["choices"][0] for seed in range(6)]
+    seen = set()
+    for choice in answers:
+        names = [tok.shown[id] for id in choice["token_ids"]]
+        assert choice["text"] == b"".join(names).decode(errors="replace")
+        places = [len(b"".join(names[:i]).decode(errors="ignore")) for i in range(len(names))]
+        assert choice["logprobs"]["text_offset"][0] == places[0] == 0
+        seen |= set(choice["token_ids"]) & set(tok.special.values())
+    assert seen  # such a token was drawn
+
+
+def test_best_of_answers_with_the_likeliest(site):
+    body = dict(prompt=["import", "def f("], max_tokens=6, seed=7, logprobs=0, temperature=1.5)
+    every = site.complete(**body, n=5)
+    best = site.complete(**body, n=2, best_of=5)
+    for prompt in range(2):
+        of_prompt = every["choices"][5 * prompt : 5 * prompt + 5]
+        means = {c["text"]: sum(c["logprobs"]["token_logprobs"]) for c in of_prompt}
+        lengths = {c["text"]: len(c["logprobs"]["tokens"]) for c in of_prompt}
+        order = sorted(means, key=lambda text: -means[text] / lengths[text])
+        chosen = best["choices"][2 * prompt : 2 * prompt + 2]
+        assert [c["text"] for c in chosen] == order[:2]
+    assert [c["index"] for c in best["choices"]] == [0, 1, 2, 3]
+    assert best["usage"] == every["usage"] | {
+        "prompt_tokens_details": best["usage"]["prompt_tokens_details"]
+    }
+    refused = site.post(COMPLETE, body | {"best_of": 2, "stream": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "best_of"
+
+
+def test_a_long_prompt_is_cut_to_what_was_asked_for(site, loaded):
+    net, tok = loaded
+    ids = tok.encode("import os\n" * 40)[:100]
+    body = dict(prompt=ids, max_tokens=5, temperature=0, return_token_ids=True, ignore_eos=True)
+    for n, side, kept in (
+        (9, None, ids[-9:]),
+        (9, "left", ids[-9:]),
+        (9, "right", ids[:9]),
+        (-1, None, ids[-59:]),
+        (59, None, ids[-59:]),
+    ):
+        answer = site.complete(**body, truncate_prompt_tokens=n, truncation_side=side)
+        [choice] = answer["choices"]
+        assert choice["prompt_token_ids"] == kept and answer["usage"]["prompt_tokens"] == len(kept)
+        assert choice["token_ids"] == greedy(net, tok, kept, 5)
+    talk = {"messages": [{"role": "user", "content": "import os " * 9}], "max_tokens": 5}
+    whole = site.post("/tokenize", {"messages": talk["messages"]}).json()["tokens"]
+    more = {"truncate_prompt_tokens": 10, "return_token_ids": True}
+    answer = site.post(CHAT, talk | more).json()
+    assert answer["prompt_token_ids"] == whole[-10:]
+    assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"]
+
+
+def test_tokens_are_called_by_their_ids_where_that_is_asked_for(site):
+    body = dict(prompt="import", max_tokens=3, logprobs=2, temperature=0, return_token_ids=True)
+    [choice] = site.complete(**body, return_tokens_as_token_ids=True)["choices"]
+    names = [f"token_id:{id}" for id in choice["token_ids"]]
+    assert choice["logprobs"]["tokens"] == names
+    assert all(name in tops for name, tops in zip(names, choice["logprobs"]["top_logprobs"]))
+
+
+def test_a_gap_is_filled_by_the_tokens_that_the_tokenizer_has_for_it(loaded):
+    _, tok = loaded
+    plain = api.ServedModel("plain", tok, max_len=64, max_queue=9)
+    with pytest.raises(api.ApiError, match="suffix: this model's tokenizer has no tokens") as error:
+        api.read_completion(plain, {"prompt": "a", "suffix": "b"})
+    assert error.value.param == "suffix"
+    for names in (
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+        ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+        (
+            "<\uff5cfim\u2581begin\uff5c>",
+            "<\uff5cfim\u2581hole\uff5c>",
+            "<\uff5cfim\u2581end\uff5c>",
+        ),
+    ):
+        gap = tok.with_added([*names])
+        prefix, suffix, middle = (gap.special[name] for name in names)
+        described = api.ServedModel("gap", gap, max_len=64, max_queue=9)
+        request = api.read_completion(described, {"prompt": "def f(", "suffix": "\n    return"})
+        [ids] = api.read_prompts(described, request)
+        behind = [suffix, *tok.encode("\n    return"), middle]
+        assert ids == [prefix, *tok.encode("def f("), *behind]
+        [job] = api.completion_jobs(described, request, [ids], None)
+        assert middle in job.row.ends and suffix in job.row.ends
+        gap.start = [gap.bos_id]  # as Code Llama's tokenizer begins a text
+        [ids] = api.read_prompts(described, request)
+        assert ids[:2] == [gap.bos_id, prefix]

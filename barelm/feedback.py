@@ -44,7 +44,7 @@ def read_feedback(served: ServedModel, body: dict) -> dict:
     if not request.response.strip():
         raise ApiError(400, "response: expected the answer's text", "response")
     prompt = [read_message(m, f"messages[{i}]") for i, m in enumerate(request.messages)]
-    check_length(served, len(request.response) + sum(len(m["content"]) for m in prompt))
+    check_length(served, len(request.response) + size_of(prompt))
     return {
         "time": round(time.time(), 3),
         "model": served.name,

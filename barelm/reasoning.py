@@ -1,8 +1,8 @@
 """Thoughts before an answer: which templates have them, and where an answer has its own.
 
 Qwen3 writes <think>, its thought, </think>, then the answer; DeepSeek's R1 the same, but there the
-template has written the <think> already. `ThoughtSplitter` takes the text as it comes; what it gives
-out does not depend on how it is cut into pieces."""
+template has written the <think> already. `ThoughtSplitter` takes the text as it comes; what comes
+out does not depend on where it is cut."""
 
 from __future__ import annotations
 

@@ -359,7 +359,8 @@ class Tokenizer:
         return ids
 
     def without_names(self, messages: Any, hide: str) -> Any:
-        """The messages, or another value of JSON, the names of special tokens in them broken by the letter `hide`."""
+        """The messages, or another value of JSON, the names of special tokens in them broken by
+        the letter `hide`."""
 
         def break_name(match):
             return match[0][0] + hide + match[0][1:]  # <|im_end|> is no name with `hide` behind <

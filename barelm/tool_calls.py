@@ -4,10 +4,10 @@
     parser.feed('It is <tool_call>{"name": "weather", "argum')      # ["It is"]
     parser.feed('ents": {"city": "Paris"}}</tool_call>', final=True)  # [a CallPiece or two]
 
-What comes out is the same however the answer is cut into pieces. What looks like a call and is none
-(broken JSON, a tool that there is not, an end in the middle) is text, letter by letter. So that this
-can be told, a call is given out when it is whole; where a grammar makes sure that it will be one
-(`certain`), its arguments come as they are written."""
+What comes out is the same wherever the answer is cut into pieces. What looks like a call and is
+none (broken JSON, a tool that there is not, an end in the middle) is text, letter by letter. So a
+call is given out when it is whole; where a grammar makes sure that it will be one (`certain`), its
+arguments come as they are written."""
 
 from __future__ import annotations
 

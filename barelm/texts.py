@@ -69,12 +69,12 @@ class TextStream:
 class Row:
     """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
     a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
-    draws are its own. keeps_stop: what ended it is part of the text. shows_special: so are special
-    tokens, by their names."""
+    draws are its own. least: before so many tokens no stop string ends it. keeps_stop: what ended
+    it is part of the text. shows_special: so are special tokens, by their names."""
 
     def __init__(self, tok: Tokenizer, limit: int, stop: list[str], emit: Callable | None = None,
-                 ends: list[int] | None = None, number: int = 0, keeps_stop: bool = False,
-                 shows_special: bool = False) -> None:  # fmt: skip
+                 ends: list[int] | None = None, number: int = 0, least: int = 0,
+                 keeps_stop: bool = False, shows_special: bool = False) -> None:  # fmt: skip
         self.tok = tok
         self.keeps_stop = keeps_stop
         self.shows_special = shows_special
@@ -83,7 +83,9 @@ class Row:
         self.emit = emit
         self.ends = tok.eos_ids if ends is None else ends
         self.out = Generation()
-        self.stream = TextStream(stop, keeps_stop)
+        self.least = least
+        self.stop = stop
+        self.stream = TextStream(() if least else stop, keeps_stop)
         self.done = False
 
     def token_bytes(self, token: int) -> bytes:
@@ -98,11 +100,22 @@ class Row:
         self.out.logprobs.append(logprob)
         ended = token in self.ends
         last = ended or len(self.out.ids) == self.limit
+        if len(self.out.ids) > self.least:  # what was before is not looked through any more
+            self.stream.stop = self.stop
         is_shown = self.keeps_stop or not ended
         piece = self.stream.feed(self.token_bytes(token) if is_shown else b"", final=last)
         self.out.text = self.stream.text
         self.done = last or self.stream.stopped
         if ended or self.stream.stopped:
             self.out.finish_reason = "stop"
+        if piece and self.emit is not None:
+            self.emit(piece)
+
+    def finish(self) -> None:
+        """The text is whole, though no end token came, as where a grammar ends."""
+        piece = self.stream.feed(b"", final=True)
+        self.out.text = self.stream.text
+        self.out.finish_reason = "stop"
+        self.done = True
         if piece and self.emit is not None:
             self.emit(piece)

@@ -54,6 +54,7 @@ pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the mod
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
+tool_form: str | None = None  # of calls of tools: hermes, llama3, …; none: the chat template's own
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
@@ -169,13 +170,12 @@ class Handlers:
 
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
-        continues = wanted.continue_final_message
-        ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages, continues)
+        ids = await asyncio.to_thread(api.read_conversation, self.served, wanted)
         await asyncio.to_thread(api.read_form, self.served, wanted)
         updates = Updates(at_end=not wanted.stream)
         parts = (self.served, wanted, ids, updates.listener)
         jobs = await asyncio.to_thread(api.chat_jobs, *parts)
-        answer = ChatAnswer(self.served, jobs)
+        answer = ChatAnswer(self.served, jobs, wanted.plan)
         return await self.generate(request, wanted, jobs, updates, answer)
 
     async def generate(self, request, wanted, jobs, updates, answer):
@@ -574,6 +574,7 @@ def main():
         refusal=why_no_text(net),
         is_seq2seq=net.config.is_seq2seq,
         aliases=names[1:],
+        tool_form=tool_form,
     )
     if mirror:
         mirror.knows(net=net, tok=tok)

@@ -27,7 +27,7 @@ from barelm.jobs import Job, Sampling, limited
 from barelm.messages import FieldError
 from barelm.run import UserError
 from barelm.tool_forms import form_named
-from barelm.tool_use import plan_chat
+from barelm.tool_use import plan_chat, read_text_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -146,6 +146,7 @@ class Generation(Sampling):
     stream_options: dict = field(default_factory=dict)  # StreamOptions, when read
 
     compiled = None  # no field of a request: its Grammar, by read_form
+    plan = None  # no field either: the ChatPlan of a chat, by read_conversation
 
 
 @dataclass
@@ -169,8 +170,6 @@ class TemplateFields:
     reasoning_effort: str | None = None
     include_reasoning: bool = True  # answer with the thoughts, in reasoning_content
     reasoning_format: str | None = None  # none: thoughts are part of the text
-
-    plan = None  # no field of a request: its ChatPlan, by read_conversation
 
 
 @dataclass
@@ -298,6 +297,7 @@ NEUTRAL = {
     "typical_p": [1, 1.0],
     "xtc_probability": [0, 0.0],
 }
+NEWER = {"functions": "tools", "function_call": "tool_choice"}  # these are not done
 STREAM_NEUTRAL = {"include_obfuscation": [False], "continuous_usage_stats": [False]}
 
 TYPE_NAMES = {
@@ -381,7 +381,9 @@ def check_other(
         return
     name = name[:60]
     hint = ""
-    if name in neutral:
+    if name in NEWER:
+        hint = f": OpenAI's older form; {NEWER[name]} is the newer one"
+    elif name in neutral:
         expected = " or ".join(json.dumps(other) for other in neutral[name])
         hint = f": expected {expected}, not {short(value)}"
     else:
@@ -517,8 +519,13 @@ def check_token_ids(served: ServedModel, name: str, ids: list) -> None:
 def read_form(served: ServedModel, request: Generation) -> None:
     """Compile what the request says of its answer's form. It may take long: the server calls it in
     a thread of its own."""
+    plan = request.plan
     try:
-        request.compiled = read_grammar(served.tok, request)
+        if plan is not None and plan.tools:
+            text_rule = checked(read_text_rule, request)
+            request.compiled = checked(plan.compile, served.tok, text_rule)
+        else:
+            request.compiled = read_grammar(served.tok, request)
     except FormError as error:
         raise ApiError(400, str(error), error.field) from None
 
@@ -647,7 +654,7 @@ def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int
     talk = [read_message(message, f"messages[{i}]") for i, message in enumerate(given)]
     plan = checked(plan_chat, served.tok, request, served.tool_form)
     request.plan = plan
-    check_length(served, messages.size_of([talk, plan.tools, plan.variables]))
+    check_length(served, messages.size_of([talk, plan.shown, plan.variables]))
     talk = plan.messages(talk)
     if request.continue_final_message:
         if talk[-1]["role"] != "assistant" or talk[-1].get("tool_calls"):
@@ -799,6 +806,7 @@ def make_jobs(
                 echo,
                 guide=guide,
                 goes_on=request.ignore_eos,
+                shown=request.plan.marks() if request.plan else (),
             )
             jobs.append(job)
     return jobs

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from barelm.api import ApiError, check_length, check_model, read_fields, read_message
 from barelm.jobs import limited
+from barelm.messages import size_of
 from barelm.run import UserError
 
 if TYPE_CHECKING:

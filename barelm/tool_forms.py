@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 from barelm.chat import written_json
+from barelm.grammar import json_rule
 from barelm.run import UserError
 
 
@@ -228,8 +229,6 @@ def without_calls(message: dict, form: ToolForm) -> dict:
 # Grammars, in llguidance's Lark
 
 MOST_CALLS = 16  # of one answer that is constrained
-# As templates write JSON, and models learned it; also no room for endless white space.
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANYTHING = {"type": "object"}  # of a function without parameters given
 
 
@@ -257,14 +256,15 @@ def call_grammar(
     required: bool,
     parallel: bool = True,
     thought: tuple[str, str] | None = None,
-    lenient: bool = False,
+    text_rule: str | None = None,
 ) -> str:
     """The grammar, as barelm/grammar.py's kind `lark`, of an answer that calls some of the tools.
 
     token_ids: {name: id} of the special tokens, which are no text to the grammar. required: begin
     with a call; else any text may be, but where a call begins it goes on as one. parallel: more
-    calls than one. thought: what a thought, which may come first, begins and ends with. lenient:
-    keywords of the schemas that the grammar's library does not know are passed over."""
+    calls than one. thought: what a thought, which may come first, begins and ends with. text_rule:
+    the right side of a rule for the text of an answer without calls. UserError: of a schema that
+    cannot be enforced."""
     marker, opening, between, begin = form.marker, form.opening, form.between, form.begin
     lead = marker
     if not marker:  # a call at the very beginning of the answer
@@ -276,48 +276,62 @@ def call_grammar(
     if parallel:
         more = f"({quoted(between + begin, token_ids)} call){{0,{MOST_CALLS - 1}}}"
     rest = f"{quoted(first, token_ids)} call {more} {quoted(form.closing, token_ids)}"
-    lines = ["%llguidance {}", f"start: {start_rule(lead, rest, token_ids, required, thought)}"]
-    lines += lead_rules(form, lead, token_ids, required, thought)
+    before = "thought? " if thought and (required or text_rule) else ""
+    lines = []
+    if required:
+        lines.append(f"start: {before}{quoted(lead, token_ids)} {rest}")
+    elif text_rule:
+        lines.append(f"start: {before}plain | {before}{quoted(lead, token_ids)} {rest}")
+        lines.append(f"plain: {text_rule}")
+    else:
+        lines.append(f"start: TEXT | lead {rest}")
+        lines += lead_rules(form, lead, token_ids)
+    if before:
+        lines += thought_rules(thought, token_ids)
     names = []
     for number, tool in enumerate(tools):
         function = tool["function"]
-        schema = function.get("parameters") or ANYTHING
-        spacing = SPACING | {"lenient": lenient}
-        schema = json.dumps(schema | {"x-guidance": spacing}, ensure_ascii=False)
         head = quoted(function["name"] + form.middle, token_ids)
-        lines.append(f"call_{number}: {head} %json {schema} {quoted(form.end, token_ids)}")
+        arguments = arguments_rule(function)
+        lines.append(f"call_{number}: {head} arguments_{number} {quoted(form.end, token_ids)}")
+        lines.append(f"arguments_{number}: {arguments}")
         names.append(f"call_{number}")
     lines.append("call: " + " | ".join(names))
     return "\n".join(lines) + "\n"
 
 
-def start_rule(lead: str, rest: str, token_ids: dict, required: bool, thought: object) -> str:
-    """What an answer is: text or calls, or calls alone, perhaps with a thought before them."""
-    if required:
-        before = "thought? " if thought else ""
-        return f"{before}{quoted(lead, token_ids)} {rest}"
-    return f"TEXT | lead {rest}"
+def arguments_rule(function: dict) -> str:
+    """The right side of the rule of a function's arguments."""
+    schema = function.get("parameters") or ANYTHING
+    if schema.get("type", "object") != "object":
+        raise UserError(f"{function['name']}: its parameters are no object")
+    try:
+        return json_rule({"type": "object"} | schema, compact=True)
+    except UserError as error:
+        raise UserError(f"{function['name']}: {error}") from None
 
 
-def lead_rules(
-    form: ToolForm, lead: str, token_ids: dict, required: bool, thought: tuple[str, str] | None
-) -> list[str]:
-    """The rules of what may come before a call."""
-    if required and thought:
-        begin, end = thought
+def thought_rules(thought: tuple[str, str], token_ids: dict[str, int]) -> list[str]:
+    """The rules of a thought, which ends at the first place that it can."""
+    begin, end = thought
+    if end in token_ids:  # no text has it, since it is a token of its own
+        inside = rf"thought_text: /(.|\n)*/ {quoted(end, token_ids)}"
+    else:
         inside = rf"thought_text[lazy]: /(.|\n)*/ {quoted(end, token_ids)}"
-        return [inside, rf"thought: {quoted(begin, token_ids)} thought_text /\s*/"]
-    if required:
-        return []
-    if not form.marker:  # text that does not begin as a call does
-        escaped = regex_text(lead)
-        plain = rf"TEXT: /(.|\n)*/ & ~/{escaped}(.|\n)*/"
-        return [plain, f"lead: {quoted(lead, token_ids)}"]
+    return [inside, rf"thought: {quoted(begin, token_ids)} thought_text /\s*/"]
+
+
+def lead_rules(form: ToolForm, lead: str, token_ids: dict[str, int]) -> list[str]:
+    """The rules of any text without a call, and of what may come before one."""
+    anything = r"/(.|\n)*/"
     if form.marker in token_ids:  # no text has it, since it is a token of its own
-        return [r"TEXT: /(.|\n)*/", f"lead: TEXT {quoted(lead, token_ids)}"]
+        return [f"TEXT: {anything}", f"lead: TEXT {quoted(lead, token_ids)}"]
     escaped = regex_text(lead)
-    plain = rf"TEXT: /(.|\n)*/ & ~/(.|\n)*{escaped}(.|\n)*/"
-    return [plain, rf"lead[lazy]: /(.|\n)*/ {quoted(lead, token_ids)}"]
+    if not form.marker:  # text that does not begin as a call does
+        plain = rf"TEXT: {anything} & ~/{escaped}(.|\n)*/"
+        return [plain, f"lead: {quoted(lead, token_ids)}"]
+    plain = rf"TEXT: {anything} & ~/(.|\n)*{escaped}(.|\n)*/"
+    return [plain, f"lead[lazy]: {anything} {quoted(lead, token_ids)}"]
 
 
 def regex_text(text: str) -> str:

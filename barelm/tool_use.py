@@ -2,17 +2,20 @@
 
     plan = plan_chat(tok, request)      # FieldError: what is wrong, and the field it is in
     messages = plan.messages(messages)  # as the template takes them
-    plan.grammar()                      # what a call may be, for barelm/grammar.py; or None
+    plan.compile(tok, None)             # the Grammar of an answer with calls, or None
     parser = plan.parser()              # of one answer: text in, thought, words and calls out
 
 Nothing here knows HTTP, nor a server: barelm/api.py reads the rest of a request."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from barelm.grammar import compile_grammar, json_rule
+from barelm.guided import forms_of
 from barelm.messages import FieldError
 from barelm.reasoning import Thoughts, ThoughtSplitter, takes, thoughts_of
 from barelm.run import UserError
@@ -27,6 +30,7 @@ from barelm.tool_forms import (
 )
 
 if TYPE_CHECKING:
+    from barelm.grammar import Grammar
     from barelm.tokenizer import Tokenizer
 
 MOST_TOOLS = 128  # as OpenAI's
@@ -127,11 +131,12 @@ def named_tools(names: list, tools: list[dict]) -> list[dict]:
 class ChatPlan:
     """What the tools and thoughts of a request mean for its prompt and its answers.
 
-    tools: that may be called. required: one must be. variables: the template's own, of the client.
+    shown: the tools that the model is told of. tools: that may be called. required: one must be. variables: the template's own, of the client.
     thoughts: what is told apart from the answer; None: nothing. certain: a grammar makes sure that
     what begins as a call is one."""
 
     form: ToolForm | None = None
+    shown: list[dict] = field(default_factory=list)
     tools: list[dict] = field(default_factory=list)
     required: bool = False
     parallel: bool = True
@@ -148,15 +153,15 @@ class ChatPlan:
         if self.form is None:
             return messages
         if not self.template_takes_tools:
-            return described(messages, self.tools, self.form)
+            return described(messages, self.shown, self.form)
         if self.form.id_length:
             return [with_short_ids(message, self.form.id_length) for message in messages]
         return messages
 
     def extra(self) -> dict:
         """The template's variables beside the messages."""
-        if self.tools and self.template_takes_tools:
-            return self.variables | {"tools": self.tools}
+        if self.shown and self.template_takes_tools:
+            return self.variables | {"tools": self.shown}
         return self.variables
 
     def see_prompt(self, text: str) -> None:
@@ -165,23 +170,32 @@ class ChatPlan:
             behind = text.rstrip().rpartition(self.thoughts.end)[2]
             self.inside = behind.endswith(self.thoughts.begin)
 
-    def grammar(self) -> str | None:
-        """What the answer may be, for barelm/grammar.py's kind `lark`; None: anything."""
+    def compile(self, tok: Tokenizer, text_rule: str | None) -> Grammar | None:
+        """The Grammar of the answers; None: anything may be said, and what begins as a call may be
+        none. text_rule: of an answer that is text. FieldError: a call is wanted, and what it may be
+        cannot be enforced."""
         if not self.tools or self.form is None:
             return None
         thought = None
         if self.thoughts is not None:
             thought = ("" if self.inside else self.thoughts.begin, self.thoughts.end)
-        return call_grammar(
-            self.form, self.tools, self.token_ids, self.required, self.parallel, thought
-        )
+        ids = self.token_ids
+        args = (self.form, self.tools, ids, self.required, self.parallel, thought, text_rule)
+        try:
+            grammar = compile_grammar(tok, "lark", call_grammar(*args))
+        except UserError as error:
+            if self.required or text_rule:
+                raise FieldError("tools", str(error)) from None
+            return None  # the model may call them yet, if not so surely
+        self.certain = True
+        return grammar
 
     def parser(self) -> AnswerParser:
         """For one answer."""
         return AnswerParser(self)
 
-    def shown_tokens(self) -> set[int]:
-        """The special tokens that belong to the text, since a call or a thought is found by them."""
+    def marks(self) -> set[int]:
+        """The special tokens that are text here, as calls and thoughts are found by them."""
         return set(self.token_ids.values())
 
 
@@ -204,9 +218,13 @@ def plan_chat(tok: Tokenizer, request: Any, form_name: str | None = None) -> Cha
     """The plan of a request with the fields tools, tool_choice, parallel_tool_calls,
     chat_template_kwargs, reasoning_effort, include_reasoning and reasoning_format. form_name: of
     the form of calls, where the template is not to say it."""
-    tools = read_tools(request.tools)
-    tools, required = read_choice(request.tool_choice, tools)
-    plan = ChatPlan(tools=tools, required=required, parallel=request.parallel_tool_calls)
+    shown = read_tools(request.tools)
+    tools, required = read_choice(request.tool_choice, shown)
+    if not tools:  # a model that may call none is told of none
+        shown = []
+    plan = ChatPlan(
+        shown=shown, tools=tools, required=required, parallel=request.parallel_tool_calls
+    )
     if not tok.config.get("chat_template"):  # the template's absence is told where it is used
         return plan
     template = tok.chat_template({"tools": tools})
@@ -260,6 +278,24 @@ def marks_of(tok: Tokenizer, plan: ChatPlan) -> dict[str, int]:
     return {
         name: id for name, id in tok.special.items() if name and name in text and id not in plain
     }
+
+
+def read_text_rule(request: Any) -> str | None:
+    """The right side of a grammar's rule for the text of answers that call no tool, by what the
+    request says of its form; None: any text."""
+    forms = forms_of(request)
+    if not forms:
+        return None
+    field, kind, source = forms[0]
+    field = field.split(".")[0]
+    if len(forms) > 1 or kind not in ("json_schema", "json_object"):
+        raise FieldError(field, "beside tools: expected one JSON Schema, or json_object")
+    try:
+        if isinstance(source, str):
+            source = json.loads(source)
+        return json_rule(source or {"type": "object"})
+    except (UserError, ValueError, RecursionError) as error:
+        raise FieldError(field, str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------

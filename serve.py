@@ -30,6 +30,7 @@ Smaller models and other formats are export.py's.
 from config import configure
 
 model = "out/python"  # a checkpoint folder
+name: str | None = None  # what clients call it, "a,b": answers tell the first; or BARELM_NAME
 host = "127.0.0.1"  # who may connect: 127.0.0.1 this machine alone, 0.0.0.0 everyone
 port = 8000  # 0: any free one
 api_key: str | None = None  # asked of every client; or set BARELM_API_KEY, which ps does not show
@@ -273,11 +274,12 @@ class Handlers:
     # ------------------------------------------------------------------ the model and its tokens
 
     async def models(self):
-        return reply({"object": "list", "data": [self.served.card]})
+        return reply({"object": "list", "data": self.served.cards()})
 
     async def one_model(self, name: str):
         api.check_model(self.served, name)
-        return reply(self.served.card)
+        [card] = [card for card in self.served.cards() if card["id"] == name]
+        return reply(card)
 
     async def tokenize(self, request: Request):
         body = await self.read_body(request)
@@ -403,6 +405,17 @@ def read_key():
     return api_key.strip()
 
 
+def read_names():
+    """What the model is called: the first in answers, all by clients."""
+    given = os.environ.get("BARELM_NAME", "") if name is None else name
+    if name is None and not given.strip():
+        return [Path(model).resolve().name]
+    names = list(dict.fromkeys(word.strip() for word in given.split(",")))
+    if not all(names) or not all(word.isprintable() for word in names):
+        raise UserError(f"--name={given!a}: expected names with commas between them")
+    return names
+
+
 def check_settings(net):
     counts = {
         "max_batch": 16 if max_batch is None else max_batch,
@@ -410,14 +423,14 @@ def check_settings(net):
         "max_connections": max_connections,
         "max_body": max_body,
     }
-    for name, n in counts.items():
+    for key, n in counts.items():
         if n < 1:
-            raise UserError(f"--{name}={n}: expected 1 or more")
+            raise UserError(f"--{key}={n}: expected 1 or more")
     if prefill_chunk < 0:
         raise UserError(f"--prefill_chunk={prefill_chunk}: expected 1 or more, or 0: by the device")
-    for name, seconds in dict(timeout=timeout, client_timeout=client_timeout, drain=drain).items():
+    for key, seconds in dict(timeout=timeout, client_timeout=client_timeout, drain=drain).items():
         if not 0 < seconds < math.inf:
-            raise UserError(f"--{name}={seconds}: expected seconds, more than 0")
+            raise UserError(f"--{key}={seconds}: expected seconds, more than 0")
     if not 0 <= port < 2**16:  # of a greater one the C library takes the last 16 bits
         raise UserError(f"--port={port}: expected 0 to 65535")
     n_ctx = net.config.n_ctx
@@ -499,7 +512,7 @@ def open_log(tok):
         raise UserError(f"--log={log}: {error.strerror}") from None
 
 
-def run_server(app, engine, sock, limits, shutdown):
+def run_server(app, engine, sock, limits, shutdown, served_name):
     """Answer requests until a signal comes, and those that run then."""
     config = uvicorn.Config(
         app,
@@ -522,14 +535,14 @@ def run_server(app, engine, sock, limits, shutdown):
     else:
         print(f"it {why_no_text(engine.net)}")
     address = f"[{host}]" if ":" in host else host
-    name = Path(model).resolve().name
-    print(f"serving {name} at http://{address}:{sock.getsockname()[1]}", flush=True)
+    print(f"serving {served_name} at http://{address}:{sock.getsockname()[1]}", flush=True)
     server.run(sockets=[sock])
     engine.stop()
 
 
 def main():
     key = read_key()
+    names = read_names()
     weights = Weights(model)  # before they are loaded: what is saved meanwhile is new
     run, mirror, (net, tok, compute_dtype) = open_together(tp, device, load_model, threads)
     if not run.is_main:
@@ -545,15 +558,15 @@ def main():
     check_settings(net)
 
     length = max_len or net.config.n_ctx
-    name = Path(model).resolve().name
     served = api.ServedModel(
-        name,
+        names[0],
         tok,
         length,
         max_queue,
         seed,
         refusal=why_no_text(net),
         is_seq2seq=net.config.is_seq2seq,
+        aliases=names[1:],
     )
     if mirror:
         mirror.knows(net=net, tok=tok)
@@ -582,7 +595,7 @@ def main():
         reload=reload,
     )
     app = make_app(engine, settings)
-    run_server(app, engine, sock, limits, shutdown)
+    run_server(app, engine, sock, limits, shutdown, served.name)
     if mirror:
         mirror.end()
         end_process(130 if shutdown.interrupted else 0)

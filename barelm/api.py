@@ -62,16 +62,17 @@ def short(value: object) -> str:
 class ServedModel:
     """The model that requests are answered by, and the limits of one."""
 
-    name: str  # its folder's
+    name: str  # what answers call it: by default its folder's
     tok: Any  # its Tokenizer
     max_len: int  # tokens of a prompt and its answer
     max_queue: int  # sequences of a request, at most
     seed: int | None = None  # of requests that bring none; None: another for each
     refusal: str = ""  # why it continues no text; "": it does
     is_seq2seq: bool = False  # a prompt is a source of max_len tokens, and so may its answer be
+    aliases: list = field(default_factory=list)  # other names that requests may call it by
     longest_token: int = field(init=False)  # in bytes
     turn_ends: list = field(init=False)  # ids that end an answer in a chat
-    card: dict = field(init=False)  # what /v1/models shows
+    card: dict = field(init=False)  # what /v1/models shows of it
 
     def __post_init__(self):
         self.longest_token = max(len(token) for token in self.tok.bytes.values())
@@ -83,6 +84,11 @@ class ServedModel:
             "owned_by": "barelm",
             "max_model_len": self.max_len,
         }
+
+    def cards(self) -> list[dict]:
+        """What /v1/models shows: a model for each name, the first of which answers tell."""
+        others = [self.card | {"id": alias, "root": self.name} for alias in self.aliases]
+        return [self.card | {"root": self.name}, *others]
 
 
 def chat_ends(tok: Tokenizer) -> list[int]:
@@ -350,10 +356,18 @@ def parse_body(data: bytes) -> dict:
     return body
 
 
-def check_model(served: ServedModel, name: str) -> None:
-    if name not in (None, served.name):
-        why = f"no model {short(name)} here: this server has {served.name!r}"
-        raise ApiError(404, why, "model", "model_not_found")
+def check_model(served: ServedModel, name: str | None) -> None:
+    """Refuse a request for a model that is not here."""
+    model_of(served, name)
+
+
+def model_of(served: ServedModel, name: str | None) -> str | None:
+    """Which adapter a request's `model` asks for; None: the model itself, as no name is too."""
+    if name is None or name == served.name or name in served.aliases:
+        return None
+    names = " or ".join(repr(one) for one in [served.name, *served.aliases])
+    why = f"no model {short(name)} here: this server has {names}"
+    raise ApiError(404, why, "model", "model_not_found")
 
 
 def check_continues(served: ServedModel) -> None:

@@ -160,8 +160,10 @@ class Handlers:
         wanted = api.read_completion(self.served, await self.read_body(request))
         # To tokenize may take long: in a thread, so that the event loop goes on with the others.
         prompts = await asyncio.to_thread(api.read_prompts, self.served, wanted)
+        await asyncio.to_thread(api.read_form, self.served, wanted)
         updates = Updates(at_end=not wanted.stream)
-        jobs = api.completion_jobs(self.served, wanted, prompts, updates.listener)
+        parts = (self.served, wanted, prompts, updates.listener)
+        jobs = await asyncio.to_thread(api.completion_jobs, *parts)
         answer = CompletionAnswer(self.served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
 
@@ -169,8 +171,10 @@ class Handlers:
         wanted = api.read_chat(self.served, await self.read_body(request))
         continues = wanted.continue_final_message
         ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages, continues)
+        await asyncio.to_thread(api.read_form, self.served, wanted)
         updates = Updates(at_end=not wanted.stream)
-        jobs = api.chat_jobs(self.served, wanted, ids, updates.listener)
+        parts = (self.served, wanted, ids, updates.listener)
+        jobs = await asyncio.to_thread(api.chat_jobs, *parts)
         answer = ChatAnswer(self.served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
 

@@ -4,7 +4,7 @@ here knows HTTP; barelm/answers.py has the way back.
 A request is a dataclass below: a field's name, type, default and limits stand in one line, and
 `read_fields` checks them. Whatever else a client sends is refused by name rather than ignored, but
 for the values that ask for what is done anyway (NEUTRAL). A new field that changes how tokens are
-chosen, such as logit_bias, is a line in `jobs.Sampling`, one in `sampling.OFF` with its part in
+chosen, such as min_tokens, is a line in `jobs.Sampling`, one in `sampling.OFF` with its part in
 `kinds_of` and its use there, and where a type and limits do not check it, a line in
 `finish_reading`: what the engine's thread raises ends all requests of the batch.
 """
@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from barelm.answers import decode, token_name
+from barelm.guided import FormError, read_bias, read_grammar
 from barelm.jobs import Job, Sampling, limited
 from barelm.run import UserError
 
@@ -120,8 +121,19 @@ class Generation(Sampling):
     max_tokens: int | None = limited(None, 0, 2**31)
     n: int = limited(1, 1, 128)  # answers to each prompt
     ignore_eos: bool = False  # go on behind an end token
+    # What the answer may be: barelm/guided.py. None of these is looked at before read_form.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    grammar: Any = None
     stream: bool = False
     stream_options: dict = field(default_factory=dict)  # StreamOptions, when read
+
+    compiled = None  # no field of a request: its Grammar, by read_form
 
 
 @dataclass
@@ -168,6 +180,7 @@ IGNORED = {
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "metadata": dict,
+    "guided_decoding_backend": str,
     "dry_sequence_breakers": list,
     "dry_base": float,
     "mirostat_tau": float,
@@ -183,11 +196,9 @@ NEUTRAL = {
     # OpenAI's
     "function_call": ["none", "auto"],
     "functions": [[]],
-    "logit_bias": [{}, []],
     "modalities": [["text"]],
     "parallel_tool_calls": [True, False],  # no tool is called
     "reasoning_effort": ["none"],
-    "response_format": [{"type": "text"}],
     "service_tier": ["auto", "default"],
     "store": [False],
     "suffix": [""],
@@ -209,7 +220,6 @@ NEUTRAL = {
     "include_stop_str_in_output": [False],
     "length_penalty": [1, 1.0],
     "logits_processors": [[]],
-    "min_tokens": [0],
     "mm_processor_kwargs": [{}],
     "priority": [0],
     "return_token_ids": [False],
@@ -223,7 +233,6 @@ NEUTRAL = {
     "cache_prompt": [True],
     "dry_multiplier": [0, 0.0],
     "dynatemp_range": [0, 0.0],
-    "grammar": [""],
     "id_slot": [-1],
     "lora": [[]],
     "min_keep": [0],
@@ -419,10 +428,23 @@ def finish_reading(served: ServedModel, request: Generation) -> None:
         request.stream_options, StreamOptions, neutral=STREAM_NEUTRAL, ignored={}
     )
     request.stop = read_stop(request.stop)
+    try:
+        request.logit_bias = read_bias(served.tok, request.logit_bias)
+    except FormError as error:
+        raise ApiError(400, str(error), error.field) from None
     request.top_k = max(request.top_k, 0)  # -1 is vLLM's for all
     if request.seed is None:
         request.seed = random.getrandbits(48) if served.seed is None else served.seed
     check_model(served, request.model)
+
+
+def read_form(served: ServedModel, request: Generation) -> None:
+    """Compile what the request says of its answer's form. It may take long: the server calls it in
+    a thread of its own."""
+    try:
+        request.compiled = read_grammar(served.tok, request)
+    except FormError as error:
+        raise ApiError(400, str(error), error.field) from None
 
 
 def read_stop(stop: str | list[str] | None) -> list[str]:
@@ -652,7 +674,8 @@ def make_jobs(
     if len(prompts) * request.n > served.max_queue:
         why = f"{len(prompts)} prompts, each {request.n} times: expected {served.max_queue} at most"
         raise ApiError(400, why, "n")
-    if request.ignore_eos:  # as benchmarks ask, to get answers of one length
+    grammar = request.compiled
+    if request.ignore_eos and grammar is None:  # as benchmarks ask, to get answers of one length
         ends = []
     jobs = []
     for ids, echo in zip(prompts, echoes):
@@ -664,9 +687,24 @@ def make_jobs(
             limit = max(min(room, usual_limit), 1)  # 1, so that no room is told as an error below
         if limit > room:
             raise too_long(served, f"a prompt of {len(ids)} tokens and {limit} more")
+        if request.min_tokens > limit:
+            why = f"min_tokens = {request.min_tokens}: the answer has {limit} tokens at most"
+            raise ApiError(400, why, "min_tokens")
         for _ in range(request.n):
             index = len(jobs)
-            jobs.append(
-                Job(served.tok, ids, limit, request, listener, index, ends, n_alternatives, echo)
+            guide = None if grammar is None else grammar.begin()
+            job = Job(
+                served.tok,
+                ids,
+                limit,
+                request,
+                listener,
+                index,
+                ends,
+                n_alternatives,
+                echo,
+                guide=guide,
+                goes_on=request.ignore_eos,
             )
+            jobs.append(job)
     return jobs

@@ -63,17 +63,20 @@ class TextStream:
 class Row:
     """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
     a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
-    draws are its own."""
+    draws are its own. least: before so many tokens no stop string ends it."""
 
     def __init__(self, tok: Tokenizer, limit: int, stop: list[str], emit: Callable | None = None,
-                 ends: list[int] | None = None, number: int = 0) -> None:  # fmt: skip
+                 ends: list[int] | None = None, number: int = 0,
+                 least: int = 0) -> None:  # fmt: skip
         self.tok = tok
         self.limit = limit
         self.number = number
         self.emit = emit
         self.ends = tok.eos_ids if ends is None else ends
         self.out = Generation()
-        self.stream = TextStream(stop)
+        self.least = least
+        self.stop = stop
+        self.stream = TextStream(() if least else stop)
         self.done = False
 
     def take(self, token: int, logprob: float) -> None:
@@ -84,10 +87,21 @@ class Row:
         self.out.logprobs.append(logprob)
         ended = token in self.ends
         last = ended or len(self.out.ids) == self.limit
+        if len(self.out.ids) > self.least:  # what was before is not looked through any more
+            self.stream.stop = self.stop
         piece = self.stream.feed(self.tok.token_bytes(token), final=last)
         self.out.text = self.stream.text
         self.done = last or self.stream.stopped
         if ended or self.stream.stopped:
             self.out.finish_reason = "stop"
+        if piece and self.emit is not None:
+            self.emit(piece)
+
+    def finish(self) -> None:
+        """The text is whole, though no end token came, as where a grammar ends."""
+        piece = self.stream.feed(b"", final=True)
+        self.out.text = self.stream.text
+        self.out.finish_reason = "stop"
+        self.done = True
         if piece and self.emit is not None:
             self.emit(piece)

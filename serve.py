@@ -250,17 +250,16 @@ class Handlers:
     async def embeddings(self, request: Request):
         body = await self.read_body(request)
         wanted = vector_api.read_embeddings(self.served, body, self.engine.net.config.n_embd)
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
-        vectors = await self.in_batches(vector_api.make_vectors, inputs, self.settings.pooling)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted)
+        pooling = wanted.pooling or self.settings.pooling
+        vectors = await self.in_batches(vector_api.make_vectors, inputs, pooling)
         answer = vector_api.embeddings_answer
-        return reply(
-            await asyncio.to_thread(answer, self.served, inputs, vectors, wanted.encoding_format)
-        )
+        return reply(await asyncio.to_thread(answer, self.served, wanted, inputs, vectors))
 
     async def classify(self, request: Request):
         net = self.engine.net
         wanted = vector_api.read_classify(self.served, net, await self.read_body(request))
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted)
         shares = await self.in_batches(vector_api.make_scores, inputs)
         return reply(vector_api.classes_answer(self.served, net.labels, inputs, shares))
 

@@ -1,12 +1,18 @@
 """What clients of other servers send serve.py: names of the model, parameters one by one, other
 addresses than the usual."""
 
+import base64
+import dataclasses
+import inspect
+
+import numpy as np
 import pytest
+import requests
 import torch
 from conftest import run
 
 import model
-from barelm import api
+from barelm import api, vector_api
 from barelm.checkpoint import load
 from barelm.texts import Row, TextStream
 
@@ -15,6 +21,7 @@ pytest.importorskip("uvicorn")
 from test_serve import served
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+EMBED, RESPOND = "/v1/embeddings", "/v1/responses"
 
 
 def test_a_model_has_the_names_that_it_is_given(tiny):
@@ -194,3 +201,125 @@ def test_a_gap_is_filled_by_the_tokens_that_the_tokenizer_has_for_it(loaded):
         gap.start = [gap.bos_id]  # as Code Llama's tokenizer begins a text
         [ids] = api.read_prompts(described, request)
         assert ids[:2] == [gap.bos_id, prefix]
+
+
+def naive_vector(net, ids, pooling, size=None):
+    """A text's unit vector, by itself and without padding."""
+    with torch.no_grad():
+        states = net.states(torch.tensor([ids]), torch.tensor([len(ids)]))[0].double()  # (T, C)
+    vector = {"mean": states.mean(0), "last": states[-1], "first": states[0]}[pooling][:size]
+    return (vector / vector.norm()).numpy()
+
+
+def test_vectors_are_pooled_shortened_and_cut_as_asked(site, loaded):
+    net, tok = loaded
+    texts = ["one", "two three, and then some more", "def f(x):"]
+    rows = [tok.encode(text) for text in texts]
+    for pooling in ("mean", "last", "first"):
+        for size in (None, 7):
+            body = {"input": texts, "pooling": pooling, "dimensions": size}
+            data = site.post(EMBED, body).json()["data"]
+            expected = [naive_vector(net, ids, pooling, size) for ids in rows]
+            given = [row["embedding"] for row in data]
+            np.testing.assert_allclose(given, expected, rtol=1e-3, atol=1e-4)
+            body |= {"encoding_format": "base64"}
+            coded = site.post(EMBED, body).json()["data"]
+            again = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in coded]
+            np.testing.assert_allclose(again, given, rtol=1e-6)
+    long = tok.encode("import os\n" * 40)
+    for n, side, kept in ((9, None, long[:9]), (9, "left", long[-9:]), (-1, None, long[:64])):
+        for given in (long, "import os\n" * 40):
+            body = {"input": given, "truncate_prompt_tokens": n, "truncation_side": side}
+            answer = site.post(EMBED, body).json()
+            vector = answer["data"][0]["embedding"]
+            np.testing.assert_allclose(vector, naive_vector(net, kept, "mean"), atol=1e-4)
+            assert answer["usage"]["prompt_tokens"] == len(kept)
+
+
+# Of what a client may send: (field, values that are accepted, values that are refused by name).
+# test_serve.py has those of completions and chats that stood there first.
+BOTH = [
+    ("allowed_token_ids", [], [[1]]),
+    ("cache_salt", [], ["a"]),
+    ("include_stop_str_in_output", [True, False], [1]),
+    ("logprob_token_ids", [], [[1]]),
+    ("moderation", [], [{"model": "a"}]),
+    ("n_cache_reuse", [0], [256]),
+    ("n_cmpl", [1], [2]),
+    ("prediction", [{"type": "content", "content": "a"}], ["a"]),
+    ("priority", [0], [1, -1]),
+    ("prompt_cache_options", [{}], ["a"]),
+    ("prompt_cache_retention", ["24h"], [24]),
+    ("prompt_logprobs", [], [0, 1]),
+    ("repetition_detection", [], [{"max_pattern_size": 2}]),
+    ("request_id", [], ["a"]),
+    ("return_prompt_text", [False], [True]),
+    ("return_token_ids", [True, False], [1]),
+    ("return_tokens_as_token_ids", [True, False], ["yes"]),
+    ("return_token_offsets", [False], [True]),
+    ("routed_experts_prompt_start", [0], [1]),
+    ("safety_identifier", ["a"], [1]),
+    ("samplers", [], [["top_k"]]),
+    ("session_id", ["a"], [1]),
+    ("spaces_between_special_tokens", [True, False], [1]),
+    ("sse_ping_interval", [-1], [5]),
+    ("stream_interval", [1], [8]),
+    ("t_max_predict_ms", [0], [50]),
+    ("thinking_token_budget", [-1], [100]),
+    ("truncation_side", ["left", "right"], ["middle", 1]),
+    ("watermarking", [False], [True]),
+    ("web_search_options", [], [{}]),
+]
+TEXT, TALK = {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}
+FIELDS = [(COMPLETE, TEXT, *row) for row in BOTH] + [(CHAT, TALK, *row) for row in BOTH]
+FIELDS += [
+    (COMPLETE, TEXT, "best_of", [2, 1], [0]),
+    (COMPLETE, TEXT, "prompt_embeds", [], ["a"]),
+    (CHAT, TALK, "audio", [], [{"voice": "a", "format": "wav"}]),
+    (CHAT, TALK, "best_of", [], [2]),
+    (CHAT, TALK, "echo", [False], [True]),
+    (CHAT, TALK, "mm_processor_kwargs", [{}], [{"a": 1}]),
+    (CHAT, TALK, "modalities", [["text"]], [["audio"]]),
+    (CHAT, TALK, "suffix", [""], ["a"]),
+    (EMBED, {"input": "a"}, "add_special_tokens", [True, False], [1]),
+    (EMBED, {"input": "a"}, "dimensions", [1, 64], [0, 65, 2.0]),
+    (EMBED, {"input": "a"}, "embed_dtype", ["float32"], ["float16"]),
+    (EMBED, {"input": "a"}, "encoding_format", ["float", "base64"], ["int8", 1]),
+    (EMBED, {"input": "a"}, "endianness", ["little"], ["big"]),
+    (EMBED, {"input": "a"}, "normalize", [True], [False]),
+    (EMBED, {"input": "a"}, "pooling", ["first", "last", "mean"], ["max", 1]),
+    (EMBED, {"input": "a"}, "priority", [0], [1]),
+    (EMBED, {"input": "a"}, "truncate_prompt_tokens", [1, -1], [0, -2]),
+    (EMBED, {"input": "a"}, "truncation_side", ["left", "right"], ["middle"]),
+    (EMBED, {"input": "a"}, "user", ["me"], [1]),
+]
+
+
+def test_each_parameter_is_done_or_harmless_or_refused_by_name(site):
+    session = requests.Session()
+    for path, body, name, accepted, refused in FIELDS:
+        short = {"max_tokens": 1} if path in (COMPLETE, CHAT) else {}
+        for value in [None, *accepted]:
+            answer = session.post(site.url + path, json=body | short | {name: value})
+            assert answer.status_code == 200, (path, name, value, answer.text)
+        for value in refused:
+            answer = session.post(site.url + path, json=body | short | {name: value})
+            assert answer.status_code == 400, (path, name, value, answer.text)
+            assert answer.json()["error"]["param"] == name, (path, name, value, answer.text)
+
+
+def test_no_parameter_of_openais_client_is_forgotten():
+    openai = pytest.importorskip("openai")
+    from test_serve import OWN
+
+    client = openai.OpenAI(api_key="none")
+    of_client = {"extra_headers", "extra_query", "extra_body", "timeout"}
+    for path, create, request_type in (
+        (COMPLETE, client.completions.create, api.Completion),
+        (CHAT, client.chat.completions.create, api.Chat),
+        (EMBED, client.embeddings.create, vector_api.Embeddings),
+    ):
+        names = set(inspect.signature(create).parameters) - of_client
+        tested = {row[2] for row in FIELDS + OWN if row[0] == path}
+        own = {f.name for f in dataclasses.fields(request_type)}
+        assert names <= tested | own, (path, names - tested - own)

@@ -49,9 +49,9 @@ class Classify:
     add_special_tokens: bool = True
 
 
-IGNORED = {"user": str}
+IGNORED: dict[str, type] = {"user": str}
 # vLLM's and llama.cpp's, with the values that ask for what is done anyway.
-NEUTRAL = {
+NEUTRAL: dict[str, list] = {
     "embd_normalize": [2],  # by the Euclidean length
     "embed_dtype": ["float32"],
     "endianness": ["native", "little"],

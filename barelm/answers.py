@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from barelm.texts import TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from barelm.api import ServedModel
     from barelm.jobs import Job, Token, Update
@@ -43,6 +43,20 @@ def decode(tok: Tokenizer, ids: list[int]) -> str:
     return b"".join(map(tok.token_bytes, ids)).decode(errors="replace")
 
 
+def namer(tok: Tokenizer, job: Job) -> Callable[[int], str]:
+    """name(id): a token as this job's request wants it shown."""
+    if job.sampling.return_tokens_as_token_ids:
+        return lambda id: f"token_id:{id}"
+    return lambda id: token_name(tok, id)
+
+
+def ids_of(job: Job, tokens: Sequence[Token]) -> dict:
+    """What vLLM's return_token_ids adds to a choice."""
+    if not job.sampling.return_token_ids:
+        return {}
+    return {"token_ids": [token.id for token in tokens]}
+
+
 def token_name(tok: Tokenizer, id: int) -> str:
     """A token as the protocol shows it: as its bytes where they are no whole UTF-8."""
     data = tok.shown.get(id, b"")
@@ -60,9 +74,13 @@ class CompletionAnswer:
         self.head = answer_head("cmpl-", "text_completion", served.name)
         self.chunk_head = self.head  # OpenAI's chunks of a completion have no kind of their own
         self.texts = [TextStream() for _ in jobs]  # of the tokens told so far, for their places
+        self.name = namer(self.tok, jobs[0])
 
     def whole_choice(self, job: Job, text: str, tokens: list[Token]) -> dict:
-        return self.choice(job, text, tokens, job.row.out.finish_reason)
+        choice = self.choice(job, text, tokens, job.row.out.finish_reason) | ids_of(job, tokens)
+        if job.sampling.return_token_ids:
+            choice["prompt_token_ids"] = job.ids
+        return choice
 
     def first_choices(self, jobs: list[Job]) -> list:
         """What a stream begins with: of a completion, nothing."""
@@ -71,12 +89,13 @@ class CompletionAnswer:
     def new_choices(self, update: Update) -> list[dict]:
         """What a stream tells of an Update."""
         finish_reason = update.job.row.out.finish_reason if update.done else None
-        return [self.choice(update.job, update.text, update.tokens, finish_reason)]
+        choice = self.choice(update.job, update.text, update.tokens, finish_reason)
+        return [choice | ids_of(update.job, update.tokens)]
 
     def choice(self, job: Job, text: str, tokens: list[Token], finish_reason: str | None) -> dict:
         logprobs = None  # null where none were asked for
         if tokens and job.n_alternatives is not None:
-            logprobs = self.logprobs(tokens, self.texts[job.index])
+            logprobs = self.logprobs(job, tokens, self.texts[job.index])
         return {
             "index": job.index,
             "text": text,
@@ -84,16 +103,16 @@ class CompletionAnswer:
             "finish_reason": finish_reason,
         }
 
-    def logprobs(self, tokens: list[Token], text: TextStream) -> dict[str, list]:
+    def logprobs(self, job: Job, tokens: list[Token], text: TextStream) -> dict[str, list]:
         """OpenAI's arrays of a completion's tokens; `text` is what was told before them."""
         arrays = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            name = token_name(self.tok, token.id)
+            name = self.name(token.id)
             arrays["tokens"].append(name)
             arrays["token_logprobs"].append(token.logprob)
             arrays["top_logprobs"].append(self.alternatives(name, token))
             arrays["text_offset"].append(len(text.text))
-            text.feed(self.tok.token_bytes(token.id))
+            text.feed(job.row.token_bytes(token.id))
         return arrays
 
     def alternatives(self, name: str, token: Token) -> dict[str, float]:
@@ -102,7 +121,7 @@ class CompletionAnswer:
             return None
         by_name = {name: token.logprob}  # the token is there even if it was not among the likeliest
         for id, logprob in reversed(token.alternatives.items()):
-            by_name[token_name(self.tok, id)] = logprob  # of tokens that look alike the likeliest
+            by_name[self.name(id)] = logprob  # of tokens that look alike the likeliest
         return by_name
 
 
@@ -113,10 +132,14 @@ class ChatAnswer:
         self.tok = served.tok
         self.head = answer_head("chatcmpl-", "chat.completion", served.name)
         self.chunk_head = self.head | {"object": "chat.completion.chunk"}
+        if jobs[0].sampling.return_token_ids:
+            self.head["prompt_token_ids"] = jobs[0].ids  # of the whole, as vLLM has it
+        self.name = namer(self.tok, jobs[0])
 
     def whole_choice(self, job: Job, text: str, tokens: list[Token]) -> dict:
         message = {"role": "assistant", "content": text}
-        return self.choice(job, "message", message, tokens, job.row.out.finish_reason)
+        choice = self.choice(job, "message", message, tokens, job.row.out.finish_reason)
+        return choice | ids_of(job, tokens)
 
     def first_choices(self, jobs: list[Job]) -> list[dict]:
         """What a stream begins with: who speaks, before the first token is there."""
@@ -129,7 +152,8 @@ class ChatAnswer:
         choices = []
         # A token may have no text yet, such as half a character; its log p is told at once.
         if update.text or update.tokens:
-            choices.append(self.choice(job, "delta", {"content": update.text}, update.tokens))
+            choice = self.choice(job, "delta", {"content": update.text}, update.tokens)
+            choices.append(choice | ids_of(job, update.tokens))
         if update.done:
             finish_reason = job.row.out.finish_reason
             # In a chunk of its own, as OpenAI's.
@@ -154,7 +178,7 @@ class ChatAnswer:
 
     def entry(self, id: int, logprob: float) -> dict:
         data = list(self.tok.shown.get(id, b""))  # what a client joins where a name is no UTF-8
-        return {"token": token_name(self.tok, id), "logprob": logprob, "bytes": data}
+        return {"token": self.name(id), "logprob": logprob, "bytes": data}
 
 
 def answer_head(prefix: str, kind: str, model_name: str) -> dict:

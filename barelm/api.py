@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from barelm.answers import decode, token_name
+from barelm.filling import middle_tokens
 from barelm.guided import FormError, read_bias, read_grammar
 from barelm.jobs import Job, Sampling, limited
 from barelm.run import UserError
@@ -121,6 +122,10 @@ class Generation(Sampling):
     max_tokens: int | None = limited(None, 0, 2**31)
     n: int = limited(1, 1, 128)  # answers to each prompt
     ignore_eos: bool = False  # go on behind an end token
+    truncate_prompt_tokens: int | None = limited(None, -1, 2**31)  # keep so many; -1: what fits
+    truncation_side: str | None = None  # left, the usual: the last ones are kept; right: the first
+    return_token_ids: bool = False  # the prompt's and the answer's, beside the text
+    return_tokens_as_token_ids: bool = False  # in log-probabilities a token is called token_id:7
     # What the answer may be: barelm/guided.py. None of these is looked at before read_form.
     response_format: Any = None
     structured_outputs: Any = None
@@ -141,7 +146,8 @@ class Completion(Generation):
     prompt: Any = None  # a text, ids, or a list of either
     echo: bool = False  # answer with the prompt before the text
     logprobs: int | None = limited(None, 0, 20)  # alternatives of each token
-    best_of: int | None = limited(None, 1, 128)
+    best_of: int | None = limited(None, 1, 128)  # make so many, answer with the n likeliest
+    suffix: str | None = None  # what stands behind the answer: the prompt and it have a gap
     add_special_tokens: bool = True
 
 
@@ -174,12 +180,15 @@ class Detokenize:
 
 # What changes no answer, so that any value of its type may be there: names of the client's own, and
 # llama.cpp's settings of samplers that are off here (NEUTRAL refuses to turn them on).
-IGNORED = {
+IGNORED: dict[str, type] = {
     "user": str,
     "safety_identifier": str,
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "metadata": dict,
+    "prediction": dict,  # it would make the same answer faster
+    "prompt_cache_options": dict,
+    "session_id": str,
     "guided_decoding_backend": str,
     "dry_sequence_breakers": list,
     "dry_base": float,
@@ -192,7 +201,7 @@ IGNORED = {
 }
 # What this server does not have, with the values that ask for what it does anyway. These may be
 # there; any other is refused, so that none is taken and ignored.
-NEUTRAL = {
+NEUTRAL: dict[str, list] = {
     # OpenAI's
     "function_call": ["none", "auto"],
     "functions": [[]],
@@ -226,9 +235,15 @@ NEUTRAL = {
     "return_tokens_as_token_ids": [False],
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True, False],  # the text has no special tokens
-    "stop_token_ids": [[]],
+    "routed_experts_prompt_start": [0],
+    "return_mm_kwargs": [True, False],  # of images, which none are read
+    "return_prompt_text": [False],
+    "return_token_offsets": [False],
+    "stream_interval": [1],
+    "thinking_token_budget": [-1],
     "use_beam_search": [False],
     "vllm_xargs": [{}],
+    "watermarking": [False],
     # llama.cpp's
     "cache_prompt": [True],
     "dry_multiplier": [0, 0.0],
@@ -237,6 +252,8 @@ NEUTRAL = {
     "lora": [[]],
     "min_keep": [0],
     "mirostat": [0],
+    "n_cache_reuse": [0],
+    "n_cmpl": [1],
     "n_discard": [0],
     "n_indent": [0],
     "n_keep": [0],
@@ -250,6 +267,8 @@ NEUTRAL = {
     "response_fields": [[]],
     "return_progress": [False],
     "return_tokens": [False],
+    "sse_ping_interval": [-1],
+    "t_max_predict_ms": [0],
     "tfs_z": [1, 1.0],
     "thinking_forced_open": [False],
     "timings_per_token": [False],
@@ -387,12 +406,37 @@ def check_continues(served: ServedModel) -> None:
 def read_completion(served: ServedModel, body: dict) -> Completion:
     check_continues(served)
     request = read_fields(body, Completion)
-    if request.best_of not in (None, request.n):
-        raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
     if request.echo and served.is_seq2seq:
         raise ApiError(400, "echo: a source is no part of its answer", "echo")
+    check_best_of(request)
+    check_suffix(served, request)
     finish_reading(served, request)
+    for name in ("truncate_prompt_tokens", "return_token_ids"):
+        if request.echo and getattr(request, name):
+            why = f"not with {name}: a prompt is answered whole, as it was given"
+            raise ApiError(400, f"echo: {why}", "echo")
     return request
+
+
+def check_best_of(request: Completion) -> None:
+    if request.best_of is None:
+        return
+    if request.best_of < request.n:
+        why = f"expected n = {request.n} or more, of which the n likeliest are answered"
+        raise ApiError(400, f"best_of = {request.best_of}: {why}", "best_of")
+    if request.stream and request.best_of > request.n:
+        why = "not in a stream: which are the likeliest is known at the end"
+        raise ApiError(400, f"best_of = {request.best_of}: {why}", "best_of")
+
+
+def check_suffix(served: ServedModel, request: Completion) -> None:
+    if not request.suffix:
+        return
+    if middle_tokens(served.tok) is None:
+        why = "this model's tokenizer has no tokens for a text with a gap (<|fim_middle|>)"
+        raise ApiError(400, f"suffix: {why}", "suffix")
+    if request.echo:
+        raise ApiError(400, "suffix: not with echo, which tells of the text before", "suffix")
 
 
 def read_chat(served: ServedModel, body: dict) -> Chat:
@@ -428,6 +472,10 @@ def finish_reading(served: ServedModel, request: Generation) -> None:
         request.stream_options, StreamOptions, neutral=STREAM_NEUTRAL, ignored={}
     )
     request.stop = read_stop(request.stop)
+    check_token_ids(served, "stop_token_ids", request.stop_token_ids)
+    if request.truncation_side not in (None, "left", "right"):
+        why = f"truncation_side = {short(request.truncation_side)}: expected left or right"
+        raise ApiError(400, why, "truncation_side")
     try:
         request.logit_bias = read_bias(served.tok, request.logit_bias)
     except FormError as error:
@@ -436,6 +484,12 @@ def finish_reading(served: ServedModel, request: Generation) -> None:
     if request.seed is None:
         request.seed = random.getrandbits(48) if served.seed is None else served.seed
     check_model(served, request.model)
+
+
+def check_token_ids(served: ServedModel, name: str, ids: list) -> None:
+    if len(ids) > 256 or not is_ids(served.tok, ids):
+        why = f"expected up to 256 ids from 0 to {served.tok.n_vocab - 1}"
+        raise ApiError(400, f"{name}: {why}", name)
 
 
 def read_form(served: ServedModel, request: Generation) -> None:
@@ -510,7 +564,39 @@ def read_prompts(served: ServedModel, request: Completion) -> list[list[int]]:
     if not prompts or not all(ids and is_ids(served.tok, ids) for ids in prompts):
         why = f"expected a text, or ids from 0 to {served.tok.n_vocab - 1}, or a list of either"
         raise ApiError(400, f"prompt: {why}; none of them empty", "prompt")
+    if request.suffix:
+        return with_suffix(served, request, prompts)
     return prompts
+
+
+def with_suffix(
+    served: ServedModel, request: Completion, prompts: list[list[int]]
+) -> list[list[int]]:
+    """The ids of texts with a gap before the suffix, which the answer fills."""
+    tok = served.tok
+    prefix_id, suffix_id, middle_id = middle_tokens(tok)
+    check_length(served, len(request.suffix))
+    behind = [suffix_id, *tokenized(tok.encode, request.suffix), middle_id]
+    joined = []
+    for ids in prompts:
+        n_start = 0  # what the tokenizer begins a text with stays the first
+        if request.add_special_tokens and ids[: len(tok.start)] == tok.start:
+            n_start = len(tok.start)
+        joined.append([*ids[:n_start], prefix_id, *ids[n_start:], *behind])
+    return joined
+
+
+def truncated(served: ServedModel, request: Generation, ids: list[int]) -> list[int]:
+    """What stays of a prompt, as vLLM has it: its last tokens, or its first."""
+    n = request.truncate_prompt_tokens
+    if n is None:
+        return ids
+    if n == -1:
+        n = served.max_len - max(request.max_tokens or 1, 1)
+    if n < 1:
+        why = "expected 1 or more, or -1: as many as fit before max_tokens"
+        raise ApiError(400, f"truncate_prompt_tokens: {why}", "truncate_prompt_tokens")
+    return ids[:n] if request.truncation_side == "right" else ids[-n:]
 
 
 def message_text(content: object) -> str | None:
@@ -635,15 +721,19 @@ def completion_jobs(
             echoes = [request.prompt]
         elif isinstance(request.prompt[0], str):
             echoes = request.prompt
+    ends = [*served.tok.eos_ids]
+    if request.suffix:
+        ends += middle_tokens(served.tok) or ()  # another gap
     return make_jobs(
         served,
         request,
         prompts,
         listener,
         echoes,
-        ends=served.tok.eos_ids,
+        ends=ends,
         n_alternatives=request.logprobs,
         usual_limit=16,  # OpenAI's
+        n_each=request.best_of or request.n,
     )
 
 
@@ -658,6 +748,7 @@ def chat_jobs(served: ServedModel, request: Chat, ids: list[int], listener: Call
         ends=[*served.tok.eos_ids, *served.turn_ends],
         n_alternatives=request.top_logprobs if request.logprobs else None,
         usual_limit=served.max_len,  # all the room there is
+        n_each=request.n,
     )
 
 
@@ -670,15 +761,18 @@ def make_jobs(
     ends: Iterable[int],
     n_alternatives: int | None,
     usual_limit: int,
+    n_each: int,
 ) -> list[Job]:
-    if len(prompts) * request.n > served.max_queue:
-        why = f"{len(prompts)} prompts, each {request.n} times: expected {served.max_queue} at most"
+    if len(prompts) * n_each > served.max_queue:
+        why = f"{len(prompts)} prompts, each {n_each} times: expected {served.max_queue} at most"
         raise ApiError(400, why, "n")
     grammar = request.compiled
     if request.ignore_eos and grammar is None:  # as benchmarks ask, to get answers of one length
         ends = []
+    ends = [*ends, *request.stop_token_ids]
     jobs = []
-    for ids, echo in zip(prompts, echoes):
+    for whole, echo in zip(prompts, echoes):
+        ids = truncated(served, request, whole)
         room = served.max_len - (1 if served.is_seq2seq else len(ids))  # 1: the start token
         if served.is_seq2seq and len(ids) > served.max_len:
             raise too_long(served, f"a source of {len(ids)} tokens")
@@ -690,7 +784,7 @@ def make_jobs(
         if request.min_tokens > limit:
             why = f"min_tokens = {request.min_tokens}: the answer has {limit} tokens at most"
             raise ApiError(400, why, "min_tokens")
-        for _ in range(request.n):
+        for _ in range(n_each):
             index = len(jobs)
             guide = None if grammar is None else grammar.begin()
             job = Job(
@@ -708,3 +802,21 @@ def make_jobs(
             )
             jobs.append(job)
     return jobs
+
+
+def likeliest(request: Generation, parts: list[tuple]) -> list[tuple]:
+    """Of best_of answers to each prompt, [(its job, more of it)], the n whose tokens have the
+    highest mean log-probability, the highest first; all of them where there is no more than n."""
+    n_each = getattr(request, "best_of", None) or request.n
+    if n_each == request.n:
+        return parts
+    best = []
+    for begin in range(0, len(parts), n_each):
+        of_prompt = parts[begin : begin + n_each]
+        of_prompt.sort(key=lambda part: -mean(part[0].row.out.logprobs))  # stable: seeds repeat it
+        best += of_prompt[: request.n]
+    return best
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / max(len(numbers), 1)

@@ -43,6 +43,9 @@ class Sampling:
     min_tokens: int = limited(0, 0, 2**24)  # no end token, and no `stop`, before so many
     seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draws; None: 0
     stop: Any = field(default_factory=list)  # texts that end the answer, which lacks them
+    stop_token_ids: list = field(default_factory=list)  # ids that end it, which lacks their text
+    include_stop_str_in_output: bool = False  # it ends with what ended it, text or token
+    skip_special_tokens: bool = True  # false: the text has special tokens too, by their names
     logit_bias: Any = field(default_factory=dict)  # {id: number that is added to its logit}
 
     def options(self) -> dict:
@@ -120,7 +123,14 @@ class Job:
         self.guide = guide
         self.goes_on = goes_on
         self.row = Row(
-            tok, limit, sampling.stop, self.pieces.append, ends, least=sampling.min_tokens
+            tok,
+            limit,
+            sampling.stop,
+            self.pieces.append,
+            ends,
+            least=sampling.min_tokens,
+            keeps_stop=sampling.include_stop_str_in_output,
+            shows_special=not sampling.skip_special_tokens,
         )
         self.uniform = None  # (limit,), one draw a token
         if sampling.temperature >= GREEDY:

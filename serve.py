@@ -20,6 +20,7 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/api.py          what a request may say, and the jobs that it becomes
     barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
+    barelm/responses_api.py  the same of /v1/responses, OpenAI's newer protocol
     barelm/vector_api.py   the same of texts that become vectors, or labels
     barelm/page_routes.py  the addresses of the page (barelm/web), barelm/page.py what it shows
     barelm/metrics.py      what is counted
@@ -75,7 +76,7 @@ from pathlib import Path
 
 import torch
 
-from barelm import api, page, vector_api
+from barelm import api, page, responses_api, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.caller import Caller, no_gradients
@@ -89,6 +90,7 @@ from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
 from barelm.mirror import open_together
 from barelm.reload import Weights
+from barelm.responses_api import ResponseAnswer, ResponseEvents
 from barelm.run import UserError, choose_dtype, end_process
 
 try:
@@ -178,29 +180,52 @@ class Handlers:
         answer = ChatAnswer(self.served, jobs, wanted.plan)
         return await self.generate(request, wanted, jobs, updates, answer)
 
+    async def responses(self, request: Request):
+        body = await self.read_body(request)
+        wanted, chat = await asyncio.to_thread(responses_api.read_response, self.served, body)
+        ids = await asyncio.to_thread(api.read_messages, self.served, chat.messages)
+        updates = Updates(at_end=not wanted.stream)
+        jobs = api.chat_jobs(self.served, chat, ids, updates.listener)
+        answer = ResponseAnswer(wanted, ChatAnswer(self.served, jobs))
+        news = self.begin(request, jobs, updates)
+        if wanted.stream:
+            return self.stream(request, response_lines(ResponseEvents(answer, jobs[0]), news))
+        [parts] = await self.collect(jobs, news)
+        return reply(answer.whole(*parts))
+
     async def generate(self, request, wanted, jobs, updates, answer):
         """The response to a request for text: one JSON object, or a stream of them."""
+        news = self.begin(request, jobs, updates)
+        if wanted.stream:
+            lines = stream_lines(answer, jobs, news, wanted.stream_options.include_usage)
+            return self.stream(request, lines)
+        best = api.likeliest(wanted, await self.collect(jobs, news))
+        choices = [answer.whole_choice(*parts) for parts in best]
+        for index, choice in enumerate(choices):
+            choice["index"] = index
+        return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
+
+    def begin(self, request, jobs, updates):
+        """Give the jobs to the engine; what is new of them comes from what is returned."""
         self.loop = asyncio.get_running_loop()
         if not self.engine.submit(jobs):
             raise ApiError(429, "the queue is full: try again", code="queue_full")
-        record = request.scope["record"]
-        record.jobs = jobs  # the Front cancels what is not done when the request ends
-        news = self.follow(request, jobs, updates)
-        if wanted.stream:
-            record.is_stream = True
-            lines = stream_lines(answer, jobs, news, wanted.stream_options.include_usage)
-            return StreamingResponse(lines, media_type="text/event-stream")
+        request.scope["record"].jobs = jobs  # the Front cancels those that a request leaves
+        return self.follow(request, jobs, updates)
+
+    def stream(self, request, lines):
+        request.scope["record"].is_stream = True
+        return StreamingResponse(lines, media_type="text/event-stream")
+
+    async def collect(self, jobs, news):
+        """[(job, its text, its Tokens)] once all are done."""
         texts = [""] * len(jobs)
         tokens = [[] for _ in jobs]
         async for new in news:
             for update in new:
                 texts[update.job.index] += update.text
                 tokens[update.job.index] += update.tokens
-        best = api.likeliest(wanted, list(zip(jobs, texts, tokens)))
-        choices = [answer.whole_choice(*parts) for parts in best]
-        for index, choice in enumerate(choices):
-            choice["index"] = index
-        return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
+        return list(zip(jobs, texts, tokens))
 
     async def follow(self, request, jobs, updates):
         """What is new of the jobs, [Update] each time, until all are done, the client has left, or
@@ -254,17 +279,16 @@ class Handlers:
     async def embeddings(self, request: Request):
         body = await self.read_body(request)
         wanted = vector_api.read_embeddings(self.served, body, self.engine.net.config.n_embd)
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
-        vectors = await self.in_batches(vector_api.make_vectors, inputs, self.settings.pooling)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted)
+        pooling = wanted.pooling or self.settings.pooling
+        vectors = await self.in_batches(vector_api.make_vectors, inputs, pooling)
         answer = vector_api.embeddings_answer
-        return reply(
-            await asyncio.to_thread(answer, self.served, inputs, vectors, wanted.encoding_format)
-        )
+        return reply(await asyncio.to_thread(answer, self.served, wanted, inputs, vectors))
 
     async def classify(self, request: Request):
         net = self.engine.net
         wanted = vector_api.read_classify(self.served, net, await self.read_body(request))
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted)
         shares = await self.in_batches(vector_api.make_scores, inputs)
         return reply(vector_api.classes_answer(self.served, net.labels, inputs, shares))
 
@@ -352,6 +376,22 @@ async def stream_lines(answer, jobs, news, include_usage):
         yield event_line(error.body())
 
 
+async def response_lines(events, news):
+    """Server-sent events of /v1/responses: of each its name and its JSON."""
+
+    def lines(made):
+        return "".join([f"event: {event['type']}\n{event_line(event)}" for event in made])
+
+    try:
+        yield lines(events.begin())
+        async for new in news:
+            for update in new:
+                yield lines(events.more(update))
+        yield lines(events.end())
+    except ApiError as error:  # too late for a status
+        yield lines([events.failed(error)])
+
+
 def make_app(engine, settings):
     """The application: its addresses, and what every request passes before it comes to one."""
     # FastAPI's own pages would load scripts from elsewhere.
@@ -360,6 +400,7 @@ def make_app(engine, settings):
     routes = [
         ("POST", "/v1/completions", handlers.completions),
         ("POST", "/v1/chat/completions", handlers.chat_completions),
+        ("POST", "/v1/responses", handlers.responses),
         ("POST", "/v1/embeddings", handlers.embeddings),
         ("POST", "/classify", handlers.classify),  # vLLM's
         ("GET", "/v1/models", handlers.models),

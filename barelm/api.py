@@ -201,7 +201,7 @@ class Detokenize:
 
 # What changes no answer, so that any value of its type may be there: names of the client's own, and
 # llama.cpp's settings of samplers that are off here (NEUTRAL refuses to turn them on).
-IGNORED = {
+IGNORED: dict[str, type] = {
     "user": str,
     "safety_identifier": str,
     "prompt_cache_key": str,
@@ -222,7 +222,7 @@ IGNORED = {
 }
 # What this server does not have, with the values that ask for what it does anyway. These may be
 # there; any other is refused, so that none is taken and ignored.
-NEUTRAL = {
+NEUTRAL: dict[str, list] = {
     # OpenAI's
     "function_call": ["none", "auto"],
     "functions": [[]],

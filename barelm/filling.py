@@ -165,8 +165,8 @@ def fill_spans(net: GPT, tok: Tokenizer, text: str, n: int) -> str:
     return text
 
 
-# The tokens before a text's beginning, before its end, and before what was between them, which comes
-# last: "PSM" in Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle".
+# The tokens before a text's beginning, before its end, and before what was between, which comes
+# last ("PSM": Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle").
 MIDDLE_NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen 2.5 Coder, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder

@@ -269,7 +269,7 @@ def test_embeddings_are_openais(site, loaded):
     np.testing.assert_allclose(again, vectors, rtol=1e-4, atol=1e-6)
     for body, why in (
         ({"input": ""}, "none of them empty"),
-        ({"input": "a", "dimensions": 3}, "vectors have 64"),
+        ({"input": "a", "dimensions": 65}, "dimensions = 65: expected a whole number from 1 to 64"),
         ({"input": "word " * 80}, "expected 64 at most"),
         ({"input": "a", "encoding_format": "int8"}, "expected float or base64"),
         ({"input": "a", "truncate": 1}, "not supported"),

@@ -1,12 +1,19 @@
 """What clients of other servers send serve.py: names of the model, parameters one by one, other
 addresses than the usual."""
 
+import base64
+import dataclasses
+import inspect
+import json
+
+import numpy as np
 import pytest
+import requests
 import torch
 from conftest import run
 
 import model
-from barelm import api
+from barelm import api, responses_api, vector_api
 from barelm.checkpoint import load
 from barelm.texts import Row, TextStream
 
@@ -15,6 +22,7 @@ pytest.importorskip("uvicorn")
 from test_serve import served
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+EMBED, RESPOND = "/v1/embeddings", "/v1/responses"
 
 
 def test_a_model_has_the_names_that_it_is_given(tiny):
@@ -194,3 +202,316 @@ def test_a_gap_is_filled_by_the_tokens_that_the_tokenizer_has_for_it(loaded):
         gap.start = [gap.bos_id]  # as Code Llama's tokenizer begins a text
         [ids] = api.read_prompts(described, request)
         assert ids[:2] == [gap.bos_id, prefix]
+
+
+def naive_vector(net, ids, pooling, size=None):
+    """A text's unit vector, by itself and without padding."""
+    with torch.no_grad():
+        states = net.states(torch.tensor([ids]), torch.tensor([len(ids)]))[0].double()  # (T, C)
+    vector = {"mean": states.mean(0), "last": states[-1], "first": states[0]}[pooling][:size]
+    return (vector / vector.norm()).numpy()
+
+
+def test_vectors_are_pooled_shortened_and_cut_as_asked(site, loaded):
+    net, tok = loaded
+    texts = ["one", "two three, and then some more", "def f(x):"]
+    rows = [tok.encode(text) for text in texts]
+    for pooling in ("mean", "last", "first"):
+        for size in (None, 7):
+            body = {"input": texts, "pooling": pooling, "dimensions": size}
+            data = site.post(EMBED, body).json()["data"]
+            expected = [naive_vector(net, ids, pooling, size) for ids in rows]
+            given = [row["embedding"] for row in data]
+            np.testing.assert_allclose(given, expected, rtol=1e-3, atol=1e-4)
+            body |= {"encoding_format": "base64"}
+            coded = site.post(EMBED, body).json()["data"]
+            again = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in coded]
+            np.testing.assert_allclose(again, given, rtol=1e-6)
+    long = tok.encode("import os\n" * 40)
+    for n, side, kept in ((9, None, long[:9]), (9, "left", long[-9:]), (-1, None, long[:64])):
+        for given in (long, "import os\n" * 40):
+            body = {"input": given, "truncate_prompt_tokens": n, "truncation_side": side}
+            answer = site.post(EMBED, body).json()
+            vector = answer["data"][0]["embedding"]
+            np.testing.assert_allclose(vector, naive_vector(net, kept, "mean"), atol=1e-4)
+            assert answer["usage"]["prompt_tokens"] == len(kept)
+
+
+def events_of(site, body):
+    """The events of a streamed response, whose names are their types."""
+    with site.post(RESPOND, body | {"stream": True}, stream=True) as answer:
+        assert answer.status_code == 200, answer.text
+        lines = [line.decode() for line in answer.iter_lines() if line]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[1::2]]
+    assert [line.removeprefix("event: ") for line in lines[::2]] == [e["type"] for e in events]
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    return events
+
+
+def test_a_response_says_what_a_chat_says(site):
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    talk += [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}]
+    drawn = dict(temperature=0.9, top_p=0.9, seed=3)
+    asked = dict(messages=talk, max_completion_tokens=9, logprobs=True, top_logprobs=2)
+    [choice] = (chat := site.post(CHAT, asked | drawn).json())["choices"]
+    said = {"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
+        | {"content": [said]},
+        {"role": "user", "content": "bye"},
+    ]
+    body = dict(input=items, instructions="be brief", max_output_tokens=9, top_logprobs=2)
+    body |= dict(include=["message.output_text.logprobs"], metadata={"a": "b"}) | drawn
+    whole = site.post(RESPOND, body).json()
+    [message] = whole["output"]
+    [part] = message["content"]
+    assert part["text"] == choice["message"]["content"] and part["annotations"] == []
+    assert [t["token"] for t in part["logprobs"]] == [
+        t["token"] for t in choice["logprobs"]["content"]
+    ]
+    assert all(len(token["top_logprobs"]) == 2 for token in part["logprobs"])
+    cut = choice["finish_reason"] == "length"
+    assert whole["status"] == message["status"] == ("incomplete" if cut else "completed")
+    assert whole["incomplete_details"] == ({"reason": "max_output_tokens"} if cut else None)
+    assert whole["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert whole["usage"]["output_tokens"] == chat["usage"]["completion_tokens"]
+    assert whole["metadata"] == {"a": "b"} and whole["store"] is False
+    events = events_of(site, body)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    n_deltas = kinds.count("output_text.delta")
+    begin = ["created", "in_progress", "output_item.added", "content_part.added"]
+    end = ["output_text.done", "content_part.done", "output_item.done", whole["status"]]
+    assert kinds == begin + ["output_text.delta"] * n_deltas + end and n_deltas > 1
+    deltas = events[4:-4]
+    assert "".join(event["delta"] for event in deltas) == part["text"] == events[-4]["text"]
+    assert len(sum([event["logprobs"] for event in deltas], [])) == len(part["logprobs"])
+    last = events[-1]["response"]
+    assert last["output"][0]["content"][0]["text"] == part["text"]
+    assert events[2]["item"]["content"] == [] and events[-2]["item"] == last["output"][0]
+
+
+def test_a_response_that_ends_by_itself_is_complete(site):
+    body = {"input": "hi", "max_output_tokens": 20, "temperature": 0, "stop": [" "]}
+    text = site.post(RESPOND, body | {"stop": []}).json()["output"][0]["content"][0]["text"]
+    stop = text[1:3]
+    whole = site.post(RESPOND, body | {"stop": [stop]}).json()
+    assert whole["status"] == "completed" and whole["incomplete_details"] is None
+    assert whole["output"][0]["content"][0]["text"] == text[: text.index(stop)]
+    assert events_of(site, body | {"stop": [stop]})[-1]["type"] == "response.completed"
+    none = events_of(site, body | {"stop": [text[0]]})  # nothing at all is said
+    assert none[-1]["response"]["output"][0]["content"][0]["text"] == ""
+
+
+def test_items_become_the_messages_of_a_chat():
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": "{}"}
+    thought = {"type": "reasoning", "id": "rs_1", "summary": []}
+    thought |= {"content": [{"type": "reasoning_text", "text": "hm"}]}
+    items = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        thought,
+        {"role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        call,
+        call | {"call_id": "c2", "name": "g"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"type": "function_call_output", "call_id": "c2", "output": "2"},
+        {"role": "assistant", "content": "12"},
+        {"role": "assistant", "content": "and more"},
+    ]
+    calls = [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}}
+        for id, name in (("c1", "f"), ("c2", "g"))
+    ]
+    assert responses_api.read_input(items) == [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "I look.", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},
+        {"role": "assistant", "content": "12"},
+        {"role": "assistant", "content": "and more"},
+    ]
+    request = responses_api.Respond(
+        tools=[{"type": "function", "name": "f", "parameters": {}, "strict": True}],
+        tool_choice={"type": "function", "name": "f"},
+        text={"format": {"type": "json_schema", "name": "a", "schema": {}, "strict": True}},
+    )
+    chat = responses_api.asked_tools(request)
+    assert chat["tools"] == [
+        {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}
+    ]
+    assert chat["tool_choice"] == {"type": "function", "function": {"name": "f"}}
+    form = responses_api.asked_format(request)["response_format"]
+    assert form == {
+        "type": "json_schema",
+        "json_schema": {"name": "a", "schema": {}, "strict": True},
+    }
+
+
+WRONG_INPUT = [
+    (None, "expected a text, or a list of items"),
+    ([], "expected a text, or a list of items"),
+    ([5], "input[0]: expected an object"),
+    ([{"role": "tool", "content": "a"}], "input[0]: role 'tool': expected system"),
+    ([{"role": "user", "content": 5}], "input[0]: expected a text, or a list of parts"),
+    ([{"role": "user", "content": [{"type": "input_image"}]}], "type 'input_image' is not"),
+    ([{"role": "user", "content": [{"type": "input_text", "text": 1}]}], "input[0]: text = 1"),
+    ([{"role": "user", "content": "a", "name": "b"}], "input[0]: 'name' is not supported"),
+    ([{"type": "item_reference", "id": "a"}], "input[0]: type 'item_reference'"),
+    ([{"type": ["a"], "id": "a"}], "input[0]: type list"),
+]
+
+
+@pytest.mark.parametrize(("value", "why"), WRONG_INPUT, ids=[why for _, why in WRONG_INPUT])
+def test_wrong_input_is_refused_by_its_place(value, why):
+    with pytest.raises(api.ApiError) as error:
+        responses_api.read_input(value)
+    assert why in error.value.message and "input" in error.value.param
+
+
+def test_openais_client_gets_responses(site):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+    asked = dict(model="tiny", input="hi", temperature=0)
+    asked |= dict(extra_body={"stop": ["\n"]})
+    whole = client.responses.create(**asked, max_output_tokens=9)
+    assert whole.output_text == whole.output[0].content[0].text
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    events = [*client.responses.create(**asked, max_output_tokens=9, stream=True)]
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    with client.responses.stream(**asked | {"extra_body": {"stop": [" ", "e"]}}) as stream:
+        said = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert "".join(said) == stream.get_final_response().output_text
+    with pytest.raises(openai.BadRequestError, match="this server keeps no answers"):
+        client.responses.create(model="tiny", input="a", previous_response_id=whole.id)
+    with pytest.raises(openai.BadRequestError, match="do not fit the 64 tokens"):
+        client.responses.create(model="tiny", input="a", max_output_tokens=64)
+
+
+# Of what a client may send: (field, values that are accepted, values that are refused by name).
+# test_serve.py has those of completions and chats that stood there first.
+BOTH = [
+    ("allowed_token_ids", [], [[1]]),
+    ("cache_salt", [], ["a"]),
+    ("include_stop_str_in_output", [True, False], [1]),
+    ("logprob_token_ids", [], [[1]]),
+    ("moderation", [], [{"model": "a"}]),
+    ("n_cache_reuse", [0], [256]),
+    ("n_cmpl", [1], [2]),
+    ("prediction", [{"type": "content", "content": "a"}], ["a"]),
+    ("priority", [0], [1, -1]),
+    ("prompt_cache_options", [{}], ["a"]),
+    ("prompt_cache_retention", ["24h"], [24]),
+    ("prompt_logprobs", [], [0, 1]),
+    ("repetition_detection", [], [{"max_pattern_size": 2}]),
+    ("request_id", [], ["a"]),
+    ("return_prompt_text", [False], [True]),
+    ("return_token_ids", [True, False], [1]),
+    ("return_tokens_as_token_ids", [True, False], ["yes"]),
+    ("return_token_offsets", [False], [True]),
+    ("routed_experts_prompt_start", [0], [1]),
+    ("safety_identifier", ["a"], [1]),
+    ("samplers", [], [["top_k"]]),
+    ("session_id", ["a"], [1]),
+    ("spaces_between_special_tokens", [True, False], [1]),
+    ("sse_ping_interval", [-1], [5]),
+    ("stream_interval", [1], [8]),
+    ("t_max_predict_ms", [0], [50]),
+    ("thinking_token_budget", [-1], [100]),
+    ("truncation_side", ["left", "right"], ["middle", 1]),
+    ("watermarking", [False], [True]),
+    ("web_search_options", [], [{}]),
+]
+TEXT, TALK = {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}
+FIELDS = [(COMPLETE, TEXT, *row) for row in BOTH] + [(CHAT, TALK, *row) for row in BOTH]
+FIELDS += [
+    (COMPLETE, TEXT, "best_of", [2, 1], [0]),
+    (COMPLETE, TEXT, "prompt_embeds", [], ["a"]),
+    (CHAT, TALK, "audio", [], [{"voice": "a", "format": "wav"}]),
+    (CHAT, TALK, "best_of", [], [2]),
+    (CHAT, TALK, "echo", [False], [True]),
+    (CHAT, TALK, "mm_processor_kwargs", [{}], [{"a": 1}]),
+    (CHAT, TALK, "modalities", [["text"]], [["audio"]]),
+    (CHAT, TALK, "suffix", [""], ["a"]),
+    (EMBED, {"input": "a"}, "add_special_tokens", [True, False], [1]),
+    (EMBED, {"input": "a"}, "dimensions", [1, 64], [0, 65, 2.0]),
+    (EMBED, {"input": "a"}, "embed_dtype", ["float32"], ["float16"]),
+    (EMBED, {"input": "a"}, "encoding_format", ["float", "base64"], ["int8", 1]),
+    (EMBED, {"input": "a"}, "endianness", ["little"], ["big"]),
+    (EMBED, {"input": "a"}, "normalize", [True], [False]),
+    (EMBED, {"input": "a"}, "pooling", ["first", "last", "mean"], ["max", 1]),
+    (EMBED, {"input": "a"}, "priority", [0], [1]),
+    (EMBED, {"input": "a"}, "truncate_prompt_tokens", [1, -1], [0, -2]),
+    (EMBED, {"input": "a"}, "truncation_side", ["left", "right"], ["middle"]),
+    (EMBED, {"input": "a"}, "user", ["me"], [1]),
+]
+ASK = {"input": "a", "max_output_tokens": 1}
+FIELDS += [
+    (RESPOND, ASK, "background", [False], [True]),
+    (RESPOND, ASK, "context_management", [[]], [[{"type": "compaction"}]]),
+    (RESPOND, ASK, "conversation", [], ["conv_1", {"id": "conv_1"}]),
+    (RESPOND, ASK, "include", [[], ["message.output_text.logprobs"]], [["a"], [1], "a"]),
+    (RESPOND, ASK, "instructions", ["be brief", ""], [1]),
+    (RESPOND, ASK, "max_output_tokens", [2], [0, 1.0]),
+    (RESPOND, ASK, "max_tool_calls", [], [1]),
+    (RESPOND, ASK, "max_tokens", [], [1]),
+    (RESPOND, ASK, "messages", [], [TALK["messages"]]),
+    (RESPOND, ASK, "metadata", [{"a": "b"}], ["a"]),
+    (RESPOND, ASK, "moderation", [], [{}]),
+    (RESPOND, ASK, "n", [], [1]),
+    (RESPOND, ASK, "parallel_tool_calls", [True, False], [1]),
+    (RESPOND, ASK, "previous_response_id", [], ["resp_1"]),
+    (RESPOND, ASK, "prompt", [], [{"id": "a"}]),
+    (RESPOND, ASK, "prompt_cache_key", ["a"], [1]),
+    (RESPOND, ASK, "prompt_cache_options", [{}], ["a"]),
+    (RESPOND, ASK, "prompt_cache_retention", ["24h"], [24]),
+    (RESPOND, ASK, "reasoning", [{}, {"effort": None}], [{"summary": "auto"}, {"a": 1}, "a"]),
+    (RESPOND, ASK, "safety_identifier", ["a"], [1]),
+    (RESPOND, ASK, "service_tier", ["auto"], ["flex"]),
+    (RESPOND, ASK, "store", [False], [True]),
+    (RESPOND, ASK, "stream_options", [{}, {"include_obfuscation": False}], [{"a": 1}]),
+    (RESPOND, ASK, "temperature", [0, 2], [-1, "a"]),
+    (RESPOND, ASK, "text", [{}, {"format": {"type": "text"}}], [{"a": 1}, {"format": 1}, "a"]),
+    (RESPOND, ASK, "text", [{"verbosity": "medium"}], [{"verbosity": "low"}]),
+    (RESPOND, ASK, "tool_choice", ["auto", "none"], ["a", 1]),
+    (RESPOND, ASK, "tools", [[]], [[{"type": "web_search"}], [1], {}]),
+    (RESPOND, ASK, "top_logprobs", [0], [1, 21]),
+    (RESPOND, ASK, "top_p", [0.5], [2]),
+    (RESPOND, ASK, "truncation", ["disabled"], ["auto"]),
+    (RESPOND, ASK, "user", ["me"], [1]),
+]
+
+
+def test_each_parameter_is_done_or_harmless_or_refused_by_name(site):
+    session = requests.Session()
+    for path, body, name, accepted, refused in FIELDS:
+        short = {"max_tokens": 1} if path in (COMPLETE, CHAT) else {}
+        for value in [None, *accepted]:
+            answer = session.post(site.url + path, json=body | short | {name: value})
+            assert answer.status_code == 200, (path, name, value, answer.text)
+        for value in refused:
+            answer = session.post(site.url + path, json=body | short | {name: value})
+            assert answer.status_code == 400, (path, name, value, answer.text)
+            param = answer.json()["error"]["param"]
+            inner = value if isinstance(value, dict) else {}
+            assert param in (name, *inner), (path, name, value, answer.text)
+
+
+def test_no_parameter_of_openais_client_is_forgotten():
+    openai = pytest.importorskip("openai")
+    from test_serve import OWN
+
+    client = openai.OpenAI(api_key="none")
+    of_client = {"extra_headers", "extra_query", "extra_body", "timeout"}
+    for path, create, request_type in (
+        (COMPLETE, client.completions.create, api.Completion),
+        (CHAT, client.chat.completions.create, api.Chat),
+        (EMBED, client.embeddings.create, vector_api.Embeddings),
+        (RESPOND, client.responses.create, responses_api.Respond),
+    ):
+        names = set(inspect.signature(create).parameters) - of_client
+        tested = {row[2] for row in FIELDS + OWN if row[0] == path}
+        own = {f.name for f in dataclasses.fields(request_type)}
+        assert names <= tested | own, (path, names - tested - own)

@@ -172,21 +172,24 @@ class Handlers:
 
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
+        updates = Updates(at_end=not wanted.stream)
+        jobs, answer = await self.begin_chat(wanted, updates)
+        return await self.generate(request, wanted, jobs, updates, answer)
+
+    async def begin_chat(self, wanted, updates):
+        """(jobs, what makes JSON of their answers) of a chat."""
         ids = await asyncio.to_thread(api.read_conversation, self.served, wanted)
         await asyncio.to_thread(api.read_form, self.served, wanted)
-        updates = Updates(at_end=not wanted.stream)
         parts = (self.served, wanted, ids, updates.listener)
         jobs = await asyncio.to_thread(api.chat_jobs, *parts)
-        answer = ChatAnswer(self.served, jobs, wanted.plan)
-        return await self.generate(request, wanted, jobs, updates, answer)
+        return jobs, ChatAnswer(self.served, jobs, wanted.plan)
 
     async def responses(self, request: Request):
         body = await self.read_body(request)
         wanted, chat = await asyncio.to_thread(responses_api.read_response, self.served, body)
-        ids = await asyncio.to_thread(api.read_messages, self.served, chat.messages)
         updates = Updates(at_end=not wanted.stream)
-        jobs = api.chat_jobs(self.served, chat, ids, updates.listener)
-        answer = ResponseAnswer(wanted, ChatAnswer(self.served, jobs))
+        jobs, chat_answer = await self.begin_chat(chat, updates)
+        answer = ResponseAnswer(wanted, chat_answer)
         news = self.begin(request, jobs, updates)
         if wanted.stream:
             return self.stream(request, response_lines(ResponseEvents(answer, jobs[0]), news))

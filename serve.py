@@ -55,6 +55,7 @@ pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the mod
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
+tool_form: str | None = None  # of calls of tools: hermes, llama3, …; none: the chat template's own
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
@@ -171,22 +172,27 @@ class Handlers:
 
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
-        continues = wanted.continue_final_message
-        ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages, continues)
-        await asyncio.to_thread(api.read_form, self.served, wanted)
         updates = Updates(at_end=not wanted.stream)
-        parts = (self.served, wanted, ids, updates.listener)
-        jobs = await asyncio.to_thread(api.chat_jobs, *parts)
-        answer = ChatAnswer(self.served, jobs)
+        jobs = await self.chat_jobs(wanted, updates)
+        answer = ChatAnswer(self.served, jobs, wanted.plan)
         return await self.generate(request, wanted, jobs, updates, answer)
+
+    async def chat_jobs(self, wanted, updates):
+        """The jobs of a Chat; they tell `updates`."""
+        ids = await asyncio.to_thread(api.read_conversation, self.served, wanted)
+        await asyncio.to_thread(api.read_form, self.served, wanted)
+        parts = (self.served, wanted, ids, updates.listener)
+        return await asyncio.to_thread(api.chat_jobs, *parts)
 
     async def responses(self, request: Request):
         body = await self.read_body(request)
         wanted, chat = await asyncio.to_thread(responses_api.read_response, self.served, body)
-        ids = await asyncio.to_thread(api.read_messages, self.served, chat.messages)
         updates = Updates(at_end=not wanted.stream)
-        jobs = api.chat_jobs(self.served, chat, ids, updates.listener)
-        answer = ResponseAnswer(wanted, ChatAnswer(self.served, jobs))
+        try:
+            jobs = await self.chat_jobs(chat, updates)
+        except ApiError as error:
+            raise responses_api.renamed(error) from None
+        answer = ResponseAnswer(wanted, ChatAnswer(self.served, jobs, chat.plan))
         news = self.begin(request, jobs, updates)
         if wanted.stream:
             return self.stream(request, response_lines(ResponseEvents(answer, jobs[0]), news))
@@ -615,6 +621,7 @@ def main():
         refusal=why_no_text(net),
         is_seq2seq=net.config.is_seq2seq,
         aliases=names[1:],
+        tool_form=tool_form,
     )
     if mirror:
         mirror.knows(net=net, tok=tok)

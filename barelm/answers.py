@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from barelm.texts import TextStream
+from barelm.tool_use import ChatPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from barelm.api import ServedModel
     from barelm.jobs import Job, Token, Update
     from barelm.tokenizer import Tokenizer
+    from barelm.tool_calls import CallPiece
 
 
 def usage(jobs: list[Job]) -> dict:
@@ -126,9 +128,14 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """The JSON of the answer to a Chat, whole or in a stream's chunks."""
+    """The JSON of the answer to a Chat, whole or in a stream's chunks. plan: of its tools and
+    thoughts, by which each answer is taken apart."""
 
-    def __init__(self, served: ServedModel, jobs: list[Job]) -> None:
+    def __init__(self, served: ServedModel, jobs: list[Job], plan: ChatPlan | None = None) -> None:
+        plan = plan or ChatPlan()
+        self.parsers = [plan.parser() for _ in jobs]
+        first = jobs[0]
+        self.tells_tokens = first.n_alternatives is not None or first.sampling.return_token_ids
         self.tok = served.tok
         self.head = answer_head("chatcmpl-", "chat.completion", served.name)
         self.chunk_head = self.head | {"object": "chat.completion.chunk"}
@@ -137,9 +144,23 @@ class ChatAnswer:
         self.name = namer(self.tok, jobs[0])
 
     def whole_choice(self, job: Job, text: str, tokens: list[Token]) -> dict:
-        message = {"role": "assistant", "content": text}
-        choice = self.choice(job, "message", message, tokens, job.row.out.finish_reason)
+        parser = self.parsers[job.index]
+        parts = parser.feed(text, final=True)
+        message = {"role": "assistant", "content": parts.text}
+        if parts.thought:
+            message["reasoning_content"] = parts.thought
+        if parts.calls:
+            message["tool_calls"] = whole_calls(parts.calls)
+            message["content"] = parts.text or None
+        choice = self.choice(job, "message", message, tokens, self.finish_reason(job))
         return choice | ids_of(job, tokens)
+
+    def finish_reason(self, job: Job) -> str:
+        """Why a job ended; OpenAI's word where it ended with calls."""
+        reason = job.row.out.finish_reason
+        if reason == "stop" and self.parsers[job.index].n_calls:
+            return "tool_calls"
+        return reason
 
     def first_choices(self, jobs: list[Job]) -> list[dict]:
         """What a stream begins with: who speaks, before the first token is there."""
@@ -149,15 +170,26 @@ class ChatAnswer:
     def new_choices(self, update: Update) -> list[dict]:
         """What a stream tells of an Update."""
         job = update.job
-        choices = []
+        parser = self.parsers[job.index]
+        parts = parser.feed(update.text, update.done)
+        deltas = []
+        if parts.thought:
+            deltas.append({"reasoning_content": parts.thought})
+        if parts.text:
+            deltas.append({"content": parts.text})
+        deltas += [{"tool_calls": [piece_of_call(piece)]} for piece in parts.calls]
         # A token may have no text yet, such as half a character; its log p is told at once.
-        if update.text or update.tokens:
-            choice = self.choice(job, "delta", {"content": update.text}, update.tokens)
-            choices.append(choice | ids_of(job, update.tokens))
+        # Of what may become a call nothing else is to be told yet.
+        if update.tokens and not deltas and (self.tells_tokens or not parser.calls):
+            deltas.append({"content": ""})
+        choices = []
+        tokens = update.tokens  # told with the first of its pieces
+        for delta in deltas:
+            choices.append(self.choice(job, "delta", delta, tokens) | ids_of(job, tokens))
+            tokens = []
         if update.done:
-            finish_reason = job.row.out.finish_reason
             # In a chunk of its own, as OpenAI's.
-            choices.append(self.choice(job, "delta", {}, finish_reason=finish_reason))
+            choices.append(self.choice(job, "delta", {}, finish_reason=self.finish_reason(job)))
         return choices
 
     def choice(self, job: Job, key: str, message: dict[str, str], tokens: Sequence[Token] = (),
@@ -179,6 +211,28 @@ class ChatAnswer:
     def entry(self, id: int, logprob: float) -> dict:
         data = list(self.tok.shown.get(id, b""))  # what a client joins where a name is no UTF-8
         return {"token": self.name(id), "logprob": logprob, "bytes": data}
+
+
+def whole_calls(pieces: list[CallPiece]) -> list[dict]:
+    """The calls that these are the pieces of, as OpenAI has them."""
+    calls: list[dict] = []
+    for piece in pieces:
+        if piece.name is not None:
+            calls.append(new_call(piece.name))
+        calls[-1]["function"]["arguments"] += piece.arguments
+    return calls
+
+
+def new_call(name: str) -> dict:
+    function = {"name": name, "arguments": ""}
+    return {"id": "call_" + os.urandom(12).hex(), "type": "function", "function": function}
+
+
+def piece_of_call(piece: CallPiece) -> dict:
+    """A piece of a call in a stream: the first has its id and name."""
+    if piece.name is not None:
+        return {"index": piece.index} | new_call(piece.name)
+    return {"index": piece.index, "function": {"arguments": piece.arguments}}
 
 
 def answer_head(prefix: str, kind: str, model_name: str) -> dict:

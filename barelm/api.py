@@ -19,11 +19,15 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from barelm import messages
 from barelm.answers import decode, token_name
 from barelm.filling import middle_tokens
 from barelm.guided import FormError, read_bias, read_grammar
 from barelm.jobs import Job, Sampling, limited
+from barelm.messages import FieldError
 from barelm.run import UserError
+from barelm.tool_forms import form_named
+from barelm.tool_use import plan_chat, read_text_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -71,12 +75,15 @@ class ServedModel:
     seed: int | None = None  # of requests that bring none; None: another for each
     refusal: str = ""  # why it continues no text; "": it does
     is_seq2seq: bool = False  # a prompt is a source of max_len tokens, and so may its answer be
+    tool_form: str | None = None  # of calls, where the chat template is not to say it
     aliases: list = field(default_factory=list)  # other names that requests may call it by
     longest_token: int = field(init=False)  # in bytes
     turn_ends: list = field(init=False)  # ids that end an answer in a chat
     card: dict = field(init=False)  # what /v1/models shows of it
 
     def __post_init__(self):
+        if self.tool_form:
+            form_named(self.tool_form)
         self.longest_token = max(len(token) for token in self.tok.bytes.values())
         self.turn_ends = chat_ends(self.tok)
         self.card = {
@@ -139,6 +146,7 @@ class Generation(Sampling):
     stream_options: dict = field(default_factory=dict)  # StreamOptions, when read
 
     compiled = None  # no field of a request: its Grammar, by read_form
+    plan = None  # no field either: the ChatPlan of a chat, by read_conversation
 
 
 @dataclass
@@ -152,7 +160,20 @@ class Completion(Generation):
 
 
 @dataclass
-class Chat(Generation):
+class TemplateFields:
+    """What a chat says beside its messages to the template, and of how to read its answers."""
+
+    tools: list = field(default_factory=list)
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True  # more calls in an answer than one
+    chat_template_kwargs: dict = field(default_factory=dict)  # the template's own variables
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True  # answer with the thoughts, in reasoning_content
+    reasoning_format: str | None = None  # none: thoughts are part of the text
+
+
+@dataclass
+class Chat(TemplateFields, Generation):
     messages: list = field(default_factory=list)
     logprobs: bool = False
     top_logprobs: int = limited(0, 0, 20)
@@ -162,7 +183,7 @@ class Chat(Generation):
 
 
 @dataclass
-class Tokenize:
+class Tokenize(TemplateFields):
     prompt: str | None = None
     messages: list | None = None
     model: str | None = None
@@ -276,6 +297,7 @@ NEUTRAL: dict[str, list] = {
     "typical_p": [1, 1.0],
     "xtc_probability": [0, 0.0],
 }
+NEWER = {"functions": "tools", "function_call": "tool_choice"}  # these are not done
 STREAM_NEUTRAL = {"include_obfuscation": [False], "continuous_usage_stats": [False]}
 
 TYPE_NAMES = {
@@ -359,7 +381,9 @@ def check_other(
         return
     name = name[:60]
     hint = ""
-    if name in neutral:
+    if name in NEWER:
+        hint = f": OpenAI's older form; {NEWER[name]} is the newer one"
+    elif name in neutral:
         expected = " or ".join(json.dumps(other) for other in neutral[name])
         hint = f": expected {expected}, not {short(value)}"
     else:
@@ -495,8 +519,13 @@ def check_token_ids(served: ServedModel, name: str, ids: list) -> None:
 def read_form(served: ServedModel, request: Generation) -> None:
     """Compile what the request says of its answer's form. It may take long: the server calls it in
     a thread of its own."""
+    plan = request.plan
     try:
-        request.compiled = read_grammar(served.tok, request)
+        if plan is not None and plan.tools:
+            text_rule = checked(read_text_rule, request)
+            request.compiled = checked(plan.compile, served.tok, text_rule)
+        else:
+            request.compiled = read_grammar(served.tok, request)
     except FormError as error:
         raise ApiError(400, str(error), error.field) from None
 
@@ -599,65 +628,43 @@ def truncated(served: ServedModel, request: Generation, ids: list[int]) -> list[
     return ids[:n] if request.truncation_side == "right" else ids[-n:]
 
 
-def message_text(content: object) -> str | None:
-    """The text of a message's content, a text or a list of parts; None where it is neither."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
-    texts = []
-    for part in content:
-        # cache_control, some clients', says what is worth keeping, and changes no answer.
-        if not isinstance(part, dict) or part.keys() - {"type", "text", "cache_control"}:
-            return None
-        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-            return None
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 def read_message(message: Any, where: str) -> dict:
-    """A message with the role and the text that it has; `where` it stands, for what is wrong."""
-    why = "expected {'role': system, user or assistant, 'content': a text}"
-    if not isinstance(message, dict):
-        raise ApiError(400, f"{where}: {why}", "messages")
-    for name, value in message.items():
-        # An earlier answer comes back with all its fields, most of which are empty.
-        is_empty = value is None or is_one_of(value, ["", [], {}])
-        if name not in ("role", "content", "name") and not is_empty:
-            raise ApiError(400, f"{where}: {short(name)} is not supported", "messages")
-    role = message.get("role")
-    text = message_text(message.get("content"))
-    if role == "developer":  # OpenAI's newer word
-        role = "system"
-    if role not in ("system", "user", "assistant") or text is None:
-        raise ApiError(400, f"{where}: {why}", "messages")
-    speaker = message.get("name")
-    if speaker is None or speaker == "":
-        return {"role": role, "content": text}
-    if not isinstance(speaker, str):
-        raise ApiError(400, f"{where}: name: expected a text", "messages")
-    return {"role": role, "content": text, "name": speaker}  # which some templates show
+    """A message with what it says; `where` it stands, for what is wrong."""
+    return checked(messages.read_message, message, where)
 
 
-def read_messages(served: ServedModel, messages: list[dict], continues: bool = False) -> list[int]:
+def checked(f: Callable, *args: Any) -> Any:
+    """f(*args), which reads a part of a request; what it refuses is the client's error."""
+    try:
+        return f(*args)
+    except FieldError as error:
+        raise ApiError(400, str(error), error.field) from None
+
+
+def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int]:
     """The ids of a conversation, ready for the answer, or for more of the last one."""
     if served.is_seq2seq:
         why = "this model reads a source and answers it: ask /v1/completions, the source as prompt"
         raise ApiError(400, why, "messages")
-    if not messages:
+    given = request.messages
+    if not given:
         raise ApiError(400, "messages: expected a list of {'role', 'content'}", "messages")
-    if len(messages) > served.max_len:
-        raise too_long(served, f"{len(messages)} messages")
-    checked = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    n_characters = sum(len(text) for message in checked for text in message.values())
-    check_length(served, n_characters)
-    if continues:
-        if checked[-1]["role"] != "assistant":
-            why = "continue_final_message: expected an assistant's message at the end"
+    if len(given) > served.max_len:
+        raise too_long(served, f"{len(given)} messages")
+    talk = [read_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+    plan = checked(plan_chat, served.tok, request, served.tool_form)
+    request.plan = plan
+    check_length(served, messages.size_of([talk, plan.shown, plan.variables]))
+    talk = plan.messages(talk)
+    if request.continue_final_message:
+        if talk[-1]["role"] != "assistant" or talk[-1].get("tool_calls"):
+            why = "continue_final_message: expected an assistant's message of text at the end"
             raise ApiError(400, why, "continue_final_message")
-        return tokenized(served.tok.chat_to_continue, checked)
-    ids, _ = tokenized(served.tok.chat, checked, True)  # True: ready for the answer
+        ids = tokenized(served.tok.chat_to_continue, talk, plan.extra())
+    else:
+        # True: ready for the answer
+        ids, _ = tokenized(served.tok.chat, talk, True, "none", plan.extra())
+    plan.see_prompt(served.tok.decode(ids[-64:]))
     return ids
 
 
@@ -678,7 +685,7 @@ def tokenize(served: ServedModel, body: dict) -> dict:
     if text is not None and request.continue_final_message:
         raise ApiError(400, "continue_final_message: of messages alone", "continue_final_message")
     if text is None:
-        ids = read_messages(served, request.messages, request.continue_final_message)
+        ids = read_conversation(served, request)
     elif is_bare and text in served.tok.special:
         ids = [served.tok.special[text]]
     else:
@@ -799,6 +806,7 @@ def make_jobs(
                 echo,
                 guide=guide,
                 goes_on=request.ignore_eos,
+                shown=request.plan.marks() if request.plan else (),
             )
             jobs.append(job)
     return jobs

@@ -14,7 +14,7 @@ from barelm.sampling import GREEDY, OFF, draws
 from barelm.texts import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import numpy as np
 
@@ -94,6 +94,7 @@ class Job:
     guide: a Guide (barelm/grammar.py) that says what the answer may be. It ends at its grammar's
     end, whether or not an end token comes; so one of `ends` counts where the text is whole alone.
     goes_on: with a guide, no end token comes where the text could go on.
+    shown: special tokens whose names are part of the text.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Job:
         echo: Any = None,
         guide: Guide | None = None,
         goes_on: bool = False,
+        shown: Collection[int] = (),
     ) -> None:
         self.ids = ids
         self.sampling = sampling
@@ -131,6 +133,7 @@ class Job:
             least=sampling.min_tokens,
             keeps_stop=sampling.include_stop_str_in_output,
             shows_special=not sampling.skip_special_tokens,
+            shown=shown,
         )
         self.uniform = None  # (limit,), one draw a token
         if sampling.temperature >= GREEDY:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from barelm.tokenizer import Tokenizer
 
@@ -70,14 +70,17 @@ class Row:
     """A sequence in the making: it ends at an end token (one of `ends`, or else the tokenizer's),
     a stop string, or `limit` tokens. emit(piece) gets its text as it becomes certain. number: which
     draws are its own. least: before so many tokens no stop string ends it. keeps_stop: what ended
-    it is part of the text. shows_special: so are special tokens, by their names."""
+    it is part of the text. shows_special: so are special tokens, by their names; else those that
+    are `shown`."""
 
     def __init__(self, tok: Tokenizer, limit: int, stop: list[str], emit: Callable | None = None,
                  ends: list[int] | None = None, number: int = 0, least: int = 0,
-                 keeps_stop: bool = False, shows_special: bool = False) -> None:  # fmt: skip
+                 keeps_stop: bool = False, shows_special: bool = False,
+                 shown: Collection[int] = ()) -> None:  # fmt: skip
         self.tok = tok
         self.keeps_stop = keeps_stop
         self.shows_special = shows_special
+        self.shown = shown
         self.limit = limit
         self.number = number
         self.emit = emit
@@ -90,7 +93,9 @@ class Row:
 
     def token_bytes(self, token: int) -> bytes:
         """What the token adds to the text."""
-        return self.tok.shown.get(token, b"") if self.shows_special else self.tok.token_bytes(token)
+        if self.shows_special or token in self.shown:
+            return self.tok.shown.get(token, b"")
+        return self.tok.token_bytes(token)
 
     def take(self, token: int, logprob: float) -> None:
         """Add a token; after the end nothing is added."""

@@ -173,23 +173,26 @@ class Handlers:
     async def chat_completions(self, request: Request):
         wanted = api.read_chat(self.served, await self.read_body(request))
         updates = Updates(at_end=not wanted.stream)
-        jobs, answer = await self.begin_chat(wanted, updates)
+        jobs = await self.chat_jobs(wanted, updates)
+        answer = ChatAnswer(self.served, jobs, wanted.plan)
         return await self.generate(request, wanted, jobs, updates, answer)
 
-    async def begin_chat(self, wanted, updates):
-        """(jobs, what makes JSON of their answers) of a chat."""
+    async def chat_jobs(self, wanted, updates):
+        """The jobs of a Chat; they tell `updates`."""
         ids = await asyncio.to_thread(api.read_conversation, self.served, wanted)
         await asyncio.to_thread(api.read_form, self.served, wanted)
         parts = (self.served, wanted, ids, updates.listener)
-        jobs = await asyncio.to_thread(api.chat_jobs, *parts)
-        return jobs, ChatAnswer(self.served, jobs, wanted.plan)
+        return await asyncio.to_thread(api.chat_jobs, *parts)
 
     async def responses(self, request: Request):
         body = await self.read_body(request)
         wanted, chat = await asyncio.to_thread(responses_api.read_response, self.served, body)
         updates = Updates(at_end=not wanted.stream)
-        jobs, chat_answer = await self.begin_chat(chat, updates)
-        answer = ResponseAnswer(wanted, chat_answer)
+        try:
+            jobs = await self.chat_jobs(chat, updates)
+        except ApiError as error:
+            raise responses_api.renamed(error) from None
+        answer = ResponseAnswer(wanted, ChatAnswer(self.served, jobs, chat.plan))
         news = self.begin(request, jobs, updates)
         if wanted.stream:
             return self.stream(request, response_lines(ResponseEvents(answer, jobs[0]), news))

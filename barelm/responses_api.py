@@ -89,8 +89,13 @@ def read_response(served: ServedModel, body: dict) -> tuple[Respond, Chat]:
     try:
         return request, read_chat(served, chat)
     except ApiError as error:
-        param = CHAT_NAMES.get(error.param or "", error.param)
-        raise ApiError(error.status, error.message, param, error.code) from None
+        raise renamed(error) from None
+
+
+def renamed(error: ApiError) -> ApiError:
+    """An error of a chat's request, with the field that this protocol has for it."""
+    param = CHAT_NAMES.get(error.param or "", error.param)
+    return ApiError(error.status, error.message, param, error.code)
 
 
 def asked_logprobs(request: Respond) -> dict:

@@ -101,7 +101,10 @@ def read_inputs(served: ServedModel, request: Embeddings | Classify) -> list[lis
         inputs = [text_ids(served, request, text) for text in inputs]
     if not inputs or not all(ids and is_ids(served.tok, ids) for ids in inputs):
         why = f"expected a text, or ids from 0 to {served.tok.n_vocab - 1}, or a list of either"
-        raise ApiError(400, f"input: {why}; none of them empty", "input")
+        why += "; none of them empty"
+        if inputs and isinstance(inputs[0], list):
+            why += ". Ids are this tokenizer's (LangChain: check_embedding_ctx_length=False)"
+        raise ApiError(400, f"input: {why}", "input")
     inputs = [truncated(served, request, ids) for ids in inputs]
     longest = max(map(len, inputs))
     if longest > served.max_len:

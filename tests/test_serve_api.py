@@ -14,7 +14,7 @@ from conftest import run
 
 import model
 from barelm import api, responses_api, vector_api
-from barelm.checkpoint import load
+from barelm.checkpoint import load, save
 from barelm.texts import Row, TextStream
 
 pytest.importorskip("fastapi")
@@ -47,6 +47,19 @@ def test_a_model_has_the_names_that_it_is_given(tiny):
 @pytest.fixture(scope="module")
 def site(tiny):
     with served(tiny, "--max_batch=4") as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory):
+    """A random model that chats of tools fit into."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    net, tok = load(tiny / "out" / "tiny")
+    net = model.GPT(dataclasses.replace(net.config, n_ctx=1024))
+    (folder / "out").mkdir()
+    save(folder / "out" / "tiny", net, tok)
+    with served(folder, "--max_batch=4", "--max_queue=8") as site:
         yield site
 
 
@@ -388,6 +401,40 @@ def test_openais_client_gets_responses(site):
         client.responses.create(model="tiny", input="a", previous_response_id=whole.id)
     with pytest.raises(openai.BadRequestError, match="do not fit the 64 tokens"):
         client.responses.create(model="tiny", input="a", max_output_tokens=64)
+
+
+WEATHER = {
+    "type": "function",
+    "name": "weather",
+    "description": "The weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_a_response_calls_a_tool_and_goes_on_from_what_it_gave(wide):
+    pytest.importorskip("llguidance")
+    site = wide
+    body = {"input": "hi", "tools": [WEATHER], "tool_choice": "required", "seed": 1}
+    body |= {"parallel_tool_calls": False}
+    whole = site.post(RESPOND, body).json()
+    assert whole.get("output"), whole
+    calls = [item for item in whole["output"] if item["type"] == "function_call"]
+    assert calls and whole["status"] == "completed"
+    for call in calls:
+        assert call["name"] == "weather" and json.loads(call["arguments"])["city"]
+    events = events_of(site, body)
+    done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+    assert [item["type"] for item in done] == [item["type"] for item in whole["output"]]
+    pieces = [e["delta"] for e in events if e["type"].endswith("call_arguments.delta")]
+    assert "".join(pieces) == "".join(item.get("arguments", "") for item in done)
+    given = [{"type": "function_call_output", "call_id": calls[0]["call_id"], "output": "sun"}]
+    after = {"input": [{"role": "user", "content": "hi"}, calls[0], *given], "max_output_tokens": 2}
+    assert site.post(RESPOND, after | {"tools": [WEATHER]}).status_code == 200
 
 
 # Of what a client may send: (field, values that are accepted, values that are refused by name).

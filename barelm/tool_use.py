@@ -343,9 +343,10 @@ class AnswerParser:
         self.shows_thoughts = plan.shows_thoughts
         self.calls = None
         if plan.tools and plan.form is not None:
-            names = {tool["function"]["name"] for tool in plan.tools}
+            functions = [tool["function"] for tool in plan.tools]
+            schemas = {f["name"]: f.get("parameters") or {} for f in functions}
             most = None if plan.parallel else 1
-            self.calls = CallParser(plan.form, names, plan.certain, most)
+            self.calls = CallParser(plan.form, schemas, plan.certain, most)
 
     @property
     def n_calls(self) -> int:

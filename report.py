@@ -429,7 +429,7 @@ def print_recipe(**keys):
 # A plan for finetune.py or rl.py: what a fine-tuning takes
 
 ADAPTERS = ("lora", "qlora", "adapter", "prompt")  # as a method: an SFT of added weights
-SAMPLING = ("grpo", "ppo")  # rl.py's methods
+SAMPLING = ("grpo", "rloo", "ppo")  # rl.py's methods
 METHODS = ("sft", "classify", "dpo", "reward", *SAMPLING)
 
 
@@ -515,7 +515,7 @@ def make_finetune_plan():
     rollouts = 0  # on each device
     new_tokens = 0
     if s.method in SAMPLING:
-        group = s.group_size if s.method == "grpo" else 1
+        group = 1 if s.method == "ppo" else s.group_size
         rollouts = math.ceil(s.batch_size * group / devices)
         new_tokens = s.max_new_tokens
     length = min(length + new_tokens, s.seq_len or config.n_ctx, config.n_ctx)

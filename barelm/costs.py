@@ -144,8 +144,8 @@ def finetune_work(
     rl.py do it, over all devices."""
     forward, update = token_flops(net, s, length)
     seen = steps * s.batch_size * length
-    if s.method in ("grpo", "ppo"):
-        if s.method == "grpo":
+    if s.method in ("grpo", "rloo", "ppo"):
+        if s.method != "ppo":
             seen *= s.group_size
         looks = 2 if s.kl_weight else 1  # by the policy of now, and by the reference
         return {

@@ -22,9 +22,7 @@ rl.py.
 from config import command_of, configure, defaults, settings
 
 # what, from what, to where
-# sft, seq2seq, classify, tag, span, embed, dpo, simpo, orpo, kto, reward, distill; or an adapt,
-# which is sft
-method = "sft"
+method = "sft"  # sft, seq2seq, classify, tag, span, embed, dpo, simpo, orpo, kto, reward, distill
 model = "out/python"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has the task's JSONL
 out_dir = "out/sft"  # where the result is written

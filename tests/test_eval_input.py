@@ -15,7 +15,8 @@ from conftest import run
 
 import eval as evaluation
 import model
-from barelm import tasks
+from barelm import questions, tasks
+from barelm.benchmarks import TASKS
 from barelm.rows import read_text
 from barelm.run import Run, UserError
 from barelm.scores import read_scores
@@ -35,7 +36,7 @@ def question(text, **more):
 def shots_of(task):
     """For each row (its question, the questions of its shots)."""
     found = []
-    for row, before in evaluation.with_shots(task):
+    for row, before in questions.with_shots(task, 0, 1234):
         asked = [block.removeprefix("Question: ") for block in before.split("\n\n") if block]
         found.append((row["question"], [block.partition("\n")[0] for block in asked]))
     return found
@@ -85,7 +86,7 @@ def test_too_few_different_rows_are_a_line():
 
 def test_questions_that_a_file_of_examples_holds_are_told(tmp_path, monkeypatch, capsys):
     """The harness's draw keeps them, so that numbers compare: a line counts them."""
-    task = replace(tasks.TASKS["gsm8k"], name="gsm8k", shots=1, judge=None)
+    task = replace(TASKS["gsm8k"], name="gsm8k", shots=1, judge=None)
     task.rows, task.examples = [question("Q0"), question("Q1")], [question("Q1")]
     tok = SimpleNamespace(start=[], eot_id=0, encode=lambda text: [*text.encode()])
     net = SimpleNamespace(config=SimpleNamespace(n_ctx=999, is_seq2seq=False))

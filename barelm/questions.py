@@ -93,7 +93,25 @@ def draw_shots(task: Task, row: dict, rng: random.Random) -> list[dict]:
     if n > len(pool):
         where = f"{task.name}*train*.jsonl"
         raise UserError(f"{task.name}: {n} shots, but {where} has {len(pool)}: set --shots")
-    return pool if task.fixed_shots else rng.sample(pool, n)
+    if task.fixed_shots:
+        return pool
+    if task.split == "validation" and 0 < n < len(pool):
+        return draw_without(task, pool, row, rng)
+    return rng.sample(pool, n)
+
+
+def draw_without(task: Task, pool: list[dict], row: dict, rng: random.Random) -> list[dict]:
+    """A task's shots out of a pool, but not `row`: where it has no test split, the harness takes
+    one more than asked for, in case the row is among them."""
+    n = task.shots
+    drawn = [example for example in rng.sample(pool, n + 1) if example != row]
+    if len(drawn) < n:  # copies of it were drawn
+        pool = [example for example in pool if example != row]
+        if n > len(pool):
+            why = f"{n} shots, but only {len(pool)} examples are no copy of a question"
+            raise UserError(f"{task.name}: {why}: set --shots={len(pool)}")
+        drawn = rng.sample(pool, n)
+    return drawn[:n]
 
 
 def draw_from_rows(task: Task, row: dict, n: int, rng: random.Random) -> list[dict]:

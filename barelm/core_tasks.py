@@ -292,6 +292,8 @@ def core_requests(
         n_over = max(0, len(row) - n_ctx)  # as nanochat, which reads the last token too
         if cut - n_over < 1:
             why = f"a continuation of {len(row) - cut} tokens: the context is {n_ctx}"
+            if cut < 1:
+                why = "no token stands before what is scored"
             raise UserError(f"{task.label}: {why}: {prompts[0][-80:]!r}")
         contexts.append(row[n_over:cut])
         continuations.append(row[cut:])

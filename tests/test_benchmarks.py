@@ -239,6 +239,24 @@ def test_beginnings_and_last_words_as_a_user_runs_them(small):
     assert log[0]["prompt"].endswith("\n\nShe opened the door, and the dog ran out of the")
 
 
+def test_a_continuation_of_your_own(small):
+    """Behind a header's delimiter."""
+    net, tok = load(small / "net")
+    rows = [{"text": f"the {word} of", "word": other} for word in WORDS for other in WORDS[:3]]
+    header = {"kind": "continue", "prompt": "{text}", "answer": "word", "delimiter": " "}
+    write_rows(small / "own.jsonl", [header, *rows])
+    run(small, "eval.py", "--model=net", "--tasks=own.jsonl", "--out_dir=own")
+    entry = json.loads((small / "own/results.json").read_text())["results"]["own.jsonl"]
+    scores = []
+    for row in rows:
+        context = tok.encode(row["text"])
+        whole = tok.encode(f"{row['text']} {row['word']}")
+        scores.append(naive_scores(net, context, whole[len(context) :]))
+    assert entry["acc"] == pytest.approx(sum(is_greedy for _, is_greedy in scores) / len(rows))
+    nats = -torch.tensor([logprob for logprob, _ in scores], dtype=torch.float64).mean()
+    assert entry["perplexity"] == pytest.approx(nats.exp().item(), rel=1e-6)
+
+
 # ------------------------------------------------------------------------------------------ CORE
 
 

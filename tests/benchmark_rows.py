@@ -102,6 +102,17 @@ TRIVIA = [
     ("Who painted the Mona Lisa", ["Leonardo da Vinci", "Da Vinci", "Leonardo"]),
 ]  # fmt: skip
 
+HELLASWAG = [
+    ("Baking", "A man mixes flour.", "he", ["eats the bowl.", "bakes [title] bread."], "1"),
+    ("Running", "A woman ties her shoes.", "she", ["runs off.", "flies off."], "0"),
+    ("Swimming", "The boy jumps. [step] He dives.", "the water", ["splashes.", "burns."], "0"),
+    ("Sewing", "Two girls sew.  They talk.", "", ["The dress is done.", "The sea dries."], "0"),
+    ("Fishing", "A boat is on a lake.", "an old man", ["catches a car.", "catches a fish."], "1"),
+    ("Painting", "A wall is white.", "a painter", ["paints it.", "drinks it."], "0"),
+    ("Skiing", "The hill is steep.", "the skier", ["goes up.", "goes down."], "1"),
+    ("Cooking", "Water boils.", "the cook", ["adds salt.", "adds sand."], "0"),
+]
+
 
 def dicts(keys, rows):
     return [dict(zip(keys.split(), row)) for row in rows]
@@ -117,6 +128,7 @@ def lettered(keys, rows):
 
 
 ROWS = {
+    "hellaswag": dicts("activity_label ctx_a ctx_b endings label", HELLASWAG),
     "winogrande": [
         row | {"answer": str(row["answer"])}
         for row in dicts("sentence option1 option2 answer", WINOGRANDE)
@@ -131,6 +143,7 @@ ROWS = {
 }
 N_EXAMPLES = 3  # of each task's rows: the shots are drawn from them
 FILES = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml",
     "piqa": "piqa/piqa.yaml",
     "boolq": "super_glue/boolq/default.yaml",

@@ -128,6 +128,13 @@ def test_the_fixture_is_what_the_harness_says(harness):
 
 
 BAD_ROWS = {
+    "hellaswag": {
+        "activity_label": "a",
+        "ctx_a": "a",
+        "ctx_b": "b",
+        "endings": ["a"],
+        "label": "1",
+    },
     "winogrande": {"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"},
     "piqa": {"goal": "g", "sol1": "a", "sol2": "b", "label": 2},
     "boolq": {"passage": "p", "question": "q", "label": None},

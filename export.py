@@ -5,7 +5,7 @@
     python export.py --prune=2:4 --export=hf            # out/python-2of4, a plain folder
     python export.py --model=out/lora --export=hf       # a LoRA adapter merged into its base
     python export.py --export=gguf --gguf_type=Q8_0     # out/python-gguf/python-Q8_0.gguf
-    python export.py --export=onnx                      # out/python-onnx/model.onnx, checked
+    python export.py --export=onnx                      # out/python-onnx, with a cache; checked
 
 --model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). The export of a
 quantized or pruned model prints the report first. GGUF needs gguf, and ONNX needs onnx, onnxscript
@@ -32,7 +32,7 @@ dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, b
 
 device = "auto"  # auto, cpu, cuda, cuda:1
 threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
-seed = 0  # of nothing here: every script has one
+seed = 0  # as every script has one; nothing here is drawn
 
 if __name__ == "__main__":
     configure(globals())
@@ -309,7 +309,9 @@ def export_onnx(net, tok, path):
     result = check_onnx(net, tok, path)
     rows = "texts" if net.score is not None and net.task == "classify" else "tokens"
     print(f"onnxruntime: {result.n_rows} {rows}, logits differ by {result.difference:.1e} of their")
-    print(f"spread (root mean square); the largest is another at {result.n_other} of {result.n_sure}")
+    print(
+        f"spread (root mean square); the largest is another at {result.n_other} of {result.n_sure}"
+    )
     if not result.good:
         raise UserError("--export=onnx: these are not the model's logits; nothing was written")
     write_companions(path.parent, net, tok)

@@ -28,7 +28,7 @@ from torch.func import functional_call
 from barelm.families import family
 from barelm.positions import rotary_size
 from barelm.run import UserError
-from barelm.safetensors import as_bytes
+from barelm.safetensors import write_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Front(nn.Module):
             positions = key_positions.clamp(min=0)
         # Where `may_look` lets nobody look: behind all tokens, or before the first.
         hidden = FAR if net.config.causal else -1
-        keys = Keys(key_positions.where(attention_mask != 0, hidden))
+        keys: Any = Keys(key_positions.where(attention_mask != 0, hidden))
         x = net.embed(net.model.embed_tokens(ids), positions)
         out = [x]
         for rope, mask in net.looks(net.model, x, positions, cache=keys).values():
@@ -471,7 +471,7 @@ def write_onnx(net: GPT, path: Path) -> None:
             tensor = (tensor.t() if turned else tensor).contiguous()
             file.write(b"\0" * (-file.tell() % PAGE))
             model.graph.initializer.append(external(name, tensor, data.name, file.tell()))
-            file.write(as_bytes(tensor))
+            write_tensor(file, tensor)
     path.write_bytes(model.SerializeToString())
 
 

@@ -257,7 +257,7 @@ class Handlers:
                 new = await updates.take()
                 for update in new:
                     if update.error is not None:
-                        raise ApiError(500, update.error)
+                        raise ApiError(400 if update.refused else 500, update.error)
                     n_running -= update.done
                 yield new
         finally:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from barelm.check_rows import Place
+    from barelm.grammar import Guide
     from barelm.texts import Generation
     from model import GPT
 
@@ -218,9 +219,14 @@ LONGEST_WAIT = 60.0  # seconds for the engine's answers
 
 
 def engine_answers(
-    net: GPT, prompts: list[list[int]], options: list[dict], at_once: bool
+    net: GPT,
+    prompts: list[list[int]],
+    options: list[dict],
+    at_once: bool,
+    guides: Sequence[Guide | None] = (),
 ) -> list[list[int]]:
-    """The ids of an Engine's answers to prompts, all asked at once or one after the other."""
+    """The ids of an Engine's answers to prompts, all asked at once or one after the other. guides:
+    of each, or none."""
     tok = endless_tokenizer()
     engine = Engine(net, tok, max_batch=CROWD, max_len=64, prefill_chunk=128)
     done = queue.Queue()
@@ -230,8 +236,8 @@ def engine_answers(
             done.put(update.error)
 
     jobs = []
-    for prompt, fields in zip(prompts, options):
-        jobs.append(Job(tok, prompt, SERVED, Sampling(**fields), listener))
+    for prompt, fields, guide in zip(prompts, options, guides or [None] * len(prompts)):
+        jobs.append(Job(tok, prompt, SERVED, Sampling(**fields), listener, guide=guide))
     engine.start()
     try:
         for group in [jobs] if at_once else [[job] for job in jobs]:

@@ -76,6 +76,7 @@ class Update:
     tokens: list  # [Token]
     done: bool  # nothing comes after it
     error: str | None = None  # why the job failed
+    refused: bool = False  # by what was asked of it, not by what happened here
 
     def add(self, later: Update) -> None:
         """Make this and a later Update of the same job one."""
@@ -83,6 +84,7 @@ class Update:
         self.tokens += later.tokens
         self.done = later.done
         self.error = later.error
+        self.refused = later.refused
 
 
 class Job:

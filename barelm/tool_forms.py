@@ -336,5 +336,5 @@ def lead_rules(form: ToolForm, lead: str, token_ids: dict[str, int]) -> list[str
 
 def regex_text(text: str) -> str:
     """A text as a regular expression of Lark's, between slashes."""
-    escaped = re.sub(r"([^\w\s])", r"\\\1", text)
+    escaped = re.sub(r"([\\.+*?()|\[\]{}^$/])", r"\\\1", text)
     return escaped.replace("\n", r"\n")

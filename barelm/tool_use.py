@@ -131,9 +131,9 @@ def named_tools(names: list, tools: list[dict]) -> list[dict]:
 class ChatPlan:
     """What the tools and thoughts of a request mean for its prompt and its answers.
 
-    shown: the tools that the model is told of. tools: that may be called. required: one must be. variables: the template's own, of the client.
-    thoughts: what is told apart from the answer; None: nothing. certain: a grammar makes sure that
-    what begins as a call is one."""
+    shown: the tools that the model is told of. tools: that may be called. required: one must be.
+    variables: the template's own, of the client. thoughts: what is told apart from the answer;
+    None: nothing. certain: a grammar makes sure that what begins as a call is one."""
 
     form: ToolForm | None = None
     shown: list[dict] = field(default_factory=list)

@@ -371,7 +371,7 @@ COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 OTHERS = [
     ("audio", [], [{"voice": "a"}, {}]),
     ("chat_template", [], ["{{ messages }}", ""]),
-    ("chat_template_kwargs", [{}], [{"enable_thinking": False}, [], ""]),
+    ("chat_template_kwargs", [{}], [{"enable_thinking": True}, {"messages": []}, [], ""]),
     ("continue_final_message", [False], [True, 0, 0.0, ""]),
     ("detokenize", [True], [False, 1, 1.0, 0]),
     ("dry_multiplier", [0, 0.0], [0.8, False]),
@@ -476,7 +476,7 @@ def test_parts_of_messages_are_read_or_refused_by_name(site):
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     wrong = [say | {"name": name} for name in (["Ann"], [], {}, False, 0)]
     wrong += [say | {"tool_calls": [{"id": "1"}]}, say | {"prefix": True}]
-    wrong += [say | {"role": "tool"}, say | {"content": None}, say | {"content": [{"text": 1}]}]
+    wrong += [say | {"role": "function"}, say | {"content": None}, say | {"content": [{"text": 1}]}]
     wrong += [say | {"content": [{"type": "image_url", "text": "a"}]}, say | {"prefix": 0}, [], "a"]
     wrong += [
         say | {"content": [part | {"weight": 2}]},

@@ -51,6 +51,8 @@ LIMITS = {
     "verbose_errors": False,
 }
 # A model that knows no better would write blanks for ever. So many hold a line end and its indent.
+# As Python's json and most chat templates write it.
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 BLANKS = r"[\x20\x0A\x0D\x09]{1,20}"
 # As the library has it by default, the text is tokenized in the usual way where it has to be a
 # certain one. Here the model chooses among all ways, by its own probabilities.
@@ -166,17 +168,18 @@ def check_texts(texts: list, expected: str) -> None:
             raise UserError("half a surrogate pair is no text")
 
 
-def json_rule(schema: dict) -> str:
+def json_rule(schema: dict, compact: bool = False) -> str:
     """The right side of a rule of Lark's, for JSON that a schema holds valid; UserError where it
     has what cannot be enforced. What the library itself refuses it tells when the whole is
-    compiled."""
+    compiled. compact: on one line, with a blank behind each comma and colon."""
     if not isinstance(schema, dict):
         raise UserError(f"a schema is a JSON object, not {type(schema).__name__}")
     check_depth(schema)
     if "x-guidance" in schema:
         raise UserError("x-guidance is not supported: it would loosen what the schema says")
     check_keywords(schema)
-    text = json.dumps(schema | {"x-guidance": {"whitespace_pattern": BLANKS}})
+    spacing = COMPACT if compact else {"whitespace_pattern": BLANKS}
+    text = json.dumps(schema | {"x-guidance": spacing})
     return f"%json {text}"
 
 

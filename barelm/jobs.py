@@ -14,7 +14,7 @@ from barelm.sampling import GREEDY, OFF, draws
 from barelm.texts import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import numpy as np
 
@@ -43,6 +43,9 @@ class Sampling:
     min_tokens: int = limited(0, 0, 2**24)  # no end token, and no `stop`, before so many
     seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draws; None: 0
     stop: Any = field(default_factory=list)  # texts that end the answer, which lacks them
+    stop_token_ids: list = field(default_factory=list)  # ids that end it, which lacks their text
+    include_stop_str_in_output: bool = False  # it ends with what ended it, text or token
+    skip_special_tokens: bool = True  # false: the text has special tokens too, by their names
     logit_bias: Any = field(default_factory=dict)  # {id: number that is added to its logit}
 
     def options(self) -> dict:
@@ -93,6 +96,7 @@ class Job:
     guide: a Guide (barelm/grammar.py) that says what the answer may be. It ends at its grammar's
     end, whether or not an end token comes; so one of `ends` counts where the text is whole alone.
     goes_on: with a guide, no end token comes where the text could go on.
+    shown: special tokens whose names are part of the text.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Job:
         echo: Any = None,
         guide: Guide | None = None,
         goes_on: bool = False,
+        shown: Collection[int] = (),
     ) -> None:
         self.ids = ids
         self.sampling = sampling
@@ -122,7 +127,15 @@ class Job:
         self.guide = guide
         self.goes_on = goes_on
         self.row = Row(
-            tok, limit, sampling.stop, self.pieces.append, ends, least=sampling.min_tokens
+            tok,
+            limit,
+            sampling.stop,
+            self.pieces.append,
+            ends,
+            least=sampling.min_tokens,
+            keeps_stop=sampling.include_stop_str_in_output,
+            shows_special=not sampling.skip_special_tokens,
+            shown=shown,
         )
         self.uniform = None  # (limit,), one draw a token
         if sampling.temperature >= GREEDY:

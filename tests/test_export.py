@@ -45,11 +45,11 @@ def saved(folder, tok, **shape):
 
 
 def naive_weights(w, kind):
-    """Each weight rounded to one of the levels of its row (int8) or its group of 64 (int4)."""
+    """Each weight rounded to one of the levels of its row (int8) or its group of 32 (int4)."""
     bf16, out = lambda x: torch.tensor(x).bfloat16().item(), w.clone()
     for row in out:
-        for group in [row] if kind == "int8" else row.split(64):
-            edge = [0.0] * (kind == "int4" and len(group) < 64)  # what pads the last group
+        for group in [row] if kind == "int8" else row.split(32):
+            edge = [0.0] * (kind == "int4" and len(group) < 32)  # what pads the last group
             low, high = min(group.tolist() + edge), max(group.tolist() + edge)
             if kind == "int8":
                 step, middle, codes = bf16(max(-low, high, 1e-30) / 127), 0.0, range(-127, 128)
@@ -470,8 +470,6 @@ def test_gguf_of_every_architecture(name, tok, tmp_path):
     ids = random_ids(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(ids).logits, net(ids), atol=1e-4, rtol=1e-4)
-
-
 
 
 # What cannot be had

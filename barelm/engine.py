@@ -433,7 +433,8 @@ class Engine(Caller):
         except UserError as error:  # beyond the library's limits: its own request fails alone
             job.row.done = True
             if not was_done:
-                self.updates.append(Update(job, "", [], done=True, error=f"its grammar: {error}"))
+                why = f"its grammar: {error}"
+                self.updates.append(Update(job, "", [], done=True, error=why, refused=True))
             return
         if job.guide.done:
             job.row.finish()

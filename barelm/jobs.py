@@ -27,6 +27,11 @@ def limited(default: float | None, least: float, most: float) -> Any:
     return field(default=default, metadata={"limits": (least, most)})
 
 
+def one_of(*words: str) -> Any:
+    """A field of a dataclass that wants one of these words, or nothing."""
+    return field(default=None, metadata={"words": words})
+
+
 @dataclass
 class Sampling:
     """How the tokens of a sequence are chosen. What is added here is a field of the server's
@@ -71,6 +76,7 @@ class Update:
     tokens: list  # [Token]
     done: bool  # nothing comes after it
     error: str | None = None  # why the job failed
+    refused: bool = False  # by what was asked of it, not by what happened here
 
     def add(self, later: Update) -> None:
         """Make this and a later Update of the same job one."""
@@ -78,6 +84,7 @@ class Update:
         self.tokens += later.tokens
         self.done = later.done
         self.error = later.error
+        self.refused = later.refused
 
 
 class Job:

@@ -1,5 +1,5 @@
-"""Records of many forms as rows of the kinds of task sets: sft, preference, classify, seq2seq, tag,
-embed, span; and the records that Python's own source gives."""
+"""Records of many forms as rows of the kinds of task sets: sft, preference, kto, classify, seq2seq,
+tag, embed, span; and the records that Python's own source gives."""
 
 from __future__ import annotations
 
@@ -197,6 +197,22 @@ def as_preference(record: dict) -> dict:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def as_kto(record: dict) -> list[dict]:
+    """A prompt with one answer and whether it is liked, as TRL's unpaired preferences have it; of a
+    preference record two such rows."""
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        pair = as_preference(record)
+        rows = []
+        for name, label in (("chosen", True), ("rejected", False)):
+            rows.append({"prompt": pair["prompt"], "completion": pair[name], "label": label})
+        return rows
+    label = record.get("label")
+    reject_if(not isinstance(label, bool), "no chosen and rejected, nor a label of true or false")
+    answer = next((record[name] for name in ANSWER if record.get(name)), None)
+    prompt = prompt_messages(record)
+    return [{"prompt": prompt, "completion": answer_text(answer), "label": label}]
+
+
 def as_classify(record: dict) -> dict[str, str]:
     """A text with its label, as a string."""
     text = first_text(record, TEXT)
@@ -293,6 +309,7 @@ def translation_of(record: dict, languages: list[str]) -> dict[str, str]:
 TASKS = {
     "sft": as_sft,
     "preference": as_preference,
+    "kto": as_kto,
     "classify": as_classify,
     "seq2seq": as_seq2seq,
     "tag": as_tag,
@@ -300,6 +317,12 @@ TASKS = {
     "span": as_span,
 }
 OF_PYTHON = [name for name in TASKS if name != "span"]  # of which Python's source has records
+
+
+def rows_of(name: str, record: dict) -> list[dict]:
+    """The rows of a task that a record makes: one, but of a pair of answers two of kto."""
+    made = TASKS[name](record)
+    return made if isinstance(made, list) else [made]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,13 +461,13 @@ def convert_unit(
                     continue
                 if name == "seq2seq" and reading.languages:
                     record = translation_of(record, reading.languages)
-                row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                split_by = digest(row.encode(errors="replace"))
+                made = [json.dumps(row, ensure_ascii=False) for row in rows_of(name, record)]
+                split_by = digest("".join(made).encode(errors="replace"))
                 if reading.is_python:
                     split_by = record["split_by"]
                 elif reading.by_text:
                     split_by = digest(record[reading.text_field].encode())
-                rows[row] = split_by
+                rows |= dict.fromkeys(made, split_by)
             except Reject as rejected:
                 reason = str(rejected)
             except (ValueError, TypeError, AttributeError):

@@ -147,6 +147,26 @@ FORMAT = {  # of an answer
         },
     ]
 }
+FUNCTION = {"name": TEXT, "description": TEXT, "parameters": {"type": "object"}}
+KIND = {"const": "function"}
+TOOL = {
+    "type": "object",
+    "properties": {
+        "type": KIND,
+        "function": {"type": "object", "properties": FUNCTION, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
+RESPONSE_TOOL = {
+    "type": "object",
+    "properties": {"type": KIND} | FUNCTION,
+    "required": ["type", "name"],
+}
+REASONING = {
+    "type": "object",
+    "properties": {"effort": {"type": ["string", "null"]}},
+    "additionalProperties": False,
+}
 RESPONSE_TEXT = {  # the same in /v1/responses, where a schema stands beside its type
     "type": "object",
     "properties": {
@@ -201,8 +221,12 @@ def shapes(served: ServedModel) -> dict[str, dict]:
         "guided_grammar": TEXT,
         "json_schema": any_of({"type": "object"}, TEXT),
         "grammar": TEXT,
-        "tools": {"type": "array", "items": {"type": "object", "required": ["type"]}},
+        "tools": {"type": "array", "items": TOOL},
+        "Respond.tools": {"type": "array", "items": RESPONSE_TOOL},
         "tool_choice": any_of({"enum": ["none", "auto", "required"]}, {"type": "object"}),
+        "reasoning": REASONING,
+        "reasoning_format": {"enum": ["none", "auto", "deepseek"]},
+        "include": {"type": "array", "items": {"const": responses_api.LOGPROBS}},
         "text": TEXT,
         "Respond.text": RESPONSE_TEXT,
         "stream_options": {

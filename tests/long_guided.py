@@ -2,7 +2,7 @@
 
     python tests/long_guided.py MODEL               # 500 fuzzed schemas, of answers by a model
     python tests/long_guided.py MODEL --schemas=50
-    python tests/long_guided.py MODEL --speed       # tokens/s beside unconstrained ones
+    python tests/long_guided.py MODEL --speed=4     # tokens/s beside unconstrained ones, in turn
 
 MODEL: a folder, or random:FOLDER for small random weights with the folder's tokenizer. Schemas are
 drawn at random and answers sampled at temperatures 1 and higher; the package jsonschema, which the
@@ -326,9 +326,63 @@ def prompt_of(tok, schema):
     return tok.prompt(text)
 
 
+# --------------------------------------------------------------------------------------------------
+# Speed
+
+LISTS = {"type": "array", "items": {"type": "string", "maxLength": 40}, "minItems": 500}
+
+
+def speed(model, n_rows=4, length=96, rounds=4):
+    """Tokens by second of this process's CPU time, which other processes do not change as they do
+    the clock's, of free answers and of those by a schema, in turn, of one length."""
+    net, tok = open_model(model)
+    engine = Engine(net, tok, max_batch=n_rows, max_len=256)
+    engine.start()
+    compiled = []
+    for i in range(20):
+        schema = {**LISTS, "maxItems": 600 + i}
+        begun = time.perf_counter()
+        grammar = compile_grammar(tok, "json_schema", schema)
+        middle = time.perf_counter()
+        compile_grammar(tok, "json_schema", schema)
+        compiled.append((middle - begun, time.perf_counter() - middle))
+    first, *others = compiled
+    print(f"the first schema, with the vocabulary: {first[0] * 1e3:.0f} ms")
+    new = sorted(new for new, _ in others)[len(others) // 2]
+    again = sorted(again for _, again in compiled)[len(compiled) // 2]
+    print(f"a new schema {new * 1e3:.2f} ms, the same again {again * 1e3:.3f} ms")
+    rates = {"free": [], "guided": []}
+    for i in range(2 * rounds + 2):
+        way = "guided" if i % 2 else "free"
+
+        def jobs_of(listener, way=way):
+            jobs = []
+            for row in range(n_rows):
+                guide = grammar.begin() if way == "guided" else None
+                ids = prompt_of(tok, LISTS)
+                job = Job(tok, ids, length, Sampling(seed=row), listener, guide=guide, goes_on=True)
+                job.number = row
+                jobs.append(job)
+            return jobs
+
+        begun = time.process_time()
+        jobs, _ = answers(engine, jobs_of, n_rows)
+        seconds = time.process_time() - begun
+        if i > 1:  # the first ones warm up
+            rates[way].append(sum(len(job.row.out.ids) for job in jobs) / seconds)
+    for way, values in rates.items():
+        print(f"{way}: {' '.join(f'{value:.1f}' for value in values)} tokens/s")
+    ratios = [free / guided for free, guided in zip(rates["free"], rates["guided"])]
+    print(f"free over guided: {' '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    engine.stop()
+
+
 def main():
     options = dict(arg[2:].split("=") if "=" in arg else (arg[2:], 1) for arg in sys.argv[2:])
     torch.set_num_threads(1)
+    if "speed" in options:
+        speed(sys.argv[1], rounds=int(options["speed"]))
+        return
     begun = time.monotonic()
     counts = fuzz(sys.argv[1], int(options.get("schemas", 500)), seed=int(options.get("seed", 0)))
     for name, n in sorted(counts.items()):

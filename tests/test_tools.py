@@ -1,6 +1,7 @@
 """Calls of tools and thoughts: found wherever the text is cut, templates as transformers fills
 them, grammars that allow what the form writes, and the server's answers to OpenAI's client."""
 
+import itertools
 import json
 import random
 import re
@@ -16,16 +17,19 @@ from test_serve import CHAT, served
 
 from barelm.answers import ChatAnswer
 from barelm.api import ServedModel, read_chat, read_conversation
+from barelm.chat import message_forms
 from barelm.checkpoint import save
+from barelm.clean import Reject
 from barelm.grammar import compile_grammar, json_rule
 from barelm.jobs import Job, Token
 from barelm.messages import FieldError, read_message
 from barelm.reasoning import KINDS, ThoughtSplitter, thoughts_of
 from barelm.run import UserError
+from barelm.tasksets import as_sft
 from barelm.tokenizer import Tokenizer
 from barelm.tool_calls import CallParser
 from barelm.tool_forms import FORMS, call_grammar, described, form_named, form_of
-from barelm.tool_use import plan_chat, read_choice, read_tools
+from barelm.tool_use import for_training, plan_chat, read_choice, read_tools
 from model import GPT, GPTConfig
 
 NESTED = '{"city": "Paris </tool_call> \\" }", "n": [1, {"a": null}]}'
@@ -615,3 +619,71 @@ def test_an_answer_with_text_and_calls_is_the_same_in_pieces(tiny):
         assert names == ["weather", "now"] and choices[-1]["finish_reason"] == "tool_calls"
         whole = ChatAnswer(model, [job], request.plan).whole_choice(job, job.row.out.text, [])
         assert whole["message"]["content"] == said and len(calls_of(whole["message"])) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_calls_are_learned_and_what_tools_answer_is_not():
+    """Masks of public templates, against transformers' own of the same templates with marks."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    fast = tokenizers.Tokenizer.from_str(json.dumps(tokenizer("").spec))
+    templates = public_templates()
+    talk = [read_message(message, "here") for message in TALK]
+    talk.append({"role": "assistant", "content": "It rains."})
+    n_compared = 0
+    for name in ("qwen2_5", "qwen3", "llama3_1", "llama3_2"):
+        if name not in templates:
+            continue
+        tok = tokenizer(templates[name])
+        messages, variables = for_training(tok, {"messages": talk, "tools": TOOLS[:1]})
+        ids, mask = tok.chat(messages, extra=variables)
+        said = runs_of(tok, ids, mask)
+        assert len(said) == 2 and "weather" in said[0] and "days" in said[0]
+        assert "It rains." in said[1] and "tool_response" not in "".join(said)
+        marked = templates.get(f"{name}_training")
+        if marked is None:
+            continue
+        theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=fast, bos_token="<BOS>", eos_token="<EOS>", chat_template=marked
+        )
+        how = dict(tools=TOOLS[:1], return_assistant_tokens_mask=True, return_dict=True)
+        [usual, *_] = message_forms(messages)
+        out = theirs.apply_chat_template(usual, **how)
+        expected = runs_of(tok, out["input_ids"], out["assistant_masks"])
+        if out["input_ids"] != ids:  # some write more in training
+            continue
+        assert [text.strip() for text in said] == [text.strip() for text in expected]
+        n_compared += 1
+    assert n_compared or pytest.skip("this version of trl has other templates")
+
+
+def runs_of(tok, ids, mask):
+    """The texts of the stretches that a mask has."""
+    groups = itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+    return [tok.decode([id for id, _ in pairs]) for said, pairs in groups if said]
+
+
+def test_records_with_tools_become_rows():
+    row = as_sft({"messages": [*TALK, {"role": "assistant", "content": "Rain."}], "tools": TOOLS})
+    assert row["tools"] == TOOLS and row["messages"][2]["tool_calls"] == TALK[2]["tool_calls"]
+    assert row["messages"][3]["tool_call_id"] == "call_0123456789"
+    bare = as_sft({"messages": row["messages"], "tools": json.dumps([TOOLS[1]["function"]])})
+    assert bare["tools"] == TOOLS[1:]
+    for change, why in (
+        ({"tools": "{"}, "tools are no JSON"), ({"tools": [{"name": "a b"}]}, "tools"),
+        ({"messages": [TALK[1], {"role": "assistant", "content": None}]}, "a turn without text"),
+        ({"messages": [TALK[1], {"role": "assistant", "tool_calls": [3]}]}, "tool_calls"),
+    ):  # fmt: skip
+        with pytest.raises(Reject, match=why):
+            as_sft(row | change)
+    # Our own template takes no tools: they are described, and calls are text that is learned.
+    tok = tokenizer("{% for m in messages %}<|start|>{{ m.role }}|{{ m.content }}<|end|>{% endfor %}"
+                    "{% if add_generation_prompt %}<|start|>assistant|{% endif %}")  # fmt: skip
+    messages, variables = for_training(tok, row)
+    ids, mask = tok.chat(messages, extra=variables)
+    called, answered = runs_of(tok, ids, mask)
+    assert parsed_call(called)[0][0] == "weather" and answered == "Rain.<|end|>"
+    assert not variables and for_training(tok, {"messages": TALK[:2]}) == (TALK[:2], {})

@@ -427,17 +427,16 @@ def core_metric(scores: list[tuple]) -> tuple:
 
 def unlike_published(opened: list[tuple]) -> list[str]:
     """What of opened tasks is not as published, a line each."""
-    usual = {task.name: task for task in CORE}
-    fewer = []
-    shots = []
-    for task, rows in opened:
-        if len(rows) != task.n_rows:
-            fewer.append(f"{task.name} {len(rows):,} of {task.n_rows:,}")
-        if task.shots != usual[task.name].shots:
-            shots.append(f"{task.name} {task.shots} for {usual[task.name].shots}")
+    usual = {task.name: task.shots for task in CORE}
+    others = [(task, rows) for task, rows in opened if len(rows) != task.n_rows]
     lines = []
-    if fewer:
-        lines.append(f"rows: {', '.join(fewer)}")
+    if len(others) > 3:
+        n_rows = sum(len(rows) for _, rows in opened)
+        n_published = sum(task.n_rows for task, _ in opened)
+        lines.append(f"{n_rows:,} of {n_published:,} rows")
+    for task, rows in others if len(others) <= 3 else []:
+        lines.append(f"{task.name}: {len(rows):,} of {task.n_rows:,} rows")
+    shots = [f"{task.name} {task.shots}" for task, _ in opened if task.shots != usual[task.name]]
     if shots:
         lines.append(f"shots: {', '.join(shots)}")
     return lines

@@ -470,7 +470,7 @@ def test_the_bundle_is_fetched_checked_and_unpacked(small, tmp_path, monkeypatch
 
 CORE_REFUSALS = {
     "no rows of 2 of 22 tasks (jeopardy, squad)": ["--tasks=core", "--data=fewer"],
-    "core.nothing: expected core, or core.NAME of hellaswag_zeroshot": ["--tasks=core.nothing"],
+    "core.square: expected core or one of its 22, such as core.squad": ["--tasks=core.square"],
     "core.jeopardy: 10 shots of the other rows, but it has 5": ["--tasks=core", "--limit=5"],
     "core.copa: gold 7 is none of its 2 choices, in the row": ["--tasks=core.copa", "--data=bad"],
     "core.winograd: 'continuation' is empty": ["--tasks=core.winograd", "--data=bad"],

@@ -445,8 +445,8 @@ def print_recipe(**keys):
 # A plan for finetune.py or rl.py: what a fine-tuning takes
 
 ADAPTERS = ("lora", "qlora", "adapter", "prompt")  # as a method: an SFT of added weights
-SAMPLING = ("grpo", "ppo")  # rl.py's methods
-METHODS = ("sft", "classify", "dpo", "reward", *SAMPLING)
+SAMPLING = ("grpo", "rloo", "ppo")  # rl.py's methods
+METHODS = ("sft", "classify", "dpo", "simpo", "orpo", "kto", "reward", "distill", *SAMPLING)
 
 
 def finetune_settings():
@@ -476,27 +476,41 @@ def finetune_settings():
 
 
 def planned_shape():
-    """The GPTConfig of `model`, a folder or a Hub model, of which config.json alone is read; with
-    --params that of a network of that size."""
+    """The GPTConfig of `model`; with --params that of a network of that size."""
     if params:
         config, _ = suggest_shape(params, 50304, seq_len or 1024)
         return config
-    if Path(model).is_dir() or not is_hub_name(model):
-        _, config = read_config(find(model))
+    return shape_of(model)
+
+
+def shape_of(name):
+    """The GPTConfig of a folder or a Hub model, of which config.json alone is read."""
+    if Path(name).is_dir() or not is_hub_name(name):
+        _, config = read_config(find(name))
         return config
     with tempfile.TemporaryDirectory() as folder:
-        url = f"{HUB}{model}/resolve/main/config.json"
+        url = f"{HUB}{name}/resolve/main/config.json"
         try:
             download(url, Path(folder) / "config.json", tries=1)
         except UserError as error:
-            raise UserError(f"{model}: no folder here, and {error}") from None
+            raise UserError(f"{name}: no folder here, and {error}") from None
         _, config = read_config(Path(folder))
         return config
 
 
+def planned_teacher(s):
+    """The empty network of a distillation's teacher; else None."""
+    if s.method != "distill":
+        return None
+    if s.teacher is None:
+        raise UserError("--finetune=distill: expected a recipe for finetune.py that sets teacher")
+    return empty_network(shape_of(s.teacher))
+
+
 def planned_examples(method):
     """(how many examples, tokens of one, how that is known)."""
-    task_set = {"classify": "classify", "dpo": "preference", "reward": "preference"}
+    task_set = {"classify": "classify", "kto": "kto"}
+    task_set |= dict.fromkeys(("dpo", "simpo", "orpo", "reward"), "preference")
     path = Path("data") / dataset / f"{task_set.get(method, 'sft')}_train.jsonl"
     if examples and tokens:
         return examples, tokens / examples, "as asked"
@@ -531,12 +545,13 @@ def make_finetune_plan():
     rollouts = 0  # on each device
     new_tokens = 0
     if s.method in SAMPLING:
-        group = s.group_size if s.method == "grpo" else 1
+        group = 1 if s.method == "ppo" else s.group_size
         rollouts = math.ceil(s.batch_size * group / devices)
         new_tokens = s.max_new_tokens
     length = min(length + new_tokens, s.seq_len or config.n_ctx, config.n_ctx)
-    memory = finetune_memory(net, s, length, rollouts)
-    work = finetune_work(net, s, count, length, steps)
+    teacher = planned_teacher(s)
+    memory = finetune_memory(net, s, length, rollouts, teacher)
+    work = finetune_work(net, s, count, length, steps, teacher)
     rate = 1e12 * PEAK_TFLOPS[gpu] * devices * mfu
     seconds = {what: total / rate for what, total in work.items()}
     if rollouts:  # a new token reads the weights and the cache, however few rows there are

@@ -248,6 +248,20 @@ def test_plans_of_fine_tunings(tmp_path):
     assert dpo["the reference"] == pytest.approx(2 * plain / 3)  # all 80 pairs forward
     again = finetune_work(net, finetune_defaults(method="dpo"), 40, 32, 5)
     assert again["the reference"] == dpo["the reference"] / 2  # two passes over 40 need them once
+    kto = finetune_work(net, finetune_defaults(method="kto"), 100, 32, 5)
+    assert kto == {"training": plain, "the divergence": plain / 3} | {
+        "the reference": dpo["the reference"]
+    }
+    for method in ("simpo", "orpo"):
+        work = finetune_work(net, finetune_defaults(method=method), 100, 32, 5)
+        assert work == {"training": 2 * plain}
+    s = finetune_defaults(method="distill", on_policy=0.5, teacher_weights="bfloat16")
+    taught = finetune_work(net, s, 100, 32, 5, net)
+    assert taught["the teacher"] == pytest.approx(plain / 3) == 2 * taught["own answers"]
+    memory = finetune_memory(net, s, 32, 0, net)
+    assert memory["teacher"] == 2 * sum(p.numel() for p in net.parameters())
+    rloo = finetune_work(net, finetune_defaults(method="rloo"), 100, 32, 5)
+    assert rloo == finetune_work(net, finetune_defaults(method="grpo"), 100, 32, 5)
     grpo = finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
     assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
     tok = bpe_tokenizer(train_bpe({b" some words": 9}, 8))

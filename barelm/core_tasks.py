@@ -14,6 +14,7 @@ begin with; of a schema it is the tokens that all end with. An accuracy is cente
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import random
@@ -127,8 +128,8 @@ def core_tasks(name: str) -> list[CoreTask]:
         return CORE
     tasks = [task for task in CORE if task.label == name]
     if not tasks:
-        names = ", ".join(task.name for task in CORE)
-        raise UserError(f"--tasks={name}: expected core, or core.NAME of {names}")
+        near = difflib.get_close_matches(name, [task.label for task in CORE], 1, 0)
+        raise UserError(f"--tasks={name}: expected core or one of its 22, such as {near[0]}")
     return tasks
 
 
@@ -140,7 +141,9 @@ def open_core(name: str, folder: str, limit: int, shots: int | None) -> list[tup
     paths = {task.file: find_file(Path(folder) / "core", task.file) for task in tasks}
     absent = [task for task in tasks if paths[task.file] is None]
     if absent:
-        names = ", ".join(task.name for task in absent)
+        names = ", ".join(task.name for task in absent[:4])
+        if len(absent) > 4:
+            names += f" and {len(absent) - 4} more"
         where = f"{folder}/core/{absent[0].file}"
         why = f"no rows of {len(absent)} of {len(tasks)} tasks ({names})"
         raise UserError(f"{name}: {why}: put them where {where} is, or --download gets them all")
@@ -338,7 +341,8 @@ def core_verdict(task: CoreTask, row: dict, requests: list, replies: list) -> tu
             # A choice that is the beginning of all others has no token of its own, and no loss.
             losses.append(-logprob / len(ids) if ids else math.nan)
     best = losses.index(min(losses))
-    return best == row["gold"], {"losses": losses, "answer": best, "gold": row["gold"]}
+    shown = [None if math.isnan(loss) else loss for loss in losses]  # JSON has no NaN
+    return best == row["gold"], {"losses": shown, "answer": best, "gold": row["gold"]}
 
 
 def ask(requests: list[Request], name: str, answers: Callable, work: Callable) -> list[list]:
@@ -427,17 +431,16 @@ def core_metric(scores: list[tuple]) -> tuple:
 
 def unlike_published(opened: list[tuple]) -> list[str]:
     """What of opened tasks is not as published, a line each."""
-    usual = {task.name: task for task in CORE}
-    fewer = []
-    shots = []
-    for task, rows in opened:
-        if len(rows) != task.n_rows:
-            fewer.append(f"{task.name} {len(rows):,} of {task.n_rows:,}")
-        if task.shots != usual[task.name].shots:
-            shots.append(f"{task.name} {task.shots} for {usual[task.name].shots}")
+    usual = {task.name: task.shots for task in CORE}
+    others = [(task, rows) for task, rows in opened if len(rows) != task.n_rows]
     lines = []
-    if fewer:
-        lines.append(f"rows: {', '.join(fewer)}")
+    if len(others) > 3:
+        n_rows = sum(len(rows) for _, rows in opened)
+        n_published = sum(task.n_rows for task, _ in opened)
+        lines.append(f"{n_rows:,} of {n_published:,} rows")
+    for task, rows in others if len(others) <= 3 else []:
+        lines.append(f"{task.name}: {len(rows):,} of {task.n_rows:,} rows")
+    shots = [f"{task.name} {task.shots}" for task, _ in opened if task.shots != usual[task.name]]
     if shots:
         lines.append(f"shots: {', '.join(shots)}")
     return lines

@@ -206,6 +206,7 @@ from barelm.run import (
     to_device,
 )
 from barelm.tagging import read_tagged
+from barelm.tool_use import for_training
 from barelm.tuning import (
     ADAPTS,
     add_figures,
@@ -253,7 +254,8 @@ def read_sft(row, tok, limit):
     """Inputs and targets of a conversation, or of a plain record by the template: the loss is on
     what the assistant says (or {output}) and what ends it, nothing else."""
     if template is None:
-        ids, loss_mask = tok.chat(row["messages"])
+        messages, variables = for_training(tok, row)
+        ids, loss_mask = tok.chat(messages, extra=variables)
     else:
         ids, loss_mask = fill_template(row, tok, parse_templates(template))
     if not any(loss_mask):

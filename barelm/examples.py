@@ -186,6 +186,8 @@ def template_turns(row: dict) -> list[dict]:
     turns = []
     turn = dict(empty)
     for message in row["messages"]:
+        if message.get("tool_calls"):
+            raise UserError("calls of tools: the chat template writes them, no --template does")
         content = message["content"]
         if message["role"] == "assistant":  # which ends the turn
             turns.append(turn | {"output": content})

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,11 @@ from barelm.sampling import (
     OFF,
     PENALTIES,
     draw_tokens,
+    hold_ends,
     kinds_of,
     penalize,
     power_of_two,
+    unpack_bits,
 )
 
 if TYPE_CHECKING:
@@ -113,6 +116,8 @@ class Decoder:
         self.ends_of = [()] * n_slots
         self.n_alternatives = [0] * n_slots
         self.owners = [None] * n_slots
+        self.biased = set()  # slots with a bias on some tokens
+        self.guided = set()  # those that may have certain tokens alone, which `allow` tells
         self.states = {}  # {slot: hidden states (T, C)} of what was read last
 
     def make_state(self, c: GPTConfig) -> None:
@@ -133,6 +138,8 @@ class Decoder:
         self.logits = zeros(c.vocab_size, dtype=torch.float32).fill_(-torch.inf)  # of what is next
         self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
         self.counts = None  # (n, V) float32: how often each was chosen
+        self.bias = None  # (n, V) float32, added to the logits, once a request has one
+        self.allowed = None  # (n, V) bool: tokens that may come, once a grammar asks
         self.numbers = torch.arange(n, device=device)
         # (1, …): of tokens, and as many as there are slots at least
         self.positions = torch.arange(max(self.max_len, n) + 1, device=device)[None]
@@ -161,6 +168,7 @@ class Decoder:
     def set(self, slot: int, prompt: list[int], limit: int, *,
             options: dict[str, float] | None = None, uniform: Tensor | None = None,
             ends: Sequence[int] = (), n_alternatives: int = 0, n_cached: int = 0,
+            bias: dict[int, float] | None = None, guided: bool = False,
             owner: Job | None = None) -> None:  # fmt: skip
         """A sequence begins in a slot: prompt (ids, all of it), to which at most `limit` tokens are
         added, until one of `ends`.
@@ -168,6 +176,8 @@ class Decoder:
         options: what differs from sampling.OFF. uniform: (limit,) float32 on the host, one draw a
         token; not needed where temperature is 0. n_cached: so many of the prompt's first tokens
         have their keys and values in the slot already (`can_begin`): `read` goes on from there.
+        bias: {id: what is added to its logit}. guided: before each `choose` `allow` says by which
+        tokens the sequence may go on.
         owner: anything; it is in Chosen.owners."""
         self.clear(slot)
         options = OFF | (options or {})
@@ -189,6 +199,8 @@ class Decoder:
         self.set_ends(slot, list(ends))
         if kinds_of([options]).penalized:
             self.remember(slot, prompt)
+        self.set_bias(slot, bias or {})
+        self.set_guided(slot, guided)
 
     def to_device(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         """A list as a tensor on the device, which nobody waits for."""
@@ -212,6 +224,32 @@ class Decoder:
         self.seen[slot] = False
         self.seen[slot].index_fill_(0, self.to_device(prompt), True)
 
+    def set_bias(self, slot: int, bias: dict[int, float]) -> None:
+        if bias:
+            if self.bias is None:
+                with torch.inference_mode(False):  # as in __init__
+                    self.replace("bias", torch.zeros_like(self.logits))
+            self.biased.add(slot)
+        if self.bias is not None:
+            self.bias[slot].zero_()
+            values = self.to_device(list(bias.values()), torch.float32)
+            self.bias[slot].index_copy_(0, self.to_device(list(bias)), values)
+
+    def set_guided(self, slot: int, guided: bool) -> None:
+        if guided:
+            if self.allowed is None:
+                with torch.inference_mode(False):  # as in __init__
+                    self.replace("allowed", torch.ones_like(self.logits, dtype=torch.bool))
+            self.guided.add(slot)
+        elif self.allowed is not None:
+            self.allowed[slot].fill_(True)
+
+    def allow(self, slots: list[int], masks: Tensor) -> None:
+        """The tokens by which guided slots may go on, a bit each: (len(slots), bytes) uint8 on the
+        host, as `Guide.allowed` has them. Between `feed` and `choose`."""
+        masks = unpack_bits(masks.to(self.device, non_blocking=True), self.allowed.shape[1])
+        self.allowed[self.index(slots)] = masks
+
     def replace(self, name: str, tensor: Tensor) -> None:
         """Another tensor for a part of the state: graphs that have the old one are gone."""
         setattr(self, name, tensor)
@@ -221,6 +259,8 @@ class Decoder:
     def clear(self, slot: int) -> None:
         """The sequence of a slot has left. What it had read stays until the slot is used again."""
         self.unchosen.discard(slot)
+        self.biased.discard(slot)
+        self.guided.discard(slot)
         self.owners[slot] = None
         if slot in self.ready:
             self.ready.remove(slot)
@@ -359,7 +399,11 @@ class Decoder:
         slots = list(self.ready)
         if self.kinds is None:  # of a slot that has left since they may be too much, never too few
             n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
-            kinds = kinds_of([self.options[slot] for slot in slots])
+            kinds = replace(
+                kinds_of([self.options[slot] for slot in slots]),
+                biased=not self.biased.isdisjoint(slots),
+                guided=not self.guided.isdisjoint(slots),
+            )
             self.kinds = (kinds, min(n, self.n_vocab))
         rows, places = self.rows_of(slots)
         values = self.run(self.choose_rows, rows, *self.kinds)
@@ -399,17 +443,12 @@ class Decoder:
         mps float32): token, log p, n alternatives, their log p; where `check`, also whether all
         logits are finite."""
         logits = self.logits[rows]  # (B, V)
-        likely = logits
         columns = uniform = None
         drawn = self.drawn[rows]
-        if kinds.sampled or kinds.penalized:
+        if kinds.sampled or kinds.penalized or kinds.prolonged:
             columns = dict(zip(OFF, self.columns[rows].split(1, 1)))  # (B, 1) each
             uniform = self.uniform[rows].gather(1, drawn[:, None])[:, 0]
-        if kinds.penalized:
-            counts = self.counts[rows]
-            seen = self.seen[rows] | (counts > 0)
-            repetition, presence, frequency = [columns[name] for name in PENALTIES]
-            likely = penalize(logits, seen, repetition, counts, presence, frequency)
+        likely = self.changed(logits, rows, kinds, columns, drawn)
         tokens = draw_tokens(likely, uniform, columns, kinds)  # (B,)
 
         left = self.left[rows]
@@ -430,6 +469,30 @@ class Decoder:
         if self.check:
             values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
         return torch.cat([widen(value) for value in values], 1)
+
+    def changed(
+        self,
+        logits: Tensor,
+        rows: slice | Tensor,
+        kinds: Kinds,
+        columns: dict | None,
+        drawn: Tensor,
+    ) -> Tensor:
+        """The logits (B, V) that tokens are chosen by, in vLLM's order: bias, min_tokens,
+        penalties; then what a grammar does not allow is away."""
+        if kinds.biased:
+            logits = logits + self.bias[rows]
+        if kinds.prolonged:
+            is_early = drawn[:, None] < columns["min_tokens"]
+            logits = hold_ends(logits, self.ends[rows], is_early)
+        if kinds.penalized:
+            counts = self.counts[rows]
+            seen = self.seen[rows] | (counts > 0)
+            repetition, presence, frequency = [columns[name] for name in PENALTIES]
+            logits = penalize(logits, seen, repetition, counts, presence, frequency)
+        if kinds.guided:
+            logits = logits.masked_fill(~self.allowed[rows], -torch.inf)
+        return logits
 
     def feed(self) -> None:
         """Feed each ready slot its newest token, so that `choose` can choose again."""

@@ -26,6 +26,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from barelm.caller import Caller, answer, no_gradients
@@ -34,6 +35,7 @@ from barelm.fast import generating
 from barelm.generation import check_generates
 from barelm.jobs import Token, Update
 from barelm.mirror import MirroredDecoder
+from barelm.run import UserError
 from barelm.sampling import power_of_two
 
 if TYPE_CHECKING:
@@ -179,11 +181,14 @@ class Engine(Caller):
         self.metrics.add("steps_total")
         self.drop_cancelled()
         decoder = self.decoder
+        guided = self.allow_tokens()
         if decoder.ready:
             self.under_way.append(decoder.choose())
             if self.on_gpu:  # it computes the next step while we see to the tokens of the last one
                 decoder.feed()
-        n_behind = int(self.on_gpu and bool(decoder.ready))
+        # What a grammar allows next depends on the tokens of this step: then nobody is behind, and
+        # the device computes the logits while the host finds it out.
+        n_behind = int(self.on_gpu and bool(decoder.ready) and not guided)
         while len(self.under_way) > n_behind:
             self.add_tokens(self.under_way.popleft())
         self.tell_updates()  # who writes to the clients has the time of the computation for it
@@ -302,11 +307,13 @@ class Engine(Caller):
             job.slot,
             job.ids,
             job.row.limit,
-            options=job.sampling.options(),
+            options=job.options(),
             uniform=job.uniform,
             ends=job.row.ends,
             n_alternatives=job.n_alternatives or 0,
             n_cached=job.n_read,
+            bias=job.sampling.logit_bias,
+            guided=job.guide is not None,
             owner=job,
         )
 
@@ -377,6 +384,14 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ new tokens
 
+    def allow_tokens(self) -> list[Job]:
+        """Tell the decoder which tokens may come next, where a grammar says so: the jobs."""
+        guided = [self.jobs[slot] for slot in self.decoder.ready if self.jobs[slot].guide]
+        if guided:
+            masks = torch.from_numpy(np.stack([job.mask() for job in guided]))
+            self.decoder.allow([job.slot for job in guided], masks)
+        return guided
+
     def add_tokens(self, chosen: Chosen) -> None:
         """Give each job its token of those that were chosen."""
         tokens = chosen.wait()
@@ -389,6 +404,8 @@ class Engine(Caller):
                 self.fail(job)
                 continue
             self.deliver(job, Token(id, logprob, alternatives), now)
+            if job.guide is not None:
+                self.guide(job, id)
             if job.row.done:
                 self.release(job)
 
@@ -405,6 +422,24 @@ class Engine(Caller):
         job.row.take(token.id, token.logprob)
         if any(job.pieces) or job.row.done:
             self.updates.append(job.news())
+
+    def guide(self, job: Job, id: int) -> None:
+        """The job goes on in its grammar by this token, or ends where that does."""
+        was_done = job.row.done
+        if was_done and job.row.out.finish_reason == "stop":
+            return
+        try:
+            job.guide.take(id)
+        except UserError as error:  # beyond the library's limits: its own request fails alone
+            job.row.done = True
+            if not was_done:
+                why = f"its grammar: {error}"
+                self.updates.append(Update(job, "", [], done=True, error=why, refused=True))
+            return
+        if job.guide.done:
+            job.row.finish()
+            if not was_done:  # else its last token is the limit's too
+                self.updates.append(job.news())
 
     # ------------------------------------------------------------------ who leaves
 

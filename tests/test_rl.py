@@ -538,7 +538,7 @@ def test_killed_and_resumed_is_never_stopped(toy):
 
 
 BAD = [
-    (["--method=rloo"], "--method=rloo: expected grpo, ppo"),
+    (["--method=grop"], "--method=grop: expected grpo, rloo, ppo"),
     (["--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--group_size=1"], "group_size=1: expected 2 or more"),
     (["--seed=-1"], "seed=-1: expected 0 or more"),

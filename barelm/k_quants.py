@@ -79,16 +79,15 @@ def fit_scales(x: Floats, half: int) -> Floats:
     square = x * x
     weighted = square * x
     scale = np.zeros_like(largest)
-    best = np.full_like(largest, -1)
+    best = np.zeros_like(largest)  # by how much the best codes make the error smaller
     for i in [0, *range(-9, 0), *range(1, 10)]:  # 0: the largest weight is the lowest code
         inverse = -np.float32(half + 0.1 * i) / largest
         codes = np.rint(inverse * x).clip(-half, half - 1)
         sum_xl = (weighted * codes).sum(0)
         sum_ll = (square * codes * codes).sum(0)
-        gain = sum_xl * sum_xl / sum_ll  # by how much these codes make the error smaller
-        is_better = (sum_ll > 0) & (gain > best)
+        is_better = sum_xl * sum_xl > best * sum_ll
         scale = np.where(is_better, sum_xl / sum_ll, scale)
-        best = np.where(is_better, gain, best)
+        best = np.where(is_better, scale * sum_xl, best)
     return np.where(np.abs(largest) < TINY, 0, scale)
 
 
@@ -158,8 +157,7 @@ def encode_q6_k(blocks: Floats) -> Bytes:
     step = np.where(is_zero, 0, 1 / factor).astype(np.float16)  # (B, 1)
     scale = (step.astype(np.float32) * codes8)[:, :, None]
     codes = np.rint(blocks.reshape(-1, 16, 16) / scale)
-    codes = np.where(scale == 0, 0, codes).clip(-32, 31) + 32
-    codes = np.where(is_zero[:, :, None], 0, codes)  # as llama.cpp has it: all bytes are zero
+    codes = np.where(scale == 0, -32, codes).clip(-32, 31) + 32  # llama.cpp's bytes of nothing: 0
     halves = codes.astype(np.uint8).reshape(-1, 2, 4, 32)  # a half of the block is 4 times 32
     low = (halves[:, :, :2] & 15) | (halves[:, :, 2:] & 15) << 4  # (B, 2, 2, 32)
     places = (2 * np.arange(4, dtype=np.uint8))[:, None]

@@ -5,7 +5,7 @@
     python export.py --prune=2:4 --export=hf            # out/python-2of4, a plain folder
     python export.py --model=out/lora --export=hf       # a LoRA adapter merged into its base
     python export.py --export=gguf --gguf_type=Q8_0     # out/python-gguf/python-Q8_0.gguf
-    python export.py --export=onnx                      # out/python-onnx/model.onnx, checked
+    python export.py --export=onnx                      # out/python-onnx, with a cache; checked
 
 --model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). The export of a
 quantized or pruned model prints the report first. GGUF needs gguf, and ONNX needs onnx, onnxscript
@@ -23,7 +23,7 @@ overwrite = False  # let an export replace what out_dir holds
 # smaller
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 prune: str | None = None  # make weights zero: 0.5, the smaller half of each matrix; or 2:4
-gguf_type = "F16"  # F32, F16, Q8_0 or Q4_0, of a GGUF file's matrices
+gguf_type = "F16"  # F32, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M or Q4_0, of a GGUF file's matrices
 
 # the report
 dataset = "python"  # data/<dataset>, whose validation shards it measures on
@@ -32,29 +32,37 @@ dtype = "auto"  # auto (bfloat16 on a GPU that has it, else float32), float32, b
 
 device = "auto"  # auto, cpu, cuda, cuda:1
 threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
-seed = 0  # of the ids that an ONNX file is checked with
+seed = 0  # as every script has one; nothing here is drawn
 
 if __name__ == "__main__":
     configure(globals())
 
 import copy
-import importlib
-import logging
 import math
 import os
 import shutil
 import time
-import warnings
 from pathlib import Path
 
 import torch
 
-from barelm.checkpoint import find, is_adapter, load, refuse_source, save, saved_tensors, weights_of
+from barelm.checkpoint import (
+    find,
+    is_adapter,
+    load,
+    refuse_source,
+    save,
+    saved_tensors,
+    weights_of,
+    write_companions,
+)
 from barelm.families import FAMILIES, family, family_of, misfits
 from barelm.fast import generating
 from barelm.files import write_json
 from barelm.gguf_file import FILE_TYPES, check_gguf, require_gguf, write_gguf
 from barelm.objectives import fills_gaps
+from barelm.onnx_check import check_onnx, require_onnx
+from barelm.onnx_file import genai_config, has_cache, write_onnx
 from barelm.quantized import QuantizedLinear, dequantize, quantize_weights, tie_embedding
 from barelm.resume import clear_folder, holds_model, locked_folder, make_folder, move_files
 from barelm.run import UserError, choose_dtype, setup
@@ -293,75 +301,22 @@ def hf_family(net):
 # ONNX
 
 
-def require_onnx():
-    """The package onnxruntime; onnx and onnxscript are what torch's exporter needs."""
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{error}: pip install onnx onnxscript onnxruntime") from None
-    return importlib.import_module("onnxruntime")
-
-
-def random_ids(tok, generator, batch_size, length):
-    return torch.randint(tok.n_vocab, (batch_size, length), generator=generator)
-
-
-def write_onnx(net, ids, path):
-    """torch's exporter: ids (B, T) -> logits (B, T, V), for any B and any T up to the context."""
-    n_bytes = sum(t.nbytes for t in saved_tensors(net).values())
-    batch = torch.export.Dim("batch")
-    sequence = torch.export.Dim("sequence", max=net.config.n_ctx)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of the exporter's own doings
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                net,
-                (ids,),
-                path,
-                input_names=["ids"],
-                output_names=["logits"],
-                dynamic_shapes=({0: batch, 1: sequence},),
-                dynamo=True,
-                verbose=False,
-                external_data=n_bytes > 1.5e9,  # protobuf ends at 2 GB
-            )
-        except torch.onnx.OnnxExporterError as error:
-            why = str(error).strip().splitlines()[-1]
-            raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
-
-
-def onnx_difference(net, session, batches):
-    """The largest difference of onnxruntime's logits from ours, over the largest of ours."""
-    worst = 0.0
-    for ids in batches:
-        with torch.no_grad():
-            ours = net(ids)
-        [logits] = session.run(None, {"ids": ids.numpy()})
-        difference = (torch.from_numpy(logits) - ours).abs().max() / ours.abs().max()
-        worst = max(worst, difference.item())
-    return worst
-
-
 def export_onnx(net, tok, path):
-    """Write an ONNX file of a network on the CPU and the tokenizer beside it, after onnxruntime has
-    computed our logits from it at three shapes."""
-    onnxruntime = require_onnx()
-    n_ctx = net.config.n_ctx
-    generator = torch.Generator().manual_seed(seed)
-    # Longer than a window, or the exporter would see none: within it attention has no mask.
-    length = max(8, *(pattern.window + 2 for pattern in net.config.patterns))
-    write_onnx(net, random_ids(tok, generator, 2, min(length, n_ctx)), path)
-    session = onnxruntime.InferenceSession(str(path))
-    shapes = [(1, 3), (3, min(n_ctx, 64)), (1, n_ctx)]
-    batches = [random_ids(tok, generator, *shape) for shape in shapes]
-    worst = onnx_difference(net, session, batches)
-    print(f"largest difference of onnxruntime's logits: {worst:.1e} of the largest logit")
-    if not worst < 1e-4:  # which NaN is not either
+    """Write the files that optimum's and onnxruntime-genai's readers open, of a network on the CPU:
+    the graph at path, its weights and the model's other files beside it. Then compare."""
+    require_onnx()
+    write_onnx(net, path)
+    result = check_onnx(net, tok, path)
+    rows = "texts" if net.score is not None and net.task == "classify" else "tokens"
+    print(f"onnxruntime: {result.n_rows} {rows}, logits differ by {result.difference:.1e} of their")
+    print(
+        f"spread (root mean square); the largest is another at {result.n_other} of {result.n_sure}"
+    )
+    if not result.good:
         raise UserError("--export=onnx: these are not the model's logits; nothing was written")
-    write_json(path.with_name("tokenizer.json"), tok.spec)
-    write_json(path.with_name("tokenizer_config.json"), tok.config)
+    write_companions(path.parent, net, tok)
+    if has_cache(net):
+        write_json(path.with_name("genai_config.json"), genai_config(net, tok))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -400,26 +355,24 @@ def check_export(net, tok):
     if export == "gguf":
         if net.score is not None:
             raise UserError(f"{model} is a classifier: --export=gguf has text models only")
-        check_gguf(net.config, tok)
         require_gguf()
+        for note in check_gguf(net.config, tok).notes:
+            print(f"note: {note}")
     if export == "onnx":
-        if net.quantize or net.score is not None:
-            what = f"{net.quantize} weights" if net.quantize else "a classifier"
-            why = f"{model} has or is {what}"
-            raise UserError(f"--export=onnx is for text models as trained: {why}")
-        if net.config.n_experts:
-            why = "which expert computes what is chosen by token"
-            raise UserError(f"--export=onnx: {model} has experts, and {why}: not supported")
+        if net.quantize:
+            why = f"{net.quantize} weights are in codes of our own: export the model of before"
+            raise UserError(f"--export=onnx: {model}: {why}")
         if net.config.is_seq2seq:
             why = "whose decoder reads a source beside them"
             raise UserError(f"--export=onnx takes ids alone: {model} is an encoder-decoder, {why}")
         require_onnx()
 
 
-def write_part(net, tok, path):
-    """Write the export whose main file is `path`, into an empty folder."""
-    if export == "gguf":
-        write_gguf(net.float().cpu(), tok, path, gguf_type)
+def write_part(net, tok, path, show):
+    """Write the export whose main file is `path`, into an empty folder. show: a line of progress,
+    as Run's."""
+    if export == "gguf":  # which makes float32 of a tensor at a time
+        write_gguf(net.cpu(), tok, path, gguf_type, show=show)
     elif export == "onnx":
         export_onnx(net.float().cpu(), tok, path)
     else:
@@ -447,7 +400,7 @@ def write_export(run, folder):
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
         make_folder(part)
-        write_part(net, tok, part / path.name)
+        write_part(net, tok, part / path.name, run.progress)
         if export != "gguf":
             path.unlink(missing_ok=True)
             clear_folder(folder)
@@ -457,7 +410,10 @@ def write_export(run, folder):
         raise UserError(f"{path}: cannot be written: {why}; nothing was changed") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{path}: {os.path.getsize(path) / 1e6:,.2f} MB")
+    size = os.path.getsize(path)
+    if export == "onnx":
+        size += os.path.getsize(f"{path}_data")
+    print(f"{path}: {size / 1e6:,.2f} MB")
 
 
 def main():

@@ -22,6 +22,7 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/answers.py      what a request is answered
     barelm/responses_api.py  the same of /v1/responses, OpenAI's newer protocol
     barelm/vector_api.py   the same of texts that become vectors, or labels
+    barelm/openapi.py      what all of this is to programs, barelm/reference.py to readers (/docs)
     barelm/page_routes.py  the addresses of the page (barelm/web), barelm/page.py what it shows
     barelm/metrics.py      what is counted
 
@@ -77,7 +78,7 @@ from pathlib import Path
 
 import torch
 
-from barelm import api, page, responses_api, vector_api
+from barelm import __version__, api, openapi, page, responses_api, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.caller import Caller, no_gradients
@@ -91,6 +92,7 @@ from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
 from barelm.many_adapters import Adapters
 from barelm.mirror import open_together
+from barelm.reference import reference_page
 from barelm.reload import Weights
 from barelm.responses_api import ResponseAnswer, ResponseEvents
 from barelm.run import UserError, choose_dtype, end_process
@@ -151,6 +153,7 @@ class Handlers:
         self.served = settings.served
         self.settings = settings
         self.loop = None  # the event loop, once there was a request
+        self.document = {}  # of OpenAPI, once the routes are there
         engine.tell = self.tell
 
     def tell(self, updates):
@@ -340,6 +343,9 @@ class Handlers:
 
     # ------------------------------------------------------------------ how it goes
 
+    async def version(self):
+        return reply({"version": __version__})
+
     async def health(self):
         if not self.engine.is_alive():
             raise ApiError(503, "the engine has stopped")
@@ -353,6 +359,13 @@ class Handlers:
         }
         text = self.engine.metrics.text(gauges)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def schema(self):
+        return reply(self.document)
+
+    async def docs(self):
+        html = await asyncio.to_thread(reference_page, self.document)
+        return Response(html, headers=page.HEADERS, media_type="text/html")
 
     async def ask_engine(self, f, *args):
         """f(*args) in the engine's thread, between two steps."""
@@ -423,20 +436,34 @@ def make_app(engine, settings):
         ("POST", "/tokenize", handlers.tokenize),
         ("POST", "/detokenize", handlers.detokenize),
         ("GET", "/tokenizer_info", handlers.tokenizer_info),
-        ("GET HEAD", "/health", handlers.health),  # HEAD: some probes'
+        ("GET", "/health", handlers.health),
         ("GET", "/metrics", handlers.metrics),
+        ("GET POST", "/ping", handlers.health),  # SageMaker's and vLLM's
+        ("GET", "/version", handlers.version),  # vLLM's
+        ("GET", "/openapi.json", handlers.schema),
+        ("GET", "/docs", handlers.docs),
         *PageHandlers(handlers).routes(),
     ]
+    has_key = bool(settings.access.api_key)
+    n_embd = engine.net.config.n_embd
+    handlers.document = openapi.describe(routes, settings.served, n_embd, has_key)
     for methods, path, handler in routes:
-        app.add_api_route(path, handler, methods=methods.split())
+        # Who may GET may ask for the head alone.
+        app.add_api_route(path, handler, methods=methods.replace("GET", "GET HEAD").split())
 
     async def refused(request, error):
         return error_reply(error)
 
+    paths = {path for _, path, _ in routes}
+
     async def not_found(request, error):  # the router's own words name no path
-        where = f"{request.method} {api.short(request.scope['path'])}"
-        refusal = ApiError(error.status_code, f"{where}: {error.detail}")
-        return error_reply(refusal, error.headers)
+        if error.status_code == 405 and request.method == "OPTIONS":
+            return Response(status_code=204, headers=error.headers)  # which say what it allows
+        path = request.scope["path"]
+        why = f"{request.method} {api.short(path)}: {error.detail}"
+        if f"/v1{path}" in paths:
+            why += f" (did you mean /v1{path}?)"
+        return error_reply(ApiError(error.status_code, why), error.headers)
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(HTTPException, not_found)

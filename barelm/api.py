@@ -23,7 +23,7 @@ from barelm import messages
 from barelm.answers import decode, token_name
 from barelm.filling import middle_tokens
 from barelm.guided import FormError, read_bias, read_grammar
-from barelm.jobs import Job, Sampling, limited
+from barelm.jobs import Job, Sampling, limited, one_of
 from barelm.messages import FieldError
 from barelm.run import UserError
 from barelm.tool_forms import form_named
@@ -146,7 +146,7 @@ class Generation(Sampling):
     n: int = limited(1, 1, 128)  # answers to each prompt
     ignore_eos: bool = False  # go on behind an end token
     truncate_prompt_tokens: int | None = limited(None, -1, 2**31)  # keep so many; -1: what fits
-    truncation_side: str | None = None  # left, the usual: the last ones are kept; right: the first
+    truncation_side: str | None = one_of("left", "right")  # left, the usual: it keeps the last
     return_token_ids: bool = False  # the prompt's and the answer's, beside the text
     return_tokens_as_token_ids: bool = False  # in log-probabilities a token is called token_id:7
     # What the answer may be: barelm/guided.py. None of these is looked at before read_form.
@@ -368,6 +368,10 @@ def read_fields(
         if wanted not in (Any, object):
             own_limits = f.metadata.get("limits")
             check_value(name, value, wanted, (limits or {}).get(name, own_limits))
+        words = f.metadata.get("words")
+        if words and value not in words:
+            why = f"{name} = {short(value)}: expected {' or '.join(words)}"
+            raise ApiError(400, why, name)
         values[name] = value
     return request_type(**values)
 
@@ -525,9 +529,6 @@ def finish_reading(served: ServedModel, request: Generation) -> None:
     )
     request.stop = read_stop(request.stop)
     check_token_ids(served, "stop_token_ids", request.stop_token_ids)
-    if request.truncation_side not in (None, "left", "right"):
-        why = f"truncation_side = {short(request.truncation_side)}: expected left or right"
-        raise ApiError(400, why, "truncation_side")
     try:
         request.logit_bias = read_bias(served.tok, request.logit_bias)
     except FormError as error:

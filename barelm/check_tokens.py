@@ -23,6 +23,7 @@ from barelm.check_rows import (
 )
 from barelm.engine import Engine
 from barelm.fast import generating
+from barelm.int4 import GROUP as INT4_GROUP
 from barelm.jobs import Job, Sampling
 from barelm.quantized import QuantizedLinear
 from model import generate
@@ -316,16 +317,17 @@ def decoded_weight(layer: QuantizedLinear, n_in: int, device: torch.device) -> T
 
 def code_error(weight: Tensor, decoded: Tensor, kind: str) -> float:
     """The largest error of a decoded weight (out, in) in steps of the code: a row has 255 from its
-    least to its greatest possible number, a group of 64 in a row has 16."""
+    least to its greatest possible number, a group of int4 in a row has 16."""
     n_out, n_in = weight.shape
     if kind == "int8":
         step = weight.abs().amax(1, keepdim=True) / 127
         return ((weight - decoded).abs() / step).max().item()
     worst = 0.0
-    for begin in range(0, n_in, 64):
-        group = nn.functional.pad(weight, (0, -n_in % 64))[:, begin : begin + 64]
+    padded = nn.functional.pad(weight, (0, -n_in % INT4_GROUP))
+    for begin in range(0, n_in, INT4_GROUP):
+        group = padded[:, begin : begin + INT4_GROUP]
         step = (group.amax(1, keepdim=True) - group.amin(1, keepdim=True)) / 15
-        differences = (weight - decoded)[:, begin : begin + 64].abs() / step
+        differences = (weight - decoded)[:, begin : begin + INT4_GROUP].abs() / step
         worst = max(worst, differences.max().item())
     return worst
 

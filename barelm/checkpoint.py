@@ -20,6 +20,8 @@ from barelm.download import HUB, download
 from barelm.embeddings import POOLING_FILE, read_pooling, write_pooling
 from barelm.families import FAMILIES, from_hf_config, table_of, task_of, to_hf_config
 from barelm.files import read_json, write_json
+from barelm.int4 import GROUP, OLD_GROUP
+from barelm.packed import Packing, packing_of
 from barelm.parts import part_like
 from barelm.peft import add_lora, read_adapter_config
 from barelm.quantized import quantize_weights, tie_embedding
@@ -148,7 +150,8 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
     table = table_of(kind, config, task_of(settings))
     if is_step(folder):  # of a run that was written in parts, under our own names
         table = TensorNames()
-    entries = read_entries(folder, table)
+    packing = packing_here(folder, settings, table)
+    entries = read_entries(folder, table, packing)
     table = without_model(table, entries)
     check_layers(folder, entries, config, table)
     if kind in FAMILIES and FAMILIES[kind].tie_by_files:
@@ -159,7 +162,7 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
     net = empty_network(config, settings, head, fast)
     check_entries(folder, entries, net, table)
 
-    tensors = read_weights(folder, table, dtype)
+    tensors = read_weights(folder, table, dtype, packing)
     tensors = tensors_from_file(tensors, names_here(net), table)
     if not config.tie and kind in FAMILIES and FAMILIES[kind].tie_by_files:
         net = tied_again(net, settings, tensors, head, fast)
@@ -172,6 +175,14 @@ def load(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dt
         quantize_weights(net, quantize)
     read_embedding(folder, net)
     return net.eval(), tok
+
+
+def packing_here(folder: Path, settings: dict, table: TensorNames) -> Packing | None:
+    """The Packing of a folder with these settings and names; None of plain weights."""
+    packing = packing_of(settings, folder / "config.json")
+    if packing is None:
+        return None
+    return replace(packing, transposed=table.transposed)
 
 
 def begin_texts(tok: Tokenizer, config: GPTConfig) -> None:
@@ -243,11 +254,14 @@ def read_config(folder: Path) -> tuple[dict, GPTConfig]:
     """A folder's config.json, as a dict and as a GPTConfig."""
     path = folder / "config.json"
     d = read_json(path)
+    packing_of(d, path)  # which refuses what is packed otherwise; the rest is as without it
+    plain = {key: value for key, value in d.items() if key != "quantization_config"}
     try:
-        config = from_hf_config(d, path)
+        config = from_hf_config(plain, path)
     except (TypeError, ValueError, AttributeError) as error:  # such as a list where a text is due
         raise UserError(f"{path}: malformed: {error}") from None
     size = d.get("adapter_size")
+    int4_group = d.get("int4_group", OLD_GROUP)
     checks = {
         "adapter_size": size is None or type(size) is int and 0 <= size <= LARGEST,
         "pooling": d.get("pooling", "last") in poolings_of(d),
@@ -255,6 +269,7 @@ def read_config(folder: Path) -> tuple[dict, GPTConfig]:
         "pooler": d.get("pooler", "") in ("", "tanh", "gelu_norm"),
         "task": d.get("task", "classify") in ("classify", "tag", "span"),
         "quantize": d.get("quantize") in (None, "int8", "int4"),
+        "int4_group": type(int4_group) is int and int4_group in (GROUP, OLD_GROUP),
     }
     for key, good in checks.items():
         if not good:
@@ -329,7 +344,8 @@ def empty_network(config: GPTConfig, settings: dict, head: HeadHere | None, fast
             pad_id = settings.get("pad_token_id")
             net.set_score(**asdict(head), pad_id=pad_id)
         if settings.get("quantize"):
-            quantize_weights(net, settings["quantize"])
+            int4_group = settings.get("int4_group", OLD_GROUP)
+            quantize_weights(net, settings["quantize"], int4_group)
     return net
 
 

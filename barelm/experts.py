@@ -67,11 +67,11 @@ class ExpertWeights(nn.Module):
         gate = [self.gate_proj] if self.gated else []
         return [*gate, self.up_proj, self.down_proj]
 
-    def quantize_stacks(self, kind: str) -> None:
-        """Make them int8 or int4, in place."""
+    def quantize_stacks(self, kind: str, int4_group: int) -> None:
+        """Make them int8 or int4 (so many weights of a row share their levels), in place."""
         for name, stack in list(self.named_parameters()):
             delattr(self, name)
-            setattr(self, name, QuantizedStack(stack, kind))
+            setattr(self, name, QuantizedStack(stack, kind, int4_group))
 
 
 def in_dtype(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,7 +166,8 @@ def all_experts(
     """The formula: the sum over all E of weight times expert(x), the weight of an expert that was
     not chosen being 0. x (N, C), weights and chosen (N, k)."""
     n_experts = stacks[0].shape[0]
-    all_weights = weights.new_zeros(len(x), n_experts).scatter(1, chosen, weights)  # (N, E)
+    zeros = weights.new_zeros(x.shape[0], n_experts)  # len(x) would be a constant in torch.export
+    all_weights = zeros.scatter(1, chosen, weights)  # (N, E)
     y = torch.zeros_like(x)
     for e, matrices in enumerate(zip(*[stack.unbind() for stack in stacks])):
         y = y + all_weights[:, e, None].to(x.dtype) * expert(x, *matrices)

@@ -51,9 +51,9 @@ LIMITS = {
     "verbose_errors": False,
 }
 # A model that knows no better would write blanks for ever. So many hold a line end and its indent.
+BLANKS = r"[\x20\x0A\x0D\x09]{1,20}"
 # As Python's json and most chat templates write it.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-BLANKS = r"[\x20\x0A\x0D\x09]{1,20}"
 # As the library has it by default, the text is tokenized in the usual way where it has to be a
 # certain one. Here the model chooses among all ways, by its own probabilities.
 HEAD = '%llguidance {"no_forcing": true}\n'

@@ -27,6 +27,11 @@ def limited(default: float | None, least: float, most: float) -> Any:
     return field(default=default, metadata={"limits": (least, most)})
 
 
+def one_of(*words: str) -> Any:
+    """A field of a dataclass that wants one of these words, or nothing."""
+    return field(default=None, metadata={"words": words})
+
+
 @dataclass
 class Sampling:
     """How the tokens of a sequence are chosen. What is added here is a field of the server's

@@ -178,10 +178,10 @@ class Operations:
         """What `attend` takes to let tokens at positions (B or 1, T) look at those at key_positions
         (B or 1, S), or where this is None at one another. alone: as `attention_mask` has it;
         is_changed: whether scores are more than products, too."""
-        hides = docs is not None or not pattern.sees_all(positions.shape[1])
-        can_skip = self.fast and self.sparse and key_positions is None
-        if can_skip and (hides or is_changed):
-            return SparseMask(self.seen_blocks(pattern, positions, docs))
+        if self.fast and self.sparse and key_positions is None:
+            hides = docs is not None or not pattern.sees_all(positions.shape[1])
+            if hides or is_changed:
+                return SparseMask(self.seen_blocks(pattern, positions, docs))
         if key_positions is None:
             key_positions = positions
         return attention_mask(pattern, positions, key_positions, docs, alone=alone)

@@ -39,6 +39,8 @@ WEIGHTS = (
     "*.safetensors",
     "pytorch_model*.bin",
     "adapter_model.bin",
+    "model.onnx",
+    "model.onnx_data",
 )
 STATES = ("state.pt", "state.pt.tmp")
 # What a folder of weights has beside them.
@@ -50,6 +52,7 @@ COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "genai_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "added_tokens.json",  # this and the next three only other people's folders have

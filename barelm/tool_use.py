@@ -152,11 +152,7 @@ class ChatPlan:
         """A conversation as the template takes it."""
         if self.form is None:
             return messages
-        if not self.template_takes_tools:
-            return described(messages, self.shown, self.form)
-        if self.form.id_length:
-            return [with_short_ids(message, self.form.id_length) for message in messages]
-        return messages
+        return for_template(messages, self.shown, self.form, self.template_takes_tools)
 
     def extra(self) -> dict:
         """The template's variables beside the messages."""
@@ -199,6 +195,31 @@ class ChatPlan:
         return set(self.token_ids.values())
 
 
+def for_template(
+    messages: list[dict], tools: list[dict], form: ToolForm, takes_them: bool
+) -> list[dict]:
+    """A conversation with tools as a template takes it, whether or not it takes tools."""
+    if not takes_them:
+        return described(messages, tools, form)
+    if form.id_length:
+        return [with_short_ids(message, form.id_length) for message in messages]
+    return messages
+
+
+def for_training(tok: Tokenizer, row: dict) -> tuple[list[dict], dict]:
+    """(messages, variables of the template) of a row {"messages", "tools"}, as the server would
+    give them to the template; UserError where its calls are of no form that is known."""
+    messages = row["messages"]
+    tools = row.get("tools") or []
+    uses = any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
+    if not tools and not uses:
+        return messages, {}
+    template = tok.chat_template({"tools": tools})
+    takes_them = takes_tools(template)
+    messages = for_template(messages, tools, form_of(template), takes_them)
+    return messages, {"tools": tools} if takes_them and tools else {}
+
+
 def with_short_ids(message: dict, length: int) -> dict:
     """A message whose calls' ids are as long as a template wants them: their last characters."""
 
@@ -210,7 +231,8 @@ def with_short_ids(message: dict, length: int) -> dict:
     if "tool_call_id" in message:
         changed["tool_call_id"] = cut(message["tool_call_id"])
     if message.get("tool_calls"):
-        changed["tool_calls"] = [call | {"id": cut(call["id"])} for call in message["tool_calls"]]
+        calls = message["tool_calls"]
+        changed["tool_calls"] = [call | {"id": cut(call.get("id") or "")} for call in calls]
     return changed
 
 
@@ -321,9 +343,10 @@ class AnswerParser:
         self.shows_thoughts = plan.shows_thoughts
         self.calls = None
         if plan.tools and plan.form is not None:
-            names = {tool["function"]["name"] for tool in plan.tools}
+            functions = [tool["function"] for tool in plan.tools]
+            schemas = {f["name"]: f.get("parameters") or {} for f in functions}
             most = None if plan.parallel else 1
-            self.calls = CallParser(plan.form, names, plan.certain, most)
+            self.calls = CallParser(plan.form, schemas, plan.certain, most)
 
     @property
     def n_calls(self) -> int:

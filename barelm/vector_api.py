@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from barelm.api import ApiError, check_length, check_model, is_ids, read_fields, short, tokenized
+from barelm.api import ApiError, check_length, check_model, is_ids, read_fields, tokenized
 from barelm.embeddings import POOLINGS, vectors_of
 from barelm.engine import NOT_FINITE
-from barelm.jobs import limited
+from barelm.jobs import limited, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,11 @@ MOST_INPUTS = 2048  # texts of a request: OpenAI's limit
 class Embeddings:
     input: Any = None  # a text, ids, or a list of either
     model: str | None = None
-    encoding_format: str | None = None  # float, or base64: little-endian float32
+    encoding_format: str | None = one_of("float", "base64")  # base64: little-endian float32
     dimensions: int | None = None  # only so many first numbers, made a unit vector again
-    pooling: str | None = None  # first, last or mean: which state stands for a text
+    pooling: str | None = one_of(*POOLINGS)  # which state stands for a text
     truncate_prompt_tokens: int | None = limited(None, -1, 2**31)  # keep so many; -1: what fits
-    truncation_side: str | None = None  # right, the usual: the first are kept; left: the last
+    truncation_side: str | None = one_of("left", "right")  # right, the usual: it keeps the first
     add_special_tokens: bool = True  # what the tokenizer begins and ends a text with
 
 
@@ -45,7 +45,7 @@ class Classify:
     input: Any = None  # a text, ids, or a list of either
     model: str | None = None
     truncate_prompt_tokens: int | None = limited(None, -1, 2**31)
-    truncation_side: str | None = None
+    truncation_side: str | None = one_of("left", "right")
     add_special_tokens: bool = True
 
 
@@ -66,25 +66,15 @@ def read_embeddings(served: ServedModel, body: dict, size: int) -> Embeddings:
     limits = {"dimensions": (1, size)}
     request = read_fields(body, Embeddings, NEUTRAL, IGNORED, limits)
     check_model(served, request.model)
-    check_word("pooling", request.pooling, POOLINGS)
-    check_word("truncation_side", request.truncation_side, ("left", "right"))
-    check_word("encoding_format", request.encoding_format, ("float", "base64"))
     return request
-
-
-def check_word(name: str, value: str | None, words: tuple[str, ...]) -> None:
-    if value is not None and value not in words:
-        why = f"{name} = {short(value)}: expected {' or '.join(words)}"
-        raise ApiError(400, why, name)
 
 
 def read_classify(served: ServedModel, net: GPT, body: dict) -> Classify:
     """A request for labels."""
     if net.score is None or net.task != "classify":
-        raise ApiError(400, f"{served.name} is no classifier of texts")
+        raise ApiError(400, f"{served.name} is no classifier of texts", code="model_not_supported")
     request = read_fields(body, Classify, NEUTRAL, IGNORED)
     check_model(served, request.model)
-    check_word("truncation_side", request.truncation_side, ("left", "right"))
     return request
 
 

@@ -10,6 +10,7 @@ import torch
 
 from barelm.families import FAMILIES
 from barelm.files import read_json
+from barelm.packed import unpack_complete, unpacked_entries
 from barelm.quantized import QuantizedLinear
 from barelm.run import UserError
 from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from barelm.packed import Packing
     from model import GPT, GPTConfig
 
 
@@ -40,9 +42,11 @@ def weights_of(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_entries(folder: Path, table: TensorNames) -> dict[str, tuple[torch.dtype, list[int]]]:
+def read_entries(
+    folder: Path, table: TensorNames, packing: Packing | None = None
+) -> dict[str, tuple[torch.dtype, list[int]]]:
     """{name: (dtype, shape)} of the tensors in a folder's files, of which each holds others, but
-    for those that are not read."""
+    for those that are not read; packed ones as what they are unpacked to."""
     if is_step(folder):
         return step_entries(folder)
     entries = {}
@@ -52,6 +56,8 @@ def read_entries(folder: Path, table: TensorNames) -> dict[str, tuple[torch.dtyp
                 raise UserError(f"{path}: {name} is in another file of the folder too")
             if not name.endswith(table.unread):
                 entries[name] = entry
+    if packing is not None:
+        entries = unpacked_entries(entries, packing, folder)
     return without_copies(entries, table)
 
 
@@ -136,9 +142,11 @@ def check_entries(folder: Path, entries: dict, net: GPT, table: TensorNames) -> 
         raise UserError(f"{folder}: tensors that config.json does not fit: {', '.join(bad[:3])}")
 
 
-def read_weights(folder: Path, table: TensorNames, dtype: torch.dtype) -> dict[str, Tensor]:
-    """{name: tensor} of a folder's files, but for those that are not read. What is not finite as
-    dtype is a UserError."""
+def read_weights(
+    folder: Path, table: TensorNames, dtype: torch.dtype, packing: Packing | None = None
+) -> dict[str, Tensor]:
+    """{name: tensor} of a folder's files, but for those that are not read; packed ones unpacked, in
+    dtype. What is not finite as dtype is a UserError."""
     if is_step(folder):
         return read_step(folder, dtype)
     tensors = {}
@@ -148,6 +156,9 @@ def read_weights(folder: Path, table: TensorNames, dtype: torch.dtype) -> dict[s
         part = {name: t for name, t in part.items() if not name.endswith(table.unread)}
         check_finite(path, part, dtype)
         tensors |= part
+        if packing is not None:
+            del part  # which would keep what is unpacked
+            unpack_complete(tensors, packing, folder, dtype)
     for copy, name in table.copies:
         check_copy(folder, tensors, copy, name, table.prefix)
     return without_copies(tensors, table)  # in the files' own dtypes

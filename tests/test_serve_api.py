@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import run
 
 import model
 from barelm import api, responses_api, vector_api
 from barelm.checkpoint import load, save
+from barelm.run import UserError
 from barelm.texts import Row, TextStream
 
 pytest.importorskip("fastapi")
@@ -37,11 +37,22 @@ def test_a_model_has_the_names_that_it_is_given(tiny):
         refused = site.post(COMPLETE, ask | {"model": "tiny"})
         assert refused.status_code == 404
         assert "this server has 'org/sft' or 'gpt-4o-mini'" in refused.json()["error"]["message"]
-    with served(tiny, env={"BARELM_NAME": "one,two"}, name="one") as site:
-        assert len(site.get("/v1/models").json()["data"]) == 2
-    for wrong in ("--name=", "--name=a,,b", "--name=a\nb"):
-        done = run(tiny, "serve.py", "--model=out/tiny", wrong, check=False)
-        assert done.returncode == 1 and "expected names with commas" in done.stderr
+
+
+def test_names_come_from_a_flag_or_the_environment_or_the_folder(monkeypatch, tmp_path):
+    import serve
+
+    monkeypatch.delenv("BARELM_NAME", raising=False)
+    monkeypatch.setattr(serve, "model", str(tmp_path / "sft"))
+    assert serve.read_names() == ["sft"]
+    monkeypatch.setenv("BARELM_NAME", "one, two,one")
+    assert serve.read_names() == ["one", "two"]
+    monkeypatch.setattr(serve, "name", "org/a")
+    assert serve.read_names() == ["org/a"]
+    for wrong in ("", "a,,b", "a\nb", " , "):
+        monkeypatch.setattr(serve, "name", wrong)
+        with pytest.raises(UserError, match="expected names with commas between"):
+            serve.read_names()
 
 
 @pytest.fixture(scope="module")

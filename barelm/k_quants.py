@@ -79,16 +79,15 @@ def fit_scales(x: Floats, half: int) -> Floats:
     square = x * x
     weighted = square * x
     scale = np.zeros_like(largest)
-    best = np.full_like(largest, -1)
+    best = np.zeros_like(largest)  # by how much the best codes make the error smaller
     for i in [0, *range(-9, 0), *range(1, 10)]:  # 0: the largest weight is the lowest code
         inverse = -np.float32(half + 0.1 * i) / largest
         codes = np.rint(inverse * x).clip(-half, half - 1)
         sum_xl = (weighted * codes).sum(0)
         sum_ll = (square * codes * codes).sum(0)
-        gain = sum_xl * sum_xl / sum_ll  # by how much these codes make the error smaller
-        is_better = (sum_ll > 0) & (gain > best)
+        is_better = sum_xl * sum_xl > best * sum_ll
         scale = np.where(is_better, sum_xl / sum_ll, scale)
-        best = np.where(is_better, gain, best)
+        best = np.where(is_better, scale * sum_xl, best)
     return np.where(np.abs(largest) < TINY, 0, scale)
 
 
@@ -123,18 +122,26 @@ def quantize_lines(blocks: Floats, top: int, lowest: float, n_tries: int) -> tup
         codes6.append(np.rint(factor[:, None] * numbers).clip(0, 63).astype(np.uint8))
         steps.append((largest / np.float32(63)).astype(np.float16))
     head = np.concatenate([*map(float16_bytes, steps), pack_scales(*codes6)], 1)
-    scale, low = (step.astype(np.float32)[:, None] * c for step, c in zip(steps, codes6))
-    x = blocks.reshape(-1, 8, 32)
-    codes = np.rint((x + low[:, :, None]) / scale[:, :, None])
-    codes = np.where(scale[:, :, None] == 0, 0, codes).clip(0, top)
+    rounded = []  # the numbers that a reader will have, (B, 8, 1)
+    for step, codes in zip(steps, codes6):
+        rounded.append((step.astype(np.float32)[:, None] * codes)[:, :, None])
+    scale, low = rounded
+    codes = np.rint((blocks.reshape(-1, 8, 32) + low) / scale)
+    codes = np.where(scale == 0, 0, codes).clip(0, top)
     return codes.astype(np.uint8), head
 
 
 def encode_q4_k(blocks: Floats) -> Bytes:
     """(B, 144) uint8 of blocks (B, 256): two groups in the halves of 32 bytes."""
     codes, head = quantize_lines(blocks, 15, -1, 21)
-    low, high = codes[:, 0::2], codes[:, 1::2]  # (B, 4, 32) each
-    return np.concatenate((head, (low | high << 4).reshape(-1, 128)), 1)
+    return np.concatenate((head, two_by_two(codes)), 1)
+
+
+def two_by_two(codes: Bytes) -> Bytes:
+    """The low halves of codes (B, 8, 32) in 128 bytes: of each two groups the first ones below."""
+    low = codes[:, 0::2] & 15  # (B, 4, 32)
+    high = codes[:, 1::2] & 15
+    return (low | high << 4).reshape(-1, 128)
 
 
 def encode_q5_k(blocks: Floats) -> Bytes:
@@ -142,8 +149,7 @@ def encode_q5_k(blocks: Floats) -> Bytes:
     codes, head = quantize_lines(blocks, 31, -0.5, 16)
     places = np.arange(8, dtype=np.uint8)[None, :, None]
     fifth = np.bitwise_or.reduce((codes >> 4) << places, 1)  # (B, 32)
-    low, high = codes[:, 0::2] & 15, codes[:, 1::2] & 15
-    return np.concatenate((head, fifth, (low | high << 4).reshape(-1, 128)), 1)
+    return np.concatenate((head, fifth, two_by_two(codes)), 1)
 
 
 def encode_q6_k(blocks: Floats) -> Bytes:
@@ -158,8 +164,7 @@ def encode_q6_k(blocks: Floats) -> Bytes:
     step = np.where(is_zero, 0, 1 / factor).astype(np.float16)  # (B, 1)
     scale = (step.astype(np.float32) * codes8)[:, :, None]
     codes = np.rint(blocks.reshape(-1, 16, 16) / scale)
-    codes = np.where(scale == 0, 0, codes).clip(-32, 31) + 32
-    codes = np.where(is_zero[:, :, None], 0, codes)  # as llama.cpp has it: all bytes are zero
+    codes = np.where(scale == 0, -32, codes).clip(-32, 31) + 32  # llama.cpp's bytes of nothing: 0
     halves = codes.astype(np.uint8).reshape(-1, 2, 4, 32)  # a half of the block is 4 times 32
     low = (halves[:, :, :2] & 15) | (halves[:, :, 2:] & 15) << 4  # (B, 2, 2, 32)
     places = (2 * np.arange(4, dtype=np.uint8))[:, None]

@@ -83,7 +83,8 @@ class Llama:
         params = self.lib.llama_model_quantize_default_params()
         params.numbers[0] = 1  # threads
         params.numbers[1] = file_type
-        if self.lib.llama_model_quantize(str(source).encode(), str(target).encode(), params):
+        paths = [str(path).encode() for path in (source, target)]
+        if self.lib.llama_model_quantize(*paths, ctypes.byref(params)):
             raise RuntimeError(f"{source}: not quantized: {'; '.join(self.lines[-3:])}")
 
     def quantize(self, values, type_number, n_bytes):

@@ -580,7 +580,8 @@ def test_no_parameter_of_openais_client_is_forgotten():
 
 # What vLLM's requests for text have beside OpenAI's, and llama.cpp's server beside both, in
 # November 2026.
-VLLM = """add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
+VLLM = """add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt
+chat_template
 chat_template_kwargs continue_final_message documents echo ec_transfer_params ignore_eos
 include_reasoning include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids
 media_io_kwargs min_p min_tokens mm_processor_kwargs priority prompt_logprobs repetition_detection

@@ -362,9 +362,6 @@ def check_export(net, tok):
         if net.quantize:
             why = f"{net.quantize} weights are in codes of our own: export the model of before"
             raise UserError(f"--export=onnx: {model}: {why}")
-        if net.config.n_experts:
-            why = "which expert computes what is chosen by token"
-            raise UserError(f"--export=onnx: {model} has experts, and {why}: not supported")
         if net.config.is_seq2seq:
             why = "whose decoder reads a source beside them"
             raise UserError(f"--export=onnx takes ids alone: {model} is an encoder-decoder, {why}")

@@ -956,9 +956,9 @@ def check_distillation(name, config):
     if not 0 < distill_temperature < math.inf:
         raise UserError(f"distill_temperature={distill_temperature}: expected more than 0")
     has_teacher = METHODS[name].has_teacher
-    if has_teacher and teacher is None:
+    if has_teacher and not teacher:
         raise UserError("--method=distill: expected --teacher=FOLDER")
-    if teacher is not None and not has_teacher:
+    if teacher and not has_teacher:
         raise UserError(f"--teacher={teacher}: it is of --method=distill, not of {name}")
     if has_teacher and config.adapt == "prompt":
         raise UserError("adapt=prompt: the teacher does not know the new tokens")

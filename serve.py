@@ -33,6 +33,7 @@ from config import configure
 
 model = "out/python"  # a checkpoint folder
 name: str | None = None  # what clients call it, "a,b": answers tell the first; or BARELM_NAME
+adapters: str | None = None  # of this model, LoRA, by name: a=out/lora1,b=out/lora2
 host = "127.0.0.1"  # who may connect: 127.0.0.1 this machine alone, 0.0.0.0 everyone
 port = 8000  # 0: any free one
 api_key: str | None = None  # asked of every client; or set BARELM_API_KEY, which ps does not show
@@ -89,6 +90,7 @@ from barelm.feedback import FeedbackFile
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
+from barelm.many_adapters import Adapters
 from barelm.mirror import open_together
 from barelm.reference import reference_page
 from barelm.reload import Weights
@@ -163,39 +165,44 @@ class Handlers:
     # ------------------------------------------------------------------ text from the model
 
     async def completions(self, request: Request):
-        wanted = api.read_completion(self.served, await self.read_body(request))
+        body = await self.read_body(request)
+        served = api.addressed(self.served, body)
+        wanted = api.read_completion(served, body)
         # To tokenize may take long: in a thread, so that the event loop goes on with the others.
-        prompts = await asyncio.to_thread(api.read_prompts, self.served, wanted)
-        await asyncio.to_thread(api.read_form, self.served, wanted)
+        prompts = await asyncio.to_thread(api.read_prompts, served, wanted)
+        await asyncio.to_thread(api.read_form, served, wanted)
         updates = Updates(at_end=not wanted.stream)
-        parts = (self.served, wanted, prompts, updates.listener)
+        parts = (served, wanted, prompts, updates.listener)
         jobs = await asyncio.to_thread(api.completion_jobs, *parts)
-        answer = CompletionAnswer(self.served, jobs)
+        answer = CompletionAnswer(served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
 
     async def chat_completions(self, request: Request):
-        wanted = api.read_chat(self.served, await self.read_body(request))
+        body = await self.read_body(request)
+        served = api.addressed(self.served, body)
+        wanted = api.read_chat(served, body)
         updates = Updates(at_end=not wanted.stream)
-        jobs = await self.chat_jobs(wanted, updates)
-        answer = ChatAnswer(self.served, jobs, wanted.plan)
+        jobs = await self.chat_jobs(served, wanted, updates)
+        answer = ChatAnswer(served, jobs, wanted.plan)
         return await self.generate(request, wanted, jobs, updates, answer)
 
-    async def chat_jobs(self, wanted, updates):
+    async def chat_jobs(self, served, wanted, updates):
         """The jobs of a Chat; they tell `updates`."""
-        ids = await asyncio.to_thread(api.read_conversation, self.served, wanted)
-        await asyncio.to_thread(api.read_form, self.served, wanted)
-        parts = (self.served, wanted, ids, updates.listener)
+        ids = await asyncio.to_thread(api.read_conversation, served, wanted)
+        await asyncio.to_thread(api.read_form, served, wanted)
+        parts = (served, wanted, ids, updates.listener)
         return await asyncio.to_thread(api.chat_jobs, *parts)
 
     async def responses(self, request: Request):
         body = await self.read_body(request)
-        wanted, chat = await asyncio.to_thread(responses_api.read_response, self.served, body)
+        served = api.addressed(self.served, body)
+        wanted, chat = await asyncio.to_thread(responses_api.read_response, served, body)
         updates = Updates(at_end=not wanted.stream)
         try:
-            jobs = await self.chat_jobs(chat, updates)
+            jobs = await self.chat_jobs(served, chat, updates)
         except ApiError as error:
             raise responses_api.renamed(error) from None
-        answer = ResponseAnswer(wanted, ChatAnswer(self.served, jobs, chat.plan))
+        answer = ResponseAnswer(wanted, ChatAnswer(served, jobs, chat.plan))
         news = self.begin(request, jobs, updates)
         if wanted.stream:
             return self.stream(request, response_lines(ResponseEvents(answer, jobs[0]), news))
@@ -287,12 +294,13 @@ class Handlers:
 
     async def embeddings(self, request: Request):
         body = await self.read_body(request)
-        wanted = vector_api.read_embeddings(self.served, body, self.engine.net.config.n_embd)
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted)
-        pooling = wanted.pooling or self.settings.pooling
-        vectors = await self.in_batches(vector_api.make_vectors, inputs, pooling)
+        served = api.addressed(self.served, body)
+        wanted = vector_api.read_embeddings(served, body, self.engine.net.config.n_embd)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, served, wanted)
+        how = (wanted.pooling or self.settings.pooling, served.adapter)
+        vectors = await self.in_batches(vector_api.make_vectors, inputs, *how)
         answer = vector_api.embeddings_answer
-        return reply(await asyncio.to_thread(answer, self.served, wanted, inputs, vectors))
+        return reply(await asyncio.to_thread(answer, served, wanted, inputs, vectors))
 
     async def classify(self, request: Request):
         net = self.engine.net
@@ -317,17 +325,18 @@ class Handlers:
         return reply({"object": "list", "data": self.served.cards()})
 
     async def one_model(self, name: str):
-        api.check_model(self.served, name)
+        api.model_of(self.served, name)
         [card] = [card for card in self.served.cards() if card["id"] == name]
         return reply(card)
 
     async def tokenize(self, request: Request):
         body = await self.read_body(request)
-        return reply(await asyncio.to_thread(api.tokenize, self.served, body))
+        served = api.addressed(self.served, body)
+        return reply(await asyncio.to_thread(api.tokenize, served, body))
 
     async def detokenize(self, request: Request):
         body = await self.read_body(request)
-        return reply(api.detokenize(self.served, body))
+        return reply(api.detokenize(api.addressed(self.served, body), body))
 
     async def tokenizer_info(self):
         return reply(api.tokenizer_info(self.served.tok))
@@ -564,12 +573,32 @@ def batch_limit(net, length):
     return max(1, min(256, free // 2 // row))
 
 
-def make_engine(net, tok, length, mirror=None):
+def read_adapters(net, tok):
+    """The Adapters of --adapters=name=folder,name=folder, or None."""
+    if not adapters:
+        return None
+    folders = {}
+    for part in adapters.split(","):
+        name, _, folder = part.partition("=")
+        if not name or not folder or name in folders:
+            why = "expected a=folder,b=folder, each name once"
+            raise UserError(f"--adapters={adapters}: {part!r:.60}: {why}")
+        folders[name] = folder
+    for other, is_on in {"--tp": tp > 1, "--deterministic": deterministic}.items():
+        if is_on:
+            raise UserError(f"--adapters with {other} is not supported: serve one, as --model")
+    if why_no_text(net):
+        raise UserError(f"--adapters: {model} {why_no_text(net)}")
+    return Adapters(net, tok, folders, model)
+
+
+def make_engine(net, tok, length, mirror=None, several=None):
     if why_no_text(net):
         return Caller(net, mirror)
     batch = batch_limit(net, length)
     try:
-        return Engine(net, tok, batch, length, prefill_chunk, max_queue, mirror=mirror)
+        options = dict(mirror=mirror, adapters=several)
+        return Engine(net, tok, batch, length, prefill_chunk, max_queue, **options)
     except RuntimeError:  # torch's word for no memory
         why = f"no memory for the keys and values of {batch} times {length} tokens"
         raise UserError(f"{why}: lower --max_batch or --max_len") from None
@@ -652,7 +681,11 @@ def main():
     )
     if mirror:
         mirror.knows(net=net, tok=tok)
-    engine = make_engine(net, tok, length, mirror)
+    several = read_adapters(net, tok)
+    if several:
+        served.with_adapters(several)
+        print(f"adapters: {', '.join(several.names)}, of rank {', '.join(map(str, several.ranks))}")
+    engine = make_engine(net, tok, length, mirror, several)
     weights.serves(engine, tok)
     if mirror:
         mirror.knows(engine=engine)

@@ -57,12 +57,67 @@ CHAT_LOGPROBS = of(content=array(some_of(TOKEN, top_logprobs=array(TOKEN))))
 CHAT_CHOICE = of(
     index=COUNT, message=ANSWER, logprobs=nullable(CHAT_LOGPROBS), finish_reason=REASON
 )
-PART = {
-    "type": "object",
-    "properties": {"type": TEXT, "text": TEXT},
-    "required": ["type", "text"],
+
+
+def only(properties: dict, required: list[str]) -> dict:
+    """An object of a request: these fields and no others."""
+    head = {"type": "object", "properties": properties, "required": required}
+    return head | {"additionalProperties": False}
+
+
+# What messages of a chat, and items of a response's input, may be.
+NAME = {"type": ["string", "null"]}
+PARTS = array(only({"type": {"const": "text"}, "text": TEXT}, ["text"]))
+SAID = {"anyOf": [TEXT, PARTS]}
+FUNCTION = of(name=TEXT, arguments={"type": ["string", "object"]})
+ASKED_CALL = of(function=FUNCTION)
+ASKED_CALL["properties"] |= {"id": NAME, "type": {"const": "function"}}
+ASKED = only(
+    {"role": {"enum": ["system", "developer", "user"]}, "content": SAID, "name": NAME},
+    ["role", "content"],
+)
+SPOKEN = {
+    "role": {"const": "assistant"},
+    "content": SAID,
+    "name": NAME,
+    "reasoning_content": NAME,
+    "tool_calls": array(ASKED_CALL) | {"maxItems": 128},
 }
-PARTS = {"anyOf": [TEXT, array(PART)]}
+CALLED = SPOKEN | {
+    "content": {"anyOf": [*SAID["anyOf"], {"type": "null"}]},
+    "tool_calls": array(ASKED_CALL) | {"minItems": 1, "maxItems": 128},
+}
+GIVEN = only(
+    {"role": {"const": "tool"}, "content": SAID, "tool_call_id": NAME, "name": NAME},
+    ["role", "content"],
+)
+PART_KINDS = {"enum": ["input_text", "output_text", "text", "reasoning_text"]}
+ITEM_PARTS = array(only({"type": PART_KINDS, "text": TEXT}, ["type", "text"]))
+ITEM_TEXT = {"anyOf": [TEXT, ITEM_PARTS]}
+ID = {"id": NAME, "status": NAME}
+ROLES = {"enum": ["system", "developer", "user", "assistant"]}
+ITEM = {
+    "anyOf": [
+        only(
+            ID | {"type": {"enum": ["message", None]}, "role": ROLES, "content": ITEM_TEXT},
+            ["role", "content"],
+        ),
+        only(
+            ID
+            | {"type": {"const": "function_call"}, "call_id": TEXT, "name": TEXT}
+            | {"arguments": TEXT},
+            ["type", "call_id", "name", "arguments"],
+        ),
+        only(
+            ID | {"type": {"const": "function_call_output"}, "call_id": TEXT, "output": ITEM_TEXT},
+            ["type", "call_id", "output"],
+        ),
+        only(
+            ID | {"type": {"const": "reasoning"}, "summary": array({}), "content": ITEM_PARTS},
+            ["type", "summary"],
+        ),
+    ]
+}
 MODEL = of(id=TEXT, object={"const": "model"}, created=COUNT, owned_by=TEXT, max_model_len=COUNT)
 
 SCHEMAS = {
@@ -75,27 +130,14 @@ SCHEMAS = {
         )
     ),
     "Message": {
-        "type": "object",
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {"anyOf": [*PARTS["anyOf"], {"type": "null"}]},
-            "name": {"type": ["string", "null"]},
-            "tool_calls": {"type": ["array", "null"]},
-            "tool_call_id": {"type": ["string", "null"]},
-            "reasoning_content": {"type": ["string", "null"]},
-        },
-        "required": ["role", "content"],
-        "additionalProperties": False,
+        "anyOf": [
+            ASKED,
+            only(SPOKEN, ["role", "content"]),
+            only(CALLED, ["role", "tool_calls"]),
+            GIVEN,
+        ]
     },
-    "Item": {
-        "type": "object",
-        "description": "a message, function_call, function_call_output or reasoning",
-        "properties": {
-            "type": {"enum": ["message", "function_call", "function_call_output", "reasoning"]},
-            "role": {"enum": ["system", "developer", "user", "assistant"]},
-            "content": PARTS,
-        },
-    },
+    "Item": ITEM,
     "Completion": of(
         id=TEXT,
         object={"const": "text_completion"},

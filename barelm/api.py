@@ -15,7 +15,7 @@ import difflib
 import json
 import random
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -32,6 +32,7 @@ from barelm.tool_use import plan_chat, read_text_rule
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from barelm.many_adapters import Adapters
     from barelm.tokenizer import Tokenizer
 
 
@@ -77,6 +78,9 @@ class ServedModel:
     is_seq2seq: bool = False  # a prompt is a source of max_len tokens, and so may its answer be
     tool_form: str | None = None  # of calls, where the chat template is not to say it
     aliases: list = field(default_factory=list)  # other names that requests may call it by
+    adapter: int = 0  # which of the engine's adapters it is; 0: the base, without any
+    parent: str | None = None  # an adapter's base
+    adapters: dict = field(default_factory=dict)  # {name: ServedModel} of a base's
     longest_token: int = field(init=False)  # in bytes
     turn_ends: list = field(init=False)  # ids that end an answer in a chat
     card: dict = field(init=False)  # what /v1/models shows of it
@@ -97,7 +101,19 @@ class ServedModel:
     def cards(self) -> list[dict]:
         """What /v1/models shows: a model for each name, the first of which answers tell."""
         others = [self.card | {"id": alias, "root": self.name} for alias in self.aliases]
+        for adapter in self.adapters.values():  # vLLM's fields of one
+            others.append(adapter.card | {"root": adapter.name, "parent": self.name})
         return [self.card | {"root": self.name}, *others]
+
+    def with_adapters(self, adapters: Adapters) -> ServedModel:
+        """Serve adapters by their names beside this model, in place."""
+        for i, (name, tok) in enumerate(zip(adapters.names, adapters.toks)):
+            if name in (self.name, *self.aliases):
+                raise UserError(f"--adapters: {name} is a name of the base (--name)")
+            one = replace(self, name=name, tok=tok, aliases=[], adapter=i + 1, parent=self.name)
+            one.adapters = {}
+            self.adapters[name] = one
+        return self
 
 
 def chat_ends(tok: Tokenizer) -> list[int]:
@@ -413,15 +429,27 @@ def parse_body(data: bytes) -> dict:
 
 
 def check_model(served: ServedModel, name: str | None) -> None:
-    """Refuse a request for a model that is not here."""
-    model_of(served, name)
+    """Refuse a request for a model that is not here, or for an adapter where only its base
+    answers."""
+    if model_of(served, name) is not None:
+        why = f"{name} is an adapter, which this address does not know: ask for {served.name!r}"
+        raise ApiError(400, why, "model")
+
+
+def addressed(served: ServedModel, body: dict) -> ServedModel:
+    """Which model a request's body asks for: this one, or one of its adapters."""
+    name = body.get("model")
+    return served.adapters.get(name, served) if isinstance(name, str) else served
 
 
 def model_of(served: ServedModel, name: str | None) -> str | None:
     """Which adapter a request's `model` asks for; None: the model itself, as no name is too."""
     if name is None or name == served.name or name in served.aliases:
         return None
-    names = " or ".join(repr(one) for one in [served.name, *served.aliases])
+    if name in served.adapters:
+        return name
+    all_names = [served.name, *served.aliases, *served.adapters]
+    names = " or ".join(repr(one) for one in all_names)
     why = f"no model {short(name)} here: this server has {names}"
     raise ApiError(404, why, "model", "model_not_found")
 
@@ -523,7 +551,7 @@ def read_form(served: ServedModel, request: Generation) -> None:
     plan = request.plan
     try:
         if plan is not None and plan.tools:
-            text_rule = checked(read_text_rule, request)
+            text_rule = checked(read_text_rule, served.tok, request)
             request.compiled = checked(plan.compile, served.tok, text_rule)
         else:
             request.compiled = read_grammar(served.tok, request)
@@ -642,6 +670,9 @@ def checked(f: Callable, *args: Any) -> Any:
         raise ApiError(400, str(error), error.field) from None
 
 
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")  # that the template shows
+
+
 def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int]:
     """The ids of a conversation, ready for the answer, or for more of the last one."""
     if served.is_seq2seq:
@@ -653,9 +684,11 @@ def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int
     if len(given) > served.max_len:
         raise too_long(served, f"{len(given)} messages")
     talk = [read_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+    sizes = [checked(messages.size_of, talk)]
+    sizes += [checked(messages.size_of, getattr(request, name), name) for name in TEMPLATE_FIELDS]
+    check_length(served, sum(sizes))
     plan = checked(plan_chat, served.tok, request, served.tool_form)
     request.plan = plan
-    check_length(served, messages.size_of([talk, plan.shown, plan.variables]))
     talk = plan.messages(talk)
     if request.continue_final_message:
         if talk[-1]["role"] != "assistant" or talk[-1].get("tool_calls"):
@@ -665,7 +698,8 @@ def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int
     else:
         # True: ready for the answer
         ids, _ = tokenized(served.tok.chat, talk, True, "none", plan.extra())
-    plan.see_prompt(served.tok.decode(ids[-64:]))
+    begun = talk[-1]["content"] if request.continue_final_message else None
+    plan.see_prompt(served.tok.decode(ids[-64:]), begun)
     return ids
 
 
@@ -808,6 +842,7 @@ def make_jobs(
                 guide=guide,
                 goes_on=request.ignore_eos,
                 shown=request.plan.marks() if request.plan else (),
+                adapter=served.adapter,
             )
             jobs.append(job)
     return jobs

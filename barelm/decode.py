@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from barelm.jobs import Job
+    from barelm.many_adapters import Adapters
     from barelm.sampling import Kinds
     from barelm.tokenizer import Tokenizer
     from model import GPT, GPTConfig
@@ -84,7 +85,8 @@ class Decoder:
     encoder-decoder len(prompt) <= max_source and 1 + limit <= max_len."""
 
     def __init__(self, net: GPT, tok: Tokenizer, n_slots: int, max_len: int, *, max_source: int = 0,
-                 check: bool = False, graphs: bool = True, slack: int = 0) -> None:  # fmt: skip
+                 check: bool = False, graphs: bool = True, slack: int = 0,
+                 adapters: Adapters | None = None) -> None:  # fmt: skip
         self.net = net
         self.n_vocab = min(tok.n_vocab, net.config.vocab_size)  # ids from here on are padding
         self.n_slots = n_slots
@@ -118,6 +120,8 @@ class Decoder:
         self.owners = [None] * n_slots
         self.biased = set()  # slots with a bias on some tokens
         self.guided = set()  # those that may have certain tokens alone, which `allow` tells
+        self.adapters = adapters  # of which each slot may have one (barelm/many_adapters.py)
+        self.adapter = [0] * n_slots  # its number; 0: none
         self.states = {}  # {slot: hidden states (T, C)} of what was read last
 
     def make_state(self, c: GPTConfig) -> None:
@@ -139,6 +143,7 @@ class Decoder:
         self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
         self.counts = None  # (n, V) float32: how often each was chosen
         self.bias = None  # (n, V) float32, added to the logits, once a request has one
+        self.adapter_of = zeros()  # the number of its adapter
         self.allowed = None  # (n, V) bool: tokens that may come, once a grammar asks
         self.numbers = torch.arange(n, device=device)
         # (1, …): of tokens, and as many as there are slots at least
@@ -168,7 +173,7 @@ class Decoder:
     def set(self, slot: int, prompt: list[int], limit: int, *,
             options: dict[str, float] | None = None, uniform: Tensor | None = None,
             ends: Sequence[int] = (), n_alternatives: int = 0, n_cached: int = 0,
-            bias: dict[int, float] | None = None, guided: bool = False,
+            bias: dict[int, float] | None = None, guided: bool = False, adapter: int = 0,
             owner: Job | None = None) -> None:  # fmt: skip
         """A sequence begins in a slot: prompt (ids, all of it), to which at most `limit` tokens are
         added, until one of `ends`.
@@ -177,7 +182,7 @@ class Decoder:
         token; not needed where temperature is 0. n_cached: so many of the prompt's first tokens
         have their keys and values in the slot already (`can_begin`): `read` goes on from there.
         bias: {id: what is added to its logit}. guided: before each `choose` `allow` says by which
-        tokens the sequence may go on.
+        tokens the sequence may go on. adapter: the number of its adapter; 0: none.
         owner: anything; it is in Chosen.owners."""
         self.clear(slot)
         options = OFF | (options or {})
@@ -199,6 +204,9 @@ class Decoder:
         self.set_ends(slot, list(ends))
         if kinds_of([options]).penalized:
             self.remember(slot, prompt)
+        self.adapter[slot] = adapter
+        if self.adapters is not None:
+            self.adapter_of[slot].fill_(adapter)
         self.set_bias(slot, bias or {})
         self.set_guided(slot, guided)
 
@@ -329,8 +337,10 @@ class Decoder:
     ) -> dict[int, Tensor]:
         """Of chunks that all begin at the same place, as rows that are as long as the longest."""
         lengths = [len(chunks[slot]) for slot in slots]
-        cache = ChunkCache(self, self.index(slots), begin, lengths)
-        h = self.net.hidden(self.padded(slots, chunks), cache=cache)  # (B, T, C)
+        rows = self.index(slots)
+        cache = ChunkCache(self, rows, begin, lengths)
+        with self.adapted(rows, self.active_adapters(slots)):
+            h = self.net.hidden(self.padded(slots, chunks), cache=cache)  # (B, T, C)
         return {slot: h[i, : len(chunks[slot])] for i, slot in enumerate(slots)}
 
     def padded(self, slots: list[int], chunks: dict[int, list[int]]) -> Tensor:
@@ -364,7 +374,9 @@ class Decoder:
             docs += [slot] * len(chunks[slot])
         docs = self.to_device(docs)  # (N,): the slot of each token
         ids = self.to_device(packed)[None]
-        h = self.net.hidden(ids, cache=PackedCache(self, docs, lengths), docs=docs[None])[0]
+        cache = PackedCache(self, docs, lengths)
+        with self.adapted(docs[None], self.active_adapters(slots), each_token=True):
+            h = self.net.hidden(ids, cache=cache, docs=docs[None])[0]
         return dict(zip(slots, h.split(lengths)))
 
     def begin_answers(self, slots: list[int], h: Tensor) -> None:
@@ -510,10 +522,29 @@ class Decoder:
         elif min(lengths) == max(lengths) and rows == slice(slots[0], slots[0] + len(slots)):
             even = used - 1
         with self.computing():
-            self.run(self.feed_rows, rows, used, even, self.source_places(slots))
+            active = self.active_adapters(slots)
+            self.run(self.feed_rows, rows, used, even, self.source_places(slots), active)
         for slot in slots:
             self.length[slot] = min(self.length[slot] + 1, self.max_len)
             self.reached[slot] = max(self.reached[slot], self.length[slot])
+
+    def active_adapters(self, slots: list[int]) -> tuple[int, ...]:
+        """The adapters that these slots have, in order: on a GPU, for a graph of each number of
+        rows and no more, all where there is one."""
+        numbers = {self.adapter[slot] for slot in slots} - {0}
+        if self.on_gpu and numbers:
+            return self.adapters.all
+        return tuple(sorted(numbers))
+
+    def adapted(
+        self, rows: slice | Tensor, active: tuple[int, ...], each_token: bool = False
+    ) -> contextlib.AbstractContextManager:
+        """Within, the network computes with the adapters of these rows' slots; each_token: rows
+        (1, N) are the slots of tokens."""
+        if not active:
+            return contextlib.nullcontext()
+        numbers = self.adapter_of[rows]
+        return self.adapters.used(self.net, numbers if each_token else numbers[:, None], active)
 
     def source_places(self, slots: list[int]) -> int:
         """So many places of the sources hold all that these slots have: on a GPU all there are."""
@@ -524,15 +555,21 @@ class Decoder:
         return max(self.source_length[slot] for slot in slots)
 
     def feed_rows(
-        self, rows: slice | Tensor, used: int, even: int | None = None, n_source: int = 0
+        self,
+        rows: slice | Tensor,
+        used: int,
+        even: int | None = None,
+        n_source: int = 0,
+        active: tuple[int, ...] = (),
     ) -> None:
         """On the device alone: the newest token of each of the rows goes through the network, which
         looks at what `used` tokens have in the cache, and at n_source places of the source. even:
-        all rows hold so many tokens, and all grow."""
+        all rows hold so many tokens, and all grow. active: the adapters that rows may have."""
         cache = StepCache(self, rows, used, even, n_source, self.flash)
         self.net.ops.attend_cached = cache.attend if self.flash else None
         try:
-            h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
+            with self.adapted(rows, active):
+                h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
         finally:
             self.net.ops.attend_cached = None
         self.keep_logits(rows, h[:, 0])
@@ -617,7 +654,7 @@ class Decoder:
             for length in sorted(lengths, reverse=True):
                 with self.computing():
                     used = min(length, self.max_len)
-                    self.run(self.feed_rows, rows, used, None, self.source_places([]))
+                    self.run(self.feed_rows, rows, used, None, self.source_places([]), ())
             for option in options:
                 self.run(self.choose_rows, rows, kinds_of([OFF | option]), 0)
         torch.cuda.synchronize(self.device)

@@ -61,7 +61,7 @@ def open_teacher(
     size = bytes_of(net)
     held = "shared by all processes" if run.is_divided else "on each process"
     run.say(
-        f"teacher: {folder}, {n_params(net):,} parameters, {size / 2**30:.2f} GiB as {weights} "
+        f"teacher: {folder}, {n_params(net):,} parameters, {size / 2**20:,.1f} MiB as {weights} "
         f"{held}"
     )
     if run.is_divided:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from barelm.chosen import Chosen
     from barelm.jobs import Job
+    from barelm.many_adapters import Adapters
     from barelm.mirror import Mirror
     from barelm.tokenizer import Tokenizer
     from model import GPT
@@ -69,7 +70,8 @@ class Engine(Caller):
 
     def __init__(self, net: GPT, tok: Tokenizer, max_batch: int, max_len: int,
                  prefill_chunk: int = 0, max_queue: int = 256, tell: Callable = tell_listeners,
-                 mirror: Mirror | None = None) -> None:  # fmt: skip
+                 mirror: Mirror | None = None,
+                 adapters: Adapters | None = None) -> None:  # fmt: skip
         super().__init__(net, mirror)
         self.tok = tok
         check_generates(net)
@@ -80,8 +82,9 @@ class Engine(Caller):
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
         options: dict = dict(check=True, slack=8, max_source=max_len)
+        self.adapters = adapters
         if mirror is None:
-            self.decoder = Decoder(net, tok, max_batch, max_len, **options)
+            self.decoder = Decoder(net, tok, max_batch, max_len, adapters=adapters, **options)
         else:
             self.decoder = MirroredDecoder(mirror, net, tok, max_batch, max_len, **options)
         self.on_gpu = self.decoder.on_gpu
@@ -98,6 +101,7 @@ class Engine(Caller):
         self.under_way = deque()  # Chosen whose tokens nobody was given
         self.updates = []  # not told yet
         self.cached_ids = [[] for _ in range(max_batch)]  # whose keys and values each slot has
+        self.cached_by = [0] * max_batch  # the adapter that made them
         self.last_used = [0] * max_batch  # the step in which a slot's last job left
         self.waiting = deque()  # jobs without a slot, under the lock of `wake`
 
@@ -247,6 +251,8 @@ class Engine(Caller):
             self.waiting.popleft()
         n_known, source = self.longest_beginning(job)
         for other in pack:
+            if other.adapter != job.adapter:
+                continue
             n_common = common_beginning(other.ids, job.ids, self.reusable(job))
             if n_common >= n_known + self.pass_cost:
                 self.read(pack, self.prefill_chunk)
@@ -273,10 +279,17 @@ class Engine(Caller):
         most = self.reusable(job)
         best = (0, 0)
         for slot in range(self.max_batch):
+            if self.adapter_of(slot) != job.adapter:  # its keys and values are others
+                continue
             n_common = common_beginning(self.known_ids(slot), job.ids, most)
             if self.decoder.can_begin(slot, n_common):
                 best = max(best, (n_common, slot))
         return best
+
+    def adapter_of(self, slot: int) -> int:
+        """The adapter that made what a slot has."""
+        job = self.jobs.get(slot)
+        return self.cached_by[slot] if job is None else job.adapter
 
     def known_ids(self, slot: int) -> list[int]:
         """The ids whose keys and values a slot has for certain."""
@@ -314,6 +327,7 @@ class Engine(Caller):
             n_cached=job.n_read,
             bias=job.sampling.logit_bias,
             guided=job.guide is not None,
+            adapter=job.adapter,
             owner=job,
         )
 
@@ -447,6 +461,7 @@ class Engine(Caller):
         """The job leaves. Its slot keeps what it had, for prompts that begin alike."""
         slot = job.slot
         self.cached_ids[slot] = self.known_ids(slot)
+        self.cached_by[slot] = job.adapter
         self.last_used[slot] = self.n_steps
         self.decoder.clear(slot)
         del self.jobs[slot]

@@ -166,7 +166,8 @@ def all_experts(
     """The formula: the sum over all E of weight times expert(x), the weight of an expert that was
     not chosen being 0. x (N, C), weights and chosen (N, k)."""
     n_experts = stacks[0].shape[0]
-    all_weights = weights.new_zeros(len(x), n_experts).scatter(1, chosen, weights)  # (N, E)
+    zeros = weights.new_zeros(x.shape[0], n_experts)  # len(x) would be a constant in torch.export
+    all_weights = zeros.scatter(1, chosen, weights)  # (N, E)
     y = torch.zeros_like(x)
     for e, matrices in enumerate(zip(*[stack.unbind() for stack in stacks])):
         y = y + all_weights[:, e, None].to(x.dtype) * expert(x, *matrices)

@@ -58,7 +58,7 @@ def response_forms(value: Any) -> list[tuple[str, str, Any]]:
     field = "response_format"
     kind = value.get("type") if isinstance(value, dict) else None
     keys = {"text": set(), "json_object": {"schema"}, "json_schema": {"json_schema"}}
-    if kind not in keys:
+    if not isinstance(kind, str) or kind not in keys:
         raise FormError(field, "expected {'type': text, json_object or json_schema}")
     refuse_others(field, value, {"type"} | keys[kind])
     if kind == "text":

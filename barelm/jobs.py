@@ -100,6 +100,7 @@ class Job:
     echo: the prompt's text, where it belongs to the answer, and its tokens' log-probabilities too.
     guide: a Guide (barelm/grammar.py) that says what the answer may be. It ends at its grammar's
     end, whether or not an end token comes; so one of `ends` counts where the text is whole alone.
+    adapter: the number of the adapter that makes it (barelm/many_adapters.py); 0: none.
     goes_on: with a guide, no end token comes where the text could go on.
     shown: special tokens whose names are part of the text.
     """
@@ -118,6 +119,7 @@ class Job:
         guide: Guide | None = None,
         goes_on: bool = False,
         shown: Collection[int] = (),
+        adapter: int = 0,
     ) -> None:
         self.ids = ids
         self.sampling = sampling
@@ -129,6 +131,7 @@ class Job:
         self.tokens = []  # Tokens that were not told yet
         if self.scores_prompt:
             self.tokens.append(Token(ids[0], None, {}))
+        self.adapter = adapter
         self.guide = guide
         self.goes_on = goes_on
         self.row = Row(

@@ -103,6 +103,8 @@ class Layer(nn.Module):
 
         rope = tuple(look[:2]) if self.turns else None
         x = self.block(x, rope, look[-1], cache)
+        if self.block.has_experts:
+            x, _ = x  # and how they were chosen
         return [x, *new]
 
 
@@ -317,7 +319,7 @@ def share_weights(graph: Graph) -> None:
 def kind_of(block: Block) -> tuple:
     """What blocks must have in common to be one trace: what they see, their parts, and the shapes
     of their parameters."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    shapes = tuple((name, tuple(t.shape)) for name, t in tensors_of(block).items())
     parts = tuple(type(module) for module in block.children())
     return block.pattern, shapes, parts
 
@@ -337,6 +339,11 @@ def outer(net: GPT) -> dict[str, Tensor]:
     """The parameters outside of the blocks, by the names that Front and Back have for them."""
     inner = ("model.layers.", "model.mtp.", "model.encoder.")
     return {f"net.{n}": p for n, p in net.named_parameters() if not n.startswith(inner)}
+
+
+def tensors_of(block: Block) -> dict[str, Tensor]:
+    """A block's parameters, and the experts' biases, by the names that Layer has for them."""
+    return {f"block.{n}": t for n, t in (*block.named_parameters(), *block.named_buffers())}
 
 
 def add_front(graph: Graph, net: GPT) -> tuple[str, dict[Pattern, list[str]], Piece]:
@@ -377,8 +384,7 @@ def trace_layer(net: GPT, block: Block) -> Piece:
         inputs["mask"] = example("B-TS", [1], torch.bool)
     for name in ("keys", "values"):
         inputs[name] = example("B-S-", [c.n_kv_head, c.head_dim])
-    layer = Layer(block, turns)
-    piece = trace(layer, inputs, ["y", "k", "v"], dict(layer.named_parameters()))
+    piece = trace(Layer(block, turns), inputs, ["y", "k", "v"], tensors_of(block))
     ask_batch_size_of_x(piece)
     return piece
 
@@ -397,14 +403,14 @@ def add_layer(graph: Graph, net: GPT, i: int, piece: Piece, kind: str, inputs: l
     """Add block i, whose inputs have these names; returns the name of its x."""
     c = net.config
     place = f"layer.{i}."
-    parameters = {f"block.{name}": p for name, p in net.model.layers[i].named_parameters()}
     new = [f"{place}{name}" for name in piece.outputs[1:]]
     seen = new
     if has_cache(net):
         seen = [f"present.{i}.key", f"present.{i}.value"]
     # The keys that a block sees are made, among others, of what it makes: `in_order` sorts them.
     stem = f"model.layers.{i}."
-    x, *new = graph.add(piece, kind, place, [*inputs, *seen], parameters, "block.", stem)
+    tensors = tensors_of(net.model.layers[i])
+    x, *new = graph.add(piece, kind, place, [*inputs, *seen], tensors, "block.", stem)
     if has_cache(net):
         for name, past_name, present in zip(new, ("key", "value"), seen):
             past = f"past_key_values.{i}.{past_name}"

@@ -16,6 +16,8 @@ from barelm import __version__, api, responses_api, vector_api
 from barelm.answer_schemas import SCHEMAS, answer_schema
 from barelm.attention_maps import AttentionRequest, GridRequest
 from barelm.feedback import Feedback
+from barelm.guided import LARGEST_BIAS
+from barelm.jobs import Sampling
 from barelm.lens_requests import LensRequest, PatchRequest, SharesRequest
 from barelm.next_token import NextRequest
 from barelm.page import NeighboursRequest, TextRequest
@@ -51,6 +53,7 @@ CLIENTS: dict[str, Any] = {"neutral": api.NEUTRAL, "ignored": api.IGNORED}
 VECTORS: dict[str, Any] = {"neutral": vector_api.NEUTRAL, "ignored": vector_api.IGNORED}
 RESPONSES: dict[str, Any] = CLIENTS | {"neutral": api.NEUTRAL | responses_api.RESPONSE_NEUTRAL}
 RUN = {"type": "string"}
+STEP = {"type": "integer", "minimum": -1, "maximum": 10**15 - 1}
 ADDRESSES = {
     "/v1/completions": Address(
         "A text goes on", api.Completion, ("prompt",), **CLIENTS, answer="Completion", streams=True
@@ -114,7 +117,7 @@ ADDRESSES = {
         "What a patch of a state restores", PatchRequest, ("clean", "corrupted"), streams=True
     ),
     "/inspect/runs": Address("The runs that have a log"),
-    "/inspect/log": Address("A run's log", query={"run": RUN, "after": {"type": "integer"}}),
+    "/inspect/log": Address("A run's log", query={"run": RUN, "after": STEP}),
     "/inspect/log.csv": Address("Logs as a table", query={"run": RUN}, answer="text/csv"),
     "/inspect/reload": Address("Load the weights that a run has saved since", NoFields),
 }
@@ -124,7 +127,54 @@ ADDRESSES = {
 
 
 TEXT = {"type": "string"}
-FORM = {"description": "what the answer may be (docs/serve.md)"}
+SCHEMA = {"type": "object", "properties": {"name": TEXT, "schema": {"type": "object"}}}
+FORMAT = {  # of an answer
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+            "required": ["type"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": SCHEMA | {"required": ["schema"]},
+            },
+            "required": ["type", "json_schema"],
+            "additionalProperties": False,
+        },
+    ]
+}
+FUNCTION = {"name": TEXT, "description": TEXT, "parameters": {"type": "object"}}
+KIND = {"const": "function"}
+TOOL = {
+    "type": "object",
+    "properties": {
+        "type": KIND,
+        "function": {"type": "object", "properties": FUNCTION, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
+RESPONSE_TOOL = {
+    "type": "object",
+    "properties": {"type": KIND} | FUNCTION,
+    "required": ["type", "name"],
+}
+REASONING = {
+    "type": "object",
+    "properties": {"effort": {"type": ["string", "null"]}},
+    "additionalProperties": False,
+}
+RESPONSE_TEXT = {  # the same in /v1/responses, where a schema stands beside its type
+    "type": "object",
+    "properties": {
+        "verbosity": {"enum": ["medium", None]},
+        "format": {"type": ["object", "null"], "properties": {"type": TEXT}, "required": ["type"]},
+    },
+    "additionalProperties": False,
+}
 NAMES = {
     bool: "boolean",
     int: "integer",
@@ -143,6 +193,8 @@ def shapes(served: ServedModel) -> dict[str, dict]:
     some_text = TEXT | {"minLength": 1}
     stops = {"type": "array", "items": TEXT | {"maxLength": 256}, "maxItems": 16}
     messages = {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1}
+    most = {"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}}
+    bias = {"type": "number", "minimum": -LARGEST_BIAS, "maximum": LARGEST_BIAS}
     return {
         "prompt": any_of(TEXT, some_ids, some_list(TEXT), some_list(some_ids)),
         "input": any_of(some_text, some_ids, some_list(some_text), some_list(some_ids)),
@@ -159,20 +211,37 @@ def shapes(served: ServedModel) -> dict[str, dict]:
         "against": any_of(id, TEXT),
         "answer": any_of(id, TEXT),
         "other": any_of(id, TEXT),
-        "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}},
-        "response_format": {"type": "object", "required": ["type"]},
+        "logit_bias": {"type": "object", "additionalProperties": bias},
+        "response_format": FORMAT,
         "structured_outputs": {"type": "object"},
+        "truncate_prompt_tokens": most,
         "guided_json": any_of({"type": "object"}, TEXT),
         "guided_regex": TEXT,
         "guided_choice": some_list(TEXT),
         "guided_grammar": TEXT,
         "json_schema": any_of({"type": "object"}, TEXT),
         "grammar": TEXT,
-        "tools": {"type": "array", "items": {"type": "object", "required": ["type"]}},
+        "tools": {"type": "array", "items": TOOL},
+        "Respond.tools": {"type": "array", "items": RESPONSE_TOOL},
         "tool_choice": any_of({"enum": ["none", "auto", "required"]}, {"type": "object"}),
+        "reasoning": REASONING,
+        "reasoning_format": {"enum": ["none", "auto", "deepseek"]},
+        "include": {"type": "array", "items": {"const": responses_api.LOGPROBS}},
+        "text": TEXT,
+        "Respond.text": RESPONSE_TEXT,
         "stream_options": {
             "type": "object",
-            "properties": {"include_usage": {"type": ["boolean", "null"]}},
+            "properties": {
+                "include_usage": {"type": ["boolean", "null"]},
+                "include_obfuscation": {"enum": [False, None]},
+                "continuous_usage_stats": {"enum": [False, None]},
+            },
+            "additionalProperties": False,
+        },
+        "Respond.stream_options": {
+            "type": "object",
+            "properties": {"include_obfuscation": {"enum": [False, None]}},
+            "additionalProperties": False,
         },
     }
 
@@ -196,7 +265,6 @@ def limits_of(served: ServedModel, n_embd: int) -> dict[str, tuple]:
         "max_output_tokens": (1, most - 1),
         "min_tokens": (0, most - 1),
         "dimensions": (1, n_embd),
-        "token": (0, served.tok.n_vocab - 1),
     }
 
 
@@ -256,7 +324,9 @@ class Bodies:
         if get_args(wanted):  # the int of `int | None`
             wanted = get_args(wanted)[0]
         schema: dict = {"type": NAMES[wanted]} if wanted in NAMES else {}
-        limits = self.limits.get(f.name, f.metadata.get("limits"))
+        limits = f.metadata.get("limits")
+        if issubclass(request_type, (Sampling, vector_api.Embeddings)):
+            limits = self.limits.get(f.name, limits)
         if limits is not None:
             schema |= {"minimum": limits[0], "maximum": limits[1]}
         return schema | default

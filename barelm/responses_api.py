@@ -174,6 +174,9 @@ def read_input(value: Any) -> list[dict]:
         if not isinstance(item, dict):
             raise ApiError(400, f"{where}: expected an object, not {short(item)}", "input")
         add_item(messages, item, where)
+    for message in messages:  # thoughts that nothing was said after
+        if message["content"] is None and "tool_calls" not in message:
+            message["content"] = ""
     return messages
 
 

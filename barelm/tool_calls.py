@@ -1,6 +1,6 @@
 """Calls of tools in a model's answer: text in as it comes, pieces of text and of calls out.
 
-    parser = CallParser(form_named("hermes"), {"weather"})
+    parser = CallParser(form_named("hermes"), {"weather": {"type": "object"}})
     parser.feed('It is <tool_call>{"name": "weather", "argum')      # ["It is"]
     parser.feed('ents": {"city": "Paris"}}</tool_call>', final=True)  # [a CallPiece or two]
 
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import regex
+
+from barelm.tool_values import read_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -77,14 +79,19 @@ class JsonValue:
 
 
 class CallParser:
-    """Finds the calls in one answer. names: of the tools that there are. certain: a grammar makes
-    sure that what begins as a call is one. most: calls at most; what follows is text."""
+    """Finds the calls in one answer. schemas: {name: JSON Schema of the arguments} of the tools
+    that there are. certain: a grammar makes sure that what begins as a call is one. most: calls at
+    most; what follows is text."""
 
     def __init__(
-        self, form: ToolForm, names: Collection[str], certain: bool = False, most: int | None = None
+        self,
+        form: ToolForm,
+        schemas: dict[str, dict],
+        certain: bool = False,
+        most: int | None = None,
     ) -> None:
         self.form = form
-        self.names = names
+        self.names = schemas
         self.certain = certain
         self.most = most
         self.n_calls = 0
@@ -103,6 +110,9 @@ class CallParser:
         self.closing = ""  # what may follow a call
         self.n_scanned = 0  # characters of the rest that the value has seen
         self.head = regex.compile(self.head_pattern())
+        # Of a call with tags: behind a value, or where there is none, since values are any text.
+        end = r"\s*".join(map(regex.escape, form.end.split()))
+        self.end = regex.compile(rf"(?:\A|{regex.escape(form.value_end.strip())})\s*({end})")
         self.markers = [form.marker] if form.marker else ["<|python_tag|>"]
 
     def head_pattern(self) -> str:
@@ -114,7 +124,11 @@ class CallParser:
         # The marker, which may be all that there is, was read before.
         begin = regex.escape(form.begin.removeprefix(form.marker))
         middle = regex.escape(form.middle.strip())
-        return rf"\s*{begin}\s*([^\s\[\]{{}}<>]+)\s*{middle}\s*(?=\{{)"
+        behind = r"\s*(?=\{)"  # the arguments, a JSON object
+        if form.key_begin:
+            behind = "" if middle else r"(?=[\s<])"
+        begin = r"\s*".join(begin.split(r"\n"))
+        return rf"\s*{begin}\s*([^\s\[\]{{}}<>]+)\s*{middle}{behind}"
 
     def feed(self, text: str, final: bool = False) -> list[str | CallPiece]:
         """The pieces that this text of the answer makes certain."""
@@ -285,6 +299,10 @@ class CallParser:
         if match[1] not in self.names:
             return self.broken()
         self.name = match[1]
+        if self.form.key_begin:
+            self.n_scanned = match.end()
+            self.step = self.read_tagged
+            return True
         self.value = JsonValue()
         self.n_scanned = match.end()
         self.value_begin = match.end()
@@ -294,6 +312,22 @@ class CallParser:
             self.step = self.pass_arguments
         else:
             self.step = self.read_arguments
+        return True
+
+    def read_tagged(self) -> bool:
+        """Arguments between tags, when they are whole."""
+        behind = self.rest[self.n_scanned :]
+        end = self.end.search(behind)
+        if end is None:
+            return self.wait()
+        arguments = read_values(self.form, behind[: end.start(1)], self.names[self.name])
+        if arguments is None:
+            return self.broken()
+        self.give(CallPiece(self.n_calls, self.name))
+        self.give(CallPiece(self.n_calls, None, json.dumps(arguments, ensure_ascii=False)))
+        self.n_calls += 1
+        self.rest = behind[end.end() :]
+        self.step = self.outside
         return True
 
     def pass_arguments(self) -> bool:

@@ -15,9 +15,10 @@ import json
 import re
 from dataclasses import dataclass
 
-from barelm.chat import written_json
+from barelm.chat import parsed_json, written_json
 from barelm.grammar import json_rule
 from barelm.run import UserError
+from barelm.tool_values import value_rules, write_values
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ToolForm:
     sign: what stands in a template of this form, a regular expression. marker: what a call, or all
     of them, begins with; "": nothing but the call's own brace at the beginning of the answer.
     is_json: whether name and arguments are the fields of a JSON object, in any order and spacing.
+    key_begin, key_end, value_end: around each argument, where they are no JSON
+    (barelm/tool_values.py).
     """
 
     name: str
@@ -40,10 +43,16 @@ class ToolForm:
     between: str = ""
     closing: str = ""
     is_json: bool = True
+    key_begin: str = ""
+    key_end: str = ""
+    value_end: str = ""
     id_length: int = 0  # of a call's id, where the template wants one of so many letters and digits
 
     def call(self, name: str, arguments: str) -> str:
         """A call as the model would write it; arguments: a JSON object's text."""
+        if self.key_begin:
+            values = parsed_json(arguments)
+            arguments = write_values(self, values) if isinstance(values, dict) else arguments
         return self.begin + name + self.middle + arguments + self.end
 
     def calls(self, calls: list[tuple[str, str]]) -> str:
@@ -119,6 +128,32 @@ FORMS = [
         between=", ",
         closing="]",
     ),
+    ToolForm(  # Qwen3-Coder, Qwen3.5 and later, Nemotron 3
+        name="qwen3_coder",
+        sign="<function=",
+        marker="<tool_call>",
+        begin="<tool_call>\n<function=",
+        middle=">\n",
+        end="</function>\n</tool_call>",
+        between="\n",
+        is_json=False,
+        key_begin="<parameter=",
+        key_end=">\n",
+        value_end="\n</parameter>\n",
+    ),
+    ToolForm(  # GLM-4.5 and later
+        name="glm",
+        sign="<arg_key>",
+        marker="<tool_call>",
+        begin="<tool_call>",
+        middle="\n",
+        end="</tool_call>",
+        between="\n",
+        is_json=False,
+        key_begin="<arg_key>",
+        key_end="</arg_key>\n<arg_value>",
+        value_end="</arg_value>\n",
+    ),
     HERMES,  # and Qwen2.5, Qwen3
     ToolForm(  # Llama 3.1 and 3.2; some answers have <|python_tag|> before the call
         name="llama3",
@@ -132,8 +167,7 @@ FORMS = [
 ]
 # Templates whose calls are no JSON: what is said of them, rather than a call never found.
 UNREAD = {
-    r"<function=": "its calls are in XML (Qwen3-Coder's form)",
-    r"<arg_key>": "its calls are in XML (GLM's form)",
+    r"<\|tool_call>call:": "its calls are in braces of their own (Gemma 4's form)",
     r"<\|tool_call_start\|>": "its calls are Python (LFM2's form)",
     r"<\|channel\|>": "its calls are in channels (gpt-oss's form)",
 }
@@ -229,7 +263,6 @@ def without_calls(message: dict, form: ToolForm) -> dict:
 # Grammars, in llguidance's Lark
 
 MOST_CALLS = 16  # of one answer that is constrained
-ANYTHING = {"type": "object"}  # of a function without parameters given
 
 
 def quoted(text: str, token_ids: dict[str, int]) -> str:
@@ -292,21 +325,22 @@ def call_grammar(
     for number, tool in enumerate(tools):
         function = tool["function"]
         head = quoted(function["name"] + form.middle, token_ids)
-        arguments = arguments_rule(function)
         lines.append(f"call_{number}: {head} arguments_{number} {quoted(form.end, token_ids)}")
-        lines.append(f"arguments_{number}: {arguments}")
+        lines += arguments_rules(form, function, f"arguments_{number}")
         names.append(f"call_{number}")
     lines.append("call: " + " | ".join(names))
     return "\n".join(lines) + "\n"
 
 
-def arguments_rule(function: dict) -> str:
-    """The right side of the rule of a function's arguments."""
-    schema = function.get("parameters") or ANYTHING
-    if schema.get("type", "object") != "object":
-        raise UserError(f"{function['name']}: its parameters are no object")
+def arguments_rules(form: ToolForm, function: dict, name: str) -> list[str]:
+    """The rules of a function's arguments, the first of which has this name."""
+    schema = {"type": "object"} | (function.get("parameters") or {})
     try:
-        return json_rule({"type": "object"} | schema, compact=True)
+        if schema["type"] != "object":
+            raise UserError("its parameters are no object")
+        if form.key_begin:
+            return value_rules(form, schema, name)
+        return [f"{name}: {json_rule(schema, compact=True)}"]
     except UserError as error:
         raise UserError(f"{function['name']}: {error}") from None
 

@@ -139,10 +139,15 @@ def cut_to(served: ServedModel, request: Embeddings | Classify) -> int:
 # In the thread of the engine, which owns the network and its counters
 
 
-def make_vectors(engine: Engine, rows: list[list[int]], pooling: str) -> np.ndarray:
-    """Unit vectors (B, C) of lists of ids, as numpy's float32."""
+def make_vectors(
+    engine: Engine, rows: list[list[int]], pooling: str, adapter: int = 0
+) -> np.ndarray:
+    """Unit vectors (B, C) of lists of ids, as numpy's float32; adapter: its number, or 0."""
     engine.metrics.add("prompt_tokens_total", sum(map(len, rows)))
-    return finite(vectors_of(engine.net, rows, pooling)).numpy()
+    if adapter == 0:
+        return finite(vectors_of(engine.net, rows, pooling)).numpy()
+    with engine.adapters.used(engine.net, adapter, (adapter,)):
+        return finite(vectors_of(engine.net, rows, pooling)).numpy()
 
 
 def make_scores(engine: Engine, rows: list[list[int]]) -> list[list[float]]:

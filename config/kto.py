@@ -2,6 +2,9 @@
 #   python finetune.py config/sft.py               # out/sft
 #   python finetune.py config/kto.py
 #   python sample.py config/kto.py --model=out/kto
+# 150 seconds of one CPU core. On pairs of held-out modules the right docstring gains on the other
+# one in 0.76 of them (config/dpo.py: 0.77), by 7 nats on average: both lose, by 8 and by 15. The
+# loss falls from 0.50 to 0.45; z_0 stays 0.
 
 # finetune.py
 method = "kto"

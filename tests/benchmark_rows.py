@@ -113,6 +113,13 @@ HELLASWAG = [
     ("Cooking", "Water boils.", "the cook", ["adds salt.", "adds sand."], "0"),
 ]
 
+CAPITALS = {
+    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
+    "Russia": "Moscow", "China": "Beijing", "Egypt": "Cairo", "Greece": "Athens",
+    "Norway": "Oslo", "Poland": "Warsaw", "Austria": "Vienna", "Sweden": "Stockholm",
+    "Portugal": "Lisbon",
+}  # fmt: skip
+
 
 def dicts(keys, rows):
     return [dict(zip(keys.split(), row)) for row in rows]
@@ -153,6 +160,23 @@ FILES = {
     "lambada_openai": "lambada/lambada_openai.yaml",
     "triviaqa": "triviaqa/default.yaml",
 }
+
+
+def core_rows_by_kind():
+    """{kind: rows} of CORE that a language model knows something about."""
+    choices = []
+    for question, texts, answer in OPENBOOK + COMMONSENSE:
+        gold = "ABCDE".index(answer.strip())
+        choices.append({"query": question.strip(), "choices": texts, "gold": gold})
+    schemas = []
+    for sentence, first, second, right in WINOGRANDE * 2:
+        before, _, behind = sentence.partition("_")
+        row = {"context_options": [before + first, before + second], "gold": right - 1}
+        schemas.append(row | {"continuation": behind.strip()})
+    facts = []
+    for country, city in CAPITALS.items():
+        facts.append({"context": f"The capital of {country} is ", "continuation": city})
+    return {"multiple_choice": choices, "schema": schemas, "language_modeling": facts}
 
 
 def split_rows(name):

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from benchmark_rows import FILES, harness_task, split_rows
+from benchmark_rows import FILES, core_rows_by_kind, harness_task, split_rows
 from conftest import ROOT
-from test_benchmarks import Naive, core_rows, write_rows
+from test_benchmarks import Naive, write_rows
 
 from barelm.benchmarks import TASKS
 from barelm.checkpoint import load
@@ -55,7 +55,7 @@ def theirs(model, shots):
 
 def compare(model, folder, shots):
     tasks = f"--tasks={','.join(FILES)}"
-    mine, seconds = ours(
+    our_results, seconds = ours(
         model, folder, tasks, f"--shots={shots}", f"--max_new_tokens={MAX_NEW_TOKENS}"
     )
     begun = time.monotonic()
@@ -73,9 +73,9 @@ def compare(model, folder, shots):
                 for logprob, reply in zip(logprobs, replies, strict=True):
                     differences.append(abs(logprob - reply[0]))
         what = "answers that differ" if name == "triviaqa" else "largest difference of log p"
-        for metric in metrics_of(mine[name]):
+        for metric in metrics_of(our_results[name]):
             keys = [key for key in results[name] if key.split(",")[0] == metric]
-            value = mine[name][metric]
+            value = our_results[name][metric]
             their_value = float(results[name][keys[0]])
             print(
                 f"{name}.{metric}: eval.py {value:.6g}, lm_eval {their_value:.6g}; "
@@ -85,14 +85,15 @@ def compare(model, folder, shots):
 
 
 def compare_core(model, folder):
+    rows = core_rows_by_kind()
     for task in CORE:
-        write_rows(folder / f"rows/core/{task.file}", core_rows(task))
-    mine, seconds = ours(model, folder, "--tasks=core")
+        write_rows(folder / f"rows/core/{task.file}", rows[task.kind])
+    our_results, seconds = ours(model, folder, "--tasks=core")
     begun = time.monotonic()
     naive = Naive(*load(str(model)))
     for task in CORE:
-        expected = naive.accuracy(task, core_rows(task))
-        value = mine["core"]["by"][task.name]["accuracy"]
+        expected = naive.accuracy(task, rows[task.kind])
+        value = our_results["core"]["by"][task.name]["accuracy"]
         print(f"core.{task.name}: eval.py {value:.6g}, naive loop {expected:.6g}")
         assert abs(value - expected) < 1e-9
     print(f"CORE: eval.py {seconds:.0f} s, naive loop {time.monotonic() - begun:.0f} s")

@@ -27,6 +27,7 @@ from barelm.engine import Engine
 from barelm.errors import UserError
 from barelm.grammar import compile_grammar
 from barelm.jobs import Job, Sampling
+from barelm.run import choose_dtype
 from barelm.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -216,7 +217,8 @@ class Fuzzer:
 def open_model(name):
     """(network, tokenizer) of a folder, or random weights with its tokenizer."""
     if not name.startswith("random:"):
-        return load(name, "cpu", torch.float32)
+        kind, _ = choose_dtype(torch.device("cpu"), "auto", n_embd=1024)
+        return load(name, "cpu", kind)
     tok = Tokenizer.from_folder(name.removeprefix("random:"))
     torch.manual_seed(0)
     sizes = dict(n_layer=1, n_head=2, n_kv_head=1, head_dim=16, n_embd=32, n_hidden=64)
@@ -267,10 +269,10 @@ def is_beginning(tok, grammar, ids):
     return True
 
 
-def fuzz(model, n, limit=120, seed=0, tell=print):
+def fuzz(model, n, limit=80, seed=0, tell=print):
     """Answers to n schemas that can be held: a Counter of what they are."""
     net, tok = open_model(model)
-    engine = Engine(net, tok, max_batch=8, max_len=min(512, net.config.n_ctx))
+    engine = Engine(net, tok, max_batch=16, max_len=256)
     engine.start()
     fuzzer = Fuzzer(seed)
     counts = Counter()
@@ -288,6 +290,8 @@ def fuzz(model, n, limit=120, seed=0, tell=print):
                 run(engine, tok, pending, limit, counts, tell)
                 counts["schemas"] += len(pending)
                 pending = []
+                if counts["schemas"] % 50 < 16:
+                    print({key: counts[key] for key in ("schemas", "valid", "cut")}, flush=True)
     finally:
         engine.stop()
     return counts
@@ -299,7 +303,7 @@ def run(engine, tok, pending, limit, counts, tell):
     def jobs_of(listener):
         jobs = []
         for i, (schema, grammar) in enumerate(pending):
-            ids = prompt_of(tok, schema)[:380]
+            ids = prompt_of(tok, schema)
             sampling = Sampling(temperature=[1.0, 1.5, 3.0][i % 3], seed=counts["schemas"] + i)
             job = Job(tok, ids, limit, sampling, listener, ends=tok.eos_ids, guide=grammar.begin())
             job.number = i
@@ -320,7 +324,7 @@ def run(engine, tok, pending, limit, counts, tell):
 
 
 def prompt_of(tok, schema):
-    text = f"Answer in JSON by this schema: {json.dumps(schema)[:600]}"
+    text = f"Answer in JSON by this schema: {json.dumps(schema)[:100]}"
     if tok.config.get("chat_template"):
         return tok.chat([{"role": "user", "content": text}], True)[0]
     return tok.prompt(text)

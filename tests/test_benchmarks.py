@@ -372,7 +372,7 @@ def test_core_is_the_naive_loop_s(small):
         assert entry["by"][task.name]["centered"] == pytest.approx(values[-1])
         assert f"| {task.name}" in out
     assert entry["core_metric"] == pytest.approx(sum(values) / 22)
-    assert "core.core_metric: " in out and "rows: hellaswag_zeroshot 13 of 10,042" in out
+    assert "core.core_metric: " in out and "not the published CORE: 286 of 91,037 rows" in out
     assert "core.coqa: 1 of 13 prompts were cut" in out
     assert 0 < entry["by"]["squad"]["accuracy"] + entry["by"]["boolq"]["accuracy"] < 2
 
@@ -470,7 +470,7 @@ def test_the_bundle_is_fetched_checked_and_unpacked(small, tmp_path, monkeypatch
 
 CORE_REFUSALS = {
     "no rows of 2 of 22 tasks (jeopardy, squad)": ["--tasks=core", "--data=fewer"],
-    "core.nothing: expected core, or core.NAME of hellaswag_zeroshot": ["--tasks=core.nothing"],
+    "core.square: expected core or one of its 22, such as core.squad": ["--tasks=core.square"],
     "core.jeopardy: 10 shots of the other rows, but it has 5": ["--tasks=core", "--limit=5"],
     "core.copa: gold 7 is none of its 2 choices, in the row": ["--tasks=core.copa", "--data=bad"],
     "core.winograd: 'continuation' is empty": ["--tasks=core.winograd", "--data=bad"],

@@ -482,7 +482,6 @@ def test_gguf_of_every_architecture(name, tok, tmp_path):
         (QWEN3 | dict(mlp="gelu"), "--export=gguf", "mlp='swiglu' (here 'gelu')"),
         (QWEN3, "--export=hf --quantize=int4", "cannot hold int4 weights: --export=barelm"),
         (QWEN3, "--export=onnx --quantize=int8", "int8 weights"),
-        (QWEN3 | dict(n_experts=4), "--export=onnx", "has experts"),
         (QWEN3 | dict(n_encoder_layer=1), "--export=onnx", "an encoder-decoder"),
         (SHAPES["llama3"] | dict(qk_norm=True), "--export=gguf", "rope_scaling llama3"),
         (QWEN3, "--export=gguf --gguf_type=Q2_K", "expected F32, F16, Q8_0, Q6_K, Q5_K_M"),

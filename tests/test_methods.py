@@ -416,7 +416,7 @@ def test_a_student_comes_nearer_to_its_teacher(teacher):
         done = run(
             teacher, "finetune.py", *args, f"--teacher_weights={weights}", f"--out_dir={out}"
         )
-        assert f"GiB as {weights} on each process" in done.stdout
+        assert f"MiB as {weights} on each process" in done.stdout
         first, last = [row for row in log(teacher, out) if "val_loss" in row]
         assert last["val_divergence"] < 0.7 * first["val_divergence"]
     more = ["--model=out/teacher", "--out_dir=out/near_itself", "--max_steps=1"]

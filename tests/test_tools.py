@@ -3,6 +3,7 @@ them, grammars that allow what the form writes, and the server's answers to Open
 
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -80,7 +81,7 @@ def joined(pieces):
 
 
 def parsed(form, parts, certain=False, most=None):
-    parser = CallParser(form, {"f", "g_2"}, certain, most)
+    parser = CallParser(form, {"f": {}, "g_2": {}}, certain, most)
     pieces = []
     for part in parts:
         pieces += parser.feed(part)
@@ -232,26 +233,82 @@ def test_the_form_is_read_off_the_template():
         ("{% if tools %}[TOOL_CALLS]{% endif %}", "mistral"),
         ("{% if tools %}[TOOL_CALLS]{{ x }}[ARGS]{% endif %}", "mistral_args"),
         ("{% if tools %}<|tool_call|>{% endif %}", "granite"),
+        ("{% if tools %}<tool_call><function={{ x }}>{% endif %}", "qwen3_coder"),
+        ("{% if tools %}<tool_call>{{ x }}<arg_key>{% endif %}", "glm"),
         ("{# tools [TOOL_CALLS] #}", "hermes"),
     ]  # fmt: skip
     for template, name in cases:
         assert form_of(template).name == name, template
     with pytest.raises(UserError, match="tools: the chat template has none of these forms"):
         form_of("{{ tools }}")
-    with pytest.raises(UserError, match="XML"):
-        form_of("{{ tools }}<tool_call><function=x>")
+    with pytest.raises(UserError, match="its calls are Python"):
+        form_of("{{ tools }}<|tool_call_start|>")
     with pytest.raises(UserError, match="--tool_form=x: expected one of"):
         form_named("x")
 
 
-def test_public_templates_have_their_forms():
-    forms = {"qwen2_5": "hermes", "qwen3": "hermes", "llama3_1": "llama3", "llama3_2": "llama3"}
+PUBLIC_FORMS = {
+    "qwen2_5": "hermes", "qwen3": "hermes", "llama3_1": "llama3", "llama3_2": "llama3",
+    "qwen3_6": "qwen3_coder", "nemotron_3_nano": "qwen3_coder", "glm4moe": "glm",
+}  # fmt: skip
+
+
+def test_what_public_templates_write_of_a_call_is_read():
+    """A call as a template itself writes it in a conversation, found in that text."""
     templates = public_templates()
-    for name, form in forms.items():
-        if name in templates:
-            assert form_of(templates[name]).name == form
+    arguments = json.loads(TALK[2]["tool_calls"][0]["function"]["arguments"])
+    n_read = 0
+    for name, form in PUBLIC_FORMS.items():
+        if name not in templates:
+            continue
+        assert form_of(templates[name]).name == form
+        tok = tokenizer(templates[name])
+        extra = {"tools": TOOLS[:1]}
+        asked, _ = tok.chat(TALK[:2], True, extra=extra | {"enable_thinking": False})
+        called, _ = tok.chat(TALK[:3], answers="none", extra=extra)
+        whole = tok.decode(called)
+        text = whole[len(os.path.commonprefix([tok.decode(asked), whole])) :]
+        for closed in ("<|im_end|>", "<|eot_id|>"):
+            text = text.partition(closed)[0]
+        parser = CallParser(form_named(form), {"weather": SCHEMA})
+        said, calls = joined(parser.feed(text, final=True))
+        assert [(n, json.loads(a)) for n, a in calls] == [("weather", arguments)], (name, text)
+        n_read += 1
+    assert n_read or pytest.skip("this version of trl has other templates")
     if "qwen3" in templates:
         assert thoughts_of(templates["qwen3"]).end == "</think>"
+
+
+def test_values_between_tags_are_texts_or_json_by_their_schema():
+    form = form_named("qwen3_coder")
+    texts = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    properties = {"s": {"type": "string"}, "n": {"type": "integer"}, "t": texts, "o": {}}
+    schema = {"type": "object", "properties": properties}
+    for arguments in (
+        {"s": "12", "n": 12, "t": "12", "o": [1, "a"]},
+        {"s": "null\n\n</function>", "t": None, "o": "free text"},
+        {"s": "", "n": -1.5, "o": {"a": {"b": True}}},
+        {},
+    ):
+        text = form.call("f", json.dumps(arguments))
+        for parts in cuts(text):
+            parser = CallParser(form, {"f": schema})
+            pieces = [piece for part in parts for piece in parser.feed(part)]
+            said, calls = joined(pieces + parser.feed("", final=True))
+            assert not said and [(n, json.loads(a)) for n, a in calls] == [("f", arguments)], parts
+    [(_, shown)] = joined(
+        CallParser(form, {"f": schema}).feed(form.call("f", "{}").replace(
+            "</function>", "<parameter=n>\nTrue\n</parameter>\n</function>"), final=True)
+    )[1]  # fmt: skip
+    assert json.loads(shown) == {"n": True}
+    for wrong, why in (
+        ({"required": ["x"]}, "not among the properties"),
+        ({"properties": {"s": {"type": "string", "pattern": "a+"}}}, "cannot be enforced"),
+        ({"type": "array"}, "no object"),
+    ):
+        tools = [{"type": "function", "function": {"name": "f", "parameters": wrong}}]
+        with pytest.raises(UserError, match=why):
+            call_grammar(form, tools, {}, required=True)
 
 
 def test_a_template_without_tools_is_told_of_them():
@@ -266,7 +323,7 @@ def test_a_template_without_tools_is_told_of_them():
 
 
 def parsed_call(text):
-    parser = CallParser(form_named("hermes"), {"weather"})
+    parser = CallParser(form_named("hermes"), {"weather": {}})
     return joined(parser.feed(text, final=True))[1]
 
 
@@ -379,7 +436,7 @@ def test_a_grammar_allows_what_its_form_writes(form):
     n = len(good.encode())
     for grammar in (required, either):
         assert allowed(grammar, tok, good) == (n, True)
-        n_right = len(wrong.partition('"x"')[0].encode())
+        n_right = len(os.path.commonprefix([good, wrong]).encode())
         assert allowed(grammar, tok, wrong) == (n_right, False)
     assert allowed(either, tok, "It rains.") == (9, True)
     assert allowed(required, tok, "It rains.")[0] == 0
@@ -522,7 +579,10 @@ def test_thoughts_are_apart_from_the_answer(talker):
         guided_regex="[a-z]{3}\n</think>\n\n[0-9]{2}",
         chat_template_kwargs={"enable_thinking": True},
     )
-    for asked in (body, inside):
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    begun = [*ASK, {"role": "assistant", "content": "<think>\nso"}]
+    going_on = inside | goes_on | {"messages": begun, "chat_template_kwargs": {}}
+    for asked in (body, inside, going_on):
         message = talker.post(CHAT, asked).json()["choices"][0]["message"]
         assert re.fullmatch("[a-z]{3}", message["reasoning_content"])
         assert re.fullmatch("[0-9]{2}", message["content"])
@@ -541,12 +601,17 @@ def test_what_templates_get_and_what_is_refused(talker):
     tokens = lambda **body: talker.post("/tokenize", {"messages": ASK} | body).json()
     assert tokens(tools=TWO_TOOLS)["count"] > tokens()["count"]
     assert tokens(tools=TWO_TOOLS, tool_choice="none") == tokens(tools=[]) == tokens()
+    deep = json.loads('{"a":' * 400 + "1" + "}" * 400)
+    wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nope"}}}
     for body, why in (
         ({"functions": [{"name": "f"}]}, "OpenAI's older form; tools is the newer one"),
         ({"tools": [{}]}, "tools[0]: expected"),
         ({"tool_choice": "required"}, "tool_choice: there are no tools"),
         ({"chat_template_kwargs": {"x": 1}}, "template takes no x"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex: beside tools"),
+        ({"tools": [WEATHER | {"x": deep}]}, "tools: more than 100 objects"),
+        ({"chat_template_kwargs": {"enable_thinking": deep}}, "chat_template_kwargs: more than"),
+        ({"tools": [WEATHER], "response_format": wrong}, "response_format: "),
         ({"messages": [*ASK, {"role": "tool", "content": 3}]}, "messages[1]: expected"),
     ):
         answer = talker.post(CHAT, {"messages": ASK} | body)
@@ -653,7 +718,7 @@ def test_calls_are_learned_and_what_tools_answer_is_not():
         [usual, *_] = message_forms(messages)
         out = theirs.apply_chat_template(usual, **how)
         expected = runs_of(tok, out["input_ids"], out["assistant_masks"])
-        if out["input_ids"] != ids:  # some write more in training
+        if tok.decode(out["input_ids"]) != tok.decode(ids):  # some write more in training
             continue
         assert [text.strip() for text in said] == [text.strip() for text in expected]
         n_compared += 1
@@ -680,8 +745,8 @@ def test_records_with_tools_become_rows():
         with pytest.raises(Reject, match=why):
             as_sft(row | change)
     # Our own template takes no tools: they are described, and calls are text that is learned.
-    tok = tokenizer("{% for m in messages %}<|start|>{{ m.role }}|{{ m.content }}<|end|>{% endfor %}"
-                    "{% if add_generation_prompt %}<|start|>assistant|{% endif %}")  # fmt: skip
+    turns = "{% for m in messages %}<|start|>{{ m.role }}|{{ m.content }}<|end|>{% endfor %}"
+    tok = tokenizer(turns + "{% if add_generation_prompt %}<|start|>assistant|{% endif %}")
     messages, variables = for_training(tok, row)
     ids, mask = tok.chat(messages, extra=variables)
     called, answered = runs_of(tok, ids, mask)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +218,7 @@ def for_template(
 
 def for_training(tok: Tokenizer, row: dict) -> tuple[list[dict], dict]:
     """(messages, variables of the template) of a row {"messages", "tools"}, as the server would
-    give them to the template; UserError where its calls are of no form that is known."""
+    give them to the template."""
     messages = row["messages"]
     tools = row.get("tools") or []
     uses = any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
@@ -225,7 +226,8 @@ def for_training(tok: Tokenizer, row: dict) -> tuple[list[dict], dict]:
         return messages, {}
     template = tok.chat_template({"tools": tools})
     takes_them = takes_tools(template)
-    messages = for_template(messages, tools, form_of(template), takes_them)
+    with suppress(UserError):  # a form that the server could not read can be learned all the same
+        messages = for_template(messages, tools, form_of(template), takes_them)
     return messages, {"tools": tools} if takes_them and tools else {}
 
 

@@ -777,3 +777,5 @@ def test_records_with_tools_become_rows():
     called, answered = runs_of(tok, ids, mask)
     assert parsed_call(called)[0][0] == "weather" and answered == "Rain.<|end|>"
     assert not variables and for_training(tok, {"messages": TALK[:2]}) == (TALK[:2], {})
+    unread = tokenizer("{{ tools }}<|tool_call_start|>")
+    assert for_training(unread, row) == (row["messages"], {"tools": TOOLS})

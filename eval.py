@@ -26,8 +26,9 @@ kept there until the end.
 The file tells how an evaluation goes, in this order: rows become requests, requests are answered by
 the network, answers become scores; then the tasks that have no questions (loss, classify), and
 main(). What a task is, how its rows are read and its answers judged is in barelm/tasks.py, what
-stands before a question and what is a score in barelm/questions.py; a benchmark is added in
-barelm/benchmarks.py. Programs run in barelm/sandbox.py. report.py compares what was evaluated.
+stands before a question and what is a score in barelm/questions.py, what was answered is kept by
+barelm/replies.py; a benchmark is added in barelm/benchmarks.py. Programs run in barelm/sandbox.py.
+report.py compares what was evaluated.
 """
 
 from config import command_of, configure, settings
@@ -90,7 +91,6 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
@@ -123,14 +123,12 @@ from barelm.questions import (
     total_scores,
     with_shots,
 )
-from barelm.resume import make_folder
+from barelm.replies import Answers
 from barelm.rows import fetch_rows, find_rows, read_rows, read_text
 from barelm.run import (
-    Progress,
     UserError,
     check_least,
     choose_dtype,
-    duration,
     is_out_of_memory,
     setup,
 )
@@ -147,7 +145,6 @@ from barelm.scores import (
 )
 from barelm.scoring import (
     Request,
-    make_batches,
     plain_scores,
     score_by_position,
     shared_scores,
@@ -270,113 +267,6 @@ def prompt_ids(task, tok, prompt, history=()):
     if not ids and tok.eot_id is None:
         raise UserError(f"{task.name}: an empty prompt, and no token that starts a document")
     return ids or [tok.eot_id]
-
-
-# --------------------------------------------------------------------------------------------------
-# Answers: batches of requests, over all processes, kept until the run is done
-
-
-class Answers:
-    """What was answered, {key: answer}, and the file where this process keeps it, a line [key,
-    answer] each; a folder that cannot be written is refused before hours are spent."""
-
-    def __init__(self, folder, identity, run):
-        self.folder = folder
-        self.identity = identity  # of the model: another one's answers have other keys
-        self.run = run
-        self.path = folder / f"answers_{run.rank}.jsonl"
-        self.answered = {}
-        make_folder(folder)
-        try:
-            self.file = open(self.path, "a", encoding="utf-8")
-            for path in folder.glob("answers_*.jsonl"):
-                self.read(path)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-        run.wait()  # nobody writes before all have read
-        self.write("\n")  # behind a line that a killed process left unfinished
-
-    def read(self, path):
-        """Take over what a stopped run answered."""
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, RecursionError):  # torn, or none of ours
-                key, answer = json.loads(line)
-                self.answered[key] = answer
-
-    def write(self, lines):
-        """Append to the file, at once: a disk that is full ends the run, which can go on later."""
-        try:
-            self.file.write(lines)
-            self.file.flush()
-        except OSError as error:
-            with suppress(OSError):  # what is left in its buffer fails again
-                self.file.close()
-            why = f"cannot be written: {error.strerror}: what was answered before is kept there"
-            raise UserError(f"{self.path}: {why}: make room, and run it again") from None
-
-    def key(self, depends_on, request):
-        """What tells a request from all others, of this model and with these settings; not with
-        whom it shares a beginning, which changes no answer."""
-        asked = [self.identity, depends_on, request.context, request.continuations]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
-
-    def __call__(self, name, depends_on, requests, work, max_tokens=None):
-        """The answers to requests, [answer], each as JSON has it: work([Request]) -> [answer] is
-        called with batches, the same whatever the number of processes.
-
-        name: for the line of progress; depends_on: what else an answer depends on, as JSON;
-        max_tokens: of a batch (micro_tokens)."""
-        keys = [self.key(depends_on, request) for request in requests]
-        # Equal requests are answered once: no answer depends on which process comes last.
-        unique = dict(zip(keys, requests))
-        # All processes make the same batches, and each takes every world-th of them.
-        batches = make_batches(unique, max_tokens or micro_tokens)
-        own_batches = batches[self.run.rank :: self.run.world]
-        own_keys = []
-        total = sum(map(len, own_batches))
-        n_new = 0  # answered now, not read from a stopped run's file
-        begun = time.monotonic()
-        progress = Progress() if self.run.is_main else None
-        for batch in own_batches:
-            # All of a batch, or nothing: what stands beside a request must not change.
-            if not self.answered.keys() >= set(batch):
-                self.answer(batch, unique, work)
-                n_new += len(batch)
-            own_keys += batch
-            if progress:
-                seconds_each = (time.monotonic() - begun) / max(1, n_new)
-                left = duration(seconds_each * (total - len(own_keys)))
-                progress(f"{name}: {len(own_keys):,} of {total:,} requests, left {left}")
-        if progress:
-            line = f"{name}: {total:,} of {total:,} requests, {total - n_new:,} of before"
-            progress(line, last=True)
-        self.share(own_keys)
-        return [self.answered[key] for key in keys]
-
-    def answer(self, batch, requests, work):
-        """Answer a batch, keys of requests {key: Request}, and keep what was answered."""
-        lines = []
-        for key, answer in zip(batch, work([requests[key] for key in batch])):
-            self.answered[key] = answer
-            lines.append(json.dumps([key, answer]) + "\n")
-        self.write("".join(lines))
-
-    def share(self, keys):
-        """Give all processes what this one has answered to requests with these keys."""
-        if self.run.world == 1:
-            return
-        parts = [None] * self.run.world
-        dist.all_gather_object(parts, {key: self.answered[key] for key in keys})
-        for part in parts:
-            self.answered.update(part)
-
-    def close(self):
-        """All is in results.json: nothing needs to be kept."""
-        self.file.close()
-        self.run.wait()  # nobody removes a file that another still writes
-        if self.run.is_main:
-            for path in self.folder.glob("answers_*.jsonl"):
-                path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1214,7 +1104,7 @@ def main():
     check_order(net, names, opened)
     folder = results_folder()
     mark = model_mark(model, compute, quantize, fast, deterministic, rope_scaling)
-    answers = Answers(folder, mark, run)
+    answers = Answers(folder, mark, run, micro_tokens)
     mark_before, results = read_results(folder)
     if mark_before != mark:  # of another model: not to be mixed with this one's
         results = {}

@@ -4,10 +4,10 @@
     python export.py --quantize=int4 --export=barelm    # out/python-int4, for every script here
     python export.py --prune=2:4 --export=hf            # out/python-2of4, a plain folder
     python export.py --model=out/lora --export=hf       # a LoRA adapter merged into its base
-    python export.py --export=gguf --gguf_type=Q8_0     # out/python-gguf/python-Q8_0.gguf
+    python export.py --export=gguf --gguf_type=Q4_K_M   # out/python-gguf/python-Q4_K_M.gguf
     python export.py --export=onnx                      # out/python-onnx, with a cache; checked
 
---model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). The export of a
+--model is a run of ours or a Hugging Face folder of a family that opens here. The export of a
 quantized or pruned model prints the report first. GGUF needs gguf, and ONNX needs onnx, onnxscript
 and onnxruntime: pip install -r requirements-extras.txt.
 """

@@ -551,7 +551,7 @@ def read_form(served: ServedModel, request: Generation) -> None:
     plan = request.plan
     try:
         if plan is not None and plan.tools:
-            text_rule = checked(read_text_rule, request)
+            text_rule = checked(read_text_rule, served.tok, request)
             request.compiled = checked(plan.compile, served.tok, text_rule)
         else:
             request.compiled = read_grammar(served.tok, request)
@@ -670,6 +670,9 @@ def checked(f: Callable, *args: Any) -> Any:
         raise ApiError(400, str(error), error.field) from None
 
 
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")  # that the template shows
+
+
 def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int]:
     """The ids of a conversation, ready for the answer, or for more of the last one."""
     if served.is_seq2seq:
@@ -681,9 +684,11 @@ def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int
     if len(given) > served.max_len:
         raise too_long(served, f"{len(given)} messages")
     talk = [read_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+    sizes = [checked(messages.size_of, talk)]
+    sizes += [checked(messages.size_of, getattr(request, name), name) for name in TEMPLATE_FIELDS]
+    check_length(served, sum(sizes))
     plan = checked(plan_chat, served.tok, request, served.tool_form)
     request.plan = plan
-    check_length(served, messages.size_of([talk, plan.shown, plan.variables]))
     talk = plan.messages(talk)
     if request.continue_final_message:
         if talk[-1]["role"] != "assistant" or talk[-1].get("tool_calls"):
@@ -693,7 +698,8 @@ def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int
     else:
         # True: ready for the answer
         ids, _ = tokenized(served.tok.chat, talk, True, "none", plan.extra())
-    plan.see_prompt(served.tok.decode(ids[-64:]))
+    begun = talk[-1]["content"] if request.continue_final_message else None
+    plan.see_prompt(served.tok.decode(ids[-64:]), begun)
     return ids
 
 

@@ -160,6 +160,7 @@ def open_core(name: str, folder: str, limit: int, shots: int | None) -> list[tup
         if task.shots >= len(rows):
             why = f"{task.shots} shots of the other rows, but it has {len(rows)}"
             raise UserError(f"{task.label}: {why}: set --shots, or a higher --limit")
+        check_rows(task, rows)
         opened.append((task, rows))
     return opened
 
@@ -168,13 +169,13 @@ def find_file(folder: Path, file: str) -> Path | None:
     """The file of a task below a folder: at its place in the bundle, or of its name anywhere, as
     JSONL, JSON or parquet; None where there is none."""
     stem = Path(file).stem
-    found = []
+    candidates = []
     for path in sorted(folder.rglob("*")):
         if file_ending(path) in ROW_FILES and path.name.partition(".")[0] == stem:
             if path.as_posix().endswith(file):
                 return path
-            found.append(path)
-    return found[0] if found else None
+            candidates.append(path)
+    return candidates[0] if candidates else None
 
 
 def fetch_core(name: str, folder: str) -> None:
@@ -203,7 +204,7 @@ def unpack(archive: zipfile.ZipFile, task: CoreTask, place: Path) -> None:
     n_rows = sum(1 for line in data.splitlines() if line.strip())
     if n_rows != task.n_rows:
         why = f"{task.file} has {n_rows:,} rows, not {task.n_rows:,}"
-        raise UserError(f"{BUNDLE}: {why}: this is another bundle than the published one")
+        raise UserError(f"{archive.filename}: {why}: it is another bundle than the published one")
     path = place / task.file
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -263,6 +264,15 @@ def check_row(task: CoreTask, row: dict) -> None:
         raise ValueError(f"gold {gold!r} is none of its {len(options)} {key}")
 
 
+def check_rows(task: CoreTask, rows: list[dict]) -> None:
+    """Refuse rows of another form, in a line."""
+    for row in rows:
+        try:
+            check_row(task, row)
+        except ROW_ERRORS as error:
+            raise bad_row(task.label, row, error) from None
+
+
 def common_length(rows: list[list[int]]) -> int:
     """How many ids all rows begin with."""
     return len(os.path.commonprefix(rows))
@@ -320,15 +330,6 @@ def drawn_examples(i: int, n_rows: int, shots: int, seed: int) -> list[int]:
     return [k + 1 if k >= i else k for k in drawn]
 
 
-def check_rows(task: CoreTask, rows: list[dict]) -> None:
-    """Refuse rows of another form, in a line."""
-    for row in rows:
-        try:
-            check_row(task, row)
-        except ROW_ERRORS as error:
-            raise bad_row(task.label, row, error) from None
-
-
 def core_verdict(task: CoreTask, row: dict, requests: list, replies: list) -> tuple[bool, dict]:
     """(whether a row is right, what --samples shows) of the replies to its requests, [[log p, is
     greedy] of each continuation]."""
@@ -348,16 +349,15 @@ def core_verdict(task: CoreTask, row: dict, requests: list, replies: list) -> tu
 def ask(requests: list[Request], name: str, answers: Callable, work: Callable) -> list[list]:
     """For each request [[log p, is greedy] of each continuation]; of one without a token [0, True],
     which no network is asked for."""
-    full = []
+    full = []  # the same requests without such continuations
     for request in requests:
         full.append(request._replace(continuations=[ids for ids in request.continuations if ids]))
-    found = iter(
-        answers(name, "greedy", [request for request in full if request.continuations], work)
-    )
+    asked = [request for request in full if request.continuations]
+    answered = iter(answers(name, "greedy", asked, work))
     replies = []
-    for request, asked in zip(requests, full):
-        of_full = iter(next(found) if asked.continuations else [])
-        replies.append([next(of_full) if ids else [0.0, True] for ids in request.continuations])
+    for request, with_tokens in zip(requests, full):
+        of_request = iter(next(answered) if with_tokens.continuations else [])
+        replies.append([next(of_request) if ids else [0.0, True] for ids in request.continuations])
     return replies
 
 
@@ -365,7 +365,6 @@ def run_core_task(task: CoreTask, rows: list[dict], tok: Tokenizer, n_ctx: int, 
                   answers: Callable, work: Callable, say: Callable) -> Result:  # fmt: skip
     """Accuracy of a task, and centered. answers: eval.py's Answers; work: [Request] -> for each
     [[log p, is greedy] of each continuation]."""
-    check_rows(task, rows)
     n_cut = 0
     right = []
     log = []

@@ -63,6 +63,8 @@ def check_gguf(c: GPTConfig, tok: Tokenizer) -> LlamaVocab:
     notes = check_network(c, kind)
     if tok.eot_id is None:
         raise UserError("--export=gguf: the tokenizer names no end token (tokenizer_config.json)")
+    if len(tok.start) > 1 or len(tok.end) > 1:
+        raise refusal("llama.cpp puts one token before and one behind a text, this tokenizer more")
     vocab = llama_vocab(tok, c.vocab_size)
     vocab.notes[:0] = notes
     return vocab

@@ -42,7 +42,7 @@ def llama_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
         return unigram_vocab(tok, vocab_size)
     if tok.kind == "WordPiece":
         return wordpiece_vocab(tok, vocab_size)
-    what = f"{tok.kind} over bytes" if tok.kind == "Unigram" else tok.kind
+    what = f"byte-level {tok.kind}" if tok.kind == "Unigram" else tok.kind
     kinds = "byte-level BPE, SentencePiece's BPE and Unigram, WordPiece"
     raise refusal(f"llama.cpp has no {what} tokenizer: it reads {kinds}")
 
@@ -53,6 +53,8 @@ def llama_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
 
 def names_and_types(tok: Tokenizer, vocab: dict[str, int], vocab_size: int) -> tuple[list, list]:
     """([name of each id], [its type]); vocab: {name: id} of the tokens that are not added."""
+    if tok.n_vocab > vocab_size:
+        raise refusal(f"the tokenizer has {tok.n_vocab:,} ids, the model {vocab_size:,}")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # as llama.cpp's own converter names them
     types = ["UNUSED"] * vocab_size
     for token, id in vocab.items():
@@ -96,10 +98,24 @@ def spares_a_blank(tok: Tokenizer) -> bool:
 
 
 def reads_alike(tok: Tokenizer, vocab: LlamaVocab, text: str) -> bool:
+    """Whether llama.cpp has the tokenizer's ids of a text; of WordPiece, which loses what it does
+    not know, unknown words in a row count as one."""
     try:
-        return llama_ids(vocab, text) == tok.encode(text)
+        ids = llama_ids(vocab, text)
     except KeyError:  # a byte that the vocabulary lacks
         return False
+    if vocab.model == "bert":
+        return without_repeats(ids, vocab.unk_id) == without_repeats(tok.encode(text), vocab.unk_id)
+    return ids == tok.encode(text)
+
+
+def without_repeats(ids: list[int], repeated: int | None) -> list[int]:
+    """The ids, one of each run of this one."""
+    out: list[int] = []
+    for id in ids:
+        if id != repeated or not out or out[-1] != id:
+            out.append(id)
+    return out
 
 
 def checked(tok: Tokenizer, candidates: list[LlamaVocab], what: str) -> LlamaVocab:

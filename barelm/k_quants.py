@@ -122,18 +122,26 @@ def quantize_lines(blocks: Floats, top: int, lowest: float, n_tries: int) -> tup
         codes6.append(np.rint(factor[:, None] * numbers).clip(0, 63).astype(np.uint8))
         steps.append((largest / np.float32(63)).astype(np.float16))
     head = np.concatenate([*map(float16_bytes, steps), pack_scales(*codes6)], 1)
-    scale, low = (step.astype(np.float32)[:, None] * c for step, c in zip(steps, codes6))
-    x = blocks.reshape(-1, 8, 32)
-    codes = np.rint((x + low[:, :, None]) / scale[:, :, None])
-    codes = np.where(scale[:, :, None] == 0, 0, codes).clip(0, top)
+    rounded = []  # the numbers that a reader will have, (B, 8, 1)
+    for step, codes in zip(steps, codes6):
+        rounded.append((step.astype(np.float32)[:, None] * codes)[:, :, None])
+    scale, low = rounded
+    codes = np.rint((blocks.reshape(-1, 8, 32) + low) / scale)
+    codes = np.where(scale == 0, 0, codes).clip(0, top)
     return codes.astype(np.uint8), head
 
 
 def encode_q4_k(blocks: Floats) -> Bytes:
     """(B, 144) uint8 of blocks (B, 256): two groups in the halves of 32 bytes."""
     codes, head = quantize_lines(blocks, 15, -1, 21)
-    low, high = codes[:, 0::2], codes[:, 1::2]  # (B, 4, 32) each
-    return np.concatenate((head, (low | high << 4).reshape(-1, 128)), 1)
+    return np.concatenate((head, two_by_two(codes)), 1)
+
+
+def two_by_two(codes: Bytes) -> Bytes:
+    """The low halves of codes (B, 8, 32) in 128 bytes: of each two groups the first ones below."""
+    low = codes[:, 0::2] & 15  # (B, 4, 32)
+    high = codes[:, 1::2] & 15
+    return (low | high << 4).reshape(-1, 128)
 
 
 def encode_q5_k(blocks: Floats) -> Bytes:
@@ -141,8 +149,7 @@ def encode_q5_k(blocks: Floats) -> Bytes:
     codes, head = quantize_lines(blocks, 31, -0.5, 16)
     places = np.arange(8, dtype=np.uint8)[None, :, None]
     fifth = np.bitwise_or.reduce((codes >> 4) << places, 1)  # (B, 32)
-    low, high = codes[:, 0::2] & 15, codes[:, 1::2] & 15
-    return np.concatenate((head, fifth, (low | high << 4).reshape(-1, 128)), 1)
+    return np.concatenate((head, fifth, two_by_two(codes)), 1)
 
 
 def encode_q6_k(blocks: Floats) -> Bytes:

@@ -173,11 +173,11 @@ def merged(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """The symbols, the pair of the lowest rank joined as long as there is one; of equals the
     first."""
     while len(symbols) > 1:
-        found = [ranks.get(pair, len(ranks)) for pair in zip(symbols, symbols[1:])]
-        best = min(found)
+        pair_ranks = [ranks.get(pair, len(ranks)) for pair in zip(symbols, symbols[1:])]
+        best = min(pair_ranks)
         if best == len(ranks):
             break
-        i = found.index(best)
+        i = pair_ranks.index(best)
         symbols = symbols[:i] + [symbols[i] + symbols[i + 1]] + symbols[i + 2 :]
     return symbols
 
@@ -269,18 +269,24 @@ def wordpiece_ids(vocab: LlamaVocab, text: str) -> list[int]:
     ids = []
     for word in bert_words(vocab, text):
         rest = SPACE + word
-        found = []
+        word_ids = []
         while rest:
-            for end in range(len(rest), 0, -1):
-                if rest[:end] in vocab.id_of:
-                    break
-            else:
-                found = [vocab.unk_id]
+            size = longest_beginning(vocab, rest)
+            if size == 0:
+                word_ids = [vocab.unk_id]
                 break
-            found.append(vocab.id_of[rest[:end]])
-            rest = rest[end:]
-        ids += found
+            word_ids.append(vocab.id_of[rest[:size]])
+            rest = rest[size:]
+        ids += word_ids
     return ids
+
+
+def longest_beginning(vocab: LlamaVocab, text: str) -> int:
+    """The length of the longest token that a text begins with; 0 where it begins with none."""
+    for size in range(len(text), 0, -1):
+        if text[:size] in vocab.id_of:
+            return size
+    return 0
 
 
 def bert_words(vocab: LlamaVocab, text: str) -> list[str]:

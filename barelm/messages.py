@@ -9,6 +9,7 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 MOST_CALLS = 128  # of one message
+DEEPEST = 100  # objects and lists within each other
 EMPTY = (None, "", [], {})  # an earlier answer comes back with all its fields, most of them so
 OWN_FIELDS = {
     "system": [],
@@ -105,12 +106,22 @@ def read_calls(calls: Any, where: str) -> list[dict]:
     return checked
 
 
-def size_of(value: Any) -> int:
-    """How many characters the texts of a value of JSON have."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return size_of(list(value)) + size_of(list(value.values()))
-    if isinstance(value, list):
-        return sum(size_of(item) for item in value)
-    return 1
+def size_of(value: Any, field: str = "messages") -> int:
+    """How many characters the texts of a value of JSON have, names too; FieldError where it is
+    nested too deeply for what comes after."""
+    size = 0
+    level = [value]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise FieldError(field, f"more than {DEEPEST} objects and lists within each other")
+        inner: list = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, list):
+                inner += item
+            size += len(item) if isinstance(item, str) else 1
+        level = inner
+    return size

@@ -160,11 +160,16 @@ class ChatPlan:
             return self.variables | {"tools": self.shown}
         return self.variables
 
-    def see_prompt(self, text: str) -> None:
-        """Whether the thought has begun already, by the end of the prompt."""
-        if self.thoughts is not None:
-            behind = text.rstrip().rpartition(self.thoughts.end)[2]
-            self.inside = behind.endswith(self.thoughts.begin)
+    def see_prompt(self, text: str, begun: str | None = None) -> None:
+        """Whether the thought has begun already, by the end of the prompt. begun: the answer's
+        words so far, where it goes on behind them."""
+        if self.thoughts is None:
+            return
+        begin, end = self.thoughts
+        if begun is not None:
+            self.inside = begun.lstrip().startswith(begin) and end not in begun
+        else:
+            self.inside = text.rstrip().endswith(begin)
 
     def compile(self, tok: Tokenizer, text_rule: str | None) -> Grammar | None:
         """The Grammar of the answers; None: anything may be said, and what begins as a call may be
@@ -272,7 +277,7 @@ def read_variables(request: Any, template: str) -> dict:
     for name in given:
         if name in OWN_VARIABLES:
             raise FieldError("chat_template_kwargs", f"{name} is not a client's to give")
-        if not takes(template, name):
+        if not name.isidentifier() or not takes(template, name):
             # Clients send this one to every model.
             if name == "enable_thinking" and given[name] is False:
                 continue
@@ -302,7 +307,7 @@ def marks_of(tok: Tokenizer, plan: ChatPlan) -> dict[str, int]:
     }
 
 
-def read_text_rule(request: Any) -> str | None:
+def read_text_rule(tok: Tokenizer, request: Any) -> str | None:
     """The right side of a grammar's rule for the text of answers that call no tool, by what the
     request says of its form; None: any text."""
     forms = forms_of(request)
@@ -315,7 +320,9 @@ def read_text_rule(request: Any) -> str | None:
     try:
         if isinstance(source, str):
             source = json.loads(source)
-        return json_rule(source or {"type": "object"})
+        rule = json_rule(source or {"type": "object"})
+        compile_grammar(tok, "lark", f"start: {rule}")  # what is wrong is told of this field
+        return rule
     except (UserError, ValueError, RecursionError) as error:
         raise FieldError(field, str(error)) from None
 

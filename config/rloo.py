@@ -4,8 +4,8 @@
 #   python rl.py config/rloo.py
 #   echo "3 + 4 =" | python sample.py config/rloo.py --model=out/rloo --temperature=0
 # 65 seconds of one CPU core. The mean reward of the samples rises from 0.29 (the first 10 steps) to
-# 0.91 (the last 10); of one sample of each of the 15 held-out sums, from 0.13 to 0.67, 0.73 at best.
-# config/grpo.py on the same machine: from 0.30 to 0.85, and to 0.60, 0.67 at best.
+# 0.91 (the last 10); of one sample of each of the 15 held-out sums, from 0.13 to 0.67, 0.73 at
+# best. config/grpo.py on the same machine: from 0.30 to 0.85, and to 0.60, 0.67 at best.
 
 # rl.py
 method = "rloo"

@@ -2,9 +2,9 @@
 #   python finetune.py config/sft.py               # out/sft
 #   python finetune.py config/simpo.py
 #   python sample.py config/simpo.py --model=out/simpo
-# 72 seconds of one CPU core. On pairs of held-out modules the right docstring is the likelier a token
-# in 0.36 of them before and 0.46 after (many of the others were in the SFT's own training), and gains
-# on the other one in 0.75; the loss falls from 2.95 to 2.06. Both become less likely.
+# 72 seconds of one CPU core. On pairs of held-out modules the right docstring is the likelier a
+# token in 0.36 of them before and 0.46 after (many of the others were in the SFT's own training),
+# and gains on the other one in 0.75; the loss falls from 2.95 to 2.06. Both become less likely.
 
 # finetune.py
 method = "simpo"

@@ -55,7 +55,7 @@ def theirs(model, shots):
 
 def compare(model, folder, shots):
     tasks = f"--tasks={','.join(FILES)}"
-    mine, seconds = ours(
+    our_results, seconds = ours(
         model, folder, tasks, f"--shots={shots}", f"--max_new_tokens={MAX_NEW_TOKENS}"
     )
     begun = time.monotonic()
@@ -73,9 +73,9 @@ def compare(model, folder, shots):
                 for logprob, reply in zip(logprobs, replies, strict=True):
                     differences.append(abs(logprob - reply[0]))
         what = "answers that differ" if name == "triviaqa" else "largest difference of log p"
-        for metric in metrics_of(mine[name]):
+        for metric in metrics_of(our_results[name]):
             keys = [key for key in results[name] if key.split(",")[0] == metric]
-            value = mine[name][metric]
+            value = our_results[name][metric]
             their_value = float(results[name][keys[0]])
             print(
                 f"{name}.{metric}: eval.py {value:.6g}, lm_eval {their_value:.6g}; "
@@ -88,12 +88,12 @@ def compare_core(model, folder):
     rows = core_rows_by_kind()
     for task in CORE:
         write_rows(folder / f"rows/core/{task.file}", rows[task.kind])
-    mine, seconds = ours(model, folder, "--tasks=core")
+    our_results, seconds = ours(model, folder, "--tasks=core")
     begun = time.monotonic()
     naive = Naive(*load(str(model)))
     for task in CORE:
         expected = naive.accuracy(task, rows[task.kind])
-        value = mine["core"]["by"][task.name]["accuracy"]
+        value = our_results["core"]["by"][task.name]["accuracy"]
         print(f"core.{task.name}: eval.py {value:.6g}, naive loop {expected:.6g}")
         assert abs(value - expected) < 1e-9
     print(f"CORE: eval.py {seconds:.0f} s, naive loop {time.monotonic() - begun:.0f} s")

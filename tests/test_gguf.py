@@ -10,7 +10,7 @@ from conftest import run
 from llama_tokenizers import named_tokenizer, with_pattern
 
 gguf = pytest.importorskip("gguf")
-from barelm.bpe import bpe_tokenizer, char_tokenizer, split_step
+from barelm.bpe import bpe_tokenizer, char_tokenizer, split_step, wordpiece_tokenizer
 from barelm.checkpoint import load, save
 from barelm.families import from_hf_config
 from barelm.gguf_file import FILE_TYPES, as_array, check_gguf, tensor_type, write_gguf
@@ -316,10 +316,24 @@ def test_what_llama_cpp_reads_otherwise_is_refused_with_the_reason():
         (lower, "no normalizer Lowercase"),
         (char_tokenizer("abc \n"), "no WordLevel tokenizer"),
     ]
+    with pytest.raises(UserError, match="the tokenizer has 262 ids, the model 100"):
+        llama_vocab(bpe, 100)
     for tok, words in cases:
         with pytest.raises(UserError, match=words) as error:
             llama_vocab(tok, tok.n_vocab)
         assert "retrain" not in str(error.value) and "--export=hf" in str(error.value)
+
+
+def test_wordpiece_of_prepare_and_of_cased_bert():
+    tok = wordpiece_tokenizer(["the", "fox", "##es", "a", "##a", "b", ","])
+    vocab = llama_vocab(tok, tok.n_vocab)
+    assert (vocab.model, vocab.lowercase) == ("bert", False)
+    assert llama_ids(vocab, "the foxes, a") == tok.encode("the foxes, a")
+    spec = json.loads(json.dumps(named_tokenizer("wordpiece").spec))
+    spec["normalizer"]["lowercase"] = False
+    cased = Tokenizer(spec, named_tokenizer("wordpiece").config)
+    vocab = llama_vocab(cased, cased.n_vocab)
+    assert (vocab.lowercase, vocab.strip_accents) == (False, False)
 
 
 def test_several_ends_and_templates(tmp_path):

@@ -579,7 +579,10 @@ def test_thoughts_are_apart_from_the_answer(talker):
         guided_regex="[a-z]{3}\n</think>\n\n[0-9]{2}",
         chat_template_kwargs={"enable_thinking": True},
     )
-    for asked in (body, inside):
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    begun = [*ASK, {"role": "assistant", "content": "<think>\nso"}]
+    going_on = inside | goes_on | {"messages": begun, "chat_template_kwargs": {}}
+    for asked in (body, inside, going_on):
         message = talker.post(CHAT, asked).json()["choices"][0]["message"]
         assert re.fullmatch("[a-z]{3}", message["reasoning_content"])
         assert re.fullmatch("[0-9]{2}", message["content"])
@@ -598,12 +601,17 @@ def test_what_templates_get_and_what_is_refused(talker):
     tokens = lambda **body: talker.post("/tokenize", {"messages": ASK} | body).json()
     assert tokens(tools=TWO_TOOLS)["count"] > tokens()["count"]
     assert tokens(tools=TWO_TOOLS, tool_choice="none") == tokens(tools=[]) == tokens()
+    deep = json.loads('{"a":' * 400 + "1" + "}" * 400)
+    wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nope"}}}
     for body, why in (
         ({"functions": [{"name": "f"}]}, "OpenAI's older form; tools is the newer one"),
         ({"tools": [{}]}, "tools[0]: expected"),
         ({"tool_choice": "required"}, "tool_choice: there are no tools"),
         ({"chat_template_kwargs": {"x": 1}}, "template takes no x"),
         ({"tools": [WEATHER], "guided_regex": "a"}, "guided_regex: beside tools"),
+        ({"tools": [WEATHER | {"x": deep}]}, "tools: more than 100 objects"),
+        ({"chat_template_kwargs": {"enable_thinking": deep}}, "chat_template_kwargs: more than"),
+        ({"tools": [WEATHER], "response_format": wrong}, "response_format: "),
         ({"messages": [*ASK, {"role": "tool", "content": 3}]}, "messages[1]: expected"),
     ):
         answer = talker.post(CHAT, {"messages": ASK} | body)

@@ -90,6 +90,8 @@ def trial_texts(tok: Tokenizer) -> list[str]:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     if spares_a_blank(tok):
         texts = [text.lstrip(" ") for text in texts]
+    if ends_with_a_blank(tok):
+        texts = [text.rstrip() for text in texts]
     return texts
 
 
@@ -97,6 +99,13 @@ def spares_a_blank(tok: Tokenizer) -> bool:
     """Whether a blank is put before a text but for one that begins with a blank: Metaspace's way,
     which is neither SentencePiece's nor llama.cpp's."""
     return "Metaspace" in str(tok.spec.get("pre_tokenizer"))
+
+
+def ends_with_a_blank(tok: Tokenizer) -> bool:
+    """Whether a blank at the end of a text is a token, where blanks in a row are one: today's
+    XLM-RoBERTa's way, and neither SentencePiece's nor llama.cpp's."""
+    is_split = "WhitespaceSplit" in str(tok.spec.get("pre_tokenizer"))
+    return tok.kind == "Unigram" and "{2,}" in str(tok.spec.get("normalizer")) and not is_split
 
 
 def reads_alike(tok: Tokenizer, vocab: LlamaVocab, text: str) -> bool:
@@ -261,7 +270,10 @@ def unigram_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
                 LlamaVocab("t5", tokens, types, scores, space_prefix=has_prefix,
                            one_space=one_space, charsmap=charsmap, unk_id=unk_id)
             )  # fmt: skip
-    return checked(tok, candidates, "Unigram tokenizer")
+    vocab = checked(tok, candidates, "Unigram tokenizer")
+    if ends_with_a_blank(tok):
+        vocab.notes = ["llama.cpp leaves blanks at the end of a text out: here one stays"]
+    return vocab
 
 
 def wordpiece_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from barelm.checkpoint import load
 from barelm.examples import IGNORED
-from barelm.fast import head_rows
 from barelm.fitting import bytes_of, generate_all
 from barelm.invariant import be_deterministic
 from barelm.optim import n_params
@@ -98,7 +97,7 @@ def other_tokens(tok: Tokenizer, other: Tokenizer) -> str:
 # The loss
 
 
-LEAST_ROWS = 256  # of a piece
+PIECE_LOGITS = 1 << 24  # 64 MiB, of which there are some copies; a GPU has room for more
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
@@ -139,11 +138,10 @@ def distill_sums(
     (N, C) and teacher_h (N, its C) before them; labels (N,) int64, IGNORED for none. n_vocab: ids
     from here on are padding, of which each network has its own.
 
-    The logits (N, V) of both networks are never there as a whole: a piece's are made, and for
-    backward made again."""
-    # There are several float32 copies of a piece: a quarter of the rows of a head's that has one.
-    size = head_rows(h.device.type, torch.float32, net.config.vocab_size) // 4
-    size = max(LEAST_ROWS, size)
+    Where the logits (N, V) of both networks would be large they are never there as a whole: a
+    piece's are made, and for backward made again."""
+    most = PIECE_LOGITS if h.device.type == "cpu" else 4 * PIECE_LOGITS
+    size = max(1, most // net.config.vocab_size)
     piece_sums = partial(sums_of_piece, net, teacher, n_vocab, beta, temperature)
     pieces = list(zip(h.split(size), teacher_h.split(size), labels.split(size)))
     if len(pieces) > 1:

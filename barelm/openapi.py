@@ -53,7 +53,7 @@ CLIENTS: dict[str, Any] = {"neutral": api.NEUTRAL, "ignored": api.IGNORED}
 VECTORS: dict[str, Any] = {"neutral": vector_api.NEUTRAL, "ignored": vector_api.IGNORED}
 RESPONSES: dict[str, Any] = CLIENTS | {"neutral": api.NEUTRAL | responses_api.RESPONSE_NEUTRAL}
 RUN = {"type": "string"}
-STEP = {"type": "integer", "minimum": -1, "maximum": 10**15 - 1}
+STEP = {"type": "integer", "minimum": 1 - 10**14, "maximum": 10**15 - 1}
 ADDRESSES = {
     "/v1/completions": Address(
         "A text goes on", api.Completion, ("prompt",), **CLIENTS, answer="Completion", streams=True
@@ -309,7 +309,8 @@ class Bodies:
             "type": "object",
             "properties": properties,
             "required": list(address.required),
-            "additionalProperties": request_type is NoFields,
+            # Null asks for nothing, under whatever name.
+            "additionalProperties": True if request_type is NoFields else {"type": "null"},
         }
 
     def field_schema(self, request_type: type, f: Field, wanted: Any) -> dict:

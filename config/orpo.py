@@ -8,9 +8,9 @@ method = "orpo"
 model = "out/python"
 dataset = "python"
 out_dir = "out/orpo"
-max_epochs = 1.0
+max_steps = 150
 learning_rate = 2e-3
-eval_every = 100
+eval_every = 150
 eval_examples = 0
 
 # sample.py

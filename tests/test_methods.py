@@ -178,8 +178,7 @@ def test_distillation_by_pieces_is_the_plain_sum(tok, monkeypatch, beta):
     for n_rows, most in itertools.product((1, 3), (3, 1000)):
         net.zero_grad()
         rows = pack_rows(examples, 64, several=n_rows == 1)
-        monkeypatch.setattr(distillation, "head_rows", lambda *_: 4 * most)
-        monkeypatch.setattr(distillation, "LEAST_ROWS", most)
+        monkeypatch.setattr(distillation, "PIECE_LOGITS", most * net.config.vocab_size)
         loss, figures = finetune.distill_loss(teacher, tok.n_vocab, net, rows)
         loss.backward()
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

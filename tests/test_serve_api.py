@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import run
 
 import model
 from barelm import api, responses_api, vector_api
 from barelm.checkpoint import load, save
+from barelm.run import UserError
 from barelm.texts import Row, TextStream
 
 pytest.importorskip("fastapi")
@@ -37,11 +37,22 @@ def test_a_model_has_the_names_that_it_is_given(tiny):
         refused = site.post(COMPLETE, ask | {"model": "tiny"})
         assert refused.status_code == 404
         assert "this server has 'org/sft' or 'gpt-4o-mini'" in refused.json()["error"]["message"]
-    with served(tiny, env={"BARELM_NAME": "one,two"}, name="one") as site:
-        assert len(site.get("/v1/models").json()["data"]) == 2
-    for wrong in ("--name=", "--name=a,,b", "--name=a\nb"):
-        done = run(tiny, "serve.py", "--model=out/tiny", wrong, check=False)
-        assert done.returncode == 1 and "expected names with commas" in done.stderr
+
+
+def test_names_come_from_a_flag_or_the_environment_or_the_folder(monkeypatch, tmp_path):
+    import serve
+
+    monkeypatch.delenv("BARELM_NAME", raising=False)
+    monkeypatch.setattr(serve, "model", str(tmp_path / "sft"))
+    assert serve.read_names() == ["sft"]
+    monkeypatch.setenv("BARELM_NAME", "one, two,one")
+    assert serve.read_names() == ["one", "two"]
+    monkeypatch.setattr(serve, "name", "org/a")
+    assert serve.read_names() == ["org/a"]
+    for wrong in ("", "a,,b", "a\nb", " , "):
+        monkeypatch.setattr(serve, "name", wrong)
+        with pytest.raises(UserError, match="expected names with commas between"):
+            serve.read_names()
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +453,10 @@ def test_a_response_calls_a_tool_and_goes_on_from_what_it_gave(wide):
 BOTH = [
     ("allowed_token_ids", [], [[1]]),
     ("cache_salt", [], ["a"]),
+    ("ec_transfer_params", [], [{}]),
     ("include_stop_str_in_output", [True, False], [1]),
+    ("kv_transfer_params", [], [{}]),
+    ("media_io_kwargs", [], [{}]),
     ("logprob_token_ids", [], [[1]]),
     ("moderation", [], [{"model": "a"}]),
     ("n_cache_reuse", [0], [256]),
@@ -562,3 +576,33 @@ def test_no_parameter_of_openais_client_is_forgotten():
         tested = {row[2] for row in FIELDS + OWN if row[0] == path}
         own = {f.name for f in dataclasses.fields(request_type)}
         assert names <= tested | own, (path, names - tested - own)
+
+
+# What vLLM's requests for text have beside OpenAI's, and llama.cpp's server beside both, in
+# November 2026.
+VLLM = """add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt
+chat_template
+chat_template_kwargs continue_final_message documents echo ec_transfer_params ignore_eos
+include_reasoning include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids
+media_io_kwargs min_p min_tokens mm_processor_kwargs priority prompt_logprobs repetition_detection
+repetition_penalty request_id return_mm_kwargs return_prompt_text return_token_ids
+return_token_offsets return_tokens_as_token_ids routed_experts_prompt_start session_id
+skip_special_tokens spaces_between_special_tokens stop_token_ids stream_interval structured_outputs
+thinking_token_budget top_k truncate_prompt_tokens truncation_side use_beam_search vllm_xargs
+watermarking"""
+LLAMA_CPP = """cache_prompt dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
+dry_sequence_breakers dynatemp_exponent dynatemp_range grammar id_slot json_schema lora min_keep
+mirostat mirostat_eta mirostat_tau n_cache_reuse n_cmpl n_discard n_indent n_keep n_predict n_probs
+parse_tool_calls post_sampling_probs reasoning_format repeat_last_n repeat_penalty response_fields
+return_progress return_tokens samplers sse_ping_interval t_max_predict_ms thinking_forced_open
+timings_per_token typical_p xtc_probability xtc_threshold"""
+
+
+@pytest.mark.parametrize("request_type", [api.Chat, api.Completion])
+def test_no_parameter_of_vllms_or_llama_cpps_is_forgotten(request_type):
+    from test_serve import OWN
+
+    names = {*VLLM.split(), *LLAMA_CPP.split()}
+    own = {f.name for f in dataclasses.fields(request_type)}
+    tested = {row[2] for row in FIELDS + OWN}
+    assert names <= own | {*api.NEUTRAL} | {*api.IGNORED} | tested

@@ -114,6 +114,9 @@ def test_a_network_that_is_a_little_different_is_not_the_files(tok, tmp_path):
         net.model.layers[0].mlp.up_proj.weight[3] *= 1.1
     result = check_onnx(net, tok, tmp_path / "model.onnx")
     assert not result.good and result.difference > TOLERANCE
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match="onnxruntime cannot run this network"):
+        check_onnx(net, tok, tmp_path / "model.onnx")
 
 
 @needs_onnx

@@ -308,7 +308,7 @@ def export_onnx(net, tok, path):
     write_onnx(net, path)
     result = check_onnx(net, tok, path)
     rows = "texts" if net.score is not None and net.task == "classify" else "tokens"
-    print(f"onnxruntime's logits of {result.n_rows} {rows} of text:")
+    print(f"onnxruntime's logits of {result.n_rows} {rows}:")
     print(f"    root mean square of their difference: {result.difference:.1e} of their spread")
     print(f"    the largest is another at {result.n_other} of {result.n_sure}, beyond rounding")
     if not result.good:

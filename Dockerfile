@@ -1,4 +1,5 @@
-# serve.py with a model folder mounted at /model; flags go behind the image's name. README: Deploy.
+# serve.py with a model folder mounted at /model; flags go behind the image's name (--name=sft).
+# README: Deploy.
 # train.py is in it too, for a cluster (deploy/kubernetes).
 FROM python:3.12-slim
 # Where pip looks too. With PyTorch's index of CPU wheels the image is gigabytes smaller; without it

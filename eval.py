@@ -5,6 +5,7 @@
     python eval.py --lengths=256,512,1024                # the loss by the length of a window
     python eval.py --tasks=mmlu,arc_easy --data=FOLDER --shots=0 --limit=100 --samples
     python eval.py --tasks=gsm8k,math --download         # rows from the Hub, kept in --data
+    python eval.py --tasks=core --limit=500              # CORE, of 500 rows a task
     python eval.py --tasks=mine.jsonl,mine.py:function   # the README shows both
     python eval.py --model=out/classify --tasks=classify    # likewise tag, span
     python eval.py --tasks=neighbours                    # vectors: which function a docstring is of
@@ -13,17 +14,21 @@
     python eval.py --tasks=humaneval --allow_code_exec   # programs, in a sandbox
     torchrun --nproc_per_node=8 eval.py --model=path/to/a/hugging-face-folder --tasks=mmlu
 
-Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag (multiple choice); gsm8k, math, bbh
-(generation); humaneval, mbpp (code); ifeval (instructions); classify, tag, span (of a head);
-neighbours, sts (of vectors); seq2seq (a source, its target). Prompts, truncation and scores are
-lm-evaluation-harness's, so that numbers compare. Writes results.json (and with --samples each
+Tasks: loss; mmlu, arc_easy, arc_challenge, hellaswag, winogrande, piqa, boolq, openbookqa, copa,
+commonsense_qa (multiple choice); lambada_openai (the last word); gsm8k, math, bbh, triviaqa
+(generation); humaneval, mbpp (code); ifeval (instructions); core (DCLM's 22, as nanochat runs
+them); classify, tag, span (of a head); neighbours, sts (of vectors); seq2seq (a source, its
+target). Prompts, truncation and scores are lm-evaluation-harness's, so that numbers compare.
+Writes results.json (and with --samples each
 prompt, answer and verdict) into out_dir. A run that was stopped continues: what was answered is
 kept there until the end.
 
 The file tells how an evaluation goes, in this order: rows become requests, requests are answered by
 the network, answers become scores; then the tasks that have no questions (loss, classify), and
-main(). What a task is, how its rows are read and its answers judged is in barelm/tasks.py, where a
-task is added; programs run in barelm/sandbox.py. report.py compares what was evaluated.
+main(). What a task is, how its rows are read and its answers judged is in barelm/tasks.py, what
+stands before a question and what is a score in barelm/questions.py, what was answered is kept by
+barelm/replies.py; a benchmark is added in barelm/benchmarks.py. Programs run in barelm/sandbox.py.
+report.py compares what was evaluated.
 """
 
 from config import command_of, configure, settings
@@ -82,13 +87,11 @@ import difflib
 import hashlib
 import json
 import math
-import random
 import re
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -97,7 +100,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from barelm.benchmarks import TASKS
 from barelm.checkpoint import load
+from barelm.core_tasks import fetch_core, is_core, open_core, run_core
 from barelm.embeddings import POOLINGS, pooling_of
 from barelm.ending import after_scores, figure_lines, score_table, score_words
 from barelm.examples import device_of
@@ -108,14 +113,22 @@ from barelm.head_tasks import run_neighbours, run_span, run_sts, run_tag
 from barelm.invariant import be_deterministic
 from barelm.judge import ask_judge
 from barelm.objectives import SHORTEST, VALIDATION_SEED, Objective, fills_gaps, vocabulary_of
-from barelm.resume import make_folder
+from barelm.questions import (
+    Item,
+    Result,
+    judge_choice,
+    judge_continuation,
+    limited,
+    score_requests,
+    total_scores,
+    with_shots,
+)
+from barelm.replies import Answers
 from barelm.rows import fetch_rows, find_rows, read_rows, read_text
 from barelm.run import (
-    Progress,
     UserError,
     check_least,
     choose_dtype,
-    duration,
     is_out_of_memory,
     setup,
 )
@@ -141,15 +154,11 @@ from barelm.shards import Windows, check_tokens, open_shard
 from barelm.similarity import chrf, chrf_counts, rouge_l
 from barelm.tasks import (
     ROW_ERRORS,
-    TASKS,
-    Question,
-    bad_row,
     checked_judgement,
     own_task,
     pass_at_k,
     read_row,
     run_own_file,
-    subject_of,
     write_program,
 )
 from barelm.tokenizer import Tokenizer
@@ -175,8 +184,8 @@ def open_task(name, run):
     elif name in TASKS:
         task = open_benchmark(name, run)
     else:
-        near = difflib.get_close_matches(name, [*TASKS, *WITHOUT_QUESTIONS], 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are loss, {', '.join(TASKS)}"
+        near = difflib.get_close_matches(name, [*TASKS, *WITHOUT_QUESTIONS, "core"], 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are loss, core, {', '.join(TASKS)}"
         raise UserError(f"--tasks={name}: unknown ({hint}); or FILE.jsonl, FILE.py:function")
     # What a task lacks is told now, not when the model has answered.
     if task.rubric and not judge_url:
@@ -189,6 +198,14 @@ def open_task(name, run):
     if shots is not None:
         task.shots = shots
     return task
+
+
+def open_core_rows(name, run):
+    """CORE's tasks of a name of `tasks` with their rows, which process 0 downloads if it may."""
+    if download and run.is_main:
+        fetch_core(name, data)
+    run.wait()
+    return open_core(name, data, limit, shots)
 
 
 def open_benchmark(name, run):
@@ -207,21 +224,6 @@ def open_benchmark(name, run):
 # Requests: rows become token ids
 
 
-@dataclass
-class Item:
-    """A row, what is asked about it, and the requests that the model gets."""
-
-    row: dict
-    before: str  # the description and the solved examples
-    question: Question
-    requests: list  # one; of choices whose contexts were cut differently, one for each
-
-    @property
-    def prompt(self):
-        """All that the model reads before its answer, or before a choice."""
-        return self.before + self.question.prompt
-
-
 def make_items(task, net, tok):
     """[Item] of a task's rows, how many prompts are cut from the left, and how many questions stand
     among their own shots, solved."""
@@ -233,12 +235,12 @@ def make_items(task, net, tok):
     items = []
     n_cut = 0
     n_solved = 0
-    for row, before in with_shots(task):
+    for row, before in with_shots(task, limit, seed):
         item = Item(row, before, read_row(task, row), [])
-        if f"{item.question.prompt}{task.delimiter}" in before:
+        if f"{item.question.stem()}{task.delimiter}" in before:
             n_solved += 1
-        if task.kind == "choice":
-            item.requests, was_cut = choice_requests(task, tok, item, n_ctx)
+        if task.kind != "generate":
+            item.requests, was_cut = score_requests(task, tok, item, n_ctx)
         else:
             room = n_ctx - answer_tokens
             if net.config.is_seq2seq:
@@ -251,114 +253,6 @@ def make_items(task, net, tok):
         n_cut += was_cut
         items.append(item)
     return items, n_cut, n_solved
-
-
-def with_shots(task):
-    """For each row, (row, what comes before its prompt): the description and solved examples, drawn
-    with `seed`."""
-    rng = random.Random(seed)  # one for all rows, as the harness has one for a task
-    for row in limited(task.rows):
-        examples = draw_shots(task, row, rng)
-        try:
-            before = str(task.describe(row)) if task.describe else task.description
-        except ROW_ERRORS as error:
-            raise bad_row(task, row, error) from None
-        for example in examples:
-            solved = read_row(task, example)
-            before += f"{solved.prompt}{task.delimiter}{solved.answer_text()}\n\n"
-        yield row, before
-
-
-def limited(rows):
-    """The first `limit` rows of each subject."""
-    n_seen = Counter()
-    for row in rows:
-        subject = subject_of(row)
-        n_seen[subject] += 1
-        if not limit or n_seen[subject] <= limit:  # of MMLU's 57 subjects, so many each
-            yield row
-
-
-def draw_shots(task, row, rng):
-    """The solved examples that stand before a row: the harness's draw (its samplers.py, 0.4.13).
-    A task of your own takes them from its own rows."""
-    n = task.shots
-    if task.is_own:
-        return draw_from_rows(task, row, n, rng) if n else []
-    pool = task.examples
-    if task.fixed_shots:
-        pool = [example for example in pool if subject_of(example) == subject_of(row)][:n]
-    if n > len(pool):
-        where = f"{data}/{task.name}*train*.jsonl"
-        raise UserError(f"{task.name}: {n} shots, but {where} has {len(pool)}: set --shots")
-    return pool if task.fixed_shots else rng.sample(pool, n)
-
-
-def draw_from_rows(task, row, n, rng):
-    """n of a task's rows, but none that asks what `row` asks, whatever else it holds: with its
-    answer the question would be none."""
-    prompt = read_row(task, row).prompt
-
-    def others(examples):
-        return [example for example in examples if read_row(task, example).prompt != prompt]
-
-    # As the harness draws: one more than asked for, in case the row itself is among them.
-    if n < len(task.rows):
-        drawn = others(rng.sample(task.rows, n + 1))
-        if len(drawn) >= n:
-            return drawn[:n]
-    pool = others(task.rows)  # copies of the row were drawn: once more, without them
-    if n > len(pool):
-        why = f"{n} shots, but only {len(pool)} rows ask something else than {prompt[:60]!r}"
-        raise UserError(f"{task.name}: {why}: set --shots={len(pool)}, or add rows")
-    return rng.sample(pool, n)
-
-
-def choice_requests(task, tok, item, n_ctx):
-    """The requests that score a question's choices, and whether its prompt was cut."""
-    contexts = []
-    continuations = []
-    was_cut = False
-    for choice in item.question.choices:
-        try:
-            pair = encode_pair(tok, item.prompt, task.delimiter + choice, n_ctx)
-        except ValueError as error:
-            raise UserError(f"{task.name}: {error}: {item.question.prompt[:80]!r}") from None
-        contexts.append(pair[0])
-        continuations.append(pair[1])
-        was_cut = was_cut or pair[2]
-    # Shots that all questions of a subject have are worth a batch of their own.
-    shared = item.before if task.fixed_shots else ""
-    if all(ids == contexts[0] for ids in contexts):
-        return [Request(shared, contexts[0], continuations)], was_cut
-    # A long choice leaves room for less of the context: then each has a context of its own.
-    requests = []
-    for ids, continuation in zip(contexts, continuations):
-        requests.append(Request(shared, ids, [continuation]))
-    return requests, was_cut
-
-
-def encode_pair(tok, context, continuation, n_ctx):
-    """(ids of the context, ids of the continuation, whether the context was cut): encoded jointly,
-    the white space at the end of the context with what follows it, as in the harness. The context
-    is cut from the left so that every token that is scored has a place. A ValueError for a
-    continuation of no tokens, or of more than n_ctx."""
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    if stripped:
-        ids = tok.start + tok.encode(stripped)
-        # What the continuation adds. Where it also changes the context's last token, that counts
-        # for nothing, as in the harness.
-        rest = (tok.start + tok.encode(stripped + continuation))[len(ids) :]
-    else:
-        ids = [tok.eot_id]
-        rest = tok.encode(continuation)
-    if not rest:
-        raise ValueError("a choice that adds no token to its prompt cannot be scored")
-    if len(rest) > n_ctx or ids == [None]:  # None: no token can stand before it
-        raise ValueError(f"a choice of {len(rest)} tokens: the context is {n_ctx}")
-    room = n_ctx + 1 - len(rest)  # + 1: the last token is predicted, never read
-    return ids[-room:], rest, len(ids) > room
 
 
 def prompt_ids(task, tok, prompt, history=()):
@@ -376,157 +270,15 @@ def prompt_ids(task, tok, prompt, history=()):
 
 
 # --------------------------------------------------------------------------------------------------
-# Answers: batches of requests, over all processes, kept until the run is done
-
-
-class Answers:
-    """What was answered, {key: answer}, and the file where this process keeps it, a line [key,
-    answer] each; a folder that cannot be written is refused before hours are spent."""
-
-    def __init__(self, folder, identity, run):
-        self.folder = folder
-        self.identity = identity  # of the model: another one's answers have other keys
-        self.run = run
-        self.path = folder / f"answers_{run.rank}.jsonl"
-        self.answered = {}
-        make_folder(folder)
-        try:
-            self.file = open(self.path, "a", encoding="utf-8")
-            for path in folder.glob("answers_*.jsonl"):
-                self.read(path)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}: give another --out_dir") from None
-        run.wait()  # nobody writes before all have read
-        self.write("\n")  # behind a line that a killed process left unfinished
-
-    def read(self, path):
-        """Take over what a stopped run answered."""
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, RecursionError):  # torn, or none of ours
-                key, answer = json.loads(line)
-                self.answered[key] = answer
-
-    def write(self, lines):
-        """Append to the file, at once: a disk that is full ends the run, which can go on later."""
-        try:
-            self.file.write(lines)
-            self.file.flush()
-        except OSError as error:
-            with suppress(OSError):  # what is left in its buffer fails again
-                self.file.close()
-            why = f"cannot be written: {error.strerror}: what was answered before is kept there"
-            raise UserError(f"{self.path}: {why}: make room, and run it again") from None
-
-    def key(self, depends_on, request):
-        """What tells a request from all others, of this model and with these settings; not with
-        whom it shares a beginning, which changes no answer."""
-        asked = [self.identity, depends_on, request.context, request.continuations]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
-
-    def __call__(self, name, depends_on, requests, work, max_tokens=None):
-        """The answers to requests, [answer], each as JSON has it: work([Request]) -> [answer] is
-        called with batches, the same whatever the number of processes.
-
-        name: for the line of progress; depends_on: what else an answer depends on, as JSON;
-        max_tokens: of a batch (micro_tokens)."""
-        keys = [self.key(depends_on, request) for request in requests]
-        # Equal requests are answered once: no answer depends on which process comes last.
-        unique = dict(zip(keys, requests))
-        # All processes make the same batches, and each takes every world-th of them.
-        batches = make_batches(unique, max_tokens or micro_tokens)
-        own_batches = batches[self.run.rank :: self.run.world]
-        own_keys = []
-        total = sum(map(len, own_batches))
-        n_new = 0  # answered now, not read from a stopped run's file
-        begun = time.monotonic()
-        progress = Progress() if self.run.is_main else None
-        for batch in own_batches:
-            # All of a batch, or nothing: what stands beside a request must not change.
-            if not self.answered.keys() >= set(batch):
-                self.answer(batch, unique, work)
-                n_new += len(batch)
-            own_keys += batch
-            if progress:
-                seconds_each = (time.monotonic() - begun) / max(1, n_new)
-                left = duration(seconds_each * (total - len(own_keys)))
-                progress(f"{name}: {len(own_keys):,} of {total:,} requests, left {left}")
-        if progress:
-            line = f"{name}: {total:,} of {total:,} requests, {total - n_new:,} of before"
-            progress(line, last=True)
-        self.share(own_keys)
-        return [self.answered[key] for key in keys]
-
-    def answer(self, batch, requests, work):
-        """Answer a batch, keys of requests {key: Request}, and keep what was answered."""
-        lines = []
-        for key, answer in zip(batch, work([requests[key] for key in batch])):
-            self.answered[key] = answer
-            lines.append(json.dumps([key, answer]) + "\n")
-        self.write("".join(lines))
-
-    def share(self, keys):
-        """Give all processes what this one has answered to requests with these keys."""
-        if self.run.world == 1:
-            return
-        parts = [None] * self.run.world
-        dist.all_gather_object(parts, {key: self.answered[key] for key in keys})
-        for part in parts:
-            self.answered.update(part)
-
-    def close(self):
-        """All is in results.json: nothing needs to be kept."""
-        self.file.close()
-        self.run.wait()  # nobody removes a file that another still writes
-        if self.run.is_main:
-            for path in self.folder.glob("answers_*.jsonl"):
-                path.unlink()
-
-
-def make_batches(requests, max_tokens):
-    """Lists of keys of requests {key: Request}, of max_tokens at most when padded, but of one
-    request at least. The longest come first, so that the time left is no surprise; what shares its
-    beginning stays together."""
-
-    def order(key):
-        request = requests[key]
-        return request.shared, -len(request.context), -longest_continuation(request)
-
-    batches = []
-    widest = 0  # tokens of the largest request of the last batch, which all are padded to
-    shared = None  # what its requests begin with
-    for key in sorted(requests, key=order):  # sorted keeps the order of equals
-        request = requests[key]
-        size = request_tokens(request)
-        widest = max(widest, size)
-        if request.shared == shared and widest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(key)
-        else:
-            batches.append([key])
-            widest = size
-            shared = request.shared
-    return batches
-
-
-def longest_continuation(request):
-    return max(map(len, request.continuations), default=0)
-
-
-def request_tokens(request):
-    """The tokens that a request takes, each of its continuations behind the context."""
-    longest = longest_continuation(request)
-    rows = max(1, len(request.continuations))
-    if longest == 1:  # single tokens are read off the context's last place
-        rows = 1
-    return (len(request.context) + longest) * rows
-
-
-# --------------------------------------------------------------------------------------------------
 # The network answers
 
 
-def score(net, requests):
-    """For each request the sums of log p of its continuations, in nats: lists of floats."""
-    return shared_scores(net, requests) if fast else plain_scores(net, requests)
+def score(net, requests, greedy=False):
+    """For each request the sums of log p of its continuations, in nats: lists of floats; with
+    `greedy` of [sum, whether the network would say just that]."""
+    if fast:
+        return shared_scores(net, requests, greedy)
+    return plain_scores(net, requests, greedy)
 
 
 def complete(net, tok, task, requests):
@@ -554,16 +306,6 @@ def complete(net, tok, task, requests):
 # Scores of tasks of questions
 
 
-@dataclass
-class Result:
-    """What a task gives."""
-
-    scores: dict  # {metric: (value, standard error)}
-    n: int  # of how many questions, documents or windows
-    by: dict = field(default_factory=dict)  # the same, flat, of each subject or source
-    samples: list = field(default_factory=list)  # what --samples writes, a dict for each line
-
-
 def run_questions(task, net, tok, answers, say):
     """Scores of a task of questions, overall and by subject, and its samples."""
     items, n_cut, n_solved = make_items(task, net, tok)
@@ -575,6 +317,8 @@ def run_questions(task, net, tok, answers, say):
         say(f"{task.name}: {n_cut} of {len(items)} prompts are cut from the left to the context")
     if task.kind == "choice":
         return total_scores(items, judge_choices(task, net, answers, items))
+    if task.kind == "continue":
+        return total_scores(items, judge_continuations(task, net, answers, items))
     texts = answer_texts(task, net, tok, answers, items)
     if task.program:
         judgements = judge_programs(task, answers, items, texts)
@@ -586,8 +330,7 @@ def run_questions(task, net, tok, answers, say):
 
 
 def judge_choices(task, net, answers, items):
-    """For each item, ({metric: value}, what --samples shows): acc, whether the likeliest choice is
-    the right one; acc_norm, whether it is by log p for each character."""
+    """For each item, ({metric: value}, what --samples shows), of choices."""
     requests = []
     for item in items:
         requests += item.requests
@@ -598,21 +341,22 @@ def judge_choices(task, net, answers, items):
     replies = iter(answers(task.name, "score", requests, work))
     judgements = []
     for item in items:
-        choices = item.question.choices
-        right = item.question.answer
         logprobs = []  # of each choice, in nats
         for _ in item.requests:
             logprobs += next(replies)
-        norms = []
-        for p, choice in zip(logprobs, choices):
-            norms.append(p / len(choice) if choice else -math.inf)
-        best = logprobs.index(max(logprobs))  # of equals the first, as in the harness
-        metrics = {
-            "acc": float(best == right),
-            "acc_norm": float(norms.index(max(norms)) == right),
-        }
-        judgements.append((metrics, {"choices": choices, "logprobs": logprobs, "answer": best}))
+        judgements.append(judge_choice(task, item.question, logprobs))
     return judgements
+
+
+def judge_continuations(task, net, answers, items):
+    """For each item the same, of an answer that is compared with the likeliest one."""
+    requests = [item.requests[0] for item in items]
+
+    def work(batch):
+        return score(net, batch, greedy=True)
+
+    replies = answers(task.name, "greedy", requests, work)
+    return [judge_continuation(reply) for [reply] in replies]
 
 
 def answer_texts(task, net, tok, answers, items):
@@ -684,30 +428,13 @@ def judge_by_rubric(task, answers, items, texts):
     return judgements
 
 
-def total_scores(items, judgements):
-    """The Result of items and of what was judged of each, in all and by subject."""
-    values = {}  # {subject, or "" for all: {metric: [value]}}
-    counts = Counter()  # questions of each subject
-    log = []
-    for item, (metrics, shown) in zip(items, judgements):
-        sample = {"prompt": item.prompt, "right": item.question.answer}
-        log.append(sample | shown | metrics)
-        subject = subject_of(item.row)
-        counts[subject] += 1
-        for group in {"", subject}:
-            group_values = values.setdefault(group, {})
-            for metric, value in metrics.items():
-                # IFEval's are lists: of each instruction, so that rows count by how many they have.
-                numbers = value if isinstance(value, list) else [value]
-                group_values.setdefault(metric, []).extend(numbers)
-    scores = {}
-    for group, group_values in values.items():
-        scores[group] = {metric: mean(numbers) for metric, numbers in group_values.items()}
-    by = {}
-    if len(counts) > 1:  # one subject is all there is
-        for subject in sorted(filter(None, counts)):
-            by[subject] = flat(scores[subject]) | {"n": counts[subject]}
-    return Result(scores[""], len(items), by, log)
+def run_core_rows(name, opened, net, tok, answers, say):
+    """The scores of CORE, or of one of its tasks."""
+
+    def work(batch):
+        return score(net, batch, greedy=True)
+
+    return run_core(name, opened, tok, net.config.n_ctx, seed, answers, work, say)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1045,7 +772,7 @@ OF_HEADS = ("classify", "tag", "span")  # which need a head of that task
 def own_rows(name):
     """(the rows, their path) of a task set: of the data set, or those of `rows_file`."""
     path = Path(rows_file) if rows_file else Path("data") / dataset / f"{name}_val.jsonl"
-    return list(limited(read_rows(path))), path
+    return list(limited(read_rows(path), limit)), path
 
 
 def run_tags(net, tok, answers, say):
@@ -1131,7 +858,7 @@ def run_seq2seq(net, tok, answers, say):
     """Loss of the targets (nats per token, the end token among them); exact match, ROUGE-L and chrF
     of what is generated from the sources."""
     path = Path("data") / dataset / "seq2seq_val.jsonl"
-    rows = list(limited(read_rows(path)))
+    rows = list(limited(read_rows(path), limit))
     pairs = []  # (ids of the source, ids of the target) of each row
     try:
         for row in rows:
@@ -1311,11 +1038,12 @@ def check_order(net, names, opened):
     """Refuse tasks for which a network reads text in another order. opened: {name: Task}, those of
     questions."""
     for name in names:
-        if name == "seq2seq" or name in opened:
+        if name == "seq2seq" or name in opened or is_core(name):
             if not net.config.causal:
                 why = "an encoder fills masks, and continues no prompt: expected --tasks=loss"
                 raise UserError(f"{model} with --tasks={name}: {why}")
-            if net.config.is_seq2seq and name in opened and opened[name].kind == "choice":
+            is_scored = is_core(name) or (name in opened and opened[name].kind != "generate")
+            if net.config.is_seq2seq and is_scored:
                 why = "an encoder-decoder answers a source: expected seq2seq, or generation"
                 raise UserError(f"{model} with --tasks={name}: {why}")
 
@@ -1363,7 +1091,9 @@ def main():
     # Whatever can be refused is, before the weights are read.
     check_settings()
     names = task_names()
-    opened = {name: open_task(name, run) for name in names if name not in WITHOUT_QUESTIONS}
+    cores = {name: open_core_rows(name, run) for name in names if is_core(name)}
+    others = {*WITHOUT_QUESTIONS, *cores}
+    opened = {name: open_task(name, run) for name in names if name not in others}
     compute, _ = choose_dtype(run.device, dtype)
     net, tok = load(model, run.device, compute, quantize, fast)
     if deterministic:
@@ -1374,7 +1104,7 @@ def main():
     check_order(net, names, opened)
     folder = results_folder()
     mark = model_mark(model, compute, quantize, fast, deterministic, rope_scaling)
-    answers = Answers(folder, mark, run)
+    answers = Answers(folder, mark, run, micro_tokens)
     mark_before, results = read_results(folder)
     if mark_before != mark:  # of another model: not to be mixed with this one's
         results = {}
@@ -1384,13 +1114,16 @@ def main():
         with torch.inference_mode(), generating(net):
             if name in WITHOUT_QUESTIONS:
                 result = WITHOUT_QUESTIONS[name](net, tok, answers, run.say)
+            elif name in cores:
+                result = run_core_rows(name, cores[name], net, tok, answers, run.say)
             else:
                 result = run_questions(opened[name], net, tok, answers, run.say)
         entry = flat(result.scores) | {"n": result.n}
         entry["seconds"] = round(time.monotonic() - begun, 3)
         entry["settings"] = settings(globals())
         # Those that were used: a task has a usual number of its own.
-        entry["settings"]["shots"] = opened[name].shots if name in opened else None
+        if name not in cores:  # whose 22 have as many as each has
+            entry["settings"]["shots"] = opened[name].shots if name in opened else None
         if result.by:
             entry["by"] = result.by
             run.say("\n".join(score_table(name, result.by)))

@@ -4,10 +4,10 @@
     python export.py --quantize=int4 --export=barelm    # out/python-int4, for every script here
     python export.py --prune=2:4 --export=hf            # out/python-2of4, a plain folder
     python export.py --model=out/lora --export=hf       # a LoRA adapter merged into its base
-    python export.py --export=gguf --gguf_type=Q8_0     # out/python-gguf/python-Q8_0.gguf
+    python export.py --export=gguf --gguf_type=Q4_K_M   # out/python-gguf/python-Q4_K_M.gguf
     python export.py --export=onnx                      # out/python-onnx, with a cache; checked
 
---model is a run of ours or a Hugging Face folder (Qwen3, Qwen2, Llama, GPT-2). The export of a
+--model is a run of ours or a Hugging Face folder of a family that opens here. The export of a
 quantized or pruned model prints the report first. GGUF needs gguf, and ONNX needs onnx, onnxscript
 and onnxruntime: pip install -r requirements-extras.txt.
 """
@@ -23,7 +23,7 @@ overwrite = False  # let an export replace what out_dir holds
 # smaller
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one
 prune: str | None = None  # make weights zero: 0.5, the smaller half of each matrix; or 2:4
-gguf_type = "F16"  # F32, F16, Q8_0 or Q4_0, of a GGUF file's matrices
+gguf_type = "F16"  # F32, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M or Q4_0, of a GGUF file's matrices
 
 # the report
 dataset = "python"  # data/<dataset>, whose validation shards it measures on
@@ -354,8 +354,9 @@ def check_export(net, tok):
     if export == "gguf":
         if net.score is not None:
             raise UserError(f"{model} is a classifier: --export=gguf has text models only")
-        check_gguf(net.config, tok)
         require_gguf()
+        for note in check_gguf(net.config, tok).notes:
+            print(f"note: {note}")
     if export == "onnx":
         if net.quantize:
             why = f"{net.quantize} weights are in codes of our own: export the model of before"
@@ -366,10 +367,11 @@ def check_export(net, tok):
         require_onnx()
 
 
-def write_part(net, tok, path):
-    """Write the export whose main file is `path`, into an empty folder."""
-    if export == "gguf":
-        write_gguf(net.float().cpu(), tok, path, gguf_type)
+def write_part(net, tok, path, show):
+    """Write the export whose main file is `path`, into an empty folder. show: a line of progress,
+    as Run's."""
+    if export == "gguf":  # which makes float32 of a tensor at a time
+        write_gguf(net.cpu(), tok, path, gguf_type, show=show)
     elif export == "onnx":
         export_onnx(net.float().cpu(), tok, path)
     else:
@@ -397,7 +399,7 @@ def write_export(run, folder):
     shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
     try:
         make_folder(part)
-        write_part(net, tok, part / path.name)
+        write_part(net, tok, part / path.name, run.progress)
         if export != "gguf":
             path.unlink(missing_ok=True)
             clear_folder(folder)

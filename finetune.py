@@ -6,6 +6,8 @@
     python finetune.py config/tag.py                    # names, calls, strings ... in a function
     python finetune.py config/embed.py                  # vectors: which function a docstring is of
     python finetune.py --method=dpo --model=out/sft --out_dir=out/dpo
+    python finetune.py config/kto.py                    # thumbs up and down, one by one
+    python finetune.py --method=distill --teacher=out/sft --model=out/pupil --out_dir=out/distill
     python finetune.py config/seq2seq.py                # an encoder-decoder: a source, its target
     torchrun --nproc_per_node=8 finetune.py config/sft.py --model=path/to/a/hugging-face-folder
 
@@ -13,13 +15,14 @@ Reads data/<dataset>/<task>_{train,val}.jsonl (prepare.py makes them; the defaul
 Writes out_dir/: a checkpoint folder (for lora and qlora a PEFT adapter, with --merge a plain one),
 best/, state.pt (to resume), log.jsonl, run.json. Ctrl-C and SIGTERM save and exit.
 
-A method is a loss over examples: one entry of METHODS, below the losses. GRPO and PPO are in rl.py.
+A method is a loss over examples: one entry of METHODS, below the losses. GRPO, RLOO and PPO are in
+rl.py.
 """
 
 from config import command_of, configure, defaults, settings
 
 # what, from what, to where
-method = "sft"  # sft, seq2seq, classify, tag, span, embed, dpo, reward; or an adapt, which is sft
+method = "sft"  # sft, seq2seq, classify, tag, span, embed, dpo, simpo, orpo, kto, reward, distill
 model = "out/python"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has the task's JSONL
 out_dir = "out/sft"  # where the result is written
@@ -70,11 +73,23 @@ template: str | list | None = None  # sft of plain records: "Q: {instruction} {i
 pooling = "last"  # classify, embed: the state that is read: last (a decoder's), first, or mean
 embed_temperature = 0.05  # embed: of the softmax over a batch's cosines
 class_weights = False  # classify: rare labels count as much as frequent ones
-beta = 0.1  # dpo, ipo: the weight of the reference
+beta = 0.1  # dpo, ipo, kto: the weight of the reference
 dpo_loss = "sigmoid"  # sigmoid (Rafailov et al. 2023) or ipo (Azar et al. 2023)
 label_smoothing = 0.0  # dpo: the share of pairs that are the wrong way round; seq2seq: see there
 source_template = "{source}"  # seq2seq: what the encoder reads, such as "summarize: {source}"
 reference_free = False  # dpo: without the reference
+simpo_beta = 2.0  # simpo: the reward of an answer is its mean log p a token, times this
+simpo_gamma = 1.0  # simpo: by how much the chosen answer's reward is to be the larger
+orpo_weight = 0.1  # orpo: lambda, of the odds ratio beside the chosen answer's own loss
+desirable_weight = 1.0  # kto: of an answer that is liked
+undesirable_weight = 1.0  # kto: of one that is not
+teacher: str | None = None  # distill: the checkpoint folder to learn from, of the same tokenizer
+teacher_weights = "float32"  # distill: as what the teacher is held; or bfloat16, int8, int4
+distill_beta = 0.0  # distill: 0 forward KL, 1 reverse KL, between them the generalized JSD
+distill_temperature = 1.0  # distill: the logits of both are divided by it
+hard_weight = 0.0  # distill: the part of the loss that is sft's, on the data's own tokens
+on_policy = 0.0  # distill: the share of examples whose answer is the student's own (GKD's lambda)
+max_new_tokens = 64  # distill: of such an answer
 
 # several processes: who holds what (docs/scale.md)
 parallel = "ddp"  # ddp: each holds all; fsdp: a part of every matrix; hsdp: fsdp within a machine
@@ -103,7 +118,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -111,7 +126,8 @@ import torch
 import torch.nn.functional as F
 
 from barelm.adapters import AdaptConfig, choose_weights
-from barelm.checkpoint import refuse_source
+from barelm.checkpoint import model_and_bases, refuse_source
+from barelm.distillation import TEACHER_WEIGHTS, distill_sums, open_teacher, with_own_answers
 from barelm.embeddings import POOLINGS
 from barelm.ending import after_tuning, say_end
 from barelm.examples import (
@@ -165,7 +181,14 @@ from barelm.mesh import open_mesh
 from barelm.optim import n_params
 from barelm.pace import TimeLeft
 from barelm.parallel import divide_again, whole_weights
-from barelm.resume import RESUME_IGNORES, RESUME_MAY_CHANGE, RunFolder, choose_start, locked_folder
+from barelm.resume import (
+    RESUME_IGNORES,
+    RESUME_MAY_CHANGE,
+    RunFolder,
+    choose_start,
+    fingerprint,
+    locked_folder,
+)
 from barelm.run import (
     Horizon,
     Schedule,
@@ -183,6 +206,7 @@ from barelm.run import (
     to_device,
 )
 from barelm.tagging import read_tagged
+from barelm.tool_use import for_training
 from barelm.tuning import (
     ADAPTS,
     add_figures,
@@ -219,6 +243,7 @@ from barelm.tuning import (
     update,
     words,
 )
+from barelm.unpaired import add_mismatched, balance_note
 from barelm.watch import lost_process, start_watch
 
 # --------------------------------------------------------------------------------------------------
@@ -229,7 +254,8 @@ def read_sft(row, tok, limit):
     """Inputs and targets of a conversation, or of a plain record by the template: the loss is on
     what the assistant says (or {output}) and what ends it, nothing else."""
     if template is None:
-        ids, loss_mask = tok.chat(row["messages"])
+        messages, variables = for_training(tok, row)
+        ids, loss_mask = tok.chat(messages, extra=variables)
     else:
         ids, loss_mask = fill_template(row, tok, parse_templates(template))
     if not any(loss_mask):
@@ -319,16 +345,26 @@ def read_scored_pair(row, tok, limit):
 
 
 def both_conversations(row):
-    """{"chosen": messages, "rejected": messages} of a record; its prompt is a text, or messages."""
+    """{"chosen": messages, "rejected": messages} of a record."""
+    return {which: conversation_of(row, which) for which in ("chosen", "rejected")}
+
+
+def conversation_of(row, which):
+    """The messages of a record's prompt, a text or messages, and of the answer in this field."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    conversations = {}
-    for which in ("chosen", "rejected"):
-        if not row[which].strip():
-            raise UserError(f"{which} is empty")
-        conversations[which] = [*prompt, {"role": "assistant", "content": row[which]}]
-    return conversations
+    if not row[which].strip():
+        raise UserError(f"{which} is empty")
+    return [*prompt, {"role": "assistant", "content": row[which]}]
+
+
+def read_rated(row, tok, limit):
+    """An answer that somebody liked, or not: its inputs and targets, and which of the two."""
+    if not isinstance(row["label"], bool):
+        raise UserError("label: expected true or false")
+    ids, loss_mask = tok.chat(conversation_of(row, "completion"), answers="last")
+    return fit(ids, loss_mask, limit) | {"desirable": row["label"]}
 
 
 def checked_pair(pair, limit):
@@ -345,10 +381,7 @@ def sft_loss(net, rows):
     """The sum of -log p over the targets of packed rows, and nothing else to log."""
     ids = padded(rows, "ids", net)  # (B, T), as are targets and docs
     targets = padded(rows, "targets", net, IGNORED)
-    docs = None
-    several = any(max(row["docs"]) > 1 for row in rows)  # examples in a row
-    if several or (pack and is_compiled(net)):  # blocks are compiled for a mask, or for none
-        docs = padded(rows, "docs", net)
+    docs = docs_of(net, rows)
     embeds = None
     if neftune and net.training:
         embeds = net.model.embed_tokens(ids)  # (B, T, C)
@@ -357,6 +390,39 @@ def sft_loss(net, rows):
         embeds = embeds + torch.empty_like(embeds).uniform_(-reach, reach)
     loss, _ = net(ids, targets, docs=docs, embeds=embeds)
     return loss, {}
+
+
+def docs_of(net, rows):
+    """The numbers (B, T) of the examples in packed rows, or None where each has but one."""
+    several = any(max(row["docs"]) > 1 for row in rows)
+    if several or (pack and is_compiled(net)):  # blocks are compiled for a mask, or for none
+        return padded(rows, "docs", net)
+    return None
+
+
+def distill_loss(teacher, n_vocab, net, rows):
+    """What the student is to say as its teacher does, over the targets of packed rows: the sum of
+
+        (1 - hard_weight) T^2 D(teacher, student) + hard_weight (-log p(target))
+
+    D: `divergence` at the temperature T, whose gradients shrink by T^2 (Hinton et al. 2015,
+    section 2)."""
+    ids = padded(rows, "ids", net)  # (B, T)
+    docs = docs_of(net, rows)
+    places, labels = places_of_targets(rows, net)  # (N,) each
+    if "labels" in rows[0]:  # which an answer of the student's own has not
+        all_labels = padded(rows, "labels", net, IGNORED)
+        labels = all_labels.flatten().index_select(0, places)
+    with torch.no_grad():
+        teacher_h = teacher.hidden(ids, docs=docs).flatten(0, 1).index_select(0, places)
+    h = net.hidden(ids, docs=docs).flatten(0, 1).index_select(0, places)  # (N, C)
+    distance, nll = distill_sums(
+        net, teacher, h, teacher_h, labels, n_vocab, distill_beta, distill_temperature
+    )
+    loss = (1 - hard_weight) * distill_temperature**2 * distance + hard_weight * nll
+    if net.training and net.config.n_experts:  # as `forward` adds it
+        loss = loss + len(places) * net.routing_loss()
+    return loss, {"divergence": distance, "nll": nll}
 
 
 def seq2seq_loss(net, examples):
@@ -441,13 +507,138 @@ def dpo(net, pairs):
     reference = torch.tensor([pair["reference"] for pair in pairs])  # (B, 2)
     reference = to_device(reference, chosen.device)
     loss, good, bad = preference_loss(chosen, rejected, reference[:, 0], reference[:, 1])
-    figures = {
-        "reward_chosen": good,
-        "reward_rejected": bad,
-        "margin": good - bad,
-        "accuracy": (good > bad) + 0.5 * (good == bad),  # at the start all are equal
+    return loss.sum(), reward_figures(good, bad)
+
+
+def reward_figures(good, bad):
+    """The sums of two answers' rewards (B,), of their difference, and of whose is the larger."""
+    return {
+        "reward_chosen": good.sum(),
+        "reward_rejected": bad.sum(),
+        "margin": (good - bad).sum(),
+        "accuracy": ((good > bad) + 0.5 * (good == bad)).sum(),  # at dpo's start all are equal
     }
-    return loss.sum(), {name: values.sum() for name, values in figures.items()}
+
+
+def both_means(net, pairs):
+    """(B,) float32 twice: the mean of log p over the targets of the chosen, and of the rejected
+    answers."""
+    means = []
+    for which, log_p in zip(("chosen", "rejected"), both_logprobs(net, pairs)):
+        lengths = torch.tensor([count_targets([pair[which]]) for pair in pairs])
+        means.append(log_p / to_device(lengths, log_p.device))
+    return means
+
+
+def simpo_loss(chosen, rejected):
+    """(B,) losses of SimPO (Meng et al. 2024, equation 6), from (B,) means of log p a token:
+
+    -log sigmoid(beta / |y_w| log p(y_w | x) - beta / |y_l| log p(y_l | x) - gamma)"""
+    return -F.logsigmoid(simpo_beta * chosen - simpo_beta * rejected - simpo_gamma)
+
+
+def simpo(net, pairs):
+    """SimPO's loss over pairs, which knows no reference."""
+    chosen, rejected = both_means(net, pairs)
+    figures = reward_figures(simpo_beta * chosen, simpo_beta * rejected)
+    return simpo_loss(chosen, rejected).sum(), figures
+
+
+def log_odds(log_p):
+    """log(p / (1 - p)) by log p (Hong et al. 2024, equation 4)."""
+    log_p = log_p.clamp(max=-1e-6)  # of a p of 1 there are no odds
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
+def odds_ratio_loss(chosen, rejected):
+    """(B,) L_OR of ORPO (Hong et al. 2024, equation 7), from (B,) means of log p a token:
+
+    -log sigmoid(log(odds(y_w | x) / odds(y_l | x)))"""
+    return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def orpo(net, pairs):
+    """ORPO's loss over pairs, L_SFT + lambda L_OR (Hong et al. 2024, equation 6): L_SFT is the mean
+    -log p of a chosen answer's tokens."""
+    chosen, rejected = both_means(net, pairs)
+    loss = -chosen + orpo_weight * odds_ratio_loss(chosen, rejected)
+    margin = log_odds(chosen) - log_odds(rejected)
+    figures = {"nll": -chosen.sum(), "margin": margin.sum(), "accuracy": (margin > 0).sum()}
+    return loss.sum(), figures
+
+
+def kto_loss(log_ratio, kl, desirable):
+    """(B,) losses of KTO (Ethayarajh et al. 2024, equations 7 and 8), lambda_y - v(x, y):
+
+        lambda_D (1 - sigmoid(beta (r - z_0)))  of a desirable answer
+        lambda_U (1 - sigmoid(beta (z_0 - r)))  of an undesirable one
+
+    log_ratio: r, log p / p_ref of each answer (B,); kl: z_0; desirable (B,) bool."""
+    liked = desirable_weight * (1 - torch.sigmoid(beta * (log_ratio - kl)))
+    disliked = undesirable_weight * (1 - torch.sigmoid(beta * (kl - log_ratio)))
+    return torch.where(desirable, liked, disliked)
+
+
+def kto(net, examples):
+    """KTO's loss over single answers, whose log-probabilities under the reference were computed
+    once, and the step's z_0 by `with_kl`. The margin is that of the mean rewards of both kinds."""
+    log_p = response_logprobs(net, examples)
+    # An example that fills up a round, and counts for nothing, has met no with_kl.
+    columns = [
+        [e["reference"][0], e.get("kl", 0.0), e.get("sign", 0.0), e["desirable"]] for e in examples
+    ]
+    columns = to_device(torch.tensor(columns, dtype=torch.float32), log_p.device)
+    reference, kl, sign, desirable = columns.unbind(1)
+    log_ratio = log_p - reference
+    loss = kto_loss(log_ratio, kl, desirable > 0)
+    above = (log_ratio > kl) + 0.5 * (log_ratio == kl)  # at the start all are equal
+    figures = {
+        "kl": kl.sum(),
+        "margin": (sign * beta * log_ratio).sum(),
+        "accuracy": torch.where(desirable > 0, above, 1 - above).sum(),
+    }
+    return loss.sum(), figures
+
+
+def add_rated_reference(learner, examples, cast):
+    """Put into each example its prompt with another's answer, and the log-probabilities of both
+    answers under the network as it is now."""
+    n_ctx = learner.net.config.n_ctx
+    add_mismatched(examples, min(seq_len or n_ctx, n_ctx))
+    pairs = [{"chosen": e, "rejected": e["mismatched"]} for e in examples]
+    add_reference(learner, pairs, cast)
+    for example, pair in zip(examples, pairs):
+        example["reference"] = pair["reference"]
+
+
+@torch.no_grad()
+def with_kl(learner, examples, make_groups, cast, step_begin):
+    """This process's examples in groups, with the divergence from the reference that the loss
+    compares them to: z_0, the mean of log p / p_ref of the batch's mismatched pairs, 0 at least
+    (Ethayarajh et al. 2024, section 4). No gradient goes through it."""
+    net = learner.net
+    run = learner.run
+    mismatched = []
+    for example in share_of(examples, run):
+        mismatched.append(example["mismatched"] | {"log_p": example["reference"][1]})
+    mismatched.sort(key=n_tokens)
+    spare = [examples[0]["mismatched"]] if examples else []
+    total = torch.zeros((), device=device_of(net))
+    net.eval()  # as the reference was
+    for group, counts in rounds(run, micro_batches(mismatched, micro_tokens, net), spare):
+        with cast:
+            log_p = response_logprobs(net, group)
+        if counts:
+            total = total + log_p.sum() - sum(e["log_p"] for e in group)
+    net.train()
+    divide_again(net)
+    [total] = run.sum(total)
+    kl = max(0.0, total / max(1, len(examples)))
+    n_liked = sum(e["desirable"] for e in examples)
+    signs = {True: len(examples) / max(1, n_liked)}
+    signs[False] = -len(examples) / max(1, len(examples) - n_liked)
+    share = share_of(examples, run)
+    return make_groups([e | {"kl": kl, "sign": signs[e["desirable"]]} for e in share])
 
 
 @torch.no_grad()
@@ -613,6 +804,7 @@ class Method:
     # (learner, a step's examples of all processes, make_groups, cast, the step's seed) -> groups of
     # this process's, for a loss that is not a sum over examples
     join: Callable | None = None
+    has_teacher: bool = False  # (teacher, n_vocab) come before the arguments of its loss
     validate: Callable | None = None  # (learner, examples, cast): in the place of `validate`'s loop
     figures: Callable = means  # (sums over the validation examples, their size) -> {figure: value}
     table: Callable | None = None  # (the same sums, labels) -> a text for the end
@@ -673,6 +865,38 @@ METHODS = {
         logs=("reward_chosen", "reward_rejected", "margin", "accuracy"),
         prepare=add_reference,
     ),
+    "simpo": Method(
+        "preference",
+        read_pair,
+        simpo,
+        n_logits=pair_targets,
+        logs=("reward_chosen", "reward_rejected", "margin", "accuracy"),
+    ),
+    "orpo": Method(
+        "preference",
+        read_pair,
+        orpo,
+        n_logits=pair_targets,
+        logs=("nll", "margin", "accuracy"),
+    ),
+    "kto": Method(
+        "kto",
+        read_rated,
+        kto,
+        n_logits=count_targets,
+        logs=("kl", "margin", "accuracy"),
+        prepare=add_rated_reference,
+        join=with_kl,
+    ),
+    "distill": Method(
+        "sft",
+        read_sft,
+        distill_loss,
+        size=count_targets,
+        logs=("divergence", "nll"),
+        learns_responses=True,
+        has_teacher=True,
+    ),
     "reward": Method(
         "preference",
         read_scored_pair,
@@ -696,7 +920,7 @@ def method_and_adapt():
 
 def check_settings(name, config):
     """Refuse settings that no run can have, before anything is read or written."""
-    if name in ("grpo", "ppo"):
+    if name in ("grpo", "rloo", "ppo"):
         print(f"finetune.py: --method={name} is rl.py's: {command_of('rl')}", file=sys.stderr)
         sys.exit(2)
     check_choice("method", name, [*METHODS, *ADAPTS[1:]])
@@ -714,6 +938,9 @@ def check_settings(name, config):
     if not 0 < embed_temperature < math.inf:
         raise UserError(f"embed_temperature={embed_temperature}: expected more than 0")
     check_choice("dpo_loss", dpo_loss, ("sigmoid", "ipo"))
+    check_least(globals(), ("simpo_beta", "simpo_gamma", "orpo_weight"), 0)
+    check_least(globals(), ("desirable_weight", "undesirable_weight"), 0)
+    check_distillation(name, config)
     if template is not None:
         check_templates(name)
     no_prompt = template or weight_decay or METHODS[name].add_head  # decay would move frozen rows
@@ -721,9 +948,25 @@ def check_settings(name, config):
         raise UserError("adapt=prompt: expected a chat method, no template and no weight_decay")
 
 
+def check_distillation(name, config):
+    """Refuse settings of a teacher that no run can have."""
+    check_share(globals(), ("distill_beta", "hard_weight", "on_policy"))
+    check_least(globals(), ("max_new_tokens",), 1)
+    check_choice("teacher_weights", teacher_weights, TEACHER_WEIGHTS)
+    if not 0 < distill_temperature < math.inf:
+        raise UserError(f"distill_temperature={distill_temperature}: expected more than 0")
+    has_teacher = METHODS[name].has_teacher
+    if has_teacher and not teacher:
+        raise UserError("--method=distill: expected --teacher=FOLDER")
+    if teacher and not has_teacher:
+        raise UserError(f"--teacher={teacher}: it is of --method=distill, not of {name}")
+    if has_teacher and config.adapt == "prompt":
+        raise UserError("adapt=prompt: the teacher does not know the new tokens")
+
+
 def check_templates(name):
-    if name != "sft":
-        raise UserError(f"template: it is of --method=sft, not of {name}")
+    if name not in ("sft", "distill"):
+        raise UserError(f"template: it is of --method=sft and distill, not of {name}")
     templates = parse_templates(template)
     if not templates:
         raise UserError("template: an empty list")
@@ -812,6 +1055,11 @@ def open_data(learner, task, limit):
         raise UserError(f"data/{dataset}: no example for --method={method}")
     if task.add_head:
         val = task.add_head(learner.net, tok, train, val, say)
+    if task.data == "kto":
+        n_liked = sum(e["desirable"] for e in train)
+        note = balance_note(n_liked, len(train) - n_liked, desirable_weight, undesirable_weight)
+        if note:
+            say(note)
     return train, val[: eval_examples or None]
 
 
@@ -843,7 +1091,7 @@ def validate(learner, task, examples, limit, cast):
     run = learner.run
     share = share_of(examples, run)
     sums = Counter(loss=0.0, size=task.size(share))
-    groups = groups_of(task, net, share, limit)
+    groups = groups_of_step(learner, task, examples, limit, cast, 0)
     filling = next(groups_of(task, net, examples[:1], limit))
     net.eval()
     for group, counts in rounds(run, groups, filling):
@@ -932,6 +1180,37 @@ def first_epoch(train, n_steps):
     return [train[i] for i in epoch_order(seed, 0, len(train))[:n]]
 
 
+def teacher_facts():
+    """What `teacher` came to: the contents of its folder's weights, and of an adapter's base."""
+    if teacher is None:
+        return {}
+    files = []
+    for folder in model_and_bases(teacher):
+        files += sorted(folder.glob("*.safetensors"))
+    return {"teacher": fingerprint(files)}
+
+
+def prepared(task, learner, train, val, limit, cast, computing):
+    """The method with its teacher, where it has one; examples get what their loss has to know."""
+    if task.prepare:
+        task.prepare(learner, train, cast)
+        task.prepare(learner, val, cast)
+    if not task.has_teacher:
+        return task
+    net = open_teacher(teacher, teacher_weights, learner, limit, computing)
+    return replace(task, loss=partial(task.loss, net, learner.tok.n_vocab))
+
+
+def examples_of_step(learner, task, train, limit, cast, step):
+    """The examples of a step, over all processes; of a distillation on-policy some with answers of
+    the student's own."""
+    examples = batch_of(train, step, batch_size, seed)
+    if not task.has_teacher or not on_policy:
+        return examples
+    own_seed = seed * 1_000_003 + step
+    return with_own_answers(learner, examples, on_policy, limit, max_new_tokens, own_seed, cast)
+
+
 def make_fast(learner, task, train, limit, cast, n_steps, saved):
     """Let the network compute by what is faster, compared on a micro-batch of the first step."""
     net = learner.net
@@ -995,6 +1274,13 @@ def shortest_prompt(tok, examples):
     return min(prompts, key=len)
 
 
+def check_sources():
+    """Refuse to write into a folder that is read: the model's, the teacher's."""
+    refuse_source(out_dir, model)
+    if teacher is not None:
+        refuse_source(out_dir, teacher)
+
+
 def main():
     name, config = method_and_adapt()
     check_settings(name, config)
@@ -1003,7 +1289,7 @@ def main():
     chosen = settings(globals()) | {"method": name, "adapt": config.adapt}
     folder = RunFolder(out_dir, run, chosen, defaults(globals()), MAY_CHANGE, IGNORES)
     start = choose_start(out_dir, init_from, overwrite, fresh="base")
-    refuse_source(out_dir, model)
+    check_sources()
     saved = load_state(folder.path) if start == "resume" else None
 
     # the network and the examples
@@ -1014,7 +1300,7 @@ def main():
     n_steps = count_steps(len(train), batch_size, max_steps, max_epochs)
     computing, reason = choose_dtype(run.device, dtype, net.config.n_embd)
     cast = autocast(run.device, computing)
-    facts = facts_of(run, dataset, task.data, model, computing)
+    facts = facts_of(run, dataset, task.data, model, computing) | teacher_facts()
     if saved:
         folder.check_resume(saved, facts)
     n_base = n_params(net)
@@ -1028,9 +1314,7 @@ def main():
         make_fast(learner, task, train, limit, cast, n_steps, saved)
     divide(learner, computing)
     facts["compiled"] = learner.compiled
-    if task.prepare:
-        task.prepare(learner, first_epoch(train, n_steps), cast)
-        task.prepare(learner, val, cast)
+    task = prepared(task, learner, first_epoch(train, n_steps), val, limit, cast, computing)
 
     # the optimizer, and where the run stands
     optimizers = make_optimizers(net, optimizer, learning_rate, weight_decay, layer_decay, beta2)
@@ -1057,7 +1341,7 @@ def main():
         step_begin = time.monotonic()
         torch.manual_seed(step_seed(seed, state.step, run.rank))
         updater.set_lr(state.lr_scale(schedule, horizon))
-        examples = batch_of(train, state.step, batch_size, seed)
+        examples = examples_of_step(learner, task, train, limit, cast, state.step)
         groups = groups_of_step(learner, task, examples, limit, cast, state.step)
         size = task.size(examples)
         with saved_on_failure(learner, updater, state, folder):

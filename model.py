@@ -243,6 +243,7 @@ class GPT(nn.Module):
         self.start_id: int | None = None  # with which an encoder-decoder's targets begin
         self.adapter_size: int = 0  # width of the bottlenecks of barelm.adapters.add_adapters
         self.quantize: str | None = None  # int8 or int4, by barelm.quantized
+        self.int4_group: int = 0  # weights of a row that share their levels
 
     def init_weight(self, name: str, p: Tensor) -> None:
         """Draw a parameter's first values; norms keep their ones."""

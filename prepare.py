@@ -18,7 +18,7 @@ from config import configure, settings
 source = "python"  # python, numbers, pychat, copy:48, a download, file, glob, URL, @list, hf:o/n
 sources: dict | None = None  # a mix instead: {"name": weight} or {"name": (weight, source)}
 dataset = "python"  # the result is data/<dataset>
-task: str | None = None  # make a task set: sft, preference, classify, seq2seq, tag, embed, span
+task: str | None = None  # a task set: sft, preference, kto, classify, seq2seq, tag, embed, span
 languages = ""  # seq2seq of translations: the fields of source and target, such as en,de
 field = "text"  # the field of a JSONL, CSV or parquet record that is its text
 input_format: str | None = None  # text, jsonl, json, csv, tsv or parquet; none: by the file's name

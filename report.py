@@ -1,6 +1,6 @@
 """What runs came to, and what they would take: runs side by side, plans, memorized text.
 
-    python report.py --compare out/a out/b               # a table, report.md and report.svg
+    python report.py --compare out/a out/b               # tables and charts, in out/compare
     python report.py --plan --flops=1e18 > config/my.py  # a compute-optimal recipe for train.py
     python report.py --plan --money=100 --price=2.5      # the same for what 40 hours of a GPU buy
     python report.py --plan --params=7e9 --tokens=140e9 --devices=64 --nodes=8   # and a mesh
@@ -21,7 +21,7 @@ memorized = False  # look for text of the training shards in what the model gene
 
 model = "out/python"  # a checkpoint folder; with --plan --finetune of the Hub too
 dataset = "python"  # data/<dataset>
-report = "report.md"  # where a comparison is written, with a picture (.svg) beside it
+report = "out/compare/report.md"  # where a comparison is, with a picture (.svg) and JSON beside
 out_dir: str | None = None  # where memorized's results.json is; none: the model's folder
 
 # a plan: one of the first four, or two that leave the third of C = 6 N D
@@ -68,6 +68,7 @@ seed = 1234  # of the prompts that are drawn and of sampled texts
 if __name__ == "__main__":
     configure(globals())
 
+import json
 import math
 import os
 import sys
@@ -90,10 +91,12 @@ from barelm.compare import (
     read_log,
     score_charts,
     score_lines,
+    score_record,
     table,
 )
 from barelm.costs import MEMORY_GBS, finetune_memory, finetune_work, learned_weights
 from barelm.download import HUB, download
+from barelm.ending import score_words
 from barelm.fast import generating
 from barelm.files import read_json, whole_file
 from barelm.footprint import planned_shapes
@@ -131,7 +134,6 @@ from barelm.scaling import (
     suggest_shape,
 )
 from barelm.scores import (
-    figure,
     flat,
     mean,
     model_mark,
@@ -162,31 +164,45 @@ def runs_to_compare():
 
 
 def compare_runs():
-    """Print the tables of scores and of losses; write them to `report` with a picture beside."""
+    """Print the tables of scores and of losses; write them to `report`, a picture and the scores
+    as JSON beside it. A folder of scores alone, such as a model of the Hub, has no losses."""
     runs = runs_to_compare()
     path = Path(report)
-    if not path.name or path.suffix == ".svg":
+    if not path.name or path.suffix in (".svg", ".json"):
         why = "expected a name such as report.md: the picture, report.svg, stands beside it"
         raise UserError(f"--report={report}: {why}")
-    logs = {run: read_log(run) for run in runs}
     scores = {run: read_scores(run) for run in runs}
+    logs = {}
+    without_log = []
+    for run in runs:
+        if scores[run] and not (Path(run) / "log.jsonl").is_file():
+            without_log.append(f"{run}: no log.jsonl, so no loss")
+        else:
+            logs[run] = read_log(run)
     all_count_tokens = all(curve(log, "loss", "tokens") for log in logs.values())
     x = "tokens" if all_count_tokens else "step"
     losses = {run: read_lengths(run) for run in runs}  # where eval.py --lengths was asked
-    lines = score_lines(scores) + length_lines(losses) + loss_lines(logs, x)
+    lines = score_lines(scores) + length_lines(losses)
+    charts = score_charts(scores)
+    if any(losses.values()):
+        charts.append(length_chart(losses))
+    if logs:
+        lines += loss_lines(logs, x)
+        charts.append(loss_chart(logs, x))
+    lines += ["", *without_log] if without_log else []
     print("\n".join(lines))
     svg_path = path.with_suffix(".svg")
     text = ["# Runs compared", "", *lines, "", f"![scores and losses](<{svg_path.name}>)", ""]
     write_report(path, "\n".join(text))
-    charts = score_charts(scores)
-    if any(losses.values()):
-        charts.append(length_chart(losses))
-    write_report(svg_path, picture([*charts, loss_chart(logs, x)]))
+    write_report(svg_path, picture(charts))
+    write_report(path.with_suffix(".json"), json.dumps(score_record(scores), indent=1) + "\n")
 
 
 def write_report(path, text):
+    """Write a file, in a folder that is made for it, and say where it is."""
     if os.path.exists(path) and not os.path.isfile(path):  # no device is replaced by a file
         raise UserError(f"{path}: cannot be written: it is no plain file")
+    make_folder(path.parent, "--report")
     with whole_file(path) as file:
         file.write(text.encode(errors="replace"))  # half a surrogate pair has no UTF-8
     print(f"written: {path}")
@@ -429,8 +445,8 @@ def print_recipe(**keys):
 # A plan for finetune.py or rl.py: what a fine-tuning takes
 
 ADAPTERS = ("lora", "qlora", "adapter", "prompt")  # as a method: an SFT of added weights
-SAMPLING = ("grpo", "ppo")  # rl.py's methods
-METHODS = ("sft", "classify", "dpo", "reward", *SAMPLING)
+SAMPLING = ("grpo", "rloo", "ppo")  # rl.py's methods
+METHODS = ("sft", "classify", "dpo", "simpo", "orpo", "kto", "reward", "distill", *SAMPLING)
 
 
 def finetune_settings():
@@ -460,27 +476,41 @@ def finetune_settings():
 
 
 def planned_shape():
-    """The GPTConfig of `model`, a folder or a Hub model, of which config.json alone is read; with
-    --params that of a network of that size."""
+    """The GPTConfig of `model`; with --params that of a network of that size."""
     if params:
         config, _ = suggest_shape(params, 50304, seq_len or 1024)
         return config
-    if Path(model).is_dir() or not is_hub_name(model):
-        _, config = read_config(find(model))
+    return shape_of(model)
+
+
+def shape_of(name):
+    """The GPTConfig of a folder or a Hub model, of which config.json alone is read."""
+    if Path(name).is_dir() or not is_hub_name(name):
+        _, config = read_config(find(name))
         return config
     with tempfile.TemporaryDirectory() as folder:
-        url = f"{HUB}{model}/resolve/main/config.json"
+        url = f"{HUB}{name}/resolve/main/config.json"
         try:
             download(url, Path(folder) / "config.json", tries=1)
         except UserError as error:
-            raise UserError(f"{model}: no folder here, and {error}") from None
+            raise UserError(f"{name}: no folder here, and {error}") from None
         _, config = read_config(Path(folder))
         return config
 
 
+def planned_teacher(s):
+    """The empty network of a distillation's teacher; else None."""
+    if s.method != "distill":
+        return None
+    if s.teacher is None:
+        raise UserError("--finetune=distill: expected a recipe for finetune.py that sets teacher")
+    return empty_network(shape_of(s.teacher))
+
+
 def planned_examples(method):
     """(how many examples, tokens of one, how that is known)."""
-    task_set = {"classify": "classify", "dpo": "preference", "reward": "preference"}
+    task_set = {"classify": "classify", "kto": "kto"}
+    task_set |= dict.fromkeys(("dpo", "simpo", "orpo", "reward"), "preference")
     path = Path("data") / dataset / f"{task_set.get(method, 'sft')}_train.jsonl"
     if examples and tokens:
         return examples, tokens / examples, "as asked"
@@ -515,12 +545,13 @@ def make_finetune_plan():
     rollouts = 0  # on each device
     new_tokens = 0
     if s.method in SAMPLING:
-        group = s.group_size if s.method == "grpo" else 1
+        group = 1 if s.method == "ppo" else s.group_size
         rollouts = math.ceil(s.batch_size * group / devices)
         new_tokens = s.max_new_tokens
     length = min(length + new_tokens, s.seq_len or config.n_ctx, config.n_ctx)
-    memory = finetune_memory(net, s, length, rollouts)
-    work = finetune_work(net, s, count, length, steps)
+    teacher = planned_teacher(s)
+    memory = finetune_memory(net, s, length, rollouts, teacher)
+    work = finetune_work(net, s, count, length, steps, teacher)
     rate = 1e12 * PEAK_TFLOPS[gpu] * devices * mfu
     seconds = {what: total / rate for what, total in work.items()}
     if rollouts:  # a new token reads the weights and the cache, however few rows there are
@@ -796,8 +827,11 @@ def show_memorized():
     results["memorized"] = entry | {"settings": settings(globals())}
     if run.is_main:
         write_results(folder, model, mark, results)
-    for key, value in entry.items():
-        say(f"memorized.{key}: {figure(value)}")
+    for key in entry:
+        words = score_words(entry, key)
+        if words and not key.endswith("_stderr"):
+            say(f"memorized.{key}: {words}")
+    say(f"results: {folder / 'results.json'}")
 
 
 # --------------------------------------------------------------------------------------------------

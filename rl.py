@@ -1,7 +1,8 @@
-"""Reinforcement learning: a model learns from rewards for its own answers, by GRPO or PPO.
+"""Reinforcement learning: a model learns from rewards for its own answers: GRPO, RLOO, PPO.
 
     python finetune.py --dataset=arithmetic --out_dir=out/sums --max_epochs=10 --learning_rate=1e-3
     python rl.py config/grpo.py                         # sums of two digits: the reward rises
+    python rl.py config/rloo.py                         # the same, each answer against the others
     python rl.py --method=ppo --model=out/sft --reward=out/reward --out_dir=out/rl
     torchrun --nproc_per_node=8 rl.py --model=out/sft --reward=mine.py:score --out_dir=out/rl
 
@@ -13,7 +14,7 @@ Writes out_dir/ as finetune.py does. Ctrl-C and SIGTERM save and exit.
 from config import configure, defaults, settings
 
 # what, from what, to where
-method = "grpo"  # grpo (Shao et al. 2024) or ppo (Schulman et al. 2017)
+method = "grpo"  # grpo (Shao et al. 2024), rloo (Ahmadian et al. 2024), ppo (Schulman 2017)
 model = "out/sft"  # the checkpoint folder to start from
 dataset = "python"  # data/<dataset> has sft_{train,val}.jsonl; or arithmetic
 out_dir = "out/rl"  # where the result is written
@@ -24,7 +25,7 @@ seed = 0  # of the order of the data, dropout and samples
 # the samples
 reward = "overlap"  # overlap, arithmetic, gsm8k, a reward model's folder, or FILE.py:function
 batch_size = 16  # prompts per step, over all processes
-group_size = 8  # grpo: samples of each prompt, which are compared with each other
+group_size = 8  # grpo, rloo: samples of each prompt, which are compared with each other
 max_new_tokens = 64  # of a sample
 temperature = 1.0  # of the samples
 seq_len = 0  # tokens of prompt and answer, at most; 0: the model's context
@@ -45,7 +46,7 @@ max_minutes: float | None = None  # minutes of wall clock, validation included
 early_stopping = 0  # end after so many validations without a new best; 0: never
 
 # which weights learn
-adapt = "full"  # full, lora, qlora, adapter (bottlenecks) or prompt (soft prompts; grpo alone)
+adapt = "full"  # full, lora, qlora, adapter (bottlenecks) or prompt (soft prompts; not ppo)
 train_last: int | None = 0  # the last so many blocks, final norm and head; 0: all; none: the head
 lora_rank = 8  # r of lora and qlora
 lora_alpha = 16.0  # the added matrices' product is scaled by alpha / r
@@ -309,6 +310,34 @@ def group_advantages(rewards, groups):
     return advantages.float()
 
 
+def add_leave_one_out(run, samples):
+    """RLOO: each answer's reward against the mean of the other answers' to its prompt. A whole
+    answer is one action: it has one advantage, (1,), and its divergence from the reference is taken
+    off its reward."""
+    rewards = []
+    for sample in samples:
+        divergence = float((sample["old"] - sample["ref"]).sum())
+        rewards.append(sample["reward"] - kl_weight * divergence)
+    groups = [sample["group"] for sample in samples]
+    for sample, advantage in zip(samples, leave_one_out(rewards, groups)):
+        sample["advantage"] = advantage.reshape(1)
+
+
+def leave_one_out(rewards, groups):
+    """(N,) float: R_i - 1 / (k - 1) sum of R_j over the k - 1 others of its group: a baseline that
+    does not depend on the answer that it judges (Kool et al. 2019; Ahmadian et al. 2024, the RLOO
+    estimator); exactly 0 in a group of equal rewards."""
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    groups = torch.tensor(groups)
+    advantages = torch.zeros_like(rewards)
+    for g in groups.unique():
+        group = rewards[groups == g]
+        if group.min() < group.max():
+            others = (group.sum() - group) / (len(group) - 1)
+            advantages[groups == g] = group - others
+    return advantages.float()
+
+
 def add_gae(run, samples):
     """PPO: generalized advantage estimates, by the value head; whitened over all processes."""
     for sample in samples:
@@ -350,7 +379,7 @@ def mean_and_deviation(run, values):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss: (net, samples, n_vocab) -> (the sum over their answer tokens, {figure: its sum})
+# Loss: (net, samples, n_vocab) -> (the sum over their answer tokens, or answers, {figure: its sum})
 
 
 def policy_loss(log_p, old, advantages):
@@ -366,8 +395,8 @@ def joined(samples, key, like):
 
 
 def policy_figures(log_p, old, entropy):
-    """What all should see, per token: the k3 estimate of the divergence from the policy that drew
-    the samples (Schulman 2020), and the share of tokens whose ratio is clipped."""
+    """What all should see, per token, or of rloo per answer: the k3 estimate of the divergence from
+    the policy that drew the samples (Schulman 2020), and the share whose ratio is clipped."""
     ratio = (log_p - old).exp()
     return {
         "entropy": entropy,
@@ -390,6 +419,26 @@ def grpo_loss(net, samples, n_vocab):
         log_ratio = joined(samples, "ref", log_p) - log_p
         loss = loss + kl_weight * (log_ratio.exp() - log_ratio - 1)
     return loss.sum(), summed(policy_figures(log_p, old, entropy))
+
+
+def rloo_loss(net, samples, n_vocab):
+    """REINFORCE of whole answers, -A log p(y | x) (Ahmadian et al. 2024): the gradient of the ratio
+    of p(y | x) to what it was when y was drawn, which is 1 in the first update of a step. In later
+    ones it is clipped as PPO's, of the answer and not of each token. The sum is over answers."""
+    log_p, entropy, _ = look(net, samples, n_vocab)
+    old = joined(samples, "old", log_p)
+    advantages = joined(samples, "advantage", log_p)  # (B,)
+    lengths = [count_targets([sample]) for sample in samples]
+    log_p = sums_of(log_p, lengths)  # (B,), as is `old`
+    old = sums_of(old, lengths)
+    entropy = sums_of(entropy, lengths) / to_device(torch.tensor(lengths), entropy.device)
+    loss = policy_loss(log_p, old, advantages)
+    return loss.sum(), summed(policy_figures(log_p, old, entropy))
+
+
+def sums_of(values, lengths):
+    """(B,): the sums of each sample's part of values (N,), one sample's after the other's."""
+    return torch.stack([part.sum() for part in values.split(lengths)])
 
 
 def ppo_loss(net, samples, n_vocab):
@@ -421,6 +470,7 @@ class Method:
     add_advantages: Callable  # (run, samples): puts `advantage` (T,) into each
     loss: Callable  # (net, samples, n_vocab) -> (sum of losses, {figure: sum})
     logs: tuple  # the names of the figures that its loss gives
+    size: Callable = count_targets  # (samples) -> what the sums of a whole update are divided by
     has_groups: bool = False  # whether group_size samples of a prompt are compared
     has_value: bool = False  # whether the network gets a head for values
 
@@ -429,6 +479,7 @@ OF_POLICY = ("entropy", "approx_kl", "clipfrac")
 OF_VALUES = ("value_loss", "unexplained", "return", "return2")
 METHODS = {
     "grpo": Method(add_group_advantages, grpo_loss, OF_POLICY, has_groups=True),
+    "rloo": Method(add_leave_one_out, rloo_loss, OF_POLICY, size=len, has_groups=True),
     "ppo": Method(add_gae, ppo_loss, OF_POLICY + OF_VALUES, has_value=True),
 }
 
@@ -450,7 +501,7 @@ def check_settings():
     if not 1e-3 <= temperature < math.inf:  # below it the samples of a prompt are all the same
         raise UserError(f"temperature={temperature}: expected 0.001 or more")
     if adapt == "prompt" and (weight_decay or METHODS[method].has_value):
-        raise UserError("adapt=prompt: expected --method=grpo and no weight_decay")
+        raise UserError("adapt=prompt: expected --method=grpo or rloo, and no weight_decay")
 
 
 def check_minibatches(n_samples, run):
@@ -615,7 +666,7 @@ def learn(learner, task, samples, updater, cast, step):
         for i in range(minibatches):
             minibatch = [samples[k] for k in order[i::minibatches]]
             parts.append(sorted(minibatch, key=n_tokens))
-        sizes = learner.run.sum(*map(count_targets, parts))  # each process has its own samples
+        sizes = learner.run.sum(*map(task.size, parts))  # each process has its own samples
         for part, size in zip(parts, sizes):
             groups = micro_batches(part, micro_tokens, net)
             # Of equal rewards a gradient is exactly zero, rightly.

@@ -20,7 +20,9 @@ What a request meets, from outside inwards, each to be read alone:
     barelm/api.py          what a request may say, and the jobs that it becomes
     barelm/engine.py       the thread that owns the network: jobs in (barelm/jobs.py), tokens out
     barelm/answers.py      what a request is answered
+    barelm/responses_api.py  the same of /v1/responses, OpenAI's newer protocol
     barelm/vector_api.py   the same of texts that become vectors, or labels
+    barelm/openapi.py      what all of this is to programs, barelm/reference.py to readers (/docs)
     barelm/page_routes.py  the addresses of the page (barelm/web), barelm/page.py what it shows
     barelm/metrics.py      what is counted
 
@@ -30,6 +32,8 @@ Smaller models and other formats are export.py's.
 from config import configure
 
 model = "out/python"  # a checkpoint folder
+name: str | None = None  # what clients call it, "a,b": answers tell the first; or BARELM_NAME
+adapters: str | None = None  # of this model, LoRA, by name: a=out/lora1,b=out/lora2
 host = "127.0.0.1"  # who may connect: 127.0.0.1 this machine alone, 0.0.0.0 everyone
 port = 8000  # 0: any free one
 api_key: str | None = None  # asked of every client; or set BARELM_API_KEY, which ps does not show
@@ -53,6 +57,7 @@ pooling: str | None = None  # /v1/embeddings: first, last or mean; none: the mod
 device = "auto"  # auto, cpu, mps, cuda, cuda:1
 threads = 0  # of the CPU; 0: OMP_NUM_THREADS, or as many as this process has cores for
 dtype = "auto"  # auto (bfloat16 where it is fast, else float32), float32, bfloat16, float16
+tool_form: str | None = None  # of calls of tools: hermes, llama3, …; none: the chat template's own
 quantize: str | None = None  # int8 or int4: weights of one byte or half of one, other answers
 fast = True  # false: model.py's plain mathematics alone, a referee for a doubtful answer
 deterministic = False  # a text's bits do not depend on the batch: slower (docs/determinism.md)
@@ -73,7 +78,7 @@ from pathlib import Path
 
 import torch
 
-from barelm import api, page, vector_api
+from barelm import __version__, api, openapi, page, responses_api, vector_api
 from barelm.answers import ChatAnswer, CompletionAnswer, usage
 from barelm.api import ApiError
 from barelm.caller import Caller, no_gradients
@@ -85,8 +90,11 @@ from barelm.feedback import FeedbackFile
 from barelm.invariant import be_deterministic
 from barelm.jobs import Updates
 from barelm.layouts import cached_numbers
+from barelm.many_adapters import Adapters
 from barelm.mirror import open_together
+from barelm.reference import reference_page
 from barelm.reload import Weights
+from barelm.responses_api import ResponseAnswer, ResponseEvents
 from barelm.run import UserError, choose_dtype, end_process
 
 try:
@@ -145,6 +153,7 @@ class Handlers:
         self.served = settings.served
         self.settings = settings
         self.loop = None  # the event loop, once there was a request
+        self.document = {}  # of OpenAPI, once the routes are there
         engine.tell = self.tell
 
     def tell(self, updates):
@@ -156,43 +165,83 @@ class Handlers:
     # ------------------------------------------------------------------ text from the model
 
     async def completions(self, request: Request):
-        wanted = api.read_completion(self.served, await self.read_body(request))
+        body = await self.read_body(request)
+        served = api.addressed(self.served, body)
+        wanted = api.read_completion(served, body)
         # To tokenize may take long: in a thread, so that the event loop goes on with the others.
-        prompts = await asyncio.to_thread(api.read_prompts, self.served, wanted)
+        prompts = await asyncio.to_thread(api.read_prompts, served, wanted)
+        await asyncio.to_thread(api.read_form, served, wanted)
         updates = Updates(at_end=not wanted.stream)
-        jobs = api.completion_jobs(self.served, wanted, prompts, updates.listener)
-        answer = CompletionAnswer(self.served, jobs)
+        parts = (served, wanted, prompts, updates.listener)
+        jobs = await asyncio.to_thread(api.completion_jobs, *parts)
+        answer = CompletionAnswer(served, jobs)
         return await self.generate(request, wanted, jobs, updates, answer)
 
     async def chat_completions(self, request: Request):
-        wanted = api.read_chat(self.served, await self.read_body(request))
-        continues = wanted.continue_final_message
-        ids = await asyncio.to_thread(api.read_messages, self.served, wanted.messages, continues)
+        body = await self.read_body(request)
+        served = api.addressed(self.served, body)
+        wanted = api.read_chat(served, body)
         updates = Updates(at_end=not wanted.stream)
-        jobs = api.chat_jobs(self.served, wanted, ids, updates.listener)
-        answer = ChatAnswer(self.served, jobs)
+        jobs = await self.chat_jobs(served, wanted, updates)
+        answer = ChatAnswer(served, jobs, wanted.plan)
         return await self.generate(request, wanted, jobs, updates, answer)
+
+    async def chat_jobs(self, served, wanted, updates):
+        """The jobs of a Chat; they tell `updates`."""
+        ids = await asyncio.to_thread(api.read_conversation, served, wanted)
+        await asyncio.to_thread(api.read_form, served, wanted)
+        parts = (served, wanted, ids, updates.listener)
+        return await asyncio.to_thread(api.chat_jobs, *parts)
+
+    async def responses(self, request: Request):
+        body = await self.read_body(request)
+        served = api.addressed(self.served, body)
+        wanted, chat = await asyncio.to_thread(responses_api.read_response, served, body)
+        updates = Updates(at_end=not wanted.stream)
+        try:
+            jobs = await self.chat_jobs(served, chat, updates)
+        except ApiError as error:
+            raise responses_api.renamed(error) from None
+        answer = ResponseAnswer(wanted, ChatAnswer(served, jobs, chat.plan))
+        news = self.begin(request, jobs, updates)
+        if wanted.stream:
+            return self.stream(request, response_lines(ResponseEvents(answer, jobs[0]), news))
+        [parts] = await self.collect(jobs, news)
+        return reply(answer.whole(*parts))
 
     async def generate(self, request, wanted, jobs, updates, answer):
         """The response to a request for text: one JSON object, or a stream of them."""
+        news = self.begin(request, jobs, updates)
+        if wanted.stream:
+            lines = stream_lines(answer, jobs, news, wanted.stream_options.include_usage)
+            return self.stream(request, lines)
+        best = api.likeliest(wanted, await self.collect(jobs, news))
+        choices = [answer.whole_choice(*parts) for parts in best]
+        for index, choice in enumerate(choices):
+            choice["index"] = index
+        return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
+
+    def begin(self, request, jobs, updates):
+        """Give the jobs to the engine; what is new of them comes from what is returned."""
         self.loop = asyncio.get_running_loop()
         if not self.engine.submit(jobs):
             raise ApiError(429, "the queue is full: try again", code="queue_full")
-        record = request.scope["record"]
-        record.jobs = jobs  # the Front cancels what is not done when the request ends
-        news = self.follow(request, jobs, updates)
-        if wanted.stream:
-            record.is_stream = True
-            lines = stream_lines(answer, jobs, news, wanted.stream_options.include_usage)
-            return StreamingResponse(lines, media_type="text/event-stream")
+        request.scope["record"].jobs = jobs  # the Front cancels those that a request leaves
+        return self.follow(request, jobs, updates)
+
+    def stream(self, request, lines):
+        request.scope["record"].is_stream = True
+        return StreamingResponse(lines, media_type="text/event-stream")
+
+    async def collect(self, jobs, news):
+        """[(job, its text, its Tokens)] once all are done."""
         texts = [""] * len(jobs)
         tokens = [[] for _ in jobs]
         async for new in news:
             for update in new:
                 texts[update.job.index] += update.text
                 tokens[update.job.index] += update.tokens
-        choices = [answer.whole_choice(*parts) for parts in zip(jobs, texts, tokens)]
-        return reply(answer.head | {"choices": choices, "usage": usage(jobs)})
+        return list(zip(jobs, texts, tokens))
 
     async def follow(self, request, jobs, updates):
         """What is new of the jobs, [Update] each time, until all are done, the client has left, or
@@ -215,7 +264,7 @@ class Handlers:
                 new = await updates.take()
                 for update in new:
                     if update.error is not None:
-                        raise ApiError(500, update.error)
+                        raise ApiError(400 if update.refused else 500, update.error)
                     n_running -= update.done
                 yield new
         finally:
@@ -245,18 +294,18 @@ class Handlers:
 
     async def embeddings(self, request: Request):
         body = await self.read_body(request)
-        wanted = vector_api.read_embeddings(self.served, body, self.engine.net.config.n_embd)
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
-        vectors = await self.in_batches(vector_api.make_vectors, inputs, self.settings.pooling)
+        served = api.addressed(self.served, body)
+        wanted = vector_api.read_embeddings(served, body, self.engine.net.config.n_embd)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, served, wanted)
+        how = (wanted.pooling or self.settings.pooling, served.adapter)
+        vectors = await self.in_batches(vector_api.make_vectors, inputs, *how)
         answer = vector_api.embeddings_answer
-        return reply(
-            await asyncio.to_thread(answer, self.served, inputs, vectors, wanted.encoding_format)
-        )
+        return reply(await asyncio.to_thread(answer, served, wanted, inputs, vectors))
 
     async def classify(self, request: Request):
         net = self.engine.net
         wanted = vector_api.read_classify(self.served, net, await self.read_body(request))
-        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted.input)
+        inputs = await asyncio.to_thread(vector_api.read_inputs, self.served, wanted)
         shares = await self.in_batches(vector_api.make_scores, inputs)
         return reply(vector_api.classes_answer(self.served, net.labels, inputs, shares))
 
@@ -273,24 +322,29 @@ class Handlers:
     # ------------------------------------------------------------------ the model and its tokens
 
     async def models(self):
-        return reply({"object": "list", "data": [self.served.card]})
+        return reply({"object": "list", "data": self.served.cards()})
 
     async def one_model(self, name: str):
-        api.check_model(self.served, name)
-        return reply(self.served.card)
+        api.model_of(self.served, name)
+        [card] = [card for card in self.served.cards() if card["id"] == name]
+        return reply(card)
 
     async def tokenize(self, request: Request):
         body = await self.read_body(request)
-        return reply(await asyncio.to_thread(api.tokenize, self.served, body))
+        served = api.addressed(self.served, body)
+        return reply(await asyncio.to_thread(api.tokenize, served, body))
 
     async def detokenize(self, request: Request):
         body = await self.read_body(request)
-        return reply(api.detokenize(self.served, body))
+        return reply(api.detokenize(api.addressed(self.served, body), body))
 
     async def tokenizer_info(self):
         return reply(api.tokenizer_info(self.served.tok))
 
     # ------------------------------------------------------------------ how it goes
+
+    async def version(self):
+        return reply({"version": __version__})
 
     async def health(self):
         if not self.engine.is_alive():
@@ -305,6 +359,13 @@ class Handlers:
         }
         text = self.engine.metrics.text(gauges)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def schema(self):
+        return reply(self.document)
+
+    async def docs(self):
+        html = await asyncio.to_thread(reference_page, self.document)
+        return Response(html, headers=page.HEADERS, media_type="text/html")
 
     async def ask_engine(self, f, *args):
         """f(*args) in the engine's thread, between two steps."""
@@ -343,6 +404,22 @@ async def stream_lines(answer, jobs, news, include_usage):
         yield event_line(error.body())
 
 
+async def response_lines(events, news):
+    """Server-sent events of /v1/responses: of each its name and its JSON."""
+
+    def lines(made):
+        return "".join([f"event: {event['type']}\n{event_line(event)}" for event in made])
+
+    try:
+        yield lines(events.begin())
+        async for new in news:
+            for update in new:
+                yield lines(events.more(update))
+        yield lines(events.end())
+    except ApiError as error:  # too late for a status
+        yield lines([events.failed(error)])
+
+
 def make_app(engine, settings):
     """The application: its addresses, and what every request passes before it comes to one."""
     # FastAPI's own pages would load scripts from elsewhere.
@@ -351,6 +428,7 @@ def make_app(engine, settings):
     routes = [
         ("POST", "/v1/completions", handlers.completions),
         ("POST", "/v1/chat/completions", handlers.chat_completions),
+        ("POST", "/v1/responses", handlers.responses),
         ("POST", "/v1/embeddings", handlers.embeddings),
         ("POST", "/classify", handlers.classify),  # vLLM's
         ("GET", "/v1/models", handlers.models),
@@ -358,20 +436,34 @@ def make_app(engine, settings):
         ("POST", "/tokenize", handlers.tokenize),
         ("POST", "/detokenize", handlers.detokenize),
         ("GET", "/tokenizer_info", handlers.tokenizer_info),
-        ("GET HEAD", "/health", handlers.health),  # HEAD: some probes'
+        ("GET", "/health", handlers.health),
         ("GET", "/metrics", handlers.metrics),
+        ("GET POST", "/ping", handlers.health),  # SageMaker's and vLLM's
+        ("GET", "/version", handlers.version),  # vLLM's
+        ("GET", "/openapi.json", handlers.schema),
+        ("GET", "/docs", handlers.docs),
         *PageHandlers(handlers).routes(),
     ]
+    has_key = bool(settings.access.api_key)
+    n_embd = engine.net.config.n_embd
+    handlers.document = openapi.describe(routes, settings.served, n_embd, has_key)
     for methods, path, handler in routes:
-        app.add_api_route(path, handler, methods=methods.split())
+        # Who may GET may ask for the head alone.
+        app.add_api_route(path, handler, methods=methods.replace("GET", "GET HEAD").split())
 
     async def refused(request, error):
         return error_reply(error)
 
+    paths = {path for _, path, _ in routes}
+
     async def not_found(request, error):  # the router's own words name no path
-        where = f"{request.method} {api.short(request.scope['path'])}"
-        refusal = ApiError(error.status_code, f"{where}: {error.detail}")
-        return error_reply(refusal, error.headers)
+        if error.status_code == 405 and request.method == "OPTIONS":
+            return Response(status_code=204, headers=error.headers)  # which say what it allows
+        path = request.scope["path"]
+        why = f"{request.method} {api.short(path)}: {error.detail}"
+        if f"/v1{path}" in paths:
+            why += f" (did you mean /v1{path}?)"
+        return error_reply(ApiError(error.status_code, why), error.headers)
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(HTTPException, not_found)
@@ -403,6 +495,17 @@ def read_key():
     return api_key.strip()
 
 
+def read_names():
+    """What the model is called: the first in answers, all by clients."""
+    given = os.environ.get("BARELM_NAME", "") if name is None else name
+    if name is None and not given.strip():
+        return [Path(model).resolve().name]
+    names = list(dict.fromkeys(word.strip() for word in given.split(",")))
+    if not all(names) or not all(word.isprintable() for word in names):
+        raise UserError(f"--name={given!a}: expected names with commas between them")
+    return names
+
+
 def check_settings(net):
     counts = {
         "max_batch": 16 if max_batch is None else max_batch,
@@ -410,14 +513,14 @@ def check_settings(net):
         "max_connections": max_connections,
         "max_body": max_body,
     }
-    for name, n in counts.items():
+    for key, n in counts.items():
         if n < 1:
-            raise UserError(f"--{name}={n}: expected 1 or more")
+            raise UserError(f"--{key}={n}: expected 1 or more")
     if prefill_chunk < 0:
         raise UserError(f"--prefill_chunk={prefill_chunk}: expected 1 or more, or 0: by the device")
-    for name, seconds in dict(timeout=timeout, client_timeout=client_timeout, drain=drain).items():
+    for key, seconds in dict(timeout=timeout, client_timeout=client_timeout, drain=drain).items():
         if not 0 < seconds < math.inf:
-            raise UserError(f"--{name}={seconds}: expected seconds, more than 0")
+            raise UserError(f"--{key}={seconds}: expected seconds, more than 0")
     if not 0 <= port < 2**16:  # of a greater one the C library takes the last 16 bits
         raise UserError(f"--port={port}: expected 0 to 65535")
     n_ctx = net.config.n_ctx
@@ -470,12 +573,32 @@ def batch_limit(net, length):
     return max(1, min(256, free // 2 // row))
 
 
-def make_engine(net, tok, length, mirror=None):
+def read_adapters(net, tok):
+    """The Adapters of --adapters=name=folder,name=folder, or None."""
+    if not adapters:
+        return None
+    folders = {}
+    for part in adapters.split(","):
+        name, _, folder = part.partition("=")
+        if not name or not folder or name in folders:
+            why = "expected a=folder,b=folder, each name once"
+            raise UserError(f"--adapters={adapters}: {part!r:.60}: {why}")
+        folders[name] = folder
+    for other, is_on in {"--tp": tp > 1, "--deterministic": deterministic}.items():
+        if is_on:
+            raise UserError(f"--adapters with {other} is not supported: serve one, as --model")
+    if why_no_text(net):
+        raise UserError(f"--adapters: {model} {why_no_text(net)}")
+    return Adapters(net, tok, folders, model)
+
+
+def make_engine(net, tok, length, mirror=None, several=None):
     if why_no_text(net):
         return Caller(net, mirror)
     batch = batch_limit(net, length)
     try:
-        return Engine(net, tok, batch, length, prefill_chunk, max_queue, mirror=mirror)
+        options = dict(mirror=mirror, adapters=several)
+        return Engine(net, tok, batch, length, prefill_chunk, max_queue, **options)
     except RuntimeError:  # torch's word for no memory
         why = f"no memory for the keys and values of {batch} times {length} tokens"
         raise UserError(f"{why}: lower --max_batch or --max_len") from None
@@ -499,7 +622,7 @@ def open_log(tok):
         raise UserError(f"--log={log}: {error.strerror}") from None
 
 
-def run_server(app, engine, sock, limits, shutdown):
+def run_server(app, engine, sock, limits, shutdown, served_name):
     """Answer requests until a signal comes, and those that run then."""
     config = uvicorn.Config(
         app,
@@ -522,14 +645,14 @@ def run_server(app, engine, sock, limits, shutdown):
     else:
         print(f"it {why_no_text(engine.net)}")
     address = f"[{host}]" if ":" in host else host
-    name = Path(model).resolve().name
-    print(f"serving {name} at http://{address}:{sock.getsockname()[1]}", flush=True)
+    print(f"serving {served_name} at http://{address}:{sock.getsockname()[1]}", flush=True)
     server.run(sockets=[sock])
     engine.stop()
 
 
 def main():
     key = read_key()
+    names = read_names()
     weights = Weights(model)  # before they are loaded: what is saved meanwhile is new
     run, mirror, (net, tok, compute_dtype) = open_together(tp, device, load_model, threads)
     if not run.is_main:
@@ -545,19 +668,24 @@ def main():
     check_settings(net)
 
     length = max_len or net.config.n_ctx
-    name = Path(model).resolve().name
     served = api.ServedModel(
-        name,
+        names[0],
         tok,
         length,
         max_queue,
         seed,
         refusal=why_no_text(net),
         is_seq2seq=net.config.is_seq2seq,
+        aliases=names[1:],
+        tool_form=tool_form,
     )
     if mirror:
         mirror.knows(net=net, tok=tok)
-    engine = make_engine(net, tok, length, mirror)
+    several = read_adapters(net, tok)
+    if several:
+        served.with_adapters(several)
+        print(f"adapters: {', '.join(several.names)}, of rank {', '.join(map(str, several.ranks))}")
+    engine = make_engine(net, tok, length, mirror, several)
     weights.serves(engine, tok)
     if mirror:
         mirror.knows(engine=engine)
@@ -582,7 +710,7 @@ def main():
         reload=reload,
     )
     app = make_app(engine, settings)
-    run_server(app, engine, sock, limits, shutdown)
+    run_server(app, engine, sock, limits, shutdown, served.name)
     if mirror:
         mirror.end()
         end_process(130 if shutdown.interrupted else 0)

@@ -4,7 +4,7 @@ here knows HTTP; barelm/answers.py has the way back.
 A request is a dataclass below: a field's name, type, default and limits stand in one line, and
 `read_fields` checks them. Whatever else a client sends is refused by name rather than ignored, but
 for the values that ask for what is done anyway (NEUTRAL). A new field that changes how tokens are
-chosen, such as logit_bias, is a line in `jobs.Sampling`, one in `sampling.OFF` with its part in
+chosen, such as min_tokens, is a line in `jobs.Sampling`, one in `sampling.OFF` with its part in
 `kinds_of` and its use there, and where a type and limits do not check it, a line in
 `finish_reading`: what the engine's thread raises ends all requests of the batch.
 """
@@ -15,17 +15,24 @@ import difflib
 import json
 import random
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from barelm import messages
 from barelm.answers import decode, token_name
-from barelm.jobs import Job, Sampling, limited
+from barelm.filling import middle_tokens
+from barelm.guided import FormError, read_bias, read_grammar
+from barelm.jobs import Job, Sampling, limited, one_of
+from barelm.messages import FieldError
 from barelm.run import UserError
+from barelm.tool_forms import form_named
+from barelm.tool_use import plan_chat, read_text_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from barelm.many_adapters import Adapters
     from barelm.tokenizer import Tokenizer
 
 
@@ -62,18 +69,25 @@ def short(value: object) -> str:
 class ServedModel:
     """The model that requests are answered by, and the limits of one."""
 
-    name: str  # its folder's
+    name: str  # what answers call it: by default its folder's
     tok: Any  # its Tokenizer
     max_len: int  # tokens of a prompt and its answer
     max_queue: int  # sequences of a request, at most
     seed: int | None = None  # of requests that bring none; None: another for each
     refusal: str = ""  # why it continues no text; "": it does
     is_seq2seq: bool = False  # a prompt is a source of max_len tokens, and so may its answer be
+    tool_form: str | None = None  # of calls, where the chat template is not to say it
+    aliases: list = field(default_factory=list)  # other names that requests may call it by
+    adapter: int = 0  # which of the engine's adapters it is; 0: the base, without any
+    parent: str | None = None  # an adapter's base
+    adapters: dict = field(default_factory=dict)  # {name: ServedModel} of a base's
     longest_token: int = field(init=False)  # in bytes
     turn_ends: list = field(init=False)  # ids that end an answer in a chat
-    card: dict = field(init=False)  # what /v1/models shows
+    card: dict = field(init=False)  # what /v1/models shows of it
 
     def __post_init__(self):
+        if self.tool_form:
+            form_named(self.tool_form)
         self.longest_token = max(len(token) for token in self.tok.bytes.values())
         self.turn_ends = chat_ends(self.tok)
         self.card = {
@@ -83,6 +97,23 @@ class ServedModel:
             "owned_by": "barelm",
             "max_model_len": self.max_len,
         }
+
+    def cards(self) -> list[dict]:
+        """What /v1/models shows: a model for each name, the first of which answers tell."""
+        others = [self.card | {"id": alias, "root": self.name} for alias in self.aliases]
+        for adapter in self.adapters.values():  # vLLM's fields of one
+            others.append(adapter.card | {"root": adapter.name, "parent": self.name})
+        return [self.card | {"root": self.name}, *others]
+
+    def with_adapters(self, adapters: Adapters) -> ServedModel:
+        """Serve adapters by their names beside this model, in place."""
+        for i, (name, tok) in enumerate(zip(adapters.names, adapters.toks)):
+            if name in (self.name, *self.aliases):
+                raise UserError(f"--adapters: {name} is a name of the base (--name)")
+            one = replace(self, name=name, tok=tok, aliases=[], adapter=i + 1, parent=self.name)
+            one.adapters = {}
+            self.adapters[name] = one
+        return self
 
 
 def chat_ends(tok: Tokenizer) -> list[int]:
@@ -114,8 +145,24 @@ class Generation(Sampling):
     max_tokens: int | None = limited(None, 0, 2**31)
     n: int = limited(1, 1, 128)  # answers to each prompt
     ignore_eos: bool = False  # go on behind an end token
+    truncate_prompt_tokens: int | None = limited(None, -1, 2**31)  # keep so many; -1: what fits
+    truncation_side: str | None = one_of("left", "right")  # left, the usual: it keeps the last
+    return_token_ids: bool = False  # the prompt's and the answer's, beside the text
+    return_tokens_as_token_ids: bool = False  # in log-probabilities a token is called token_id:7
+    # What the answer may be: barelm/guided.py. None of these is looked at before read_form.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    grammar: Any = None
     stream: bool = False
     stream_options: dict = field(default_factory=dict)  # StreamOptions, when read
+
+    compiled = None  # no field of a request: its Grammar, by read_form
+    plan = None  # no field either: the ChatPlan of a chat, by read_conversation
 
 
 @dataclass
@@ -123,12 +170,26 @@ class Completion(Generation):
     prompt: Any = None  # a text, ids, or a list of either
     echo: bool = False  # answer with the prompt before the text
     logprobs: int | None = limited(None, 0, 20)  # alternatives of each token
-    best_of: int | None = limited(None, 1, 128)
+    best_of: int | None = limited(None, 1, 128)  # make so many, answer with the n likeliest
+    suffix: str | None = None  # what stands behind the answer: the prompt and it have a gap
     add_special_tokens: bool = True
 
 
 @dataclass
-class Chat(Generation):
+class TemplateFields:
+    """What a chat says beside its messages to the template, and of how to read its answers."""
+
+    tools: list = field(default_factory=list)
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True  # more calls in an answer than one
+    chat_template_kwargs: dict = field(default_factory=dict)  # the template's own variables
+    reasoning_effort: str | None = None
+    include_reasoning: bool = True  # answer with the thoughts, in reasoning_content
+    reasoning_format: str | None = None  # none: thoughts are part of the text
+
+
+@dataclass
+class Chat(TemplateFields, Generation):
     messages: list = field(default_factory=list)
     logprobs: bool = False
     top_logprobs: int = limited(0, 0, 20)
@@ -138,7 +199,7 @@ class Chat(Generation):
 
 
 @dataclass
-class Tokenize:
+class Tokenize(TemplateFields):
     prompt: str | None = None
     messages: list | None = None
     model: str | None = None
@@ -156,12 +217,16 @@ class Detokenize:
 
 # What changes no answer, so that any value of its type may be there: names of the client's own, and
 # llama.cpp's settings of samplers that are off here (NEUTRAL refuses to turn them on).
-IGNORED = {
+IGNORED: dict[str, type] = {
     "user": str,
     "safety_identifier": str,
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
     "metadata": dict,
+    "prediction": dict,  # it would make the same answer faster
+    "prompt_cache_options": dict,
+    "session_id": str,
+    "guided_decoding_backend": str,
     "dry_sequence_breakers": list,
     "dry_base": float,
     "mirostat_tau": float,
@@ -173,15 +238,13 @@ IGNORED = {
 }
 # What this server does not have, with the values that ask for what it does anyway. These may be
 # there; any other is refused, so that none is taken and ignored.
-NEUTRAL = {
+NEUTRAL: dict[str, list] = {
     # OpenAI's
     "function_call": ["none", "auto"],
     "functions": [[]],
-    "logit_bias": [{}, []],
     "modalities": [["text"]],
     "parallel_tool_calls": [True, False],  # no tool is called
     "reasoning_effort": ["none"],
-    "response_format": [{"type": "text"}],
     "service_tier": ["auto", "default"],
     "store": [False],
     "suffix": [""],
@@ -203,25 +266,31 @@ NEUTRAL = {
     "include_stop_str_in_output": [False],
     "length_penalty": [1, 1.0],
     "logits_processors": [[]],
-    "min_tokens": [0],
     "mm_processor_kwargs": [{}],
     "priority": [0],
     "return_token_ids": [False],
     "return_tokens_as_token_ids": [False],
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True, False],  # the text has no special tokens
-    "stop_token_ids": [[]],
+    "routed_experts_prompt_start": [0],
+    "return_mm_kwargs": [True, False],  # of images, which none are read
+    "return_prompt_text": [False],
+    "return_token_offsets": [False],
+    "stream_interval": [1],
+    "thinking_token_budget": [-1],
     "use_beam_search": [False],
     "vllm_xargs": [{}],
+    "watermarking": [False],
     # llama.cpp's
     "cache_prompt": [True],
     "dry_multiplier": [0, 0.0],
     "dynatemp_range": [0, 0.0],
-    "grammar": [""],
     "id_slot": [-1],
     "lora": [[]],
     "min_keep": [0],
     "mirostat": [0],
+    "n_cache_reuse": [0],
+    "n_cmpl": [1],
     "n_discard": [0],
     "n_indent": [0],
     "n_keep": [0],
@@ -235,6 +304,8 @@ NEUTRAL = {
     "response_fields": [[]],
     "return_progress": [False],
     "return_tokens": [False],
+    "sse_ping_interval": [-1],
+    "t_max_predict_ms": [0],
     "tfs_z": [1, 1.0],
     "thinking_forced_open": [False],
     "timings_per_token": [False],
@@ -242,6 +313,7 @@ NEUTRAL = {
     "typical_p": [1, 1.0],
     "xtc_probability": [0, 0.0],
 }
+NEWER = {"functions": "tools", "function_call": "tool_choice"}  # these are not done
 STREAM_NEUTRAL = {"include_obfuscation": [False], "continuous_usage_stats": [False]}
 
 TYPE_NAMES = {
@@ -296,6 +368,10 @@ def read_fields(
         if wanted not in (Any, object):
             own_limits = f.metadata.get("limits")
             check_value(name, value, wanted, (limits or {}).get(name, own_limits))
+        words = f.metadata.get("words")
+        if words and value not in words:
+            why = f"{name} = {short(value)}: expected {' or '.join(words)}"
+            raise ApiError(400, why, name)
         values[name] = value
     return request_type(**values)
 
@@ -325,7 +401,9 @@ def check_other(
         return
     name = name[:60]
     hint = ""
-    if name in neutral:
+    if name in NEWER:
+        hint = f": OpenAI's older form; {NEWER[name]} is the newer one"
+    elif name in neutral:
         expected = " or ".join(json.dumps(other) for other in neutral[name])
         hint = f": expected {expected}, not {short(value)}"
     else:
@@ -350,10 +428,30 @@ def parse_body(data: bytes) -> dict:
     return body
 
 
-def check_model(served: ServedModel, name: str) -> None:
-    if name not in (None, served.name):
-        why = f"no model {short(name)} here: this server has {served.name!r}"
-        raise ApiError(404, why, "model", "model_not_found")
+def check_model(served: ServedModel, name: str | None) -> None:
+    """Refuse a request for a model that is not here, or for an adapter where only its base
+    answers."""
+    if model_of(served, name) is not None:
+        why = f"{name} is an adapter, which this address does not know: ask for {served.name!r}"
+        raise ApiError(400, why, "model")
+
+
+def addressed(served: ServedModel, body: dict) -> ServedModel:
+    """Which model a request's body asks for: this one, or one of its adapters."""
+    name = body.get("model")
+    return served.adapters.get(name, served) if isinstance(name, str) else served
+
+
+def model_of(served: ServedModel, name: str | None) -> str | None:
+    """Which adapter a request's `model` asks for; None: the model itself, as no name is too."""
+    if name is None or name == served.name or name in served.aliases:
+        return None
+    if name in served.adapters:
+        return name
+    all_names = [served.name, *served.aliases, *served.adapters]
+    names = " or ".join(repr(one) for one in all_names)
+    why = f"no model {short(name)} here: this server has {names}"
+    raise ApiError(404, why, "model", "model_not_found")
 
 
 def check_continues(served: ServedModel) -> None:
@@ -364,12 +462,37 @@ def check_continues(served: ServedModel) -> None:
 def read_completion(served: ServedModel, body: dict) -> Completion:
     check_continues(served)
     request = read_fields(body, Completion)
-    if request.best_of not in (None, request.n):
-        raise ApiError(400, "best_of is not supported: ask for n, with logprobs", "best_of")
     if request.echo and served.is_seq2seq:
         raise ApiError(400, "echo: a source is no part of its answer", "echo")
+    check_best_of(request)
+    check_suffix(served, request)
     finish_reading(served, request)
+    for name in ("truncate_prompt_tokens", "return_token_ids"):
+        if request.echo and getattr(request, name):
+            why = f"not with {name}: a prompt is answered whole, as it was given"
+            raise ApiError(400, f"echo: {why}", "echo")
     return request
+
+
+def check_best_of(request: Completion) -> None:
+    if request.best_of is None:
+        return
+    if request.best_of < request.n:
+        why = f"expected n = {request.n} or more, of which the n likeliest are answered"
+        raise ApiError(400, f"best_of = {request.best_of}: {why}", "best_of")
+    if request.stream and request.best_of > request.n:
+        why = "not in a stream: which are the likeliest is known at the end"
+        raise ApiError(400, f"best_of = {request.best_of}: {why}", "best_of")
+
+
+def check_suffix(served: ServedModel, request: Completion) -> None:
+    if not request.suffix:
+        return
+    if middle_tokens(served.tok) is None:
+        why = "this model's tokenizer has no tokens for a text with a gap (<|fim_middle|>)"
+        raise ApiError(400, f"suffix: {why}", "suffix")
+    if request.echo:
+        raise ApiError(400, "suffix: not with echo, which tells of the text before", "suffix")
 
 
 def read_chat(served: ServedModel, body: dict) -> Chat:
@@ -405,10 +528,35 @@ def finish_reading(served: ServedModel, request: Generation) -> None:
         request.stream_options, StreamOptions, neutral=STREAM_NEUTRAL, ignored={}
     )
     request.stop = read_stop(request.stop)
+    check_token_ids(served, "stop_token_ids", request.stop_token_ids)
+    try:
+        request.logit_bias = read_bias(served.tok, request.logit_bias)
+    except FormError as error:
+        raise ApiError(400, str(error), error.field) from None
     request.top_k = max(request.top_k, 0)  # -1 is vLLM's for all
     if request.seed is None:
         request.seed = random.getrandbits(48) if served.seed is None else served.seed
     check_model(served, request.model)
+
+
+def check_token_ids(served: ServedModel, name: str, ids: list) -> None:
+    if len(ids) > 256 or not is_ids(served.tok, ids):
+        why = f"expected up to 256 ids from 0 to {served.tok.n_vocab - 1}"
+        raise ApiError(400, f"{name}: {why}", name)
+
+
+def read_form(served: ServedModel, request: Generation) -> None:
+    """Compile what the request says of its answer's form. It may take long: the server calls it in
+    a thread of its own."""
+    plan = request.plan
+    try:
+        if plan is not None and plan.tools:
+            text_rule = checked(read_text_rule, served.tok, request)
+            request.compiled = checked(plan.compile, served.tok, text_rule)
+        else:
+            request.compiled = read_grammar(served.tok, request)
+    except FormError as error:
+        raise ApiError(400, str(error), error.field) from None
 
 
 def read_stop(stop: str | list[str] | None) -> list[str]:
@@ -474,68 +622,84 @@ def read_prompts(served: ServedModel, request: Completion) -> list[list[int]]:
     if not prompts or not all(ids and is_ids(served.tok, ids) for ids in prompts):
         why = f"expected a text, or ids from 0 to {served.tok.n_vocab - 1}, or a list of either"
         raise ApiError(400, f"prompt: {why}; none of them empty", "prompt")
+    if request.suffix:
+        return with_suffix(served, request, prompts)
     return prompts
 
 
-def message_text(content: object) -> str | None:
-    """The text of a message's content, a text or a list of parts; None where it is neither."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
-    texts = []
-    for part in content:
-        # cache_control, some clients', says what is worth keeping, and changes no answer.
-        if not isinstance(part, dict) or part.keys() - {"type", "text", "cache_control"}:
-            return None
-        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-            return None
-        texts.append(part["text"])
-    return "".join(texts)
+def with_suffix(
+    served: ServedModel, request: Completion, prompts: list[list[int]]
+) -> list[list[int]]:
+    """The ids of texts with a gap before the suffix, which the answer fills."""
+    tok = served.tok
+    prefix_id, suffix_id, middle_id = middle_tokens(tok)
+    check_length(served, len(request.suffix))
+    behind = [suffix_id, *tokenized(tok.encode, request.suffix), middle_id]
+    joined = []
+    for ids in prompts:
+        n_start = 0  # what the tokenizer begins a text with stays the first
+        if request.add_special_tokens and ids[: len(tok.start)] == tok.start:
+            n_start = len(tok.start)
+        joined.append([*ids[:n_start], prefix_id, *ids[n_start:], *behind])
+    return joined
+
+
+def truncated(served: ServedModel, request: Generation, ids: list[int]) -> list[int]:
+    """What stays of a prompt, as vLLM has it: its last tokens, or its first."""
+    n = request.truncate_prompt_tokens
+    if n is None:
+        return ids
+    if n == -1:
+        n = served.max_len - max(request.max_tokens or 1, 1)
+    if n < 1:
+        why = "expected 1 or more, or -1: as many as fit before max_tokens"
+        raise ApiError(400, f"truncate_prompt_tokens: {why}", "truncate_prompt_tokens")
+    return ids[:n] if request.truncation_side == "right" else ids[-n:]
 
 
 def read_message(message: Any, where: str) -> dict:
-    """A message with the role and the text that it has; `where` it stands, for what is wrong."""
-    why = "expected {'role': system, user or assistant, 'content': a text}"
-    if not isinstance(message, dict):
-        raise ApiError(400, f"{where}: {why}", "messages")
-    for name, value in message.items():
-        # An earlier answer comes back with all its fields, most of which are empty.
-        is_empty = value is None or is_one_of(value, ["", [], {}])
-        if name not in ("role", "content", "name") and not is_empty:
-            raise ApiError(400, f"{where}: {short(name)} is not supported", "messages")
-    role = message.get("role")
-    text = message_text(message.get("content"))
-    if role == "developer":  # OpenAI's newer word
-        role = "system"
-    if role not in ("system", "user", "assistant") or text is None:
-        raise ApiError(400, f"{where}: {why}", "messages")
-    speaker = message.get("name")
-    if speaker is None or speaker == "":
-        return {"role": role, "content": text}
-    if not isinstance(speaker, str):
-        raise ApiError(400, f"{where}: name: expected a text", "messages")
-    return {"role": role, "content": text, "name": speaker}  # which some templates show
+    """A message with what it says; `where` it stands, for what is wrong."""
+    return checked(messages.read_message, message, where)
 
 
-def read_messages(served: ServedModel, messages: list[dict], continues: bool = False) -> list[int]:
+def checked(f: Callable, *args: Any) -> Any:
+    """f(*args), which reads a part of a request; what it refuses is the client's error."""
+    try:
+        return f(*args)
+    except FieldError as error:
+        raise ApiError(400, str(error), error.field) from None
+
+
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")  # that the template shows
+
+
+def read_conversation(served: ServedModel, request: Chat | Tokenize) -> list[int]:
     """The ids of a conversation, ready for the answer, or for more of the last one."""
     if served.is_seq2seq:
         why = "this model reads a source and answers it: ask /v1/completions, the source as prompt"
         raise ApiError(400, why, "messages")
-    if not messages:
+    given = request.messages
+    if not given:
         raise ApiError(400, "messages: expected a list of {'role', 'content'}", "messages")
-    if len(messages) > served.max_len:
-        raise too_long(served, f"{len(messages)} messages")
-    checked = [read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    n_characters = sum(len(text) for message in checked for text in message.values())
-    check_length(served, n_characters)
-    if continues:
-        if checked[-1]["role"] != "assistant":
-            why = "continue_final_message: expected an assistant's message at the end"
+    if len(given) > served.max_len:
+        raise too_long(served, f"{len(given)} messages")
+    talk = [read_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+    sizes = [checked(messages.size_of, talk)]
+    sizes += [checked(messages.size_of, getattr(request, name), name) for name in TEMPLATE_FIELDS]
+    check_length(served, sum(sizes))
+    plan = checked(plan_chat, served.tok, request, served.tool_form)
+    request.plan = plan
+    talk = plan.messages(talk)
+    if request.continue_final_message:
+        if talk[-1]["role"] != "assistant" or talk[-1].get("tool_calls"):
+            why = "continue_final_message: expected an assistant's message of text at the end"
             raise ApiError(400, why, "continue_final_message")
-        return tokenized(served.tok.chat_to_continue, checked)
-    ids, _ = tokenized(served.tok.chat, checked, True)  # True: ready for the answer
+        ids = tokenized(served.tok.chat_to_continue, talk, plan.extra())
+    else:
+        # True: ready for the answer
+        ids, _ = tokenized(served.tok.chat, talk, True, "none", plan.extra())
+    begun = talk[-1]["content"] if request.continue_final_message else None
+    plan.see_prompt(served.tok.decode(ids[-64:]), begun)
     return ids
 
 
@@ -556,7 +720,7 @@ def tokenize(served: ServedModel, body: dict) -> dict:
     if text is not None and request.continue_final_message:
         raise ApiError(400, "continue_final_message: of messages alone", "continue_final_message")
     if text is None:
-        ids = read_messages(served, request.messages, request.continue_final_message)
+        ids = read_conversation(served, request)
     elif is_bare and text in served.tok.special:
         ids = [served.tok.special[text]]
     else:
@@ -599,15 +763,19 @@ def completion_jobs(
             echoes = [request.prompt]
         elif isinstance(request.prompt[0], str):
             echoes = request.prompt
+    ends = [*served.tok.eos_ids]
+    if request.suffix:
+        ends += middle_tokens(served.tok) or ()  # another gap
     return make_jobs(
         served,
         request,
         prompts,
         listener,
         echoes,
-        ends=served.tok.eos_ids,
+        ends=ends,
         n_alternatives=request.logprobs,
         usual_limit=16,  # OpenAI's
+        n_each=request.best_of or request.n,
     )
 
 
@@ -622,6 +790,7 @@ def chat_jobs(served: ServedModel, request: Chat, ids: list[int], listener: Call
         ends=[*served.tok.eos_ids, *served.turn_ends],
         n_alternatives=request.top_logprobs if request.logprobs else None,
         usual_limit=served.max_len,  # all the room there is
+        n_each=request.n,
     )
 
 
@@ -634,14 +803,18 @@ def make_jobs(
     ends: Iterable[int],
     n_alternatives: int | None,
     usual_limit: int,
+    n_each: int,
 ) -> list[Job]:
-    if len(prompts) * request.n > served.max_queue:
-        why = f"{len(prompts)} prompts, each {request.n} times: expected {served.max_queue} at most"
+    if len(prompts) * n_each > served.max_queue:
+        why = f"{len(prompts)} prompts, each {n_each} times: expected {served.max_queue} at most"
         raise ApiError(400, why, "n")
-    if request.ignore_eos:  # as benchmarks ask, to get answers of one length
+    grammar = request.compiled
+    if request.ignore_eos and grammar is None:  # as benchmarks ask, to get answers of one length
         ends = []
+    ends = [*ends, *request.stop_token_ids]
     jobs = []
-    for ids, echo in zip(prompts, echoes):
+    for whole, echo in zip(prompts, echoes):
+        ids = truncated(served, request, whole)
         room = served.max_len - (1 if served.is_seq2seq else len(ids))  # 1: the start token
         if served.is_seq2seq and len(ids) > served.max_len:
             raise too_long(served, f"a source of {len(ids)} tokens")
@@ -650,9 +823,44 @@ def make_jobs(
             limit = max(min(room, usual_limit), 1)  # 1, so that no room is told as an error below
         if limit > room:
             raise too_long(served, f"a prompt of {len(ids)} tokens and {limit} more")
-        for _ in range(request.n):
+        if request.min_tokens > limit:
+            why = f"min_tokens = {request.min_tokens}: the answer has {limit} tokens at most"
+            raise ApiError(400, why, "min_tokens")
+        for _ in range(n_each):
             index = len(jobs)
-            jobs.append(
-                Job(served.tok, ids, limit, request, listener, index, ends, n_alternatives, echo)
+            guide = None if grammar is None else grammar.begin()
+            job = Job(
+                served.tok,
+                ids,
+                limit,
+                request,
+                listener,
+                index,
+                ends,
+                n_alternatives,
+                echo,
+                guide=guide,
+                goes_on=request.ignore_eos,
+                shown=request.plan.marks() if request.plan else (),
+                adapter=served.adapter,
             )
+            jobs.append(job)
     return jobs
+
+
+def likeliest(request: Generation, parts: list[tuple]) -> list[tuple]:
+    """Of best_of answers to each prompt, [(its job, more of it)], the n whose tokens have the
+    highest mean log-probability, the highest first; all of them where there is no more than n."""
+    n_each = getattr(request, "best_of", None) or request.n
+    if n_each == request.n:
+        return parts
+    best = []
+    for begin in range(0, len(parts), n_each):
+        of_prompt = parts[begin : begin + n_each]
+        of_prompt.sort(key=lambda part: -mean(part[0].row.out.logprobs))  # stable: seeds repeat it
+        best += of_prompt[: request.n]
+    return best
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / max(len(numbers), 1)

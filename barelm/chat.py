@@ -34,6 +34,69 @@ class TemplateRefusal(UserError):
 
 
 # --------------------------------------------------------------------------------------------------
+# Messages as templates read them
+
+
+def message_forms(messages: list[dict]) -> list[list[dict]]:
+    """The messages in the forms to try with a template, one after another: as transformers gives
+    them, null fields left out and the arguments of calls as objects; and, where there are calls, as
+    OpenAI's protocol has them, which DeepSeek's templates want."""
+    usual = [usual_form(message) for message in messages]
+    if not any(message.get("tool_calls") for message in messages):
+        return [usual]
+    others = []
+    for message in usual:
+        if message.get("tool_calls"):
+            written = [with_arguments(call, written_json) for call in message["tool_calls"]]
+            message = {"content": None} | message | {"tool_calls": written}
+        others.append(message)
+    return [usual, others]
+
+
+def usual_form(message: Any) -> Any:
+    """A message without null fields, its calls' arguments as objects, and its thought by the names
+    that templates look for."""
+    if not isinstance(message, dict):
+        return message
+    message = {key: value for key, value in message.items() if value is not None}
+    if isinstance(message.get("tool_calls"), list):
+        calls = [with_arguments(call, parsed_json) for call in message["tool_calls"]]
+        message["tool_calls"] = calls
+    thought = message.get("reasoning_content", message.get("reasoning"))
+    if thought is not None:
+        message = {"thinking": thought} | message | {"reasoning_content": thought}
+    return message
+
+
+def with_arguments(call: Any, change: Callable) -> Any:
+    """A call of a tool, its arguments changed."""
+    if not isinstance(call, dict):
+        return call
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return call | {"function": with_arguments(inner, change)}
+    if "arguments" not in call:
+        return call
+    return call | {"arguments": change(call["arguments"])}
+
+
+def parsed_json(value: Any) -> Any:
+    """The object of a JSON text; another value, or no object's text, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        result = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return result if isinstance(result, dict) else value
+
+
+def written_json(value: Any) -> str:
+    """A value as JSON, or the text that it is already."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --------------------------------------------------------------------------------------------------
 # Special tokens in what people say, and marks in what a template writes
 
 
@@ -42,7 +105,7 @@ def veiled(value: Any, veil: Callable) -> Any:
     if isinstance(value, str):
         return veil(value)
     if isinstance(value, dict):
-        return {key: veiled(v, veil) for key, v in value.items()}
+        return {veiled(key, veil): veiled(v, veil) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [veiled(v, veil) for v in value]
     return value

@@ -26,6 +26,7 @@ import torch
 
 from barelm import SCRIPTS, host
 from barelm.check_attention import check_attention
+from barelm.check_guided import check_guided
 from barelm.check_kinds import check_kinds
 from barelm.check_network import (
     check_compiled,
@@ -73,6 +74,7 @@ CHECKS = {
     "waiting": Check(check_waiting, "no wait of the host within a step"),
     "decode": Check(check_decode, "generation, against the plain loop"),
     "server": Check(check_server, "a server's engine, against the plain loop"),
+    "guided": Check(check_guided, "the masks of grammars, against every token tried"),
     "quantized": Check(check_quantized, "int8 and int4, against the weights they stand for"),
     "invariance": Check(
         check_invariance, "--deterministic: the same bits in any batch", in_float32=True, apart=True

@@ -23,6 +23,7 @@ from barelm.check_rows import (
 )
 from barelm.engine import Engine
 from barelm.fast import generating
+from barelm.int4 import GROUP as INT4_GROUP
 from barelm.jobs import Job, Sampling
 from barelm.quantized import QuantizedLinear
 from model import generate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from barelm.check_rows import Place
+    from barelm.grammar import Guide
     from barelm.texts import Generation
     from model import GPT
 
@@ -218,9 +220,14 @@ LONGEST_WAIT = 60.0  # seconds for the engine's answers
 
 
 def engine_answers(
-    net: GPT, prompts: list[list[int]], options: list[dict], at_once: bool
+    net: GPT,
+    prompts: list[list[int]],
+    options: list[dict],
+    at_once: bool,
+    guides: Sequence[Guide | None] = (),
 ) -> list[list[int]]:
-    """The ids of an Engine's answers to prompts, all asked at once or one after the other."""
+    """The ids of an Engine's answers to prompts, all asked at once or one after the other. guides:
+    of each, or none."""
     tok = endless_tokenizer()
     engine = Engine(net, tok, max_batch=CROWD, max_len=64, prefill_chunk=128)
     done = queue.Queue()
@@ -230,8 +237,8 @@ def engine_answers(
             done.put(update.error)
 
     jobs = []
-    for prompt, fields in zip(prompts, options):
-        jobs.append(Job(tok, prompt, SERVED, Sampling(**fields), listener))
+    for prompt, fields, guide in zip(prompts, options, guides or [None] * len(prompts)):
+        jobs.append(Job(tok, prompt, SERVED, Sampling(**fields), listener, guide=guide))
     engine.start()
     try:
         for group in [jobs] if at_once else [[job] for job in jobs]:
@@ -310,16 +317,17 @@ def decoded_weight(layer: QuantizedLinear, n_in: int, device: torch.device) -> T
 
 def code_error(weight: Tensor, decoded: Tensor, kind: str) -> float:
     """The largest error of a decoded weight (out, in) in steps of the code: a row has 255 from its
-    least to its greatest possible number, a group of 64 in a row has 16."""
+    least to its greatest possible number, a group of int4 in a row has 16."""
     n_out, n_in = weight.shape
     if kind == "int8":
         step = weight.abs().amax(1, keepdim=True) / 127
         return ((weight - decoded).abs() / step).max().item()
     worst = 0.0
-    for begin in range(0, n_in, 64):
-        group = nn.functional.pad(weight, (0, -n_in % 64))[:, begin : begin + 64]
+    padded = nn.functional.pad(weight, (0, -n_in % INT4_GROUP))
+    for begin in range(0, n_in, INT4_GROUP):
+        group = padded[:, begin : begin + INT4_GROUP]
         step = (group.amax(1, keepdim=True) - group.amin(1, keepdim=True)) / 15
-        differences = (weight - decoded)[:, begin : begin + 64].abs() / step
+        differences = (weight - decoded)[:, begin : begin + INT4_GROUP].abs() / step
         worst = max(worst, differences.max().item())
     return worst
 

@@ -20,6 +20,7 @@ from barelm.download import HUB, download
 from barelm.embeddings import POOLING_FILE, read_pooling, write_pooling
 from barelm.families import FAMILIES, from_hf_config, table_of, task_of, to_hf_config
 from barelm.files import read_json, write_json
+from barelm.int4 import GROUP, OLD_GROUP
 from barelm.packed import Packing, packing_of
 from barelm.parts import part_like
 from barelm.peft import add_lora, read_adapter_config
@@ -260,6 +261,7 @@ def read_config(folder: Path) -> tuple[dict, GPTConfig]:
     except (TypeError, ValueError, AttributeError) as error:  # such as a list where a text is due
         raise UserError(f"{path}: malformed: {error}") from None
     size = d.get("adapter_size")
+    int4_group = d.get("int4_group", OLD_GROUP)
     checks = {
         "adapter_size": size is None or type(size) is int and 0 <= size <= LARGEST,
         "pooling": d.get("pooling", "last") in poolings_of(d),
@@ -267,6 +269,7 @@ def read_config(folder: Path) -> tuple[dict, GPTConfig]:
         "pooler": d.get("pooler", "") in ("", "tanh", "gelu_norm"),
         "task": d.get("task", "classify") in ("classify", "tag", "span"),
         "quantize": d.get("quantize") in (None, "int8", "int4"),
+        "int4_group": type(int4_group) is int and int4_group in (GROUP, OLD_GROUP),
     }
     for key, good in checks.items():
         if not good:
@@ -341,7 +344,8 @@ def empty_network(config: GPTConfig, settings: dict, head: HeadHere | None, fast
             pad_id = settings.get("pad_token_id")
             net.set_score(**asdict(head), pad_id=pad_id)
         if settings.get("quantize"):
-            quantize_weights(net, settings["quantize"])
+            int4_group = settings.get("int4_group", OLD_GROUP)
+            quantize_weights(net, settings["quantize"], int4_group)
     return net
 
 

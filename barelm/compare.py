@@ -46,7 +46,7 @@ def cell(score: tuple[float, float, int] | None, best: tuple[float, float, int])
     from it: within 2 standard errors of their difference, if the runs are independent."""
     if score is None:
         return ""
-    value, error, n = score
+    value, error, _ = score
     spread = "" if error is None else f" ± {error:.2g}"
     mark = ""
     if score is best:
@@ -55,7 +55,7 @@ def cell(score: tuple[float, float, int] | None, best: tuple[float, float, int])
         of_difference = math.hypot(error, best[1])  # variances add up
         if abs(value - best[0]) <= 2 * of_difference:
             mark = " ~"
-    return f"{value:.4g}{spread} (n {n}){mark}"
+    return f"{value:.4g}{spread}{mark}"
 
 
 def table(rows: list) -> list[str]:
@@ -73,29 +73,77 @@ def table(rows: list) -> list[str]:
 
 
 def score_lines(scores: dict[str, dict]) -> list[str]:
-    """The table of {run: its scores}: a column for each (task, metric)."""
+    """The table of {run: its scores}: a row for each (task, metric) that several runs have, a
+    column for each run that has any; below it in words what is not in it."""
+    scored = {run: its_scores for run, its_scores in scores.items() if its_scores}
+    lines = []
+    if scored:
+        several = min(2, len(scored))
+        shared = []
+        for key in all_scores(scored):
+            if sum(key in its_scores for its_scores in scored.values()) >= several:
+                shared.append(key)
+        lines += shared_lines(scored, shared)
+        lines += alone_lines(scored, shared)
+    lines += absent_lines(scores)
+    return [*lines, ""] if lines else []
+
+
+def shared_lines(scored: dict[str, dict], shared: list[tuple[str, str]]) -> list[str]:
+    """The table of these (task, metric) with its legend; nothing where there are none."""
+    if not shared:
+        return []
+    rows = [["score", *scored, "n"]]
+    for task, metric in shared:
+        row = [f"{task} {metric}"]
+        present = [s[task, metric] for s in scored.values() if (task, metric) in s]
+        best_of = min if lower_is_better(metric) else max
+        best = best_of(present, key=lambda score: score[0])  # by its value
+        for its_scores in scored.values():
+            row.append(cell(its_scores.get((task, metric)), best))
+        counts = dict.fromkeys(f"{n:,}" for _, _, n in present)
+        row.append(" / ".join(counts))
+        rows.append(row)
+    legend = "Value ± standard error, of n questions, documents or windows"
+    if len(scored) > 1:
+        legend += "; * the best, ~ not told apart from it (within 2 standard errors)"
+    return [*table(rows), "", f"{legend}."]
+
+
+def alone_lines(scored: dict[str, dict], shared: list[tuple[str, str]]) -> list[str]:
+    """What one run alone has, and which tasks a run of the table has not, a line each."""
+    lines = []
+    for run, its_scores in scored.items():
+        for (task, metric), (value, error, n) in its_scores.items():
+            if (task, metric) not in shared:
+                spread = "" if error is None else f" ± {error:.2g}"
+                lines.append(f"{run} alone: {task} {metric} {value:.4g}{spread} (n {n:,})")
+        lacks = dict.fromkeys(task for task, metric in shared if (task, metric) not in its_scores)
+        if lacks:
+            lines.append(f"{run}: not scored on {', '.join(lacks)}")
+    return lines
+
+
+def absent_lines(scores: dict[str, dict]) -> list[str]:
+    """The command that scores a run which has no scores yet, a line each."""
     from config import command_of  # here, since the scripts alone need it
 
     lines = []
     for run, its_scores in scores.items():
         if not its_scores:
-            lines.append(f"{run}: no results.json ({command_of('eval')} --model={run})\n")
-    columns = all_scores(scores)
-    if not columns:
-        return lines
-    rows = {run: [run] for run in scores}
-    for column in columns:
-        present = [s[column] for s in scores.values() if column in s]
-        best_of = min if lower_is_better(column[1]) else max
-        best = best_of(present, key=lambda score: score[0])  # by its value
-        for run, row in rows.items():
-            row.append(cell(scores[run].get(column), best))
-    head = ["run", *(" ".join(column) for column in columns)]
-    lines += table([head, *rows.values()])
-    legend = (
-        "Value ± standard error; * the best, ~ not told apart from it (within 2 standard errors)."
-    )
-    return [*lines, "", legend, ""]
+            lines.append(f"{run}: no results.json ({command_of('eval')} --model={run})")
+    return lines
+
+
+def score_record(scores: dict[str, dict]) -> dict:
+    """{run: its scores} as JSON has them: {run: {"task metric": {value, stderr, n}}}."""
+    record = {}
+    for run, its_scores in scores.items():
+        figures = {}
+        for (task, metric), (value, error, n) in its_scores.items():
+            figures[f"{task} {metric}"] = {"value": value, "stderr": error, "n": n}
+        record[run] = figures
+    return record
 
 
 def all_scores(scores: dict[str, dict]) -> list[tuple[str, str]]:

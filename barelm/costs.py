@@ -42,6 +42,9 @@ MEMORY_GBS = {
 }
 # Of a QLoRA weight: a code of 4 bits; a scale of 8 for 64 weights, and one of 32 for 256 scales.
 NF4_BYTES = (4 + 8 / 64 + 32 / 64 / 256) / 8
+# Of a teacher's weight, by finetune.py's `teacher_weights`.
+TEACHER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+PAIRED = ("dpo", "simpo", "orpo", "reward")  # methods of a chosen and a rejected answer
 
 
 def linear_layers(net: GPT) -> list[nn.Linear]:
@@ -72,9 +75,11 @@ def learned_weights(net: GPT, s: SimpleNamespace) -> tuple[int, int]:
     return n_params(net), 0
 
 
-def finetune_memory(net: GPT, s: SimpleNamespace, length: int, rollouts: int) -> dict:
+def finetune_memory(
+    net: GPT, s: SimpleNamespace, length: int, rollouts: int, teacher: GPT | None = None
+) -> dict:
     """{what: bytes on each device} of a fine-tuning whose sequences have `length` tokens, which
-    holds so many roll-outs at once."""
+    holds so many roll-outs at once. teacher: a distillation's."""
     c = net.config
     learn, added = learned_weights(net, s)
     weights = 4 * n_params(net)
@@ -105,6 +110,8 @@ def finetune_memory(net: GPT, s: SimpleNamespace, length: int, rollouts: int) ->
         "what learns": 4 * (added + learn * (1 + moments)),  # its gradients and moments
         "activations and head": activations + head,
     }
+    if teacher is not None:
+        memory["teacher"] = n_params(teacher) * TEACHER_BYTES[s.teacher_weights]
     if rollouts:
         row = 2 * cached_numbers(c, math.ceil(length))  # bytes, in bfloat16
         memory["roll-outs"] = rollouts * row
@@ -138,14 +145,19 @@ def token_flops(net: GPT, s: SimpleNamespace, length: int) -> tuple[float, float
 
 
 def finetune_work(
-    net: GPT, s: SimpleNamespace, count: int, length: int, steps: int
+    net: GPT,
+    s: SimpleNamespace,
+    count: int,
+    length: int,
+    steps: int,
+    teacher: GPT | None = None,
 ) -> dict[str, float]:
     """{what: FLOPs} of a fine-tuning on `count` examples of `length` tokens, as finetune.py and
     rl.py do it, over all devices."""
     forward, update = token_flops(net, s, length)
     seen = steps * s.batch_size * length
-    if s.method in ("grpo", "ppo"):
-        if s.method == "grpo":
+    if s.method in ("grpo", "rloo", "ppo"):
+        if s.method != "ppo":
             seen *= s.group_size
         looks = 2 if s.kl_weight else 1  # by the policy of now, and by the reference
         return {
@@ -153,9 +165,16 @@ def finetune_work(
             "log-probabilities": looks * seen * forward,
             "training": s.rl_epochs * seen * update,
         }
-    answers = 2 if s.method in ("dpo", "reward") else 1  # the chosen and the rejected one
+    answers = 2 if s.method in PAIRED else 1
     work = {"training": answers * seen * update}
-    if s.method == "dpo" and not s.reference_free:  # each pair once, before the first step
+    has_reference = s.method == "kto" or (s.method == "dpo" and not s.reference_free)
+    if has_reference:  # both answers of each pair once, before the first step
         pairs = min(steps * s.batch_size, count)
         work["the reference"] = 2 * pairs * length * forward
+    if s.method == "kto":  # of mismatched pairs, in each step
+        work["the divergence"] = seen * forward
+    if teacher is not None:
+        work["the teacher"] = seen * flops_per_token(teacher.config, length, backward=False)
+        if s.on_policy:
+            work["own answers"] = s.on_policy * seen * forward
     return work

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,11 @@ from barelm.sampling import (
     OFF,
     PENALTIES,
     draw_tokens,
+    hold_ends,
     kinds_of,
     penalize,
     power_of_two,
+    unpack_bits,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from barelm.jobs import Job
+    from barelm.many_adapters import Adapters
     from barelm.sampling import Kinds
     from barelm.tokenizer import Tokenizer
     from model import GPT, GPTConfig
@@ -81,7 +85,8 @@ class Decoder:
     encoder-decoder len(prompt) <= max_source and 1 + limit <= max_len."""
 
     def __init__(self, net: GPT, tok: Tokenizer, n_slots: int, max_len: int, *, max_source: int = 0,
-                 check: bool = False, graphs: bool = True, slack: int = 0) -> None:  # fmt: skip
+                 check: bool = False, graphs: bool = True, slack: int = 0,
+                 adapters: Adapters | None = None) -> None:  # fmt: skip
         self.net = net
         self.n_vocab = min(tok.n_vocab, net.config.vocab_size)  # ids from here on are padding
         self.n_slots = n_slots
@@ -113,6 +118,10 @@ class Decoder:
         self.ends_of = [()] * n_slots
         self.n_alternatives = [0] * n_slots
         self.owners = [None] * n_slots
+        self.biased = set()  # slots with a bias on some tokens
+        self.guided = set()  # those that may have certain tokens alone, which `allow` tells
+        self.adapters = adapters  # of which each slot may have one (barelm/many_adapters.py)
+        self.adapter = [0] * n_slots  # its number; 0: none
         self.states = {}  # {slot: hidden states (T, C)} of what was read last
 
     def make_state(self, c: GPTConfig) -> None:
@@ -133,6 +142,9 @@ class Decoder:
         self.logits = zeros(c.vocab_size, dtype=torch.float32).fill_(-torch.inf)  # of what is next
         self.seen = None  # (n, V) bool: tokens of the prompt, once a penalty asks
         self.counts = None  # (n, V) float32: how often each was chosen
+        self.bias = None  # (n, V) float32, added to the logits, once a request has one
+        self.adapter_of = zeros()  # the number of its adapter
+        self.allowed = None  # (n, V) bool: tokens that may come, once a grammar asks
         self.numbers = torch.arange(n, device=device)
         # (1, …): of tokens, and as many as there are slots at least
         self.positions = torch.arange(max(self.max_len, n) + 1, device=device)[None]
@@ -161,6 +173,7 @@ class Decoder:
     def set(self, slot: int, prompt: list[int], limit: int, *,
             options: dict[str, float] | None = None, uniform: Tensor | None = None,
             ends: Sequence[int] = (), n_alternatives: int = 0, n_cached: int = 0,
+            bias: dict[int, float] | None = None, guided: bool = False, adapter: int = 0,
             owner: Job | None = None) -> None:  # fmt: skip
         """A sequence begins in a slot: prompt (ids, all of it), to which at most `limit` tokens are
         added, until one of `ends`.
@@ -168,6 +181,8 @@ class Decoder:
         options: what differs from sampling.OFF. uniform: (limit,) float32 on the host, one draw a
         token; not needed where temperature is 0. n_cached: so many of the prompt's first tokens
         have their keys and values in the slot already (`can_begin`): `read` goes on from there.
+        bias: {id: what is added to its logit}. guided: before each `choose` `allow` says by which
+        tokens the sequence may go on. adapter: the number of its adapter; 0: none.
         owner: anything; it is in Chosen.owners."""
         self.clear(slot)
         options = OFF | (options or {})
@@ -189,6 +204,11 @@ class Decoder:
         self.set_ends(slot, list(ends))
         if kinds_of([options]).penalized:
             self.remember(slot, prompt)
+        self.adapter[slot] = adapter
+        if self.adapters is not None:
+            self.adapter_of[slot].fill_(adapter)
+        self.set_bias(slot, bias or {})
+        self.set_guided(slot, guided)
 
     def to_device(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
         """A list as a tensor on the device, which nobody waits for."""
@@ -212,6 +232,32 @@ class Decoder:
         self.seen[slot] = False
         self.seen[slot].index_fill_(0, self.to_device(prompt), True)
 
+    def set_bias(self, slot: int, bias: dict[int, float]) -> None:
+        if bias:
+            if self.bias is None:
+                with torch.inference_mode(False):  # as in __init__
+                    self.replace("bias", torch.zeros_like(self.logits))
+            self.biased.add(slot)
+        if self.bias is not None:
+            self.bias[slot].zero_()
+            values = self.to_device(list(bias.values()), torch.float32)
+            self.bias[slot].index_copy_(0, self.to_device(list(bias)), values)
+
+    def set_guided(self, slot: int, guided: bool) -> None:
+        if guided:
+            if self.allowed is None:
+                with torch.inference_mode(False):  # as in __init__
+                    self.replace("allowed", torch.ones_like(self.logits, dtype=torch.bool))
+            self.guided.add(slot)
+        elif self.allowed is not None:
+            self.allowed[slot].fill_(True)
+
+    def allow(self, slots: list[int], masks: Tensor) -> None:
+        """The tokens by which guided slots may go on, a bit each: (len(slots), bytes) uint8 on the
+        host, as `Guide.allowed` has them. Between `feed` and `choose`."""
+        masks = unpack_bits(masks.to(self.device, non_blocking=True), self.allowed.shape[1])
+        self.allowed[self.index(slots)] = masks
+
     def replace(self, name: str, tensor: Tensor) -> None:
         """Another tensor for a part of the state: graphs that have the old one are gone."""
         setattr(self, name, tensor)
@@ -221,6 +267,8 @@ class Decoder:
     def clear(self, slot: int) -> None:
         """The sequence of a slot has left. What it had read stays until the slot is used again."""
         self.unchosen.discard(slot)
+        self.biased.discard(slot)
+        self.guided.discard(slot)
         self.owners[slot] = None
         if slot in self.ready:
             self.ready.remove(slot)
@@ -289,8 +337,10 @@ class Decoder:
     ) -> dict[int, Tensor]:
         """Of chunks that all begin at the same place, as rows that are as long as the longest."""
         lengths = [len(chunks[slot]) for slot in slots]
-        cache = ChunkCache(self, self.index(slots), begin, lengths)
-        h = self.net.hidden(self.padded(slots, chunks), cache=cache)  # (B, T, C)
+        rows = self.index(slots)
+        cache = ChunkCache(self, rows, begin, lengths)
+        with self.adapted(rows, self.active_adapters(slots)):
+            h = self.net.hidden(self.padded(slots, chunks), cache=cache)  # (B, T, C)
         return {slot: h[i, : len(chunks[slot])] for i, slot in enumerate(slots)}
 
     def padded(self, slots: list[int], chunks: dict[int, list[int]]) -> Tensor:
@@ -324,7 +374,9 @@ class Decoder:
             docs += [slot] * len(chunks[slot])
         docs = self.to_device(docs)  # (N,): the slot of each token
         ids = self.to_device(packed)[None]
-        h = self.net.hidden(ids, cache=PackedCache(self, docs, lengths), docs=docs[None])[0]
+        cache = PackedCache(self, docs, lengths)
+        with self.adapted(docs[None], self.active_adapters(slots), each_token=True):
+            h = self.net.hidden(ids, cache=cache, docs=docs[None])[0]
         return dict(zip(slots, h.split(lengths)))
 
     def begin_answers(self, slots: list[int], h: Tensor) -> None:
@@ -359,7 +411,11 @@ class Decoder:
         slots = list(self.ready)
         if self.kinds is None:  # of a slot that has left since they may be too much, never too few
             n = power_of_two(max(self.n_alternatives[slot] for slot in slots))
-            kinds = kinds_of([self.options[slot] for slot in slots])
+            kinds = replace(
+                kinds_of([self.options[slot] for slot in slots]),
+                biased=not self.biased.isdisjoint(slots),
+                guided=not self.guided.isdisjoint(slots),
+            )
             self.kinds = (kinds, min(n, self.n_vocab))
         rows, places = self.rows_of(slots)
         values = self.run(self.choose_rows, rows, *self.kinds)
@@ -399,17 +455,12 @@ class Decoder:
         mps float32): token, log p, n alternatives, their log p; where `check`, also whether all
         logits are finite."""
         logits = self.logits[rows]  # (B, V)
-        likely = logits
         columns = uniform = None
         drawn = self.drawn[rows]
-        if kinds.sampled or kinds.penalized:
+        if kinds.sampled or kinds.penalized or kinds.prolonged:
             columns = dict(zip(OFF, self.columns[rows].split(1, 1)))  # (B, 1) each
             uniform = self.uniform[rows].gather(1, drawn[:, None])[:, 0]
-        if kinds.penalized:
-            counts = self.counts[rows]
-            seen = self.seen[rows] | (counts > 0)
-            repetition, presence, frequency = [columns[name] for name in PENALTIES]
-            likely = penalize(logits, seen, repetition, counts, presence, frequency)
+        likely = self.changed(logits, rows, kinds, columns, drawn)
         tokens = draw_tokens(likely, uniform, columns, kinds)  # (B,)
 
         left = self.left[rows]
@@ -431,6 +482,30 @@ class Decoder:
             values.append(logits[:, : self.n_vocab].isfinite().all(1, keepdim=True))
         return torch.cat([widen(value) for value in values], 1)
 
+    def changed(
+        self,
+        logits: Tensor,
+        rows: slice | Tensor,
+        kinds: Kinds,
+        columns: dict | None,
+        drawn: Tensor,
+    ) -> Tensor:
+        """The logits (B, V) that tokens are chosen by, in vLLM's order: bias, min_tokens,
+        penalties; then what a grammar does not allow is away."""
+        if kinds.biased:
+            logits = logits + self.bias[rows]
+        if kinds.prolonged:
+            is_early = drawn[:, None] < columns["min_tokens"]
+            logits = hold_ends(logits, self.ends[rows], is_early)
+        if kinds.penalized:
+            counts = self.counts[rows]
+            seen = self.seen[rows] | (counts > 0)
+            repetition, presence, frequency = [columns[name] for name in PENALTIES]
+            logits = penalize(logits, seen, repetition, counts, presence, frequency)
+        if kinds.guided:
+            logits = logits.masked_fill(~self.allowed[rows], -torch.inf)
+        return logits
+
     def feed(self) -> None:
         """Feed each ready slot its newest token, so that `choose` can choose again."""
         if not self.ready:
@@ -447,10 +522,29 @@ class Decoder:
         elif min(lengths) == max(lengths) and rows == slice(slots[0], slots[0] + len(slots)):
             even = used - 1
         with self.computing():
-            self.run(self.feed_rows, rows, used, even, self.source_places(slots))
+            active = self.active_adapters(slots)
+            self.run(self.feed_rows, rows, used, even, self.source_places(slots), active)
         for slot in slots:
             self.length[slot] = min(self.length[slot] + 1, self.max_len)
             self.reached[slot] = max(self.reached[slot], self.length[slot])
+
+    def active_adapters(self, slots: list[int]) -> tuple[int, ...]:
+        """The adapters that these slots have, in order: on a GPU, for a graph of each number of
+        rows and no more, all where there is one."""
+        numbers = {self.adapter[slot] for slot in slots} - {0}
+        if self.on_gpu and numbers:
+            return self.adapters.all
+        return tuple(sorted(numbers))
+
+    def adapted(
+        self, rows: slice | Tensor, active: tuple[int, ...], each_token: bool = False
+    ) -> contextlib.AbstractContextManager:
+        """Within, the network computes with the adapters of these rows' slots; each_token: rows
+        (1, N) are the slots of tokens."""
+        if not active:
+            return contextlib.nullcontext()
+        numbers = self.adapter_of[rows]
+        return self.adapters.used(self.net, numbers if each_token else numbers[:, None], active)
 
     def source_places(self, slots: list[int]) -> int:
         """So many places of the sources hold all that these slots have: on a GPU all there are."""
@@ -461,15 +555,21 @@ class Decoder:
         return max(self.source_length[slot] for slot in slots)
 
     def feed_rows(
-        self, rows: slice | Tensor, used: int, even: int | None = None, n_source: int = 0
+        self,
+        rows: slice | Tensor,
+        used: int,
+        even: int | None = None,
+        n_source: int = 0,
+        active: tuple[int, ...] = (),
     ) -> None:
         """On the device alone: the newest token of each of the rows goes through the network, which
         looks at what `used` tokens have in the cache, and at n_source places of the source. even:
-        all rows hold so many tokens, and all grow."""
+        all rows hold so many tokens, and all grow. active: the adapters that rows may have."""
         cache = StepCache(self, rows, used, even, n_source, self.flash)
         self.net.ops.attend_cached = cache.attend if self.flash else None
         try:
-            h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
+            with self.adapted(rows, active):
+                h = self.net.hidden(self.newest[rows][:, None], cache=cache)  # (B, 1, C)
         finally:
             self.net.ops.attend_cached = None
         self.keep_logits(rows, h[:, 0])
@@ -554,7 +654,7 @@ class Decoder:
             for length in sorted(lengths, reverse=True):
                 with self.computing():
                     used = min(length, self.max_len)
-                    self.run(self.feed_rows, rows, used, None, self.source_places([]))
+                    self.run(self.feed_rows, rows, used, None, self.source_places([]), ())
             for option in options:
                 self.run(self.choose_rows, rows, kinds_of([OFF | option]), 0)
         torch.cuda.synchronize(self.device)

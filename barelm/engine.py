@@ -26,6 +26,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from barelm.caller import Caller, answer, no_gradients
@@ -34,6 +35,7 @@ from barelm.fast import generating
 from barelm.generation import check_generates
 from barelm.jobs import Token, Update
 from barelm.mirror import MirroredDecoder
+from barelm.run import UserError
 from barelm.sampling import power_of_two
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from barelm.chosen import Chosen
     from barelm.jobs import Job
+    from barelm.many_adapters import Adapters
     from barelm.mirror import Mirror
     from barelm.tokenizer import Tokenizer
     from model import GPT
@@ -67,7 +70,8 @@ class Engine(Caller):
 
     def __init__(self, net: GPT, tok: Tokenizer, max_batch: int, max_len: int,
                  prefill_chunk: int = 0, max_queue: int = 256, tell: Callable = tell_listeners,
-                 mirror: Mirror | None = None) -> None:  # fmt: skip
+                 mirror: Mirror | None = None,
+                 adapters: Adapters | None = None) -> None:  # fmt: skip
         super().__init__(net, mirror)
         self.tok = tok
         check_generates(net)
@@ -78,8 +82,9 @@ class Engine(Caller):
         # A chat's next turn begins like the one before but for its last tokens, at most so many: as
         # far back a ring can be continued from.
         options: dict = dict(check=True, slack=8, max_source=max_len)
+        self.adapters = adapters
         if mirror is None:
-            self.decoder = Decoder(net, tok, max_batch, max_len, **options)
+            self.decoder = Decoder(net, tok, max_batch, max_len, adapters=adapters, **options)
         else:
             self.decoder = MirroredDecoder(mirror, net, tok, max_batch, max_len, **options)
         self.on_gpu = self.decoder.on_gpu
@@ -96,6 +101,7 @@ class Engine(Caller):
         self.under_way = deque()  # Chosen whose tokens nobody was given
         self.updates = []  # not told yet
         self.cached_ids = [[] for _ in range(max_batch)]  # whose keys and values each slot has
+        self.cached_by = [0] * max_batch  # the adapter that made them
         self.last_used = [0] * max_batch  # the step in which a slot's last job left
         self.waiting = deque()  # jobs without a slot, under the lock of `wake`
 
@@ -179,11 +185,14 @@ class Engine(Caller):
         self.metrics.add("steps_total")
         self.drop_cancelled()
         decoder = self.decoder
+        guided = self.allow_tokens()
         if decoder.ready:
             self.under_way.append(decoder.choose())
             if self.on_gpu:  # it computes the next step while we see to the tokens of the last one
                 decoder.feed()
-        n_behind = int(self.on_gpu and bool(decoder.ready))
+        # What a grammar allows next depends on the tokens of this step: then nobody is behind, and
+        # the device computes the logits while the host finds it out.
+        n_behind = int(self.on_gpu and bool(decoder.ready) and not guided)
         while len(self.under_way) > n_behind:
             self.add_tokens(self.under_way.popleft())
         self.tell_updates()  # who writes to the clients has the time of the computation for it
@@ -242,6 +251,8 @@ class Engine(Caller):
             self.waiting.popleft()
         n_known, source = self.longest_beginning(job)
         for other in pack:
+            if other.adapter != job.adapter:
+                continue
             n_common = common_beginning(other.ids, job.ids, self.reusable(job))
             if n_common >= n_known + self.pass_cost:
                 self.read(pack, self.prefill_chunk)
@@ -268,10 +279,17 @@ class Engine(Caller):
         most = self.reusable(job)
         best = (0, 0)
         for slot in range(self.max_batch):
+            if self.adapter_of(slot) != job.adapter:  # its keys and values are others
+                continue
             n_common = common_beginning(self.known_ids(slot), job.ids, most)
             if self.decoder.can_begin(slot, n_common):
                 best = max(best, (n_common, slot))
         return best
+
+    def adapter_of(self, slot: int) -> int:
+        """The adapter that made what a slot has."""
+        job = self.jobs.get(slot)
+        return self.cached_by[slot] if job is None else job.adapter
 
     def known_ids(self, slot: int) -> list[int]:
         """The ids whose keys and values a slot has for certain."""
@@ -302,11 +320,14 @@ class Engine(Caller):
             job.slot,
             job.ids,
             job.row.limit,
-            options=job.sampling.options(),
+            options=job.options(),
             uniform=job.uniform,
             ends=job.row.ends,
             n_alternatives=job.n_alternatives or 0,
             n_cached=job.n_read,
+            bias=job.sampling.logit_bias,
+            guided=job.guide is not None,
+            adapter=job.adapter,
             owner=job,
         )
 
@@ -377,6 +398,14 @@ class Engine(Caller):
 
     # ------------------------------------------------------------------ new tokens
 
+    def allow_tokens(self) -> list[Job]:
+        """Tell the decoder which tokens may come next, where a grammar says so: the jobs."""
+        guided = [self.jobs[slot] for slot in self.decoder.ready if self.jobs[slot].guide]
+        if guided:
+            masks = torch.from_numpy(np.stack([job.mask() for job in guided]))
+            self.decoder.allow([job.slot for job in guided], masks)
+        return guided
+
     def add_tokens(self, chosen: Chosen) -> None:
         """Give each job its token of those that were chosen."""
         tokens = chosen.wait()
@@ -389,6 +418,8 @@ class Engine(Caller):
                 self.fail(job)
                 continue
             self.deliver(job, Token(id, logprob, alternatives), now)
+            if job.guide is not None:
+                self.guide(job, id)
             if job.row.done:
                 self.release(job)
 
@@ -406,12 +437,31 @@ class Engine(Caller):
         if any(job.pieces) or job.row.done:
             self.updates.append(job.news())
 
+    def guide(self, job: Job, id: int) -> None:
+        """The job goes on in its grammar by this token, or ends where that does."""
+        was_done = job.row.done
+        if was_done and job.row.out.finish_reason == "stop":
+            return
+        try:
+            job.guide.take(id)
+        except UserError as error:  # beyond the library's limits: its own request fails alone
+            job.row.done = True
+            if not was_done:
+                why = f"its grammar: {error}"
+                self.updates.append(Update(job, "", [], done=True, error=why, refused=True))
+            return
+        if job.guide.done:
+            job.row.finish()
+            if not was_done:  # else its last token is the limit's too
+                self.updates.append(job.news())
+
     # ------------------------------------------------------------------ who leaves
 
     def release(self, job: Job) -> None:
         """The job leaves. Its slot keeps what it had, for prompts that begin alike."""
         slot = job.slot
         self.cached_ids[slot] = self.known_ids(slot)
+        self.cached_by[slot] = job.adapter
         self.last_used[slot] = self.n_steps
         self.decoder.clear(slot)
         del self.jobs[slot]

@@ -1,7 +1,8 @@
 """Rows become examples: a task's JSONL file is read, tokenized, cut to the context and batched.
 
 An example is a dict. `ids` are the inputs, and `targets`, of the same length, the next tokens to
-learn, IGNORED where there is none; an encoder-decoder's has its `source` and `targets`, a
+learn, IGNORED where there is none (`labels` are those among them that the data has, where others
+are a network's own); an encoder-decoder's has its `source` and `targets`, a
 classifier's has a `label`, a pair of answers has `chosen` and `rejected`, one of vectors `texts`.
 `row` names the line that it came from, `cut` says whether it was too long."""
 
@@ -185,6 +186,8 @@ def template_turns(row: dict) -> list[dict]:
     turns = []
     turn = dict(empty)
     for message in row["messages"]:
+        if message.get("tool_calls"):
+            raise UserError("calls of tools: the chat template writes them, no --template does")
         content = message["content"]
         if message["role"] == "assistant":  # which ends the turn
             turns.append(turn | {"output": content})
@@ -240,6 +243,8 @@ def pack_rows(examples: list[dict], limit: int, several: bool = True) -> list[di
         row["docs"] += [doc] * len(example["ids"])
         row["ids"] += example["ids"]
         row["targets"] += example["targets"]
+        if "labels" in example:  # all have them, or none
+            row["labels"] = row.get("labels", []) + example["labels"]
     return rows
 
 

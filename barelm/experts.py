@@ -67,11 +67,11 @@ class ExpertWeights(nn.Module):
         gate = [self.gate_proj] if self.gated else []
         return [*gate, self.up_proj, self.down_proj]
 
-    def quantize_stacks(self, kind: str) -> None:
-        """Make them int8 or int4, in place."""
+    def quantize_stacks(self, kind: str, int4_group: int) -> None:
+        """Make them int8 or int4 (so many weights of a row share their levels), in place."""
         for name, stack in list(self.named_parameters()):
             delattr(self, name)
-            setattr(self, name, QuantizedStack(stack, kind))
+            setattr(self, name, QuantizedStack(stack, kind, int4_group))
 
 
 def in_dtype(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,7 @@ BESIDE = (
     "pooler",
     "adapter_size",
     "quantize",
+    "int4_group",
     "transformers_version",
 )
 
@@ -145,7 +146,10 @@ def to_hf_config(net: GPT, tok: Tokenizer) -> dict:
         return family_keys(net.config, kind) | out
     if kind != "barelm":
         return out | family_keys(net.config, kind)
-    return out | asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
+    out |= asdict(net.config) | {"adapter_size": net.adapter_size, "quantize": net.quantize}
+    if net.quantize == "int4":
+        out["int4_group"] = net.int4_group
+    return out
 
 
 def head_keys(net: GPT, kind: str) -> dict:

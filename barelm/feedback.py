@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from barelm.api import ApiError, check_length, check_model, read_fields, read_message
+from barelm.api import ApiError, check_length, check_model, checked, read_fields, read_message
 from barelm.jobs import limited
+from barelm.messages import size_of
 from barelm.run import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def read_feedback(served: ServedModel, body: dict) -> dict:
     if not request.response.strip():
         raise ApiError(400, "response: expected the answer's text", "response")
     prompt = [read_message(m, f"messages[{i}]") for i, m in enumerate(request.messages)]
-    check_length(served, len(request.response) + sum(len(m["content"]) for m in prompt))
+    check_length(served, len(request.response) + checked(size_of, prompt))
     return {
         "time": round(time.time(), 3),
         "model": served.name,

@@ -165,6 +165,25 @@ def fill_spans(net: GPT, tok: Tokenizer, text: str, n: int) -> str:
     return text
 
 
+# The tokens before a text's beginning, before its end, and before what was between, which comes
+# last ("PSM": Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle").
+MIDDLE_NAMES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen 2.5 Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # Code Llama
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+)  # the last: DeepSeek Coder's
+
+
+def middle_tokens(tok: Tokenizer) -> tuple[int, ...] | None:
+    """The ids of a tokenizer's three tokens of a text with a gap in it, or None."""
+    for names in MIDDLE_NAMES:
+        if all(name in tok.special for name in names):
+            return tuple(tok.special[name] for name in names)
+    return None
+
+
 def check_length(net: GPT, ids: list[int]) -> None:
     if len(ids) > net.config.n_ctx:
         raise UserError(f"a prompt of {len(ids)} tokens: the context is {net.config.n_ctx}")

@@ -199,7 +199,12 @@ def rows_that_fit(net: GPT, longest: int) -> int:
 
 
 def generate_all(
-    net: GPT, tok: Tokenizer, prompts: list[list[int]], max_new_tokens: int, **options: Any
+    net: GPT,
+    tok: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    first: int = 0,
+    **options: Any,
 ) -> list[Generation]:
     """model.generate's answers, with as many rows at once as fit the memory."""
     if not prompts:
@@ -208,6 +213,6 @@ def generate_all(
     n = rows_that_fit(net, longest)
     generations = []
     for i in range(0, len(prompts), n):
-        options |= {"first": i, "max_new_tokens": max_new_tokens}
+        options |= {"first": first + i, "max_new_tokens": max_new_tokens}
         generations += generate(net, tok, prompts[i : i + n], **options)
     return generations

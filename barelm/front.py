@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import os
 import re
 import sys
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 ALWAYS_OPEN = ("/health", "/metrics")  # probes are told the truth without a key or a place
+OPEN = ("/", "/docs", "/openapi.json")  # what a browser shows before it has a key
 CLIENT_LEFT = 499  # nginx's status for a client that left before its answer
 FULL = ApiError(503, "all connections are taken (--max_connections): try again", code="full")
 
@@ -120,7 +122,7 @@ class Access:
 
 def is_open(path: str) -> bool:
     """Whether an address wants no key: the page itself asks for one, and holds nothing."""
-    return path == "/" or path.startswith("/page/") or path in ALWAYS_OPEN
+    return path in OPEN or path.startswith("/page/") or path in ALWAYS_OPEN
 
 
 def header_values(headers: list[tuple[bytes, bytes]], name: bytes) -> str:
@@ -168,6 +170,16 @@ class Record:
     status: int | None = None  # None: nothing was answered yet
     is_stream: bool = False
     gave_up: bool = False  # the client did not read
+    id: str = ""  # the client's name for it, or ours: X-Request-Id
+
+
+def request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """What a request is called in its answer's X-Request-Id and in the log: as the client or a
+    proxy calls it, if that is a plain word."""
+    given = dict(headers).get(b"x-request-id", b"").decode("latin-1")
+    if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given):
+        return given
+    return "req_" + os.urandom(12).hex()
 
 
 class RequestLog:
@@ -182,6 +194,7 @@ class RequestLog:
     def write(self, scope: dict, record: Record, seconds: float) -> None:
         row = {
             "time": round(time.time(), 3),
+            "id": record.id,
             "client": (scope["client"] or ["?"])[0],
             "method": scope["method"],
             "path": scope["path"],
@@ -242,7 +255,7 @@ class Front:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        record = Record()
+        record = Record(id=request_id(scope["headers"]))
         scope["record"] = record
 
         loop = asyncio.get_running_loop()
@@ -254,6 +267,9 @@ class Front:
 
         async def patient_send(message):
             record.status = message.get("status", record.status)
+            if message["type"] == "http.response.start":
+                name = (b"x-request-id", record.id.encode())
+                message["headers"] = [*message.get("headers", []), name]
             # Until Python 3.12 asyncio.wait_for makes a task each time: this is once a token.
             clock = loop.call_later(self.client_timeout, give_up)
             try:

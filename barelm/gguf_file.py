@@ -1,56 +1,48 @@
 """GGUF, llama.cpp's one file of weights, tokenizer and settings.
 
-The package gguf, llama.cpp's own, knows the names, the types and where each byte goes; what is here
-says which of ours is which of theirs."""
+The package gguf, llama.cpp's own, knows the types and where each byte goes. Which of our tensors is
+which of theirs says gguf_network.py, and of our tokens gguf_tokenizer.py."""
 
 from __future__ import annotations
 
 import math
 import re
 import struct
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from barelm.checkpoint import saved_tensors
 from barelm.families import family
-from barelm.positions import rope_frequencies
+from barelm.gguf_network import ARCHITECTURES, Entry, add_network, check_network, entries_of
+from barelm.gguf_tokenizer import add_tokenizer, llama_vocab, refusal
+from barelm.k_quants import K_QUANTS, quantize
 from barelm.run import UserError
-from barelm.splits import GPT2_SPLIT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
 
+    from barelm.llama_ids import LlamaVocab
     from barelm.tokenizer import Tokenizer
     from model import GPT, GPTConfig
 
-GGUF_FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")  # whose names `add_network` writes
+# Of the matrices; the numbers are llama_ftype's. _M: a mixture, in which what counts most has more
+# bits.
 FILE_TYPES = {
     "F32": 0,
     "F16": 1,
     "Q8_0": 7,
+    "Q6_K": 18,
+    "Q5_K_M": 17,
+    "Q4_K_M": 15,
     "Q4_0": 2,
-}  # of the matrices; the numbers are llama_ftype's
-
-# The split patterns that llama.cpp knows, and its names for them.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # digits in threes
-TIKTOKEN_GPT2 = (  # the same pieces as GPT2_SPLIT's
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
-GGUF_PRE = {
-    GPT2_SPLIT: "gpt-2",
-    TIKTOKEN_GPT2: "gpt-2",
-    QWEN2_SPLIT: "qwen2",
-    LLAMA3_SPLIT: "llama-bpe",
 }
+# What a type of blocks of 256 becomes where 256 does not divide a row: one of blocks of 32.
+SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+# Small, or looked up by position: float32 in every file.
+KEPT = ("position_embd.weight", "token_types.weight", "ffn_gate_inp.weight", "attn_rel_b.weight")
 
 
 def require_gguf() -> Any:
@@ -62,143 +54,88 @@ def require_gguf() -> Any:
     return gguf
 
 
-def check_gguf(c: GPTConfig, tok: Tokenizer) -> None:
+def check_gguf(c: GPTConfig, tok: Tokenizer) -> LlamaVocab:
     """Refuse a GPTConfig, which some Hugging Face family holds, or a Tokenizer that llama.cpp could
-    not read."""
+    not read; else the tokenizer as the file has it, with notes of both."""
     kind = family(c)
-    if c.n_experts:
-        raise UserError(
-            f"--export=gguf: n_experts={c.n_experts}: expected 0 (--export=hf holds any)"
-        )
-    if kind not in GGUF_FAMILIES:
-        raise UserError(f"--export=gguf: {kind}: expected one of {', '.join(GGUF_FAMILIES)}")
-    if c.window:
-        raise UserError(f"--export=gguf: window={c.window}: llama.cpp reads {kind} without one")
-    scaling = c.rope_scaling or {}
-    if scaling and scaling.get("rope_type") != "linear" and kind != "llama":
-        raise UserError(f"--export=gguf: llama.cpp has rope_scaling llama3 for llama, not {kind}")
-    if tok.kind != "BPE" or tok.split_pattern not in GGUF_PRE:
-        what = "split pattern" if tok.kind == "BPE" else f"{tok.kind} tokenizer"
-        mend = "prepare.py --tokenizer=bpe makes one that it knows (--export=hf holds any)"
-        raise UserError(f"--export=gguf: llama.cpp has no name for this {what}: {mend}")
-    for name in tok.normalizers:
-        if name != "NFC":
-            raise UserError(f"--export=gguf: llama.cpp has no normalizer {name}: --export=hf")
-    if tok.normalizers:
-        print("note: llama.cpp does not normalise: text that is not NFC gets other ids there")
+    if kind not in ARCHITECTURES:
+        raise refusal(f"{kind}: expected one of {', '.join(ARCHITECTURES)}")
+    notes = check_network(c, kind)
     if tok.eot_id is None:
         raise UserError("--export=gguf: the tokenizer names no end token (tokenizer_config.json)")
+    if len(tok.start) > 1 or len(tok.end) > 1:
+        raise refusal("llama.cpp puts one token before and one behind a text, this tokenizer more")
+    vocab = llama_vocab(tok, c.vocab_size)
+    vocab.notes[:0] = notes
+    return vocab
 
 
-def add_network(writer: Any, gguf: Any, c: GPTConfig, gguf_type: str) -> None:
-    """Add the keys of a GGUF file that describe the network, a GPTConfig."""
-    writer.add_custom_alignment(32)  # bytes; the usual one, said
-    writer.add_file_type(FILE_TYPES[gguf_type])
-    if gguf_type in ("Q8_0", "Q4_0"):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(c.n_ctx)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_feed_forward_length(c.n_hidden)
-    writer.add_head_count(c.n_head)
-    if writer.arch == "gpt2":  # as many heads of k and v as of q; no RoPE
-        writer.add_layer_norm_eps(float(c.norm_eps))
-        return
-    writer.add_head_count_kv(c.n_kv_head)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(float(c.norm_eps))
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(float(c.rope_theta))
-    scaling = c.rope_scaling or {}
-    if scaling.get("rope_type") == "linear":  # llama3's is the tensor rope_freqs
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
+# --------------------------------------------------------------------------------------------------
+# Types
 
 
-def add_tokenizer(writer: Any, gguf: Any, tok: Tokenizer, vocab_size: int) -> None:
-    """Add the keys of a GGUF file that hold the tokenizer. Ids that it lacks are named [PADi]."""
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]  # as llama.cpp's own converter names them
-    types = [int(gguf.TokenType.UNUSED)] * vocab_size
-    for token, id in tok.spec["model"]["vocab"].items():
-        tokens[id] = token
-        types[id] = int(gguf.TokenType.NORMAL)
-    for added in tok.spec.get("added_tokens", []):
-        token_type = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = int(token_type)
-    merges = []
-    for merge in tok.spec["model"]["merges"]:  # a string, or in newer files a pair
-        merges.append(merge if isinstance(merge, str) else " ".join(merge))
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for any byte-level BPE
-    writer.add_tokenizer_pre(GGUF_PRE[tok.split_pattern])
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_key_value("tokenizer.ggml.merges", merges, gguf.GGUFValueType.ARRAY)
-    if tok.bos_id is not None:
-        writer.add_bos_token_id(tok.bos_id)
-    if tok.pad_id is not None:
-        writer.add_pad_token_id(tok.pad_id)
-    # llama.cpp reads one end token; of a chat model the first is the turn's.
-    writer.add_eos_token_id(tok.eos_ids[0] if tok.eos_ids else tok.eot_id)
-    writer.add_add_bos_token(bool(tok.start))
-    template = tok.config.get("chat_template")
-    if isinstance(template, str):
-        writer.add_chat_template(template)
-
-
-def renamed_tensors(net: GPT, names: Any) -> dict[str, Tensor]:
-    """{name in a GGUF file: tensor}; names: the package's map from Hugging Face's.
-
-    GPT-2's q, k and v are one tensor there, in this order. A Llama's q and k are in Meta's order,
-    in which a head's rows 2i and 2i + 1 are rotated together; in ours it is i and i + head_dim / 2.
-    """
-    c = net.config
-    kind = family(c)
-    tensors = {}
-    for name, t in saved_tensors(net).items():
-        if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            halves = t.view(-1, 2, c.head_dim // 2, c.n_embd)  # (heads, 2, head_dim / 2, C)
-            t = halves.transpose(1, 2).reshape(t.shape)
-        if kind == "gpt2":
-            name = re.sub(r"\.[qkv]_proj", ".qkv_proj", name)
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        # k joins q, and v both: state_dict has them in this order.
-        tensors[theirs] = torch.cat((tensors[theirs], t)) if theirs in tensors else t
-    if (c.rope_scaling or {}).get("rope_type") == "llama3":  # what each frequency is divided by
-        plain = rope_frequencies(replace(c, rope_scaling=None), "cpu")
-        tensors["rope_freqs.weight"] = plain / rope_frequencies(c, "cpu")
-    return tensors
-
-
-def tensor_type(name: str, t: Tensor, gguf_type: str) -> str:
-    """The name of a tensor's type: vectors and positions stay float32, as llama.cpp wants them; a
-    row that blocks of 32 do not fill is float16. Beside Q4_0 the embedding and the head are Q8_0:
-    4 bits cost them most."""
-    if t.ndim == 1 or name == "position_embd.weight":
+def tensor_type(name: str, shape: tuple[int, ...], gguf_type: str, c: GPTConfig) -> str:
+    """The name of a tensor's type in a file of one of FILE_TYPES. Vectors stay float32, as
+    llama.cpp wants them; a row that blocks of 32 do not fill is float16."""
+    if len(shape) == 1 or name.endswith(KEPT):
         return "F32"
-    if gguf_type in ("Q8_0", "Q4_0") and t.shape[1] % 32:
-        return "F16"
-    if gguf_type == "Q4_0" and name in ("token_embd.weight", "output.weight"):
+    if gguf_type in ("F32", "F16"):
+        return gguf_type
+    wanted = gguf_type
+    is_table = name in ("token_embd.weight", "output.weight")
+    if gguf_type == "Q4_0" and is_table:  # 4 bits cost them most
+        wanted = "Q8_0"
+    if gguf_type in ("Q4_K_M", "Q5_K_M"):
+        wanted = mixture_type(name, gguf_type.removesuffix("_M"), c)
+    if wanted in SMALLER_BLOCKS and shape[-1] % 256:
+        wanted = SMALLER_BLOCKS[wanted]
+    return wanted if shape[-1] % 32 == 0 else "F16"
+
+
+def mixture_type(name: str, usual: str, c: GPTConfig) -> str:
+    """A matrix's type in Q4_K_M or Q5_K_M, by llama.cpp's rules (src/llama-quant.cpp): more bits
+    for the head, and in some layers for what writes values and leaves the MLP."""
+    is_head = name == "output.weight" or (name == "token_embd.weight" and c.tie)
+    if is_head:
+        return "Q6_K"
+    match = re.search(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None:
+        return usual
+    i = int(match[1])
+    part = match[2]
+    n_layer = c.n_encoder_layer if name.startswith("enc.") else c.n_layer
+    eighth = n_layer // 8
+    gets_more = i < eighth or i >= 7 * n_layer // 8 or (i - eighth) % 3 == 2
+    if c.n_experts == 8 and part in ("attn_k", "attn_v"):  # beside the experts they are nothing
         return "Q8_0"
-    return gguf_type
+    if c.n_experts == 8 and part == "attn_output":
+        return "Q5_K"
+    if part == "attn_qkv":
+        return "Q5_K" if usual == "Q4_K" else "Q6_K"
+    if part in ("attn_v", "ffn_down", "ffn_down_exps") and gets_more:
+        return "Q6_K"
+    return usual
 
 
 def as_array(gguf: Any, t: Tensor, type_name: str) -> np.ndarray:
-    """A tensor as a NumPy array of one of GGUF's types; Q8_0's and Q4_0's are bytes (rows, bytes of
-    a row)."""
-    if type_name == "F16" and not t.half().isfinite().all():
-        raise UserError("--gguf_type=F16: a weight is beyond float16: --gguf_type=F32")
+    """A tensor as a NumPy array of one of GGUF's types; what is no float is bytes (…, bytes of a
+    row)."""
     values = t.detach().float().contiguous().numpy()
-    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name])
+    if type_name in K_QUANTS:
+        return quantize(values, type_name)
+    with np.errstate(over="ignore"):
+        array = gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name])
+    if type_name == "F16" and not np.isfinite(array).all():
+        raise UserError("--gguf_type=F16: a weight is beyond float16: --gguf_type=F32")
+    return array
 
 
-def write_gguf(net: GPT, tok: Tokenizer, path: Path, gguf_type: str) -> None:
-    """Write a GGUF file of a network on the CPU and its tokenizer, which `check_gguf` let pass, its
-    matrices in gguf_type, one of FILE_TYPES. Tensors are converted one by one as they are written.
-    """
-    gguf = require_gguf()
+# --------------------------------------------------------------------------------------------------
+# The file
+
+
+def make_writer(gguf: Any, path: Path, architecture: str) -> Any:
+    """The package's writer of a file."""
 
     class Writer(gguf.GGUFWriter):  # type: ignore[name-defined]
         """The package's, which refuses an empty array: a tokenizer of bytes alone has no merges,
@@ -209,24 +146,50 @@ def write_gguf(net: GPT, tok: Tokenizer, path: Path, gguf_type: str) -> None:
                 return struct.pack("<IIQ", vtype, gguf.GGUFValueType.STRING, 0)
             return super()._pack_val(val, vtype, *args, **options)
 
-    c = net.config
-    writer = Writer(path, family(c))
-    writer.add_name(path.stem.removesuffix(f"-{gguf_type}"))  # the model's own name
-    add_network(writer, gguf, c, gguf_type)
-    add_tokenizer(writer, gguf, tok, c.vocab_size)
-    architecture = gguf.MODEL_ARCH[family(c).upper()]
-    tensors = renamed_tensors(net, gguf.get_tensor_name_map(architecture, c.n_layer))
-    types = {name: tensor_type(name, t, gguf_type) for name, t in tensors.items()}
-    for name, t in tensors.items():
-        raw_dtype = gguf.GGMLQuantizationType[types[name]]
-        nbytes = math.prod(gguf.quant_shape_to_byte_shape(t.shape, raw_dtype))
+    return Writer(path, architecture)
+
+
+def add_keys(writer: Any, gguf: Any, net: GPT, gguf_type: str) -> None:
+    writer.add_custom_alignment(32)  # bytes; the usual one, said
+    writer.add_file_type(FILE_TYPES[gguf_type])
+    if gguf_type not in ("F32", "F16"):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_network(writer, gguf, net, family(net.config))
+
+
+def add_tensors(writer: Any, gguf: Any, entries: list[Entry], types: dict[str, str]) -> None:
+    """Say which tensors come, of which types and shapes."""
+    for entry in entries:
+        raw_dtype = gguf.GGMLQuantizationType[types[entry.name]]
+        nbytes = math.prod(gguf.quant_shape_to_byte_shape(entry.shape, raw_dtype))
         # np.float32 says that the shape counts numbers; of np.uint8 it would count bytes.
-        writer.add_tensor_info(name, t.shape, np.float32, nbytes, raw_dtype)
+        writer.add_tensor_info(entry.name, entry.shape, np.float32, nbytes, raw_dtype)
+
+
+def write_gguf(net: GPT, tok: Tokenizer, path: Path, gguf_type: str,
+               vocab: LlamaVocab | None = None, show: Callable | None = None) -> None:  # fmt: skip
+    """Write a GGUF file of a network on the CPU, in any dtype, and its tokenizer, which
+    `check_gguf` let pass, its matrices in gguf_type, one of FILE_TYPES. vocab: what check_gguf
+    returned. Tensors are converted one by one as they are written; show(line, last) is told."""
+    gguf = require_gguf()
+    c = net.config
+    if vocab is None:
+        vocab = check_gguf(c, tok)
+    writer = make_writer(gguf, path, ARCHITECTURES[family(c)].name)
+    writer.add_name(path.stem.removesuffix(f"-{gguf_type}"))  # the model's own name
+    add_keys(writer, gguf, net, gguf_type)
+    add_tokenizer(writer, gguf, tok, vocab)
+    entries = entries_of(net)
+    types = {entry.name: tensor_type(entry.name, entry.shape, gguf_type, c) for entry in entries}
+    add_tensors(writer, gguf, entries, types)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, t in tensors.items():  # in the order of add_tensor_info
-            writer.write_tensor_data(as_array(gguf, t, types[name]))
+        for i, entry in enumerate(entries):  # in the order of add_tensor_info
+            writer.write_tensor_data(as_array(gguf, entry.value(), types[entry.name]))
+            if show is not None:
+                line = f"{i + 1} of {len(entries)} tensors  {entry.name} {types[entry.name]}"
+                show(line, i + 1 == len(entries))
     finally:
         writer.close()

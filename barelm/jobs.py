@@ -14,14 +14,22 @@ from barelm.sampling import GREEDY, OFF, draws
 from barelm.texts import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
+    import numpy as np
+
+    from barelm.grammar import Guide
     from barelm.tokenizer import Tokenizer
 
 
 def limited(default: float | None, least: float, most: float) -> Any:
     """A field of a dataclass that wants numbers from `least` to `most`."""
     return field(default=default, metadata={"limits": (least, most)})
+
+
+def one_of(*words: str) -> Any:
+    """A field of a dataclass that wants one of these words, or nothing."""
+    return field(default=None, metadata={"words": words})
 
 
 @dataclass
@@ -37,8 +45,13 @@ class Sampling:
     top_k: int = limited(0, -1, 2**31)  # draw among so many likeliest; 0: all
     top_p: float = limited(1.0, 0, 1)  # draw among the likeliest with this much probability
     min_p: float = limited(0.0, 0, 1)  # draw among those this fraction as likely as the likeliest
+    min_tokens: int = limited(0, 0, 2**24)  # no end token, and no `stop`, before so many
     seed: int | None = limited(None, -(2**63), 2**63 - 1)  # of the draws; None: 0
     stop: Any = field(default_factory=list)  # texts that end the answer, which lacks them
+    stop_token_ids: list = field(default_factory=list)  # ids that end it, which lacks their text
+    include_stop_str_in_output: bool = False  # it ends with what ended it, text or token
+    skip_special_tokens: bool = True  # false: the text has special tokens too, by their names
+    logit_bias: Any = field(default_factory=dict)  # {id: number that is added to its logit}
 
     def options(self) -> dict:
         """As a Decoder takes them."""
@@ -63,6 +76,7 @@ class Update:
     tokens: list  # [Token]
     done: bool  # nothing comes after it
     error: str | None = None  # why the job failed
+    refused: bool = False  # by what was asked of it, not by what happened here
 
     def add(self, later: Update) -> None:
         """Make this and a later Update of the same job one."""
@@ -70,6 +84,7 @@ class Update:
         self.tokens += later.tokens
         self.done = later.done
         self.error = later.error
+        self.refused = later.refused
 
 
 class Job:
@@ -83,6 +98,11 @@ class Job:
     ends: ids that end the answer.
     n_alternatives: how many to tell of each token; None: no log-probabilities either.
     echo: the prompt's text, where it belongs to the answer, and its tokens' log-probabilities too.
+    guide: a Guide (barelm/grammar.py) that says what the answer may be. It ends at its grammar's
+    end, whether or not an end token comes; so one of `ends` counts where the text is whole alone.
+    adapter: the number of the adapter that makes it (barelm/many_adapters.py); 0: none.
+    goes_on: with a guide, no end token comes where the text could go on.
+    shown: special tokens whose names are part of the text.
     """
 
     def __init__(
@@ -96,6 +116,10 @@ class Job:
         ends: Any = (),
         n_alternatives: int | None = None,
         echo: Any = None,
+        guide: Guide | None = None,
+        goes_on: bool = False,
+        shown: Collection[int] = (),
+        adapter: int = 0,
     ) -> None:
         self.ids = ids
         self.sampling = sampling
@@ -107,7 +131,20 @@ class Job:
         self.tokens = []  # Tokens that were not told yet
         if self.scores_prompt:
             self.tokens.append(Token(ids[0], None, {}))
-        self.row = Row(tok, limit, sampling.stop, self.pieces.append, ends)
+        self.adapter = adapter
+        self.guide = guide
+        self.goes_on = goes_on
+        self.row = Row(
+            tok,
+            limit,
+            sampling.stop,
+            self.pieces.append,
+            ends,
+            least=sampling.min_tokens,
+            keeps_stop=sampling.include_stop_str_in_output,
+            shows_special=not sampling.skip_special_tokens,
+            shown=shown,
+        )
         self.uniform = None  # (limit,), one draw a token
         if sampling.temperature >= GREEDY:
             self.uniform = draws(sampling.seed or 0, index, limit)
@@ -122,6 +159,18 @@ class Job:
     @property
     def n_generated(self) -> int:
         return len(self.row.out.ids)
+
+    def options(self) -> dict:
+        """As a Decoder takes them."""
+        options = self.sampling.options()
+        if self.guide is not None:  # which knows better where the text may end
+            options["min_tokens"] = 0
+        return options
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next, by the guide: as `Guide.allowed` has them."""
+        is_early = self.goes_on or self.n_generated < self.sampling.min_tokens
+        return self.guide.allowed(self.row.ends, is_early)
 
     def news(self) -> Update:
         """The Update of what was not told yet."""

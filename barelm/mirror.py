@@ -41,7 +41,7 @@ SHORT = 4096  # bytes of a message that is sent in one piece
 FOR_EVER = timedelta(days=3650)  # a server may be asked nothing for long
 # What of a Decoder all processes do; the rest is asked of the host alone.
 DECODING = ("set", "clear", "copy", "wipe", "read", "choose", "feed", "capture", "prompt_logits")
-DECODING += ("forget",)
+DECODING += ("forget", "allow")
 
 
 def start_others(n: int) -> None:

@@ -114,9 +114,16 @@ class Operations:
         self.block_masks: dict = {}  # for it, of patterns without documents, which stay the same
         self.head_piece: Callable = head_piece  # or that compiled
         self.attend_cached: Callable | None = None  # within a Decoder's step on a GPU
+        # What each row's adapter adds to a product: an Adapted of barelm/many_adapters.py
+        self.adapted: Any = None
 
     def project(self, x: Tensor, *layers: nn.Module) -> Tensor:
         """The outputs of linear layers that read the same x (…, C), side by side."""
+        y = self.product(x, layers)
+        return y if self.adapted is None else self.adapted.add(y, x, layers)
+
+    def product(self, x: Tensor, layers: tuple[nn.Module, ...]) -> Tensor:
+        """`project` of the layers' own weights."""
         if self.deterministic:
             return invariant.project(x, layers)
         if self.heads is not None:

@@ -39,8 +39,8 @@ class PageHandlers:
     def routes(self) -> list[tuple]:
         """[(methods, address, handler)], a view behind the other."""
         return [
-            ("GET HEAD", "/", self.index),
-            ("GET HEAD", "/page/{name:path}", self.file),
+            ("GET", "/", self.index),
+            ("GET", "/page/{name:path}", self.file),
             ("GET", "/inspect/model", self.model),
             ("POST", "/feedback", self.feedback),
             ("POST", "/inspect/neighbours", self.neighbours),

@@ -135,7 +135,6 @@ class Pair:
 def add_lora(net: GPT, folder: Path, base: Path, d: dict) -> None:
     """Add to the weights of a network, that of the folder `base`, the products of the adapter in
     `folder`, in place. d: what read_adapter_config gave."""
-    path = folder / "adapter_config.json"
     file = folder / "adapter_model.safetensors"
     weights = dict(net.named_parameters())
     table = table_of(family(net.config), net.config)
@@ -144,17 +143,22 @@ def add_lora(net: GPT, folder: Path, base: Path, d: dict) -> None:
         # Several where the base's file has q, k and v as one: their rows are below each other.
         targets = [weights[name] for name in names.get(f"{pair.layer}.weight", ())]
         check_fit(folder, base, pair, targets)
-        rank = of_pattern(d.get("rank_pattern"), pair.layer, d["r"])
-        if rank != len(pair.A):
-            raise UserError(f"{path}: r={rank!r:.60}, but {pair.key} has {len(pair.A)} rows")
-        alpha = of_pattern(d.get("alpha_pattern"), pair.layer, d["lora_alpha"])
-        delta = (alpha / rank) * (pair.B.float() @ pair.A.float())  # (out, in)
+        delta = scale_of(folder, d, pair) * (pair.B.float() @ pair.A.float())  # (out, in)
         delta = delta.to(targets[0].device)
         parts = parted(delta, len(targets), table) if len(targets) > 1 else [delta]
         for p, part in zip(targets, parts):
             with torch.no_grad():  # p is a leaf that wants gradients
                 p += part.to(p.dtype)
             check_finite(file, {pair.key: p}, p.dtype)
+
+
+def scale_of(folder: Path, d: dict, pair: Pair) -> float:
+    """alpha / rank of a layer, by an adapter_config.json's patterns: what its product is times."""
+    path = folder / "adapter_config.json"
+    rank = of_pattern(d.get("rank_pattern"), pair.layer, d["r"])
+    if rank != len(pair.A):
+        raise UserError(f"{path}: r={rank!r:.60}, but {pair.key} has {len(pair.A)} rows")
+    return of_pattern(d.get("alpha_pattern"), pair.layer, d["lora_alpha"]) / rank
 
 
 def adapter_names(table: TensorNames, weights: dict[str, nn.Parameter]) -> dict[str, list[str]]:

@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from barelm.int4 import GROUP as INT4_GROUP
+from barelm.int4 import TILE, input_squares, int4_codes
 from barelm.run import UserError
 
 if TYPE_CHECKING:
@@ -27,24 +29,31 @@ if TYPE_CHECKING:
     from model import GPT
 
 
-def quantize_weights(net: GPT, kind: str) -> GPT:
+def quantize_weights(net: GPT, kind: str, int4_group: int = INT4_GROUP) -> GPT:
     """Make the network's linear layers and experts int8 or int4, in place: the head too (a tied
-    embedding then has the head's values), but not a classifier's, nor the routers."""
+    embedding then has the head's values), but not a classifier's, nor the routers. int4_group: so
+    many weights of a row share their levels."""
     if kind not in ("int8", "int4"):
         raise UserError(f"--quantize={kind}: expected int8 or int4")
     if net.quantize not in (None, kind):
         raise UserError(f"--quantize={kind}: this model is {net.quantize} already")
+    if net.quantize == kind:
+        return net
+    squares = {}
+    if kind == "int4" and not net.model.embed_tokens.weight.is_meta:  # which has no numbers yet
+        squares = input_squares(net)
     for name, layer in list(net.named_modules()):
         if hasattr(layer, "quantize_stacks"):  # experts
-            layer.quantize_stacks(kind)
+            layer.quantize_stacks(kind, int4_group)
         if not isinstance(layer, nn.Linear) or name.startswith("score"):
             continue
         if name == "lm_head" and net.score is not None:  # nothing reads it
             continue
         # The head (and embedding) of a small model is much of it, and int4 costs it most.
         width = "int8" if name == "lm_head" else kind
-        net.set_submodule(name, QuantizedLinear(layer, width))
+        net.set_submodule(name, QuantizedLinear(layer, width, squares.get(name), int4_group))
     net.quantize = kind
+    net.int4_group = int4_group
     tie_embedding(net, net.model.embed_tokens.weight.dtype)
     return net
 
@@ -62,13 +71,18 @@ def tie_embedding(net: GPT, dtype: torch.dtype) -> None:
 class QuantizedLinear(nn.Module):
     """A linear layer of 1 byte or half of one a weight, for inference. weight and scale are what
     `int8_codes` and `int4_codes` return. A weight of zero, which pruning makes, stays exactly zero.
-    On its own it computes the plain product; `QuantizedProduct` has faster ones."""
+    On its own it computes the plain product; `QuantizedProduct` has faster ones. importance and
+    int4_group: as `int4_codes` takes them."""
 
-    def __init__(self, layer: nn.Linear, kind: str) -> None:
+    def __init__(self, layer: nn.Linear, kind: str, importance: Tensor | None = None,
+                 int4_group: int = INT4_GROUP) -> None:  # fmt: skip
         super().__init__()
         self.shape = layer.weight.shape
-        make_codes = int8_codes if kind == "int8" else int4_codes
-        codes, scale = make_codes(layer.weight.detach().float())
+        weight = layer.weight.detach().float()
+        if kind == "int8":
+            codes, scale = int8_codes(weight)
+        else:
+            codes, scale = int4_codes(weight, importance, int4_group)
         self.register_buffer("weight", codes)
         self.register_buffer("scale", scale)
         self.bias = layer.bias
@@ -83,11 +97,13 @@ class QuantizedStack(nn.Module):
     """A stack of matrices (E, out, in), experts', as codes like QuantizedLinear's. Called with a
     dtype it gives what they stand for; so does each of the functions that `unbind` gives."""
 
-    def __init__(self, stack: Tensor, kind: str) -> None:
+    def __init__(self, stack: Tensor, kind: str, int4_group: int = INT4_GROUP) -> None:
         super().__init__()
         self.shape = stack.shape
-        make_codes = int8_codes if kind == "int8" else int4_codes
-        codes = [make_codes(matrix) for matrix in stack.detach().float()]
+        if kind == "int8":
+            codes = [int8_codes(matrix) for matrix in stack.detach().float()]
+        else:
+            codes = [int4_codes(matrix, None, int4_group) for matrix in stack.detach().float()]
         self.register_buffer("weight", torch.stack([weight for weight, _ in codes]))
         self.register_buffer("scale", torch.stack([scale for _, scale in codes]))
 
@@ -109,34 +125,6 @@ def int8_codes(w: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def int4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of w (out, in), two a byte (out, in / 2) uint8, and for each group of 64 in a row a
-    step and a middle (out, in / 64, 2), by which the group's minimum and maximum are kept: a weight
-    is (code - 8) step + middle. Rows are padded to whole groups."""
-    padding = (0, -w.shape[1] % 64)
-    groups = F.pad(w, padding).unflatten(1, (-1, 64))  # (out, in / 64, 64)
-    has_zero = F.pad(w == 0, padding).unflatten(1, (-1, 64)).any(2)  # (out, in / 64)
-    low = groups.amin(2)
-    high = groups.amax(2)
-    step = ((high - low) / 15).clamp(min=1e-30)
-    step = step.bfloat16().where(~has_zero, few_bits(step))
-    middle = low + 8 * step.float()
-    # Where a weight is zero, so is a level: the middle is a whole number of steps.
-    whole = (middle / step.float()).round().clamp(-7, 8) * step.float()
-    middle = middle.where(~has_zero, whole).bfloat16()
-    codes = (groups - middle.float()[..., None]) / step.float()[..., None] + 8
-    codes = codes.round().clamp(0, 15).to(torch.uint8).flatten(1)  # (out, in)
-    pairs = codes[:, ::2] | codes[:, 1::2] << 4
-    return pairs, torch.stack((step, middle), 2)
-
-
-def few_bits(step: Tensor) -> Tensor:
-    """Positive steps as bfloat16, rounded up to 5 bits: the product of one and a whole number below
-    8 has no more than bfloat16's 8 bits, so that it is exact."""
-    fraction, exponent = torch.frexp(step)  # from 1/2 to 1
-    return torch.ldexp((fraction * 32).ceil() / 32, exponent).bfloat16()
-
-
 def unpack_int4(codes: Tensor) -> Tensor:
     """The codes (out, in) uint8 of two a byte (out, in / 2)."""
     return torch.stack((codes & 15, codes >> 4), 2).flatten(1)
@@ -147,7 +135,13 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     if codes.dtype == torch.int8:
         return codes.float() * scale.float()[:, None]
     step, middle = scale.float().split(1, 2)
-    return ((unpack_int4(codes).float() - 8).unflatten(1, (-1, 64)) * step + middle).flatten(1)
+    levels = unpack_int4(codes).float() - 8
+    return (levels.unflatten(1, (-1, group_of(codes, scale))) * step + middle).flatten(1)
+
+
+def group_of(codes: Tensor, scale: Tensor) -> int:
+    """How many weights of a row share a step and a middle, of int4's codes and scale."""
+    return 2 * codes.shape[1] // scale.shape[1]
 
 
 def quantized_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,7 +162,7 @@ def unpacked_product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """rows (N, in) times the whole weight in their dtype: (N, out)."""
     if codes.dtype == torch.int8:
         return F.linear(rows, codes.to(rows.dtype)) * scale.to(rows.dtype)
-    rows = F.pad(rows, (0, -rows.shape[1] % 64))
+    rows = F.pad(rows, (0, -rows.shape[1] % TILE))
     return F.linear(rows, dequantize(codes, scale).to(rows.dtype))
 
 
@@ -302,8 +296,8 @@ class QuantizedProduct:
         multiply = torch.ops.aten._weight_int4pack_mm
         if rows.device.type == "cpu":
             multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        x = F.pad(rows, (0, -rows.shape[1] % 64)).bfloat16()
-        return multiply(x, codes, 64, scale).to(rows.dtype)
+        x = F.pad(rows, (0, -rows.shape[1] % TILE)).bfloat16()
+        return multiply(x, codes, group_of(self.codes, self.scale), scale).to(rows.dtype)
 
 
 GROUP = 64  # numbers that are rotated together
@@ -363,13 +357,13 @@ def packed_int4_cuda(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | No
     if len(codes) % 8:
         return None
     swapped = codes << 4 | codes >> 4  # there the first of a pair is in the high half
-    inner_tiles = 4  # of 16: a group of 64 of a row together
-    by_group = scale.transpose(0, 1)  # (in / 64, out, 2)
+    inner_tiles = 4  # of 16: a TILE of a row together
+    by_group = scale.transpose(0, 1)  # (in / group, out, 2)
     by_group = by_group.clone(memory_format=torch.contiguous_format)
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack(swapped, inner_tiles)
         x = torch.zeros(1, 2 * codes.shape[1], dtype=torch.bfloat16, device=codes.device)
-        torch.ops.aten._weight_int4pack_mm(x, packed, 64, by_group)
+        torch.ops.aten._weight_int4pack_mm(x, packed, group_of(codes, scale), by_group)
     except RuntimeError as error:  # a GPU or a torch without it
         fall_back("int4", error)
         return None

@@ -11,6 +11,7 @@ one prompt the last one counts. prepare.py reads such a file as it is:
 
     --task=preference  an answer that was liked, and one that was not, to the same messages are a
                        pair for finetune.py --method=dpo
+    --task=kto         every answer, liked or not: a thumb that is alone is enough for --method=kto
     --task=sft         the answers that were liked are demonstrations
 
 The lines are never changed: a pair is made when the file is read, so that a thumb that is lone
@@ -62,6 +63,16 @@ def pairs_of(ratings: Iterable[dict]) -> list[dict]:
     return rows
 
 
+def thumbs_of(ratings: Iterable[dict]) -> list[dict]:
+    """Rows {"prompt", "completion", "label"} of every rated answer, label: whether it was liked."""
+    rows = []
+    for prompt, answers in settled(ratings).items():
+        for response, rating in answers.items():
+            row = {"prompt": json.loads(prompt), "completion": response, "label": rating > 0}
+            rows.append(row)
+    return rows
+
+
 def demonstrations_of(ratings: Iterable[dict]) -> list[dict]:
     """Rows {"messages"} of the answers that were liked."""
     rows = []
@@ -73,7 +84,8 @@ def demonstrations_of(ratings: Iterable[dict]) -> list[dict]:
     return rows
 
 
-OF_RATINGS = {"preference": pairs_of, "sft": demonstrations_of}  # the tasks that ratings make
+# the tasks that ratings make
+OF_RATINGS = {"preference": pairs_of, "kto": thumbs_of, "sft": demonstrations_of}
 
 
 def rows_of_ratings(task: str, ratings: Iterable[dict]) -> dict[str, int]:
@@ -81,7 +93,7 @@ def rows_of_ratings(task: str, ratings: Iterable[dict]) -> dict[str, int]:
     prompt is in training and in validation both."""
     rows = {}
     for row in OF_RATINGS[task](ratings):
-        prompt = row["prompt"] if task == "preference" else row["messages"][:-1]
+        prompt = row["messages"][:-1] if task == "sft" else row["prompt"]
         split_by = digest(json.dumps(prompt, ensure_ascii=False).encode(errors="replace"))
         rows[json.dumps(row, ensure_ascii=False)] = split_by
     return rows
@@ -90,8 +102,11 @@ def rows_of_ratings(task: str, ratings: Iterable[dict]) -> dict[str, int]:
 def ratings_summary(task: str, ratings: list[dict], rows: dict) -> str:
     """What was made of ratings, in a line."""
     text = f"{task}: {len(ratings):,} ratings of answers: {len(rows):,} rows"
-    if task != "preference":
+    if task == "sft":
         return f"{text}, those that were liked"
+    if task == "kto":
+        n_liked = sum(json.loads(row)["label"] for row in rows)
+        return f"{text}, {n_liked:,} liked and {len(rows) - n_liked:,} not"
     n_lone = 0
     for answers in settled(ratings).values():
         if len(set(answers.values())) == 1:

@@ -40,6 +40,7 @@ OFF = {  # the options of a row, as they change nothing but that it draws
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "min_tokens": 0,
 }
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -66,6 +67,9 @@ class Kinds:
     top_p: bool = False  # a row has one below 1
     min_p: bool = False  # a row has one above 0
     penalized: bool = False  # a row has a penalty
+    prolonged: bool = False  # a row has min_tokens
+    biased: bool = False  # a row has a bias on some tokens
+    guided: bool = False  # a row may have certain tokens alone: barelm/grammar.py
 
 
 def kinds_of(options: list[dict[str, float]]) -> Kinds:
@@ -81,6 +85,7 @@ def kinds_of(options: list[dict[str, float]]) -> Kinds:
         top_p=any(o.get("top_p", 1.0) < 1 for o in sampled),
         min_p=any(o.get("min_p", 0.0) > 0 for o in sampled),
         penalized=penalized,
+        prolonged=any(o.get("min_tokens", 0) > 0 for o in options),
     )
 
 
@@ -202,6 +207,22 @@ def penalize(logits: Tensor, seen: Tensor, repetition: float | Tensor, counts: T
     lower = lower.clamp(-LARGEST_FLOAT, LARGEST_FLOAT)
     logits = torch.where(seen & (logits > -math.inf), lower, logits)
     return logits - presence * (counts > 0) - frequency * counts
+
+
+def hold_ends(logits: Tensor, ends: Tensor, is_early: Tensor) -> Tensor:
+    """Logits (B, V), -inf at the ids `ends` (B, E) of rows that may not end yet, is_early (B, 1)
+    bool; -1 is no id."""
+    B, V = logits.shape
+    is_end = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
+    is_end = is_end.scatter(1, ends + 1, True)[:, 1:]
+    return logits.masked_fill(is_end & is_early, -math.inf)
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """(B, n) bool from bits (B, bytes) uint8, the lowest of each byte first; false behind them."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, :, None] >> places & 1).flatten(1)[:, :n].bool()
+    return torch.nn.functional.pad(bits, (0, n - bits.shape[1]))
 
 
 def draws(seed: int, i: int, n: int) -> Tensor:

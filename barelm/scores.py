@@ -49,11 +49,6 @@ def divided(score: tuple[float, float], by: float) -> tuple[float, float]:
     return value / by, None if error is None else error / by
 
 
-def figure(value: float | None) -> str:
-    """A score as it is printed."""
-    return "n/a" if value is None else f"{value:.6g}"
-
-
 def flat(scores: dict) -> dict[str, float | None]:
     """{metric: value, metric_stderr: its standard error}, as results.json has them."""
     entry = {}
@@ -116,7 +111,23 @@ def read_scores(folder: str) -> dict[tuple[str, str], tuple[float, float, int]]:
             error = entry[f"{metric}_stderr"]
             if is_finite(value):
                 scores[task, metric] = value, error if is_finite(error) else None, entry["n"]
+        scores |= parts_of_core(task, entry)
     return scores
+
+
+def parts_of_core(task: str, entry: dict) -> dict[tuple[str, str], tuple]:
+    """{(task, metric): (value, standard error or None, n)} of the tasks that CORE is the mean of,
+    which are of interest each, or {} of another entry."""
+    by = entry.get("by")
+    parts = {}
+    if "core_metric" in entry and isinstance(by, dict):
+        for name, figures in by.items():
+            value = figures.get("centered") if isinstance(figures, dict) else None
+            if is_finite(value) and is_finite(figures.get("n")):
+                error = figures.get("centered_stderr")
+                error = error if is_finite(error) else None
+                parts[f"{task}.{name}", "centered"] = value, error, figures["n"]
+    return parts
 
 
 def read_lengths(folder: str) -> list:

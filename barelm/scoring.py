@@ -32,12 +32,55 @@ class Request(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
+# Batches
+
+
+def make_batches(requests: dict[str, Request], max_tokens: int) -> list[list[str]]:
+    """Lists of keys of requests {key: Request}, of max_tokens at most when padded, but of one
+    request at least. The longest come first, so that the time left is no surprise; what shares its
+    beginning stays together."""
+
+    def order(key: str) -> tuple:
+        request = requests[key]
+        return request.shared, -len(request.context), -longest_continuation(request)
+
+    batches = []
+    widest = 0  # tokens of the largest request of the last batch, which all are padded to
+    shared = None  # what its requests begin with
+    for key in sorted(requests, key=order):  # sorted keeps the order of equals
+        request = requests[key]
+        size = request_tokens(request)
+        widest = max(widest, size)
+        if request.shared == shared and widest * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(key)
+        else:
+            batches.append([key])
+            widest = size
+            shared = request.shared
+    return batches
+
+
+def longest_continuation(request: Request) -> int:
+    return max(map(len, request.continuations), default=0)
+
+
+def request_tokens(request: Request) -> int:
+    """The tokens that a request takes, each of its continuations behind the context."""
+    longest = longest_continuation(request)
+    rows = max(1, len(request.continuations))
+    if longest == 1:  # single tokens are read off the context's last place
+        rows = 1
+    return (len(request.context) + longest) * rows
+
+
+# --------------------------------------------------------------------------------------------------
 # The plain way
 
 
-def plain_scores(net: GPT, requests: list[Request]) -> list[list[float]]:
-    """For each request the sums of log p of its continuations, in nats: lists of floats. A row for
-    each continuation, behind its context."""
+def plain_scores(net: GPT, requests: list[Request], greedy: bool = False) -> list[list]:
+    """For each request the sums of log p of its continuations, in nats: lists of floats; with
+    `greedy` of pairs [sum, whether each of its tokens is the likeliest one]. A row for each
+    continuation, behind its context."""
     device = net.model.embed_tokens.weight.device
     sums = []
     for request in requests:
@@ -47,10 +90,18 @@ def plain_scores(net: GPT, requests: list[Request]) -> list[list[float]]:
         request_sums = []
         for b, ids in enumerate(request.continuations):
             states = h[b, first : first + len(ids)]
-            logp = token_logprobs(net, states, torch.tensor(ids, device=device))
-            request_sums.append(logp.cpu().sum().item())
+            logp, hits = token_scores(net, states, torch.tensor(ids, device=device))
+            request_sums.append(total(logp.cpu(), hits.cpu(), greedy))
         sums.append(request_sums)
     return sums
+
+
+def total(logp: Tensor, hits: Tensor, greedy: bool) -> float | list:
+    """What is said of a continuation: the sum of its tokens' log p (n,), or with `greedy` [that,
+    whether all of `hits` (n,) are true]."""
+    if greedy:
+        return [logp.sum().item(), bool(hits.all())]
+    return logp.sum().item()
 
 
 def score_by_position(net: GPT, requests: list[Request], width: int) -> list[list[float]]:
@@ -63,7 +114,7 @@ def score_by_position(net: GPT, requests: list[Request], width: int) -> list[lis
     for h, trunk, request in zip(hidden, trunks, requests):
         first = len(request.context) - 1  # the place that predicts the continuation's first token
         tokens = torch.tensor(request.continuations[0], device=device)
-        logp = token_logprobs(net, h[first : len(trunk)], tokens).cpu()
+        logp = token_scores(net, h[first : len(trunk)], tokens)[0].cpu()
         ranges = torch.arange(first, len(trunk)) // width
         n_ranges = len(trunk) // width + 1
         sums.append(torch.zeros(n_ranges).index_add(0, ranges, logp).tolist())
@@ -81,7 +132,7 @@ def target_scores(net: GPT, requests: list[Request]) -> list[float]:
     hidden = net.hidden(ids, encoder_ids=sources, encoder_lengths=lengths)  # (B, T, C)
     states = [h[: len(target)] for h, target in zip(hidden, targets)]
     tokens = torch.cat([torch.tensor(target, device=device) for target in targets])
-    logp = token_logprobs(net, torch.cat(states), tokens).cpu()
+    logp = token_scores(net, torch.cat(states), tokens)[0].cpu()
     return [part.sum().item() for part in logp.split([*map(len, targets)])]
 
 
@@ -91,21 +142,24 @@ def padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]
     return ids.to(device), torch.tensor(list(map(len, rows)), device=device)
 
 
-def token_logprobs(net: GPT, h: Tensor, tokens: Tensor) -> Tensor:
-    """log p of tokens (N,) float32, each after a hidden state of h (N, C)."""
+def token_scores(net: GPT, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of tokens (N,) float32, each after a hidden state of h (N, C); and whether each is the
+    likeliest one there (N,) bool."""
     size = head_rows(h.device.type, h.dtype, net.config.vocab_size)  # logits of so many at once
-    parts = []
+    logps = []
+    hits = []
     for states, ids in zip(h.split(size), tokens.split(size)):
         logits = net.logits(states).float()  # (size, V)
-        parts.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(parts)
+        logps.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
+        hits.append(logits.argmax(-1) == ids)
+    return torch.cat(logps), torch.cat(hits)
 
 
 # --------------------------------------------------------------------------------------------------
 # Of many questions with the same shots, or many choices of one question, in fewer products
 
 
-def shared_scores(net: GPT, requests: list[Request]) -> list[list[float]]:
+def shared_scores(net: GPT, requests: list[Request], greedy: bool = False) -> list[list]:
     """The same, faster: the batch's common beginning is computed once, a context once for all that
     continue it, and all logits together.
 
@@ -127,11 +181,11 @@ def shared_scores(net: GPT, requests: list[Request]) -> list[list[float]]:
             states += [h[b, last : last + 1], rest[: len(continuation) - 1]]
             tokens += continuation
             lengths.append(len(continuation))
-    logp = token_logprobs(net, torch.cat(states), torch.tensor(tokens, device=device)).cpu()
-    parts = iter(logp.split(lengths))  # one of each continuation
+    logp, hits = token_scores(net, torch.cat(states), torch.tensor(tokens, device=device))
+    parts = zip(logp.cpu().split(lengths), hits.cpu().split(lengths))  # of each continuation
     sums = []
     for request in requests:
-        sums.append([next(parts).sum().item() for _ in request.continuations])
+        sums.append([total(*next(parts), greedy) for _ in request.continuations])
     return sums
 
 

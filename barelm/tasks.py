@@ -1,12 +1,8 @@
-"""What eval.py asks: the table of tasks, how a row of each is read, how an answer is judged.
+"""What eval.py asks: the record of a task, how a row of it is read, how an answer is judged.
 
-A task is a record. One more benchmark of multiple choice is one entry in TASKS, at the end:
-
-    "openbookqa": Task(prompt="Question: {question_stem}\nAnswer:", hub="allenai/openbookqa/main"),
-
-With rows of `choices` or `options` and an `answer`, that is all (choices_of says which forms); rows
-of another form need a `read`, a function from a row to a Question. A task of the user's own is a
-JSONL file whose first line may be a Header, or a Python function that returns one with its rows.
+The table of benchmarks, with what is special to each, is in barelm/benchmarks.py, where one is
+added. A task of the user's own is a JSONL file whose first line may be a Header, or a Python
+function that returns one with its rows.
 """
 
 from __future__ import annotations
@@ -26,19 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from barelm.ifeval import judge_ifeval
 from barelm.run import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
-
-    from model import GPTConfig
 
 
 # What a row of another form raises in the functions that read it.
 ROW_ERRORS = (LookupError, TypeError, ValueError, AttributeError)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+KINDS = ("choice", "continue", "generate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,7 +43,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Header:
     """What the header of a task of your own may say, and what it means when it does not."""
 
-    kind: str = "choice"  # choices are scored by log-likelihood; or generate
+    kind: str = "choice"  # of several by log p; continue: is the answer the likeliest; generate
     prompt: str = "Question: {question}\nAnswer:"  # with fields of a row in braces
     choices: list | str | None = None  # the same for every row, or their field; or see choices_of
     answer: str = "answer"  # the field with the right one
@@ -73,9 +67,12 @@ class Task(Header):
 
     read: Callable | None = None  # row -> Question; none: by prompt, choices and answer
     describe: Callable | None = None  # row -> description
+    metrics: tuple = ("acc", "acc_norm")  # of choices: which of the two are its scores
+    shot_delimiter: str | None = None  # in the solved examples, where it is not `delimiter`
     hub: str = ""  # owner/name/folder of its rows on the Hub; none for a task of your own
     split: str = "test"  # which of its files has the questions
     fixed_shots: bool = False  # the subject's first examples; or else drawn for each question
+    shots_of_questions: bool = False  # a task without examples draws from its questions
     subject_field: str = ""  # the field that names a row's subject, where it is not `subject`
     subject_by_file: bool = False  # or its file's name, or its folder's, does
     name: str = ""
@@ -91,14 +88,24 @@ class Task(Header):
 @dataclass
 class Question:
     """What is asked of the model: the answer is a text or, where there are choices, the index of
-    the right one."""
+    the right one. Where there is an ending, the choices are beginnings that it may follow."""
 
     prompt: str
     answer: str | int
     choices: list | None = None
+    ending: str | None = None
 
     def answer_text(self) -> str:
+        """What follows the stem when it is solved."""
+        if self.ending is not None:
+            return self.ending
         return self.answer if self.choices is None else self.choices[self.answer]  # type: ignore
+
+    def stem(self) -> str:
+        """What stands before the answer when it is solved."""
+        if self.ending is not None:
+            return self.choices[self.answer]  # type: ignore
+        return self.prompt
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ def read_row(task: Task, row: dict) -> Question:
                 raise ValueError(f"its prompt {question.prompt!r} is no text")
             return question
         prompt = re.sub(r"\{(\w+)\}", lambda match: str(filled(row, match[1])), task.prompt)
-        if task.kind == "generate":
+        if task.kind != "choice":
             return Question(prompt, read_answer(task, row))
         if task.choices is None:
             choices, right = choices_of(row)
@@ -123,7 +130,7 @@ def read_row(task: Task, row: dict) -> Question:
             choices, right = choices_of({"choices": texts, "answer": row[task.answer]})
         return Question(prompt, right, choices)
     except ROW_ERRORS as error:
-        raise bad_row(task, row, error) from None
+        raise bad_row(task.name, row, error) from None
 
 
 def read_answer(task: Task, row: dict) -> str:
@@ -193,13 +200,13 @@ def subject_of(row: dict) -> str:
     return "" if subject is None else str(subject)
 
 
-def bad_row(task: Task, row: dict, error: BaseException) -> UserError:
-    """The line that refuses a row."""
+def bad_row(name: str, row: dict, error: BaseException) -> UserError:
+    """The line that refuses a row of the task of this name."""
     why = " ".join(str(error).split())
     if isinstance(error, KeyError):
         why = f"no field {error}"
     shown = json.dumps(row, ensure_ascii=False, default=str, skipkeys=True)[:100]
-    return UserError(f"{task.name}: {why[:200]}, in the row {shown}")
+    return UserError(f"{name}: {why[:200]}, in the row {shown}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,6 +245,20 @@ def extract(pattern: str, text: str, which: int = 0) -> str:
         if group:
             return group.strip()
     return "[invalid]"
+
+
+def write_program(task: Task, row: dict, text: str) -> str:
+    """The program that tells whether an answer is right."""
+    try:
+        return task.program(row, text)
+    except ROW_ERRORS as error:
+        raise bad_row(task.name, row, error) from None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, c of them right, have a right one: 1 - C(n-c, k) / C(n, k)
+    (Chen et al. 2021, equation 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def checked_judgement(task: Task, row: dict, texts: list[str]) -> dict:
@@ -298,8 +319,8 @@ def expected_instead(key: str, value: object, usual: int | list[str] | str | Non
         return None if callable(value) else "a function, which only a task in Python can have"
     if type(value) is not type(usual):
         return f"one like {usual!r}"
-    if key == "kind" and value not in ("choice", "generate"):
-        return "choice or generate"
+    if key == "kind" and value not in KINDS:
+        return "choice, continue or generate"
     if key in ("stop", "ignore") and (not all_texts(value) or "" in value):
         return "a list of texts, none of them empty"
     if key == "shots" and value < 0:
@@ -358,42 +379,6 @@ def described(error: BaseException, file: str | Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Multiple choice: MMLU (Hendrycks et al. 2021), HellaSwag (Zellers et al. 2019); ARC needs nothing
-
-
-def read_mmlu(row: dict) -> Question:
-    """The question with its choices by letter; what is scored is the letter."""
-    choices, right = choices_of(row)
-    if len(choices) > len(LETTERS):
-        raise ValueError(f"{len(choices)} choices, but there are {len(LETTERS)} letters")
-    letters = list(LETTERS[: len(choices)])
-    prompt = row["question"].strip()
-    for letter, choice in zip(letters, choices):
-        prompt += f"\n{letter}. {choice}"
-    return Question(f"{prompt}\nAnswer:", right, letters)
-
-
-def describe_mmlu(row: dict) -> str:
-    subject = subject_of(row).replace("_", " ")
-    about = f" about {subject}" if subject else ""
-    return f"The following are multiple choice questions (with answers){about}.\n\n"
-
-
-def read_hellaswag(row: dict) -> Question:
-    # ctx_b is the beginning of the sentence that the endings complete.
-    query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    endings = [clean_wikihow(ending) for ending in row["endings"]]
-    choices, right = choices_of({"choices": endings, "answer": int(row["label"])})
-    return Question(clean_wikihow(query), right, choices)
-
-
-def clean_wikihow(text: str) -> str:
-    """WikiHow's headings are in brackets."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-# --------------------------------------------------------------------------------------------------
 # Numbers: GSM8K (Cobbe et al. 2021), also of rewards
 
 NUMBER = r"\d[\d,]*(?:\.\d+)?|\.\d+"
@@ -442,198 +427,3 @@ def judge_gsm8k(row: dict[str, str], texts: list[str]) -> dict[str, float]:
         "strict_match": float(number is not None and number == right),
         "flexible_match": exact_match(last, row["answer"], ignore, lower=True),
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# Mathematics: MATH (Hendrycks et al. 2021)
-
-MATH_FORMS = [  # (what, becomes what), in this order
-    (r"\n|\\!", ""), (r"\\\\", r"\\"), (r"[td]frac", "frac"), (r"\\left|\\right", ""),
-    (r"\^\{\\circ\}|\^\\circ|\\\$", ""), (r"(?s)\\text\{ .*", ""), (r"\\%", ""),
-    (r"(^|[ {])\.", r"\g<1>0."), (r"^[^=]{1,2}=([^=]*)$", r"\1"),
-    (r"\\sqrt([^{])", r"\\sqrt{\1}"), (r" ", ""), (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"),
-    (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^0\.5$", r"\\frac{1}{2}"),
-    (r"^(0|-?[1-9]\d*)/(0|-?[1-9]\d*)$", r"\\frac{\1}{\2}"),
-]  # fmt: skip
-
-
-def boxed(text: str) -> str | None:
-    r"""What the last \boxed{} (or \fbox{}) of a text holds, or None."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    body = text[start:].partition("box")[2].removeprefix("ed")
-    if body[:1] == " ":  # \boxed 5$
-        return body[1:].partition("$")[0]
-    depth = 0
-    for i, character in enumerate(body):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-        if depth == 0:
-            return body[1:i] if character == "}" else None
-    return None
-
-
-def normal_math(text: str) -> str:
-    """One spelling for the ways to write an answer (Hendrycks et al. 2021, their code's rules)."""
-    for pattern, replacement in MATH_FORMS:
-        if "=" in pattern:  # of x = 5 the 5 is left, whatever space is around
-            text = text.strip()
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-def judge_math(row: dict, texts: list[str]) -> dict[str, float]:
-    answer = boxed(texts[0])
-    if answer is None:  # Minerva's prompt asks for this sentence
-        answer = extract(r"[Tt]he final answer is \$?(.*?)\$?\.(?:\s|$)", texts[0])
-    right = boxed(row["solution"]) if "solution" in row else row["answer"]
-    if right is None:
-        raise ValueError("no \\boxed{} in its solution")
-    return {"exact_match": exact_match(normal_math(answer), normal_math(right))}
-
-
-# --------------------------------------------------------------------------------------------------
-# Code: HumanEval (Chen et al. 2021) and MBPP (Austin et al. 2021), prompts as lm-eval's
-
-HUMANEVAL_STOP = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
-MBPP_STOP = ["[DONE]"]
-
-
-def cut(text: str, stops: Iterable[str]) -> str:
-    """The text before the first of the stop strings."""
-    places = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(places, default=None)]
-
-
-def humaneval_program(row: dict, completion: str) -> str:
-    for key in ("prompt", "test", "entry_point"):
-        if not isinstance(row[key], str):
-            raise ValueError(f"{key!r} is no text")
-    function = row["prompt"] + cut(completion, HUMANEVAL_STOP)
-    return f"{function}\n{row['test']}\ncheck({row['entry_point']})\n"
-
-
-def mbpp_prompt(row: dict) -> str:
-    task = row.get("text") or row["prompt"]  # the full set's name, the sanitized set's
-    tests = "\n".join(row["test_list"][:3])
-    return (
-        f"You are an expert Python programmer, and here is your task: {task} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
-
-
-def read_mbpp(row: dict) -> Question:
-    return Question(mbpp_prompt(row), f"{row['code']}\n[DONE]")
-
-
-def mbpp_program(row: dict, completion: str) -> str:
-    """lm-eval runs the first three tests and no test_setup_code; the sanitized set has imports."""
-    imports = row.get("test_imports", [])
-    return "\n".join([cut(completion, MBPP_STOP), *imports, *row["test_list"][:3], ""])
-
-
-def write_program(task: Task, row: dict, text: str) -> str:
-    """The program that tells whether an answer is right."""
-    try:
-        return task.program(row, text)
-    except ROW_ERRORS as error:
-        raise bad_row(task, row, error) from None
-
-
-def pass_at_k(n: int, c: GPTConfig, k: int) -> float:
-    """The chance that k of n samples, c of them right, have a right one: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, equation 1)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-# --------------------------------------------------------------------------------------------------
-# The table: BIG-Bench Hard (Suzgun et al. 2022) and IFEval beside those above
-
-
-def describe_bbh(row: dict) -> str:
-    return row.get("description", "")
-
-
-def read_ifeval(row: dict) -> Question:
-    return Question(row["prompt"], "")
-
-
-TASKS = {
-    # Multiple choice: shots, where any are usual, are the subject's own from its dev file.
-    "mmlu": Task(
-        read=read_mmlu, describe=describe_mmlu, shots=5, fixed_shots=True, hub="cais/mmlu/all"
-    ),
-    "arc_easy": Task(hub="allenai/ai2_arc/ARC-Easy"),
-    "arc_challenge": Task(hub="allenai/ai2_arc/ARC-Challenge"),
-    "hellaswag": Task(read=read_hellaswag, hub="Rowan/hellaswag", split="validation"),
-    # Generation: an answer goes on until a stop string, or max_new_tokens.
-    "gsm8k": Task(
-        kind="generate",
-        judge=judge_gsm8k,
-        stop=GSM8K_STOP,
-        shots=5,
-        max_new_tokens=256,
-        hub="openai/gsm8k/main",
-    ),
-    "math": Task(
-        kind="generate",
-        prompt="Problem:\n{problem}\n\nSolution:",
-        answer="solution",
-        judge=judge_math,
-        stop=["Problem:"],
-        shots=4,
-        fixed_shots=True,
-        max_new_tokens=512,
-        subject_field="type",
-        hub="EleutherAI/hendrycks_math",
-    ),
-    "bbh": Task(
-        kind="generate",
-        prompt="Q: {input}\nA: Let's think step by step.\n",
-        answer="target",
-        delimiter="",  # its shots' answers begin a line of their own
-        extract="(?<=the answer is )(.*)(?=.)",
-        describe=describe_bbh,
-        stop=["</s>", "Q", "\n\n"],
-        shots=3,
-        fixed_shots=True,
-        max_new_tokens=1024,
-        subject_by_file=True,
-        hub="SaylorTwift/bbh",
-    ),
-    # Code
-    "humaneval": Task(
-        kind="generate",
-        prompt="{prompt}",
-        answer="canonical_solution",
-        delimiter="",  # the answer goes on within the function
-        stop=HUMANEVAL_STOP,
-        program=humaneval_program,
-        max_new_tokens=1024,
-        hub="openai/openai_humaneval/openai_humaneval",
-    ),
-    "mbpp": Task(
-        kind="generate",
-        read=read_mbpp,
-        delimiter="",
-        program=mbpp_program,
-        stop=MBPP_STOP,
-        shots=3,
-        fixed_shots=True,
-        max_new_tokens=256,
-        hub="google-research-datasets/mbpp/full",
-    ),
-    # Instructions
-    "ifeval": Task(
-        kind="generate",
-        read=read_ifeval,
-        judge=judge_ifeval,
-        stop=[],  # an answer may have any form
-        max_new_tokens=1280,
-        hub="google/IFEval",
-        split="ifeval",
-    ),
-}

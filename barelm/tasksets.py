@@ -1,5 +1,5 @@
-"""Records of many forms as rows of the kinds of task sets: sft, preference, classify, seq2seq, tag,
-embed, span; and the records that Python's own source gives."""
+"""Records of many forms as rows of the kinds of task sets: sft, preference, kto, classify, seq2seq,
+tag, embed, span; and the records that Python's own source gives."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from barelm.clean import Reject, Tally, reject_if
 from barelm.dedup import digest
 from barelm.extraction import right_answers
 from barelm.files import whole_file
+from barelm.messages import FieldError, read_calls
 from barelm.mix import SPLITS
 from barelm.python_names import entities_of
 from barelm.ratings import OF_RATINGS, is_rating, ratings_summary, rows_of_ratings
 from barelm.run import Progress, UserError
 from barelm.sources import raw_records
 from barelm.tagging import words_of
+from barelm.tool_use import read_tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,10 +66,50 @@ def turns(value: list[dict[str, str]]) -> list[dict[str, str]]:
         role = ROLES.get(turn.get("role", turn.get("from")))
         reject_if(role is None, "a role that is none of system, user, assistant, tool")
         content = turn.get("content", turn.get("value"))
+        message = {"role": role, "content": content} | tool_fields(turn, role)
         is_empty = not isinstance(content, str) or not content.strip()
-        reject_if(is_empty, "a turn without text")
-        messages.append({"role": role, "content": content})
+        reject_if(is_empty and "tool_calls" not in message, "a turn without text")
+        messages.append(message)
     return messages
+
+
+def tool_fields(turn: dict, role: str) -> dict:
+    """What a turn has beside its text: calls of tools, which of them it answers, a thought."""
+    fields = {}
+    names = {"assistant": ["reasoning_content"], "tool": ["tool_call_id", "name"]}
+    for name in names.get(role, []):
+        value = turn.get(name)
+        reject_if(value is not None and not isinstance(value, str), f"{name} is no text")
+        if value:
+            fields[name] = value
+    if role == "assistant" and turn.get("tool_calls"):
+        try:
+            fields["tool_calls"] = read_calls(turn["tool_calls"], "a turn")
+        except FieldError as error:
+            raise Reject(str(error)) from None
+    return fields
+
+
+def tools_of(record: dict) -> dict:
+    """{"tools"} of a record that has any: a list, or its JSON; of functions, or OpenAI's objects
+    that have one."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise Reject("tools are no JSON") from None
+    if not tools:
+        return {}
+    reject_if(not isinstance(tools, list), "tools are no list")
+    nested = []
+    for tool in tools:
+        is_bare = isinstance(tool, dict) and "function" not in tool
+        nested.append({"type": "function", "function": tool} if is_bare else tool)
+    try:
+        return {"tools": read_tools(nested)}
+    except FieldError as error:
+        raise Reject(str(error)) from None
 
 
 def prompt_messages(record: dict) -> list[dict[str, str]]:
@@ -101,7 +143,7 @@ def answer_text(value: str) -> str:
 
 def as_sft(record: dict) -> dict:
     """The messages, and where the record has parts their texts, for finetune.py's --template."""
-    parts = {}
+    parts = tools_of(record)
     conversation = record.get("messages", record.get("conversations"))
     if conversation is not None:
         messages = turns(conversation)
@@ -153,6 +195,22 @@ def as_preference(record: dict) -> dict:
     reject_if(not prompt, "no messages, instruction, prompt or question")
     reject_if(chosen == rejected, "chosen and rejected are the same")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def as_kto(record: dict) -> list[dict]:
+    """A prompt with one answer and whether it is liked, as TRL's unpaired preferences have it; of a
+    preference record two such rows."""
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        pair = as_preference(record)
+        rows = []
+        for name, label in (("chosen", True), ("rejected", False)):
+            rows.append({"prompt": pair["prompt"], "completion": pair[name], "label": label})
+        return rows
+    label = record.get("label")
+    reject_if(not isinstance(label, bool), "no chosen and rejected, nor a label of true or false")
+    answer = next((record[name] for name in ANSWER if record.get(name)), None)
+    prompt = prompt_messages(record)
+    return [{"prompt": prompt, "completion": answer_text(answer), "label": label}]
 
 
 def as_classify(record: dict) -> dict[str, str]:
@@ -251,6 +309,7 @@ def translation_of(record: dict, languages: list[str]) -> dict[str, str]:
 TASKS = {
     "sft": as_sft,
     "preference": as_preference,
+    "kto": as_kto,
     "classify": as_classify,
     "seq2seq": as_seq2seq,
     "tag": as_tag,
@@ -258,6 +317,12 @@ TASKS = {
     "span": as_span,
 }
 OF_PYTHON = [name for name in TASKS if name != "span"]  # of which Python's source has records
+
+
+def rows_of(name: str, record: dict) -> list[dict]:
+    """The rows of a task that a record makes: one, but of a pair of answers two of kto."""
+    made = TASKS[name](record)
+    return made if isinstance(made, list) else [made]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,13 +461,13 @@ def convert_unit(
                     continue
                 if name == "seq2seq" and reading.languages:
                     record = translation_of(record, reading.languages)
-                row = json.dumps(TASKS[name](record), ensure_ascii=False)
-                split_by = digest(row.encode(errors="replace"))
+                made = [json.dumps(row, ensure_ascii=False) for row in rows_of(name, record)]
+                split_by = digest("".join(made).encode(errors="replace"))
                 if reading.is_python:
                     split_by = record["split_by"]
                 elif reading.by_text:
                     split_by = digest(record[reading.text_field].encode())
-                rows[row] = split_by
+                rows |= dict.fromkeys(made, split_by)
             except Reject as rejected:
                 reason = str(rejected)
             except (ValueError, TypeError, AttributeError):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from barelm.chat import (
     TurnFinder,
     marked_spans,
     marks_answers,
+    message_forms,
     render_chat,
     veiled,
 )
@@ -293,9 +295,14 @@ class Tokenizer:
     # Chats
 
     def chat(
-        self, messages: list[dict], add_generation_prompt: bool = False, answers: str = "all"
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = False,
+        answers: str = "all",
+        extra: dict | None = None,
     ) -> tuple[list[int], list[int]]:
         """Render [{"role", "content"}] by the chat template: (ids, loss mask, 0 or 1 an id).
+        extra: more of the template's variables, such as tools.
 
         The mask covers what the template puts between the generation prompt and the next turn, end
         markers included, and nothing of a prompt; answers: of all messages of assistants, of the
@@ -303,32 +310,47 @@ class Tokenizer:
         that marks, as transformers' return_assistant_tokens_mask does. Contents are text: the name
         of a special token inside one is broken by a letter of its own while the template runs.
         """
-        hide, begin, end, *letters = unused_letters(messages, 5)
+        refusals = []
+        for form in message_forms(messages):
+            try:
+                return self.chat_of(form, add_generation_prompt, answers, extra or {})
+            except TemplateRefusal as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
+
+    def chat_of(
+        self, messages: list[dict], add_generation_prompt: bool, answers: str, extra: dict
+    ) -> tuple[list[int], list[int]]:
+        """The same for messages in one form."""
+        hide, begin, end, *letters = unused_letters([messages, extra], 5)
         safe = self.without_names(messages, hide)
+        extra = self.without_names(extra, hide)
         if add_generation_prompt:
             answers = "none"
         # The text, and the spans [(from, to)] of it that assistants say.
         if answers == "none":
-            text = self.render(safe, add_generation_prompt)
+            text = self.render(safe, add_generation_prompt, extra=extra)
             spans = []
-        elif marks_answers(self.chat_template()):
-            text, spans = self.marked_answers(safe, answers, begin, end)
+        elif marks_answers(self.chat_template(extra)):
+            text, spans = self.marked_answers(safe, answers, begin, end, extra)
         else:
-            text = self.render(safe)
-            spans = self.found_answers(safe, answers, text, letters)
+            text = self.render(safe, extra=extra)
+            spans = self.found_answers(safe, answers, text, letters, extra)
         is_said = bytearray(len(text))  # 1 at each character that an assistant says
         for start, stop in spans:
             is_said[start:stop] = b"\1" * (stop - start)
         return self.encode_chat(text, is_said, hide)
 
-    def chat_to_continue(self, messages: list[dict]) -> list[int]:
+    def chat_to_continue(self, messages: list[dict], extra: dict | None = None) -> list[int]:
         """The ids of a conversation whose last message, an assistant's, is to go on: they end right
         behind its words, as with transformers' continue_final_message. Blanks at their end stay,
         even where the template trims them: what comes next continues this very text."""
-        hide, cut = unused_letters(messages, 2)
+        [messages, *_] = message_forms(messages)
+        extra = extra or {}
+        hide, cut = unused_letters([messages, extra], 2)
         safe = self.without_names(messages, hide)
         safe[-1] = safe[-1] | {"content": safe[-1]["content"] + cut}
-        text = self.render(safe)
+        text = self.render(safe, extra=self.without_names(extra, hide))
         if text.count(cut) != 1:
             why = "does not write the last answer at one place: it cannot be continued"
             raise TemplateRefusal(f"the chat template {why}")
@@ -336,8 +358,9 @@ class Tokenizer:
         ids, _ = self.encode_chat(text, bytes(len(text)), hide)
         return ids
 
-    def without_names(self, messages: list[dict], hide: str) -> list[dict]:
-        """The messages, the names of special tokens in them broken by the letter `hide`."""
+    def without_names(self, messages: Any, hide: str) -> Any:
+        """The messages, or another value of JSON, the names of special tokens in them broken by
+        the letter `hide`."""
 
         def break_name(match):
             return match[0][0] + hide + match[0][1:]  # <|im_end|> is no name with `hide` behind <
@@ -345,23 +368,24 @@ class Tokenizer:
         return veiled(messages, lambda content: self.marks.sub(break_name, content))
 
     def marked_answers(
-        self, messages: list[dict], answers: str, begin: str, end: str
+        self, messages: list[dict], answers: str, begin: str, end: str, extra: dict
     ) -> tuple[str, list[tuple[int, int]]]:
         """(text, [(from, to)] of what assistants say) by a template with {% generation %}, which
         puts the letters `begin` and `end` around it."""
-        text, spans = marked_spans(self.render(messages, marks=(begin, end)), begin, end)
+        text, spans = marked_spans(self.render(messages, False, (begin, end), extra), begin, end)
         if answers == "last":
-            prompt = self.render(messages[:-1], True)
+            prompt = self.render(messages[:-1], True, extra=extra)
             n_prompt = len(os.path.commonprefix([prompt, text]))
             spans = [span for span in spans if span[1] > n_prompt]
         return text, spans
 
     def found_answers(
-        self, messages: list[dict], answers: str, text: str, letters: list[str]
+        self, messages: list[dict], answers: str, text: str, letters: list[str], extra: dict
     ) -> list[tuple[int, int]]:
         """[(from, to)] of what assistants say in the text of a template without marks."""
         ends = any_of(name for name, id in self.special.items() if id in self.eos_ids)
-        turns = TurnFinder(self.render, self.marks, ends, letters, messages, text)
+        render = partial(self.render, extra=extra)
+        turns = TurnFinder(render, self.marks, ends, letters, messages, text)
         first = len(messages) - 1 if answers == "last" else 0
         places = range(first, len(messages))
         return [turns.span(i) for i in places if messages[i].get("role") == "assistant"]
@@ -412,12 +436,15 @@ class Tokenizer:
                 end = [token]
         return end
 
-    def chat_template(self) -> str | None:
-        """The text of the chat template."""
+    def chat_template(self, extra: dict | None = None) -> str:
+        """The text of the chat template; with tools among its variables the one for them, where
+        there are several."""
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several, by their names
-            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = named[0].get("template") if named else None
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+            if extra and extra.get("tools"):
+                template = named.get("tool_use", template)
         if template and not isinstance(template, str):
             kind = type(template).__name__
             raise UserError(f"tokenizer_config.json: chat_template is a {kind}: expected a text")
@@ -426,16 +453,17 @@ class Tokenizer:
         return template
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False,
-               marks: tuple[str, str] = ("", "")) -> str:  # fmt: skip
-        """The text that the chat template makes of messages, with these marks around what is
-        between {% generation %} and {% endgeneration %}."""
+               marks: tuple[str, str] = ("", ""), extra: dict | None = None) -> str:  # fmt: skip
+        """The text that the chat template makes of messages and its other variables, with these
+        marks around what is between {% generation %} and {% endgeneration %}."""
         given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         for role in ROLES:
             name = name_of(self.config.get(f"{role}_token"))
             if name:
                 given[f"{role}_token"] = name
         given["generation_begin"], given["generation_end"] = marks
-        template = self.chat_template()
+        given |= extra or {}
+        template = self.chat_template(extra)
         try:
             return render_chat(template, given)
         except Exception as error:  # whatever the template's program raises
@@ -443,7 +471,7 @@ class Tokenizer:
             raise TemplateRefusal(f"the chat template refuses these messages: {why}") from None
 
 
-def unused_letters(messages: list[dict], n: int) -> list[str]:
+def unused_letters(messages: list, n: int) -> list[str]:
     """n letters of private use (U+E000 …) that no message has, to mark places in a text with."""
     given = json.dumps(messages, ensure_ascii=False, default=str)
     unused = (letter for letter in map(chr, range(0xE000, 0xF8FF)) if letter not in given)

@@ -569,9 +569,11 @@ def begin_part(
     have made none is forgotten."""
     folder.horizon = {"max_steps": n_steps}
     changed = folder.begin(state.step, facts, saved)
-    # The best may be one of other examples, or of a future that will not be.
-    of_the_future = weights_step(folder.path / "best") > state.step
-    if "eval_examples" in changed or (changed and of_the_future):
+    if "eval_examples" in changed:  # a loss of other examples: the best is another
+        state.best = math.inf
+    # best/ is of a later step, which will now be another. Read on a resume alone: where a run is
+    # replaced, the main process is deleting it meanwhile.
+    if changed and weights_step(folder.path / "best") > state.step:
         state.best = math.inf
 
 

@@ -17,10 +17,11 @@ from barelm import quantized as quantized_layers
 from barelm.adapters import add_adapters
 from barelm.api import (
     ApiError,
+    Chat,
     ServedModel,
     completion_jobs,
     read_completion,
-    read_messages,
+    read_conversation,
     read_prompts,
 )
 from barelm.bpe import char_tokenizer
@@ -422,7 +423,7 @@ def test_an_engine_answers_sources(tok):
     assert read_prompts(served, wanted) == [tok.source("abc")]
     for refused, why in (
         (lambda: read_completion(served, {"prompt": "a", "echo": True}), "echo: a source"),
-        (lambda: read_messages(served, [{"role": "user", "content": "a"}]), "ask /v1/completions"),
+        (lambda: read_conversation(served, Chat()), "ask /v1/completions"),
         (lambda: completion_jobs(served, wanted, [[1] * 33], print), "a source of 33 tokens"),
     ):
         with pytest.raises(ApiError) as error:

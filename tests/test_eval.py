@@ -18,12 +18,13 @@ from conftest import ROOT, run
 import eval as evaluation
 import model
 from barelm import checkpoint
+from barelm.benchmarks import TASKS
 from barelm.bpe import bpe_tokenizer, train_bpe
 from barelm.checkpoint import save
 from barelm.rows import read_rows, read_text
 from barelm.run import Run, UserError
 from barelm.scoring import Request, plain_scores, shared_scores
-from barelm.tasks import TASKS, Task
+from barelm.tasks import Task
 
 FIXTURE = ROOT / "tests" / "fixtures" / "lm_eval.json"
 WORDS = "the cat sat on a mat because it was warm and number answer question is of five".split()

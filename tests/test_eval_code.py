@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from conftest import run as run_script
 
+from barelm.benchmarks import humaneval_program
 from barelm.ifeval import ifeval_verdicts
 from barelm.judge import ask_judge
 from barelm.run import UserError
 from barelm.sandbox import run_program
-from barelm.tasks import humaneval_program
 
 # ------------------------------------------------------------------------------------------- judge
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import random
 import re
 import struct
 import sys
@@ -22,13 +21,11 @@ from barelm.checkpoint import load, save, saved_tensors
 from barelm.families import family
 from barelm.fast import generating
 from barelm.files import whole_file, write_json
-from barelm.gguf_file import GGUF_PRE, add_tokenizer, as_array, check_gguf, write_gguf
+from barelm.gguf_file import as_array, write_gguf
 from barelm.optim import make_optimizer
 from barelm.quantized import QuantizedLinear, dequantize, quantize_weights
 from barelm.run import UserError
 from barelm.safetensors import read_safetensors, write_safetensors
-from barelm.splits import GPT2_SPLIT, QWEN2_SPLIT
-from barelm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +45,11 @@ def saved(folder, tok, **shape):
 
 
 def naive_weights(w, kind):
-    """Each weight rounded to one of the levels of its row (int8) or its group of 64 (int4)."""
+    """Each weight rounded to one of the levels of its row (int8) or its group of 32 (int4)."""
     bf16, out = lambda x: torch.tensor(x).bfloat16().item(), w.clone()
     for row in out:
-        for group in [row] if kind == "int8" else row.split(64):
-            edge = [0.0] * (kind == "int4" and len(group) < 64)  # what pads the last group
+        for group in [row] if kind == "int8" else row.split(32):
+            edge = [0.0] * (kind == "int4" and len(group) < 32)  # what pads the last group
             low, high = min(group.tolist() + edge), max(group.tolist() + edge)
             if kind == "int8":
                 step, middle, codes = bf16(max(-low, high, 1e-30) / 127), 0.0, range(-127, 128)
@@ -475,31 +472,6 @@ def test_gguf_of_every_architecture(name, tok, tmp_path):
         torch.testing.assert_close(theirs.eval()(ids).logits, net(ids), atol=1e-4, rtol=1e-4)
 
 
-def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
-    import regex
-    from tiktoken_ext import openai_public
-
-    assert GGUF_PRE[QWEN2_SPLIT] == "qwen2"
-    pieces = [openai_public.r50k_pat_str, GPT2_SPLIT]
-    assert {GGUF_PRE[pattern] for pattern in pieces} == {"gpt-2"}
-    draw = random.Random(0)
-    for _ in range(3000):
-        text = "".join(draw.choices(" \n\r\ta1.'sS\u00a0é", k=8))
-        assert len({tuple(regex.findall(pattern, text)) for pattern in pieces}) == 1
-    spec = json.loads(json.dumps(tok.spec))
-    spec["pre_tokenizer"] = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
-    c = make_net(**QWEN3).config
-    check_gguf(c, Tokenizer(spec, tok.config))  # refuses nothing
-    spec["normalizer"] = {"type": "Lowercase"}
-    with pytest.raises(UserError, match="no normalizer Lowercase"):
-        check_gguf(c, Tokenizer(spec, tok.config))
-    gguf = pytest.importorskip("gguf")
-    del spec["normalizer"]
-    writer = gguf.GGUFWriter(None, "qwen3")
-    add_tokenizer(writer, gguf, Tokenizer(spec, tok.config), tok.n_vocab)
-    assert writer.kv_data[0]["tokenizer.ggml.pre"].value == "gpt-2"
-
-
 # What cannot be had
 
 
@@ -512,7 +484,7 @@ def test_gguf_names_the_split_patterns_that_llama_cpp_knows(tok):
         (QWEN3, "--export=onnx --quantize=int8", "int8 weights"),
         (QWEN3 | dict(n_encoder_layer=1), "--export=onnx", "an encoder-decoder"),
         (SHAPES["llama3"] | dict(qk_norm=True), "--export=gguf", "rope_scaling llama3"),
-        (QWEN3, "--export=gguf --gguf_type=Q2_K", "expected F32, F16, Q8_0, Q4_0"),
+        (QWEN3, "--export=gguf --gguf_type=Q2_K", "expected F32, F16, Q8_0, Q6_K, Q5_K_M"),
         (QWEN3, "--export=pickle", "expected hf, barelm, gguf or onnx"),
         (QWEN3, "--export=hf --prune=1.5", "expected a share between 0 and 1"),
         (QWEN3 | dict(n_hidden=38), "--export=hf --prune=2:4", "38 columns"),

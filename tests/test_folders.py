@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from barelm.resume import (
     write_row,
 )
 from barelm.run import Run, Schedule, UserError
+from barelm.tuning import begin_part
 
 RUN = [*SMALL, "--max_steps=4", "--save_every=2", "--eval_every=2", "--dtype=float32"]
 TUNE = "--model=out/base --dataset=words --max_steps=4 --save_every=2 --eval_every=2".split()
@@ -549,6 +551,17 @@ def test_no_warning_of_torch_reaches_the_user(base):
     script = with_prelude(base, "finetune.py", LOUD)
     reward = [*TUNE, "--method=reward", "--max_steps=2", "--out_dir=out/reward"]
     run(base, script, *reward, processes=2)
+
+
+def test_a_run_that_replaces_another_reads_nothing_of_it(tmp_path):
+    """What the main process is deleting: another one would find half of it."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/model.safetensors").write_bytes(b"half")
+    for begin in (partial(train.begin_part, facts={}), partial(begin_part, facts={}, n_steps=3)):
+        other = Run(torch.device("cpu"), rank=1, world=2)
+        folder = RunFolder(str(tmp_path), other, {}, {}, (), ())
+        begin(folder, train.State(), saved=None)
+        assert (tmp_path / "best/model.safetensors").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -342,7 +342,8 @@ def test_codes_and_scales_are_of_their_kind(kind, tmp_path):
         rewrite(path, lambda tensors: tensors.update({key: change(tensors[key])}))
         assert key in refusal(load, tmp_path)
         path.write_bytes(good)
-    for change in ({"quantize": "int2"}, {"quantize": True}, {"adapter_size": 2**40}):
+    changes = [{"quantize": "int2"}, {"quantize": True}, {"adapter_size": 2**40}]
+    for change in (*changes, {"int4_group": 48}, {"int4_group": [32]}, {"int4_group": 64.0}):
         config = read(tmp_path / "config.json")
         write_json(tmp_path / "config.json", config | change)
         assert f"{[*change][0]}=" in refusal(load, tmp_path)

@@ -871,6 +871,7 @@ def test_the_default_source_makes_task_sets(tiny):
     for name, check in {
         "sft": lambda r: r["messages"][0]["content"].startswith("Write the docstring"),
         "preference": lambda r: r["chosen"] != r["rejected"] and r["rejected"] in flat,
+        "kto": lambda r: r["completion"] in flat and isinstance(r["label"], bool),
         "classify": lambda r: f"{r['label']}/" in str(list(prepare.plan(setup("cpu")))),
         "seq2seq": lambda r: r["target"] in flat and r["source"].split("\n")[0] in library,
         "embed": lambda r: r["anchor"] in flat and r["positive"].split("\n")[0] in library,

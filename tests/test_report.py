@@ -56,25 +56,35 @@ def make_run(folder, name, losses, scores=None, tokens=1000, val=None):
 
 def test_compare_says_what_the_errors_allow(tmp_path):
     good = {"mmlu": {"acc": (0.5, 0.03, 100)}, "text": {"loss": (2.0, 0.01, 50)}}
-    near = {"mmlu": {"acc": (0.42, 0.03, 100)}, "text": {"loss": (2.5, 0.01, 50)}}
+    near = {"mmlu": {"acc": (0.42, 0.03, 100)}, "text": {"loss": (2.5, 0.01, 40)}}
+    near["tags"] = {"f1": (0.25, None, 1)}
     make_run(tmp_path, "out/a<&|b", [4, 3, 2], good, val=2.5)
     make_run(tmp_path, "out/b", [4, 3.5, 3], near, val=3.25)
     make_run(tmp_path, "out/c", [5, None, 4], val=4.5)
     words = ["out/a<&|b", "out/b", "out/c"]
     done = run(tmp_path, "report.py", "--compare", *words)
     assert done.stdout == run(tmp_path, "report.py", f"--compare={','.join(words)}").stdout
-    assert "out/c: no results.json" in done.stdout
-    report = (tmp_path / "report.md").read_text()
+    # What a run lacks is in words, not a cell.
+    assert "out/c: no results.json" in done.stdout and "n/a" not in done.stdout
+    assert "out/b alone: tags f1 0.25 (n 1)" in done.stdout
+    assert done.stdout.endswith(
+        "written: out/compare/report.md\nwritten: out/compare/report.svg\n"
+        "written: out/compare/report.json\n"
+    )
+    folder = tmp_path / "out/compare"
+    report = (folder / "report.md").read_text()
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
-             for line in report.splitlines() if line.startswith("| out")]  # fmt: skip
+             for line in report.splitlines() if line.startswith("| ")]  # fmt: skip
+    assert cells[0] == ["score", r"out/a<&\|b", "out/b", "n"]
     # 0.08 is under twice sqrt(2) x 0.03 = 0.085; 0.5 is far over twice 0.014, and less is better.
-    assert cells[0] == [r"out/a<&\|b", "0.5 ± 0.03 (n 100) *", "2 ± 0.01 (n 50) *"]
-    assert cells[1] == ["out/b", "0.42 ± 0.03 (n 100) ~", "2.5 ± 0.01 (n 50)"]
-    assert cells[2] == ["out/c", "", ""]
-    assert [c[0] + " " + c[4] for c in cells[3:]] == [r"out/a<&\|b 2.5000", "out/b 3.2500",
+    assert cells[2] == ["mmlu acc", "0.5 ± 0.03 *", "0.42 ± 0.03 ~", "100"]
+    assert cells[3] == ["text loss", "2 ± 0.01 *", "2.5 ± 0.01", "50 / 40"]
+    assert [c[0] + " " + c[4] for c in cells[6:]] == [r"out/a<&\|b 2.5000", "out/b 3.2500",
                                                       "out/c 4.5000"]  # fmt: skip
+    record = json.loads((folder / "report.json").read_text())
+    assert record["out/b"]["text loss"] == {"value": 2.5, "stderr": 0.01, "n": 40}
 
-    text = (tmp_path / "report.svg").read_text()
+    text = (folder / "report.svg").read_text()
     tree = ET.fromstring(text)  # well formed, so that names are escaped
     assert "prefers-color-scheme:dark" in text
     tag = lambda name: [e for e in tree.iter() if e.tag.endswith("}" + name)]
@@ -89,11 +99,30 @@ def test_compare_says_what_the_errors_allow(tmp_path):
     assert len([e for e in tag("path") if e.get("class") == "thin"]) == 3
 
 
+def test_models_without_a_log_and_the_parts_of_core_are_compared(tmp_path):
+    """A model of the Hub has scores alone; of CORE each of its tasks is of interest."""
+    for name, shift in (("a", 0), ("b", 0.1)):
+        by = {"copa": {"centered": 0.2 + shift, "centered_stderr": 0.1, "n": 100}}
+        by |= {"torn": 5, "other": {"centered": "x", "n": 1}}
+        entry = {"core_metric": 0.1 + shift, "core_metric_stderr": 0.01, "n": 100, "by": by}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"results": {"core": entry}}))
+    done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=r/s/t.md")
+    lines = done.stdout.splitlines()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[2:] == [
+        ["core core_metric", "0.1 ± 0.01", "0.2 ± 0.01 *", "100"],
+        ["core.copa centered", "0.2 ± 0.1 ~", "0.3 ± 0.1 *", "100"],
+    ]
+    assert "a: no log.jsonl, so no loss" in lines and (tmp_path / "r/s/t.json").exists()
+
+
 def test_runs_without_tokens_are_shown_by_step(tmp_path):
     make_run(tmp_path, "a", [4, 3, 2], val=2.5)
     make_run(tmp_path, "b", [1, 0.5], tokens=0, val=0.7)
-    done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=x/../r.md", check=False)
-    assert done.returncode == 1 and "cannot be written" in done.stderr
+    (tmp_path / "x").write_text("")
+    done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=x/r.md", check=False)
+    assert done.returncode == 1 and "--report=x: File exists, but is no folder" in done.stderr
     done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=r.md")
     assert "not logged" in done.stdout and ">step</text>" in (tmp_path / "r.svg").read_text()
 
@@ -219,6 +248,20 @@ def test_plans_of_fine_tunings(tmp_path):
     assert dpo["the reference"] == pytest.approx(2 * plain / 3)  # all 80 pairs forward
     again = finetune_work(net, finetune_defaults(method="dpo"), 40, 32, 5)
     assert again["the reference"] == dpo["the reference"] / 2  # two passes over 40 need them once
+    kto = finetune_work(net, finetune_defaults(method="kto"), 100, 32, 5)
+    assert kto == {"training": plain, "the divergence": plain / 3} | {
+        "the reference": dpo["the reference"]
+    }
+    for method in ("simpo", "orpo"):
+        work = finetune_work(net, finetune_defaults(method=method), 100, 32, 5)
+        assert work == {"training": 2 * plain}
+    s = finetune_defaults(method="distill", on_policy=0.5, teacher_weights="bfloat16")
+    taught = finetune_work(net, s, 100, 32, 5, net)
+    assert taught["the teacher"] == pytest.approx(plain / 3) == 2 * taught["own answers"]
+    memory = finetune_memory(net, s, 32, 0, net)
+    assert memory["teacher"] == 2 * sum(p.numel() for p in net.parameters())
+    rloo = finetune_work(net, finetune_defaults(method="rloo"), 100, 32, 5)
+    assert rloo == finetune_work(net, finetune_defaults(method="grpo"), 100, 32, 5)
     grpo = finetune_work(net, finetune_defaults(method="grpo", kl_weight=0.1), 100, 32, 5)
     assert grpo["training"] == 8 * plain and grpo["log-probabilities"] == 2 * grpo["roll-outs"]
     tok = bpe_tokenizer(train_bpe({b" some words": 9}, 8))
@@ -285,7 +328,9 @@ def test_a_curve_through_runs(tmp_path):
     for n, loss in losses.items():
         assert f"{n:,}" in done.stdout and f"{loss:.4f}" in done.stdout
     assert "4 runs; rms error 0.0000" in done.stdout
-    circles = ET.parse(tmp_path / "scaling.svg").iter("{http://www.w3.org/2000/svg}circle")
+    circles = ET.parse(tmp_path / "out/compare/scaling.svg").iter(
+        "{http://www.w3.org/2000/svg}circle"
+    )
     assert len([c for c in circles if c.get("r") == "3.5"]) == 4
     done = run(tmp_path, "report.py", "--plan", "--compare", *names[:3])
     assert "exponents held at Chinchilla's" in done.stdout
@@ -423,7 +468,7 @@ def test_logs_of_any_form_are_compared(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert curve(rows, "loss", "step") == [(3, 2.5)]
     done = run(tmp_path, "report.py", "--compare=.")
-    assert "2.5000" in done.stdout and (tmp_path / "report.svg").exists()
+    assert "2.5000" in done.stdout and (tmp_path / "out/compare/report.svg").exists()
 
 
 def test_a_task_s_name_may_be_half_a_surrogate_pair(tmp_path):
@@ -431,11 +476,14 @@ def test_a_task_s_name_may_be_half_a_surrogate_pair(tmp_path):
     results = {"\ud800x": {"acc": 1, "acc_stderr": 0, "n": 2}}
     (tmp_path / "a/results.json").write_text(json.dumps({"results": results}))
     done = run(tmp_path, "report.py", "--compare=a")
-    assert "\\ud800x acc" in done.stdout and "?x acc" in (tmp_path / "report.md").read_text()
+    assert (
+        "\\ud800x acc" in done.stdout
+        and "?x acc" in (tmp_path / "out/compare/report.md").read_text()
+    )
 
 
 REPORTS = {"": "expected a name", "x.svg": "expected a name", "out": "no plain file"}
-REPORTS |= {"/dev/null": "no plain file", "f/x.md": "Not a directory", "a" * 300: "too long"}
+REPORTS |= {"/dev/null": "no plain file", "f/x.md": "is no folder", "a" * 300: "too long"}
 
 
 def test_odd_places_for_a_report_are_a_line(tmp_path, monkeypatch, capsys):

@@ -169,7 +169,7 @@ def test_ppos_value_loss_and_whitened_advantages(tok, monkeypatch):
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
 def test_a_step_waits_for_no_device(method, tok, monkeypatch):
     """On a device that holds no numbers, as meta does, whoever asks for one fails."""
     options(monkeypatch, kl_weight=0.1)
@@ -180,6 +180,8 @@ def test_a_step_waits_for_no_device(method, tok, monkeypatch):
     for e in group:
         n = sum(t != -100 for t in e["targets"])
         e |= {key: torch.randn(n) for key in ("old", "ref", "value", "advantage", "return")}
+        if method == "rloo":
+            e["advantage"] = torch.randn(1)
     net.to("meta")
     updater = Updater(Run(torch.device("meta")), net.parameters(), [])
     loss_of = lambda samples: task.loss(net, samples, tok.n_vocab)
@@ -448,6 +450,7 @@ def log(folder):
 
 
 METHODS = {"grpo": ["--kl_weight=0.01"], "ppo": ["--rl_epochs=4", "--minibatches=2"]}
+METHODS["rloo"] = ["--kl_weight=0.01", "--rl_epochs=2"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -476,7 +479,7 @@ def test_a_reward_that_fails_in_the_middle_loses_nothing(method, toy):
         "calls = []\n"
         "def share(messages, text, answer):\n"
         "    calls.append(text)\n"
-        f"    return len(text) if len(calls) <= {100 if method == 'grpo' else 50} else None\n"
+        f"    return len(text) if len(calls) <= {50 if method == 'ppo' else 100} else None\n"
     )
     args = [*RL, f"--method={method}", "--out_dir=out/bad", "--reward=bad.py:share"]
     done = run(toy, "rl.py", *args, "--max_steps=9", check=False)  # 32 or 8 a step, after 32
@@ -538,7 +541,7 @@ def test_killed_and_resumed_is_never_stopped(toy):
 
 
 BAD = [
-    (["--method=rloo"], "--method=rloo: expected grpo, ppo"),
+    (["--method=grop"], "--method=grop: expected grpo, rloo, ppo"),
     (["--temperature=1e-40"], "temperature=1e-40: expected 0.001 or more"),
     (["--group_size=1"], "group_size=1: expected 2 or more"),
     (["--seed=-1"], "seed=-1: expected 0 or more"),

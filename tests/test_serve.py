@@ -269,7 +269,7 @@ def test_embeddings_are_openais(site, loaded):
     np.testing.assert_allclose(again, vectors, rtol=1e-4, atol=1e-6)
     for body, why in (
         ({"input": ""}, "none of them empty"),
-        ({"input": "a", "dimensions": 3}, "vectors have 64"),
+        ({"input": "a", "dimensions": 65}, "dimensions = 65: expected a whole number from 1 to 64"),
         ({"input": "word " * 80}, "expected 64 at most"),
         ({"input": "a", "encoding_format": "int8"}, "expected float or base64"),
         ({"input": "a", "truncate": 1}, "not supported"),
@@ -345,7 +345,7 @@ WRONG = [
     ('{"prompt": "a", "temperature": "hot"}', "temperature = 'hot': expected a number"),
     ('{"prompt": "a", "stop": [1]}', "stop: expected"),
     ('{"prompt": "a", "stream": 1}', "stream = 1: expected true or false"),
-    ('{"prompt": "a", "best_of": 3}', "best_of is not supported"),
+    ('{"prompt": "a", "n": 3, "best_of": 2}', "best_of = 2: expected n = 3 or more"),
     ('{"prompt": "a", "temprature": 1}', "did you mean 'temperature'?"),
     ('{"prompt": "a", "bad_words": ["x"]}', "'bad_words' is not supported"),
     ('{"messages": "hi"}', "messages = 'hi': expected a list"),
@@ -371,20 +371,23 @@ COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 OTHERS = [
     ("audio", [], [{"voice": "a"}, {}]),
     ("chat_template", [], ["{{ messages }}", ""]),
-    ("chat_template_kwargs", [{}], [{"enable_thinking": False}, [], ""]),
+    ("chat_template_kwargs", [{}], [{"enable_thinking": True}, {"messages": []}, [], ""]),
     ("continue_final_message", [False], [True, 0, 0.0, ""]),
     ("detokenize", [True], [False, 1, 1.0, 0]),
     ("dry_multiplier", [0, 0.0], [0.8, False]),
     ("early_stopping", [False], [True, 0]),
     ("function_call", ["none", "auto"], [{"name": "f"}, "f"]),
     ("functions", [[]], [[{"name": "f"}], {}, False, ""]),
+    ("bad_words", [[]], [["a"], False]),
     ("grammar", [""], ["root ::= x", False]),
-    ("guided_choice", [], [["a"], []]),
-    ("include_stop_str_in_output", [False], [True, 0]),
+    ("guided_choice", [], [[], [1], "a", False]),
+    ("guided_json", [], [[], {"type": "text"}, "{", False]),
+    ("guided_regex", [""], ["(", 1, False]),
+    ("include_stop_str_in_output", [False, True], [1, 0]),
     ("length_penalty", [1, 1.0], [0.0, 0, 2, True]),
-    ("logit_bias", [{}], [{"1": 5}, {"1": 0}, False, 0]),
+    ("logit_bias", [{}, {"1": 5}, {"1": -0.5}], [{"1": 101}, {"1": True}, {"a": 0}, False, 0]),
     ("metadata", [{}, {"a": "b"}], ["a", False, []]),
-    ("min_tokens", [0], [3, False, 0.0]),
+    ("min_tokens", [0, 1], [3, -1, False, 0.0]),
     ("mirostat", [0], [2, False]),
     ("modalities", [["text"]], [["text", "audio"], ["audio"], "text"]),
     ("n_predict", [], [5, -1]),
@@ -393,15 +396,16 @@ OTHERS = [
     ("prompt_logprobs", [], [0, 1, False]),
     ("reasoning_effort", ["none"], ["high", ""]),
     ("repeat_penalty", [1, 1.0], [1.1, 0, 0.0, True]),
-    ("response_format", [{"type": "text"}], [{"type": "json_object"}, {}, "text", False]),
+    ("response_format", [{"type": "text"}], [{"type": "json_schema"}, {}, "text", False]),
     ("service_tier", ["auto", "default"], ["flex", 0]),
-    ("skip_special_tokens", [True], [False, 0, 1, 1.0, "true"]),
-    ("stop_token_ids", [[]], [[1], 0, False]),
+    ("skip_special_tokens", [True, False], [0, 1, 1.0, "true"]),
+    ("stop_token_ids", [[], [1]], [[-1], [512], [True], ["a"], 0, False]),
+    ("structured_outputs", [{}, {"regex": None}], [{"regex": "("}, {"a": 1}, [], "", False]),
     ("store", [False], [True, 0, ""]),
     ("tool_choice", ["none", "auto"], ["required", {"type": "function"}, False]),
     ("tools", [[]], [[{"type": "function"}], {}, False, 0]),
     ("top_n_sigma", [-1, -1.0], [1.0, 0]),
-    ("truncate_prompt_tokens", [], [5, -1, 0]),
+    ("truncate_prompt_tokens", [5, -1], [-2, 0, True, "5"]),
     ("typical_p", [1, 1.0], [0.5, 0.0, True]),
     ("use_beam_search", [False], [True, 0, 0.0]),
     ("user", ["me", ""], [5, False, []]),
@@ -412,7 +416,7 @@ OTHERS = [
 OWN = [  # fields of one address
     (COMPLETE, TEXT, "add_special_tokens", [True, False], [0, 1, ""]),
     (COMPLETE, TEXT, "suffix", [""], ["a", False]),
-    (COMPLETE, TEXT, "best_of", [1], [2, True, 1.0]),
+    (COMPLETE, TEXT, "best_of", [1, 2], [0, 129, True, 1.0]),
     (COMPLETE, TEXT, "logprobs", [0, 2], [True, False, 1.0, -1]),
     (COMPLETE, TEXT, "messages", [], [[], TALK["messages"]]),
     (COMPLETE, TEXT, "stop", ["a", ["a"], [], ""], [0, False, {}, [1], [None]]),
@@ -472,7 +476,7 @@ def test_parts_of_messages_are_read_or_refused_by_name(site):
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     wrong = [say | {"name": name} for name in (["Ann"], [], {}, False, 0)]
     wrong += [say | {"tool_calls": [{"id": "1"}]}, say | {"prefix": True}]
-    wrong += [say | {"role": "tool"}, say | {"content": None}, say | {"content": [{"text": 1}]}]
+    wrong += [say | {"role": "function"}, say | {"content": None}, say | {"content": [{"text": 1}]}]
     wrong += [say | {"content": [{"type": "image_url", "text": "a"}]}, say | {"prefix": 0}, [], "a"]
     wrong += [
         say | {"content": [part | {"weight": 2}]},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from barelm import ifeval, tasks
+from barelm import benchmarks, ifeval, tasks
 from barelm.run import UserError
 from barelm.sandbox import run_program, run_programs
 from barelm.scores import mean
@@ -90,14 +90,14 @@ def test_rows_of_other_forms_are_a_line(name):
         if name == "generate":
             task = own_task([row])
         else:
-            task = replace(tasks.TASKS[name], name=name)
+            task = replace(benchmarks.TASKS[name], name=name)
         with pytest.raises(UserError, match="in the row") as error:
             tasks.read_row(task, row)
         assert "\n" not in str(error.value)
 
 
 def test_a_program_is_made_of_texts():
-    task = replace(tasks.TASKS["humaneval"], name="humaneval")
+    task = replace(benchmarks.TASKS["humaneval"], name="humaneval")
     for row in ({"prompt": "p"}, {"prompt": "p", "test": None, "entry_point": "f"}):
         with pytest.raises(UserError, match="humaneval: .*test"):
             tasks.write_program(task, row, "")
@@ -153,11 +153,11 @@ def test_rows_of_other_shapes():
     assert tasks.choices_of({"choices": ["B", "A"], "answer": "A"}) == (["B", "A"], 1)
     row = dict(activity_label="Cut", ctx_a="He [x] takes.", ctx_b="she", endings=["a [title] b"])
     expected = tasks.Question("Cut: He takes. She", 0, ["a. b"])
-    assert tasks.read_hellaswag(row | {"label": "0"}) == expected
+    assert benchmarks.read_hellaswag(row | {"label": "0"}) == expected
     with pytest.raises(ValueError):
         tasks.choices_of({"choices": ["a", "b"], "answer": 2})
     with pytest.raises(ValueError):  # not an ending that is never chosen
-        tasks.read_hellaswag(row | {"label": "1"})
+        benchmarks.read_hellaswag(row | {"label": "1"})
 
 
 MATH = """\\frac12=\\frac{1}{2} \\dfrac{3}{4}=\\frac{3}{4} 1/2=\\frac{1}{2} .5=\\frac{1}{2}
@@ -167,15 +167,15 @@ MATH = """\\frac12=\\frac{1}{2} \\dfrac{3}{4}=\\frac{3}{4} 1/2=\\frac{1}{2} .5=\
 def test_mathematics_is_compared_in_one_spelling():
     for pair in MATH.split():
         text, _, plain = pair.rpartition("=")
-        assert tasks.normal_math(text) == plain
-    assert tasks.boxed(r"so \boxed{1} or \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
-    assert tasks.boxed(r"\boxed 5$ x") == "5" and tasks.boxed(r"\boxed{1") is None
+        assert benchmarks.normal_math(text) == plain
+    assert benchmarks.boxed(r"so \boxed{1} or \boxed{\frac{a}{b}}.") == r"\frac{a}{b}"
+    assert benchmarks.boxed(r"\boxed 5$ x") == "5" and benchmarks.boxed(r"\boxed{1") is None
     if importlib.util.find_spec("lm_eval"):
         from lm_eval.tasks.hendrycks_math.utils import strip_string
 
         more = [r"5\text{ cm}", r"\$3", "0.5", "-1/2", r"a\!b", "k = 2", r"\frac ab"]
         for text in [*more, *(pair.rpartition("=")[0] for pair in MATH.split())]:
-            assert tasks.normal_math(text) == strip_string(text), text
+            assert benchmarks.normal_math(text) == strip_string(text), text
 
 
 # -------------------------------------------------------------------------------------- code tasks
@@ -184,20 +184,22 @@ def test_mathematics_is_compared_in_one_spelling():
 @pytest.mark.skipif(not HUMANEVAL.exists(), reason="no HumanEval here")
 def test_humaneval(holes):
     rows = [json.loads(line) for line in HUMANEVAL.read_text(encoding="utf-8").splitlines()]
-    right = [tasks.humaneval_program(row, row["canonical_solution"]) for row in rows]
+    right = [benchmarks.humaneval_program(row, row["canonical_solution"]) for row in rows]
     assert run_programs(right, timeout=100, weak=bool(holes)) == ["passed"] * 164
-    wrong = [tasks.humaneval_program(row, "    return None\n") for row in rows[::2]]
-    wrong += [tasks.humaneval_program(row, "    pass\n") for row in rows[1::2]]
+    wrong = [benchmarks.humaneval_program(row, "    return None\n") for row in rows[::2]]
+    wrong += [benchmarks.humaneval_program(row, "    pass\n") for row in rows[1::2]]
     assert "passed" not in run_programs(wrong, weak=bool(holes))
 
 
 def test_humaneval_program_ends_at_a_stop():
     row = {"prompt": "def f():\n", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"}
     answer = "    return 1\n\nprint(f())\nraise ValueError\n"
-    assert tasks.humaneval_program(row, answer) == (
+    assert benchmarks.humaneval_program(row, answer) == (
         "def f():\n    return 1\n\ndef check(f):\n    assert f() == 1\ncheck(f)\n"
     )
-    assert run_program(tasks.humaneval_program(row, answer), timeout=100, weak=True) == "passed"
+    assert (
+        run_program(benchmarks.humaneval_program(row, answer), timeout=100, weak=True) == "passed"
+    )
 
 
 def test_mbpp():
@@ -205,14 +207,14 @@ def test_mbpp():
     row = {"text": "Double.", "test_list": [f"assert d({i}) == {2 * i}" for i in range(3)]}
     head = "You are an expert Python programmer, and here is your task: "
     middle = " Your code should pass these tests:\n\n"
-    solved = tasks.TASKS["mbpp"].read(shot)
-    assert f"{solved.prompt}{solved.answer}\n\n{tasks.mbpp_prompt(row)}" == (
+    solved = benchmarks.TASKS["mbpp"].read(shot)
+    assert f"{solved.prompt}{solved.answer}\n\n{benchmarks.mbpp_prompt(row)}" == (
         f"{head}Add.{middle}assert 1\nassert 1\nassert 1\n[BEGIN]\ndef a(x, y):\n    return x + y\n"
         f"[DONE]\n\n{head}Double.{middle}assert d(0) == 0\nassert d(1) == 2\nassert d(2) == 4\n"
         "[BEGIN]\n"
     )
     for body, verdict in (("2 * x", "passed"), ("x", "failed: AssertionError:")):
-        program = tasks.mbpp_program(row, f"def d(x):\n    return {body}\n[DONE]\nnonsense(")
+        program = benchmarks.mbpp_program(row, f"def d(x):\n    return {body}\n[DONE]\nnonsense(")
         assert run_program(program, timeout=100, weak=True) == verdict
 
 

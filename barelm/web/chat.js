@@ -95,7 +95,8 @@ function showList() {
 // where they leave no room.
 async function requestFor(turns, continues, signal) {
   const how = continues ? { continue_final_message: true, add_generation_prompt: false } : {};
-  const body = { ...sampling(), ...how, logprobs: true, top_logprobs: 5 };
+  // A model's thoughts are shown as they come, with the rest.
+  const body = { ...sampling(), ...how, logprobs: true, top_logprobs: 5, reasoning_format: "none" };
   const question = turns.findLastIndex((turn) => turn.role === "user");
   let dropped = 0, space;
   for (; ;) {

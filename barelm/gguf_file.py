@@ -66,7 +66,7 @@ def check_gguf(c: GPTConfig, tok: Tokenizer) -> LlamaVocab:
     if len(tok.start) > 1 or len(tok.end) > 1:
         raise refusal("llama.cpp puts one token before and one behind a text, this tokenizer more")
     vocab = llama_vocab(tok, c.vocab_size)
-    vocab.notes[:0] = notes
+    vocab.notes = notes + vocab.notes
     return vocab
 
 

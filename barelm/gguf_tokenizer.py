@@ -3,6 +3,8 @@ WordPiece. What llama.cpp would read otherwise than the tokenizer itself is refu
 
 from __future__ import annotations
 
+import base64
+import copy
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +90,8 @@ def trial_texts(tok: Tokenizer) -> list[str]:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     if spares_a_blank(tok):
         texts = [text.lstrip(" ") for text in texts]
+    if ends_with_a_blank(tok):
+        texts = [text.rstrip() for text in texts]
     return texts
 
 
@@ -95,6 +99,13 @@ def spares_a_blank(tok: Tokenizer) -> bool:
     """Whether a blank is put before a text but for one that begins with a blank: Metaspace's way,
     which is neither SentencePiece's nor llama.cpp's."""
     return "Metaspace" in str(tok.spec.get("pre_tokenizer"))
+
+
+def ends_with_a_blank(tok: Tokenizer) -> bool:
+    """Whether a blank at the end of a text is a token, where blanks in a row are one: today's
+    XLM-RoBERTa's way, and neither SentencePiece's nor llama.cpp's."""
+    is_split = "WhitespaceSplit" in str(tok.spec.get("pre_tokenizer"))
+    return tok.kind == "Unigram" and "{2,}" in str(tok.spec.get("normalizer")) and not is_split
 
 
 def reads_alike(tok: Tokenizer, vocab: LlamaVocab, text: str) -> bool:
@@ -156,20 +167,29 @@ def byte_level_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
     for merge in body["merges"]:  # a string, or in newer files a pair
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         merges.append((left, right))
-    takes_whole = bool(body.get("ignore_merges", False))
+    vocab = LlamaVocab("gpt2", tokens, types, merges=merges)
     candidates = []
-    for pre in PATTERNS:
-        candidates.append(LlamaVocab("gpt2", tokens, types, merges=merges, pre=pre))
-    # First those that cut as the tokenizer does, whatever its ids show of it.
-    texts = trial_texts(tok)
-    candidates.sort(key=lambda vocab: cuts_otherwise(tok, vocab.pre, texts))
-    candidates.sort(key=lambda vocab: (vocab.pre in WHOLE_PIECES) != takes_whole)
+    for pre in likeliest_first(tok, body.get("ignore_merges", False)):
+        candidate = copy.copy(vocab)  # with the same tables
+        candidate.pre = pre
+        candidates.append(candidate)
     vocab = checked(tok, candidates, "split pattern")
     if "NFC" in str(tok.spec.get("normalizer")):
-        vocab.notes.append(
-            "llama.cpp does not normalise: text that is not NFC gets other ids there"
-        )
+        why = "text that is not NFC gets other ids there"
+        vocab.notes = [f"llama.cpp does not normalise: {why}"]
     return vocab
+
+
+def likeliest_first(tok: Tokenizer, takes_whole: bool) -> list[str]:
+    """The names of patterns: first those that cut as the tokenizer does, whatever its ids show of
+    it, and of these those that take a piece whole where it does."""
+    texts = trial_texts(tok)
+    unlike = {}  # {name: how many of the two are otherwise}
+    for pre in PATTERNS:
+        cuts = cuts_otherwise(tok, pre, texts)
+        takes = (pre in WHOLE_PIECES) != takes_whole
+        unlike[pre] = 2 * cuts + takes
+    return sorted(unlike, key=unlike.__getitem__)
 
 
 def cuts_otherwise(tok: Tokenizer, pre: str, texts: list[str]) -> bool:
@@ -250,7 +270,10 @@ def unigram_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
                 LlamaVocab("t5", tokens, types, scores, space_prefix=has_prefix,
                            one_space=one_space, charsmap=charsmap, unk_id=unk_id)
             )  # fmt: skip
-    return checked(tok, candidates, "Unigram tokenizer")
+    vocab = checked(tok, candidates, "Unigram tokenizer")
+    if ends_with_a_blank(tok):
+        vocab.notes = ["llama.cpp leaves blanks at the end of a text out: here one stays"]
+    return vocab
 
 
 def wordpiece_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
@@ -296,8 +319,6 @@ def add_tokenizer(writer: Any, gguf: Any, tok: Tokenizer, vocab: LlamaVocab) -> 
     if vocab.model == "t5":
         writer.add_remove_extra_whitespaces(vocab.one_space)
     if vocab.charsmap:
-        import base64
-
         writer.add_precompiled_charsmap(base64.b64decode(vocab.charsmap))
     if vocab.model == "bert":
         writer.add_bool("tokenizer.ggml.normalizer.lowercase", vocab.lowercase)
@@ -330,7 +351,7 @@ def add_special_tokens(writer: Any, tok: Tokenizer, vocab: LlamaVocab) -> None:
     writer.add_add_bos_token(bool(tok.start))
     is_bert = vocab.model == "bert"  # which ends a text with what separates two
     writer.add_add_eos_token(bool(tok.end) and not is_bert)
-    if is_bert or vocab.pre == "roberta-bpe":
+    if is_bert:
         writer.add_add_sep_token(bool(tok.end))
 
 

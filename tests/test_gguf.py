@@ -336,6 +336,19 @@ def test_wordpiece_of_prepare_and_of_cased_bert():
     assert (vocab.lowercase, vocab.strip_accents) == (False, False)
 
 
+def test_unigram_as_todays_files_have_it():
+    """Blanks in a row become one by the normalizer, and the last one stays."""
+    base = named_tokenizer("unigram")
+    blanks = dict(type="Replace", pattern={"Regex": " {2,}"}, content="\u2581")
+    steps = {"type": "Sequence", "normalizers": [base.spec["normalizer"], blanks]}
+    tok = changed(base, normalizer=steps, pre_tokenizer=base.spec["decoder"])
+    vocab = llama_vocab(tok, tok.n_vocab)
+    assert vocab.one_space and vocab.notes and "end of a text" in vocab.notes[0]
+    text = "the  quick   brown fox"
+    assert llama_ids(vocab, text) == tok.encode(text)
+    assert llama_ids(vocab, f"{text} ") == tok.encode(f"{text} ")[:-1]
+
+
 def test_several_ends_and_templates(tmp_path):
     tok = named_tokenizer("llama3")
     tok.eos_ids = [333, 331, 332]

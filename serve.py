@@ -415,8 +415,8 @@ async def stream_lines(answer, jobs, news, include_usage):
 async def response_lines(events, news):
     """Server-sent events of /v1/responses: of each its name and its JSON."""
 
-    def lines(made):
-        return "".join([f"event: {event['type']}\n{event_line(event)}" for event in made])
+    def lines(new_events):
+        return "".join([f"event: {event['type']}\n{event_line(event)}" for event in new_events])
 
     try:
         yield lines(events.begin())
@@ -428,12 +428,9 @@ async def response_lines(events, news):
         yield lines([events.failed(error)])
 
 
-def make_app(engine, settings):
-    """The application: its addresses, and what every request passes before it comes to one."""
-    # FastAPI's own pages would load scripts from elsewhere.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    handlers = Handlers(engine, settings)
-    routes = [
+def routes_of(handlers):
+    """[(methods, address, handler)]. What stands of an address in /docs: openapi.ADDRESSES."""
+    return [
         ("POST", "/v1/completions", handlers.completions),
         ("POST", "/v1/chat/completions", handlers.chat_completions),
         ("POST", "/v1/responses", handlers.responses),
@@ -452,6 +449,14 @@ def make_app(engine, settings):
         ("GET", "/docs", handlers.docs),
         *PageHandlers(handlers).routes(),
     ]
+
+
+def make_app(engine, settings):
+    """The application: its addresses, and what every request passes before it comes to one."""
+    # FastAPI's own pages would load scripts from elsewhere.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    handlers = Handlers(engine, settings)
+    routes = routes_of(handlers)
     has_key = bool(settings.access.api_key)
     n_embd = engine.net.config.n_embd
     handlers.document = openapi.describe(routes, settings.served, n_embd, has_key)

@@ -25,7 +25,7 @@ def of(**properties: dict) -> dict:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def some_of(schema: dict, **properties: dict) -> dict:
+def with_optional(schema: dict, **properties: dict) -> dict:
     """An object that may have these beside what the schema says."""
     return schema | {"properties": schema["properties"] | properties}
 
@@ -45,7 +45,7 @@ COMPLETION_LOGPROBS = of(
     text_offset=array(COUNT),
 )
 CALL = of(id=TEXT, type={"const": "function"}, function=of(name=TEXT, arguments=TEXT))
-ANSWER = some_of(
+ANSWER = with_optional(
     of(role={"const": "assistant"}, content={"type": ["string", "null"]}),
     reasoning_content=TEXT,
     tool_calls=array(CALL),
@@ -53,7 +53,7 @@ ANSWER = some_of(
 COMPLETION_CHOICE = of(
     index=COUNT, text=TEXT, logprobs=nullable(COMPLETION_LOGPROBS), finish_reason=REASON
 )
-CHAT_LOGPROBS = of(content=array(some_of(TOKEN, top_logprobs=array(TOKEN))))
+CHAT_LOGPROBS = of(content=array(with_optional(TOKEN, top_logprobs=array(TOKEN))))
 CHAT_CHOICE = of(
     index=COUNT, message=ANSWER, logprobs=nullable(CHAT_LOGPROBS), finish_reason=REASON
 )

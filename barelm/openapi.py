@@ -185,23 +185,76 @@ NAMES = {
 }
 
 
-def shapes(served: ServedModel) -> dict[str, dict]:
-    """{field, or class and field: its schema} where the dataclass says too little."""
-    id = {"type": "integer", "minimum": 0, "maximum": served.tok.n_vocab - 1}
+def any_of(*schemas: dict) -> dict:
+    return {"anyOf": list(schemas)}
+
+
+def list_of(items: dict) -> dict:
+    """A list that is not empty."""
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+def component(name: str) -> dict:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+NO = {"enum": [False, None]}
+STOPS = {"type": "array", "items": TEXT | {"maxLength": 256}, "maxItems": 16}
+BIAS = {"type": "number", "minimum": -LARGEST_BIAS, "maximum": LARGEST_BIAS}
+# {field, or class and field: its schema} where the dataclass says too little.
+SHAPES: dict[str, dict] = {
+    "messages": list_of(component("Message")),
+    "Respond.input": any_of(TEXT, list_of(component("Item"))),
+    "Tokenize.prompt": TEXT,
+    "stop": any_of(TEXT | {"maxLength": 256}, STOPS),
+    "logit_bias": {"type": "object", "additionalProperties": BIAS},
+    "response_format": FORMAT,
+    "structured_outputs": {"type": "object"},
+    "truncate_prompt_tokens": {
+        "type": "integer",
+        "minimum": -1,
+        "maximum": 2**31,
+        "not": {"const": 0},
+    },
+    "guided_json": any_of({"type": "object"}, TEXT),
+    "guided_regex": TEXT,
+    "guided_choice": list_of(TEXT),
+    "guided_grammar": TEXT,
+    "json_schema": any_of({"type": "object"}, TEXT),
+    "grammar": TEXT,
+    "tools": {"type": "array", "items": TOOL},
+    "Respond.tools": {"type": "array", "items": RESPONSE_TOOL},
+    "tool_choice": any_of({"enum": ["none", "auto", "required"]}, {"type": "object"}),
+    "reasoning": REASONING,
+    "reasoning_format": {"enum": ["none", "auto", "deepseek"]},
+    "include": {"type": "array", "items": {"const": responses_api.LOGPROBS}},
+    "text": TEXT,
+    "Respond.text": RESPONSE_TEXT,
+    "stream_options": {
+        "type": "object",
+        "properties": {
+            "include_usage": {"type": ["boolean", "null"]},
+            "include_obfuscation": NO,
+            "continuous_usage_stats": NO,
+        },
+        "additionalProperties": False,
+    },
+    "Respond.stream_options": {
+        "type": "object",
+        "properties": {"include_obfuscation": NO},
+        "additionalProperties": False,
+    },
+}
+
+
+def shapes_of_ids(n_vocab: int) -> dict[str, dict]:
+    """The same of fields that have ids of a tokenizer in them."""
+    id = {"type": "integer", "minimum": 0, "maximum": n_vocab - 1}
     ids = {"type": "array", "items": id}
-    some_ids = ids | {"minItems": 1}
-    some_text = TEXT | {"minLength": 1}
-    stops = {"type": "array", "items": TEXT | {"maxLength": 256}, "maxItems": 16}
-    messages = {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1}
-    most = {"type": "integer", "minimum": -1, "maximum": 2**31, "not": {"const": 0}}
-    bias = {"type": "number", "minimum": -LARGEST_BIAS, "maximum": LARGEST_BIAS}
+    text = TEXT | {"minLength": 1}
     return {
-        "prompt": any_of(TEXT, some_ids, some_list(TEXT), some_list(some_ids)),
-        "input": any_of(some_text, some_ids, some_list(some_text), some_list(some_ids)),
-        "Respond.input": any_of(TEXT, some_list({"$ref": "#/components/schemas/Item"})),
-        "Tokenize.prompt": TEXT,
-        "messages": messages,
-        "stop": any_of(TEXT | {"maxLength": 256}, stops),
+        "prompt": any_of(TEXT, list_of(id), list_of(TEXT), list_of(list_of(id))),
+        "input": any_of(text, list_of(id), list_of(text), list_of(list_of(id))),
         "stop_token_ids": ids | {"maxItems": 256},
         "ids": ids,
         "then": ids,
@@ -211,47 +264,7 @@ def shapes(served: ServedModel) -> dict[str, dict]:
         "against": any_of(id, TEXT),
         "answer": any_of(id, TEXT),
         "other": any_of(id, TEXT),
-        "logit_bias": {"type": "object", "additionalProperties": bias},
-        "response_format": FORMAT,
-        "structured_outputs": {"type": "object"},
-        "truncate_prompt_tokens": most,
-        "guided_json": any_of({"type": "object"}, TEXT),
-        "guided_regex": TEXT,
-        "guided_choice": some_list(TEXT),
-        "guided_grammar": TEXT,
-        "json_schema": any_of({"type": "object"}, TEXT),
-        "grammar": TEXT,
-        "tools": {"type": "array", "items": TOOL},
-        "Respond.tools": {"type": "array", "items": RESPONSE_TOOL},
-        "tool_choice": any_of({"enum": ["none", "auto", "required"]}, {"type": "object"}),
-        "reasoning": REASONING,
-        "reasoning_format": {"enum": ["none", "auto", "deepseek"]},
-        "include": {"type": "array", "items": {"const": responses_api.LOGPROBS}},
-        "text": TEXT,
-        "Respond.text": RESPONSE_TEXT,
-        "stream_options": {
-            "type": "object",
-            "properties": {
-                "include_usage": {"type": ["boolean", "null"]},
-                "include_obfuscation": {"enum": [False, None]},
-                "continuous_usage_stats": {"enum": [False, None]},
-            },
-            "additionalProperties": False,
-        },
-        "Respond.stream_options": {
-            "type": "object",
-            "properties": {"include_obfuscation": {"enum": [False, None]}},
-            "additionalProperties": False,
-        },
     }
-
-
-def any_of(*schemas: dict) -> dict:
-    return {"anyOf": list(schemas)}
-
-
-def some_list(items: dict) -> dict:
-    return {"type": "array", "items": items, "minItems": 1}
 
 
 def limits_of(served: ServedModel, n_embd: int) -> dict[str, tuple]:
@@ -285,7 +298,7 @@ class Bodies:
     """Schemas of requests to one server."""
 
     def __init__(self, served: ServedModel, n_embd: int) -> None:
-        self.shapes = shapes(served)
+        self.shapes = shapes_of_ids(served.tok.n_vocab) | SHAPES
         self.limits = limits_of(served, n_embd)
 
     def schema(self, address: Address) -> dict:
@@ -369,7 +382,8 @@ def describe(routes: list[tuple], served: ServedModel, n_embd: int, has_key: boo
         path = re.sub(r"\{(\w+):path\}", r"{\1}", route)
         for method in methods.split():
             if method != "HEAD":  # the same as GET, without the body
-                operation = describe_operation(ADDRESSES[path], method, path, bodies)
+                address = ADDRESSES.get(path, Address("An address of this server"))
+                operation = describe_operation(address, method, path, bodies)
                 paths.setdefault(path, {})[method.lower()] = operation
     components: dict = {"schemas": SCHEMAS}
     document = {

@@ -43,7 +43,8 @@ def reference_page(document: dict) -> str:
 def section(name: str, label: str, operation: dict) -> str:
     """An address: what it does, what it takes and what it answers."""
     parts = [f"<h2><code>{escape(label)}</code></h2>", f"<p>{escape(operation['summary'])}.</p>"]
-    rows = []
+    rows = []  # those that must be there first
+    optional = []
     for one in operation.get("parameters", []):
         rows.append(row(one["name"], one["schema"], one["required"]))
     unchanged = []
@@ -52,8 +53,11 @@ def section(name: str, label: str, operation: dict) -> str:
     for field, field_schema in schema.get("properties", {}).items():
         if field_schema.get("x-unchanged"):
             unchanged.append(f"<code>{escape(field)}</code> {escape(kind(field_schema))}")
+        elif field in schema["required"]:
+            rows.append(row(field, field_schema, True))
         else:
-            rows.append(row(field, field_schema, field in schema["required"]))
+            optional.append(row(field, field_schema, False))
+    rows += optional
     if rows:
         head = "<tr><th>field</th><th>what it may be</th><th>what it does</th></tr>"
         parts.append(f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>")
@@ -78,6 +82,8 @@ def kind(schema: dict) -> str:
     """A schema in words: its type, limits and default."""
     if "enum" in schema:
         return " or ".join(json.dumps(value) for value in schema["enum"] if value is not None)
+    if "const" in schema:
+        return json.dumps(schema["const"])
     if "anyOf" in schema:
         kinds = [kind(one) for one in schema["anyOf"] if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))

@@ -308,10 +308,9 @@ def export_onnx(net, tok, path):
     write_onnx(net, path)
     result = check_onnx(net, tok, path)
     rows = "texts" if net.score is not None and net.task == "classify" else "tokens"
-    print(f"onnxruntime: {result.n_rows} {rows}, logits differ by {result.difference:.1e} of their")
-    print(
-        f"spread (root mean square); the largest is another at {result.n_other} of {result.n_sure}"
-    )
+    print(f"onnxruntime's logits of {result.n_rows} {rows}:")
+    print(f"    root mean square of their difference: {result.difference:.1e} of their spread")
+    print(f"    the largest is another at {result.n_other} of {result.n_sure}, beyond rounding")
     if not result.good:
         raise UserError("--export=onnx: these are not the model's logits; nothing was written")
     write_companions(path.parent, net, tok)

@@ -114,7 +114,7 @@ ITEM = {
         ),
         only(
             ID | {"type": {"const": "reasoning"}, "summary": array({}), "content": ITEM_PARTS},
-            ["type", "summary"],
+            ["type"],
         ),
     ]
 }

@@ -550,11 +550,12 @@ def read_form(served: ServedModel, request: Generation) -> None:
     a thread of its own."""
     plan = request.plan
     try:
-        if plan is not None and plan.tools:
-            text_rule = checked(read_text_rule, served.tok, request)
+        if plan is not None and (plan.tools or plan.thoughts):
+            text_rule = checked(read_text_rule, served.tok, request, bool(plan.tools))
             request.compiled = checked(plan.compile, served.tok, text_rule)
-        else:
-            request.compiled = read_grammar(served.tok, request)
+            if plan.tools or text_rule:
+                return
+        request.compiled = read_grammar(served.tok, request)
     except FormError as error:
         raise ApiError(400, str(error), error.field) from None
 

@@ -529,12 +529,12 @@ class Decoder:
             self.reached[slot] = max(self.reached[slot], self.length[slot])
 
     def active_adapters(self, slots: list[int]) -> tuple[int, ...]:
-        """The adapters that these slots have, in order: on a GPU, for a graph of each number of
-        rows and no more, all where there is one."""
+        """The adapters to compute with for these slots: none, the only one, or all. On a GPU all
+        where there is one, so that there are but two graphs for a number of rows."""
         numbers = {self.adapter[slot] for slot in slots} - {0}
-        if self.on_gpu and numbers:
+        if len(numbers) > 1 or (self.on_gpu and numbers):
             return self.adapters.all
-        return tuple(sorted(numbers))
+        return tuple(numbers)
 
     def adapted(
         self, rows: slice | Tensor, active: tuple[int, ...], each_token: bool = False

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from barelm.run import UserError
+from barelm.errors import UserError
+from barelm.grammar_trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ LIMITS = {
     "max_items_in_row": 2000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
+    "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
 # A model that knows no better would write blanks for ever. So many hold a line end and its indent.
@@ -114,8 +116,8 @@ def compile_grammar(tok: Tokenizer, kind: str, source: Any) -> Grammar:
     - lark: of the grammar `source`, in llguidance's form of Lark's, `json_rule` being a part of it;
     - ebnf: of the grammar `source`, in that form or in llama.cpp's (GBNF).
 
-    UserError: what is wrong with it. It may take long, so call it in a thread of its own; the last
-    MOST_COMPILED are kept."""
+    UserError: what is wrong with it. It may take seconds, so call it in a thread of its own; what
+    takes too many is refused (barelm/grammar_trial.py). The last MOST_COMPILED are kept."""
     if kind not in KINDS:
         raise UserError(f"a grammar of kind {kind!r}: expected one of {', '.join(KINDS)}")
     import_llguidance()
@@ -130,8 +132,18 @@ def compile_grammar(tok: Tokenizer, kind: str, source: Any) -> Grammar:
     return compile_text(vocabulary, text)
 
 
+@lru_cache(maxsize=1)
+def trial() -> Trial:
+    """The process that compiles each grammar before this one does."""
+    return Trial(LIMITS)
+
+
 @lru_cache(maxsize=MOST_COMPILED)
 def compile_text(vocabulary: Vocabulary, text: str) -> Grammar:
+    try:
+        trial().check(HEAD + text)
+    except UserError as error:
+        raise UserError(one_line(error)) from None
     return Grammar(vocabulary, text)
 
 

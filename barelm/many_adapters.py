@@ -203,6 +203,8 @@ def layer_pairs(net: GPT, folder: Path, config: dict) -> dict[nn.Module, Matrice
         for layer, part in zip(targets, parts):
             device = layer.weight.device
             pairs[layer] = (pair.A.float().to(device), part.to(device))
+    if not pairs:
+        raise UserError(f"--adapters: {folder}: adapter_model.safetensors has no matrices")
     return pairs
 
 

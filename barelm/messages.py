@@ -98,7 +98,7 @@ def read_calls(calls: Any, where: str) -> list[dict]:
         arguments = function.get("arguments")
         if not isinstance(name, str) or not isinstance(arguments, (str, dict)):
             raise refusal(where, why)
-        id = call.get("id") or ""
+        id = "" if call.get("id") is None else call["id"]
         if not isinstance(id, str):
             raise refusal(where, "tool_calls: id: expected a text")
         inner = {"name": name, "arguments": arguments}

@@ -86,22 +86,33 @@ def check_texts(net: GPT, tok: Tokenizer) -> list[list[int]]:
 def check_onnx(net: GPT, tok: Tokenizer, path: Path) -> Agreement:
     """Compare an ONNX file at path with the network: two texts of different lengths in one batch,
     and where there is a cache their last tokens one at a time."""
-    onnxruntime = require_onnx()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     texts = check_texts(net, tok)
     ids, mask = left_padded(texts)
     with torch.no_grad():
         ours = [our_logits(net, text) for text in texts]  # (rows, V) each
-    if has_cache(net):
-        theirs = cached_logits(net, session, ids, mask)
-    else:
-        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        theirs = torch.stack([torch.from_numpy(out) for out in session.run(None, feed)], -1)
-        if net.score is None or net.task != "span":
-            theirs = theirs[..., 0]
+    try:
+        theirs = their_logits(net, path, ids, mask)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--export=onnx: onnxruntime cannot run this network: {why}") from None
     if theirs.ndim == 2:  # a row of scores for each text
         return agreement(torch.cat(ours), theirs)
     return agreement(torch.cat(ours), theirs[mask.bool()])
+
+
+def their_logits(net: GPT, path: Path, ids: Tensor, mask: Tensor) -> Tensor:
+    """What onnxruntime makes of ids (B, T): (B, T, V), or of a classifier (B, labels)."""
+    onnxruntime = require_onnx()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    if has_cache(net):
+        return cached_logits(net, session, ids, mask)
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    outputs = [torch.from_numpy(out) for out in session.run(None, feed)]
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.stack(outputs, -1)  # the scores of each token as a start, and as an end
 
 
 def our_logits(net: GPT, text: list[int]) -> Tensor:

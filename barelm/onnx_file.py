@@ -80,7 +80,8 @@ class Front(nn.Module):
         x = net.embed(net.model.embed_tokens(ids), positions)
         out = [x]
         for rope, mask in net.looks(net.model, x, positions, cache=keys).values():
-            out += [*(rope or ()), mask]
+            # An encoder's is alike for all queries; the blocks may ask it how many there are.
+            out += [*(rope or ()), mask.expand(-1, -1, ids.shape[1], -1)]
         return out
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
+from barelm.reasoning import unsure
 from barelm.tool_values import read_values
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ class CallParser:
         places = [(self.rest.find(marker), marker) for marker in self.markers]
         places = [(place, marker) for place, marker in places if place >= 0]
         if not places:
-            self.say(len(self.rest) if self.final else len(self.rest) - self.unsure())
+            n_unsure = max(unsure(self.rest, marker) for marker in self.markers)
+            self.say(len(self.rest) if self.final else len(self.rest) - n_unsure)
             return False
         place, marker = min(places)
         self.say(place)
@@ -196,15 +198,6 @@ class CallParser:
                 return self.begin(n_blank + len(marker))
         self.say(n_blank + 1)
         return True
-
-    def unsure(self) -> int:
-        """How many characters at the end may be the beginning of a marker."""
-        longest = 0
-        for marker in self.markers:
-            for n in range(1, len(marker)):
-                if self.rest.endswith(marker[:n]):
-                    longest = max(longest, n)
-        return longest
 
     # ------------------------------------------------------------------ a call
 

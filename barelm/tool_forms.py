@@ -295,9 +295,9 @@ def call_grammar(
 
     token_ids: {name: id} of the special tokens, which are no text to the grammar. required: begin
     with a call; else any text may be, but where a call begins it goes on as one. parallel: more
-    calls than one. thought: what a thought, which may come first, begins and ends with. text_rule:
-    the right side of a rule for the text of an answer without calls. UserError: of a schema that
-    cannot be enforced."""
+    calls than one. thought: what a thought that may come first begins and ends with; has it begun
+    already, "" and its end, which then has to come. text_rule: the right side of a rule for the
+    text of an answer without calls. UserError: of a schema that cannot be enforced."""
     marker, opening, between, begin = form.marker, form.opening, form.between, form.begin
     lead = marker
     if not marker:  # a call at the very beginning of the answer
@@ -309,18 +309,20 @@ def call_grammar(
     if parallel:
         more = f"({quoted(between + begin, token_ids)} call){{0,{MOST_CALLS - 1}}}"
     rest = f"{quoted(first, token_ids)} call {more} {quoted(form.closing, token_ids)}"
-    before = "thought? " if thought and (required or text_rule) else ""
-    lines = []
+    # White space behind a thought belongs to any text that may follow it.
+    lines = thought_rules(thought, token_ids, takes_blank=bool(required or text_rule))
     if required:
-        lines.append(f"start: {before}{quoted(lead, token_ids)} {rest}")
+        lines.append(f"answer: {quoted(lead, token_ids)} {rest}")
     elif text_rule:
-        lines.append(f"start: {before}plain | {before}{quoted(lead, token_ids)} {rest}")
+        lines.append(f"answer: plain | {quoted(lead, token_ids)} {rest}")
         lines.append(f"plain: {text_rule}")
     else:
-        lines.append(f"start: TEXT | lead {rest}")
+        lines.append(f"answer: TEXT | lead {rest}")
         lines += lead_rules(form, lead, token_ids)
-    if before:
-        lines += thought_rules(thought, token_ids)
+        if thought and thought[0]:  # where the first letters are a thought's, nothing else begins
+            lines[0] = "start: thought answer | unthought"
+            lines.append(f"unthought: UNTHOUGHT_TEXT | unthought_lead {rest}")
+            lines += lead_rules(form, lead, token_ids, "unthought_", thought[0])
     names = []
     for number, tool in enumerate(tools):
         function = tool["function"]
@@ -345,27 +347,49 @@ def arguments_rules(form: ToolForm, function: dict, name: str) -> list[str]:
         raise UserError(f"{function['name']}: {error}") from None
 
 
-def thought_rules(thought: tuple[str, str], token_ids: dict[str, int]) -> list[str]:
-    """The rules of a thought, which ends at the first place that it can."""
+def text_grammar(thought: tuple[str, str], token_ids: dict[str, int], text_rule: str) -> str:
+    """The grammar of an answer without calls that has a thought, and then a form."""
+    lines = thought_rules(thought, token_ids, takes_blank=True)
+    return "\n".join([*lines, f"answer: {text_rule}"]) + "\n"
+
+
+def thought_rules(
+    thought: tuple[str, str] | None, token_ids: dict[str, int], takes_blank: bool
+) -> list[str]:
+    """The rules of an answer's beginning: of its thought, which ends at the first place that it
+    can, and of white space behind it."""
+    if thought is None:
+        return ["start: answer"]
     begin, end = thought
-    if end in token_ids:  # no text has it, since it is a token of its own
-        inside = rf"thought_text: /(.|\n)*/ {quoted(end, token_ids)}"
-    else:
-        inside = rf"thought_text[lazy]: /(.|\n)*/ {quoted(end, token_ids)}"
-    return [inside, rf"thought: {quoted(begin, token_ids)} thought_text /\s*/"]
+    lazy = "" if end in token_ids else "[lazy]"  # no text has a token of its own
+    inside = rf"thought_text{lazy}: /(.|\n)*/ {quoted(end, token_ids)}"
+    blank = r"/\s*/" if takes_blank else ""
+    whole = f"thought: {quoted(begin, token_ids)} thought_text {blank}"
+    return [f"start: thought{'?' if begin else ''} answer", whole, inside]
 
 
-def lead_rules(form: ToolForm, lead: str, token_ids: dict[str, int]) -> list[str]:
-    """The rules of any text without a call, and of what may come before one."""
-    anything = r"/(.|\n)*/"
+def lead_rules(
+    form: ToolForm, lead: str, token_ids: dict[str, int], prefix: str = "", without: str = ""
+) -> list[str]:
+    """The rules of any text without a call, and of what may come before one. prefix: of their
+    names. without: what the text does not begin with."""
+    before = r"/(.|\n)*/"
+    if without and without not in token_ids:
+        before += rf" & ~/{regex_text(without)}(.|\n)*/"
+    names = [f"{prefix.upper()}TEXT", f"{prefix.upper()}BEFORE", f"{prefix}lead"]
+    text, before_name, lead_name = names
+    first = quoted(lead, token_ids)
     if form.marker in token_ids:  # no text has it, since it is a token of its own
-        return [f"TEXT: {anything}", f"lead: TEXT {quoted(lead, token_ids)}"]
+        return [f"{text}: {before}", f"{lead_name}: {text} {first}"]
     escaped = regex_text(lead)
     if not form.marker:  # text that does not begin as a call does
-        plain = rf"TEXT: {anything} & ~/{escaped}(.|\n)*/"
-        return [plain, f"lead: {quoted(lead, token_ids)}"]
-    plain = rf"TEXT: {anything} & ~/(.|\n)*{escaped}(.|\n)*/"
-    return [plain, f"lead[lazy]: {anything} {quoted(lead, token_ids)}"]
+        text_rule = rf"{text}: {before} & ~/\s*{escaped}(.|\n)*/"
+        return [text_rule, rf"{lead_name}: /\s*{escaped}/"]
+    return [
+        rf"{text}: {before} & ~/(.|\n)*{escaped}(.|\n)*/",
+        f"{before_name}: {before}",
+        f"{lead_name}[lazy]: {before_name} {first}",
+    ]
 
 
 def regex_text(text: str) -> str:

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from barelm.grammar import compile_grammar, json_rule
+from barelm.grammar import compile_grammar, lark_text
 from barelm.guided import forms_of
 from barelm.messages import FieldError
 from barelm.reasoning import Thoughts, ThoughtSplitter, takes, thoughts_of
@@ -27,6 +27,7 @@ from barelm.tool_forms import (
     form_named,
     form_of,
     takes_tools,
+    text_grammar,
 )
 
 if TYPE_CHECKING:
@@ -175,15 +176,18 @@ class ChatPlan:
         """The Grammar of the answers; None: anything may be said, and what begins as a call may be
         none. text_rule: of an answer that is text. FieldError: a call is wanted, and what it may be
         cannot be enforced."""
-        if not self.tools or self.form is None:
-            return None
         thought = None
         if self.thoughts is not None:
-            thought = ("" if self.inside else self.thoughts.begin, self.thoughts.end)
+            thought = Thoughts("" if self.inside else self.thoughts.begin, self.thoughts.end)
+        if not self.tools or self.form is None:
+            if thought is None or text_rule is None:
+                return None
+            return compile_grammar(tok, "lark", text_grammar(thought, self.token_ids, text_rule))
         ids = self.token_ids
         args = (self.form, self.tools, ids, self.required, self.parallel, thought, text_rule)
         try:
-            grammar = compile_grammar(tok, "lark", call_grammar(*args))
+            source = call_grammar(*args)
+            grammar = compile_grammar(tok, "lark", source)
         except UserError as error:
             if self.required or text_rule:
                 raise FieldError("tools", str(error)) from None
@@ -307,20 +311,24 @@ def marks_of(tok: Tokenizer, plan: ChatPlan) -> dict[str, int]:
     }
 
 
-def read_text_rule(tok: Tokenizer, request: Any) -> str | None:
-    """The right side of a grammar's rule for the text of answers that call no tool, by what the
-    request says of its form; None: any text."""
+def read_text_rule(tok: Tokenizer, request: Any, has_tools: bool) -> str | None:
+    """The right side of a grammar's rule for the words of an answer, behind its thought and where
+    it calls no tool, by what the request says of their form. None: nothing, or (without tools) what
+    is of the whole answer, thoughts and all: a regular expression or a grammar."""
     forms = forms_of(request)
     if not forms:
         return None
     field, kind, source = forms[0]
     field = field.split(".")[0]
-    if len(forms) > 1 or kind not in ("json_schema", "json_object"):
-        raise FieldError(field, "beside tools: expected one JSON Schema, or json_object")
+    is_one = len(forms) == 1 and kind in ("json_schema", "json_object", "choice")
+    if not is_one and has_tools:
+        raise FieldError(field, "beside tools: expected one JSON Schema, json_object, or a choice")
+    if not is_one:
+        return None
     try:
         if isinstance(source, str):
             source = json.loads(source)
-        rule = json_rule(source or {"type": "object"})
+        rule = lark_text(kind, source).removeprefix("start: ")
         compile_grammar(tok, "lark", f"start: {rule}")  # what is wrong is told of this field
         return rule
     except (UserError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from config import script_keys
 
 CHAPTERS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *CHAPTERS]
-FILE_ENDINGS = ("py", "md", "svg", "html", "json", "safetensors", "onnx")
+FILE_ENDINGS = ("py", "md", "svg", "html", "json", "safetensors", "onnx", "onnx_data")
 OTHERS = ("help", "gpus")  # flags of every script, and of docker
 SCRIPTS = {path.stem: script_keys(path) for path in ROOT.glob("*.py")}
 

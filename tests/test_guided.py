@@ -14,7 +14,7 @@ from conftest import ROOT
 from long_guided import fuzz
 from test_serve import served
 
-from barelm import check_guided, guided
+from barelm import check_guided, grammar_trial, guided
 from barelm.bpe import bpe_tokenizer, char_tokenizer, word_tokenizer
 from barelm.check_rows import Place
 from barelm.checkpoint import load
@@ -27,7 +27,8 @@ from barelm.sampling import draws
 from barelm.tokenizer import Tokenizer
 
 llguidance = pytest.importorskip("llguidance")
-from barelm.grammar import compile_grammar, json_rule, vocabulary_of
+from barelm.grammar import LIMITS, compile_grammar, json_rule, vocabulary_of
+from barelm.grammar_trial import Trial
 
 PERSON = {
     "type": "object",
@@ -414,6 +415,19 @@ def test_hostile_schemas_end_in_time_and_leave_the_server_alive(site):
         assert answer.status_code in (200, 400), answer.text
     random.seed(0)
     assert requests.get(f"{site.url}/health").status_code == 200
+
+
+def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiled(monkeypatch):
+    trial = Trial(LIMITS)
+    trial.check("start: /a+/")
+    monkeypatch.setattr(grammar_trial, "SECONDS", 0.5)
+    patterns = [{"type": "string", "pattern": f"^.*a.{{{i}}}$"} for i in range(30)]
+    with pytest.raises(UserError, match="0.5 s"):
+        trial.check("start: " + json_rule({"allOf": patterns}))
+    monkeypatch.setattr(grammar_trial, "SECONDS", 60)
+    trial.check("start: /b+/")
+    with pytest.raises(UserError, match="unclosed"):
+        trial.check("start: /(/")
 
 
 def test_json_in_a_larger_grammar():

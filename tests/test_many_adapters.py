@@ -11,7 +11,7 @@ import torch
 from test_serve import served
 
 from barelm.adapters import AdaptConfig, LoRA, choose_weights, save_adapter
-from barelm.checkpoint import load
+from barelm.checkpoint import load, save
 from barelm.embeddings import vectors_of
 from barelm.engine import Engine
 from barelm.errors import UserError
@@ -19,6 +19,7 @@ from barelm.fast import generating
 from barelm.jobs import Job, Sampling
 from barelm.many_adapters import Adapters
 from barelm.quantized import quantize_weights
+from model import GPT, GPTConfig
 
 KINDS = {  # of different ranks, alphas and layers
     "a": dict(lora_rank=4, lora_alpha=60.0, lora_targets="q_proj,k_proj,v_proj,o_proj"),
@@ -135,6 +136,27 @@ def test_a_prompt_that_one_adapter_read_is_no_beginning_for_another(base, folder
     for job, ids_of in zip(jobs, together):
         again = Job(tok, job.ids, 3, Sampling(), ignore, adapter=job.adapter)
         assert answered(engine, [again]) == [ids_of]
+
+
+def test_an_adapter_of_gpt2_whose_file_has_q_k_and_v_as_one(base, tmp_path):
+    _, tok = load(base)
+    torch.manual_seed(0)
+    shape = dict(norm="layer", pos="learned", mlp="gelu", bias=True, qk_norm=False)
+    shape |= dict(n_layer=2, n_head=2, n_embd=32, n_ctx=64, vocab_size=tok.n_vocab)
+    save(tmp_path / "gpt2", GPT(GPTConfig(**shape)), tok)
+    targets = "q_proj,k_proj,v_proj,up_proj"
+    options = dict(lora_rank=3, lora_alpha=30.0, lora_targets=targets)
+    make_adapter(tmp_path / "gpt2", tmp_path / "one", 0, **options)
+    net, tok = load(tmp_path / "gpt2")
+    adapters = Adapters(net, tok, {"one": str(tmp_path / "one")}, tmp_path / "gpt2")
+    assert adapters.ranks == [9]  # three products of rank 3 are one of 9
+    ids = torch.tensor([tok.encode("import os\n")])
+    with torch.no_grad(), adapters.used(net, 1):
+        ours = net(ids)
+    with torch.no_grad():
+        right = load(tmp_path / "one")[0](ids)
+        plain = net(ids)
+    assert (ours - right).abs().max() < 1e-4 < (ours - plain).abs().max()
 
 
 def test_an_adapter_that_peft_wrote(base, folders, tmp_path):

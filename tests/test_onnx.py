@@ -114,13 +114,16 @@ def test_a_network_that_is_a_little_different_is_not_the_files(tok, tmp_path):
         net.model.layers[0].mlp.up_proj.weight[3] *= 1.1
     result = check_onnx(net, tok, tmp_path / "model.onnx")
     assert not result.good and result.difference > TOLERANCE
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match="onnxruntime cannot run this network"):
+        check_onnx(net, tok, tmp_path / "model.onnx")
 
 
 @needs_onnx
 def test_a_classifier_has_scores_and_no_cache(tok, tmp_path):
     import onnxruntime
 
-    net = net_for(tok, n_layer=1, **QWEN3 | dict(causal=False))
+    net = net_for(tok, n_layer=1, **QWEN3 | dict(causal=False, pos="learned"))
     net.set_score(["a", "b", "c"], "mean", pad_id=tok.pad_id)
     export.export_onnx(net, tok, tmp_path / "model.onnx")
     assert not (tmp_path / "genai_config.json").exists()

@@ -22,6 +22,7 @@ from barelm.chat import message_forms
 from barelm.checkpoint import save
 from barelm.clean import Reject
 from barelm.grammar import compile_grammar, json_rule
+from barelm.guided import FORMS as FORM_FIELDS
 from barelm.jobs import Job, Token
 from barelm.messages import FieldError, read_message
 from barelm.reasoning import KINDS, ThoughtSplitter, thoughts_of
@@ -30,7 +31,7 @@ from barelm.tasksets import as_sft
 from barelm.tokenizer import Tokenizer
 from barelm.tool_calls import CallParser
 from barelm.tool_forms import FORMS, call_grammar, described, form_named, form_of
-from barelm.tool_use import for_training, plan_chat, read_choice, read_tools
+from barelm.tool_use import for_training, plan_chat, read_choice, read_text_rule, read_tools
 from model import GPT, GPTConfig
 
 NESTED = '{"city": "Paris </tool_call> \\" }", "n": [1, {"a": null}]}'
@@ -447,6 +448,30 @@ def test_a_grammar_allows_what_its_form_writes(form):
     thinks = compiled(required=True, thought=("<think>", "</think>"))
     assert allowed(thinks, tok, f"<think>hm</think>\n\n{good}")[1]
     assert allowed(thinks, tok, good)[1]
+    inside = compiled(required=True, thought=("", "</think>"))
+    assert allowed(inside, tok, f"hm <tool_call></think>{good}")[1]
+    assert not allowed(inside, tok, good)[1]
+    either = compiled(required=False, thought=("<think>", "</think>"))
+    for text in (good, "It rains.", f"<think>{form.marker}</think>\n{good}", "<think>hm</think>a"):
+        assert allowed(either, tok, text) == (len(text.encode()), True)
+    assert not allowed(either, tok, f"<think>hm</think>\n{wrong}")[1]
+
+
+def test_a_form_is_of_the_words_behind_a_thought():
+    pytest.importorskip("llguidance")
+    tok = tokenizer("{{ messages }}<think></think>")
+    fields = dict.fromkeys([*FORM_FIELDS, "structured_outputs", "response_format"])
+    request = request_of(**fields | {"guided_choice": ["yes", "no"]})
+    for inside, good, bad in ((False, "yes", "a"), (True, "hm</think>\n\nno", "yes")):
+        plan = plan_chat(tok, request)
+        plan.inside = inside
+        grammar = plan.compile(tok, read_text_rule(tok, request, False))
+        assert allowed(grammar, tok, good)[1] and not allowed(grammar, tok, bad)[1]
+        assert allowed(grammar, tok, f"{'' if inside else '<think>'}a</think>yes")[1]
+    request.guided_regex, request.guided_choice = "a+", None
+    assert read_text_rule(tok, request, False) is None
+    with pytest.raises(FieldError, match="guided_regex: beside tools"):
+        read_text_rule(tok, request, True)
 
 
 def test_special_tokens_in_a_form_are_tokens_in_its_grammar():

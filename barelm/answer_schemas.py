@@ -99,13 +99,15 @@ ROLES = {"enum": ["system", "developer", "user", "assistant"]}
 ITEM = {
     "anyOf": [
         only(
-            ID | {"type": {"enum": ["message", None]}, "role": ROLES, "content": ITEM_TEXT},
+            ID
+            | {"type": {"enum": ["message", None]}, "role": ROLES}
+            | {"content": ITEM_TEXT, "phase": NAME},
             ["role", "content"],
         ),
         only(
             ID
             | {"type": {"const": "function_call"}, "call_id": TEXT, "name": TEXT}
-            | {"arguments": TEXT},
+            | {"arguments": TEXT, "namespace": NAME},
             ["type", "call_id", "name", "arguments"],
         ),
         only(
@@ -113,7 +115,9 @@ ITEM = {
             ["type", "call_id", "output"],
         ),
         only(
-            ID | {"type": {"const": "reasoning"}, "summary": array({}), "content": ITEM_PARTS},
+            ID
+            | {"type": {"const": "reasoning"}, "content": ITEM_PARTS}
+            | {"summary": array({}), "encrypted_content": NAME},
             ["type"],
         ),
     ]

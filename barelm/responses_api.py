@@ -235,8 +235,22 @@ def read_message(item: dict, where: str) -> dict:
 def allow(item: dict, where: str, *names: str) -> None:
     """Refuse an item with other fields than these, and those that every answer's item has."""
     for name, value in item.items():
-        if name not in ("type", "id", "status", *names) and value is not None:
+        if value is None:
+            continue
+        if name not in ("type", "id", "status", *names):
             raise ApiError(400, f"{where}: {short(name)} is not supported", "input")
+        if name == "summary":
+            expect(f"{where}: summary", value, list)
+        elif name not in ("type", "content", "output"):
+            expect(f"{where}: {name}", value, str)
+
+
+def expect(where: str, value: object, wanted: type) -> None:
+    """Refuse what is of another type; `where` it stands in the input."""
+    try:
+        check_value(where, value, wanted, None)
+    except ApiError as error:
+        raise ApiError(400, error.message, "input") from None
 
 
 def text_of(content: Any, where: str) -> str:
@@ -250,7 +264,7 @@ def text_of(content: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("input_text", "output_text", "text", "reasoning_text"):
             raise ApiError(400, f"{where}: a part of type {short(kind)} is not supported", "input")
-        check_value(f"{where}: text", part.get("text"), str, None)
+        expect(f"{where}: text", part.get("text"), str)
         texts.append(part["text"])
     return "".join(texts)
 

@@ -22,7 +22,7 @@ TOGETHER = re.compile(
     r"do not fit|tokens at most|expected one of them|wants logprobs|wants include|only with|beside"
     r"|not with|not in a stream|best_of = |two names of one|expected one of the two|not both"
     r"|is no classifier|of messages alone|the chat template alone|none of them empty|at the end"
-    r"|expected \d+ at most|expected ids|expected a list of|not to be tokenized|chat template"
+    r"|expected \d+ at most|ids from 0 to|expected a list of|not to be tokenized|chat template"
     r"|template takes|'a schema|grammar|schema|regex|tools|tool_choice|guided_|structured_outputs"
     r"|= -?[\d.e+]+: expected a whole number"
 )

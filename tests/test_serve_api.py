@@ -384,6 +384,8 @@ WRONG_INPUT = [
     ([{"role": "user", "content": "a", "name": "b"}], "input[0]: 'name' is not supported"),
     ([{"type": "item_reference", "id": "a"}], "input[0]: type 'item_reference'"),
     ([{"type": ["a"], "id": "a"}], "input[0]: type list"),
+    ([{"role": "user", "content": "a", "id": [1]}], "input[0]: id = list: expected a string"),
+    ([{"type": "reasoning", "summary": "a"}], "input[0]: summary = 'a': expected a list"),
 ]
 
 
@@ -391,7 +393,7 @@ WRONG_INPUT = [
 def test_wrong_input_is_refused_by_its_place(value, why):
     with pytest.raises(api.ApiError) as error:
         responses_api.read_input(value)
-    assert why in error.value.message and "input" in error.value.param
+    assert why in error.value.message and error.value.param == "input"
 
 
 def test_openais_client_gets_responses(site):

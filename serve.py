@@ -71,6 +71,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -154,6 +155,7 @@ class Handlers:
         self.settings = settings
         self.loop = None  # the event loop, once there was a request
         self.document = {}  # of OpenAPI, once the routes are there
+        self.compilers = ThreadPoolExecutor(2)  # see read_form
         engine.tell = self.tell
 
     def tell(self, updates):
@@ -170,7 +172,7 @@ class Handlers:
         wanted = api.read_completion(served, body)
         # To tokenize may take long: in a thread, so that the event loop goes on with the others.
         prompts = await asyncio.to_thread(api.read_prompts, served, wanted)
-        await asyncio.to_thread(api.read_form, served, wanted)
+        await self.read_form(served, wanted)
         updates = Updates(at_end=not wanted.stream)
         parts = (served, wanted, prompts, updates.listener)
         jobs = await asyncio.to_thread(api.completion_jobs, *parts)
@@ -189,9 +191,16 @@ class Handlers:
     async def chat_jobs(self, served, wanted, updates):
         """The jobs of a Chat; they tell `updates`."""
         ids = await asyncio.to_thread(api.read_conversation, served, wanted)
-        await asyncio.to_thread(api.read_form, served, wanted)
+        await self.read_form(served, wanted)
         parts = (served, wanted, ids, updates.listener)
         return await asyncio.to_thread(api.chat_jobs, *parts)
+
+    async def read_form(self, served, wanted):
+        """Compile what the request says of its answer's form: in threads apart, as it may take
+        seconds, and all requests need the usual ones, to tokenize."""
+        if api.asks_for_form(wanted):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.compilers, api.read_form, served, wanted)
 
     async def responses(self, request: Request):
         body = await self.read_body(request)

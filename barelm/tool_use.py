@@ -112,6 +112,8 @@ def read_allowed(choice: dict, tools: list[dict]) -> tuple[list[dict], bool]:
     for entry in entries:
         inner = entry.get("function") if isinstance(entry, dict) else None
         names.append(inner.get("name") if isinstance(inner, dict) else None)
+    if mode == "required" and not names:
+        raise FieldError("tool_choice", "allowed_tools: required, and no tool is")
     return named_tools(names, tools), mode == "required"
 
 
@@ -320,7 +322,7 @@ def read_text_rule(tok: Tokenizer, request: Any) -> str | None:
     try:
         if isinstance(source, str):
             source = json.loads(source)
-        rule = json_rule(source or {"type": "object"})
+        rule = json_rule({"type": "object"} if kind == "json_object" else source)
         compile_grammar(tok, "lark", f"start: {rule}")  # what is wrong is told of this field
         return rule
     except (UserError, ValueError, RecursionError) as error:

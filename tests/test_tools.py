@@ -22,6 +22,7 @@ from barelm.chat import message_forms
 from barelm.checkpoint import save
 from barelm.clean import Reject
 from barelm.grammar import compile_grammar, json_rule
+from barelm.guided import FORMS as FORM_FIELDS
 from barelm.jobs import Job, Token
 from barelm.messages import FieldError, read_message
 from barelm.reasoning import KINDS, ThoughtSplitter, thoughts_of
@@ -30,7 +31,7 @@ from barelm.tasksets import as_sft
 from barelm.tokenizer import Tokenizer
 from barelm.tool_calls import CallParser
 from barelm.tool_forms import FORMS, call_grammar, described, form_named, form_of
-from barelm.tool_use import for_training, plan_chat, read_choice, read_tools
+from barelm.tool_use import for_training, plan_chat, read_choice, read_text_rule, read_tools
 from model import GPT, GPTConfig
 
 NESTED = '{"city": "Paris </tool_call> \\" }", "n": [1, {"a": null}]}'
@@ -572,6 +573,20 @@ def test_a_text_with_a_form_or_a_call(talker):
     assert kinds == {True, False}
 
 
+def test_any_json_and_an_object_are_two_things_beside_tools():
+    pytest.importorskip("llguidance")
+    tok = tokenizer(None)
+    names = [*FORM_FIELDS, "structured_outputs", "response_format"]
+    wrapped = {"type": "json_schema", "json_schema": {"schema": {}}}
+    for field, value, rule in (
+        ("structured_outputs", {"json_object": True}, {"type": "object"}),
+        ("response_format", {"type": "json_object"}, {"type": "object"}),
+        ("response_format", wrapped, {}),
+    ):
+        request = SimpleNamespace(**(dict.fromkeys(names) | {field: value}))
+        assert read_text_rule(tok, request) == json_rule(rule)
+
+
 def test_thoughts_are_apart_from_the_answer(talker):
     pytest.importorskip("llguidance")
     body = dict(messages=ASK, guided_regex="<think>\n[a-z]{3}\n</think>\n\n[0-9]{2}", seed=1)
@@ -616,6 +631,9 @@ def test_what_templates_get_and_what_is_refused(talker):
     ):
         answer = talker.post(CHAT, {"messages": ASK} | body)
         assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
+    nothing = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}
+    refused = talker.post(CHAT, {"messages": ASK, "tools": TWO_TOOLS, "tool_choice": nothing})
+    assert refused.status_code == 400 and "tool_choice: allowed_tools" in refused.text
     loose = [{"type": "function", "function": {"name": "f", "parameters": {"x-guidance": {}}}}]
     how = {"messages": ASK, "tools": loose, "max_tokens": 4}
     assert talker.post(CHAT, how).status_code == 200  # not to be enforced, so it is not

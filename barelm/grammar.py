@@ -54,6 +54,7 @@ LIMITS = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+STACK_SIZE_LOCK = threading.Lock()  # the size is of all threads that begin
 # A model that knows no better would write blanks for ever. So many hold a line end and its indent.
 BLANKS = r"[\x20\x0A\x0D\x09]{1,20}"
 # As Python's json and most chat templates write it.
@@ -155,9 +156,6 @@ def compile_text(vocabulary: Vocabulary, text: str) -> Grammar:
         finally:
             threading.stack_size(usual)
     return future.result()
-
-
-STACK_SIZE_LOCK = threading.Lock()  # the size is of all threads that begin
 
 
 def lark_text(kind: str, source: Any) -> str:

@@ -196,10 +196,11 @@ class Handlers:
         return await asyncio.to_thread(api.chat_jobs, *parts)
 
     async def read_form(self, served, wanted):
-        """Compile what a request says of its answer's form: in threads for nothing else, so that
-        those who compile for long hold up none who tokenize."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.compilers, api.read_form, served, wanted)
+        """Compile what the request says of its answer's form: in threads of their own, as
+        it may take seconds, and all requests need the usual ones, to tokenize."""
+        if api.asks_for_form(wanted):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.compilers, api.read_form, served, wanted)
 
     async def responses(self, request: Request):
         body = await self.read_body(request)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from barelm import messages
 from barelm.answers import decode, token_name
 from barelm.filling import middle_tokens
-from barelm.guided import FormError, read_bias, read_grammar
+from barelm.guided import FormError, has_form, read_bias, read_grammar
 from barelm.jobs import Job, Sampling, limited, one_of
 from barelm.messages import FieldError
 from barelm.run import UserError
@@ -543,6 +543,11 @@ def check_token_ids(served: ServedModel, name: str, ids: list) -> None:
     if len(ids) > 256 or not is_ids(served.tok, ids):
         why = f"expected up to 256 ids from 0 to {served.tok.n_vocab - 1}"
         raise ApiError(400, f"{name}: {why}", name)
+
+
+def asks_for_form(request: Generation) -> bool:
+    """Whether there is something for read_form."""
+    return bool(request.plan and request.plan.tools) or has_form(request)
 
 
 def read_form(served: ServedModel, request: Generation) -> None:

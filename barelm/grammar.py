@@ -21,6 +21,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from barelm.errors import UserError
-from barelm.grammar_trial import Trial
+from barelm.grammar_trial import STACK, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,6 +42,7 @@ KINDS = ("json_schema", "json_object", "regex", "choice", "lark", "ebnf")
 LONGEST = 200_000  # characters of a grammar
 DEEPEST = 60  # objects and lists of a schema within each other
 MOST_STATES = 1000  # of a division
+INT64 = (-(2**63), 2**63 - 1)  # the library's integers; its other numbers are doubles
 MOST_COMPILED = 32  # grammars that are kept
 # Of the library, which gives up beyond them. A state of the lexer takes 1 to 2 kB.
 LIMITS = {
@@ -52,6 +55,7 @@ LIMITS = {
     "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
+STACK_SIZE_LOCK = threading.Lock()  # the size is of all threads that begin
 # A model that knows no better would write blanks for ever. So many hold a line end and its indent.
 BLANKS = r"[\x20\x0A\x0D\x09]{1,20}"
 # As Python's json and most chat templates write it.
@@ -140,11 +144,29 @@ def trial() -> Trial:
 
 @lru_cache(maxsize=MOST_COMPILED)
 def compile_text(vocabulary: Vocabulary, text: str) -> Grammar:
+    """Where a chain of rules or of $ref is long, a usual stack overflows, which ends the process:
+    so it is compiled in a thread with a larger one."""
     try:
         trial().check(HEAD + text)
     except UserError as error:
         raise UserError(one_line(error)) from None
-    return Grammar(vocabulary, text)
+    future: Future = Future()
+
+    def compile_it() -> None:
+        try:
+            future.set_result(Grammar(vocabulary, text))
+        except BaseException as error:
+            future.set_exception(error)
+
+    with STACK_SIZE_LOCK:
+        usual = threading.stack_size(STACK)
+        try:
+            threading.Thread(target=compile_it, daemon=True).start()
+        except RuntimeError:  # a system that gives no such room
+            raise UserError("no memory to compile the grammar") from None
+        finally:
+            threading.stack_size(usual)
+    return future.result()
 
 
 def lark_text(kind: str, source: Any) -> str:
@@ -165,6 +187,8 @@ def lark_text(kind: str, source: Any) -> str:
         return "start: " + " | ".join(json.dumps(text) for text in source)
     check_texts([source], "a grammar as text")
     if kind == "ebnf":
+        if "%llguidance" in source:
+            raise UserError("%llguidance is not supported: these settings are the server's")
         with library_errors():
             from llguidance.gbnf_to_lark import any_to_lark
 
@@ -225,6 +249,12 @@ def check_keywords(schema: dict) -> None:
         stack += value.values()
         check_least(value.get("minProperties"), value.get("required"))
         check_multiple(value.get("multipleOf"))
+        for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
+            check_limit(name, value.get(name))
+        options = value.get("enum")
+        for one in [value.get("const"), *(options if isinstance(options, list) else [])]:
+            if type(one) is int and abs(one) > 2**53:
+                raise UserError(f"{str(one):.30} is not supported: beyond 2**53 it is rounded")
 
 
 def check_least(least: Any, required: Any) -> None:
@@ -246,6 +276,23 @@ def check_multiple(number: Any) -> None:
     if whole > MOST_STATES:
         why = f"expected {MOST_STATES} at most, counted in its last digit"
         raise UserError(f"multipleOf = {number} is not supported: {why}")
+
+
+def check_limit(name: str, number: Any) -> None:
+    """Refuse a limit that the library would round to one that allows more."""
+    if type(number) not in (int, float) or abs(number) <= 2**53:
+        return
+    held = as_library(number)
+    is_lower = name in ("minimum", "exclusiveMinimum")
+    if held < number if is_lower else held > number:
+        raise UserError(f"{name} beyond 2**53 is not supported: numbers are rounded there")
+
+
+def as_library(number: float) -> int:
+    """A number beyond 2**53 as the library has it."""
+    low, high = INT64
+    number = min(max(number, low), high)
+    return min(int(float(number)), high)
 
 
 class Grammar:
@@ -306,11 +353,18 @@ class Guide:
                 raise UserError("the grammar allows no text from here on by this tokenizer")
             self.done = True
 
-    def allowed(self, ends: Sequence[int], must_go_on: bool = False) -> np.ndarray:
+    def allowed(
+        self, ends: Sequence[int], must_go_on: bool = False, too_early: bool = False
+    ) -> np.ndarray:
         """(ceil((n_vocab + 1) / 8),) uint8, a bit for each token that may follow, of id 0 the
         lowest of the first: `ends` (ids that end a sequence) too where the text is whole, but not
-        where it must go on and can."""
+        where it must go on and can. too_early: nor those that are a part of the text, where there
+        is another."""
         mask = self.mask.copy()
+        if too_early:
+            for id in ends:
+                mask[id // 8] &= ~np.uint8(1 << id % 8)
+            return mask if mask.any() else self.mask.copy()
         if self.may_end and not must_go_on:
             for id in ends:
                 mask[id // 8] |= 1 << id % 8
@@ -343,4 +397,7 @@ def one_line(error: BaseException | str) -> str:
     message = message.removeprefix("failed to compile JSON schema: ")
     if message.startswith("NoExtension"):
         return "no text is valid by it"
-    return " ".join(message.split())[:300]
+    message = " ".join(message.split())
+    if len(message) > 300:  # what is wrong stands at its end
+        message = f"{message[:100]} … {message[-190:]}"
+    return message

@@ -23,6 +23,7 @@ else:
 SECONDS = 5.0  # that a grammar may take
 MEMORY = 2 << 30  # bytes of the process
 WAIT = 20.0  # seconds for those before it
+STACK = 1 << 29  # bytes, of address space alone: the library recurses along rules and references
 
 
 class Trial:
@@ -95,4 +96,5 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    work()
+    threading.stack_size(STACK)
+    threading.Thread(target=work).start()

@@ -39,6 +39,12 @@ class FormError(Exception):
         self.field = field.split(".")[0]
 
 
+def has_form(request: Any) -> bool:
+    """Whether a request says anything of its answer's form."""
+    names = (*FORMS, "structured_outputs", "response_format")
+    return any(getattr(request, name) is not None for name in names)
+
+
 def forms_of(request: Any) -> list[tuple[str, str, Any]]:
     """[(field, kind of grammar, its source)] of what a request asks for."""
     forms = []
@@ -123,10 +129,11 @@ def read_bias(tok: Tokenizer, value: Any) -> dict[int, float]:
         raise FormError("logit_bias", "expected an object of ids and numbers")
     bias = {}
     for name, number in value.items():
-        if not (name.isascii() and name.isdecimal() and int(name[:9]) < tok.n_vocab):
+        is_number = name.isascii() and name.isdecimal() and len(name) < 10
+        if not is_number or int(name) >= tok.n_vocab:
             raise FormError("logit_bias", f"{name[:20]!r}: expected ids below {tok.n_vocab}")
         if type(number) not in (int, float) or not -LARGEST_BIAS <= number <= LARGEST_BIAS:
             limits = f"expected numbers from -{LARGEST_BIAS} to {LARGEST_BIAS}"
             raise FormError("logit_bias", f"of {name[:20]}: {limits}")
-        bias[int(name[:9])] = float(number)
+        bias[int(name)] = float(number)
     return bias

@@ -169,8 +169,8 @@ class Job:
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next, by the guide: as `Guide.allowed` has them."""
-        is_early = self.goes_on or self.n_generated < self.sampling.min_tokens
-        return self.guide.allowed(self.row.ends, is_early)
+        too_early = self.n_generated < self.sampling.min_tokens
+        return self.guide.allowed(self.row.ends, self.goes_on, too_early)
 
     def news(self) -> Update:
         """The Update of what was not told yet."""

@@ -90,6 +90,9 @@ class Tokenizer:
         self.n_vocab = 1 + max([*self.bytes, *self.special.values()])  # ids may have gaps
         # Finds the special tokens in what a chat template wrote.
         self.marks = any_of(special_names)
+        names = [name for name in special_names if not name[:1].isalnum()]  # else a role may be one
+        self.longest_name = max(map(len, names), default=0)
+        self.name_beginnings = {name[:n] for name in names for n in range(1, len(name))}
         # Finds those that are text before the encoder sees it; None where there are none. The
         # library finds them by itself.
         self.plain = None
@@ -360,12 +363,18 @@ class Tokenizer:
 
     def without_names(self, messages: Any, hide: str) -> Any:
         """The messages, or another value of JSON, the names of special tokens in them broken by
-        the letter `hide`."""
+        the letter `hide`: also where the rest of a name may stand in what the template puts next,
+        such as another text."""
 
         def break_name(match):
             return match[0][0] + hide + match[0][1:]  # <|im_end|> is no name with `hide` behind <
 
-        return veiled(messages, lambda content: self.marks.sub(break_name, content))
+        def veil(text):
+            text = self.marks.sub(break_name, text)
+            ends = (text[-n:] for n in range(1, self.longest_name))
+            return text + hide if any(end in self.name_beginnings for end in ends) else text
+
+        return veiled(messages, veil)
 
     def marked_answers(
         self, messages: list[dict], answers: str, begin: str, end: str, extra: dict

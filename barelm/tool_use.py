@@ -114,6 +114,8 @@ def read_allowed(choice: dict, tools: list[dict]) -> tuple[list[dict], bool]:
     for entry in entries:
         inner = entry.get("function") if isinstance(entry, dict) else None
         names.append(inner.get("name") if isinstance(inner, dict) else None)
+    if mode == "required" and not names:
+        raise FieldError("tool_choice", "allowed_tools: required, and no tool is")
     return named_tools(names, tools), mode == "required"
 
 

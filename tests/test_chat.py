@@ -342,6 +342,17 @@ def test_names_of_special_tokens_in_a_conversation_are_text():
     assert text == ' to=<|end|><|message|>{"a": ["<|call|>"]}<|call|>'
 
 
+def test_two_texts_beside_each_other_make_no_special_token():
+    tok = tokenizer(
+        "{% for m in messages %}<|start|>{{ m.role }}{{ m.content }}{{ m.name }}<|end|>{% endfor %}"
+    )
+    for content, name in (("<|en", "d|>"), ("<", "EOS>"), ("a <|end|", ">"), ("<<|end|", ">")):
+        ids, _ = tok.chat([{"role": "user", "content": content, "name": name}])
+        assert ids == naive(tok, [("<|start|>", 0)])[0] + [
+            *tok.encode(f"user{content}"), *tok.encode(name), tok.special["<|end|>"]
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "form, end", [("harmony", "<|return|>"), ("two ends", "<|end|>"), ("no end", None),
                   ("last ends", "<|end|>"), ("stripped", "<EOS>"), ("rewritten", "<|end|>")]

@@ -111,6 +111,9 @@ def test_what_cannot_be_held_is_refused_by_name():
         ({"x-guidance": {"lenient": True}, "not": {}}, "x-guidance"),
         ({"$ref": "#"}, "no text"),
         ({"type": "integer", "minimum": 3, "maximum": 1}, "minimum"),
+        ({"type": "integer", "minimum": 2**64, "maximum": 2**65}, "minimum beyond 2**53"),
+        ({"type": "number", "maximum": -(2**53) - 1}, "maximum beyond 2**53"),
+        ({"enum": [1, 2**53 + 1]}, "9007199254740993"),
         ([], "object"),
     ]
     for schema, word in refused:
@@ -127,10 +130,34 @@ def test_what_cannot_be_held_is_refused_by_name():
         ("choice", ["\ud800"]),
         ("lark", "start"),
         ("ebnf", "root ::= ("),
+        ("ebnf", '%llguidance {"no_forcing": false}\nstart: "a"'),
         ("x", 1),
     ]:
         with pytest.raises(UserError):
             compile_grammar(tok, kind, source)
+    with pytest.raises(UserError, match="too deeply|nest") as told:  # what is wrong is not cut off
+        compile_grammar(tok, "regex", "(" * 999 + "a" + ")" * 999)
+    assert len(str(told.value)) <= 300
+
+
+def test_limits_that_are_rounded_to_narrower_ones_are_taken():
+    tok = bpe_tokenizer([])
+    limits = {"type": "integer", "minimum": 0, "maximum": 2**64}  # as of an unsigned number
+    assert compile_grammar(tok, "json_schema", limits).begin().mask.any()
+
+
+def test_long_chains_of_references_and_rules_do_not_overflow_the_stack():
+    tok = bpe_tokenizer([])
+    n = 1400
+    definitions = {"d1400": {"type": "integer"}}
+    for i in range(n):
+        inner = {"a": {"$ref": f"#/$defs/d{i + 1}"}}
+        definitions[f"d{i}"] = {"type": "object", "properties": inner, "required": ["a"]}
+    schema = {"$defs": definitions, "$ref": "#/$defs/d0"}
+    assert compile_grammar(tok, "json_schema", schema).begin().mask.any()
+    rules = [f't{i}: "b" t{i + 1} "c"' for i in range(8000)]
+    grammar = "\n".join(["start: t0", *rules, 't8000: "a"'])
+    assert compile_grammar(tok, "ebnf", grammar).begin().mask.any()
 
 
 def test_a_grammar_is_compiled_once():
@@ -178,6 +205,14 @@ def test_each_form_of_a_request_is_read(fields, kind):
     forms = guided.forms_of(request)
     assert [form[1] for form in forms] == [kind] * (kind is not None)
     assert (guided.read_grammar(bpe_tokenizer([]), request) is None) == (kind is None)
+
+
+def test_an_id_of_a_bias_is_read_whole():
+    tok = bpe_tokenizer([])
+    assert guided.read_bias(tok, {"5": 1, "007": 2}) == {5: 1.0, 7: 2.0}
+    for name in ("0000000005", "1" * 99, "-1", "²", ""):
+        with pytest.raises(guided.FormError, match="expected ids"):
+            guided.read_bias(tok, {name: 1})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,6 +316,17 @@ def test_ends_come_where_the_text_is_whole_and_not_before_min_tokens(loaded):
         assert (end in out.ids) == (not goes_on) and len(out.text) >= 2
         if least:
             assert len(out.ids) == least + 1
+
+
+def test_stop_token_ids_that_are_text_wait_for_min_tokens(loaded):
+    net, tok = loaded
+    letters = [tok.encode(letter)[0] for letter in "abcdefghijklm"]
+    for stops, n in ((letters, 13), ([*tok.bytes], 1)):  # of the second nothing else is allowed
+        guide = compile_grammar(tok, "regex", "[a-z]{90}").begin()
+        sampling = Sampling(min_tokens=12, logit_bias={id: 100.0 for id in letters})
+        job = Job(tok, [5], 30, sampling, lambda update: None, ends=stops, guide=guide)
+        run_jobs(Engine(net, tok, max_batch=1, max_len=64), [job])
+        assert len(job.row.out.ids) == n and job.row.out.ids[-1] in stops
 
 
 # --------------------------------------------------------------------------------------------------

@@ -597,6 +597,20 @@ def test_a_text_with_a_form_or_a_call(talker):
     assert kinds == {True, False}
 
 
+def test_any_json_and_an_object_are_two_things_beside_tools():
+    pytest.importorskip("llguidance")
+    tok = tokenizer(None)
+    names = [*FORM_FIELDS, "structured_outputs", "response_format"]
+    wrapped = {"type": "json_schema", "json_schema": {"schema": {}}}
+    for field, value, rule in (
+        ("structured_outputs", {"json_object": True}, {"type": "object"}),
+        ("response_format", {"type": "json_object"}, {"type": "object"}),
+        ("response_format", wrapped, {}),
+    ):
+        request = SimpleNamespace(**(dict.fromkeys(names) | {field: value}))
+        assert read_text_rule(tok, request) == json_rule(rule)
+
+
 def test_thoughts_are_apart_from_the_answer(talker):
     pytest.importorskip("llguidance")
     body = dict(messages=ASK, guided_regex="<think>\n[a-z]{3}\n</think>\n\n[0-9]{2}", seed=1)
@@ -641,6 +655,9 @@ def test_what_templates_get_and_what_is_refused(talker):
     ):
         answer = talker.post(CHAT, {"messages": ASK} | body)
         assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
+    nothing = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}
+    refused = talker.post(CHAT, {"messages": ASK, "tools": TWO_TOOLS, "tool_choice": nothing})
+    assert refused.status_code == 400 and "tool_choice: allowed_tools" in refused.text
     loose = [{"type": "function", "function": {"name": "f", "parameters": {"x-guidance": {}}}}]
     how = {"messages": ASK, "tools": loose, "max_tokens": 4}
     assert talker.post(CHAT, how).status_code == 200  # not to be enforced, so it is not

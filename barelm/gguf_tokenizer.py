@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import copy
 import unicodedata
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from barelm.encoders import LibraryEncoder
@@ -66,7 +67,7 @@ def names_and_types(tok: Tokenizer, vocab: dict[str, int], vocab_size: int) -> t
         tokens[added["id"]] = added["content"]
         types[added["id"]] = "CONTROL" if added["special"] else "USER_DEFINED"
     if len(set(tokens)) < len(tokens):
-        twice = next(token for token in tokens if tokens.count(token) > 1)
+        [(twice, _)] = Counter(tokens).most_common(1)
         raise refusal(f"llama.cpp wants a name for each token: {twice!r:.60} is two's")
     return tokens, types
 

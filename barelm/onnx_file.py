@@ -195,8 +195,8 @@ def trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: lis
             why = str(error).strip().splitlines()[-1]
             raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
     model = program.model_proto
-    made = [output.name for output in model.graph.output]
-    return Piece(model, list(inputs), list(parameters), made)
+    names = [output.name for output in model.graph.output]
+    return Piece(model, list(inputs), list(parameters), names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,8 +495,8 @@ def external(name: str, tensor: Tensor, file: str, offset: int) -> Any:
 
 
 def genai_config(net: GPT, tok: Tokenizer) -> dict:
-    """What onnxruntime-genai's reader wants to know of a decoder's graph, its genai_config.json; of a
-    tokenizer that names an end token."""
+    """genai_config.json: what onnxruntime-genai's reader wants to know of a decoder's graph. Its
+    tokenizer has to name an end token."""
     c = net.config
     end_id = tok.eos_ids[0]
     kind = family(c)

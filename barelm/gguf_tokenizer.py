@@ -250,12 +250,12 @@ def sentencepiece_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
 def unigram_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
     """SentencePiece's Unigram: T5's, XLM-RoBERTa's."""
     body = tok.spec["model"]
-    vocab = {}
+    id_of = {}
     scores = [UNREACHED] * vocab_size
     for id, (token, score) in enumerate(body["vocab"]):
-        vocab[token] = id
+        id_of[token] = id
         scores[id] = score
-    tokens, types = names_and_types(tok, vocab, vocab_size)
+    tokens, types = names_and_types(tok, id_of, vocab_size)
     unk_id = body.get("unk_id")
     if unk_id is None:
         raise refusal("a Unigram tokenizer without an unknown token, which llama.cpp wants")

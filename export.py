@@ -314,8 +314,12 @@ def export_onnx(net, tok, path):
     if not result.good:
         raise UserError("--export=onnx: these are not the model's logits; nothing was written")
     write_companions(path.parent, net, tok)
-    if has_cache(net):
+    if has_cache(net) and tok.eos_ids:
         write_json(path.with_name("genai_config.json"), genai_config(net, tok))
+    elif has_cache(net):
+        print("note: the tokenizer names no end token: without it there is no genai_config.json")
+    if net.task == "embed":
+        print("note: the graph gives logits, and no vectors of texts")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -354,6 +354,10 @@ def conversation_of(row, which):
     prompt = row["prompt"]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise UserError("prompt: expected a text or a list of messages")
+    if not isinstance(row[which], str):
+        raise UserError(f"{which}: expected a text")
     if not row[which].strip():
         raise UserError(f"{which} is empty")
     return [*prompt, {"role": "assistant", "content": row[which]}]

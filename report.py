@@ -168,9 +168,7 @@ def compare_runs():
     as JSON beside it. A folder of scores alone, such as a model of the Hub, has no losses."""
     runs = runs_to_compare()
     path = Path(report)
-    if not path.name or path.suffix in (".svg", ".json"):
-        why = "expected a name such as report.md: the picture, report.svg, stands beside it"
-        raise UserError(f"--report={report}: {why}")
+    check_report(path)
     scores = {run: read_scores(run) for run in runs}
     logs = {}
     without_log = []
@@ -196,6 +194,16 @@ def compare_runs():
     write_report(path, "\n".join(text))
     write_report(svg_path, picture(charts))
     write_report(path.with_suffix(".json"), json.dumps(score_record(scores), indent=1) + "\n")
+
+
+def check_report(path):
+    """Refuse a name beside which no picture and no scores can be written."""
+    if not path.name or path.suffix in (".svg", ".json"):
+        why = "expected a name such as report.md: the picture, report.svg, stands beside it"
+        raise UserError(f"--report={report}: {why}")
+    record = path.with_suffix(".json")
+    if record.exists() and not path.exists():  # such as a run's results.json
+        raise UserError(f"--report={report}: {record} is there, and of no report: another name")
 
 
 def write_report(path, text):

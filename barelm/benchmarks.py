@@ -21,6 +21,7 @@ from barelm.tasks import (
     LETTERS,
     Question,
     Task,
+    all_texts,
     choices_of,
     exact_match,
     extract,
@@ -47,6 +48,13 @@ def read_commonsense_qa(row: dict) -> Question:
     """The same of another wording."""
     choices, right = choices_of(row)
     return by_letter(f"Question: {row['question'].strip()}", choices, right)
+
+
+def text_of(row: dict, key: str) -> str:
+    """A field of a row that is a text: null would be asked about as None."""
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key!r} is no text")
+    return row[key]
 
 
 def by_letter(question: str, choices: list[str], right: int) -> Question:
@@ -93,12 +101,14 @@ def read_winogrande(row: dict) -> Question:
 
 def read_piqa(row: dict) -> Question:
     choices, right = choices_of({"choices": [row["sol1"], row["sol2"]], "answer": row["label"]})
-    return Question(f"Question: {row['goal']}\nAnswer:", right, choices)
+    return Question(f"Question: {text_of(row, 'goal')}\nAnswer:", right, choices)
 
 
 def read_boolq(row: dict) -> Question:
     choices, right = choices_of({"choices": ["no", "yes"], "answer": int(row["label"])})
-    return Question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", right, choices)
+    passage = text_of(row, "passage")
+    question = text_of(row, "question")
+    return Question(f"{passage}\nQuestion: {question}?\nAnswer:", right, choices)
 
 
 def read_openbookqa(row: dict) -> Question:
@@ -132,9 +142,9 @@ def read_lambada(row: dict) -> Question:
 
 def read_triviaqa(row: dict) -> Question:
     aliases = row["answer"]["aliases"]
-    if not isinstance(aliases, list) or not aliases:
+    if not isinstance(aliases, list) or not aliases or not all_texts(aliases):
         raise ValueError("no list of aliases in its answer")
-    return Question(f"Question: {row['question']}?\nAnswer:", aliases[0])
+    return Question(f"Question: {text_of(row, 'question')}?\nAnswer:", aliases[0])
 
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -19,6 +19,7 @@ import math
 import os
 import random
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -192,7 +193,8 @@ def fetch_core(name: str, folder: str) -> None:
         with zipfile.ZipFile(archive_path) as archive:
             for task in absent:
                 unpack(archive, task, place)
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+    # RuntimeError: of bits that ask for a password, or for another way of compressing.
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, RuntimeError) as error:
         why = f"cannot be unpacked: {str(error)[:200]}"
         raise UserError(f"{archive_path}: {why}: remove it, and run it again") from None
     os.unlink(archive_path)

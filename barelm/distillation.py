@@ -58,10 +58,10 @@ def open_teacher(
         be_deterministic(net)
     net.requires_grad_(False)
     size = bytes_of(net)
-    held = "shared by all processes" if run.is_divided else "on each process"
+    where = "shared by all processes" if run.is_divided else "on each process"
     run.say(
         f"teacher: {folder}, {n_params(net):,} parameters, {size / 2**20:,.1f} MiB as {weights} "
-        f"{held}"
+        f"{where}"
     )
     if run.is_divided:
         parallelize(net, run.mesh, computing)

@@ -119,15 +119,14 @@ def mixture_type(name: str, usual: str, c: GPTConfig) -> str:
 
 def as_array(gguf: Any, t: Tensor, type_name: str) -> np.ndarray:
     """A tensor as a NumPy array of one of GGUF's types; what is no float is bytes (…, bytes of a
-    row)."""
+    row). UserError where a weight is too large for it."""
     values = t.detach().float().contiguous().numpy()
+    # The step of a block of codes is a float16 as well.
+    if type_name != "F32" and np.abs(values).max() > np.finfo(np.float16).max:
+        raise UserError(f"--export=gguf: a weight is beyond float16 ({type_name}): --gguf_type=F32")
     if type_name in K_QUANTS:
         return quantize(values, type_name)
-    with np.errstate(over="ignore"):
-        array = gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name])
-    if type_name == "F16" and not np.isfinite(array).all():
-        raise UserError("--gguf_type=F16: a weight is beyond float16: --gguf_type=F32")
-    return array
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name])
 
 
 # --------------------------------------------------------------------------------------------------

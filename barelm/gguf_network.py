@@ -186,6 +186,8 @@ def add_network(writer: Any, gguf: Any, net: GPT, kind: str) -> None:
         writer.add_expert_feed_forward_length(c.expert_hidden)
     if not c.causal:
         add_encoder(writer, gguf, net)
+    if not c.causal or net.task == "embed":
+        add_pooling(writer, gguf, net)
     if c.is_seq2seq:
         writer.add_decoder_block_count(c.n_layer)
         writer.add_relative_attn_buckets_count(c.n_buckets)
@@ -223,12 +225,18 @@ def plain_yarn(scaling: dict) -> dict:
     }
 
 
+def add_pooling(writer: Any, gguf: Any, net: GPT) -> None:
+    """Add which state is a text's vector; of an encoder that was made for none, the mean."""
+    pooling = {"first": gguf.PoolingType.CLS, "mean": gguf.PoolingType.MEAN}
+    if net.task == "embed":
+        pooling["last"] = gguf.PoolingType.LAST
+    writer.add_pooling_type(pooling.get(net.pooling, gguf.PoolingType.MEAN))
+
+
 def add_encoder(writer: Any, gguf: Any, net: GPT) -> None:
-    """Add who sees whom in an encoder, and what of its states is a text's vector."""
+    """Add who sees whom in an encoder."""
     c = net.config
     writer.add_causal_attention(False)
-    first = net.pooling == "first"
-    writer.add_pooling_type(gguf.PoolingType.CLS if first else gguf.PoolingType.MEAN)
     if c.n_types:
         writer.add_token_type_count(c.n_types)
     if c.pos != "rope":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import copy
 import unicodedata
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from barelm.encoders import LibraryEncoder
@@ -66,7 +67,7 @@ def names_and_types(tok: Tokenizer, vocab: dict[str, int], vocab_size: int) -> t
         tokens[added["id"]] = added["content"]
         types[added["id"]] = "CONTROL" if added["special"] else "USER_DEFINED"
     if len(set(tokens)) < len(tokens):
-        twice = next(token for token in tokens if tokens.count(token) > 1)
+        [(twice, _)] = Counter(tokens).most_common(1)
         raise refusal(f"llama.cpp wants a name for each token: {twice!r:.60} is two's")
     return tokens, types
 
@@ -249,12 +250,12 @@ def sentencepiece_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
 def unigram_vocab(tok: Tokenizer, vocab_size: int) -> LlamaVocab:
     """SentencePiece's Unigram: T5's, XLM-RoBERTa's."""
     body = tok.spec["model"]
-    vocab = {}
+    id_of = {}
     scores = [UNREACHED] * vocab_size
     for id, (token, score) in enumerate(body["vocab"]):
-        vocab[token] = id
+        id_of[token] = id
         scores[id] = score
-    tokens, types = names_and_types(tok, vocab, vocab_size)
+    tokens, types = names_and_types(tok, id_of, vocab_size)
     unk_id = body.get("unk_id")
     if unk_id is None:
         raise refusal("a Unigram tokenizer without an unknown token, which llama.cpp wants")

@@ -195,8 +195,8 @@ def trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: lis
             why = str(error).strip().splitlines()[-1]
             raise UserError(f"--export=onnx: torch cannot export this network: {why}") from None
     model = program.model_proto
-    made = [output.name for output in model.graph.output]
-    return Piece(model, list(inputs), list(parameters), made)
+    names = [output.name for output in model.graph.output]
+    return Piece(model, list(inputs), list(parameters), names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,8 +495,10 @@ def external(name: str, tensor: Tensor, file: str, offset: int) -> Any:
 
 
 def genai_config(net: GPT, tok: Tokenizer) -> dict:
-    """What onnxruntime-genai's reader wants to know of a decoder's graph: its genai_config.json."""
+    """genai_config.json: what onnxruntime-genai's reader wants to know of a decoder's graph. Its
+    tokenizer has to name an end token."""
     c = net.config
+    end_id = tok.eos_ids[0]
     kind = family(c)
     if kind not in GENAI_TYPES:
         kind = "llama"  # any decoder with these inputs: the name chooses no mathematics
@@ -518,9 +520,9 @@ def genai_config(net: GPT, tok: Tokenizer) -> dict:
         "type": kind,
         "context_length": c.n_ctx,
         "vocab_size": c.vocab_size,
-        "bos_token_id": tok.eot_id or 0 if tok.bos_id is None else tok.bos_id,
+        "bos_token_id": end_id if tok.bos_id is None else tok.bos_id,
         "eos_token_id": tok.eos_ids,
-        "pad_token_id": tok.eos_ids[0] if tok.pad_id is None else tok.pad_id,
+        "pad_token_id": end_id if tok.pad_id is None else tok.pad_id,
         "decoder": decoder,
     }
     # Its own cache, of a fixed length, is one of another attention than a plain graph's.

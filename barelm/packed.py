@@ -39,6 +39,7 @@ class Packing:
     group_size: int  # inputs that share a step; 0: all of them
     zero_shift: int = 0  # a zero is what is stored plus this
     has_zeros: bool = True  # false: all are the middle of the codes' range, and may be absent
+    has_order: bool = False  # groups are no neighbours: the files say the group of each input
     transposed: bool = False  # the family's matrices are (in, out)
 
     @property
@@ -46,8 +47,11 @@ class Packing:
         """{the end of a tensor's name: whether each packed matrix has it}."""
         if self.layout == "compressed":
             ends = {".weight_packed": True, ".weight_scale": True, ".weight_shape": True}
-            return ends | {".weight_zero_point": self.has_zeros, ".weight_g_idx": False}
-        return {".qweight": True, ".qzeros": True, ".scales": True, ".g_idx": False}
+            return ends | {
+                ".weight_zero_point": self.has_zeros,
+                ".weight_g_idx": self.has_order,
+            }
+        return {".qweight": True, ".qzeros": True, ".scales": True, ".g_idx": self.has_order}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +113,9 @@ def gptq_packing(q: dict, path: Path | str) -> Packing:
         raise refused(path, "pack_dtype", q["pack_dtype"], "expected int32")
     bits = number_of_bits(q, "bits", (2, 3, 4, 8), path)
     shift = 1 if form == "gptq" else 0
-    return Packing("gptq", bits, size_of_group(q, "group_size", path), shift)
+    size = size_of_group(q, "group_size", path)
+    has_order = size > 0 and bool(q.get("desc_act"))
+    return Packing("gptq", bits, size, shift, has_order=has_order)
 
 
 def awq_packing(q: dict, path: Path | str) -> Packing:
@@ -152,7 +158,8 @@ def compressed_packing(q: dict, path: Path | str) -> Packing:
     if weights["strategy"] == "group":
         size = size_of_group(weights, "group_size", path)
     has_zeros = weights.get("symmetric", True) is False
-    return Packing("compressed", bits, size, has_zeros=has_zeros)
+    has_order = size > 0 and weights.get("actorder") in (True, "group", "dynamic")
+    return Packing("compressed", bits, size, has_zeros=has_zeros, has_order=has_order)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,11 +255,14 @@ def weights_in(words: int, packing: Packing, where: str) -> int:
 # The weights
 
 
-def unpack_complete(tensors: dict, packing: Packing, folder: Path, dtype: torch.dtype) -> None:
+def unpack_complete(
+    tensors: dict, layers: dict, packing: Packing, folder: Path, dtype: torch.dtype
+) -> None:
     """Replace in {name: tensor}, which is changed, each packed matrix that is complete by its
-    weights in dtype, one after another: parts may stand in the next file."""
-    for layer, names in matrices(tensors, packing).items():
-        if not packing_is_whole(names, packing):
+    weights in dtype, one after another: parts may stand in the next file. layers: the `matrices`
+    of all files of the folder."""
+    for layer, names in layers.items():
+        if not tensors.keys() >= set(names.values()):
             continue
         parts = {end: tensors.pop(name) for end, name in names.items()}
         name = f"{layer}.weight"
@@ -260,10 +270,6 @@ def unpack_complete(tensors: dict, packing: Packing, folder: Path, dtype: torch.
         check_finite(folder, {name: weight}, dtype)
         weight = weight.to(dtype)
         tensors[name] = weight.t().contiguous() if packing.transposed else weight
-
-
-def packing_is_whole(names: dict, packing: Packing) -> bool:
-    return all(end in names for end, needed in packing.parts.items() if needed)
 
 
 def unpacked(parts: dict[str, Tensor], packing: Packing, where: str) -> Tensor:

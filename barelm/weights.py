@@ -10,7 +10,7 @@ import torch
 
 from barelm.families import FAMILIES
 from barelm.files import read_json
-from barelm.packed import unpack_complete, unpacked_entries
+from barelm.packed import matrices, unpack_complete, unpacked_entries
 from barelm.quantized import QuantizedLinear
 from barelm.run import UserError
 from barelm.safetensors import INDEX, check_finite, entries_of, read_safetensors
@@ -150,6 +150,7 @@ def read_weights(
     if is_step(folder):
         return read_step(folder, dtype)
     tensors = {}
+    layers = {} if packing is None else packed_layers(folder, table, packing)
     for path in weights_of(folder):
         part, _ = read_safetensors(path)
         part = todays_names(part, table)
@@ -158,10 +159,18 @@ def read_weights(
         tensors |= part
         if packing is not None:
             del part  # which would keep what is unpacked
-            unpack_complete(tensors, packing, folder, dtype)
+            unpack_complete(tensors, layers, packing, folder, dtype)
     for copy, name in table.copies:
         check_copy(folder, tensors, copy, name, table.prefix)
     return without_copies(tensors, table)  # in the files' own dtypes
+
+
+def packed_layers(folder: Path, table: TensorNames, packing: Packing) -> dict[str, dict[str, str]]:
+    """The `matrices` of a folder's files, by their heads alone."""
+    names: dict = {}
+    for path in weights_of(folder):
+        names |= todays_names(entries_of(path), table)
+    return matrices(names, packing)
 
 
 def check_copy(folder: Path, tensors: dict, copy: Tensor, name: str, prefix: str) -> None:

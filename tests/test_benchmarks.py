@@ -155,6 +155,21 @@ def test_bad_rows_are_a_line(name):
         assert "\n" not in str(error.value)
 
 
+TEXT_FIELDS = {"piqa": ["goal"], "boolq": ["passage", "question"], "triviaqa": ["question"]}
+
+
+def test_what_is_no_text_is_not_asked_about():
+    for name, keys in TEXT_FIELDS.items():
+        for key in keys:
+            row = ROWS[name][0]
+            for value in (None, ["a"]):
+                with pytest.raises(UserError, match=f"^{name}: '{key}' is no text, in the row"):
+                    read_row(replace(TASKS[name], name=name), row | {key: value})
+    row = {"question": "q", "answer": {"aliases": ["a", None]}}  # before hours of answers
+    with pytest.raises(UserError, match="no list of aliases"):
+        read_row(replace(TASKS["triviaqa"], name="triviaqa"), row)
+
+
 # ------------------------------------------------------------------------------- a small network
 
 WORDS = "the cat sat on a mat because it was warm and number answer question is of five".split()
@@ -466,6 +481,24 @@ def test_the_bundle_is_fetched_checked_and_unpacked(small, tmp_path, monkeypatch
     with pytest.raises(UserError, match="eval_bundle.zip: cannot be unpacked"):
         core_tasks.fetch_core("core", str(tmp_path / "again"))
     server.shutdown()
+
+
+def test_a_bundle_with_a_wrong_bit_is_a_line(tmp_path, monkeypatch):
+    task = replace(CORE[5], n_rows=100)
+    monkeypatch.setattr(core_tasks, "CORE", [task])
+    monkeypatch.setattr(core_tasks, "download", lambda url, path: None)
+    rows = "".join(json.dumps({"query": f"{i * 7919 % 1000} words"}) + "\n" for i in range(100))
+    path = tmp_path / "core/eval_bundle.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"eval_bundle/eval_data/{task.file}", rows)
+    whole = path.read_bytes()
+    for place in range(120, len(whole) - 120, 40):
+        torn = bytearray(whole)
+        torn[place] ^= 8
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match="eval_bundle.zip: "):
+            core_tasks.fetch_core("core", str(tmp_path))
 
 
 CORE_REFUSALS = {

@@ -236,6 +236,28 @@ def test_yarn_of_another_length_and_a_scaled_head(tmp_path):
     np.testing.assert_allclose(tensors["dec.output_norm.weight"], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+def test_the_state_that_stands_for_a_text_is_named(kind, tmp_path):
+    tokenizer, settings = FAMILIES[kind]
+    net = network(dict(model_type=kind) | settings)
+    net.task = "embed"
+    numbers = {"mean": 1, "first": 2, "last": 3}  # llama.cpp's
+    for net.pooling, number in numbers.items():
+        write_gguf(net, named_tokenizer(tokenizer), tmp_path / "m.gguf", "F32")
+        keys, _ = contents(tmp_path / "m.gguf")
+        assert keys[f"{kind}.pooling_type"] == number
+
+
+def test_a_weight_too_large_for_a_type_is_a_line():
+    wide = torch.zeros(1, 256)
+    wide[0, 3] = 1e5
+    for name in ("F16", "Q8_0", "Q4_0", "Q5_1", *K_QUANTS):
+        with pytest.raises(UserError, match=f"beyond float16 .{name}.: --gguf_type=F32"):
+            as_array(gguf, wide, name)
+        assert as_array(gguf, wide / 2, name).size
+    assert as_array(gguf, wide, "F32")[0, 3] == 1e5
+
+
 def test_any_dtype_is_written_as_its_own_values(tmp_path):
     """Without a float32 copy of the whole network."""
     net, tok, _, _ = written("llama", tmp_path)

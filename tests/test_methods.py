@@ -21,7 +21,7 @@ from barelm.clean import Reject
 from barelm.distillation import divergence, last_answer, other_tokens, with_own_answers
 from barelm.examples import IGNORED, pack_rows
 from barelm.ratings import rows_of_ratings, thumbs_of
-from barelm.run import Run
+from barelm.run import Run, UserError
 from barelm.tasksets import as_kto
 from barelm.tokenizer import Tokenizer
 from barelm.tuning import Learner
@@ -297,6 +297,15 @@ def test_a_teacher_has_the_same_tokens(tok, tiny):
 
 # --------------------------------------------------------------------------------------------------
 # Rows
+
+
+def test_a_rated_row_that_is_none_is_left_out_with_the_field(tok):
+    row = {"prompt": "Hi", "completion": "Hello", "label": True}
+    assert finetune.read_rated(row, tok, 64)["desirable"] is True
+    bad = {"label": "true", "prompt": 5, "completion": None}
+    for key, value in bad.items():
+        with pytest.raises(UserError, match=f"^{key}: expected "):
+            finetune.read_rated(row | {key: value}, tok, 64)
 
 
 def test_kto_rows_of_every_known_form():

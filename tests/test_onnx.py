@@ -1,6 +1,7 @@
 """ONNX files: onnxruntime's numbers beside the network's own, with padding, with a cache and
 without; the names that other programs' readers look for."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -139,6 +140,18 @@ def test_a_classifier_has_scores_and_no_cache(tok, tmp_path):
     with torch.no_grad():
         expected = net.scores(texts)
     torch.testing.assert_close(torch.from_numpy(scores), expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+def test_a_tokenizer_without_an_end_and_a_model_of_vectors_are_told(tok, tmp_path, capsys):
+    net = net_for(tok, n_layer=1, **QWEN3)
+    net.task = "embed"
+    endless = copy.copy(tok)
+    endless.eos_ids = []
+    export.export_onnx(net, endless, tmp_path / "model.onnx")
+    assert not (tmp_path / "genai_config.json").exists()
+    said = capsys.readouterr().out
+    assert "names no end token" in said and "no vectors" in said
 
 
 def test_agreement_is_by_the_largest_logit_and_the_mean_square():

@@ -208,6 +208,27 @@ def test_a_family_whose_matrices_stand_the_other_way(tmp_path):
     same_weights(tmp_path / "packed", tmp_path / "plain", matrices)
 
 
+def test_the_order_of_inputs_may_stand_in_the_last_file_but_not_be_absent(tmp_path):
+    packed_folder(tmp_path, "gptq-order")
+    expected = load(tmp_path)[0].state_dict()
+    tensors, metadata = read_safetensors(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    orders = {name: t for name, t in tensors.items() if name.endswith(".g_idx")}
+    rest = {name: t for name, t in tensors.items() if name not in orders}
+    where = {}
+    for number, part in enumerate((rest, orders)):
+        where |= dict.fromkeys(part, f"model-{number}.safetensors")
+        with open(tmp_path / f"model-{number}.safetensors", "wb") as file:
+            write_safetensors(file, part, metadata)
+    write_json(tmp_path / INDEX, {"weight_map": where})
+    net, _ = load(tmp_path)
+    for key, t in net.state_dict().items():
+        assert torch.equal(t, expected[key]), key
+    write_json(tmp_path / INDEX, {"weight_map": dict.fromkeys(rest, "model-0.safetensors")})
+    with pytest.raises(UserError, match="g_idx is missing, of a packed matrix"):
+        load(tmp_path)
+
+
 def test_the_packers_of_compressed_tensors(tmp_path):
     packers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     generator = torch.Generator().manual_seed(2)

@@ -115,6 +115,10 @@ def test_models_without_a_log_and_the_parts_of_core_are_compared(tmp_path):
         ["core.copa centered", "0.2 ± 0.1 ~", "0.3 ± 0.1 *", "100"],
     ]
     assert "a: no log.jsonl, so no loss" in lines and (tmp_path / "r/s/t.json").exists()
+    before = (tmp_path / "a/results.json").read_text()
+    done = run(tmp_path, "report.py", "--compare", "a", "b", "--report=a/results.md", check=False)
+    assert done.returncode == 1 and "a/results.json is there, and of no report" in done.stderr
+    assert (tmp_path / "a/results.json").read_text() == before
 
 
 def test_runs_without_tokens_are_shown_by_step(tmp_path):

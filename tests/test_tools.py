@@ -608,7 +608,7 @@ def test_any_json_and_an_object_are_two_things_beside_tools():
         ("response_format", wrapped, {}),
     ):
         request = SimpleNamespace(**(dict.fromkeys(names) | {field: value}))
-        assert read_text_rule(tok, request) == json_rule(rule)
+        assert read_text_rule(tok, request, True) == json_rule(rule)
 
 
 def test_thoughts_are_apart_from_the_answer(talker):

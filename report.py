@@ -202,7 +202,7 @@ def check_report(path):
         why = "expected a name such as report.md: the picture, report.svg, stands beside it"
         raise UserError(f"--report={report}: {why}")
     record = path.with_suffix(".json")
-    if record.exists() and not path.exists():  # such as a run's results.json
+    if os.path.exists(record) and not os.path.exists(path):  # such as a run's results.json
         raise UserError(f"--report={report}: {record} is there, and of no report: another name")
 
 

@@ -65,6 +65,8 @@ def check_gguf(c: GPTConfig, tok: Tokenizer) -> LlamaVocab:
         raise UserError("--export=gguf: the tokenizer names no end token (tokenizer_config.json)")
     if len(tok.start) > 1 or len(tok.end) > 1:
         raise refusal("llama.cpp puts one token before and one behind a text, this tokenizer more")
+    if len(tok.eos_ids) > 3:
+        notes.append(f"a GGUF file names three tokens that end an answer, not {len(tok.eos_ids)}")
     vocab = llama_vocab(tok, c.vocab_size)
     vocab.notes = notes + vocab.notes
     return vocab

@@ -380,6 +380,10 @@ def test_several_ends_and_templates(tmp_path):
     keys, _ = contents(tmp_path / "m.gguf")
     ids = [keys[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
     assert ids == tok.eos_ids
+    config = network(dict(model_type="llama") | GROUPED).config
+    assert not any("end an answer" in note for note in check_gguf(config, tok).notes)
+    tok.eos_ids = [333, 331, 332, 330]
+    assert "three tokens that end an answer, not 4" in str(check_gguf(config, tok).notes)
     assert keys["tokenizer.chat_template"] == "{{ a }}"
     assert keys["tokenizer.chat_template.tool_use"] == "b"
 

@@ -53,6 +53,7 @@ class Trial:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                encoding="utf-8",
                 start_new_session=True,  # Ctrl-C is for the server, whose end ends this one too
             )
             self.read_line(4 * WAIT)  # it has imported the library
@@ -89,7 +90,7 @@ def work() -> None:
     except (ImportError, ValueError, OSError):  # Windows, or a lower limit already
         pass
     limits = llguidance.LLParserLimits(**json.loads(sys.argv[1]))
-    print(flush=True)
+    print(flush=True)  # ready
     for line in sys.stdin:
         grammar = llguidance.LLMatcher.grammar_from_lark(json.loads(line))
         print(json.dumps(llguidance.LLMatcher.validate_grammar(grammar, limits=limits)), flush=True)

@@ -34,6 +34,7 @@ TILES = {"cpu": (8, 16), "cuda": (64,)}  # rows of a product in attention
 BATCH = 8  # matrices of a batched product that says the same
 QUERIES = 64  # that look at a block of keys together
 KEYS = 64  # of a block
+WIDTH = 16  # numbers of a head, or a multiple: some libraries treat the rest of a row otherwise
 BELOW_ALL = -1e30  # what the maximum of no score is: finite, so that no difference is inf - inf
 
 
@@ -222,6 +223,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
         sinks = sinks.detach().float().view(G, -1)  # (G, H / G)
     with torch.autocast(q.device.type, enabled=False):
         q_heads = (q.float() * scale).reshape(B, G, H // G, T, D)  # those that share a k
+        q_heads = F.pad(q_heads, (0, -D % WIDTH))  # zeros, which add exactly nothing
         k_blocks = key_blocks(k)
         v_blocks = key_blocks(v)
         y = []
@@ -230,12 +232,14 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tenso
             biases = block_biases(mask, range(i, j), T, S, q.device, causal)
             tile = q_heads[:, :, :, i:j]
             y.append(attend_tile(tile, k_blocks, v_blocks, biases, sinks, softcap))
-    return torch.cat(y, 3).view(B, H, T, D).to(q.dtype)
+    return torch.cat(y, 3)[..., :D].reshape(B, H, T, D).to(q.dtype)
 
 
 def key_blocks(k: Tensor) -> list[Tensor]:
-    """k (B, G, S, D) as blocks (B G, KEYS, D) float32, the last with zeros at its end."""
-    blocks = list(k.float().flatten(0, 1).split(KEYS, 1))
+    """k (B, G, S, D) as blocks (B G, KEYS, D) float32 with zeros at the last one's end, and behind
+    D up to a multiple of WIDTH."""
+    k = F.pad(k.float(), (0, -k.shape[-1] % WIDTH))
+    blocks = list(k.flatten(0, 1).split(KEYS, 1))
     missing = KEYS - blocks[-1].shape[1]
     if missing:
         blocks[-1] = F.pad(blocks[-1], (0, 0, 0, missing))

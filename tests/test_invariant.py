@@ -11,7 +11,7 @@ from test_finetune import net_for
 from barelm.adapters import AdaptConfig, add_lora
 from barelm.alike import Ids, batch_invariance, net_and_prompts
 from barelm.engine import Engine
-from barelm.invariant import KNOWN, be_deterministic, linear
+from barelm.invariant import KNOWN, be_deterministic, blockwise, linear
 from barelm.jobs import Job, Sampling
 from barelm.quantized import quantize_weights
 from barelm.tokenizer import Tokenizer
@@ -56,6 +56,16 @@ def test_packed_documents_have_the_bits_that_they_have_alone(name):
         states = net.hidden(packed, docs=docs)[0]
         for ids, state in zip(documents, states.split(lengths.tolist())):
             assert state.equal(net.hidden(ids[None])[0])
+
+
+@pytest.mark.parametrize("width", [6, 9, 10, 16, 20, 33])
+def test_heads_of_any_width_look_alike_alone_and_among_others(width):
+    """What a library does with the rest of a row, behind its vectors, differs between CPUs."""
+    q, k, v = torch.randn(3, 4, 2, 70, width).unbind()
+    whole = blockwise(q, k, v, None)
+    for i, t in ((0, 1), (1, 7), (2, 64), (3, 66)):
+        one = slice(i, i + 1)
+        assert blockwise(q[one, :, :t], k[one, :, :t], v[one, :, :t], None).equal(whole[one, :, :t])
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -282,9 +282,9 @@ def lacks_no_encoding(call):
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     if "encoding" in keywords or None in keywords:  # **options
         return True
-    if "text" in keywords or "universal_newlines" in keywords:  # of a process
-        return False
     name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+    if name in ("Popen", "run", "check_output", "check_call", "call"):  # a process
+        return "text" not in keywords and "universal_newlines" not in keywords
     if name in ("read_text", "write_text"):  # a function of ours has the first name too
         return isinstance(call.func, ast.Name)
     if name != "open" or not isinstance(call.func, ast.Name):  # os.open, gzip.open: bytes

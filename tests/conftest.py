@@ -36,6 +36,10 @@ from barelm.workers import end_with_the_parent
 LONGEST = 300
 # Where a fork is safe the commands below start as one, which spares each the import of torch.
 FORK = sys.platform == "linux" and not torch.cuda.is_available()
+if FORK:
+    # At its first gradient autograd starts a thread for each device that there is, and none later:
+    # a test of tensors without numbers, on a "cuda" that there is not, must not come before it.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 # Folders of fixtures whose tokenizers the package `tokenizers` runs.

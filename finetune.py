@@ -595,7 +595,8 @@ def kto(net, examples):
     reference, kl, sign, desirable = columns.unbind(1)
     log_ratio = log_p - reference
     loss = kto_loss(log_ratio, kl, desirable > 0)
-    above = (log_ratio > kl) + 0.5 * (log_ratio == kl)  # at the start all are equal
+    alike = (log_ratio - kl).abs() < 1e-3  # nats: at the start all are, but for rounding
+    above = torch.where(alike, 0.5, (log_ratio > kl).float())
     figures = {
         "kl": kl.sum(),
         "margin": (sign * beta * log_ratio).sum(),

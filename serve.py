@@ -306,8 +306,8 @@ class Handlers:
         served = api.addressed(self.served, body)
         wanted = vector_api.read_embeddings(served, body, self.engine.net.config.n_embd)
         inputs = await asyncio.to_thread(vector_api.read_inputs, served, wanted)
-        how = (wanted.pooling or self.settings.pooling, served.adapter)
-        vectors = await self.in_batches(vector_api.make_vectors, inputs, *how)
+        options = (wanted.pooling or self.settings.pooling, served.adapter)
+        vectors = await self.in_batches(vector_api.make_vectors, inputs, *options)
         answer = vector_api.embeddings_answer
         return reply(await asyncio.to_thread(answer, served, wanted, inputs, vectors))
 

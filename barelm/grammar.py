@@ -100,8 +100,8 @@ class Vocabulary:
         self.library = import_llguidance().LLTokenizer(self, eos_token=self.eos_token_id)
 
     def __call__(self, text: str) -> list[int]:
-        """The library would ask for the ids of a text that has to be (see HEAD)."""
-        raise NotImplementedError
+        """The library asks a tokenizer for the ids of a text that has to be: with HEAD, never."""
+        raise RuntimeError("no grammar here forces a text")
 
 
 # What was made last for each tokenizer: the server has one.
@@ -282,9 +282,12 @@ def check_limit(name: str, number: Any) -> None:
     """Refuse a limit that the library would round to one that allows more."""
     if type(number) not in (int, float) or abs(number) <= 2**53:
         return
-    held = as_library(number)
-    is_lower = name in ("minimum", "exclusiveMinimum")
-    if held < number if is_lower else held > number:
+    rounded = as_library(number)
+    if name in ("minimum", "exclusiveMinimum"):
+        allows_more = rounded < number
+    else:
+        allows_more = rounded > number
+    if allows_more:
         raise UserError(f"{name} beyond 2**53 is not supported: numbers are rounded there")
 
 

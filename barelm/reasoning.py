@@ -81,8 +81,8 @@ class ThoughtSplitter:
     def take_thought(self, final: bool) -> str:
         """What is certain of the thought, without the white space around it."""
         end = self.kind.end
-        thought, found, words = self.rest.partition(end)
-        if found:
+        thought, end_of_it, words = self.rest.partition(end)
+        if end_of_it:
             self.rest = words
             self.state = "behind"
             final = True

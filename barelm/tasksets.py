@@ -321,8 +321,8 @@ OF_PYTHON = [name for name in TASKS if name != "span"]  # of which Python's sour
 
 def rows_of(name: str, record: dict) -> list[dict]:
     """The rows of a task that a record makes: one, but of a pair of answers two of kto."""
-    made = TASKS[name](record)
-    return made if isinstance(made, list) else [made]
+    rows = TASKS[name](record)
+    return rows if isinstance(rows, list) else [rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,13 +461,13 @@ def convert_unit(
                     continue
                 if name == "seq2seq" and reading.languages:
                     record = translation_of(record, reading.languages)
-                made = [json.dumps(row, ensure_ascii=False) for row in rows_of(name, record)]
-                split_by = digest("".join(made).encode(errors="replace"))
+                lines = [json.dumps(row, ensure_ascii=False) for row in rows_of(name, record)]
+                split_by = digest("".join(lines).encode(errors="replace"))
                 if reading.is_python:
                     split_by = record["split_by"]
                 elif reading.by_text:
                     split_by = digest(record[reading.text_field].encode())
-                rows |= dict.fromkeys(made, split_by)
+                rows |= dict.fromkeys(lines, split_by)
             except Reject as rejected:
                 reason = str(rejected)
             except (ValueError, TypeError, AttributeError):
